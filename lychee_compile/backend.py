@@ -1,0 +1,193 @@
+"""The backend that `torch.compile(model, backend="lychee")` calls with each graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from lychee_compile.options import Options
+from lychee_compile.passes import torch_private
+from lychee_compile.passes.caches import CacheBinding
+from lychee_compile.passes.check import check_graph
+from lychee_compile.passes.decide import Plan, plan_site
+from lychee_compile.passes.detect import find_attention
+from lychee_compile.passes.rewrite import note_prefill, rewrite_sparse
+from lychee_compile.report import Report
+from lychee_compile.state import StatefulGraph, StateInput, registry
+
+logger = logging.getLogger(__name__)
+
+compiled_reports: list[Report] = []
+"""A report of each graph compiled since the last reset."""
+
+
+class StrictError(RuntimeError):
+    """An attention had to stay as it is, and `options={"strict": True}` forbids that."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A graph, traced again, with a plan for each attention in it."""
+
+    gm: torch.fx.GraphModule
+    fakes: list[Any]
+    mode: Any
+    plans: list[Plan]
+
+    @property
+    def report(self) -> Report:
+        """What was found and decided."""
+        return Report([plan.site for plan in self.plans])
+
+
+def lychee(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph of Dynamo's: sparse attention where it pays, Inductor for the rest.
+
+    `mode` and `options` are those of `torch.compile`; see `Options`. Raises `OptionError` for
+    options it does not know and `StrictError` where `strict` asks for it; whatever else goes wrong
+    here, the graph goes to Inductor as it came, with a warning.
+    """
+    chosen = Options.parse(mode, options)
+    try:
+        analysis = analyse(gm, example_inputs, chosen)
+    except Exception as error:  # noqa: BLE001  whatever it is, the model must run
+        return _leave_to_inductor(gm, example_inputs, chosen, error)
+    _announce(analysis.report, chosen)
+    try:
+        compiled = _compile_rewritten(analysis, chosen)
+    except Exception as error:  # noqa: BLE001
+        _count_as_kept(analysis.plans, error)
+        return _leave_to_inductor(gm, example_inputs, chosen, error)
+    if compiled is not None:
+        return compiled
+    return torch_private.inductor(gm, example_inputs, chosen.mode, dict(chosen.inductor))
+
+
+def reset() -> None:
+    """Forget every index and report. `torch.compiler.reset()` calls this."""
+    registry.clear()
+    compiled_reports.clear()
+
+
+lychee.reset = reset  # type: ignore[attr-defined]
+
+
+def analyse(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
+    """Find the attentions of a graph and decide about each; `gm` stays as it is."""
+    mode, fakes = torch_private.fake_inputs(example_inputs)
+    traced = torch_private.retrace(gm, fakes, mode)
+    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
+    needs_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    config = options.index_config()
+    plans = [
+        plan_site(attention, traced.graph, config, needs_gradients)
+        for attention in find_attention(traced.graph)
+    ]
+    return Analysis(traced, fakes, mode, plans)
+
+
+def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., Any] | None:
+    """Rewrite and compile; None where nothing in the graph is ours to change."""
+    gm, plans = analysis.gm, analysis.plans
+    table = options.boundary_table()
+    outputs = _output_count(gm)
+    inputs = _StateInputs(analysis)
+    if any(plan.site.decision == "sparse" for plan in plans):
+        rewrite_sparse(gm, plans, inputs, analysis.mode)
+    elif table is not None:
+        worth_noting = [plan for plan in plans if plan.site.by_design]
+        note_prefill(gm, worth_noting, inputs)
+    if not inputs.states:
+        return None
+    check_graph(gm, outputs)
+    logger.debug("rewritten graph:\n%s", gm.graph)
+    examples = [*analysis.fakes, *inputs.fakes]
+    compiled = torch_private.inductor(gm, examples, options.mode, dict(options.inductor))
+    lookup = None if table is None else table.lookup
+    return StatefulGraph(compiled, inputs.states, options.index_config(), lookup)
+
+
+class _StateInputs:
+    """Adds one graph input per key cache, in the order in which they are asked for."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self._analysis = analysis
+        self._placeholders = [node for node in analysis.gm.graph.nodes if node.op == "placeholder"]
+        self._nodes: dict[CacheBinding, torch.fx.Node] = {}
+        self.states: list[StateInput] = []
+        self.fakes: list[Tensor] = []
+
+    def __call__(self, binding: CacheBinding) -> torch.fx.Node:
+        if binding not in self._nodes:
+            node, fake = torch_private.add_state_input(
+                self._analysis.gm,
+                f"lychee_index_{len(self.states)}",
+                torch.zeros(2, dtype=torch.int64),
+                self._analysis.mode,
+            )
+            source = binding.source
+            place = None if source is None else self._placeholders.index(source)
+            self.states.append(StateInput(place, binding.output))
+            self.fakes.append(fake)
+            self._nodes[binding] = node
+        return self._nodes[binding]
+
+
+def _output_count(gm: torch.fx.GraphModule) -> int:
+    outputs = next(node for node in reversed(gm.graph.nodes) if node.op == "output").args[0]
+    return len(outputs) if isinstance(outputs, (tuple, list)) else 1
+
+
+def _announce(report: Report, options: Options) -> None:
+    """Log and count what was decided; raise where `strict` forbids it."""
+    compiled_reports.append(report)
+    torch_private.count("found", len(report.sites))
+    for site in report.sites:
+        torch_private.count(site.decision, 1)
+    if not report.sites:
+        logger.info("no attention in this graph: compiled by Inductor alone")
+        return
+    logger.info("%d attentions: %s", len(report.sites), report.counts())
+    logger.debug("%s", report)
+    torch_private.trace_artifact("lychee_report", report.to_dict())
+    unsupported = [s for s in report.sites if s.decision == "kept" and not s.by_design]
+    if options.strict and unsupported:
+        lines = "\n".join(f"  {site.name} ({site.source}): {site.reason}" for site in unsupported)
+        raise StrictError(
+            f"{len(unsupported)} attentions would stay as they are, and options['strict'] forbids "
+            f"it:\n{lines}"
+        )
+
+
+def _count_as_kept(plans: Sequence[Plan], error: Exception) -> None:
+    for plan in plans:
+        if plan.site.decision == "sparse":
+            plan.site.decision, plan.site.reason = "kept", f"the rewrite failed: {error}"
+            torch_private.count("sparse", -1)
+            torch_private.count("kept", 1)
+
+
+def _leave_to_inductor(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, error: Exception
+) -> Callable[..., Any]:
+    if options.strict:
+        raise StrictError(f"the graph could not be analysed or rewritten: {error}") from error
+    logger.warning(
+        "a graph goes to Inductor unchanged, because lychee failed on it: %s: %s",
+        type(error).__name__,
+        error,
+        exc_info=logger.isEnabledFor(logging.DEBUG),
+    )
+    return torch_private.inductor(gm, example_inputs, options.mode, dict(options.inductor))

@@ -1,0 +1,146 @@
+"""The index and the sparse attention by hand, without a compiler.
+
+index = build_index(key)                       # key: [B, Hkv, L, D]
+selection = select(index, query)               # query: [B, Hq, Tq, D]
+output = sparse_attention(query, key, value, selection)
+index = update_index(index, longer_key)        # while decoding
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.reference.attention import attend, rows_at
+from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.nodes import rounding_slack
+from lychee_compile.kernels.reference.selection import Selection
+from lychee_compile.kernels.reference.selection import select as _select
+from lychee_compile.options import Options
+
+__all__ = ["KVIndex", "Selection", "build_index", "select", "sparse_attention", "update_index"]
+
+
+def build_index(
+    k: Tensor,
+    boundaries: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    options: Options | Mapping[str, Any] | None = None,
+) -> KVIndex:
+    """Index the keys `k` [B, Hkv, L, D].
+
+    `boundaries`, uint8 [B, L], is the strength of the cut after each token (`boundary_table` looks
+    it up for token ids); without it chunks are cut where neighbouring keys differ. `lengths`, int
+    [B], are the rows' lengths where they differ. Raises ValueError for shapes that do not fit.
+    """
+    _expect(k.dim() == 4, "k must be [B, Hkv, L, D]", k)
+    chosen = options if isinstance(options, Options) else Options.parse(None, options)
+    batch, heads, kv_len, head_dim = k.shape
+    index = KVIndex(batch, heads, head_dim, chosen.index_config(), k.device)
+    if boundaries is not None:
+        _expect(
+            boundaries.shape == (batch, kv_len),
+            f"boundaries must be [{batch}, {kv_len}]",
+            boundaries,
+        )
+        _expect(boundaries.dtype == torch.uint8, "boundaries must be uint8", boundaries)
+        slots = torch.arange(kv_len, device=k.device).expand(batch, -1)
+        index.strengths.note(slots, boundaries)
+    return update_index(index, k, lengths=lengths)
+
+
+def update_index(index: KVIndex, k: Tensor, *, lengths: Tensor | None = None) -> KVIndex:
+    """Index what is new in `k` [B, Hkv, L, D], the whole cache so far; `index` itself, updated.
+
+    Keys that were indexed before must be unchanged. `lengths`, int [B], as in `build_index`.
+    """
+    batch, heads, kv_len, head_dim = k.shape
+    fits = (index.batch, index.kv_heads, index.head_dim) == (batch, heads, head_dim)
+    _expect(fits, f"k must be [{index.batch}, {index.kv_heads}, L, {index.head_dim}]", k)
+    if lengths is None:
+        lengths = torch.full((batch,), kv_len, device=k.device)
+    _expect(lengths.shape == (batch,), f"lengths must be [{batch}]", lengths)
+    in_range = bool(((lengths >= index.end) & (lengths <= kv_len)).all())
+    _expect(in_range, f"lengths must not shrink, nor exceed {kv_len}", lengths)
+    index.extend(k, lengths.to(torch.int64))
+    return index
+
+
+def select(
+    index: KVIndex,
+    q: Tensor,
+    *,
+    budget: int | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Selection:
+    """Choose the tokens that each position of `q` [B, Hq, Tq, D] reads, per KV head.
+
+    `budget` overrides the index's own; `scale` multiplies q.k, 1 / sqrt(D) by default; `mask` is an
+    SDPA mask over the cache, bool or additive. Without one every query sees every key, so a causal
+    mask must be given for several query positions.
+    """
+    _expect(q.dim() == 4, "q must be [B, Hq, Tq, D]", q)
+    fits = q.shape[0] == index.batch and q.shape[3] == index.head_dim
+    _expect(fits, f"q must be [{index.batch}, Hq, Tq, {index.head_dim}]", q)
+    _expect(q.shape[1] % index.kv_heads == 0, f"Hq must be a multiple of {index.kv_heads}", q)
+    if budget is not None and budget < 1:
+        raise ValueError(f"budget must be at least 1, got {budget}")
+    kv_len = int(index.end.max()) if mask is None else mask.shape[-1]
+    if mask is None and bool((index.end != kv_len).any()):
+        slots = torch.arange(kv_len, device=q.device)
+        mask = (slots < index.end[:, None])[:, None, None]
+    chosen = index.config.budget if budget is None else budget
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    return _select(index, q, factor, kv_len, mask, chosen, with_bound=True)
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    *,
+    scale: float | None = None,
+    return_certificate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of `q` [B, Hq, Tq, D] over the selected tokens of `k`, `v` [B, Hkv, L, D or Dv].
+
+    Returns [B, Hq, Tq, Dv], and with `return_certificate` an upper bound of the share of the dense
+    softmax mass that was not read, float32 [B, Hq, Tq]. `scale` is the selection's, unless given;
+    a certificate holds for the selection's alone (ValueError otherwise).
+    """
+    factor = selection.scale if scale is None else scale
+    mask = selection.visible.attention_mask
+    output, log_read = attend(q, k, v, selection, mask, factor)
+    if not return_certificate:
+        return output
+    if factor != selection.scale:
+        raise ValueError(
+            f"scale={scale} is not the {selection.scale} that the selection was made with"
+        )
+    return output, _missed_share(q, k, selection, log_read)
+
+
+def _missed_share(q: Tensor, k: Tensor, selection: Selection, log_read: Tensor) -> Tensor:
+    """M / (1 + M), M the bound of the unread mass over what was read, rounded up: [B, Hq, Tq]."""
+    assert selection.log_unread_bound is not None
+    token = selection.tokens().clamp(min=0)
+    longest = torch.linalg.vector_norm(rows_at(k, token).float(), dim=-1).amax(-1)
+    group = q.shape[1] // k.shape[1]
+    reach = torch.linalg.vector_norm(q.float(), dim=-1) * longest.repeat_interleave(group, 1)
+    slack = rounding_slack(q.shape[-1])
+    log_floor = log_read - slack * abs(selection.scale) * reach - slack * log_read.abs() - slack
+    log_ratio = selection.log_unread_bound - log_floor + math.log1p(slack)
+    share = torch.sigmoid(log_ratio).nan_to_num(nan=1.0)
+    return torch.where(selection.log_unread_bound == -torch.inf, 0.0, share)
+
+
+def _expect(holds: bool, what: str, got: Tensor) -> None:
+    if not holds:
+        raise ValueError(f"{what}, got {str(got.dtype).removeprefix('torch.')} {list(got.shape)}")

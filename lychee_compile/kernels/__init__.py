@@ -1,0 +1,1 @@
+"""Operator semantics: the plain PyTorch reference and the registered operators."""

@@ -1,0 +1,28 @@
+"""Where a recorder listens to what the operators read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.selection import Selection
+
+
+@dataclass(frozen=True)
+class SparseCall:
+    """One run of the sparse attention operator, with its operands. Hold on to none of them."""
+
+    site: str
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scale: float
+    index: KVIndex
+    selection: Selection
+
+
+observers: list[Callable[[SparseCall], None]] = []
+"""Called with each sparse attention call, in order."""

@@ -1,0 +1,82 @@
+"""Softmax attention over selected keys, and the dense attention it approximates."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lychee_compile.kernels.reference.selection import Selection
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention over every key, [B, Hq, Tq, Dv]; key and value have Hkv heads, Hkv dividing Hq."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the selected keys alone, with the mask and bias of the original call.
+
+    `query` [B, Hq, Tq, D], `key` [B, Hkv, L, D], `value` [B, Hkv, L, Dv]. Returns the output
+    [B, Hq, Tq, Dv] in the query's dtype and the log-sum-exp of its scores, float32 [B, Hq, Tq]. A
+    query that may see nothing gets zeros, as PyTorch's own attention gives.
+    """
+    batch, query_heads, query_len, _ = query.shape
+    heads = key.shape[1]
+    token = selection.tokens()
+    slot = token.clamp(min=0)
+    grouped = query.unflatten(1, (heads, query_heads // heads)).transpose(2, 3).float()
+    score = grouped @ rows_at(key, slot).float().transpose(-1, -2) * scale
+    hidden = (token < 0)[..., None, :]
+    if mask is not None:
+        at = _mask_at(mask, slot, query_heads)
+        if at.dtype == torch.bool:
+            hidden = hidden | ~at
+        else:
+            score = score + at.float()
+            hidden = hidden | (at <= torch.finfo(at.dtype).min / 2)
+    score = score.masked_fill(hidden, -torch.inf)
+    log_total = score.logsumexp(-1)
+    weight = (score - log_total.masked_fill(log_total == -torch.inf, 0)[..., None]).exp()
+    output = weight @ rows_at(value, slot).float()
+    output = output.transpose(2, 3).reshape(batch, query_heads, query_len, -1)
+    return output.to(query.dtype), log_total.transpose(2, 3).flatten(1, 2)
+
+
+def rows_at(tensor: Tensor, slot: Tensor) -> Tensor:
+    """`tensor` [B, H, L, D] at the slots int64 [B, H, Tq, S]: [B, H, Tq, S, D]."""
+    batch, heads, length, head_dim = tensor.shape
+    if tensor.is_contiguous():
+        base = torch.arange(batch * heads, device=slot.device).view(batch, heads, 1, 1) * length
+        flat = tensor.view(-1, head_dim).index_select(0, (base + slot).flatten())
+        return flat.view(*slot.shape, head_dim)
+    row = torch.arange(batch, device=slot.device)[:, None, None, None]
+    head = torch.arange(heads, device=slot.device)[:, None, None]
+    return tensor[row, head, slot]
+
+
+def _mask_at(mask: Tensor, slot: Tensor, query_heads: int) -> Tensor:
+    """An SDPA mask at the slots [B, Hkv, Tq, S], laid out as scores: [B, Hkv, Tq, 1 or G, S]."""
+    batch, heads, query_len, _ = slot.shape
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.shape[1] == 1:
+        wide = mask.expand(batch, heads, query_len, -1)
+        return wide.gather(-1, slot)[:, :, :, None]
+    wide = mask.expand(batch, query_heads, query_len, -1).unflatten(
+        1, (heads, query_heads // heads)
+    )
+    return wide.transpose(2, 3).gather(
+        -1, slot[:, :, :, None].expand(-1, -1, -1, wide.shape[2], -1)
+    )

@@ -1,0 +1,83 @@
+"""Cutting a sequence into chunks at its strongest boundaries, without a loop over tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def similarity_strengths(key: Tensor) -> Tensor:
+    """Strength of the cut after each token, from how little neighbouring keys resemble each other.
+
+    `key` is [B, Hkv, T, D]. The result is uint8 [B, T - 1]: 0 where a key and its successor point
+    the same way in every head, 255 where they point in opposite directions.
+    """
+    direction = F.normalize(key.float(), dim=-1)
+    cosine = (direction[:, :, :-1] * direction[:, :, 1:]).sum(-1).mean(1)
+    return ((1 - cosine.nan_to_num(0.0)) * 127.5).round().clamp_(0, 255).to(torch.uint8)
+
+
+def best_cuts(strength: Tensor, end: Tensor, chunk: tuple[int, int]) -> Tensor:
+    """Where a chunk starting at each token would end: int64 [B, T], exclusive, T + 1 = undecided.
+
+    `strength` is uint8 [B, T], `end` int64 [B] the tokens there are in each row. Among the lengths
+    that `chunk` = (shortest, longest) allows, the cut with the strongest boundary wins, the longest
+    among equals. A chunk that could reach `end` stays undecided: the strength of a cut after the
+    last token depends on a token that is still to come.
+    """
+    shortest, longest = chunk
+    batch, tokens = strength.shape
+    undecided = tokens + 1
+    cuts = torch.full((batch, tokens), undecided, dtype=torch.int64, device=strength.device)
+    if tokens <= longest:
+        return cuts
+    width = longest - shortest + 1
+    window = strength[:, shortest - 1 : tokens - 1].unfold(1, width, 1)
+    prefer_longer = torch.arange(width, device=strength.device)
+    choice = (window.to(torch.int32) * width + prefer_longer).argmax(-1)
+    start = torch.arange(choice.shape[1], device=strength.device)
+    decided = start + longest < end[:, None]
+    cuts[:, : choice.shape[1]] = torch.where(decided, start + shortest + choice, undecided)
+    return cuts
+
+
+def follow_cuts(cuts: Tensor, first: Tensor) -> Tensor:
+    """Tokens that start a chunk when cutting greedily from `first`: bool [B, T].
+
+    `cuts` comes from `best_cuts`, `first` is int64 [B] (T or more starts nothing). Pointers double:
+    after n rounds all chunks within 2^n - 1 jumps are known, so log2(T) rounds suffice. The last
+    marked token is where the undecided tail starts.
+    """
+    batch, tokens = cuts.shape
+    undecided = tokens + 1
+    absorbing = torch.full((batch, 2), undecided, dtype=cuts.dtype, device=cuts.device)
+    jump = torch.cat((cuts, absorbing), dim=1)
+    reached = torch.zeros(batch, tokens + 2, dtype=torch.uint8, device=cuts.device)
+    reached.scatter_(1, first.clamp(max=undecided)[:, None], 1)
+    for _ in range(math.ceil(math.log2(tokens + 2))):
+        reached = reached.scatter_reduce(1, jump, reached, "amax")
+        jump = jump.gather(1, jump)
+    return reached[:, :tokens].bool()
+
+
+def cut_chunks(
+    strength: Tensor, first: Tensor, end: Tensor, chunk: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Chunks decided by the strengths seen so far: (starts, lengths), int64 [B, C].
+
+    `strength` is uint8 [B, T]; `first` and `end`, int64 [B], delimit the tokens to cut in each row.
+    Rows with fewer chunks than others end in zero lengths. What is left after a row's last chunk,
+    at most the longest chunk, is its tail. Cutting in one go and cutting as tokens arrive give the
+    same chunks.
+    """
+    cuts = best_cuts(strength, end, chunk)
+    closed = follow_cuts(cuts, first) & (cuts <= strength.shape[1])
+    count = int(closed.sum(1).max()) if closed.numel() else 0
+    order = torch.argsort((~closed).to(torch.uint8), dim=1, stable=True)[:, :count]
+    used = closed.gather(1, order)
+    starts = torch.where(used, order, 0)
+    lengths = torch.where(used, cuts.gather(1, order) - order, 0)
+    return starts, lengths

@@ -1,0 +1,50 @@
+"""Fingerprints of cached keys: whether a key is still the one that was indexed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK_BYTES = 1 << 19
+
+
+def fingerprints(key: Tensor, seed: int = 0x5EED) -> Tensor:
+    """Hash of each token's keys over all heads and channels: `key` [B, Hkv, T, D] -> int64 [B, T].
+
+    A sum of the keys' bit patterns with random odd 64-bit weights, modulo 2^64: exact in any order
+    of summation, so the same on every device; two different tokens agree with a probability below
+    2^-30. NaNs compare by their bits.
+    """
+    batch, heads, tokens, _ = key.shape
+    size = max(1, _BLOCK_BYTES // (key.element_size() * key.shape[3] * heads * batch))
+    weight = None
+    parts = []
+    for block in key.split(size, dim=2):
+        bits = _as_int64(block)
+        if weight is None:
+            weight = _weights(heads, bits.shape[-1], seed).to(key.device)
+        parts.append((bits * weight).sum((1, 3)))
+    return (
+        torch.cat(parts, dim=1)
+        if tokens
+        else torch.zeros(batch, 0, dtype=torch.int64, device=key.device)
+    )
+
+
+def _as_int64(block: Tensor) -> Tensor:
+    """Bit patterns as int64, several channels in one where they fill it, high bits folded down.
+
+    Without the fold a difference in the sign bits alone could cancel in the sum.
+    """
+    block = block.contiguous()
+    if block.shape[-1] * block.element_size() % 8 == 0:
+        bits = block.view(torch.int64)
+        return bits ^ (bits >> 31)
+    return block.view(_INTEGERS[block.element_size()]).to(torch.int64)
+
+
+def _weights(heads: int, words: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    return torch.randint(low, high, (heads, 1, words), generator=generator) | 1

@@ -1,0 +1,142 @@
+"""Groups of keys as nodes: what mass they are estimated to hold, and what mass at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rounding_slack(head_dim: int) -> float:
+    """Relative error that a float32 inner product or norm over `head_dim` terms stays within."""
+    return (head_dim + 8) * torch.finfo(torch.float32).eps
+
+
+@dataclass
+class Nodes:
+    """N groups of keys per row and KV head. A node without tokens is an unused slot."""
+
+    mean: Tensor
+    """float32 [B, Hkv, N, D], mean key of the group and centre of its ball."""
+    variance: Tensor
+    """float32 [B, Hkv, N, D], variance of each key channel within the group."""
+    radius: Tensor
+    """float32 [B, Hkv, N], no key of the group is further from `mean`."""
+    tokens: Tensor
+    """int64 [B, Hkv, N], keys in the group."""
+
+    @staticmethod
+    def empty(batch: int, heads: int, head_dim: int, device: torch.device) -> Nodes:
+        """No nodes yet."""
+        vectors = torch.zeros(batch, heads, 0, head_dim, device=device)
+        return Nodes(
+            vectors,
+            vectors.clone(),
+            torch.zeros(batch, heads, 0, device=device),
+            torch.zeros(batch, heads, 0, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def count(self) -> int:
+        """Node slots per row and head, unused ones included."""
+        return self.mean.shape[2]
+
+    def resized(self, count: int) -> Nodes:
+        """The same nodes with room for `count`, new slots empty, or only the first `count`."""
+        if count <= self.count:
+            parts = (self.mean, self.variance, self.radius, self.tokens)
+            return Nodes(*(part[:, :, :count] for part in parts))
+        more = count - self.count
+        return Nodes(
+            F.pad(self.mean, (0, 0, 0, more)),
+            F.pad(self.variance, (0, 0, 0, more)),
+            F.pad(self.radius, (0, more)),
+            F.pad(self.tokens, (0, more)),
+        )
+
+    def gather(self, chosen: Tensor) -> Nodes:
+        """The nodes `chosen`, int64 [B, Hkv, M]."""
+        vectors = chosen[..., None].expand(*chosen.shape, self.mean.shape[-1])
+        return Nodes(
+            self.mean.gather(2, vectors),
+            self.variance.gather(2, vectors),
+            self.radius.gather(2, chosen),
+            self.tokens.gather(2, chosen),
+        )
+
+    def log_estimate(self, query: Tensor, scale: float) -> Tensor:
+        """Estimated mean of exp(scale q.k) over each node, in logs: [B, Hkv, R, N].
+
+        `query` is float32 [B, Hkv, R, D]. The second-order cumulant expansion with a diagonal
+        covariance, scale q.m + scale^2 / 2 sum_i q_i^2 v_i: exact for Gaussian keys.
+        """
+        first = query @ self.mean.transpose(-1, -2)
+        second = query.square() @ self.variance.transpose(-1, -2)
+        return scale * first + (0.5 * scale * scale) * second
+
+    def score_bound(self, query: Tensor, scale: float) -> Tensor:
+        """Upper bound of scale q.k over the keys of each node: [B, Hkv, R, N].
+
+        `query` is float32 [B, Hkv, R, D]. Triangle inequality: q.k <= q.c + |q| r, widened by what
+        float32 rounding can hide. A negative scale bounds with -q.
+        """
+        norm = torch.linalg.vector_norm(query, dim=-1)[..., None]
+        centre = scale * (query @ self.mean.transpose(-1, -2))
+        reach = abs(scale) * norm * self.radius[:, :, None]
+        length = torch.linalg.vector_norm(self.mean, dim=-1)[:, :, None]
+        slack = (
+            rounding_slack(query.shape[-1])
+            * abs(scale)
+            * norm
+            * (length + 2 * self.radius[:, :, None])
+        )
+        return (centre + reach + slack).nan_to_num(nan=torch.inf)
+
+    def log_mass_floor(self, query: Tensor, scale: float) -> Tensor:
+        """Lower bound of the sum of exp(scale q.k) over each node, in logs: [B, Hkv, R, N].
+
+        Jensen's inequality, n exp(scale q.mean), with `query` as in `log_estimate`.
+        """
+        return scale * (query @ self.mean.transpose(-1, -2)) + log_count(self.tokens)[:, :, None]
+
+
+def log_count(tokens: Tensor) -> Tensor:
+    """Logarithm of a token count, -inf for none."""
+    return tokens.float().log()
+
+
+def merge(children: Nodes, labels: Tensor, count: int) -> Nodes:
+    """Parents of `children`, `labels` int64 [B, Hkv, N] naming the parent of each among `count`.
+
+    Means and variances follow the law of total variance. The radius reaches over the children's
+    balls, which covers every key but is not the tightest: see `KVIndex` for one taken from keys.
+    """
+    weight = children.tokens.float()
+    tokens = _sum_by_label(weight[..., None], labels, count)
+    share = tokens.clamp(min=1)
+    mean = _sum_by_label(weight[..., None] * children.mean, labels, count) / share
+    centred = children.mean - take_rows(mean, labels)
+    spread = children.variance + centred.square()
+    variance = _sum_by_label(weight[..., None] * spread, labels, count) / share
+    used = children.tokens > 0
+    reach = torch.linalg.vector_norm(centred, dim=-1) * (1 + rounding_slack(mean.shape[-1]))
+    radius = max_by_label(torch.where(used, reach + children.radius, 0), labels, count)
+    return Nodes(mean, variance, radius, tokens[..., 0].round().to(torch.int64))
+
+
+def take_rows(vectors: Tensor, labels: Tensor) -> Tensor:
+    """`vectors` [B, Hkv, N, D] at `labels` [B, Hkv, M]: [B, Hkv, M, D]."""
+    return vectors.gather(2, labels[..., None].expand(*labels.shape, vectors.shape[-1]))
+
+
+def max_by_label(values: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Largest of the non-negative `values` [B, Hkv, N] under each label: [B, Hkv, count]."""
+    floor = values.new_zeros(*values.shape[:2], count)
+    return floor.scatter_reduce(2, labels, values, "amax")
+
+
+def _sum_by_label(values: Tensor, labels: Tensor, count: int) -> Tensor:
+    total = values.new_zeros(*values.shape[:2], count, values.shape[-1])
+    return total.scatter_add(2, labels[..., None].expand_as(values), values)

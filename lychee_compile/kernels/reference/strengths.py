@@ -1,0 +1,56 @@
+"""How strong the boundary after each cached token is, as tokens arrive and are rewritten."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lychee_compile.kernels.reference.chunking import similarity_strengths
+
+
+class StrengthTrack:
+    """Boundary strength after each token of a batch of rows, uint8, larger is stronger.
+
+    Strengths that tokens give are noted when they are seen; the others come from the similarity of
+    neighbouring keys, or stay zero where `mode` is "fixed" or "tokens".
+    """
+
+    def __init__(self, batch: int, mode: str, device: torch.device) -> None:
+        self.mode = mode
+        self.strength = torch.zeros(batch, 0, dtype=torch.uint8, device=device)
+        self.noted = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` per row, in amortised constant time per token."""
+        capacity = self.strength.shape[1]
+        if tokens > capacity:
+            more = max(tokens, capacity + capacity // 2) - capacity
+            self.strength = F.pad(self.strength, (0, more))
+            self.noted = F.pad(self.noted, (0, more))
+
+    def note(self, positions: Tensor, strength: Tensor) -> None:
+        """After the tokens at `positions`, int64 [B, T], are boundaries of `strength`, uint8."""
+        if self.mode not in ("auto", "tokens"):
+            return
+        self.reserve(int(positions.max()) + 1)
+        self.strength.scatter_(1, positions, strength)
+        self.noted.scatter_(1, positions, True)
+
+    def forget(self, keep: Tensor) -> None:
+        """Drop what was noted from position `keep`, int64 [B], on."""
+        position = torch.arange(self.noted.shape[1], device=keep.device)
+        self.noted &= position < keep[:, None]
+
+    def compare_keys(self, key: Tensor, begin: int, end: int) -> None:
+        """Fill in strengths from keys, for tokens in [begin, end) whose successor is before `end`.
+
+        `key` is [B, Hkv, L, D] with L >= end.
+        """
+        self.reserve(end)
+        if self.mode in ("auto", "similarity") and end - begin > 1:
+            similar = similarity_strengths(key[:, :, begin:end])
+        else:
+            similar = self.strength.new_zeros(key.shape[0], max(end - begin - 1, 0))
+        part = slice(begin, begin + similar.shape[1])
+        self.strength[:, part] = torch.where(self.noted[:, part], self.strength[:, part], similar)

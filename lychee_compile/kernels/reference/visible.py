@@ -1,0 +1,75 @@
+"""Which keys a query may see: an attention mask of any form, reduced to what selection needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Visible:
+    """The keys each query position may attend to, over slots 0 to L - 1 of a cache."""
+
+    first: Tensor
+    """First visible slot, int64 [B, Tq]; L where none is."""
+    end: Tensor
+    """One past the last visible slot, int64 [B, Tq]; 0 where none is."""
+    counts: Tensor | None
+    """Visible slots before each slot, int64 [B, Tq, L + 1]; None where [first, end) has no hole."""
+    bias: Tensor | None
+    """What is added to the scaled scores, float [B, 1 or Hq, Tq, L]; None where nothing is."""
+    mask: Tensor | None
+    """bool [B, 1 or Hq, Tq, L], None where every key is visible."""
+    kv_len: int
+    """Slots, L."""
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """The mask as SDPA takes it: additive where it holds a bias, else bool, else None."""
+        return self.mask if self.bias is None else self.bias
+
+    def tokens_within(self, begin: Tensor, end: Tensor) -> Tensor:
+        """Visible tokens in the slots [begin, end), each int64 [B, Tq, N]: int64 [B, Tq, N]."""
+        if self.counts is None:
+            begin = torch.maximum(begin, self.first[..., None])
+            end = torch.minimum(end, self.end[..., None])
+            return (end - begin).clamp(min=0)
+        through = self.counts.gather(2, torch.maximum(begin, end).clamp(0, self.kv_len))
+        return through - self.counts.gather(2, begin.clamp(0, self.kv_len))
+
+
+def visible_keys(
+    mask: Tensor | None, batch: int, query_len: int, kv_len: int, device: torch.device
+) -> Visible:
+    """Read an SDPA mask: None, bool or additive float, broadcastable to [B, Hq, Tq, L].
+
+    A float mask hides a key where it is at or below half the lowest finite number of its dtype, as
+    -inf and `torch.finfo(dtype).min` are; elsewhere it is a bias. A key is a candidate where any
+    head sees it; `mask` and `bias` keep the heads apart.
+    """
+    if mask is None:
+        full = torch.full((batch, query_len), kv_len, dtype=torch.int64, device=device)
+        return Visible(torch.zeros_like(full), full, None, None, None, kv_len)
+    mask = _with_four_axes(mask).expand(batch, -1, query_len, kv_len)
+    bias = None
+    if mask.dtype != torch.bool:
+        seen = mask > torch.finfo(mask.dtype).min / 2
+        if bool(((mask != 0) & seen).any()):
+            bias = mask
+    else:
+        seen = mask
+    anywhere = seen[:, 0] if seen.shape[1] == 1 else seen.any(1)
+    slots = anywhere.to(torch.uint8)
+    count = anywhere.sum(-1)
+    first = torch.where(count > 0, slots.argmax(-1), kv_len)
+    end = torch.where(count > 0, kv_len - slots.flip(-1).argmax(-1), 0)
+    counts = None
+    if bool((count != (end - first).clamp(min=0)).any()):
+        counts = torch.nn.functional.pad(anywhere.long().cumsum(-1), (1, 0))
+    return Visible(first, end, counts, bias, seen, kv_len)
+
+
+def _with_four_axes(mask: Tensor) -> Tensor:
+    return mask[(None,) * (4 - mask.dim())]

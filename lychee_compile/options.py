@@ -1,0 +1,220 @@
+"""The options of the backend: typed, validated, with errors that say what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Integral
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from lychee_compile.boundaries import BoundaryTable, boundary_table, is_tokenizer
+from lychee_compile.kernels.config import BOUNDARIES, POLICIES, IndexConfig
+
+LONGEST_CHUNK = 256
+PREFILLS = ("exact",)
+_AT_LEAST = {"sinks": 0, "recent": 1, "cluster_chunks": 1, "coarse_units": 1, "overfetch": 1}
+
+_tables: WeakKeyDictionary[Any, BoundaryTable] = WeakKeyDictionary()
+
+
+class OptionError(ValueError):
+    """An option that does not exist, or a value that it cannot have."""
+
+
+@dataclass(frozen=True)
+class Options(IndexConfig):
+    """Every option of `torch.compile(model, backend="lychee", options={...})`.
+
+    Those of `IndexConfig`, and the ones below. Raises `OptionError` (a ValueError) for an unknown
+    name, and for a value of the wrong type or out of range.
+    """
+
+    tokenizer: object = field(default=None, kw_only=True, hash=False, repr=False)
+    """What the token boundaries come from: a tokenizer, a `BoundaryTable`, or its strengths as a
+    uint8 tensor [vocab]."""
+    mode: str | None = field(default=None, kw_only=True)
+    """One of Inductor's modes, "reduce-overhead" for one."""
+    strict: bool = field(default=False, kw_only=True)
+    """Raise an error where an attention would be left as it is."""
+    prefill: str = field(default="exact", kw_only=True)
+    """What attention without a cache does; "exact" for now."""
+    inductor: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
+    """Inductor's own options, for this backend's compilations alone."""
+
+    def __new__(cls, *_: object, **given: object) -> Self:
+        """Refuse unknown names here: the generated `__init__` would not name the nearest one."""
+        _check_names(given)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Validate and normalise, each option alone and then together."""
+        if self.budget is not None:
+            self._set("budget", _integer("budget", self.budget, at_least=1, expected_or="None"))
+        for name, least in _AT_LEAST.items():
+            self._set(name, _integer(name, getattr(self, name), at_least=least))
+        self._set("seed", _integer("seed", self.seed, at_least=0, at_most=2**63 - 1))
+        self._set("chunk", _chunk(self.chunk))
+        _one_of("boundaries", self.boundaries, BOUNDARIES)
+        _one_of("policy", self.policy, POLICIES)
+        self._set("tokenizer", _token_source(self.tokenizer))
+        _check_mode(self.mode)
+        if not isinstance(self.strict, bool):
+            raise _wrong("strict", self.strict, "True or False")
+        if self.prefill == "sparse":
+            raise OptionError('option prefill="sparse" is not there yet: prefill stays "exact"')
+        _one_of("prefill", self.prefill, PREFILLS)
+        self._set("inductor", _inductor_patches(self.inductor))
+        self._check_together()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Options:
+        return self
+
+    @classmethod
+    def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
+        """Options from the keyword arguments that torch.compile gives a backend."""
+        given = dict(options or {})
+        _check_names(given)
+        inner = given.get("mode")
+        if mode is not None and inner is not None and mode != inner:
+            raise OptionError(f"mode={mode!r} and options['mode']={inner!r} contradict each other")
+        return cls(**{**given, "mode": mode if inner is None else inner})
+
+    def index_config(self) -> IndexConfig:
+        """What the index and the selection need of these options: plain numbers."""
+        return IndexConfig(**{each.name: getattr(self, each.name) for each in fields(IndexConfig)})
+
+    def boundary_table(self) -> BoundaryTable | None:
+        """The token boundaries, None without a tokenizer. Built once per tokenizer object."""
+        if self.tokenizer is None or isinstance(self.tokenizer, BoundaryTable):
+            return self.tokenizer
+        try:
+            table = _tables.get(self.tokenizer)
+        except TypeError:  # neither hashable nor weakly referable: nothing to remember it by
+            return boundary_table(self.tokenizer)
+        if table is None:
+            table = _tables[self.tokenizer] = boundary_table(self.tokenizer)
+        return table
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_together(self) -> None:
+        shortest, longest = self.chunk
+        if longest > self.recent:
+            raise OptionError(
+                f"option recent={self.recent} must be at least the longest chunk, {longest} "
+                f"(chunk=({shortest}, {longest})): the last tokens are not in a chunk yet"
+            )
+        self._check_budget()
+        if self.boundaries == "tokens" and self.tokenizer is None:
+            raise OptionError(
+                'option boundaries="tokens" needs option tokenizer: a tokenizer, a BoundaryTable, '
+                'or a uint8 tensor [vocab]; without one use boundaries="auto" or "similarity"'
+            )
+
+    def _check_budget(self) -> None:
+        always = self.sinks + self.recent
+        needed = always if self.policy == "streaming" else always + 1
+        if self.budget is not None and self.budget < needed:
+            raise OptionError(
+                f"option budget={self.budget} is too small: sinks ({self.sinks}) + recent "
+                f"({self.recent}) = {always} tokens are always read, so give at least {needed}, "
+                "or None to read all tokens"
+            )
+
+
+def _check_names(given: Collection[str]) -> None:
+    known = [each.name for each in fields(Options)]
+    for name in given:
+        if name not in known:
+            raise OptionError(
+                f"unknown option {name!r}{_did_you_mean(name, known)}; known are {', '.join(known)}"
+            )
+
+
+def _did_you_mean(given: object, known: Collection[str]) -> str:
+    """A guess to append to a message, empty where nothing is near."""
+    near = difflib.get_close_matches(str(given), known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _wrong(name: str, value: object, expected: str) -> OptionError:
+    return OptionError(f"option {name}={value!r} ({type(value).__name__}): expected {expected}")
+
+
+def _integer(
+    name: str, value: object, at_least: int, at_most: int | None = None, expected_or: str = ""
+) -> int:
+    upper = f" and at most {at_most}" if at_most is not None else ""
+    expected = f"an integer of at least {at_least}{upper}"
+    if expected_or:
+        expected += f", or {expected_or}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise _wrong(name, value, expected)
+    number = int(value)
+    if number < at_least or (at_most is not None and number > at_most):
+        raise _wrong(name, number, expected)
+    return number
+
+
+def _one_of(name: str, value: object, choices: Collection[str]) -> None:
+    if value not in choices:
+        listed = " or ".join(map(repr, choices))
+        raise _wrong(name, value, listed + _did_you_mean(value, choices))
+
+
+def _chunk(value: object) -> tuple[int, int]:
+    expected = f"two integers (shortest, longest) with 1 <= shortest <= longest <= {LONGEST_CHUNK}"
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise _wrong("chunk", value, expected)
+    try:
+        shortest, longest = (_integer("chunk", each, 1, LONGEST_CHUNK) for each in value)
+    except OptionError:
+        raise _wrong("chunk", value, expected) from None
+    if shortest > longest:
+        raise _wrong("chunk", value, expected)
+    return shortest, longest
+
+
+def _check_mode(mode: object) -> None:
+    if mode is None:
+        return
+    from torch._inductor import list_mode_options
+
+    _one_of("mode", mode, tuple(list_mode_options()))
+
+
+def _inductor_patches(patches: object) -> dict[str, Any]:
+    """A copy of the patches. Values are Inductor's to check; a misspelt name is caught here."""
+    if not isinstance(patches, Mapping):
+        raise _wrong("inductor", patches, "a mapping from Inductor's options to their values")
+    if patches:
+        from torch._inductor import list_options
+
+        known = list_options()
+        for name in patches:
+            if name not in known:
+                raise OptionError(
+                    f"option inductor has the unknown name {name!r}{_did_you_mean(name, known)}; "
+                    "torch._inductor.list_options() lists all"
+                )
+    return dict(patches)
+
+
+def _token_source(tokenizer: object) -> object:
+    """`tokenizer`, with a tensor made into a table: tensors compare element by element."""
+    if tokenizer is None or isinstance(tokenizer, BoundaryTable) or is_tokenizer(tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, Tensor):
+        try:
+            return BoundaryTable(tokenizer)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"option tokenizer: {error}") from error
+    raise OptionError(
+        f"option tokenizer has type {type(tokenizer).__name__}: expected a tokenizer (with "
+        "get_vocab or convert_ids_to_tokens), a BoundaryTable, a uint8 tensor [vocab], or None"
+    )

@@ -1,0 +1,113 @@
+"""Walking the dataflow of a pre-dispatch ATen graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+
+SAME_VALUES = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.to.device,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.lift_fresh_copy.default,
+    aten.lift_fresh.default,
+}
+"""Operators whose output holds the values of their input, but for a change of dtype."""
+VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.flatten.using_ints,
+}
+"""Operators that lay the same values out in another shape."""
+
+
+def value_of(node: torch.fx.Node) -> Any:
+    """The fake value that the node had when it was traced."""
+    return node.meta.get("val")
+
+
+def shape_of(node: torch.fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """Shape of a tensor node; empty for what is no tensor."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def argument(node: torch.fx.Node, name: str, default: Any = None) -> Any:
+    """The argument that the operator's schema calls `name`, however it was passed."""
+    for place, formal in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if formal.name == name:
+            if place < len(node.args):
+                return node.args[place]
+            return node.kwargs.get(name, default)
+    return default
+
+
+def calls(node: Any, *targets: Any) -> bool:
+    """Whether `node` is a call of one of the operators."""
+    return isinstance(node, torch.fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def through_copies(node: torch.fx.Node) -> torch.fx.Node:
+    """The first node up the graph that is no mere copy of its input in the same dtype and shape."""
+    while calls(node, *SAME_VALUES):
+        source = node.args[0]
+        assert isinstance(source, torch.fx.Node)
+        before, after = value_of(source), value_of(node)
+        if before.dtype != after.dtype or not same_shape(shape_of(source), shape_of(node)):
+            break
+        node = source
+    return node
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two sizes are proved equal, without adding a guard."""
+    return statically_known_true(left == right)
+
+
+def same_shape(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+    """Whether two shapes are proved equal."""
+    return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
+
+
+def static_size(size: Any) -> int | None:
+    """The size where it is a plain number, None where it is symbolic."""
+    return size if isinstance(size, int) else None
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """Path of the module that made the call, as `named_modules` has it, or the node's name."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = str(list(stack.values())[-1][0])
+    path = path.replace("._modules['", ".").replace("']", "").replace("['", ".")
+    path = path.removeprefix("L.self").removeprefix("L").lstrip(".")
+    return path.removeprefix("fn.") or node.name
+
+
+def source_line(node: torch.fx.Node) -> str:
+    """The user's line that made the node: "file.py:12, in forward"; empty where it is not known."""
+    frames = [
+        line.strip()
+        for line in (node.stack_trace or "").splitlines()
+        if line.strip().startswith("File ")
+    ]
+    if not frames:
+        return ""
+    file, line, *function = frames[-1].removeprefix("File ").split(", ")
+    name = file.strip('"').replace("\\", "/").rsplit("/", 1)[-1]
+    return ", ".join([f"{name}:{line.removeprefix('line ')}", *function])

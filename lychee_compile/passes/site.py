@@ -1,0 +1,36 @@
+"""What is known of one attention in a graph, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Site:
+    """One attention found. Sizes are symbolic expressions (str) where shapes are dynamic."""
+
+    name: str
+    """Module path, "model.layers.3.self_attn"."""
+    source: str
+    """The user's line, "modeling_llama.py:275, in forward"."""
+    form: str
+    """How it was written: "sdpa", "eager" or "flex"."""
+    query_heads: int | str
+    kv_heads: int | str
+    head_dim: int | str
+    query_len: int | str
+    """Tokens that ask, Tq."""
+    kv_len: int | str
+    """Tokens of K and V, whole buffer of a static cache."""
+    mask: str
+    """Class in words: "none", "bool tensor [1, 1, 1, 6000]"."""
+    cache: str
+    """"none", "static" or "dynamic"."""
+    decision: str = "kept"
+    """"sparse": index and pruned attention; "exact": our dense kernel; "kept": the original."""
+    reason: str = ""
+    """Why, in words for the user."""
+    by_design: bool = False
+    """Whether a kept site is meant to be exact, and not kept for want of support."""
+    kernel: str = ""
+    """Operator that runs."""

@@ -1,0 +1,93 @@
+"""Record what sparse attention reads while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.observe import SparseCall, observers
+from lychee_compile.kernels.reference.visible import visible_keys
+
+
+@dataclass(frozen=True)
+class Call:
+    """One sparse attention of one step."""
+
+    site: str
+    """Module path."""
+    kv_len: int
+    """Keys that the longest row of the batch could have read."""
+    tokens: Tensor
+    """Slots read, int64 [B, Hkv, Tq, S], -1 where a head reads fewer."""
+    chunk_starts: Tensor
+    """First slot of every chunk of the index then, int64 [B, C], the undecided tail among them."""
+    chunk_lengths: Tensor
+    """Their lengths, int64 [B, C]; 0: no chunk."""
+    mass: Tensor | None
+    """Share of the dense softmax mass on the slots read, float32 [B, Hq, Tq]."""
+
+    @property
+    def tokens_read(self) -> Tensor:
+        """Slots read per row, KV head and query position, int64 [B, Hkv, Tq]."""
+        return (self.tokens >= 0).sum(-1)
+
+
+class Recorder:
+    """Collects a `Call` for each sparse attention, in order."""
+
+    def __init__(self, mass: bool) -> None:
+        self.calls: list[Call] = []
+        self._mass = mass
+
+    def observe(self, call: SparseCall) -> None:
+        """Keep what `call` read; its operands are not held."""
+        visible = call.selection.visible
+        starts, lengths = call.index.partition()
+        tokens = call.selection.tokens()
+        self.calls.append(
+            Call(
+                site=call.site,
+                kv_len=int((visible.end - visible.first).max()),
+                tokens=tokens,
+                chunk_starts=starts,
+                chunk_lengths=lengths,
+                mass=captured_mass(call, tokens) if self._mass else None,
+            )
+        )
+
+
+@contextmanager
+def record(*, mass: bool = False) -> Iterator[Recorder]:
+    """Record every sparse attention that runs within the context.
+
+    With `mass` each call also scores all keys, to say what share of the dense softmax mass was
+    read: slow, for study alone.
+    """
+    recorder = Recorder(mass)
+    observers.append(recorder.observe)
+    try:
+        yield recorder
+    finally:
+        observers.remove(recorder.observe)
+
+
+def captured_mass(call: SparseCall, tokens: Tensor) -> Tensor:
+    """Share of dense softmax mass on the slots `tokens` [B, Hkv, Tq, S]: float32 [B, Hq, Tq]."""
+    batch, query_heads, query_len, _ = call.query.shape
+    heads, kv_len = call.key.shape[1], call.key.shape[2]
+    grouped = call.query.float().unflatten(1, (heads, -1)).flatten(2, 3)
+    score = (grouped @ call.key.float().transpose(-1, -2)) * call.scale
+    score = score.view(batch, query_heads, query_len, kv_len)
+    visible = visible_keys(call.mask, batch, query_len, kv_len, call.key.device)
+    if visible.bias is not None:
+        score = score + visible.bias.float()
+    if visible.mask is not None:
+        score = score.masked_fill(~visible.mask, -torch.inf)
+    share = score.softmax(-1).view(batch, heads, -1, query_len, kv_len)
+    read = torch.zeros(batch, heads, query_len, kv_len + 1, device=share.device)
+    read.scatter_(-1, torch.where(tokens < 0, kv_len, tokens), 1.0)
+    return (share * read[:, :, None, :, :kv_len]).sum(-1).flatten(1, 2)

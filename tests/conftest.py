@@ -1,0 +1,26 @@
+"""Hypothesis profiles, and a fresh torch.compile for every test."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=3000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_torch():
+    """One thread, so that parallel workers do not fight, and nothing compiled in another test."""
+    torch.set_num_threads(1)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    if "lychee_compile.backend" in sys.modules:
+        sys.modules["lychee_compile.backend"].reset()
