@@ -8,14 +8,14 @@ index = update_index(index, longer_key)        # while decoding
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.reference.attention import attend, rows_at
+from lychee_compile.kernels.reference.attention import attend, rows_at, slots_read
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.nodes import rounding_slack
 from lychee_compile.kernels.reference.selection import Selection
@@ -59,9 +59,9 @@ def update_index(index: KVIndex, k: Tensor, *, lengths: Tensor | None = None) ->
 
     Keys that were indexed before must be unchanged. `lengths`, int [B], as in `build_index`.
     """
-    batch, heads, kv_len, head_dim = k.shape
-    fits = (index.batch, index.kv_heads, index.head_dim) == (batch, heads, head_dim)
+    fits = (index.batch, index.kv_heads, index.head_dim) == (*k.shape[:2], *k.shape[3:])
     _expect(fits, f"k must be [{index.batch}, {index.kv_heads}, L, {index.head_dim}]", k)
+    batch, kv_len = k.shape[0], k.shape[2]
     if lengths is None:
         lengths = torch.full((batch,), kv_len, device=k.device)
     _expect(lengths.shape == (batch,), f"lengths must be [{batch}]", lengths)
@@ -113,8 +113,10 @@ def sparse_attention(
 
     Returns [B, Hq, Tq, Dv], and with `return_certificate` an upper bound of the share of the dense
     softmax mass that was not read, float32 [B, Hq, Tq]. `scale` is the selection's, unless given;
-    a certificate holds for the selection's alone (ValueError otherwise).
+    a certificate holds for the selection's alone. Raises ValueError otherwise, and for shapes that
+    do not fit the selection.
     """
+    _expect_operands(q, k, v, selection)
     factor = selection.scale if scale is None else scale
     mask = selection.visible.attention_mask
     output, log_read = attend(q, k, v, selection, mask, factor)
@@ -130,15 +132,33 @@ def sparse_attention(
 def _missed_share(q: Tensor, k: Tensor, selection: Selection, log_read: Tensor) -> Tensor:
     """M / (1 + M), M the bound of the unread mass over what was read, rounded up: [B, Hq, Tq]."""
     assert selection.log_unread_bound is not None
-    token = selection.tokens().clamp(min=0)
-    longest = torch.linalg.vector_norm(rows_at(k, token).float(), dim=-1).amax(-1)
+    slot, _ = slots_read(selection)
+    lengths = torch.linalg.vector_norm(rows_at(k, slot).float(), dim=-1)
+    longest = F.pad(lengths, (0, 1)).amax(-1)  # there may be none
     group = q.shape[1] // k.shape[1]
     reach = torch.linalg.vector_norm(q.float(), dim=-1) * longest.repeat_interleave(group, 1)
     slack = rounding_slack(q.shape[-1])
     log_floor = log_read - slack * abs(selection.scale) * reach - slack * log_read.abs() - slack
-    log_ratio = selection.log_unread_bound - log_floor + math.log1p(slack)
-    share = torch.sigmoid(log_ratio).nan_to_num(nan=1.0)
-    return torch.where(selection.log_unread_bound == -torch.inf, 0.0, share)
+    unread = selection.log_unread_bound
+    share = torch.sigmoid(unread + slack * unread.abs() - log_floor) * (1 + slack)
+    tiny = torch.finfo(torch.float32).tiny  # no share that is missed rounds to none
+    share = share.nan_to_num(nan=1.0).clamp(tiny, 1.0)
+    return torch.where(unread == -torch.inf, 0.0, share)
+
+
+def _expect_operands(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> None:
+    batch, heads, query_len, _ = selection.run_start.shape
+    slots = selection.visible.kv_len
+    fits = k.dim() == 4 and k.shape[:2] == (batch, heads) and k.shape[2] >= slots
+    _expect(fits, f"k must be [{batch}, {heads}, {slots} or more, D]", k)
+    fits = v.dim() == 4 and v.shape[:3] == k.shape[:3]
+    _expect(fits, f"v must be [{batch}, {heads}, {k.shape[2]}, Dv]", v)
+    fits = q.dim() == 4 and (q.shape[0], *q.shape[2:]) == (batch, query_len, k.shape[3])
+    _expect(
+        fits and q.shape[1] % heads == 0,
+        f"q must be [{batch}, n * {heads}, {query_len}, {k.shape[3]}]",
+        q,
+    )
 
 
 def _expect(holds: bool, what: str, got: Tensor) -> None:

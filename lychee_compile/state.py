@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lychee_compile.kernels.cache_index import CacheIndex
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.handles import Handle
 
@@ -63,6 +64,12 @@ class CacheRegistry:
             gone = [key for key, entry in self._entries.items() if entry.storage.expired()]
             for key in gone:
                 del self._entries[key]
+
+    def index_of(self, cache: Tensor, config: IndexConfig) -> CacheIndex | None:
+        """The index of `cache`, for looking into; None where it has none."""
+        with self._lock:
+            entry = self._entries.get(_identity(cache, config))
+        return None if entry is None else entry.handle.cache
 
     def acquire(self, cache: Tensor, config: IndexConfig, lookup: Lookup) -> Handle:
         """The handle of `cache`, a new one where it has none.

@@ -24,3 +24,15 @@ def fresh_torch():
         torch._dynamo.utils.counters.clear()
     if "lychee_compile.backend" in sys.modules:
         sys.modules["lychee_compile.backend"].reset()
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what the backend makes of a graph through AOTAutograd alone: quick to compile."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    from lychee_compile.passes import torch_private
+
+    monkeypatch.setattr(
+        torch_private, "inductor", lambda gm, inputs, mode, patches: aot_eager(gm, list(inputs))
+    )

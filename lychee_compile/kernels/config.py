@@ -29,7 +29,7 @@ class IndexConfig:
     coarse_units: int = 64
     """At most this many coarse units above the fine clusters."""
     overfetch: int = 4
-    """Fine clusters are taken until they hold `overfetch * budget` tokens, then chunks are ranked."""
+    """Fine clusters are taken until they hold `overfetch * budget` tokens; then come chunks."""
     boundaries: str = "auto"
     """Where chunks are cut: see `BOUNDARIES`. "auto" cuts by token strengths where they are known
     and by the similarity of neighbouring keys elsewhere."""

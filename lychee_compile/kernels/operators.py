@@ -34,13 +34,13 @@ def update_index(
     token_ids: Tensor | None,
     handle: Tensor,
     written: int,
-    build: bool,
 ) -> None:
     """Follow what was just written to `key` [B, Hkv, L, D], a cache or the keys grown by `cat`.
 
     `positions`, int [T] or [B, T], are the slots written; without them the last `written` slots.
     `token_ids`, int [B, T], are the tokens there, where the graph knows them. `mask` is the SDPA
-    mask of the attention that reads the cache. `build` False only notes what a later build needs.
+    mask of the attention that reads the cache. A write of more than `LONGEST_QUERY` tokens, as in a
+    dense prefill, only notes what a later build needs.
     """
     owner = handles.find(handle)
     cache = owner.index_for(key)
@@ -49,12 +49,13 @@ def update_index(
         None if mask is None else mask[..., -1:, :], batch, 1, kv_len, key.device
     )
     if positions is None:
-        stop = kv_len if written else int(visible.end.max())
+        stop = kv_len if written else max(int(visible.end.max()), 1)
         positions = torch.arange(max(stop - max(written, 1), 0), stop, device=key.device)
     positions = positions.to(torch.int64).expand(batch, -1)
     strengths = None
     if token_ids is not None and owner.strength_of is not None:
         strengths = owner.strength_of(token_ids).expand(batch, -1)
+    build = written <= LONGEST_QUERY
     cache.update(key, visible.first[:, 0], positions, strengths, build)
     handle[1] += 1
 
@@ -67,7 +68,6 @@ def _(
     token_ids: Tensor | None,
     handle: Tensor,
     written: int,
-    build: bool,
 ) -> None:
     return None
 
@@ -85,9 +85,11 @@ def sparse_attention(
     """Attention of `query` [B, Hq, Tq, D] over the best of `key` [B, Hkv, L, D]: [B, Hq, Tq, Dv].
 
     `value` is [B, Hkv, L, Dv] and `mask` an SDPA mask or None. `update_index` has run on `key`. The
-    budget is the handle's. Where a query sees no key at all the call is dense, so that its value
-    stays what PyTorch's operator makes of it.
+    budget is the handle's. More than `LONGEST_QUERY` positions are a prefill, which is dense; so is
+    a call where a query sees no key, so that its value stays what PyTorch's operator makes of it.
     """
+    if query.shape[2] > LONGEST_QUERY:
+        return dense_attention(query, key, value, mask, scale).contiguous()
     index = handles.find(handle).index_for(key).index
     selection = select(index, query, scale, key.shape[2], mask, index.config.budget)
     if bool((selection.visible.end == 0).any()):

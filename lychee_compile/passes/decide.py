@@ -112,7 +112,7 @@ def _better_exact(attention: Attention, config: IndexConfig) -> str | None:
     if config.budget is None:
         return "budget=None asks for exact attention"
     tokens = static_size(query[2])
-    if tokens is None or tokens > LONGEST_QUERY:
+    if same(query[2], key[2]) or (tokens is not None and tokens > LONGEST_QUERY):
         return f"{query[2]} query positions: a prefill or an encoder, which stays exact"
     if attention.is_causal:
         return "is_causal counts from the first key, which decoding over a cache does not mean"

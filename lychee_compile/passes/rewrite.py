@@ -9,7 +9,7 @@ Before, one decoding step over a static cache:
 After; `index` is a new input of the graph, which stands for the index of `k_cache`:
 
     k = index_copy_(k_cache, 2, positions, k_new)
-    update_index(k, mask, positions, token_ids, index, 1, True)
+    update_index(k, mask, positions, token_ids, index, 1)
     out = sparse_attention(q, k, v, mask, index, scale, "layers.0.self_attn")
 """
 
@@ -45,7 +45,7 @@ def rewrite_sparse(
         state = state_input(plan.binding)
         if plan.binding not in updated:
             updated.add(plan.binding)
-            _insert_update(gm.graph, plan, state, token_ids, build=True)
+            _insert_update(gm.graph, plan, state, token_ids)
         _replace_attention(gm.graph, plan, state, mode)
 
 
@@ -58,7 +58,7 @@ def note_prefill(gm: torch.fx.GraphModule, plans: list[Plan], state_input: State
             continue
         if covers(token_ids, plan.attention.query):
             noted.add(plan.binding)
-            _insert_update(gm.graph, plan, state_input(plan.binding), token_ids, build=False)
+            _insert_update(gm.graph, plan, state_input(plan.binding), token_ids)
 
 
 def _insert_update(
@@ -66,7 +66,6 @@ def _insert_update(
     plan: Plan,
     state: torch.fx.Node,
     token_ids: torch.fx.Node | None,
-    build: bool,
 ) -> None:
     attention, binding = plan.attention, plan.binding
     assert binding is not None
@@ -85,7 +84,7 @@ def _insert_update(
         ids = token_ids if covers(token_ids, attention.query) else None
         graph.call_function(
             torch.ops.lychee.update_index.default,
-            (binding.key, attention.mask, positions, ids, state, written, build),
+            (binding.key, attention.mask, positions, ids, state, written),
         )
 
 

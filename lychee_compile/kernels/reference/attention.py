@@ -13,10 +13,10 @@ def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Attention over every key, [B, Hq, Tq, Dv]; key and value have Hkv heads, Hkv dividing Hq."""
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
-    )
+    group = query.shape[1] // key.shape[1]
+    if group > 1:  # repeated, not `enable_gqa`: that has no fused kernel on a CPU
+        key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def attend(
@@ -31,28 +31,41 @@ def attend(
 
     `query` [B, Hq, Tq, D], `key` [B, Hkv, L, D], `value` [B, Hkv, L, Dv]. Returns the output
     [B, Hq, Tq, Dv] in the query's dtype and the log-sum-exp of its scores, float32 [B, Hq, Tq]. A
-    query that may see nothing gets zeros, as PyTorch's own attention gives.
+    query that may see nothing gets zeros, as PyTorch's own attention gives. Computed in float32, or
+    in float64 for float64 queries.
     """
     batch, query_heads, query_len, _ = query.shape
     heads = key.shape[1]
-    token = selection.tokens()
-    slot = token.clamp(min=0)
-    grouped = query.unflatten(1, (heads, query_heads // heads)).transpose(2, 3).float()
-    score = grouped @ rows_at(key, slot).float().transpose(-1, -2) * scale
-    hidden = (token < 0)[..., None, :]
+    slot, padding = slots_read(selection)
+    work = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.unflatten(1, (heads, query_heads // heads)).transpose(2, 3).to(work)
+    score = grouped @ rows_at(key, slot).to(work).transpose(-1, -2) * scale
+    hidden = padding[..., None, :]
     if mask is not None:
         at = _mask_at(mask, slot, query_heads)
         if at.dtype == torch.bool:
             hidden = hidden | ~at
         else:
-            score = score + at.float()
+            score = score + at.to(work)
             hidden = hidden | (at <= torch.finfo(at.dtype).min / 2)
     score = score.masked_fill(hidden, -torch.inf)
     log_total = score.logsumexp(-1)
-    weight = (score - log_total.masked_fill(log_total == -torch.inf, 0)[..., None]).exp()
-    output = weight @ rows_at(value, slot).float()
+    nothing = log_total == -torch.inf
+    weight = (score - log_total.masked_fill(nothing, 0)[..., None]).exp()
+    output = (weight @ rows_at(value, slot).to(work)).masked_fill(nothing[..., None], 0)
     output = output.transpose(2, 3).reshape(batch, query_heads, query_len, -1)
-    return output.to(query.dtype), log_total.transpose(2, 3).flatten(1, 2)
+    return output.to(query.dtype), log_total.transpose(2, 3).flatten(1, 2).float()
+
+
+def slots_read(selection: Selection) -> tuple[Tensor, Tensor]:
+    """Slots read, int64 [B, Hkv, Tq, S], and which of them are padding, bool of the same shape.
+
+    Padding names the last slot that the query sees: a hidden one may hold anything, NaN for one.
+    """
+    token = selection.tokens()
+    padding = token < 0
+    last = (selection.visible.end - 1).clamp(min=0)
+    return torch.where(padding, last[:, None, :, None], token), padding
 
 
 def rows_at(tensor: Tensor, slot: Tensor) -> Tensor:

@@ -37,11 +37,14 @@ def _as_int64(block: Tensor) -> Tensor:
 
     Without the fold a difference in the sign bits alone could cancel in the sum.
     """
+    size = block.element_size()
     block = block.contiguous()
-    if block.shape[-1] * block.element_size() % 8 == 0:
-        bits = block.view(torch.int64)
-        return bits ^ (bits >> 31)
-    return block.view(_INTEGERS[block.element_size()]).to(torch.int64)
+    if block.shape[-1] * size % 8:
+        return block.view(_INTEGERS[size]).to(torch.int64)
+    if block.storage_offset() * size % 8:
+        block = block.clone()  # a view as int64 must be aligned
+    bits = block.view(torch.int64)
+    return bits ^ (bits >> 31 & 0x1FFFFFFFF)  # masked, as >> repeats the sign: one to one
 
 
 def _weights(heads: int, words: int, seed: int) -> Tensor:

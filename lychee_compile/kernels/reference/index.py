@@ -128,28 +128,32 @@ class KVIndex:
                 self._graft(key, columns[:, column], lengths[:, column] > 0)
 
     def truncate(self, keep: Tensor) -> None:
-        """Forget the tokens from position `keep`, int64 [B], on. Bounds stay true."""
+        """Forget the tokens from position `keep`, int64 [B], on. Bounds stay true.
+
+        Chunks whose cut a forgotten token took part in go too, so that what follows is cut as if
+        the forgotten tokens had never been there.
+        """
         self.strengths.forget(keep)
         self.compared = torch.minimum(self.compared, keep)
         self.end = torch.minimum(self.end, keep)
-        self._drop_chunks(keep)
+        self._drop_chunks(self.chunk_start + self.config.chunk[1] >= keep[:, None])
 
     def restart(self, rows: Tensor, start: Tensor) -> None:
         """Empty the rows where `rows`, bool [B], is set; they begin at `start`, int64 [B]."""
-        self._drop_chunks(torch.where(rows, 0, torch.iinfo(torch.int64).max))
+        self._drop_chunks(rows[:, None])
         self.start = torch.where(rows, start, self.start)
         self.tail = torch.where(rows, start, self.tail)
 
-    def _drop_chunks(self, keep: Tensor) -> None:
-        ends = self.chunk_start + self.chunk_length
-        dropped = (self.chunk_length > 0) & (ends > keep[:, None])
+    def _drop_chunks(self, which: Tensor) -> None:
+        """Drop the chunks `which`, bool [B, 1 or C], none of them before one that is kept."""
+        dropped = (self.chunk_length > 0) & which
         if not bool(dropped.any()):
             return
         self.chunk_length = torch.where(dropped, 0, self.chunk_length)
         self.chunks.tokens = torch.where(dropped[:, None], 0, self.chunks.tokens)
         self.clusters = merge(self.chunks, self.chunk_cluster, self.clusters.count)
         self.units = merge(self.clusters, self.cluster_unit, self.units.count)
-        left = torch.where(self.chunk_length > 0, ends, 0).max(1).values
+        left = torch.where(self.chunk_length > 0, self.chunk_start + self.chunk_length, 0).amax(1)
         self.tail = torch.maximum(left, self.start)
 
     def _append(self, key: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:

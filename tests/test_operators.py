@@ -1,0 +1,285 @@
+"""The registered operators: PyTorch's own checks, shapes, order in a graph, dependencies."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Heads, configs, heads, masks, random, row_chunks, seeds
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lychee_compile.kernels import handles, operators, reference
+from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.handles import Handle
+from lychee_compile.kernels.observe import observers
+from lychee_compile.kernels.operators import sparse_attention, update_index
+
+SHAPE = Heads(2, 2, 2, 8)
+CONFIG = IndexConfig(sinks=2, recent=8, chunk=(2, 4), cluster_chunks=2, budget=24)
+HIDDEN = torch.zeros(1, 1, 1, 60, dtype=torch.bool)
+
+
+@pytest.fixture
+def handle():
+    return Handle(CONFIG)
+
+
+@pytest.fixture
+def calls():
+    """What the sparse attention calls of a test tell their observers."""
+    seen = []
+    note = seen.append
+    observers.append(note)
+    yield seen
+    observers.remove(note)
+
+
+def operand_sets():
+    """Query, key, value and mask: one query or several, masks, dtypes, a value size of its own."""
+    for dtype in operators.DTYPES:
+        for query_len, group in ((1, 2), (3, 1), (3, 2)):
+            shape = Heads(2, 2, group, 8)
+            key = shape.keys("gaussian", 0, 60, dtype)
+            value = random(1, 2, 2, 60, 4).to(dtype)
+            mask = torch.ones(2, 1, query_len, 60, dtype=torch.bool).tril(60 - query_len)
+            for each in (None, mask, torch.where(mask, 0.0, -torch.inf).to(dtype)):
+                yield shape.queries(0, query_len, dtype), key, value, each
+
+
+@pytest.mark.parametrize("operands", list(operand_sets()))
+def test_sparse_attention_is_a_proper_operator(operands, handle):
+    query, key, value, mask = operands
+    update_index(key, mask, None, None, handle.tensor, 1)
+    torch.library.opcheck(sparse_attention, (query, key, value, mask, handle.tensor, 0.3, "site"))
+
+
+@pytest.mark.parametrize(
+    ("positions", "token_ids", "mask"),
+    [
+        (None, None, None),
+        (torch.arange(57, 60), torch.zeros(2, 3, dtype=torch.int64), None),
+        (torch.arange(57, 60).expand(2, -1), None, HIDDEN.logical_not()),
+    ],
+)
+def test_update_index_is_a_proper_operator(positions, token_ids, mask):
+    owner = Handle(CONFIG, lambda ids: ids.to(torch.uint8))
+    key = SHAPE.keys("gaussian", 0, 60)
+    operands = (key, mask, positions, token_ids, owner.tensor, 3)
+    torch.library.opcheck(update_index, operands)
+
+
+@given(heads, configs(policy="lychee"), st.sampled_from(operators.DTYPES), seeds, st.data())
+def test_the_operators_attend_as_sdpa_does(shape, config, dtype, seed, data):
+    """With a budget for everything, whatever the mask; what was never indexed is read whole."""
+    tokens = data.draw(st.integers(1, 60))
+    query_len = data.draw(st.integers(1, min(4, tokens)))
+    key, query = shape.keys("gaussian", seed, tokens, dtype), shape.queries(seed, query_len, dtype)
+    mask = data.draw(masks(shape, query_len, tokens, dtype)).tensor
+    owner = Handle(IndexConfig(**{**vars(config), "budget": tokens}))
+    if data.draw(st.booleans()):
+        update_index(key, mask, None, None, owner.tensor, query_len)
+    output = sparse_attention(query, key, key, mask, owner.tensor, 0.2, "")
+    dense = F.scaled_dot_product_attention(
+        query, key, key, attn_mask=mask, scale=0.2, enable_gqa=True
+    )
+    assert output.dtype == dtype
+    few = 16 * torch.finfo(dtype).eps * float(key.float().abs().max())
+    torch.testing.assert_close(output, dense, rtol=0, atol=max(few, 1e-4))
+
+
+@pytest.mark.parametrize("hidden", [False, -torch.inf, torch.finfo(torch.float32).min])
+def test_a_query_that_sees_nothing_gets_what_sdpa_gives(hidden, handle, calls):
+    key, query = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, 1)
+    mask = HIDDEN.logical_not().repeat(2, 1, 1, 1)
+    mask = mask if hidden is False else torch.zeros(mask.shape)
+    mask[1] = hidden
+    update_index(key, mask, None, None, handle.tensor, 1)
+    output = sparse_attention(query, key, key, mask, handle.tensor, 0.3, "")
+    dense = F.scaled_dot_product_attention(
+        query, key, key, attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(output, dense, equal_nan=True)
+    assert calls == []
+
+
+@pytest.mark.parametrize("written", [0, 1, 60])
+def test_an_update_may_see_nothing(written, handle):
+    """A read-only use of a cache takes the last visible slot for the last written one."""
+    key = SHAPE.keys("gaussian", 0, 60)
+    update_index(key, HIDDEN, None, None, handle.tensor, written)
+    update_index(key, None, None, None, handle.tensor, 0)
+    whole = Handle(CONFIG)
+    update_index(key, None, None, None, whole.tensor, 1)
+    assert row_chunks(handle.cache.index, 0) == row_chunks(whole.cache.index, 0)
+
+
+def test_token_ids_give_the_strengths():
+    """Those of a dense prefill too, which is indexed when decoding begins."""
+    key = SHAPE.keys("gaussian", 0, 61)
+    owner = Handle(CONFIG, lambda ids: (ids == 7).to(torch.uint8))
+    ids = torch.zeros(1, 61, dtype=torch.int64)
+    ids[:, 2::3] = 7
+    update_index(key, None, torch.arange(60), ids[:, :60], owner.tensor, 60)
+    assert not owner.cache.index.chunk_count.any()
+    update_index(key, None, torch.tensor([60]), ids[:, 60:], owner.tensor, 1)
+    assert {size for _, size in row_chunks(owner.cache.index, 1)[:-1]} == {3}
+
+
+def test_a_prefill_is_dense(handle, calls):
+    many = operators.LONGEST_QUERY + 1
+    key, query = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, many)
+    update_index(key, None, None, None, handle.tensor, 1)
+    output = sparse_attention(query, key, key, None, handle.tensor, 0.3, "")
+    torch.testing.assert_close(
+        output, F.scaled_dot_product_attention(query, key, key, scale=0.3, enable_gqa=True)
+    )
+    assert calls == []
+
+
+def test_symbolic_shapes(handle):
+    """One trace serves any length."""
+
+    def attend(query, key, value, tensor):
+        return sparse_attention(query, key, value, None, tensor, 0.3, "")
+
+    def operands(tokens, query_len):
+        key = SHAPE.keys("gaussian", 0, tokens)
+        return SHAPE.queries(0, query_len), key, random(1, 2, 2, tokens, 5), handle.tensor
+
+    graph = make_fx(attend, tracing_mode="symbolic")(*operands(60, 3))
+    node = next(node for node in graph.graph.nodes if "sparse_attention" in str(node.target))
+    fake = node.meta["val"]
+    assert isinstance(fake.shape[2], torch.SymInt)
+    assert fake.is_contiguous()
+    for tokens, query_len in ((70, 4), (33, 2)):
+        given_ = operands(tokens, query_len)
+        output = graph(*given_)
+        assert output.shape == (2, 4, query_len, 5)
+        assert torch.equal(output, attend(*given_))
+
+
+def decode(key, query, new, position, handle):
+    """Two tokens in one graph: written and read, written and read."""
+    outputs = []
+    for offset in range(2):
+        at = position + offset
+        key.index_copy_(2, at, new + offset)
+        update_index(key, None, at, None, handle, 1)
+        outputs.append(sparse_attention(query, key, key, None, handle, 0.3, "site"))
+    return outputs
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_graph_keeps_updates_and_reads_in_order(compiler, calls):
+    results = []
+    for function in (decode, torch.compile(decode, backend=compiler, fullgraph=True)):
+        key, query, new = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, 1), random(3, 2, 2, 1, 8)
+        owner = Handle(CONFIG)
+        update_index(key[:, :, :50], None, torch.arange(50), None, owner.tensor, 50)
+        ends, count = [], owner.tensor[1].item()
+        observers.append(lambda call, ends=ends: ends.append(int(call.index.end.max())))
+        outputs = function(key, query, new, torch.tensor([50]), owner.tensor)
+        observers.pop()
+        assert ends == [51, 52]
+        assert owner.tensor.tolist() == [owner.number, count + 2]
+        results.append((*outputs, key))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled)
+    assert {call.site for call in calls} == {"site"}
+
+
+def test_an_update_alone_is_not_dead_code():
+    """Nothing reads its result, yet functionalisation must keep it."""
+
+    def note(key, handle):
+        update_index(key, None, None, None, handle, 60)
+        return key + 1
+
+    owner, key = Handle(CONFIG), SHAPE.keys("gaussian", 0, 60)
+    torch.compile(note, backend="aot_eager", fullgraph=True)(key, owner.tensor)
+    assert owner.cache.known.tolist() == [60, 60]
+
+
+def test_observers_see_the_operands(handle, calls):
+    key, query = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, 1)
+    update_index(key, None, None, None, handle.tensor, 1)
+    sparse_attention(query, key, key, None, handle.tensor, 0.3, "layer")
+    (call,) = calls
+    assert (call.site, call.scale, call.mask) == ("layer", 0.3, None)
+    assert call.index is handle.cache.index
+    assert call.selection.token_mask().sum(-1).max() <= CONFIG.budget
+
+
+def test_a_handle_is_found_by_a_copy_and_gone_with_its_owner():
+    owner = Handle(CONFIG)
+    copy = owner.tensor.clone()
+    assert handles.find(copy) is owner
+    assert owner.number not in (Handle(CONFIG).number, Handle(CONFIG).number)
+    del owner
+    gc.collect()
+    with pytest.raises(KeyError):
+        handles.find(copy)
+
+
+@pytest.mark.parametrize("other", [Heads(3, 2, 1, 8), Heads(2, 1, 1, 8), Heads(2, 2, 1, 4)])
+def test_a_cache_of_another_shape_has_another_index(other, handle):
+    first = handle.index_for(SHAPE.keys("gaussian", 0, 60))
+    assert handle.index_for(SHAPE.keys("gaussian", 0, 70)) is first
+    assert handle.index_for(other.keys("gaussian", 0, 60)) is not first
+
+
+def test_the_operators_do_not_take_float64():
+    """The passes keep such sites; the reference itself computes them in float64."""
+    assert set(operators.DTYPES) == {torch.float32, torch.bfloat16, torch.float16}
+
+
+REFERENCE = Path(reference.__file__).parent
+ALLOWED = ("torch", "lychee_compile.kernels")
+
+
+@pytest.mark.parametrize("path", sorted(REFERENCE.glob("*.py")), ids=lambda path: path.name)
+def test_the_reference_imports_torch_alone(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names = [node.module]
+        for name in names:
+            own = any(name == each or name.startswith(each + ".") for each in ALLOWED)
+            assert own or name.partition(".")[0] in sys.stdlib_module_names, name
+
+
+def test_the_kernels_run_where_nothing_but_torch_is_installed():
+    script = """
+import sys
+import torch
+blocked = ("transformers", "triton", "rich", "matplotlib", "tokenizers", "networkx", "sympy")
+loaded = {name for name in blocked if name in sys.modules}
+class Blocker:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in blocked and name.partition(".")[0] not in loaded:
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocker())
+from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.reference import attention, index, selection
+key = torch.ones(1, 1, 99, 4)
+built = index.KVIndex(1, 1, 4, IndexConfig(), key.device)
+built.extend(key, torch.tensor([99]))
+chosen = selection.select(built, key[:, :, :1], 0.5, 99, None, 90)
+attention.attend(key[:, :, :1], key, key, chosen, None, 0.5)
+assert not {name for name in blocked if name in sys.modules} - loaded
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
