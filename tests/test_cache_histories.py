@@ -275,10 +275,9 @@ def machine(request: pytest.FixtureRequest, without_inductor: None) -> Iterator[
 
 
 def test_any_history_gives_what_the_cache_holds(machine: type[Histories]) -> None:
-    profile = settings()
+    examples = max(settings().max_examples // 6, 1)
     run_state_machine_as_test(
-        machine,
-        settings=settings(profile, max_examples=max(profile.max_examples // 6, 1), stateful_step_count=16),
+        machine, settings=settings(max_examples=examples, stateful_step_count=16)
     )
     assert torch._dynamo.utils.counters["lychee"]["sparse"] > 0
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.reference.fingerprints import fingerprints
-from lychee_compile.kernels.reference.index import RECLUSTER_CHUNKS, KVIndex
+from lychee_compile.kernels.reference.index import PROMPT_CHUNKS, KVIndex
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class CacheIndex:
         waiting = int((end - self.index.tail).max())
         started = time.perf_counter()
         self.index.extend(key, end)
-        if waiting > RECLUSTER_CHUNKS * self.config.chunk[1]:
+        if waiting > PROMPT_CHUNKS * self.config.chunk[1]:
             logger.info(
                 "indexed %d tokens of %d KV heads in %.0f ms",
                 waiting,

@@ -62,8 +62,11 @@ def calls(node: Any, *targets: Any) -> bool:
 
 
 def through_copies(node: torch.fx.Node) -> torch.fx.Node:
-    """The first node up the graph that is no mere copy of its input in the same dtype and shape."""
-    while calls(node, *SAME_VALUES):
+    """The first node up the graph that is no mere copy of its input in the same dtype and shape.
+
+    A slice of the same length takes everything, so it counts as a copy.
+    """
+    while calls(node, *SAME_VALUES, aten.slice.Tensor):
         source = node.args[0]
         assert isinstance(source, torch.fx.Node)
         before, after = value_of(source), value_of(node)

@@ -94,8 +94,7 @@ def _before_repeat(node: torch.fx.Node) -> torch.fx.Node:
     if expanded is node or not calls(expanded, aten.expand.default):
         return node
     five = shape_of(expanded)
-    inner = expanded.args[0]
-    assert isinstance(inner, torch.fx.Node)
+    inner = through_copies(expanded.args[0])  # type: ignore[arg-type]
     base = through_copies(_skip(inner, VIEWS - {aten.expand.default}))
     four = shape_of(base)
     if len(wide) != 4 or len(five) != 5 or len(four) != 4:

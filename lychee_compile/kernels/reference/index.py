@@ -18,8 +18,9 @@ from lychee_compile.kernels.reference.nodes import (
 )
 from lychee_compile.kernels.reference.strengths import StrengthTrack
 
-RECLUSTER_CHUNKS = 16
-"""A single update that adds fewer chunks than this is decoding: it grafts and never re-clusters."""
+PROMPT_CHUNKS = 32
+"""An update that closes at least this many chunks is a prompt's, and clusters anew; one that closes
+fewer, as decoding does, grafts them one by one."""
 GATHER_CHUNKS = 2048
 """Chunks whose keys are gathered at a time, to bound the memory of building."""
 
@@ -121,7 +122,7 @@ class KVIndex:
         starts = torch.where(lengths > 0, starts + begin, 0)
         known = int(self.chunk_count.max())
         columns = self._append(key, starts, lengths)
-        if known == 0 or starts.shape[1] >= max(RECLUSTER_CHUNKS, known // 4):
+        if known == 0 or starts.shape[1] >= PROMPT_CHUNKS:
             self._cluster(key)
         else:
             for column in range(starts.shape[1]):
@@ -243,7 +244,9 @@ class KVIndex:
         chunk = self.chunks.gather(chosen)
         nearest = self._nearest_cluster(chunk)
         unit = self.cluster_unit.gather(2, nearest)
-        joined = (self.chunk_cluster == nearest) & (self.chunk_length > 0)[:, None]
+        # Chunks appended after this one have no cluster yet.
+        grafted = torch.arange(self.chunks.count, device=key.device) <= column[:, None]
+        joined = (self.chunk_cluster == nearest) & (grafted & (self.chunk_length > 0))[:, None]
         full = joined.sum(-1, keepdim=True) - joined.gather(2, chosen).long()
         full = full >= 2 * self.config.cluster_chunks
         label = torch.where(full, self._free_cluster(bool(full.any())), nearest)

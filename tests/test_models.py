@@ -1,0 +1,100 @@
+"""Decoders of transformers through the backend: with everything read, logits are dense attention's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+
+PROMPT, STEPS = 90, 12
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "head_dim": 16,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+WINDOWED = {
+    "sliding_window": 32,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+EVERYTHING = {"budget": 127, "sinks": 2, "recent": 16, "chunk": (4, 8)}
+
+
+def model_of(name: str) -> Any:
+    """A small random model of an architecture."""
+    torch.manual_seed(0)
+    if name == "llama":
+        config = transformers.LlamaConfig(**SMALL)
+    elif name == "qwen3":
+        config = transformers.Qwen3Config(**SMALL)
+    elif name == "mistral":
+        config = transformers.MistralConfig(**SMALL, sliding_window=None)
+    elif name == "gemma3":
+        config = transformers.Gemma3TextConfig(**SMALL, **WINDOWED)
+    else:
+        config = transformers.GPT2Config(
+            vocab_size=128,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=512,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def caches(model: Any, kind: str) -> Any:
+    """An empty cache for `model`."""
+    if kind == "static":
+        return transformers.StaticCache(model.config, max_cache_len=128)
+    return transformers.DynamicCache(config=model.config)
+
+
+def decode(model: Any, forward: Callable[..., Any], kind: str, padding: list[int]) -> Tensor:
+    """Logits of `STEPS` decoded tokens after an eager prefill, rows padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 128, (len(padding), PROMPT + STEPS), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(padding):
+        ids[row, :pad], mask[row, :pad] = 0, 0
+    given: dict[str, Any] = {}
+    if any(padding):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = caches(model, kind)
+    logits = []
+    for begin, end in [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, PROMPT + STEPS))]:
+        if any(padding):
+            given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+        call = model if begin == 0 else forward
+        output = call(ids[:, begin:end], past_key_values=cache, use_cache=True, **given)
+        logits.append(output.logits[:, -1])
+    return torch.stack(logits[1:], 1)
+
+
+@pytest.mark.parametrize("padding", [[0], [0, 13, 60]], ids=["one", "ragged"])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
+@torch.no_grad()
+def test_everything_read_is_dense(
+    name: str, kind: str, padding: list[int], without_inductor: None
+) -> None:
+    model = model_of(name)
+    compiled = torch.compile(model, backend="lychee", options=EVERYTHING)
+    got = decode(model, compiled, kind, padding)
+    expected = decode(model, model, kind, padding)
+    assert torch._dynamo.utils.counters["lychee"]["sparse"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
