@@ -106,7 +106,7 @@ def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., An
     inputs = _StateInputs(analysis)
     if any(plan.site.decision == "sparse" for plan in plans):
         rewrite_sparse(gm, plans, inputs, analysis.mode)
-    elif table is not None:
+    elif table is not None and options.budget is not None:
         worth_noting = [plan for plan in plans if plan.site.by_design]
         note_prefill(gm, worth_noting, inputs)
     if not inputs.states:
@@ -174,9 +174,15 @@ def _announce(report: Report, options: Options) -> None:
 def _count_as_kept(plans: Sequence[Plan], error: Exception) -> None:
     for plan in plans:
         if plan.site.decision == "sparse":
-            plan.site.decision, plan.site.reason = "kept", f"the rewrite failed: {error}"
+            plan.site.decision, plan.site.reason = "kept", f"the rewrite failed: {_brief(error)}"
+            plan.site.kernel = str(plan.attention.node.target)
             torch_private.count("sparse", -1)
             torch_private.count("kept", 1)
+
+
+def _brief(error: Exception) -> str:
+    """The first line: FX appends whole graphs to its messages."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _leave_to_inductor(
@@ -187,7 +193,7 @@ def _leave_to_inductor(
     logger.warning(
         "a graph goes to Inductor unchanged, because lychee failed on it: %s: %s",
         type(error).__name__,
-        error,
+        _brief(error),
         exc_info=logger.isEnabledFor(logging.DEBUG),
     )
     return torch_private.inductor(gm, example_inputs, options.mode, dict(options.inductor))

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from tiny_models import VOCABULARY, Past, StaticKV, TinyDecoder
 from torch import Tensor
 
+from lychee_compile.kernels.cache_index import CacheIndex
 from lychee_compile.kernels.reference.fingerprints import fingerprints
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.options import Options
@@ -295,3 +296,24 @@ def test_a_dropped_cache_drops_its_index(without_inductor: None) -> None:
     del cache
     gc.collect()
     assert len(registry) == each
+
+
+@torch.no_grad()
+def test_a_prompt_that_another_backend_compiled_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CacheIndex, "_sample_differs", lambda *_: False)
+    torch.manual_seed(0)
+    model = TinyDecoder().eval()
+    cache = StaticKV.empty(BATCH, SIZE)
+    prefill = torch.compile(model, backend="inductor")
+    decoder = torch.compile(model, backend="lychee", options=SPARSE)
+    config = Options.parse(None, SPARSE).index_config()
+    for seed in range(3):
+        cache.length.zero_()
+        prefill(tokens(seed, PROMPT), cache=cache)
+        decoder(tokens(seed + 10, 1), cache=cache)
+        for key in cache.keys:
+            found = registry.index_of(key, config)
+            assert found is not None
+            check_nodes(found.index, key)

@@ -98,3 +98,28 @@ def test_everything_read_is_dense(
     assert torch._dynamo.utils.counters["lychee"]["sparse"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_generate_gives_the_dense_tokens() -> None:
+    model = model_of("llama")
+    ids = torch.randint(1, 128, (2, PROMPT), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    given = {
+        "attention_mask": mask,
+        "do_sample": False,
+        "max_new_tokens": 2 * STEPS,
+        "pad_token_id": 0,
+    }
+    dense = model.generate(ids, disable_compile=True, **given)
+    # The cache has one slot less than there are tokens, the budget one less again: enough for all
+    # steps but the last.
+    options = {**EVERYTHING, "budget": PROMPT + 2 * STEPS - 2}
+    config = transformers.CompileConfig(backend="lychee", mode=None, options=options)
+    config._compile_all_devices = True
+    for _ in range(2):  # the second call meets a cache of the same shape
+        sparse = model.generate(ids, cache_implementation="static", compile_config=config, **given)
+        assert torch.equal(sparse[:, :-1], dense[:, :-1])
+    assert torch._dynamo.utils.counters["lychee"]["sparse"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -51,7 +51,8 @@ def update_index(
     if positions is None:
         stop = kv_len if written else max(int(visible.end.max()), 1)
         positions = torch.arange(max(stop - max(written, 1), 0), stop, device=key.device)
-    positions = positions.to(torch.int64).expand(batch, -1)
+    # As in indexing, a negative position counts from the end.
+    positions = (positions.to(torch.int64) % kv_len).expand(batch, -1)
     strengths = None
     if token_ids is not None and owner.strength_of is not None:
         strengths = owner.strength_of(token_ids).expand(batch, -1)

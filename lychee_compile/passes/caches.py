@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx
@@ -14,7 +15,9 @@ from lychee_compile.passes.dataflow import (
     calls,
     same,
     shape_of,
+    static_size,
     through_copies,
+    value_of,
 )
 
 ROLLING = "the cache rolls: every key changes its slot at every step"
@@ -40,8 +43,13 @@ class CacheBinding:
     """Whether the graph only reads the cache."""
 
 
-def bind_cache(key: torch.fx.Node, graph: torch.fx.Graph) -> CacheBinding | str:
-    """The cache that `key` [B, Hkv, L, D] is read from, or in words why none was recognised."""
+def bind_cache(
+    key: torch.fx.Node, graph: torch.fx.Graph, reader: torch.fx.Node
+) -> CacheBinding | str:
+    """The cache that `key` [B, Hkv, L, D] is read from, or in words why none was recognised.
+
+    `reader` is the attention that reads it.
+    """
     if calls(key, aten.cat.default):
         return _grown(key, graph)
     buffer, axis = key, 2
@@ -50,7 +58,7 @@ def bind_cache(key: torch.fx.Node, graph: torch.fx.Graph) -> CacheBinding | str:
     if calls(buffer, aten.index_copy_.default, aten.index_put_.default):
         return _written(key, buffer, axis)
     if buffer.op == "placeholder":
-        return _read(key, buffer, axis)
+        return _read(key, buffer, axis, reader)
     if calls(buffer, aten.slice.Tensor):
         return "the keys are a slice of what the cache holds, as in a sliding window"
     if calls(buffer, aten.roll.default) or (
@@ -84,10 +92,13 @@ def _positions(write: torch.fx.Node, axis: int) -> torch.fx.Node | None:
     along = [place for place, index in enumerate(indices) if index is not None]
     if along != [axis] or argument(write, "accumulate", False):
         return None
-    return indices[axis] if len(shape_of(indices[axis])) == 1 else None
+    index = indices[axis]
+    return index if len(shape_of(index)) == 1 and value_of(index).dtype != torch.bool else None
 
 
-def _read(key: torch.fx.Node, cache: torch.fx.Node, axis: int) -> CacheBinding | str:
+def _read(
+    key: torch.fx.Node, cache: torch.fx.Node, axis: int, reader: torch.fx.Node
+) -> CacheBinding | str:
     """A cache that is written through a view of it, or not at all."""
     writes = _writes(cache)
     if not writes:
@@ -97,12 +108,27 @@ def _read(key: torch.fx.Node, cache: torch.fx.Node, axis: int) -> CacheBinding |
     if len(writes) > 1 or not whole_slice or not calls(writes[0], aten.copy_.default):
         return "the form of the cache write is not known"
     assert isinstance(target, torch.fx.Node)
-    start, end = argument(target, "start", 0), argument(target, "end")
+    if reader < writes[0]:
+        return "the cache is written after it is read"
     if argument(target, "dim", 0) % 4 != axis or argument(target, "step", 1) != 1:
         return "the cache is written along another axis than its tokens"
-    if start is None or end is None or (isinstance(start, int) and start < 0):
+    kv_len = shape_of(cache)[axis]
+    start = _slot(argument(target, "start", 0), kv_len)
+    end = _slot(argument(target, "end"), kv_len)
+    if start is None or end is None:
         return "the form of the cache write is not known"
     return CacheBinding(key, "static", cache, None, span=(start, end))
+
+
+def _slot(bound: Any, kv_len: int | torch.SymInt) -> int | torch.fx.Node | None:
+    """The slot at a bound of a slice: negative and large ones mean what they do in Python.
+
+    None where only a run can tell.
+    """
+    size = static_size(kv_len)
+    if isinstance(bound, torch.fx.Node):
+        return bound
+    return None if size is None or bound is None else slice(bound, None).indices(size)[0]
 
 
 def _grown(key: torch.fx.Node, graph: torch.fx.Graph) -> CacheBinding | str:

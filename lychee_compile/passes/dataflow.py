@@ -99,6 +99,7 @@ def module_path(node: torch.fx.Node) -> str:
     path = str(list(stack.values())[-1][0])
     path = path.replace("._modules['", ".").replace("']", "").replace("['", ".")
     path = path.removeprefix("L.self").removeprefix("L").lstrip(".")
+    path = path.removeprefix("_orig_mod").lstrip(".")
     return path.removeprefix("fn.") or node.name
 
 

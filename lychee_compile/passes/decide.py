@@ -36,7 +36,7 @@ def plan_site(
     attention: Attention, graph: torch.fx.Graph, config: IndexConfig, needs_gradients: bool
 ) -> Plan:
     """Look at one attention and decide: `site.decision` is "sparse" or, with a reason, "kept"."""
-    bound = bind_cache(attention.key, graph)
+    bound = bind_cache(attention.key, graph, attention.node)
     binding = bound if isinstance(bound, CacheBinding) else None
     site = _describe(attention, binding)
     unsupported = _unsupported_operands(attention, needs_gradients) or _unsupported_form(attention)

@@ -18,6 +18,7 @@ from lychee_compile.passes.dataflow import (
     same_shape,
     shape_of,
     through_copies,
+    value_of,
 )
 
 
@@ -108,5 +109,7 @@ def _skip(node: torch.fx.Node, targets: set[Any]) -> torch.fx.Node:
     while calls(node, *targets, *SAME_VALUES):
         source = node.args[0]
         assert isinstance(source, torch.fx.Node)
+        if value_of(source).dtype != value_of(node).dtype:  # a cast may round
+            break
         node = source
     return node

@@ -24,7 +24,14 @@ import torch.fx
 from lychee_compile.kernels import operators  # noqa: F401  registers the operators
 from lychee_compile.passes.caches import CacheBinding
 from lychee_compile.passes.check import check_replacement
-from lychee_compile.passes.dataflow import aten, shape_of, static_size, value_of
+from lychee_compile.passes.dataflow import (
+    argument,
+    aten,
+    calls,
+    shape_of,
+    static_size,
+    value_of,
+)
 from lychee_compile.passes.decide import Plan
 from lychee_compile.passes.tokens import covers, find_token_ids
 
@@ -76,12 +83,19 @@ def _insert_update(
             positions = graph.call_function(
                 aten.arange.start, binding.span, {"device": device, "dtype": torch.int64}
             )
+        fresh = attention.query
+        if binding.kind == "dynamic":
+            fresh = (
+                argument(binding.key, "tensors")[-1]
+                if calls(binding.key, aten.cat.default)
+                else binding.key
+            )
         written: Any = 0
         if not binding.reads_only:
-            written = static_size(shape_of(attention.query)[2])
+            written = static_size(shape_of(fresh)[2])
             if written is None:
-                written = graph.call_function(aten.sym_size.int, (attention.query, 2))
-        ids = token_ids if covers(token_ids, attention.query) else None
+                written = graph.call_function(aten.sym_size.int, (fresh, 2))
+        ids = token_ids if covers(token_ids, fresh) else None
         graph.call_function(
             torch.ops.lychee.update_index.default,
             (binding.key, attention.mask, positions, ids, state, written),

@@ -246,7 +246,7 @@ class _Search:
         whole = (held == nodes.tokens[:, :, None]) & (held > 0)
         floor = floor.masked_fill(~whole[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
         threshold = floor + math.log(NEGLIGIBLE_SHARE / max(nodes.count, 1))
-        return (bound >= threshold).any(2) & (held > 0)
+        return (~(bound < threshold)).any(2) & (held > 0)  # a NaN proves nothing
 
     def _chunk_scores(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Estimates of the chunks `columns` [B, Hkv, Tq, M]: [B, Hkv, G, Tq, M]; their tokens."""

@@ -1,0 +1,131 @@
+"""What `explain` says of a model, before anything is compiled through the backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import HEAD_DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY, StaticKV, TinyDecoder
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import lychee_compile
+from lychee_compile.options import OptionError, Options
+
+SIZE = 160
+SPARSE = {"budget": 32, "sinks": 2, "recent": 8, "chunk": (2, 4)}
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def tokens(count: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (1, count))
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_decoding_step(kind: str) -> None:
+    model = TinyDecoder().eval()
+    if kind == "static":
+        given: dict[str, Any] = {"cache": StaticKV.empty(1, SIZE)}
+    else:
+        given = {"past": model(tokens(SIZE - 1))[1]}
+    report = lychee_compile.explain(model, tokens(1), options=SPARSE, **given)
+    assert len(report.sites) == LAYERS
+    for site in report.sites:
+        assert (site.form, site.cache, site.decision) == ("sdpa", kind, "sparse")
+        assert (site.query_heads, site.kv_heads, site.head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
+        assert (site.query_len, site.kv_len) == (1, SIZE)
+        assert site.mask == f"bool tensor [1, 1, 1, {SIZE}]"
+        assert site.source.startswith("tiny_models.py:")
+        assert site.source.endswith("in _attend")
+        assert "lychee::sparse_attention" in site.kernel
+
+
+def test_a_prefill_and_the_cache_it_begins() -> None:
+    sites = lychee_compile.explain(TinyDecoder().eval(), tokens(50), options=SPARSE).sites
+    assert [(site.cache, site.decision, site.by_design) for site in sites] == [
+        ("dynamic", "kept", True)
+    ] * LAYERS
+    assert all("prefill" in site.reason for site in sites)
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, **given: Any) -> None:
+        super().__init__()
+        self.given = given
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, **self.given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "none"),
+        ({"is_causal": True}, "causal"),
+        ({"attn_mask": torch.zeros(1, 1, 5, 9)}, "additive float32 tensor [1, 1, 5, 9]"),
+        ({"attn_mask": torch.ones(5, 9, dtype=torch.bool)}, "bool tensor [5, 9]"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])
+def test_masks_in_words_and_sites_by_module_path(
+    given: dict[str, Any], words: str, wrap: Any
+) -> None:
+    block = Block(Attention(**given))
+    query, key, value = torch.randn(1, 2, 5, 8), *torch.randn(2, 1, 2, 9, 8)
+    (site,) = lychee_compile.explain(wrap(block), query, key, value).sites
+    assert site.mask == words
+    assert site.name == "layers.0.attention"
+    assert site.cache == "static"
+
+
+class Block(torch.nn.Module):
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"attention": attention})])
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.layers[0]["attention"](*inputs)
+
+
+def test_explaining_over_and_over_always_tells_and_leaves_no_trace() -> None:
+    model = Attention()
+    query = torch.randn(1, 2, 1, 8)
+    for step in range(20):
+        cache = torch.randn(2, 1, 2, SIZE + step, 8)
+        (site,) = lychee_compile.explain(model, query, *cache, options=SPARSE).sites
+        assert site.kv_len == SIZE + step
+    assert lychee_compile.reports() == []
+    compiled = torch.compile(model, backend="lychee", options=SPARSE)
+    compiled(query, *torch.randn(2, 1, 2, SIZE, 8))
+    assert counters["lychee"]["sparse"] == 1
+
+
+def test_graph_breaks_are_pointed_out() -> None:
+    def broken(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended = F.scaled_dot_product_attention(query, key, value)
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(attended, key, value)
+
+    report = lychee_compile.explain(broken, *torch.randn(3, 1, 2, 9, 8))
+    assert len(report.sites) == 2
+    assert any("breaks the graph" in note for note in report.notes)
+
+
+def test_options_are_the_backends() -> None:
+    inputs = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, SIZE, 8)
+    attend = F.scaled_dot_product_attention
+    for options in (SPARSE, Options(**SPARSE)):
+        (site,) = lychee_compile.explain(attend, *inputs, options=options).sites
+        assert site.decision == "sparse"
+    with pytest.raises(OptionError, match="budgett"):
+        lychee_compile.explain(attend, *inputs, options={"budgett": 3})

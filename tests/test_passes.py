@@ -1,0 +1,286 @@
+"""Detection, cache binding and rewriting, on graphs of a few lines each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import lychee_compile
+from lychee_compile.passes.site import Site
+from lychee_compile.state import registry
+
+BATCH, HEADS, GROUP, SIZE, DIM = 2, 2, 2, 160, 8
+START, STEPS = 60, 30
+EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
+SPARSE = {**EVERYTHING, "budget": 32, "overfetch": 1}
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""(query, key cache, value cache, new key, new value, position) -> attention output."""
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, seen: int, **given: Any) -> Tensor:
+    mask = (torch.arange(key.shape[2]) < seen)[None, None, None]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, **{"enable_gqa": True, **given}
+    )
+
+
+def index_copy(q, k, v, k_new, v_new, at):
+    positions = torch.tensor([at])
+    k.index_copy_(2, positions, k_new)
+    v.index_copy_(2, positions, v_new)
+    return attend(q, k, v, at + 1)
+
+
+def position_tensor(q, k, v, k_new, v_new, at):
+    positions = torch.tensor([at])
+    k[:, :, positions] = k_new
+    v[:, :, positions] = v_new
+    return attend(q, k, v, at + 1)
+
+
+def negative_position(q, k, v, k_new, v_new, at):
+    positions = torch.tensor([at - SIZE])
+    k[:, :, positions] = k_new
+    v[:, :, positions] = v_new
+    return attend(q, k, v, at + 1)
+
+
+def ring(q, k, v, k_new, v_new, at):
+    positions = torch.tensor([at]) % (START + STEPS // 2)
+    k[:, :, positions] = k_new
+    v[:, :, positions] = v_new
+    return attend(q, k, v, START + STEPS // 2)
+
+
+def slice_write(q, k, v, k_new, v_new, at):
+    k[:, :, at : at + 1] = k_new
+    v[:, :, at : at + 1] = v_new
+    return attend(q, k, v, at + 1)
+
+
+def slice_from_the_end(q, k, v, k_new, v_new, at):
+    k[:, :, -1:] = k_new
+    v[:, :, -1:] = v_new
+    mask = (torch.arange(SIZE) != at)[None, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def tokens_before_heads(q, k, v, k_new, v_new, at):
+    positions = torch.tensor([at])
+    k.index_copy_(1, positions, k_new.transpose(1, 2))
+    v.index_copy_(1, positions, v_new.transpose(1, 2))
+    return attend(q, k.transpose(1, 2), v.transpose(1, 2), at + 1)
+
+
+def repeated(spell: Callable[[Tensor], Tensor]) -> Step:
+    """A step whose keys and values are spread over the query heads by `spell`."""
+
+    def step(q, k, v, k_new, v_new, at):
+        positions = torch.tensor([at])
+        k.index_copy_(2, positions, k_new)
+        v.index_copy_(2, positions, v_new)
+        return attend(q, spell(k), spell(v), at + 1, enable_gqa=False)
+
+    return step
+
+
+def expand(x: Tensor) -> Tensor:
+    wide = x[:, :, None].expand(BATCH, HEADS, GROUP, SIZE, DIM)
+    return wide.reshape(BATCH, HEADS * GROUP, SIZE, DIM)
+
+
+def interleave(x: Tensor) -> Tensor:
+    return x.repeat_interleave(GROUP, dim=1)
+
+
+def tile(x: Tensor) -> Tensor:
+    return x.repeat(1, GROUP, 1, 1)
+
+
+def tile_by_expand(x: Tensor) -> Tensor:
+    wide = x[:, None].expand(BATCH, GROUP, HEADS, SIZE, DIM)
+    return wide.reshape(BATCH, GROUP * HEADS, SIZE, DIM)
+
+
+def expand_rounded(x: Tensor) -> Tensor:
+    return expand(x.to(torch.float8_e4m3fn).to(x.dtype))
+
+
+def buffers(step: Step) -> tuple[Tensor, Tensor]:
+    flat = step is tokens_before_heads
+    shape = (BATCH, SIZE, HEADS, DIM) if flat else (BATCH, HEADS, SIZE, DIM)
+    return torch.randn(shape), torch.randn(shape)
+
+
+def decode(step: Step, options: dict[str, Any]) -> list[Site]:
+    """Decode by `step` compiled and uncompiled over equal caches; the sites of the last graph.
+
+    With a budget that holds everything the outputs must be equal.
+    """
+    k, v = buffers(step)
+    k_eager, v_eager = k.clone(), v.clone()
+    compiled = torch.compile(step, backend="lychee", options=options)
+    for at in range(START, START + STEPS):
+        query = torch.randn(BATCH, HEADS * GROUP, 1, DIM)
+        fresh = torch.randn(2, BATCH, HEADS, 1, DIM)
+        got = compiled(query, k, v, *fresh, at)
+        expected = step(query, k_eager, v_eager, *fresh, at)
+        assert got.shape == expected.shape
+        assert torch.equal(k, k_eager)
+        assert torch.isfinite(got).all()
+        if options is EVERYTHING:
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert not counters["graph_break"]
+    return lychee_compile.reports()[-1].sites
+
+
+BOUND = [
+    index_copy,
+    position_tensor,
+    negative_position,
+    ring,
+    slice_write,
+    slice_from_the_end,
+    tokens_before_heads,
+    repeated(expand),
+    repeated(interleave),
+]
+
+
+def name_of(step: Any) -> str | None:
+    cells = getattr(step, "__closure__", None)
+    return cells[0].cell_contents.__name__ if cells else getattr(step, "__name__", None)
+
+
+@pytest.mark.parametrize("step", BOUND, ids=name_of)
+def test_a_bound_cache_gives_dense_attention_when_all_is_read(step: Step) -> None:
+    (site,) = decode(step, EVERYTHING)
+    assert (site.decision, site.cache) == ("sparse", "static")
+    assert (site.query_heads, site.kv_heads, site.head_dim) == (HEADS * GROUP, HEADS, DIM)
+    assert (site.query_len, site.kv_len) == (1, SIZE)
+
+
+@pytest.mark.parametrize("step", [step for step in BOUND if step is not ring], ids=name_of)
+def test_a_bound_cache_is_read_sparsely(step: Step) -> None:
+    with lychee_compile.record() as recorder:
+        decode(step, SPARSE)
+    assert counters["lychee"]["sparse"] == counters["lychee"]["found"] > 0
+    assert len(recorder.calls) == STEPS
+    assert all(int(call.tokens_read.max()) <= SPARSE["budget"] for call in recorder.calls)
+
+
+@pytest.mark.parametrize("spell", [tile, tile_by_expand], ids=lambda spell: spell.__name__)
+def test_other_arrangements_of_heads_are_no_repeat(spell: Callable[[Tensor], Tensor]) -> None:
+    (site,) = decode(repeated(spell), EVERYTHING)
+    assert site.decision == "kept"
+    assert site.kv_heads == HEADS * GROUP
+
+
+def rolled(q, k, v, k_new, v_new, at):
+    moved_k, moved_v = k.roll(-1, 2), v.roll(-1, 2)
+    last = torch.tensor([SIZE - 1])
+    moved_k.index_copy_(2, last, k_new)
+    moved_v.index_copy_(2, last, v_new)
+    k.copy_(moved_k)
+    v.copy_(moved_v)
+    return attend(q, moved_k, moved_v, SIZE)
+
+
+def window(q, k, v, k_new, v_new, at):
+    k, v = (torch.cat((x, new), 2)[:, :, 1:] for x, new in ((k, k_new), (v, v_new)))
+    return attend(q, k, v, SIZE)
+
+
+def written_twice(q, k, v, k_new, v_new, at):
+    positions = torch.tensor([at])
+    k.index_copy_(2, positions, k_new)
+    k.index_copy_(2, positions + 1, k_new)
+    return attend(q, k, v, at + 2)
+
+
+def scattered(q, k, v, k_new, v_new, at):
+    k.scatter_(2, torch.full_like(k_new, at, dtype=torch.int64), k_new)
+    return attend(q, k, v, at + 1)
+
+
+def row_by_row(q, k, v, k_new, v_new, at):
+    k[torch.arange(BATCH), :, torch.tensor([at, at + 1])] = k_new[:, :, 0]
+    return attend(q, k, v, at + 2)
+
+
+def by_bool_mask(q, k, v, k_new, v_new, at):
+    k[:, :, torch.arange(SIZE) == at] = k_new
+    return attend(q, k, v, at + 1)
+
+
+def read_before_written(q, k, v, k_new, v_new, at):
+    result = attend(q, k, v, at)
+    k[:, :, at : at + 1] = k_new
+    return result
+
+
+def computed(q, k, v, k_new, v_new, at):
+    return attend(q, k * 2, v, at)
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (rolled, "rolls"),
+        (window, "sliding window"),
+        (written_twice, "more than once"),
+        (scattered, "not read from a cache"),
+        (row_by_row, "other indices than token positions"),
+        (by_bool_mask, "other indices than token positions"),
+        (read_before_written, "after it is read"),
+        (repeated(expand_rounded), "not read from a cache"),
+        (computed, "not read from a cache"),
+    ],
+    ids=name_of,
+)
+def test_what_is_no_cache_stays_as_it_is(step: Step, reason: str) -> None:
+    (site,) = decode(step, EVERYTHING)
+    assert (site.decision, site.cache, site.by_design) == ("kept", "none", False)
+    assert reason in site.reason
+    assert "scaled_dot_product_attention" in site.kernel
+    assert len(registry) == 0
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sites_that_read_one_cache_share_its_index(transposed: bool) -> None:
+    def step(q, k, v, k_new, v_new, at):
+        if transposed:
+            return tokens_before_heads(q, k, v, k_new, v_new, at) + attend(
+                -q, k.transpose(1, 2), v.transpose(1, 2), at + 1
+            )
+        return index_copy(q, k, v, k_new, v_new, at) + attend(-q, k, v, at + 1)
+
+    shape = (BATCH, SIZE, HEADS, DIM) if transposed else (BATCH, HEADS, SIZE, DIM)
+    k, v = torch.randn(2, *shape)
+    k_eager, v_eager = k.clone(), v.clone()
+    compiled = torch.compile(step, backend="lychee", options=EVERYTHING)
+    for at in range(START, START + 8):
+        query = torch.randn(BATCH, HEADS * GROUP, 1, DIM)
+        fresh = torch.randn(2, BATCH, HEADS, 1, DIM)
+        got = compiled(query, k, v, *fresh, at)
+        torch.testing.assert_close(
+            got, step(query, k_eager, v_eager, *fresh, at), atol=1e-5, rtol=1e-5
+        )
+    assert [site.decision for site in lychee_compile.reports()[-1].sites] == ["sparse"] * 2
+    assert len(registry) == 1
