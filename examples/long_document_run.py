@@ -88,7 +88,7 @@ class Recording:
         return [*self.prompt.document[0].tolist(), *self.decoded]
 
 
-class _Forced(LogitsProcessor):
+class Forced(LogitsProcessor):
     """Makes greedy decoding "choose" given tokens first."""
 
     def __init__(self, prompt_length: int, forced: torch.Tensor) -> None:
@@ -96,6 +96,7 @@ class _Forced(LogitsProcessor):
         self.forced = forced
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores, float [1, vocabulary], that leave the next forced token alone possible."""
         step = input_ids.shape[1] - self.prompt_length
         if step >= self.forced.shape[1]:
             return scores
@@ -219,7 +220,7 @@ class Answerer:
                 document,
                 attention_mask=torch.ones_like(document),
                 past_key_values=copy.deepcopy(self._cache),
-                logits_processor=[_Forced(document.shape[1], question)],
+                logits_processor=[Forced(document.shape[1], question)],
                 streamer=stopwatch,
                 compile_config=config,
                 max_new_tokens=steps,

@@ -15,6 +15,7 @@ from lychee_compile.options import Options
 from lychee_compile.passes import torch_private
 from lychee_compile.passes.caches import CacheBinding
 from lychee_compile.passes.check import check_graph
+from lychee_compile.passes.dataflow import operator_name
 from lychee_compile.passes.decide import Plan, plan_site
 from lychee_compile.passes.detect import find_attention
 from lychee_compile.passes.rewrite import note_prefill, rewrite_sparse
@@ -175,7 +176,7 @@ def _count_as_kept(plans: Sequence[Plan], error: Exception) -> None:
     for plan in plans:
         if plan.site.decision == "sparse":
             plan.site.decision, plan.site.reason = "kept", f"the rewrite failed: {_brief(error)}"
-            plan.site.kernel = str(plan.attention.node.target)
+            plan.site.kernel = operator_name(plan.attention.node)
             torch_private.count("sparse", -1)
             torch_private.count("kept", 1)
 

@@ -16,7 +16,14 @@ from lychee_compile.kernels.config import BOUNDARIES, POLICIES, IndexConfig
 
 LONGEST_CHUNK = 256
 PREFILLS = ("exact",)
-_AT_LEAST = {"sinks": 0, "recent": 1, "cluster_chunks": 1, "coarse_units": 1, "overfetch": 1}
+_AT_LEAST = {
+    "sinks": 0,
+    "recent": 1,
+    "cluster_chunks": 1,
+    "coarse_units": 1,
+    "overfetch": 1,
+    "flat_chunks": 0,
+}
 
 _tables: WeakKeyDictionary[Any, BoundaryTable] = WeakKeyDictionary()
 

@@ -96,6 +96,7 @@ def configs(draw, **fixed) -> IndexConfig:
         "cluster_chunks": draw(st.integers(1, 4)),
         "coarse_units": draw(st.sampled_from([1, 2, 5, 64])),
         "overfetch": draw(st.integers(1, 4)),
+        "flat_chunks": draw(st.sampled_from([0, 0, 4096])),
         "boundaries": draw(st.sampled_from(["auto", "similarity", "fixed"])),
         "policy": draw(st.sampled_from(["lychee", "lychee", "lychee", "streaming"])),
         "seed": draw(st.integers(0, 3)),

@@ -27,7 +27,7 @@ from lychee_compile.state import registry
 
 SIZE, BATCH, PROMPT = 160, 2, 60
 EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
-SPARSE = {**EVERYTHING, "budget": 32, "overfetch": 1}
+SPARSE = {**EVERYTHING, "budget": 32, "overfetch": 1, "flat_chunks": 0}
 
 Event = tuple[Any, ...]
 seeds = st.integers(0, 2**16)

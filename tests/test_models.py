@@ -1,4 +1,4 @@
-"""Decoders of transformers through the backend: with everything read, logits are dense attention's."""
+"""Decoders of transformers through the backend: with everything read, logits are dense."""
 
 from __future__ import annotations
 

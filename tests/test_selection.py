@@ -183,7 +183,9 @@ def test_rows_choose_as_they_would_alone(case):
 
 def oracle_case(budget, seed):
     """One head and query over 600 tokens of topics, one of them the query's own."""
-    config = IndexConfig(budget=budget, sinks=4, recent=16, chunk=(4, 8), cluster_chunks=4)
+    config = IndexConfig(
+        budget=budget, sinks=4, recent=16, chunk=(4, 8), cluster_chunks=4, flat_chunks=0
+    )
     topic = torch.arange(600) // 12 % 10
     directions = random(seed, 10, 32)
     key = (directions[topic] + 0.3 * random(seed + 1, 600, 32)).view(1, 1, 600, 32)

@@ -30,6 +30,9 @@ class IndexConfig:
     """At most this many coarse units above the fine clusters."""
     overfetch: int = 4
     """Fine clusters are taken until they hold `overfetch * budget` tokens; then come chunks."""
+    flat_chunks: int = 4096
+    """Up to this many chunks all are ranked, which is then faster than to descend through units and
+    clusters, and slightly better."""
     boundaries: str = "auto"
     """Where chunks are cut: see `BOUNDARIES`. "auto" cuts by token strengths where they are known
     and by the similarity of neighbouring keys elsewhere."""

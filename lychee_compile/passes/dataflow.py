@@ -91,6 +91,11 @@ def static_size(size: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def operator_name(node: torch.fx.Node) -> str:
+    """The operator that a node calls, without its overload."""
+    return str(getattr(node.target, "overloadpacket", node.target))
+
+
 def module_path(node: torch.fx.Node) -> str:
     """Path of the module that made the call, as `named_modules` has it, or the node's name."""
     stack = node.meta.get("nn_module_stack")

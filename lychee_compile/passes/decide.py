@@ -12,6 +12,7 @@ from lychee_compile.kernels.operators import DEVICES, DTYPES, LONGEST_QUERY
 from lychee_compile.passes.caches import CacheBinding, bind_cache
 from lychee_compile.passes.dataflow import (
     module_path,
+    operator_name,
     same,
     shape_of,
     source_line,
@@ -49,7 +50,7 @@ def plan_site(
         site.reason = f"budget {config.budget} of up to {site.kv_len} tokens"
     else:
         site.reason, site.by_design = reason, reason == exact
-        site.kernel = str(attention.node.target)
+        site.kernel = operator_name(attention.node)
     return Plan(attention, site, binding)
 
 

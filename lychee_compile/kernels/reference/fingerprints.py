@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,7 @@ def _as_int64(block: Tensor) -> Tensor:
     return bits ^ (bits >> 31 & 0x1FFFFFFFF)  # masked, as >> repeats the sign: one to one
 
 
+@cache
 def _weights(heads: int, words: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max

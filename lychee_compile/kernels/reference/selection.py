@@ -176,11 +176,11 @@ class _Search:
         """Chunks of most estimated mass within `room` tokens, int64 [B, Tq].
 
         Returns columns best first, int64 [B, Hkv, Tq, M], -1 for none, and bool [B, Hkv, Tq, C].
-        Units, then clusters are taken until they hold `quota` tokens, units four times that. A row
-        whose chunks all fit takes all of them, whatever other rows need.
+        In a large index units, then clusters are taken until they hold `quota` tokens, units four
+        times that; a row whose chunks all fit takes all of them, whatever other rows need.
         """
         candidate = self.everything()
-        if self.bias is None:
+        if self.bias is None and candidate.shape[-1] > self.index.config.flat_chunks:
             fits = self.held.sum(-1, keepdim=True) <= room[:, None, :, None]
             candidate = self._descend(candidate, quota) | (candidate & fits)
         columns = _columns(candidate)
