@@ -63,9 +63,11 @@ def lychee(
     chosen = Options.parse(mode, options)
     try:
         analysis = analyse(gm, example_inputs, chosen)
+        _announce(analysis.report, chosen)
+    except StrictError:
+        raise
     except Exception as error:  # noqa: BLE001  whatever it is, the model must run
         return _leave_to_inductor(gm, example_inputs, chosen, error)
-    _announce(analysis.report, chosen)
     try:
         compiled = _compile_rewritten(analysis, chosen)
     except Exception as error:  # noqa: BLE001
