@@ -36,3 +36,11 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch_private, "inductor", lambda gm, inputs, mode, patches: aot_eager(gm, list(inputs))
     )
+
+
+@pytest.fixture
+def seeded():
+    """The same random weights in every run, and no gradients."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield

@@ -17,14 +17,7 @@ from lychee_compile.options import OptionError, Options
 SIZE = 160
 SPARSE = {"budget": 32, "sinks": 2, "recent": 8, "chunk": (2, 4)}
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def tokens(count: int) -> Tensor:

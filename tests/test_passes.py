@@ -23,14 +23,7 @@ SPARSE = {**EVERYTHING, "budget": 32, "overfetch": 1}
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """(query, key cache, value cache, new key, new value, position) -> attention output."""
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, seen: int, **given: Any) -> Tensor:
@@ -284,3 +277,21 @@ def test_sites_that_read_one_cache_share_its_index(transposed: bool) -> None:
         )
     assert [site.decision for site in lychee_compile.reports()[-1].sites] == ["sparse"] * 2
     assert len(registry) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, SIZE), (1, 1, SIZE), (BATCH, 1, 1, SIZE)])
+def test_a_mask_of_any_rank_gives_what_eager_gives(shape: tuple[int, ...]) -> None:
+    def step(query, key, value, mask, new, position):
+        key.index_copy_(2, position, new)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+    query = torch.randn(BATCH, HEADS * GROUP, 1, DIM)
+    key, value = torch.randn(2, BATCH, HEADS, SIZE, DIM)
+    mask = torch.ones(shape, dtype=torch.bool)
+    new, position = torch.randn(BATCH, HEADS, 1, DIM), torch.tensor([SIZE - 1])
+    if shape[-1] == SIZE:
+        mask[..., 5] = False  # the budget holds all keys but one
+    expected = step(query, key.clone(), value, mask, new, position)
+    compiled = torch.compile(step, backend="lychee", options=EVERYTHING)
+    torch.testing.assert_close(compiled(query, key, value, mask, new, position), expected)
+    assert counters["lychee"]["sparse" if shape[-1] == SIZE else "kept"] == 1

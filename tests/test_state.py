@@ -23,14 +23,7 @@ BATCH, SIZE, PROMPT = 2, 160, 70
 EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
 SPARSE = {**EVERYTHING, "budget": 32, "overfetch": 1}
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def tokens(seed: int, count: int) -> Tensor:

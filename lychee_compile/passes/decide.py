@@ -102,8 +102,10 @@ def _unsupported_form(attention: Attention) -> str | None:
     rows_differ = not (same(query[0], key[0]) and same(query[0], value[0]))
     if rows_differ or not same(key[1], value[1]) or not same(query[3], key[3]):
         return "query, key and value differ in batch, heads or head_dim"
-    if attention.mask is not None and value_of(attention.mask).dim() > 4:
-        return "the mask has more than four dimensions"
+    if attention.mask is not None:
+        mask = shape_of(attention.mask)
+        if not 2 <= len(mask) <= 4 or not same(mask[-1], key[2]):
+            return f"the mask, {list(mask)}, does not name the {key[2]} keys one by one"
     return None
 
 
