@@ -16,9 +16,12 @@ from lychee_compile.passes import torch_private
 from lychee_compile.passes.caches import CacheBinding
 from lychee_compile.passes.check import check_graph
 from lychee_compile.passes.dataflow import operator_name
-from lychee_compile.passes.decide import Plan, plan_site
+from lychee_compile.passes.attention import Rejected
+from lychee_compile.passes.decide import Plan, describe_rejected, plan_site
 from lychee_compile.passes.detect import find_attention
+from lychee_compile.passes.normalise import normalise
 from lychee_compile.passes.rewrite import note_prefill, rewrite_sparse
+from lychee_compile.passes.site import RejectedSite
 from lychee_compile.report import Report
 from lychee_compile.state import StatefulGraph, StateInput, registry
 
@@ -40,11 +43,12 @@ class Analysis:
     fakes: list[Any]
     mode: Any
     plans: list[Plan]
+    rejected: list[RejectedSite]
 
     @property
     def report(self) -> Report:
         """What was found and decided."""
-        return Report([plan.site for plan in self.plans])
+        return Report([plan.site for plan in self.plans], rejected=list(self.rejected))
 
 
 def lychee(
@@ -91,14 +95,18 @@ def analyse(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Op
     """Find the attentions of a graph and decide about each; `gm` stays as it is."""
     mode, fakes = torch_private.fake_inputs(example_inputs)
     traced = torch_private.retrace(gm, fakes, mode)
+    written = normalise(traced, mode)
     tensors = [value for value in example_inputs if isinstance(value, Tensor)]
     needs_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
     config = options.index_config()
+    found = find_attention(traced, written)
     plans = [
-        plan_site(attention, traced.graph, config, needs_gradients)
-        for attention in find_attention(traced.graph)
+        plan_site(each, traced.graph, config, needs_gradients)
+        for each in found
+        if not isinstance(each, Rejected)
     ]
-    return Analysis(traced, fakes, mode, plans)
+    rejected = [describe_rejected(each) for each in found if isinstance(each, Rejected)]
+    return Analysis(traced, fakes, mode, plans, rejected)
 
 
 def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., Any] | None:
@@ -108,10 +116,11 @@ def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., An
     outputs = _output_count(gm)
     inputs = _StateInputs(analysis)
     if any(plan.site.decision == "sparse" for plan in plans):
-        rewrite_sparse(gm, plans, inputs, analysis.mode)
+        for failure in rewrite_sparse(gm, plans, inputs, analysis.mode):
+            _keep(failure.plan, f"it could not be rewritten: {failure.reason}")
     elif table is not None and options.budget is not None:
         worth_noting = [plan for plan in plans if plan.site.by_design]
-        note_prefill(gm, worth_noting, inputs)
+        note_prefill(gm, worth_noting, inputs, analysis.mode)
     if not inputs.states:
         return None
     check_graph(gm, outputs)
@@ -142,7 +151,7 @@ class _StateInputs:
             )
             source = binding.source
             place = None if source is None else self._placeholders.index(source)
-            self.states.append(StateInput(place, binding.output))
+            self.states.append(StateInput(place, binding.output, binding.token_dim))
             self.fakes.append(fake)
             self._nodes[binding] = node
         return self._nodes[binding]
@@ -177,10 +186,15 @@ def _announce(report: Report, options: Options) -> None:
 def _count_as_kept(plans: Sequence[Plan], error: Exception) -> None:
     for plan in plans:
         if plan.site.decision == "sparse":
-            plan.site.decision, plan.site.reason = "kept", f"the rewrite failed: {_brief(error)}"
-            plan.site.kernel = operator_name(plan.attention.node)
-            torch_private.count("sparse", -1)
-            torch_private.count("kept", 1)
+            _keep(plan, f"the rewrite failed: {_brief(error)}")
+
+
+def _keep(plan: Plan, reason: str) -> None:
+    """Take back the decision to rewrite an attention."""
+    plan.site.decision, plan.site.reason = "kept", reason
+    plan.site.kernel = operator_name(plan.node)
+    torch_private.count("sparse", -1)
+    torch_private.count("kept", 1)
 
 
 def _brief(error: Exception) -> str:

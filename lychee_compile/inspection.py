@@ -38,7 +38,8 @@ def explain(
         torch.compile(_unseen_call(), backend=inspect)(model, *args, **kwargs)
     sites = [site for report in found for site in report.sites]
     notes = [f"{len(found)} graphs: the model breaks the graph"] if len(found) > 1 else []
-    return Report(sites, notes=notes)
+    rejected = [each for report in found for each in report.rejected]
+    return Report(sites, notes=notes, rejected=rejected)
 
 
 def _call(self: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.observe import SparseCall, observers
+from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import visible_keys
 
 
@@ -80,7 +81,7 @@ def captured_mass(call: SparseCall, tokens: Tensor) -> Tensor:
     batch, query_heads, query_len, _ = call.query.shape
     heads, kv_len = call.key.shape[1], call.key.shape[2]
     grouped = call.query.float().unflatten(1, (heads, -1)).flatten(2, 3)
-    score = (grouped @ call.key.float().transpose(-1, -2)) * call.scale
+    score = capped((grouped @ call.key.float().transpose(-1, -2)) * call.scale, call.softcap)
     score = score.view(batch, query_heads, query_len, kv_len)
     visible = visible_keys(call.mask, batch, query_len, kv_len, call.key.device)
     if visible.bias is not None:

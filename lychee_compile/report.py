@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lychee_compile.passes.site import Site
+from lychee_compile.passes.site import RejectedSite, Site
 from lychee_compile.site_names import collapse
 
 DECISIONS = ("sparse", "exact", "kept")
@@ -31,6 +31,8 @@ class Report:
     """Which graph this is about, in words."""
     notes: list[str] = field(default_factory=list)
     """Remarks on the graph as a whole, "no attention found"."""
+    rejected: list[RejectedSite] = field(default_factory=list)
+    """Softmaxes that belong to no attention: a router's, a classifier's."""
 
     def counts(self) -> dict[str, int]:
         """How many sites there are, in all ("found") and by decision."""
@@ -53,6 +55,7 @@ class Report:
             "counts": self.counts(),
             "notes": list(self.notes),
             "sites": [asdict(site) for site in self.sites],
+            "rejected": [asdict(each) for each in self.rejected],
         }
 
     def to_html(self, path: str | Path) -> Path:

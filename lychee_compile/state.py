@@ -32,6 +32,8 @@ class StateInput:
     """Which input is the cache before the call; None where a growing cache begins."""
     output: int | None
     """Which output is the grown cache; None where the cache is written in place."""
+    token_dim: int = 2
+    """Dimension of the cache that runs over tokens."""
 
 
 @dataclass
@@ -65,18 +67,22 @@ class CacheRegistry:
             for key in gone:
                 del self._entries[key]
 
-    def index_of(self, cache: Tensor, config: IndexConfig) -> CacheIndex | None:
+    def index_of(
+        self, cache: Tensor, config: IndexConfig, token_dim: int = 2
+    ) -> CacheIndex | None:
         """The index of `cache`, for looking into; None where it has none."""
         with self._lock:
-            entry = self._entries.get(_identity(cache, config))
+            entry = self._entries.get(_identity(cache, config, token_dim))
         return None if entry is None else entry.handle.cache
 
-    def acquire(self, cache: Tensor, config: IndexConfig, lookup: Lookup) -> Handle:
+    def acquire(
+        self, cache: Tensor, config: IndexConfig, lookup: Lookup, token_dim: int
+    ) -> Handle:
         """The handle of `cache`, a new one where it has none.
 
         Its index is marked as suspect where the cache may have been written since we left it.
         """
-        key = _identity(cache, config)
+        key = _identity(cache, config, token_dim)
         with self._lock:
             entry = self._entries.get(key)
             if entry is None or entry.storage.expired():
@@ -87,16 +93,18 @@ class CacheRegistry:
         entry.handle.strength_of = lookup
         return entry.handle
 
-    def release(self, cache: Tensor, config: IndexConfig, handle: Handle) -> None:
+    def release(
+        self, cache: Tensor, config: IndexConfig, handle: Handle, token_dim: int
+    ) -> None:
         """`cache` is as `handle`'s index knows it, now that a graph has run."""
         entry = _Entry(handle, StorageWeakRef(cache.untyped_storage()), _version(cache))
         with self._lock:
-            self._entries[_identity(cache, config)] = entry
+            self._entries[_identity(cache, config, token_dim)] = entry
 
-    def drop(self, cache: Tensor, config: IndexConfig) -> None:
+    def drop(self, cache: Tensor, config: IndexConfig, token_dim: int) -> None:
         """Forget the index of `cache`: it moved on with a grown cache, or a call broke off."""
         with self._lock:
-            self._entries.pop(_identity(cache, config), None)
+            self._entries.pop(_identity(cache, config, token_dim), None)
 
 
 registry = CacheRegistry()
@@ -126,37 +134,38 @@ class StatefulGraph:
         handles = [
             Handle(config, self._lookup)
             if cache is None
-            else registry.acquire(cache, config, self._lookup)
-            for cache in caches
+            else registry.acquire(cache, config, self._lookup, state.token_dim)
+            for state, cache in zip(self._states, caches, strict=True)
         ]
         try:
             outputs = self._compiled(*args, *(handle.tensor for handle in handles))
         except BaseException:
-            for cache in caches:
+            for state, cache in zip(self._states, caches, strict=True):
                 if cache is not None:
-                    registry.drop(cache, config)
+                    registry.drop(cache, config, state.token_dim)
             raise
         for state, cache, handle in zip(self._states, caches, handles, strict=True):
             if state.output is None:
                 assert cache is not None
-                registry.release(cache, config, handle)
+                registry.release(cache, config, handle, state.token_dim)
                 continue
             if cache is not None:
-                registry.drop(cache, config)
-            registry.release(outputs[state.output], config, handle)
+                registry.drop(cache, config, state.token_dim)
+            registry.release(outputs[state.output], config, handle, state.token_dim)
         return outputs
 
 
-def _identity(cache: Tensor, config: IndexConfig) -> tuple[Any, ...]:
+def _identity(cache: Tensor, config: IndexConfig, token_dim: int) -> tuple[Any, ...]:
     """What two tensors share that are the same cache, whatever its length.
 
     A storage's record stays allocated while an entry refers to it weakly: its address names it.
     """
-    batch, heads, _, head_dim = cache.shape
+    sizes = tuple(size for dim, size in enumerate(cache.shape) if dim != token_dim)
     return (
         cache.untyped_storage()._cdata,
         cache.storage_offset(),
-        (batch, heads, head_dim),
+        sizes,
+        token_dim,
         cache.stride(),
         cache.dtype,
         config,

@@ -119,9 +119,11 @@ def test_gradients_are_eagers_and_wanted_ones_keep_attention(without_inductor: N
 UNSUPPORTED = [
     pytest.param(operands(dtype=torch.float64), {}, "float64", id="float64"),
     pytest.param(operands(), {"dropout_p": 0.5}, "dropout 0.5", id="dropout"),
-    pytest.param(operands(heads=1), {}, "1 query heads do not divide into 2", id="heads"),
-    pytest.param([x[0] for x in operands()], {}, "not [batch, heads, tokens", id="3-D"),
-    pytest.param([x[None] for x in operands()], {}, "not [batch, heads, tokens", id="5-D"),
+]
+OTHER_SHAPES = [
+    pytest.param(operands(heads=1), id="one query head, broadcast"),
+    pytest.param([x[0] for x in operands()], id="3-D"),
+    pytest.param([x[None] for x in operands()], id="5-D"),
 ]
 BY_DESIGN = [
     pytest.param(operands(), {"is_causal": True}, SPARSE, "is_causal", id="is_causal"),
@@ -158,6 +160,18 @@ def test_what_is_not_supported_is_kept_and_refused_when_strict(
     for part in ("options['strict']", site.name, site.source, site.reason):
         assert part in str(caught.value)
     assert isinstance(caught.value.inner_exception, backend.StrictError)
+
+
+@pytest.mark.parametrize("inputs", OTHER_SHAPES)
+@torch.no_grad()
+def test_other_shapes_are_read_as_batch_heads_and_tokens(
+    inputs: Any, without_inductor: None
+) -> None:
+    mask = torch.ones(1, SIZE, dtype=torch.bool)
+    mask[0, 7] = False
+    got = torch.compile(attend, backend="lychee", options=EVERYTHING)(*inputs, attn_mask=mask)
+    torch.testing.assert_close(got, attend(*inputs, attn_mask=mask), atol=1e-5, rtol=1e-5)
+    assert counters["lychee"]["sparse"] == 1
 
 
 @pytest.mark.parametrize(("inputs", "given", "options", "reason"), BY_DESIGN)

@@ -37,7 +37,10 @@ def test_a_decoding_step(kind: str) -> None:
         assert (site.form, site.cache, site.decision) == ("sdpa", kind, "sparse")
         assert (site.query_heads, site.kv_heads, site.head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
         assert (site.query_len, site.kv_len) == (1, SIZE)
-        assert site.mask == f"bool tensor [1, 1, 1, {SIZE}]"
+        offset = "length" if kind == "static" else SIZE - 1
+        assert site.mask == f"causal, offset = {offset}"
+        assert (site.predicate, site.key_range) == (f"kv <= {offset}", f"[0, {offset} + 1)" if kind == "static" else f"[0, {SIZE})")
+        assert site.monotone
         assert site.source.startswith("tiny_models.py:")
         assert site.source.endswith("in _attend")
         assert "lychee::sparse_attention" in site.kernel

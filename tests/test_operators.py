@@ -58,7 +58,7 @@ def operand_sets():
 def test_sparse_attention_is_a_proper_operator(operands, handle):
     query, key, value, mask = operands
     update_index(key, mask, None, None, handle.tensor, 1)
-    torch.library.opcheck(sparse_attention, (query, key, value, mask, handle.tensor, 0.3, "site"))
+    torch.library.opcheck(sparse_attention, (query, key, value, mask, None, handle.tensor, 0.3, None, "site"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_the_operators_attend_as_sdpa_does(shape, config, dtype, seed, data):
     owner = Handle(IndexConfig(**{**vars(config), "budget": tokens}))
     if data.draw(st.booleans()):
         update_index(key, mask, None, None, owner.tensor, query_len)
-    output = sparse_attention(query, key, key, mask, owner.tensor, 0.2, "")
+    output = sparse_attention(query, key, key, mask, None, owner.tensor, 0.2, None, "")
     dense = F.scaled_dot_product_attention(
         query, key, key, attn_mask=mask, scale=0.2, enable_gqa=True
     )
@@ -102,7 +102,7 @@ def test_a_query_that_sees_nothing_gets_what_sdpa_gives(hidden, handle, calls):
     mask = mask if hidden is False else torch.zeros(mask.shape)
     mask[1] = hidden
     update_index(key, mask, None, None, handle.tensor, 1)
-    output = sparse_attention(query, key, key, mask, handle.tensor, 0.3, "")
+    output = sparse_attention(query, key, key, mask, None, handle.tensor, 0.3, None, "")
     dense = F.scaled_dot_product_attention(
         query, key, key, attn_mask=mask, scale=0.3, enable_gqa=True
     )
@@ -137,7 +137,7 @@ def test_a_prefill_is_dense(handle, calls):
     many = operators.LONGEST_QUERY + 1
     key, query = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, many)
     update_index(key, None, None, None, handle.tensor, 1)
-    output = sparse_attention(query, key, key, None, handle.tensor, 0.3, "")
+    output = sparse_attention(query, key, key, None, None, handle.tensor, 0.3, None, "")
     torch.testing.assert_close(
         output, F.scaled_dot_product_attention(query, key, key, scale=0.3, enable_gqa=True)
     )
@@ -148,7 +148,7 @@ def test_symbolic_shapes(handle):
     """One trace serves any length."""
 
     def attend(query, key, value, tensor):
-        return sparse_attention(query, key, value, None, tensor, 0.3, "")
+        return sparse_attention(query, key, value, None, None, tensor, 0.3, None, "")
 
     def operands(tokens, query_len):
         key = SHAPE.keys("gaussian", 0, tokens)
@@ -173,7 +173,7 @@ def decode(key, query, new, position, handle):
         at = position + offset
         key.index_copy_(2, at, new + offset)
         update_index(key, None, at, None, handle, 1)
-        outputs.append(sparse_attention(query, key, key, None, handle, 0.3, "site"))
+        outputs.append(sparse_attention(query, key, key, None, None, handle, 0.3, None, "site"))
     return outputs
 
 
@@ -211,7 +211,7 @@ def test_an_update_alone_is_not_dead_code():
 def test_observers_see_the_operands(handle, calls):
     key, query = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, 1)
     update_index(key, None, None, None, handle.tensor, 1)
-    sparse_attention(query, key, key, None, handle.tensor, 0.3, "layer")
+    sparse_attention(query, key, key, None, None, handle.tensor, 0.3, None, "layer")
     (call,) = calls
     assert (call.site, call.scale, call.mask) == ("layer", 0.3, None)
     assert call.index is handle.cache.index

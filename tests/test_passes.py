@@ -115,6 +115,11 @@ def expand_rounded(x: Tensor) -> Tensor:
     return expand(x.to(torch.float8_e4m3fn).to(x.dtype))
 
 
+def scaled_keys(q, k, v, k_new, v_new, at):
+    k.index_copy_(2, torch.tensor([at]), k_new)
+    return attend(q, k * 2, v, at + 1)
+
+
 def buffers(step: Step) -> tuple[Tensor, Tensor]:
     flat = step is tokens_before_heads
     shape = (BATCH, SIZE, HEADS, DIM) if flat else (BATCH, HEADS, SIZE, DIM)
@@ -153,6 +158,9 @@ BOUND = [
     tokens_before_heads,
     repeated(expand),
     repeated(interleave),
+    repeated(tile),
+    repeated(tile_by_expand),
+    scaled_keys,
 ]
 
 
@@ -176,13 +184,6 @@ def test_a_bound_cache_is_read_sparsely(step: Step) -> None:
     assert counters["lychee"]["sparse"] == counters["lychee"]["found"] > 0
     assert len(recorder.calls) == STEPS
     assert all(int(call.tokens_read.max()) <= SPARSE["budget"] for call in recorder.calls)
-
-
-@pytest.mark.parametrize("spell", [tile, tile_by_expand], ids=lambda spell: spell.__name__)
-def test_other_arrangements_of_heads_are_no_repeat(spell: Callable[[Tensor], Tensor]) -> None:
-    (site,) = decode(repeated(spell), EVERYTHING)
-    assert site.decision == "kept"
-    assert site.kv_heads == HEADS * GROUP
 
 
 def rolled(q, k, v, k_new, v_new, at):
@@ -229,27 +230,27 @@ def read_before_written(q, k, v, k_new, v_new, at):
 
 
 def computed(q, k, v, k_new, v_new, at):
-    return attend(q, k * 2, v, at)
+    return attend(q, k.tanh(), v, at)
 
 
 @pytest.mark.parametrize(
-    ("step", "reason"),
+    ("step", "cache", "reason"),
     [
-        (rolled, "rolls"),
-        (window, "sliding window"),
-        (written_twice, "more than once"),
-        (scattered, "not read from a cache"),
-        (row_by_row, "other indices than token positions"),
-        (by_bool_mask, "other indices than token positions"),
-        (read_before_written, "after it is read"),
-        (repeated(expand_rounded), "not read from a cache"),
-        (computed, "not read from a cache"),
+        (rolled, "sliding", "rolls"),
+        (window, "sliding", "sliding window"),
+        (written_twice, "none", "more than once"),
+        (scattered, "none", "not read from a cache"),
+        (row_by_row, "none", "other indices than token positions"),
+        (by_bool_mask, "none", "other indices than token positions"),
+        (read_before_written, "none", "after it is read"),
+        (repeated(expand_rounded), "none", "not read from a cache"),
+        (computed, "none", "not read from a cache"),
     ],
     ids=name_of,
 )
-def test_what_is_no_cache_stays_as_it_is(step: Step, reason: str) -> None:
+def test_what_is_no_cache_stays_as_it_is(step: Step, cache: str, reason: str) -> None:
     (site,) = decode(step, EVERYTHING)
-    assert (site.decision, site.cache, site.by_design) == ("kept", "none", False)
+    assert (site.decision, site.cache, site.by_design) == ("kept", cache, False)
     assert reason in site.reason
     assert "scaled_dot_product_attention" in site.kernel
     assert len(registry) == 0
@@ -291,7 +292,11 @@ def test_a_mask_of_any_rank_gives_what_eager_gives(shape: tuple[int, ...]) -> No
     new, position = torch.randn(BATCH, HEADS, 1, DIM), torch.tensor([SIZE - 1])
     if shape[-1] == SIZE:
         mask[..., 5] = False  # the budget holds all keys but one
+    else:
+        key[:, :, 20:40] = value[:, :, 20:40] = 0.5  # any of these may be left out
     expected = step(query, key.clone(), value, mask, new, position)
     compiled = torch.compile(step, backend="lychee", options=EVERYTHING)
-    torch.testing.assert_close(compiled(query, key, value, mask, new, position), expected)
-    assert counters["lychee"]["sparse" if shape[-1] == SIZE else "kept"] == 1
+    atol = 1e-5 if shape[-1] == SIZE else 0.02
+    got = compiled(query, key, value, mask, new, position)
+    torch.testing.assert_close(got, expected, atol=atol, rtol=1e-5)
+    assert counters["lychee"]["sparse"] == 1

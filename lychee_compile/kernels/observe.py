@@ -20,6 +20,7 @@ class SparseCall:
     key: Tensor
     mask: Tensor | None
     scale: float
+    softcap: float | None
     index: KVIndex
     selection: Selection
 

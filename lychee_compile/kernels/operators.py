@@ -79,25 +79,28 @@ def sparse_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    extra: Tensor | None,
     handle: Tensor,
     scale: float,
+    softcap: float | None,
     site: str,
 ) -> Tensor:
     """Attention of `query` [B, Hq, Tq, D] over the best of `key` [B, Hkv, L, D]: [B, Hq, Tq, Dv].
 
     `value` is [B, Hkv, L, Dv] and `mask` an SDPA mask or None. `update_index` has run on `key`. The
-    budget is the handle's. More than `LONGEST_QUERY` positions are a prefill, which is dense; so is
+    budget is the handle's; `softcap` and `extra` as in `attend`. More than `LONGEST_QUERY` positions are a prefill, which is dense; so is
     a call where a query sees no key, so that its value stays what PyTorch's operator makes of it.
     """
     if query.shape[2] > LONGEST_QUERY:
-        return dense_attention(query, key, value, mask, scale).contiguous()
+        return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()
     index = handles.find(handle).index_for(key).index
-    selection = select(index, query, scale, key.shape[2], mask, index.config.budget)
+    kv_len, budget = key.shape[2], index.config.budget
+    selection = select(index, query, scale, kv_len, mask, budget, softcap=softcap)
     if bool((selection.visible.end == 0).any()):
-        return dense_attention(query, key, value, mask, scale).contiguous()
+        return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()
     for observer in observers:
-        observer(SparseCall(site, query, key, mask, scale, index, selection))
-    return attend(query, key, value, selection, mask, scale)[0]
+        observer(SparseCall(site, query, key, mask, scale, softcap, index, selection))
+    return attend(query, key, value, selection, mask, scale, softcap, extra)[0]
 
 
 @sparse_attention.register_fake
@@ -106,8 +109,10 @@ def _(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    extra: Tensor | None,
     handle: Tensor,
     scale: float,
+    softcap: float | None,
     site: str,
 ) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[-1])

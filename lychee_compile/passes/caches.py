@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.fx
 
+from lychee_compile.passes.attention import Attention
 from lychee_compile.passes.dataflow import (
-    VIEWS,
     argument,
     aten,
     calls,
@@ -19,8 +19,9 @@ from lychee_compile.passes.dataflow import (
     through_copies,
     value_of,
 )
+from lychee_compile.passes.views import is_pure_view
 
-ROLLING = "the cache rolls: every key changes its slot at every step"
+Slot = int | torch.fx.Node
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class CacheBinding:
     """A key cache as one graph sees it. Two sites that read the same keys have equal bindings."""
 
     key: torch.fx.Node
-    """The keys after this call's write, [B, Hkv, L, D]."""
+    """The tensor that holds the keys after this call's write."""
+    token_dim: int
+    """Its dimension that runs over tokens."""
     kind: str
     """"static": an input written in place; "dynamic": grown by concatenation, an output."""
     source: torch.fx.Node | None
@@ -37,90 +40,194 @@ class CacheBinding:
     """Which output of the graph is the grown cache; None for a static one."""
     positions: torch.fx.Node | None = None
     """Slots written, int [T]; None: see `span`, or the last slots of a dynamic cache."""
-    span: tuple[int | torch.fx.Node, int | torch.fx.Node] | None = None
+    span: tuple[Slot, Slot] | None = None
     """Slots [start, end) written where the graph names them as a slice."""
-    reads_only: bool = False
-    """Whether the graph only reads the cache."""
+    written: tuple[torch.fx.Node, int] | None = None
+    """A tensor and the dimension of it that has as many entries as tokens are written."""
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether the graph only reads the cache."""
+        return self.written is None
 
 
-def bind_cache(
-    key: torch.fx.Node, graph: torch.fx.Graph, reader: torch.fx.Node
-) -> CacheBinding | str:
-    """The cache that `key` [B, Hkv, L, D] is read from, or in words why none was recognised.
+@dataclass(frozen=True)
+class Unbound:
+    """Keys for which no cache was recognised."""
 
-    `reader` is the attention that reads it.
-    """
-    if calls(key, aten.cat.default):
-        return _grown(key, graph)
-    buffer, axis = key, 2
-    if calls(key, aten.transpose.int) and {d % 4 for d in key.args[1:3]} == {1, 2}:  # type: ignore[operator]
-        buffer, axis = through_copies(key.args[0]), 1  # type: ignore[arg-type]
-    if calls(buffer, aten.index_copy_.default, aten.index_put_.default):
-        return _written(key, buffer, axis)
-    if buffer.op == "placeholder":
-        return _read(key, buffer, axis, reader)
-    if calls(buffer, aten.slice.Tensor):
-        return "the keys are a slice of what the cache holds, as in a sliding window"
-    if calls(buffer, aten.roll.default) or (
-        buffer.args and calls(buffer.args[0], aten.roll.default)
-    ):
-        return ROLLING
-    output = _output_index(key, graph)
-    if output is None:
-        return "the keys are not read from a cache"
-    return CacheBinding(key, "dynamic", None, output)
+    kind: str
+    """"none", or "sliding": a cache that keeps a window of keys only."""
+    reason: str
 
 
-def _written(key: torch.fx.Node, write: torch.fx.Node, axis: int) -> CacheBinding | str:
-    """A cache that this call writes whole tokens of, at positions along `axis`."""
-    positions = _positions(write, axis)
-    if positions is None:
-        return "the cache is written at other indices than token positions"
-    cache = through_copies(write.args[0])  # type: ignore[arg-type]
-    if calls(cache, aten.roll.default):
-        return ROLLING
-    if cache.op != "placeholder" or _writes(write) or len(_writes(cache)) > 1:
-        return "the tensor written to is no input of the graph, or is written more than once"
-    return CacheBinding(key, "static", cache, None, positions)
+class _NotBoundError(Exception):
+    def __init__(self, reason: str, kind: str = "none") -> None:
+        super().__init__(reason)
+        self.unbound = Unbound(kind, reason)
 
 
-def _positions(write: torch.fx.Node, axis: int) -> torch.fx.Node | None:
-    """The slots, int [T], that `index_copy_` or `index_put_` writes along `axis`."""
-    if calls(write, aten.index_copy_.default):
-        return argument(write, "index") if argument(write, "dim") % 4 == axis else None
-    indices = argument(write, "indices")
-    along = [place for place, index in enumerate(indices) if index is not None]
-    if along != [axis] or argument(write, "accumulate", False):
+_ROLLING = ("the cache rolls: every key changes its slot at every step", "sliding")
+_PART_KEPT = ("the cache keeps only a part of these keys, as in a sliding window", "sliding")
+_NO_CACHE = "the keys are not read from a cache"
+_UNKNOWN_WRITE = "the form of the cache write is not known"
+
+
+def bind_cache(attention: Attention, graph: torch.fx.Graph) -> CacheBinding | Unbound:
+    """The cache that the keys of `attention` are read from, or why none was recognised."""
+    reasons = []
+    for key in reversed(attention.key_forms):
+        places = [dim for dim, axes in enumerate(key.layout) if set(axes) & set(attention.roles.key)]
+        if len(places) != 1 or key.layout[places[0]] != attention.roles.key:
+            continue
+        try:
+            return _Binder(key.node, attention.node, graph, places[0]).bind()
+        except _NotBoundError as error:
+            reasons.append(error.unbound)
+    telling = [each for each in reasons if each.reason != _NO_CACHE]
+    return next(iter(telling), Unbound("none", _NO_CACHE))
+
+
+class _Binder:
+    def __init__(
+        self, key: torch.fx.Node, reader: torch.fx.Node, graph: torch.fx.Graph, token_dim: int
+    ) -> None:
+        self._key, self._reader, self._graph, self._dim = key, reader, graph, token_dim
+
+    def bind(self) -> CacheBinding:
+        held = self._behind_prefixes(self._key)
+        if calls(held, aten.cat.default):
+            return self._grown(held)
+        if calls(held, aten.index_copy_.default, aten.index_put_.default):
+            return self._written(held)
+        if held.op == "placeholder":
+            return self._read(held)
+        if calls(held, aten.roll.default) or (held.args and calls(held.args[0], aten.roll.default)):
+            raise _NotBoundError(*_ROLLING)
+        if calls(held, aten.slice.Tensor):
+            raise _NotBoundError("the keys are a slice of what the cache holds, as in a sliding window", "sliding")
+        output = self._output_index(held)
+        if output is None:
+            raise _NotBoundError(_NO_CACHE)
+        return CacheBinding(self._key, self._dim, "dynamic", None, output, written=(held, self._dim))
+
+    def _behind_prefixes(self, node: torch.fx.Node) -> torch.fx.Node:
+        """Behind slices that take the beginning of a dimension, as of the tokens so far."""
+        node = through_copies(node)
+        while calls(node, aten.slice.Tensor):
+            from_start = argument(node, "start", 0) in (0, None) and argument(node, "step", 1) == 1
+            source = node.args[0]
+            assert isinstance(source, torch.fx.Node)
+            if not from_start or not _holds_cache(source):
+                break
+            node = through_copies(source)
+        return node
+
+    def _written(self, write: torch.fx.Node) -> CacheBinding:
+        """A cache that this call writes whole tokens of, at positions."""
+        positions = self._positions(write)
+        cache = through_copies(write.args[0])  # type: ignore[arg-type]
+        if calls(cache, aten.roll.default):
+            raise _NotBoundError(*_ROLLING)
+        if positions is None:
+            raise _NotBoundError("the cache is written at other indices than token positions")
+        if cache.op != "placeholder" or writes_of(write) or len(writes_of(cache)) > 1:
+            raise _NotBoundError("the tensor written to is no input of the graph, or is written more than once")
+        return CacheBinding(
+            self._key, self._dim, "static", cache, None, positions, written=(positions, 0)
+        )
+
+    def _positions(self, write: torch.fx.Node) -> torch.fx.Node | None:
+        """The slots, int [T], that `index_copy_` or `index_put_` writes along the tokens."""
+        rank = len(shape_of(write))
+        if calls(write, aten.index_copy_.default):
+            along = argument(write, "dim") % rank == self._dim
+            return argument(write, "index") if along else None
+        indices = argument(write, "indices")
+        places = [place for place, index in enumerate(indices) if index is not None]
+        if places != [self._dim] or argument(write, "accumulate", False):
+            return None
+        index = indices[self._dim]
+        return index if len(shape_of(index)) == 1 and value_of(index).dtype != torch.bool else None
+
+    def _read(self, cache: torch.fx.Node) -> CacheBinding:
+        """A cache that is written through a view of it, or not at all."""
+        writes = writes_of(cache)
+        if not writes:
+            return CacheBinding(self._key, self._dim, "static", cache, None)
+        (write, *more) = writes
+        target = write.args[0]
+        assert isinstance(target, torch.fx.Node)
+        if calls(write, aten.copy_.default) and calls(through_copies(write.args[1]), aten.cat.default, aten.roll.default):  # type: ignore[arg-type]
+            raise _NotBoundError(*_ROLLING)
+        if more or not calls(write, aten.copy_.default):
+            raise _NotBoundError(_UNKNOWN_WRITE)
+        if self._reader < write:
+            raise _NotBoundError("the cache is written after it is read")
+        span = self._span(target, cache)
+        return CacheBinding(
+            self._key, self._dim, "static", cache, None, span=span, written=(target, self._dim)
+        )
+
+    def _span(self, target: torch.fx.Node, cache: torch.fx.Node) -> tuple[Slot, Slot]:
+        """The slots of `cache` that its view `target` shows."""
+        span: tuple[Slot, Slot] | None = None
+        node = target
+        while node is not cache:
+            dim = argument(node, "dim", 0) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
+            if not calls(node, aten.slice.Tensor) or argument(node, "step", 1) != 1:
+                raise _NotBoundError(_UNKNOWN_WRITE)
+            start, end = argument(node, "start", 0), argument(node, "end")
+            if dim == self._dim and span is None:
+                kv_len = shape_of(cache)[dim]
+                first, last = _slot(start, kv_len), _slot(end, kv_len)
+                if first is None or last is None:
+                    raise _NotBoundError(_UNKNOWN_WRITE)
+                span = (first, last)
+            elif start not in (0, None):
+                raise _NotBoundError("the cache is written along another axis than its tokens")
+            node = node.args[0]  # type: ignore[assignment]
+        if span is None:
+            raise _NotBoundError("the cache is written along another axis than its tokens")
+        return span
+
+    def _grown(self, key: torch.fx.Node) -> CacheBinding:
+        parts = argument(key, "tensors")
+        if argument(key, "dim", 0) % len(shape_of(key)) != self._dim:
+            raise _NotBoundError(_NO_CACHE)
+        output = self._output_index(key)
+        if output is None:
+            raise _NotBoundError(*_PART_KEPT)
+        if len(parts) != 2:
+            raise _NotBoundError("the cache grows by more than one piece")
+        past = through_copies(parts[0])
+        written = (parts[1], self._dim)
+        if past.op == "placeholder":
+            return CacheBinding(self._key, self._dim, "dynamic", past, output, written=written)
+        empty = shape_of(past)
+        if same(empty[0], 0) or (len(empty) == len(shape_of(key)) and same(empty[self._dim], 0)):
+            return CacheBinding(self._key, self._dim, "dynamic", None, output, written=written)
+        raise _NotBoundError("the tensor that the cache grows from is no input of the graph")
+
+    def _output_index(self, key: torch.fx.Node) -> int | None:
+        outputs = next(node for node in reversed(self._graph.nodes) if node.op == "output").args[0]
+        if not isinstance(outputs, (tuple, list)):
+            outputs = (outputs,)
+        for place, node in enumerate(outputs):
+            if isinstance(node, torch.fx.Node) and through_copies(node) is key:
+                return place
         return None
-    index = indices[axis]
-    return index if len(shape_of(index)) == 1 and value_of(index).dtype != torch.bool else None
 
 
-def _read(
-    key: torch.fx.Node, cache: torch.fx.Node, axis: int, reader: torch.fx.Node
-) -> CacheBinding | str:
-    """A cache that is written through a view of it, or not at all."""
-    writes = _writes(cache)
-    if not writes:
-        return CacheBinding(key, "static", cache, None, reads_only=True)
-    target = writes[0].args[0]
-    whole_slice = calls(target, aten.slice.Tensor) and target.args[0] is cache  # type: ignore[union-attr]
-    if len(writes) > 1 or not whole_slice or not calls(writes[0], aten.copy_.default):
-        return "the form of the cache write is not known"
-    assert isinstance(target, torch.fx.Node)
-    if reader < writes[0]:
-        return "the cache is written after it is read"
-    if argument(target, "dim", 0) % 4 != axis or argument(target, "step", 1) != 1:
-        return "the cache is written along another axis than its tokens"
-    kv_len = shape_of(cache)[axis]
-    start = _slot(argument(target, "start", 0), kv_len)
-    end = _slot(argument(target, "end"), kv_len)
-    if start is None or end is None:
-        return "the form of the cache write is not known"
-    return CacheBinding(key, "static", cache, None, span=(start, end))
+def _holds_cache(node: torch.fx.Node) -> bool:
+    node = through_copies(node)
+    if calls(node, aten.slice.Tensor):
+        return _holds_cache(node.args[0])  # type: ignore[arg-type]
+    return node.op == "placeholder" or calls(
+        node, aten.index_copy_.default, aten.index_put_.default
+    )
 
 
-def _slot(bound: Any, kv_len: int | torch.SymInt) -> int | torch.fx.Node | None:
+def _slot(bound: Any, kv_len: int | torch.SymInt) -> Slot | None:
     """The slot at a bound of a slice: negative and large ones mean what they do in Python.
 
     None where only a run can tell.
@@ -131,27 +238,8 @@ def _slot(bound: Any, kv_len: int | torch.SymInt) -> int | torch.fx.Node | None:
     return None if size is None or bound is None else slice(bound, None).indices(size)[0]
 
 
-def _grown(key: torch.fx.Node, graph: torch.fx.Graph) -> CacheBinding | str:
-    parts = argument(key, "tensors")
-    if argument(key, "dim", 0) % 4 != 2 or len(shape_of(key)) != 4:
-        return "the keys are not read from a cache"
-    output = _output_index(key, graph)
-    if output is None:
-        return "the cache keeps only a part of these keys, as in a sliding window"
-    past = through_copies(parts[0])
-    if len(parts) != 2:
-        return "the cache grows by more than one piece"
-    if past.op == "placeholder":
-        return CacheBinding(key, "dynamic", past, output)
-    empty = shape_of(past)
-    if same(empty[0], 0) or (len(empty) == 4 and same(empty[2], 0)):
-        return CacheBinding(key, "dynamic", None, output)
-    return "the tensor that the cache grows from is no input of the graph"
-
-
-def _writes(tensor: torch.fx.Node) -> list[torch.fx.Node]:
+def writes_of(tensor: torch.fx.Node) -> list[torch.fx.Node]:
     """Operators that write `tensor` or a view of it."""
-    views = VIEWS | {aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.permute.default}
     found = []
     for user in tensor.users:
         schema = getattr(user.target, "_schema", None)
@@ -159,16 +247,6 @@ def _writes(tensor: torch.fx.Node) -> list[torch.fx.Node]:
             continue
         if user.args and user.args[0] is tensor and schema.is_mutable:
             found.append(user)
-        elif user.target in views:
-            found.extend(_writes(user))
+        elif is_pure_view(user):
+            found.extend(writes_of(user))
     return found
-
-
-def _output_index(key: torch.fx.Node, graph: torch.fx.Graph) -> int | None:
-    outputs = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
-    if not isinstance(outputs, (tuple, list)):
-        outputs = (outputs,)
-    for place, node in enumerate(outputs):
-        if isinstance(node, torch.fx.Node) and through_copies(node) is key:
-            return place
-    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 import torch.fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -54,6 +55,26 @@ def argument(node: torch.fx.Node, name: str, default: Any = None) -> Any:
                 return node.args[place]
             return node.kwargs.get(name, default)
     return default
+
+
+def operator_key(node: Any) -> str:
+    """Name of the ATen operator that a node calls, without overload: "add"; empty for others."""
+    schema = getattr(getattr(node, "target", None), "_schema", None)
+    namespace, _, name = getattr(schema, "name", "").partition("::")
+    return name if namespace == "aten" else ""
+
+
+def scalar_of(value: Any) -> sympy.Expr | None:
+    """A number of the graph, or a symbolic size, as sympy has it; None for tensors and the like."""
+    if isinstance(value, torch.fx.Node):
+        value = value_of(value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value.node.expr
+    if isinstance(value, sympy.Expr):
+        return value
+    if isinstance(value, bool):
+        return sympy.Integer(int(value))
+    return sympy.sympify(value) if isinstance(value, (int, float)) else None
 
 
 def calls(node: Any, *targets: Any) -> bool:

@@ -4,45 +4,52 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sympy
 import torch
 import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators import DEVICES, DTYPES, LONGEST_QUERY
+from lychee_compile.passes.attention import Attention, FusedModule, Rejected
 from lychee_compile.passes.caches import CacheBinding, bind_cache
-from lychee_compile.passes.dataflow import (
-    module_path,
-    operator_name,
-    same,
-    shape_of,
-    source_line,
-    static_size,
-    value_of,
-)
-from lychee_compile.passes.detect import Attention
-from lychee_compile.passes.masks import describe_mask
-from lychee_compile.passes.site import Site
+from lychee_compile.passes.dataflow import module_path, operator_name, source_line, value_of
+from lychee_compile.passes.masks import Reading
+from lychee_compile.passes.site import RejectedSite, Site
 
 
 @dataclass(frozen=True)
 class Plan:
     """An attention, what is known of it for the report, and its cache where it has one."""
 
-    attention: Attention
+    attention: Attention | FusedModule
     site: Site
     binding: CacheBinding | None
 
+    @property
+    def node(self) -> torch.fx.Node:
+        """What computes the output."""
+        return self.attention.node
+
 
 def plan_site(
-    attention: Attention, graph: torch.fx.Graph, config: IndexConfig, needs_gradients: bool
+    attention: Attention | FusedModule,
+    graph: torch.fx.Graph,
+    config: IndexConfig,
+    needs_gradients: bool,
 ) -> Plan:
     """Look at one attention and decide: `site.decision` is "sparse" or, with a reason, "kept"."""
-    bound = bind_cache(attention.key, graph, attention.node)
+    if isinstance(attention, FusedModule):
+        return Plan(attention, _describe_module(attention), None)
+    bound = bind_cache(attention, graph)
     binding = bound if isinstance(bound, CacheBinding) else None
-    site = _describe(attention, binding)
-    unsupported = _unsupported_operands(attention, needs_gradients) or _unsupported_form(attention)
+    site = _describe(attention, bound.kind)
+    unsupported = (
+        _unsupported_operands(attention, needs_gradients)
+        or attention.refused
+        or _unsupported_form(attention)
+    )
     exact = None if unsupported else _better_exact(attention, config)
-    unbound = bound if isinstance(bound, str) else None
+    unbound = None if isinstance(bound, CacheBinding) else bound.reason
     reason = unsupported or exact or unbound
     if reason is None:
         site.decision = "sparse"
@@ -50,76 +57,107 @@ def plan_site(
         site.reason = f"budget {config.budget} of up to {site.kv_len} tokens"
     else:
         site.reason, site.by_design = reason, reason == exact
-        site.kernel = operator_name(attention.node)
+        site.kernel = _kept_kernel(attention)
     return Plan(attention, site, binding)
 
 
-def _describe(attention: Attention, binding: CacheBinding | None) -> Site:
-    query, key = shape_of(attention.query), shape_of(attention.key)
+def describe_rejected(rejected: Rejected) -> RejectedSite:
+    """A softmax that is no attention, for the report."""
+    node = rejected.node
+    return RejectedSite(module_path(node), source_line(node), rejected.reason)
 
-    def size(value: int | torch.SymInt) -> int | str:
+
+def _kept_kernel(attention: Attention) -> str:
+    if attention.form == "flex":
+        return "flex_attention"
+    return operator_name(attention.node) if attention.form == "sdpa" else "aten (as written)"
+
+
+def _describe(attention: Attention, cache: str) -> Site:
+    roles, reading = attention.roles, Reading(attention)
+    first, end = reading.key_range
+
+    def size(axes: tuple[sympy.Symbol, ...]) -> int | str:
+        value = attention.size(axes)
         return value if isinstance(value, int) else str(value)
 
     return Site(
         name=module_path(attention.node),
         source=source_line(attention.node),
         form=attention.form,
-        query_heads=size(query[-3]) if len(query) > 2 else 1,
-        kv_heads=size(key[-3]) if len(key) > 2 else 1,
-        head_dim=size(query[-1]),
-        query_len=size(query[-2]),
-        kv_len=size(key[-2]),
-        mask=describe_mask(attention),
-        cache=binding.kind if binding else "none",
+        query_heads=size(roles.kv_heads + roles.group),
+        kv_heads=size(roles.kv_heads),
+        head_dim=size(roles.head_dim),
+        value_head_dim=size(roles.value_dim),
+        query_len=size(roles.query),
+        kv_len=size(roles.key),
+        mask=reading.words(),
+        predicate=reading.predicate,
+        key_range=f"[{first}, {end})",
+        score=_rounded(reading.score) + (" with an extra logit" if attention.score.extra else ""),
+        monotone=attention.score.monotone,
+        cache=cache,
+    )
+
+
+def _rounded(expression: sympy.Basic) -> str:
+    """Numbers to four digits: a report is for reading."""
+    numbers = expression.atoms(sympy.Float)
+    return str(expression.xreplace({each: sympy.Float(each, 4) for each in numbers}))
+
+
+def _describe_module(module: FusedModule) -> Site:
+    name = operator_name(module.node)
+    return Site(
+        name=module_path(module.node),
+        source=source_line(module.node),
+        form="fused",
+        query_heads=module.query_heads,
+        kv_heads=module.query_heads,
+        head_dim=module.head_dim,
+        value_head_dim=module.head_dim,
+        query_len=str(module.tokens) if not isinstance(module.tokens, int) else module.tokens,
+        kv_len=str(module.tokens) if not isinstance(module.tokens, int) else module.tokens,
+        mask=module.mask,
+        cache="none",
+        reason="one operator of PyTorch's computes the whole module, exactly",
+        by_design=True,
+        kernel=name,
     )
 
 
 def _unsupported_operands(attention: Attention, needs_gradients: bool) -> str | None:
     if needs_gradients:
         return "gradients are needed: call the model under torch.no_grad() for sparse attention"
-    operands = (attention.query, attention.key, attention.value)
-    values = [value_of(node) for node in operands]
-    for value in values:
+    operands = (attention.query.node, attention.key.node, attention.value.node)
+    for value in (value_of(node) for node in operands):
         if value.dtype not in DTYPES:
             return f"dtype {str(value.dtype).removeprefix('torch.')} is not supported"
         if value.device.type not in DEVICES:
             return f"no kernels for device {value.device.type} yet: they would be slower than dense"
-    if len({value.dtype for value in values}) > 1:
-        return "query, key and value differ in dtype"
-    if any(value.dim() != 4 for value in values):
-        return "query, key and value are not [batch, heads, tokens, head_dim]"
     return None
 
 
 def _unsupported_form(attention: Attention) -> str | None:
     if attention.dropout > 0:
         return f"dropout {attention.dropout} on the attention weights"
-    query, key, value = (
-        shape_of(node) for node in (attention.query, attention.key, attention.value)
-    )
-    if not (isinstance(query[1], int) and isinstance(key[1], int)) or query[1] % key[1]:
-        return f"{query[1]} query heads do not divide into {key[1]} KV heads"
-    rows_differ = not (same(query[0], key[0]) and same(query[0], value[0]))
-    if rows_differ or not same(key[1], value[1]) or not same(query[3], key[3]):
-        return "query, key and value differ in batch, heads or head_dim"
-    if attention.mask is not None:
-        mask = shape_of(attention.mask)
-        if not 2 <= len(mask) <= 4 or not same(mask[-1], key[2]):
-            return f"the mask, {list(mask)}, does not name the {key[2]} keys one by one"
+    if attention.score.unsupported:
+        return attention.score.unsupported
+    heads = attention.size(attention.roles.kv_heads + attention.roles.group)
+    if not isinstance(heads, int):
+        return f"the number of heads, {heads}, is not known when compiling"
     return None
 
 
 def _better_exact(attention: Attention, config: IndexConfig) -> str | None:
     """Why this attention is meant to stay exact; None where sparse reading can win."""
-    query, key = shape_of(attention.query), shape_of(attention.key)
+    query_len, kv_len = attention.query_len, attention.kv_len
     if config.budget is None:
         return "budget=None asks for exact attention"
-    tokens = static_size(query[2])
-    if same(query[2], key[2]) or (tokens is not None and tokens > LONGEST_QUERY):
-        return f"{query[2]} query positions: a prefill or an encoder, which stays exact"
+    if query_len == kv_len or (isinstance(query_len, int) and query_len > LONGEST_QUERY):
+        return f"{query_len} query positions: a prefill or an encoder, which stays exact"
     if attention.is_causal:
         return "is_causal counts from the first key, which decoding over a cache does not mean"
-    kv_len = static_size(key[2])
-    if kv_len is not None and kv_len <= config.budget:
+    if isinstance(kv_len, int) and kv_len <= config.budget:
         return f"key length {kv_len} is within the budget {config.budget}"
     return None

@@ -1,115 +1,253 @@
-"""Find the attentions of a pre-dispatch ATen graph."""
+"""Find the attentions of a graph by what they compute, however they are written.
+
+An attention is a product whose one factor is a softmax, over the axes that are summed, of scores that
+come from a product of queries and keys:
+
+    out[b, h, q, e] = sum over kv of softmax over kv (score(sum over d of Q[b, h, q, d] K[b, g, kv, d]))
+                                     V[b, g, kv, e]
+
+Indices are carried back from the output: every view, transposition, split and repetition on the way
+is a fact about indices, and the axes that the operands turn out to have are those of the attention.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
+import sympy
 import torch.fx
 
-from lychee_compile.passes.dataflow import (
-    SAME_VALUES,
-    VIEWS,
-    argument,
-    aten,
-    calls,
-    same,
-    same_shape,
-    shape_of,
-    through_copies,
-    value_of,
+from lychee_compile.passes.attention import Attention, FusedModule, Rejected
+from lychee_compile.passes.axes import ZERO, Axes, Indices, SplitAxis
+from lychee_compile.passes.dataflow import argument, operator_key, scalar_of, shape_of
+from lychee_compile.passes.elements import Elements
+from lychee_compile.passes.fused import find_fused, with_finer_axes
+from lychee_compile.passes.names import Names
+from lychee_compile.passes.operands import Place, free_axes
+from lychee_compile.passes.products import Product, product_of
+from lychee_compile.passes.region import Order
+from lychee_compile.passes.scores import ScoreTracer, Trace
+from lychee_compile.passes.settle import Pieces, Scene, settle
+from lychee_compile.passes.softmaxes import (
+    DIVISIONS,
+    Softmax,
+    divisor_place,
+    find_softmaxes,
 )
+from lychee_compile.passes.views import CARRIERS, MERE_COPIES, broadcast, is_view_of_part, source_of
+
+Found = Attention | FusedModule | Rejected
 
 
-@dataclass(frozen=True)
-class Attention:
-    """One attention of the graph: softmax(scale Q K^T + mask) V."""
+def find_attention(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) -> list[Found]:
+    """All attentions of `gm`, and all softmaxes that belong to none, in order.
 
-    node: torch.fx.Node
-    """What computes the output, [B, Hq, Tq, Dv]."""
-    query: torch.fx.Node
-    """[B, Hq, Tq, D]."""
-    key: torch.fx.Node
-    """[B, Hkv, L, D], before it was repeated for the query heads."""
-    value: torch.fx.Node
-    """[B, Hkv, L, Dv], likewise."""
-    mask: torch.fx.Node | None
-    """Bool or additive float, broadcastable to [B, Hq, Tq, L]."""
-    scale: float
-    """Multiplies Q K^T."""
-    is_causal: bool
-    """Whether PyTorch's own causal mask applies: query i sees keys 0 to i."""
-    dropout: float
-    """Probability with which weights are dropped."""
-    form: str
-    """How it was written: "sdpa"."""
-
-
-def find_attention(graph: torch.fx.Graph) -> list[Attention]:
-    """All attentions of `graph`, in order."""
-    found = (_from_sdpa(node) for node in graph.nodes)
-    return [attention for attention in found if attention is not None]
-
-
-def _from_sdpa(node: torch.fx.Node) -> Attention | None:
-    if not calls(node, aten.scaled_dot_product_attention.default):
-        return None
-    query, key, value = (argument(node, name) for name in ("query", "key", "value"))
-    key, value = _undo_repeat(key, value)
-    scale = argument(node, "scale")
-    head_dim = shape_of(query)[-1]
-    return Attention(
-        node=node,
-        query=query,
-        key=key,
-        value=value,
-        mask=argument(node, "attn_mask"),
-        scale=float(scale) if scale is not None else float(head_dim) ** -0.5,
-        is_causal=bool(argument(node, "is_causal", False)),
-        dropout=float(argument(node, "dropout_p", 0.0)),
-        form="sdpa",
-    )
-
-
-def _undo_repeat(key: torch.fx.Node, value: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
-    """Key and value before each KV head was repeated for its query heads, both or neither."""
-    base_key, base_value = _before_repeat(key), _before_repeat(value)
-    if same(shape_of(base_key)[1], shape_of(base_value)[1]):
-        return base_key, base_value
-    return through_copies(key), through_copies(value)
-
-
-def _before_repeat(node: torch.fx.Node) -> torch.fx.Node:
-    """Undo [B, H, L, D] -> [B, H, G, L, D] -> [B, H * G, L, D], the copies of a head side by side.
-
-    Also undoes `repeat_interleave` over the heads. Anything else, such as copies of all heads one
-    after the other, gives the node back: query head h must read KV head h // G.
+    `written` is what `normalise` could not give values of their own.
     """
-    node = through_copies(node)
-    if calls(node, aten.repeat_interleave.self_int):
-        source, dim = argument(node, "self"), argument(node, "dim")
-        return through_copies(source) if dim in (1, -3) and len(shape_of(source)) == 4 else node
-    wide = shape_of(node)
-    expanded = _skip(node, {aten.reshape.default, aten.view.default, aten._unsafe_view.default})
-    if expanded is node or not calls(expanded, aten.expand.default):
-        return node
-    five = shape_of(expanded)
-    inner = through_copies(expanded.args[0])  # type: ignore[arg-type]
-    base = through_copies(_skip(inner, VIEWS - {aten.expand.default}))
-    four = shape_of(base)
-    if len(wide) != 4 or len(five) != 5 or len(four) != 4:
-        return node
-    one_per_head = same_shape(shape_of(inner), (four[0], four[1], 1, four[2], four[3]))
-    side_by_side = same_shape(wide, (four[0], four[1] * five[2], four[2], four[3]))
-    return base if one_per_head and side_by_side else node
+    scene = Scene(gm, Order(gm.graph), Names(gm), written)
+    found: list[Found] = list(find_fused(scene))
+    for softmax in find_softmaxes(gm.graph):
+        found.append(_from_softmax(softmax, scene))
+    return sorted(found, key=lambda each: scene.order.place[each.node])
 
 
-def _skip(node: torch.fx.Node, targets: set[Any]) -> torch.fx.Node:
-    while calls(node, *targets, *SAME_VALUES):
-        source = node.args[0]
-        assert isinstance(source, torch.fx.Node)
-        if value_of(source).dtype != value_of(node).dtype:  # a cast may round
-            break
-        node = source
-    return node
+def _from_softmax(softmax: Softmax, scene: Scene) -> Attention | Rejected:
+    reason = "its weights are not multiplied with values"
+    for product in _products_with(softmax.weights):
+        result = with_finer_axes(lambda axes, p=product: _match(softmax, p, axes, scene))  # type: ignore[misc]
+        if isinstance(result, Attention):
+            return result
+        reason = result.reason if result else reason
+    return Rejected(softmax.node, reason)
+
+
+def _products_with(weights: torch.fx.Node) -> Iterator[Product]:
+    """Products that the weights go into, through shapes, casts and elementwise operators."""
+    waiting, reached = [weights], {weights}
+    while waiting and len(reached) < 64:
+        node = waiting.pop(0)
+        for user in node.users:
+            product = product_of(user)
+            if product is not None and {product.left, product.right} & reached:
+                yield product
+            elif user not in reached and _carries(user):
+                reached.add(user)
+                waiting.append(user)
+
+
+def _carries(node: torch.fx.Node) -> bool:
+    return operator_key(node) in CARRIERS or is_view_of_part(node)
+
+
+def _match(softmax: Softmax, product: Product, axes: Axes, scene: Scene) -> Attention | Rejected | None:
+    """The attention whose values `product` sums up; None where the softmax is not summed over."""
+    elements = Elements(axes, scene.names, scene.written)
+    out = tuple(axes.index(f"o{place}", size) for place, size in enumerate(shape_of(product.node)))
+    inner = [axes.index(f"kv{place}", size) for place, size in enumerate(product.inner_sizes())]
+    keys = free_axes(inner, axes)
+    left, right = product.operand_indices(out, inner)
+    sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
+    for weights, value in (sides, reversed(sides)):
+        walk = _WeightWalk(softmax, elements)
+        at = walk.back(weights.node, weights.indices)
+        if at is None:
+            continue
+        misfit = _misfit(softmax, at, keys, axes)
+        if misfit:
+            return Rejected(softmax.node, misfit)
+        return _from_weights(softmax, product, at, walk, value, out, keys, elements, scene)
+    return None
+
+
+def _misfit(softmax: Softmax, at: Indices, keys: frozenset[sympy.Symbol], axes: Axes) -> str:
+    along = free_axes((at[dim] for dim in softmax.dims), axes)
+    across = free_axes((index for dim, index in enumerate(at) if dim not in softmax.dims), axes)
+    if not keys or along != keys or across & keys:
+        return "its softmax runs over another axis than the one summed over"
+    return ""
+
+
+def _from_weights(
+    softmax: Softmax, product: Product, at: Indices, walk: _WeightWalk, value: Place, out: Indices,
+    keys: frozenset[sympy.Symbol], elements: Elements, scene: Scene,
+) -> Attention | Rejected:  # fmt: skip
+    tracer = ScoreTracer(elements, keys, scene.is_parameter)
+    trace = tracer.trace(softmax.scores, at)
+    if trace is None:
+        return Rejected(softmax.node, tracer.why_not)
+    if scene.is_parameter(value.node):
+        return Rejected(softmax.node, "its values are a parameter: a linear layer")
+    node, refused = product.node, walk.refused
+    dropped = _dropped_keys(softmax, at, keys, elements.axes, trace)
+    if softmax.deferred:
+        quotient = _quotient(softmax, product.node)
+        refused = refused or ("" if quotient else "its sum of exponentials is used in an unknown way")
+        node = quotient or node
+    total_misfit = _total_misfit(softmax, product, node, at, out, elements)
+    pieces = Pieces(
+        node=node,
+        form="eager",
+        weights=softmax.weights,
+        out=out,
+        score_dims=tuple(index for dim, index in enumerate(at) if dim not in softmax.dims),
+        trace=trace,
+        value=value,
+        reader=product.node,
+        keys=keys,
+        base_two=softmax.base_two,
+        dropout=walk.dropout,
+        refused=refused or dropped or total_misfit or walk.unknown_mask(trace),
+    )
+    return settle(pieces, elements, scene)
+
+
+def _dropped_keys(
+    softmax: Softmax, at: Indices, keys: frozenset[sympy.Symbol], axes: Axes, trace: Trace
+) -> str:
+    """Why the softmax must not be taken over the summed axes alone; empty where it may."""
+    sizes = [axes.index(f"whole{dim}", shape_of(softmax.scores)[dim]) for dim in softmax.dims]
+    there = axes.product(axis for size in sizes for axis in free_axes([size], axes))
+    extra = sum(step.kind == "extra" for step in trace.steps)
+    if extra > 1 or sympy.expand(there - axes.product(keys) - extra) != 0:
+        return "some of its weights are not used"
+    return ""
+
+
+def _total_misfit(
+    softmax: Softmax, product: Product, node: torch.fx.Node, at: Indices, out: Indices, elements: Elements
+) -> str:
+    """Whether what the weights are divided by is the sum over the keys, of the same row."""
+    if softmax.total is None:
+        return ""
+    if softmax.deferred:
+        reader, indices = node, out
+    elif operator_key(softmax.weights) in ("exp", "exp2"):
+        reader, indices = softmax.weights.args[0], at  # type: ignore[assignment]
+        while operator_key(reader) in MERE_COPIES:
+            reader = reader.args[0]  # type: ignore[assignment]
+    else:
+        reader, indices = softmax.weights, at
+    place = divisor_place(reader, indices, softmax, elements.axes)
+    rows = tuple(index for dim, index in enumerate(at) if dim not in softmax.dims)
+    if place is not None and len(place) == len(at):  # keepdim
+        place = tuple(index for dim, index in enumerate(place) if dim not in softmax.dims)
+    return "" if place == rows else "its weights are divided by the sum of another row"
+
+
+def _quotient(softmax: Softmax, node: torch.fx.Node) -> torch.fx.Node | None:
+    """The division by the sum that follows the product with the values."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if operator_key(user) in DIVISIONS or operator_key(user) == "mul":
+            return user if shape_of(user) == shape_of(node) else None
+        if operator_key(user) not in MERE_COPIES:
+            return None
+        node = user
+    return None
+
+
+class _WeightWalk:
+    """Walks from the product with the values back to the softmax, and notes what is in between."""
+
+    def __init__(self, softmax: Softmax, elements: Elements) -> None:
+        self.dropout = 0.0
+        self.refused = ""
+        self._softmax, self._elements = softmax, elements
+        self._zeroed: list[torch.fx.Node] = []
+        self._dead: set[torch.fx.Node] = set()
+
+    def back(self, node: torch.fx.Node, indices: Indices) -> Indices | None:
+        """Indices into the weights; None where `node` does not come from them."""
+        if node is self._softmax.weights:
+            return indices
+        if node.op != "call_function" or node in self._dead or len(self._dead) > 64:
+            return None
+        viewed = source_of(node, indices, self._elements.axes)
+        if viewed is not None:
+            found = self.back(*viewed)
+        elif operator_key(node) in CARRIERS:
+            found = self._through(node, indices)
+        else:
+            found = None
+        if found is None:
+            self._dead.add(node)
+        return found
+
+    def _through(self, node: torch.fx.Node, indices: Indices) -> Indices | None:
+        for place, operand in enumerate(node.args):
+            if not isinstance(operand, torch.fx.Node) or not shape_of(operand):
+                continue
+            found = self.back(operand, broadcast(indices, shape_of(operand), shape_of(node)))
+            if found is not None:
+                self._note(node, place)
+                return found
+        return None
+
+    def _note(self, node: torch.fx.Node, place: int) -> None:
+        key = operator_key(node)
+        if key in ("dropout", "native_dropout"):
+            if argument(node, "train"):
+                self.dropout = max(self.dropout, float(argument(node, "p")))
+            return
+        if key == "nan_to_num":
+            return
+        condition, zero = self._zeroes(node, place)
+        if zero == 0:
+            if operator_key(condition) != "isnan":
+                self._zeroed.append(condition)
+            return
+        self.refused = self.refused or f"its weights are changed after the softmax, by {key}"
+
+    def _zeroes(self, node: torch.fx.Node, place: int) -> tuple[Any, Any]:
+        """Condition under which a weight is replaced, and by what; None where it is not."""
+        if operator_key(node) == "masked_fill" and place == 0:
+            return node.args[1], self._elements.of(node.args[2])
+        if operator_key(node) == "where" and place > 0:
+            return node.args[0], self._elements.of(node.args[3 - place])
+        return None, None
+
+    def unknown_mask(self, trace: Trace) -> str:
+        """Why setting weights to zero is no mask that the scores have as well; empty if it is."""
+        masks = {step.other for step in trace.steps if step.kind == "fill"}
+        return "" if masks.issuperset(self._zeroed) else "its weights are masked after the softmax"

@@ -10,149 +10,144 @@ After; `index` is a new input of the graph, which stands for the index of `k_cac
 
     k = index_copy_(k_cache, 2, positions, k_new)
     update_index(k, mask, positions, token_ids, index, 1)
-    out = sparse_attention(q, k, v, mask, index, scale, "layers.0.self_attn")
+    out = sparse_attention(q, k, v, mask, None, index, scale, None, "layers.0.self_attn")
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx
 
 from lychee_compile.kernels import operators  # noqa: F401  registers the operators
+from lychee_compile.passes.attention import Attention
 from lychee_compile.passes.caches import CacheBinding
-from lychee_compile.passes.check import check_replacement
-from lychee_compile.passes.dataflow import (
-    argument,
-    aten,
-    calls,
-    shape_of,
-    static_size,
-    value_of,
-)
+from lychee_compile.passes.canonical import Canonical, Canonicaliser, with_layout
+from lychee_compile.passes.check import RewriteError, check_replacement
+from lychee_compile.passes.dataflow import aten, shape_of, static_size, value_of
 from lychee_compile.passes.decide import Plan
+from lychee_compile.passes.rearrange import Emitter
 from lychee_compile.passes.tokens import covers, find_token_ids
 
 StateInput = Callable[[CacheBinding], torch.fx.Node]
 """Gives the graph input that stands for the index of a cache."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A site that could not be rewritten after all."""
+
+    plan: Plan
+    reason: str
+
+
 def rewrite_sparse(
     gm: torch.fx.GraphModule, plans: list[Plan], state_input: StateInput, mode: Any
-) -> None:
-    """Rewrite, in place, every plan decided "sparse"."""
+) -> list[Failure]:
+    """Rewrite, in place, every plan decided "sparse". A site that resists is left as it was."""
     token_ids = find_token_ids(gm.graph)
+    emit = Emitter(gm.graph, mode)
     updated: set[CacheBinding] = set()
+    failures = []
     for plan in plans:
         if plan.site.decision != "sparse":
             continue
-        assert plan.binding is not None
-        state = state_input(plan.binding)
-        if plan.binding not in updated:
-            updated.add(plan.binding)
-            _insert_update(gm.graph, plan, state, token_ids)
-        _replace_attention(gm.graph, plan, state, mode)
+        try:
+            with gm.graph.inserting_before(plan.node):
+                _Site(plan, emit, token_ids).rewrite(state_input, updated)
+        except RewriteError as error:
+            failures.append(Failure(plan, str(error)))
+    return failures
 
 
-def note_prefill(gm: torch.fx.GraphModule, plans: list[Plan], state_input: StateInput) -> None:
+def note_prefill(
+    gm: torch.fx.GraphModule, plans: list[Plan], state_input: StateInput, mode: Any
+) -> None:
     """Let prefills that fill a cache note their tokens, so that chunks end where sentences do."""
     token_ids = find_token_ids(gm.graph)
+    emit = Emitter(gm.graph, mode)
     noted: set[CacheBinding] = set()
     for plan in plans:
         if plan.binding is None or plan.binding in noted or plan.binding.reads_only:
             continue
-        if covers(token_ids, plan.attention.query):
-            noted.add(plan.binding)
-            _insert_update(gm.graph, plan, state_input(plan.binding), token_ids)
+        with gm.graph.inserting_before(plan.node):
+            site = _Site(plan, emit, token_ids)
+            if site.knows_tokens:
+                noted.add(plan.binding)
+                try:
+                    site.update(Canonicaliser(site.attention, emit).operands(), state_input)
+                except RewriteError:
+                    continue
 
 
-def _insert_update(
-    graph: torch.fx.Graph,
-    plan: Plan,
-    state: torch.fx.Node,
-    token_ids: torch.fx.Node | None,
-) -> None:
-    attention, binding = plan.attention, plan.binding
-    assert binding is not None
-    with graph.inserting_before(attention.node):
+class _Site:
+    """One attention being rewritten."""
+
+    def __init__(self, plan: Plan, emit: Emitter, token_ids: torch.fx.Node | None) -> None:
+        assert isinstance(plan.attention, Attention)
+        assert plan.binding is not None
+        self.attention, self.binding = plan.attention, plan.binding
+        self._name = plan.site.name
+        self._emit, self._token_ids = emit, token_ids
+
+    @property
+    def knows_tokens(self) -> bool:
+        """Whether the graph's token ids are those written to the cache."""
+        if self.binding.written is None:
+            return False
+        node, dim = self.binding.written
+        batch = self.attention.axes.product(self.attention.roles.batch)
+        return covers(self._token_ids, batch, shape_of(node)[dim])
+
+    def rewrite(self, state_input: StateInput, updated: set[CacheBinding]) -> None:
+        """Emit update and attention, and let the graph go on with the new output."""
+        old = self.attention.node
+        canonical = Canonicaliser(self.attention, self._emit)
+        given = canonical.operands()
+        score = self.attention.score
+        state = state_input(self.binding)
+        made = self._emit(
+            torch.ops.lychee.sparse_attention.default,
+            given.query, given.key, given.value, given.mask, given.extra, state,
+            score.scale, score.softcap, self._name,
+        )  # fmt: skip
+        made.meta = {**old.meta, **made.meta}
+        output = with_layout(self._emit, canonical.output(made), value_of(old))
+        check_replacement(value_of(old), output)
+        if self.binding not in updated:
+            updated.add(self.binding)
+            with old.graph.inserting_before(made):
+                self.update(given, state_input)
+        old.replace_all_uses_with(output)
+        _erase_unused(old.graph, old)
+
+    def update(self, given: Canonical, state_input: StateInput) -> None:
+        """Let the index follow what this call writes to the cache."""
+        binding = self.binding
+        state = state_input(binding)
         positions = binding.positions
         if binding.span is not None:
             device = value_of(binding.key).device
-            positions = graph.call_function(
-                aten.arange.start, binding.span, {"device": device, "dtype": torch.int64}
-            )
-        fresh = attention.query
-        if binding.kind == "dynamic":
-            fresh = (
-                argument(binding.key, "tensors")[-1]
-                if calls(binding.key, aten.cat.default)
-                else binding.key
-            )
+            positions = self._emit(aten.arange.start, *binding.span, device=device, dtype=torch.int64)
         written: Any = 0
-        if not binding.reads_only:
-            written = static_size(shape_of(fresh)[2])
-            if written is None:
-                written = graph.call_function(aten.sym_size.int, (fresh, 2))
-        ids = token_ids if covers(token_ids, fresh) else None
-        graph.call_function(
-            torch.ops.lychee.update_index.default,
-            (binding.key, attention.mask, positions, ids, state, written),
-        )
-
-
-def _replace_attention(graph: torch.fx.Graph, plan: Plan, state: torch.fx.Node, mode: Any) -> None:
-    attention = plan.attention
-    old = attention.node
-    operands = (attention.query, attention.key, attention.value, attention.mask)
-    with graph.inserting_before(old):
-        new = graph.call_function(
-            torch.ops.lychee.sparse_attention.default,
-            (*operands, state, attention.scale, plan.site.name),
-        )
-        new.meta.update(old.meta)
-        with mode:
-            values = torch.fx.node.map_arg(new.args, value_of)
-            new.meta["val"] = torch.ops.lychee.sparse_attention.default(*values)
-        check_replacement(value_of(old), new)
-        new = _with_layout(graph, new, value_of(old), mode)
-    old.replace_all_uses_with(new)
-    _erase_unused(graph, old)
-
-
-def _with_layout(
-    graph: torch.fx.Graph, node: torch.fx.Node, wanted: torch.Tensor, mode: Any
-) -> torch.fx.Node:
-    """`node`, contiguous, laid out in memory as `wanted`, which later views may rely on."""
-    strides = [
-        (stride, -place)
-        for place, (stride, size) in enumerate(zip(wanted.stride(), wanted.shape, strict=True))
-        if size != 1
-    ]
-    order = [-place for _, place in sorted(strides, reverse=True)]
-    if order == sorted(order):
-        return node
-    order += [place for place in range(wanted.dim()) if place not in order]
-    back = [order.index(place) for place in range(wanted.dim())]
-    for target, args in (
-        (aten.permute.default, (order,)),
-        (aten.contiguous.default, ()),
-        (aten.permute.default, (back,)),
-    ):
-        made = graph.call_function(target, (node, *args))
-        with mode:
-            made.meta["val"] = target(value_of(node), *args)
-        node = made
-    return node
+        if binding.written is not None:
+            node, dim = binding.written
+            written = static_size(shape_of(node)[dim])
+            written = self._emit(aten.sym_size.int, node, dim) if written is None else written
+        ids = self._token_ids if self.knows_tokens else None
+        update = torch.ops.lychee.update_index.default
+        self._emit(update, given.key, given.mask, positions, ids, state, written)
 
 
 def _erase_unused(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     """Erase `node`, and what only it used; writes and inputs stay."""
-    if node.users or node.op != "call_function":
+    if node.users or node.op not in ("call_function", "get_attr"):
         return
     schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.is_mutable:
+    if schema is not None and schema.is_mutable:
         return
     sources = node.all_input_nodes
     graph.erase_node(node)

@@ -14,7 +14,8 @@ class Site:
     source: str
     """The user's line, "modeling_llama.py:275, in forward"."""
     form: str
-    """How it was written: "sdpa", "eager" or "flex"."""
+    """How it was written: "sdpa"; "eager", products and a softmax in any spelling; "flex"; "fused", a
+    whole module in one operator of PyTorch's."""
     query_heads: int | str
     kv_heads: int | str
     head_dim: int | str
@@ -23,9 +24,19 @@ class Site:
     kv_len: int | str
     """Tokens of K and V, whole buffer of a static cache."""
     mask: str
-    """Class in words: "none", "bool tensor [1, 1, 1, 6000]"."""
+    """Class in words: "none", "causal, window 512", "bool tensor [1, 1, 1, 6000]"."""
     cache: str
-    """"none", "static" or "dynamic"."""
+    """"none", "static", "dynamic" or "sliding"."""
+    value_head_dim: int | str = ""
+    """Size of a value, Dv."""
+    score: str = "s"
+    """What goes into the softmax, in s = q.k, batch b, head h, query q and key kv."""
+    predicate: str = ""
+    """Which keys are visible, likewise; empty where all are."""
+    key_range: str = ""
+    """Keys that may be visible, "[0, cumulative_length + q + 1)"."""
+    monotone: bool = False
+    """Whether the score is proved to grow with q.k, so that bounds of q.k bound it."""
     decision: str = "kept"
     """"sparse": index and pruned attention; "exact": our dense kernel; "kept": the original."""
     reason: str = ""
@@ -34,3 +45,15 @@ class Site:
     """Whether a kept site is meant to be exact, and not kept for want of support."""
     kernel: str = ""
     """Operator that runs."""
+
+
+@dataclass(frozen=True)
+class RejectedSite:
+    """A softmax that belongs to no attention."""
+
+    name: str
+    """Module path."""
+    source: str
+    """The user's line."""
+    reason: str
+    """Why it is none, in words."""

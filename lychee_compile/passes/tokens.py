@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sympy
 import torch
 import torch.fx
 
+from lychee_compile.passes.axes import size_expression
 from lychee_compile.passes.dataflow import (
     VIEWS,
     argument,
     aten,
     calls,
-    same,
     shape_of,
     through_copies,
     value_of,
@@ -47,10 +48,9 @@ def _input_behind(node: torch.fx.Node) -> torch.fx.Node | None:
     return node if integral and value.dim() == 2 else None
 
 
-def covers(ids: torch.fx.Node | None, query: torch.fx.Node) -> bool:
-    """Whether `ids` [B, T] are the tokens at the positions of `query` [B, Hq, T, D]."""
+def covers(ids: torch.fx.Node | None, batch: sympy.Expr, tokens: torch.SymInt | int) -> bool:
+    """Whether `ids` [B, T] are `tokens` tokens of `batch` rows."""
     if ids is None:
         return False
-    batch, tokens = shape_of(ids)
-    shape = shape_of(query)
-    return same(batch, shape[0]) and same(tokens, shape[2])
+    rows, count = (size_expression(size) for size in shape_of(ids))
+    return bool(rows == batch and count == size_expression(tokens))

@@ -17,6 +17,7 @@ from torch._guards import TracingContext
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._logging._internal import trace_structured
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
@@ -69,6 +70,30 @@ def retrace(gm: torch.fx.GraphModule, fakes: Sequence[Any], mode: Any) -> torch.
             sources.setdefault(node.target, LocalSource(node.target))
     traced._param_name_to_source = sources  # type: ignore[assignment]
     return traced
+
+
+def source_name(node: torch.fx.Node) -> str:
+    """Where Dynamo found an input, "L['self']._modules['layer']._buffers['mask']", or nothing."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def is_parameter(node: torch.fx.Node) -> bool:
+    """Whether an input or attribute of the graph is a parameter of a module."""
+    source = getattr(node, "_dynamo_source", None)
+    while source is not None:
+        if getattr(source, "member", None) == "_parameters":
+            return True
+        source = getattr(source, "base", None)
+    return False
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers, unlike a fake one."""
+    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
 def add_state_input(

@@ -6,17 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.selection import Selection
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    extra: Tensor | None = None,
 ) -> Tensor:
-    """Attention over every key, [B, Hq, Tq, Dv]; key and value have Hkv heads, Hkv dividing Hq."""
+    """Attention over every key, [B, Hq, Tq, Dv] in the query's dtype.
+
+    Key and value have Hkv heads, Hkv dividing Hq. `softcap` and `extra` as in `attend`.
+    """
     group = query.shape[1] // key.shape[1]
     if group > 1:  # repeated, not `enable_gqa`: that has no fused kernel on a CPU
         key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    if softcap is None and extra is None:
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    score = capped((query @ key.transpose(-1, -2)).float() * scale, softcap)
+    if mask is not None:
+        score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
+    if extra is not None:
+        column = extra.float().expand(*score.shape[:-1])[..., None]
+        score = torch.cat((score, column), -1)
+    weight = score.softmax(-1).nan_to_num(nan=0.0)[..., : key.shape[2]]
+    return weight.to(query.dtype) @ value
 
 
 def attend(
@@ -26,6 +47,8 @@ def attend(
     selection: Selection,
     mask: Tensor | None,
     scale: float,
+    softcap: float | None = None,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected keys alone, with the mask and bias of the original call.
 
@@ -33,13 +56,17 @@ def attend(
     [B, Hq, Tq, Dv] in the query's dtype and the log-sum-exp of its scores, float32 [B, Hq, Tq]. A
     query that may see nothing gets zeros, as PyTorch's own attention gives. Computed in float32, or
     in float64 for float64 queries.
+
+    `softcap` bends scores to softcap tanh(score / softcap) before mask and bias. `extra`,
+    broadcastable to [B, Hq, Tq], is the logit of a key without a value, an attention sink: it takes
+    its share of the softmax and gives nothing.
     """
     batch, query_heads, query_len, _ = query.shape
     heads = key.shape[1]
     slot, padding = slots_read(selection)
     work = torch.promote_types(query.dtype, torch.float32)
     grouped = query.unflatten(1, (heads, query_heads // heads)).transpose(2, 3).to(work)
-    score = grouped @ rows_at(key, slot).to(work).transpose(-1, -2) * scale
+    score = capped(grouped @ rows_at(key, slot).to(work).transpose(-1, -2) * scale, softcap)
     hidden = padding[..., None, :]
     if mask is not None:
         at = _mask_at(mask, slot, query_heads)
@@ -50,6 +77,9 @@ def attend(
             hidden = hidden | (at <= torch.finfo(at.dtype).min / 2)
     score = score.masked_fill(hidden, -torch.inf)
     log_total = score.logsumexp(-1)
+    if extra is not None:
+        wide = extra.to(work).expand(batch, query_heads, query_len)
+        log_total = torch.logaddexp(log_total, wide.unflatten(1, (heads, -1)).transpose(2, 3))
     nothing = log_total == -torch.inf
     weight = (score - log_total.masked_fill(nothing, 0)[..., None]).exp()
     output = (weight @ rows_at(value, slot).to(work)).masked_fill(nothing[..., None], 0)

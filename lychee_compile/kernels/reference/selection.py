@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.nodes import Nodes, log_count
 from lychee_compile.kernels.reference.visible import Visible, visible_keys
@@ -68,12 +69,14 @@ def select(
     mask: Tensor | None = None,
     budget: int | None = None,
     with_bound: bool = False,
+    softcap: float | None = None,
 ) -> Selection:
     """Choose at most `budget` tokens per KV head for each position of `query` [B, Hq, Tq, D].
 
     Sinks, recent tokens and every visible token that is in no chunk are always read, even beyond
     the budget. `mask` is an SDPA mask over `kv_len` slots or None; `scale` multiplies q.k; `budget`
     None reads all visible tokens. With `with_bound` the selection carries what a certificate needs.
+    `softcap` as in `attend`.
     """
     batch, _, query_len, _ = query.shape
     visible = visible_keys(mask, batch, query_len, kv_len, query.device)
@@ -93,7 +96,7 @@ def select(
     held = torch.where(length > 0, visible.tokens_within(begin, begin + length), 0)
 
     always = (sinks_end - visible.first).clamp(min=0) + recent_length
-    search = _Search(index, query, scale, held, visible.bias, begin, length)
+    search = _Search(index, query, scale, softcap, held, visible.bias, begin, length)
     if config.policy == "streaming":
         taken = search.nothing()
         chosen = _columns(taken)
@@ -150,6 +153,7 @@ class _Search:
         index: KVIndex,
         query: Tensor,
         scale: float,
+        softcap: float | None,
         held: Tensor,
         bias: Tensor | None,
         begin: Tensor,
@@ -157,6 +161,7 @@ class _Search:
     ) -> None:
         batch, query_heads, self.query_len, head_dim = query.shape
         self.index, self.scale, self.bias = index, scale, bias
+        self.softcap = softcap
         self.begin, self.length = begin, length
         self.heads, self.group = index.kv_heads, query_heads // index.kv_heads
         self.rows = query.float().reshape(batch, self.heads, self.group * self.query_len, head_dim)
@@ -198,9 +203,9 @@ class _Search:
     def log_bound(self, unread: Tensor) -> Tensor:
         """Upper bound of log sum of exp(score) over the chunks `unread`: float32 [B, Hq, Tq]."""
         unit = self.index.cluster_unit.gather(2, self.labels)
-        bound = self.chunks.score_bound(self.rows, self.scale)
+        bound = self._score_bound(self.chunks)
         for nodes, label in ((self.index.clusters, self.labels), (self.index.units, unit)):
-            above = nodes.score_bound(self.rows, self.scale)
+            above = self._score_bound(nodes)
             wide = label[:, :, None].expand(-1, -1, bound.shape[2], -1)
             bound = torch.minimum(bound, above.gather(-1, wide))
         bound = self._split(bound)
@@ -209,6 +214,24 @@ class _Search:
         tokens = torch.where(unread, self.held, 0)[:, :, None]
         total = (bound + log_count(tokens)).logsumexp(-1)
         return total.flatten(1, 2)
+
+    def _log_estimate(self, nodes: Nodes) -> Tensor:
+        """Estimated mean of exp(score) over each node, in logs: [B, Hkv, G * Tq, N]."""
+        return capped(nodes.log_estimate(self.rows, self.scale), self.softcap)
+
+    def _score_bound(self, nodes: Nodes) -> Tensor:
+        """Upper bound of the scores of each node, a soft-cap applied to that of the raw ones."""
+        return capped(nodes.score_bound(self.rows, self.scale), self.softcap)
+
+    def _log_mass_floor(self, nodes: Nodes) -> Tensor:
+        """Lower bound of the sum of exp(score) over each node, in logs.
+
+        Jensen's inequality does not hold for capped scores, so the lowest score stands for all.
+        """
+        if self.softcap is None:
+            return nodes.log_mass_floor(self.rows, self.scale)
+        lowest = -nodes.score_bound(-self.rows, self.scale)
+        return capped(lowest, self.softcap) + log_count(nodes.tokens)[:, :, None]
 
     def _split(self, scores: Tensor) -> Tensor:
         """[B, Hkv, G * Tq, N] -> [B, Hkv, G, Tq, N]."""
@@ -231,7 +254,7 @@ class _Search:
     def _shortlist(self, nodes: Nodes, held: Tensor, quota: int) -> Tensor:
         """Nodes of most estimated mass, until they hold `quota` tokens: bool [B, Hkv, Tq, N]."""
         matters = self._not_negligible(nodes, held)
-        score = self._split(nodes.log_estimate(self.rows, self.scale))
+        score = self._split(self._log_estimate(nodes))
         rank = self._group_share(score, torch.where(matters, held, 0))
         order, inside = take_by_rank(rank, held, quota, whole=False)
         return torch.zeros_like(matters).scatter(-1, order, inside) & matters
@@ -241,8 +264,8 @@ class _Search:
 
         The mass to compare with is bounded from below over nodes that are wholly visible.
         """
-        bound = self._split(nodes.score_bound(self.rows, self.scale)) + log_count(held)[:, :, None]
-        floor = self._split(nodes.log_mass_floor(self.rows, self.scale))
+        bound = self._split(self._score_bound(nodes)) + log_count(held)[:, :, None]
+        floor = self._split(self._log_mass_floor(nodes))
         whole = (held == nodes.tokens[:, :, None]) & (held > 0)
         floor = floor.masked_fill(~whole[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
         threshold = floor + math.log(NEGLIGIBLE_SHARE / max(nodes.count, 1))
@@ -254,9 +277,9 @@ class _Search:
         tokens = torch.where(columns >= 0, self.held.gather(-1, column), 0)
         if self.query_len == 1 and column.shape[-1] < self.chunks.count // 2:
             nodes = self.chunks.gather(column[:, :, 0])
-            score = self._split(nodes.log_estimate(self.rows, self.scale))
+            score = self._split(self._log_estimate(nodes))
         else:
-            score = self._split(self.chunks.log_estimate(self.rows, self.scale))
+            score = self._split(self._log_estimate(self.chunks))
             score = score.gather(-1, column[:, :, None].expand(-1, -1, self.group, -1, -1))
         if self.bias is not None:
             bias = self._chunk_bias()

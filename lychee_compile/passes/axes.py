@@ -1,0 +1,229 @@
+"""The axes of one attention, and index arithmetic over them.
+
+An element of a tensor is named by one index per dimension, a sympy expression of axes: "b", "q", or
+"4*b + h" where batch and heads share a dimension. Going back through a `view` divides such indices;
+where a division cuts through an axis, the axis is really two, and `SplitAxis` says so: the caller
+starts over with the finer axes (`Axes.split`), until all are atomic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+
+Index = sympy.Expr
+Indices = tuple[Index, ...]
+ZERO: Index = sympy.S.Zero
+
+
+class SplitAxis(Exception):  # noqa: N818  a request to start over, no failure
+    """`axis` must be taken apart: its inner part has `inner` values."""
+
+    def __init__(self, axis: sympy.Symbol, inner: sympy.Expr) -> None:
+        super().__init__(f"{axis} by {inner}")
+        self.axis, self.inner = axis, inner
+
+
+@dataclass(frozen=True)
+class _Parts:
+    outer: sympy.Symbol
+    inner: sympy.Symbol
+    inner_size: sympy.Expr
+
+
+def size_expression(size: Any) -> sympy.Expr:
+    """A size of a tensor, int or SymInt, as sympy has it."""
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return sympy.Integer(size)
+
+
+class Axes:
+    """The axes seen so far, each with its size, and how coarse ones were taken apart."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[sympy.Symbol, sympy.Expr] = {}
+        self._parts: dict[sympy.Symbol, _Parts] = {}
+        self._equal_sizes: dict[sympy.Symbol, sympy.Expr] = {}
+
+    def assume_equal(self, left: Any, right: Any) -> None:
+        """Two sizes are equal, or the graph would not run: Dynamo names equal lengths apart."""
+        difference = sympy.expand(self.size(left) - self.size(right))
+        for symbol in sorted(difference.free_symbols, key=str):
+            if difference.coeff(symbol, 1) in (1, -1) and difference.diff(symbol, 2) == 0:
+                solution = sympy.expand(symbol - difference / difference.coeff(symbol, 1))
+                self._equal_sizes[symbol] = solution
+                return
+
+    def size(self, size: Any) -> sympy.Expr:
+        """A size as an expression, equal ones in the same symbols."""
+        expression = size_expression(size)
+        return expression.xreplace(self._equal_sizes) if self._equal_sizes else expression
+
+    def index(self, name: str, size: Any) -> Index:
+        """The index that runs over a whole dimension called `name`: an axis, its parts, or 0."""
+        expression = self.size(size)
+        if expression == 1:
+            return ZERO
+        axis = _symbol(name)
+        self.sizes.setdefault(axis, expression)
+        return self._refined(axis)
+
+    def _refined(self, axis: sympy.Symbol) -> Index:
+        parts = self._parts.get(axis)
+        if parts is None:
+            return axis
+        return self._refined(parts.outer) * parts.inner_size + self._refined(parts.inner)
+
+    def split(self, request: SplitAxis) -> None:
+        """Take an axis apart."""
+        axis, inner_size = request.axis, request.inner
+        outer, inner = _symbol(f"{axis}_0"), _symbol(f"{axis}_1")
+        self.sizes[outer] = _divide_exactly(self.sizes[axis], inner_size) or ZERO
+        self.sizes[inner] = inner_size
+        self._parts[axis] = _Parts(outer, inner, inner_size)
+
+    def product(self, axes: Iterable[sympy.Symbol]) -> sympy.Expr:
+        """How many values the axes have together."""
+        return sympy.Mul(*(self.sizes[axis] for axis in axes))
+
+    def divide(self, index: Index, size: sympy.Expr) -> tuple[Index, Index]:
+        """Quotient and remainder of an index by a size. Raises `SplitAxis` where that is due."""
+        if size == 1:
+            return index, ZERO
+        if self._below(index, size):
+            return ZERO, index
+        quotient, remainder = [], []
+        for term in sympy.Add.make_args(sympy.expand(index)):
+            times = _divide_exactly(term, size)
+            (remainder if times is None else quotient).append(term if times is None else times)
+        rest = sympy.Add(*remainder)
+        if self._below(rest, size):
+            return sympy.Add(*quotient), rest
+        for term in remainder:
+            self._split_across(term, size)
+        return sympy.floor(index / size), sympy.Mod(index, size)
+
+    def _split_across(self, term: Index, size: sympy.Expr) -> None:
+        """Raise where `term` is a multiple of an axis that `size` cuts in two."""
+        axes = [axis for axis in term.free_symbols if axis in self.sizes]
+        if len(axes) != 1:
+            return
+        (axis,) = axes
+        stride = sympy.diff(term, axis)
+        inner = _divide_exactly(size, stride)
+        if inner is None or inner == 1 or axis in stride.free_symbols:
+            return
+        if _divide_exactly(self.sizes[axis], inner) is not None:
+            raise SplitAxis(axis, inner)
+
+    def _below(self, index: Index, size: sympy.Expr) -> bool:
+        """Whether 0 <= index < size is proved."""
+        if index.is_Integer and size.is_Integer:
+            return bool(0 <= index < size)
+        largest = ZERO
+        for term in sympy.Add.make_args(index):
+            axes = [axis for axis in term.free_symbols if axis in self.sizes]
+            if not axes:
+                if not term.is_nonnegative:
+                    return False
+                largest += term
+                continue
+            if len(axes) > 1:
+                return False
+            stride = term if term.is_Symbol else sympy.diff(term, axes[0])
+            stride = sympy.S.One if term.is_Symbol else stride
+            if not stride.is_positive:
+                return False
+            largest += stride * (self.sizes[axes[0]] - 1)
+        return bool(sympy.expand(size - 1 - largest).is_nonnegative)
+
+    def reshape(self, indices: Sequence[Index], sizes: Sequence[Any], source: Sequence[Any]) -> Indices:
+        """Indices into `source`, the sizes before a reshape to `sizes`, of which `indices` are."""
+        result: list[Index] = []
+        for outer, inner in _groups(tuple(map(self.size, sizes)), tuple(map(self.size, source))):
+            flat = ZERO
+            for place in outer:
+                flat = flat * self.size(sizes[place]) + indices[place]
+            flat = flat if len(outer) < 2 else sympy.expand(flat)
+            part: list[Index] = []
+            for place in reversed(inner[1:]):
+                flat, rest = self.divide(flat, self.size(source[place]))
+                part.append(rest)
+            result.extend([flat, *reversed(part)] if inner else [])
+        return tuple(result)
+
+    def digits(self, index: Index, size: Any) -> tuple[sympy.Symbol, ...] | None:
+        """The axes that make up an index over a whole dimension, outermost first.
+
+        None where the index is anything but those axes side by side: a part of a dimension, say.
+        """
+        if index.is_Symbol and index in self.sizes:
+            return (index,) if _equal(self.sizes[index], self.size(size)) else None
+        if index == 0:
+            return () if self.size(size) == 1 else None
+        terms = []
+        for term in sympy.Add.make_args(sympy.expand(index)):
+            axes = [axis for axis in term.free_symbols if axis in self.sizes]
+            if len(axes) != 1 or not sympy.diff(term, axes[0], 2) == 0:
+                return None
+            terms.append((sympy.diff(term, axes[0]), axes[0]))
+        found: list[sympy.Symbol] = []
+        stride = sympy.S.One
+        while terms:
+            following = next((each for each in terms if _equal(each[0], stride)), None)
+            if following is None:
+                return None
+            terms.remove(following)
+            found.insert(0, following[1])
+            stride *= self.sizes[following[1]]
+        return tuple(found) if _equal(stride, self.size(size)) else None
+
+
+@lru_cache(maxsize=4096)
+def _symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def _equal(left: sympy.Expr, right: sympy.Expr) -> bool:
+    return bool(left == right) or sympy.expand(left - right) == 0
+
+
+def _divide_exactly(value: sympy.Expr, by: sympy.Expr) -> sympy.Expr | None:
+    """`value / by` where that is a whole number whatever the symbols are, None elsewhere."""
+    if value.is_Integer and by.is_Integer:
+        return sympy.Integer(value // by) if value % by == 0 else None
+    ratio = sympy.cancel(value / by)
+    numerator, denominator = sympy.fraction(ratio)
+    return numerator if denominator == 1 else None
+
+
+@lru_cache(maxsize=4096)
+def _groups(
+    sizes: tuple[sympy.Expr, ...], source: tuple[sympy.Expr, ...]
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """Which dimensions of a reshaped tensor hold which of its source: the finest such pairs."""
+    groups = []
+    left, right = 0, 0
+    while left < len(sizes) or right < len(source):
+        outer, inner = list(range(left, min(left + 1, len(sizes)))), list(range(right, min(right + 1, len(source))))
+        while True:
+            made = sympy.Mul(*(sizes[place] for place in outer))
+            held = sympy.Mul(*(source[place] for place in inner))
+            if _equal(made, held):
+                break
+            more_outer, more_inner = left + len(outer) < len(sizes), right + len(inner) < len(source)
+            if more_outer and (not more_inner or _divide_exactly(held, made) is not None or (made - held).is_negative):
+                outer.append(left + len(outer))
+            elif more_inner:
+                inner.append(right + len(inner))
+            else:
+                break
+        groups.append((tuple(outer), tuple(inner)))
+        left, right = left + len(outer), right + len(inner)
+    return tuple(groups)

@@ -1,0 +1,59 @@
+"""Short names for the tensors of a graph, as a user would call them, and the values of constants."""
+
+from __future__ import annotations
+
+import re
+
+import sympy
+import torch
+import torch.fx
+
+from lychee_compile.passes import torch_private
+from lychee_compile.passes.dataflow import value_of
+
+_MEANINGLESS = {"L", "self", "fn", "args", "kwargs", "G", "_orig_mod"}
+
+
+class Names:
+    """Gives each tensor of a graph a name of its own, the same at every call."""
+
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        self._gm = gm
+        self._of: dict[torch.fx.Node, str] = {}
+        self._taken: set[str] = set()
+
+    def of(self, node: torch.fx.Node) -> str:
+        """A name: the last word of where an input comes from, "attention_mask", or the node's."""
+        if node not in self._of:
+            base = self._base(node)
+            name, count = base, 1
+            while name in self._taken:
+                count += 1
+                name = f"{base}_{count}"
+            self._taken.add(name)
+            self._of[node] = name
+        return self._of[node]
+
+    def call(self, node: torch.fx.Node, other: torch.fx.Node) -> None:
+        """Give `node`, of a function inside the graph, the name of the tensor passed to it."""
+        self._of[node] = self.of(other)
+
+    def _base(self, node: torch.fx.Node) -> str:
+        if node.op != "placeholder":
+            return node.name
+        words = re.findall(r"[A-Za-z_]\w*", torch_private.source_name(node))
+        words = [word for word in words if word not in _MEANINGLESS]
+        return words[-1] if words else node.name
+
+    def constant(self, node: torch.fx.Node) -> sympy.Expr | None:
+        """The value of a tensor of one element that the graph holds as a constant."""
+        if node.op != "get_attr" or not isinstance(node.target, str):
+            return None
+        tensor = getattr(self._gm, node.target, None)
+        plain = isinstance(tensor, torch.Tensor) and not isinstance(tensor, torch.nn.Parameter)
+        if not plain or not torch_private.has_data(tensor) or tensor.numel() != 1:
+            return None
+        if value_of(node) is None or tensor.dtype.is_complex:
+            return None
+        value = tensor.item()
+        return sympy.sympify(value)

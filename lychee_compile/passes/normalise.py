@@ -1,0 +1,97 @@
+"""Spell writes to intermediate tensors as values, so that every tensor keeps the one it was made with.
+
+    scores.masked_fill_(hidden, -inf)         scores_1 = masked_fill(scores, hidden, -inf)
+    weights = softmax(scores, -1)        ->   weights = softmax(scores_1, -1)
+
+Writes to inputs, such as caches, stay as they are. So do writes through a view; what they write to is
+reported, for such a tensor does not keep its value.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+
+from lychee_compile.passes.dataflow import aten, operator_key, value_of
+from lychee_compile.passes.views import storage_of
+
+
+def normalise(gm: torch.fx.GraphModule, mode: Any) -> frozenset[torch.fx.Node]:
+    """Rewrite `gm` in place; the tensors made in the graph that are still written to."""
+    gm.graph.eliminate_dead_code(_has_effect)
+    written = set()
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    views: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in list(gm.graph.nodes):
+        storage = storage_of(node)
+        if storage is not node:
+            views.setdefault(storage, []).append(node)
+        if not _writes_first_argument(node):
+            continue
+        if storage.op == "call_function" and not _made_functional(node, order, views, mode):
+            written.add(storage)
+    return frozenset(written)
+
+
+def _has_effect(node: torch.fx.Node) -> bool:
+    """Whether a node nobody reads must stay: of operators that are not PyTorch's own nothing is known."""
+    known = operator_key(node) or node.target is operator.getitem
+    return bool(node.is_impure()) or (node.op == "call_function" and not known)
+
+
+def _writes_first_argument(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    mutates = schema is not None and schema.is_mutable
+    return mutates and operator_key(node) not in ("", "detach_", "requires_grad_")
+
+
+def _made_functional(
+    node: torch.fx.Node,
+    order: dict[torch.fx.Node, int],
+    views: dict[torch.fx.Node, list[torch.fx.Node]],
+    mode: Any,
+) -> bool:
+    """Whether the write `node` could be replaced by a value that all later users read."""
+    target = node.args[0]
+    assert isinstance(target, torch.fx.Node)
+    functional = _functional(node.target)
+    if functional is None or storage_of(target) is not target:
+        return False
+    place = order[node]
+    if any(order[user] > place for view in views.get(target, []) for user in view.users if view is not node):
+        return False
+    value = _value(functional, node, mode)
+    before = value_of(target)
+    if value is None or value.dtype != before.dtype or value.shape != before.shape:
+        return False
+    graph = node.graph
+    with graph.inserting_before(node):
+        made = graph.call_function(functional, node.args, node.kwargs)  # type: ignore[arg-type]
+    made.meta.update(node.meta)
+    made.meta["val"] = value
+    order[made] = place
+    node.replace_all_uses_with(made)
+    target.replace_all_uses_with(made, delete_user_cb=lambda user: order[user] > place)
+    views.get(target, []).remove(node)
+    graph.erase_node(node)
+    return True
+
+
+def _value(functional: Any, node: torch.fx.Node, mode: Any) -> torch.Tensor | None:
+    """What `functional` gives for the operands of `node`; None where they cannot be run again."""
+    args, kwargs = (torch.fx.node.map_arg(each, value_of) for each in (node.args, node.kwargs))
+    try:
+        with mode:
+            return functional(*args, **kwargs)
+    except (RuntimeError, TypeError):  # values of a function mapped over a batch, for one
+        return None
+
+
+def _functional(target: Any) -> Any:
+    name, overload = target._schema.name.partition("::")[2], target._overloadname
+    if not name.endswith("_") or name.endswith("__") or name in ("dropout_", "set_", "resize_"):
+        return None
+    return getattr(getattr(aten, name[:-1], None), overload, None)

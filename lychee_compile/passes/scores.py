@@ -1,0 +1,460 @@
+"""What stands between the product of queries and keys and the softmax, step by step.
+
+Steps are collected on the way from the softmax down to the product (`trace_scores`), then summed up
+from the product outwards (`sum_up`): a scale, a soft-cap, biases, masks, an extra logit. What depends
+on no key cancels in the softmax. Whatever else there is, is named and left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+from sympy.logic.boolalg import Boolean
+
+from lychee_compile.passes.axes import Indices, size_expression
+from lychee_compile.passes.dataflow import argument, operator_key, scalar_of, shape_of, value_of
+from lychee_compile.passes.elements import Element, Elements, choose, is_truth, piecewise
+from lychee_compile.passes.operands import Operand, Place, free_axes, widens
+from lychee_compile.passes.products import Product, product_of
+from lychee_compile.passes.views import broadcast, source_of
+
+HIDDEN_BELOW = -1e4
+"""A score filled in at or below this hides its key."""
+DEEPEST = 60
+
+Axis = sympy.Symbol
+S = sympy.Symbol("s", real=True)
+"""The raw score, a product of a query and a key."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator on the way from the product to the softmax."""
+
+    kind: str
+    """"times", "over", "plus", "minus", "from", "tanh", "floor", "fill", "extra" or "other"."""
+    node: torch.fx.Node
+    other: Any = None
+    """The other operand: a tensor node or a number."""
+    indices: Indices = ()
+    """Of the other operand."""
+    fill: Any = None
+    """What is filled in where the other operand, a bool tensor, says so."""
+    when: bool = True
+    """At which truth value of the other operand it is filled in."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The product of queries and keys that scores come from, and the steps since."""
+
+    product: Product
+    query: Place
+    key: Place
+    inner: frozenset[Axis]
+    """The axes of head_dim."""
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Keys hidden by a bool tensor."""
+
+    operand: Operand
+    hidden_when: bool
+    fill: float
+    """What takes the place of the score: -inf, or a low number."""
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A tensor added to the scores, times a number."""
+
+    operand: Operand
+    times: float
+    element: Element
+    """What one element of it is."""
+
+    @property
+    def hides(self) -> bool:
+        """Whether all it does is to hide keys, by low numbers."""
+        if not isinstance(self.element, sympy.Piecewise):
+            return False
+        return all(value == 0 or _hides(value * self.times) for value, _ in self.element.args)
+
+
+@dataclass(frozen=True)
+class Score:
+    """scores = softcap tanh(scale s / softcap) + biases, where no mask hides the key.
+
+    `factors` are tensors that multiply s too, one number for each query.
+    """
+
+    expression: sympy.Expr = S
+    """All of it, in s and the axes."""
+    scale: float = 1.0
+    softcap: float | None = None
+    factors: tuple[tuple[Operand, bool], ...] = ()
+    """Each with whether s is divided by it."""
+    biases: tuple[Bias, ...] = ()
+    masks: tuple[Mask, ...] = ()
+    visible: Boolean = sympy.true
+    """Which keys are visible, a predicate over the axes."""
+    extra: Operand | None = None
+    """Logits that take part in the softmax and have no value: attention sinks."""
+    unsupported: str = ""
+    """What could not be expressed, in words."""
+
+    @property
+    def monotone(self) -> bool:
+        """Whether it is proved that a larger s gives a larger score, so that bounds survive it."""
+        return increases(self.expression)
+
+
+class ScoreTracer:
+    """Walks from the argument of a softmax down to the product of queries and keys."""
+
+    def __init__(self, elements: Elements, keys: frozenset[Axis], is_parameter: Callable[[torch.fx.Node], bool]) -> None:
+        self.elements, self.keys = elements, keys
+        self.why_not = "its scores are no product of queries and keys"
+        self._is_parameter = is_parameter
+        self._failed: set[torch.fx.Node] = set()
+        self._visited = 0
+
+    def trace(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        """The product behind `node`, whose element at `indices` is the score; None where none is."""
+        self._visited += 1
+        if node.op != "call_function" or node in self._failed or self._visited > DEEPEST:
+            return None
+        found = self._product(node, indices) or self._view(node, indices) or self._step(node, indices)
+        if found is None:
+            self._failed.add(node)
+        elif self.elements.is_opaque(node):
+            return _after(found, Step("other", node, "a write through a view"))
+        return found
+
+    def _product(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        product = product_of(node)
+        if product is None:
+            return None
+        axes = self.elements.axes
+        inner = [axes.index(f"d{place}", size) for place, size in enumerate(product.inner_sizes())]
+        left, right = product.operand_indices(indices, inner)
+        sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
+        holds = [free_axes(side.indices, axes) & self.keys for side in sides]
+        if bool(holds[0]) == bool(holds[1]):
+            return None
+        query, key = sides if holds[1] else reversed(sides)
+        if self._is_parameter(query.node) or self._is_parameter(key.node):
+            self.why_not = "one operand of its product is a parameter: a linear layer"
+            return None
+        steps: list[Step] = []
+        if product.alpha != 1:
+            steps.append(Step("times", node, product.alpha))
+        if product.added is not None:
+            wide = broadcast(indices, shape_of(product.added), shape_of(node))
+            steps.append(Step("plus", node, product.added, wide, fill=product.beta))
+        return Trace(product, query, key, free_axes(inner, axes), tuple(steps))
+
+    def _view(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        viewed = source_of(node, indices, self.elements.axes)
+        if viewed is None:
+            return None
+        found = self.trace(*viewed)
+        before, after = value_of(viewed[0]).dtype, value_of(node).dtype
+        if found is None or widens(before, after) or widens(after, before):
+            return found
+        return _after(found, Step("other", node, f"a cast to {str(after).removeprefix('torch.')}"))
+
+    def _step(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        key = operator_key(node)
+        if key in ("dropout", "feature_dropout", "alpha_dropout"):
+            found = self.trace(node.args[0], indices)  # type: ignore[arg-type]
+            active = argument(node, "train") and argument(node, "p")
+            return _after(found, Step("other", node, "dropout")) if found and active else found
+        if key == "cat":
+            return self._extra_logit(node, indices)
+        if key not in _ELEMENTWISE:
+            return None
+        for place, operand in enumerate(node.args):
+            if not isinstance(operand, torch.fx.Node) or not isinstance(value_of(operand), torch.Tensor):
+                continue
+            if not value_of(operand).dtype.is_floating_point:
+                continue
+            inside = broadcast(indices, shape_of(operand), shape_of(node))
+            found = self.trace(operand, inside) if len(inside) == len(shape_of(operand)) else None
+            if found is not None:
+                return _after(found, _step_of(node, place, indices))
+        return None
+
+    def _extra_logit(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        """Scores with more logits beside them along the keys."""
+        dim = argument(node, "dim", 0) % len(indices)
+        parts = argument(node, "tensors")
+        start = sympy.S.Zero
+        at = indices[dim]
+        if not free_axes([at], self.elements.axes) & self.keys:
+            return None
+        offset = at.subs(dict.fromkeys(self.keys, 0))
+        for place, part in enumerate(parts):
+            size = size_expression(shape_of(part)[dim])
+            if offset == start:
+                found = self.trace(part, (*indices[:dim], at - start, *indices[dim + 1 :]))
+                others = [each for each in parts if each is not part]
+                if found is None or len(others) != 1 or place not in (0, 1):
+                    return found and _after(found, Step("other", node, "cat"))
+                (other,) = others
+                zero = (*indices[:dim], sympy.S.Zero, *indices[dim + 1 :])
+                single = size_expression(shape_of(other)[dim]) == 1
+                kind = Step("extra", node, other, zero) if single else Step("other", node, "cat")
+                return _after(found, kind)
+            start += size
+        return None
+
+
+def _after(trace: Trace, step: Step) -> Trace:
+    return Trace(trace.product, trace.query, trace.key, trace.inner, (*trace.steps, step))
+
+
+def _step_of(node: torch.fx.Node, place: int, indices: Indices) -> Step:
+    """The step that `node` is, where operand `place` carries the scores."""
+    key = operator_key(node)
+
+    def other(at: int) -> dict[str, Any]:
+        value = node.args[at]
+        if isinstance(value, torch.fx.Node) and isinstance(value_of(value), torch.Tensor):
+            return {"other": value, "indices": broadcast(indices, shape_of(value), shape_of(node))}
+        return {"other": value}
+
+    if key in ("add", "sub", "rsub", "subtract"):
+        kind = {0: {"add": "plus", "rsub": "from"}.get(key, "minus")}
+        kind[1] = {"add": "plus", "rsub": "minus"}.get(key, "from")
+        plain = scalar_of(node.kwargs.get("alpha", 1)) == 1
+        return Step(kind[place], node, **other(1 - place)) if plain else Step("other", node, key)
+    if key in ("mul", "multiply"):
+        return Step("times", node, **other(1 - place))
+    if key in ("div", "divide", "true_divide") and place == 0 and not argument(node, "rounding_mode"):
+        return Step("over", node, **other(1))
+    if key == "neg":
+        return Step("times", node, -1)
+    if key == "tanh":
+        return Step("tanh", node)
+    if key in ("maximum", "max", "clamp_min"):
+        return Step("floor", node, **other(1 - place))
+    if key == "clamp" and argument(node, "max") is None:
+        return Step("floor", node, argument(node, "min"))
+    if key == "masked_fill" and place == 0:
+        return Step("fill", node, **other(1), fill=node.args[2])
+    if key == "where" and place in (1, 2):
+        return Step("fill", node, **other(0), fill=node.args[3 - place], when=place == 2)
+    return Step("other", node, key)
+
+
+_ELEMENTWISE = {
+    "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "neg", "tanh",
+    "maximum", "max", "clamp_min", "clamp", "masked_fill", "where", "minimum", "clamp_max", "relu",
+    "sigmoid", "pow", "exp", "abs", "sqrt", "leaky_relu", "nan_to_num", "gelu", "silu", "square",
+    "sin", "cos", "softplus", "elu", "hardtanh",
+}  # fmt: skip
+
+
+@dataclass
+class _Sum:
+    """The steps so far, summed up."""
+
+    elements: Elements
+    keys: frozenset[Axis]
+    expression: Element = S
+    scale: sympy.Expr = sympy.S.One
+    outer: sympy.Expr = sympy.S.One
+    """Multiplies the soft-cap's tanh."""
+    capped: bool = False
+    shifted: bool = False
+    """Whether something was added that is the same for all keys, which only cancels at the end."""
+    factors: list[tuple[Operand, bool]] = field(default_factory=list)
+    biases: list[Bias] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
+    hidden: list[Boolean] = field(default_factory=list)
+    extra: Operand | None = None
+    unsupported: str = ""
+
+    def refuse(self, why: str) -> None:
+        self.unsupported = self.unsupported or why
+
+    def apply(self, step: Step) -> None:
+        getattr(self, f"_{step.kind}")(step)
+
+    def _value(self, step: Step) -> Element:
+        return self.elements.of(step.other, step.indices)
+
+    def _operand(self, step: Step) -> Operand | None:
+        if not isinstance(step.other, torch.fx.Node):
+            return None
+        return Place(step.other, step.indices, sympy.S.One).operand(self.elements.axes)
+
+    def _differs_by_key(self, step: Step, value: Element) -> bool:
+        """Whether the other operand is not the same for all keys, as far as is known."""
+        by_key = bool(free_axes(step.indices, self.elements.axes) & self.keys)
+        return by_key and not value.is_number
+
+    def _times(self, step: Step, inverse: bool = False) -> None:
+        value = self._value(step)
+        self.expression = choose(lambda a, b: a / b if inverse else a * b, self.expression, value)
+        if value.is_number:
+            self._times_number(1 / value if inverse else value)
+        elif self._differs_by_key(step, value):
+            self.refuse("scores are multiplied by a tensor that differs from key to key")
+        elif self.capped or self.biases or self.masks or self.extra:
+            self.refuse("scores are multiplied by a tensor after a bias, a mask or a soft-cap")
+        else:
+            operand = self._operand(step)
+            if operand is None:
+                self.refuse("scores are multiplied by a number known only at run time")
+            else:
+                self.factors.append((operand, inverse))
+
+    def _times_number(self, value: sympy.Expr) -> None:
+        if not value.is_positive:
+            self.refuse(f"scores are multiplied by {value}, which turns their order around")
+        if self.extra:
+            self.refuse("scores are scaled after an extra logit was added")
+        if self.capped:
+            self.outer *= value
+        else:
+            self.scale *= value
+        self.biases = [replace(each, times=each.times * float(value)) for each in self.biases]
+
+    def _over(self, step: Step) -> None:
+        self._times(step, inverse=True)
+
+    def _plus(self, step: Step, sign: int = 1) -> None:
+        value = choose(lambda a: a * sign * (1 if step.fill is None else step.fill), self._value(step))
+        if not self._differs_by_key(step, value):
+            self.shifted = self.shifted or value != 0
+            return
+        shown = _shown(value) if isinstance(value, sympy.Piecewise) else value
+        self.expression = choose(lambda a, b: a + b, self.expression, shown)
+        operand = self._operand(step)
+        if operand is None or self.extra:
+            self.refuse("a bias whose layout is not known" if not self.extra else "a bias after an extra logit")
+            return
+        times = float(sign * (1 if step.fill is None else step.fill))
+        self.biases.append(Bias(operand, times, self._value(step)))
+        if isinstance(value, sympy.Piecewise):
+            self.hidden += [condition for low, condition in _exclusive(value) if _hides(low)]
+
+    def _minus(self, step: Step) -> None:
+        self._plus(step, sign=-1)
+
+    def _from(self, step: Step) -> None:
+        self.expression = choose(lambda a: -a, self.expression)
+        self._times_number(sympy.S.NegativeOne)
+        self._plus(step)
+
+    def _tanh(self, step: Step) -> None:
+        self.expression = choose(sympy.tanh, self.expression)
+        if self.capped or self.biases or self.masks or self.extra or self.shifted:
+            self.refuse("a soft-cap over a bias or a mask")
+        self.capped = True
+
+    def _floor(self, step: Step) -> None:
+        if not _hides(self._value(step)):
+            self._other(step)
+
+    def _fill(self, step: Step) -> None:
+        fill = self.elements.of(step.fill, ()) if not _is_tensor(step.fill) else self._filled(step)
+        value = self._value(step)
+        if not _hides(fill):
+            self.refuse("scores are replaced by others under a condition")
+            return
+        operand = self._operand(step)
+        if operand is None:
+            self.refuse("a mask whose layout is not known")
+            return
+        self.masks.append(Mask(operand, step.when, float(fill)))
+        condition = value if is_truth(value) else sympy.Ne(value, 0)
+        self.hidden.append(condition if step.when else sympy.Not(condition))
+
+    def _filled(self, step: Step) -> Element:
+        node = step.fill
+        return self.elements.of(node, tuple(sympy.Symbol(f"any{d}") for d in range(len(shape_of(node)))))
+
+    def _extra(self, step: Step) -> None:
+        self.extra = self._operand(step)
+        if self.extra is None or self.shifted:
+            self.refuse("an extra logit whose layout is not known")
+
+    def _other(self, step: Step) -> None:
+        what = step.other if step.kind == "other" else operator_key(step.node)
+        self.refuse(f"scores pass through {what}")
+
+
+def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bool) -> Score:
+    """All steps of `trace` as one score."""
+    total = _Sum(elements, keys)
+    number = trace.query.factor * trace.key.factor
+    if number != 1:
+        total.apply(Step("times", trace.product.node, number))
+    for step in trace.steps:
+        total.apply(step)
+    if base_two:
+        total.apply(Step("times", trace.product.node, sympy.log(2)))
+    cap = total.outer if total.capped else None
+    scale = total.scale * (total.outer if total.capped else 1)
+    return Score(
+        expression=total.expression,
+        scale=float(scale) if scale.is_number else 1.0,
+        softcap=None if cap is None else float(cap),
+        factors=tuple(total.factors),
+        biases=tuple(total.biases),
+        masks=tuple(total.masks),
+        visible=sympy.And(*(sympy.Not(each) for each in total.hidden)),
+        extra=total.extra,
+        unsupported=total.unsupported,
+    )
+
+
+def increases(expression: sympy.Basic) -> bool:
+    """Whether an expression is proved to grow with s, all else equal."""
+    if expression == S:
+        return True
+    parts = [each for each in expression.args if S in each.free_symbols]
+    others = [each for each in expression.args if S not in each.free_symbols]
+    if isinstance(expression, sympy.Piecewise):
+        values = [value for value, _ in expression.args if S in value.free_symbols]
+        return bool(values) and all(map(increases, values))
+    if isinstance(expression, (sympy.Add, sympy.Max, sympy.Min, sympy.tanh, sympy.exp)):
+        return bool(parts) and all(map(increases, parts))
+    if isinstance(expression, sympy.Mul) and len(parts) == 1:
+        return bool(sympy.Mul(*others).is_positive) and increases(parts[0])
+    return False
+
+
+def _exclusive(choice: sympy.Piecewise) -> list[tuple[sympy.Expr, Boolean]]:
+    """The branches of a choice, each with the condition under which it is taken."""
+    taken, branches = sympy.false, []
+    for value, condition in choice.args:
+        branches.append((value, sympy.And(condition, sympy.Not(taken))))
+        taken = sympy.Or(taken, condition)
+    return branches
+
+
+def _shown(choice: sympy.Piecewise) -> Element:
+    """A choice without the branches that hide."""
+    pairs = [(value, condition) for value, condition in choice.args if not _hides(value)]
+    if len(pairs) == len(choice.args):
+        return choice
+    return piecewise([*pairs[:-1], (pairs[-1][0], sympy.true)]) if pairs else sympy.S.Zero
+
+
+def _hides(value: Element) -> bool:
+    return bool(value.is_number) and bool(value <= HIDDEN_BELOW)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.fx.Node) and isinstance(value_of(value), torch.Tensor)

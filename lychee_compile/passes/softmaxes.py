@@ -1,0 +1,143 @@
+"""Find every softmax of a graph, in whatever form it is written.
+
+    softmax(x, d), log_softmax(x, d).exp()         exp(x - m) / exp(x - m).sum(d, keepdim=True)
+    exp(x - logsumexp(x, d, keepdim=True))         (exp(x - m) @ v) / exp(x - m).sum(d)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.fx
+
+from lychee_compile.passes.axes import Axes, Indices
+from lychee_compile.passes.dataflow import argument, operator_key, shape_of
+from lychee_compile.passes.views import MERE_COPIES, broadcast, source_of
+
+DIVISIONS = {"div", "divide", "true_divide"}
+_SOFTMAXES = {"softmax", "_softmax", "special_softmax", "_safe_softmax"}
+_SHAPES = {*MERE_COPIES, "unsqueeze", "squeeze", "view", "reshape", "expand", "expand_as", "transpose"}
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """weights = exp(scores) / sum of exp(scores) over the dimensions `dims`."""
+
+    node: torch.fx.Node
+    """What a reader of the graph would point at."""
+    weights: torch.fx.Node
+    """The weights; with `deferred` before they are divided by their sum."""
+    scores: torch.fx.Node
+    """Argument of the exponential."""
+    dims: tuple[int, ...]
+    base_two: bool = False
+    """Whether it is 2 that is raised to the scores."""
+    total: torch.fx.Node | None = None
+    """Sum, or its logarithm, where that is written out."""
+    deferred: bool = False
+    """Whether the product with the values is divided by `total`, not the weights."""
+
+
+def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
+    """Every softmax, in order."""
+    for node in graph.nodes:
+        key = operator_key(node)
+        if key in _SOFTMAXES:
+            source = node.args[0]
+            yield Softmax(node, node, source, (_dim(argument(node, "dim"), source),))
+        elif key in ("exp", "exp2"):
+            found = _from_logarithm(node) or _from_exponentials(node)
+            if found is not None:
+                yield found
+
+
+def _from_logarithm(node: torch.fx.Node) -> Softmax | None:
+    """exp(log_softmax(x)) and exp(x - logsumexp(x))."""
+    if operator_key(node) == "exp2":
+        return None
+    source = _behind_copies(node.args[0])  # type: ignore[arg-type]
+    if operator_key(source) in ("log_softmax", "_log_softmax", "special_log_softmax"):
+        scores = source.args[0]
+        assert isinstance(scores, torch.fx.Node)
+        return Softmax(source, node, scores, (_dim(argument(source, "dim"), scores),))
+    if operator_key(source) != "sub":
+        return None
+    scores, total = source.args[:2]
+    if not isinstance(scores, torch.fx.Node) or not isinstance(total, torch.fx.Node):
+        return None
+    while operator_key(total) in _SHAPES:
+        total = total.args[0]  # type: ignore[assignment]
+    if operator_key(total) not in ("logsumexp", "special_logsumexp"):
+        return None
+    if _behind_copies(total.args[0]) is not _behind_copies(scores):  # type: ignore[arg-type]
+        return None
+    dims = argument(total, "dim")
+    return Softmax(node, node, scores, _dims(dims, scores), total=total)
+
+
+def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
+    """Exponentials divided by their sum, at once or after the product with the values."""
+    scores = node.args[0]
+    assert isinstance(scores, torch.fx.Node)
+    base_two = operator_key(node) == "exp2"
+    for total in _users_behind_shapes(node):
+        if operator_key(total) != "sum" or not argument(total, "dim"):
+            continue
+        dims = _dims(argument(total, "dim"), node)
+        for reader in _readers(total):
+            normalised = any(_behind_copies(each) is node for each in reader.all_input_nodes)
+            weights = reader if normalised else node
+            return Softmax(node, weights, scores, dims, base_two, total, not normalised)
+    return None
+
+
+def _readers(total: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """What divides by `total`."""
+    for user in _users_behind_shapes(total):
+        if operator_key(user) in DIVISIONS:
+            yield user
+        elif operator_key(user) == "reciprocal":
+            yield from (each for each in _users_behind_shapes(user) if operator_key(each) == "mul")
+
+
+def _users_behind_shapes(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    for user in node.users:
+        if operator_key(user) in _SHAPES:
+            yield from _users_behind_shapes(user)
+        else:
+            yield user
+
+
+def divisor_place(
+    reader: torch.fx.Node, indices: Indices, softmax: Softmax, axes: Axes
+) -> Indices | None:
+    """Indices at which `reader`, whose own are `indices`, reads the total of a softmax."""
+    for operand in reader.args[:2]:
+        if not isinstance(operand, torch.fx.Node):
+            continue
+        node, at = operand, broadcast(indices, shape_of(operand), shape_of(reader))
+        while node is not softmax.total:
+            inverse = operator_key(node) == "reciprocal" and (node.args[0], at)
+            behind = inverse or source_of(node, at, axes)
+            if not behind:
+                break
+            node, at = behind  # type: ignore[assignment]
+        if node is softmax.total:
+            return at
+    return None
+
+
+def _behind_copies(node: torch.fx.Node) -> torch.fx.Node:
+    while operator_key(node) in MERE_COPIES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _dim(dim: int, source: torch.fx.Node) -> int:
+    return dim % max(len(shape_of(source)), 1)
+
+
+def _dims(dims: int | list[int], source: torch.fx.Node) -> tuple[int, ...]:
+    each = [dims] if isinstance(dims, int) else dims
+    return tuple(_dim(dim, source) for dim in each)
