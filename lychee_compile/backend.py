@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lychee_compile.options import Options
 from lychee_compile.passes import torch_private
+from lychee_compile.passes.attention import Rejected
 from lychee_compile.passes.caches import CacheBinding
 from lychee_compile.passes.check import check_graph
 from lychee_compile.passes.dataflow import operator_name
-from lychee_compile.passes.attention import Rejected
 from lychee_compile.passes.decide import Plan, describe_rejected, plan_site
 from lychee_compile.passes.detect import find_attention
 from lychee_compile.passes.normalise import normalise

@@ -67,17 +67,13 @@ class CacheRegistry:
             for key in gone:
                 del self._entries[key]
 
-    def index_of(
-        self, cache: Tensor, config: IndexConfig, token_dim: int = 2
-    ) -> CacheIndex | None:
+    def index_of(self, cache: Tensor, config: IndexConfig, token_dim: int = 2) -> CacheIndex | None:
         """The index of `cache`, for looking into; None where it has none."""
         with self._lock:
             entry = self._entries.get(_identity(cache, config, token_dim))
         return None if entry is None else entry.handle.cache
 
-    def acquire(
-        self, cache: Tensor, config: IndexConfig, lookup: Lookup, token_dim: int
-    ) -> Handle:
+    def acquire(self, cache: Tensor, config: IndexConfig, lookup: Lookup, token_dim: int) -> Handle:
         """The handle of `cache`, a new one where it has none.
 
         Its index is marked as suspect where the cache may have been written since we left it.
@@ -93,9 +89,7 @@ class CacheRegistry:
         entry.handle.strength_of = lookup
         return entry.handle
 
-    def release(
-        self, cache: Tensor, config: IndexConfig, handle: Handle, token_dim: int
-    ) -> None:
+    def release(self, cache: Tensor, config: IndexConfig, handle: Handle, token_dim: int) -> None:
         """`cache` is as `handle`'s index knows it, now that a graph has run."""
         entry = _Entry(handle, StorageWeakRef(cache.untyped_storage()), _version(cache))
         with self._lock:

@@ -87,9 +87,10 @@ def sparse_attention(
 ) -> Tensor:
     """Attention of `query` [B, Hq, Tq, D] over the best of `key` [B, Hkv, L, D]: [B, Hq, Tq, Dv].
 
-    `value` is [B, Hkv, L, Dv] and `mask` an SDPA mask or None. `update_index` has run on `key`. The
-    budget is the handle's; `softcap` and `extra` as in `attend`. More than `LONGEST_QUERY` positions are a prefill, which is dense; so is
-    a call where a query sees no key, so that its value stays what PyTorch's operator makes of it.
+    `value` is [B, Hkv, L, Dv], `mask` an SDPA mask or None; `softcap` and `extra` as in `attend`.
+    `update_index` has run on `key`. The budget is the handle's. More than `LONGEST_QUERY` positions
+    are a prefill, which is dense; so is a call where a query sees no key, so that its value stays
+    what PyTorch's operator makes of it.
     """
     if query.shape[2] > LONGEST_QUERY:
         return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()

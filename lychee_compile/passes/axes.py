@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 
-Index = sympy.Expr
-Indices = tuple[Index, ...]
+Index: TypeAlias = sympy.Expr
+Indices: TypeAlias = tuple[Index, ...]
 ZERO: Index = sympy.S.Zero
 
 
@@ -98,7 +98,8 @@ class Axes:
             return index, ZERO
         if self._below(index, size):
             return ZERO, index
-        quotient, remainder = [], []
+        quotient: list[Index] = []
+        remainder: list[Index] = []
         for term in sympy.Add.make_args(sympy.expand(index)):
             times = _divide_exactly(term, size)
             (remainder if times is None else quotient).append(term if times is None else times)
@@ -143,7 +144,9 @@ class Axes:
             largest += stride * (self.sizes[axes[0]] - 1)
         return bool(sympy.expand(size - 1 - largest).is_nonnegative)
 
-    def reshape(self, indices: Sequence[Index], sizes: Sequence[Any], source: Sequence[Any]) -> Indices:
+    def reshape(
+        self, indices: Sequence[Index], sizes: Sequence[Any], source: Sequence[Any]
+    ) -> Indices:
         """Indices into `source`, the sizes before a reshape to `sizes`, of which `indices` are."""
         result: list[Index] = []
         for outer, inner in _groups(tuple(map(self.size, sizes)), tuple(map(self.size, source))):
@@ -170,7 +173,7 @@ class Axes:
         terms = []
         for term in sympy.Add.make_args(sympy.expand(index)):
             axes = [axis for axis in term.free_symbols if axis in self.sizes]
-            if len(axes) != 1 or not sympy.diff(term, axes[0], 2) == 0:
+            if len(axes) != 1 or sympy.diff(term, axes[0], 2) != 0:
                 return None
             terms.append((sympy.diff(term, axes[0]), axes[0]))
         found: list[sympy.Symbol] = []
@@ -211,14 +214,24 @@ def _groups(
     groups = []
     left, right = 0, 0
     while left < len(sizes) or right < len(source):
-        outer, inner = list(range(left, min(left + 1, len(sizes)))), list(range(right, min(right + 1, len(source))))
+        outer, inner = (
+            list(range(left, min(left + 1, len(sizes)))),
+            list(range(right, min(right + 1, len(source)))),
+        )
         while True:
             made = sympy.Mul(*(sizes[place] for place in outer))
             held = sympy.Mul(*(source[place] for place in inner))
             if _equal(made, held):
                 break
-            more_outer, more_inner = left + len(outer) < len(sizes), right + len(inner) < len(source)
-            if more_outer and (not more_inner or _divide_exactly(held, made) is not None or (made - held).is_negative):
+            more_outer, more_inner = (
+                left + len(outer) < len(sizes),
+                right + len(inner) < len(source),
+            )
+            if more_outer and (
+                not more_inner
+                or _divide_exactly(held, made) is not None
+                or (made - held).is_negative
+            ):
                 outer.append(left + len(outer))
             elif more_inner:
                 inner.append(right + len(inner))

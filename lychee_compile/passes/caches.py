@@ -13,6 +13,7 @@ from lychee_compile.passes.dataflow import (
     argument,
     aten,
     calls,
+    first_input,
     same,
     shape_of,
     static_size,
@@ -76,7 +77,9 @@ def bind_cache(attention: Attention, graph: torch.fx.Graph) -> CacheBinding | Un
     """The cache that the keys of `attention` are read from, or why none was recognised."""
     reasons = []
     for key in reversed(attention.key_forms):
-        places = [dim for dim, axes in enumerate(key.layout) if set(axes) & set(attention.roles.key)]
+        places = [
+            dim for dim, axes in enumerate(key.layout) if set(axes) & set(attention.roles.key)
+        ]
         if len(places) != 1 or key.layout[places[0]] != attention.roles.key:
             continue
         try:
@@ -101,14 +104,19 @@ class _Binder:
             return self._written(held)
         if held.op == "placeholder":
             return self._read(held)
-        if calls(held, aten.roll.default) or (held.args and calls(held.args[0], aten.roll.default)):
+        rewritten = calls(held, aten.copy_.default) and first_input(held).op == "placeholder"
+        if rewritten or calls(held, aten.roll.default) or calls(*held.args[:1], aten.roll.default):
             raise _NotBoundError(*_ROLLING)
         if calls(held, aten.slice.Tensor):
-            raise _NotBoundError("the keys are a slice of what the cache holds, as in a sliding window", "sliding")
+            raise _NotBoundError(
+                "the keys are a slice of what the cache holds, as in a sliding window", "sliding"
+            )
         output = self._output_index(held)
         if output is None:
             raise _NotBoundError(_NO_CACHE)
-        return CacheBinding(self._key, self._dim, "dynamic", None, output, written=(held, self._dim))
+        return CacheBinding(
+            self._key, self._dim, "dynamic", None, output, written=(held, self._dim)
+        )
 
     def _behind_prefixes(self, node: torch.fx.Node) -> torch.fx.Node:
         """Behind slices that take the beginning of a dimension, as of the tokens so far."""
@@ -131,7 +139,9 @@ class _Binder:
         if positions is None:
             raise _NotBoundError("the cache is written at other indices than token positions")
         if cache.op != "placeholder" or writes_of(write) or len(writes_of(cache)) > 1:
-            raise _NotBoundError("the tensor written to is no input of the graph, or is written more than once")
+            raise _NotBoundError(
+                "the tensor written to is no input of the graph, or is written more than once"
+            )
         return CacheBinding(
             self._key, self._dim, "static", cache, None, positions, written=(positions, 0)
         )
@@ -155,9 +165,9 @@ class _Binder:
         if not writes:
             return CacheBinding(self._key, self._dim, "static", cache, None)
         (write, *more) = writes
-        target = write.args[0]
-        assert isinstance(target, torch.fx.Node)
-        if calls(write, aten.copy_.default) and calls(through_copies(write.args[1]), aten.cat.default, aten.roll.default):  # type: ignore[arg-type]
+        target, fresh = first_input(write), write.args[1]
+        whole = target is cache and isinstance(fresh, torch.fx.Node)
+        if whole and calls(write, aten.copy_.default):
             raise _NotBoundError(*_ROLLING)
         if more or not calls(write, aten.copy_.default):
             raise _NotBoundError(_UNKNOWN_WRITE)

@@ -83,12 +83,12 @@ class Canonicaliser:
         if not score.masks and not score.biases:
             return None
         hides_wholly = all(mask.fill == -torch.inf for mask in score.masks)
-        if not score.biases and hides_wholly:
-            node = self._visible(score.masks)
-        else:
-            node = self._additive()
-        if 1 == node.meta["val"].shape[-1] and self._attention.kv_len != 1:
-            node = self._emit(aten.expand.default, node, [-1, -1, -1, self._size_node(*self._attention.roles.key)])
+        plain = hides_wholly and not score.biases
+        node = self._visible(score.masks) if plain else self._additive()
+        if node.meta["val"].shape[-1] == 1 and self._attention.kv_len != 1:
+            node = self._emit(
+                aten.expand.default, node, [-1, -1, -1, self._size_node(*self._attention.roles.key)]
+            )
         return node
 
     def _visible(self, masks: tuple[Mask, ...]) -> torch.fx.Node:
@@ -119,7 +119,11 @@ class Canonicaliser:
             part = self._rearrange(mask.operand, layout, whole=False)
             hidden = part if mask.hidden_when else self._emit(aten.logical_not.default, part)
             if node is None:
-                node = self._emit(aten.zeros_like.default, hidden, dtype=value_of(self._attention.query.node).dtype)
+                node = self._emit(
+                    aten.zeros_like.default,
+                    hidden,
+                    dtype=value_of(self._attention.query.node).dtype,
+                )
             low = torch.finfo(value_of(node).dtype).min
             fill = mask.fill if mask.fill == -torch.inf else low
             node = self._emit(aten.masked_fill.Scalar, node, hidden, fill)

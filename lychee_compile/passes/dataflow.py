@@ -41,6 +41,18 @@ def value_of(node: torch.fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def is_tensor(value: Any) -> bool:
+    """Whether an argument of a node is a tensor of the graph."""
+    return isinstance(value, torch.fx.Node) and isinstance(value_of(value), torch.Tensor)
+
+
+def first_input(node: torch.fx.Node) -> torch.fx.Node:
+    """The tensor that an operator takes first."""
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    return source
+
+
 def shape_of(node: torch.fx.Node) -> tuple[int | torch.SymInt, ...]:
     """Shape of a tensor node; empty for what is no tensor."""
     value = value_of(node)

@@ -1,10 +1,10 @@
 """Find the attentions of a graph by what they compute, however they are written.
 
-An attention is a product whose one factor is a softmax, over the axes that are summed, of scores that
-come from a product of queries and keys:
+An attention is a product whose one factor is a softmax, over the axes that are summed, of scores
+that come from a product of queries and keys:
 
-    out[b, h, q, e] = sum over kv of softmax over kv (score(sum over d of Q[b, h, q, d] K[b, g, kv, d]))
-                                     V[b, g, kv, e]
+    s[b, h, q, kv]  = sum over d of Q[b, h, q, d] K[b, g, kv, d]
+    out[b, h, q, e] = sum over kv of softmax over kv (score(s[b, h, q, kv])) V[b, g, kv, e]
 
 Indices are carried back from the output: every view, transposition, split and repetition on the way
 is a fact about indices, and the axes that the operands turn out to have are those of the attention.
@@ -12,22 +12,22 @@ is a fact about indices, and the axes that the operands turn out to have are tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
 import torch.fx
 
 from lychee_compile.passes.attention import Attention, FusedModule, Rejected
-from lychee_compile.passes.axes import ZERO, Axes, Indices, SplitAxis
-from lychee_compile.passes.dataflow import argument, operator_key, scalar_of, shape_of
+from lychee_compile.passes.axes import Axes, Indices
+from lychee_compile.passes.dataflow import argument, operator_key, shape_of
 from lychee_compile.passes.elements import Elements
 from lychee_compile.passes.fused import find_fused, with_finer_axes
 from lychee_compile.passes.names import Names
 from lychee_compile.passes.operands import Place, free_axes
 from lychee_compile.passes.products import Product, product_of
 from lychee_compile.passes.region import Order
-from lychee_compile.passes.scores import ScoreTracer, Trace
+from lychee_compile.passes.score_trace import ScoreTracer, Trace
 from lychee_compile.passes.settle import Pieces, Scene, settle
 from lychee_compile.passes.softmaxes import (
     DIVISIONS,
@@ -47,8 +47,7 @@ def find_attention(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) 
     """
     scene = Scene(gm, Order(gm.graph), Names(gm), written)
     found: list[Found] = list(find_fused(scene))
-    for softmax in find_softmaxes(gm.graph):
-        found.append(_from_softmax(softmax, scene))
+    found.extend(_from_softmax(softmax, scene) for softmax in find_softmaxes(gm.graph))
     return sorted(found, key=lambda each: scene.order.place[each.node])
 
 
@@ -80,7 +79,9 @@ def _carries(node: torch.fx.Node) -> bool:
     return operator_key(node) in CARRIERS or is_view_of_part(node)
 
 
-def _match(softmax: Softmax, product: Product, axes: Axes, scene: Scene) -> Attention | Rejected | None:
+def _match(
+    softmax: Softmax, product: Product, axes: Axes, scene: Scene
+) -> Attention | Rejected | None:
     """The attention whose values `product` sums up; None where the softmax is not summed over."""
     elements = Elements(axes, scene.names, scene.written)
     out = tuple(axes.index(f"o{place}", size) for place, size in enumerate(shape_of(product.node)))
@@ -119,12 +120,14 @@ def _from_weights(
     if scene.is_parameter(value.node):
         return Rejected(softmax.node, "its values are a parameter: a linear layer")
     node, refused = product.node, walk.refused
-    dropped = _dropped_keys(softmax, at, keys, elements.axes, trace)
+    dropped = _dropped_keys(softmax, keys, elements.axes, trace)
     if softmax.deferred:
-        quotient = _quotient(softmax, product.node)
-        refused = refused or ("" if quotient else "its sum of exponentials is used in an unknown way")
+        quotient = _quotient(product.node)
+        refused = refused or (
+            "" if quotient else "its sum of exponentials is used in an unknown way"
+        )
         node = quotient or node
-    total_misfit = _total_misfit(softmax, product, node, at, out, elements)
+    total_misfit = _total_misfit(softmax, node, at, out, elements)
     pieces = Pieces(
         node=node,
         form="eager",
@@ -142,9 +145,7 @@ def _from_weights(
     return settle(pieces, elements, scene)
 
 
-def _dropped_keys(
-    softmax: Softmax, at: Indices, keys: frozenset[sympy.Symbol], axes: Axes, trace: Trace
-) -> str:
+def _dropped_keys(softmax: Softmax, keys: frozenset[sympy.Symbol], axes: Axes, trace: Trace) -> str:
     """Why the softmax must not be taken over the summed axes alone; empty where it may."""
     sizes = [axes.index(f"whole{dim}", shape_of(softmax.scores)[dim]) for dim in softmax.dims]
     there = axes.product(axis for size in sizes for axis in free_axes([size], axes))
@@ -155,7 +156,11 @@ def _dropped_keys(
 
 
 def _total_misfit(
-    softmax: Softmax, product: Product, node: torch.fx.Node, at: Indices, out: Indices, elements: Elements
+    softmax: Softmax,
+    node: torch.fx.Node,
+    at: Indices,
+    out: Indices,
+    elements: Elements,
 ) -> str:
     """Whether what the weights are divided by is the sum over the keys, of the same row."""
     if softmax.total is None:
@@ -175,7 +180,7 @@ def _total_misfit(
     return "" if place == rows else "its weights are divided by the sum of another row"
 
 
-def _quotient(softmax: Softmax, node: torch.fx.Node) -> torch.fx.Node | None:
+def _quotient(node: torch.fx.Node) -> torch.fx.Node | None:
     """The division by the sum that follows the product with the values."""
     while len(node.users) == 1:
         (user,) = node.users

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -23,14 +23,14 @@ from lychee_compile.passes.dataflow import argument, operator_key, scalar_of, sh
 from lychee_compile.passes.names import Names
 from lychee_compile.passes.views import broadcast, source_of, storage_of
 
-Element = sympy.Expr | Boolean
+Element: TypeAlias = sympy.Expr | Boolean
 LONGEST_CHOICE = 6
 """Branches up to which choices are followed; a tensor of more stays a tensor."""
 DEEPEST = 40
 """Operators up to which an element is followed, so that no chain through a model is."""
 
 
-class Flag(BooleanFunction):  # type: ignore[misc]
+class Flag(BooleanFunction):
     """An element of a bool tensor."""
 
     @classmethod
@@ -77,7 +77,9 @@ class Elements:
     def _bounded(self, node: torch.fx.Node, indices: Indices) -> Element:
         self._depth += 1
         try:
-            return self.load(node, indices) if self._depth > DEEPEST else self._evaluate(node, indices)
+            return (
+                self.load(node, indices) if self._depth > DEEPEST else self._evaluate(node, indices)
+            )
         except TooLarge:
             return self.load(node, indices)
         finally:
@@ -90,7 +92,9 @@ class Elements:
     def load(self, node: torch.fx.Node, indices: Indices) -> Element:
         """An element that stays what it is, by name."""
         name = self.names.of(node)
-        element = sympy.Indexed(sympy.IndexedBase(name), *indices) if indices else sympy.Symbol(name)
+        element = (
+            sympy.Indexed(sympy.IndexedBase(name), *indices) if indices else sympy.Symbol(name)
+        )
         return Flag(element) if value_of(node).dtype == torch.bool else element
 
     def _evaluate(self, node: torch.fx.Node, indices: Indices) -> Element:
@@ -111,7 +115,9 @@ class Elements:
             return self.load(node, indices)
         return self._elementwise(function, node, indices)
 
-    def _elementwise(self, function: Callable[..., Element], node: torch.fx.Node, indices: Indices) -> Element:
+    def _elementwise(
+        self, function: Callable[..., Element], node: torch.fx.Node, indices: Indices
+    ) -> Element:
         operands = []
         for value in node.args:
             if isinstance(value, torch.fx.Node) and isinstance(value_of(value), torch.Tensor):
@@ -311,13 +317,19 @@ def _triangle(keeps: Callable[[Index, Index, Any], Boolean]) -> Callable[..., El
 
 
 def _arange(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-    start, step = (scalar_of(argument(node, name, usual)) for name, usual in (("start", 0), ("step", 1)))
+    start, step = (
+        scalar_of(argument(node, name, usual)) for name, usual in (("start", 0), ("step", 1))
+    )
     return start + indices[0] * step
 
 
 def _constant(value: int) -> Callable[..., Element]:
     def rule(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-        return sympy.sympify(bool(value)) if value_of(node).dtype == torch.bool else sympy.Integer(value)
+        return (
+            sympy.sympify(bool(value))
+            if value_of(node).dtype == torch.bool
+            else sympy.Integer(value)
+        )
 
     return rule
 
@@ -340,7 +352,9 @@ def _index(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element
     before, ours, after = (
         indices[: places[0]], indices[places[0] : places[0] + rank], indices[places[0] + rank :]
     )  # fmt: skip
-    wide = torch.broadcast_shapes(*(tuple(1 if isinstance(s, torch.SymInt) else s for s in shape_of(t)) for t in tensors))
+    wide = torch.broadcast_shapes(
+        *(tuple(1 if isinstance(s, torch.SymInt) else s for s in shape_of(t)) for t in tensors)
+    )
     if any(isinstance(size, torch.SymInt) for each in tensors for size in shape_of(each)):
         wide = max((shape_of(each) for each in tensors), key=len)
     at = [elements.of(each, broadcast(ours, shape_of(each), wide)) for each in tensors]

@@ -21,7 +21,9 @@ NO_BLOCKS = 1 << 30
 """Block size of the mask that FlexAttention makes up where it is given none."""
 
 
-def flex_score(node: torch.fx.Node, attention: Attention, indices: Indices, scene: Scene) -> Attention:
+def flex_score(
+    node: torch.fx.Node, attention: Attention, indices: Indices, scene: Scene
+) -> Attention:
     """`attention` with the score and the mask of the FlexAttention `node`.
 
     `indices` are those of batch, head, query and key.
@@ -37,7 +39,9 @@ def flex_score(node: torch.fx.Node, attention: Attention, indices: Indices, scen
     score = replace(_simple_score(modified), expression=modified, visible=_as_predicate(visible))
     refused = attention.refused
     if not _unblocked(blocks):
-        refused = refused or "FlexAttention reads the blocks that its BlockMask lists, whatever they are"
+        refused = (
+            refused or "FlexAttention reads the blocks that its BlockMask lists, whatever they are"
+        )
     return replace(attention, score=score, refused=refused or score.unsupported)
 
 

@@ -11,13 +11,13 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.attention import Attention, FusedModule, Rejected
-from lychee_compile.passes.axes import Axes, Indices, SplitAxis, size_expression
-from lychee_compile.passes.dataflow import argument, calls, operator_key, shape_of, value_of
+from lychee_compile.passes.axes import Axes, SplitAxis, size_expression
+from lychee_compile.passes.dataflow import argument, operator_key, shape_of, value_of
 from lychee_compile.passes.elements import Elements
 from lychee_compile.passes.flex import flex_score
 from lychee_compile.passes.operands import Place, free_axes
 from lychee_compile.passes.products import Product
-from lychee_compile.passes.scores import Step, Trace
+from lychee_compile.passes.score_trace import Step, Trace
 from lychee_compile.passes.settle import Pieces, Scene, settle
 from lychee_compile.passes.views import broadcast
 
@@ -66,7 +66,11 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rej
             for index, size in zip(at, shape_of(mask), strict=True)
         )
         hides = value_of(mask).dtype == torch.bool
-        step = Step("fill", node, mask, at, -torch.inf, when=False) if hides else Step("plus", node, mask, at)
+        step = (
+            Step("fill", node, mask, at, -torch.inf, when=False)
+            if hides
+            else Step("plus", node, mask, at)
+        )
         steps.append(step)
     elements = Elements(axes, scene.names, scene.written)
     found = Pieces(
@@ -86,9 +90,15 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rej
     return settle(found, elements, scene)
 
 
-def _operands(node: torch.fx.Node, output: torch.fx.Node, gqa: bool, axes: Axes) -> tuple[Trace, dict[str, Any]]:
+def _operands(
+    node: torch.fx.Node, output: torch.fx.Node, gqa: bool, axes: Axes
+) -> tuple[Trace, dict[str, Any]]:
     """Query, key and value [..., H, T, D] of an operator that computes `output`, with indices."""
-    query, key, value = node.args[:3] if len(node.args) > 2 else (argument(node, name) for name in ("query", "key", "value"))
+    query, key, value = (
+        node.args[:3]
+        if len(node.args) > 2
+        else (argument(node, name) for name in ("query", "key", "value"))
+    )
     assert isinstance(query, torch.fx.Node)
     assert isinstance(key, torch.fx.Node)
     assert isinstance(value, torch.fx.Node)
@@ -112,7 +122,9 @@ def _operands(node: torch.fx.Node, output: torch.fx.Node, gqa: bool, axes: Axes)
         return Place(tensor, outer, sympy.S.One)
 
     product = Product(node, query, key, (), (), (), ())
-    trace = Trace(product, place(query, out[-2], inner), place(key, kv, inner), free_axes([inner], axes), ())
+    trace = Trace(
+        product, place(query, out[-2], inner), place(key, kv, inner), free_axes([inner], axes), ()
+    )
     return trace, {"out": out, "kv": kv, "value": place(value, kv, out[-1])}
 
 
@@ -146,7 +158,10 @@ def _from_flex(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rej
 
 def _from_module(node: torch.fx.Node) -> FusedModule:
     """A whole self-attention, or an encoder layer, with packed weights."""
-    width, heads = argument(node, "embed_dim"), argument(node, "num_heads", argument(node, "num_head"))
+    width, heads = (
+        argument(node, "embed_dim"),
+        argument(node, "num_heads", argument(node, "num_head")),
+    )
     source = node.args[0]
     assert isinstance(source, torch.fx.Node)
     tokens = size_expression(shape_of(source)[-2])

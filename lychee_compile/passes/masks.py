@@ -1,7 +1,7 @@
 """Read a recovered mask: its class in words, the range of keys it shows, and how it prints.
 
-    kv <= q + cumulative_length, kv > q + cumulative_length - 32
-    "causal, offset = cumulative_length, window 32"      keys [q + cumulative_length - 31, q + ... + 1)
+kv <= q + cumulative_length, kv > q + cumulative_length - 32
+"causal, offset = cumulative_length, window 32"      keys [q + cumulative_length - 31, q + ... + 1)
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import sympy
-import torch
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
 from lychee_compile.passes.attention import Attention
-from lychee_compile.passes.axes import ZERO
 from lychee_compile.passes.dataflow import shape_of, value_of
 from lychee_compile.passes.elements import Flag
 from lychee_compile.passes.operands import Operand
@@ -39,13 +37,19 @@ class Reading:
     def _readable(self, expression: sympy.Basic) -> sympy.Basic:
         roles = self._attention.roles
         named = expression.xreplace(self._axes)
-        heads = [sympy.Symbol(axis.name, **axis.assumptions0) for axis in roles.kv_heads + roles.group]
+        heads = [
+            sympy.Symbol(axis.name, **axis.assumptions0) for axis in roles.kv_heads + roles.group
+        ]
         if len(heads) != 2 or not named.has(*heads):
             return named
         outer, inner = heads
         whole = named.xreplace({outer: (H - inner) / self._attention.axes.sizes[inner]})
         whole = whole.replace(lambda each: isinstance(each, sympy.Indexed), _expanded)
-        return named.xreplace({outer: sympy.Symbol("h_kv"), inner: sympy.Symbol("g")}) if whole.has(inner) else whole
+        return (
+            named.xreplace({outer: sympy.Symbol("h_kv"), inner: sympy.Symbol("g")})
+            if whole.has(inner)
+            else whole
+        )
 
     @cached_property
     def conditions(self) -> tuple[Boolean, ...]:
@@ -55,7 +59,8 @@ class Reading:
     @cached_property
     def bounds(self) -> tuple[list[sympy.Expr], list[sympy.Expr]]:
         """First keys and last keys that the conditions allow."""
-        first, last = [], []
+        first: list[sympy.Expr] = []
+        last: list[sympy.Expr] = []
         for condition in self.conditions:
             bound = key_bound(condition)
             if bound is not None:
@@ -120,7 +125,8 @@ class Reading:
         causal = next(each for each in condition.args if _is_causal(each))
         bounds = [key_bound(each) for each in others]
         if all(bound and bound.upper and Q not in bound.key.free_symbols for bound in bounds):
-            return f"{self._say(causal)}, prefix {', '.join(str(bound.key + 1) for bound in bounds if bound)}"
+            lengths = ", ".join(str(bound.key + 1) for bound in bounds if bound)
+            return f"{self._say(causal)}, prefix {lengths}"
         return f"{self._say(causal)}, or {', or '.join(map(str, others))}"
 
     def _say_tensor(self, condition: Boolean) -> str:
@@ -128,7 +134,11 @@ class Reading:
         inside = flag.args[0] if isinstance(flag, Flag) else flag
         if not isinstance(inside, sympy.Indexed):
             return str(condition)
-        if KV in inside.free_symbols and Q not in inside.free_symbols and self._attention.query_len != 1:
+        if (
+            KV in inside.free_symbols
+            and Q not in inside.free_symbols
+            and self._attention.query_len != 1
+        ):
             return f"padding {inside.base}"
         operand = self._operand_named(condition)
         return operand or f"by {condition}"

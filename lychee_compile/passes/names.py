@@ -1,4 +1,4 @@
-"""Short names for the tensors of a graph, as a user would call them, and the values of constants."""
+"""Short names for the tensors of a graph, as a user would call them, and values of constants."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 import torch.fx
 
 from lychee_compile.passes import torch_private
-from lychee_compile.passes.dataflow import value_of
 
 _MEANINGLESS = {"L", "self", "fn", "args", "kwargs", "G", "_orig_mod"}
 
@@ -50,10 +49,8 @@ class Names:
         if node.op != "get_attr" or not isinstance(node.target, str):
             return None
         tensor = getattr(self._gm, node.target, None)
-        plain = isinstance(tensor, torch.Tensor) and not isinstance(tensor, torch.nn.Parameter)
-        if not plain or not torch_private.has_data(tensor) or tensor.numel() != 1:
+        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, torch.nn.Parameter):
             return None
-        if value_of(node) is None or tensor.dtype.is_complex:
+        if not torch_private.has_data(tensor) or tensor.numel() != 1 or tensor.dtype.is_complex:
             return None
-        value = tensor.item()
-        return sympy.sympify(value)
+        return sympy.sympify(tensor.item())

@@ -1,10 +1,10 @@
-"""Spell writes to intermediate tensors as values, so that every tensor keeps the one it was made with.
+"""Spell writes to intermediate tensors as new tensors, so that each keeps its value.
 
     scores.masked_fill_(hidden, -inf)         scores_1 = masked_fill(scores, hidden, -inf)
     weights = softmax(scores, -1)        ->   weights = softmax(scores_1, -1)
 
-Writes to inputs, such as caches, stay as they are. So do writes through a view; what they write to is
-reported, for such a tensor does not keep its value.
+Writes to inputs, such as caches, stay as they are. So do writes through a view; what they write
+to is reported, for such a tensor does not keep its value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from lychee_compile.passes.dataflow import aten, operator_key, value_of
+from lychee_compile.passes.dataflow import aten, first_input, operator_key, value_of
 from lychee_compile.passes.views import storage_of
 
 
@@ -37,7 +37,7 @@ def normalise(gm: torch.fx.GraphModule, mode: Any) -> frozenset[torch.fx.Node]:
 
 
 def _has_effect(node: torch.fx.Node) -> bool:
-    """Whether a node nobody reads must stay: of operators that are not PyTorch's own nothing is known."""
+    """Whether a node nobody reads must stay, as must all that are not PyTorch's own."""
     known = operator_key(node) or node.target is operator.getitem
     return bool(node.is_impure()) or (node.op == "call_function" and not known)
 
@@ -55,13 +55,17 @@ def _made_functional(
     mode: Any,
 ) -> bool:
     """Whether the write `node` could be replaced by a value that all later users read."""
-    target = node.args[0]
-    assert isinstance(target, torch.fx.Node)
+    target = first_input(node)
     functional = _functional(node.target)
     if functional is None or storage_of(target) is not target:
         return False
     place = order[node]
-    if any(order[user] > place for view in views.get(target, []) for user in view.users if view is not node):
+    if any(
+        order[user] > place
+        for view in views.get(target, [])
+        for user in view.users
+        if view is not node
+    ):
         return False
     value = _value(functional, node, mode)
     before = value_of(target)
@@ -69,7 +73,7 @@ def _made_functional(
         return False
     graph = node.graph
     with graph.inserting_before(node):
-        made = graph.call_function(functional, node.args, node.kwargs)  # type: ignore[arg-type]
+        made = graph.call_function(functional, node.args, node.kwargs)
     made.meta.update(node.meta)
     made.meta["val"] = value
     order[made] = place
@@ -82,7 +86,8 @@ def _made_functional(
 
 def _value(functional: Any, node: torch.fx.Node, mode: Any) -> torch.Tensor | None:
     """What `functional` gives for the operands of `node`; None where they cannot be run again."""
-    args, kwargs = (torch.fx.node.map_arg(each, value_of) for each in (node.args, node.kwargs))
+    args: Any = torch.fx.node.map_arg(node.args, value_of)
+    kwargs: Any = torch.fx.node.map_arg(node.kwargs, value_of)
     try:
         with mode:
             return functional(*args, **kwargs)

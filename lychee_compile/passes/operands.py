@@ -1,4 +1,4 @@
-"""Operands of an attention: which tensor really holds them, and how its dimensions hold the axes."""
+"""Operands of an attention: which tensor really holds them, and what its dimensions are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.axes import Axes, Indices
-from lychee_compile.passes.dataflow import operator_key, shape_of, value_of
+from lychee_compile.passes.dataflow import is_tensor, operator_key, shape_of, value_of
 from lychee_compile.passes.elements import Elements
 from lychee_compile.passes.views import broadcast, is_pure_view, source_of
 
@@ -51,7 +51,9 @@ class Place:
         return Operand(self.node, tuple(layout))
 
 
-def places_behind(node: torch.fx.Node, indices: Indices, elements: Elements, casts: bool) -> list[Place]:
+def places_behind(
+    node: torch.fx.Node, indices: Indices, elements: Elements, casts: bool
+) -> list[Place]:
     """`node` and the tensors that it shows the elements of, times a constant, nearest first.
 
     With `casts` also behind changes of dtype that lose nothing.
@@ -82,26 +84,22 @@ def _factor_behind(place: Place, elements: Elements) -> Place | None:
     if key not in ("mul", "div") or place.node.kwargs.get("rounding_mode"):
         return None
     operands = list(place.node.args[:2])
-    if key == "mul" and not _is_tensor(operands[0]):
+    if key == "mul" and not is_tensor(operands[0]):
         operands.reverse()
     source, other = operands
-    if key == "mul" and _is_tensor(other) and not shape_of(source):  # type: ignore[arg-type]
+    if key == "mul" and is_tensor(other) and not shape_of(source):  # type: ignore[arg-type]
         source, other = other, source
-    if not _is_tensor(source):
+    if not is_tensor(source):
         return None
     assert isinstance(source, torch.fx.Node)
     same_kind = value_of(source).dtype == value_of(place.node).dtype
-    if _is_tensor(other) and (shape_of(other) or not same_kind):  # type: ignore[arg-type]
+    if is_tensor(other) and (shape_of(other) or not same_kind):  # type: ignore[arg-type]
         return None
     value = elements.of(other)
     if not same_kind or not value.is_number or not value.is_finite or value == 0:
         return None
     inside = broadcast(place.indices, shape_of(source), shape_of(place.node))
     return Place(source, inside, place.factor * (value if key == "mul" else 1 / value))
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.fx.Node) and isinstance(value_of(value), torch.Tensor)
 
 
 def widens(before: torch.dtype, after: torch.dtype) -> bool:

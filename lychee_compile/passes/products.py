@@ -1,8 +1,8 @@
 """Batched products, however they are spelled, as one thing: labelled operands and inner labels.
 
-    matmul(a, b), a @ b, bmm, mm, mv, dot     baddbmm, addmm (the product in them)
-    einsum("bhqd,bhkd->bhqk", a, b)           (a[..., :, None, :] * b[..., None, :, :]).sum(-1)
-    linear(a, b)                              tensordot
+matmul(a, b), a @ b, bmm, mm, mv, dot     baddbmm, addmm (the product in them)
+einsum("bhqd,bhkd->bhqk", a, b)           (a[..., :, None, :] * b[..., None, :, :]).sum(-1)
+linear(a, b)                              tensordot
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ def _matmul(node: torch.fx.Node, left: torch.fx.Node, right: torch.fx.Node) -> P
         own = last if rank > 1 else ("inner",)
         return (*range(batch - (rank - len(own)), batch), *own)
 
-    left_labels, right_labels = labels(ranks[0], ("row", "inner")), labels(ranks[1], ("inner", "column"))
+    left_labels, right_labels = (
+        labels(ranks[0], ("row", "inner")),
+        labels(ranks[1], ("inner", "column")),
+    )
     out: Labels = tuple(range(batch))
     out += ("row",) * (ranks[0] > 1) + ("column",) * (ranks[1] > 1)
     return Product(node, left, right, left_labels, right_labels, out, ("inner",))
@@ -107,8 +110,8 @@ def _linear(node: torch.fx.Node) -> Product | None:
     rank = len(shape_of(operands[0]))
     rows: Labels = tuple(range(rank - 1))
     left, right, out = (*rows, "inner"), ("column", "inner"), (*rows, "column")
-    added = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    return Product(node, *operands, left, right, out, ("inner",), added=added)  # type: ignore[arg-type]
+    added: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return Product(node, operands[0], operands[1], left, right, out, ("inner",), added)
 
 
 def _added(first: str, second: str) -> Any:
@@ -135,8 +138,13 @@ def _einsum(node: torch.fx.Node) -> Product | None:
         letters = "".join(parts).replace(".", "")
         once = sorted(letter for letter in set(letters) if letters.count(letter) == 1)
         out = ("..." if "." in terms else "") + "".join(once)
-    spare = [len(shape_of(each)) - len(part.replace("...", "")) for each, part in zip(operands, parts, strict=True)]
-    dots = max([count for count, part in zip(spare, parts, strict=True) if "..." in part], default=0)
+    spare = [
+        len(shape_of(each)) - len(part.replace("...", ""))
+        for each, part in zip(operands, parts, strict=True)
+    ]
+    dots = max(
+        [count for count, part in zip(spare, parts, strict=True) if "..." in part], default=0
+    )
 
     def labels(part: str, count: int) -> Labels:
         before, ellipsis, after = part.partition("...")
@@ -147,10 +155,11 @@ def _einsum(node: torch.fx.Node) -> Product | None:
     made = labels(out, dots)
     if any(len(set(each)) != len(each) for each in (left, right, made)):
         return None
-    inner = tuple(label for label in dict.fromkeys(left + right) if label not in made)
+    labels_of_both = dict.fromkeys(label for label in left + right if label is not None)
+    inner = tuple(label for label in labels_of_both if label not in made)
     if not inner or not all(label in left and label in right for label in inner):
         return None
-    return Product(node, *operands, left, right, made, inner)  # type: ignore[arg-type]
+    return Product(node, operands[0], operands[1], left, right, made, inner)
 
 
 def _sum_of_products(node: torch.fx.Node) -> Product | None:
@@ -173,7 +182,7 @@ def _sum_of_products(node: torch.fx.Node) -> Product | None:
         return None
     keep = argument(node, "keepdim", False)
     out: Labels = tuple(None if d in inner else d for d in range(rank) if keep or d not in inner)
-    return Product(node, *operands, left, right, out, inner)
+    return Product(node, operands[0], operands[1], left, right, out, inner)
 
 
 def _tensordot(node: torch.fx.Node) -> Product | None:
@@ -195,7 +204,7 @@ def _tensordot(node: torch.fx.Node) -> Product | None:
 
     left, right = labels(0), labels(1)
     out = tuple(label for label in left + right if label not in inner)
-    return Product(node, *operands, left, right, out, inner)
+    return Product(node, operands[0], operands[1], left, right, out, inner)
 
 
 _RULES: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Emit the operators that bring a tensor from one layout of axes to another.
 
-    layout ((b, h), (t,), (d,))  ->  wanted ((b,), (h,), (t,), (d,))      unflatten
-    layout ((b,), (t,), (h,), (d,))  ->  wanted ((b,), (h,), (t,), (d,))  permute
+layout ((b, h), (t,), (d,))  ->  wanted ((b,), (h,), (t,), (d,))      unflatten
+layout ((b,), (t,), (h,), (d,))  ->  wanted ((b,), (h,), (t,), (d,))  permute
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from lychee_compile.passes.check import RewriteError
 from lychee_compile.passes.dataflow import aten, value_of
 from lychee_compile.passes.operands import Layout, Operand
 
-Axis = sympy.Symbol
 Size = int | torch.fx.Node
 
 
@@ -39,7 +38,9 @@ class Emitter:
 class Rearranger:
     """Rearranges operands of one attention. Raises `RewriteError` where sizes are not known."""
 
-    def __init__(self, emit: Emitter, axes: Axes, size_node: Callable[[Axis], Size | None]) -> None:
+    def __init__(
+        self, emit: Emitter, axes: Axes, size_node: Callable[[sympy.Symbol], Size | None]
+    ) -> None:
         self._emit, self._axes, self._size_node = emit, axes, size_node
 
     def __call__(self, operand: Operand, wanted: Layout, *, whole: bool) -> torch.fx.Node:
@@ -52,7 +53,11 @@ class Rearranger:
         node, layout = self._apart(operand.node, operand.layout)
         present = [axes[0] for axes in layout if axes]
         needed = [
-            [axis for axis in axes if whole or axis in present or any(each in present for each in axes)]
+            [
+                axis
+                for axis in axes
+                if whole or axis in present or any(each in present for each in axes)
+            ]
             for axes in wanted
         ]
         flat = [axis for axes in needed for axis in axes]
@@ -62,9 +67,11 @@ class Rearranger:
         node = self._with_missing(node, flat, present)
         return self._together(node, needed)
 
-    def _apart(self, node: torch.fx.Node, layout: Layout) -> tuple[torch.fx.Node, list[tuple[Axis, ...]]]:
+    def _apart(
+        self, node: torch.fx.Node, layout: Layout
+    ) -> tuple[torch.fx.Node, list[tuple[sympy.Symbol, ...]]]:
         """One dimension per axis, none of size one."""
-        result: list[tuple[Axis, ...]] = []
+        result: list[tuple[sympy.Symbol, ...]] = []
         for dim in reversed(range(len(layout))):
             held = layout[dim]
             if not held:
@@ -74,7 +81,7 @@ class Rearranger:
             result = [(axis,) for axis in held] + result
         return node, result
 
-    def _sizes(self, axes: tuple[Axis, ...]) -> list[Any]:
+    def _sizes(self, axes: tuple[sympy.Symbol, ...]) -> list[Any]:
         """Sizes for `unflatten`, of which it can find out one."""
         sizes: list[Any] = []
         for axis in axes:
@@ -84,11 +91,15 @@ class Rearranger:
             raise RewriteError("a dimension holds several axes of unknown size")
         return sizes
 
-    def _in_order(self, node: torch.fx.Node, present: list[Axis], wanted: list[Axis]) -> torch.fx.Node:
+    def _in_order(
+        self, node: torch.fx.Node, present: list[sympy.Symbol], wanted: list[sympy.Symbol]
+    ) -> torch.fx.Node:
         order = [present.index(axis) for axis in wanted]
         return node if order == sorted(order) else self._emit(aten.permute.default, node, order)
 
-    def _with_missing(self, node: torch.fx.Node, flat: list[Axis], present: list[Axis]) -> torch.fx.Node:
+    def _with_missing(
+        self, node: torch.fx.Node, flat: list[sympy.Symbol], present: list[sympy.Symbol]
+    ) -> torch.fx.Node:
         missing = [axis for axis in flat if axis not in present]
         if not missing:
             return node
@@ -104,7 +115,7 @@ class Rearranger:
             sizes.append(size)
         return self._emit(aten.expand.default, node, sizes)
 
-    def _together(self, node: torch.fx.Node, needed: list[list[Axis]]) -> torch.fx.Node:
+    def _together(self, node: torch.fx.Node, needed: list[list[sympy.Symbol]]) -> torch.fx.Node:
         for dim, axes in enumerate(needed):
             if not axes:
                 node = self._emit(aten.unsqueeze.default, node, dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import networkx
+import networkx as nx
 import torch.fx
 
 from lychee_compile.passes.dataflow import operator_key
@@ -19,9 +19,11 @@ class Order:
         self.place = {node: place for place, node in enumerate(self.nodes)}
 
 
-def region_between(first: torch.fx.Node, last: torch.fx.Node, order: Order) -> frozenset[torch.fx.Node]:
+def region_between(
+    first: torch.fx.Node, last: torch.fx.Node, order: Order
+) -> frozenset[torch.fx.Node]:
     """Every node on a path from `first` to `last`, both included. Such a region is convex."""
-    flow = networkx.DiGraph()
+    flow = nx.DiGraph()
     flow.add_nodes_from((first, last))
     end = order.place[last]
     waiting = [first]
@@ -32,10 +34,12 @@ def region_between(first: torch.fx.Node, last: torch.fx.Node, order: Order) -> f
                 if user not in flow:
                     waiting.append(user)
                 flow.add_edge(node, user)
-    return frozenset(networkx.ancestors(flow, last)) | {last}
+    return frozenset(nx.ancestors(flow, last)) | {last}
 
 
-def used_elsewhere(region: frozenset[torch.fx.Node], last: torch.fx.Node, weights: torch.fx.Node) -> str:
+def used_elsewhere(
+    region: frozenset[torch.fx.Node], last: torch.fx.Node, weights: torch.fx.Node
+) -> str:
     """Who else uses an interior value of the region, in words; empty where nobody does."""
     for node in region - {last}:
         for user in node.users:
@@ -61,14 +65,18 @@ def _only_returned(node: torch.fx.Node) -> bool:
     return False
 
 
-def _is_behind(node: torch.fx.Node, weights: torch.fx.Node, region: frozenset[torch.fx.Node]) -> bool:
+def _is_behind(
+    node: torch.fx.Node, weights: torch.fx.Node, region: frozenset[torch.fx.Node]
+) -> bool:
     """Whether `node` is computed from `weights`."""
     waiting, seen = [node], set()
     while waiting:
         each = waiting.pop()
         if each is weights:
             return True
-        fresh = [source for source in each.all_input_nodes if source in region and source not in seen]
+        fresh = [
+            source for source in each.all_input_nodes if source in region and source not in seen
+        ]
         seen.update(fresh)
         waiting.extend(fresh)
     return False

@@ -131,7 +131,9 @@ class _Site:
         positions = binding.positions
         if binding.span is not None:
             device = value_of(binding.key).device
-            positions = self._emit(aten.arange.start, *binding.span, device=device, dtype=torch.int64)
+            positions = self._emit(
+                aten.arange.start, *binding.span, device=device, dtype=torch.int64
+            )
         written: Any = 0
         if binding.written is not None:
             node, dim = binding.written

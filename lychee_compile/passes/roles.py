@@ -18,7 +18,6 @@ from lychee_compile.passes.dataflow import operator_key, shape_of
 from lychee_compile.passes.operands import Layout, Operand, free_axes
 from lychee_compile.passes.views import broadcast, source_of
 
-Axis = sympy.Symbol
 FARTHEST = 80
 """Operators between a projection and its attention, at most."""
 
@@ -27,14 +26,14 @@ FARTHEST = 80
 class Roles:
     """The axes of each role, outermost first."""
 
-    batch: tuple[Axis, ...]
-    kv_heads: tuple[Axis, ...]
-    group: tuple[Axis, ...]
+    batch: tuple[sympy.Symbol, ...]
+    kv_heads: tuple[sympy.Symbol, ...]
+    group: tuple[sympy.Symbol, ...]
     """Query heads that share a KV head."""
-    query: tuple[Axis, ...]
-    key: tuple[Axis, ...]
-    head_dim: tuple[Axis, ...]
-    value_dim: tuple[Axis, ...]
+    query: tuple[sympy.Symbol, ...]
+    key: tuple[sympy.Symbol, ...]
+    head_dim: tuple[sympy.Symbol, ...]
+    value_dim: tuple[sympy.Symbol, ...]
 
     def query_layout(self) -> Layout:
         """[B, Hq, Tq, D]."""
@@ -57,8 +56,10 @@ class Roles:
         return (self.batch, self.kv_heads + self.group, self.query, self.value_dim)
 
 
-def features_of(node: torch.fx.Node, indices: Indices, axes: Axes, is_parameter: Callable[[torch.fx.Node], bool]) -> frozenset[Axis] | None:
-    """The axes that are features of the projection `node` comes from; None where none is in sight."""
+def features_of(
+    node: torch.fx.Node, indices: Indices, axes: Axes, is_parameter: Callable[[torch.fx.Node], bool]
+) -> frozenset[sympy.Symbol] | None:
+    """The axes that are features of the projection behind `node`; None where none is in sight."""
     for _ in range(FARTHEST):
         if node.op != "call_function":
             return None
@@ -72,7 +73,9 @@ def features_of(node: torch.fx.Node, indices: Indices, axes: Axes, is_parameter:
     return None
 
 
-def _projected(node: torch.fx.Node, indices: Indices, is_parameter: Callable[[torch.fx.Node], bool]) -> Indices | None:
+def _projected(
+    node: torch.fx.Node, indices: Indices, is_parameter: Callable[[torch.fx.Node], bool]
+) -> Indices | None:
     """Indices along the features that a projection makes."""
     key = operator_key(node)
     if key == "linear" or (key == "addmm" and len(indices) == 2):
@@ -101,16 +104,16 @@ def _first_operand(node: torch.fx.Node, indices: Indices) -> tuple[torch.fx.Node
 
 
 def assign(
-    shared: frozenset[Axis],
-    rows: frozenset[Axis],
-    features: frozenset[Axis] | None,
+    shared: frozenset[sympy.Symbol],
+    rows: frozenset[sympy.Symbol],
+    features: frozenset[sympy.Symbol] | None,
     key: Operand,
     value: Operand,
     query: Operand,
-    score_dims: Sequence[tuple[Axis, ...]],
-    keys: frozenset[Axis],
-    head_dim: frozenset[Axis],
-    value_dim: Sequence[Axis],
+    score_dims: Sequence[tuple[sympy.Symbol, ...]],
+    keys: frozenset[sympy.Symbol],
+    head_dim: frozenset[sympy.Symbol],
+    value_dim: Sequence[sympy.Symbol],
 ) -> Roles:
     """Sort the axes: `shared` by queries and keys, `rows` of queries alone, and so on.
 
@@ -127,7 +130,7 @@ def assign(
         last = score_dims[-1] if score_dims else ()
         group = rows - set(last)
 
-    def pick(wanted: frozenset[Axis]) -> tuple[Axis, ...]:
+    def pick(wanted: frozenset[sympy.Symbol]) -> tuple[sympy.Symbol, ...]:
         return tuple(axis for axis in ordered if axis in wanted)
 
     return Roles(
@@ -141,5 +144,7 @@ def assign(
     )
 
 
-def _in_order(*layouts: Layout) -> list[Axis]:
-    return list(dict.fromkeys(axis for layout in layouts for dimension in layout for axis in dimension))
+def _in_order(*layouts: Layout) -> list[sympy.Symbol]:
+    return list(
+        dict.fromkeys(axis for layout in layouts for dimension in layout for axis in dimension)
+    )

@@ -1,64 +1,28 @@
-"""What stands between the product of queries and keys and the softmax, step by step.
+"""Sum up what stands between the product of queries and keys and the softmax.
 
-Steps are collected on the way from the softmax down to the product (`trace_scores`), then summed up
-from the product outwards (`sum_up`): a scale, a soft-cap, biases, masks, an extra logit. What depends
-on no key cancels in the softmax. Whatever else there is, is named and left alone.
+A scale, a soft-cap, biases, masks, an extra logit: from the steps that `score_trace` notes, taken
+from the product outwards. What depends on no key cancels in the softmax. Whatever else there is, is
+named and left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import sympy
-import torch
 import torch.fx
 from sympy.logic.boolalg import Boolean
 
-from lychee_compile.passes.axes import Indices, size_expression
-from lychee_compile.passes.dataflow import argument, operator_key, scalar_of, shape_of, value_of
+from lychee_compile.passes.dataflow import is_tensor, operator_key, shape_of
 from lychee_compile.passes.elements import Element, Elements, choose, is_truth, piecewise
-from lychee_compile.passes.operands import Operand, Place, free_axes, widens
-from lychee_compile.passes.products import Product, product_of
-from lychee_compile.passes.views import broadcast, source_of
+from lychee_compile.passes.operands import Operand, Place, free_axes
+from lychee_compile.passes.score_trace import Step, Trace
 
 HIDDEN_BELOW = -1e4
 """A score filled in at or below this hides its key."""
-DEEPEST = 60
 
-Axis = sympy.Symbol
 S = sympy.Symbol("s", real=True)
 """The raw score, a product of a query and a key."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operator on the way from the product to the softmax."""
-
-    kind: str
-    """"times", "over", "plus", "minus", "from", "tanh", "floor", "fill", "extra" or "other"."""
-    node: torch.fx.Node
-    other: Any = None
-    """The other operand: a tensor node or a number."""
-    indices: Indices = ()
-    """Of the other operand."""
-    fill: Any = None
-    """What is filled in where the other operand, a bool tensor, says so."""
-    when: bool = True
-    """At which truth value of the other operand it is filled in."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The product of queries and keys that scores come from, and the steps since."""
-
-    product: Product
-    query: Place
-    key: Place
-    inner: frozenset[Axis]
-    """The axes of head_dim."""
-    steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True)
@@ -116,159 +80,12 @@ class Score:
         return increases(self.expression)
 
 
-class ScoreTracer:
-    """Walks from the argument of a softmax down to the product of queries and keys."""
-
-    def __init__(self, elements: Elements, keys: frozenset[Axis], is_parameter: Callable[[torch.fx.Node], bool]) -> None:
-        self.elements, self.keys = elements, keys
-        self.why_not = "its scores are no product of queries and keys"
-        self._is_parameter = is_parameter
-        self._failed: set[torch.fx.Node] = set()
-        self._visited = 0
-
-    def trace(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
-        """The product behind `node`, whose element at `indices` is the score; None where none is."""
-        self._visited += 1
-        if node.op != "call_function" or node in self._failed or self._visited > DEEPEST:
-            return None
-        found = self._product(node, indices) or self._view(node, indices) or self._step(node, indices)
-        if found is None:
-            self._failed.add(node)
-        elif self.elements.is_opaque(node):
-            return _after(found, Step("other", node, "a write through a view"))
-        return found
-
-    def _product(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
-        product = product_of(node)
-        if product is None:
-            return None
-        axes = self.elements.axes
-        inner = [axes.index(f"d{place}", size) for place, size in enumerate(product.inner_sizes())]
-        left, right = product.operand_indices(indices, inner)
-        sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
-        holds = [free_axes(side.indices, axes) & self.keys for side in sides]
-        if bool(holds[0]) == bool(holds[1]):
-            return None
-        query, key = sides if holds[1] else reversed(sides)
-        if self._is_parameter(query.node) or self._is_parameter(key.node):
-            self.why_not = "one operand of its product is a parameter: a linear layer"
-            return None
-        steps: list[Step] = []
-        if product.alpha != 1:
-            steps.append(Step("times", node, product.alpha))
-        if product.added is not None:
-            wide = broadcast(indices, shape_of(product.added), shape_of(node))
-            steps.append(Step("plus", node, product.added, wide, fill=product.beta))
-        return Trace(product, query, key, free_axes(inner, axes), tuple(steps))
-
-    def _view(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
-        viewed = source_of(node, indices, self.elements.axes)
-        if viewed is None:
-            return None
-        found = self.trace(*viewed)
-        before, after = value_of(viewed[0]).dtype, value_of(node).dtype
-        if found is None or widens(before, after) or widens(after, before):
-            return found
-        return _after(found, Step("other", node, f"a cast to {str(after).removeprefix('torch.')}"))
-
-    def _step(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
-        key = operator_key(node)
-        if key in ("dropout", "feature_dropout", "alpha_dropout"):
-            found = self.trace(node.args[0], indices)  # type: ignore[arg-type]
-            active = argument(node, "train") and argument(node, "p")
-            return _after(found, Step("other", node, "dropout")) if found and active else found
-        if key == "cat":
-            return self._extra_logit(node, indices)
-        if key not in _ELEMENTWISE:
-            return None
-        for place, operand in enumerate(node.args):
-            if not isinstance(operand, torch.fx.Node) or not isinstance(value_of(operand), torch.Tensor):
-                continue
-            if not value_of(operand).dtype.is_floating_point:
-                continue
-            inside = broadcast(indices, shape_of(operand), shape_of(node))
-            found = self.trace(operand, inside) if len(inside) == len(shape_of(operand)) else None
-            if found is not None:
-                return _after(found, _step_of(node, place, indices))
-        return None
-
-    def _extra_logit(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
-        """Scores with more logits beside them along the keys."""
-        dim = argument(node, "dim", 0) % len(indices)
-        parts = argument(node, "tensors")
-        start = sympy.S.Zero
-        at = indices[dim]
-        if not free_axes([at], self.elements.axes) & self.keys:
-            return None
-        offset = at.subs(dict.fromkeys(self.keys, 0))
-        for place, part in enumerate(parts):
-            size = size_expression(shape_of(part)[dim])
-            if offset == start:
-                found = self.trace(part, (*indices[:dim], at - start, *indices[dim + 1 :]))
-                others = [each for each in parts if each is not part]
-                if found is None or len(others) != 1 or place not in (0, 1):
-                    return found and _after(found, Step("other", node, "cat"))
-                (other,) = others
-                zero = (*indices[:dim], sympy.S.Zero, *indices[dim + 1 :])
-                single = size_expression(shape_of(other)[dim]) == 1
-                kind = Step("extra", node, other, zero) if single else Step("other", node, "cat")
-                return _after(found, kind)
-            start += size
-        return None
-
-
-def _after(trace: Trace, step: Step) -> Trace:
-    return Trace(trace.product, trace.query, trace.key, trace.inner, (*trace.steps, step))
-
-
-def _step_of(node: torch.fx.Node, place: int, indices: Indices) -> Step:
-    """The step that `node` is, where operand `place` carries the scores."""
-    key = operator_key(node)
-
-    def other(at: int) -> dict[str, Any]:
-        value = node.args[at]
-        if isinstance(value, torch.fx.Node) and isinstance(value_of(value), torch.Tensor):
-            return {"other": value, "indices": broadcast(indices, shape_of(value), shape_of(node))}
-        return {"other": value}
-
-    if key in ("add", "sub", "rsub", "subtract"):
-        kind = {0: {"add": "plus", "rsub": "from"}.get(key, "minus")}
-        kind[1] = {"add": "plus", "rsub": "minus"}.get(key, "from")
-        plain = scalar_of(node.kwargs.get("alpha", 1)) == 1
-        return Step(kind[place], node, **other(1 - place)) if plain else Step("other", node, key)
-    if key in ("mul", "multiply"):
-        return Step("times", node, **other(1 - place))
-    if key in ("div", "divide", "true_divide") and place == 0 and not argument(node, "rounding_mode"):
-        return Step("over", node, **other(1))
-    if key == "neg":
-        return Step("times", node, -1)
-    if key == "tanh":
-        return Step("tanh", node)
-    if key in ("maximum", "max", "clamp_min"):
-        return Step("floor", node, **other(1 - place))
-    if key == "clamp" and argument(node, "max") is None:
-        return Step("floor", node, argument(node, "min"))
-    if key == "masked_fill" and place == 0:
-        return Step("fill", node, **other(1), fill=node.args[2])
-    if key == "where" and place in (1, 2):
-        return Step("fill", node, **other(0), fill=node.args[3 - place], when=place == 2)
-    return Step("other", node, key)
-
-
-_ELEMENTWISE = {
-    "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "neg", "tanh",
-    "maximum", "max", "clamp_min", "clamp", "masked_fill", "where", "minimum", "clamp_max", "relu",
-    "sigmoid", "pow", "exp", "abs", "sqrt", "leaky_relu", "nan_to_num", "gelu", "silu", "square",
-    "sin", "cos", "softplus", "elu", "hardtanh",
-}  # fmt: skip
-
-
 @dataclass
 class _Sum:
     """The steps so far, summed up."""
 
     elements: Elements
-    keys: frozenset[Axis]
+    keys: frozenset[sympy.Symbol]
     expression: Element = S
     scale: sympy.Expr = sympy.S.One
     outer: sympy.Expr = sympy.S.One
@@ -333,7 +150,9 @@ class _Sum:
         self._times(step, inverse=True)
 
     def _plus(self, step: Step, sign: int = 1) -> None:
-        value = choose(lambda a: a * sign * (1 if step.fill is None else step.fill), self._value(step))
+        value = choose(
+            lambda a: a * sign * (1 if step.fill is None else step.fill), self._value(step)
+        )
         if not self._differs_by_key(step, value):
             self.shifted = self.shifted or value != 0
             return
@@ -341,7 +160,11 @@ class _Sum:
         self.expression = choose(lambda a, b: a + b, self.expression, shown)
         operand = self._operand(step)
         if operand is None or self.extra:
-            self.refuse("a bias whose layout is not known" if not self.extra else "a bias after an extra logit")
+            self.refuse(
+                "a bias whose layout is not known"
+                if not self.extra
+                else "a bias after an extra logit"
+            )
             return
         times = float(sign * (1 if step.fill is None else step.fill))
         self.biases.append(Bias(operand, times, self._value(step)))
@@ -356,7 +179,7 @@ class _Sum:
         self._times_number(sympy.S.NegativeOne)
         self._plus(step)
 
-    def _tanh(self, step: Step) -> None:
+    def _tanh(self, _: Step) -> None:
         self.expression = choose(sympy.tanh, self.expression)
         if self.capped or self.biases or self.masks or self.extra or self.shifted:
             self.refuse("a soft-cap over a bias or a mask")
@@ -367,7 +190,7 @@ class _Sum:
             self._other(step)
 
     def _fill(self, step: Step) -> None:
-        fill = self.elements.of(step.fill, ()) if not _is_tensor(step.fill) else self._filled(step)
+        fill = self.elements.of(step.fill, ()) if not is_tensor(step.fill) else self._filled(step)
         value = self._value(step)
         if not _hides(fill):
             self.refuse("scores are replaced by others under a condition")
@@ -382,7 +205,9 @@ class _Sum:
 
     def _filled(self, step: Step) -> Element:
         node = step.fill
-        return self.elements.of(node, tuple(sympy.Symbol(f"any{d}") for d in range(len(shape_of(node)))))
+        return self.elements.of(
+            node, tuple(sympy.Symbol(f"any{d}") for d in range(len(shape_of(node))))
+        )
 
     def _extra(self, step: Step) -> None:
         self.extra = self._operand(step)
@@ -394,7 +219,9 @@ class _Sum:
         self.refuse(f"scores pass through {what}")
 
 
-def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bool) -> Score:
+def sum_up(
+    trace: Trace, elements: Elements, keys: frozenset[sympy.Symbol], base_two: bool
+) -> Score:
     """All steps of `trace` as one score."""
     total = _Sum(elements, keys)
     number = trace.query.factor * trace.key.factor
@@ -454,7 +281,3 @@ def _shown(choice: sympy.Piecewise) -> Element:
 
 def _hides(value: Element) -> bool:
     return bool(value.is_number) and bool(value <= HIDDEN_BELOW)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.fx.Node) and isinstance(value_of(value), torch.Tensor)

@@ -1,8 +1,7 @@
-"""From the pieces of an attention, however it was found, to the attention: layouts, roles, score."""
+"""From the pieces of an attention, however they were found, to all that is known of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -11,7 +10,7 @@ import torch.fx
 from lychee_compile.passes import torch_private
 from lychee_compile.passes.attention import Attention, Rejected
 from lychee_compile.passes.axes import Axes, Indices
-from lychee_compile.passes.dataflow import shape_of, value_of
+from lychee_compile.passes.dataflow import value_of
 from lychee_compile.passes.elements import Elements
 from lychee_compile.passes.names import Names
 from lychee_compile.passes.operands import (
@@ -25,9 +24,8 @@ from lychee_compile.passes.operands import (
 from lychee_compile.passes.products import Product
 from lychee_compile.passes.region import Order, overwritten_before, region_between, used_elsewhere
 from lychee_compile.passes.roles import Roles, assign, features_of
-from lychee_compile.passes.scores import Score, Trace, sum_up
-
-Axis = sympy.Symbol
+from lychee_compile.passes.score_trace import Trace
+from lychee_compile.passes.scores import sum_up
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,13 @@ class Pieces:
     weights: torch.fx.Node
     """Whatever holds the weights; the node itself where they have no node."""
     out: Indices
-    score_dims: tuple[Indices, ...]
+    score_dims: Indices
     """Index of each dimension of the scores but that of the keys."""
     trace: Trace
     value: Place
     reader: torch.fx.Node
     """The product that reads the values."""
-    keys: frozenset[Axis]
+    keys: frozenset[sympy.Symbol]
     base_two: bool = False
     is_causal: bool = False
     dropout: float = 0.0
@@ -86,12 +84,14 @@ def settle(pieces: Pieces, elements: Elements, scene: Scene) -> Attention | Reje
         "key": places_behind(trace.key.node, trace.key.indices, elements, casts=True),
         "value": [
             place
-            for place in places_behind(pieces.value.node, pieces.value.indices, elements, casts=True)
+            for place in places_behind(
+                pieces.value.node, pieces.value.indices, elements, casts=True
+            )
             if place.factor == 1
         ],
     }
     found = {name: deepest(chain, axes) for name, chain in chains.items()}
-    rows = free_axes((index for index in pieces.score_dims), axes)  # type: ignore[arg-type]
+    rows = free_axes(pieces.score_dims, axes)
     if any(each is None for each in found.values()):
         return Rejected(pieces.node, "its operands are laid out in a way that is not understood")
     places = {name: each[0] for name, each in found.items() if each}
@@ -100,11 +100,18 @@ def settle(pieces: Pieces, elements: Elements, scene: Scene) -> Attention | Reje
     why = _misfit(pieces, axes, query, key, value, shared, rows)
     if why:
         return Rejected(pieces.node, why)
-    features = _features(trace, pieces, axes, scene)
+    features = _features(trace, axes, scene)
     if features is not None and pieces.keys & features[1]:
         return Rejected(pieces.node, "its softmax runs over features, not over tokens")
-    roles = _roles(pieces, axes, shared, rows, None if features is None else features[0], (query, key, value))
-    score = sum_up(replace(trace, query=places["query"], key=places["key"]), elements, pieces.keys, pieces.base_two)
+    roles = _roles(
+        pieces, axes, shared, rows, None if features is None else features[0], (query, key, value)
+    )
+    score = sum_up(
+        replace(trace, query=places["query"], key=places["key"]),
+        elements,
+        pieces.keys,
+        pieces.base_two,
+    )
     output = Place(pieces.node, pieces.out, sympy.S.One).operand(axes)
     assert output is not None
     return Attention(
@@ -120,7 +127,7 @@ def settle(pieces: Pieces, elements: Elements, scene: Scene) -> Attention | Reje
         key_forms=_forms(chains["key"], places["key"], key, axes),
         is_causal=pieces.is_causal,
         dropout=pieces.dropout,
-        refused=pieces.refused or _entangled(pieces, score, chains, places, scene),
+        refused=pieces.refused or _entangled(pieces, chains, places, scene),
     )
 
 
@@ -136,7 +143,7 @@ def _forms(chain: list[Place], place: Place, key: Operand, axes: Axes) -> tuple[
 
 def _misfit(
     pieces: Pieces, axes: Axes, query: Operand, key: Operand, value: Operand,
-    shared: frozenset[Axis], rows: frozenset[Axis],
+    shared: frozenset[sympy.Symbol], rows: frozenset[sympy.Symbol],
 ) -> str:  # fmt: skip
     """Why the operands are not those of an attention; empty where they are."""
     inner = pieces.trace.inner
@@ -153,8 +160,8 @@ def _misfit(
 
 
 def _features(
-    trace: Trace, pieces: Pieces, axes: Axes, scene: Scene
-) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
+    trace: Trace, axes: Axes, scene: Scene
+) -> tuple[frozenset[sympy.Symbol], frozenset[sympy.Symbol]] | None:
     """Axes that projections of queries or keys make, and those that projections of keys make."""
     query = features_of(trace.query.node, trace.query.indices, axes, scene.is_parameter)
     key = features_of(trace.key.node, trace.key.indices, axes, scene.is_parameter)
@@ -164,8 +171,8 @@ def _features(
 
 
 def _roles(
-    pieces: Pieces, axes: Axes, shared: frozenset[Axis], rows: frozenset[Axis],
-    features: frozenset[Axis] | None, operands: tuple[Operand, Operand, Operand],
+    pieces: Pieces, axes: Axes, shared: frozenset[sympy.Symbol], rows: frozenset[sympy.Symbol],
+    features: frozenset[sympy.Symbol] | None, operands: tuple[Operand, Operand, Operand],
 ) -> Roles:  # fmt: skip
     query, key, value = operands
     dims = [_axes_of(index, axes) for index in pieces.score_dims]
@@ -174,25 +181,35 @@ def _roles(
     order = [axis for index in pieces.out for axis in _axes_of(index, axes)]
     value_dim = [axis for axis in order if axis not in rows]
     return assign(
-        shared, rows - shared, features, key, value, query, dims, pieces.keys, pieces.trace.inner, value_dim
+        shared,
+        rows - shared,
+        features,
+        key,
+        value,
+        query,
+        dims,
+        pieces.keys,
+        pieces.trace.inner,
+        value_dim,
     )
 
 
-def _axes_of(index: sympy.Expr, axes: Axes) -> tuple[Axis, ...]:
+def _axes_of(index: sympy.Expr, axes: Axes) -> tuple[sympy.Symbol, ...]:
     """The axes of an index, outermost first."""
-    terms = [
-        (sympy.diff(index, axis), axis) for axis in index.free_symbols if axis in axes.sizes
-    ]
+    terms = [(sympy.diff(index, axis), axis) for axis in index.free_symbols if axis in axes.sizes]
     return tuple(axis for _, axis in sorted(terms, key=lambda term: -_magnitude(term[0])))
 
 
 def _magnitude(stride: sympy.Expr) -> float:
     """How large a stride is when symbolic sizes are."""
-    return float(stride.subs({symbol: 1009 for symbol in stride.free_symbols}))
+    return float(stride.subs(dict.fromkeys(stride.free_symbols, 1009)))
 
 
 def _entangled(
-    pieces: Pieces, score: Score, chains: dict[str, list[Place]], places: dict[str, Place], scene: Scene
+    pieces: Pieces,
+    chains: dict[str, list[Place]],
+    places: dict[str, Place],
+    scene: Scene,
 ) -> str:
     """What forbids to put another operator in the place of this dataflow; empty: nothing does."""
     first: Product | None = pieces.trace.product
@@ -203,8 +220,15 @@ def _entangled(
     if elsewhere:
         return elsewhere
     readers = {"query": first.node, "key": first.node, "value": pieces.reader}
-    reads = [(places[name].node, reader_of(chains[name], places[name], reader)) for name, reader in readers.items()]
-    reads += [(step.other, step.node) for step in pieces.trace.steps if isinstance(step.other, torch.fx.Node)]
+    reads = [
+        (places[name].node, reader_of(chains[name], places[name], reader))
+        for name, reader in readers.items()
+    ]
+    reads += [
+        (step.other, step.node)
+        for step in pieces.trace.steps
+        if isinstance(step.other, torch.fx.Node)
+    ]
     if overwritten_before(pieces.node, reads, scene.order):
         return "the cache, or another operand, is written after it is read"
     return ""

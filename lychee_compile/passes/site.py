@@ -14,8 +14,8 @@ class Site:
     source: str
     """The user's line, "modeling_llama.py:275, in forward"."""
     form: str
-    """How it was written: "sdpa"; "eager", products and a softmax in any spelling; "flex"; "fused", a
-    whole module in one operator of PyTorch's."""
+    """How it was written: "sdpa"; "eager", products and a softmax in any spelling; "flex"; "fused",
+    a whole module in one operator of PyTorch's."""
     query_heads: int | str
     kv_heads: int | str
     head_dim: int | str

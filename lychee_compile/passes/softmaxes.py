@@ -1,7 +1,7 @@
 """Find every softmax of a graph, in whatever form it is written.
 
-    softmax(x, d), log_softmax(x, d).exp()         exp(x - m) / exp(x - m).sum(d, keepdim=True)
-    exp(x - logsumexp(x, d, keepdim=True))         (exp(x - m) @ v) / exp(x - m).sum(d)
+softmax(x, d), log_softmax(x, d).exp()         exp(x - m) / exp(x - m).sum(d, keepdim=True)
+exp(x - logsumexp(x, d, keepdim=True))         (exp(x - m) @ v) / exp(x - m).sum(d)
 """
 
 from __future__ import annotations
@@ -12,12 +12,21 @@ from dataclasses import dataclass
 import torch.fx
 
 from lychee_compile.passes.axes import Axes, Indices
-from lychee_compile.passes.dataflow import argument, operator_key, shape_of
+from lychee_compile.passes.dataflow import argument, first_input, is_tensor, operator_key, shape_of
 from lychee_compile.passes.views import MERE_COPIES, broadcast, source_of
 
 DIVISIONS = {"div", "divide", "true_divide"}
 _SOFTMAXES = {"softmax", "_softmax", "special_softmax", "_safe_softmax"}
-_SHAPES = {*MERE_COPIES, "unsqueeze", "squeeze", "view", "reshape", "expand", "expand_as", "transpose"}
+_SHAPES = {
+    *MERE_COPIES,
+    "unsqueeze",
+    "squeeze",
+    "view",
+    "reshape",
+    "expand",
+    "expand_as",
+    "transpose",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
     for node in graph.nodes:
         key = operator_key(node)
         if key in _SOFTMAXES:
-            source = node.args[0]
+            source = first_input(node)
             yield Softmax(node, node, source, (_dim(argument(node, "dim"), source),))
         elif key in ("exp", "exp2"):
             found = _from_logarithm(node) or _from_exponentials(node)
@@ -56,21 +65,18 @@ def _from_logarithm(node: torch.fx.Node) -> Softmax | None:
     """exp(log_softmax(x)) and exp(x - logsumexp(x))."""
     if operator_key(node) == "exp2":
         return None
-    source = _behind_copies(node.args[0])  # type: ignore[arg-type]
+    source = _behind_copies(first_input(node))
     if operator_key(source) in ("log_softmax", "_log_softmax", "special_log_softmax"):
-        scores = source.args[0]
-        assert isinstance(scores, torch.fx.Node)
+        scores = first_input(source)
         return Softmax(source, node, scores, (_dim(argument(source, "dim"), scores),))
-    if operator_key(source) != "sub":
+    if operator_key(source) != "sub" or not all(map(is_tensor, source.args)):
         return None
-    scores, total = source.args[:2]
-    if not isinstance(scores, torch.fx.Node) or not isinstance(total, torch.fx.Node):
-        return None
+    scores, total = source.all_input_nodes[0], source.all_input_nodes[-1]
     while operator_key(total) in _SHAPES:
-        total = total.args[0]  # type: ignore[assignment]
+        total = first_input(total)
     if operator_key(total) not in ("logsumexp", "special_logsumexp"):
         return None
-    if _behind_copies(total.args[0]) is not _behind_copies(scores):  # type: ignore[arg-type]
+    if _behind_copies(first_input(total)) is not _behind_copies(scores):
         return None
     dims = argument(total, "dim")
     return Softmax(node, node, scores, _dims(dims, scores), total=total)
@@ -78,8 +84,7 @@ def _from_logarithm(node: torch.fx.Node) -> Softmax | None:
 
 def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
     """Exponentials divided by their sum, at once or after the product with the values."""
-    scores = node.args[0]
-    assert isinstance(scores, torch.fx.Node)
+    scores = first_input(node)
     base_two = operator_key(node) == "exp2"
     for total in _users_behind_shapes(node):
         if operator_key(total) != "sum" or not argument(total, "dim"):
@@ -118,11 +123,11 @@ def divisor_place(
             continue
         node, at = operand, broadcast(indices, shape_of(operand), shape_of(reader))
         while node is not softmax.total:
-            inverse = operator_key(node) == "reciprocal" and (node.args[0], at)
-            behind = inverse or source_of(node, at, axes)
-            if not behind:
+            inverse = operator_key(node) == "reciprocal"
+            behind = (first_input(node), at) if inverse else source_of(node, at, axes)
+            if behind is None:
                 break
-            node, at = behind  # type: ignore[assignment]
+            node, at = behind
         if node is softmax.total:
             return at
     return None
@@ -130,7 +135,7 @@ def divisor_place(
 
 def _behind_copies(node: torch.fx.Node) -> torch.fx.Node:
     while operator_key(node) in MERE_COPIES:
-        node = node.args[0]  # type: ignore[assignment]
+        node = first_input(node)
     return node
 
 

@@ -1,4 +1,4 @@
-"""Where the elements of a view come from: indices of a tensor, carried back through shape operators.
+"""Where the elements of a view come from: indices, carried back through shape operators.
 
 One small function for each kind of operator. All say which tensor is the source and, given an index
 for each dimension of the output, the index for each dimension of the source.
@@ -15,7 +15,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.axes import ZERO, Axes, Indices, size_expression
-from lychee_compile.passes.dataflow import argument, operator_key, scalar_of, shape_of
+from lychee_compile.passes.dataflow import argument, first_input, operator_key, scalar_of, shape_of
 
 Source = tuple[torch.fx.Node, Indices]
 
@@ -28,25 +28,19 @@ def source_of(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | Non
     return None if rule is None else rule(node, indices, axes)
 
 
-def _source(node: torch.fx.Node) -> torch.fx.Node:
-    source = node.args[0]
-    assert isinstance(source, torch.fx.Node)
-    return source
-
-
 def _copy(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
-    return _source(node), indices
+    return first_input(node), indices
 
 
 def _reshape(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
-    source = _source(node)
+    source = first_input(node)
     if node.target is torch.ops.aten.view.dtype:  # the same bits read as other numbers
         return None
     return source, axes.reshape(indices, shape_of(node), shape_of(source))
 
 
 def _broadcast(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
-    source = _source(node)
+    source = first_input(node)
     return source, broadcast(indices, shape_of(source), shape_of(node))
 
 
@@ -67,18 +61,18 @@ def _permuted(order: list[int]) -> Callable[[Indices], Indices]:
 
 def _permute(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
     order = [int(dim) % len(indices) for dim in argument(node, "dims")]
-    return _source(node), _permuted(order)(indices)
+    return first_input(node), _permuted(order)(indices)
 
 
 def _swap(first: str | int, second: str | int) -> Callable[..., Source]:
     def rule(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
         dims = [each if isinstance(each, int) else argument(node, each) for each in (first, second)]
         if len(indices) < 2:
-            return _source(node), indices
+            return first_input(node), indices
         order = list(range(len(indices)))
         one, other = (int(dim) % len(order) for dim in dims)
         order[one], order[other] = order[other], order[one]
-        return _source(node), _permuted(order)(indices)
+        return first_input(node), _permuted(order)(indices)
 
     return rule
 
@@ -93,15 +87,15 @@ def _move(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
     )
     rest = [place for place in range(rank) if place not in source]
     order = [source[goal.index(place)] if place in goal else rest.pop(0) for place in range(rank)]
-    return _source(node), _permuted(order)(indices)
+    return first_input(node), _permuted(order)(indices)
 
 
 def _reverse(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
-    return _source(node), indices[::-1]
+    return first_input(node), indices[::-1]
 
 
 def _select(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
-    source = _source(node)
+    source = first_input(node)
     dim = argument(node, "dim") % len(shape_of(source))
     at = _bound(argument(node, "index"), shape_of(source)[dim])
     if at is None:
@@ -110,7 +104,7 @@ def _select(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
 
 
 def _slice(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
-    source = _source(node)
+    source = first_input(node)
     dim = argument(node, "dim", 0) % len(indices)
     size = shape_of(source)[dim]
     start = _bound(argument(node, "start", 0) or 0, size)
@@ -134,13 +128,13 @@ def _bound(value: Any, size: Any) -> sympy.Expr | None:
 
 def _part_of_several(node: torch.fx.Node, indices: Indices) -> Source | None:
     """One of the outputs of `chunk`, `split`, `unbind` and their like."""
-    several, which = _source(node), node.args[1]
+    several, which = first_input(node), node.args[1]
     if several.op != "call_function" or not isinstance(which, int):
         return None
     key = operator_key(several)
     if key not in _SEVERAL:
         return None
-    source = _source(several)
+    source = first_input(several)
     dim = argument(several, "dim", 0) % len(shape_of(source))
     if key == "unbind":
         return source, (*indices[:dim], sympy.Integer(which), *indices[dim:])
@@ -151,7 +145,7 @@ def _part_of_several(node: torch.fx.Node, indices: Indices) -> Source | None:
 
 def _repeat(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
     """`repeat` lays whole copies one after the other."""
-    source = _source(node)
+    source = first_input(node)
     sizes = shape_of(source)
     ours = indices[len(indices) - len(sizes) :]
     return source, tuple(
@@ -162,7 +156,7 @@ def _repeat(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
 
 def _repeat_interleave(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
     """`repeat_interleave` lays the copies of one element side by side."""
-    source, dim = _source(node), argument(node, "dim")
+    source, dim = first_input(node), argument(node, "dim")
     times = scalar_of(argument(node, "repeats"))
     if times is None or (dim is None and len(shape_of(source)) != 1):
         return None
@@ -174,7 +168,7 @@ def _repeat_interleave(node: torch.fx.Node, indices: Indices, axes: Axes) -> Sou
 def _flip(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
     dims = [dim % len(indices) for dim in argument(node, "dims")]
     sizes = shape_of(node)
-    return _source(node), tuple(
+    return first_input(node), tuple(
         size_expression(sizes[place]) - 1 - index if place in dims else index
         for place, index in enumerate(indices)
     )
@@ -182,8 +176,8 @@ def _flip(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
 
 def _rule_names() -> dict[str, Callable[..., Source | None]]:
     copies = (
-        "alias", "clone", "contiguous", "detach", "detach_", "to", "_to_copy", "lift_fresh_copy", "lift_fresh",
-        "type_as", "view_as_real_copy", "positive", "float", "double", "half", "bfloat16",
+        "alias", "clone", "contiguous", "detach", "detach_", "to", "_to_copy", "lift_fresh_copy",
+        "lift_fresh", "type_as", "positive", "float", "double", "half", "bfloat16",
     )  # fmt: skip
     reshapes = (
         "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze",
@@ -214,10 +208,10 @@ def storage_of(node: torch.fx.Node) -> torch.fx.Node:
     """The node whose memory `node` shows, or may show: itself where it has its own."""
     while True:
         if node.target is operator.getitem:
-            several = _source(node)
+            several = first_input(node)
             if operator_key(several) not in _SEVERAL:
                 return node
-            node = _source(several)
+            node = first_input(several)
             continue
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or operator_key(node) in _FRESH:
@@ -225,7 +219,7 @@ def storage_of(node: torch.fx.Node) -> torch.fx.Node:
         writes = schema.is_mutable and operator_key(node).endswith("_")
         if not writes and operator_key(node) not in _RULES:
             return node
-        node = _source(node)
+        node = first_input(node)
 
 
 _FRESH = {"clone", "_to_copy", "lift_fresh_copy", "repeat", "tile", "repeat_interleave", "flip"}
@@ -244,8 +238,9 @@ CARRIERS = {
 
 
 _PURE_VIEWS = {
-    "alias", "detach", "view", "expand", "expand_as", "unsqueeze", "squeeze", "transpose", "permute",
-    "t", "mT", "mH", "select", "slice", "narrow", "swapaxes", "swapdims", "movedim", "unflatten",
+    "alias", "detach", "view", "expand", "expand_as", "unsqueeze", "squeeze", "transpose",
+    "permute", "t", "mT", "mH", "select", "slice", "narrow", "swapaxes", "swapdims",
+    "movedim", "unflatten",
 }  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.selection import Selection
+from lychee_compile.kernels.reference.softcap import capped
 
 
 def dense_attention(

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.nodes import Nodes, log_count
+from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import Visible, visible_keys
 
 NEGLIGIBLE_SHARE = 1e-4

@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def capped(score: Tensor, softcap: float | None) -> Tensor:
-    """softcap tanh(score / softcap): monotone, so that a bound of a score stays one."""
+    """Softcap tanh(score / softcap): monotone, so that a bound of a score stays one."""
     return score if softcap is None else softcap * torch.tanh(score / softcap)
