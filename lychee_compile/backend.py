@@ -20,7 +20,7 @@ from lychee_compile.passes.dataflow import operator_name
 from lychee_compile.passes.decide import Plan, describe_rejected, plan_site
 from lychee_compile.passes.detect import find_attention
 from lychee_compile.passes.normalise import normalise
-from lychee_compile.passes.rewrite import note_prefill, rewrite_sparse
+from lychee_compile.passes.rewrite import note_prefill, rewrite
 from lychee_compile.passes.site import RejectedSite
 from lychee_compile.report import Report
 from lychee_compile.state import StatefulGraph, StateInput, registry
@@ -115,20 +115,25 @@ def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., An
     table = options.boundary_table()
     outputs = _output_count(gm)
     inputs = _StateInputs(analysis)
-    if any(plan.site.decision == "sparse" for plan in plans):
-        for failure in rewrite_sparse(gm, plans, inputs, analysis.mode):
-            _keep(failure.plan, f"it could not be rewritten: {failure.reason}")
-    elif table is not None and options.budget is not None:
+    if table is not None and options.budget is not None and not _any(plans, "sparse"):
         worth_noting = [plan for plan in plans if plan.site.by_design]
         note_prefill(gm, worth_noting, inputs, analysis.mode)
-    if not inputs.states:
+    for failure in rewrite(gm, plans, inputs, analysis.mode):
+        _keep(failure.plan, f"it could not be rewritten: {failure.reason}")
+    if not inputs.states and not _any(plans, "exact"):
         return None
     check_graph(gm, outputs)
     logger.debug("rewritten graph:\n%s", gm.graph)
     examples = [*analysis.fakes, *inputs.fakes]
     compiled = torch_private.inductor(gm, examples, options.mode, dict(options.inductor))
+    if not inputs.states:
+        return compiled
     lookup = None if table is None else table.lookup
     return StatefulGraph(compiled, inputs.states, options.index_config(), lookup)
+
+
+def _any(plans: Sequence[Plan], decision: str) -> bool:
+    return any(plan.site.decision == decision for plan in plans)
 
 
 class _StateInputs:
@@ -185,16 +190,16 @@ def _announce(report: Report, options: Options) -> None:
 
 def _count_as_kept(plans: Sequence[Plan], error: Exception) -> None:
     for plan in plans:
-        if plan.site.decision == "sparse":
+        if plan.site.decision != "kept":
             _keep(plan, f"the rewrite failed: {_brief(error)}")
 
 
 def _keep(plan: Plan, reason: str) -> None:
     """Take back the decision to rewrite an attention."""
+    torch_private.count(plan.site.decision, -1)
+    torch_private.count("kept", 1)
     plan.site.decision, plan.site.reason = "kept", reason
     plan.site.kernel = operator_name(plan.node)
-    torch_private.count("sparse", -1)
-    torch_private.count("kept", 1)
 
 
 def _brief(error: Exception) -> str:

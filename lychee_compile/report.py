@@ -48,6 +48,17 @@ class Report:
         line = f"{found} {noun}: {parts}" if found else "no attention found"
         return f"{self.graph_name}: {line}" if self.graph_name else line
 
+    def rejections(self) -> list[str]:
+        """A line for each kind of softmax that is no attention, with its reason."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for each in self.rejected:
+            alike.setdefault((each.source, each.reason), []).append(each.name)
+        return [
+            f"- no attention: {pattern} ({source}): {reason}"
+            for (source, reason), names in alike.items()
+            for pattern, _ in collapse(names)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """All of it, in types that JSON knows."""
         return {
@@ -79,6 +90,7 @@ class Report:
         parts: list[Any] = [Text(self.summary(), style="bold")]
         if self.sites:
             parts.append(_table(self.sites))
+        parts.extend(Padding(Text(line, style="dim"), (0, 0, 0, 2)) for line in self.rejections())
         parts.extend(Padding(Text(f"- {note}"), (0, 0, 0, 2)) for note in self.notes)
         return Group(*parts)
 
@@ -105,7 +117,7 @@ def _table(sites: Sequence[Site]) -> Table:
     table.add_column("attention", overflow="fold", width=min(name_width, 40))
     table.add_column("form, heads", overflow="fold")
     table.add_column("tokens", overflow="fold")
-    table.add_column("mask, cache", overflow="fold")
+    table.add_column("score, mask, cache", overflow="fold")
     table.add_column("decision", overflow="fold", width=min(kernel_width, 36))
     for pattern, members in groups:
         table.add_row(*_cells(pattern, members))
@@ -120,7 +132,7 @@ def _cells(pattern: str, members: Sequence[Site]) -> list[Text]:
         _lines(Text(pattern or "(unnamed)"), Text(f"{count}{site.source}", style="dim")),
         Text(f"{site.form}\n{site.query_heads} q, {site.kv_heads} kv\n× {site.head_dim}"),
         Text(f"{site.query_len} q\n{site.kv_len} kv"),
-        Text(f"{_named(site.mask, 'mask')}\n{_named(site.cache, 'cache')}"),
+        Text(f"{site.score}\n{_named(site.mask, 'mask')}\n{_named(site.cache, 'cache')}"),
         _lines(decision, Text(site.kernel), Text(site.reason, style="dim")),
     ]
 

@@ -28,7 +28,18 @@ code { font: 13px/1.45 ui-monospace, monospace; }
 .sparse { color: var(--sparse); } .exact { color: var(--exact); } .kept { color: var(--kept); }
 """
 
-HEADINGS = ("attention", "form", "heads", "tokens", "mask", "cache", "decision", "why", "kernel")
+HEADINGS = (
+    "attention",
+    "form",
+    "heads",
+    "tokens",
+    "score",
+    "mask",
+    "cache",
+    "decision",
+    "why",
+    "kernel",
+)
 
 
 def render(report: Report) -> str:
@@ -41,6 +52,7 @@ def render(report: Report) -> str:
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
         + (f"<ul>{notes}</ul>\n" if notes else "")
         + (_table(report.sites) if report.sites else "")
+        + "".join(f'<p class="soft">{escape(line)}</p>\n' for line in report.rejections())
         + "</body>\n</html>\n"
     )
 
@@ -52,6 +64,12 @@ def _table(sites: list[Site]) -> str:
         f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{rows}</tbody>\n</table></div>\n"
     )
+
+
+def _mask(site: Site) -> str:
+    """The mask in words, and below what it says of each key."""
+    detail = f'<br><code class="soft">{escape(site.predicate)}</code>' if site.predicate else ""
+    return f"{escape(site.mask)}{detail}"
 
 
 def _row(site: Site) -> str:
@@ -67,7 +85,8 @@ def _row(site: Site) -> str:
         f"<td>{escape(site.form)}</td>",
         f'<td class="number">{heads}</td>',
         f'<td class="number">{tokens}</td>',
-        f"<td>{escape(site.mask)}</td>",
+        f"<td><code>{escape(site.score)}</code></td>",
+        f"<td>{_mask(site)}</td>",
         f"<td>{escape(site.cache)}</td>",
         f'<td class="{escape(site.decision)}">{escape(site.decision)}</td>',
         f"<td>{escape(site.reason)}</td>",

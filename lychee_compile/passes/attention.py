@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 import torch.fx
 
 from lychee_compile.passes.axes import Axes
+from lychee_compile.passes.names import Names
 from lychee_compile.passes.operands import Layout, Operand
 from lychee_compile.passes.roles import Roles
 from lychee_compile.passes.scores import Score
@@ -31,6 +32,8 @@ class Attention:
     output: Layout
     """Which axes the dimensions of `node` hold."""
     score: Score
+    names: Names = field(compare=False)
+    """What its tensors are called."""
     key_forms: tuple[Operand, ...] = ()
     """All tensors that show the keys, `key` among them: one of them may be a cache."""
     is_causal: bool = False

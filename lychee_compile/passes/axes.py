@@ -118,7 +118,9 @@ class Axes:
         (axis,) = axes
         stride = sympy.diff(term, axis)
         inner = _divide_exactly(size, stride)
-        if inner is None or inner == 1 or axis in stride.free_symbols:
+        if inner is None or inner in (1, self.sizes[axis]) or axis in stride.free_symbols:
+            return
+        if stride.is_negative:  # a flip, which no split makes whole
             return
         if _divide_exactly(self.sizes[axis], inner) is not None:
             raise SplitAxis(axis, inner)
@@ -200,7 +202,7 @@ def _equal(left: sympy.Expr, right: sympy.Expr) -> bool:
 def _divide_exactly(value: sympy.Expr, by: sympy.Expr) -> sympy.Expr | None:
     """`value / by` where that is a whole number whatever the symbols are, None elsewhere."""
     if value.is_Integer and by.is_Integer:
-        return sympy.Integer(value // by) if value % by == 0 else None
+        return sympy.Integer(value // by) if by != 0 and value % by == 0 else None
     ratio = sympy.cancel(value / by)
     numerator, denominator = sympy.fraction(ratio)
     return numerator if denominator == 1 else None

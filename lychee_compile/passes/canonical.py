@@ -39,16 +39,40 @@ class Canonicaliser:
         self._attention, self._emit = attention, emit
         self._rearrange = Rearranger(emit, attention.axes, self._size_node)
 
-    def operands(self) -> Canonical:
-        """Emit all operands. Raises `RewriteError` where the graph does not tell a size."""
+    def operands(self, *, repeated: bool = False, masked: bool = True) -> Canonical:
+        """Emit all operands. Raises `RewriteError` where the graph does not tell a size.
+
+        With `repeated` all have one dtype and as many heads as the query; without `masked` there is
+        no mask.
+        """
         attention, roles = self._attention, self._attention.roles
+        query, mask = self._query(), self._mask() if masked else None
+        key = self._rearrange(attention.key, roles.key_layout(), whole=True)
+        value = self._rearrange(attention.value, roles.value_layout(), whole=True)
+        if repeated:
+            dtype = value_of(query).dtype
+            key, value = (self._cast(self._repeated(each), dtype) for each in (key, value))
+            if mask is not None and value_of(mask).dtype != torch.bool:
+                mask = self._cast(mask, dtype)
         return Canonical(
-            query=self._query(),
-            key=self._rearrange(attention.key, roles.key_layout(), whole=True),
-            value=self._rearrange(attention.value, roles.value_layout(), whole=True),
-            mask=self._mask(),
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
             extra=self._extra(),
         )
+
+    def _cast(self, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+        return node if value_of(node).dtype == dtype else self._emit(aten.to.dtype, node, dtype)
+
+    def _repeated(self, node: torch.fx.Node) -> torch.fx.Node:
+        """Each head [B, Hkv, L, D] once for every query head that reads it."""
+        group = self._attention.size(self._attention.roles.group)
+        if group == 1:
+            return node
+        node = self._emit(aten.unsqueeze.default, node, 2)
+        node = self._emit(aten.expand.default, node, [-1, -1, group, -1, -1])
+        return self._emit(aten.flatten.using_ints, node, 1, 2)
 
     def output(self, result: torch.fx.Node) -> torch.fx.Node:
         """`result` [B, Hq, Tq, Dv] in the layout and dtype that the graph goes on with."""
@@ -56,9 +80,7 @@ class Canonicaliser:
         operand = self._spread(result)
         wanted = value_of(attention.node)
         node = self._rearrange(operand, attention.output, whole=True)
-        if value_of(node).dtype != wanted.dtype:
-            node = self._emit(aten.to.dtype, node, wanted.dtype)
-        return node
+        return self._cast(node, wanted.dtype)
 
     def _spread(self, result: torch.fx.Node) -> Operand:
         return Operand(result, self._attention.roles.output_layout())
@@ -70,7 +92,7 @@ class Canonicaliser:
         for factor, inverse in attention.score.factors:
             times = self._rearrange(factor, roles.query_layout(), whole=False)
             node = self._emit((aten.div if inverse else aten.mul).Tensor, node, times)
-        return node if value_of(node).dtype == dtype else self._emit(aten.to.dtype, node, dtype)
+        return self._cast(node, dtype)
 
     def _extra(self) -> torch.fx.Node | None:
         extra, roles = self._attention.score.extra, self._attention.roles

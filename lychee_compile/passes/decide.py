@@ -50,14 +50,17 @@ def plan_site(
     )
     exact = None if unsupported else _better_exact(attention, config)
     unbound = None if isinstance(bound, CacheBinding) else bound.reason
-    reason = unsupported or exact or unbound
+    reason = unsupported or exact or _unsupported_device(attention) or unbound
     if reason is None:
         site.decision = "sparse"
         site.kernel = "lychee::sparse_attention (reference)"
         site.reason = f"budget {config.budget} of up to {site.kv_len} tokens"
-    else:
-        site.reason, site.by_design = reason, reason == exact
-        site.kernel = _kept_kernel(attention)
+        return Plan(attention, site, binding)
+    site.reason, site.by_design = reason, reason == exact
+    site.kernel = _kept_kernel(attention)
+    if site.by_design and _one_operator_does_it(attention, config):
+        site.decision = "exact"
+        site.kernel = "aten.scaled_dot_product_attention"
     return Plan(attention, site, binding)
 
 
@@ -102,8 +105,12 @@ def _describe(attention: Attention, cache: str) -> Site:
 
 def _rounded(expression: sympy.Basic) -> str:
     """Numbers to four digits: a report is for reading."""
-    numbers = expression.atoms(sympy.Float)
-    return str(expression.xreplace({each: sympy.Float(each, 4) for each in numbers}))
+    short = {
+        each: sympy.Integer(int(each)) if float(each).is_integer() else sympy.Float(each, 4)
+        for each in expression.atoms(sympy.Float)
+        if each.is_finite
+    }
+    return str(expression.xreplace(short))
 
 
 def _describe_module(module: FusedModule) -> Site:
@@ -133,9 +140,25 @@ def _unsupported_operands(attention: Attention, needs_gradients: bool) -> str | 
     for value in (value_of(node) for node in operands):
         if value.dtype not in DTYPES:
             return f"dtype {str(value.dtype).removeprefix('torch.')} is not supported"
-        if value.device.type not in DEVICES:
-            return f"no kernels for device {value.device.type} yet: they would be slower than dense"
     return None
+
+
+def _unsupported_device(attention: Attention) -> str | None:
+    device = value_of(attention.query.node).device.type
+    if device not in DEVICES:
+        return f"no kernels for device {device} yet: they would be slower than dense"
+    return None
+
+
+def _one_operator_does_it(attention: Attention, config: IndexConfig) -> bool:
+    """Whether products and softmax written out are better one operator, without a score matrix.
+
+    Not so for few queries, whose score matrix is small, unless exact attention was asked for.
+    """
+    query_len = attention.query_len
+    few = isinstance(query_len, int) and query_len <= LONGEST_QUERY
+    plain = attention.score.softcap is None and attention.score.extra is None
+    return attention.form == "eager" and plain and (not few or config.budget is None)
 
 
 def _unsupported_form(attention: Attention) -> str | None:

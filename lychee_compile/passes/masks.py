@@ -29,6 +29,7 @@ class Reading:
         self._attention = attention
         self._axes = _readable_axes(attention)
         visible = attention.score.visible
+        self._names = _short_names(attention, visible, attention.score.expression)
         self.visible: Boolean = self._readable(visible)
         if attention.is_causal:
             self.visible = sympy.And(self.visible, sympy.Le(KV, Q))
@@ -36,7 +37,7 @@ class Reading:
 
     def _readable(self, expression: sympy.Basic) -> sympy.Basic:
         roles = self._attention.roles
-        named = expression.xreplace(self._axes)
+        named = expression.xreplace(self._names).xreplace(self._axes)
         heads = [
             sympy.Symbol(axis.name, **axis.assumptions0) for axis in roles.kv_heads + roles.group
         ]
@@ -82,6 +83,15 @@ class Reading:
         first, last = self.bounds
         ends = [each + 1 for each in last] + [sympy.sympify(self._attention.kv_len)]
         return sympy.Max(*first, 0), ends[0] if len(ends) == 2 else sympy.Min(*ends)
+
+    @property
+    def is_plainly_causal(self) -> bool:
+        """Whether query i sees keys 0 to i, of as many keys as queries, without a bias."""
+        attention = self._attention
+        square = attention.query_len == attention.kv_len
+        bare = all(bias.hides for bias in attention.score.biases)
+        bounds = [key_bound(condition) for condition in self.conditions]
+        return square and bare and bounds == [KeyBound(Q, upper=True)]
 
     def words(self) -> str:
         """Class of the mask: "none", "causal, window 32", or the tensor it is."""
@@ -193,6 +203,18 @@ def _alike(condition: Relational) -> bool:
     """Whether both sides are the same of query and key."""
     left, right = condition.args
     return bool(left.xreplace({Q: KV}) == right or right.xreplace({Q: KV}) == left)
+
+
+def _short_names(attention: Attention, *expressions: sympy.Basic) -> dict[sympy.Basic, sympy.Basic]:
+    """Tensors by shorter names, as long as they are not mixed up."""
+    leaves = {
+        str(leaf): leaf
+        for expression in expressions
+        for leaf in expression.atoms(sympy.Symbol)
+        if leaf not in attention.axes.sizes
+    }
+    short = attention.names.shortened(sorted(leaves))
+    return {leaves[name]: sympy.Symbol(base) for name, base in short.items() if name != base}
 
 
 def _expanded(element: sympy.Indexed) -> sympy.Indexed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import sympy
 import torch
@@ -19,19 +20,28 @@ class Names:
     def __init__(self, gm: torch.fx.GraphModule) -> None:
         self._gm = gm
         self._of: dict[torch.fx.Node, str] = {}
-        self._taken: set[str] = set()
+        self._short: dict[str, str] = {}
+        """The names given, with what they would be if no other tensor had the same."""
 
     def of(self, node: torch.fx.Node) -> str:
         """A name: the last word of where an input comes from, "attention_mask", or the node's."""
         if node not in self._of:
             base = self._base(node)
             name, count = base, 1
-            while name in self._taken:
+            while name in self._short:
                 count += 1
                 name = f"{base}_{count}"
-            self._taken.add(name)
+            self._short[name] = base
             self._of[node] = name
         return self._of[node]
+
+    def shortened(self, names: Iterable[str]) -> dict[str, str]:
+        """`names` as short as they can be among themselves: layer 7's "bias_7" is its "bias"."""
+        known = [name for name in names if name in self._short]
+        bases = [self._short[name] for name in known]
+        return {
+            name: base for name, base in zip(known, bases, strict=True) if bases.count(base) == 1
+        }
 
     def call(self, node: torch.fx.Node, other: torch.fx.Node) -> None:
         """Give `node`, of a function inside the graph, the name of the tensor passed to it."""
@@ -39,7 +49,7 @@ class Names:
 
     def _base(self, node: torch.fx.Node) -> str:
         if node.op != "placeholder":
-            return node.name
+            return re.sub(r"(_default)?(_\d+)?$", "", node.name)
         words = re.findall(r"[A-Za-z_]\w*", torch_private.source_name(node))
         words = [word for word in words if word not in _MEANINGLESS]
         return words[-1] if words else node.name

@@ -1,4 +1,4 @@
-"""Put index update and sparse attention in the place of the attentions that were planned sparse.
+"""Put other operators in the place of attentions, as planned: index and sparse attention, or SDPA.
 
 Before, one decoding step over a static cache:
 
@@ -11,6 +11,10 @@ After; `index` is a new input of the graph, which stands for the index of `k_cac
     k = index_copy_(k_cache, 2, positions, k_new)
     update_index(k, mask, positions, token_ids, index, 1)
     out = sparse_attention(q, k, v, mask, None, index, scale, None, "layers.0.self_attn")
+
+An attention written out by hand that stays exact becomes
+
+    out = scaled_dot_product_attention(q, k, v, mask, scale=scale)
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from lychee_compile.passes.canonical import Canonical, Canonicaliser, with_layou
 from lychee_compile.passes.check import RewriteError, check_replacement
 from lychee_compile.passes.dataflow import aten, shape_of, static_size, value_of
 from lychee_compile.passes.decide import Plan
+from lychee_compile.passes.masks import Reading
 from lychee_compile.passes.rearrange import Emitter
 from lychee_compile.passes.tokens import covers, find_token_ids
 
@@ -44,20 +49,23 @@ class Failure:
     reason: str
 
 
-def rewrite_sparse(
+def rewrite(
     gm: torch.fx.GraphModule, plans: list[Plan], state_input: StateInput, mode: Any
 ) -> list[Failure]:
-    """Rewrite, in place, every plan decided "sparse". A site that resists is left as it was."""
+    """Rewrite, in place, what was decided "sparse" or "exact". What resists is left as it was."""
     token_ids = find_token_ids(gm.graph)
     emit = Emitter(gm.graph, mode)
     updated: set[CacheBinding] = set()
     failures = []
     for plan in plans:
-        if plan.site.decision != "sparse":
+        if plan.site.decision == "kept":
             continue
         try:
             with gm.graph.inserting_before(plan.node):
-                _Site(plan, emit, token_ids).rewrite(state_input, updated)
+                if plan.site.decision == "sparse":
+                    _Site(plan, emit, token_ids).rewrite(state_input, updated)
+                else:
+                    _rewrite_exact(plan, emit)
         except RewriteError as error:
             failures.append(Failure(plan, str(error)))
     return failures
@@ -114,9 +122,7 @@ class _Site:
             given.query, given.key, given.value, given.mask, given.extra, state,
             score.scale, score.softcap, self._name,
         )  # fmt: skip
-        made.meta = {**old.meta, **made.meta}
-        output = with_layout(self._emit, canonical.output(made), value_of(old))
-        check_replacement(value_of(old), output)
+        output = _new_output(self._emit, canonical, made, old)
         if self.binding not in updated:
             updated.add(self.binding)
             with old.graph.inserting_before(made):
@@ -142,6 +148,33 @@ class _Site:
         ids = self._token_ids if self.knows_tokens else None
         update = torch.ops.lychee.update_index.default
         self._emit(update, given.key, given.mask, positions, ids, state, written)
+
+
+def _rewrite_exact(plan: Plan, emit: Emitter) -> None:
+    """Let scaled dot-product attention do what products and a softmax did."""
+    attention = plan.attention
+    assert isinstance(attention, Attention)
+    old = attention.node
+    canonical = Canonicaliser(attention, emit)
+    causal = Reading(attention).is_plainly_causal
+    given = canonical.operands(repeated=True, masked=not causal)
+    made = emit(
+        aten.scaled_dot_product_attention.default,
+        given.query, given.key, given.value, given.mask, 0.0, causal, scale=attention.score.scale,
+    )  # fmt: skip
+    output = _new_output(emit, canonical, made, old)
+    old.replace_all_uses_with(output)
+    _erase_unused(old.graph, old)
+
+
+def _new_output(
+    emit: Emitter, canonical: Canonicaliser, made: torch.fx.Node, old: torch.fx.Node
+) -> torch.fx.Node:
+    """The output of the operator `made`, as the graph goes on with that of `old`."""
+    made.meta = {**old.meta, **made.meta}
+    output = with_layout(emit, canonical.output(made), value_of(old))
+    check_replacement(value_of(old), output)
+    return output
 
 
 def _erase_unused(graph: torch.fx.Graph, node: torch.fx.Node) -> None:

@@ -124,6 +124,7 @@ def settle(pieces: Pieces, elements: Elements, scene: Scene) -> Attention | Reje
         value=value,
         output=output.layout,
         score=score,
+        names=scene.names,
         key_forms=_forms(chains["key"], places["key"], key, axes),
         is_causal=pieces.is_causal,
         dropout=pieces.dropout,
