@@ -7,7 +7,7 @@ Builds each architecture with random weights, a few layers of width 64, in each 
 implementation that its class has, and calls it: a plain forward or prefill, a decoding step over a
 static cache, one over a dynamic cache. The attentions that run are counted without our matcher
 (coverage_truth.py says how); `lychee_compile.explain` has to find as many. A dash stands for what
-transformers or Dynamo cannot run without us, either. Exits 1 where anything is missed.
+transformers or Dynamo cannot do without us, either. Exits 1 where anything is missed.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def _outcome(
     error = future.exception()
     if error is None:
         return future.result()
-    reason = f"{type(error).__name__}: {error}"
+    failure = f"{type(error).__name__}: {error}"
     return [
-        Result(architecture.name, implementation, phase, there=0, reason=reason)
+        Result(architecture.name, implementation, phase, failure=failure)
         for phase in phases(architecture)
     ]
 
@@ -141,10 +141,10 @@ def _print_remarks(results: Sequence[Result], console: Console, verbose: bool) -
     """What was missed; if `verbose` in detail, and also why calls are not offered."""
     phases_alike: defaultdict[tuple[str, str, bool, str], list[str]] = defaultdict(list)
     for each in results:
-        if each.remark and (verbose or not each.complete):
+        remark = each.remark if verbose else each.failure
+        if remark:
             details = each.details if verbose else ""
-            key = (each.implementation, each.remark, each.complete, details)
-            phases_alike[key].append(each.phase)
+            phases_alike[each.implementation, remark, each.complete, details].append(each.phase)
     for (implementation, remark, complete, details), alike in phases_alike.items():
         line = f"    {implementation}, {', '.join(alike)}: {remark}"
         console.print(Text(line, style="dim" if complete else "red"), soft_wrap=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from coverage_calls import Arguments, arguments, phases
 from coverage_models import Architecture
-from coverage_truth import count_attentions, uncompiled_flex
+from coverage_truth import Truth, count_attentions, count_in_graphs, uncompiled_flex
 from torch import nn
 
 import lychee_compile
@@ -27,79 +27,73 @@ class Result:
     architecture: str
     implementation: str
     phase: str
-    there: int | None = None
-    """Attentions that the call runs; None where the call cannot be made without us, either."""
+    there: int = 0
+    """Attentions that the call runs; 0 where it cannot be made without us, either."""
+    unseen: int = 0
+    """Those of them in which Dynamo breaks the graph, so that no backend sees them."""
     found: int = 0
     """Attentions that `explain` finds."""
-    reason: str = ""
-    """Why the call cannot be made, or what went wrong with it."""
+    note: str = ""
+    """Why the call cannot be made, or not be seen in whole."""
+    failure: str = ""
+    """What went wrong, other than a miss."""
     details: str = ""
     """For a miss: the names of the attentions there, and the report of those found."""
 
     @property
-    def offered(self) -> bool:
-        """Whether transformers and Dynamo can make the call at all."""
-        return self.there is not None
+    def seen(self) -> int:
+        """How many attentions there are to find."""
+        return self.there - self.unseen
 
     @property
     def complete(self) -> bool:
-        """Whether what is found is what is there; nothing is missed where no call can be made."""
-        return not self.offered or (self.found == self.there and not self.reason)
+        """Whether all that can be found is found, and no more."""
+        return self.found == self.seen and not self.failure
 
     @property
     def remark(self) -> str:
         """In words, what there is to say beyond a full count."""
-        missed = self.offered and self.found != self.there
-        return self.reason or (f"{self.found} found of {self.there}" if missed else "")
+        miss = f"{self.found} found of {self.seen}" if self.found != self.seen else ""
+        return "; ".join(filter(None, (miss, self.failure, self.note)))
 
 
 @torch.no_grad()
 def measure(architecture: Architecture, implementation: str) -> list[Result]:
     """The results of all phases, whatever goes wrong in one of them."""
+    empty = [Result(architecture.name, implementation, phase) for phase in phases(architecture)]
     try:
         model = architecture.build(IMPLEMENTATIONS[implementation])
     except Exception as error:  # noqa: BLE001  transformers has many ways to say no
-        reason = _brief(error, architecture)
-        return [
-            Result(architecture.name, implementation, phase, reason=reason)
-            for phase in phases(architecture)
-        ]
-    return [_measure_phase(model, architecture, implementation, p) for p in phases(architecture)]
+        return [replace(each, note=_brief(error, architecture)) for each in empty]
+    return [_measure_phase(model, architecture, each) for each in empty]
 
 
-def _measure_phase(
-    model: nn.Module, architecture: Architecture, implementation: str, phase: str
-) -> Result:
-    names = (architecture.name, implementation, phase)
-
+def _measure_phase(model: nn.Module, architecture: Architecture, empty: Result) -> Result:
     def given() -> Arguments:
+        torch._dynamo.reset()
         with uncompiled_flex():
-            return arguments(model, architecture, phase)
+            return arguments(model, architecture, empty.phase)
 
     try:
         truth = count_attentions(model, **given())
     except Exception as error:  # noqa: BLE001
-        return Result(*names, reason=_brief(error, architecture))
-    there = len(truth.names)
-    torch._dynamo.reset()
+        return replace(empty, note=_brief(error, architecture))
+    result = replace(empty, there=len(truth.names), failure=truth.dispute)
     try:
         report = lychee_compile.explain(model, **given())
     except Exception as error:  # noqa: BLE001
         refusal = _why_dynamo_fails(model, given)
         if refusal is not None:
-            return Result(*names, reason=f"Dynamo: {_brief(refusal, architecture)}")
-        return Result(*names, there, reason=_brief(error, architecture), details=str(error))
-    found = len(report.sites)
-    reason = ""
-    if there != truth.by_dataflow:
-        reason = f"the two counts disagree: {there} by calls, {truth.by_dataflow} by dataflow"
-    result = Result(*names, there, found, reason)
-    return result if result.complete else replace(result, details=_details(truth.names, report))
+            return replace(empty, note=f"Dynamo: {_brief(refusal, architecture)}")
+        return replace(result, failure=_brief(error, architecture), details=str(error))
+    result = replace(result, found=len(report.sites))
+    if result.complete:
+        return result
+    return _with_unseen(replace(result, details=_details(truth, report)), model, given)
 
 
 def _why_dynamo_fails(model: nn.Module, given: Callable[[], Arguments]) -> Exception | None:
     """The error with a backend that does nothing; None where there is none, so that it is ours."""
-    torch._dynamo.reset()
     try:
         torch.compile(model, backend="eager")(**given())
     except Exception as error:  # noqa: BLE001
@@ -107,9 +101,18 @@ def _why_dynamo_fails(model: nn.Module, given: Callable[[], Arguments]) -> Excep
     return None
 
 
-def _details(names: tuple[str, ...], report: Any) -> str:
-    missing = Counter(names) - Counter(site.name for site in report.sites)
-    lines = [f"there: {', '.join(names)}", f"not found under its name: {', '.join(missing)}"]
+def _with_unseen(result: Result, model: nn.Module, given: Callable[[], Arguments]) -> Result:
+    """`result`, less what is not found because Dynamo gives it to no backend."""
+    unseen = result.there - max(result.found, count_in_graphs(model, **given()))
+    if unseen <= 0:
+        return result
+    note = "Dynamo breaks the graph within the attention, so that no backend sees it"
+    return replace(result, unseen=unseen, note=note)
+
+
+def _details(truth: Truth, report: Any) -> str:
+    missing = Counter(truth.names) - Counter(site.name for site in report.sites)
+    lines = [f"there: {', '.join(truth.names)}", f"not found by name: {', '.join(missing)}"]
     return "\n".join([*lines, str(report)])
 
 

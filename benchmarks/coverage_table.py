@@ -10,7 +10,7 @@ from coverage_models import Architecture
 from rich.text import Text
 
 BEGIN, END = "<!-- coverage:begin -->", "<!-- coverage:end -->"
-NOT_OFFERED = "–"
+NOTHING = "–"
 COMMAND = "python benchmarks/coverage.py --update-readme"
 
 
@@ -19,11 +19,10 @@ class MarkersError(ValueError):
 
 
 def tally(results: Iterable[Result]) -> str:
-    """Found and there, summed over the results that are offered: "6/6"; a dash if none is."""
-    offered = [result for result in results if result.there is not None]
-    if not offered:
-        return NOT_OFFERED
-    return f"{sum(each.found for each in offered)}/{sum(each.there or 0 for each in offered)}"
+    """Found and there, in sum: "6/6"; a dash where there is nothing to find."""
+    known = list(results)
+    found, seen = sum(each.found for each in known), sum(each.seen for each in known)
+    return f"{found}/{seen}" if found or seen else NOTHING
 
 
 def row(name: str, results: Sequence[Result]) -> Text:
@@ -32,7 +31,7 @@ def row(name: str, results: Sequence[Result]) -> Text:
     for implementation, group in groupby(results, lambda result: result.implementation):
         line.append(f" {implementation} ", style="dim")
         for result in group:
-            style = "dim" if not result.offered else "green" if result.complete else "bold red"
+            style = "bold red" if not result.complete else "green" if result.seen else "dim"
             line.append(f"{tally([result]):<6}", style=style)
     return line
 
@@ -106,7 +105,7 @@ def _line(name: str, results: Sequence[Result], notes: _Notes | None = None) -> 
         count = tally(group)
         if not all(result.complete for result in group):
             count = f"**{count}**"
-        cells.append(count + (notes.mark(result.reason for result in group) if notes else ""))
+        cells.append(count + (notes.mark(result.note for result in group) if notes else ""))
     return f"| {name} | {' | '.join(cells)} |"
 
 

@@ -5,11 +5,10 @@ By calls: every attention function is wrapped (those that transformers dispatche
 model whose attention is written in its module's `forward` calls none of them: there, a module
 counts that is named an attention, holds no other such module, and ran without any such call inside.
 
-By dataflow: below, at the level of ATen operators, whatever the spelling. A softmax counts when its
-scores come from a product of two activations, by operators other than products, and its weights
-go, in the same way, into a product. Fused attention operators count as they are.
+By dataflow: coverage_dataflow.py follows products and softmaxes at the level of ATen operators,
+where names and spellings do not matter.
 
-The first says where the attentions are, the second does not depend on names. They must agree.
+The first says where the attentions are, the second asks for no names. They must agree.
 """
 
 from __future__ import annotations
@@ -26,13 +25,9 @@ from unittest.mock import patch
 import torch
 import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from coverage_dataflow import Dataflow
+from torch import nn
 from transformers import AttentionInterface
-
-aten = torch.ops.aten
 
 Function = Callable[..., Any]
 
@@ -46,14 +41,42 @@ class Truth:
     by_dataflow: int
     """How many there are by dataflow."""
 
+    @property
+    def dispute(self) -> str:
+        """In words, how the two counts disagree; empty where they agree."""
+        called = len(self.names)
+        if called == self.by_dataflow:
+            return ""
+        return f"the two counts disagree: {called} by calls, {self.by_dataflow} by dataflow"
+
 
 def count_attentions(model: nn.Module, *args: Any, **kwargs: Any) -> Truth:
     """Run `model(*args, **kwargs)` uncompiled and count its attentions in both ways."""
     calls = _Calls()
-    dataflow = _Dataflow(model)
+    dataflow = Dataflow(model)
     with uncompiled_flex(), calls.watching(model), dataflow:
         model(*args, **kwargs)
     return Truth(tuple(calls.names), dataflow.count)
+
+
+def count_in_graphs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """How many attentions of a call lie in one graph of Dynamo's each, by dataflow.
+
+    No backend sees the others: Dynamo runs code uncompiled where it breaks a graph.
+    """
+    counts = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Any]) -> Function:
+        def run(*inputs: Any) -> Any:
+            with Dataflow(model) as dataflow:
+                output = graph(*inputs)
+            counts.append(dataflow.count)
+            return output
+
+        return run
+
+    torch.compile(model, backend=backend)(*args, **kwargs)
+    return sum(counts)
 
 
 @contextmanager
@@ -144,81 +167,3 @@ def _is_leaf_attention(module: nn.Module) -> bool:
 def _named_attention(module: nn.Module) -> bool:
     name = type(module).__name__
     return "Attention" in name and not LINEAR.search(name)
-
-
-PRODUCTS = {
-    aten.mm.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.baddbmm.default: (1, 2),
-}
-"""Products, with the places of their operands."""
-SOFTMAXES = {aten._softmax.default, aten._safe_softmax.default}
-FUSED = (
-    "aten::_scaled_dot_product",
-    "aten::_native_multi_head_attention",
-    "aten::_transformer_encoder_layer_fwd",
-)
-
-
-class _Dataflow(TorchDispatchMode):
-    """Counts attentions by following what becomes of products, storage by storage."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.count = 0
-        self._scores: set[int] = set()
-        """Storages of what was computed from a product of two activations."""
-        self._weights: dict[int, set[int]] = {}
-        """Storages of what was computed from a softmax of scores, with the softmaxes' numbers."""
-        self._parameters = {_storage(each) for each in (*model.parameters(), *model.buffers())}
-        self._alive: list[Tensor] = []
-        """Every tensor seen, lest another one gets the storage."""
-        self._softmaxes = 0
-        self._used: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        output = function(*args, **(kwargs or {}))
-        outputs = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
-        self._alive += outputs
-        if isinstance(function, HigherOrderOperator):
-            self.count += function.name() == "flex_attention"
-        elif function.name().startswith(FUSED):
-            self.count += 1
-        elif function in PRODUCTS:
-            self._product([args[place] for place in PRODUCTS[function]], outputs[0])
-        else:
-            inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-            self._other(function in SOFTMAXES, inputs, outputs)
-        return output
-
-    def _product(self, operands: list[Tensor], output: Tensor) -> None:
-        storages = [_storage(operand) for operand in operands]
-        for storage in storages:
-            fresh = self._weights.get(storage, set()) - self._used
-            self.count += len(fresh)
-            self._used |= fresh
-        if not self._parameters.intersection(storages):
-            self._scores.add(_storage(output))
-
-    def _other(self, softmax: bool, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        storages = {_storage(each) for each in inputs}
-        scores = bool(self._scores & storages)
-        weights = set().union(*(self._weights.get(storage, set()) for storage in storages))
-        if softmax:
-            weights = {self._softmaxes} if scores else set()
-            self._softmaxes += 1
-            scores = False
-        for output in outputs:
-            if scores:
-                self._scores.add(_storage(output))
-            if weights:
-                self._weights.setdefault(_storage(output), set()).update(weights)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -37,7 +37,7 @@ class Case:
     shapes: tuple[Shape, ...]
     parameters: dict[str, Shape]
     softmaxes: int
-    """How many are to be listed as rejected."""
+    """How many are to be listed as rejected; a log_softmax alone makes no weights."""
 
     @property
     def name(self) -> str:
@@ -120,13 +120,13 @@ def token_probabilities(x, head):
     return F.softmax(F.linear(x, head), dim=-1)
 
 
-@no_attention((B, C), head=(10, C))
+@no_attention((B, C), softmaxes=0, head=(10, C))
 def negative_log_likelihood(x, head):
     labels = torch.arange(B)
     return -F.log_softmax(x @ head.T, dim=-1).gather(1, labels[:, None]).mean()
 
 
-@no_attention((B * N, C), (B * N, C))
+@no_attention((B * N, C), (B * N, C), softmaxes=0)
 def info_nce(anchors, positives):
     logits = F.normalize(anchors, dim=-1) @ F.normalize(positives, dim=-1).T / 0.07
     return -F.log_softmax(logits, dim=-1).diagonal().mean()
@@ -138,13 +138,13 @@ def clip_probabilities(images, texts, scale):
     return (scale.exp() * images @ texts.t()).softmax(dim=-1)
 
 
-@no_attention((B, C), (B, C), softmaxes=2, prototypes=(30, C))
+@no_attention((B, C), (B, C), prototypes=(30, C))
 def swapped_prototypes(first, second, prototypes):
     target = F.softmax(first @ prototypes.T / 0.05, dim=-1)
     return -(target * F.log_softmax(second @ prototypes.T / 0.1, dim=-1)).sum(-1).mean()
 
 
-@no_attention((B, N, C), (B, N, C), softmaxes=2, head=(50, C))
+@no_attention((B, N, C), (B, N, C), head=(50, C))
 def distillation(student, teacher, head):
     student, teacher = F.linear(student, head), F.linear(teacher, head)
     return F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction="batchmean")

@@ -155,7 +155,7 @@ def constants(query_heads: int, kv_len: int) -> Given:
 
     slot, row = torch.arange(kv_len), torch.arange(BATCH)[:, None]
     return {
-        "padding": (~((slot > 0) & (slot <= 3 * row + 1))).long(),
+        "padding": (~((slot > 0) & (slot <= 3 * row + 3))).long(),
         "documents": (slot + 3 * row) // 11,
         "sinks": normal(query_heads),
         "slopes": 2.0 ** -torch.arange(1.0, query_heads + 1),

@@ -366,6 +366,7 @@ def deepseek_mla(q_nope, q_pe, k_nope, k_pe, v):
     ).transpose(1, 2),
     heads=None,
     head_dim=16,
+    mask="",
 )
 def deepseek_mla_absorbed(q_nope, q_pe, kv_cache, pe_cache):
     scores = torch.einsum("bshc,btc->bsht", q_nope, kv_cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from spellings_random import HEADS, Given, Recipe, Sizes, attend, plainly, recipes
 from torch import Tensor
@@ -78,7 +78,8 @@ def share(part: float) -> settings:
     """Fewer cases than of other properties: each compiles, or there is one test for each choice."""
     cases = max(int(part * settings().max_examples), 1)
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=cases, suppress_health_check=checks)
+    phases = [phase for phase in Phase if phase is not Phase.explain]  # it traces the compiler
+    return settings(max_examples=cases, phases=phases, suppress_health_check=checks)
 
 
 each_form = pytest.mark.parametrize("heads", HEADS)

@@ -133,6 +133,20 @@ def test_it_is_found_in_a_prefill(spelling: Spelling) -> None:
     assert site.decision in ("kept", "exact")
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS[::5], ids=lambda each: each.name)
+def test_it_is_found_where_lengths_are_symbolic(spelling: Spelling) -> None:
+    compiled = torch.compile(prefill, backend="lychee")
+    for kv_len in (TOKENS, TOKENS + 5):  # Dynamo takes for symbolic what changes
+        query_len = kv_len if query_len_of(spelling) == TOKENS else query_len_of(spelling)
+        operands, held = spelling.operands(query_len, kv_len), spelling.held(kv_len)
+        expected = prefill(spelling, *operands, held)
+        assert_equal_within_rounding(compiled(spelling, *operands, held), expected)
+    (site,) = lychee_compile.reports()[-1].sites
+    assert isinstance(site.kv_len, str)
+    assert (site.query_heads, site.kv_heads) == (spelling.query_heads, spelling.kv_heads)
+    assert (site.head_dim, site.value_head_dim) == (spelling.head_dim, spelling.value_head_dim)
+
+
 @each_spelling
 def test_it_decodes_from_a_cache(spelling: Spelling) -> None:
     _, *cache = spelling.operands(1, SIZE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import sympy
 import torch.fx
 
-from lychee_compile.passes.axes import Axes
+from lychee_compile.passes.axes import Axes, Axis
 from lychee_compile.passes.names import Names
 from lychee_compile.passes.operands import Layout, Operand
 from lychee_compile.passes.roles import Roles
@@ -43,7 +43,7 @@ class Attention:
     refused: str = ""
     """Why it must stay as it is, where its dataflow forbids to rewrite it."""
 
-    def size(self, axes: Iterable[sympy.Symbol]) -> int | sympy.Expr:
+    def size(self, axes: Iterable[Axis]) -> int | sympy.Expr:
         """How many values some of its axes have together."""
         product = self.axes.product(axes)
         return int(product) if product.is_Integer else product

@@ -21,18 +21,22 @@ Indices: TypeAlias = tuple[Index, ...]
 ZERO: Index = sympy.S.Zero
 
 
+class Axis(sympy.Symbol):
+    """A symbol that runs over a dimension or a part of one, apart from those of symbolic sizes."""
+
+
 class SplitAxis(Exception):  # noqa: N818  a request to start over, no failure
     """`axis` must be taken apart: its inner part has `inner` values."""
 
-    def __init__(self, axis: sympy.Symbol, inner: sympy.Expr) -> None:
+    def __init__(self, axis: Axis, inner: sympy.Expr) -> None:
         super().__init__(f"{axis} by {inner}")
         self.axis, self.inner = axis, inner
 
 
 @dataclass(frozen=True)
 class _Parts:
-    outer: sympy.Symbol
-    inner: sympy.Symbol
+    outer: Axis
+    inner: Axis
     inner_size: sympy.Expr
 
 
@@ -47,8 +51,8 @@ class Axes:
     """The axes seen so far, each with its size, and how coarse ones were taken apart."""
 
     def __init__(self) -> None:
-        self.sizes: dict[sympy.Symbol, sympy.Expr] = {}
-        self._parts: dict[sympy.Symbol, _Parts] = {}
+        self.sizes: dict[Axis, sympy.Expr] = {}
+        self._parts: dict[Axis, _Parts] = {}
         self._equal_sizes: dict[sympy.Symbol, sympy.Expr] = {}
 
     def assume_equal(self, left: Any, right: Any) -> None:
@@ -74,7 +78,7 @@ class Axes:
         self.sizes.setdefault(axis, expression)
         return self._refined(axis)
 
-    def _refined(self, axis: sympy.Symbol) -> Index:
+    def _refined(self, axis: Axis) -> Index:
         parts = self._parts.get(axis)
         if parts is None:
             return axis
@@ -88,7 +92,7 @@ class Axes:
         self.sizes[inner] = inner_size
         self._parts[axis] = _Parts(outer, inner, inner_size)
 
-    def product(self, axes: Iterable[sympy.Symbol]) -> sympy.Expr:
+    def product(self, axes: Iterable[Axis]) -> sympy.Expr:
         """How many values the axes have together."""
         return sympy.Mul(*(self.sizes[axis] for axis in axes))
 
@@ -112,16 +116,10 @@ class Axes:
 
     def _split_across(self, term: Index, size: sympy.Expr) -> None:
         """Raise where `term` is a multiple of an axis that `size` cuts in two."""
-        axes = [axis for axis in term.free_symbols if axis in self.sizes]
-        if len(axes) != 1:
-            return
-        (axis,) = axes
-        stride = sympy.diff(term, axis)
-        inner = _divide_exactly(size, stride)
-        if inner is None or inner in (1, self.sizes[axis]) or axis in stride.free_symbols:
-            return
-        if stride.is_negative:  # a flip, which no split makes whole
-            return
+        stride, axis = _stride(term)
+        inner = None if axis is None else _divide_exactly(size, stride)
+        if axis is None or inner is None or inner in (1, self.sizes[axis]) or stride.is_negative:
+            return  # no split makes an offset or a flip whole
         if _divide_exactly(self.sizes[axis], inner) is not None:
             raise SplitAxis(axis, inner)
 
@@ -131,19 +129,13 @@ class Axes:
             return bool(0 <= index < size)
         largest = ZERO
         for term in sympy.Add.make_args(index):
-            axes = [axis for axis in term.free_symbols if axis in self.sizes]
-            if not axes:
-                if not term.is_nonnegative:
-                    return False
+            stride, axis = _stride(term)
+            if axis is not None and stride.is_positive:
+                largest += stride * (self.sizes[axis] - 1)
+            elif not term.atoms(Axis) and term.is_nonnegative:
                 largest += term
-                continue
-            if len(axes) > 1:
+            else:
                 return False
-            stride = term if term.is_Symbol else sympy.diff(term, axes[0])
-            stride = sympy.S.One if term.is_Symbol else stride
-            if not stride.is_positive:
-                return False
-            largest += stride * (self.sizes[axes[0]] - 1)
         return bool(sympy.expand(size - 1 - largest).is_nonnegative)
 
     def reshape(
@@ -163,22 +155,22 @@ class Axes:
             result.extend([flat, *reversed(part)] if inner else [])
         return tuple(result)
 
-    def digits(self, index: Index, size: Any) -> tuple[sympy.Symbol, ...] | None:
+    def digits(self, index: Index, size: Any) -> tuple[Axis, ...] | None:
         """The axes that make up an index over a whole dimension, outermost first.
 
         None where the index is anything but those axes side by side: a part of a dimension, say.
         """
-        if index.is_Symbol and index in self.sizes:
+        if isinstance(index, Axis):
             return (index,) if _equal(self.sizes[index], self.size(size)) else None
         if index == 0:
             return () if self.size(size) == 1 else None
-        terms = []
+        terms: list[tuple[sympy.Expr, Axis]] = []
         for term in sympy.Add.make_args(sympy.expand(index)):
-            axes = [axis for axis in term.free_symbols if axis in self.sizes]
-            if len(axes) != 1 or sympy.diff(term, axes[0], 2) != 0:
+            stride, axis = _stride(term)
+            if axis is None:
                 return None
-            terms.append((sympy.diff(term, axes[0]), axes[0]))
-        found: list[sympy.Symbol] = []
+            terms.append((stride, axis))
+        found: list[Axis] = []
         stride = sympy.S.One
         while terms:
             following = next((each for each in terms if _equal(each[0], stride)), None)
@@ -191,8 +183,19 @@ class Axes:
 
 
 @lru_cache(maxsize=4096)
-def _symbol(name: str) -> sympy.Symbol:
-    return sympy.Symbol(name, integer=True, nonnegative=True)
+def _symbol(name: str) -> Axis:
+    return Axis(name, integer=True, nonnegative=True)
+
+
+@lru_cache(maxsize=4096)
+def _stride(term: Index) -> tuple[sympy.Expr, Axis | None]:
+    """A term as a number times an axis; times None where it is no such thing."""
+    factors = sympy.Mul.make_args(term)
+    axes = [factor for factor in factors if isinstance(factor, Axis)]
+    rest = [factor for factor in factors if not isinstance(factor, Axis)]
+    if len(axes) != 1 or any(factor.atoms(Axis) for factor in rest):
+        return term, None
+    return sympy.Mul(*rest), axes[0]
 
 
 def _equal(left: sympy.Expr, right: sympy.Expr) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 import torch.fx
 
 from lychee_compile.passes.attention import Attention
+from lychee_compile.passes.axes import Axis
 from lychee_compile.passes.dataflow import aten, value_of
 from lychee_compile.passes.operands import Operand
 from lychee_compile.passes.rearrange import Emitter, Rearranger, Size
@@ -152,7 +152,7 @@ class Canonicaliser:
         assert node is not None
         return node
 
-    def _size_node(self, axis: sympy.Symbol) -> Size | None:
+    def _size_node(self, axis: Axis) -> Size | None:
         """The size of an axis, as a number or a node."""
         size = self._attention.axes.sizes[axis]
         if size.is_Integer:

@@ -11,6 +11,7 @@ import torch.fx
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators import DEVICES, DTYPES, LONGEST_QUERY
 from lychee_compile.passes.attention import Attention, FusedModule, Rejected
+from lychee_compile.passes.axes import Axis
 from lychee_compile.passes.caches import CacheBinding, bind_cache
 from lychee_compile.passes.dataflow import module_path, operator_name, source_line, value_of
 from lychee_compile.passes.masks import Reading
@@ -80,7 +81,7 @@ def _describe(attention: Attention, cache: str) -> Site:
     roles, reading = attention.roles, Reading(attention)
     first, end = reading.key_range
 
-    def size(axes: tuple[sympy.Symbol, ...]) -> int | str:
+    def size(axes: tuple[Axis, ...]) -> int | str:
         value = attention.size(axes)
         return value if isinstance(value, int) else str(value)
 

@@ -19,7 +19,7 @@ import sympy
 import torch.fx
 
 from lychee_compile.passes.attention import Attention, FusedModule, Rejected
-from lychee_compile.passes.axes import Axes, Indices
+from lychee_compile.passes.axes import Axes, Axis, Indices
 from lychee_compile.passes.dataflow import argument, operator_key, shape_of
 from lychee_compile.passes.elements import Elements
 from lychee_compile.passes.fused import find_fused, with_finer_axes
@@ -86,7 +86,7 @@ def _match(
     elements = Elements(axes, scene.names, scene.written)
     out = tuple(axes.index(f"o{place}", size) for place, size in enumerate(shape_of(product.node)))
     inner = [axes.index(f"kv{place}", size) for place, size in enumerate(product.inner_sizes())]
-    keys = free_axes(inner, axes)
+    keys = free_axes(inner)
     left, right = product.operand_indices(out, inner)
     sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
     for weights, value in (sides, reversed(sides)):
@@ -94,16 +94,16 @@ def _match(
         at = walk.back(weights.node, weights.indices)
         if at is None:
             continue
-        misfit = _misfit(softmax, at, keys, axes)
+        misfit = _misfit(softmax, at, keys)
         if misfit:
             return Rejected(softmax.node, misfit)
         return _from_weights(softmax, product, at, walk, value, out, keys, elements, scene)
     return None
 
 
-def _misfit(softmax: Softmax, at: Indices, keys: frozenset[sympy.Symbol], axes: Axes) -> str:
-    along = free_axes((at[dim] for dim in softmax.dims), axes)
-    across = free_axes((index for dim, index in enumerate(at) if dim not in softmax.dims), axes)
+def _misfit(softmax: Softmax, at: Indices, keys: frozenset[Axis]) -> str:
+    along = free_axes(at[dim] for dim in softmax.dims)
+    across = free_axes((index for dim, index in enumerate(at) if dim not in softmax.dims))
     if not keys or along != keys or across & keys:
         return "its softmax runs over another axis than the one summed over"
     return ""
@@ -111,7 +111,7 @@ def _misfit(softmax: Softmax, at: Indices, keys: frozenset[sympy.Symbol], axes: 
 
 def _from_weights(
     softmax: Softmax, product: Product, at: Indices, walk: _WeightWalk, value: Place, out: Indices,
-    keys: frozenset[sympy.Symbol], elements: Elements, scene: Scene,
+    keys: frozenset[Axis], elements: Elements, scene: Scene,
 ) -> Attention | Rejected:  # fmt: skip
     tracer = ScoreTracer(elements, keys, scene.is_parameter)
     trace = tracer.trace(softmax.scores, at)
@@ -145,10 +145,10 @@ def _from_weights(
     return settle(pieces, elements, scene)
 
 
-def _dropped_keys(softmax: Softmax, keys: frozenset[sympy.Symbol], axes: Axes, trace: Trace) -> str:
+def _dropped_keys(softmax: Softmax, keys: frozenset[Axis], axes: Axes, trace: Trace) -> str:
     """Why the softmax must not be taken over the summed axes alone; empty where it may."""
     sizes = [axes.index(f"whole{dim}", shape_of(softmax.scores)[dim]) for dim in softmax.dims]
-    there = axes.product(axis for size in sizes for axis in free_axes([size], axes))
+    there = axes.product(axis for size in sizes for axis in free_axes([size]))
     extra = sum(step.kind == "extra" for step in trace.steps)
     if extra > 1 or sympy.expand(there - axes.product(keys) - extra) != 0:
         return "some of its weights are not used"

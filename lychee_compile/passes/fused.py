@@ -82,7 +82,7 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rej
         trace=Trace(trace.product, trace.query, trace.key, trace.inner, tuple(steps)),
         value=pieces["value"],
         reader=node,
-        keys=free_axes([pieces["kv"]], axes),
+        keys=free_axes([pieces["kv"]]),
         is_causal=bool(argument(node, "is_causal", False)),
         dropout=float(argument(node, "dropout_p", 0.0)),
         heads_first=len(pieces["out"]) > 3,
@@ -123,7 +123,7 @@ def _operands(
 
     product = Product(node, query, key, (), (), (), ())
     trace = Trace(
-        product, place(query, out[-2], inner), place(key, kv, inner), free_axes([inner], axes), ()
+        product, place(query, out[-2], inner), place(key, kv, inner), free_axes([inner]), ()
     )
     return trace, {"out": out, "kv": kv, "value": place(value, kv, out[-1])}
 
@@ -146,7 +146,7 @@ def _from_flex(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rej
         trace=trace,
         value=pieces["value"],
         reader=node,
-        keys=free_axes([pieces["kv"]], axes),
+        keys=free_axes([pieces["kv"]]),
         refused="its log-sum-exp is used too" if more else "",
         heads_first=True,
     )

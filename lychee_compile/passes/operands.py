@@ -9,12 +9,12 @@ import sympy
 import torch
 import torch.fx
 
-from lychee_compile.passes.axes import Axes, Indices
+from lychee_compile.passes.axes import Axes, Axis, Indices
 from lychee_compile.passes.dataflow import is_tensor, operator_key, shape_of, value_of
 from lychee_compile.passes.elements import Elements
 from lychee_compile.passes.views import broadcast, is_pure_view, source_of
 
-Layout = tuple[tuple[sympy.Symbol, ...], ...]
+Layout = tuple[tuple[Axis, ...], ...]
 """For each dimension of a tensor the axes it holds, outermost first; none where its size is one."""
 
 
@@ -26,7 +26,7 @@ class Operand:
     layout: Layout
 
     @property
-    def axes(self) -> frozenset[sympy.Symbol]:
+    def axes(self) -> frozenset[Axis]:
         """Every axis it has."""
         return frozenset(axis for dimension in self.layout for axis in dimension)
 
@@ -129,8 +129,6 @@ def deepest(places: Iterable[Place], axes: Axes) -> tuple[Place, Operand] | None
     return best
 
 
-def free_axes(indices: Iterable[sympy.Expr], axes: Axes) -> frozenset[sympy.Symbol]:
+def free_axes(indices: Iterable[sympy.Expr]) -> frozenset[Axis]:
     """The axes that occur in some indices."""
-    return frozenset(
-        symbol for index in indices for symbol in index.free_symbols if symbol in axes.sizes
-    )
+    return frozenset(axis for index in indices for axis in index.atoms(Axis))

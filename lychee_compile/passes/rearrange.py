@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import sympy
 import torch.fx
 
-from lychee_compile.passes.axes import Axes
+from lychee_compile.passes.axes import Axes, Axis
 from lychee_compile.passes.check import RewriteError
 from lychee_compile.passes.dataflow import aten, value_of
 from lychee_compile.passes.operands import Layout, Operand
@@ -38,9 +37,7 @@ class Emitter:
 class Rearranger:
     """Rearranges operands of one attention. Raises `RewriteError` where sizes are not known."""
 
-    def __init__(
-        self, emit: Emitter, axes: Axes, size_node: Callable[[sympy.Symbol], Size | None]
-    ) -> None:
+    def __init__(self, emit: Emitter, axes: Axes, size_node: Callable[[Axis], Size | None]) -> None:
         self._emit, self._axes, self._size_node = emit, axes, size_node
 
     def __call__(self, operand: Operand, wanted: Layout, *, whole: bool) -> torch.fx.Node:
@@ -69,9 +66,9 @@ class Rearranger:
 
     def _apart(
         self, node: torch.fx.Node, layout: Layout
-    ) -> tuple[torch.fx.Node, list[tuple[sympy.Symbol, ...]]]:
+    ) -> tuple[torch.fx.Node, list[tuple[Axis, ...]]]:
         """One dimension per axis, none of size one."""
-        result: list[tuple[sympy.Symbol, ...]] = []
+        result: list[tuple[Axis, ...]] = []
         for dim in reversed(range(len(layout))):
             held = layout[dim]
             if not held:
@@ -81,7 +78,7 @@ class Rearranger:
             result = [(axis,) for axis in held] + result
         return node, result
 
-    def _sizes(self, axes: tuple[sympy.Symbol, ...]) -> list[Any]:
+    def _sizes(self, axes: tuple[Axis, ...]) -> list[Any]:
         """Sizes for `unflatten`, of which it can find out one."""
         sizes: list[Any] = []
         for axis in axes:
@@ -92,13 +89,13 @@ class Rearranger:
         return sizes
 
     def _in_order(
-        self, node: torch.fx.Node, present: list[sympy.Symbol], wanted: list[sympy.Symbol]
+        self, node: torch.fx.Node, present: list[Axis], wanted: list[Axis]
     ) -> torch.fx.Node:
         order = [present.index(axis) for axis in wanted]
         return node if order == sorted(order) else self._emit(aten.permute.default, node, order)
 
     def _with_missing(
-        self, node: torch.fx.Node, flat: list[sympy.Symbol], present: list[sympy.Symbol]
+        self, node: torch.fx.Node, flat: list[Axis], present: list[Axis]
     ) -> torch.fx.Node:
         missing = [axis for axis in flat if axis not in present]
         if not missing:
@@ -115,7 +112,7 @@ class Rearranger:
             sizes.append(size)
         return self._emit(aten.expand.default, node, sizes)
 
-    def _together(self, node: torch.fx.Node, needed: list[list[sympy.Symbol]]) -> torch.fx.Node:
+    def _together(self, node: torch.fx.Node, needed: list[list[Axis]]) -> torch.fx.Node:
         for dim, axes in enumerate(needed):
             if not axes:
                 node = self._emit(aten.unsqueeze.default, node, dim)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import sympy
 import torch.fx
 
-from lychee_compile.passes.axes import Axes, Indices
+from lychee_compile.passes.axes import Axes, Axis, Indices
 from lychee_compile.passes.dataflow import operator_key, shape_of
 from lychee_compile.passes.operands import Layout, Operand, free_axes
 from lychee_compile.passes.views import broadcast, source_of
@@ -26,14 +26,14 @@ FARTHEST = 80
 class Roles:
     """The axes of each role, outermost first."""
 
-    batch: tuple[sympy.Symbol, ...]
-    kv_heads: tuple[sympy.Symbol, ...]
-    group: tuple[sympy.Symbol, ...]
+    batch: tuple[Axis, ...]
+    kv_heads: tuple[Axis, ...]
+    group: tuple[Axis, ...]
     """Query heads that share a KV head."""
-    query: tuple[sympy.Symbol, ...]
-    key: tuple[sympy.Symbol, ...]
-    head_dim: tuple[sympy.Symbol, ...]
-    value_dim: tuple[sympy.Symbol, ...]
+    query: tuple[Axis, ...]
+    key: tuple[Axis, ...]
+    head_dim: tuple[Axis, ...]
+    value_dim: tuple[Axis, ...]
 
     def query_layout(self) -> Layout:
         """[B, Hq, Tq, D]."""
@@ -58,14 +58,14 @@ class Roles:
 
 def features_of(
     node: torch.fx.Node, indices: Indices, axes: Axes, is_parameter: Callable[[torch.fx.Node], bool]
-) -> frozenset[sympy.Symbol] | None:
+) -> frozenset[Axis] | None:
     """The axes that are features of the projection behind `node`; None where none is in sight."""
     for _ in range(FARTHEST):
         if node.op != "call_function":
             return None
         found = _projected(node, indices, is_parameter)
         if found is not None:
-            return free_axes(found, axes)
+            return free_axes(found)
         behind = source_of(node, indices, axes) or _first_operand(node, indices)
         if behind is None:
             return None
@@ -104,16 +104,16 @@ def _first_operand(node: torch.fx.Node, indices: Indices) -> tuple[torch.fx.Node
 
 
 def assign(
-    shared: frozenset[sympy.Symbol],
-    rows: frozenset[sympy.Symbol],
-    features: frozenset[sympy.Symbol] | None,
+    shared: frozenset[Axis],
+    rows: frozenset[Axis],
+    features: frozenset[Axis] | None,
     key: Operand,
     value: Operand,
     query: Operand,
-    score_dims: Sequence[tuple[sympy.Symbol, ...]],
-    keys: frozenset[sympy.Symbol],
-    head_dim: frozenset[sympy.Symbol],
-    value_dim: Sequence[sympy.Symbol],
+    score_dims: Sequence[tuple[Axis, ...]],
+    keys: frozenset[Axis],
+    head_dim: frozenset[Axis],
+    value_dim: Sequence[Axis],
 ) -> Roles:
     """Sort the axes: `shared` by queries and keys, `rows` of queries alone, and so on.
 
@@ -130,7 +130,7 @@ def assign(
         last = score_dims[-1] if score_dims else ()
         group = rows - set(last)
 
-    def pick(wanted: frozenset[sympy.Symbol]) -> tuple[sympy.Symbol, ...]:
+    def pick(wanted: frozenset[Axis]) -> tuple[Axis, ...]:
         return tuple(axis for axis in ordered if axis in wanted)
 
     return Roles(
@@ -144,7 +144,7 @@ def assign(
     )
 
 
-def _in_order(*layouts: Layout) -> list[sympy.Symbol]:
+def _in_order(*layouts: Layout) -> list[Axis]:
     return list(
         dict.fromkeys(axis for layout in layouts for dimension in layout for axis in dimension)
     )

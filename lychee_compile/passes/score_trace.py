@@ -10,7 +10,7 @@ import sympy
 import torch
 import torch.fx
 
-from lychee_compile.passes.axes import Indices, size_expression
+from lychee_compile.passes.axes import Axis, Indices, size_expression
 from lychee_compile.passes.dataflow import (
     argument,
     is_tensor,
@@ -52,7 +52,7 @@ class Trace:
     product: Product
     query: Place
     key: Place
-    inner: frozenset[sympy.Symbol]
+    inner: frozenset[Axis]
     """The axes of head_dim."""
     steps: tuple[Step, ...]
 
@@ -63,7 +63,7 @@ class ScoreTracer:
     def __init__(
         self,
         elements: Elements,
-        keys: frozenset[sympy.Symbol],
+        keys: frozenset[Axis],
         is_parameter: Callable[[torch.fx.Node], bool],
     ) -> None:
         self.elements, self.keys = elements, keys
@@ -94,7 +94,7 @@ class ScoreTracer:
         inner = [axes.index(f"d{place}", size) for place, size in enumerate(product.inner_sizes())]
         left, right = product.operand_indices(indices, inner)
         sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
-        holds = [free_axes(side.indices, axes) & self.keys for side in sides]
+        holds = [free_axes(side.indices) & self.keys for side in sides]
         if bool(holds[0]) == bool(holds[1]):
             return None
         query, key = sides if holds[1] else reversed(sides)
@@ -107,7 +107,7 @@ class ScoreTracer:
         if product.added is not None:
             wide = broadcast(indices, shape_of(product.added), shape_of(node))
             steps.append(Step("plus", node, product.added, wide, fill=product.beta))
-        return Trace(product, query, key, free_axes(inner, axes), tuple(steps))
+        return Trace(product, query, key, free_axes(inner), tuple(steps))
 
     def _view(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
         viewed = source_of(node, indices, self.elements.axes)
@@ -148,7 +148,7 @@ class ScoreTracer:
         parts = argument(node, "tensors")
         start = sympy.S.Zero
         at = indices[dim]
-        if not free_axes([at], self.elements.axes) & self.keys:
+        if not free_axes([at]) & self.keys:
             return None
         offset = at.subs(dict.fromkeys(self.keys, 0))
         for place, part in enumerate(parts):

@@ -13,6 +13,7 @@ import sympy
 import torch.fx
 from sympy.logic.boolalg import Boolean
 
+from lychee_compile.passes.axes import Axis
 from lychee_compile.passes.dataflow import is_tensor, operator_key, shape_of
 from lychee_compile.passes.elements import Element, Elements, choose, is_truth, piecewise
 from lychee_compile.passes.operands import Operand, Place, free_axes
@@ -85,7 +86,7 @@ class _Sum:
     """The steps so far, summed up."""
 
     elements: Elements
-    keys: frozenset[sympy.Symbol]
+    keys: frozenset[Axis]
     expression: Element = S
     scale: sympy.Expr = sympy.S.One
     outer: sympy.Expr = sympy.S.One
@@ -116,7 +117,7 @@ class _Sum:
 
     def _differs_by_key(self, step: Step, value: Element) -> bool:
         """Whether the other operand is not the same for all keys, as far as is known."""
-        by_key = bool(free_axes(step.indices, self.elements.axes) & self.keys)
+        by_key = bool(free_axes(step.indices) & self.keys)
         return by_key and not value.is_number
 
     def _times(self, step: Step, inverse: bool = False) -> None:
@@ -219,9 +220,7 @@ class _Sum:
         self.refuse(f"scores pass through {what}")
 
 
-def sum_up(
-    trace: Trace, elements: Elements, keys: frozenset[sympy.Symbol], base_two: bool
-) -> Score:
+def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bool) -> Score:
     """All steps of `trace` as one score."""
     total = _Sum(elements, keys)
     number = trace.query.factor * trace.key.factor

@@ -9,7 +9,7 @@ import torch.fx
 
 from lychee_compile.passes import torch_private
 from lychee_compile.passes.attention import Attention, Rejected
-from lychee_compile.passes.axes import Axes, Indices
+from lychee_compile.passes.axes import Axes, Axis, Indices
 from lychee_compile.passes.dataflow import value_of
 from lychee_compile.passes.elements import Elements
 from lychee_compile.passes.names import Names
@@ -67,7 +67,7 @@ class Pieces:
     value: Place
     reader: torch.fx.Node
     """The product that reads the values."""
-    keys: frozenset[sympy.Symbol]
+    keys: frozenset[Axis]
     base_two: bool = False
     is_causal: bool = False
     dropout: float = 0.0
@@ -91,20 +91,20 @@ def settle(pieces: Pieces, elements: Elements, scene: Scene) -> Attention | Reje
         ],
     }
     found = {name: deepest(chain, axes) for name, chain in chains.items()}
-    rows = free_axes(pieces.score_dims, axes)
+    rows = free_axes(pieces.score_dims)
     if any(each is None for each in found.values()):
         return Rejected(pieces.node, "its operands are laid out in a way that is not understood")
     places = {name: each[0] for name, each in found.items() if each}
     query, key, value = (each[1] for each in found.values() if each)
     shared = (key.axes | value.axes) & rows
-    why = _misfit(pieces, axes, query, key, value, shared, rows)
+    why = _misfit(pieces, query, key, value, shared, rows)
     if why:
         return Rejected(pieces.node, why)
     features = _features(trace, axes, scene)
     if features is not None and pieces.keys & features[1]:
         return Rejected(pieces.node, "its softmax runs over features, not over tokens")
     roles = _roles(
-        pieces, axes, shared, rows, None if features is None else features[0], (query, key, value)
+        pieces, shared, rows, None if features is None else features[0], (query, key, value)
     )
     score = sum_up(
         replace(trace, query=places["query"], key=places["key"]),
@@ -143,12 +143,12 @@ def _forms(chain: list[Place], place: Place, key: Operand, axes: Axes) -> tuple[
 
 
 def _misfit(
-    pieces: Pieces, axes: Axes, query: Operand, key: Operand, value: Operand,
-    shared: frozenset[sympy.Symbol], rows: frozenset[sympy.Symbol],
+    pieces: Pieces, query: Operand, key: Operand, value: Operand,
+    shared: frozenset[Axis], rows: frozenset[Axis],
 ) -> str:  # fmt: skip
     """Why the operands are not those of an attention; empty where they are."""
     inner = pieces.trace.inner
-    out = free_axes(pieces.out, axes)
+    out = free_axes(pieces.out)
     if not pieces.keys <= key.axes or not pieces.keys <= value.axes:
         return "its keys or values do not extend over what the softmax runs over"
     if not key.axes <= shared | pieces.keys | inner:
@@ -162,7 +162,7 @@ def _misfit(
 
 def _features(
     trace: Trace, axes: Axes, scene: Scene
-) -> tuple[frozenset[sympy.Symbol], frozenset[sympy.Symbol]] | None:
+) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
     """Axes that projections of queries or keys make, and those that projections of keys make."""
     query = features_of(trace.query.node, trace.query.indices, axes, scene.is_parameter)
     key = features_of(trace.key.node, trace.key.indices, axes, scene.is_parameter)
@@ -172,14 +172,14 @@ def _features(
 
 
 def _roles(
-    pieces: Pieces, axes: Axes, shared: frozenset[sympy.Symbol], rows: frozenset[sympy.Symbol],
-    features: frozenset[sympy.Symbol] | None, operands: tuple[Operand, Operand, Operand],
+    pieces: Pieces, shared: frozenset[Axis], rows: frozenset[Axis],
+    features: frozenset[Axis] | None, operands: tuple[Operand, Operand, Operand],
 ) -> Roles:  # fmt: skip
     query, key, value = operands
-    dims = [_axes_of(index, axes) for index in pieces.score_dims]
+    dims = [_axes_of(index) for index in pieces.score_dims]
     if pieces.heads_first:  # [..., heads, query positions]
         features = frozenset(dims[-2]) if len(dims) > 1 else frozenset()
-    order = [axis for index in pieces.out for axis in _axes_of(index, axes)]
+    order = [axis for index in pieces.out for axis in _axes_of(index)]
     value_dim = [axis for axis in order if axis not in rows]
     return assign(
         shared,
@@ -195,10 +195,10 @@ def _roles(
     )
 
 
-def _axes_of(index: sympy.Expr, axes: Axes) -> tuple[sympy.Symbol, ...]:
+def _axes_of(index: sympy.Expr) -> tuple[Axis, ...]:
     """The axes of an index, outermost first."""
-    terms = [(sympy.diff(index, axis), axis) for axis in index.free_symbols if axis in axes.sizes]
-    return tuple(axis for _, axis in sorted(terms, key=lambda term: -_magnitude(term[0])))
+    strides = [(_magnitude(index.coeff(axis)), str(axis), axis) for axis in index.atoms(Axis)]
+    return tuple(axis for *_, axis in sorted(strides, reverse=True))
 
 
 def _magnitude(stride: sympy.Expr) -> float:

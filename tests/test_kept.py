@@ -1,0 +1,158 @@
+"""Real models whose attention must stay as it is: it does, says why, and computes what it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import lychee_compile
+from lychee_compile.passes.site import Site
+
+pytest.importorskip("transformers")
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+with pytest.MonkeyPatch.context() as paths:
+    paths.syspath_prepend(BENCHMARKS)  # the benchmark's parts import each other as scripts do
+    import coverage_calls
+    import coverage_models
+
+ARCHITECTURES = {each.name: each for each in coverage_models.ARCHITECTURES}
+OPTIONS = {"budget": 16, "sinks": 2, "recent": 4, "chunk": (2, 4)}
+
+pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+
+
+def built(name: str, implementation: str) -> Any:
+    return ARCHITECTURES[name].build(implementation)
+
+
+def inputs(name: str, model: Any, phase: str) -> dict[str, Any]:
+    """The same tensors at every call, and a new cache."""
+    return coverage_calls.arguments(model, ARCHITECTURES[name], phase)
+
+
+def compiled(model: Any) -> Any:
+    return torch.compile(model, backend="lychee", options=OPTIONS)
+
+
+def sites() -> list[Site]:
+    """What was found in all that has been compiled."""
+    found = [site for report in lychee_compile.reports() for site in report.sites]
+    assert counters["lychee"]["found"] == len(found) > 0
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_oss", "t5"])
+def test_attention_whose_weights_are_asked_for(name: str) -> None:
+    model = built(name, "eager")
+    expected = model(**inputs(name, model, "static"), output_attentions=True)
+    given = inputs(name, model, "static")
+    got = compiled(model)(**given, output_attentions=True)
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    weights = "decoder_attentions" if "decoder_attentions" in expected else "attentions"
+    assert got[weights][0].shape[-2] == 1
+    torch.testing.assert_close(got[weights], expected[weights], atol=1e-5, rtol=1e-5)
+    for site in sites():
+        assert (site.form, site.decision, site.by_design) == ("eager", "kept", False)
+        assert "weights" in site.reason
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_same_attention_is_sparse_where_they_are_not(name: str) -> None:
+    model = built(name, "eager")
+    compiled(model)(**inputs(name, model, "static"))
+    assert {site.decision for site in sites()} == {"sparse"}
+
+
+@pytest.mark.parametrize("name", ["bert", "whisper"])
+def test_weights_of_an_encoder(name: str) -> None:
+    model = built(name, "eager")
+    given = inputs(name, model, "forward")
+    expected = model(**given, output_attentions=True)
+    got = compiled(model)(**given, output_attentions=True)
+    weights = "encoder_attentions" if "encoder_attentions" in expected else "attentions"
+    torch.testing.assert_close(got[weights], expected[weights], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-5)
+    for site in sites():
+        assert site.decision == "kept"
+        assert "weights" in site.reason
+
+
+DROPOUT = [("gpt2", "eager"), ("gpt2", "sdpa"), ("t5", "eager"), ("opt", "eager")]
+
+
+def with_dropout(name: str, implementation: str) -> Any:
+    """A model in training mode whose attention drops weights, and nothing else does."""
+    model = built(name, implementation).train()
+    dropping = [key for key in ("attn_pdrop", "dropout_rate", "attention_dropout") if key in vars(model.config)]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+        elif hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.3
+    assert dropping
+    return model
+
+
+@pytest.mark.parametrize(("name", "implementation"), DROPOUT)
+def test_dropout_while_training(name: str, implementation: str) -> None:
+    model = with_dropout(name, implementation)
+    outputs = []
+    for forward in (model, compiled(model)):
+        given = inputs(name, model, "static")
+        torch.manual_seed(2)
+        outputs.append(forward(**given).logits)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    for site in sites():
+        assert site.decision == "kept"
+        assert "dropout" in site.reason
+
+
+def gradients(model: Any, forward: Any, given: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """A loss and its gradients by all parameters."""
+    torch.manual_seed(2)
+    with torch.enable_grad():
+        loss = forward(**given)[0].square().mean()
+        used = [each for each in model.parameters() if each.requires_grad]
+        found = torch.autograd.grad(loss, used, allow_unused=True)
+    return loss, [torch.zeros(0) if each is None else each for each in found]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        ("llama", "sdpa"),
+        ("llama", "eager"),
+        ("gpt2", "eager"),
+        ("gemma2", "eager"),
+        ("gpt_oss", "eager"),
+        ("bert", "sdpa"),
+        ("t5", "eager"),
+    ],
+)
+def test_gradients_are_those_of_eager(name: str, implementation: str, training: bool) -> None:
+    model = built(name, implementation).train(training)
+    expected_loss, expected = gradients(model, model, inputs(name, model, "forward"))
+    loss, got = gradients(model, compiled(model), inputs(name, model, "forward"))
+    torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    for site in sites():
+        assert (site.decision, site.by_design) == ("kept", False)
+        assert "gradients" in site.reason
+
+
+def test_gradients_of_one_decoding_step() -> None:
+    model = built("llama", "eager")
+    results = []
+    for forward in (model, compiled(model)):
+        given = inputs("llama", model, "dynamic")
+        results.append(gradients(model, forward, given))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+    assert {site.decision for site in sites()} == {"kept"}

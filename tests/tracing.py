@@ -1,0 +1,92 @@
+"""Graphs as the backend sees them, of functions of a few lines, and the values of what is read of them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+from lychee_compile.passes.axes import Axes, Indices, SplitAxis
+from lychee_compile.passes.dataflow import shape_of
+
+FINEST = 12
+
+
+class Traced:
+    """`function` of `inputs` as a pre-dispatch ATen graph; `dynamic` dimensions have symbolic sizes."""
+
+    def __init__(
+        self, function: Callable[..., Any], *inputs: Tensor, dynamic: tuple[int, ...] = ()
+    ) -> None:
+        self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        fakes = [self._fake(each, dynamic) for each in inputs]
+        with self.mode, torch.fx.traceback.preserve_node_meta():
+            self.gm = make_fx(function, pre_dispatch=True, tracing_mode="real")(*fakes)
+        self.inputs = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        outputs: Any = next(node for node in self.gm.graph.nodes if node.op == "output").args[0]
+        self.outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        self.values: dict[sympy.Symbol, int] = {}
+        for real, fake in zip(inputs, fakes, strict=True):
+            for size, symbolic in zip(real.shape, fake.shape, strict=True):
+                if isinstance(symbolic, torch.SymInt) and symbolic.node.expr.is_Symbol:
+                    self.values[symbolic.node.expr] = size
+
+    def _fake(self, tensor: Tensor, dynamic: tuple[int, ...]) -> Tensor:
+        sizes = [
+            DimDynamic.DYNAMIC if dim in dynamic else DimDynamic.STATIC
+            for dim in range(tensor.dim())
+        ]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return self.mode.from_tensor(tensor, symbolic_context=context)
+
+    def size(self, expression: Any) -> int:
+        """A size with the sizes of the inputs put in."""
+        return int(sympy.sympify(expression).subs(self.values))
+
+    def at(self, axes: Axes, indices: Indices, shape: Any, place: tuple[int, ...]) -> dict:
+        """Values of all symbols at one place of a tensor, whole dimensions of which `indices` are."""
+        values: dict[sympy.Symbol, int] = dict(self.values)
+        for index, size, at in zip(indices, shape, place, strict=True):
+            digits = axes.digits(index, size)
+            assert digits is not None, f"{index} is a whole dimension"
+            for axis in reversed(digits):
+                at, values[axis] = divmod(at, self.size(axes.sizes[axis]))
+            assert at == 0
+        return values
+
+
+def with_finer_axes(match: Callable[[Axes], Any]) -> Any:
+    """`match` with axes fine enough. Unlike the detector's own it does not give up in silence."""
+    axes = Axes()
+    asked = []
+    for _ in range(FINEST):
+        try:
+            return match(axes)
+        except SplitAxis as request:
+            asked.append(str(request))
+            axes.split(request)
+    raise AssertionError(f"axes are split for ever: {asked}")
+
+
+def whole(axes: Axes, node: torch.fx.Node, name: str = "o") -> Indices:
+    """An index over each dimension of a tensor."""
+    return tuple(axes.index(f"{name}{place}", size) for place, size in enumerate(shape_of(node)))
+
+
+def places(shape: tuple[int, ...], most: int, seed: int = 0) -> Iterator[tuple[int, ...]]:
+    """All places of a tensor of this shape, or as many random ones."""
+    every = list(itertools.product(*map(range, shape)))
+    yield from random.Random(seed).sample(every, min(most, len(every)))
