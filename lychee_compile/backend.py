@@ -14,7 +14,7 @@ from torch import Tensor
 from lychee_compile.options import Options
 from lychee_compile.passes import torch_private
 from lychee_compile.passes.attention import Rejected
-from lychee_compile.passes.caches import CacheBinding
+from lychee_compile.passes.caches import CacheBinding, find_writes
 from lychee_compile.passes.check import check_graph
 from lychee_compile.passes.dataflow import operator_name
 from lychee_compile.passes.decide import Plan, describe_rejected, plan_site
@@ -100,8 +100,9 @@ def analyse(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Op
     needs_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
     config = options.index_config()
     found = find_attention(traced, written)
+    writes = find_writes(traced.graph)
     plans = [
-        plan_site(each, traced.graph, config, needs_gradients)
+        plan_site(each, traced.graph, writes, config, needs_gradients)
         for each in found
         if not isinstance(each, Rejected)
     ]

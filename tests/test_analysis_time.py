@@ -97,23 +97,22 @@ class Timed:
     report: Report
     nodes: int
     retrace: float
-    """Seconds that PyTorch took to trace the graph again."""
+    """Seconds of the processor that PyTorch took to trace the graph again."""
     passes: float
     """Seconds that finding, recovering, binding and deciding took."""
 
 
-def timed(layers: int, attend: Attend, monkeypatch: pytest.MonkeyPatch) -> Timed:
-    """The quicker of two analyses of a decoding step: the machine may be busy with something."""
+def timed(layers: int, attend: Attend, monkeypatch: pytest.MonkeyPatch, repeat: int = 1) -> Timed:
+    """The quickest of some analyses of a decoding step."""
     analyses: list[Timed] = []
 
     def inspect(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        analyses.extend(_analysis(gm, inputs, monkeypatch) for _ in range(2))
+        analyses.extend(_analysis(gm, inputs, monkeypatch) for _ in range(repeat))
         return gm.forward
 
     model = Decoder(layers, attend).eval()
     torch.compile(model, backend=inspect)(torch.randn(1, 1, WIDTH), torch.tensor([SIZE // 2]))
-    first, second = analyses
-    return min(first, second, key=lambda each: each.passes)
+    return min(analyses, key=lambda each: each.passes)
 
 
 def _analysis(gm: torch.fx.GraphModule, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> Timed:
@@ -121,25 +120,28 @@ def _analysis(gm: torch.fx.GraphModule, inputs: Any, monkeypatch: pytest.MonkeyP
     original = torch_private.retrace
 
     def retrace(*given: Any) -> torch.fx.GraphModule:
-        begin = time.perf_counter()
+        begin = time.process_time()
         traced = original(*given)
-        spent.append(time.perf_counter() - begin)
+        spent.append(time.process_time() - begin)
         return traced
 
     with monkeypatch.context() as patched:
         patched.setattr(torch_private, "retrace", retrace)
-        begin = time.perf_counter()
+        begin = time.process_time()
         analysis = analyse(gm, inputs, Options(budget=32, sinks=2, recent=8, chunk=(2, 4)))
-        whole = time.perf_counter() - begin
+        whole = time.process_time() - begin
     nodes = len(analysis.gm.graph.nodes)
     return Timed(analysis.report, nodes, sum(spent), whole - sum(spent))
 
 
-@pytest.mark.parametrize("attend", [eager, sdpa], ids=lambda attend: attend.__name__)
+@pytest.mark.parametrize(
+    "attend", [eager, pytest.param(sdpa, marks=pytest.mark.thorough)], ids=["eager", "sdpa"]
+)
 def test_eighty_layers(
     attend: Attend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few, many = (timed(layers, attend, monkeypatch) for layers in (10, 80))
+    few = timed(10, attend, monkeypatch, repeat=2)  # the first one also imports parts of sympy
+    many = timed(80, attend, monkeypatch)
     for layers, each in ((10, few), (80, many)):
         with capsys.disabled():
             sys.stdout.write(
@@ -148,4 +150,4 @@ def test_eighty_layers(
             )
         assert [site.decision for site in each.report.sites] == ["sparse"] * layers
     assert many.passes < 2.0
-    assert many.passes / many.nodes < 2.5 * few.passes / few.nodes
+    assert many.passes / 80 < 2.5 * few.passes / 10

@@ -21,7 +21,7 @@ FEW = settings(max_examples=50)
 
 @st.composite
 def indices(draw) -> tuple[list[int], list[int], int]:
-    """Sizes of axes, a stride for each, which may be negative, and an offset that keeps all >= 0."""
+    """Sizes of axes, a stride for each, negative too, and an offset that keeps all >= 0."""
     sizes = draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))
     strides = [draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, -1, -2, -4])) for _ in sizes]
     least = sum(min(0, stride * (size - 1)) for stride, size in zip(strides, sizes, strict=True))
@@ -216,4 +216,3 @@ def test_an_empty_tensor_is_reshaped() -> None:
     whole = (axes.index("a", 0), axes.index("b", 4))
     assert len(axes.reshape(whole, (0, 4), (4, 0))) == 2
     assert len(axes.reshape(whole, (0, 4), (0,))) == 1
-

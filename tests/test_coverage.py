@@ -22,15 +22,17 @@ with pytest.MonkeyPatch.context() as paths:
     import coverage_table
     import coverage_truth
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers, about each other
+
 ARCHITECTURES = {each.name: each for each in coverage_models.ARCHITECTURES}
 REPRESENTATIVES = {
     "llama": ["sdpa", "eager", "flex"],
-    "mistral": ["sdpa", "eager"],
+    "mistral": ["eager"],
     "gemma2": ["eager"],
-    "gpt2": ["sdpa", "eager"],
+    "gpt2": ["sdpa"],
     "bloom": ["eager"],
     "gpt_oss": ["eager"],
-    "deepseek_v3": ["sdpa", "eager"],
+    "deepseek_v3": ["sdpa"],
     "minimax": ["eager"],
     "bert": ["sdpa", "eager", "flex"],
     "deberta_v2": ["eager"],

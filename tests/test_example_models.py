@@ -164,11 +164,13 @@ def test_encoder_decoder() -> None:
     assert [(site.query_len, site.kv_len) for site in decoder] == [(12, 12), (12, 20)] * 2
 
 
-def test_window_attention() -> None:
-    plain, shifted = exact(example("window_attention").Stage().eval(), torch.randn(2, 3, 16, 16))
+@pytest.mark.parametrize("window", [4, 7])
+def test_window_attention(window: int) -> None:
+    model = example("window_attention").Stage(window=window).eval()
+    plain, shifted = exact(model, torch.randn(2, 3, 4 * window, 4 * window))
     for site in (plain, shifted):
         assert (site.form, site.query_heads, site.head_dim) == ("eager", 4, 8)
-        assert (site.query_len, site.kv_len) == (16, 16)
+        assert (site.query_len, site.kv_len) == (window**2, window**2)
         assert "relative_position_bias_table" in site.score
     assert "100" in shifted.score
     assert "100" not in plain.score

@@ -32,7 +32,7 @@ with pytest.MonkeyPatch.context() as paths:
 ARCHITECTURES = {each.name: each for each in coverage_models.ARCHITECTURES}
 OPTIONS = {"budget": 12, "sinks": 2, "recent": 4, "chunk": (2, 4)}
 CALLS = {
-    "llama": ["sdpa forward", "sdpa static", "sdpa dynamic", "flex forward"],
+    "llama": ["sdpa forward", "sdpa static", "sdpa dynamic"],
     "gpt2": ["eager forward", "eager static", "sdpa dynamic"],
     "gemma2": ["eager forward", "eager static"],
     "gemma3": ["sdpa forward", "sdpa static", "eager dynamic"],
@@ -44,7 +44,6 @@ CALLS = {
     "whisper": ["sdpa forward", "eager static"],
 }
 """Attention implementations of transformers, and calls of `coverage_calls`."""
-IMPLEMENTATIONS = {"flex": "flex_attention"}
 SECTIONS = {
     "forward": "a forward pass",
     "static": "a decoding step over a static cache",
@@ -71,7 +70,7 @@ def test_no_text_is_left_over() -> None:
 def section(name: str, implementation: str, phase: str) -> str:
     """What is found in one call of an architecture."""
     architecture = ARCHITECTURES[name]
-    model = architecture.build(IMPLEMENTATIONS.get(implementation, implementation))
+    model = architecture.build(implementation)
     given = coverage_calls.arguments(model, architecture, phase)
     torch.manual_seed(0)
     report = lychee_compile.explain(model, options=OPTIONS, **given)
@@ -89,13 +88,13 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 def _facts(site: Site) -> Iterator[tuple[str, object]]:
-    """What is known of a site; its line, which moves with transformers' releases, without number."""
+    """What is known of a site, without the number of its line, which releases move."""
     yield "source", _unnumbered(site.source)
     yield "form", site.form
     sizes = f"{site.head_dim}" if site.value_head_dim == site.head_dim else ""
     sizes = sizes or f"{site.head_dim}, of values {site.value_head_dim}"
     yield "heads", f"{site.query_heads} of queries, {site.kv_heads} of keys, of size {sizes}"
-    yield "lengths", f"{site.query_len} queries, {site.kv_len} keys"
+    yield "lengths", f"{site.query_len} of queries, {site.kv_len} of keys"
     yield "score", site.score + ("" if site.monotone else " (not proved to grow with s)")
     yield "mask", site.mask
     yield "visible", site.predicate or "all"

@@ -38,6 +38,7 @@ def writes(traced: Traced) -> list[str]:
         node.name
         for node in traced.gm.graph.nodes
         if getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        and not node.name.startswith("detach_")  # of a constant
     ]
 
 
@@ -124,7 +125,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "idle padding": lambda t: torch.nn.functional.pad(t, (0, 0)),
     "indexed": lambda t: t[torch.tensor([0, 1])],
     "meshgrid": lambda t: torch.broadcast_tensors(t, t)[0],
-    "atleast": lambda t: torch.atleast_1d(t),
+    "atleast": torch.atleast_1d,
 }
 
 
@@ -143,18 +144,20 @@ def test_a_write_through_what_may_be_a_view(made: str, view) -> None:
     check(function, torch.randint(1, 9, (4, 4)).float())
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_sequence_of_views_writes_and_reads(data) -> None:
     """Two tensors, views of them, and views of views, written and read in any order."""
     views = sorted(set(VIEWS) - {"dtype", "diag_embed", "hsplit", "meshgrid", "complex", "view"})
     steps = data.draw(
         st.lists(
-            st.tuples(st.sampled_from(["view", "write", "read"]), st.integers(0, 5), st.integers(0, 40)),
+            st.tuples(
+                st.sampled_from(["view", "write", "read"]), st.integers(0, 5), st.integers(0, 40)
+            ),
             min_size=2,
             max_size=7,
         )
-    )  # fmt: skip
+    )
     note(str([(kind, which, views[how % len(views)]) for kind, which, how in steps]))
 
     def function(x):
@@ -164,7 +167,7 @@ def test_any_sequence_of_views_writes_and_reads(data) -> None:
             if kind == "view" and tensor.shape == (4, 4):
                 tensors.append(VIEWS[views[how % len(views)]](tensor))
             elif kind == "write":
-                (tensor.add_(how), tensor.mul_(2), tensor.clamp_(max=3), tensor.zero_())[:1]
+                tensor.add_(how)
                 tensor.masked_fill_(tensor > 20, float(how))
             else:
                 read.append(tensor * 1)
@@ -252,7 +255,9 @@ def test_attention_over_scores_that_are_written_is_right(change: Step) -> None:
 
     def step(q, k, v, k_new, at):
         k.index_copy_(2, at, k_new)
-        return change(q @ k.mT, k).softmax(-1) @ v
+        unread = torch.arange(SIZE) > 150  # the budget holds all keys but one
+        scores = change(q @ k.mT, k)
+        return scores.masked_fill(unread, -torch.inf).softmax(-1) @ v
 
     site = decoded(step)
     if change in (through_a_slice, through_a_view, through_two_views):
@@ -269,6 +274,6 @@ def decoded(step: Callable[..., Tensor]) -> Site:
         q, k_new = torch.randn(2, 1, 2, 1, DIM)
         got = compiled(q, k, v, k_new, torch.tensor([at]))
         expected = step(q, k_eager, v, k_new, torch.tensor([at]))
-        torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     (site,) = lychee_compile.reports()[-1].sites
     return site

@@ -1,4 +1,4 @@
-"""Graphs as the backend sees them, of functions of a few lines, and the values of what is read of them."""
+"""Graphs of short functions as the backend sees them, and values of what is read of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 import torch.fx
+from sympy.logic.boolalg import Boolean
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,12 +22,14 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from lychee_compile.passes.axes import Axes, Indices, SplitAxis
 from lychee_compile.passes.dataflow import shape_of
+from lychee_compile.passes.elements import Flag
+from lychee_compile.passes.names import Names
 
 FINEST = 12
 
 
 class Traced:
-    """`function` of `inputs` as a pre-dispatch ATen graph; `dynamic` dimensions have symbolic sizes."""
+    """`function` of `inputs` as a pre-dispatch ATen graph; sizes of `dynamic` dims are symbols."""
 
     def __init__(
         self, function: Callable[..., Any], *inputs: Tensor, dynamic: tuple[int, ...] = ()
@@ -57,14 +60,15 @@ class Traced:
         return int(sympy.sympify(expression).subs(self.values))
 
     def at(self, axes: Axes, indices: Indices, shape: Any, place: tuple[int, ...]) -> dict:
-        """Values of all symbols at one place of a tensor, whole dimensions of which `indices` are."""
+        """Values of all symbols at one place of a tensor; `indices` are those of all of it."""
         values: dict[sympy.Symbol, int] = dict(self.values)
-        for index, size, at in zip(indices, shape, place, strict=True):
+        for index, size, number in zip(indices, shape, place, strict=True):
             digits = axes.digits(index, size)
             assert digits is not None, f"{index} is a whole dimension"
+            rest = number
             for axis in reversed(digits):
-                at, values[axis] = divmod(at, self.size(axes.sizes[axis]))
-            assert at == 0
+                rest, values[axis] = divmod(rest, self.size(axes.sizes[axis]))
+            assert rest == 0
         return values
 
 
@@ -90,3 +94,41 @@ def places(shape: tuple[int, ...], most: int, seed: int = 0) -> Iterator[tuple[i
     """All places of a tensor of this shape, or as many random ones."""
     every = list(itertools.product(*map(range, shape)))
     yield from random.Random(seed).sample(every, min(most, len(every)))
+
+
+def loads(traced: Traced, names: Names, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What every node of the graph computes, by the name its elements go by."""
+    found: dict[str, Tensor] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                found[names.of(n)] = value.clone()
+            return value
+
+    Recorder(traced.gm).run(*(each.clone() for each in inputs))
+    return found
+
+
+def evaluate(element: Any, at: dict[sympy.Symbol, int], values: dict[str, Tensor]) -> Any:
+    """The number that an expression of axes and of elements of tensors stands for."""
+    element = sympy.sympify(element)
+    if isinstance(element, sympy.Piecewise):  # not evaluated: the other branches may be nonsense
+        for value, condition in element.args:
+            if evaluate(condition, at, values):
+                return evaluate(value, at, values)
+    if isinstance(element, Flag):
+        return bool(evaluate(element.args[0], at, values))
+    if isinstance(element, sympy.Indexed):
+        index = [int(evaluate(each, at, values)) for each in element.indices]
+        tensor = values[str(element.base)]
+        assert all(0 <= i < n for i, n in zip(index, tensor.shape, strict=True)), element
+        return tensor[tuple(index)].item()
+    if element.is_Symbol:
+        return at[element] if element in at else values[element.name].item()
+    if not element.args:
+        return bool(element) if isinstance(element, Boolean) else float(element)
+    parts = [evaluate(each, at, values) for each in element.args]
+    made = element.func(*(sympy.sympify(each) for each in parts))
+    return bool(made) if isinstance(made, Boolean) else float(made)

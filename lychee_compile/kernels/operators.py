@@ -101,7 +101,8 @@ def sparse_attention(
         return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()
     for observer in observers:
         observer(SparseCall(site, query, key, mask, scale, softcap, index, selection))
-    return attend(query, key, value, selection, mask, scale, softcap, extra)[0]
+    output, _ = attend(query, key, value, selection, mask, scale, softcap, extra)
+    return output.contiguous()
 
 
 @sparse_attention.register_fake

@@ -176,6 +176,8 @@ class Axes:
             following = next((each for each in terms if _equal(each[0], stride)), None)
             if following is None:
                 return None
+            if following[1] in found:
+                return None
             terms.remove(following)
             found.insert(0, following[1])
             stride *= self.sizes[following[1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from lychee_compile.passes.dataflow import (
     through_copies,
     value_of,
 )
-from lychee_compile.passes.views import is_pure_view
+from lychee_compile.passes.views import storage_of, written_by
 
 Slot = int | torch.fx.Node
 
@@ -73,7 +74,22 @@ _NO_CACHE = "the keys are not read from a cache"
 _UNKNOWN_WRITE = "the form of the cache write is not known"
 
 
-def bind_cache(attention: Attention, graph: torch.fx.Graph) -> CacheBinding | Unbound:
+Writes = Mapping[torch.fx.Node, list[torch.fx.Node]]
+"""Operators that write to a tensor or a view of it, by tensor."""
+
+
+def find_writes(graph: torch.fx.Graph) -> Writes:
+    """All writes of a graph, in order."""
+    found: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in graph.nodes:
+        for target in written_by(node):
+            found.setdefault(storage_of(target), []).append(node)
+    return found
+
+
+def bind_cache(
+    attention: Attention, graph: torch.fx.Graph, writes: Writes
+) -> CacheBinding | Unbound:
     """The cache that the keys of `attention` are read from, or why none was recognised."""
     reasons = []
     for key in reversed(attention.key_forms):
@@ -83,7 +99,7 @@ def bind_cache(attention: Attention, graph: torch.fx.Graph) -> CacheBinding | Un
         if len(places) != 1 or key.layout[places[0]] != attention.roles.key:
             continue
         try:
-            return _Binder(key.node, attention.node, graph, places[0]).bind()
+            return _Binder(key.node, attention.node, graph, writes, places[0]).bind()
         except _NotBoundError as error:
             reasons.append(error.unbound)
     telling = [each for each in reasons if each.reason != _NO_CACHE]
@@ -92,9 +108,15 @@ def bind_cache(attention: Attention, graph: torch.fx.Graph) -> CacheBinding | Un
 
 class _Binder:
     def __init__(
-        self, key: torch.fx.Node, reader: torch.fx.Node, graph: torch.fx.Graph, token_dim: int
+        self,
+        key: torch.fx.Node,
+        reader: torch.fx.Node,
+        graph: torch.fx.Graph,
+        writes: Writes,
+        token_dim: int,
     ) -> None:
         self._key, self._reader, self._graph, self._dim = key, reader, graph, token_dim
+        self._writes = writes
 
     def bind(self) -> CacheBinding:
         held = self._behind_prefixes(self._key)
@@ -138,7 +160,7 @@ class _Binder:
             raise _NotBoundError(*_ROLLING)
         if positions is None:
             raise _NotBoundError("the cache is written at other indices than token positions")
-        if cache.op != "placeholder" or writes_of(write) or len(writes_of(cache)) > 1:
+        if cache.op != "placeholder" or self._writes.get(cache) != [write]:
             raise _NotBoundError(
                 "the tensor written to is no input of the graph, or is written more than once"
             )
@@ -161,7 +183,7 @@ class _Binder:
 
     def _read(self, cache: torch.fx.Node) -> CacheBinding:
         """A cache that is written through a view of it, or not at all."""
-        writes = writes_of(cache)
+        writes = self._writes.get(cache, [])
         if not writes:
             return CacheBinding(self._key, self._dim, "static", cache, None)
         (write, *more) = writes
@@ -246,17 +268,3 @@ def _slot(bound: Any, kv_len: int | torch.SymInt) -> Slot | None:
     if isinstance(bound, torch.fx.Node):
         return bound
     return None if size is None or bound is None else slice(bound, None).indices(size)[0]
-
-
-def writes_of(tensor: torch.fx.Node) -> list[torch.fx.Node]:
-    """Operators that write `tensor` or a view of it."""
-    found = []
-    for user in tensor.users:
-        schema = getattr(user.target, "_schema", None)
-        if schema is None:
-            continue
-        if user.args and user.args[0] is tensor and schema.is_mutable:
-            found.append(user)
-        elif is_pure_view(user):
-            found.extend(writes_of(user))
-    return found

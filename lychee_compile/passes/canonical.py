@@ -98,7 +98,9 @@ class Canonicaliser:
         extra, roles = self._attention.score.extra, self._attention.roles
         if extra is None:
             return None
-        return self._rearrange(extra, roles.score_layout()[:3], whole=False)
+        node = self._rearrange(extra, roles.score_layout()[:3], whole=False)
+        times = self._attention.score.extra_times
+        return node if times == 1 else self._emit(aten.mul.Scalar, node, times)
 
     def _mask(self) -> torch.fx.Node | None:
         score = self._attention.score

@@ -12,7 +12,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators import DEVICES, DTYPES, LONGEST_QUERY
 from lychee_compile.passes.attention import Attention, FusedModule, Rejected
 from lychee_compile.passes.axes import Axis
-from lychee_compile.passes.caches import CacheBinding, bind_cache
+from lychee_compile.passes.caches import CacheBinding, Writes, bind_cache
 from lychee_compile.passes.dataflow import module_path, operator_name, source_line, value_of
 from lychee_compile.passes.masks import Reading
 from lychee_compile.passes.site import RejectedSite, Site
@@ -35,13 +35,14 @@ class Plan:
 def plan_site(
     attention: Attention | FusedModule,
     graph: torch.fx.Graph,
+    writes: Writes,
     config: IndexConfig,
     needs_gradients: bool,
 ) -> Plan:
     """Look at one attention and decide: `site.decision` is "sparse" or, with a reason, "kept"."""
     if isinstance(attention, FusedModule):
         return Plan(attention, _describe_module(attention), None)
-    bound = bind_cache(attention, graph)
+    bound = bind_cache(attention, graph, writes)
     binding = bound if isinstance(bound, CacheBinding) else None
     site = _describe(attention, bound.kind)
     unsupported = (

@@ -20,7 +20,7 @@ import torch.fx
 
 from lychee_compile.passes.attention import Attention, FusedModule, Rejected
 from lychee_compile.passes.axes import Axes, Axis, Indices
-from lychee_compile.passes.dataflow import argument, operator_key, shape_of
+from lychee_compile.passes.dataflow import argument, operator_key, shape_of, value_of
 from lychee_compile.passes.elements import Elements
 from lychee_compile.passes.fused import find_fused, with_finer_axes
 from lychee_compile.passes.names import Names
@@ -69,10 +69,15 @@ def _products_with(weights: torch.fx.Node) -> Iterator[Product]:
         for user in node.users:
             product = product_of(user)
             if product is not None and {product.left, product.right} & reached:
-                yield product
+                if all(map(_holds_floats, (product.left, product.right))):
+                    yield product
             elif user not in reached and _carries(user):
                 reached.add(user)
                 waiting.append(user)
+
+
+def _holds_floats(node: torch.fx.Node) -> bool:
+    return bool(value_of(node).dtype.is_floating_point)
 
 
 def _carries(node: torch.fx.Node) -> bool:
@@ -184,7 +189,8 @@ def _quotient(node: torch.fx.Node) -> torch.fx.Node | None:
     """The division by the sum that follows the product with the values."""
     while len(node.users) == 1:
         (user,) = node.users
-        if operator_key(user) in DIVISIONS or operator_key(user) == "mul":
+        divides = operator_key(user) in DIVISIONS and user.args[0] is node
+        if divides or operator_key(user) == "mul":
             return user if shape_of(user) == shape_of(node) else None
         if operator_key(user) not in MERE_COPIES:
             return None
@@ -238,7 +244,7 @@ class _WeightWalk:
         if key == "nan_to_num":
             return
         condition, zero = self._zeroes(node, place)
-        if zero == 0:
+        if zero is not None and zero.is_zero:
             if operator_key(condition) != "isnan":
                 self._zeroed.append(condition)
             return

@@ -18,8 +18,16 @@ import torch
 import torch.fx
 from sympy.logic.boolalg import Boolean, BooleanFunction
 
-from lychee_compile.passes.axes import ZERO, Axes, Index, Indices
-from lychee_compile.passes.dataflow import argument, operator_key, scalar_of, shape_of, value_of
+from lychee_compile.passes.axes import ZERO, Axes, Axis, Index, Indices, size_expression
+from lychee_compile.passes.dataflow import (
+    argument,
+    first_input,
+    is_tensor,
+    operator_key,
+    scalar_of,
+    shape_of,
+    value_of,
+)
 from lychee_compile.passes.names import Names
 from lychee_compile.passes.views import broadcast, source_of, storage_of
 
@@ -80,7 +88,7 @@ class Elements:
             return (
                 self.load(node, indices) if self._depth > DEEPEST else self._evaluate(node, indices)
             )
-        except TooLarge:
+        except (TooLarge, TypeError, NotImplementedError):  # sympy raises where kinds do not mix
             return self.load(node, indices)
         finally:
             self._depth -= 1
@@ -92,10 +100,11 @@ class Elements:
     def load(self, node: torch.fx.Node, indices: Indices) -> Element:
         """An element that stays what it is, by name."""
         name = self.names.of(node)
-        element = (
-            sympy.Indexed(sympy.IndexedBase(name), *indices) if indices else sympy.Symbol(name)
-        )
-        return Flag(element) if value_of(node).dtype == torch.bool else element
+        dtype = value_of(node).dtype if is_tensor(node) else torch.float32
+        kind = {} if dtype.is_floating_point or dtype == torch.bool else {"integer": True}
+        symbol = sympy.Symbol(name, **kind)
+        element = sympy.Indexed(sympy.IndexedBase(symbol, **kind), *indices) if indices else symbol
+        return Flag(element) if dtype == torch.bool else element
 
     def _evaluate(self, node: torch.fx.Node, indices: Indices) -> Element:
         if self.is_opaque(node) or node.op != "call_function":
@@ -124,23 +133,31 @@ class Elements:
                 operands.append(self.of(value, broadcast(indices, shape_of(value), shape_of(node))))
             elif isinstance(value, (int, float, torch.fx.Node)):
                 operands.append(self.of(value))
-        alpha = scalar_of(node.kwargs.get("alpha", 1))
+        alpha = scalar_of(argument(node, "alpha", 1))
+        if alpha is None:
+            return self.load(node, indices)
         if alpha != 1:
-            operands[1] = choose(_arithmetic(lambda value: value * alpha), operands[1])
-        return choose(function, *operands)
+            scaled = 0 if operator_key(node) == "rsub" else 1
+            operands = operands[:2]
+            operands[scaled] = choose(_arithmetic(lambda value: value * alpha), operands[scaled])
+        result = choose(function, *operands)
+        return choose(truth, result) if value_of(node).dtype == torch.bool else result
 
     def _converted(self, node: torch.fx.Node, indices: Indices) -> Element:
-        source = node.args[0]
-        element = self.of(source, indices)
-        if value_of(node).dtype == torch.bool:
-            return choose(_truth, element)
-        return choose(_number, element)
+        element = self.of(first_input(node), indices)
+        before, after = value_of(first_input(node)).dtype, value_of(node).dtype
+        if after == torch.bool:
+            return choose(truth, element)
+        if before.is_floating_point and not element.is_integer:
+            return self.load(node, indices)
+        return choose(number, element)
 
 
 def _changes_kind(node: torch.fx.Node) -> bool:
-    """Whether a cast turns a bool into a number or the reverse."""
-    before = value_of(node.args[0])  # type: ignore[arg-type]
-    return (before.dtype == torch.bool) != (value_of(node).dtype == torch.bool)
+    """Whether a cast goes to truth values, or from them, or cuts off fractions."""
+    before, after = value_of(first_input(node)).dtype, value_of(node).dtype
+    cuts = before.is_floating_point and not after.is_floating_point
+    return cuts or (before == torch.bool) != (after == torch.bool)
 
 
 def is_truth(value: Element) -> bool:
@@ -177,7 +194,7 @@ def piecewise(branches: list[tuple[Element, Boolean]]) -> Element:
     return sympy.Piecewise(*branches, evaluate=False) if len(branches) > 1 else branches[0][0]
 
 
-def _number(value: Element) -> sympy.Expr:
+def number(value: Element) -> sympy.Expr:
     """A truth value as 1 or 0, as arithmetic takes it."""
     if value in (sympy.true, sympy.false):
         return sympy.Integer(int(bool(value)))
@@ -186,7 +203,8 @@ def _number(value: Element) -> sympy.Expr:
     return value
 
 
-def _truth(value: Element) -> Boolean:
+def truth(value: Element) -> Boolean:
+    """A number as whether it is not zero."""
     if is_truth(value):
         return value
     return sympy.Ne(value, 0)
@@ -196,7 +214,7 @@ def _arithmetic(function: Callable[..., Any]) -> Callable[..., Element]:
     """A function of numbers; truth values among its operands count as 1 and 0."""
 
     def apply(*operands: Element) -> Element:
-        numbers = [_number(each) for each in operands]
+        numbers = [number(each) for each in operands]
         if any(isinstance(each, sympy.Piecewise) for each in numbers):
             return choose(function, *numbers)
         return function(*numbers)
@@ -205,7 +223,7 @@ def _arithmetic(function: Callable[..., Any]) -> Callable[..., Element]:
 
 
 def _logical(function: Callable[..., Any]) -> Callable[..., Element]:
-    return lambda *operands: function(*(_truth(each) for each in operands))
+    return lambda *operands: function(*(truth(each) for each in operands))
 
 
 def _bitwise(logical: Callable[..., Any]) -> Callable[..., Element]:
@@ -229,7 +247,7 @@ FUNCTIONS: dict[str, Callable[..., Element]] = {
     "neg": _arithmetic(lambda a: -a),
     "abs": _arithmetic(sympy.Abs),
     "exp": _arithmetic(sympy.exp),
-    "log": _arithmetic(sympy.log),
+    "log": _arithmetic(lambda a: -sympy.oo if a.is_zero else sympy.log(a)),
     "sqrt": _arithmetic(sympy.sqrt),
     "rsqrt": _arithmetic(lambda a: 1 / sympy.sqrt(a)),
     "reciprocal": _arithmetic(lambda a: 1 / a),
@@ -284,12 +302,19 @@ def _operand(elements: Elements, node: torch.fx.Node, place: int, indices: Indic
 
 def _where(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
     condition, yes, no = (_operand(elements, node, place, indices) for place in (0, 1, 2))
-    return _branch(_truth(condition), yes, no)
+    return _branch(truth(condition), *_of_one_kind(node, yes, no))
 
 
 def _masked_fill(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
     before, hidden, fill = (_operand(elements, node, place, indices) for place in (0, 1, 2))
-    return _branch(_truth(hidden), fill, before)
+    return _branch(truth(hidden), *_of_one_kind(node, fill, before))
+
+
+def _of_one_kind(node: torch.fx.Node, *values: Element) -> list[Element]:
+    """Truth values for a tensor of truth values: scalars among them come as numbers."""
+    if value_of(node).dtype != torch.bool:
+        return list(values)
+    return [choose(truth, value) for value in values]
 
 
 def _branch(condition: Boolean, yes: Element, no: Element) -> Element:
@@ -310,7 +335,7 @@ def _triangle(keeps: Callable[[Index, Index, Any], Boolean]) -> Callable[..., El
         inside = keeps(indices[-2], indices[-1], diagonal)
         value = elements.of(node.args[0], indices)
         if value_of(node).dtype == torch.bool:
-            return sympy.And(inside, _truth(value))
+            return sympy.And(inside, truth(value))
         return _branch(inside, value, ZERO)
 
     return rule
@@ -337,12 +362,12 @@ def _constant(value: int) -> Callable[..., Element]:
 def _full(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
     name = "s" if operator_key(node) == "scalar_tensor" else "fill_value"
     value = elements.of(argument(node, name))
-    return _truth(value) if value_of(node).dtype == torch.bool else value
+    return truth(value) if value_of(node).dtype == torch.bool else value
 
 
 def _index(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
     """Indexing with tensors that are next to each other, as in `cache[rows, positions]`."""
-    source, chosen = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    source, chosen = first_input(node), list(argument(node, "indices"))
     places = [place for place, each in enumerate(chosen) if each is not None]
     bools = any(value_of(each).dtype == torch.bool for each in chosen if each is not None)
     if bools or places != list(range(places[0], places[-1] + 1)):
@@ -360,7 +385,48 @@ def _index(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element
     at = [elements.of(each, broadcast(ours, shape_of(each), wide)) for each in tensors]
     if any(isinstance(each, sympy.Piecewise) or is_truth(each) for each in at):
         return elements.load(node, indices)
+    sizes = [shape_of(source)[place] for place in places]
+    at = [_from_front(each, size, elements.axes) for each, size in zip(at, sizes, strict=True)]
+    # What a tensor holds may be negative: that names an element only of what stays a tensor.
+    if source.op == "call_function" and not all(each.is_nonnegative for each in at):
+        return elements.load(node, indices)
     return elements.of(source, (*before, *at, *after))
+
+
+def _from_front(index: Index, size: Any, axes: Axes) -> Index:
+    """An index by numbers and axes that is negative, and so counts from the end, made positive."""
+    ends = {axis: axes.sizes[axis] - 1 for axis in index.atoms(Axis)}
+    known = index.is_number or (ends and index.free_symbols == set(ends))
+    if known and index.xreplace(ends).is_negative:
+        return sympy.expand(index + size_expression(size))
+    return index
+
+
+def _index_select(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
+    """`index_select`, and `embedding`, which selects rows."""
+    if operator_key(node) == "embedding":
+        source, dim, chosen = argument(node, "weight"), 0, argument(node, "indices")
+    else:
+        source, chosen = argument(node, "self"), argument(node, "index")
+        dim = argument(node, "dim") % len(shape_of(source))
+    rank = len(shape_of(chosen))
+    at = elements.of(chosen, indices[dim : dim + rank])
+    if isinstance(at, sympy.Piecewise) or is_truth(at):
+        return elements.load(node, indices)
+    if source.op == "call_function" and not at.is_nonnegative:
+        return elements.load(node, indices)
+    return elements.of(source, (*indices[:dim], at, *indices[dim + rank :]))
+
+
+def _index_put(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
+    """`x[mask] = number`."""
+    chosen, value = argument(node, "indices"), argument(node, "values")
+    whole = len(chosen) == 1 and value_of(chosen[0]).dtype == torch.bool
+    if not whole or len(shape_of(chosen[0])) != len(indices) or shape_of(value):
+        return elements.load(node, indices)
+    filled, before = elements.of(value), elements.of(node.args[0], indices)
+    hidden = truth(elements.of(chosen[0], indices))
+    return _branch(hidden, *_of_one_kind(node, filled, before))
 
 
 _SPECIAL: dict[str, Callable[[Elements, torch.fx.Node, Indices], Element]] = {
@@ -383,4 +449,7 @@ _SPECIAL: dict[str, Callable[[Elements, torch.fx.Node, Indices], Element]] = {
     "new_full": _full,
     "scalar_tensor": _full,
     "index": _index,
+    "index_select": _index_select,
+    "embedding": _index_select,
+    "index_put": _index_put,
 }

@@ -8,12 +8,11 @@ from typing import Any
 import sympy
 import torch
 import torch.fx
-from sympy.logic.boolalg import Boolean
 
 from lychee_compile.passes.attention import Attention
 from lychee_compile.passes.axes import Axes, Indices
 from lychee_compile.passes.dataflow import scalar_of
-from lychee_compile.passes.elements import Element, Elements, is_truth
+from lychee_compile.passes.elements import Element, Elements, truth
 from lychee_compile.passes.scores import S, Score
 from lychee_compile.passes.settle import Scene
 
@@ -36,7 +35,7 @@ def flex_score(
     visible: Any = sympy.true
     if not _unblocked(blocks):
         visible = _call(blocks[-1], indices, mask_others, attention.axes, scene)  # type: ignore[index]
-    score = replace(_simple_score(modified), expression=modified, visible=_as_predicate(visible))
+    score = replace(_simple_score(modified), expression=modified, visible=truth(visible))
     refused = attention.refused
     if not _unblocked(blocks):
         refused = (
@@ -63,10 +62,6 @@ def _call(
     elements = Elements(axes, scene.names, given=values)
     result = next(each for each in inner.graph.nodes if each.op == "output").args[0]
     return elements.of(result[0] if isinstance(result, (tuple, list)) else result)
-
-
-def _as_predicate(value: Element) -> Boolean:
-    return value if is_truth(value) else sympy.Ne(value, 0)
 
 
 def _simple_score(modified: Element) -> Score:

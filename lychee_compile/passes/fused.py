@@ -30,7 +30,10 @@ def find_fused(scene: Scene) -> Iterator[Attention | FusedModule | Rejected]:
     for node in scene.order.nodes:
         key = operator_key(node)
         if key == "scaled_dot_product_attention":
-            yield with_finer_axes(lambda axes, node=node: _from_sdpa(node, axes, scene))  # type: ignore[misc]
+            found = with_finer_axes(lambda axes, node=node: _from_sdpa(node, axes, scene))  # type: ignore[misc]
+            yield found or Rejected(
+                node, "its operands are laid out in a way that is not understood"
+            )
         elif node.target is torch.ops.higher_order.flex_attention:
             found = with_finer_axes(lambda axes, node=node: _from_flex(node, axes, scene))  # type: ignore[misc]
             if found is not None:

@@ -185,13 +185,15 @@ def key_bound(condition: Boolean) -> KeyBound | None:
     if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
         return None
     greater, less = condition.gts, condition.lts
-    slack = sympy.Integer(1 if isinstance(condition, (sympy.Lt, sympy.Gt)) else 0)
-    room = sympy.expand(greater - less - slack)  # >= 0
+    room = sympy.expand(greater - less)  # at least 0, or more than 0
     times = room.coeff(KV, 1)
     rest = sympy.expand(room - times * KV)
     if KV in rest.free_symbols or times not in (1, -1):
         return None
-    return KeyBound(rest, upper=True) if times == -1 else KeyBound(-rest, upper=False)
+    strict = int(isinstance(condition, (sympy.Lt, sympy.Gt)))
+    if times == -1:
+        return KeyBound((sympy.ceiling(rest) - 1) if strict else sympy.floor(rest), upper=True)
+    return KeyBound((sympy.floor(-rest) + 1) if strict else sympy.ceiling(-rest), upper=False)
 
 
 def _is_causal(condition: Boolean) -> bool:
@@ -214,7 +216,11 @@ def _short_names(attention: Attention, *expressions: sympy.Basic) -> dict[sympy.
         if leaf not in attention.axes.sizes
     }
     short = attention.names.shortened(sorted(leaves))
-    return {leaves[name]: sympy.Symbol(base) for name, base in short.items() if name != base}
+    return {
+        leaves[name]: sympy.Symbol(base, **leaves[name].assumptions0)
+        for name, base in short.items()
+        if name != base
+    }
 
 
 def _expanded(element: sympy.Indexed) -> sympy.Indexed:

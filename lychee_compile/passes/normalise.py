@@ -16,7 +16,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.dataflow import aten, first_input, operator_key, value_of
-from lychee_compile.passes.views import storage_of
+from lychee_compile.passes.views import storage_of, written_by
 
 
 def normalise(gm: torch.fx.GraphModule, mode: Any) -> frozenset[torch.fx.Node]:
@@ -29,10 +29,10 @@ def normalise(gm: torch.fx.GraphModule, mode: Any) -> frozenset[torch.fx.Node]:
         storage = storage_of(node)
         if storage is not node:
             views.setdefault(storage, []).append(node)
-        if not _writes_first_argument(node):
-            continue
-        if storage.op == "call_function" and not _made_functional(node, order, views, mode):
-            written.add(storage)
+        targets = [storage_of(each) for each in written_by(node)]
+        made_here = [each for each in targets if each.op == "call_function"]
+        if made_here and not (len(targets) == 1 and _made_functional(node, order, views, mode)):
+            written.update(made_here)
     return frozenset(written)
 
 
@@ -40,12 +40,6 @@ def _has_effect(node: torch.fx.Node) -> bool:
     """Whether a node nobody reads must stay, as must all that are not PyTorch's own."""
     known = operator_key(node) or node.target is operator.getitem
     return bool(node.is_impure()) or (node.op == "call_function" and not known)
-
-
-def _writes_first_argument(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    mutates = schema is not None and schema.is_mutable
-    return mutates and operator_key(node) not in ("", "detach_", "requires_grad_")
 
 
 def _made_functional(
@@ -70,6 +64,8 @@ def _made_functional(
     value = _value(functional, node, mode)
     before = value_of(target)
     if value is None or value.dtype != before.dtype or value.shape != before.shape:
+        return False
+    if value.stride() != before.stride():
         return False
     graph = node.graph
     with graph.inserting_before(node):

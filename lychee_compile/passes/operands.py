@@ -48,7 +48,9 @@ class Place:
             if held is None:
                 return None
             layout.append(held)
-        return Operand(self.node, tuple(layout))
+        axes_held = [axis for held in layout for axis in held]
+        repeats = len(set(axes_held)) < len(axes_held)  # a diagonal
+        return None if repeats else Operand(self.node, tuple(layout))
 
 
 def places_behind(

@@ -121,7 +121,7 @@ def _added(first: str, second: str) -> Any:
         alpha, beta = (scalar_of(argument(node, name, 1)) for name in ("alpha", "beta"))
         if made is None or alpha is None or beta is None:
             return None
-        added = argument(node, "self") if beta != 0 else None
+        added = None if beta.is_zero else argument(node, "self")
         fields = {**vars(made), "added": added, "alpha": alpha, "beta": beta}
         return Product(**fields)
 

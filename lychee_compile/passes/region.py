@@ -8,7 +8,7 @@ import networkx as nx
 import torch.fx
 
 from lychee_compile.passes.dataflow import operator_key
-from lychee_compile.passes.views import storage_of
+from lychee_compile.passes.views import storage_of, written_by
 
 
 class Order:
@@ -94,10 +94,8 @@ def overwritten_before(
         memory, place = storage_of(tensor), order.place[reader]
         earliest[memory] = min(place, earliest.get(memory, place))
     for node in order.nodes[min(earliest.values(), default=0) : order.place[last]]:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable or not node.all_input_nodes:
-            continue
-        read_at = earliest.get(storage_of(node.all_input_nodes[0]))
-        if read_at is not None and read_at < order.place[node]:
-            return True
+        for target in written_by(node):
+            read_at = earliest.get(storage_of(target))
+            if read_at is not None and read_at < order.place[node]:
+                return True
     return False

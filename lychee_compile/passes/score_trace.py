@@ -15,7 +15,6 @@ from lychee_compile.passes.dataflow import (
     argument,
     is_tensor,
     operator_key,
-    scalar_of,
     shape_of,
     value_of,
 )
@@ -175,9 +174,11 @@ def _step_of(node: torch.fx.Node, place: int, indices: Indices) -> Step:
     """The step that `node` is, where operand `place` carries the scores."""
     key = _SYNONYMS.get(operator_key(node), operator_key(node))
     kind = _KINDS.get((key, place)) or _KINDS.get((key, None))
-    plain = scalar_of(node.kwargs.get("alpha", 1)) == 1 and not node.kwargs.get("rounding_mode")
+    plain = argument(node, "alpha", 1) == 1 and not argument(node, "rounding_mode")
     if kind is None or not plain or (key == "clamp" and argument(node, "max") is not None):
         return Step("other", node, key)
+    if key == "index_put":
+        return _filled_by_index(node, indices)
     if kind == "fill":
         hidden, fill = (1, 2) if key == "masked_fill" else (0, 3 - place)
         step = Step("fill", node, node.args[hidden], fill=node.args[fill], when=place != 1)
@@ -192,18 +193,27 @@ def _step_of(node: torch.fx.Node, place: int, indices: Indices) -> Step:
     return replace(step, indices=broadcast(indices, shape_of(step.other), shape_of(node)))
 
 
+def _filled_by_index(node: torch.fx.Node, indices: Indices) -> Step:
+    """`scores[mask] = number` as a fill."""
+    chosen, value = argument(node, "indices"), argument(node, "values")
+    whole = len(chosen) == 1 and len(shape_of(chosen[0])) == len(indices)
+    if not whole or value_of(chosen[0]).dtype != torch.bool or shape_of(value):
+        return Step("other", node, "index_put")
+    return Step("fill", node, chosen[0], indices, fill=value)
+
+
 _SYNONYMS = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"}
 _KINDS: dict[tuple[str, int | None], str] = {
     ("add", None): "plus", ("sub", 0): "minus", ("sub", 1): "from", ("rsub", 0): "from",
     ("rsub", 1): "minus", ("mul", None): "times", ("div", 0): "over", ("neg", 0): "times",
     ("tanh", 0): "tanh", ("maximum", None): "floor", ("max", None): "floor",
     ("clamp_min", 0): "floor", ("clamp", 0): "floor", ("masked_fill", 0): "fill",
-    ("where", 1): "fill", ("where", 2): "fill",
+    ("where", 1): "fill", ("where", 2): "fill", ("index_put", 0): "fill",
 }  # fmt: skip
 """Kind of step by operator and by which operand carries the scores."""
 _ELEMENTWISE = {
     "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "neg",
     "tanh", "maximum", "max", "clamp_min", "clamp", "masked_fill", "where", "minimum",
     "clamp_max", "relu", "sigmoid", "pow", "exp", "abs", "sqrt", "leaky_relu", "nan_to_num",
-    "gelu", "silu", "square", "sin", "cos", "softplus", "elu", "hardtanh",
+    "gelu", "silu", "square", "index_put", "sin", "cos", "softplus", "elu", "hardtanh",
 }  # fmt: skip

@@ -15,7 +15,7 @@ from sympy.logic.boolalg import Boolean
 
 from lychee_compile.passes.axes import Axis
 from lychee_compile.passes.dataflow import is_tensor, operator_key, shape_of
-from lychee_compile.passes.elements import Element, Elements, choose, is_truth, piecewise
+from lychee_compile.passes.elements import Element, Elements, choose, number, piecewise, truth
 from lychee_compile.passes.operands import Operand, Place, free_axes
 from lychee_compile.passes.score_trace import Step, Trace
 
@@ -50,7 +50,7 @@ class Bias:
         """Whether all it does is to hide keys, by low numbers."""
         if not isinstance(self.element, sympy.Piecewise):
             return False
-        return all(value == 0 or _hides(value * self.times) for value, _ in self.element.args)
+        return all(value.is_zero or _hides(value * self.times) for value, _ in self.element.args)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Score:
     """Which keys are visible, a predicate over the axes."""
     extra: Operand | None = None
     """Logits that take part in the softmax and have no value: attention sinks."""
+    extra_times: float = 1.0
+    """What they are multiplied by."""
     unsupported: str = ""
     """What could not be expressed, in words."""
 
@@ -98,7 +100,10 @@ class _Sum:
     biases: list[Bias] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     hidden: list[Boolean] = field(default_factory=list)
+    zeroed: list[Boolean] = field(default_factory=list)
+    """Where scores were multiplied by zero: right only where they are hidden, too."""
     extra: Operand | None = None
+    extra_times: sympy.Expr = sympy.S.One
     unsupported: str = ""
 
     def refuse(self, why: str) -> None:
@@ -109,6 +114,10 @@ class _Sum:
 
     def _value(self, step: Step) -> Element:
         return self.elements.of(step.other, step.indices)
+
+    def _amount(self, step: Step) -> Element:
+        """The other operand as a number; truth values count as 1 and 0."""
+        return choose(number, self._value(step))
 
     def _operand(self, step: Step) -> Operand | None:
         if not isinstance(step.other, torch.fx.Node):
@@ -121,10 +130,12 @@ class _Sum:
         return by_key and not value.is_number
 
     def _times(self, step: Step, inverse: bool = False) -> None:
-        value = self._value(step)
+        value = self._amount(step)
         self.expression = choose(lambda a, b: a / b if inverse else a * b, self.expression, value)
         if value.is_number:
             self._times_number(1 / value if inverse else value)
+        elif not inverse and _zero_conditions(value) is not None:
+            self.zeroed += _zero_conditions(value) or []
         elif self._differs_by_key(step, value):
             self.refuse("scores are multiplied by a tensor that differs from key to key")
         elif self.capped or self.biases or self.masks or self.extra:
@@ -137,10 +148,9 @@ class _Sum:
                 self.factors.append((operand, inverse))
 
     def _times_number(self, value: sympy.Expr) -> None:
-        if not value.is_positive:
+        if not value.is_positive and (self.masks or self.biases or self.extra or self.capped):
             self.refuse(f"scores are multiplied by {value}, which turns their order around")
-        if self.extra:
-            self.refuse("scores are scaled after an extra logit was added")
+        self.extra_times *= value
         if self.capped:
             self.outer *= value
         else:
@@ -151,11 +161,10 @@ class _Sum:
         self._times(step, inverse=True)
 
     def _plus(self, step: Step, sign: int = 1) -> None:
-        value = choose(
-            lambda a: a * sign * (1 if step.fill is None else step.fill), self._value(step)
-        )
+        times = sign * (1 if step.fill is None else step.fill)
+        value = choose(lambda a: a * times, self._amount(step))
         if not self._differs_by_key(step, value):
-            self.shifted = self.shifted or value != 0
+            self.shifted = self.shifted or not value.is_zero
             return
         shown = _shown(value) if isinstance(value, sympy.Piecewise) else value
         self.expression = choose(lambda a, b: a + b, self.expression, shown)
@@ -167,8 +176,7 @@ class _Sum:
                 else "a bias after an extra logit"
             )
             return
-        times = float(sign * (1 if step.fill is None else step.fill))
-        self.biases.append(Bias(operand, times, self._value(step)))
+        self.biases.append(Bias(operand, float(times), self._amount(step)))
         if isinstance(value, sympy.Piecewise):
             self.hidden += [condition for low, condition in _exclusive(value) if _hides(low)]
 
@@ -201,7 +209,7 @@ class _Sum:
             self.refuse("a mask whose layout is not known")
             return
         self.masks.append(Mask(operand, step.when, float(fill)))
-        condition = value if is_truth(value) else sympy.Ne(value, 0)
+        condition = truth(value)
         self.hidden.append(condition if step.when else sympy.Not(condition))
 
     def _filled(self, step: Step) -> Element:
@@ -211,6 +219,7 @@ class _Sum:
         )
 
     def _extra(self, step: Step) -> None:
+        self.extra_times = sympy.S.One
         self.extra = self._operand(step)
         if self.extra is None or self.shifted:
             self.refuse("an extra logit whose layout is not known")
@@ -232,9 +241,14 @@ def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bo
         total.apply(Step("times", trace.product.node, sympy.log(2)))
     cap = total.outer if total.capped else None
     scale = total.scale * (total.outer if total.capped else 1)
+    if not scale.is_positive:
+        total.refuse(f"scores are multiplied by {scale}, which turns their order around")
+    if any(each not in total.hidden for each in total.zeroed):
+        total.refuse("scores of visible keys are set to zero")
     return Score(
         expression=total.expression,
         scale=float(scale) if scale.is_number else 1.0,
+        extra_times=float(total.extra_times) if total.extra_times.is_number else 1.0,
         softcap=None if cap is None else float(cap),
         factors=tuple(total.factors),
         biases=tuple(total.biases),
@@ -261,6 +275,15 @@ def increases(expression: sympy.Basic) -> bool:
     return False
 
 
+def _zero_conditions(value: Element) -> list[Boolean] | None:
+    """Where a choice between 0 and 1 is 0; None for anything else."""
+    if not isinstance(value, sympy.Piecewise):
+        return None
+    if not all(each.is_zero or (each - 1).is_zero for each, _ in value.args):
+        return None
+    return [condition for each, condition in _exclusive(value) if each.is_zero]
+
+
 def _exclusive(choice: sympy.Piecewise) -> list[tuple[sympy.Expr, Boolean]]:
     """The branches of a choice, each with the condition under which it is taken."""
     taken, branches = sympy.false, []
@@ -279,4 +302,6 @@ def _shown(choice: sympy.Piecewise) -> Element:
 
 
 def _hides(value: Element) -> bool:
-    return bool(value.is_number) and bool(value <= HIDDEN_BELOW)
+    """Whether a score of this, or of this and something, is that of a hidden key."""
+    low = value.as_coeff_Add()[0] if isinstance(value, sympy.Add) else value
+    return bool(low.is_number and low.is_extended_real and low <= HIDDEN_BELOW)

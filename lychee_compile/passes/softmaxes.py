@@ -100,7 +100,7 @@ def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
 def _readers(total: torch.fx.Node) -> Iterator[torch.fx.Node]:
     """What divides by `total`."""
     for user in _users_behind_shapes(total):
-        if operator_key(user) in DIVISIONS:
+        if operator_key(user) in DIVISIONS and _behind_shapes(user.args[1]) is total:
             yield user
         elif operator_key(user) == "reciprocal":
             yield from (each for each in _users_behind_shapes(user) if operator_key(each) == "mul")
@@ -118,7 +118,9 @@ def divisor_place(
     reader: torch.fx.Node, indices: Indices, softmax: Softmax, axes: Axes
 ) -> Indices | None:
     """Indices at which `reader`, whose own are `indices`, reads the total of a softmax."""
-    for operand in reader.args[:2]:
+    if len(indices) != len(shape_of(reader)):
+        return None
+    for operand in reader.args[1:2] if operator_key(reader) in DIVISIONS else reader.args[:2]:
         if not isinstance(operand, torch.fx.Node):
             continue
         node, at = operand, broadcast(indices, shape_of(operand), shape_of(reader))
@@ -131,6 +133,12 @@ def divisor_place(
         if node is softmax.total:
             return at
     return None
+
+
+def _behind_shapes(node: object) -> object:
+    while isinstance(node, torch.fx.Node) and operator_key(node) in _SHAPES:
+        node = first_input(node)
+    return node
 
 
 def _behind_copies(node: torch.fx.Node) -> torch.fx.Node:

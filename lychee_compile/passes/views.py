@@ -206,23 +206,52 @@ MERE_COPIES = {key for key, rule in _RULES.items() if rule is _copy}
 
 def storage_of(node: torch.fx.Node) -> torch.fx.Node:
     """The node whose memory `node` shows, or may show: itself where it has its own."""
-    while True:
-        if node.target is operator.getitem:
-            several = first_input(node)
-            if operator_key(several) not in _SEVERAL:
-                return node
-            node = first_input(several)
-            continue
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or operator_key(node) in _FRESH:
+    while node.op == "call_function" and node.args:
+        several = node.target is operator.getitem
+        maker = first_input(node) if several else node
+        if not _may_share(maker) or not isinstance(maker.args[0], (torch.fx.Node, list, tuple)):
             return node
-        writes = schema.is_mutable and operator_key(node).endswith("_")
-        if not writes and operator_key(node) not in _RULES:
-            return node
-        node = first_input(node)
+        source: Any = maker.args[0]
+        if not isinstance(source, torch.fx.Node):  # broadcast_tensors and meshgrid take a list
+            source = source[node.args[1] if several else 0]
+        node = source
+    return node
+
+
+def _may_share(node: torch.fx.Node) -> bool:
+    """Whether an operator may give its input's memory, changed in place or not."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or operator_key(node) in _FRESH:
+        return False
+    annotated = any(each.alias_info is not None for each in schema.returns)
+    return annotated or operator_key(node) in _UNANNOTATED
 
 
 _FRESH = {"clone", "_to_copy", "lift_fresh_copy", "repeat", "tile", "repeat_interleave", "flip"}
+_UNANNOTATED = {
+    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "atleast_1d",
+    "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "type_as",
+    "hsplit", "vsplit", "dsplit", "rrelu", "lift_fresh",
+}  # fmt: skip
+"""Operators that may return a view of an input without saying so."""
+
+
+def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The tensors that an operator writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if (
+        schema is None
+        or not schema.is_mutable
+        or operator_key(node) in ("detach_", "requires_grad_")
+    ):
+        return []
+    written = []
+    for formal in schema.arguments:
+        if formal.alias_info is not None and formal.alias_info.is_write:
+            given = argument(node, formal.name)
+            given = given if isinstance(given, (list, tuple)) else [given]
+            written += [each for each in given if isinstance(each, torch.fx.Node)]
+    return written
 
 
 def is_view_of_part(node: torch.fx.Node) -> bool:

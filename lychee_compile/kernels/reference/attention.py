@@ -69,12 +69,11 @@ def attend(
     score = capped(grouped @ rows_at(key, slot).to(work).transpose(-1, -2) * scale, softcap)
     hidden = padding[..., None, :]
     if mask is not None:
-        at = _mask_at(mask, slot, query_heads)
-        if at.dtype == torch.bool:
-            hidden = hidden | ~at
-        else:
-            score = score + at.to(work)
-            hidden = hidden | (at <= torch.finfo(at.dtype).min / 2)
+        if mask.dtype != torch.bool:
+            score = score + _mask_at(mask, slot, query_heads).to(work)
+        seen = selection.visible.mask if mask.dtype != torch.bool else mask
+        if seen is not None:
+            hidden = hidden | ~_mask_at(seen, slot, query_heads)
     score = score.masked_fill(hidden, -torch.inf)
     log_total = score.logsumexp(-1)
     if extra is not None:

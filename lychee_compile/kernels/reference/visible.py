@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LOW = 9999.0
+"""A key whose bias is this far below another's has no weight that a float32 can hold."""
+
 
 @dataclass(frozen=True)
 class Visible:
@@ -46,8 +49,9 @@ def visible_keys(
     """Read an SDPA mask: None, bool or additive float, broadcastable to [B, Hq, Tq, L].
 
     A float mask hides a key where it is at or below half the lowest finite number of its dtype, as
-    -inf and `torch.finfo(dtype).min` are; elsewhere it is a bias. A key is a candidate where any
-    head sees it; `mask` and `bias` keep the heads apart.
+    -inf and `torch.finfo(dtype).min` are, or lies `LOW` below the row's highest, as -10000 and -1e9
+    do; elsewhere it is a bias. A key is a candidate where any head sees it; `mask` and `bias` keep
+    the heads apart.
     """
     if mask is None:
         full = torch.full((batch, query_len), kv_len, dtype=torch.int64, device=device)
@@ -56,6 +60,7 @@ def visible_keys(
     bias = None
     if mask.dtype != torch.bool:
         seen = mask > torch.finfo(mask.dtype).min / 2
+        seen &= mask.float() > mask.float().amax(-1, keepdim=True) - LOW
         if bool(((mask != 0) & seen).any()):
             bias = mask
     else:
