@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -85,7 +86,8 @@ def _measure_phase(model: nn.Module, architecture: Architecture, empty: Result) 
         refusal = _why_dynamo_fails(model, given)
         if refusal is not None:
             return replace(empty, note=f"Dynamo: {_brief(refusal, architecture)}")
-        return replace(result, failure=_brief(error, architecture), details=str(error))
+        trace = "".join(traceback.format_exception(_cause(error), limit=-6))
+        return replace(result, failure=_brief(error, architecture), details=trace)
     result = replace(result, found=len(report.sites))
     if result.complete:
         return result
@@ -116,9 +118,15 @@ def _details(truth: Truth, report: Any) -> str:
     return "\n".join([*lines, str(report)])
 
 
+def _cause(error: Exception) -> Exception:
+    """What a backend raised, where `error` is Dynamo's wrapping of it."""
+    return getattr(error, "inner_exception", error)
+
+
 def _brief(error: Exception, architecture: Architecture) -> str:
     """The first sentence, without the name of the class, so that equal reasons are equal."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    sentence = lines[0].split(". ")[0].rstrip(".")
+    cause = _cause(error)
+    lines = str(cause).strip().splitlines() or [""]
+    sentence = lines[0].split(". ")[0].rstrip(".") or type(cause).__name__
     sentence = sentence.replace(architecture.model_class, "the class")
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", sentence)

@@ -238,7 +238,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "PaliGemmaForConditionalGeneration",
         "tokens with image",
         text_config=_tower("gemma"),
-        vision_config=_eye("siglip_vision_model"),
+        vision_config=_eye("siglip_vision_model") | {"vision_use_head": False},
         image_token_index=IMAGE_TOKEN,
         projection_dim=64,
     ),

@@ -56,6 +56,8 @@ class Spelling:
     """Whether it reads the keys of another sequence, which a step does not write."""
     may_stay: bool = False
     """Whether it may be left as it is when it decodes."""
+    missed: bool = False
+    """Whether it is not understood so far: left as it is, and right."""
 
     @property
     def name(self) -> str:

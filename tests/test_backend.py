@@ -192,7 +192,7 @@ def test_what_is_meant_to_be_exact_is_kept_even_when_strict(
     [
         (backend, "find_attention"),
         (torch_private, "retrace"),
-        (backend, "rewrite_sparse"),
+        (backend, "rewrite"),
         (backend, "check_graph"),
     ],
 )
@@ -214,7 +214,7 @@ def test_a_failure_of_ours_leaves_the_graph_as_it_was(
     (record,) = [each for each in caplog.records if each.name.startswith("lychee_compile")]
     assert record.levelno == logging.WARNING
     assert record.message.endswith("ZeroDivisionError: a bug of ours")
-    check_nothing_is_sparse("a bug of ours" if name in ("rewrite_sparse", "check_graph") else None)
+    check_nothing_is_sparse("a bug of ours" if name in ("rewrite", "check_graph") else None)
     torch._dynamo.reset()
     strict = torch.compile(attend, backend="lychee", options={**SPARSE, "strict": True})
     with pytest.raises(BackendCompilerFailed, match="a bug of ours"):

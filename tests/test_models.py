@@ -80,12 +80,11 @@ def decode(model: Any, forward: Callable[..., Any], kind: str, padding: list[int
     for row, pad in enumerate(padding):
         ids[row, :pad], mask[row, :pad] = 0, 0
     given: dict[str, Any] = {}
-    if any(padding):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = caches(model, kind)
     logits = []
     for begin, end in [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, PROMPT + STEPS))]:
-        if any(padding):
+        if any(padding) or model.config.model_type == "bloom":
             given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
             if model.config.model_type == "bloom":  # which counts positions from a whole mask
                 room = SLOTS if kind == "static" else end

@@ -20,7 +20,7 @@ import torch.fx
 
 from lychee_compile.passes.attention import Attention, FusedModule, Rejected
 from lychee_compile.passes.axes import Axes, Axis, Indices
-from lychee_compile.passes.dataflow import argument, operator_key, shape_of, value_of
+from lychee_compile.passes.dataflow import argument, first_input, operator_key, shape_of, value_of
 from lychee_compile.passes.elements import Elements
 from lychee_compile.passes.fused import find_fused, with_finer_axes
 from lychee_compile.passes.names import Names
@@ -35,7 +35,14 @@ from lychee_compile.passes.softmaxes import (
     divisor_place,
     find_softmaxes,
 )
-from lychee_compile.passes.views import CARRIERS, MERE_COPIES, broadcast, is_view_of_part, source_of
+from lychee_compile.passes.views import (
+    CARRIERS,
+    MERE_COPIES,
+    broadcast,
+    is_shape_operator,
+    is_view_of_part,
+    source_of,
+)
 
 Found = Attention | FusedModule | Rejected
 
@@ -89,10 +96,13 @@ def _match(
 ) -> Attention | Rejected | None:
     """The attention whose values `product` sums up; None where the softmax is not summed over."""
     elements = Elements(axes, scene.names, scene.written)
-    out = tuple(axes.index(f"o{place}", size) for place, size in enumerate(shape_of(product.node)))
+    quotient = _quotient(product.node) if softmax.deferred else None
+    node = quotient or product.node
+    out = tuple(axes.index(f"o{place}", size) for place, size in enumerate(shape_of(node)))
+    made = out if quotient is None else _behind_views(quotient, out, product.node, axes)
     inner = [axes.index(f"kv{place}", size) for place, size in enumerate(product.inner_sizes())]
     keys = free_axes(inner)
-    left, right = product.operand_indices(out, inner)
+    left, right = product.operand_indices(made, inner)
     sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
     for weights, value in (sides, reversed(sides)):
         walk = _WeightWalk(softmax, elements)
@@ -102,7 +112,7 @@ def _match(
         misfit = _misfit(softmax, at, keys)
         if misfit:
             return Rejected(softmax.node, misfit)
-        return _from_weights(softmax, product, at, walk, value, out, keys, elements, scene)
+        return _from_weights(softmax, product, node, at, walk, value, out, keys, elements, scene)
     return None
 
 
@@ -115,8 +125,8 @@ def _misfit(softmax: Softmax, at: Indices, keys: frozenset[Axis]) -> str:
 
 
 def _from_weights(
-    softmax: Softmax, product: Product, at: Indices, walk: _WeightWalk, value: Place, out: Indices,
-    keys: frozenset[Axis], elements: Elements, scene: Scene,
+    softmax: Softmax, product: Product, node: torch.fx.Node, at: Indices, walk: _WeightWalk,
+    value: Place, out: Indices, keys: frozenset[Axis], elements: Elements, scene: Scene,
 ) -> Attention | Rejected:  # fmt: skip
     tracer = ScoreTracer(elements, keys, scene.is_parameter)
     trace = tracer.trace(softmax.scores, at)
@@ -124,14 +134,10 @@ def _from_weights(
         return Rejected(softmax.node, tracer.why_not)
     if scene.is_parameter(value.node):
         return Rejected(softmax.node, "its values are a parameter: a linear layer")
-    node, refused = product.node, walk.refused
+    refused = walk.refused
+    if softmax.deferred and node is product.node:
+        refused = refused or "its sum of exponentials is used in an unknown way"
     dropped = _dropped_keys(softmax, keys, elements.axes, trace)
-    if softmax.deferred:
-        quotient = _quotient(product.node)
-        refused = refused or (
-            "" if quotient else "its sum of exponentials is used in an unknown way"
-        )
-        node = quotient or node
     total_misfit = _total_misfit(softmax, node, at, out, elements)
     pieces = Pieces(
         node=node,
@@ -192,10 +198,28 @@ def _quotient(node: torch.fx.Node) -> torch.fx.Node | None:
         divides = operator_key(user) in DIVISIONS and user.args[0] is node
         if divides or operator_key(user) == "mul":
             return user if shape_of(user) == shape_of(node) else None
-        if operator_key(user) not in MERE_COPIES:
+        if not is_shape_operator(user):
             return None
         node = user
     return None
+
+
+def _behind_views(
+    quotient: torch.fx.Node, indices: Indices, product: torch.fx.Node, axes: Axes
+) -> Indices:
+    """Indices of `product` that `quotient` reads, at its own `indices`."""
+    node = next(each for each in quotient.all_input_nodes if _comes_from(each, product))
+    while node is not product:
+        viewed = source_of(node, indices, axes)
+        assert viewed is not None
+        node, indices = viewed
+    return indices
+
+
+def _comes_from(node: torch.fx.Node, product: torch.fx.Node) -> bool:
+    while node is not product and is_shape_operator(node):
+        node = first_input(node)
+    return node is product
 
 
 class _WeightWalk:

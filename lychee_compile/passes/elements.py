@@ -237,6 +237,16 @@ def _bitwise(logical: Callable[..., Any]) -> Callable[..., Element]:
     return apply
 
 
+def _exclusive_or(left: Boolean, right: Boolean) -> Boolean:
+    """One of two; where the one implies the other, as a narrow band does a wide one, their gap."""
+    parts = [set(sympy.And.make_args(each)) for each in (left, right)]
+    if parts[0] <= parts[1]:
+        return sympy.And(left, sympy.Not(sympy.And(*(parts[1] - parts[0]))))
+    if parts[1] <= parts[0]:
+        return sympy.And(right, sympy.Not(sympy.And(*(parts[0] - parts[1]))))
+    return sympy.Xor(left, right)
+
+
 FUNCTIONS: dict[str, Callable[..., Element]] = {
     "add": _arithmetic(lambda a, b: a + b),
     "sub": _arithmetic(lambda a, b: a - b),
@@ -273,11 +283,11 @@ FUNCTIONS: dict[str, Callable[..., Element]] = {
     "logical_not": _logical(sympy.Not),
     "logical_and": _logical(sympy.And),
     "logical_or": _logical(sympy.Or),
-    "logical_xor": _logical(sympy.Xor),
+    "logical_xor": _logical(_exclusive_or),
     "bitwise_not": _bitwise(sympy.Not),
     "bitwise_and": _bitwise(sympy.And),
     "bitwise_or": _bitwise(sympy.Or),
-    "bitwise_xor": _bitwise(sympy.Xor),
+    "bitwise_xor": _bitwise(_exclusive_or),
     "__and__": _bitwise(sympy.And),
     "__or__": _bitwise(sympy.Or),
 }
@@ -387,10 +397,12 @@ def _index(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element
         return elements.load(node, indices)
     sizes = [shape_of(source)[place] for place in places]
     at = [_from_front(each, size, elements.axes) for each, size in zip(at, sizes, strict=True)]
+    found = elements.of(source, (*before, *at, *after))
     # What a tensor holds may be negative: that names an element only of what stays a tensor.
-    if source.op == "call_function" and not all(each.is_nonnegative for each in at):
-        return elements.load(node, indices)
-    return elements.of(source, (*before, *at, *after))
+    unsure = [each for each in at if not each.is_nonnegative]
+    whole = found.args[0] if isinstance(found, Flag) else found
+    named = isinstance(whole, sympy.Indexed) and all(each in whole.indices for each in unsure)
+    return found if named or not unsure else elements.load(node, indices)
 
 
 def _from_front(index: Index, size: Any, axes: Axes) -> Index:

@@ -18,6 +18,7 @@ from lychee_compile.passes.attention import Attention
 from lychee_compile.passes.dataflow import shape_of, value_of
 from lychee_compile.passes.elements import Flag
 from lychee_compile.passes.operands import Operand
+from lychee_compile.passes.scores import HIDDEN_BELOW, Bias
 
 B, H, Q, KV = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "kv"))
 
@@ -160,11 +161,25 @@ class Reading:
             return _tensor_words(masks[0].operand, "bool")
         return ""
 
+    def _padding(self, bias: Bias) -> str:
+        """The tensor that, times a large number, hides the same keys from all queries."""
+        element = sympy.expand(self._readable(bias.element) * bias.times)
+        for term in sympy.Add.make_args(element):
+            times, tensor = term.as_coeff_Mul()
+            by_key = isinstance(tensor, sympy.Indexed) and tensor.has(KV) and not tensor.has(Q)
+            if by_key and abs(times) >= -HIDDEN_BELOW:
+                return str(tensor.base)
+        return ""
+
     def _biases(self) -> Iterable[str]:
         for bias in self._attention.score.biases:
             if bias.hides:
                 continue
             plain = isinstance(bias.element, sympy.Indexed)
+            padding = self._padding(bias)
+            if padding:
+                yield f"padding {padding}"
+                continue
             kind = str(value_of(bias.operand.node).dtype).removeprefix("torch.")
             yield _tensor_words(bias.operand, f"additive {kind}") if plain else "a bias by position"
 

@@ -65,7 +65,7 @@ def _made_functional(
     before = value_of(target)
     if value is None or value.dtype != before.dtype or value.shape != before.shape:
         return False
-    if value.stride() != before.stride():
+    if _strides(value) != _strides(before):
         return False
     graph = node.graph
     with graph.inserting_before(node):
@@ -78,6 +78,11 @@ def _made_functional(
     views.get(target, []).remove(node)
     graph.erase_node(node)
     return True
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Strides where they matter."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
 def _value(functional: Any, node: torch.fx.Node, mode: Any) -> torch.Tensor | None:

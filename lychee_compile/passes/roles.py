@@ -57,20 +57,32 @@ class Roles:
 
 
 def features_of(
-    node: torch.fx.Node, indices: Indices, axes: Axes, is_parameter: Callable[[torch.fx.Node], bool]
+    node: torch.fx.Node,
+    indices: Indices,
+    axes: Axes,
+    head_dim: frozenset[Axis],
+    is_parameter: Callable[[torch.fx.Node], bool],
 ) -> frozenset[Axis] | None:
-    """The axes that are features of the projection behind `node`; None where none is in sight."""
+    """The axes that are features of the projection behind `node`.
+
+    Where no projection is in sight, those that share a dimension with `head_dim` at any place on
+    the way; None where there are none either.
+    """
+    merged: frozenset[Axis] = frozenset()
     for _ in range(FARTHEST):
-        if node.op != "call_function":
-            return None
-        found = _projected(node, indices, is_parameter)
+        found = _projected(node, indices, is_parameter) if node.op == "call_function" else None
         if found is not None:
             return free_axes(found)
+        for index in indices:
+            held = free_axes([index])
+            merged |= held if held & head_dim and held - head_dim else frozenset()
+        if node.op != "call_function":
+            break
         behind = source_of(node, indices, axes) or _first_operand(node, indices)
         if behind is None:
-            return None
+            break
         node, indices = behind
-    return None
+    return merged or None
 
 
 def _projected(
@@ -114,10 +126,12 @@ def assign(
     keys: frozenset[Axis],
     head_dim: frozenset[Axis],
     value_dim: Sequence[Axis],
+    masked: frozenset[Axis],
 ) -> Roles:
     """Sort the axes: `shared` by queries and keys, `rows` of queries alone, and so on.
 
-    `score_dims` are the axes of each dimension of the scores, but for that of the keys.
+    `score_dims` are the axes of each dimension of the scores, but for that of the keys; `masked`
+    those that a mask depends on, as it does on the position of a query and not on its head.
     """
     ordered = _in_order(key.layout, value.layout, query.layout)
     inside = keys | head_dim | set(value_dim)
@@ -127,8 +141,10 @@ def assign(
     else:
         outer = [each for each in key.layout if not inside & set(each)]
         heads = shared - set(outer[0]) if len(outer) > 1 else frozenset()
-        last = score_dims[-1] if score_dims else ()
-        group = rows - set(last)
+        alone = [each for each in score_dims if not shared & set(each)]
+        last = alone[-1] if alone else ()
+        by_mask = rows & masked
+        group = rows - (by_mask if by_mask and by_mask != rows else set(last))
 
     def pick(wanted: frozenset[Axis]) -> tuple[Axis, ...]:
         return tuple(axis for axis in ordered if axis in wanted)

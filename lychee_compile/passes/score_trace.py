@@ -126,7 +126,8 @@ class ScoreTracer:
             return _after(found, Step("other", node, "dropout")) if found and active else found
         if key == "cat":
             return self._extra_logit(node, indices)
-        if key not in _ELEMENTWISE:
+        written = key.endswith("_") and key[:-1] in _ELEMENTWISE  # see `normalise`
+        if key not in _ELEMENTWISE and not written:
             return None
         for place, operand in enumerate(node.args):
             if not isinstance(operand, torch.fx.Node) or not isinstance(

@@ -25,7 +25,7 @@ from lychee_compile.passes.products import Product
 from lychee_compile.passes.region import Order, overwritten_before, region_between, used_elsewhere
 from lychee_compile.passes.roles import Roles, assign, features_of
 from lychee_compile.passes.score_trace import Trace
-from lychee_compile.passes.scores import sum_up
+from lychee_compile.passes.scores import Score, sum_up
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,14 @@ def settle(pieces: Pieces, elements: Elements, scene: Scene) -> Attention | Reje
     features = _features(trace, axes, scene)
     if features is not None and pieces.keys & features[1]:
         return Rejected(pieces.node, "its softmax runs over features, not over tokens")
-    roles = _roles(
-        pieces, shared, rows, None if features is None else features[0], (query, key, value)
-    )
     score = sum_up(
         replace(trace, query=places["query"], key=places["key"]),
         elements,
         pieces.keys,
         pieces.base_two,
     )
+    made = None if features is None else features[0]
+    roles = _roles(pieces, shared, rows, made, (query, key, value), score)
     output = Place(pieces.node, pieces.out, sympy.S.One).operand(axes)
     assert output is not None
     return Attention(
@@ -164,8 +163,10 @@ def _features(
     trace: Trace, axes: Axes, scene: Scene
 ) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
     """Axes that projections of queries or keys make, and those that projections of keys make."""
-    query = features_of(trace.query.node, trace.query.indices, axes, scene.is_parameter)
-    key = features_of(trace.key.node, trace.key.indices, axes, scene.is_parameter)
+    query, key = (
+        features_of(place.node, place.indices, axes, trace.inner, scene.is_parameter)
+        for place in (trace.query, trace.key)
+    )
     if query is None and key is None:
         return None
     return (query or frozenset()) | (key or frozenset()), key or frozenset()
@@ -173,12 +174,15 @@ def _features(
 
 def _roles(
     pieces: Pieces, shared: frozenset[Axis], rows: frozenset[Axis],
-    features: frozenset[Axis] | None, operands: tuple[Operand, Operand, Operand],
+    features: frozenset[Axis] | None, operands: tuple[Operand, Operand, Operand], score: Score,
 ) -> Roles:  # fmt: skip
     query, key, value = operands
     dims = [_axes_of(index) for index in pieces.score_dims]
     if pieces.heads_first:  # [..., heads, query positions]
         features = frozenset(dims[-2]) if len(dims) > 1 else frozenset()
+    hiding = [bias.operand for bias in score.biases if bias.hides]
+    hiding += [mask.operand for mask in score.masks]
+    masked = frozenset(axis for operand in hiding for axis in operand.axes)
     order = [axis for index in pieces.out for axis in _axes_of(index)]
     value_dim = [axis for axis in order if axis not in rows]
     return assign(
@@ -192,6 +196,7 @@ def _roles(
         pieces.keys,
         pieces.trace.inner,
         value_dim,
+        masked,
     )
 
 

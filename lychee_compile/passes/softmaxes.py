@@ -6,7 +6,7 @@ exp(x - logsumexp(x, d, keepdim=True))         (exp(x - m) @ v) / exp(x - m).sum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.fx
@@ -51,19 +51,28 @@ class Softmax:
 def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
     """Every softmax, in order."""
     for node in graph.nodes:
-        key = operator_key(node)
-        if key in _SOFTMAXES:
+        if operator_key(node) in _SOFTMAXES:
             source = first_input(node)
             yield Softmax(node, node, source, (_dim(argument(node, "dim"), source),))
-        elif key in ("exp", "exp2"):
+        elif _exponent(node) is not None:
             found = _from_logarithm(node) or _from_exponentials(node)
             if found is not None:
                 yield found
 
 
+def _exponent(node: torch.fx.Node) -> tuple[torch.fx.Node, bool] | None:
+    """The argument of an exponential, and whether it is 2 that is raised to it."""
+    key = operator_key(node)
+    if key in ("exp", "exp2"):
+        return first_input(node), key == "exp2"
+    if key == "pow" and node.args[0] == 2 and is_tensor(node.args[1]):
+        return node.all_input_nodes[0], True
+    return None
+
+
 def _from_logarithm(node: torch.fx.Node) -> Softmax | None:
-    """exp(log_softmax(x)) and exp(x - logsumexp(x))."""
-    if operator_key(node) == "exp2":
+    """exp(log_softmax(x)), exp(x - logsumexp(x)) and exp(x - log(sum(exp(x))))."""
+    if operator_key(node) != "exp":
         return None
     source = _behind_copies(first_input(node))
     if operator_key(source) in ("log_softmax", "_log_softmax", "special_log_softmax"):
@@ -71,36 +80,67 @@ def _from_logarithm(node: torch.fx.Node) -> Softmax | None:
         return Softmax(source, node, scores, (_dim(argument(source, "dim"), scores),))
     if operator_key(source) != "sub" or not all(map(is_tensor, source.args)):
         return None
-    scores, total = source.all_input_nodes[0], source.all_input_nodes[-1]
-    while operator_key(total) in _SHAPES:
-        total = first_input(total)
+    scores, below = source.all_input_nodes[0], source.all_input_nodes[-1]
+    total = _behind_shapes(below)
+    if operator_key(total) == "log":
+        summed = _behind_shapes(first_input(total))
+        dims, inner = summed_dims(summed), _behind_copies(first_input(summed))
+        if dims is None or operator_key(inner) != "exp":
+            return None
+        return _log_form(node, scores, inner, summed, dims)
     if operator_key(total) not in ("logsumexp", "special_logsumexp"):
         return None
-    if _behind_copies(first_input(total)) is not _behind_copies(scores):
+    return _log_form(node, scores, total, total, argument(total, "dim"))
+
+
+def _log_form(
+    node: torch.fx.Node,
+    scores: torch.fx.Node,
+    reader: torch.fx.Node,
+    total: torch.fx.Node,
+    dims: int | Sequence[int],
+) -> Softmax | None:
+    """exp(scores - ...), where `reader` takes the same scores into the `total`."""
+    if _behind_copies(first_input(reader)) is not _behind_copies(scores):
         return None
-    dims = argument(total, "dim")
     return Softmax(node, node, scores, _dims(dims, scores), total=total)
 
 
 def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
     """Exponentials divided by their sum, at once or after the product with the values."""
-    scores = first_input(node)
-    base_two = operator_key(node) == "exp2"
+    exponent = _exponent(node)
+    assert exponent is not None
+    scores, base_two = exponent
     for total in _users_behind_shapes(node):
-        if operator_key(total) != "sum" or not argument(total, "dim"):
+        dims = summed_dims(total)
+        if dims is None:
             continue
-        dims = _dims(argument(total, "dim"), node)
         for reader in _readers(total):
             normalised = any(_behind_copies(each) is node for each in reader.all_input_nodes)
             weights = reader if normalised else node
-            return Softmax(node, weights, scores, dims, base_two, total, not normalised)
+            where = _dims(dims, node)
+            return Softmax(node, weights, scores, where, base_two, total, not normalised)
+    return None
+
+
+def summed_dims(node: torch.fx.Node) -> Sequence[int] | None:
+    """The dimensions that a sum, or an einsum of one operand, sums over; None for others."""
+    if operator_key(node) == "sum":
+        dims = argument(node, "dim")
+        return [dims] if isinstance(dims, int) else dims or None
+    if operator_key(node) == "einsum" and len(argument(node, "tensors")) == 1:
+        taken, _, given = argument(node, "equation").replace(" ", "").partition("->")
+        plain = given and "." not in taken and [each for each in taken if each in given]
+        if plain == list(given):
+            return [place for place, each in enumerate(taken) if each not in given]
     return None
 
 
 def _readers(total: torch.fx.Node) -> Iterator[torch.fx.Node]:
     """What divides by `total`."""
     for user in _users_behind_shapes(total):
-        if operator_key(user) in DIVISIONS and _behind_shapes(user.args[1]) is total:
+        divisor = user.args[1] if operator_key(user) in DIVISIONS else None
+        if isinstance(divisor, torch.fx.Node) and _behind_shapes(divisor) is total:
             yield user
         elif operator_key(user) == "reciprocal":
             yield from (each for each in _users_behind_shapes(user) if operator_key(each) == "mul")
@@ -125,7 +165,7 @@ def divisor_place(
             continue
         node, at = operand, broadcast(indices, shape_of(operand), shape_of(reader))
         while node is not softmax.total:
-            inverse = operator_key(node) == "reciprocal"
+            inverse = operator_key(node) in ("reciprocal", "log")
             behind = (first_input(node), at) if inverse else source_of(node, at, axes)
             if behind is None:
                 break
@@ -135,8 +175,8 @@ def divisor_place(
     return None
 
 
-def _behind_shapes(node: object) -> object:
-    while isinstance(node, torch.fx.Node) and operator_key(node) in _SHAPES:
+def _behind_shapes(node: torch.fx.Node) -> torch.fx.Node:
+    while operator_key(node) in _SHAPES:
         node = first_input(node)
     return node
 
@@ -151,6 +191,6 @@ def _dim(dim: int, source: torch.fx.Node) -> int:
     return dim % max(len(shape_of(source)), 1)
 
 
-def _dims(dims: int | list[int], source: torch.fx.Node) -> tuple[int, ...]:
+def _dims(dims: int | Sequence[int], source: torch.fx.Node) -> tuple[int, ...]:
     each = [dims] if isinstance(dims, int) else dims
     return tuple(_dim(dim, source) for dim in each)

@@ -200,6 +200,9 @@ _SEVERAL = {
     "tensor_split", "unsafe_split_with_sizes",
 }  # fmt: skip
 _RULES = _rule_names()
+_ONE_TO_ONE = {
+    key for key, rule in _RULES.items() if rule in (_copy, _reshape, _permute, _move, _reverse)
+} | {"transpose", "swapaxes", "swapdims", "t", "mT", "mH", "adjoint"}
 MERE_COPIES = {key for key, rule in _RULES.items() if rule is _copy}
 """Operators whose output has the values and the shape of their input, but for the dtype."""
 
@@ -252,6 +255,11 @@ def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
             given = given if isinstance(given, (list, tuple)) else [given]
             written += [each for each in given if isinstance(each, torch.fx.Node)]
     return written
+
+
+def is_shape_operator(node: torch.fx.Node) -> bool:
+    """Whether the output of `node` shows all elements of its input, each once."""
+    return operator_key(node) in _ONE_TO_ONE
 
 
 def is_view_of_part(node: torch.fx.Node) -> bool:
