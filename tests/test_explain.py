@@ -39,7 +39,8 @@ def test_a_decoding_step(kind: str) -> None:
         assert (site.query_len, site.kv_len) == (1, SIZE)
         offset = "length" if kind == "static" else SIZE - 1
         assert site.mask == f"causal, offset = {offset}"
-        assert (site.predicate, site.key_range) == (f"kv <= {offset}", f"[0, {offset} + 1)" if kind == "static" else f"[0, {SIZE})")
+        assert site.predicate == f"kv <= {offset}"
+        assert site.key_range == ("[0, length + 1)" if kind == "static" else f"[0, {SIZE})")
         assert site.monotone
         assert site.source.startswith("tiny_models.py:")
         assert site.source.endswith("in _attend")

@@ -21,6 +21,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.handles import Handle
 from lychee_compile.kernels.observe import observers
 from lychee_compile.kernels.operators import sparse_attention, update_index
+from lychee_compile.kernels.reference.selection import select
 
 SHAPE = Heads(2, 2, 2, 8)
 CONFIG = IndexConfig(sinks=2, recent=8, chunk=(2, 4), cluster_chunks=2, budget=24)
@@ -58,7 +59,50 @@ def operand_sets():
 def test_sparse_attention_is_a_proper_operator(operands, handle):
     query, key, value, mask = operands
     update_index(key, mask, None, None, handle.tensor, 1)
-    torch.library.opcheck(sparse_attention, (query, key, value, mask, None, handle.tensor, 0.3, None, "site"))
+    extra = torch.randn(query.shape[1], 1)
+    sink, softcap = (extra, 5.0) if mask is None else (None, None)
+    arguments = (query, key, value, mask, sink, handle.tensor, 0.3, softcap, "site")
+    torch.library.opcheck(sparse_attention, arguments)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("query_len", [1, 4, 20])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("sink", [False, True])
+def test_soft_caps_and_extra_logits_are_what_they_say(group, query_len, softcap, sink):
+    """Against the formula in float64, with all keys read; 20 queries take the dense way."""
+    heads, kv_len = 2, 50
+    owner = Handle(IndexConfig(sinks=2, recent=8, chunk=(2, 4), budget=kv_len))
+    query = torch.randn(2, heads * group, query_len, 8)
+    key, value = torch.randn(2, 2, heads, kv_len, 8)
+    extra = torch.randn(heads * group, 1) if sink else None
+    seen = torch.ones(query_len, kv_len, dtype=torch.bool).tril(kv_len - query_len)
+    update_index(key, seen, None, None, owner.tensor, 1)
+    got = sparse_attention(query, key, value, seen, extra, owner.tensor, 0.7, softcap, "")
+    wide, values = (each.double().repeat_interleave(group, 1) for each in (key, value))
+    score = 0.7 * query.double() @ wide.mT
+    score = score if softcap is None else softcap * torch.tanh(score / softcap)
+    score = score.masked_fill(~seen, -torch.inf)
+    if extra is not None:
+        column = extra.double()[None, :, :, None].expand(2, -1, query_len, 1)
+        score = torch.cat((score, column), -1)
+    expected = score.softmax(-1)[..., :kv_len] @ values
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@given(seeds, st.floats(0.5, 40.0))
+def test_bounds_of_soft_capped_scores_hold(seed, softcap):
+    """What was not read holds no more mass than the bound says, the cap applied to both."""
+    key, query = SHAPE.keys("gaussian", seed, 60), 3 * SHAPE.queries(seed, 2)
+    owner = Handle(CONFIG)
+    update_index(key, None, None, None, owner.tensor, 1)
+    index = owner.index_for(key).index
+    chosen = select(index, query, 0.5, 60, None, 24, with_bound=True, softcap=softcap)
+    wide = key.repeat_interleave(SHAPE.group, 1)
+    score = softcap * torch.tanh(0.5 * query @ wide.mT / softcap)
+    read = chosen.token_mask().repeat_interleave(SHAPE.group, 1)
+    unread = score.masked_fill(read, -torch.inf).logsumexp(-1)
+    assert bool((unread <= chosen.log_unread_bound + 1e-4).all())
 
 
 @pytest.mark.parametrize(
