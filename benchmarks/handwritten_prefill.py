@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-REPEATS = 5
+WARM_UP, REPEATS = 5, 20
 SHAPES = {  # hidden size, layers, query heads, KV heads
     "cpu": (512, 4, 8, 2),
     "cuda": (4096, 4, 32, 8),
@@ -51,7 +51,8 @@ def measure(forward: Callable[..., Any], ids: Tensor) -> tuple[float, float, Ten
     """Median seconds, peak GiB beyond what was there (GPU alone), and the hidden states."""
     on_gpu = ids.device.type == "cuda"
     output = forward(ids, use_cache=False).last_hidden_state
-    forward(ids, use_cache=False)
+    for _ in range(WARM_UP):
+        forward(ids, use_cache=False)
     before = 0
     if on_gpu:
         torch.cuda.synchronize()
