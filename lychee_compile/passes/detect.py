@@ -12,6 +12,7 @@ is a fact about indices, and the axes that the operands turn out to have are tho
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,8 @@ from lychee_compile.passes.views import (
     source_of,
 )
 
+logger = logging.getLogger(__name__)
+
 Found = Attention | FusedModule | Rejected
 
 
@@ -59,6 +62,16 @@ def find_attention(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) 
 
 
 def _from_softmax(softmax: Softmax, scene: Scene) -> Attention | Rejected:
+    """The attention that a softmax belongs to, or why it belongs to none."""
+    try:
+        return _attention_of(softmax, scene)
+    except Exception as error:
+        logger.debug("%s could not be analysed", softmax.node, exc_info=True)
+        brief = next(iter(str(error).splitlines()), "")
+        return Rejected(softmax.node, f"it could not be analysed: {type(error).__name__} {brief}")
+
+
+def _attention_of(softmax: Softmax, scene: Scene) -> Attention | Rejected:
     reason = "its weights are not multiplied with values"
     for product in _products_with(softmax.weights):
         result = with_finer_axes(lambda axes, p=product: _match(softmax, p, axes, scene))  # type: ignore[misc]

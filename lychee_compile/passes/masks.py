@@ -100,7 +100,7 @@ class Reading:
         if self.conditions:
             order = {"causal": 0, "window": 1, "prefix": 2}
             said.sort(key=lambda each: order.get(each.split(maxsplit=1)[0].rstrip(","), 3))
-        return ", ".join([*said, *self._biases()]) or "none"
+        return ", ".join(dict.fromkeys([*said, *self._biases()])) or "none"
 
     def _say(self, condition: Boolean) -> str:
         bound = key_bound(condition)

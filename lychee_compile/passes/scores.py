@@ -7,6 +7,7 @@ named and left alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -15,7 +16,15 @@ from sympy.logic.boolalg import Boolean
 
 from lychee_compile.passes.axes import Axis
 from lychee_compile.passes.dataflow import is_tensor, operator_key, shape_of
-from lychee_compile.passes.elements import Element, Elements, choose, number, piecewise, truth
+from lychee_compile.passes.elements import (
+    Element,
+    Elements,
+    TooLarge,
+    choose,
+    number,
+    piecewise,
+    truth,
+)
 from lychee_compile.passes.operands import Operand, Place, free_axes
 from lychee_compile.passes.score_trace import Step, Trace
 
@@ -112,6 +121,13 @@ class _Sum:
     def apply(self, step: Step) -> None:
         getattr(self, f"_{step.kind}")(step)
 
+    def _express(self, function: Callable[..., Element], *others: Element) -> None:
+        """Apply a step to the expression, as long as anybody could read it."""
+        try:
+            self.expression = choose(function, self.expression, *others)
+        except TooLarge:
+            self.expression = sympy.Function("score")(S)
+
     def _value(self, step: Step) -> Element:
         return self.elements.of(step.other, step.indices)
 
@@ -131,7 +147,7 @@ class _Sum:
 
     def _times(self, step: Step, inverse: bool = False) -> None:
         value = self._amount(step)
-        self.expression = choose(lambda a, b: a / b if inverse else a * b, self.expression, value)
+        self._express(lambda a, b: a / b if inverse else a * b, value)
         if value.is_number:
             self._times_number(1 / value if inverse else value)
         elif not inverse and _zero_conditions(value) is not None:
@@ -167,7 +183,7 @@ class _Sum:
             self.shifted = self.shifted or not value.is_zero
             return
         shown = _shown(value) if isinstance(value, sympy.Piecewise) else value
-        self.expression = choose(lambda a, b: a + b, self.expression, shown)
+        self._express(lambda a, b: a + b, shown)
         operand = self._operand(step)
         if operand is None or self.extra:
             self.refuse(
@@ -184,12 +200,12 @@ class _Sum:
         self._plus(step, sign=-1)
 
     def _from(self, step: Step) -> None:
-        self.expression = choose(lambda a: -a, self.expression)
+        self._express(lambda a: -a)
         self._times_number(sympy.S.NegativeOne)
         self._plus(step)
 
     def _tanh(self, _: Step) -> None:
-        self.expression = choose(sympy.tanh, self.expression)
+        self._express(sympy.tanh)
         if self.capped or self.biases or self.masks or self.extra or self.shifted:
             self.refuse("a soft-cap over a bias or a mask")
         self.capped = True
