@@ -7,8 +7,8 @@ Builds each architecture with random weights, a few layers of width 64, in each 
 implementation that its class has, and calls it: a plain forward or prefill, a decoding step over a
 static cache, one over a dynamic cache. The attentions that run are counted without our matcher
 (coverage_truth.py says how); `lychee_compile.explain` has to find as many. A dash stands for what
-transformers or Dynamo cannot do without us, either. Exits 1 where anything is missed. All of it takes
-about 25 minutes of processor time.
+transformers or Dynamo cannot do without us, either. Exits 1 where anything is missed. The whole
+table takes about 25 minutes of processor time.
 """
 
 from __future__ import annotations
