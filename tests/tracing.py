@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from lychee_compile.passes.axes import Axes, Indices, SplitAxis
 from lychee_compile.passes.dataflow import shape_of
-from lychee_compile.passes.elements import Flag
+from lychee_compile.passes.elementwise import Flag
 from lychee_compile.passes.names import Names
 
 FINEST = 12

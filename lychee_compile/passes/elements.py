@@ -8,15 +8,13 @@ Whatever is not elementwise stays an element of its tensor: `name[b, q]`.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import sympy
 import torch
 import torch.fx
-from sympy.logic.boolalg import Boolean, BooleanFunction
+from sympy.logic.boolalg import Boolean
 
 from lychee_compile.passes.axes import ZERO, Axes, Axis, Index, Indices, size_expression
 from lychee_compile.passes.dataflow import (
@@ -28,30 +26,23 @@ from lychee_compile.passes.dataflow import (
     shape_of,
     value_of,
 )
+from lychee_compile.passes.elementwise import (
+    FUNCTIONS,
+    Element,
+    Flag,
+    TooLarge,
+    arithmetic,
+    branch,
+    choose,
+    is_truth,
+    number,
+    truth,
+)
 from lychee_compile.passes.names import Names
 from lychee_compile.passes.views import broadcast, source_of, storage_of
 
-Element: TypeAlias = sympy.Expr | Boolean
-LONGEST_CHOICE = 6
-"""Branches up to which choices are followed; a tensor of more stays a tensor."""
 DEEPEST = 40
 """Operators up to which an element is followed, so that no chain through a model is."""
-
-
-class Flag(BooleanFunction):
-    """An element of a bool tensor."""
-
-    @classmethod
-    def eval(cls, *_: Any) -> None:
-        """Never evaluated: only a run knows it."""
-        return
-
-    def _sympystr(self, printer: Any) -> str:
-        return printer.doprint(self.args[0])
-
-
-class TooLarge(Exception):  # noqa: N818  the tensor stays a tensor
-    """An expression became larger than anybody wants to read."""
 
 
 class Elements:
@@ -139,7 +130,7 @@ class Elements:
         if alpha != 1:
             scaled = 0 if operator_key(node) == "rsub" else 1
             operands = operands[:2]
-            operands[scaled] = choose(_arithmetic(lambda value: value * alpha), operands[scaled])
+            operands[scaled] = choose(arithmetic(lambda value: value * alpha), operands[scaled])
         result = choose(function, *operands)
         return choose(truth, result) if value_of(node).dtype == torch.bool else result
 
@@ -160,147 +151,13 @@ def _changes_kind(node: torch.fx.Node) -> bool:
     return cuts or (before == torch.bool) != (after == torch.bool)
 
 
-def is_truth(value: Element) -> bool:
-    """Whether an element is a truth value; symbols, which could be, are numbers here."""
-    return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
-
-
-def choose(function: Callable[..., Element], *operands: Element) -> Element:
-    """`function` of operands, any of which may be a choice: a choice of results."""
-    branches = [each.args if isinstance(each, sympy.Piecewise) else None for each in operands]
-    if not any(branches):
-        return function(*operands)
-    options = [
-        [(pair[0], pair[1]) for pair in pairs] if pairs else [(operand, sympy.true)]
-        for operand, pairs in zip(operands, branches, strict=True)
-    ]
-    if math.prod(len(each) for each in options) > LONGEST_CHOICE:
-        raise TooLarge
-    made = []
-    for combination in itertools.product(*options):
-        condition = sympy.And(*(pair[1] for pair in combination))
-        if condition != sympy.false:
-            made.append((function(*(pair[0] for pair in combination)), condition))
-    return piecewise(made)
-
-
-def piecewise(branches: list[tuple[Element, Boolean]]) -> Element:
-    """The first value whose condition holds. Of truth values it is a truth value itself."""
-    if all(is_truth(value) for value, _ in branches):
-        result: Any = sympy.false
-        for value, condition in reversed(branches):
-            result = sympy.Or(sympy.And(condition, value), sympy.And(sympy.Not(condition), result))
-        return result
-    return sympy.Piecewise(*branches, evaluate=False) if len(branches) > 1 else branches[0][0]
-
-
-def number(value: Element) -> sympy.Expr:
-    """A truth value as 1 or 0, as arithmetic takes it."""
-    if value in (sympy.true, sympy.false):
-        return sympy.Integer(int(bool(value)))
-    if is_truth(value):
-        return sympy.Piecewise((1, value), (0, True), evaluate=False)
-    return value
-
-
-def truth(value: Element) -> Boolean:
-    """A number as whether it is not zero."""
-    if is_truth(value):
-        return value
-    return sympy.Ne(value, 0)
-
-
-def _arithmetic(function: Callable[..., Any]) -> Callable[..., Element]:
-    """A function of numbers; truth values among its operands count as 1 and 0."""
-
-    def apply(*operands: Element) -> Element:
-        numbers = [number(each) for each in operands]
-        if any(isinstance(each, sympy.Piecewise) for each in numbers):
-            return choose(function, *numbers)
-        return function(*numbers)
-
-    return apply
-
-
-def _logical(function: Callable[..., Any]) -> Callable[..., Element]:
-    return lambda *operands: function(*(truth(each) for each in operands))
-
-
-def _bitwise(logical: Callable[..., Any]) -> Callable[..., Element]:
-    """`&`, `|` and `~`, which are understood between truth values only."""
-
-    def apply(*operands: Element) -> Element:
-        if not all(is_truth(each) for each in operands):
-            raise TooLarge
-        return logical(*operands)
-
-    return apply
-
-
-def _exclusive_or(left: Boolean, right: Boolean) -> Boolean:
-    """One of two; where the one implies the other, as a narrow band does a wide one, their gap."""
-    parts = [set(sympy.And.make_args(each)) for each in (left, right)]
-    if parts[0] <= parts[1]:
-        return sympy.And(left, sympy.Not(sympy.And(*(parts[1] - parts[0]))))
-    if parts[1] <= parts[0]:
-        return sympy.And(right, sympy.Not(sympy.And(*(parts[0] - parts[1]))))
-    return sympy.Xor(left, right)
-
-
-FUNCTIONS: dict[str, Callable[..., Element]] = {
-    "add": _arithmetic(lambda a, b: a + b),
-    "sub": _arithmetic(lambda a, b: a - b),
-    "subtract": _arithmetic(lambda a, b: a - b),
-    "rsub": _arithmetic(lambda a, b: b - a),
-    "mul": _arithmetic(lambda a, b: a * b),
-    "multiply": _arithmetic(lambda a, b: a * b),
-    "neg": _arithmetic(lambda a: -a),
-    "abs": _arithmetic(sympy.Abs),
-    "exp": _arithmetic(sympy.exp),
-    "log": _arithmetic(lambda a: -sympy.oo if a.is_zero else sympy.log(a)),
-    "sqrt": _arithmetic(sympy.sqrt),
-    "rsqrt": _arithmetic(lambda a: 1 / sympy.sqrt(a)),
-    "reciprocal": _arithmetic(lambda a: 1 / a),
-    "tanh": _arithmetic(sympy.tanh),
-    "sigmoid": _arithmetic(lambda a: 1 / (1 + sympy.exp(-a))),
-    "pow": _arithmetic(lambda a, b: a**b),
-    "square": _arithmetic(lambda a: a**2),
-    "floor_divide": _arithmetic(lambda a, b: sympy.floor(a / b)),
-    "remainder": _arithmetic(sympy.Mod),
-    "maximum": _arithmetic(sympy.Max),
-    "minimum": _arithmetic(sympy.Min),
-    "le": _arithmetic(sympy.Le),
-    "lt": _arithmetic(sympy.Lt),
-    "ge": _arithmetic(sympy.Ge),
-    "gt": _arithmetic(sympy.Gt),
-    "eq": _arithmetic(sympy.Eq),
-    "ne": _arithmetic(sympy.Ne),
-    "less_equal": _arithmetic(sympy.Le),
-    "less": _arithmetic(sympy.Lt),
-    "greater_equal": _arithmetic(sympy.Ge),
-    "greater": _arithmetic(sympy.Gt),
-    "not_equal": _arithmetic(sympy.Ne),
-    "logical_not": _logical(sympy.Not),
-    "logical_and": _logical(sympy.And),
-    "logical_or": _logical(sympy.Or),
-    "logical_xor": _logical(_exclusive_or),
-    "bitwise_not": _bitwise(sympy.Not),
-    "bitwise_and": _bitwise(sympy.And),
-    "bitwise_or": _bitwise(sympy.Or),
-    "bitwise_xor": _bitwise(_exclusive_or),
-    "__and__": _bitwise(sympy.And),
-    "__or__": _bitwise(sympy.Or),
-}
-"""Elementwise operators as functions of their elements."""
-
-
 def _divide(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
     rounding = argument(node, "rounding_mode")
     if rounding == "trunc":
         return elements.load(node, indices)
     function = (lambda a, b: sympy.floor(a / b)) if rounding else (lambda a, b: a / b)
     first, second = (_operand(elements, node, place, indices) for place in (0, 1))
-    return choose(_arithmetic(function), first, second)
+    return choose(arithmetic(function), first, second)
 
 
 def _operand(elements: Elements, node: torch.fx.Node, place: int, indices: Indices) -> Element:
@@ -312,12 +169,12 @@ def _operand(elements: Elements, node: torch.fx.Node, place: int, indices: Indic
 
 def _where(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
     condition, yes, no = (_operand(elements, node, place, indices) for place in (0, 1, 2))
-    return _branch(truth(condition), *_of_one_kind(node, yes, no))
+    return branch(truth(condition), *_of_one_kind(node, yes, no))
 
 
 def _masked_fill(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
     before, hidden, fill = (_operand(elements, node, place, indices) for place in (0, 1, 2))
-    return _branch(truth(hidden), *_of_one_kind(node, fill, before))
+    return branch(truth(hidden), *_of_one_kind(node, fill, before))
 
 
 def _of_one_kind(node: torch.fx.Node, *values: Element) -> list[Element]:
@@ -327,18 +184,6 @@ def _of_one_kind(node: torch.fx.Node, *values: Element) -> list[Element]:
     return [choose(truth, value) for value in values]
 
 
-def _branch(condition: Boolean, yes: Element, no: Element) -> Element:
-    """A choice between two, either of which may be one already."""
-    branches = []
-    for value, holds in ((yes, condition), (no, sympy.Not(condition))):
-        pairs = value.args if isinstance(value, sympy.Piecewise) else [(value, sympy.true)]
-        branches += [(pair[0], sympy.And(holds, pair[1])) for pair in pairs]
-    if len(branches) > LONGEST_CHOICE:
-        raise TooLarge
-    last = branches[-1][0]
-    return piecewise([*branches[:-1], (last, sympy.true)])
-
-
 def _triangle(keeps: Callable[[Index, Index, Any], Boolean]) -> Callable[..., Element]:
     def rule(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
         diagonal = scalar_of(argument(node, "diagonal", 0))
@@ -346,7 +191,7 @@ def _triangle(keeps: Callable[[Index, Index, Any], Boolean]) -> Callable[..., El
         value = elements.of(node.args[0], indices)
         if value_of(node).dtype == torch.bool:
             return sympy.And(inside, truth(value))
-        return _branch(inside, value, ZERO)
+        return branch(inside, value, ZERO)
 
     return rule
 
@@ -438,7 +283,7 @@ def _index_put(elements: Elements, node: torch.fx.Node, indices: Indices) -> Ele
         return elements.load(node, indices)
     filled, before = elements.of(value), elements.of(node.args[0], indices)
     hidden = truth(elements.of(chosen[0], indices))
-    return _branch(hidden, *_of_one_kind(node, filled, before))
+    return branch(hidden, *_of_one_kind(node, filled, before))
 
 
 _SPECIAL: dict[str, Callable[[Elements, torch.fx.Node, Indices], Element]] = {

@@ -16,7 +16,7 @@ from sympy.logic.boolalg import Boolean
 
 from lychee_compile.passes.attention import Attention
 from lychee_compile.passes.dataflow import shape_of, value_of
-from lychee_compile.passes.elements import Flag
+from lychee_compile.passes.elementwise import Flag
 from lychee_compile.passes.operands import Operand
 from lychee_compile.passes.scores import HIDDEN_BELOW, Bias
 

@@ -16,9 +16,9 @@ from sympy.logic.boolalg import Boolean
 
 from lychee_compile.passes.axes import Axis
 from lychee_compile.passes.dataflow import is_tensor, operator_key, shape_of
-from lychee_compile.passes.elements import (
+from lychee_compile.passes.elements import Elements
+from lychee_compile.passes.elementwise import (
     Element,
-    Elements,
     TooLarge,
     choose,
     number,
