@@ -60,14 +60,19 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class FusedModule:
-    """A whole module in one operator of PyTorch's, with attention inside."""
+class Unread:
+    """One operator that is an attention or holds one, of which no more than this is known."""
 
     node: torch.fx.Node
-    query_heads: int
-    head_dim: int
-    tokens: int | sympy.Expr
+    form: str
+    query_heads: int | sympy.Expr
+    kv_heads: int | sympy.Expr
+    head_dim: int | sympy.Expr
+    query_len: int | sympy.Expr
+    kv_len: int | sympy.Expr
     mask: str
+    reason: str
+    by_design: bool
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators import DEVICES, DTYPES, LONGEST_QUERY
-from lychee_compile.passes.attention import Attention, FusedModule, Rejected
+from lychee_compile.passes.attention import Attention, Rejected, Unread
 from lychee_compile.passes.axes import Axis
 from lychee_compile.passes.caches import CacheBinding, Writes, bind_cache
 from lychee_compile.passes.dataflow import module_path, operator_name, source_line, value_of
@@ -22,7 +22,7 @@ from lychee_compile.passes.site import RejectedSite, Site
 class Plan:
     """An attention, what is known of it for the report, and its cache where it has one."""
 
-    attention: Attention | FusedModule
+    attention: Attention | Unread
     site: Site
     binding: CacheBinding | None
 
@@ -33,15 +33,15 @@ class Plan:
 
 
 def plan_site(
-    attention: Attention | FusedModule,
+    attention: Attention | Unread,
     graph: torch.fx.Graph,
     writes: Writes,
     config: IndexConfig,
     needs_gradients: bool,
 ) -> Plan:
     """Look at one attention and decide: `site.decision` is "sparse" or, with a reason, "kept"."""
-    if isinstance(attention, FusedModule):
-        return Plan(attention, _describe_module(attention), None)
+    if isinstance(attention, Unread):
+        return Plan(attention, _describe_unread(attention), None)
     bound = bind_cache(attention, graph, writes)
     binding = bound if isinstance(bound, CacheBinding) else None
     site = _describe(attention, bound.kind)
@@ -115,23 +115,26 @@ def _rounded(expression: sympy.Basic) -> str:
     return str(expression.xreplace(short))
 
 
-def _describe_module(module: FusedModule) -> Site:
-    name = operator_name(module.node)
+def _describe_unread(unread: Unread) -> Site:
+    def size(value: int | sympy.Expr) -> int | str:
+        return value if isinstance(value, int) else str(value)
+
     return Site(
-        name=module_path(module.node),
-        source=source_line(module.node),
-        form="fused",
-        query_heads=module.query_heads,
-        kv_heads=module.query_heads,
-        head_dim=module.head_dim,
-        value_head_dim=module.head_dim,
-        query_len=str(module.tokens) if not isinstance(module.tokens, int) else module.tokens,
-        kv_len=str(module.tokens) if not isinstance(module.tokens, int) else module.tokens,
-        mask=module.mask,
+        name=module_path(unread.node),
+        source=source_line(unread.node),
+        form=unread.form,
+        query_heads=size(unread.query_heads),
+        kv_heads=size(unread.kv_heads),
+        head_dim=size(unread.head_dim),
+        value_head_dim=size(unread.head_dim),
+        query_len=size(unread.query_len),
+        kv_len=size(unread.kv_len),
+        mask=unread.mask,
         cache="none",
-        reason="one operator of PyTorch's computes the whole module, exactly",
-        by_design=True,
-        kernel=name,
+        score="",
+        reason=unread.reason,
+        by_design=unread.by_design,
+        kernel=operator_name(unread.node),
     )
 
 

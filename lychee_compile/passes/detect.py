@@ -19,7 +19,7 @@ from typing import Any
 import sympy
 import torch.fx
 
-from lychee_compile.passes.attention import Attention, FusedModule, Rejected
+from lychee_compile.passes.attention import Attention, Rejected, Unread
 from lychee_compile.passes.axes import Axes, Axis, Indices
 from lychee_compile.passes.dataflow import argument, first_input, operator_key, shape_of, value_of
 from lychee_compile.passes.elements import Elements
@@ -47,7 +47,7 @@ from lychee_compile.passes.views import (
 
 logger = logging.getLogger(__name__)
 
-Found = Attention | FusedModule | Rejected
+Found = Attention | Unread | Rejected
 
 
 def find_attention(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) -> list[Found]:

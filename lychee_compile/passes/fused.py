@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import sympy
 import torch
 import torch.fx
 
-from lychee_compile.passes.attention import Attention, FusedModule, Rejected
+from lychee_compile.passes.attention import Attention, Rejected, Unread
 from lychee_compile.passes.axes import Axes, SplitAxis, size_expression
 from lychee_compile.passes.dataflow import argument, operator_key, shape_of, value_of
 from lychee_compile.passes.elements import Elements
@@ -21,25 +22,54 @@ from lychee_compile.passes.score_trace import Step, Trace
 from lychee_compile.passes.settle import Pieces, Scene, settle
 from lychee_compile.passes.views import broadcast
 
+logger = logging.getLogger(__name__)
+
 FINEST = 12
 """How often the axes of one attention may be taken apart."""
 
 
-def find_fused(scene: Scene) -> Iterator[Attention | FusedModule | Rejected]:
+def find_fused(scene: Scene) -> Iterator[Attention | Unread]:
     """Every attention that is one operator, in order."""
     for node in scene.order.nodes:
         key = operator_key(node)
         if key == "scaled_dot_product_attention":
-            found = with_finer_axes(lambda axes, node=node: _from_sdpa(node, axes, scene))  # type: ignore[misc]
-            yield found or Rejected(
-                node, "its operands are laid out in a way that is not understood"
-            )
+            yield _read(node, "sdpa", lambda axes, node=node: _from_sdpa(node, axes, scene))  # type: ignore[misc]
         elif node.target is torch.ops.higher_order.flex_attention:
-            found = with_finer_axes(lambda axes, node=node: _from_flex(node, axes, scene))  # type: ignore[misc]
-            if found is not None:
-                yield found
+            yield _read(node, "flex", lambda axes, node=node: _from_flex(node, axes, scene))  # type: ignore[misc]
         elif key in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention"):
             yield _from_module(node)
+
+
+def _read(
+    node: torch.fx.Node, form: str, match: Callable[[Axes], Attention | Rejected | None]
+) -> Attention | Unread:
+    """What `match` makes of an operator; what its operands' shapes tell where that is nothing."""
+    try:
+        found = with_finer_axes(match)
+    except Exception as error:
+        logger.debug("%s could not be analysed", node, exc_info=True)
+        found = Rejected(node, f"it could not be analysed: {type(error).__name__}")
+    if isinstance(found, Attention):
+        return found
+    query, key = ([_plain(size) for size in shape_of(each)] for each in node.all_input_nodes[:2])
+    reason = found.reason if found else "its operands are laid out in a way that is not understood"
+    return Unread(
+        node=node,
+        form=form,
+        query_heads=query[-3] if len(query) > 2 else 1,
+        kv_heads=key[-3] if len(key) > 2 else 1,
+        head_dim=query[-1],
+        query_len=query[-2],
+        kv_len=key[-2],
+        mask="not read",
+        reason=reason,
+        by_design=False,
+    )
+
+
+def _plain(size: Any) -> int | sympy.Expr:
+    expression = size_expression(size)
+    return int(expression) if expression.is_Integer else expression
 
 
 def with_finer_axes(match: Callable[[Axes], Any]) -> Any:
@@ -159,7 +189,7 @@ def _from_flex(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rej
     return flex_score(node, settled, (*pieces["out"][:-1], pieces["kv"]), scene)
 
 
-def _from_module(node: torch.fx.Node) -> FusedModule:
+def _from_module(node: torch.fx.Node) -> Unread:
     """A whole self-attention, or an encoder layer, with packed weights."""
     width, heads = (
         argument(node, "embed_dim"),
@@ -167,12 +197,17 @@ def _from_module(node: torch.fx.Node) -> FusedModule:
     )
     source = node.args[0]
     assert isinstance(source, torch.fx.Node)
-    tokens = size_expression(shape_of(source)[-2])
+    tokens = _plain(shape_of(source)[-2])
     masked = any(argument(node, name) is not None for name in ("mask", "src_mask"))
-    return FusedModule(
+    return Unread(
         node=node,
+        form="fused",
         query_heads=heads,
+        kv_heads=heads,
         head_dim=width // heads,
-        tokens=int(tokens) if tokens.is_Integer else tokens,
+        query_len=tokens,
+        kv_len=tokens,
         mask="a mask inside" if masked else "none",
+        reason="one operator of PyTorch's computes the whole module, exactly",
+        by_design=True,
     )

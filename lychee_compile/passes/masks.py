@@ -56,7 +56,9 @@ class Reading:
     @cached_property
     def conditions(self) -> tuple[Boolean, ...]:
         """What must hold together for a key to be visible."""
-        return sympy.And.make_args(self.visible) if self.visible != sympy.true else ()
+        if self.visible == sympy.true:
+            return ()
+        return tuple(sorted(sympy.And.make_args(self.visible), key=_bounds_first))
 
     @cached_property
     def bounds(self) -> tuple[list[sympy.Expr], list[sympy.Expr]]:
@@ -209,6 +211,12 @@ def key_bound(condition: Boolean) -> KeyBound | None:
     if times == -1:
         return KeyBound((sympy.ceiling(rest) - 1) if strict else sympy.floor(rest), upper=True)
     return KeyBound((sympy.floor(-rest) + 1) if strict else sympy.ceiling(-rest), upper=False)
+
+
+def _bounds_first(condition: Boolean) -> tuple[int, str]:
+    """Upper bounds, lower bounds, then the rest: sympy's own order changes from run to run."""
+    bound = key_bound(condition)
+    return (2 if bound is None else int(not bound.upper), str(condition))
 
 
 def _is_causal(condition: Boolean) -> bool:

@@ -41,7 +41,7 @@ def used_elsewhere(
     region: frozenset[torch.fx.Node], last: torch.fx.Node, weights: torch.fx.Node
 ) -> str:
     """Who else uses an interior value of the region, in words; empty where nobody does."""
-    for node in region - {last}:
+    for node in sorted(region - {last}):
         for user in node.users:
             if user in region:
                 continue

@@ -30,7 +30,8 @@ class Site:
     value_head_dim: int | str = ""
     """Size of a value, Dv."""
     score: str = "s"
-    """What goes into the softmax, in s = q.k, batch b, head h, query q and key kv."""
+    """What goes into the softmax, in s = q.k, batch b, head h, query q and key kv; empty where that
+    could not be read."""
     predicate: str = ""
     """Which keys are visible, likewise; empty where all are."""
     key_range: str = ""
