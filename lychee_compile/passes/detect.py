@@ -31,14 +31,12 @@ from lychee_compile.passes.region import Order
 from lychee_compile.passes.score_trace import ScoreTracer, Trace
 from lychee_compile.passes.settle import Pieces, Scene, settle
 from lychee_compile.passes.softmaxes import (
-    DIVISIONS,
     Softmax,
     divisor_place,
     find_softmaxes,
 )
 from lychee_compile.passes.views import (
     CARRIERS,
-    MERE_COPIES,
     broadcast,
     is_shape_operator,
     is_view_of_part,
@@ -109,7 +107,7 @@ def _match(
 ) -> Attention | Rejected | None:
     """The attention whose values `product` sums up; None where the softmax is not summed over."""
     elements = Elements(axes, scene.names, scene.written)
-    quotient = _quotient(product.node) if softmax.deferred else None
+    quotient = _quotient(softmax, product.node)
     node = quotient or product.node
     out = tuple(axes.index(f"o{place}", size) for place, size in enumerate(shape_of(node)))
     made = out if quotient is None else _behind_views(quotient, out, product.node, axes)
@@ -151,7 +149,7 @@ def _from_weights(
     if softmax.deferred and node is product.node:
         refused = refused or "its sum of exponentials is used in an unknown way"
     dropped = _dropped_keys(softmax, keys, elements.axes, trace)
-    total_misfit = _total_misfit(softmax, node, at, out, elements)
+    total_misfit = _total_misfit(softmax, at, out, elements.axes)
     pieces = Pieces(
         node=node,
         form="eager",
@@ -179,37 +177,23 @@ def _dropped_keys(softmax: Softmax, keys: frozenset[Axis], axes: Axes, trace: Tr
     return ""
 
 
-def _total_misfit(
-    softmax: Softmax,
-    node: torch.fx.Node,
-    at: Indices,
-    out: Indices,
-    elements: Elements,
-) -> str:
+def _total_misfit(softmax: Softmax, at: Indices, out: Indices, axes: Axes) -> str:
     """Whether what the weights are divided by is the sum over the keys, of the same row."""
     if softmax.total is None:
         return ""
-    if softmax.deferred:
-        reader, indices = node, out
-    elif operator_key(softmax.weights) in ("exp", "exp2"):
-        reader, indices = softmax.weights.args[0], at  # type: ignore[assignment]
-        while operator_key(reader) in MERE_COPIES:
-            reader = reader.args[0]  # type: ignore[assignment]
-    else:
-        reader, indices = softmax.weights, at
-    place = divisor_place(reader, indices, softmax, elements.axes)
+    place = divisor_place(out if softmax.deferred else at, softmax, axes)
     rows = tuple(index for dim, index in enumerate(at) if dim not in softmax.dims)
     if place is not None and len(place) == len(at):  # keepdim
         place = tuple(index for dim, index in enumerate(place) if dim not in softmax.dims)
     return "" if place == rows else "its weights are divided by the sum of another row"
 
 
-def _quotient(node: torch.fx.Node) -> torch.fx.Node | None:
-    """The division by the sum that follows the product with the values."""
-    while len(node.users) == 1:
+def _quotient(softmax: Softmax, product: torch.fx.Node) -> torch.fx.Node | None:
+    """The division by the sum, where it follows `product`, shaped anyhow, and nothing else does."""
+    node = product
+    while softmax.deferred and len(node.users) == 1:
         (user,) = node.users
-        divides = operator_key(user) in DIVISIONS and user.args[0] is node
-        if divides or operator_key(user) == "mul":
+        if user is softmax.reader:
             return user if shape_of(user) == shape_of(node) else None
         if not is_shape_operator(user):
             return None

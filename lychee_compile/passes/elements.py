@@ -279,6 +279,7 @@ def _index_put(elements: Elements, node: torch.fx.Node, indices: Indices) -> Ele
     """`x[mask] = number`."""
     chosen, value = argument(node, "indices"), argument(node, "values")
     whole = len(chosen) == 1 and value_of(chosen[0]).dtype == torch.bool
+    whole = whole and not argument(node, "accumulate", False)
     if not whole or len(shape_of(chosen[0])) != len(indices) or shape_of(value):
         return elements.load(node, indices)
     filled, before = elements.of(value), elements.of(node.args[0], indices)

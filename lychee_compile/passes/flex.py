@@ -31,7 +31,8 @@ def flex_score(
     score_mod, blocks, scale = node.args[3:6]
     score_others, mask_others = (*node.args[7:9], (), ())[:2]
     factor = scalar_of(scale)
-    raw = S * (factor if factor is not None else sympy.S.One)
+    factor = sympy.S.One if factor is None else factor
+    raw = S * factor * attention.score.scale  # which queries and keys were multiplied by before
     modified = _call(score_mod, (raw, *indices), score_others, attention.axes, scene)
     visible: Any = sympy.true
     if not _unblocked(blocks):

@@ -9,19 +9,19 @@ to is reported, for such a tensor does not keep its value.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 import torch.fx
 
-from lychee_compile.passes.dataflow import aten, first_input, operator_key, value_of
+from lychee_compile.passes.dataflow import aten, first_input, value_of
+from lychee_compile.passes.dead_code import erase_dead_code
 from lychee_compile.passes.views import storage_of, written_by
 
 
 def normalise(gm: torch.fx.GraphModule, mode: Any) -> frozenset[torch.fx.Node]:
     """Rewrite `gm` in place; the tensors made in the graph that are still written to."""
-    gm.graph.eliminate_dead_code(_has_effect)
+    erase_dead_code(gm)
     written = set()
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     views: dict[torch.fx.Node, list[torch.fx.Node]] = {}
@@ -34,12 +34,6 @@ def normalise(gm: torch.fx.GraphModule, mode: Any) -> frozenset[torch.fx.Node]:
         if made_here and not (len(targets) == 1 and _made_functional(node, order, views, mode)):
             written.update(made_here)
     return frozenset(written)
-
-
-def _has_effect(node: torch.fx.Node) -> bool:
-    """Whether a node nobody reads must stay, as must all that are not PyTorch's own."""
-    known = operator_key(node) or node.target is operator.getitem
-    return bool(node.is_impure()) or (node.op == "call_function" and not known)
 
 
 def _made_functional(

@@ -63,6 +63,8 @@ def places_behind(
     found = [Place(node, indices, sympy.S.One)]
     while True:
         place = found[-1]
+        if elements.is_opaque(place.node):
+            return found
         behind = _view_behind(place, elements, casts) or _factor_behind(place, elements)
         if behind is None:
             return found
@@ -70,7 +72,7 @@ def places_behind(
 
 
 def _view_behind(place: Place, elements: Elements, casts: bool) -> Place | None:
-    if elements.is_opaque(place.node) or place.node.op != "call_function":
+    if place.node.op != "call_function":
         return None
     viewed = source_of(place.node, place.indices, elements.axes)
     if viewed is None:

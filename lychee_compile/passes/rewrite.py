@@ -32,6 +32,7 @@ from lychee_compile.passes.caches import CacheBinding
 from lychee_compile.passes.canonical import Canonical, Canonicaliser, with_layout
 from lychee_compile.passes.check import RewriteError, check_replacement
 from lychee_compile.passes.dataflow import aten, shape_of, static_size, value_of
+from lychee_compile.passes.dead_code import erase_dead_code
 from lychee_compile.passes.decide import Plan
 from lychee_compile.passes.masks import Reading
 from lychee_compile.passes.rearrange import Emitter
@@ -68,6 +69,7 @@ def rewrite(
                     _rewrite_exact(plan, emit)
         except RewriteError as error:
             failures.append(Failure(plan, str(error)))
+    erase_dead_code(gm)
     return failures
 
 
@@ -128,8 +130,7 @@ class _Site:
             with old.graph.inserting_before(made):
                 self.update(given, state_input)
         old.replace_all_uses_with(output)
-        _erase_unused(old.graph, old)
-
+    
     def update(self, given: Canonical, state_input: StateInput) -> None:
         """Let the index follow what this call writes to the cache."""
         binding = self.binding
@@ -164,7 +165,6 @@ def _rewrite_exact(plan: Plan, emit: Emitter) -> None:
     )  # fmt: skip
     output = _new_output(emit, canonical, made, old)
     old.replace_all_uses_with(output)
-    _erase_unused(old.graph, old)
 
 
 def _new_output(
@@ -176,15 +176,3 @@ def _new_output(
     check_replacement(value_of(old), output)
     return output
 
-
-def _erase_unused(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    """Erase `node`, and what only it used; writes and inputs stay."""
-    if node.users or node.op not in ("call_function", "get_attr"):
-        return
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        return
-    sources = node.all_input_nodes
-    graph.erase_node(node)
-    for source in sources:
-        _erase_unused(graph, source)

@@ -198,6 +198,7 @@ def _filled_by_index(node: torch.fx.Node, indices: Indices) -> Step:
     """`scores[mask] = number` as a fill."""
     chosen, value = argument(node, "indices"), argument(node, "values")
     whole = len(chosen) == 1 and len(shape_of(chosen[0])) == len(indices)
+    whole = whole and not argument(node, "accumulate", False)
     if not whole or value_of(chosen[0]).dtype != torch.bool or shape_of(value):
         return Step("other", node, "index_put")
     return Step("fill", node, chosen[0], indices, fill=value)

@@ -43,9 +43,11 @@ class Softmax:
     base_two: bool = False
     """Whether it is 2 that is raised to the scores."""
     total: torch.fx.Node | None = None
-    """Sum, or its logarithm, where that is written out."""
+    """The sum of exponentials, or its logarithm, where that is written out."""
+    reader: torch.fx.Node | None = None
+    """What divides by `total`, or subtracts it."""
     deferred: bool = False
-    """Whether the product with the values is divided by `total`, not the weights."""
+    """Whether `reader` divides the product with the values, not the weights."""
 
 
 def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
@@ -80,30 +82,30 @@ def _from_logarithm(node: torch.fx.Node) -> Softmax | None:
         return Softmax(source, node, scores, (_dim(argument(source, "dim"), scores),))
     if operator_key(source) != "sub" or not all(map(is_tensor, source.args)):
         return None
-    scores, below = source.all_input_nodes[0], source.all_input_nodes[-1]
-    total = _behind_shapes(below)
+    total = _behind_shapes(source.all_input_nodes[-1])
     if operator_key(total) == "log":
         summed = _behind_shapes(first_input(total))
         dims, inner = summed_dims(summed), _behind_copies(first_input(summed))
         if dims is None or operator_key(inner) != "exp":
             return None
-        return _log_form(node, scores, inner, summed, dims)
+        return _log_form(node, source, inner, summed, dims)
     if operator_key(total) not in ("logsumexp", "special_logsumexp"):
         return None
-    return _log_form(node, scores, total, total, argument(total, "dim"))
+    return _log_form(node, source, total, total, argument(total, "dim"))
 
 
 def _log_form(
     node: torch.fx.Node,
-    scores: torch.fx.Node,
-    reader: torch.fx.Node,
+    difference: torch.fx.Node,
+    summing: torch.fx.Node,
     total: torch.fx.Node,
     dims: int | Sequence[int],
 ) -> Softmax | None:
-    """exp(scores - ...), where `reader` takes the same scores into the `total`."""
-    if _behind_copies(first_input(reader)) is not _behind_copies(scores):
+    """exp(scores - ...), the `difference`, where `summing` takes the same scores into `total`."""
+    scores = first_input(difference)
+    if _behind_copies(first_input(summing)) is not _behind_copies(scores):
         return None
-    return Softmax(node, node, scores, _dims(dims, scores), total=total)
+    return Softmax(node, node, scores, _dims(dims, scores), total=total, reader=difference)
 
 
 def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
@@ -119,7 +121,7 @@ def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
             normalised = any(_behind_copies(each) is node for each in reader.all_input_nodes)
             weights = reader if normalised else node
             where = _dims(dims, node)
-            return Softmax(node, weights, scores, where, base_two, total, not normalised)
+            return Softmax(node, weights, scores, where, base_two, total, reader, not normalised)
     return None
 
 
@@ -154,10 +156,10 @@ def _users_behind_shapes(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
             yield user
 
 
-def divisor_place(
-    reader: torch.fx.Node, indices: Indices, softmax: Softmax, axes: Axes
-) -> Indices | None:
-    """Indices at which `reader`, whose own are `indices`, reads the total of a softmax."""
+def divisor_place(indices: Indices, softmax: Softmax, axes: Axes) -> Indices | None:
+    """Indices at which the reader of a total, whose own are `indices`, reads it."""
+    reader = softmax.reader
+    assert reader is not None
     if len(indices) != len(shape_of(reader)):
         return None
     for operand in reader.args[1:2] if operator_key(reader) in DIVISIONS else reader.args[:2]:

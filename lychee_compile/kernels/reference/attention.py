@@ -36,7 +36,8 @@ def dense_attention(
     if extra is not None:
         column = extra.float().expand(*score.shape[:-1])[..., None]
         score = torch.cat((score, column), -1)
-    weight = score.softmax(-1).nan_to_num(nan=0.0)[..., : key.shape[2]]
+    nothing = (score == -torch.inf).all(-1, keepdim=True)
+    weight = score.softmax(-1).masked_fill(nothing, 0)[..., : key.shape[2]]
     return weight.to(query.dtype) @ value
 
 

@@ -1,0 +1,92 @@
+"""Graphs a step away from an attention that is understood: and eager's output all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+SIZE = 40
+EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
+
+pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+
+
+def flex_of_scaled_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return flex_attention(query * 3, key, value)
+
+
+def flex_of_scaled_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return flex_attention(query, key * 0.5, value, scale=1.0)
+
+
+def scaled_keys_written_through_a_view(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scaled = key * 2
+    scaled[:, :, 3].fill_(5.0)
+    return F.scaled_dot_product_attention(query, scaled, value)
+
+
+def scaled_queries_written_through_a_view(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scaled = query * 2
+    scaled[:, :, :, 1].fill_(5.0)
+    return F.scaled_dot_product_attention(query=scaled, key=key, value=value)
+
+
+def times_the_sum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    weights = torch.exp(query @ key.mT)
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ value) * total + 1 / total
+
+
+def times_the_sum_beside_its_inverse(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    weights = torch.exp(query @ key.mT)
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ value) * total + total.reciprocal() * value[:, :, :1]
+
+
+def over_the_logarithm_of_the_sum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    weights = torch.exp(query @ key.mT)
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ value) / total.log() + value[:, :, :1] / total
+
+
+NEAR_MISSES = [
+    flex_of_scaled_queries,
+    flex_of_scaled_keys,
+    scaled_keys_written_through_a_view,
+    scaled_queries_written_through_a_view,
+    times_the_sum,
+    times_the_sum_beside_its_inverse,
+    over_the_logarithm_of_the_sum,
+]
+
+
+@pytest.mark.parametrize("query_len", [1, 30])
+@pytest.mark.parametrize("attend", NEAR_MISSES, ids=lambda attend: attend.__name__)
+def test_the_output_is_eagers(attend: Callable[..., Tensor], query_len: int) -> None:
+    query = torch.randn(1, 2, query_len, 8)
+    key, value = torch.randn(2, 1, 2, SIZE, 8)
+    if query_len == 1:
+        key[:, :, 20:28] = -20 * query  # one of these is left out, and weighs nothing
+        key[:, :, 20:28, 1] = 0
+    compiled = torch.compile(attend, backend="lychee", options=EVERYTHING)
+    got, expected = compiled(query, key, value), attend(query, key, value)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("sink", [False, True])
+def test_dense_attention_hides_no_nan(softcap: float | None, sink: bool) -> None:
+    from lychee_compile.kernels.reference.attention import dense_attention
+
+    query, key, value = torch.randn(3, 1, 2, 20, 8)
+    key[0, 1, 4] = torch.nan
+    seen = torch.ones(20, 20, dtype=torch.bool).tril()
+    extra = torch.zeros(2, 1) if sink else None
+    output = dense_attention(query, key, value, seen, 0.3, softcap, extra)
+    assert output[0, 0].isfinite().all()
+    assert output[0, 1, 4:].isnan().all()
