@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lychee_compile.backend import reset
     from lychee_compile.boundaries import BoundaryTable, boundary_table
     from lychee_compile.inspection import explain, reports
+    from lychee_compile.kernels.policies import register_policy
     from lychee_compile.options import Options
     from lychee_compile.recorder import record
     from lychee_compile.report import Report
@@ -27,6 +28,7 @@ _HOMES = {
     "explain": "inspection",
     "functional": "functional",
     "record": "recorder",
+    "register_policy": "kernels.policies",
     "reports": "inspection",
     "reset": "backend",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "explain",
     "functional",
     "record",
+    "register_policy",
     "reports",
     "reset",
 ]

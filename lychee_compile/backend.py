@@ -102,9 +102,8 @@ def analyse(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Op
     found = find_attention(traced, written)
     writes = find_writes(traced.graph)
     plans = [
-        plan_site(each, traced.graph, writes, config, needs_gradients)
-        for each in found
-        if not isinstance(each, Rejected)
+        plan_site(each, place, traced.graph, writes, config, needs_gradients)
+        for place, each in enumerate(each for each in found if not isinstance(each, Rejected))
     ]
     rejected = [describe_rejected(each) for each in found if isinstance(each, Rejected)]
     return Analysis(traced, fakes, mode, plans, rejected)

@@ -9,15 +9,16 @@ index = update_index(index, longer_key)        # while decoding
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.reference.attention import attend, rows_at, slots_read
+from lychee_compile.kernels.policies import make_index
+from lychee_compile.kernels.reference.attention import attend
+from lychee_compile.kernels.reference.certificate import log_unread_bound, missed_share
 from lychee_compile.kernels.reference.index import KVIndex
-from lychee_compile.kernels.reference.nodes import rounding_slack
 from lychee_compile.kernels.reference.selection import Selection
 from lychee_compile.kernels.reference.selection import select as _select
 from lychee_compile.options import Options
@@ -41,7 +42,7 @@ def build_index(
     _expect(k.dim() == 4, "k must be [B, Hkv, L, D]", k)
     chosen = options if isinstance(options, Options) else Options.parse(None, options)
     batch, heads, kv_len, head_dim = k.shape
-    index = KVIndex(batch, heads, head_dim, chosen.index_config(), k.device)
+    index = make_index(batch, heads, head_dim, chosen.index_config(), k.device)
     if boundaries is not None:
         _expect(
             boundaries.shape == (batch, kv_len),
@@ -78,16 +79,22 @@ def select(
     budget: int | None = None,
     scale: float | None = None,
     mask: Tensor | None = None,
+    k: Tensor | None = None,
 ) -> Selection:
     """Choose the tokens that each position of `q` [B, Hq, Tq, D] reads, per KV head.
 
     `budget` overrides the index's own; `scale` multiplies q.k, 1 / sqrt(D) by default; `mask` is an
     SDPA mask over the cache, bool or additive. Without one every query sees every key, so a causal
-    mask must be given for several query positions.
+    mask must be given for several query positions. `k` [B, Hkv, L, D] are the keys that were
+    indexed, which policies that read them need.
     """
     _expect(q.dim() == 4, "q must be [B, Hq, Tq, D]", q)
     fits = q.shape[0] == index.batch and q.shape[3] == index.head_dim
     _expect(fits, f"q must be [{index.batch}, Hq, Tq, {index.head_dim}]", q)
+    if index.reads_keys:
+        fits = k is not None and k.shape[:2] == (index.batch, index.kv_heads)
+        what = f"policy {index.config.policy!r} reads keys: k must be [{index.batch}, "
+        _expect(fits, f"{what}{index.kv_heads}, L, {index.head_dim}]", k)
     _expect(q.shape[1] % index.kv_heads == 0, f"Hq must be a multiple of {index.kv_heads}", q)
     if budget is not None and budget < 1:
         raise ValueError(f"budget must be at least 1, got {budget}")
@@ -97,7 +104,8 @@ def select(
         mask = (slots < index.end[:, None])[:, None, None]
     chosen = index.config.budget if budget is None else budget
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    return _select(index, q, factor, kv_len, mask, chosen, with_bound=True)
+    selection = _select(index, k, q, factor, kv_len, mask, chosen)
+    return replace(selection, log_unread_bound=log_unread_bound(index, q, selection))
 
 
 def sparse_attention(
@@ -126,24 +134,7 @@ def sparse_attention(
         raise ValueError(
             f"scale={scale} is not the {selection.scale} that the selection was made with"
         )
-    return output, _missed_share(q, k, selection, log_read)
-
-
-def _missed_share(q: Tensor, k: Tensor, selection: Selection, log_read: Tensor) -> Tensor:
-    """M / (1 + M), M the bound of the unread mass over what was read, rounded up: [B, Hq, Tq]."""
-    assert selection.log_unread_bound is not None
-    slot, _ = slots_read(selection)
-    lengths = torch.linalg.vector_norm(rows_at(k, slot).float(), dim=-1)
-    longest = F.pad(lengths, (0, 1)).amax(-1)  # there may be none
-    group = q.shape[1] // k.shape[1]
-    reach = torch.linalg.vector_norm(q.float(), dim=-1) * longest.repeat_interleave(group, 1)
-    slack = rounding_slack(q.shape[-1])
-    log_floor = log_read - slack * abs(selection.scale) * reach - slack * log_read.abs() - slack
-    unread = selection.log_unread_bound
-    share = torch.sigmoid(unread + slack * unread.abs() - log_floor) * (1 + slack)
-    tiny = torch.finfo(torch.float32).tiny  # no share that is missed rounds to none
-    share = share.nan_to_num(nan=1.0).clamp(tiny, 1.0)
-    return torch.where(unread == -torch.inf, 0.0, share)
+    return output, missed_share(k, q, selection, log_read)
 
 
 def _expect_operands(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> None:
@@ -161,6 +152,9 @@ def _expect_operands(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> N
     )
 
 
-def _expect(holds: bool, what: str, got: Tensor) -> None:
-    if not holds:
-        raise ValueError(f"{what}, got {str(got.dtype).removeprefix('torch.')} {list(got.shape)}")
+def _expect(holds: bool, what: str, got: Tensor | None) -> None:
+    if holds:
+        return
+    if got is None:
+        raise ValueError(f"{what}, got None")
+    raise ValueError(f"{what}, got {str(got.dtype).removeprefix('torch.')} {list(got.shape)}")

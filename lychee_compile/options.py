@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from lychee_compile.boundaries import BoundaryTable, boundary_table, is_tokenizer
-from lychee_compile.kernels.config import BOUNDARIES, POLICIES, IndexConfig
+from lychee_compile.kernels.config import BOUNDARIES, IndexConfig
+from lychee_compile.kernels.policies import policy_names
 
 LONGEST_CHUNK = 256
 PREFILLS = ("exact",)
@@ -22,7 +23,7 @@ _AT_LEAST = {
     "cluster_chunks": 1,
     "coarse_units": 1,
     "overfetch": 1,
-    "flat_chunks": 0,
+    "flat_tokens": 0,
 }
 
 _tables: WeakKeyDictionary[Any, BoundaryTable] = WeakKeyDictionary()
@@ -66,11 +67,16 @@ class Options(IndexConfig):
         self._set("seed", _integer("seed", self.seed, at_least=0, at_most=2**63 - 1))
         self._set("chunk", _chunk(self.chunk))
         _one_of("boundaries", self.boundaries, BOUNDARIES)
-        _one_of("policy", self.policy, POLICIES)
+        _one_of("policy", self.policy, policy_names())
         self._set("tokenizer", _token_source(self.tokenizer))
         _check_mode(self.mode)
-        if not isinstance(self.strict, bool):
-            raise _wrong("strict", self.strict, "True or False")
+        self._set("epsilon", _share("epsilon", self.epsilon))
+        if self.dense_layers is not None:
+            least = _integer("dense_layers", self.dense_layers, at_least=0, expected_or="None")
+            self._set("dense_layers", least)
+        for name in ("strict", "reference"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, getattr(self, name), "True or False")
         if self.prefill == "sparse":
             raise OptionError('option prefill="sparse" is not there yet: prefill stays "exact"')
         _one_of("prefill", self.prefill, PREFILLS)
@@ -125,12 +131,11 @@ class Options(IndexConfig):
 
     def _check_budget(self) -> None:
         always = self.sinks + self.recent
-        needed = always if self.policy == "streaming" else always + 1
-        if self.budget is not None and self.budget < needed:
+        if self.budget is not None and self.budget <= always:
             raise OptionError(
                 f"option budget={self.budget} is too small: sinks ({self.sinks}) + recent "
-                f"({self.recent}) = {always} tokens are always read, so give at least {needed}, "
-                "or None to read all tokens"
+                f"({self.recent}) = {always} tokens are always read, so give at least "
+                f"{always + 1}, or None to read all tokens"
             )
 
 
@@ -166,6 +171,15 @@ def _integer(
     if number < at_least or (at_most is not None and number > at_most):
         raise _wrong(name, number, expected)
     return number
+
+
+def _share(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    expected = "a number above 0 and below 1, or None"
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+        raise _wrong(name, value, expected)
+    return float(value)
 
 
 def _one_of(name: str, value: object, choices: Collection[str]) -> None:

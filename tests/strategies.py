@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.policies import make_index
+from lychee_compile.kernels.reference.certificate import log_unread_bound
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.selection import Selection, select
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,7 +74,14 @@ class Heads:
 
     def index(self, config: IndexConfig) -> KVIndex:
         """An empty index for such keys."""
-        return KVIndex(self.batch, self.kv_heads, self.head_dim, config, CPU)
+        return make_index(self.batch, self.kv_heads, self.head_dim, config, CPU)
+
+
+def bounded_select(index: KVIndex, key: Tensor, query: Tensor, *given, softcap=None) -> Selection:
+    """A selection that carries the bound of what it leaves out. Arguments as of `select`."""
+    selection = select(index, key, query, *given, softcap=softcap)
+    bound = log_unread_bound(index, query, selection, softcap)
+    return dataclasses.replace(selection, log_unread_bound=bound)
 
 
 heads = st.builds(
@@ -96,9 +107,9 @@ def configs(draw, **fixed) -> IndexConfig:
         "cluster_chunks": draw(st.integers(1, 4)),
         "coarse_units": draw(st.sampled_from([1, 2, 5, 64])),
         "overfetch": draw(st.integers(1, 4)),
-        "flat_chunks": draw(st.sampled_from([0, 0, 4096])),
+        "flat_tokens": draw(st.sampled_from([0, 0, 65536])),
         "boundaries": draw(st.sampled_from(["auto", "similarity", "fixed"])),
-        "policy": draw(st.sampled_from(["lychee", "lychee", "lychee", "streaming"])),
+        "policy": "lychee",
         "seed": draw(st.integers(0, 3)),
     }
     return IndexConfig(**{**drawn, **fixed})

@@ -27,7 +27,7 @@ from lychee_compile.state import registry
 
 SIZE, BATCH, PROMPT = 160, 2, 60
 EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
-SPARSE = {**EVERYTHING, "budget": 32, "overfetch": 1, "flat_chunks": 0}
+SPARSE = {**EVERYTHING, "budget": 32, "overfetch": 1, "flat_tokens": 0}
 
 Event = tuple[Any, ...]
 seeds = st.integers(0, 2**16)
@@ -46,18 +46,18 @@ def tokens(seed: int, count: int) -> Tensor:
 def check_nodes(index: KVIndex, key: Tensor) -> None:
     """A chunk has the mean of its keys, and every node above reaches all of them."""
     offset = torch.arange(SPARSE["chunk"][1])
-    inside = (offset < index.chunk_length[..., None])[:, None]
-    slot = (index.chunk_start[..., None] + offset).clamp(max=key.shape[2] - 1)
+    inside = (offset < index.group_length[..., None])[:, None]
+    slot = (index.group_start[..., None] + offset).clamp(max=key.shape[2] - 1)
     keys = key[torch.arange(BATCH)[:, None, None], :, slot].permute(0, 3, 1, 2, 4)
-    used = (index.chunk_length > 0)[:, None, :, None]
-    mean = (keys * inside[..., None]).sum(3) / index.chunk_length.clamp(min=1)[:, None, :, None]
+    used = (index.group_length > 0)[:, None, :, None]
+    mean = (keys * inside[..., None]).sum(3) / index.group_length.clamp(min=1)[:, None, :, None]
     torch.testing.assert_close(mean * used, index.chunks.mean * used, atol=1e-5, rtol=1e-5)
-    unit = index.cluster_unit.gather(2, index.chunk_cluster)
+    unit = index.tree.cluster_unit.gather(2, index.tree.chunk_cluster)
     own = torch.arange(index.chunks.count).expand_as(unit)
     for nodes, place in (
         (index.chunks, own),
-        (index.clusters, index.chunk_cluster),
-        (index.units, unit),
+        (index.tree.clusters, index.tree.chunk_cluster),
+        (index.tree.units, unit),
     ):
         node = nodes.gather(place)
         distance = torch.linalg.vector_norm((keys - node.mean[:, :, :, None]).double(), dim=-1)

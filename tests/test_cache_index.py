@@ -147,7 +147,7 @@ def test_noted_strengths_survive_until_their_token_is_rewritten(shape, config, s
     ).to(torch.uint8)
     cache, first = CacheIndex(key, config), torch.zeros(shape.batch, dtype=torch.int64)
     cache.update(key, first, span(0, tokens, shape.batch), strength[:, :tokens], False)
-    assert not cache.index.chunk_count.any()
+    assert not cache.index.group_count.any()
     again = strength.flip(1)
     written = span(keep, keep + 25, shape.batch)
     cache.update(key, first, written, again[:, keep : keep + 25], True)
@@ -235,6 +235,6 @@ def test_untouched_keys_are_not_indexed_again():
     for position in range(60, 70):
         cache.suspect = True
         cache.update(key, ORIGIN, span(position, position + 1, 2), None, True)
-    count = int(cache.index.chunk_count.min())
+    count = int(cache.index.group_count.min())
     assert count > 10
     assert torch.equal(cache.index.chunks.mean[:, :, :14], before[:, :, :14])

@@ -21,9 +21,14 @@ from strategies import (
 )
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.reference import index as index_module
+from lychee_compile.kernels.reference import grouped as grouped_module
+from lychee_compile.kernels.reference import tree as tree_module
 
 scales = st.sampled_from([1.0, 0.125, -0.5, 3.0])
+
+
+def nodes_of(index, level):
+    return index.chunks if level == "chunks" else getattr(index.tree, level)
 
 
 def levels(index, row, head):
@@ -31,8 +36,8 @@ def levels(index, row, head):
     chunks = [pair for pair in row_chunks(index, row) if pair[0] < int(index.tail[row])]
     under = {}
     for column, (start, size) in enumerate(chunks):
-        cluster = int(index.chunk_cluster[row, head, column])
-        unit = int(index.cluster_unit[row, head, cluster])
+        cluster = int(index.tree.chunk_cluster[row, head, column])
+        unit = int(index.tree.cluster_unit[row, head, cluster])
         for level, node in (("chunks", column), ("clusters", cluster), ("units", unit)):
             under.setdefault((level, node), []).extend(range(start, start + size))
     return under
@@ -50,12 +55,15 @@ def test_every_score_is_within_the_bound_of_each_node_above(cache, scale, gather
     shape = cache.shape
     query = shape.queries(3, 2, cache.dtype)
     grouped = query.reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
-    with patch.object(index_module, "GATHER_CHUNKS", gathered):
+    with (
+        patch.object(grouped_module, "GATHER_GROUPS", gathered),
+        patch.object(tree_module, "_BLOCK", gathered),
+    ):
         for _ in through(data, cache):
             index = cache.index
             scores = scale * grouped.double() @ cache.key.double().transpose(-1, -2)
             for level in ("chunks", "clusters", "units") if index.chunks.count else ():
-                bound = getattr(index, level).score_bound(grouped.float(), scale).double()
+                bound = nodes_of(index, level).score_bound(grouped.float(), scale).double()
                 above = bound.gather(-1, wide_labels(index, level, bound, scores.shape[-1]))
                 covered = (token_columns(index, scores.shape[-1]) >= 0)[:, None, None]
                 assert (~covered | (scores <= above)).all(), level
@@ -75,9 +83,9 @@ def wide_labels(index, level, like, tokens):
     """The node of a level that each token is under, 0 for none: [B, Hkv, R, T]."""
     node = token_columns(index, tokens).clamp(min=0)[:, None].expand(-1, index.kv_heads, -1)
     if level != "chunks":
-        node = index.chunk_cluster.gather(2, node)
+        node = index.tree.chunk_cluster.gather(2, node)
     if level == "units":
-        node = index.cluster_unit.gather(2, node)
+        node = index.tree.cluster_unit.gather(2, node)
     return node[:, :, None].expand(-1, -1, like.shape[2], -1)
 
 
@@ -90,7 +98,7 @@ def test_nodes_hold_the_moments_of_the_keys_below(cache, data):
         for head in range(index.kv_heads):
             under = levels(index, row, head)
             for level in ("chunks", "clusters", "units"):
-                nodes = getattr(index, level)
+                nodes = nodes_of(index, level)
                 counts = {
                     node: len(tokens) for (name, node), tokens in under.items() if name == level
                 }
@@ -127,12 +135,12 @@ def test_the_index_covers_what_one_built_at_once_covers(cache, data):
 def test_the_shape_of_the_index_stays_within_its_configuration(cache, data):
     for _ in through(data, cache):
         index, config = cache.index, cache.config
-        chunks = index.chunk_count[:, None]
-        assert ((index.clusters.tokens > 0).sum(-1) <= chunks).all()
-        assert ((index.units.tokens > 0).sum(-1) <= config.coarse_units).all()
-        in_use = (index.chunk_length > 0)[:, None].expand_as(index.chunk_cluster)
-        members = torch.zeros(index.batch, index.kv_heads, index.clusters.count + 1)
-        members.scatter_add_(2, index.chunk_cluster, in_use.float())
+        chunks = index.group_count[:, None]
+        assert ((index.tree.clusters.tokens > 0).sum(-1) <= chunks).all()
+        assert ((index.tree.units.tokens > 0).sum(-1) <= config.coarse_units).all()
+        in_use = (index.group_length > 0)[:, None].expand_as(index.tree.chunk_cluster)
+        members = torch.zeros(index.batch, index.kv_heads, index.tree.clusters.count + 1)
+        members.scatter_add_(2, index.tree.chunk_cluster, in_use.float())
         assert (members <= 2 * config.cluster_chunks).all()
 
 
@@ -144,7 +152,7 @@ def test_estimates_of_equal_keys_are_exact(shape, config, seed, scale):
     index.extend(key, torch.full((shape.batch,), 60))
     query = shape.queries(seed, 1).reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
     score = scale * query @ key[:, :, :1].transpose(-1, -2)
-    for nodes in (index.chunks, index.clusters, index.units):
+    for nodes in (index.chunks, index.tree.clusters, index.tree.units):
         used = (nodes.tokens > 0)[:, :, None]
         wrong = (nodes.log_estimate(query, scale) - score).abs()
         assert (wrong.where(used, 0) <= 1e-4 * (1 + score.abs())).all()
@@ -165,7 +173,7 @@ def test_the_floor_is_below_the_mass(cache, scale, data):
         for head in range(index.kv_heads):
             under = levels(index, row, head)
             for (level, node), tokens in under.items():
-                floor = getattr(index, level).log_mass_floor(query.float(), scale)
+                floor = nodes_of(index, level).log_mass_floor(query.float(), scale)
                 rounding = 1e-5 * (
                     1 + reach * cache.key[row, head, tokens].double().norm(dim=-1).amax()
                 )
@@ -179,11 +187,11 @@ def test_a_grafted_chunk_joins_its_own_kind():
     key = (topic + 0.01 * torch.arange(96)[:, None] / 96).view(1, 1, 96, 4)
     index = shape.index(config)
     index.extend(key[:, :, :84], torch.tensor([84]))
-    before = index.clusters.count
+    before = index.tree.clusters.count
     for end in range(85, 97):
         index.extend(key, torch.tensor([end]))
-    assert index.clusters.count == before
-    labels = index.chunk_cluster[0, 0, : int(index.chunk_count)]
+    assert index.tree.clusters.count == before
+    labels = index.tree.chunk_cluster[0, 0, : int(index.group_count)]
     assert set(labels[0::2].tolist()).isdisjoint(labels[1::2].tolist())
 
 
@@ -193,8 +201,8 @@ def test_a_full_cluster_is_split_while_decoding():
     cache.apply("grow", torch.tensor([50]), 0)
     for seed in range(60):
         cache.apply("grow", torch.tensor([2]), seed)
-    chunks = int(cache.index.chunk_count)
-    assert (cache.index.clusters.tokens > 0).sum() >= math.ceil(chunks / 4)
+    chunks = int(cache.index.group_count)
+    assert (cache.index.tree.clusters.tokens > 0).sum() >= math.ceil(chunks / 4)
 
 
 @pytest.mark.parametrize("step", ["truncate", "restart"])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Heads, configs, heads, masks, random, row_chunks, seeds
+from strategies import Heads, bounded_select, configs, heads, masks, random, row_chunks, seeds
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lychee_compile.kernels import handles, operators, reference
@@ -21,7 +21,6 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.handles import Handle
 from lychee_compile.kernels.observe import observers
 from lychee_compile.kernels.operators import sparse_attention, update_index
-from lychee_compile.kernels.reference.selection import select
 
 SHAPE = Heads(2, 2, 2, 8)
 CONFIG = IndexConfig(sinks=2, recent=8, chunk=(2, 4), cluster_chunks=2, budget=24)
@@ -97,7 +96,7 @@ def test_bounds_of_soft_capped_scores_hold(seed, softcap):
     owner = Handle(CONFIG)
     update_index(key, None, None, None, owner.tensor, 1)
     index = owner.index_for(key).index
-    chosen = select(index, query, 0.5, 60, None, 24, with_bound=True, softcap=softcap)
+    chosen = bounded_select(index, key, query, 0.5, 60, None, 24, softcap=softcap)
     wide = key.repeat_interleave(SHAPE.group, 1)
     score = softcap * torch.tanh(0.5 * query @ wide.mT / softcap)
     read = chosen.token_mask().repeat_interleave(SHAPE.group, 1)
@@ -172,7 +171,7 @@ def test_token_ids_give_the_strengths():
     ids = torch.zeros(1, 61, dtype=torch.int64)
     ids[:, 2::3] = 7
     update_index(key, None, torch.arange(60), ids[:, :60], owner.tensor, 60)
-    assert not owner.cache.index.chunk_count.any()
+    assert not owner.cache.index.group_count.any()
     update_index(key, None, torch.tensor([60]), ids[:, 60:], owner.tensor, 1)
     assert {size for _, size in row_chunks(owner.cache.index, 1)[:-1]} == {3}
 
@@ -315,11 +314,12 @@ class Blocker:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocker())
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.reference import attention, index, selection
+from lychee_compile.kernels.policies import make_index
+from lychee_compile.kernels.reference import attention, selection
 key = torch.ones(1, 1, 99, 4)
-built = index.KVIndex(1, 1, 4, IndexConfig(), key.device)
+built = make_index(1, 1, 4, IndexConfig(), key.device)
 built.extend(key, torch.tensor([99]))
-chosen = selection.select(built, key[:, :, :1], 0.5, 99, None, 90)
+chosen = selection.select(built, key, key[:, :, :1], 0.5, 99, None, 90)
 attention.attend(key[:, :, :1], key, key, chosen, None, 0.5)
 assert not {name for name in blocked if name in sys.modules} - loaded
 """

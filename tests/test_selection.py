@@ -13,6 +13,7 @@ from strategies import (
     KINDS,
     Heads,
     Mask,
+    bounded_select,
     configs,
     heads,
     lengths,
@@ -57,9 +58,11 @@ class Case:
         return dataclasses.replace(self, key=key)
 
     def select(self, **given_: object) -> Selection:
-        arguments = {"with_bound": False, "budget": self.budget, **given_}
+        budget = given_.get("budget", self.budget)
         kv_len = self.key.shape[2]
-        return select(self.index, self.query, 0.3, kv_len, self.mask.tensor, **arguments)
+        return bounded_select(
+            self.index, self.key, self.query, 0.3, kv_len, self.mask.tensor, budget
+        )
 
     def seen(self):
         """Slots that some head of a group or another may see: bool [B, Tq, L]."""
@@ -108,48 +111,41 @@ def test_a_selection_holds_what_it_must_and_nothing_hidden(case):
     if case.budget is not None:
         most = always.sum(-1).clamp(min=case.budget)[:, None]
         assert (count <= most).all(), "over the budget"
-    if case.budget is None and case.config.policy == "lychee":
+    if case.budget is None:
         assert torch.equal(read, seen[:, None].expand_as(read))
 
 
-@given(cases(policy="lychee"))
+@given(cases())
 def test_a_budget_for_everything_reads_everything(case):
     read = case.select(budget=case.key.shape[2]).token_mask()
     assert torch.equal(read, case.seen()[:, None].expand_as(read))
 
 
-@given(cases(policy="streaming"))
-def test_streaming_reads_only_what_is_always_read(case):
-    read = case.select().token_mask()
-    assert torch.equal(read, always_read(case)[:, None].expand_as(read))
-
-
 @given(cases())
-def test_runs_are_whole_chunks_that_do_not_overlap(case):
+def test_runs_do_not_overlap(case):
     selection = case.select()
     start, size = selection.run_start, selection.run_length
     end = torch.where(size > 0, start + size, 0)
     order = torch.where(size > 0, start, case.key.shape[2]).argsort(-1)
     begin = torch.where(size > 0, start, case.key.shape[2]).gather(-1, order)
     assert (end.gather(-1, order)[..., :-1] <= begin[..., 1:]).all()
-    assert (size[..., 1:-1] <= case.config.chunk[1]).all()
 
 
 @given(cases())
 def test_selection_is_repeatable_and_reads_no_garbage(case):
     """Twice the same, also where the slots that no query sees hold other keys."""
-    first = case.select(with_bound=True)
+    first = case.select()
     stale = case.key.clone()
     hidden = ~case.seen().any(1)
     beyond = torch.arange(stale.shape[2]) >= case.end[:, None]
     stale[(hidden & beyond)[:, None].expand(stale.shape[:3])] = torch.nan
-    second = case.with_keys(stale).select(with_bound=True)
+    second = case.with_keys(stale).select()
     assert torch.equal(first.run_start, second.run_start)
     assert torch.equal(first.run_length, second.run_length)
     assert torch.equal(first.log_unread_bound, second.log_unread_bound)
 
 
-@given(configs(policy="lychee", overfetch=1), st.sampled_from(KINDS), seeds, st.integers(1, 60))
+@given(configs(overfetch=1), st.sampled_from(KINDS), seeds, st.integers(1, 60))
 def test_a_row_that_fits_the_budget_reads_everything_whatever_the_others_need(
     config, kind, seed, length
 ):
@@ -157,7 +153,7 @@ def test_a_row_that_fits_the_budget_reads_everything_whatever_the_others_need(
     key, index = shape.keys(kind, seed, 130), shape.index(config)
     index.extend(key, end)
     mask = (torch.arange(130) < end[:, None])[:, None, None]
-    selection = select(index, 10 * shape.queries(seed, 1), 1.0, 130, mask, length)
+    selection = select(index, key, 10 * shape.queries(seed, 1), 1.0, 130, mask, length)
     assert selection.token_mask()[1, ..., :length].all()
 
 
@@ -184,7 +180,7 @@ def test_rows_choose_as_they_would_alone(case):
 def oracle_case(budget, seed):
     """One head and query over 600 tokens of topics, one of them the query's own."""
     config = IndexConfig(
-        budget=budget, sinks=4, recent=16, chunk=(4, 8), cluster_chunks=4, flat_chunks=0
+        budget=budget, sinks=4, recent=16, chunk=(4, 8), cluster_chunks=4, flat_tokens=0
     )
     topic = torch.arange(600) // 12 % 10
     directions = random(seed, 10, 32)
@@ -199,7 +195,7 @@ def test_the_topic_asked_for_is_found(seed):
     config, key, query = oracle_case(120, seed)
     index = dataclasses.replace(SINGLE, head_dim=32).index(config)
     index.extend(key, torch.tensor([600]))
-    read = select(index, query, 32**-0.5, 600, None, config.budget).token_mask()[0, 0, 0]
+    read = select(index, None, query, 32**-0.5, 600, None, config.budget).token_mask()[0, 0, 0]
     share = (query @ key.transpose(-1, -2))[0, 0, 0].mul(32**-0.5).softmax(-1)
     best = share.topk(120).values.sum()
     assert share[read].sum() >= 0.8 * best
@@ -238,6 +234,6 @@ def test_a_query_that_sees_nothing():
     key = make_keys("gaussian", 0, (1, 1, 100, 4), torch.float32)
     index.extend(key, torch.tensor([100]))
     hidden = torch.zeros(1, 1, 1, 100, dtype=torch.bool)
-    selection = select(index, key[:, :, :1], 1.0, 100, hidden, 90, with_bound=True)
+    selection = bounded_select(index, key, key[:, :, :1], 1.0, 100, hidden, 90)
     assert not selection.token_mask().any()
     assert (selection.log_unread_bound == -torch.inf).all()

@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DTYPES, KINDS, Heads, Mask, configs, heads, lengths, masks, random, seeds
+from strategies import (
+    DTYPES,
+    KINDS,
+    Heads,
+    Mask,
+    bounded_select,
+    configs,
+    heads,
+    lengths,
+    masks,
+    random,
+    seeds,
+)
 from torch import Tensor
 
 from lychee_compile.functional import sparse_attention
@@ -57,7 +69,7 @@ def cases(draw, everything=False, dtypes=DTYPES):
     index.extend(key, draw(lengths(shape.batch, tokens)))
     scale = draw(st.sampled_from(FACTORS))
     budget = draw(st.integers(tokens, tokens + 9) | st.none()) if everything else config.budget
-    selection = select(index, query, scale, tokens, mask.tensor, budget, with_bound=True)
+    selection = bounded_select(index, key, query, scale, tokens, mask.tensor, budget)
     return Case(shape, query, key, value, mask, scale, selection)
 
 
@@ -148,7 +160,7 @@ def test_a_larger_budget_misses_no_more(shape, seed, tokens, size):
     index.extend(key, torch.full((shape.batch,), tokens))
     query = size * shape.queries(seed, 1)
     log_read = [
-        attend(query, key, key, select(index, query, 1.0, tokens, None, budget), None, 1.0)[1]
+        attend(query, key, key, select(index, key, query, 1.0, tokens, None, budget), None, 1.0)[1]
         for budget in (12, tokens // 2 + 12, tokens + 12)
     ]
     assert (log_read[0] <= log_read[2] + 1e-4 * (1 + log_read[2].abs())).all()
@@ -163,7 +175,7 @@ def test_ragged_rows_equal_each_row_alone(shape, seed, tokens, data):
     index = shape.index(IndexConfig(sinks=1, recent=4, chunk=(2, 4)))
     index.extend(key, end)
     mask = (torch.arange(tokens) < end[:, None])[:, None, None]
-    selection = select(index, query, 0.5, tokens, mask, tokens)
+    selection = select(index, key, query, 0.5, tokens, mask, tokens)
     output = attend(query, key, key, selection, mask, 0.5)[0]
     for row, length in enumerate(end.tolist()):
         own = key[row : row + 1, :, :length]
@@ -201,7 +213,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_misses_nothing(hidden):
     index.extend(key, torch.tensor([100, 100]))
     mask = torch.zeros(2, 1, 1, 100) if hidden else torch.ones(2, 1, 1, 100, dtype=torch.bool)
     mask[1] = hidden
-    selection = select(index, query, 0.5, 100, mask, 90, with_bound=True)
+    selection = bounded_select(index, key, query, 0.5, 100, mask, 90)
     output, certificate = sparse_attention(query, key, key, selection, return_certificate=True)
     assert not output[1].any()
     assert not certificate[1].any()

@@ -55,11 +55,11 @@ def check_cuts(index: Any, ids: Tensor) -> None:
     """Every chunk ends at the first of its strongest boundaries that the lengths allow."""
     strength = STRENGTHS[ids]
     for row in range(BATCH):
-        count = int(index.chunk_count[row])
+        count = int(index.group_count[row])
         assert count > 3
         for start, length in zip(
-            index.chunk_start[row, :count].tolist(),
-            index.chunk_length[row, :count].tolist(),
+            index.group_start[row, :count].tolist(),
+            index.group_length[row, :count].tolist(),
             strict=True,
         ):
             window = strength[row, start + CHUNK[0] - 1 : start + CHUNK[1]]

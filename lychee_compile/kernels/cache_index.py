@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.policies import make_index
 from lychee_compile.kernels.reference.fingerprints import fingerprints
-from lychee_compile.kernels.reference.index import PROMPT_CHUNKS, KVIndex
 
 logger = logging.getLogger(__name__)
 
+WORTH_LOGGING = 512
+"""Tokens that an update of a prompt indexes, at least."""
 SAMPLES = 16
 """Indexed keys compared with their fingerprints at every step, a different set each time: finds a
 write that left no trace in the tensor's version, such as one through `.data` or a raw kernel."""
@@ -31,7 +33,7 @@ class CacheIndex:
     def __init__(self, key: Tensor, config: IndexConfig) -> None:
         batch, heads, _, head_dim = key.shape
         self.config = config
-        self.index = KVIndex(batch, heads, head_dim, config, key.device)
+        self.index = make_index(batch, heads, head_dim, config, key.device)
         self.known = torch.zeros(batch, dtype=torch.int64, device=key.device)
         """Keys of each row that have a fingerprint, int64 [B]."""
         self.fingerprint = torch.zeros(batch, 0, dtype=torch.int64, device=key.device)
@@ -74,7 +76,7 @@ class CacheIndex:
         waiting = int((end - self.index.tail).max())
         started = time.perf_counter()
         self.index.extend(key, end)
-        if waiting > PROMPT_CHUNKS * self.config.chunk[1]:
+        if waiting > WORTH_LOGGING:
             logger.info(
                 "indexed %d tokens of %d KV heads in %.0f ms",
                 waiting,

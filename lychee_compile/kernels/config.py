@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POLICIES = ("lychee", "streaming")
 BOUNDARIES = ("auto", "tokens", "similarity", "fixed")
 
 
@@ -28,15 +27,24 @@ class IndexConfig:
     """Chunks that a fine cluster holds on average."""
     coarse_units: int = 64
     """At most this many coarse units above the fine clusters."""
-    overfetch: int = 4
-    """Fine clusters are taken until they hold `overfetch * budget` tokens; then come chunks."""
-    flat_chunks: int = 4096
-    """Up to this many chunks all are ranked, which is then faster than to descend through units and
-    clusters, and slightly better."""
+    overfetch: int = 8
+    """In a context longer than `flat_tokens`, units, clusters and chunks are narrowed down to this
+    many tokens for each that is read; then come the sketches of single tokens."""
+    flat_tokens: int = 65536
+    """Up to this many tokens the sketches of all are ranked: faster there than to descend through
+    units, clusters and chunks, and better."""
     boundaries: str = "auto"
     """Where chunks are cut: see `BOUNDARIES`. "auto" cuts by token strengths where they are known
     and by the similarity of neighbouring keys elsewhere."""
     policy: str = "lychee"
-    """How chunks are chosen: see `POLICIES`. "streaming" reads sinks and recent tokens alone."""
+    """How tokens are chosen, a name in `lychee_compile.kernels.policies`: "lychee", "quest",
+    "clusterkv", "tokenselect", "hisa", "streaming", "oracle", or one of your own."""
+    epsilon: float | None = None
+    """Largest share of the softmax mass that may be missed: the budget widens, up to all tokens,
+    until a certificate proves it. None: the budget holds, and nothing is proved."""
     seed: int = 0
     """Seed of the k-means."""
+    dense_layers: int | None = None
+    """First attentions of each graph that stay exact; None: as many as the policy's paper says."""
+    reference: bool = False
+    """Run the plain PyTorch operators on any device, to study quality where they win no time."""

@@ -18,11 +18,15 @@ class SparseCall:
     site: str
     query: Tensor
     key: Tensor
+    value: Tensor
     mask: Tensor | None
     scale: float
     softcap: float | None
     index: KVIndex
     selection: Selection
+    certificate: Tensor | None
+    """Upper bound of the share of the softmax mass not read, float32 [B, Hq, Tq], where `epsilon`
+    asks for one."""
 
 
 observers: list[Callable[[SparseCall], None]] = []

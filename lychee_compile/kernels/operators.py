@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lychee_compile.kernels import handles
 from lychee_compile.kernels.observe import SparseCall, observers
+from lychee_compile.kernels.reference.adaptive import certified_attention
 from lychee_compile.kernels.reference.attention import attend, dense_attention
 from lychee_compile.kernels.reference.selection import select
 from lychee_compile.kernels.reference.visible import visible_keys
@@ -95,13 +96,22 @@ def sparse_attention(
     if query.shape[2] > LONGEST_QUERY:
         return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()
     index = handles.find(handle).index_for(key).index
-    kv_len, budget = key.shape[2], index.config.budget
-    selection = select(index, query, scale, kv_len, mask, budget, softcap=softcap)
+    kv_len, budget, epsilon = key.shape[2], index.config.budget, index.config.epsilon
+    selection = select(index, key, query, scale, kv_len, mask, budget, softcap, site)
     if bool((selection.visible.end == 0).any()):
         return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()
+    certificate = None
+    if epsilon is None or budget is None:
+        output, _ = attend(query, key, value, selection, mask, scale, softcap, extra)
+    else:
+        output, selection, certificate = certified_attention(
+            index, query, key, value, mask, scale, budget, epsilon, softcap, extra, site
+        )
     for observer in observers:
-        observer(SparseCall(site, query, key, mask, scale, softcap, index, selection))
-    output, _ = attend(query, key, value, selection, mask, scale, softcap, extra)
+        call = SparseCall(
+            site, query, key, value, mask, scale, softcap, index, selection, certificate
+        )
+        observer(call)
     return output.contiguous()
 
 

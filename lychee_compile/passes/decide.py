@@ -10,6 +10,7 @@ import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators import DEVICES, DTYPES, LONGEST_QUERY
+from lychee_compile.kernels.policies import index_class
 from lychee_compile.passes.attention import Attention, Rejected, Unread
 from lychee_compile.passes.axes import Axis
 from lychee_compile.passes.caches import CacheBinding, Writes, bind_cache
@@ -34,12 +35,16 @@ class Plan:
 
 def plan_site(
     attention: Attention | Unread,
+    place: int,
     graph: torch.fx.Graph,
     writes: Writes,
     config: IndexConfig,
     needs_gradients: bool,
 ) -> Plan:
-    """Look at one attention and decide: `site.decision` is "sparse" or, with a reason, "kept"."""
+    """Decide about the attention at `place` among its graph's.
+
+    `site.decision` is "sparse" or, with a reason, "exact" or "kept".
+    """
     if isinstance(attention, Unread):
         return Plan(attention, _describe_unread(attention), None)
     bound = bind_cache(attention, graph, writes)
@@ -50,9 +55,9 @@ def plan_site(
         or attention.refused
         or _unsupported_form(attention)
     )
-    exact = None if unsupported else _better_exact(attention, config)
+    exact = None if unsupported else _better_exact(attention, place, config)
     unbound = None if isinstance(bound, CacheBinding) else bound.reason
-    reason = unsupported or exact or _unsupported_device(attention) or unbound
+    reason = unsupported or exact or _unsupported_device(attention, config) or unbound
     if reason is None:
         site.decision = "sparse"
         site.kernel = "lychee::sparse_attention (reference)"
@@ -148,9 +153,9 @@ def _unsupported_operands(attention: Attention, needs_gradients: bool) -> str | 
     return None
 
 
-def _unsupported_device(attention: Attention) -> str | None:
+def _unsupported_device(attention: Attention, config: IndexConfig) -> str | None:
     device = value_of(attention.query.node).device.type
-    if device not in DEVICES:
+    if device not in DEVICES and not config.reference:
         return f"no kernels for device {device} yet: they would be slower than dense"
     return None
 
@@ -177,7 +182,7 @@ def _unsupported_form(attention: Attention) -> str | None:
     return None
 
 
-def _better_exact(attention: Attention, config: IndexConfig) -> str | None:
+def _better_exact(attention: Attention, place: int, config: IndexConfig) -> str | None:
     """Why this attention is meant to stay exact; None where sparse reading can win."""
     query_len, kv_len = attention.query_len, attention.kv_len
     if config.budget is None:
@@ -188,4 +193,9 @@ def _better_exact(attention: Attention, config: IndexConfig) -> str | None:
         return "is_causal counts from the first key, which decoding over a cache does not mean"
     if isinstance(kv_len, int) and kv_len <= config.budget:
         return f"key length {kv_len} is within the budget {config.budget}"
+    dense_layers = config.dense_layers
+    if dense_layers is None:
+        dense_layers = index_class(config.policy).dense_layers
+    if place < dense_layers:
+        return f"one of the first {dense_layers} attentions, which stay exact"
     return None

@@ -130,7 +130,7 @@ class _Site:
             with old.graph.inserting_before(made):
                 self.update(given, state_input)
         old.replace_all_uses_with(output)
-    
+
     def update(self, given: Canonical, state_input: StateInput) -> None:
         """Let the index follow what this call writes to the cache."""
         binding = self.binding
@@ -175,4 +175,3 @@ def _new_output(
     output = with_layout(emit, canonical.output(made), value_of(old))
     check_replacement(value_of(old), output)
     return output
-

@@ -10,6 +10,8 @@ from lychee_compile.kernels.reference.nodes import Nodes
 
 ITERATIONS = 10
 """Lloyd steps: assignments of real keys stop moving before this many (measured on Gemma-3)."""
+SPLIT_ITERATIONS = 3
+"""The same for the few members of one group."""
 
 
 def cluster(children: Nodes, per_group: int, most: int | None, seed: int) -> tuple[Tensor, int]:
@@ -32,6 +34,35 @@ def cluster(children: Nodes, per_group: int, most: int | None, seed: int) -> tup
         groups = groups.clamp(max=most)
     labels = _lloyd(direction, used, members, groups, seed)
     return _consecutive(labels, used, None if most is not None else 2 * per_group)
+
+
+def halves(children: Nodes) -> Tensor:
+    """Two groups of near means, neither empty where two nodes or more are used: [B, Hkv, N].
+
+    2-means from the node furthest from the mean and the one furthest from that.
+    """
+    used = children.tokens > 0
+    mean, weight = children.mean, children.tokens.float()[..., None]
+    common = (weight * mean).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+
+    def furthest_from(centre: Tensor) -> Tensor:
+        distance = (mean - centre).square().sum(-1).masked_fill(~used, -1)
+        place = distance.nan_to_num(nan=torch.inf).argmax(-1, keepdim=True)
+        return mean.gather(2, place[..., None].expand(*place.shape, mean.shape[-1]))
+
+    first = furthest_from(common)
+    second = furthest_from(first)
+    side = torch.zeros(used.shape, dtype=torch.int64, device=mean.device)
+    for _ in range(SPLIT_ITERATIONS):
+        nearer = (mean - second).square().sum(-1) < (mean - first).square().sum(-1)
+        side = nearer.long()
+        one, other = weight * nearer[..., None], weight * ~nearer[..., None]
+        first = (other * mean).sum(2, keepdim=True) / other.sum(2, keepdim=True).clamp(min=1)
+        second = (one * mean).sum(2, keepdim=True) / one.sum(2, keepdim=True).clamp(min=1)
+    alternate = used.long().cumsum(-1) % 2
+    full = torch.where(used, side, 0).sum(-1, keepdim=True)
+    lopsided = (full == 0) | (full == used.sum(-1, keepdim=True))
+    return torch.where(lopsided, alternate, side)
 
 
 def _lloyd(direction: Tensor, used: Tensor, members: Tensor, groups: Tensor, seed: int) -> Tensor:

@@ -66,6 +66,16 @@ class Nodes:
             self.tokens.gather(2, chosen),
         )
 
+    def put(self, chosen: Tensor, nodes: Nodes, where: Tensor) -> None:
+        """Replace the nodes `chosen`, int64 [B, Hkv, M], in place, where bool `where` is set."""
+        old = self.gather(chosen)
+        vectors = chosen[..., None].expand_as(old.mean)
+        wide = where[..., None]
+        self.mean.scatter_(2, vectors, torch.where(wide, nodes.mean, old.mean))
+        self.variance.scatter_(2, vectors, torch.where(wide, nodes.variance, old.variance))
+        self.radius.scatter_(2, chosen, torch.where(where, nodes.radius, old.radius))
+        self.tokens.scatter_(2, chosen, torch.where(where, nodes.tokens, old.tokens))
+
     def log_estimate(self, query: Tensor, scale: float) -> Tensor:
         """Estimated mean of exp(scale q.k) over each node, in logs: [B, Hkv, R, N].
 
@@ -92,7 +102,9 @@ class Nodes:
             * norm
             * (length + 2 * self.radius[:, :, None])
         )
-        return (centre + reach + slack).nan_to_num(nan=torch.inf)
+        return (centre + reach + slack).nan_to_num(
+            nan=torch.inf, posinf=torch.inf, neginf=-torch.inf
+        )
 
     def log_mass_floor(self, query: Tensor, scale: float) -> Tensor:
         """Lower bound of the sum of exp(scale q.k) over each node, in logs: [B, Hkv, R, N].
@@ -100,6 +112,17 @@ class Nodes:
         Jensen's inequality, n exp(scale q.mean), with `query` as in `log_estimate`.
         """
         return scale * (query @ self.mean.transpose(-1, -2)) + log_count(self.tokens)[:, :, None]
+
+
+def furthest(keys: Tensor, valid: Tensor, centre: Tensor) -> Tensor:
+    """Distance from `centre` [B, Hkv, M, D] that no key exceeds: [B, Hkv, M].
+
+    `keys` is [B, Hkv, M, T, D]; those that are not `valid`, bool [B, M, T], do not count.
+    """
+    distance = torch.linalg.vector_norm(keys - centre[:, :, :, None], dim=-1)
+    reach = F.pad(distance.masked_fill(~valid[:, None], 0), (0, 1)).amax(-1)
+    slack = rounding_slack(keys.shape[-1])
+    return reach * (1 + slack) + slack * torch.linalg.vector_norm(centre, dim=-1)
 
 
 def log_count(tokens: Tensor) -> Tensor:

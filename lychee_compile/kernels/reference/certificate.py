@@ -1,0 +1,68 @@
+"""How much of the softmax a selection may have missed, at most."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lychee_compile.kernels.reference.attention import rows_at, slots_read
+from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.nodes import rounding_slack
+from lychee_compile.kernels.reference.selection import Selection
+from lychee_compile.kernels.reference.softcap import capped
+
+
+def log_unread_bound(
+    index: KVIndex, query: Tensor, selection: Selection, softcap: float | None = None
+) -> Tensor:
+    """Upper bound of log sum of exp(score) over what is not read: float32 [B, Hq, Tq].
+
+    `query` is [B, Hq, Tq, D], `softcap` as in `attend`. Infinite where something is not read that
+    the index bounds nothing of.
+    """
+    batch, query_heads, query_len, head_dim = query.shape
+    heads, visible = index.kv_heads, selection.visible
+    group = query_heads // heads
+    unread = ~selection.token_mask()[:, :, None]
+    if visible.mask is not None:
+        seen = visible.mask
+        unread = unread & seen.unflatten(1, (1, 1) if seen.shape[1] == 1 else (heads, group))
+    unread = unread.expand(-1, -1, group, -1, -1)
+    if not bool(unread.any()):
+        return query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    rows = query.float().reshape(batch, heads, group * query_len, head_dim)
+    bound = index.score_bound(rows, selection.scale)
+    if bound is None:
+        bound = rows.new_full((*rows.shape[:3], 0), torch.inf)
+    bound = F.pad(bound, (0, max(visible.kv_len - bound.shape[-1], 0)), value=torch.inf)
+    slot = torch.arange(visible.kv_len, device=query.device)
+    known = (slot >= index.start[:, None]) & (slot < index.tail[:, None])
+    bound = bound[..., : visible.kv_len].masked_fill(~known[:, None, None], torch.inf)
+    bound = capped(bound, softcap).unflatten(2, (group, query_len))
+    if visible.bias is not None:
+        bias = visible.bias.float()
+        bound = bound + bias.unflatten(1, (1, 1) if bias.shape[1] == 1 else (heads, group))
+    bound = bound.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return bound.masked_fill(~unread, -torch.inf).logsumexp(-1).flatten(1, 2)
+
+
+def missed_share(key: Tensor, query: Tensor, selection: Selection, log_read: Tensor) -> Tensor:
+    """Upper bound of the share of the softmax mass that was not read: float32 [B, Hq, Tq].
+
+    M / (1 + M), M the bound of the unread mass over what was read, rounded up. `log_read` is the
+    log-sum-exp that `attend` returns, `key` [B, Hkv, L, D]; the selection carries its bound.
+    """
+    assert selection.log_unread_bound is not None
+    slot, _ = slots_read(selection)
+    lengths = torch.linalg.vector_norm(rows_at(key, slot).float(), dim=-1)
+    longest = F.pad(lengths, (0, 1)).amax(-1)  # there may be none
+    group = query.shape[1] // key.shape[1]
+    reach = torch.linalg.vector_norm(query.float(), dim=-1) * longest.repeat_interleave(group, 1)
+    slack = rounding_slack(query.shape[-1])
+    log_floor = log_read - slack * abs(selection.scale) * reach - slack * log_read.abs() - slack
+    unread = selection.log_unread_bound
+    share = torch.sigmoid(unread + slack * unread.abs() - log_floor) * (1 + slack)
+    tiny = torch.finfo(torch.float32).tiny  # no share that is missed rounds to none
+    share = share.nan_to_num(nan=1.0).clamp(tiny, 1.0)
+    return torch.where(unread == -torch.inf, 0.0, share)

@@ -1,0 +1,174 @@
+"""What a policy is asked at each attention: which tokens does this query read?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.reference.nodes import log_count
+from lychee_compile.kernels.reference.softcap import capped
+from lychee_compile.kernels.reference.visible import Visible
+
+Runs = tuple[Tensor, Tensor]
+"""First slot and length of runs of slots, int64 [B, Hkv, Tq, R], that do not overlap; length 0:
+no run."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """The queries of one attention, and the tokens that may be chosen for them."""
+
+    query: Tensor
+    """float32 [B, Hkv, G * Tq, D]; the row of head g of its group at position t is g * Tq + t."""
+    key: Tensor | None
+    """The cache [B, Hkv, L, D], for policies that read it; None where it is not at hand."""
+    query_len: int
+    """Query positions Tq."""
+    scale: float
+    """What q.k is multiplied by."""
+    softcap: float | None
+    """As in `attend`."""
+    visible: Visible
+    """Which slots each position may see."""
+    begin: Tensor
+    end: Tensor
+    """Tokens are chosen from the slots [begin, end), each int64 [B, Tq]: behind the sinks, before
+    what is read in any case."""
+    room: Tensor
+    """Tokens that may be chosen, int64 [B, Hkv, Tq]."""
+    site: str = ""
+    """Module path of the attention, for what a policy remembers of each."""
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head, G."""
+        return self.query.shape[2] // self.query_len
+
+    def candidates(self) -> Tensor:
+        """Slots that may be chosen, seen by some head: bool [B, Tq, L]."""
+        slot = torch.arange(self.visible.kv_len, device=self.query.device)
+        inside = (slot >= self.begin[..., None]) & (slot < self.end[..., None])
+        return inside if self.visible.mask is None else inside & self.visible.mask.any(1)
+
+    def split(self, rows: Tensor) -> Tensor:
+        """[B, Hkv, G * Tq, N] as [B, Hkv, G, Tq, N]."""
+        return rows.unflatten(2, (self.group, self.query_len))
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Scores under the soft-cap, where there is one."""
+        return capped(scores, self.softcap)
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Raw scores [B, Hkv, G * Tq, N], N <= L, as the softmax sees them.
+
+        Soft-capped and biased, -inf where a head may not see the slot: [B, Hkv, G, Tq, N].
+        """
+        scores, slots = self.split(self.capped(raw)), raw.shape[-1]
+        if self.visible.bias is not None:
+            scores = scores + self._per_head(self.visible.bias)[..., :slots].float()
+        if self.visible.mask is None:
+            return scores
+        return scores.masked_fill(~self._per_head(self.visible.mask)[..., :slots], -torch.inf)
+
+    def token_scores(self) -> Tensor:
+        """The exact scores of every slot, from the cache itself: float32 [B, Hkv, G, Tq, L]."""
+        return self.finish(self.scale * (self.query @ self.keys().float().transpose(-1, -2)))
+
+    def keys(self) -> Tensor:
+        """The cache. Raises ValueError where the question came without."""
+        if self.key is None:
+            raise ValueError("this policy reads the keys themselves: give select() the keys too")
+        return self.key[:, :, : self.visible.kv_len]
+
+    def held(self, start: Tensor, length: Tensor) -> Tensor:
+        """Visible tokens to choose from in groups of slots, each int64 [B, C]: int64 [B, Tq, C]."""
+        begin, end = self._clip(start, length)
+        return torch.where(end > begin, self.visible.tokens_within(begin, end), 0)
+
+    def share(self, log_mass: Tensor) -> Tensor:
+        """Log of the softmax share of each node, summed over a group: [B, Hkv, Tq, N].
+
+        `log_mass` [B, Hkv, G, Tq, N] is the log of what each node adds to the softmax's
+        denominator. Every head has the same say, however large its scores.
+        """
+        mass = log_mass.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        total = mass.logsumexp(-1, keepdim=True)
+        return torch.where(total.isfinite(), mass - total, mass).logsumexp(2)
+
+    def token_share(self, raw: Tensor) -> Tensor:
+        """`share` of the tokens to choose from, of raw scores [B, Hkv, G * Tq, N], N <= L."""
+        candidate = self.candidates()[:, None, None, :, : raw.shape[-1]]
+        return self.share(self.finish(raw).masked_fill(~candidate, -torch.inf))
+
+    def take_tokens(self, rank: Tensor, within: Tensor | None = None) -> Runs:
+        """The best `room` tokens by `rank` [B, Hkv, Tq, N], N <= L, each a run, in order.
+
+        Slots that may not be chosen are left out whatever their rank, and so are those not
+        `within`, bool of the same shape; a token whose rank is NaN comes first.
+        """
+        candidate = self.candidates()[:, None, :, : rank.shape[-1]]
+        candidate = candidate if within is None else candidate & within
+        lowest = torch.finfo(rank.dtype).min
+        rank = rank.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=lowest)
+        rank = rank.masked_fill(~candidate, -torch.inf)
+        count = min(int(self.room.max()), rank.shape[-1])
+        best = rank.topk(max(count, 0), dim=-1)
+        place = torch.arange(best.values.shape[-1], device=rank.device)
+        taken = (best.values > -torch.inf) & (place < self.room[..., None])
+        slot = torch.where(taken, best.indices, self.visible.kv_len).sort(-1).values
+        taken = slot < self.visible.kv_len
+        return torch.where(taken, slot, 0), taken.long()
+
+    def take_groups(self, rank: Tensor, start: Tensor, length: Tensor) -> Runs:
+        """Whole groups by `rank` [B, Hkv, Tq, C], best first, as many as fit into `room` tokens.
+
+        The groups are the slots from `start`, each int64 [B, C], `length` many, cut to those that
+        may be chosen.
+        """
+        held = self.held(start, length)[:, None].expand_as(rank)
+        rank = rank.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        rank = rank.masked_fill(held == 0, -torch.inf)
+        order, inside = take_by_rank(rank, held, self.room[..., None], whole=True)
+        order = order[..., : int(inside.sum(-1).max()) if inside.numel() else 0]
+        begin, end = self._clip(start, length)
+
+        def pick(values: Tensor) -> Tensor:
+            return values[:, None].expand_as(rank).gather(-1, order)
+
+        return pick(begin), torch.where(inside[..., : order.shape[-1]], pick(end - begin), 0)
+
+    def _clip(self, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        begin = torch.maximum(start[:, None], self.begin[..., None])
+        end = torch.minimum((start + length)[:, None], self.end[..., None])
+        return begin, torch.where((length > 0)[:, None], torch.maximum(end, begin), begin)
+
+    def _per_head(self, mask: Tensor) -> Tensor:
+        """A mask or bias [B, 1 or Hq, Tq, L] as [B, 1 or Hkv, 1 or G, Tq, L]."""
+        heads = self.query.shape[1]
+        return mask.unflatten(1, (1, 1) if mask.shape[1] == 1 else (heads, self.group))
+
+
+def take_by_rank(
+    rank: Tensor, tokens: Tensor, quota: Tensor | int, whole: bool
+) -> tuple[Tensor, Tensor]:
+    """Order nodes by `rank` [..., N], best first, and take a prefix within `quota` tokens.
+
+    Returns the order, int64 [..., N], and whether each place in it is taken, bool [..., N]. With
+    `whole` the prefix holds at most `quota` tokens, else it ends with the node that reaches it.
+    Equal ranks keep their order, so that a choice is repeatable.
+    """
+    order = rank.argsort(dim=-1, descending=True, stable=True)
+    size = tokens.gather(-1, order)
+    through = size.cumsum(-1)
+    inside = through <= quota if whole else through - size < quota
+    return order, inside & (size > 0)
+
+
+def group_mass(mean_score: Tensor, tokens: Tensor) -> Tensor:
+    """Log mass of nodes from the log of their mean exp(score) and the tokens they hold.
+
+    `mean_score` is [B, Hkv, G, Tq, N], `tokens` int64 broadcastable to [B, Hkv, Tq, N].
+    """
+    return mean_score + log_count(tokens)[:, :, None]

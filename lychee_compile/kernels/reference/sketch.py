@@ -1,0 +1,222 @@
+"""Small approximations of single keys: principal coordinates in four and two bits.
+
+Keys of one head over a few thousand tokens lie near a low-dimensional affine subspace (Loki, arXiv
+2406.02542, has the measurements). A sketch holds a key's coordinates along the principal axes of
+its block of tokens, the first quarter of the dimensions in 4 bits, the second in 2 bits: 3/16 of a
+byte per channel, against 4 bytes of key and value. Coordinates are quantised uniformly with
+the step that is best for a Gaussian (Max, "Quantizing for minimum distortion", 1960).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lychee_compile.kernels.reference.nodes import rounding_slack
+
+BLOCK = 4096
+"""Slots that share one set of axes: block s is the slots from s * BLOCK on."""
+ITERATIONS = 8
+"""Steps towards the principal axes: more find none that describe keys better (Gemma-3)."""
+_STEPS = {4: 0.3352, 2: 0.9957}
+"""Best step of a quantiser of so many bits, in standard deviations."""
+_GROWTH = 4
+"""Axes are found anew when a block holds so many times the keys they were found from."""
+
+
+def sketch_bits(head_dim: int) -> list[int]:
+    """Bits of each coordinate that a sketch keeps."""
+    quarter = (head_dim + 3) // 4
+    return [4] * quarter + [2] * min(quarter, head_dim - quarter)
+
+
+class KeySketches:
+    """Sketches of the keys of one cache, and how far each is from its key.
+
+    Any axes give true bounds: those of a block change only when it is encoded anew as a whole.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        block: int = BLOCK,
+    ) -> None:
+        self.block = block
+        bits = torch.tensor(sketch_bits(head_dim), device=device)
+        self._half = 2.0 ** (bits - 1)
+        self._step = torch.tensor([_STEPS[each] for each in bits.tolist()], device=device)
+        kept = len(bits)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch, kv_heads, *shape, device=device)
+
+        self.centre = zeros(0, head_dim)
+        """Mean key of each block, float32 [B, Hkv, S, D]."""
+        self.axes = zeros(0, head_dim, kept)
+        """Principal axes, orthonormal columns [B, Hkv, S, D, r]."""
+        self.step = zeros(0, kept)
+        """Quantisation steps [B, Hkv, S, r]."""
+        self.longest = zeros(0)
+        """No encoded key of a block is further from its centre: [B, Hkv, S]."""
+        self.fitted = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+        """Keys that the axes of each block were found from, int64 [B, S]."""
+        self.codes = zeros(0, kept).to(torch.int8)
+        """Quantised coordinates, int8 [B, Hkv, S * block, r]."""
+        self.error = zeros(0, 2)
+        """Distance of each key from its sketch, within the subspace and out of it, float32
+        [B, Hkv, S * block, 2]; infinite for a key that is not finite."""
+
+    def encode(self, key: Tensor, start: Tensor, begin: Tensor, end: Tensor) -> None:
+        """Sketch the keys in the slots [begin, end) of `key` [B, Hkv, L, D], each int64 [B].
+
+        Rows hold keys from `start`, int64 [B], on. A block whose axes come from far fewer keys than
+        it has now gets new ones; a block just begun takes over those of the one before.
+        """
+        last = int(end.max())
+        self._reserve((last + self.block - 1) // self.block)
+        for block in range(int(begin.min()) // self.block, (last + self.block - 1) // self.block):
+            low = block * self.block
+            slots = torch.arange(low, min(low + self.block, last), device=key.device)
+            keys = key[:, :, low : low + len(slots)].float()
+            held = (slots >= start[:, None]) & (slots < end[:, None])
+            bare = begin <= start.clamp(min=low)
+            due = self._inherit_or_fit(block, keys, held, bare)
+            fresh = held & (due[:, None] | (slots >= begin[:, None]))
+            self._store(block, keys, fresh)
+
+    def forget(self, start: Tensor, keep: Tensor) -> None:
+        """The keys from slot `keep`, int64 [B], on are gone; rows begin at `start`."""
+        low = torch.arange(self.fitted.shape[1], device=keep.device) * self.block
+        left = torch.minimum(keep[:, None], low + self.block) - torch.maximum(start[:, None], low)
+        self.fitted = torch.minimum(self.fitted, left.clamp(min=0))
+
+    def scores(self, query: Tensor, scale: float, slots: int) -> Tensor:
+        """Estimates of scale q.k for the first `slots` keys: float32 [B, Hkv, R, N].
+
+        `query` is float32 [B, Hkv, R, D]. Infinite where a key is not finite.
+        """
+        blocks = (slots + self.block - 1) // self.block
+        inside = query[:, :, None] @ self.axes[:, :, :blocks]  # [B, Hkv, S, R, r]
+        constant = (query[:, :, None] * self.centre[:, :, :blocks, None]).sum(-1)
+        weight = inside * self.step[:, :, :blocks, None]
+        constant = constant + 0.5 * weight.sum(-1)
+        codes = self.codes[:, :, : blocks * self.block].unflatten(2, (blocks, self.block))
+        score = scale * (weight @ codes.float().transpose(-1, -2) + constant[..., None])
+        score = score.transpose(2, 3).flatten(3)[..., :slots]
+        lost = self.error[:, :, None, :slots, 0].isinf()
+        return score.masked_fill(lost, torch.inf)
+
+    def score_bound(self, query: Tensor, scale: float, slots: int) -> Tensor:
+        """Upper bound of scale q.k for the first `slots` keys: [B, Hkv, R, N].
+
+        Cauchy-Schwarz on what the sketch leaves out, within the subspace and orthogonal to it
+        apart: q.k <= q.k~ + |q_in| |e_in| + |q_out| |e_out|, widened by what rounding can hide.
+        """
+        blocks = (slots + self.block - 1) // self.block
+        axes = self.axes[:, :, :blocks]
+        inside = query[:, :, None] @ axes
+        outside = query[:, :, None] - inside @ axes.transpose(-1, -2)
+        reach = torch.stack([_norm(inside), _norm(outside)], -1)  # [B, Hkv, S, R, 2]
+        error = self.error[:, :, : blocks * self.block].unflatten(2, (blocks, self.block))
+        width = reach @ error.transpose(-1, -2)
+        size = _norm(self.centre) + 3 * self.longest
+        slack = rounding_slack(2 * query.shape[-1])
+        width = (
+            width * (1 + slack)
+            + slack * (_norm(query)[:, :, None] * size[:, :, :blocks, None])[..., None]
+        )
+        width = width.transpose(2, 3).flatten(3)[..., :slots]
+        bound = self.scores(query, scale, slots) + abs(scale) * width
+        return bound.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+    def _inherit_or_fit(self, block: int, keys: Tensor, held: Tensor, bare: Tensor) -> Tensor:
+        """Give a block its axes; the rows that got new ones, bool [B].
+
+        `keys` [B, Hkv, T, D] where `held`, bool [B, T]; in the rows `bare`, bool [B], none of them
+        is encoded yet.
+        """
+        count, fitted = held.sum(1), self.fitted[:, block]
+        waiting = torch.zeros_like(bare)
+        if block:
+            enough = self.block // _GROWTH
+            waiting = (fitted == 0) & (count < enough) & (self.fitted[:, block - 1] >= enough)
+            for mine in (self.centre, self.axes, self.step):
+                before = mine[:, :, block - 1]
+                rows = (waiting & bare).view(-1, *(1,) * (before.dim() - 1))
+                mine[:, :, block] = torch.where(rows, before, mine[:, :, block])
+        full = (count == keys.shape[2]) & (keys.shape[2] == self.block) & (2 * fitted < self.block)
+        due = (count > 0) & ~waiting & ((count >= _GROWTH * fitted) | full)
+        if bool(due.any()):
+            centre, axes, step = self._fit(keys, held)
+            rows = due.nonzero().flatten()
+            self.centre[rows, :, block] = centre[rows]
+            self.axes[rows, :, block] = axes[rows]
+            self.step[rows, :, block] = step[rows]
+            self.longest[rows, :, block] = 0
+            self.fitted[:, block] = torch.where(due, count, fitted)
+        return due
+
+    def _fit(self, keys: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Centre, axes and steps for the keys [B, Hkv, T, D] where `held`, bool [B, T]."""
+        usable = held[:, None, :, None] & keys.isfinite().all(-1, keepdim=True)
+        keys = torch.where(usable, keys, 0)
+        size = keys.abs().amax((-1, -2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        keys, count = keys / size, usable.sum(2, keepdim=True).clamp(min=1)
+        centre = keys.sum(2, keepdim=True) / count
+        centred = torch.where(usable, keys - centre, 0)
+        axes = _principal_axes(centred.transpose(-1, -2) @ centred / count, len(self._step))
+        deviation = ((centred @ axes).square().sum(2) / count[:, :, 0]).sqrt()
+        return (centre * size)[:, :, 0], axes, self._step * deviation * size[..., 0]
+
+    def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
+        """Encode the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
+        finite = keys.isfinite().all(-1)
+        centred = torch.where(finite[..., None], keys, 0) - self.centre[:, :, block, None]
+        axes, step = self.axes[:, :, block], self.step[:, :, block, None]
+        inside = centred @ axes
+        level = torch.where(step > 0, inside / step.clamp(min=torch.finfo(step.dtype).tiny), 0)
+        codes = (level - 0.5).round().clamp(-self._half, self._half - 1)
+        coarse = _norm(inside - (codes + 0.5) * step)
+        fine = _norm(centred - inside @ axes.transpose(-1, -2))
+        error = torch.stack((coarse, fine), -1).masked_fill(~finite[..., None], torch.inf)
+        where = slice(block * self.block, block * self.block + keys.shape[2])
+        mask = fresh[:, None, :, None]
+        self.codes[:, :, where] = torch.where(mask, codes.to(torch.int8), self.codes[:, :, where])
+        self.error[:, :, where] = torch.where(mask, error, self.error[:, :, where])
+        reach = torch.where(fresh[:, None], _norm(centred), 0).amax(-1)
+        self.longest[:, :, block] = torch.maximum(self.longest[:, :, block], reach)
+
+    def _reserve(self, blocks: int) -> None:
+        """Room for so many blocks, in amortised constant time per key."""
+        known = self.fitted.shape[1]
+        if blocks <= known:
+            return
+        more = max(blocks, known + known // 2) - known
+        self.centre = F.pad(self.centre, (0, 0, 0, more))
+        self.axes = F.pad(self.axes, (0, 0, 0, 0, 0, more))
+        self.step = F.pad(self.step, (0, 0, 0, more))
+        self.longest = F.pad(self.longest, (0, more))
+        self.fitted = F.pad(self.fitted, (0, more))
+        self.codes = F.pad(self.codes, (0, 0, 0, more * self.block))
+        self.error = F.pad(self.error, (0, 0, 0, more * self.block))
+
+
+def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
+    """The `kept` leading eigenvectors of matrices [..., D, D], best first: [..., D, kept].
+
+    Orthogonal iteration: near enough for axes, and unlike an eigensolver it cannot fail.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(covariance.shape[-1], kept, generator=generator).to(covariance.device)
+    axes = torch.linalg.qr(start.expand(*covariance.shape[:-2], -1, -1)).Q
+    for _ in range(ITERATIONS):
+        axes = torch.linalg.qr(covariance @ axes).Q
+    return axes
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1)

@@ -1,0 +1,118 @@
+"""Rows of a cache that every query sees in full, and what methods say about them one row a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from strategies import CPU, DTYPES, Heads, heads, lengths, seeds
+from torch import Tensor
+
+from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.policies.clusterkv import ClusterKVIndex
+from lychee_compile.kernels.policies.hisa import HISAIndex
+from lychee_compile.kernels.reference.selection import select
+
+SCALE = 0.3
+
+
+class SmallHISA(HISAIndex):
+    block, candidate_blocks = 8, 3
+
+
+class SmallClusterKV(ClusterKVIndex):
+    tokens_per_cluster, window = 10, 40
+
+
+@dataclasses.dataclass
+class Plain:
+    """Rows of tokens from `start` to `end`, and queries that see all of them."""
+
+    shape: Heads
+    config: IndexConfig
+    key: Tensor
+    query: Tensor
+    start: Tensor
+    end: Tensor
+
+    def read(self, index_type) -> Tensor:
+        """What is read of one build: bool [B, Hkv, Tq, L]."""
+        shape = self.shape
+        index = index_type(shape.batch, shape.kv_heads, shape.head_dim, self.config, CPU)
+        index.restart(self.start > 0, self.start)
+        index.extend(self.key, self.end)
+        return self.read_from(index)
+
+    def read_from(self, index, site: str = "") -> Tensor:
+        slot = torch.arange(self.key.shape[2])
+        mask = (slot >= self.start[:, None]) & (slot < self.end[:, None])
+        arguments = (SCALE, len(slot), mask[:, None, None], self.config.budget, None, site)
+        return select(index, self.key, self.query, *arguments).token_mask()
+
+    def check(self, read: Tensor, method) -> None:
+        """`method` says for one row and query what each KV head reads, and how clear that is."""
+        for row in range(self.shape.batch):
+            begin, end = int(self.start[row]), int(self.end[row])
+            keys = self.key[row, :, begin:end].double()
+            for place in range(self.query.shape[2]):
+                queries = self.query[row, :, place].double().unflatten(0, (self.shape.kv_heads, -1))
+                for head, (tokens, margin) in enumerate(method(keys, queries, self.config)):
+                    size = 1 + (queries @ keys.transpose(-1, -2)).abs().max().item()
+                    assume(margin > 1e-5 * size)
+                    got = read[row, head, place].nonzero()[:, 0] - begin
+                    assert set(got.tolist()) == set(tokens)
+
+
+@st.composite
+def plain(draw, tokens=150, **fixed):
+    shape, query_len, seed = draw(heads), draw(st.integers(1, 3)), draw(seeds)
+    length = draw(st.integers(2, tokens))
+    start = draw(lengths(shape.batch, draw(st.sampled_from([0, length - 2]))))
+    ends = lengths(shape.batch, length, least=int(start.max()) + 1)
+    end = draw(st.just(torch.full((shape.batch,), length)) | ends)
+    kind = draw(st.sampled_from(["gaussian", "common", "topics", "huge"]))
+    dtype = draw(st.sampled_from(DTYPES))
+    sinks, recent = draw(st.integers(0, 6)), draw(st.integers(1, 12))
+    chunk = draw(st.sampled_from([(3, 3), (2, 5)]))
+    drawn = {"budget": draw(st.integers(1, 90)), "sinks": sinks, "recent": recent, "chunk": chunk}
+    config = IndexConfig(**{**drawn, "boundaries": "fixed", **fixed})
+    key = shape.keys(kind, seed, length, dtype)
+    return Plain(shape, config, key, shape.queries(seed, query_len, dtype), start, end)
+
+
+def shares(scores: Tensor) -> Tensor:
+    """Log of the softmax shares [G, N], summed over heads."""
+    return scores.log_softmax(-1).logsumexp(0)
+
+
+def cut(ranks: list[float], count: int) -> float:
+    """How far the last of the `count` best is from the next."""
+    ordered = sorted(ranks, reverse=True)
+    return ordered[count - 1] - ordered[count] if 0 < count < len(ranks) else torch.inf
+
+
+def whole_groups(groups, ranks, room):
+    """Groups (begin, end), best first, until one does not fit: their tokens; the margin."""
+    tokens, taken = [], 0
+    for place in sorted(range(len(groups)), key=lambda place: -ranks[place]):
+        if len(tokens) + groups[place][1] - groups[place][0] > room:
+            break
+        tokens += range(*groups[place])
+        taken += 1
+    return tokens, cut(ranks, taken)
+
+
+def best_tokens(candidates, ranks, room):
+    order = sorted(range(len(candidates)), key=lambda place: -ranks[place])
+    room = max(min(room, len(order)), 0)
+    return [candidates[place] for place in order[:room]], cut(ranks, room)
+
+
+def between(length, sinks, recent, budget):
+    """Tokens that are read anyway, those to choose from, and how many."""
+    begin = min(sinks, length)
+    end = max(length - recent, begin)
+    always = [*range(begin), *range(end, length)]
+    return always, list(range(begin, end)), max(budget - len(always), 0)

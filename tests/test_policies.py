@@ -1,0 +1,210 @@
+"""What holds for every policy, whatever the cache, the mask, the budget and the history."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from plain_caches import SmallClusterKV, SmallHISA
+from strategies import (
+    CPU,
+    DTYPES,
+    KINDS,
+    GrownCache,
+    Heads,
+    Mask,
+    heads,
+    histories,
+    lengths,
+    masks,
+    seeds,
+)
+from torch import Tensor
+
+from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.policies import index_class, policy_names
+from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.selection import Selection, select
+
+SMALL = {"hisa": SmallHISA, "clusterkv": SmallClusterKV}
+POLICIES = sorted(policy_names())
+HISTORY_FREE = ["hisa", "oracle", "quest", "streaming", "tokenselect"]
+"""Policies whose index depends on the keys alone, not on how they arrived."""
+BOUNDING = ["lychee", "quest"]
+
+configs = st.builds(
+    IndexConfig,
+    sinks=st.integers(0, 5),
+    recent=st.integers(1, 9),
+    chunk=st.sampled_from([(1, 2), (3, 3), (2, 6)]),
+    boundaries=st.sampled_from(["similarity", "fixed"]),
+    flat_tokens=st.sampled_from([0, 65536]),
+    cluster_chunks=st.integers(1, 3),
+)
+
+
+def small(policy: str) -> type[KVIndex]:
+    """The policy, with groups that a short cache holds many of."""
+    return SMALL.get(policy, index_class(policy))
+
+
+@dataclasses.dataclass
+class Case:
+    """A cache that is indexed in part, and queries under a mask."""
+
+    shape: Heads
+    config: IndexConfig
+    key: Tensor
+    query: Tensor
+    mask: Mask
+    start: Tensor
+    end: Tensor
+    budget: int
+
+    def index(self, policy: str, key: Tensor | None = None) -> KVIndex:
+        shape = self.shape
+        index = small(policy)(shape.batch, shape.kv_heads, shape.head_dim, self.config, CPU)
+        index.restart(self.start > 0, self.start)
+        index.extend(self.key if key is None else key, self.end)
+        return index
+
+    def select(self, index: KVIndex, budget: int | None, key: Tensor | None = None) -> Selection:
+        key = self.key if key is None else key
+        return select(index, key, self.query, 0.3, key.shape[2], self.mask.tensor, budget)
+
+    def check(self, index: KVIndex, read: Tensor) -> None:
+        """What the mask shows, all that is always read, and no more than the budget."""
+        seen = self.mask.seen.any(1)
+        slot, tokens = torch.arange(seen.shape[-1]), seen.shape[-1]
+        first = seen.long().argmax(-1, keepdim=True)
+        end = tokens - seen.flip(-1).long().argmax(-1, keepdim=True)
+        sinks, recent = index.always_read
+        unknown = (slot < index.start[:, None]) | (slot >= index.tail[:, None])
+        always = (slot < first + sinks) | (slot >= end - recent) | unknown[:, None]
+        always = seen & (always | (first < index.start[:, None, None]))
+        assert not (read & ~seen[:, None]).any(), "a hidden slot"
+        assert (read >= always[:, None]).all(), "a sink, a recent or an unknown token is missing"
+        most = always.sum(-1).clamp(min=self.budget)[:, None]
+        assert (read.sum(-1) <= most).all(), "over the budget"
+        fits = (end - first <= self.budget)[:, None]
+        assert (read | ~fits | ~seen[:, None]).all(), "room left"
+
+
+@st.composite
+def cases(draw):
+    shape, config, seed = draw(heads), draw(configs), draw(seeds)
+    tokens = draw(st.integers(1, 130))
+    query_len = min(draw(st.integers(1, 4)), tokens)
+    dtype, kind = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(KINDS))
+    key = shape.keys(kind, seed, tokens, dtype)
+    mask = draw(masks(shape, query_len, tokens, dtype))
+    end = draw(st.just(torch.full((shape.batch,), tokens)) | lengths(shape.batch, tokens))
+    start = torch.minimum(draw(lengths(shape.batch, draw(st.sampled_from([0, 20])))), end)
+    query = shape.queries(seed, query_len, dtype)
+    return Case(shape, config, key, query, mask, start, end, draw(st.integers(1, 70)))
+
+
+def strange(key: Tensor, seed: int) -> Tensor:
+    """The keys, some of their numbers infinite or none at all."""
+    which = torch.randint(0, 40, key.shape, generator=torch.Generator().manual_seed(seed))
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(key.dtype)
+    return torch.where(which < 3, odd[which.clamp(max=2)], key)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(case=cases())
+def test_a_policy_reads_what_it_must_and_nothing_hidden(policy, case):
+    index = case.index(policy)
+    selection = case.select(index, case.budget)
+    read, token = selection.token_mask(), selection.tokens()
+    case.check(index, read)
+    assert torch.equal((token >= 0).sum(-1), read.sum(-1)), "a slot twice"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(case=cases(), seed=seeds)
+def test_keys_that_are_not_numbers_break_nothing(policy, case, seed):
+    key = strange(case.key, seed)
+    index = case.index(policy, key)
+    case.check(index, case.select(index, case.budget, key).token_mask())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(case=cases())
+def test_a_budget_for_everything_reads_everything(policy, case):
+    index, seen = case.index(policy), case.mask.seen.any(1)[:, None]
+    for budget in (None, case.key.shape[2]):
+        read = case.select(index, budget).token_mask()
+        assert torch.equal(read, seen.expand_as(read))
+
+
+@pytest.mark.parametrize("policy", BOUNDING)
+@given(case=cases(), scale=st.sampled_from([1.0, 0.125, -0.5]), odd=st.none() | seeds)
+def test_no_score_is_above_its_bound(policy, case, scale, odd):
+    key = case.key if odd is None else strange(case.key, odd)
+    index = case.index(policy, key)
+    rows = case.query.reshape(case.shape.batch, case.shape.kv_heads, -1, case.shape.head_dim)
+    bound = index.score_bound(rows.float(), scale)
+    if bound is None:
+        assert (index.tail == index.start).all(), "no bound of keys that are known"
+        return
+    slots = min(bound.shape[-1], key.shape[2])
+    score = scale * rows.double() @ key[:, :, :slots].double().transpose(-1, -2)
+    slot = torch.arange(slots)
+    known = (slot >= index.start[:, None]) & (slot < index.tail[:, None])
+    known = known[:, None, None].expand_as(score)
+    unbounded = bound[..., :slots] >= torch.finfo(torch.float32).max
+    assert (~known | unbounded | (score <= bound[..., :slots].double())).all()
+
+
+@pytest.mark.parametrize("policy", HISTORY_FREE)
+@given(shape=heads, config=configs, kind=st.sampled_from(KINDS), data=st.data())
+def test_a_policy_chooses_after_any_history_as_a_fresh_one(policy, shape, config, kind, data):
+    cache = GrownCache(shape, config, kind, torch.float32)
+    cache.index = small(policy)(shape.batch, shape.kv_heads, shape.head_dim, config, CPU)
+    query = shape.queries(3, 2)
+    for place, (step, numbers) in enumerate(data.draw(histories(shape.batch), "history")):
+        cache.apply(step, numbers, place)
+        if int(cache.end.max()) == 0:
+            continue
+        fresh = small(policy)(shape.batch, shape.kv_heads, shape.head_dim, config, CPU)
+        fresh.restart(cache.index.start > 0, cache.index.start)
+        fresh.extend(cache.key, cache.end)
+        slot = torch.arange(cache.key.shape[2])
+        mask = (slot >= cache.index.start[:, None]) & (slot < cache.end[:, None])
+        arguments = (cache.key, query, 0.3, len(slot), mask[:, None, None], 30)
+        cache.index.extend(cache.key, cache.end)
+        read = select(cache.index, *arguments).token_mask()
+        assert torch.equal(read, select(fresh, *arguments).token_mask())
+
+
+@given(shape=heads, config=configs, data=st.data())
+def test_clusters_hold_each_token_once_and_the_mean_of_theirs(shape, config, data):
+    cache = GrownCache(shape, config, "gaussian", torch.float32)
+    cache.index = index = SmallClusterKV(shape.batch, shape.kv_heads, shape.head_dim, config, CPU)
+    for place, (step, numbers) in enumerate(data.draw(histories(shape.batch), "history")):
+        cache.apply(step, numbers, place)
+        index.extend(cache.key, cache.end)
+        for row in range(shape.batch):
+            first, tail = int(index.start[row]) + config.sinks, int(index.tail[row])
+            assert int(cache.end[row]) - max(tail, first) < SmallClusterKV.window
+            for head in range(shape.kv_heads):
+                label = index.cluster[row, head]
+                assert (label[first:tail] >= 0).all()
+                assert (label[:first] < 0).all()
+                assert (label[max(first, tail) :] < 0).all()
+                for number in label[first:tail].unique().tolist():
+                    members = (label == number).nonzero()[:, 0]
+                    mean = cache.key[row, head, members].mean(0)
+                    torch.testing.assert_close(index.centroid[row, head, number], mean)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bytes_grow_with_the_context_and_not_faster(policy):
+    index = index_class(policy)(1, 2, 64, IndexConfig(), CPU)
+    few, many = (index.bytes_per_step(tokens, 1024) for tokens in (1 << 14, 1 << 18))
+    assert 0 <= few <= many <= 32 * max(few, 1)
+    assert many <= 2 * 64 * (1 << 18), "more than all keys"

@@ -1,0 +1,66 @@
+"""Every policy through torch.compile, on a decoder with static and growing caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, StaticKV, TinyDecoder
+from torch._dynamo.utils import counters
+
+import lychee_compile
+from lychee_compile.kernels.policies import policy_names
+
+POLICIES = sorted(policy_names())
+OPTIONS = {"budget": 40, "sinks": 2, "recent": 8, "chunk": (2, 4), "dense_layers": 0}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("growing", [False, True])
+@torch.no_grad()
+def test_decoding_with_a_budget_for_everything_is_dense(policy, growing, without_inductor):
+    torch.manual_seed(0)
+    size, model = 160, TinyDecoder().eval()
+    options = {**OPTIONS, "policy": policy, "budget": size - 1}
+    compiled = torch.compile(model, backend="lychee", options=options)
+    prompt = torch.randint(0, VOCABULARY, (1, 100))
+    cache, past = StaticKV.empty(1, size), model(prompt)[1]
+    model(prompt, cache=cache)
+    for ids in torch.randint(0, VOCABULARY, (3, 1, 1)):
+        if growing:
+            expected, _ = model(ids, past=past)
+            got, past = compiled(ids, past=past)
+        else:
+            expected = model(ids, cache=cache.copy())
+            got = compiled(ids, cache=cache)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert counters["lychee"]["sparse"] > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_every_policy_decodes_within_a_small_budget(policy, without_inductor):
+    torch.manual_seed(0)
+    model, cache = TinyDecoder().eval(), StaticKV.empty(2, 400)
+    compiled = torch.compile(model, backend="lychee", options={**OPTIONS, "policy": policy})
+    model(torch.randint(0, VOCABULARY, (2, 380)), cache=cache)
+    with lychee_compile.record(mass=True) as recorder:
+        for ids in torch.randint(0, VOCABULARY, (4, 2, 1)):
+            assert compiled(ids, cache=cache).isfinite().all()
+    assert len(recorder.calls) == 8
+    for call in recorder.calls:
+        assert ((call.tokens_read > 16) & (call.tokens_read <= OPTIONS["budget"])).all()
+        assert (call.mass > 0).all()
+
+
+@pytest.mark.parametrize(("given_layers", "sparse"), [(None, 0), (1, 1), (0, 2)])
+@torch.no_grad()
+def test_a_policy_leaves_the_layers_dense_that_its_paper_does(
+    given_layers, sparse, without_inductor
+):
+    model, cache = TinyDecoder().eval(), StaticKV.empty(1, 200)
+    options = {**OPTIONS, "policy": "quest", "dense_layers": given_layers}
+    compiled = torch.compile(model, backend="lychee", options=options)
+    compiled(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+    sites = lychee_compile.reports()[-1].sites
+    assert [site.decision == "sparse" for site in sites] == [False] * (2 - sparse) + [True] * sparse
+    assert all(site.decision == "sparse" or site.by_design for site in sites)

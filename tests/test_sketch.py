@@ -1,0 +1,134 @@
+"""Sketches of keys: true bounds whatever happens, good estimates where keys have structure."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import DTYPES, KINDS, Heads, heads, histories, random, seeds
+
+from lychee_compile.kernels.reference.sketch import KeySketches, sketch_bits
+
+CPU = torch.device("cpu")
+
+
+def sketched(key, block=4096, steps=1, start=None):
+    """Sketches of `key` [B, Hkv, T, D], taken in so many equal steps."""
+    batch, kv_heads, tokens, head_dim = key.shape
+    start = torch.zeros(batch, dtype=torch.int64) if start is None else start
+    sketches = KeySketches(batch, kv_heads, head_dim, CPU, block)
+    edges = [tokens * step // steps for step in range(steps + 1)]
+    for begin, end in pairwise(edges):
+        if end > begin:
+            first = torch.full_like(start, begin).maximum(start)
+            sketches.encode(key, start, first, torch.full_like(start, end))
+    return sketches
+
+
+@pytest.mark.parametrize(("head_dim", "bits"), [(1, 1), (3, 2), (16, 8), (80, 40), (128, 64)])
+def test_half_the_coordinates_are_kept_in_three_bits_on_average(head_dim, bits):
+    kept = sketch_bits(head_dim)
+    assert len(kept) == bits
+    assert sum(kept) <= max(3 * head_dim // 2 + 4, 4)
+
+
+@given(
+    heads, st.sampled_from(KINDS), st.sampled_from(DTYPES), seeds, st.integers(1, 90),
+    st.sampled_from([8, 32, 4096]), st.integers(1, 9), st.sampled_from([1.0, -0.5, 3.0]),
+)  # fmt: skip
+def test_no_score_is_above_its_bound(shape, kind, dtype, seed, tokens, block, steps, scale):
+    key = shape.keys(kind, seed, tokens, dtype)
+    query = shape.queries(seed, 2, dtype).reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
+    sketches = sketched(key, block, steps)
+    bound = sketches.score_bound(query.float(), scale, tokens)
+    score = scale * query.double() @ key.double().transpose(-1, -2)
+    assert (score <= bound.double()).all()
+
+
+@given(histories(2), st.sampled_from(KINDS))
+def test_bounds_hold_after_any_history(history, kind):
+    """Rows that grow, are cut back and grow again, with other keys each time."""
+    shape, block = Heads(2, 1, 1, 4), 16
+    key = torch.full((2, 1, 600, 4), torch.nan)
+    end = torch.zeros(2, dtype=torch.int64)
+    start = torch.tensor([0, 5])
+    sketches = KeySketches(2, 1, 4, CPU, block)
+    for place, (step, numbers) in enumerate(history):
+        if step == "grow":
+            begin, end = end.maximum(start), (end.maximum(start) + numbers).clamp(max=600)
+            slot = torch.arange(600)
+            new = (slot >= begin[:, None]) & (slot < end[:, None])
+            key = torch.where(new[:, None, :, None], shape.keys(kind, place, 600), key)
+            if bool((end > begin).any()):
+                sketches.encode(key, start, begin, end)
+        else:
+            end = (end - numbers).clamp(min=0)
+            sketches.forget(start, end)
+    slots = int(end.max())
+    if not sketches.fitted.shape[1]:
+        return
+    query = random(3, 2, 1, 3, 4)
+    bound = sketches.score_bound(query, 1.0, slots)
+    score = query.double() @ key[:, :, :slots].double().transpose(-1, -2)
+    slot = torch.arange(slots)
+    held = (slot >= start[:, None]) & (slot < end[:, None])
+    assert (score <= bound.double())[held[:, None, None].expand_as(score)].all()
+
+
+def relative_error(sketches, key, query):
+    """Root mean square error of the estimates over the spread of the scores."""
+    score = query @ key.transpose(-1, -2)
+    wrong = sketches.scores(query, 1.0, key.shape[2]) - score
+    return float(wrong.square().mean().sqrt() / score.std())
+
+
+def low_rank_keys(seed, tokens, rank=6, head_dim=32):
+    """Keys [1, 1, T, D] about a common mean, near a subspace of few dimensions."""
+    basis = torch.linalg.qr(random(seed, head_dim, rank)).Q
+    spread = random(seed + 1, tokens, rank) * torch.linspace(4, 1, rank)
+    noise = 0.05 * random(seed + 2, tokens, head_dim)
+    return (5 + spread @ basis.T + noise).view(1, 1, tokens, head_dim)
+
+
+@given(seeds)
+def test_keys_near_a_subspace_are_known_well(seed):
+    key = low_rank_keys(seed, 600)
+    assert relative_error(sketched(key), key, random(seed + 3, 1, 1, 20, 32)) < 0.1
+
+
+@given(seeds, st.integers(2, 40))
+def test_sketches_taken_step_by_step_are_nearly_as_good(seed, steps):
+    key, query = low_rank_keys(seed, 600), random(seed + 3, 1, 1, 20, 32)
+    assert relative_error(sketched(key, 256, steps), key, query) < 0.15
+
+
+def test_keys_that_change_their_subspace_get_other_axes():
+    """What came before has other axes, which do not suit what comes after."""
+    key = torch.cat((low_rank_keys(0, 256), low_rank_keys(9, 256)), 2)
+    query = random(3, 1, 1, 20, 32)
+    fresh = relative_error(sketched(key, 256, 128), key, query)
+    assert fresh < 0.5 * relative_error(sketched(key, 512, 2), key, query)
+
+
+def test_a_key_that_is_not_finite_comes_first():
+    key = random(0, 1, 1, 50, 8)
+    key[0, 0, 7, 3] = torch.nan
+    key[0, 0, 20] = -torch.inf
+    sketches, query = sketched(key), random(1, 1, 1, 2, 8)
+    score = sketches.scores(query, -1.0, 50)
+    assert (score == torch.inf).nonzero()[:, 3].unique().tolist() == [7, 20]
+    assert torch.equal(
+        sketches.score_bound(query, -1.0, 50).isinf(), sketches.scores(query, 1.0, 50).isinf()
+    )
+
+
+def test_rows_are_sketched_as_they_would_be_alone():
+    key = random(0, 2, 2, 300, 8)
+    start = torch.tensor([0, 37])
+    both = sketched(key, 64, 20, start)
+    for row in range(2):
+        alone = sketched(key[row : row + 1], 64, 20, start[row : row + 1])
+        assert torch.equal(both.codes[row, :, start[row] :], alone.codes[0, :, start[row] :])
