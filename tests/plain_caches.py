@@ -13,6 +13,7 @@ from torch import Tensor
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.clusterkv import ClusterKVIndex
 from lychee_compile.kernels.policies.hisa import HISAIndex
+from lychee_compile.kernels.policies.tokenselect import TokenSelectIndex
 from lychee_compile.kernels.reference.selection import select
 
 SCALE = 0.3
@@ -24,6 +25,10 @@ class SmallHISA(HISAIndex):
 
 class SmallClusterKV(ClusterKVIndex):
     tokens_per_cluster, window = 10, 40
+
+
+class AlwaysVoting(TokenSelectIndex):
+    similar = 2.0
 
 
 @dataclasses.dataclass

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
-from plain_caches import SCALE, SmallHISA, best_tokens, between, plain, shares, whole_groups
+from plain_caches import (
+    SCALE,
+    AlwaysVoting,
+    SmallHISA,
+    best_tokens,
+    between,
+    plain,
+    shares,
+    whole_groups,
+)
 from strategies import greedy_chunks
 
 from lychee_compile.kernels.policies import index_class
@@ -93,7 +102,7 @@ METHODS = [
     pytest.param(index_class("quest"), quest, id="quest"),
     pytest.param(index_class("streaming"), streaming, id="streaming"),
     pytest.param(index_class("oracle"), oracle, id="oracle"),
-    pytest.param(index_class("tokenselect"), tokenselect, id="tokenselect"),
+    pytest.param(AlwaysVoting, tokenselect, id="tokenselect"),
     pytest.param(SmallHISA, hisa, id="hisa"),
 ]
 

@@ -126,8 +126,9 @@ class Remembered:
         return tokens
 
 
-BUDGET, SINKS, RECENT = 14, 2, 3
-asked = st.tuples(st.just("ask"), st.sampled_from(["", "a", "b"]), st.sampled_from([0.0, 0.2, 9]))
+SINKS, RECENT = 2, 3
+sites, steps = st.sampled_from(["", "a", "b"]), st.sampled_from([0.0, 0.2, 9])
+asked = st.tuples(st.just("ask"), st.tuples(sites, st.sampled_from([14, 14, 20])), steps)
 grown = st.tuples(st.just("grow"), st.integers(0, 1), st.integers(1, 6))
 rewound = st.tuples(st.just("rewind"), st.integers(0, 1), st.integers(1, 20))
 restarted = st.tuples(st.just("restart"), st.integers(0, 1), st.integers(0, 3))
@@ -136,7 +137,7 @@ restarted = st.tuples(st.just("restart"), st.integers(0, 1), st.integers(0, 3))
 @given(st.lists(st.one_of(asked, asked, asked, grown, rewound, restarted), max_size=12))
 def test_tokenselect_keeps_a_choice_while_queries_are_alike(events):
     shape = Heads(batch=2, kv_heads=2, group=2, head_dim=8)
-    config = IndexConfig(budget=BUDGET, sinks=SINKS, recent=RECENT)
+    config = IndexConfig(sinks=SINKS, recent=RECENT)
     index = index_class("tokenselect")(2, 2, 8, config, CPU)
     key, query = shape.keys("gaussian", 0, 120), random(9, 2, 4, 1, 8)
     start, end, rows = torch.tensor([0, 0]), torch.tensor([40, 30]), [Remembered(), Remembered()]
@@ -146,15 +147,16 @@ def test_tokenselect_keeps_a_choice_while_queries_are_alike(events):
             query = query + size * random(number, 2, 4, 1, 8)
             slot = torch.arange(120)
             mask = ((slot >= start[:, None]) & (slot < end[:, None]))[:, None, None]
-            read = select(index, key, query, SCALE, 120, mask, BUDGET, None, which).token_mask()
+            site, budget = which
+            read = select(index, key, query, SCALE, 120, mask, budget, None, site).token_mask()
             for row in range(2):
                 begin, stop = int(start[row]), int(end[row])
-                always, middle, room = between(stop - begin, SINKS, RECENT, BUDGET)
+                always, middle, room = between(stop - begin, SINKS, RECENT, budget)
                 tokens = [begin + token for token in always]
                 if len(middle) > room:
                     wide = key[row].double().repeat_interleave(2, 0)
                     low, high = begin + middle[0], begin + middle[-1] + 1
-                    chosen = rows[row].ask(which, wide, query[row, :, 0].double(), low, high, room)
+                    chosen = rows[row].ask(site, wide, query[row, :, 0].double(), low, high, room)
                 else:
                     chosen = [begin + token for token in middle]
                 for head in range(2):

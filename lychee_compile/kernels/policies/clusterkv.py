@@ -16,6 +16,8 @@ WINDOW = 320
 """New tokens that wait until they are clustered, as in the paper."""
 ITERATIONS = 10
 """Steps of the k-means, which the paper runs until nothing moves."""
+AT_A_TIME = 8192
+"""Tokens compared with all centroids at a time, to bound the memory of clustering."""
 
 
 class ClusterKVIndex(KVIndex):
@@ -155,8 +157,9 @@ def _spherical_kmeans(keys: Tensor, used: Tensor, groups: Tensor) -> Tensor:
     centre = _at(direction, seed)
     label = torch.zeros(keys.shape[:3], dtype=torch.int64, device=keys.device)
     for _ in range(ITERATIONS):
-        likeness = direction @ centre.transpose(-1, -2)
-        updated = likeness.masked_fill_(idle, -torch.inf).argmax(-1)
+        blocks = direction.split(AT_A_TIME, dim=2)
+        likeness = (block @ centre.transpose(-1, -2) for block in blocks)
+        updated = torch.cat([x.masked_fill(idle, -torch.inf).argmax(-1) for x in likeness], -1)
         if torch.equal(updated, label):
             break
         label = updated

@@ -35,7 +35,8 @@ class TokenSelectIndex(KVIndex):
     the tokens to choose from, all heads of the layer add theirs up ("soft vote"), and the tokens of
     most votes are read by every KV head, beside `sinks` first and `recent` last tokens. A choice is
     kept for the next queries while their cosine with the one that made it, over all heads together,
-    is at least 0.9; tokens that leave the window meanwhile are then not read until the next vote.
+    is at least 0.9 (`similar`; above 1 every query votes); tokens that leave the window meanwhile
+    are then not read until the next vote.
 
     Not as in the paper: scores are scaled, capped and biased as the attention's own are. Several
     query positions count as that many steps, where the paper votes once for a chunk of them. Its
