@@ -74,7 +74,7 @@ class Options(IndexConfig):
         if self.dense_layers is not None:
             least = _integer("dense_layers", self.dense_layers, at_least=0, expected_or="None")
             self._set("dense_layers", least)
-        for name in ("strict", "reference"):
+        for name in ("strict", "reference", "repair"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
         if self.prefill == "sparse":

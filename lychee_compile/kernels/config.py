@@ -44,6 +44,9 @@ class IndexConfig:
     until a certificate proves it. None: the budget holds, and nothing is proved."""
     seed: int = 0
     """Seed of the k-means."""
+    repair: bool = True
+    """Split clusters and units that grow too full or too wide, and find the axes of sketches anew
+    as tokens arrive. Off, an index decays as more is generated: to see what repair is for."""
     dense_layers: int | None = None
     """First attentions of each graph that stay exact; None: as many as the policy's paper says."""
     reference: bool = False

@@ -43,7 +43,7 @@ class LycheeIndex(GroupedIndex):
     ) -> None:
         super().__init__(batch, kv_heads, head_dim, config, device)
         self.tree = ClusterTree(batch, kv_heads, head_dim, config, device)
-        self.sketches = KeySketches(batch, kv_heads, head_dim, device)
+        self.sketches = KeySketches(batch, kv_heads, head_dim, device, repair=config.repair)
 
     @property
     def chunks(self) -> Nodes:

@@ -21,8 +21,9 @@ ITERATIONS = 8
 """Steps towards the principal axes: more find none that describe keys better (Gemma-3)."""
 _STEPS = {4: 0.3352, 2: 0.9957}
 """Best step of a quantiser of so many bits, in standard deviations."""
-_GROWTH = 4
-"""Axes are found anew when a block holds so many times the keys they were found from."""
+FIRST_FIT, GROWTH = 16, 2
+"""A block takes over the axes of the one before until it holds 1/16 of its keys; then its own are
+found, and again each time its keys have doubled."""
 
 
 def sketch_bits(head_dim: int) -> list[int]:
@@ -44,8 +45,9 @@ class KeySketches:
         head_dim: int,
         device: torch.device,
         block: int = BLOCK,
+        repair: bool = True,
     ) -> None:
-        self.block = block
+        self.block, self._repair = block, repair
         bits = torch.tensor(sketch_bits(head_dim), device=device)
         self._half = 2.0 ** (bits - 1)
         self._step = torch.tensor([_STEPS[each] for each in bits.tolist()], device=device)
@@ -84,7 +86,7 @@ class KeySketches:
             keys = key[:, :, low : low + len(slots)].float()
             held = (slots >= start[:, None]) & (slots < end[:, None])
             bare = begin <= start.clamp(min=low)
-            due = self._inherit_or_fit(block, keys, held, bare)
+            due = self._inherit_or_fit(block, keys, held, bare, begin <= start)
             fresh = held & (due[:, None] | (slots >= begin[:, None]))
             self._store(block, keys, fresh)
 
@@ -133,23 +135,27 @@ class KeySketches:
         bound = self.scores(query, scale, slots) + abs(scale) * width
         return bound.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
-    def _inherit_or_fit(self, block: int, keys: Tensor, held: Tensor, bare: Tensor) -> Tensor:
+    def _inherit_or_fit(
+        self, block: int, keys: Tensor, held: Tensor, bare: Tensor, first: Tensor
+    ) -> Tensor:
         """Give a block its axes; the rows that got new ones, bool [B].
 
         `keys` [B, Hkv, T, D] where `held`, bool [B, T]; in the rows `bare`, bool [B], none of them
-        is encoded yet.
+        is encoded yet, in the rows `first` none of any block.
         """
         count, fitted = held.sum(1), self.fitted[:, block]
         waiting = torch.zeros_like(bare)
         if block:
-            enough = self.block // _GROWTH
+            enough = self.block // FIRST_FIT
             waiting = (fitted == 0) & (count < enough) & (self.fitted[:, block - 1] >= enough)
+            waiting = waiting if self._repair else ~first
             for mine in (self.centre, self.axes, self.step):
                 before = mine[:, :, block - 1]
                 rows = (waiting & bare).view(-1, *(1,) * (before.dim() - 1))
                 mine[:, :, block] = torch.where(rows, before, mine[:, :, block])
         full = (count == keys.shape[2]) & (keys.shape[2] == self.block) & (2 * fitted < self.block)
-        due = (count > 0) & ~waiting & ((count >= _GROWTH * fitted) | full)
+        due = (count > 0) & ~waiting & ((count >= GROWTH * fitted) | full)
+        due = due if self._repair else due & first
         if bool(due.any()):
             centre, axes, step = self._fit(keys, held)
             rows = due.nonzero().flatten()

@@ -100,8 +100,9 @@ class ClusterTree:
         labels.scatter_(2, chosen, torch.where(applied, label, labels.gather(2, chosen)))
         attached = torch.arange(chunks.count, device=column.device) <= column[:, None]
         attached = (attached[:, None] & (chunks.tokens > 0)).expand_as(labels)
-        self._split_clusters(chunks, labels, attached, label, applied)
-        self._split_units(self.cluster_unit.gather(2, label), applied)
+        if self.config.repair:
+            self._split_clusters(chunks, labels, attached, label, applied)
+            self._split_units(self.cluster_unit.gather(2, label), applied)
 
     def _nearest_cluster(self, chunk: Nodes) -> Tensor:
         """Cluster whose centred mean is most like the chunk's: int64 [B, Hkv, 1]."""
