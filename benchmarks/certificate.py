@@ -67,7 +67,7 @@ def missed(query: Tensor, key: Tensor, selection: Selection) -> Tensor:
     wide = key.double().repeat_interleave(group, 1)
     share = (selection.scale * query.double() @ wide.transpose(-1, -2)).softmax(-1)
     read = selection.token_mask().repeat_interleave(group, 1)
-    return share.masked_fill(read, 0).sum(-1)
+    return share.masked_fill(read, 0).sum(-1).clamp(max=1)
 
 
 def certify(index: KVIndex, query: Tensor, key: Tensor, selection: Selection) -> Tensor:

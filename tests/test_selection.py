@@ -159,8 +159,11 @@ def test_a_row_that_fits_the_budget_reads_everything_whatever_the_others_need(
 
 @given(cases())
 def test_rows_choose_as_they_would_alone(case):
-    """Built at once, as clusters depend on when they are made; the keys have no ties."""
-    key = case.shape.keys("gaussian", case.key.shape[2], case.key.shape[2], case.key.dtype)
+    """Built at once, as clusters depend on when they are made; neither keys nor sketches tie."""
+    shape = dataclasses.replace(case.shape, head_dim=33)
+    query = shape.queries(1, case.query.shape[2])
+    case = dataclasses.replace(case, shape=shape, query=query)
+    key = shape.keys("gaussian", case.key.shape[2], case.key.shape[2])
     together = case.with_keys(key).select().token_mask()
     for row in range(case.shape.batch):
         part, mask = slice(row, row + 1), case.mask.tensor
@@ -237,3 +240,21 @@ def test_a_query_that_sees_nothing():
     selection = bounded_select(index, key, key[:, :, :1], 1.0, 100, hidden, 90)
     assert not selection.token_mask().any()
     assert (selection.log_unread_bound == -torch.inf).all()
+
+
+@given(
+    st.sampled_from([0, 65536]),
+    st.integers(0, 399),
+    st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    seeds,
+)
+def test_a_key_that_is_not_finite_is_read(flat_tokens, place, bad, seed):
+    """So that the output is what dense attention makes of it, NaN for one."""
+    config = IndexConfig(budget=60, sinks=2, recent=16, chunk=(4, 8), flat_tokens=flat_tokens)
+    key = random(seed, 1, 1, 400, 4)
+    key[0, 0, place, seed % 4] = bad
+    index = SINGLE.index(config)
+    index.extend(key, torch.tensor([400]))
+    selection = select(index, key, random(seed + 1, 1, 1, 1, 4), 1.0, 400, None, 60)
+    assert selection.token_mask()[..., place].all()
+    assert int(selection.token_mask().sum()) <= 60

@@ -14,8 +14,8 @@ from lychee_compile.kernels.reference.nodes import rounding_slack
 from lychee_compile.kernels.reference.question import Question
 from lychee_compile.kernels.reference.selection import Selection, select
 
-WIDENINGS = 3
-"""How often the budget is doubled before all keys are scored."""
+WIDEST = 4
+"""Budgets of more than 1/4 of the context are not tried: all keys cost as much as half of it."""
 
 
 def certified_attention(
@@ -34,23 +34,24 @@ def certified_attention(
     """Attention that misses at most the share `epsilon` of the softmax mass of any query head.
 
     Operands as in `attend`. Where the certificate of `budget` tokens is larger than `epsilon` the
-    budget of that KV head doubles, a few times. Where that is not enough, every key is scored and
-    as many values are read as it takes: then what is missed is known, not bounded. Returns the
-    output [B, Hq, Tq, Dv], what was read, and the certificates, float32 [B, Hq, Tq]. The share is
+    budget of that KV head doubles, while it is a small part of the context. Where that is not
+    enough, every key is scored and as many values are read as it takes: then what is missed is
+    known, not bounded. Returns the output [B, Hq, Tq, Dv], what was read, and the certificates, float32 [B, Hq, Tq]. The share is
     that of the keys alone: an attention sink (`extra`) only makes it smaller.
     """
     kv_len, heads = key.shape[2], key.shape[1]
     width = torch.full(
         (query.shape[0], heads, query.shape[2]), budget, dtype=torch.int64, device=query.device
     )
-    for _ in range(WIDENINGS + 1):
+    while True:
         selection = select(index, key, query, scale, kv_len, mask, width, softcap, site)
         share = _certify(index, key, query, selection, mask, softcap)
         failing = _of_group(share, heads) > epsilon
-        if not bool(failing.any()):
+        wider = torch.where(failing, 2 * width, width)
+        if not bool(failing.any()) or WIDEST * int(wider.max()) > kv_len:
             break
-        width = torch.where(failing, 2 * width, width)
-    else:
+        width = wider
+    if bool(failing.any()):
         exact = _least_tokens(query, key, mask, selection, softcap, epsilon)
         selection = _read_also(selection, exact & failing[..., None])
         share = torch.where(failing.repeat_interleave(query.shape[1] // heads, 1), epsilon, share)
