@@ -36,8 +36,9 @@ def certified_attention(
     Operands as in `attend`. Where the certificate of `budget` tokens is larger than `epsilon` the
     budget of that KV head doubles, while it is a small part of the context. Where that is not
     enough, every key is scored and as many values are read as it takes: then what is missed is
-    known, not bounded. Returns the output [B, Hq, Tq, Dv], what was read, and the certificates, float32 [B, Hq, Tq]. The share is
-    that of the keys alone: an attention sink (`extra`) only makes it smaller.
+    known, not bounded. Returns the output [B, Hq, Tq, Dv], what was read, and the certificates,
+    float32 [B, Hq, Tq]. The share is that of the keys alone: an attention sink (`extra`) only makes
+    it smaller.
     """
     kv_len, heads = key.shape[2], key.shape[1]
     width = torch.full(

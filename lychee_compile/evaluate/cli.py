@@ -1,0 +1,203 @@
+"""The command line: `python -m lychee_compile evaluate ...`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lychee_compile.evaluate.errors import EvaluationError, require
+from lychee_compile.evaluate.models import DTYPES, check_device
+from lychee_compile.evaluate.task_texts import TASKS
+from lychee_compile.evaluate.variants import check_budgets, parse_variants
+from lychee_compile.kernels.config import BOUNDARIES
+
+PEERS = "lychee,quest,clusterkv,tokenselect,hisa,streaming,oracle"
+CHUNKED = "lychee,oracle"
+DRIFTING = "lychee,lychee:repair=False,quest,clusterkv"
+SUBJECTS = {
+    "fidelity": "captured softmax mass, output error, bytes read and certificates",
+    "drift": "error against generated tokens, of an index that follows and of one built anew",
+    "tasks": "pass keys, look-ups in JSON and code, and copying, by the model itself",
+    "text": "chunks cut at boundaries against fixed ones, by kind of text",
+    "all": "all of these, one after another",
+}
+READ = "tokens read per KV head and step"
+SOME_TASKS = f"of {', '.join(TASKS)} (all)"
+EXAMPLES = """\
+examples:
+  %(prog)s fidelity --model DIR --text code --length 12288 --budgets 512,1024 --out results
+  %(prog)s fidelity --capture results/captures/code-12288.safetensors --policies lychee,quest
+  %(prog)s text --model DIR --text code --text json --text chinese=FILE
+  %(prog)s tasks --model DIR --tasks pass-key,json-lookup --length 32000 --device cuda
+
+A policy is a name, with options of the backend where it is to run in a special form:
+lychee:recent=32:boundaries=fixed
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse in one line, without the usage."""
+        raise EvaluationError(message)
+
+
+def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add the `evaluate` command to those of `python -m lychee_compile`."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure policies on a real model",
+        description="Measure how good a choice of keys is, on a real model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subjects = evaluate.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    for subject, summary in SUBJECTS.items():
+        about = f"{summary[0].upper()}{summary[1:]}. Defaults are in brackets."
+        parser = subjects.add_parser(subject, help=summary, description=about)
+        _add_common(parser, subject)
+        if subject != "tasks":
+            _add_captures(parser, subject)
+        if subject in ("drift", "all"):
+            _add_drift(parser, subject)
+        if subject in ("tasks", "all"):
+            _add_tasks(parser)
+        if subject in ("text", "all"):
+            _add_text(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser, subject: str) -> None:
+    add = parser.add_argument
+    policies = {"text": CHUNKED, "drift": DRIFTING}.get(subject, PEERS)
+    _named(parser, "--model", "a causal language model: a folder or a name", metavar="DIR")
+    _named(parser, "--device", "where it runs and policies are replayed", default="cpu")
+    add("--dtype", choices=tuple(DTYPES), help="of the model (float32 on a CPU, else bfloat16)")
+    _named(parser, "--policies", "what is compared", default=policies, metavar="LIST")
+    if subject == "drift":
+        _number(parser, "--budget", 1024, "tokens read per KV head and step")
+    else:
+        budgets = "256,512,1024,2048"
+        add("--budgets", type=_budgets, default=budgets, metavar="LIST", help=f"{READ} ({budgets})")
+    length = 32768 if subject == "drift" else 12288
+    _number(parser, "--length", length, "tokens of a text or document")
+    folder = Path("evaluation")
+    _named(parser, "--out", "where results go", default=folder, type=Path, metavar="DIR")
+
+
+def _add_captures(parser: argparse.ArgumentParser, subject: str) -> None:
+    add = parser.add_argument
+    kinds = "code" if subject in ("fidelity", "drift") else "code, json and prose"
+    text = f"code, json, prose, or a UTF-8 file under a name; repeatable ({kinds})"
+    add("--text", action="append", default=[], metavar="KIND[=FILE]", help=text)
+    sites = "attentions to capture, by module path; repeatable (all)"
+    add("--sites", action="append", default=[], metavar="PATTERN", help=sites)
+    if subject != "all":
+        replayed = "replay this capture and load no model; repeatable"
+        add("--capture", action="append", default=[], type=Path, metavar="FILE", help=replayed)
+    add("--save-captures", action="store_true", help="keep captures in the folder of the results")
+    if subject != "drift":
+        _number(parser, "--steps", 32, "last tokens of a text, which are decoded")
+
+
+def _add_drift(parser: argparse.ArgumentParser, subject: str) -> None:
+    _number(parser, "--prompt", 2048, "tokens indexed at once")
+    _number(parser, "--every", 1024, "tokens between checkpoints")
+    _number(parser, "--queries", 4, "queries at each checkpoint")
+    if subject == "all":
+        _number(parser, "--budget", 1024, "tokens read, for the drift curve")
+        _number(parser, "--drift-length", 32768, "tokens of a text, for the drift curve")
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    names = _listed(TASKS)
+    parser.add_argument("--tasks", type=names, default=list(TASKS), metavar="LIST", help=SOME_TASKS)
+    _number(parser, "--repeats", 10, "questions of each task")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the questions (0)")
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    chosen = ["tokens", "similarity", "fixed"]
+    summary = f"where chunks are cut, of {', '.join(BOUNDARIES)} ({','.join(chosen)})"
+    names = _listed(BOUNDARIES)
+    parser.add_argument("--boundaries", type=names, default=chosen, metavar="LIST", help=summary)
+
+
+def _named(parser: argparse.ArgumentParser, name: str, summary: str, **more: Any) -> None:
+    shown = " (%(default)s)" if more.get("default") else ""
+    parser.add_argument(name, help=summary + shown, **more)
+
+
+def _number(parser: argparse.ArgumentParser, name: str, default: int, summary: str) -> None:
+    shown = f"{summary} ({default:,})"
+    parser.add_argument(name, type=_positive, default=default, metavar="N", help=shown)
+
+
+def run(given: argparse.Namespace, command_line: Sequence[str]) -> None:
+    """Run what was asked for. Raises `EvaluationError` or `OptionError` where that cannot be."""
+    given.command_line = shlex.join(["python", "-m", "lychee_compile", *command_line])
+    _complete(given)
+    # These need packages that only evaluations need.
+    from lychee_compile.evaluate.progress import make_console
+    from lychee_compile.evaluate.session import Session
+
+    session = Session(given, make_console())
+    subjects = list(SUBJECTS)[:-1] if given.subject == "all" else [given.subject]
+    for subject in subjects:
+        session.given = _for_subject(given, subject)
+        getattr(session, subject)()
+
+
+def _complete(given: argparse.Namespace) -> None:
+    """Parse and check what argparse cannot, all that can be told at once."""
+    given.policies = parse_variants(given.policies)
+    if given.subject in ("drift", "all"):
+        check_budgets(given.policies, [given.budget])
+    if given.subject != "drift":
+        check_budgets(given.policies, given.budgets)
+    check_device(given.device)
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"--out {given.out}: {error.strerror}") from error
+    require("matplotlib", "drawing the results")
+    if not getattr(given, "capture", None):
+        require("transformers", "running a model")
+
+
+def _for_subject(given: argparse.Namespace, subject: str) -> argparse.Namespace:
+    """The settings of one subject, where `all` gives those of several."""
+    chosen = argparse.Namespace(**{"capture": [], **vars(given)})
+    if subject != "tasks" and not given.text:
+        chosen.text = ["code", "json", "prose"] if subject == "text" else ["code"]
+    if given.subject == "all" and subject == "drift":
+        chosen.length = given.drift_length
+    if given.subject == "all" and subject == "text":
+        chosen.policies = parse_variants(CHUNKED)
+    return chosen
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
+    return int(text)
+
+
+def _budgets(text: str) -> list[int]:
+    return sorted({_positive(part) for part in text.split(",")})
+
+
+def _listed(choices: Collection[str]) -> Callable[[str], list[str]]:
+    """A parser of names separated by commas."""
+
+    def listed(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"{name!r}: expected some of {', '.join(choices)}")
+        return list(dict.fromkeys(names))
+
+    return listed

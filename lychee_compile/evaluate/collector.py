@@ -1,0 +1,76 @@
+"""Listens to the sparse attentions of a model and keeps what they work on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from lychee_compile.evaluate.tensors import SiteTensors
+from lychee_compile.kernels.observe import SparseCall
+
+
+class Collector:
+    """Observes sparse attentions, one decoded token after another.
+
+    It keeps those over a whole sequence, with a plain causal mask, whose module path fits one of
+    the patterns, as in file names, or all where there are none.
+    """
+
+    def __init__(self, sites: Sequence[str]) -> None:
+        self.queries: dict[str, list[Tensor]] = {}
+        self.last: dict[str, SiteTensors] = {}
+        self.skipped: dict[str, str] = {}
+        self.keys_due = 0
+        """How many keys a site over the whole sequence sees now."""
+        self.final = False
+        """Whether this is the last token: keys and values are kept."""
+        self._patterns = sites
+        self._steps = 0
+
+    def begin(self, position: int, final: bool) -> None:
+        """The token at `position` is decoded next; `final`: no other one after it."""
+        self.keys_due, self.final = position + 1, final
+        self._steps += 1
+
+    def __call__(self, call: SparseCall) -> None:
+        """Keep the query of `call`, and at the end its keys and values, copied."""
+        name = self._name(call.site)
+        if self._patterns and not any(fnmatchcase(call.site, each) for each in self._patterns):
+            return
+        reason = self._unfit(call)
+        if reason is not None:
+            self.skipped[name] = reason
+            return
+        query = call.query.detach().float().clone()
+        self.queries.setdefault(name, []).append(query)
+        if self.final:
+            key, value = call.key.detach().clone(), call.value.detach().clone()
+            self.last[name] = SiteTensors(name, query, key, value, call.scale, call.softcap)
+
+    def tensors(self) -> tuple[SiteTensors, ...]:
+        """What was collected of the sites that were seen at every step."""
+        whole = [name for name, seen in self.queries.items() if len(seen) == self._steps]
+        return tuple(
+            replace(self.last[name], query=torch.cat(self.queries[name], 2)) for name in whole
+        )
+
+    def _name(self, site: str) -> str:
+        """`site`, told apart where one module attends more than once in a step."""
+        name, again = site, 2
+        while len(self.queries.get(name, ())) == self._steps:
+            name, again = f"{site}#{again}", again + 1
+        return name
+
+    def _unfit(self, call: SparseCall) -> str | None:
+        visible = call.selection.visible
+        if call.query.shape[0] != 1 or call.query.shape[2] != 1:
+            return "it does not decode one token of one row"
+        if int(visible.first.min()) > 0 or int(visible.end.min()) != self.keys_due:
+            return "it does not see the whole sequence: a sliding window"
+        if visible.bias is not None or visible.counts is not None:
+            return "its mask adds a bias or hides keys here and there"
+        return None

@@ -1,0 +1,137 @@
+"""A language model of transformers: loading, dense prefill, decoding through the backend."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lychee_compile.boundaries import BoundaryTable, boundary_table
+from lychee_compile.evaluate.errors import EvaluationError, require
+from lychee_compile.options import Options
+
+PREFILL_TOKENS = 512
+"""In one pass of a dense prefill."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model and its tokenizer."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @cached_property
+    def boundaries(self) -> BoundaryTable:
+        """The boundary strength of every token of the vocabulary."""
+        return boundary_table(self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.model)
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens the model was made for, None where it does not say."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    def encode(self, text: str, special: bool = True) -> Tensor:
+        """Token ids, int64 [T], with a beginning-of-text token where the model has one."""
+        ids = self.tokenizer(text, add_special_tokens=special).input_ids
+        return torch.tensor(ids, dtype=torch.int64)
+
+
+def load(name: str, device: str = "cpu", dtype: str | None = None) -> LanguageModel:
+    """The model `name`, a folder or a name that transformers knows.
+
+    `dtype` is float32 on a CPU and bfloat16 elsewhere, unless given. Raises `EvaluationError` where
+    it cannot be loaded.
+    """
+    require("transformers", "loading a model")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    check_device(device)
+    chosen = dtype or ("float32" if device == "cpu" else "bfloat16")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[chosen])
+    except (OSError, ValueError) as error:
+        brief = " ".join(str(error).split())
+        raise EvaluationError(f"--model {name}: it cannot be loaded: {brief}") from error
+    short = Path(name).name or name
+    return LanguageModel(short, model.eval().to(device), tokenizer)
+
+
+def check_device(device: str) -> None:
+    """Raise `EvaluationError` where there is no such device here."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise EvaluationError(f"--device {device}: expected cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise EvaluationError(f"--device {device}: PyTorch sees no CUDA device here")
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
+
+
+def compiled(model: Any, options: Options | Mapping[str, Any]) -> Callable[..., Any]:
+    """`model` compiled through the backend; off a CPU with the plain PyTorch operators."""
+    given = dict(vars(options) if isinstance(options, Options) else options)
+    given["reference"] = given.get("reference", False) or device_of(model).type != "cpu"
+    return torch.compile(model, backend="lychee", options=given)
+
+
+def new_cache(model: Any) -> Any:
+    """An empty growing cache."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def fork(cache: Any) -> Any:
+    """A cache that goes on from `cache` without changing it.
+
+    A growing cache writes no tensor: it joins old and new ones. So the tensors can be shared.
+    """
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
+
+
+def nothing(_: int) -> None:
+    """Tell nobody how far it is."""
+
+
+@torch.no_grad()
+def prefill(model: Any, token_ids: Tensor, advance: Callable[[int], object] = nothing) -> Any:
+    """A cache that holds `token_ids`, int64 [L], read densely. `advance` is told tokens read."""
+    cache = new_cache(model)
+    read_on(model, cache, token_ids, advance)
+    return cache
+
+
+def read_on(
+    model: Any, cache: Any, token_ids: Tensor, advance: Callable[[int], object] = nothing
+) -> None:
+    """Read `token_ids`, int64 [T], densely into `cache`, a block at a time; there may be none."""
+    if len(token_ids) == 0:
+        return
+    for part in token_ids[None].to(device_of(model)).split(PREFILL_TOKENS, dim=1):
+        model(part, past_key_values=cache, logits_to_keep=1)
+        advance(part.shape[1])

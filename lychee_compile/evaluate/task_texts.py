@@ -1,0 +1,176 @@
+"""Questions about long documents whose answers stand in them, planted at a known depth.
+
+Models that were never tuned on instructions answer best by ending a sentence, so every question
+breaks off where its answer begins. Answers are random: nobody knows them by heart.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lychee_compile.evaluate.errors import EvaluationError
+from lychee_compile.evaluate.texts import BUILT_IN
+
+PLACES = (
+    "lighthouse", "harbour", "library", "windmill", "castle", "bridge", "station", "museum",
+    "bakery", "chapel", "garden", "theatre", "market", "quarry", "vineyard", "stable",
+)  # fmt: skip
+WORDS = (
+    "amber", "basalt", "candle", "dapple", "ember", "falcon", "glacier", "hazel", "indigo",
+    "juniper", "kettle", "lantern", "marble", "nettle", "orchid", "pebble", "quartz", "raven",
+    "saffron", "thistle", "umber", "velvet", "walnut", "yarrow", "zephyr", "acorn", "bramble",
+    "cobalt", "drizzle", "feather", "gravel", "hollow", "ivory", "jasper", "linen", "meadow",
+)  # fmt: skip
+MANY = 8
+"""Facts of the same form in one document, where one of them is asked for."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A document and a question about it."""
+
+    task: str
+    document: str
+    question: str
+    """Follows the document."""
+    answer: str
+    """Follows the question."""
+    depth: float
+    """Where in the document the answer stands, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class _Planted:
+    """What is put into a document, in this order, and what is asked about one piece of it."""
+
+    pieces: Sequence[str]
+    asked: int
+    question: str
+    answer: str
+
+
+class Filler:
+    """Real text in pieces whose lengths in tokens are known."""
+
+    def __init__(self, kind: str, count: Callable[[Sequence[str]], list[int]]) -> None:
+        """`count` gives the number of tokens of each of some texts."""
+        self.joint = "\n" if kind == "json" else "\n\n"
+        self.pieces = [piece for piece in BUILT_IN[kind]().split(self.joint) if piece.strip()]
+        self.sizes = count([piece + self.joint for piece in self.pieces])
+
+    def take(self, tokens: int, chance: random.Random) -> list[str]:
+        """Neighbouring pieces of together at most `tokens`, from a random place on."""
+        start, taken = chance.randrange(len(self.pieces)), list[str]()
+        for number in range(len(self.pieces)):
+            piece = (start + number) % len(self.pieces)
+            tokens -= self.sizes[piece]
+            if tokens < 0:
+                break
+            taken.append(self.pieces[piece])
+        return taken
+
+
+def pass_key(chance: random.Random) -> _Planted:
+    """One fact, asked for."""
+    return _pass_keys(chance, 1)
+
+
+def pass_keys(chance: random.Random) -> _Planted:
+    """Several facts that differ in their place and number, one of them asked for."""
+    return _pass_keys(chance, MANY)
+
+
+def _pass_keys(chance: random.Random, many: int) -> _Planted:
+    places, numbers, asked = _facts(chance, many)
+    pieces = [
+        f"The pass key of the {place} is {number}. Remember it."
+        for place, number in zip(places, numbers, strict=True)
+    ]
+    question = (
+        f"\n\nQuestion: What is the pass key of the {places[asked]}?"
+        f"\nAnswer: The pass key of the {places[asked]} is"
+    )
+    return _Planted(pieces, asked, question, f" {numbers[asked]}")
+
+
+def json_lookup(chance: random.Random) -> _Planted:
+    """Entries of a JSON document, one of them looked up."""
+    places, numbers, asked = _facts(chance, MANY)
+    pieces = [
+        f'    "{place}_pass_key": "{number}",'
+        for place, number in zip(places, numbers, strict=True)
+    ]
+    question = (
+        f'\n\nThe value of "{places[asked]}_pass_key" in the JSON document above:'
+        f'\n\n    "{places[asked]}_pass_key": "'
+    )
+    return _Planted(pieces, asked, question, numbers[asked])
+
+
+def function_lookup(chance: random.Random) -> _Planted:
+    """Functions and constants in source code; what one of them gives."""
+    places, numbers, asked = _facts(chance, MANY)
+    pieces = [
+        f"def {place}_pass_key():\n    return {number}"
+        if chance.random() < 0.5
+        else f"{place.upper()}_PASS_KEY = {number}"
+        for place, number in zip(places, numbers, strict=True)
+    ]
+    name = pieces[asked].removeprefix("def ").partition("_")[0]
+    call = f"{name}_PASS_KEY" if name.isupper() else f"{name}_pass_key()"
+    question = f"\n\n# What the definitions above give:\nassert {call} =="
+    return _Planted(pieces, asked, question, f" {numbers[asked]}")
+
+
+def repeated_copy(chance: random.Random) -> _Planted:
+    """A line of random words; its beginning comes again, and the rest is to be copied."""
+    words = chance.sample(WORDS, 12)
+    return _Planted([" ".join(words)], 0, "\n\n" + " ".join(words[:4]), " " + " ".join(words[4:8]))
+
+
+TASKS: dict[str, tuple[str, Callable[[random.Random], _Planted]]] = {
+    "pass-key": ("prose", pass_key),
+    "pass-keys": ("prose", pass_keys),
+    "json-lookup": ("json", json_lookup),
+    "function-lookup": ("code", function_lookup),
+    "repeated-copy": ("prose", repeated_copy),
+}
+"""Name -> kind of the document, and what is planted in it."""
+
+
+def make_question(
+    task: str,
+    filler: Filler,
+    tokens: int,
+    depth: float,
+    count: Callable[[Sequence[str]], list[int]],
+    chance: random.Random,
+) -> Question:
+    """A question of the given task about a document of at most `tokens` tokens.
+
+    What is asked for stands at `depth`, 0 to 1; other facts are spread over the document. Raises
+    `EvaluationError` where the document would be too short to hold them apart.
+    """
+    planted = TASKS[task][1](chance)
+    joint = filler.joint
+    room = tokens - sum(count([piece + joint for piece in planted.pieces]))
+    taken = filler.take(room, chance)
+    if len(taken) < 2 * len(planted.pieces):
+        raise EvaluationError(
+            f"--length {tokens}: too short for {task}, which plants {len(planted.pieces)} facts "
+            "between paragraphs"
+        )
+    others = [place for place in range(len(planted.pieces)) if place != planted.asked]
+    spread = {place: (rank + 0.5) / len(others) for rank, place in enumerate(others)}
+    depths = spread | {planted.asked: depth}
+    for place in sorted(depths, key=depths.__getitem__, reverse=True):
+        taken.insert(round(depths[place] * len(taken)), planted.pieces[place])
+    return Question(task, joint.join(taken), planted.question, planted.answer, depth)
+
+
+def _facts(chance: random.Random, many: int) -> tuple[list[str], list[str], int]:
+    """Places, a number of five digits for each, and which one is asked for."""
+    numbers = [str(number) for number in chance.sample(range(10_000, 100_000), many)]
+    return chance.sample(PLACES, many), numbers, chance.randrange(many)

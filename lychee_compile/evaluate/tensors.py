@@ -1,0 +1,112 @@
+"""Tensors captured from a model, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lychee_compile.evaluate.errors import EvaluationError, require
+
+FORMAT = "lychee_compile capture 1"
+
+
+@dataclass(frozen=True)
+class SiteTensors:
+    """What one attention of a model worked on, at some positions of one sequence."""
+
+    name: str
+    """Module path."""
+    query: Tensor
+    """float32 [1, Hq, T, D]"""
+    key: Tensor
+    """[1, Hkv, L, D], as cached."""
+    value: Tensor
+    """[1, Hkv, L, Dv], as cached."""
+    scale: float
+    softcap: float | None
+
+    def to(self, device: torch.device | str) -> SiteTensors:
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("query", "key", "value")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One sequence through a model: what its attentions worked on."""
+
+    sites: tuple[SiteTensors, ...]
+    positions: Tensor
+    """Slot of each query's token, int64 [T], ascending: query t sees the slots 0 to positions[t].
+    """
+    token_ids: Tensor
+    """int64 [L]"""
+    strengths: Tensor | None
+    """Strength of the boundary after each token, uint8 [L]; None where no tokenizer was at hand."""
+    model: str = ""
+    """What the tensors come from."""
+    text: str = ""
+    """What kind of text the sequence is."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many keys each query sees, int64 [T]."""
+        return self.positions + 1
+
+    def to(self, device: torch.device | str) -> Capture:
+        """The same with its sites on another device."""
+        return replace(self, sites=tuple(site.to(device) for site in self.sites))
+
+    def save(self, path: Path) -> None:
+        """Write it as one safetensors file."""
+        require("safetensors", "saving a capture")
+        from safetensors.torch import save_file
+
+        tensors = {"positions": self.positions, "token_ids": self.token_ids}
+        if self.strengths is not None:
+            tensors["strengths"] = self.strengths
+        for number, site in enumerate(self.sites):
+            for name in ("query", "key", "value"):
+                tensors[f"{number}.{name}"] = getattr(site, name)
+        named = [{"name": s.name, "scale": s.scale, "softcap": s.softcap} for s in self.sites]
+        header = {"model": self.model, "text": self.text, "sites": named}
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(contiguous, path, metadata={"format": FORMAT, "header": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> Capture:
+        """Read what `save` wrote. Raises `EvaluationError` for anything else."""
+        require("safetensors", "reading a capture")
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise EvaluationError(f"{path} is no capture: its format is not {FORMAT!r}")
+                header = json.loads(metadata["header"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise EvaluationError(f"cannot read the capture {path}: {error}") from error
+        sites = tuple(
+            SiteTensors(
+                query=tensors[f"{number}.query"],
+                key=tensors[f"{number}.key"],
+                value=tensors[f"{number}.value"],
+                **site,
+            )
+            for number, site in enumerate(header["sites"])
+        )
+        return cls(
+            sites,
+            tensors["positions"].cpu(),
+            tensors["token_ids"].cpu(),
+            tensors["strengths"].cpu() if "strengths" in tensors else None,
+            header["model"],
+            header["text"],
+        )
