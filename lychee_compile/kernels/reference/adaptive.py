@@ -53,9 +53,9 @@ def certified_attention(
             break
         width = wider
     if bool(failing.any()):
-        exact = _least_tokens(query, key, mask, selection, softcap, epsilon)
-        selection = _read_also(selection, exact & failing[..., None])
-        share = torch.where(failing.repeat_interleave(query.shape[1] // heads, 1), epsilon, share)
+        token, missed = _least_tokens(query, key, selection, softcap, epsilon)
+        selection = _read_also(selection, token & failing[..., None])
+        share = torch.where(failing.repeat_interleave(query.shape[1] // heads, 1), missed, share)
     output, _ = attend(query, key, value, selection, mask, scale, softcap, extra)
     return output, selection, share
 
@@ -83,16 +83,12 @@ def _of_group(share: Tensor, heads: int) -> Tensor:
 
 
 def _least_tokens(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    selection: Selection,
-    softcap: float | None,
-    epsilon: float,
-) -> Tensor:
+    query: Tensor, key: Tensor, selection: Selection, softcap: float | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """Tokens that leave no head of a group more than `epsilon` unread: bool [B, Hkv, Tq, L].
 
-    By exact scores: the tokens that matter most to the group, as many as it takes.
+    By exact scores: the tokens that matter most to the group, as many as it takes. The share that
+    each head then misses at most is float32 [B, Hq, Tq].
     """
     batch, _, query_len, head_dim = query.shape
     heads, visible = key.shape[1], selection.visible
@@ -110,10 +106,14 @@ def _least_tokens(
     longest = torch.linalg.vector_norm(question.keys().float(), dim=-1).amax(-1)[..., None, None]
     reach = question.split(torch.linalg.vector_norm(rows, dim=-1, keepdim=True))[..., 0]
     slack = 2 * rounding_slack(head_dim) * (1 + abs(selection.scale) * reach * longest)
-    enough = (1 - through <= epsilon - slack[..., None]).all(2)
+    missed = (1 - through) + slack[..., None]
+    enough = (missed <= epsilon).all(2)
     needed = (~enough).sum(-1, keepdim=True) + 1
     place = torch.arange(order.shape[-1], device=order.device)
-    return torch.zeros_like(enough).scatter(-1, order, place < needed)
+    token = torch.zeros_like(enough).scatter(-1, order, place < needed)
+    last = (needed - 1).clamp(max=order.shape[-1] - 1)[:, :, None].expand(*missed.shape[:-1], 1)
+    left = torch.where((needed > order.shape[-1])[:, :, None], 0, missed.gather(-1, last))
+    return token, left.squeeze(-1).flatten(1, 2).float()
 
 
 def _read_also(selection: Selection, token: Tensor) -> Selection:
