@@ -28,11 +28,11 @@ class Call:
     """First slot of every chunk of the index then, int64 [B, C], the undecided tail among them."""
     chunk_lengths: Tensor
     """Their lengths, int64 [B, C]; 0: no chunk."""
-    certificate: Tensor | None
-    """Upper bound of the share of the softmax mass not read, float32 [B, Hq, Tq], where the option
-    `epsilon` asks for one."""
     mass: Tensor | None
     """Share of the dense softmax mass on the slots read, float32 [B, Hq, Tq]."""
+    certificate: Tensor | None = None
+    """Upper bound of the share of the softmax mass not read, float32 [B, Hq, Tq], where the option
+    `epsilon` asks for one."""
 
     @property
     def tokens_read(self) -> Tensor:
@@ -59,8 +59,8 @@ class Recorder:
                 tokens=tokens,
                 chunk_starts=starts,
                 chunk_lengths=lengths,
-                certificate=call.certificate,
                 mass=captured_mass(call, tokens) if self._mass else None,
+                certificate=call.certificate,
             )
         )
 
