@@ -25,9 +25,15 @@ def explain(
     """Every attention in `model(*args, **kwargs)` and what the backend would make of it.
 
     Traces the call and runs it once, uncompiled, as it is: a cache among the arguments is written
-    as any call would. `options` are those of the backend. Raises `OptionError` for wrong ones.
+    as any call would. `options` are those of the backend; without them, those that a module was
+    compiled with. Raises `OptionError` for wrong ones.
     """
-    chosen = options if isinstance(options, Options) else Options.parse(None, options)
+    if isinstance(options, Options):
+        chosen = options
+    elif options is None:
+        chosen = Options.parse(**torch_private.options_compiled_with(model, "lychee"))
+    else:
+        chosen = Options.parse(None, options)
     found: list[Report] = []
 
     def inspect(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -118,6 +118,29 @@ def test_graph_breaks_are_pointed_out() -> None:
     assert any("breaks the graph" in note for note in report.notes)
 
 
+def test_a_compiled_module_brings_its_options() -> None:
+    compiled = torch.compile(TinyDecoder().eval(), backend="lychee", options=SPARSE)
+    given = {"cache": StaticKV.empty(1, SIZE)}
+    own = lychee_compile.explain(compiled, tokens(1), **given)
+    assert [site.decision for site in own.sites] == ["sparse"] * LAYERS
+    other = lychee_compile.explain(compiled, tokens(1), options={"budget": None}, **given)
+    assert [site.decision for site in other.sites] == ["kept"] * LAYERS
+    elsewhere = torch.compile(TinyDecoder().eval(), backend="eager")
+    report = lychee_compile.explain(elsewhere, tokens(1), **given)
+    assert "within the budget 1024" in report.sites[0].reason
+
+
+def test_the_policy_and_the_certificate_are_told() -> None:
+    options = {**SPARSE, "policy": "quest", "dense_layers": 1, "epsilon": 0.1}
+    given = {"cache": StaticKV.empty(1, SIZE)}
+    sites = lychee_compile.explain(TinyDecoder().eval(), tokens(1), options=options, **given).sites
+    assert sites[0].reason == "among the first attentions, 1 of which stay exact"
+    assert sites[1].reason == (
+        f"budget 32 of up to {SIZE} tokens, policy quest, "
+        "more where over 0.1 of the softmax might be missed"
+    )
+
+
 def test_options_are_the_backends() -> None:
     inputs = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, SIZE, 8)
     attend = F.scaled_dot_product_attention

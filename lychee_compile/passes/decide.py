@@ -61,7 +61,7 @@ def plan_site(
     if reason is None:
         site.decision = "sparse"
         site.kernel = "lychee::sparse_attention (reference)"
-        site.reason = f"budget {config.budget} of up to {site.kv_len} tokens"
+        site.reason = _how_much(config, site.kv_len)
         return Plan(attention, site, binding)
     site.reason, site.by_design = reason, reason == exact
     site.kernel = _kept_kernel(attention)
@@ -153,6 +153,16 @@ def _unsupported_operands(attention: Attention, needs_gradients: bool) -> str | 
     return None
 
 
+def _how_much(config: IndexConfig, kv_len: int | str) -> str:
+    """What a sparse attention reads."""
+    words = f"budget {config.budget} of up to {kv_len} tokens"
+    if config.policy != IndexConfig.policy:
+        words += f", policy {config.policy}"
+    if config.epsilon is not None:
+        words += f", more where over {config.epsilon:.3g} of the softmax might be missed"
+    return words
+
+
 def _unsupported_device(attention: Attention, config: IndexConfig) -> str | None:
     device = value_of(attention.query.node).device.type
     if device not in DEVICES and not config.reference:
@@ -197,5 +207,5 @@ def _better_exact(attention: Attention, place: int, config: IndexConfig) -> str 
     if dense_layers is None:
         dense_layers = index_class(config.policy).dense_layers
     if place < dense_layers:
-        return f"one of the first {dense_layers} attentions, which stay exact"
+        return f"among the first attentions, {dense_layers} of which stay exact"
     return None

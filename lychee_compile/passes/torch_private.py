@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -125,6 +125,19 @@ def inductor(
     compiled = compile_fx(gm, list(example_inputs), config_patches=config or None)
     assert callable(compiled)
     return compiled
+
+
+def options_compiled_with(model: object, backend: str) -> Mapping[str, Any]:
+    """The `mode` and `options` that `torch.compile(model, backend=...)` was given.
+
+    Empty where `model` is no compiled module, or one of another backend.
+    """
+    given: Any = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    while getattr(given, "_torchdynamo_orig_backend", None) is not None:
+        given = given._torchdynamo_orig_backend
+    if getattr(given, "compiler_name", None) != backend:
+        return {}
+    return dict(getattr(given, "kwargs", {}))
 
 
 def count(name: str, amount: int) -> None:

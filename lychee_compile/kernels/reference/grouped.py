@@ -116,8 +116,7 @@ class GroupedIndex(KVIndex):
         if not bool(due.any()):
             return
         begin, last = int(self.tail[due].min()), int(end[due].max())
-        self.strengths.compare_keys(key, max(int(self.compared[due].min()) - 1, 0), last)
-        self.compared = torch.where(due, torch.maximum(self.compared, end), self.compared)
+        self._find_boundaries(key, due, last)
         starts, lengths = cut_chunks(
             self.strengths.strength[:, begin:last],
             torch.where(due, self.tail, last) - begin,
@@ -160,6 +159,14 @@ class GroupedIndex(KVIndex):
 
     def on_drop(self) -> None:
         """Groups were dropped."""
+
+    def _find_boundaries(self, key: Tensor, due: Tensor, last: int) -> None:
+        """Learn the strengths of the rows `due`, bool [B], from their keys up to `last`."""
+        self.strengths.reserve(last)
+        if self.group_range[0] == self.group_range[1]:
+            return  # of one length, groups end where they must
+        self.strengths.compare_keys(key, max(int(self.compared[due].min()) - 1, 0), last)
+        self.compared = torch.where(due, torch.maximum(self.compared, self.end), self.compared)
 
     def _append(self, key: Tensor, starts: Tensor, lengths: Tensor) -> None:
         """Add groups, [B, M]; those of length 0 are none."""

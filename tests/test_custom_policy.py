@@ -1,0 +1,60 @@
+"""The example of a policy of one's own, and what registering one refuses."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+import lychee_compile
+from lychee_compile.kernels import policies
+from lychee_compile.kernels.policies.quest import QuestIndex
+from lychee_compile.kernels.reference.index import KVIndex
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The registered policies, as they were when the test is over."""
+    monkeypatch.setattr(policies, "_registered", dict(policies._registered))
+
+
+@pytest.mark.usefixtures("registry", "without_inductor", "seeded")
+def test_the_example_reads_more_than_a_window(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    shares = importlib.import_module("custom_policy").main()
+    assert shares["streaming"] < shares["mean-key"] < shares["lychee"] < 1
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_policy_has_a_name_of_its_own():
+    lychee_compile.register_policy("mine", QuestIndex)
+    lychee_compile.register_policy("mine", QuestIndex)
+    assert "mine" in policies.policy_names()
+    assert lychee_compile.Options(policy="mine").policy == "mine"
+    with pytest.raises(ValueError, match="there is a policy 'lychee' already: LycheeIndex"):
+        lychee_compile.register_policy("lychee", QuestIndex)
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("index", [QuestIndex.summarise, dict, "quest"])
+def test_only_a_class_of_indexes_is_a_policy(index):
+    with pytest.raises(TypeError, match="a policy is a subclass of KVIndex"):
+        lychee_compile.register_policy("mine", index)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_policy_defines_all_it_must():
+    class Half(KVIndex):
+        def choose(self, question):
+            return question.begin, question.end
+
+    with pytest.raises(TypeError, match="Half does not define bytes_per_step, extend"):
+        lychee_compile.register_policy("half", Half)
+
+
+def test_an_unknown_policy_is_named():
+    with pytest.raises(lychee_compile.options.OptionError, match="did you mean 'quest'"):
+        lychee_compile.Options(policy="qest")
+    with pytest.raises(ValueError, match="unknown policy 'qest'; known are lychee, "):
+        policies.index_class("qest")
