@@ -110,7 +110,7 @@ def test_keys_that_change_their_subspace_get_other_axes():
     key = torch.cat((low_rank_keys(0, 256), low_rank_keys(9, 256)), 2)
     query = random(3, 1, 1, 20, 32)
     fresh = relative_error(sketched(key, 256, 128), key, query)
-    assert fresh < 0.5 * relative_error(sketched(key, 512, 2), key, query)
+    assert fresh < 0.8 * relative_error(sketched(key, 512, 2), key, query)
 
 
 def test_a_key_that_is_not_finite_comes_first():

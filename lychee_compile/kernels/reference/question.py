@@ -65,12 +65,7 @@ class Question:
 
         Soft-capped and biased, -inf where a head may not see the slot: [B, Hkv, G, Tq, N].
         """
-        scores, slots = self.split(self.capped(raw)), raw.shape[-1]
-        if self.visible.bias is not None:
-            scores = scores + self._per_head(self.visible.bias)[..., :slots].float()
-        if self.visible.mask is None:
-            return scores
-        return scores.masked_fill(~self._per_head(self.visible.mask)[..., :slots], -torch.inf)
+        return self._biased(raw, None)
 
     def token_scores(self) -> Tensor:
         """The exact scores of every slot, from the cache itself: float32 [B, Hkv, G, Tq, L]."""
@@ -94,13 +89,14 @@ class Question:
         denominator. Every head has the same say, however large its scores.
         """
         mass = log_mass.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        total = mass.logsumexp(-1, keepdim=True)
-        return torch.where(total.isfinite(), mass - total, mass).logsumexp(2)
+        usable = mass.amax(-1, keepdim=True).isfinite()
+        share = mass.log_softmax(-1)
+        return (share if bool(usable.all()) else torch.where(usable, share, mass)).logsumexp(2)
 
     def token_share(self, raw: Tensor) -> Tensor:
         """`share` of the tokens to choose from, of raw scores [B, Hkv, G * Tq, N], N <= L."""
         candidate = self.candidates()[:, None, None, :, : raw.shape[-1]]
-        return self.share(self.finish(raw).masked_fill(~candidate, -torch.inf))
+        return self.share(self._biased(raw, candidate))
 
     def take_tokens(self, rank: Tensor, within: Tensor | None = None) -> Runs:
         """The best `room` tokens by `rank` [B, Hkv, Tq, N], N <= L, each a run, in order.
@@ -138,6 +134,18 @@ class Question:
             return values[:, None].expand_as(rank).gather(-1, order)
 
         return pick(begin), torch.where(inside[..., : order.shape[-1]], pick(end - begin), 0)
+
+    def _biased(self, raw: Tensor, within: Tensor | None) -> Tensor:
+        """`finish`, and -inf for what is not `within`, bool [B, 1, 1, Tq, N]."""
+        scores, slots, seen = self.split(self.capped(raw)), raw.shape[-1], within
+        if self.visible.bias is not None:
+            scores = scores + self._per_head(self.visible.bias)[..., :slots].float()
+        mask = self.visible.mask
+        # What some head may see, all may where the mask has one head: then `within` says it all.
+        if mask is not None and (within is None or mask.shape[1] > 1):
+            seen = self._per_head(mask)[..., :slots]
+            seen = seen if within is None else seen & within
+        return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
 
     def _clip(self, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         begin = torch.maximum(start[:, None], self.begin[..., None])

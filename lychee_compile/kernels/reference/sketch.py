@@ -48,6 +48,7 @@ class KeySketches:
         repair: bool = True,
     ) -> None:
         self.block, self._repair = block, repair
+        self._any_lost = False  # whether a key that is not finite was ever met
         bits = torch.tensor(sketch_bits(head_dim), device=device)
         self._half = 2.0 ** (bits - 1)
         self._step = torch.tensor([_STEPS[each] for each in bits.tolist()], device=device)
@@ -106,11 +107,15 @@ class KeySketches:
         constant = (query[:, :, None] * self.centre[:, :, :blocks, None]).sum(-1)
         weight = inside * self.step[:, :, :blocks, None]
         constant = constant + 0.5 * weight.sum(-1)
-        codes = self.codes[:, :, : blocks * self.block].unflatten(2, (blocks, self.block))
-        score = scale * (weight @ codes.float().transpose(-1, -2) + constant[..., None])
-        score = score.transpose(2, 3).flatten(3)[..., :slots]
-        lost = self.error[:, :, None, :slots, 0].isinf()
-        return score.masked_fill(lost, torch.inf)
+        weight, constant = scale * weight, scale * constant[..., None]
+        parts = [  # block by block, so that what is unpacked stays in a CPU's cache
+            weight[:, :, number] @ codes.float().transpose(-1, -2) + constant[:, :, number]
+            for number, codes in enumerate(self.codes[:, :, :slots].split(self.block, 2)[:blocks])
+        ]
+        score = torch.cat(parts, -1) if parts else query.new_zeros(*query.shape[:3], 0)
+        if not self._any_lost:
+            return score
+        return score.masked_fill(self.error[:, :, None, :slots, 0].isinf(), torch.inf)
 
     def score_bound(self, query: Tensor, scale: float, slots: int) -> Tensor:
         """Upper bound of scale q.k for the first `slots` keys: [B, Hkv, R, N].
@@ -181,6 +186,7 @@ class KeySketches:
     def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
         """Encode the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
         finite = keys.isfinite().all(-1)
+        self._any_lost |= bool((~finite & fresh[:, None]).any())
         centred = torch.where(finite[..., None], keys, 0) - self.centre[:, :, block, None]
         axes, step = self.axes[:, :, block], self.step[:, :, block, None]
         inside = centred @ axes
