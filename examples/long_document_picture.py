@@ -1,4 +1,4 @@
-"""A picture of which chunks of a document each decode step read."""
+"""A picture of which chunks of a document each decode step read from."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def draw(path: Path, recording: Recording, tokenizer: Any, options: Options) -> 
         )
         figure.suptitle(
             f"Which chunks of a document of {recording.prompt.document.shape[1]:,} tokens each "
-            f"decode step read (policy {options.policy}, budget {options.budget:,})",
+            f"decode step read from (policy {options.policy}, budget {options.budget:,})",
             fontsize=15,
         )
         _draw_totals(axes["totals"], reading, entries)
@@ -173,7 +173,7 @@ def _draw_steps(axes: Axes, reading: Reading, words: Sequence[str], asked: int) 
     axes.set_xlabel("position in the document (token); a column is a chunk")
     ticks = range(0, reading.readers + 1, max(1, reading.readers // 8))
     bar = axes.figure.colorbar(mesh, ax=axes, location="bottom", shrink=0.5, aspect=50, ticks=ticks)
-    bar.set_label("how many (layer, KV head) read the chunk in the step")
+    bar.set_label("how many (layer, KV head) read something of the chunk in the step")
 
 
 def _mark_fact(axes: Axes, fact: range) -> None:
