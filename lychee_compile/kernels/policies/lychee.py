@@ -114,10 +114,10 @@ class LycheeIndex(GroupedIndex):
         axes = -(-tokens // BLOCK) * per_block
         if tokens <= self.config.flat_tokens:
             return axes + tokens * sum(bits) // 8
-        longest = sum(self.config.chunk) / 2
+        usual = sum(self.config.chunk) / 2
         quota = self.config.overfetch * budget
-        clusters = tokens / longest / self.config.cluster_chunks
-        nodes = self.config.coarse_units + clusters + 2 * quota / longest
+        clusters = tokens / usual / self.config.cluster_chunks
+        nodes = self.config.coarse_units + clusters + 2 * quota / usual
         return axes + int(nodes * node) + quota * sum(bits) // 8
 
     def _candidates(self, question: Question) -> Tensor | None:

@@ -166,7 +166,7 @@ def _split(
     fresh = (parents.tokens == 0).long().argmax(-1, keepdim=True)
     parts = merge(mine, side, 2)
     for half, where in ((0, label), (1, fresh)):
-        parents.put(where, parts.resized(2).gather(torch.full_like(where, half)), due)
+        parents.put(where, parts.gather(torch.full_like(where, half)), due)
     moved = held & (side == 1) & due
     labels.scatter_(2, place, torch.where(moved, fresh, labels.gather(2, place)))
     return fresh
