@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import VOCABULARY, StaticKV, TinyDecoder
+from tiny_models import VOCABULARY, TinyDecoder, decode_beside
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
@@ -84,17 +84,7 @@ def test_without_attention_the_result_is_inductors(caplog: pytest.LogCaptureFixt
 def test_decoding_through_inductor_is_dense_when_all_is_read(growing: bool) -> None:
     model = TinyDecoder().eval()
     compiled = torch.compile(model, backend="lychee", options=EVERYTHING)
-    prompt = tokens(100)
-    cache, past = StaticKV.empty(1, SIZE), model(prompt)[1]
-    model(prompt, cache=cache)
-    for _ in range(4):
-        ids = tokens(1)
-        if growing:
-            expected, _ = model(ids, past=past)
-            got, past = compiled(ids, past=past)
-        else:
-            expected = model(ids, cache=cache.copy())
-            got = compiled(ids, cache=cache)
+    for got, expected in decode_beside(model, compiled, tokens(104), 100, SIZE, growing):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert counters["lychee"]["sparse"] > 0
     assert not counters["graph_break"]

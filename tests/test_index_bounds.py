@@ -23,6 +23,7 @@ from strategies import (
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.reference import grouped as grouped_module
 from lychee_compile.kernels.reference import tree as tree_module
+from lychee_compile.kernels.reference.sketch import KeySketches
 
 scales = st.sampled_from([1.0, 0.125, -0.5, 3.0])
 
@@ -67,6 +68,27 @@ def test_every_score_is_within_the_bound_of_each_node_above(cache, scale, gather
                 above = bound.gather(-1, wide_labels(index, level, bound, scores.shape[-1]))
                 covered = (token_columns(index, scores.shape[-1]) >= 0)[:, None, None]
                 assert (~covered | (scores <= above)).all(), level
+
+
+@given(grown_caches(), scales, st.sampled_from([8, 64]), st.data())
+def test_every_score_is_within_the_bound_of_its_token(cache, scale, block, data):
+    """Whatever happened to the cache, over blocks of sketches that a short one has many of."""
+    shape, index = cache.shape, cache.index
+    index.sketches = KeySketches(
+        shape.batch, shape.kv_heads, shape.head_dim, index.device, block, cache.config.repair
+    )
+    query = shape.queries(3, 2, cache.dtype)
+    grouped = query.reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
+    for _ in through(data, cache):
+        bound = index.score_bound(grouped.float(), scale)
+        if bound is None:
+            assert int(index.group_count.sum()) == 0
+            continue
+        slots = bound.shape[-1]
+        score = scale * grouped.double() @ cache.key[:, :, :slots].double().transpose(-1, -2)
+        slot = torch.arange(slots)
+        known = (slot >= index.start[:, None]) & (slot < index.tail[:, None])
+        assert (~known[:, None, None] | (score <= bound.double())).all()
 
 
 def token_columns(index, tokens):

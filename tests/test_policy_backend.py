@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, StaticKV, TinyDecoder
+from tiny_models import VOCABULARY, StaticKV, TinyDecoder, decode_beside
 from torch._dynamo.utils import counters
 
 import lychee_compile
@@ -22,16 +22,8 @@ def test_decoding_with_a_budget_for_everything_is_dense(policy, growing, without
     size, model = 160, TinyDecoder().eval()
     options = {**OPTIONS, "policy": policy, "budget": size - 1}
     compiled = torch.compile(model, backend="lychee", options=options)
-    prompt = torch.randint(0, VOCABULARY, (1, 100))
-    cache, past = StaticKV.empty(1, size), model(prompt)[1]
-    model(prompt, cache=cache)
-    for ids in torch.randint(0, VOCABULARY, (3, 1, 1)):
-        if growing:
-            expected, _ = model(ids, past=past)
-            got, past = compiled(ids, past=past)
-        else:
-            expected = model(ids, cache=cache.copy())
-            got = compiled(ids, cache=cache)
+    ids = torch.randint(0, VOCABULARY, (1, 103))
+    for got, expected in decode_beside(model, compiled, ids, 100, size, growing):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert counters["lychee"]["sparse"] > 0
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,3 +124,27 @@ class TinyDecoder(nn.Module):
             query, key, value, attn_mask=mask, enable_gqa=True
         )
         return attended.transpose(1, 2).flatten(2)
+
+
+def decode_beside(
+    model: TinyDecoder,
+    compiled: Callable[..., Any],
+    ids: Tensor,
+    prompt: int,
+    size: int,
+    growing: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of `compiled` and of `model` at each of the `ids` [1, T] behind the prompt.
+
+    Over a growing cache or a static one of `size` slots, which the compiled model alone writes.
+    """
+    cache, past = StaticKV.empty(1, size), model(ids[:, :prompt])[1]
+    model(ids[:, :prompt], cache=cache)
+    for token in ids[:, prompt:].split(1, dim=1):
+        if growing:
+            expected, _ = model(token, past=past)
+            got, past = compiled(token, past=past)
+        else:
+            expected = model(token, cache=cache.copy())
+            got = compiled(token, cache=cache)
+        yield got, expected

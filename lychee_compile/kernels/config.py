@@ -31,8 +31,8 @@ class IndexConfig:
     """In a context longer than `flat_tokens`, units, clusters and chunks are narrowed down to this
     many tokens for each that is read; then come the sketches of single tokens."""
     flat_tokens: int = 65536
-    """Up to this many tokens the sketches of all are ranked: faster there than to descend through
-    units, clusters and chunks, and better."""
+    """Up to this many tokens the sketches of all are ranked: better than to descend through units,
+    clusters and chunks, and faster as long as one scan reads them quickly."""
     boundaries: str = "auto"
     """Where chunks are cut: see `BOUNDARIES`. "auto" cuts by token strengths where they are known
     and by the similarity of neighbouring keys elsewhere."""

@@ -97,16 +97,16 @@ def sparse_attention(
         return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()
     index = handles.find(handle).index_for(key).index
     kv_len, budget, epsilon = key.shape[2], index.config.budget, index.config.epsilon
-    selection = select(index, key, query, scale, kv_len, mask, budget, softcap, site)
-    if bool((selection.visible.end == 0).any()):
-        return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()
     certificate = None
     if epsilon is None or budget is None:
+        selection = select(index, key, query, scale, kv_len, mask, budget, softcap, site)
         output, _ = attend(query, key, value, selection, mask, scale, softcap, extra)
     else:
         output, selection, certificate = certified_attention(
             index, query, key, value, mask, scale, budget, epsilon, softcap, extra, site
         )
+    if bool((selection.visible.end == 0).any()):
+        return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()
     for observer in observers:
         call = SparseCall(
             site, query, key, value, mask, scale, softcap, index, selection, certificate

@@ -35,7 +35,7 @@ class LycheeIndex(GroupedIndex):
     less of the mass than a choice of tokens by a sketch of 48 bits per 16 channels (measured: see
     benchmarks/RESULTS.md), at fewer bytes than the moments of chunks. A context of up to
     `flat_tokens` is scanned by sketches alone; in a longer one units, clusters and chunks narrow
-    the scan down to `overfetch` times what is read.
+    what may be chosen down to `overfetch` times what is read; a kernel need not look at the rest.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from lychee_compile.kernels.reference.attention import attend
 from lychee_compile.kernels.reference.certificate import log_unread_bound, missed_share
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.nodes import rounding_slack
-from lychee_compile.kernels.reference.question import Question
+from lychee_compile.kernels.reference.question import Question, query_rows
 from lychee_compile.kernels.reference.selection import Selection, select
 
 WIDEST = 4
@@ -92,7 +92,7 @@ def _least_tokens(
     """
     batch, _, query_len, head_dim = query.shape
     heads, visible = key.shape[1], selection.visible
-    rows = query.float().reshape(batch, heads, -1, head_dim)
+    rows = query_rows(query, heads)
     nowhere = torch.zeros_like(visible.first)
     everywhere = torch.full_like(visible.first, visible.kv_len)
     room = everywhere[:, None].expand(batch, heads, query_len)

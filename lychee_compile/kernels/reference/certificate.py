@@ -9,8 +9,10 @@ from torch import Tensor
 from lychee_compile.kernels.reference.attention import rows_at, slots_read
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.nodes import rounding_slack
+from lychee_compile.kernels.reference.question import query_rows
 from lychee_compile.kernels.reference.selection import Selection
 from lychee_compile.kernels.reference.softcap import capped
+from lychee_compile.kernels.reference.visible import per_kv_head
 
 
 def log_unread_bound(
@@ -21,17 +23,15 @@ def log_unread_bound(
     `query` is [B, Hq, Tq, D], `softcap` as in `attend`. Infinite where something is not read that
     the index bounds nothing of.
     """
-    batch, query_heads, query_len, head_dim = query.shape
     heads, visible = index.kv_heads, selection.visible
-    group = query_heads // heads
+    group, query_len = query.shape[1] // heads, query.shape[2]
     unread = ~selection.token_mask()[:, :, None]
     if visible.mask is not None:
-        seen = visible.mask
-        unread = unread & seen.unflatten(1, (1, 1) if seen.shape[1] == 1 else (heads, group))
+        unread = unread & per_kv_head(visible.mask, heads, group)
     unread = unread.expand(-1, -1, group, -1, -1)
     if not bool(unread.any()):
         return query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
-    rows = query.float().reshape(batch, heads, group * query_len, head_dim)
+    rows = query_rows(query, heads)
     bound = index.score_bound(rows, selection.scale)
     if bound is None:
         bound = rows.new_full((*rows.shape[:3], 0), torch.inf)
@@ -41,8 +41,7 @@ def log_unread_bound(
     bound = bound[..., : visible.kv_len].masked_fill(~known[:, None, None], torch.inf)
     bound = capped(bound, softcap).unflatten(2, (group, query_len))
     if visible.bias is not None:
-        bias = visible.bias.float()
-        bound = bound + bias.unflatten(1, (1, 1) if bias.shape[1] == 1 else (heads, group))
+        bound = bound + per_kv_head(visible.bias, heads, group).float()
     bound = bound.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     return bound.masked_fill(~unread, -torch.inf).logsumexp(-1).flatten(1, 2)
 

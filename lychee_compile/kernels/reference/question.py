@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.visible import Visible
+from lychee_compile.kernels.reference.visible import Visible, per_kv_head
 
 Runs = tuple[Tensor, Tensor]
 """First slot and length of runs of slots, int64 [B, Hkv, Tq, R], that do not overlap; length 0:
@@ -153,9 +153,12 @@ class Question:
         return begin, torch.where((length > 0)[:, None], torch.maximum(end, begin), begin)
 
     def _per_head(self, mask: Tensor) -> Tensor:
-        """A mask or bias [B, 1 or Hq, Tq, L] as [B, 1 or Hkv, 1 or G, Tq, L]."""
-        heads = self.query.shape[1]
-        return mask.unflatten(1, (1, 1) if mask.shape[1] == 1 else (heads, self.group))
+        return per_kv_head(mask, self.query.shape[1], self.group)
+
+
+def query_rows(query: Tensor, heads: int) -> Tensor:
+    """Queries [B, Hq, Tq, D] as a question has them: float32 [B, Hkv, G * Tq, D]."""
+    return query.float().unflatten(1, (heads, -1)).flatten(2, 3)
 
 
 def take_by_rank(

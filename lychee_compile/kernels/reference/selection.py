@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.reference.index import KVIndex
-from lychee_compile.kernels.reference.question import Question
+from lychee_compile.kernels.reference.question import Question, query_rows
 from lychee_compile.kernels.reference.visible import Visible, visible_keys
 
 
@@ -73,7 +73,7 @@ def select(
     `budget` may differ between heads, int64 [B, Hkv, Tq], and None reads all visible tokens.
     `softcap` as in `attend`; `key`, the cache, and `site` are for policies that want to know.
     """
-    batch, query_heads, query_len, head_dim = query.shape
+    batch, _, query_len, _ = query.shape
     visible = visible_keys(mask, batch, query_len, kv_len, query.device)
     sinks, recent = index.always_read
     sinks_end = torch.minimum(visible.first + sinks, visible.end)
@@ -96,8 +96,7 @@ def select(
         length = torch.where(between, recent_start - sinks_end, 0)
         chosen = _per_head(sinks_end, index.kv_heads), _per_head(length, index.kv_heads)
     else:
-        group = query_heads // index.kv_heads
-        rows = query.float().reshape(batch, index.kv_heads, group * query_len, head_dim)
+        rows = query_rows(query, index.kv_heads)
         chosen = index.choose(
             Question(
                 rows, key, query_len, scale, softcap, visible, sinks_end, recent_start, room, site

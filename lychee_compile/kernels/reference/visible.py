@@ -76,5 +76,10 @@ def visible_keys(
     return Visible(first, end, counts, bias, seen, kv_len)
 
 
+def per_kv_head(mask: Tensor, heads: int, group: int) -> Tensor:
+    """A mask or bias [B, 1 or Hq, Tq, L] as [B, 1 or Hkv, 1 or G, Tq, L]."""
+    return mask.unflatten(1, (1, 1) if mask.shape[1] == 1 else (heads, group))
+
+
 def _with_four_axes(mask: Tensor) -> Tensor:
     return mask[(None,) * (4 - mask.dim())]
