@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from tracing import Traced, evaluate, loads
 
+from lychee_compile.codegen.specification import KV, B, H, Q
 from lychee_compile.passes import detect
 from lychee_compile.passes.attention import Attention
-from lychee_compile.passes.masks import KV, B, H, Q, Reading
+from lychee_compile.passes.masks import Reading
 from lychee_compile.passes.normalise import normalise
 
 BATCH, HEADS, QUERIES, KEYS, DIM = 2, 2, 4, 6, 3

@@ -27,7 +27,7 @@ class IndexConfig:
     """Chunks that a fine cluster holds on average."""
     coarse_units: int = 64
     """At most this many coarse units above the fine clusters."""
-    overfetch: int = 8
+    overfetch: int = 16
     """In a context longer than `flat_tokens`, units, clusters and chunks are narrowed down to this
     many tokens for each that is read; then come the sketches of single tokens."""
     flat_tokens: int = 65536

@@ -36,7 +36,7 @@ class Canonicaliser:
     """Emits the operands of one attention, and its output from that of an operator."""
 
     def __init__(self, attention: Attention, emit: Emitter) -> None:
-        self._attention, self._emit = attention, emit
+        self._attention, self.emit = attention, emit
         self._rearrange = Rearranger(emit, attention.axes, self._size_node)
 
     def operands(self, *, repeated: bool = False, masked: bool = True) -> Canonical:
@@ -46,7 +46,7 @@ class Canonicaliser:
         no mask.
         """
         attention, roles = self._attention, self._attention.roles
-        query, mask = self._query(), self._mask() if masked else None
+        query, mask = self._query(), self.mask() if masked else None
         key = self._rearrange(attention.key, roles.key_layout(), whole=True)
         value = self._rearrange(attention.value, roles.value_layout(), whole=True)
         if repeated:
@@ -63,16 +63,16 @@ class Canonicaliser:
         )
 
     def _cast(self, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
-        return node if value_of(node).dtype == dtype else self._emit(aten.to.dtype, node, dtype)
+        return node if value_of(node).dtype == dtype else self.emit(aten.to.dtype, node, dtype)
 
     def _repeated(self, node: torch.fx.Node) -> torch.fx.Node:
         """Each head [B, Hkv, L, D] once for every query head that reads it."""
         group = self._attention.size(self._attention.roles.group)
         if group == 1:
             return node
-        node = self._emit(aten.unsqueeze.default, node, 2)
-        node = self._emit(aten.expand.default, node, [-1, -1, group, -1, -1])
-        return self._emit(aten.flatten.using_ints, node, 1, 2)
+        node = self.emit(aten.unsqueeze.default, node, 2)
+        node = self.emit(aten.expand.default, node, [-1, -1, group, -1, -1])
+        return self.emit(aten.flatten.using_ints, node, 1, 2)
 
     def output(self, result: torch.fx.Node) -> torch.fx.Node:
         """`result` [B, Hq, Tq, Dv] in the layout and dtype that the graph goes on with."""
@@ -91,7 +91,7 @@ class Canonicaliser:
         dtype = value_of(node).dtype
         for factor, inverse in attention.score.factors:
             times = self._rearrange(factor, roles.query_layout(), whole=False)
-            node = self._emit((aten.div if inverse else aten.mul).Tensor, node, times)
+            node = self.emit((aten.div if inverse else aten.mul).Tensor, node, times)
         return self._cast(node, dtype)
 
     def _extra(self) -> torch.fx.Node | None:
@@ -100,9 +100,10 @@ class Canonicaliser:
             return None
         node = self._rearrange(extra, roles.score_layout()[:3], whole=False)
         times = self._attention.score.extra_times
-        return node if times == 1 else self._emit(aten.mul.Scalar, node, times)
+        return node if times == 1 else self.emit(aten.mul.Scalar, node, times)
 
-    def _mask(self) -> torch.fx.Node | None:
+    def mask(self) -> torch.fx.Node | None:
+        """What hides keys and is added to scores, as `Canonical.mask`; None where nothing is."""
         score = self._attention.score
         if not score.masks and not score.biases:
             return None
@@ -110,7 +111,7 @@ class Canonicaliser:
         plain = hides_wholly and not score.biases
         node = self._visible(score.masks) if plain else self._additive()
         if node.meta["val"].shape[-1] == 1 and self._attention.kv_len != 1:
-            node = self._emit(
+            node = self.emit(
                 aten.expand.default, node, [-1, -1, -1, self._size_node(*self._attention.roles.key)]
             )
         return node
@@ -120,8 +121,8 @@ class Canonicaliser:
         node = None
         for mask in masks:
             part = self._rearrange(mask.operand, self._attention.roles.score_layout(), whole=False)
-            part = self._emit(aten.logical_not.default, part) if mask.hidden_when else part
-            node = part if node is None else self._emit(aten.logical_and.default, node, part)
+            part = self.emit(aten.logical_not.default, part) if mask.hidden_when else part
+            node = part if node is None else self.emit(aten.logical_and.default, node, part)
         assert node is not None
         return node
 
@@ -135,22 +136,22 @@ class Canonicaliser:
         for bias in score.biases:
             part = self._rearrange(bias.operand, layout, whole=False)
             if bias.times != 1:
-                part = self._emit(aten.mul.Scalar, part, bias.times)
+                part = self.emit(aten.mul.Scalar, part, bias.times)
             if not value_of(part).dtype.is_floating_point:
-                part = self._emit(aten.to.dtype, part, torch.float32)
-            node = part if node is None else self._emit(aten.add.Tensor, node, part)
+                part = self.emit(aten.to.dtype, part, torch.float32)
+            node = part if node is None else self.emit(aten.add.Tensor, node, part)
         for mask in score.masks:
             part = self._rearrange(mask.operand, layout, whole=False)
-            hidden = part if mask.hidden_when else self._emit(aten.logical_not.default, part)
+            hidden = part if mask.hidden_when else self.emit(aten.logical_not.default, part)
             if node is None:
-                node = self._emit(
+                node = self.emit(
                     aten.zeros_like.default,
                     hidden,
                     dtype=value_of(self._attention.query.node).dtype,
                 )
             low = torch.finfo(value_of(node).dtype).min
             fill = mask.fill if mask.fill == -torch.inf else low
-            node = self._emit(aten.masked_fill.Scalar, node, hidden, fill)
+            node = self.emit(aten.masked_fill.Scalar, node, hidden, fill)
         assert node is not None
         return node
 
@@ -163,7 +164,7 @@ class Canonicaliser:
         for operand in (attention.key, attention.value, attention.query):
             for dim, axes in enumerate(operand.layout):
                 if axes == (axis,):
-                    return self._emit(aten.sym_size.int, operand.node, dim)
+                    return self.emit(aten.sym_size.int, operand.node, dim)
         return None
 
 

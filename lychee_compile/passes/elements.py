@@ -92,9 +92,8 @@ class Elements:
         """An element that stays what it is, by name."""
         name = self.names.of(node)
         dtype = value_of(node).dtype if is_tensor(node) else torch.float32
-        kind = {} if dtype.is_floating_point or dtype == torch.bool else {"integer": True}
-        symbol = sympy.Symbol(name, **kind)
-        element = sympy.Indexed(sympy.IndexedBase(symbol, **kind), *indices) if indices else symbol
+        symbol = symbol_of(name, dtype)
+        element = sympy.Indexed(sympy.IndexedBase(symbol), *indices) if indices else symbol
         return Flag(element) if dtype == torch.bool else element
 
     def _evaluate(self, node: torch.fx.Node, indices: Indices) -> Element:
@@ -142,6 +141,12 @@ class Elements:
         if before.is_floating_point and not element.is_integer:
             return self.load(node, indices)
         return choose(number, element)
+
+
+def symbol_of(name: str, dtype: torch.dtype) -> sympy.Symbol:
+    """What a tensor is called in expressions: the elements of some are known to be integers."""
+    kind = {} if dtype.is_floating_point or dtype == torch.bool else {"integer": True}
+    return sympy.Symbol(name, **kind)
 
 
 def _changes_kind(node: torch.fx.Node) -> bool:

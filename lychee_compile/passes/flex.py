@@ -9,12 +9,13 @@ import sympy
 import torch
 import torch.fx
 
+from lychee_compile.codegen.specification import S
 from lychee_compile.passes.attention import Attention
 from lychee_compile.passes.axes import Axes, Indices
 from lychee_compile.passes.dataflow import scalar_of
 from lychee_compile.passes.elements import Elements
 from lychee_compile.passes.elementwise import Element, truth
-from lychee_compile.passes.scores import S, Score
+from lychee_compile.passes.scores import Score
 from lychee_compile.passes.settle import Scene
 
 NO_BLOCKS = 1 << 30

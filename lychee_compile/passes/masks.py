@@ -7,20 +7,19 @@ kv <= q + cumulative_length, kv > q + cumulative_length - 32
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 
 import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
+from lychee_compile.codegen.bounds import KeyBound, key_bound
+from lychee_compile.codegen.specification import KV, B, H, Q
 from lychee_compile.passes.attention import Attention
 from lychee_compile.passes.dataflow import shape_of, value_of
 from lychee_compile.passes.elementwise import Flag
 from lychee_compile.passes.operands import Operand
 from lychee_compile.passes.scores import HIDDEN_BELOW, Bias
-
-B, H, Q, KV = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "kv"))
 
 
 class Reading:
@@ -184,33 +183,6 @@ class Reading:
                 continue
             kind = str(value_of(bias.operand.node).dtype).removeprefix("torch.")
             yield _tensor_words(bias.operand, f"additive {kind}") if plain else "a bias by position"
-
-
-@dataclass(frozen=True)
-class KeyBound:
-    """kv <= key, or kv >= key."""
-
-    key: sympy.Expr
-    upper: bool
-
-    def __str__(self) -> str:
-        return f"kv {'<=' if self.upper else '>='} {self.key}"
-
-
-def key_bound(condition: Boolean) -> KeyBound | None:
-    """A condition as a bound on kv, None where it is none."""
-    if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
-        return None
-    greater, less = condition.gts, condition.lts
-    room = sympy.expand(greater - less)  # at least 0, or more than 0
-    times = room.coeff(KV, 1)
-    rest = sympy.expand(room - times * KV)
-    if KV in rest.free_symbols or times not in (1, -1):
-        return None
-    strict = int(isinstance(condition, (sympy.Lt, sympy.Gt)))
-    if times == -1:
-        return KeyBound((sympy.ceiling(rest) - 1) if strict else sympy.floor(rest), upper=True)
-    return KeyBound((sympy.floor(-rest) + 1) if strict else sympy.ceiling(-rest), upper=False)
 
 
 def _bounds_first(condition: Boolean) -> tuple[int, str]:

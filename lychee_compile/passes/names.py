@@ -26,7 +26,7 @@ class Names:
     def of(self, node: torch.fx.Node) -> str:
         """A name: the last word of where an input comes from, "attention_mask", or the node's."""
         if node not in self._of:
-            base = self._base(node)
+            base = self.base(node)
             name, count = base, 1
             while name in self._short:
                 count += 1
@@ -43,11 +43,16 @@ class Names:
             name: base for name, base in zip(known, bases, strict=True) if bases.count(base) == 1
         }
 
+    def tensors(self) -> dict[str, torch.fx.Node]:
+        """The tensors of the graph that have a name so far, by name."""
+        return {name: node for node, name in self._of.items() if node.graph is self._gm.graph}
+
     def call(self, node: torch.fx.Node, other: torch.fx.Node) -> None:
         """Give `node`, of a function inside the graph, the name of the tensor passed to it."""
         self._of[node] = self.of(other)
 
-    def _base(self, node: torch.fx.Node) -> str:
+    def base(self, node: torch.fx.Node) -> str:
+        """The name of a tensor if no other had the same: that of its likes in every layer."""
         if node.op != "placeholder":
             return re.sub(r"(_default)?(_\d+)?$", "", node.name)
         words = re.findall(r"[A-Za-z_]\w*", torch_private.source_name(node))

@@ -14,6 +14,7 @@ import sympy
 import torch.fx
 from sympy.logic.boolalg import Boolean
 
+from lychee_compile.codegen.specification import S
 from lychee_compile.passes.axes import Axis
 from lychee_compile.passes.dataflow import is_tensor, operator_key, shape_of
 from lychee_compile.passes.elements import Elements
@@ -30,9 +31,6 @@ from lychee_compile.passes.score_trace import Step, Trace
 
 HIDDEN_BELOW = -1e4
 """A score filled in at or below this hides its key."""
-
-S = sympy.Symbol("s", real=True)
-"""The raw score, a product of a query and a key."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,24 @@ class Bias:
         if not isinstance(self.element, sympy.Piecewise):
             return False
         return all(value.is_zero or _hides(value * self.times) for value, _ in self.element.args)
+
+    @property
+    def added(self) -> Element:
+        """What one element adds to the score of a key that it does not hide."""
+        value = self._value
+        return _shown(value) if isinstance(value, sympy.Piecewise) else value
+
+    @property
+    def hidden(self) -> list[Boolean]:
+        """The conditions under which it hides a key."""
+        value = self._value
+        branches = _exclusive(value) if isinstance(value, sympy.Piecewise) else []
+        return [condition for low, condition in branches if _hides(low)]
+
+    @property
+    def _value(self) -> Element:
+        times = self.times
+        return self.element if times == 1 else choose(lambda each: each * times, self.element)
 
 
 @dataclass(frozen=True)
@@ -193,8 +209,7 @@ class _Sum:
             )
             return
         self.biases.append(Bias(operand, float(times), self._amount(step)))
-        if isinstance(value, sympy.Piecewise):
-            self.hidden += [condition for low, condition in _exclusive(value) if _hides(low)]
+        self.hidden += self.biases[-1].hidden
 
     def _minus(self, step: Step) -> None:
         self._plus(step, sign=-1)

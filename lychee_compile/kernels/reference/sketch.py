@@ -19,7 +19,7 @@ BLOCK = 4096
 """Slots that share one set of axes: block s is the slots from s * BLOCK on."""
 ITERATIONS = 8
 """Steps towards the principal axes: more find none that describe keys better (Gemma-3)."""
-_STEPS = {4: 0.3352, 2: 0.9957}
+STEPS = {4: 0.3352, 2: 0.9957}
 """Best step of a quantiser of so many bits, in standard deviations."""
 FIRST_FIT, GROWTH = 16, 2
 """A block takes over the axes of the one before until it holds 1/16 of its keys; then its own are
@@ -51,7 +51,7 @@ class KeySketches:
         self._any_lost = False  # whether a key that is not finite was ever met
         bits = torch.tensor(sketch_bits(head_dim), device=device)
         self._half = 2.0 ** (bits - 1)
-        self._step = torch.tensor([_STEPS[each] for each in bits.tolist()], device=device)
+        self._step = torch.tensor([STEPS[each] for each in bits.tolist()], device=device)
         kept = len(bits)
 
         def zeros(*shape: int) -> Tensor:
@@ -173,15 +173,8 @@ class KeySketches:
 
     def _fit(self, keys: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Centre, axes and steps for the keys [B, Hkv, T, D] where `held`, bool [B, T]."""
-        usable = held[:, None, :, None] & keys.isfinite().all(-1, keepdim=True)
-        keys = torch.where(usable, keys, 0)
-        size = keys.abs().amax((-1, -2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        keys, count = keys / size, usable.sum(2, keepdim=True).clamp(min=1)
-        centre = keys.sum(2, keepdim=True) / count
-        centred = torch.where(usable, keys - centre, 0)
-        axes = _principal_axes(centred.transpose(-1, -2) @ centred / count, len(self._step))
-        deviation = ((centred @ axes).square().sum(2) / count[:, :, 0]).sqrt()
-        return (centre * size)[:, :, 0], axes, self._step * deviation * size[..., 0]
+        centre, axes, step, _ = fit_axes(keys, held[:, None, :, None])
+        return centre, axes, step
 
     def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
         """Encode the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
@@ -217,17 +210,56 @@ class KeySketches:
         self.error = F.pad(self.error, (0, 0, 0, more * self.block))
 
 
+def fit_axes(keys: Tensor, held: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centre [..., D], axes [..., D, r] and steps [..., r] for `keys`, float32 [..., T, D].
+
+    Those that are not `held`, bool [..., T, 1], or not finite do not count. Also returns the
+    coordinates of all of them along the axes, [..., T, r], 0 for those.
+    """
+    usable = keys.isfinite().all(-1, keepdim=True)
+    usable = usable if held is None else usable & held
+    keys = torch.where(usable, keys, 0)
+    size = keys.abs().amax((-1, -2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    keys, count = keys / size, usable.sum(-2, keepdim=True).clamp(min=1)
+    centre = keys.sum(-2, keepdim=True) / count
+    centred = torch.where(usable, keys - centre, 0)
+    bits = sketch_bits(keys.shape[-1])
+    axes = _principal_axes(centred.transpose(-1, -2) @ centred / count, len(bits))
+    coordinates = centred @ axes
+    deviation = (coordinates.square().sum(-2) / count[..., 0]).sqrt()
+    step = torch.tensor([STEPS[each] for each in bits], device=keys.device)
+    size = size[..., 0]
+    return centre[..., 0, :] * size, axes, step * deviation * size, coordinates * size[..., None]
+
+
 def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
     """The `kept` leading eigenvectors of matrices [..., D, D], best first: [..., D, kept].
 
-    Orthogonal iteration: near enough for axes, and unlike an eigensolver it cannot fail.
+    Orthogonal iteration: near enough for axes, and unlike an eigensolver it neither fails nor waits
+    for the device. Directions without variance may come out as zero.
     """
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(covariance.shape[-1], kept, generator=generator).to(covariance.device)
-    axes = torch.linalg.qr(start.expand(*covariance.shape[:-2], -1, -1)).Q
+    covariance = covariance.double()
+    axes = _orthonormal(start.double().expand(*covariance.shape[:-2], -1, -1))
     for _ in range(ITERATIONS):
-        axes = torch.linalg.qr(covariance @ axes).Q
-    return axes
+        axes = _orthonormal(covariance @ axes)
+    return axes.float()
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis of the columns [..., D, r], in their order, by Cholesky's QR.
+
+    In double precision, twice: the first pass leaves what rounding makes of a bad condition.
+    """
+    for _ in range(2):
+        columns = columns / _norm(columns.mT)[..., None, :].clamp(min=1e-30)
+        gram = columns.mT @ columns
+        gram.diagonal(dim1=-2, dim2=-1).add_(1e-13)
+        factor, _ = torch.linalg.cholesky_ex(gram, check_errors=False)
+        columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
+        columns = columns.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return columns
 
 
 def _norm(vectors: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""Conditions on a key's slot that are bounds: of them comes the range of slots a query sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from lychee_compile.codegen.specification import KV, KV_LEN, H
+
+
+@dataclass(frozen=True)
+class KeyBound:
+    """kv <= key, or kv >= key."""
+
+    key: sympy.Expr
+    upper: bool
+
+    def __str__(self) -> str:
+        return f"kv {'<=' if self.upper else '>='} {self.key}"
+
+
+def key_bound(condition: Boolean) -> KeyBound | None:
+    """A condition as a bound on kv, None where it is none."""
+    if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        return None
+    greater, less = condition.gts, condition.lts
+    room = sympy.expand(greater - less)  # at least 0, or more than 0
+    times = room.coeff(KV, 1)
+    rest = sympy.expand(room - times * KV)
+    if KV in rest.free_symbols or times not in (1, -1):
+        return None
+    strict = int(isinstance(condition, (sympy.Lt, sympy.Gt)))
+    if times == -1:
+        return KeyBound((sympy.ceiling(rest) - 1) if strict else sympy.floor(rest), upper=True)
+    return KeyBound((sympy.floor(-rest) + 1) if strict else sympy.ceiling(-rest), upper=False)
+
+
+def visible_range(visible: Boolean) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """First slot that a query sees and the one after the last, where it sees all between.
+
+    None where holes are possible, or heads see different slots.
+    """
+    conditions = [] if visible == sympy.true else list(sympy.And.make_args(visible))
+    bounds = [key_bound(condition) for condition in conditions]
+    if visible.has(H) or any(bound is None for bound in bounds):
+        return None
+    first = [bound.key for bound in bounds if bound and not bound.upper]
+    ends = [bound.key + 1 for bound in bounds if bound and bound.upper]
+    return sympy.Max(0, *first), sympy.Min(KV_LEN, *ends)

@@ -1,0 +1,310 @@
+"""Kernels that rank every token by its sketch, or every page, and then the tokens of the best."""
+
+from __future__ import annotations
+
+from lychee_compile.codegen.parts.terms import captured, indented, sees_range
+from lychee_compile.codegen.specification import AttentionSpec, H, SparseSpec
+from lychee_compile.kernels.launch import BINS
+from lychee_compile.kernels.slot_layout import BLOCK, PAGE
+
+LARGEST = 12
+"""log2 of the share that the last bin holds: estimates of the denominator may be that far off."""
+
+LOOK = 256
+"""Tokens of chosen pages that a program scores at a time."""
+
+_PARAMETERS = """weights, constants, totals,
+    positions, position_stride_b, position_stride_t, written, header,
+    tile_first, tile_end, bins, histogram,
+    kv_len, slots, blocks, kv_heads, query_len, tiles"""
+
+
+def emit_selection_constants(sparse: SparseSpec) -> str:
+    """How much is read, how much of a long context is looked at, how shares are counted."""
+    return f"""
+FLAT_TOKENS = {sparse.flat_tokens}  # slots up to which every token is scanned; pages beyond
+BUDGET = tl.constexpr({sparse.budget})  # tokens read per KV head and query position
+SINKS = tl.constexpr({sparse.sinks})  # first tokens, always read
+RECENT = tl.constexpr({sparse.recent})  # last tokens, always read
+PAGE_ROOM = tl.constexpr({-(-sparse.overfetch * sparse.budget // PAGE)})  # pages looked into
+LOOK = tl.constexpr({LOOK})  # tokens of chosen pages scored at a time
+PER_BLOCK = tl.constexpr({BLOCK // PAGE})  # pages of a block
+BINS = tl.constexpr({BINS})  # of a histogram of shares; the first is for what cannot be chosen
+LAST_BIN = tl.constexpr({(127 + LARGEST) * 8})  # a share of 2^{LARGEST}, in eighths of an octave
+"""
+
+
+def emit_bins() -> str:
+    """Shares of the softmax as bins of a histogram, and the bin that a budget ends in."""
+    return '''
+@triton.jit
+def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
+    """First slot that this step has written: it and what follows have no sketch yet."""
+    fresh = tl.load(header + 1)
+    if written > 0:
+        number = tl.arange(0, 16)
+        slot = tl.load(
+            positions + b * stride_b + number * stride_t, mask=number < written, other=2**30
+        ).to(tl.int32)
+        fresh = tl.min(tl.where(slot < 0, slot + kv_len, slot), 0)
+    return fresh
+
+
+@triton.jit
+def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
+    """log2 of the softmax's denominator for the heads of a group, as blocks estimate it: [ROWS]."""
+    block, g = tl.arange(0, BLOCKS), tl.arange(0, ROWS)
+    parts = tl.load(
+        totals + (head_row.to(tl.int64) * blocks + block)[:, None] * ROWS + g[None, :],
+        mask=(block < blocks)[:, None], other=-1e30,
+    )
+    most = tl.max(parts, 0)
+    return most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
+
+
+@triton.jit
+def bins_of(value, seen, total):
+    """The bin of each item's share [N], from the scores [ROWS, N] of a group's heads, in bits.
+
+    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
+    """
+    real = seen & (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
+    return tl.where(share > 0, tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
+
+
+@triton.jit
+def count_bins(histogram, bins):
+    """Count what was stored in `bins`, pointers [N], in a histogram; the first bin is left out.
+
+    Read back, every thread has entries of its own: out of a product, eight threads have the same.
+    """
+    tl.debug_barrier()
+    counts = tl.histogram(tl.load(bins).to(tl.int32), BINS)
+    place = tl.arange(0, BINS)
+    tl.atomic_add(histogram + place, counts, mask=(counts > 0) & (place > 0), sem="relaxed")
+
+
+@triton.jit
+def threshold(histogram, room):
+    """The bin that `room` items end in, what is left for that bin, and how many are in it."""
+    place = tl.arange(0, BINS)
+    counts = tl.load(histogram + place)
+    through = tl.cumsum(counts, 0, reverse=True)
+    cut = tl.max(tl.where(through > room, place, 0), 0)
+    above = tl.max(tl.where(place > cut, through, 0), 0)
+    return cut, -(above - room), tl.sum(tl.where(place == cut, counts, 0), 0)
+
+
+@triton.jit
+def choose(entry, cut, left, at_cut):
+    """Which items are chosen, where each goes in a list of them, and how many there are.
+
+    Those in bins above the cut, and of those at the cut the first, as many as are due to us.
+    """
+    kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
+    through = tl.cumsum(kind, 0)
+    total = tl.max(through, 0)
+    due = (left.to(tl.int64) * (total & 65535) // tl.maximum(at_cut, 1)).to(tl.int32)
+    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= due))
+    return chosen, (through >> 16) + tl.minimum(through & 65535, due) - 1, (total >> 16) + due
+'''
+
+
+def emit_always_read(spec: AttentionSpec) -> str:
+    """`always_read`: sinks and recent tokens."""
+    names = captured(spec)
+    ends = """    tile = tl.arange(0, TILES)
+    inside = tile < tiles
+    first = tl.min(tl.load(tile_first + head_row * tiles + tile, mask=inside, other=2**30), 0)
+    end = tl.max(tl.load(tile_end + head_row * tiles + tile, mask=inside, other=0), 0)"""
+    if sees_range(spec):
+        ends = f"    first, end = seen_range(b, t, kv_len{names})"
+    return f'''
+@triton.jit
+def always_read(
+    tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh{names}, TILES: tl.constexpr
+):
+    """Slots [first, sinks_end) and [recent_start, end), which are read whatever they hold."""
+{ends}
+    sinks_end = tl.minimum(first + SINKS, end)
+    recent_start = tl.maximum(tl.minimum(end - RECENT, fresh), sinks_end)
+    return first, sinks_end, recent_start, end
+'''
+
+
+def emit_scan(spec: AttentionSpec) -> str:
+    """`scan_tokens`: bins of all tokens."""
+    extra = captured(spec)
+    body = _where_seen(
+        spec,
+        "TILE",
+        f"""slot = tile * TILE + tl.arange(0, TILE)
+inside = slot < kv_len
+space = (b * kv_heads + kv_head).to(tl.int64) * slots
+packed, packed_coarse = load_codes(
+    fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
+)
+fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+if EARLY:
+    tl.extra.cuda.gdc_wait()
+s = sketch_scores(
+    packed, packed_coarse, weights, constants,
+    head_row.to(tl.int64) * blocks + tile * TILE // BLOCK,
+)
+total = denominators(totals, head_row, blocks, BLOCKS)
+seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :]{extra})
+{_ends("ROWS" if spec.visible.has(H) else "1") if not sees_range(spec) else ""}
+value = score(s, b, h, t, slot[None, :], inside[None, :]{extra})
+entry = bins_of(value, seen & (slot < fresh)[None, :], total)
+place = bins + head_row.to(tl.int64) * slots + slot
+tl.store(place, entry.to(tl.uint8))
+count_bins(histogram + head_row * (2 * BINS), place)""",
+    )
+    return f'''
+@triton.jit
+def scan_tokens(
+    fine, coarse, {_PARAMETERS}{extra},
+    BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Bins, uint8, of the shares of TILE tokens, by their sketches."""
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    g = tl.arange(0, ROWS)
+    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+{body}
+'''
+
+
+def emit_page_scans(spec: AttentionSpec) -> str:
+    """`scan_pages` and `scan_chosen`, for contexts too long to scan every token."""
+    extra = captured(spec)
+    body = _where_seen(
+        spec,
+        "BLOCK",
+        f"""page = tile * PER_BLOCK + tl.arange(0, PER_BLOCK)
+space = (b * kv_heads + kv_head).to(tl.int64) * (slots // PAGE)
+packed = load_pages(pages + space * FINE_BYTES, page, page * PAGE < slots)
+fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+{_page_ends(spec)}
+if EARLY:
+    tl.extra.cuda.gdc_wait()
+s = page_scores(packed, weights, constants, head_row.to(tl.int64) * blocks + tile)
+value = score(s, b, h, t, (page * PAGE)[None, :], held[None, :]{extra})
+total = denominators(totals, head_row, blocks, BLOCKS)
+entry = bins_of(value, tl.broadcast_to(held[None, :], value.shape), total)
+place = bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page
+tl.store(place, entry.to(tl.uint8))
+count_bins(histogram + head_row * (2 * BINS), place)""",
+    )
+    unseen = (
+        f"""
+    first, end = seen_range(b, t, kv_len{extra})
+    entry = tl.where((page * PAGE < end) & (page * PAGE + PAGE > first), entry, 0)"""
+        if sees_range(spec)
+        else ""
+    )
+    return f'''
+@triton.jit
+def scan_pages(
+    pages, {_PARAMETERS}{extra},
+    BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Bins, uint8, of the shares of the pages of one block."""
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    g = tl.arange(0, ROWS)
+    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+{body}
+
+
+@triton.jit
+def scan_chosen(
+    fine, coarse, page_bins, page_list, candidates, candidate_count, {_PARAMETERS}{extra},
+    TILES: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Lists of the tokens of chosen pages, and their bins; a block has PARTS programs."""
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    tile, part = lot // PARTS, lot % PARTS
+    g = tl.arange(0, ROWS)
+    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+    counts = histogram + head_row * (2 * BINS)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    page = tile * PER_BLOCK + tl.arange(0, PER_BLOCK // PARTS) * PARTS + part
+    entry = tl.load(page_bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page)
+    entry = entry.to(tl.int32){unseen}
+    cut, left, at_cut = threshold(counts, PAGE_ROOM)
+    chosen, place, count = choose(entry, cut, left, at_cut)
+    mine = head_row.to(tl.int64) * (blocks * PARTS) + lot
+    page_list += mine * (PER_BLOCK // PARTS)
+    tl.store(page_list + place, page, mask=chosen)
+    tl.store(candidate_count + mine, count * PAGE)
+    tl.debug_barrier()
+    if count > 0:
+        fresh = fresh_from(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_len
+        )
+        _, begin, stop, _ = always_read(
+            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh{extra}, TILES
+        )
+        total = denominators(totals, head_row, blocks, BLOCKS)
+        space = (b * kv_heads + kv_head).to(tl.int64) * slots
+        for start in range(0, count, LOOK // PAGE):
+            lane = tl.arange(0, LOOK)
+            which = start + lane // PAGE
+            at = tl.load(page_list + which, mask=which < count, other=0)
+            slot = at * PAGE + lane % PAGE
+            inside = (which < count) & (slot >= begin) & (slot < stop)
+            packed, packed_coarse = load_codes(
+                fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
+            )
+            s = sketch_scores(
+                packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + tile
+            )
+            seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :]{extra})
+            value = score(s, b, h, t, slot[None, :], inside[None, :]{extra})
+            found = bins_of(value, seen, total)
+            into = mine * (BLOCK // PARTS) + start * PAGE + lane
+            tl.store(candidates + into, slot, mask=which < count)
+            tl.store(bins + into, found.to(tl.uint8))
+            count_bins(counts + BINS, bins + into)
+'''
+
+
+def _where_seen(spec: AttentionSpec, size: str, body: str) -> str:
+    """A program's work, and none of it where its query sees nothing."""
+    start = "if EARLY:\n    tl.extra.cuda.gdc_launch_dependents()\n"
+    if not sees_range(spec):
+        return indented(start + body, 4)
+    check = f"""first, end = seen_range(b, t, kv_len{captured(spec)})
+if (tile * {size} < end) & (tile * {size} + {size} > first):
+"""
+    return indented(start + check + indented(body, 4), 4)
+
+
+def _ends(rows: str) -> str:
+    """Keep the first and the last slot that any head of the group sees in this tile."""
+    return f"""anywhere = tl.max(tl.broadcast_to(seen, [{rows}, TILE]).to(tl.int32), 0) > 0
+tl.store(tile_first + head_row * tiles + tile, tl.min(tl.where(anywhere, slot, 2**30), 0))
+tl.store(tile_end + head_row * tiles + tile, tl.max(tl.where(anywhere, slot + 1, 0), 0))"""
+
+
+def _page_ends(spec: AttentionSpec) -> str:
+    """Which pages hold a key to choose; first and last slot seen, where that is no range."""
+    if sees_range(spec):
+        return "held = (page * PAGE < tl.minimum(end, fresh)) & (page * PAGE + PAGE > first)"
+    return f"""slot = page[None, :] * PAGE + tl.arange(0, PAGE)[:, None]
+anywhere = visible(b, kv_head * GROUP, t, slot, kv_len, slot < kv_len{captured(spec)})
+held = tl.max((anywhere & (slot < fresh)).to(tl.int32), 0) > 0
+first = tl.min(tl.min(tl.where(anywhere, slot, 2**30), 0), 0)
+end = tl.max(tl.max(tl.where(anywhere, slot + 1, 0), 0), 0)
+tl.store(tile_first + head_row * tiles + tile, first)
+tl.store(tile_end + head_row * tiles + tile, end)"""
