@@ -241,8 +241,9 @@ def scan_chosen(
     page = tile * PER_BLOCK + tl.arange(0, PER_BLOCK // PARTS) * PARTS + part
     entry = tl.load(page_bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page)
     entry = entry.to(tl.int32){unseen}
-    cut, left, at_cut = threshold(counts, PAGE_ROOM)
-    chosen, place, count = choose(entry, cut, left, at_cut)
+    # All pages of the last bin: how many are looked into is no budget.
+    cut, _, _ = threshold(counts, PAGE_ROOM)
+    chosen, place, count = choose(entry, tl.maximum(cut - 1, 0), cut * 0, cut * 0)
     mine = head_row.to(tl.int64) * (blocks * PARTS) + lot
     page_list += mine * (PER_BLOCK // PARTS)
     tl.store(page_list + place, page, mask=chosen)

@@ -198,7 +198,8 @@ def load_pages(pages, page, inside):
 def page_scores(packed, weights, constants, mine):
     """Scores [ROWS, N], as products q.k, that stand for the keys of the pages of one block."""
     constant = tl.load(constants + mine * (2 * ROWS) + ROWS + tl.arange(0, ROWS)){loads}
-    total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + (constant / PAGE_STEP)[:, None]{products}
+    constant = constant / PAGE_STEP
+    total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]{products}
     return PAGE_STEP * total
 '''
 

@@ -5,7 +5,8 @@ query heads of a group. What a softmax sums up to is estimated block by block, b
 cumulants: it only weighs the heads of a group against each other. The best tokens are read besides
 sinks and recent ones. A context of up to `flat_tokens` slots is scanned token by token; in a longer
 one pages are ranked first, by the log of the mean of exp(score) over their keys, and only the
-tokens of the best are looked at.
+tokens of the best are looked at. Shares are told apart by an eighth of a factor of two: of the
+tokens that the budget ends in any may be chosen, of the pages all are.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def select_slots(
     """Slots always read, log2 shares of those that may be chosen, and how many of these are.
 
     `query` is [B, Hkv, G, T, D], `visible` bool [B, Hkv, G, T, L], `fresh` int64 [B] the first slot
-    that has no sketch yet. With `pages` only the tokens of so many pages may be chosen. Returns
+    that has no sketch yet. With `pages` only the tokens of about so many pages may be chosen. Returns
     bool [B, Hkv, T, L], float32 [B, Hkv, T, L] (-inf: may not be chosen), int64 [B, Hkv, T].
     """
     kv_len = visible.shape[-1]
@@ -84,12 +85,18 @@ def select_slots(
         mass = finish(page_scores(query, state, scale))
         held = F.pad(known, (0, mass.shape[-1] * PAGE - kv_len)).unflatten(-1, (-1, PAGE)).any(-1)
         share = (mass - total).logsumexp(2).masked_fill(~held.any(2), -torch.inf)
-        best = share.topk(min(pages, share.shape[-1]), -1).indices
-        chosen = torch.zeros_like(share, dtype=torch.bool).scatter(-1, best, True)
+        bins = share_bins(share.exp())
+        first_left = bins.topk(min(pages + 1, bins.shape[-1]), -1).values[..., -1:]
+        chosen = bins >= (first_left if bins.shape[-1] > pages else 1)
         possible = possible & chosen.repeat_interleave(PAGE, -1)[..., :kv_len]
     score = finish(token_scores(query, state)[..., :kv_len]).masked_fill(~known, -torch.inf)
     rank = ((score - total).logsumexp(2) / math.log(2)).masked_fill(~possible, -torch.inf)
     return always, rank, (budget - (begin - first) - (end - stop)).clamp(min=0)[..., 0]
+
+
+def share_bins(share: Tensor) -> Tensor:
+    """Bins of shares, eight to a factor of two: a float's exponent and first bits of mantissa."""
+    return share.float().view(torch.int32) >> 20
 
 
 def log_denominator(

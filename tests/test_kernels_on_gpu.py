@@ -1,0 +1,258 @@
+"""Generated kernels compiled, at the shapes models have; everything here needs a CUDA device."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import sympy
+import torch
+
+from lychee_compile.codegen.module import emit_module
+from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
+from lychee_compile.kernels import generated, launch
+from lychee_compile.kernels.reference.slots import select_slots
+from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.slot_layout import SlotLayout
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+LENGTH = Captured("given_length", "int64", 0)
+CAUSAL = Q + sympy.Symbol("given_length", integer=True) >= KV
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def make_spec(dtype, group, head_dim, value_dim=None, sparse=None, softcap=None, extra=False):
+    score = S / math.sqrt(head_dim)
+    score = score if softcap is None else softcap * sympy.tanh(score / softcap)
+    value_dim = value_dim or head_dim
+    return AttentionSpec(dtype, group, head_dim, value_dim, score, CAUSAL, (LENGTH,), extra, sparse)
+
+
+def compiled(spec):
+    return generated.load(generated.store(emit_module(spec), spec.name).stem)
+
+
+class Problem:
+    """A cache of which the first `length` + T slots are filled, and queries at its end."""
+
+    def __init__(self, spec, batch, heads, slots, length, query_len=1, seed=0):
+        self.spec, self.length, self.query_len = spec, length, query_len
+        self.generator = torch.Generator("cuda").manual_seed(seed)
+        dtype, group = DTYPES[spec.dtype], spec.group
+        self.key = self.keys(batch, heads, slots).to(dtype)
+        self.value = self.randn(batch, heads, slots, spec.value_dim).to(dtype)
+        self.query = self.randn(batch, heads * group, query_len, spec.head_dim).to(dtype)
+        self.last = torch.tensor(length, device="cuda")
+        self.positions = torch.arange(length, length + query_len, device="cuda")
+        self.extra = self.randn(heads * group, 1) if spec.extra else None
+
+    def randn(self, *shape):
+        return torch.randn(*shape, generator=self.generator, device="cuda")
+
+    def keys(self, batch, heads, slots):
+        """Low-rank keys around a centre, with noise: what a sketch is made for."""
+        dim = self.spec.head_dim
+        low = self.randn(batch, heads, slots, dim // 4) @ self.randn(batch, heads, dim // 4, dim)
+        centre, noise = self.randn(batch, heads, 1, dim), self.randn(batch, heads, slots, dim)
+        return low / math.sqrt(dim / 4) + 2 * centre + 0.3 * noise
+
+    def visible(self):
+        """bool [B, 1, 1, T, L]."""
+        slot = torch.arange(self.key.shape[2], device="cuda")
+        step = torch.arange(self.query_len, device="cuda")[:, None]
+        return (slot <= self.last + step)[None, None, None]
+
+    def finish(self, raw):
+        score = raw / math.sqrt(self.spec.head_dim)
+        cap = float(self.spec.score.subs(S, sympy.oo)) if self.spec.score.has(sympy.tanh) else None
+        return score if cap is None else cap * torch.tanh(score / cap)
+
+    def attention(self, read, dtype=torch.float64):
+        """Softmax attention over the slots where `read`, bool [B, Hkv, T, L], in `dtype`."""
+        heads, group = self.key.shape[1], self.spec.group
+        query = self.query.to(dtype).unflatten(1, (heads, group))
+        score = self.finish(query @ self.key.to(dtype)[:, :, None].mT)
+        score = score.masked_fill(~(read[:, :, None] & self.visible()), -torch.inf)
+        if self.extra is not None:
+            column = self.extra.to(dtype).view(1, heads, group, 1, 1)
+            score = torch.cat((score, column.expand(*score.shape[:-1], 1)), -1)
+        weight = score.softmax(-1)[..., : self.key.shape[2]]
+        return (weight @ self.value.to(dtype)[:, :, None]).flatten(1, 2)
+
+    def exact(self, module):
+        return launch.run_exact(module, self.query, self.key, self.value, [self.last], self.extra)
+
+    def sparse(self, module, index):
+        return launch.run_sparse(
+            module, self.query, self.key, self.value, [self.last], self.extra, self.positions,
+            index.layout, index.parts,
+        )  # fmt: skip
+
+
+def assert_as_good_as_eager(output, problem):
+    """No further from float64 than eager attention in the same precision, but for rounding."""
+    everything = torch.ones(
+        problem.key.shape[0], problem.key.shape[1], problem.query_len, problem.key.shape[2],
+        dtype=torch.bool, device="cuda",
+    )  # fmt: skip
+    truth = problem.attention(everything)
+    eager = problem.attention(everything, problem.query.dtype)
+    band = 4 * torch.finfo(output.dtype).eps * truth.abs().max()
+    error, allowed = (output - truth).abs().max(), (eager - truth).abs().max()
+    assert error <= allowed + band, (error, allowed, band)
+
+
+EXACT = [
+    ("bfloat16", 4, 128, None, 1, 8, 32768, 1, {}),
+    ("bfloat16", 4, 128, None, 4, 8, 4096, 4, {}),
+    ("float16", 7, 80, 64, 2, 4, 5000, 2, {}),
+    ("bfloat16", 16, 256, None, 1, 1, 4096, 1, {"softcap": 30.0}),
+    ("float32", 3, 96, None, 2, 2, 3000, 3, {"extra": True}),
+    ("float16", 1, 64, None, 1, 12, 2048, 16, {}),
+    ("bfloat16", 2, 192, 128, 1, 4, 6000, 1, {}),
+]
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_exact_attention_is_as_good_as_eager(case):
+    dtype, group, head_dim, value_dim, batch, heads, slots, query_len, more = case
+    spec = make_spec(dtype, group, head_dim, value_dim, **more)
+    problem = Problem(spec, batch, heads, slots, slots - 100 - query_len, query_len)
+    assert_as_good_as_eager(problem.exact(compiled(spec)), problem)
+
+
+SPARSE = [
+    ("bfloat16", 4, 128, None, 1, 8, 32768, 1, 1024, {}),
+    ("bfloat16", 4, 128, None, 1, 2, 131072, 1, 1024, {}),
+    ("float16", 7, 80, 64, 2, 2, 20000, 2, 512, {}),
+    ("float32", 3, 96, None, 2, 2, 9000, 3, 512, {"extra": True}),
+    ("bfloat16", 16, 256, None, 1, 1, 12000, 1, 1024, {"softcap": 30.0}),
+]
+
+
+@pytest.mark.parametrize("case", SPARSE, ids=str)
+def test_sparse_attention_reads_what_the_specification_selects(case, monkeypatch):
+    dtype, group, head_dim, value_dim, batch, heads, slots, query_len, budget, more = case
+    sparse = SparseSpec("lychee", budget, 16, 64, 16, 65536)
+    spec = make_spec(dtype, group, head_dim, value_dim, sparse, **more)
+    module, length = compiled(spec), slots - 50 - query_len
+    problem = Problem(spec, batch, heads, slots, length, query_len)
+    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    assert_as_good_as_eager(problem.sparse(module, index), problem)  # nothing indexed yet
+    index.build(module, problem.key, length)
+    output, read = slots_read(monkeypatch, problem, lambda: problem.sparse(module, index))
+    assert_selected(problem, index, read, slots > 65536)
+    truth = problem.attention(read)
+    eager = problem.attention(read, problem.query.dtype)
+    band = 4 * torch.finfo(output.dtype).eps * truth.abs().max()
+    assert (output - truth).abs().max() <= (eager - truth).abs().max() + band
+
+
+def slots_read(monkeypatch, problem, call):
+    """The output of a call of the sparse kernels, and the slots it read: bool [B, Hkv, T, L]."""
+    kept = {}
+    allocate = launch._Scratch.allocate
+
+    def keep(scratch, device):
+        made = allocate(scratch, device)
+        made["chosen"].fill_(-1)
+        kept.update(made)
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch._Scratch, "allocate", keep)
+        output = call()
+    batch, heads, slots, _ = problem.key.shape
+    lists = kept["chosen"].flatten(1).long()
+    mask = torch.zeros(len(lists), slots + 1, dtype=torch.bool, device="cuda")
+    mask.scatter_(1, torch.where(lists < 0, slots, lists), True)
+    assert ((lists >= 0).sum(1) == mask[:, :-1].sum(1)).all()  # none twice
+    return output, mask[:, :-1].view(batch, problem.query_len, heads, slots).transpose(1, 2)
+
+
+def assert_selected(problem, index, read, paged):
+    """The slots `read`, bool [B, Hkv, T, L], are those of most estimated share, but for ties."""
+    sparse, heads = problem.spec.sparse, problem.key.shape[1]
+    query = problem.query.unflatten(1, (heads, problem.spec.group))
+    visible = problem.visible().expand(*query.shape[:3], problem.query_len, -1)
+    fresh = torch.full((len(query),), problem.length, device="cuda")
+    pages = sparse.overfetch * sparse.budget // 16 if paged else None
+    always, rank, room = select_slots(
+        query, index.parts, visible, fresh, problem.finish, problem.spec.head_dim**-0.5,
+        sparse.budget, sparse.sinks, sparse.recent, pages,
+    )  # fmt: skip
+    assert (read | ~always).all()
+    chosen = read & ~always
+    assert (chosen.sum(-1) <= room).all()
+    assert (chosen.sum(-1) >= 0.95 * room - 32).all()  # each program may leave some of the last bin
+    order = rank.sort(-1, descending=True).values
+    cut = order.gather(-1, room[..., None])
+    unclear = 0.4  # bins of an eighth of an octave, and weights in eight bits
+    if paged:  # a page more or less changes which tokens there are to choose from
+        missed = ((rank > cut + unclear) & ~chosen).sum(-1)
+        assert (missed <= 0.05 * room).all(), missed
+    else:
+        assert (chosen | (rank <= cut + unclear)).all()
+        assert (~chosen | (rank >= cut - unclear)).all()
+
+
+def test_one_captured_graph_follows_lengths_contents_and_index(monkeypatch):
+    sparse = SparseSpec("lychee", 256, 16, 64, 16, 65536)
+    spec = make_spec("bfloat16", 4, 128, None, sparse)
+    module, slots, length = compiled(spec), 8192, 3000
+    problem = Problem(spec, 2, 2, slots, length)
+    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index.build(module, problem.key, length)
+    fresh_key, fresh_value = problem.key[:, :, :1].clone(), problem.value[:, :, :1].clone()
+    problem.sparse(module, index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        problem.key.index_copy_(2, problem.positions, fresh_key)
+        problem.value.index_copy_(2, problem.positions, fresh_value)
+        output = problem.sparse(module, index)
+
+    def step(position):
+        problem.length = position
+        problem.last.fill_(position)
+        problem.positions.fill_(position)
+        fresh_key.copy_(problem.keys(2, 2, 1))
+        fresh_value.copy_(problem.randn(2, 2, 1, 128))
+        problem.query.copy_(problem.randn(*problem.query.shape))
+        graph.replay()
+        eager, read = slots_read(monkeypatch, problem, lambda: problem.sparse(module, index))
+        assert torch.equal(output, eager)
+        if position % 16 == 0:
+            assert_selected(problem, index, read, paged=False)
+
+    for position in range(length, length + 200):
+        step(position)
+    for position in range(length + 50, length + 80):  # drafts were rejected
+        step(position)
+    problem.key.copy_(problem.keys(2, 2, slots))  # a new prompt, of another length
+    index.distrust()
+    problem.last.fill_(5000)
+    problem.positions.fill_(5000)
+    problem.length = 5000
+    graph.replay()
+    assert_as_good_as_eager(output, problem)
+    index.build(module, problem.key, 5001)
+    for position in range(5001, 5050):
+        step(position)
+
+
+def test_a_step_sketches_keys_as_the_build_does():
+    sparse = SparseSpec("lychee", 256, 16, 64, 16, 65536)
+    spec = make_spec("bfloat16", 4, 128, None, sparse)
+    module = compiled(spec)
+    problem = Problem(spec, 1, 2, 4096, 2000, query_len=8)
+    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index.build(module, problem.key, 2000)
+    problem.sparse(module, index)
+    whole = SlotIndex(index.layout, problem.key.device)
+    whole.state.copy_(index.state)
+    launch.run_encode(module, problem.key, whole.layout, whole.parts, 0, 2008)
+    for name in ("fine", "coarse"):
+        stepped, built = (getattr(each.parts, name)[:, :, :2008] for each in (index, whole))
+        assert (stepped != built).float().mean() < 0.01, name
