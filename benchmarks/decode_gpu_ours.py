@@ -14,8 +14,11 @@ from torch import Tensor
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
 from lychee_compile.kernels import generated
+from lychee_compile.kernels.box_index import BoxIndex
+from lychee_compile.kernels.box_layout import BoxLayout
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.launch import run_exact, run_sparse
+from lychee_compile.kernels.launch_quest import run_quest
 from lychee_compile.kernels.policies import make_index
 from lychee_compile.kernels.slot_index import SlotIndex
 from lychee_compile.kernels.slot_layout import BLOCK, PAGE, SlotLayout, planes
@@ -37,6 +40,8 @@ def prepare(
         return _exact(query, key, value)
     if name == "lychee-sparse":
         return _sparse(query, key, value, budget)
+    if name == "quest":
+        return _quest(query, key, value, budget)
     raise NotImplementedError(f"{name} has no kernel")
 
 
@@ -56,6 +61,21 @@ def _sparse(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[
     index.build(module, key, key.shape[2])
     positions = last[None]
     return lambda: run_sparse(
+        module, query, key, value, [last], None, positions, index.layout, index.parts
+    )
+
+
+def _quest(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
+    """Every call looks whether the newest key completes a page, as a step of decoding does."""
+    config = IndexConfig(budget=budget, policy="quest")
+    sparse = SparseSpec(
+        "quest", budget, config.sinks, config.recent, config.overfetch, config.flat_tokens
+    )
+    module, last = _module(query, key, value, sparse), _last(key)
+    index = BoxIndex(BoxLayout.of(key), key.device)
+    index.build(key, key.shape[2])
+    positions = last[None]
+    return lambda: run_quest(
         module, query, key, value, [last], None, positions, index.layout, index.parts
     )
 

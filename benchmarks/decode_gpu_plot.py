@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from decode_gpu_records import Record, Report, length_name
@@ -35,7 +36,7 @@ def draw(report: Report) -> Figure:
     panels[1][0].set_ylabel(f"times faster than {LABELS[BASELINE]}")
     if panels[0][0].lines:
         panels[0][0].legend(fontsize="small")
-    figure.suptitle(_title(report), fontsize="medium")
+    figure.suptitle(fill(_title(report), 56 * columns), fontsize="medium")
     return figure
 
 

@@ -11,19 +11,23 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from lychee_compile.kernels.slot_upkeep import SlotCache
 from lychee_compile.options import Options
 from lychee_compile.passes import torch_private
-from lychee_compile.passes.attention import Rejected
-from lychee_compile.passes.caches import CacheBinding, find_writes
+from lychee_compile.passes.attention import Attention, Rejected
+from lychee_compile.passes.caches import CacheBinding
 from lychee_compile.passes.check import check_graph
-from lychee_compile.passes.dataflow import operator_name
-from lychee_compile.passes.decide import Plan, describe_rejected, plan_site
+from lychee_compile.passes.dataflow import operator_name, value_of
+from lychee_compile.passes.decide import Plan, Planner
+from lychee_compile.passes.describe import describe_rejected
 from lychee_compile.passes.detect import find_attention
+from lychee_compile.passes.kernel_support import runs_kernels
 from lychee_compile.passes.normalise import normalise
 from lychee_compile.passes.rewrite import note_prefill, rewrite
 from lychee_compile.passes.site import RejectedSite
 from lychee_compile.report import Report
-from lychee_compile.state import StatefulGraph, StateInput, registry
+from lychee_compile.state import registry
+from lychee_compile.stateful_graph import StatefulGraph, StateInput
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +102,9 @@ def analyse(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Op
     written = normalise(traced, mode)
     tensors = [value for value in example_inputs if isinstance(value, Tensor)]
     needs_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
-    config = options.index_config()
     found = find_attention(traced, written)
-    writes = find_writes(traced.graph)
-    plans = [
-        plan_site(each, place, traced.graph, writes, config, needs_gradients)
-        for place, each in enumerate(each for each in found if not isinstance(each, Rejected))
-    ]
+    planner = Planner(traced.graph, mode, options.index_config(), needs_gradients)
+    plans = [planner.plan(each) for each in found if not isinstance(each, Rejected)]
     rejected = [describe_rejected(each) for each in found if isinstance(each, Rejected)]
     return Analysis(traced, fakes, mode, plans, rejected)
 
@@ -116,8 +116,7 @@ def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., An
     outputs = _output_count(gm)
     inputs = _StateInputs(analysis)
     if table is not None and options.budget is not None and not _any(plans, "sparse"):
-        worth_noting = [plan for plan in plans if plan.site.by_design]
-        note_prefill(gm, worth_noting, inputs, analysis.mode)
+        note_prefill(gm, _worth_noting(plans, options), inputs, analysis.mode)
     for failure in rewrite(gm, plans, inputs, analysis.mode):
         _keep(failure.plan, f"it could not be rewritten: {failure.reason}")
     if not inputs.states and not _any(plans, "exact"):
@@ -132,6 +131,17 @@ def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., An
     return StatefulGraph(compiled, inputs.states, options.index_config(), lookup)
 
 
+def _worth_noting(plans: Sequence[Plan], options: Options) -> list[Plan]:
+    """Prefills whose tokens an index will want to know: one by slot asks for none."""
+    return [
+        plan
+        for plan in plans
+        if plan.site.by_design
+        and isinstance(plan.attention, Attention)
+        and not runs_kernels(plan.attention, options)
+    ]
+
+
 def _any(plans: Sequence[Plan], decision: str) -> bool:
     return any(plan.site.decision == decision for plan in plans)
 
@@ -142,24 +152,30 @@ class _StateInputs:
     def __init__(self, analysis: Analysis) -> None:
         self._analysis = analysis
         self._placeholders = [node for node in analysis.gm.graph.nodes if node.op == "placeholder"]
-        self._nodes: dict[CacheBinding, torch.fx.Node] = {}
+        self._nodes: dict[object, torch.fx.Node] = {}
         self.states: list[StateInput] = []
         self.fakes: list[Tensor] = []
 
-    def __call__(self, binding: CacheBinding) -> torch.fx.Node:
-        if binding not in self._nodes:
-            node, fake = torch_private.add_state_input(
-                self._analysis.gm,
-                f"lychee_index_{len(self.states)}",
-                torch.zeros(2, dtype=torch.int64),
-                self._analysis.mode,
-            )
+    def __call__(self, binding: CacheBinding, slots: SlotCache | None) -> torch.fx.Node:
+        known = binding if slots is None else (binding.source, binding.output, slots.layout)
+        if known not in self._nodes:
             source = binding.source
             place = None if source is None else self._placeholders.index(source)
-            self.states.append(StateInput(place, binding.output, binding.token_dim))
-            self.fakes.append(fake)
-            self._nodes[binding] = node
-        return self._nodes[binding]
+            self.states.append(StateInput(place, binding.output, binding.token_dim, slots))
+            self._nodes[known] = self._added(binding, slots)
+        return self._nodes[known]
+
+    def _added(self, binding: CacheBinding, slots: SlotCache | None) -> torch.fx.Node:
+        """A new input: the memory of an index, or a handle, int64 [2]."""
+        gm, mode = self._analysis.gm, self._analysis.mode
+        name = f"lychee_index_{len(self.fakes)}"
+        if slots is None or slots.layout is None:
+            size, dtype, device = 2, torch.int64, torch.device("cpu")
+        else:
+            size, dtype, device = slots.layout.size, torch.uint8, value_of(binding.key).device
+        node, fake = torch_private.add_state_input(gm, name, size, dtype, device, mode)
+        self.fakes.append(fake)
+        return node
 
 
 def _output_count(gm: torch.fx.GraphModule) -> int:

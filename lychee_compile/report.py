@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lychee_compile.kernels.generated import source_of
 from lychee_compile.passes.site import RejectedSite, Site
 from lychee_compile.site_names import collapse
 
@@ -69,6 +70,11 @@ class Report:
             "rejected": [asdict(each) for each in self.rejected],
         }
 
+    def sources(self) -> dict[str, str]:
+        """The source of every generated kernel, by the name that sites have it under."""
+        found = {site.kernel: source_of(site.kernel) for site in self.sites}
+        return {kernel: source for kernel, source in found.items() if source is not None}
+
     def to_html(self, path: str | Path) -> Path:
         """Write a page that needs no other file, with every site in a row of its own."""
         from lychee_compile.report_html import render
@@ -118,7 +124,7 @@ def _table(sites: Sequence[Site]) -> Table:
     table.add_column("form, heads", overflow="fold")
     table.add_column("tokens", overflow="fold")
     table.add_column("score, mask, cache", overflow="fold")
-    table.add_column("decision", overflow="fold", width=min(kernel_width, 36))
+    table.add_column("decision", overflow="fold", width=min(kernel_width, 48))
     for pattern, members in groups:
         table.add_row(*_cells(pattern, members))
     return table

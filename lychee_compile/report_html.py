@@ -43,7 +43,7 @@ HEADINGS = (
 
 
 def render(report: Report) -> str:
-    """The page as text: summary, notes, and a row for every site."""
+    """The page as text: summary, notes, a row for every site, and their generated kernels."""
     title = escape(report.summary())
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     return (
@@ -53,7 +53,16 @@ def render(report: Report) -> str:
         + (f"<ul>{notes}</ul>\n" if notes else "")
         + (_table(report.sites) if report.sites else "")
         + "".join(f'<p class="soft">{escape(line)}</p>\n' for line in report.rejections())
+        + "".join(_kernel(*each) for each in report.sources().items())
         + "</body>\n</html>\n"
+    )
+
+
+def _kernel(name: str, source: str) -> str:
+    """A generated kernel, to be unfolded."""
+    return (
+        f"<details><summary><code>{escape(name)}</code></summary>"
+        f"<pre><code>{escape(source)}</code></pre></details>\n"
     )
 
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=3000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -44,3 +47,14 @@ def seeded():
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def kernels_on_cpu(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """Decode through generated kernels, as on a GPU, in Triton's interpreter."""
+    from lychee_compile.kernels.decode_operators import KERNEL_DEVICES
+
+    monkeypatch.setenv("LYCHEE_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+    KERNEL_DEVICES.add("cpu")
+    yield
+    KERNEL_DEVICES.discard("cpu")

@@ -62,6 +62,8 @@ class AttentionSpec:
     """Whether there is an extra logit without a value, an attention sink."""
     sparse: SparseSpec | None = None
     """None: exact."""
+    autotune: bool = False
+    """Whether tile sizes are measured at the first call."""
 
     @property
     def name(self) -> str:

@@ -13,6 +13,7 @@ from lychee_compile.boundaries import BoundaryTable
 from lychee_compile.evaluate.models import LanguageModel, fork
 from lychee_compile.evaluate.task_texts import Question
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.handles import Handle
 from lychee_compile.state import registry
 
 TOKEN_DIM = 2
@@ -110,12 +111,13 @@ def note_document(cache: Any, token_ids: Tensor, config: IndexConfig, table: Bou
         keys = layer.keys
         if keys is None or keys.dim() != 4 or keys.shape[TOKEN_DIM] != len(token_ids):
             continue  # a sliding window, or a layer without keys
-        handle = registry.acquire(keys, config, table.lookup, TOKEN_DIM)
+        entry = registry.acquire(keys, config, TOKEN_DIM, lambda: Handle(config))
+        entry.owner.strength_of = table.lookup
         slots = torch.arange(len(token_ids), device=keys.device)[None]
         strengths = table.lookup(token_ids[None].to(keys.device))
         first = torch.zeros(1, dtype=torch.int64, device=keys.device)
-        handle.index_for(keys).update(keys, first, slots, strengths, build=False)
-        registry.release(keys, config, handle, TOKEN_DIM)
+        entry.owner.index_for(keys).update(keys, first, slots, strengths, build=False)
+        registry.release(keys, config, entry, TOKEN_DIM)
 
 
 def _reading(logits: Tensor, encoded: Encoded) -> Reading:

@@ -70,6 +70,16 @@ def load(kernel: str) -> ModuleType:
         return _modules[kernel]
 
 
+def source_of(kernel: str) -> str | None:
+    """The source of a kernel, None where nothing of that name is known or stored."""
+    if kernel in _sources:
+        return _sources[kernel]
+    try:
+        return _found(kernel)[1]
+    except KernelUnavailable:
+        return None
+
+
 def _written(kernel: str, source: str) -> Path:
     folder = _folder()
     try:

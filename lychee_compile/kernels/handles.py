@@ -6,6 +6,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,24 +15,38 @@ from lychee_compile.kernels.cache_index import CacheIndex
 from lychee_compile.kernels.config import IndexConfig
 
 
-class Handle:
-    """What a compiled graph knows of the index of one key cache.
+class Numbered:
+    """An object that operators find by a tensor.
 
     `tensor` is int64 [2] on the CPU: a number that finds this object, and a count of updates that
     gives reads and writes of the index their order in the graph. A copy of it is as good.
     """
 
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        with torch.inference_mode(False):  # operators write to it in every mode
+            self.tensor = torch.tensor([self.number, 0], device="cpu")
+        with _lock:
+            _alive[self.number] = self
+
+
+def find(tensor: Tensor) -> Any:
+    """What `tensor`, or the tensor it was copied from, stands for."""
+    with _lock:
+        return _alive[int(tensor[0])]
+
+
+class Handle(Numbered):
+    """What a compiled graph knows of the index of one key cache."""
+
     def __init__(
         self, config: IndexConfig, strength_of: Callable[[Tensor], Tensor] | None = None
     ) -> None:
+        super().__init__()
         self.config = config
         self.strength_of = strength_of
         """Boundary strengths, uint8, of token ids of any shape; None where no table is known."""
         self.cache: CacheIndex | None = None
-        self.number = next(_numbers)
-        self.tensor = torch.tensor([self.number, 0])
-        with _lock:
-            _alive[self.number] = self
 
     def index_for(self, key: Tensor) -> CacheIndex:
         """The index of `key` [B, Hkv, L, D]: an empty one where there is none of its shape."""
@@ -39,11 +54,10 @@ class Handle:
             self.cache = CacheIndex(key, self.config)
         return self.cache
 
-
-def find(tensor: Tensor) -> Handle:
-    """The handle that `tensor`, or the tensor it was copied from, belongs to."""
-    with _lock:
-        return _alive[int(tensor[0])]
+    def distrust(self) -> None:
+        """Somebody else may have written the cache: compare its keys before the next use."""
+        if self.cache is not None:
+            self.cache.suspect = True
 
 
 def _fits(cache: CacheIndex, key: Tensor) -> bool:
@@ -54,4 +68,4 @@ def _fits(cache: CacheIndex, key: Tensor) -> bool:
 
 _numbers = itertools.count(1)
 _lock = threading.Lock()
-_alive: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
+_alive: weakref.WeakValueDictionary[int, Numbered] = weakref.WeakValueDictionary()

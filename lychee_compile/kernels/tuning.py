@@ -41,6 +41,11 @@ def tuning_for(module: ModuleType, mode: str, query: Tensor, key: Tensor, value:
     return _by_rule(mode, row, _multiprocessors(query.device))
 
 
+def is_tuned(module: ModuleType, mode: str, query: Tensor, key: Tensor) -> bool:
+    """Whether a tuning was found for operands of these sizes."""
+    return _problem(module, mode, query, key) in _tuned
+
+
 def remember(module: ModuleType, mode: str, query: Tensor, key: Tensor, tuning: Tuning) -> None:
     """Use `tuning` from now on for operands of these sizes."""
     _tuned[_problem(module, mode, query, key)] = tuning

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
 
-import sympy
 import torch
 import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators import DEVICES, DTYPES, LONGEST_QUERY
 from lychee_compile.kernels.policies import index_class
-from lychee_compile.passes.attention import Attention, Rejected, Unread
-from lychee_compile.passes.axes import Axis
-from lychee_compile.passes.caches import CacheBinding, Writes, bind_cache
-from lychee_compile.passes.dataflow import module_path, operator_name, source_line, value_of
-from lychee_compile.passes.masks import Reading
-from lychee_compile.passes.site import RejectedSite, Site
+from lychee_compile.passes.attention import Attention, Unread
+from lychee_compile.passes.caches import CacheBinding, Unbound, bind_cache, find_writes
+from lychee_compile.passes.dataflow import operator_name, value_of
+from lychee_compile.passes.describe import describe, describe_unread
+from lychee_compile.passes.kernel_site import KernelSite, kernel_site
+from lychee_compile.passes.kernel_support import (
+    NoKernel,
+    decodes,
+    no_sparse_kernel,
+    runs_kernels,
+)
+from lychee_compile.passes.rearrange import Emitter
+from lychee_compile.passes.site import Site
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Plan:
     attention: Attention | Unread
     site: Site
     binding: CacheBinding | None
+    kernel: KernelSite | None = None
+    """The generated kernel that takes its place; None where PyTorch's or the reference's does."""
 
     @property
     def node(self) -> torch.fx.Node:
@@ -33,114 +43,82 @@ class Plan:
         return self.attention.node
 
 
-def plan_site(
-    attention: Attention | Unread,
-    place: int,
-    graph: torch.fx.Graph,
-    writes: Writes,
-    config: IndexConfig,
-    needs_gradients: bool,
-) -> Plan:
-    """Decide about the attention at `place` among its graph's.
+class Planner:
+    """Decides about the attentions of one graph, in their order."""
 
-    `site.decision` is "sparse" or, with a reason, "exact" or "kept".
-    """
-    if isinstance(attention, Unread):
-        return Plan(attention, _describe_unread(attention), None)
-    bound = bind_cache(attention, graph, writes)
-    binding = bound if isinstance(bound, CacheBinding) else None
-    site = _describe(attention, bound.kind)
-    unsupported = (
-        _unsupported_operands(attention, needs_gradients)
-        or attention.refused
-        or _unsupported_form(attention)
-    )
-    exact = None if unsupported else _better_exact(attention, place, config)
-    unbound = None if isinstance(bound, CacheBinding) else bound.reason
-    reason = unsupported or exact or _unsupported_device(attention, config) or unbound
-    if reason is None:
-        site.decision = "sparse"
-        site.kernel = "lychee::sparse_attention (reference)"
-        site.reason = _how_much(config, site.kv_len)
-        return Plan(attention, site, binding)
-    site.reason, site.by_design = reason, reason == exact
-    site.kernel = _kept_kernel(attention)
-    if site.by_design and _one_operator_does_it(attention, config):
-        site.decision = "exact"
-        site.kernel = "aten.scaled_dot_product_attention"
-    return Plan(attention, site, binding)
+    def __init__(
+        self, graph: torch.fx.Graph, mode: Any, config: IndexConfig, needs_gradients: bool
+    ) -> None:
+        self._graph, self._config, self._needs_gradients = graph, config, needs_gradients
+        self._writes = find_writes(graph)
+        self._emit = Emitter(graph, mode)
+        self._places = itertools.count()
 
+    def plan(self, attention: Attention | Unread) -> Plan:
+        """Decide about one attention.
 
-def describe_rejected(rejected: Rejected) -> RejectedSite:
-    """A softmax that is no attention, for the report."""
-    node = rejected.node
-    return RejectedSite(module_path(node), source_line(node), rejected.reason)
+        `site.decision` is "sparse" or, with a reason, "exact" or "kept".
+        """
+        place = next(self._places)
+        if isinstance(attention, Unread):
+            return Plan(attention, describe_unread(attention), None)
+        bound = bind_cache(attention, self._graph, self._writes)
+        binding = bound if isinstance(bound, CacheBinding) else None
+        unbound = bound.reason if isinstance(bound, Unbound) else None
+        plan = Plan(attention, describe(attention, bound.kind), binding)
+        unsupported = (
+            _unsupported_operands(attention, self._needs_gradients)
+            or attention.refused
+            or _unsupported_form(attention)
+        )
+        if unsupported:
+            return self._kept(plan, attention, unsupported, by_design=False)
+        exact = _better_exact(attention, place, self._config)
+        if runs_kernels(attention, self._config):
+            return self._with_kernel(plan, attention, exact, unbound)
+        reason = exact or _unsupported_device(attention, self._config) or unbound
+        if reason:
+            return self._kept(plan, attention, reason, by_design=reason == exact)
+        plan.site.decision = "sparse"
+        plan.site.kernel = "lychee::sparse_attention (reference)"
+        plan.site.reason = _how_much(self._config, plan.site.kv_len)
+        return plan
+
+    def _kept(self, plan: Plan, attention: Attention, reason: str, by_design: bool) -> Plan:
+        """Leave an attention to PyTorch: as it was, or as one operator of its."""
+        site = plan.site
+        site.reason, site.by_design, site.kernel = reason, by_design, _kept_kernel(attention)
+        if by_design and _one_operator_does_it(attention, self._config):
+            site.decision = "exact"
+            site.kernel = "aten.scaled_dot_product_attention"
+        return plan
+
+    def _with_kernel(
+        self, plan: Plan, attention: Attention, exact: str | None, unbound: str | None
+    ) -> Plan:
+        """Let a generated kernel do it, which reads all keys where a reason for that is known."""
+        site, config = plan.site, self._config
+        if not _decodes_over_keys(attention, config):
+            reason = exact or f"how many queries ask, {attention.query_len}, only a call tells"
+            return self._kept(plan, attention, reason, by_design=True)
+        why = exact or no_sparse_kernel(config) or unbound
+        try:
+            made = kernel_site(attention, None if why else plan.binding, config, self._emit)
+        except NoKernel as error:
+            reason = f"{exact}; {error}" if exact else str(error)
+            return self._kept(plan, attention, reason, by_design=bool(exact))
+        site.kernel = made.kernel
+        if made.cache is not None:
+            site.decision, site.reason = "sparse", _how_much(config, site.kv_len)
+        else:
+            site.decision, site.reason = "exact", why or made.refused
+        return replace(plan, kernel=made)
 
 
 def _kept_kernel(attention: Attention) -> str:
     if attention.form == "flex":
         return "flex_attention"
     return operator_name(attention.node) if attention.form == "sdpa" else "aten (as written)"
-
-
-def _describe(attention: Attention, cache: str) -> Site:
-    roles, reading = attention.roles, Reading(attention)
-    first, end = reading.key_range
-
-    def size(axes: tuple[Axis, ...]) -> int | str:
-        value = attention.size(axes)
-        return value if isinstance(value, int) else str(value)
-
-    return Site(
-        name=module_path(attention.node),
-        source=source_line(attention.node),
-        form=attention.form,
-        query_heads=size(roles.kv_heads + roles.group),
-        kv_heads=size(roles.kv_heads),
-        head_dim=size(roles.head_dim),
-        value_head_dim=size(roles.value_dim),
-        query_len=size(roles.query),
-        kv_len=size(roles.key),
-        mask=reading.words(),
-        predicate=reading.predicate,
-        key_range=f"[{first}, {end})",
-        score=_rounded(reading.score) + (" with an extra logit" if attention.score.extra else ""),
-        monotone=attention.score.monotone,
-        cache=cache,
-    )
-
-
-def _rounded(expression: sympy.Basic) -> str:
-    """Numbers to four digits: a report is for reading."""
-    short = {
-        each: sympy.Integer(int(each)) if float(each).is_integer() else sympy.Float(each, 4)
-        for each in expression.atoms(sympy.Float)
-        if each.is_finite
-    }
-    return str(expression.xreplace(short))
-
-
-def _describe_unread(unread: Unread) -> Site:
-    def size(value: int | sympy.Expr) -> int | str:
-        return value if isinstance(value, int) else str(value)
-
-    return Site(
-        name=module_path(unread.node),
-        source=source_line(unread.node),
-        form=unread.form,
-        query_heads=size(unread.query_heads),
-        kv_heads=size(unread.kv_heads),
-        head_dim=size(unread.head_dim),
-        value_head_dim=size(unread.head_dim),
-        query_len=size(unread.query_len),
-        kv_len=size(unread.kv_len),
-        mask=unread.mask,
-        cache="none",
-        score="",
-        reason=unread.reason,
-        by_design=unread.by_design,
-        kernel=operator_name(unread.node),
-    )
 
 
 def _unsupported_operands(attention: Attention, needs_gradients: bool) -> str | None:
@@ -190,6 +168,14 @@ def _unsupported_form(attention: Attention) -> str | None:
     if not isinstance(heads, int):
         return f"the number of heads, {heads}, is not known when compiling"
     return None
+
+
+def _decodes_over_keys(attention: Attention, config: IndexConfig) -> bool:
+    """Whether a few queries ask more keys than it takes for a kernel to pay."""
+    kv_len, budget = attention.kv_len, config.budget
+    short = isinstance(kv_len, int) and budget is not None and kv_len <= budget
+    whole = attention.query_len == kv_len or attention.is_causal
+    return decodes(attention) and not (short or whole)
 
 
 def _better_exact(attention: Attention, place: int, config: IndexConfig) -> str | None:

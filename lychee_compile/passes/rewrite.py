@@ -12,6 +12,11 @@ After; `index` is a new input of the graph, which stands for the index of `k_cac
     update_index(k, mask, positions, token_ids, index, 1)
     out = sparse_attention(q, k, v, mask, None, index, scale, None, "layers.0.self_attn")
 
+Where generated kernels run, one operator does both; `index` is then the memory of the index:
+
+    out = sparse_decode(q, k, v, [length], None, positions, index, "decode_lychee_bf16_g4_d128_...")
+    out = exact_decode(q, k, v, [length], None, "decode_exact_bf16_g4_d128_...")
+
 An attention written out by hand that stays exact becomes
 
     out = scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -19,6 +24,7 @@ An attention written out by hand that stays exact becomes
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +32,8 @@ from typing import Any
 import torch
 import torch.fx
 
-from lychee_compile.kernels import operators  # noqa: F401  registers the operators
+from lychee_compile.kernels import decode_operators, operators  # noqa: F401  registers them
+from lychee_compile.kernels.slot_upkeep import SlotCache
 from lychee_compile.passes.attention import Attention
 from lychee_compile.passes.caches import CacheBinding
 from lychee_compile.passes.canonical import Canonical, Canonicaliser, with_layout
@@ -34,12 +41,13 @@ from lychee_compile.passes.check import RewriteError, check_replacement
 from lychee_compile.passes.dataflow import aten, shape_of, static_size, value_of
 from lychee_compile.passes.dead_code import erase_dead_code
 from lychee_compile.passes.decide import Plan
+from lychee_compile.passes.kernel_site import KernelSite
 from lychee_compile.passes.masks import Reading
 from lychee_compile.passes.rearrange import Emitter
 from lychee_compile.passes.tokens import covers, find_token_ids
 
-StateInput = Callable[[CacheBinding], torch.fx.Node]
-"""Gives the graph input that stands for the index of a cache."""
+StateInput = Callable[[CacheBinding, SlotCache | None], torch.fx.Node]
+"""Gives the graph input that stands for the index of a cache: one by slot, or the reference's."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,16 @@ def rewrite(
     """Rewrite, in place, what was decided "sparse" or "exact". What resists is left as it was."""
     token_ids = find_token_ids(gm.graph)
     emit = Emitter(gm.graph, mode)
-    updated: set[CacheBinding] = set()
+    updated: set[object] = set()
     failures = []
     for plan in plans:
         if plan.site.decision == "kept":
             continue
         try:
             with gm.graph.inserting_before(plan.node):
-                if plan.site.decision == "sparse":
+                if plan.kernel is not None:
+                    _rewrite_kernel(plan, plan.kernel, emit, state_input, updated)
+                elif plan.site.decision == "sparse":
                     _Site(plan, emit, token_ids).rewrite(state_input, updated)
                 else:
                     _rewrite_exact(plan, emit)
@@ -112,13 +122,13 @@ class _Site:
         batch = self.attention.axes.product(self.attention.roles.batch)
         return covers(self._token_ids, batch, shape_of(node)[dim])
 
-    def rewrite(self, state_input: StateInput, updated: set[CacheBinding]) -> None:
+    def rewrite(self, state_input: StateInput, updated: set[object]) -> None:
         """Emit update and attention, and let the graph go on with the new output."""
         old = self.attention.node
         canonical = Canonicaliser(self.attention, self._emit)
         given = canonical.operands()
         score = self.attention.score
-        state = state_input(self.binding)
+        state = state_input(self.binding, None)
         made = self._emit(
             torch.ops.lychee.sparse_attention.default,
             given.query, given.key, given.value, given.mask, given.extra, state,
@@ -134,13 +144,8 @@ class _Site:
     def update(self, given: Canonical, state_input: StateInput) -> None:
         """Let the index follow what this call writes to the cache."""
         binding = self.binding
-        state = state_input(binding)
-        positions = binding.positions
-        if binding.span is not None:
-            device = value_of(binding.key).device
-            positions = self._emit(
-                aten.arange.start, *binding.span, device=device, dtype=torch.int64
-            )
+        state = state_input(binding, None)
+        positions = _named_positions(binding, self._emit)
         written: Any = 0
         if binding.written is not None:
             node, dim = binding.written
@@ -149,6 +154,52 @@ class _Site:
         ids = self._token_ids if self.knows_tokens else None
         update = torch.ops.lychee.update_index.default
         self._emit(update, given.key, given.mask, positions, ids, state, written)
+
+
+def _named_positions(binding: CacheBinding, emit: Emitter) -> torch.fx.Node | None:
+    """The slots written, int [T]; None where the graph does not name them."""
+    if binding.span is None:
+        return binding.positions
+    device = value_of(binding.key).device
+    return emit(aten.arange.start, *binding.span, device=device, dtype=torch.int64)
+
+
+def _rewrite_kernel(
+    plan: Plan,
+    site: KernelSite,
+    emit: Emitter,
+    state_input: StateInput,
+    updated: set[object],
+) -> None:
+    """Let a generated kernel attend, and sketch the keys that this call writes, once for each."""
+    attention, given, cache = plan.attention, site.given, site.cache
+    assert isinstance(attention, Attention)
+    operands = (given.query, given.key, given.value, list(site.captured), given.extra)
+    if cache is None:
+        made = emit(torch.ops.lychee.exact_decode.default, *operands, site.kernel)
+    else:
+        assert plan.binding is not None
+        state = state_input(plan.binding, cache)
+        first = state not in updated
+        positions = _positions(plan.binding, cache, given, emit) if first else None
+        updated.add(state)
+        fixed, growing = torch.ops.lychee.sparse_decode, torch.ops.lychee.growing_sparse_decode
+        target = growing if cache.layout is None else fixed
+        made = emit(target.default, *operands, positions, state, site.kernel)
+    output = _new_output(emit, Canonicaliser(attention, emit), made, attention.node)
+    attention.node.replace_all_uses_with(output)
+
+
+def _positions(
+    binding: CacheBinding, cache: SlotCache, given: Canonical, emit: Emitter
+) -> torch.fx.Node | None:
+    """The slots written, int [T]: the last ones of a cache that grows; None where none are."""
+    if binding.reads_only or binding.kind == "static":
+        return _named_positions(binding, emit)
+    kv_len = emit(aten.sym_size.int, given.key, 2)
+    first = emit(operator.sub, kv_len, cache.written)
+    device = value_of(given.key).device
+    return emit(aten.arange.start, first, kv_len, device=device, dtype=torch.int64)
 
 
 def _rewrite_exact(plan: Plan, emit: Emitter) -> None:

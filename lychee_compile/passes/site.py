@@ -39,13 +39,14 @@ class Site:
     monotone: bool = False
     """Whether the score is proved to grow with q.k, so that bounds of q.k bound it."""
     decision: str = "kept"
-    """"sparse": index and pruned attention; "exact": our dense kernel; "kept": the original."""
+    """"sparse": index and pruned attention; "exact": another operator that reads all keys, a
+    generated kernel or PyTorch's; "kept": the original."""
     reason: str = ""
     """Why, in words for the user."""
     by_design: bool = False
     """Whether a kept site is meant to be exact, and not kept for want of support."""
     kernel: str = ""
-    """Operator that runs."""
+    """Operator that runs, or the generated kernel: `Report.sources` has its source."""
 
 
 @dataclass(frozen=True)

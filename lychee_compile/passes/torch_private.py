@@ -96,17 +96,28 @@ def has_data(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
+def size_hint(size: Any) -> int:
+    """A size, or what a symbolic one was when the graph was traced; no guard is added."""
+    return int(size) if isinstance(size, int) else int(size.node.hint)
+
+
 def add_state_input(
-    gm: torch.fx.GraphModule, name: str, example: Tensor, mode: Any
+    gm: torch.fx.GraphModule,
+    name: str,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    mode: Any,
 ) -> tuple[torch.fx.Node, Tensor]:
-    """Append an input that the backend supplies: its node, and the fake tensor to compile with.
+    """Append an input [size] that the backend supplies: its node, and the fake to compile with.
 
     Dynamo knows no source for it and guards nothing on it; it counts as static for CUDA graphs.
     """
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
     with gm.graph.inserting_after(last):
         node = gm.graph.placeholder(name)
-    fake = mode.from_tensor(example, static_shapes=True, trace=False)
+    with mode:
+        fake = torch.empty(size, dtype=dtype, device=device)
     node.meta["val"] = fake
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node._dynamo_source = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec
 
@@ -13,6 +15,15 @@ _OPERANDS = """query, query_stride_b, query_stride_h, query_stride_t, query_stri
     value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
     partial, partial_top, partial_sum,
     kv_len, kv_heads, query_len, splits"""
+
+
+class Upkeep(NamedTuple):
+    """How a step brings the index of a policy up to date."""
+
+    parameters: str
+    """Of `attend`, that are the parts of the index and their sizes."""
+    call: str
+    """What does it, for the KV head `kv_head` of row `b`."""
 
 
 def emit_attention_steps(spec: AttentionSpec) -> str:
@@ -175,9 +186,9 @@ if tl.max(seen.to(tl.int32)) > 0:
     return indented(check + indented(step, 4), 8)
 
 
-def emit_sparse(spec: AttentionSpec) -> str:
+def emit_sparse(spec: AttentionSpec, upkeep: Upkeep) -> str:
     """`attend`: sinks, recent and selected tokens; all of them while the index is not trusted."""
-    names = captured(spec)
+    names, update = captured(spec), indented(upkeep.call, 12)
     return f'''
 @triton.jit
 def selected(
@@ -193,7 +204,7 @@ def selected(
 @triton.jit
 def attend(
     {_OPERANDS},
-    header, fine, coarse, pages, axes, centre, step, spread, slots, blocks,
+    {upkeep.parameters},
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
     histogram, bins, candidates, candidate_count, lots, lot_size, chosen_list, capacity{names},
     KEYS: tl.constexpr, TILES: tl.constexpr,
@@ -212,12 +223,7 @@ def attend(
         if EARLY:
             tl.extra.cuda.gdc_wait()
         if t == 0:
-            encode_new(
-                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fine, coarse, pages, axes, centre, step, spread,
-                positions, position_stride_b, position_stride_t, written,
-                b, kv_head, slots, kv_heads, blocks, kv_len,
-            )
+{update}
     else:
         queries, heads = load_queries(
             query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
@@ -236,11 +242,11 @@ def attend(
         first, begin, stop, end = always_read(
             tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh{names}, TILES
         )
-        if (tl.load(header) != 0) & (end > 0):
-            sinks = begin - first
-            always = sinks + end - stop
+        sinks = begin - first
+        always = sinks + end - stop
+        if (tl.load(header) != 0) & (end > 0) & (always <= capacity):
             room = tl.maximum(-(always - BUDGET), 0)
-            cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
+{_threshold(spec)}
             chosen_list += (head_row.to(tl.int64) * splits + split) * capacity
             count = tl.maximum(always - split + splits - 1, 0) // splits
             for start in range(0, count, 32):
@@ -296,3 +302,15 @@ def attend(
             top, total, result, head_row, split, splits, partial, partial_top, partial_sum
         )
 '''
+
+
+def _threshold(spec: AttentionSpec) -> str:
+    """The bin that the budget ends in; of all tokens, those read anyway may have been counted."""
+    pages = "cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)"
+    if sees_range(spec):
+        return indented(pages, 12)
+    tokens = """ranked = bins + head_row.to(tl.int64) * slots
+known = tl.minimum(end, fresh)
+read = bins_read(ranked, first, begin, stop, known)
+cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room, read)"""
+    return indented(f"if PAGED:\n{indented(pages, 4)}\nelse:\n{indented(tokens, 4)}", 12)

@@ -12,6 +12,7 @@ def power_of_two(value: int, at_least: int = 1) -> int:
 
 def emit_constants(spec: AttentionSpec) -> str:
     """Sizes of this site. Rows and columns are padded to what a tensor core's product takes."""
+    logits = "\nLOG2E = tl.constexpr(1.4426950408889634)  # of extra logits" if spec.extra else ""
     return f"""
 GROUP = tl.constexpr({spec.group})  # query heads that share a KV head
 ROWS = tl.constexpr({power_of_two(spec.group, 16)})
@@ -19,7 +20,7 @@ HEAD_DIM = tl.constexpr({spec.head_dim})
 DIM = tl.constexpr({power_of_two(spec.head_dim, 16)})
 VALUE_DIM = tl.constexpr({spec.value_dim})
 WIDTH = tl.constexpr({power_of_two(spec.value_dim, 16)})
-LOG2E = tl.constexpr(1.4426950408889634)
+AUTOTUNE = {spec.autotune}  # whether tile sizes are measured at the first call{logits}
 """
 
 

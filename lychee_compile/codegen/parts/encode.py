@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from lychee_compile.codegen.parts.attend import Upkeep
+
+UPKEEP = Upkeep(
+    "header, fine, coarse, pages, axes, centre, step, spread, slots, blocks",
+    """encode_new(
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    header, fine, coarse, pages, axes, centre, step, spread,
+    positions, position_stride_b, position_stride_t, written,
+    b, kv_head, slots, kv_heads, blocks, kv_len,
+)""",
+)
+"""New keys get sketches."""
+
 
 def emit_encode() -> str:
     """`encode`, over all keys of a cache, and `encode_new`, over those a step has written."""

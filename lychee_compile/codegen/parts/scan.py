@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lychee_compile.codegen.parts.common import power_of_two
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec, H, SparseSpec
 from lychee_compile.kernels.launch import BINS
@@ -87,10 +88,13 @@ def count_bins(histogram, bins):
 
 
 @triton.jit
-def threshold(histogram, room):
-    """The bin that `room` items end in, what is left for that bin, and how many are in it."""
+def threshold(histogram, room, read=0):
+    """The bin that `room` items end in, what is left for that bin, and how many are in it.
+
+    `read` of those in each bin do not count.
+    """
     place = tl.arange(0, BINS)
-    counts = tl.load(histogram + place)
+    counts = tl.load(histogram + place) - read
     through = tl.cumsum(counts, 0, reverse=True)
     cut = tl.max(tl.where(through > room, place, 0), 0)
     above = tl.max(tl.where(place > cut, through, 0), 0)
@@ -112,15 +116,15 @@ def choose(entry, cut, left, at_cut):
 '''
 
 
-def emit_always_read(spec: AttentionSpec) -> str:
-    """`always_read`: sinks and recent tokens."""
-    names = captured(spec)
+def emit_always_read(spec: AttentionSpec, unread: str = "fresh") -> str:
+    """`always_read`: sinks and recent tokens, and all from the slot `unread` on."""
+    names, counted = captured(spec), _emit_bins_read(spec)
     ends = """    tile = tl.arange(0, TILES)
     inside = tile < tiles
     first = tl.min(tl.load(tile_first + head_row * tiles + tile, mask=inside, other=2**30), 0)
     end = tl.max(tl.load(tile_end + head_row * tiles + tile, mask=inside, other=0), 0)"""
     if sees_range(spec):
-        ends = f"    first, end = seen_range(b, t, kv_len{names})"
+        ends, counted = f"    first, end = seen_range(b, t, kv_len{names})", ""
     return f'''
 @triton.jit
 def always_read(
@@ -129,14 +133,32 @@ def always_read(
     """Slots [first, sinks_end) and [recent_start, end), which are read whatever they hold."""
 {ends}
     sinks_end = tl.minimum(first + SINKS, end)
-    recent_start = tl.maximum(tl.minimum(end - RECENT, fresh), sinks_end)
+    recent_start = tl.maximum(tl.minimum(end - RECENT, {unread}), sinks_end)
     return first, sinks_end, recent_start, end
+{counted}'''
+
+
+def _emit_bins_read(spec: AttentionSpec) -> str:
+    """`bins_read`, where a scan does not know yet which tokens are read anyway."""
+    assert spec.sparse is not None
+    most = power_of_two(spec.sparse.sinks + spec.sparse.recent)
+    return f'''
+
+@triton.jit
+def bins_read(bins, first, begin, stop, known):
+    """How many of the slots [first, begin) and [stop, known) are in each of the bins."""
+    number = tl.arange(0, {most})
+    slot = tl.where(number < begin - first, first + number, stop + number - (begin - first))
+    inside = slot < tl.maximum(known, begin)
+    return tl.histogram(tl.load(bins + slot, mask=inside, other=0).to(tl.int32), BINS)
 '''
 
 
 def emit_scan(spec: AttentionSpec) -> str:
-    """`scan_tokens`: bins of all tokens."""
-    extra = captured(spec)
+    """`scan_tokens`: bins of all tokens, but those that are read anyway where these are known."""
+    extra, possible = captured(spec), "slot < fresh"
+    if sees_range(spec):
+        possible = "(slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))"
     body = _where_seen(
         spec,
         "TILE",
@@ -157,7 +179,8 @@ total = denominators(totals, head_row, blocks, BLOCKS)
 seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :]{extra})
 {_ends("ROWS" if spec.visible.has(H) else "1") if not sees_range(spec) else ""}
 value = score(s, b, h, t, slot[None, :], inside[None, :]{extra})
-entry = bins_of(value, seen & (slot < fresh)[None, :], total)
+possible = {possible}
+entry = bins_of(value, seen & possible[None, :], total)
 place = bins + head_row.to(tl.int64) * slots + slot
 tl.store(place, entry.to(tl.uint8))
 count_bins(histogram + head_row * (2 * BINS), place)""",

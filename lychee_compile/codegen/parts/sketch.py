@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lychee_compile.codegen.parts.common import power_of_two
 from lychee_compile.codegen.parts.terms import captured
-from lychee_compile.codegen.specification import AttentionSpec
+from lychee_compile.codegen.specification import KV, AttentionSpec
 from lychee_compile.kernels.reference.sketch import STEPS
 from lychee_compile.kernels.slot_layout import BLOCK, PAGE, TILE, Field, planes
 
@@ -14,6 +14,8 @@ _BASE = 128
 """What codes are added to: a bfloat16 of this size has them in its last bits."""
 _VARIANCE = {bits: step**-2 for bits, step in STEPS.items()}
 """Of coordinates over a block, in steps, by their bits."""
+PROBES = 16
+"""Slots of a block, up to its newest, at which a score that depends on the slot is looked at."""
 PAGE_RANGE = 0.75
 """The means of a page lie within this share of what 4 bits hold."""
 
@@ -101,9 +103,8 @@ def weigh(
     tl.store(constants + mine * (2 * ROWS) + ROWS + g, of_page)
     fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     held = tl.minimum(fresh - tile * BLOCK, BLOCK)
-    first = (tile * BLOCK + tl.zeros([1, 1], tl.int32))
-    bits = score(of_block[:, None], b, heads[:, None], t, first, first < kv_len{extra})
-    whole = tl.max(bits, 1) + tl.log2(tl.maximum(held, 1).to(tl.float32))
+{_block_bits(spec)}
+    whole += tl.log2(tl.maximum(held, 1).to(tl.float32))
     tl.store(totals + mine * ROWS + g, tl.where(held > 0, whole, -1e30))
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
@@ -140,6 +141,22 @@ def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
         made = (((packed.to(tl.int16) >> SHIFT) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
     return made
 '''
+
+
+def _block_bits(spec: AttentionSpec) -> str:
+    """The score, in bits, of `of_block`: where slots matter, the mean over some that are seen."""
+    extra = captured(spec)
+    if KV not in spec.score.free_symbols:
+        return f"""    first = (tile * BLOCK + tl.zeros([1, 1], tl.int32))
+    bits = score(of_block[:, None], b, heads[:, None], t, first, first < kv_len{extra})
+    whole = tl.max(bits, 1)"""
+    return f"""    probe = tl.maximum((1 + tl.arange(0, {PROBES})) * held // {PROBES} - 1, 0)
+    slot = tile * BLOCK + probe[None, :]
+    seen = visible(b, heads[:, None], t, slot, kv_len, slot < kv_len{extra})
+    bits = score(of_block[:, None], b, heads[:, None], t, slot, slot < kv_len{extra})
+    bits = tl.where(seen, bits, -1e30)
+    most = tl.max(bits, 1)
+    whole = most + tl.log2(tl.sum(tl.exp2(bits - most[:, None]), 1) / {PROBES})"""
 
 
 def emit_sketch_scores(spec: AttentionSpec) -> str:

@@ -67,7 +67,7 @@ def select_slots(
     """Slots always read, log2 shares of those that may be chosen, and how many of these are.
 
     `query` is [B, Hkv, G, T, D], `visible` bool [B, Hkv, G, T, L], `fresh` int64 [B] the first slot
-    that has no sketch yet. With `pages` only the tokens of about so many pages may be chosen. Returns
+    that has no sketch yet. With `pages` only tokens of about so many pages may be chosen. Returns
     bool [B, Hkv, T, L], float32 [B, Hkv, T, L] (-inf: may not be chosen), int64 [B, Hkv, T].
     """
     kv_len = visible.shape[-1]
@@ -102,7 +102,11 @@ def share_bins(share: Tensor) -> Tensor:
 def log_denominator(
     query: Tensor, state: SlotState, fresh: Tensor, finish: Finish, scale: float
 ) -> Tensor:
-    """Estimated log of the sum of exp(score) over the keys before `fresh`: [B, Hkv, G, T, 1]."""
+    """Estimated log of the sum of exp(score) over the keys before `fresh`: [B, Hkv, G, T, 1].
+
+    Here `finish` is given one product for each block, [B, Hkv, G, T, S]. Where scores depend on a
+    key's slot, it says what that comes to on average over slots of the block.
+    """
     weight, constant = _weights(query, state)
     bits = torch.tensor(sketch_bits(query.shape[-1]), device=query.device)
     deviation = torch.where(bits == 4, 1 / STEPS[4], 1 / STEPS[2])

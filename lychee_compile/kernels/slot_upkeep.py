@@ -1,0 +1,158 @@
+"""When an index by slot is built, trusted and refitted; what happens between is up to the kernels.
+
+A cache that is new, or that somebody else has written, is read in full by the next call. Then its
+index is built, and from the next call on attention is sparse.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.cache_index import WORTH_LOGGING
+from lychee_compile.kernels.generated import load
+from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.slot_layout import SlotLayout
+
+logger = logging.getLogger(__name__)
+
+REFIT = 256
+"""Calls after which the newest block of an index is fitted anew to the keys it holds."""
+WORTHWHILE = 32
+"""Sparse calls that pay for building an index: one that lived shorter makes us wait longer."""
+MOST_PATIENCE = 1023
+"""Calls that a cache has to stay ours before its index is built, at most."""
+
+
+@dataclass(frozen=True)
+class SlotCache:
+    """How one graph uses a key cache whose index is addressed by slot."""
+
+    kernel: str
+    """The module that attends to it."""
+    keys: Callable[[Tensor], Tensor]
+    """Shows the cache as [B, Hkv, L, D]."""
+    written: int
+    """Tokens that a call writes; 0 where it only reads."""
+    layout: SlotLayout | None
+    """Of the index, where the size of the cache is known when compiling and stays."""
+
+
+class Upkeep:
+    """Whether the index of one key cache may be trusted, and what it takes to get there."""
+
+    index: SlotIndex | None
+
+    def __init__(self) -> None:
+        self.trusted = False
+        """Whether the index describes the keys: attention over the cache is sparse."""
+        self._calls = 0  # since trust was won, or the cache was last written by somebody else
+        self._patience: float = 0
+        self._turn = next(_turns) * 37 % REFIT  # layers are not all refitted in one step
+        self._peek: _Peek | None = None
+
+    def distrust(self) -> None:
+        """Somebody else may have written the cache: read all of it until the index is rebuilt."""
+        if self.trusted:
+            soon = self._calls < WORTHWHILE
+            self._patience = min(2 * self._patience + 1, MOST_PATIENCE) if soon else 0
+            self._revoke()
+        self._calls = 0
+
+    def after_call(self, cache: Tensor, use: SlotCache) -> None:
+        """A graph has run on `cache`: build or refit the index where that is due."""
+        self._calls += 1
+        try:
+            if not self.trusted:
+                if self._calls > self._patience:
+                    self._build(use.keys(cache), use)
+            elif self._calls % REFIT == self._turn and self.index is not None:
+                self._peek = _Peek(self.index.parts.header[1])
+            elif self._peek is not None:
+                self._refit(cache, use, self._peek)
+        except torch.OutOfMemoryError:
+            self._revoke()
+            self.never_build()
+            warn_of_memory()
+        except BaseException:
+            self._revoke()
+            raise
+
+    def never_build(self) -> None:
+        """Stay exact from now on."""
+        self._patience = math.inf
+
+    def _index_for(self, key: Tensor) -> SlotIndex:
+        """The index to build over `key` [B, Hkv, L, D]."""
+        raise NotImplementedError
+
+    def _end(self, key: Tensor) -> int:
+        """Slots of `key` that hold keys; waits for the device."""
+        raise NotImplementedError
+
+    def _revoke(self) -> None:
+        self.trusted, self._peek = False, None
+        if self.index is not None:
+            self.index.distrust()
+
+    def _build(self, key: Tensor, use: SlotCache) -> None:
+        # A graph that only reads cannot say how far the keys go; slots without one do no harm.
+        end = self._end(key) if use.written else key.shape[2]
+        started = time.perf_counter()
+        self.index = self._index_for(key)
+        self.index.build(load(use.kernel), key, end)
+        self.trusted, self._calls = True, 0
+        if end > WORTH_LOGGING and logger.isEnabledFor(logging.INFO):
+            if key.is_cuda:
+                torch.cuda.synchronize(key.device)
+            took = 1e3 * (time.perf_counter() - started)
+            logger.info("indexed %d tokens of %d KV heads in %.0f ms", end, key.shape[1], took)
+
+    def _refit(self, cache: Tensor, use: SlotCache, peek: _Peek) -> None:
+        """Fit the newest block anew, once it is known which that is."""
+        assert self.index is not None
+        peek.written += use.written
+        if peek.is_there():
+            self._peek, key = None, use.keys(cache)
+            end = min(peek.value() + peek.written, key.shape[2])
+            if end > 0:
+                self.index.refit(load(use.kernel), key, end)
+
+
+class _Peek:
+    """A number on its way from the device, for which nobody waits."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.written = 0
+        """Tokens written since, at most."""
+        self._host = torch.empty((), dtype=number.dtype, pin_memory=number.is_cuda)
+        self._host.copy_(number, non_blocking=True)
+        self._event = torch.cuda.Event() if number.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def is_there(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def value(self) -> int:
+        return int(self._host)
+
+
+@cache
+def warn_of_memory() -> None:
+    """Say once that memory is short."""
+    logger.warning(
+        "Not enough memory for the index of a key cache: attention over it reads all keys. "
+        "A smaller cache, or fewer of them, leaves room."
+    )
+
+
+_turns = itertools.count()

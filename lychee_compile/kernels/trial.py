@@ -1,0 +1,83 @@
+"""Run a kernel once while its graph is compiled, so that no call ever finds out that it cannot run.
+
+It compiles what the first call would compile, and shows what only a device knows: that shared
+memory is too small, say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.generated import load
+from lychee_compile.kernels.launch import run_encode, run_exact, run_sparse
+from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.tuning import tuning_for
+
+
+@dataclass(frozen=True)
+class TensorForm:
+    """What a kernel is compiled for of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def stand_in(self) -> Tensor:
+        """A tensor of zeros that takes hardly any memory: strides other than one are zero."""
+        held = [
+            size if stride == 1 else 1 for size, stride in zip(self.shape, self.stride, strict=True)
+        ]
+        return torch.zeros(held, dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+@dataclass(frozen=True)
+class TrialCall:
+    """The operands of an attention, by their form."""
+
+    kernel: str
+    query: TensorForm
+    key: TensorForm
+    value: TensorForm
+    captured: tuple[TensorForm, ...]
+    extra: TensorForm | None
+    sparse: bool
+    written: int
+    """Tokens written by the call; 0: none."""
+
+
+def try_kernels(call: TrialCall) -> None:
+    """Run the kernels of `call` on zeros. Raises what a real call would."""
+    if call in _tried:
+        return
+    try:
+        with torch.no_grad():
+            _run(call)
+    except torch.OutOfMemoryError:
+        return  # that says nothing about the kernels
+    _tried.add(call)
+
+
+def _run(call: TrialCall) -> None:
+    module = load(call.kernel)
+    query, key, value = (each.stand_in() for each in (call.query, call.key, call.value))
+    captured = [each.stand_in() for each in call.captured]
+    extra = None if call.extra is None else call.extra.stand_in()
+    if not call.sparse:
+        tuning = tuning_for(module, "exact", query, key, value)
+        run_exact(module, query, key, value, captured, extra, tuning)
+        return
+    index = SlotIndex(SlotLayout.of(key), key.device)
+    run_encode(module, key, index.layout, index.parts, 0, 1)
+    last = torch.arange(key.shape[2] - call.written, key.shape[2], device=key.device)
+    positions = last if call.written else None
+    tuning = tuning_for(module, "sparse", query, key, value)
+    state = index.layout, index.parts
+    run_sparse(module, query, key, value, captured, extra, positions, *state, tuning)
+
+
+_tried: set[TrialCall] = set()

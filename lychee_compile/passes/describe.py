@@ -1,0 +1,80 @@
+"""What is known of an attention, in words and expressions for the report."""
+
+from __future__ import annotations
+
+import sympy
+
+from lychee_compile.passes.attention import Attention, Rejected, Unread
+from lychee_compile.passes.axes import Axis
+from lychee_compile.passes.dataflow import module_path, operator_name, source_line
+from lychee_compile.passes.masks import Reading
+from lychee_compile.passes.site import RejectedSite, Site
+
+
+def describe(attention: Attention, cache: str) -> Site:
+    """What is known of an attention whose keys are in a `cache` of this kind."""
+    roles, reading = attention.roles, Reading(attention)
+    first, end = reading.key_range
+
+    def size(axes: tuple[Axis, ...]) -> int | str:
+        value = attention.size(axes)
+        return value if isinstance(value, int) else str(value)
+
+    return Site(
+        name=module_path(attention.node),
+        source=source_line(attention.node),
+        form=attention.form,
+        query_heads=size(roles.kv_heads + roles.group),
+        kv_heads=size(roles.kv_heads),
+        head_dim=size(roles.head_dim),
+        value_head_dim=size(roles.value_dim),
+        query_len=size(roles.query),
+        kv_len=size(roles.key),
+        mask=reading.words(),
+        predicate=reading.predicate,
+        key_range=f"[{first}, {end})",
+        score=_rounded(reading.score) + (" with an extra logit" if attention.score.extra else ""),
+        monotone=attention.score.monotone,
+        cache=cache,
+    )
+
+
+def _rounded(expression: sympy.Basic) -> str:
+    """Numbers to four digits: a report is for reading."""
+    short = {
+        each: sympy.Integer(int(each)) if float(each).is_integer() else sympy.Float(each, 4)
+        for each in expression.atoms(sympy.Float)
+        if each.is_finite
+    }
+    return str(expression.xreplace(short))
+
+
+def describe_unread(unread: Unread) -> Site:
+    """What is known of an operator that was not looked into."""
+
+    def size(value: int | sympy.Expr) -> int | str:
+        return value if isinstance(value, int) else str(value)
+
+    return Site(
+        name=module_path(unread.node),
+        source=source_line(unread.node),
+        form=unread.form,
+        query_heads=size(unread.query_heads),
+        kv_heads=size(unread.kv_heads),
+        head_dim=size(unread.head_dim),
+        value_head_dim=size(unread.head_dim),
+        query_len=size(unread.query_len),
+        kv_len=size(unread.kv_len),
+        mask=unread.mask,
+        cache="none",
+        score="",
+        reason=unread.reason,
+        by_design=unread.by_design,
+        kernel=operator_name(unread.node),
+    )
+
+
+def describe_rejected(rejected: Rejected) -> RejectedSite:
+    """A softmax that is no attention, for the report."""
+    node = rejected.node
+    return RejectedSite(module_path(node), source_line(node), rejected.reason)

@@ -1,0 +1,103 @@
+"""One decoding step over a cache in many forms, and a cache whose values tell what was read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.options import Options
+from lychee_compile.state import registry
+
+SIZE, DIM, KV_HEADS, GROUP = 128, 16, 2, 2
+SMALL = {"budget": 40, "sinks": 4, "recent": 16, "chunk": (2, 4)}
+EVERYTHING = {**SMALL, "budget": SIZE - 1}
+
+
+@dataclass
+class Cache:
+    """Keys [B, Hkv, L, D] with a few directions that matter, and values that are unit vectors.
+
+    So the output of an attention is its weights, [B, Hq, T, L].
+    """
+
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+    size: int = SIZE
+    seed: int = 0
+    keys: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        self.keys = torch.zeros(self.batch, KV_HEADS, self.size, DIM, dtype=self.dtype)
+        self.values = torch.zeros(self.batch, KV_HEADS, self.size, self.size, dtype=self.dtype)
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def fill(self, length: int) -> Cache:
+        """As an eager prefill would, behind the backend's back."""
+        self.keys[:, :, :length] = self.fresh(length)
+        self.values[:, :, :length] = torch.eye(self.size)[:length]
+        self.length = length
+        return self
+
+    def fresh(self, count: int) -> Tensor:
+        """Keys [B, Hkv, T, D] to write."""
+        shape = (self.batch, KV_HEADS, count, DIM)
+        keys = torch.randn(*shape, generator=self._generator)
+        keys = keys * torch.linspace(3, 0.1, DIM) + torch.linspace(1, 0, DIM)
+        return keys.to(self.dtype)
+
+    def step(self, attend: Callable[..., Any], count: int = 1) -> tuple[Any, Tensor]:
+        """Write `count` tokens and attend, through `attend`; also what eager makes of it."""
+        shape = (self.batch, KV_HEADS * GROUP, count, DIM)
+        query = torch.randn(*shape, generator=self._generator).to(self.dtype)
+        positions = torch.arange(self.length, self.length + count)
+        new = torch.eye(self.size, dtype=self.dtype)[positions].expand(
+            self.batch, KV_HEADS, -1, -1
+        )
+        given = (query, positions, self.fresh(count), new)
+        keys, values = self.keys.clone(), self.values.clone()
+        dense = decode(query, keys, values, *given[1:])
+        self.length += count
+        return attend(given[0], self.keys, self.values, *given[1:]), dense
+
+
+def decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+) -> Tensor:
+    """Write to a static cache, a key if it is not there yet, and attend to what is in it."""
+    if key is not None:
+        keys.index_copy_(2, positions, key)
+    values.index_copy_(2, positions, value)
+    mask = (torch.arange(keys.shape[2]) <= positions[:, None])[None, None]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+
+
+def compiled(function: Callable[..., Any] = decode, **options: Any) -> Callable[..., Any]:
+    """`function` through the backend."""
+    return torch.compile(function, backend="lychee", options={**SMALL, **options})
+
+
+def upkeep_of(keys: Tensor, growing: bool = False) -> Any:
+    """What keeps the index of a cache [B, Hkv, L, D]; None where it has none."""
+    return registry.owner_of(keys, None if growing else SlotLayout.of(keys))
+
+
+def read_by(weights: Tensor, cache: Cache) -> Tensor:
+    """The slots with any weight, bool [B, Hkv, T, L]: a group of heads reads the same."""
+    return (weights != 0).unflatten(1, (KV_HEADS, GROUP)).any(2)
+
+
+def config(**options: Any) -> Any:
+    return Options.parse(None, {**SMALL, **options}).index_config()

@@ -1,0 +1,50 @@
+"""Every kernel once or a few times, on little data, for compute-sanitizer:
+
+    compute-sanitizer --tool memcheck python tests/sanitized_kernels.py
+    compute-sanitizer --tool racecheck python tests/sanitized_kernels.py
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+
+from lychee_compile.codegen.module import emit_module
+from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
+from lychee_compile.kernels import generated, launch
+from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.slot_layout import SlotLayout
+
+
+def main() -> None:
+    last = torch.zeros((), dtype=torch.int64, device="cuda")
+    causal = Q + sympy.Symbol("last", integer=True) >= KV
+    captured = (Captured("last", "int64", 0),)
+    for head_dim, group, flat_tokens in ((128, 4, 65536), (80, 3, 0)):
+        sparse = SparseSpec("lychee", 256, 16, 64, 2, flat_tokens)
+        spec = AttentionSpec(
+            "bfloat16", group, head_dim, head_dim, S / 8, causal, captured, sparse=sparse
+        )
+        module = generated.load(generated.store(emit_module(spec), spec.name).stem)
+        slots, length = 9000, 8190
+        key, value = (
+            torch.randn(1, 2, slots, head_dim, dtype=torch.bfloat16, device="cuda")
+            for _ in range(2)
+        )
+        query = torch.randn(1, 2 * group, 1, head_dim, dtype=torch.bfloat16, device="cuda")
+        index = SlotIndex(SlotLayout.of(key), key.device)
+        for step in range(length, length + 4):  # into a new block
+            last.fill_(step)
+            written = last[None].clone()
+            launch.run_exact(module, query, key, value, [last], None)
+            launch.run_sparse(
+                module, query, key, value, [last], None, written, index.layout, index.parts
+            )
+            if step == length:
+                index.build(module, key, length + 1)
+        torch.cuda.synchronize()
+        print("ran", spec.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Steps of sparse decode kernels: what they read, against what the reference would select."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from decode_problems import Problem
+from torch import Tensor
+
+from lychee_compile.codegen.parts.scan import LARGEST
+from lychee_compile.codegen.parts.sketch import PROBES
+from lychee_compile.codegen.specification import KV
+from lychee_compile.kernels import launch
+from lychee_compile.kernels.launch import BINS, run_sparse
+from lychee_compile.kernels.reference.slots import (
+    log_denominator,
+    page_scores,
+    select_slots,
+    token_scores,
+)
+from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.slot_layout import BLOCK, PAGE, SlotLayout, SlotState
+from lychee_compile.kernels.tuning import Tuning
+
+SMALLEST = 100
+"""Minus log2 of shares that may be lost to underflow."""
+
+
+def built(problem: Problem, end: int, slots: int | None = None) -> SlotIndex:
+    """An index of the keys in the slots [0, end), with room for `slots`."""
+    layout = SlotLayout.of(problem.key)
+    if slots is not None:
+        layout = SlotLayout(
+            layout.batch, layout.kv_heads, layout.head_dim, slots, layout.axes_dtype
+        )
+    index = SlotIndex(layout, problem.key.device)
+    index.build(problem.module(), problem.key, end)
+    return index
+
+
+def copied(state: SlotState) -> SlotState:
+    """The parts of an index as they are now."""
+    return SlotState(*(part.clone() for part in state))
+
+
+@dataclass
+class Step:
+    """One step of decoding: what the kernels were given, made and left behind."""
+
+    problem: Problem
+    index: SlotIndex
+    state: SlotState
+    """The index before the step."""
+    fresh: Tensor
+    """First slot without a sketch, int64 [B]."""
+    output: Tensor
+    scratch: dict[str, Tensor]
+
+    @classmethod
+    def run(
+        cls,
+        problem: Problem,
+        index: SlotIndex,
+        positions: Tensor | None,
+        tuning: Tuning | None = None,
+    ) -> Step:
+        """Decode, out of scratch memory that holds nothing but NaN."""
+        state, kept = copied(index.parts), {}
+        batch, kv_len = problem.key.shape[0], problem.key.shape[2]
+        allocate = launch._Scratch.allocate
+
+        def allocate_and_keep(self: launch._Scratch, device: torch.device) -> dict[str, Tensor]:
+            made = allocate(self, device)
+            for each in made.values():
+                each.view(torch.uint8).fill_(255)
+            kept.update(made)
+            return made
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch._Scratch, "allocate", allocate_and_keep)
+            output = run_sparse(
+                problem.module(), problem.query, problem.key, problem.value, problem.captured,
+                problem.extra, positions, index.layout, index.parts, tuning,
+            )  # fmt: skip
+        if positions is None:
+            fresh = state.header[1].long().expand(batch)
+        else:
+            fresh = (positions.long() % kv_len).expand(batch, -1).amin(-1)
+        return cls(problem, index, state, fresh, output, kept)
+
+    def check(self) -> None:
+        """Everything that can be said of a step of a trusted index."""
+        read = self.assert_selection()
+        self.problem.assert_as_good_as_eager(self.output, read)
+
+    @property
+    def read_all(self) -> bool:
+        """Whether no program has selected anything."""
+        return bool((self.scratch["chosen"] == -1).all())
+
+    @property
+    def paged(self) -> bool:
+        return "page_bins" in self.scratch
+
+    def slots_read(self) -> Tensor:
+        """bool [B, Hkv, T, L], and no slot twice."""
+        batch, heads, kv_len, _ = self.problem.key.shape
+        chosen = self.scratch["chosen"].flatten(1).long()
+        counts = torch.zeros(len(chosen), kv_len + 1).int()
+        assert chosen.max() < kv_len
+        counts.scatter_add_(1, chosen % (kv_len + 1), torch.ones_like(chosen).int())
+        assert counts[:, :kv_len].max() <= 1, "a slot is read twice"
+        rows = counts[:, :kv_len].bool().view(batch, -1, heads, kv_len)
+        return rows.transpose(1, 2)
+
+    def assert_selection(self) -> Tensor:
+        """The slots read, bool [B, Hkv, T, L]: sinks, recent ones, and the best of the others.
+
+        Those are the best by the bins of their shares, which are the reference's but for rounding.
+        """
+        always, rank, room = self._reference()
+        bins = self._paged_bins() if self.paged else self._by_row(self.scratch["bins"])
+        bins = bins[..., : rank.shape[-1]].int().masked_fill(rank == -torch.inf, 0)
+        possible = bins > 0
+        assert_near(bins[possible], rank[possible])
+        if not self.paged:
+            assert (possible | (rank < -SMALLEST)).all(), "some are left out of the ranking"
+        read = self.slots_read()
+        assert (read | ~always).all(), "sinks or recent tokens are left out"
+        selected, cut = read & ~always, best_left_out(bins, room)
+        assert (selected | ~(bins > cut)).all(), "one of the best is left out"
+        assert not (selected & ((bins < cut) | ~possible)).any(), "a better one is left out for it"
+        count, due = selected.sum(-1), torch.minimum(room, possible.sum(-1))
+        assert (count <= room).all(), "more than the budget"
+        # Every program takes its part of those at the cut, rounded down.
+        turns = self.scratch["chosen"].shape[1] * -(-rank.shape[-1] // 256)
+        assert (count > due - turns).all(), "less than the budget"
+        assert ((count == due) | (due < room) | (cut[..., 0] > 0)).all(), "less than there is"
+        return read
+
+    def _paged_bins(self) -> Tensor:
+        """Bins of the tokens that were looked at, uint8 [B, Hkv, T, L]: those of the best pages."""
+        batch, heads, kv_len, _ = self.problem.key.shape
+        share, held = self._page_shares()
+        page_bins = self._by_row(self.scratch["page_bins"])[..., : share.shape[-1]].int()
+        page_bins = page_bins.masked_fill(~held, 0)
+        assert_near(page_bins[held], share[held])
+        counts = self.scratch["counts"]
+        lots, bins = (
+            self.scratch[name].unflatten(1, (counts.shape[1], -1))
+            for name in ("candidates", "bins")
+        )
+        nothing = share.shape[-1] * PAGE
+        slots = torch.where(torch.arange(lots.shape[-1]) < counts[..., None], lots, nothing)
+        by_slot = torch.full((len(counts), nothing + 1), -1)
+        by_slot.scatter_(1, slots.flatten(1).long(), bins.flatten(1).long())
+        by_slot = self._by_row(by_slot[:, :-1])
+        looked_at = (by_slot >= 0).unflatten(-1, (-1, PAGE)).all(-1)
+        room = torch.tensor(self.problem.module().PAGE_ROOM.value).expand(held.shape[:-1])
+        cut = best_left_out(page_bins, room)
+        assert torch.equal(looked_at, page_bins >= cut.clamp(min=1)), "not the best pages"
+        return by_slot[..., :kv_len].clamp(min=0)
+
+    def _by_row(self, scratch: Tensor) -> Tensor:
+        """Scratch memory [rows, ...] as [B, Hkv, T, ...]."""
+        batch, heads = self.problem.key.shape[:2]
+        return scratch.unflatten(0, (batch, -1, heads)).transpose(1, 2)
+
+    def _query(self) -> Tensor:
+        return self.problem.query.unflatten(1, (-1, self.problem.spec.group))
+
+    def _visible(self) -> Tensor:
+        """bool [B, Hkv, G, T, L]."""
+        return self.problem.visible.unflatten(1, (-1, self.problem.spec.group))
+
+    def _finish(self, products: Tensor) -> Tensor:
+        """Scores of tokens, pages or blocks."""
+        count, kv_len = products.shape[-1], self.problem.key.shape[2]
+        if count == self.index.layout.blocks:
+            return torch.cat(
+                [self._of_block(*each) for each in enumerate(products.split(1, -1))], -1
+            )
+        return self.problem.finish(products, torch.arange(count) * (1 if count == kv_len else PAGE))
+
+    def _of_block(self, block: int, products: Tensor) -> Tensor:
+        """The mean score, as a logarithm, over some of the slots that a block holds."""
+        rows = []
+        for row, fresh in enumerate(self.fresh.tolist()):
+            held = max(min(fresh - block * BLOCK, BLOCK), 1)
+            slots = block * BLOCK + (torch.arange(1, PROBES + 1) * held // PROBES - 1).clamp(min=0)
+            slots = slots.clamp(max=self.problem.key.shape[2] - 1)
+            score = self.problem.finish(products.expand(*products.shape[:-1], PROBES), slots)[row]
+            if KV in self.problem.spec.score.free_symbols:
+                score = score.masked_fill(~self._visible()[row][..., slots], -1e30)
+            rows.append(score.logsumexp(-1, keepdim=True) - math.log(PROBES))
+        return torch.stack(rows)
+
+    @property
+    def _scale(self) -> float:
+        return 1 / math.sqrt(self.problem.spec.head_dim)
+
+    def _total(self) -> Tensor:
+        return log_denominator(self._query(), self.state, self.fresh, self._finish, self._scale)
+
+    def _token_shares(self) -> tuple[Tensor, Tensor]:
+        """log2 shares of tokens [B, Hkv, T, L], and which of them have one."""
+        kv_len = self.problem.key.shape[2]
+        known = self._visible() & (torch.arange(kv_len) < self.fresh.view(-1, 1, 1, 1, 1))
+        score = self._finish(token_scores(self._query(), self.state)[..., :kv_len])
+        share = (score - self._total()).masked_fill(~known, -torch.inf).logsumexp(2)
+        return share / math.log(2), known.any(2)
+
+    def _page_shares(self) -> tuple[Tensor, Tensor]:
+        """log2 shares of pages [B, Hkv, T, P], and which of them hold a key to choose."""
+        mass = self._finish(page_scores(self._query(), self.state, self._scale))
+        share = (mass - self._total()).logsumexp(2) / math.log(2)
+        _, known = self._token_shares()
+        room = share.shape[-1] * PAGE - known.shape[-1]
+        return share, torch.nn.functional.pad(known, (0, room)).unflatten(-1, (-1, PAGE)).any(-1)
+
+    def _reference(self) -> tuple[Tensor, Tensor, Tensor]:
+        sparse = self.problem.spec.sparse
+        assert sparse is not None
+        return select_slots(
+            self._query(), self.state, self._visible(), self.fresh, self._finish, self._scale,
+            sparse.budget, sparse.sinks, sparse.recent, None,
+        )  # fmt: skip
+
+
+def best_left_out(bins: Tensor, room: Tensor) -> Tensor:
+    """The bin of the best of items [..., N] for which there is no `room`, [...]: [..., 1]."""
+    order = torch.nn.functional.pad(bins, (0, 1)).sort(-1, descending=True).values
+    return order.gather(-1, room.clamp(max=bins.shape[-1])[..., None])
+
+
+def assert_near(bins: Tensor, share: Tensor) -> None:
+    """Bins are those of the reference's log2 shares, or next to them: scores are rounded."""
+    apart = (bins - bin_of(share)).abs()
+    assert apart.numel() == 0 or apart.max() <= 1, f"{apart.max()} bins apart"
+
+
+def bin_of(share: Tensor) -> Tensor:
+    """Bins, int32, of log2 shares: eighths of a float's octaves, up to that of 2^LARGEST."""
+    place = (share.exp2().float().view(torch.int32) >> 20) - ((127 + LARGEST) * 8 - BINS + 1)
+    return place.clamp(1, BINS - 1)

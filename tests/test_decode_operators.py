@@ -1,0 +1,198 @@
+"""The operators that run generated kernels, as PyTorch sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+import triton_interpreter
+from kernel_steps import SIZE, SMALL, Cache, compiled, decode
+from tiny_models import LAYERS, VOCABULARY, Past, StaticKV, TinyDecoder
+from torch import Tensor
+from torch._inductor import compile_fx
+
+from lychee_compile.codegen.module import emit_module
+from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, S, SparseSpec
+from lychee_compile.kernels import decode_operators
+from lychee_compile.kernels.generated import load, store
+from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.slot_states import GrowingSlots
+from lychee_compile.kernels.slot_upkeep import SlotCache
+
+triton_interpreter.use()
+pytestmark = [
+    pytest.mark.usefixtures("kernels_on_cpu", "seeded"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+
+DIM, LENGTH = 8, 90
+
+
+def kernel(sparse: bool) -> str:
+    """A module for keys up to `length[0]`."""
+    element = sympy.Indexed(sympy.IndexedBase(sympy.Symbol("length", integer=True)), 0)
+    spec = AttentionSpec(
+        dtype="float32",
+        group=2,
+        head_dim=DIM,
+        value_dim=DIM,
+        score=S / 2,
+        visible=sympy.Le(KV, element),
+        captured=(Captured("length", "int64", 1),),
+        extra=True,
+        sparse=SparseSpec("lychee", 40, 4, 16, 16, 65536) if sparse else None,
+    )
+    return store(emit_module(spec), spec.name).stem
+
+
+def operands() -> tuple[Any, ...]:
+    """Query, key, value, what is captured, and an extra logit."""
+    query, sink = torch.randn(1, 4, 2, DIM), torch.randn(4, 1)
+    key, value = torch.randn(2, 1, 2, 100, DIM)
+    return query, key, value, [torch.tensor([LENGTH])], sink
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, captured: list[Tensor], sink: Tensor) -> Any:
+    scores = query @ key.repeat_interleave(2, 1).mT / 2
+    scores = scores.masked_fill(torch.arange(100) > captured[0], -torch.inf)
+    extra = sink.expand(1, 4, 2)[..., None]
+    weights = torch.cat((scores, extra), -1).softmax(-1)[..., :-1]
+    return weights @ value.repeat_interleave(2, 1)
+
+
+def arguments(kind: str) -> tuple[Any, ...]:
+    """Of one operator; what stands for the index is kept alive by the caller."""
+    given, positions = operands(), torch.tensor([LENGTH - 1, LENGTH])
+    if kind == "exact":
+        return (*given, kernel(sparse=False))
+    if kind == "sparse":
+        index = SlotIndex(SlotLayout.of(given[1]), given[1].device)
+        return (*given, positions, index.state, kernel(sparse=True))
+    return (*given, positions, OWNER.tensor, kernel(sparse=True))
+
+
+OWNER = GrowingSlots()
+OPERATORS = {
+    "exact": decode_operators.exact_decode,
+    "sparse": decode_operators.sparse_decode,
+    "growing": decode_operators.growing_sparse_decode,
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_opcheck(kind: str) -> None:
+    torch.library.opcheck(OPERATORS[kind], arguments(kind))
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_without_a_trusted_index_every_visible_key_is_read(kind: str) -> None:
+    given = arguments(kind)
+    torch.testing.assert_close(OPERATORS[kind](*given), dense(*given[:5]), atol=1e-5, rtol=1e-5)
+
+
+def test_fixed_and_growing_indexes_give_the_same() -> None:
+    given, owner = operands(), GrowingSlots()
+    query, key, value, captured, sink = given
+    name, positions = kernel(sparse=True), torch.tensor([LENGTH - 1, LENGTH])
+    index = SlotIndex(SlotLayout.of(key), key.device)
+    index.build(load(name), key, LENGTH - 1)
+    owner.index_for(key, positions)
+    owner.after_call(key, SlotCache(name, lambda cache: cache, 2, None))
+    rest = (captured, sink, positions)
+    fixed = decode_operators.sparse_decode(query, key, value, *rest, index.state, name)
+    growing = decode_operators.growing_sparse_decode(query, key, value, *rest, owner.tensor, name)
+    assert owner.trusted
+    assert not torch.allclose(fixed, dense(*given), atol=1e-3)
+    torch.testing.assert_close(fixed, growing, atol=0.05, rtol=0)
+    assert owner.tensor.tolist() == [owner.number, 1]
+
+
+def final_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The graphs that Inductor lowers, once all passes have run."""
+    graphs: list[torch.fx.GraphModule] = []
+    passes = compile_fx._recursive_post_grad_passes
+
+    def noting(gm: torch.fx.GraphModule, *given: Any, **more: Any) -> None:
+        passes(gm, *given, **more)
+        graphs.append(gm)
+
+    monkeypatch.setattr(compile_fx, "_recursive_post_grad_passes", noting)
+    return graphs
+
+
+def copies(graph: torch.fx.Graph, size: int) -> list[torch.fx.Node]:
+    """Operators that make or fill a tensor of as many numbers as `size`, those of caches aside."""
+    makes = ("clone", "copy", "copy_", "index_put", "index_copy", "slice_scatter", "_to_copy")
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and getattr(node.target, "_opname", "") in makes
+        and node.meta["val"].numel() >= size
+        and len(set(node.all_input_nodes)) > (node.target._opname == "copy_")
+    ]
+
+
+def called(graph: torch.fx.Graph, name: str) -> int:
+    return sum(name in str(node.target) for node in graph.nodes)
+
+
+def test_the_cache_is_written_and_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = final_graphs(monkeypatch)
+    model = TinyDecoder().eval()
+    step = torch.compile(model, backend="lychee", options=SMALL)
+    cache = StaticKV.empty(1, SIZE)
+    for _ in range(2):
+        step(torch.randint(0, VOCABULARY, (1, 1)), cache=cache)
+    (graph,) = [gm.graph for gm in graphs]
+    assert called(graph, "lychee.sparse_decode.default") == LAYERS
+    assert not called(graph, "auto_functionalized")
+    assert not copies(graph, cache.keys[0].numel())
+
+
+def test_a_growing_cache_is_copied_by_its_concatenation_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs = final_graphs(monkeypatch)
+    model = TinyDecoder().eval()
+    step = torch.compile(model, backend="lychee", options=SMALL, dynamic=True)
+    past: Past = model(torch.randint(0, VOCABULARY, (1, 80)))[1]
+    for _ in range(3):
+        _, past = step(torch.randint(0, VOCABULARY, (1, 1)), past=past)
+    graph = graphs[-1].graph
+    assert called(graph, "lychee.growing_sparse_decode.default") == LAYERS
+    assert called(graph, "aten.cat") == 2 * LAYERS
+    assert not copies(graph, 2 * past[0][0].numel())
+
+
+def test_inductor_compiles_a_grouped_query_over_a_cache_in_another_layout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Heads repeated by hand and tokens before heads: the kernel still reads the cache itself."""
+
+    def step(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *new: Tensor) -> Any:
+        keys.index_copy_(1, positions, new[0])
+        values.index_copy_(1, positions, new[1])
+        wide = [each.transpose(1, 2).repeat_interleave(2, 1) for each in (keys, values)]
+        mask = (torch.arange(keys.shape[1]) <= positions[:, None])[None, None]
+        return F.scaled_dot_product_attention(query, *wide, mask)
+
+    graphs = final_graphs(monkeypatch)
+    keys, values = torch.randn(2, 1, SIZE, 2, DIM)
+    given = (torch.randn(1, 4, 1, DIM), torch.tensor([100]), *torch.randn(2, 1, 1, 2, DIM))
+    expected = step(given[0], keys.clone(), values.clone(), *given[1:])
+    got = compiled(step)(given[0], keys, values, *given[1:])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert called(graphs[-1].graph, "lychee.sparse_decode.default") == 1
+    assert not copies(graphs[-1].graph, keys.numel())
+
+
+def test_exact_decode_reads_in_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, cache = final_graphs(monkeypatch), Cache().fill(90)
+    torch.testing.assert_close(*cache.step(compiled(decode, budget=None)), atol=1e-5, rtol=1e-5)
+    assert called(graphs[-1].graph, "lychee.exact_decode.default") == 1
+    assert not copies(graphs[-1].graph, cache.keys.numel())

@@ -1,0 +1,201 @@
+"""Quest's kernels, interpreted, against the policy that they speed up and attention in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton_interpreter
+from decode_problems import Sizes, element, make_problem
+
+from lychee_compile.codegen.module import emit_module
+from lychee_compile.codegen.parts import boxes
+from lychee_compile.codegen.specification import KV, B, H, Q, SparseSpec
+from lychee_compile.kernels import launch_quest
+from lychee_compile.kernels.box_index import BoxIndex
+from lychee_compile.kernels.box_layout import BoxLayout
+from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.policies.quest import PAGE, QuestIndex
+from lychee_compile.kernels.reference.question import query_rows
+from lychee_compile.kernels.reference.selection import select
+from lychee_compile.passes.elementwise import Flag
+
+triton_interpreter.use()
+
+BUDGET = 120
+TIE = 0.12
+"""Logs of shares in the same bin differ by less."""
+
+
+def make_quest(sizes, budget=BUDGET, by_head=False, **given):
+    """A problem whose output says what weight each token has: values are unit vectors."""
+    sparse = SparseSpec("quest", budget, 16, 64, 16, 65536)
+    problem = make_problem(sizes=replace(sizes, value_dim=sizes.kv_len), sparse=sparse, **given)
+    if by_head:
+        problem.visible = problem.visible & (torch.rand(problem.visible.shape) < 0.6)
+        problem.captured = [problem.visible]
+        problem.spec = replace(problem.spec, visible=Flag(element("mask", B, H, Q, KV)))
+    spaces = problem.key.shape[:2]
+    problem.value = torch.eye(sizes.kv_len, dtype=problem.key.dtype).expand(*spaces, -1, -1)
+    return problem
+
+
+def positions_of(problem):
+    """Slots of the tokens that the queries belong to, int64 [B, T]."""
+    kv_len, query_len = problem.key.shape[2], problem.query.shape[2]
+    rows = 5 * torch.arange(problem.key.shape[0]) if "lengths" in str(problem.spec.visible) else 0
+    last = torch.arange(kv_len - query_len, kv_len)
+    return (last - torch.as_tensor(rows).view(-1, 1)).expand(problem.key.shape[0], -1)
+
+
+def index_up_to(problem, end):
+    index = BoxIndex(BoxLayout.of(problem.key), torch.device("cpu"))
+    index.build(problem.key, end)
+    return index
+
+
+def run(problem, index, positions):
+    operands = problem.query, problem.key, problem.value, problem.captured, problem.extra
+    return launch_quest.run_quest(problem.module(), *operands, positions, index.layout, index.parts)
+
+
+def by_page(slots):
+    """[..., L] as [..., pages, PAGE]."""
+    return F.pad(slots, (0, -slots.shape[-1] % PAGE)).unflatten(-1, (-1, PAGE))
+
+
+def policy_index(problem, end):
+    """The reference's index of the tokens before `end`, int64 [B]."""
+    batch, heads, _, head_dim = problem.key.shape
+    config = IndexConfig(budget=problem.spec.sparse.budget, policy="quest")
+    index = QuestIndex(batch, heads, head_dim, config, torch.device("cpu"))
+    index.extend(problem.key, end)
+    return index
+
+
+def policy_ranks(problem, shown, end):
+    """Logs of the policy's shares of pages that show so many tokens, int64 [B, Hkv, T, pages]."""
+    index = policy_index(problem, end)
+    products = index.log_estimate(query_rows(problem.query, problem.key.shape[1]), 1.0)
+    products = products.unflatten(2, (-1, problem.query.shape[2]))
+    full = products.shape[-1]
+    score = problem.finish(products, torch.arange(full) * PAGE)
+    mass = F.pad(score, (0, shown.shape[-1] - full)) + shown[:, :, None].log()
+    return mass.log_softmax(-1).logsumexp(2)
+
+
+CASES = {
+    "one head": {"sizes": Sizes(1, 2, 1, 1, 400, 64)},
+    "bfloat16": {"sizes": Sizes(1, 2, 4, 1, 400, 64), "dtype": "bfloat16"},
+    "soft-cap and sink": {"sizes": Sizes(1, 1, 4, 1, 401, 80), "score": "soft-cap", "extra": True},
+    "rows": {"sizes": Sizes(2, 1, 2, 1, 368, 32), "mask": "rows"},
+    "several queries": {"sizes": Sizes(1, 1, 7, 3, 402, 48), "layout": "slots first"},
+    "holes": {"sizes": Sizes(2, 1, 3, 1, 400, 64), "mask": "mask"},
+    "holes of each head": {"sizes": Sizes(1, 2, 3, 1, 400, 64), "mask": "mask", "by_head": True},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("lots", [1, 2])
+def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
+    """But for ties; each of several programs rounds what is left for its ties down."""
+    if lots > 1:
+        monkeypatch.setattr(boxes, "RANKED", 16)
+        monkeypatch.setattr(boxes, "BYTES_AT_ONCE", 0)
+        monkeypatch.setattr(launch_quest, "LOTS", 2)
+    problem = make_quest(**CASES[name])
+    positions = positions_of(problem)
+    index = index_up_to(problem, int(positions[0, 0]))
+    index.parts.greatest[:, :, int(positions[0, 0]) // PAGE :] = torch.inf  # of tokens taken back
+    output = run(problem, index, positions)
+    read, visible = (
+        each.unflatten(1, (-1, problem.spec.group)).any(2) for each in (output > 0, problem.visible)
+    )
+    problem.assert_as_good_as_eager(output, read)
+
+    slot = torch.arange(read.shape[-1])
+    newest = (positions[:, 0] // PAGE * PAGE)[:, None, None]
+    always = visible & (slot >= newest[..., None])
+    chosen = by_page(read & ~always).any(-1)
+    whole = chosen.repeat_interleave(PAGE, -1)[..., : slot.numel()]
+    assert torch.equal(read, visible & (always | whole))
+
+    rank = policy_ranks(problem, by_page(visible & ~always).sum(-1), positions[:, -1] + 1)
+    end = torch.where(visible, slot + 1, 0).amax(-1)
+    room = (BUDGET - (end - newest)).expand(chosen.shape[:3])[..., None] // PAGE
+    count = chosen.sum(-1, keepdim=True)
+    assert ((count <= room) & (count > room - lots)).all()
+    cut = rank.sort(-1, descending=True).values.gather(-1, room - 1)
+    assert (~chosen | (rank > cut - TIE)).all()
+    assert (chosen | (rank < cut + TIE)).all()
+
+
+def test_the_policy_itself_chooses_as_many_of_the_same_rank():
+    """What the test above compares with is what the policy would read."""
+    problem = make_quest(Sizes(1, 1, 4, 1, 400, 64))
+    index, scale = policy_index(problem, torch.tensor([400])), 64**-0.5
+    read = select(index, problem.key, problem.query, scale, 400, budget=BUDGET).token_mask()
+    chosen = by_page(read)[..., :-1, :].all(-1)
+    shown = torch.full((1, 1, 1, 24), PAGE)
+    best = policy_ranks(problem, shown, torch.tensor([400])).topk((BUDGET - 16) // PAGE).indices
+    assert torch.equal(chosen, torch.zeros_like(chosen).scatter(-1, best, True))
+    assert read[..., -PAGE:].all()
+    assert read.sum() == chosen.sum() * PAGE + PAGE
+
+
+@pytest.mark.parametrize(("mask", "budget"), [("causal", 300), ("mask", 300), ("window", 20)])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_with_room_for_all_or_no_index_all_is_read(mask, budget, trusted):
+    """A page cut by a window needs no more room than it shows tokens, if all fit."""
+    sizes = Sizes(1, 2, 2, 1, 300, 32)
+    problem = make_quest(sizes, budget=budget if trusted else 16, mask=mask)
+    index = index_up_to(problem, 299)
+    if not trusted:
+        index.distrust()
+    problem.assert_as_good_as_eager(run(problem, index, positions_of(problem)))
+
+
+def test_a_page_before_the_last_visible_token_is_read_once():
+    """The newest tokens are hidden, so that the last that is seen lies in a full page."""
+    problem = make_quest(Sizes(1, 1, 2, 1, 300, 32), budget=300, length=200)
+    problem.assert_as_good_as_eager(run(problem, index_up_to(problem, 300), None))
+
+
+def test_a_box_far_too_large_hides_no_page():
+    """Beside it shares of all other pages vanish, and yet there is room for them."""
+    problem = make_quest(Sizes(1, 1, 2, 1, 300, 32), budget=300)
+    problem.query[..., :2] = 1
+    problem.key[..., :2, :2] = torch.tensor([[3000.0, -3000.0], [-3000.0, 3000.0]])
+    problem.assert_as_good_as_eager(run(problem, index_up_to(problem, 299), positions_of(problem)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_leaves_the_index_as_building_it_does(dtype):
+    """Of two pages that are written to, one becomes full."""
+    problem = make_quest(Sizes(2, 2, 1, 5, 179, 48), dtype=dtype, layout="channels first")
+    index, anew = index_up_to(problem, 174), index_up_to(problem, 179)
+    assert not torch.equal(index.state, anew.state)
+    run(problem, index, positions_of(problem)[0])
+    assert torch.equal(index.state, anew.state)
+
+
+def test_slots_counted_from_the_end_and_no_slots():
+    """Positions may be negative; without any the index stays, and what it holds may be chosen."""
+    problem = make_quest(Sizes(1, 1, 2, 1, 208, 32))
+    index, anew = index_up_to(problem, 207), index_up_to(problem, 208)
+    first = run(problem, index, torch.tensor([-1]))
+    assert torch.equal(index.state, anew.state)
+    again = run(problem, index, None)
+    assert torch.equal(index.state, anew.state)
+    assert (first[..., -PAGE:] > 0).all()
+    assert (again[..., -1] > 0).all()
+
+
+def test_what_has_no_kernel_is_refused():
+    spec = make_quest(Sizes(1, 1, 2, 1, 64, 32), score="slopes").spec
+    with pytest.raises(ValueError, match="depend on a key's slot"):
+        emit_module(spec)
+    with pytest.raises(ValueError, match="'hisa' has no kernels; lychee, quest have"):
+        emit_module(replace(spec, sparse=replace(spec.sparse, policy="hisa")))
