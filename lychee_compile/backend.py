@@ -103,7 +103,13 @@ def analyse(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Op
     tensors = [value for value in example_inputs if isinstance(value, Tensor)]
     needs_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
     found = find_attention(traced, written)
-    planner = Planner(traced.graph, mode, options.index_config(), needs_gradients)
+    planner = Planner(
+        traced.graph,
+        mode,
+        options.index_config(),
+        needs_gradients,
+        autotune="max-autotune" in (options.mode or ""),
+    )
     plans = [planner.plan(each) for each in found if not isinstance(each, Rejected)]
     rejected = [describe_rejected(each) for each in found if isinstance(each, Rejected)]
     return Analysis(traced, fakes, mode, plans, rejected)

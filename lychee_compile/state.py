@@ -72,8 +72,8 @@ class CacheRegistry:
     def owner_of(self, cache: Tensor, kind: Hashable, token_dim: int = 2) -> Any:
         """What holds the index of `cache`, for looking into; None where it has none.
 
-        `kind` is an `IndexConfig` for the reference's; for one by slot, its layout, or None where
-        the cache grows.
+        `kind` is an `IndexConfig` for the reference's; for one by slot, its layout, or the name of
+        its policy where the cache grows.
         """
         with self._lock:
             entry = self._entries.get(_identity(cache, kind, token_dim))

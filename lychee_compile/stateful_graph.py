@@ -48,7 +48,7 @@ class StatefulGraph:
     ) -> None:
         self._compiled = compiled
         self._states = tuple(states)
-        self._kinds = tuple(config if each.slots is None else each.slots.layout for each in states)
+        self._kinds = tuple(config if each.slots is None else each.slots.kind for each in states)
         self._config = config
         self._lookup = lookup
         self._last: _LastCall | None = None
@@ -138,7 +138,7 @@ class _LastCall:
         if self._removals != registry.removals:
             return False
         for cache, (known, address) in zip(caches, self._caches, strict=True):
-            if known() is not cache or cache.data_ptr() != address:
+            if cache.data_ptr() != address or known() is not cache:
                 return False
         for cache, entry in zip(caches, self.entries, strict=True):
             check(entry, cache)

@@ -58,3 +58,11 @@ def kernels_on_cpu(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     KERNEL_DEVICES.add("cpu")
     yield
     KERNEL_DEVICES.discard("cpu")
+
+
+@pytest.fixture(scope="module")
+def kernel_folder(tmp_path_factory: pytest.TempPathFactory):
+    """Generated kernels are stored where nobody else looks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LYCHEE_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        yield

@@ -209,7 +209,9 @@ def _score(
     if kind == "bias":
         shape = (sizes.batch, 1, sizes.query_len, sizes.kv_len)
         bias = torch.randn(shape, generator=random)
-        bias = bias.masked_fill(torch.rand(shape, generator=random) < 0.2, -torch.inf)
+        hidden = torch.rand(shape, generator=random) < 0.2
+        hidden[..., : sizes.kv_len // 9] = True  # as padding is
+        bias = bias.masked_fill(hidden, torch.finfo(torch.float32).min)
         bias = bias.expand(-1, heads, -1, -1)
         form = scaled + element("bias", B, H, Q, KV)
         return lambda s, slots: s * scale + bias[..., slots].to(s.dtype), form, {"bias": bias}

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.slot_layout import SlotLayout
-from lychee_compile.options import Options
 from lychee_compile.state import registry
 
 SIZE, DIM, KV_HEADS, GROUP = 128, 16, 2, 2
@@ -58,9 +57,7 @@ class Cache:
         shape = (self.batch, KV_HEADS * GROUP, count, DIM)
         query = torch.randn(*shape, generator=self._generator).to(self.dtype)
         positions = torch.arange(self.length, self.length + count)
-        new = torch.eye(self.size, dtype=self.dtype)[positions].expand(
-            self.batch, KV_HEADS, -1, -1
-        )
+        new = torch.eye(self.size, dtype=self.dtype)[positions].expand(self.batch, KV_HEADS, -1, -1)
         given = (query, positions, self.fresh(count), new)
         keys, values = self.keys.clone(), self.values.clone()
         dense = decode(query, keys, values, *given[1:])
@@ -84,6 +81,12 @@ def decode(
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
 
 
+def grow(query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> Any:
+    """Append to a growing cache and attend to all of it."""
+    keys, values = torch.cat((keys, key), 2), torch.cat((values, value), 2)
+    return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True), keys, values
+
+
 def compiled(function: Callable[..., Any] = decode, **options: Any) -> Callable[..., Any]:
     """`function` through the backend."""
     return torch.compile(function, backend="lychee", options={**SMALL, **options})
@@ -91,13 +94,9 @@ def compiled(function: Callable[..., Any] = decode, **options: Any) -> Callable[
 
 def upkeep_of(keys: Tensor, growing: bool = False) -> Any:
     """What keeps the index of a cache [B, Hkv, L, D]; None where it has none."""
-    return registry.owner_of(keys, None if growing else SlotLayout.of(keys))
+    return registry.owner_of(keys, "lychee" if growing else SlotLayout.of(keys))
 
 
 def read_by(weights: Tensor, cache: Cache) -> Tensor:
     """The slots with any weight, bool [B, Hkv, T, L]: a group of heads reads the same."""
     return (weights != 0).unflatten(1, (KV_HEADS, GROUP)).any(2)
-
-
-def config(**options: Any) -> Any:
-    return Options.parse(None, {**SMALL, **options}).index_config()

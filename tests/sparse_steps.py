@@ -97,7 +97,7 @@ class Step:
         self.problem.assert_as_good_as_eager(self.output, read)
 
     @property
-    def read_all(self) -> bool:
+    def reads_everything(self) -> bool:
         """Whether no program has selected anything."""
         return bool((self.scratch["chosen"] == -1).all())
 
@@ -143,7 +143,6 @@ class Step:
 
     def _paged_bins(self) -> Tensor:
         """Bins of the tokens that were looked at, uint8 [B, Hkv, T, L]: those of the best pages."""
-        batch, heads, kv_len, _ = self.problem.key.shape
         share, held = self._page_shares()
         page_bins = self._by_row(self.scratch["page_bins"])[..., : share.shape[-1]].int()
         page_bins = page_bins.masked_fill(~held, 0)
@@ -162,7 +161,7 @@ class Step:
         room = torch.tensor(self.problem.module().PAGE_ROOM.value).expand(held.shape[:-1])
         cut = best_left_out(page_bins, room)
         assert torch.equal(looked_at, page_bins >= cut.clamp(min=1)), "not the best pages"
-        return by_slot[..., :kv_len].clamp(min=0)
+        return by_slot[..., : self.problem.key.shape[2]].clamp(min=0)
 
     def _by_row(self, scratch: Tensor) -> Tensor:
         """Scratch memory [rows, ...] as [B, Hkv, T, ...]."""

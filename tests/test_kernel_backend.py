@@ -19,6 +19,7 @@ from kernel_steps import (
     Cache,
     compiled,
     decode,
+    grow,
     read_by,
     upkeep_of,
 )
@@ -29,7 +30,6 @@ from torch._dynamo.utils import counters
 import lychee_compile
 from lychee_compile.kernels import decode_operators, slot_states
 from lychee_compile.kernels.reference.slots import select_slots
-from lychee_compile.kernels.slot_layout import SlotLayout
 from lychee_compile.kernels.slot_upkeep import WORTHWHILE
 from lychee_compile.state import registry
 from lychee_compile.stateful_graph import _warn_of_inference_mode
@@ -37,7 +37,7 @@ from lychee_compile.stateful_graph import _warn_of_inference_mode
 triton_interpreter.use()
 pytestmark = [
     pytest.mark.usefixtures("without_inductor", "kernels_on_cpu", "seeded"),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:(overflow|divide by zero) encountered:RuntimeWarning"),
 ]
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -100,20 +100,20 @@ def test_it_selects_what_the_reference_selects() -> None:
     cache, step = Cache().fill(120), compiled()
     cache.step(step)
     parts = upkeep_of(cache.keys).index.parts
-    queries: list[Tensor] = []
+    given: list[Any] = []
 
-    def noting(query: Tensor, *rest: Tensor) -> Tensor:
-        queries.append(query)
-        return step(query, *rest)
+    def noting(*operands: Tensor) -> Tensor:
+        given[:] = operands
+        return step(*operands)
 
     for _ in range(4):
         visible = (torch.arange(SIZE) <= cache.length).expand(1, KV_HEADS, GROUP, 1, SIZE)
-        fresh, scale = torch.tensor([cache.length]), DIM**-0.5
+        fresh = torch.tensor([cache.length])
         got, dense = cache.step(noting)
         always, rank, room = select_slots(
-            queries[-1].unflatten(1, (KV_HEADS, GROUP)), parts, visible, fresh,
-            lambda score: score * scale, scale, SMALL["budget"], SMALL["sinks"], SMALL["recent"],
-            None,
+            given[0].unflatten(1, (KV_HEADS, GROUP)), parts, visible, fresh,
+            lambda score: score * DIM**-0.5, DIM**-0.5,
+            SMALL["budget"], SMALL["sinks"], SMALL["recent"], None,
         )  # fmt: skip
         best = rank.argsort(-1, descending=True).argsort(-1) < room[..., None]
         differs = read_by(got, cache) != (always | best)
@@ -248,15 +248,9 @@ def test_inference_mode_is_fine_where_the_cache_is_not_of_it() -> None:
     assert_sparse(cache.step(step), cache)
 
 
-def grow(query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> Any:
-    """Append to a growing cache and attend to all of it."""
-    keys, values = torch.cat((keys, key), 2), torch.cat((values, value), 2)
-    return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True), keys, values
-
-
 def test_a_growing_cache_outgrows_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few keys match the query; they are sketched before the index is moved, and found after."""
-    monkeypatch.setattr(slot_states, "_roomy", SlotLayout.of)  # no room to spare
+    monkeypatch.setattr(slot_states, "_roomy", lambda layout: layout)  # no room to spare
     step, query = compiled(grow), torch.zeros(1, KV_HEADS * GROUP, 1, DIM)
     query[..., 0] = 40
     keys, values = torch.randn(2, 1, KV_HEADS, 505, DIM).clamp(-1, 1)
@@ -285,11 +279,13 @@ def test_left_padding_is_hidden_and_sinks_come_behind_it() -> None:
         return F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
 
     cache, step = Cache(batch=2).fill(100), compiled(padded)
+
+    def both(query: Tensor, keys: Tensor, values: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        dense = padded(query, keys.clone(), values.clone(), *rest)
+        return step(query, keys, values, *rest), dense
+
     for number in range(3):
-        query_and_rest: list[Any] = []
-        got, _ = cache.step(lambda *given: query_and_rest.append(given) or step(*given))
-        query, keys, values, positions, key, value = query_and_rest[0]
-        dense = padded(query, keys.clone(), values.clone(), positions, key, value)
+        (got, dense), _ = cache.step(both)
         assert not bool((got[1, ..., :30] != 0).any())
         if number == 0:
             torch.testing.assert_close(got, dense, **CLOSE)
@@ -304,7 +300,6 @@ def test_sites_that_share_a_cache_share_its_index() -> None:
     def twice(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *new: Tensor) -> Any:
         first = decode(query, keys, values, positions, *new)
         mask = (torch.arange(SIZE) <= positions[:, None])[None, None]
-        keys, values = keys.view_as(keys), values
         second = F.scaled_dot_product_attention(-query, keys, values, mask, enable_gqa=True)
         return torch.stack((first, second))
 
@@ -362,7 +357,7 @@ def test_reset_forgets_and_a_broken_call_drops_what_it_may_have_spoilt(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(decode_operators, "run_sparse", broken)
+        patched.setattr(decode_operators, "load", broken)
         with pytest.raises(KeyboardInterrupt):
             cache.step(step)
     assert len(registry) == 0
@@ -384,3 +379,19 @@ def test_nothing_is_compiled_more_often_than_without_us() -> None:
     expected = graphs("aot_eager")
     assert graphs("lychee", options=SMALL) == expected
     assert counters["lychee"]["sparse"] == LAYERS
+
+
+def test_a_policy_with_kernels_of_its_own_keeps_an_index_of_its_own() -> None:
+    """Quest reads whole pages of sixteen tokens."""
+    cache = Cache().fill(100)
+    step = compiled(policy="quest", dense_layers=0, budget=60)
+    assert_exact(cache.step(step))
+    for _ in range(2):
+        got, dense = cache.step(step)
+        assert_sparse((got, dense), cache, budget=60)
+        middle = read_by(got, cache)[..., 16:80].unflatten(-1, (4, 16))
+        assert torch.equal(middle.any(-1), middle.all(-1))
+    (site,) = lychee_compile.reports()[-1].sites
+    assert site.kernel.startswith("decode_quest_f32_g2_d16_v128_b60_")
+    assert "policy quest" in site.reason
+    assert len(registry) == 1

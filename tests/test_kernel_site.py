@@ -22,7 +22,7 @@ from lychee_compile.passes.site import Site
 triton_interpreter.use()
 pytestmark = [
     pytest.mark.usefixtures("without_inductor", "kernels_on_cpu", "seeded"),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:(overflow|divide by zero) encountered:RuntimeWarning"),
 ]
 
 
@@ -202,7 +202,7 @@ def test_a_kernel_that_cannot_be_made_leaves_the_attention_as_it_was(
     }[stage]
     monkeypatch.setattr(place, name, broken)
     if stage == "run":
-        monkeypatch.setattr(trial, "run_sparse", broken)
+        monkeypatch.setattr(trial, "new_index", broken)
     site = kept(attend, *operands())
     assert site.reason.endswith("ZeroDivisionError: a bug of ours")
     assert not site.by_design
@@ -219,7 +219,7 @@ def test_where_only_the_sparse_kernel_fails_the_exact_one_runs(
         raise RuntimeError("out of shared memory")
 
     trial._tried.clear()
-    monkeypatch.setattr(trial, "run_sparse", broken)
+    monkeypatch.setattr(trial, "new_index", broken)
     site = only_site(attend, *operands())
     assert (site.decision, site.kernel[:13]) == ("exact", "decode_exact_")
     assert site.reason == "no sparse kernel for it: RuntimeError: out of shared memory"
@@ -231,7 +231,7 @@ def test_a_trial_that_found_no_memory_proves_nothing(monkeypatch: pytest.MonkeyP
 
     trial._tried.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(trial, "SlotIndex", full)
+        patched.setattr(trial, "new_index", full)
         site = only_site(attend, *operands())
     assert site.decision == "sparse"
 

@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton_interpreter
-from decode_problems import DTYPES, LAYOUTS, MASKS, Sizes, make_problem
+from decode_problems import DTYPES, LAYOUTS, MASKS, SCORES, Sizes, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_steps import Step, built
 
 from lychee_compile.codegen.specification import SparseSpec
+from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.slot_layout import BLOCK, SlotLayout
 from lychee_compile.kernels.tuning import Tuning
 
 triton_interpreter.use()
+pytestmark = [
+    pytest.mark.usefixtures("kernel_folder"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 
 FEW = settings(max_examples=max(settings().max_examples // 10, 1))
-FLAT, PAGED = 65536, 0
+FLAT = SparseSpec("lychee", 60, sinks=4, recent=8, overfetch=2, flat_tokens=65536)
+PAGED = replace(FLAT, flat_tokens=0)
+BOTH = pytest.mark.parametrize("sparse", [FLAT, PAGED], ids=["flat", "paged"])
 
 
 @st.composite
 def problems(draw):
-    """Trusted indexes over all keys but those of a step, which comes next."""
+    """Attentions of one or two rows of queries over a cache that is larger than the budget."""
     query_len = draw(st.sampled_from([1, 1, 2, 3]))
     batch = draw(st.integers(1, 2)) if query_len == 1 else 1
-    sizes = Sizes(
-        batch,
-        draw(st.integers(1, 2 // batch)) if query_len == 1 else 1,
-        draw(st.integers(1, 16)),
-        query_len,
-        draw(st.integers(query_len + 80, 640)),
-        draw(st.sampled_from([64, 80, 128])),
-    )
+    heads = draw(st.integers(1, 2 // batch)) if query_len == 1 else 1
+    kv_len = draw(st.integers(query_len + 80, 560))
+    head_dim = draw(st.sampled_from([16, 64, 80, 128]))
     sparse = SparseSpec(
         "lychee",
         draw(st.integers(40, 200)),
         sinks=draw(st.integers(0, 20)),
         recent=draw(st.integers(1, 20)),
         overfetch=draw(st.integers(1, 4)),
-        flat_tokens=draw(st.sampled_from([FLAT, PAGED])),
+        flat_tokens=draw(st.sampled_from([0, 65536])),
     )
     return make_problem(
         draw(st.sampled_from(list(DTYPES))),
-        sizes,
-        draw(st.sampled_from(["scaled", "soft-cap", "slopes", "bias"])),
+        Sizes(batch, heads, draw(st.integers(1, 16)), query_len, kv_len, head_dim),
+        draw(st.sampled_from(SCORES)),
         draw(st.sampled_from(MASKS)),
         draw(st.booleans()),
         draw(st.sampled_from(LAYOUTS)),
@@ -58,10 +63,119 @@ def newest(problem):
     return torch.arange(end - problem.query.shape[2], end)
 
 
+def step_of(problem):
+    """A step whose index holds all keys but those that it writes."""
+    positions = newest(problem)
+    return Step.run(problem, built(problem, int(positions[0])), positions)
+
+
 @FEW
 @given(problems(), st.integers(1, 12))
-def test_a_step_reads_the_best(problem, programs):
+def test_a_step_reads_the_best_tokens(problem, programs):
     positions = newest(problem)
     index = built(problem, int(positions[0]))
-    step = Step.run(problem, index, positions, Tuning(programs, 32, 4, 2))
+    Step.run(problem, index, positions, Tuning(programs, 32, 4, 2)).check()
+
+
+@BOTH
+def test_a_budget_for_everything_reads_everything(sparse):
+    problem = make_problem(sizes=Sizes(kv_len=150), sparse=replace(sparse, budget=150))
+    step = step_of(problem)
+    assert step.slots_read().all()
+    problem.assert_as_good_as_eager(step.output)
+
+
+@BOTH
+def test_an_index_that_is_not_trusted_is_not_used(sparse):
+    problem = make_problem(sizes=Sizes(kv_len=150, query_len=2), mask="mask", sparse=sparse)
+    positions = newest(problem)
+    empty = SlotIndex(SlotLayout.of(problem.key), torch.device("cpu"))
+    index = built(problem, int(positions[0]))
+    index.distrust()
+    for each in (empty, index):
+        step = Step.run(problem, each, positions)
+        assert step.reads_everything
+        problem.assert_as_good_as_eager(step.output)
+        assert each.parts.header[:2].tolist() == [0, 150]
+
+
+@BOTH
+def test_without_new_keys_all_that_are_indexed_may_be_chosen(sparse):
+    problem = make_problem(sizes=Sizes(kv_len=200), sparse=sparse)
+    index = built(problem, 200)
+    before = index.state.clone()
+    step = Step.run(problem, index, None)
     step.check()
+    assert torch.equal(index.state, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_positions_count_from_the_end_too(dtype):
+    problem = make_problem(sizes=Sizes(kv_len=200, query_len=2), sparse=FLAT)
+    usual, other = (
+        Step.run(problem, built(problem, 198), positions)
+        for positions in (newest(problem), torch.tensor([-2, -1], dtype=dtype))
+    )
+    other.check()
+    assert torch.equal(usual.output, other.output)
+    assert torch.equal(usual.index.state, other.index.state)
+
+
+@BOTH
+@pytest.mark.parametrize("mask", ["none", "mask"])
+def test_more_unknown_keys_than_the_budget_are_all_read(mask, sparse):
+    """A step that writes an early slot, and sees later ones of which nothing is known."""
+    problem = make_problem(sizes=Sizes(kv_len=600), mask=mask, sparse=sparse)
+    step = Step.run(problem, built(problem, 600), torch.tensor([30]))
+    assert step.reads_everything
+    problem.assert_as_good_as_eager(step.output)
+
+
+@BOTH
+def test_an_index_may_have_room_for_more(sparse):
+    """As that of a cache that grows."""
+    problem = make_problem(sizes=Sizes(kv_len=200), sparse=sparse)
+    positions = newest(problem)
+    index = built(problem, int(positions[0]), slots=BLOCK + 512)
+    Step.run(problem, index, positions).check()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_keys_that_are_not_finite_harm_no_others(dtype, sparse):
+    problem = make_problem(dtype, Sizes(kv_len=300, group=3), sparse=sparse)
+    bad = torch.tensor([50, 51, 120])
+    for slot, number in zip(bad, (torch.nan, torch.inf, -torch.inf), strict=True):
+        problem.key[:, :, slot] = number
+    step = step_of(problem)
+    read = step.assert_selection()
+    assert not read[..., bad].any(), "they are taken for average keys"
+    problem.key[:, :, bad] = 0
+    problem.assert_as_good_as_eager(step.output, read)
+
+
+@pytest.fixture(scope="module")
+def long(kernel_folder):
+    """A cache of more than one block, and its index."""
+    sizes = Sizes(kv_len=BLOCK + 150, group=3)
+    problem = make_problem("bfloat16", sizes, sparse=FLAT)
+    return problem, built(problem, BLOCK + 149).state
+
+
+def test_blocks_are_ranked_together(long):
+    problem, state = long
+    for sparse in (FLAT, PAGED):
+        other = replace(problem, spec=replace(problem.spec, sparse=sparse))
+        index = SlotIndex(SlotLayout.of(problem.key), torch.device("cpu"))
+        index.state.copy_(state)
+        step = Step.run(other, index, newest(problem))
+        step.check()
+        assert step.slots_read()[..., 4:BLOCK].any(), "nothing of the first block"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("mask", ["padded", "mask"])
+@BOTH
+def test_three_blocks(mask, sparse):
+    sizes = Sizes(batch=2, kv_len=2 * BLOCK + 700, group=3, query_len=2)
+    step_of(make_problem("bfloat16", sizes, mask=mask, sparse=replace(sparse, budget=500))).check()

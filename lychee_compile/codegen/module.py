@@ -32,7 +32,7 @@ def _lychee(spec: AttentionSpec) -> list[str]:
     """Tokens by their sketches."""
     assert spec.sparse is not None
     parts = [
-        scan.emit_selection_constants(spec.sparse),
+        scan.emit_selection_constants(spec.sparse, scans_pages(spec)),
         sketch.emit_sketch_constants(spec),
         f"SCALE = tl.constexpr({float(spec.score.diff(S).subs(S, 0))})  # of s in the score\n",
         scan.emit_bins(),

@@ -6,13 +6,17 @@ the attention but its tensors. `captured` are those that score and mask read, in
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels import handles
+from lychee_compile.kernels.autotune import autotune
 from lychee_compile.kernels.generated import load
-from lychee_compile.kernels.launch import run_exact, run_sparse
-from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.kernel_policies import Layout, policy_of
+from lychee_compile.kernels.launch import run_exact
 
 KERNEL_DEVICES = {"cuda"}
 """Types of devices on which decoding runs generated kernels."""
@@ -32,7 +36,7 @@ def exact_decode(
     `value` is [B, Hkv, L, Dv]; `extra`, broadcastable to [B, Hq, T], is the logit of a key without
     a value.
     """
-    return run_exact(load(kernel), query, key, value, captured, extra)
+    return _exact(kernel, query, key, value, captured, extra)
 
 
 @exact_decode.register_fake
@@ -64,9 +68,9 @@ def sparse_decode(
     visible keys are read. `positions`, int [T] or [B, T], are the slots that were just written:
     their keys are added to it. Waits for nothing and keeps to its tensors: fit for CUDA graphs.
     """
-    layout = SlotLayout.of(key)
+    layout = policy_of(kernel).layout_of(key)
     parts = layout.views(state)
-    return run_sparse(load(kernel), query, key, value, captured, extra, positions, layout, parts)
+    return _sparse(kernel, query, key, value, captured, extra, positions, layout, parts)
 
 
 @sparse_decode.register_fake
@@ -104,12 +108,9 @@ def growing_sparse_decode(
     """
     index = handles.find(handle).index_for(key, positions)
     handle[1] += 1
-    module = load(kernel)
     if index is None:
-        return run_exact(module, query, key, value, captured, extra)
-    return run_sparse(
-        module, query, key, value, captured, extra, positions, index.layout, index.parts
-    )
+        return _exact(kernel, query, key, value, captured, extra)
+    return _sparse(kernel, query, key, value, captured, extra, positions, index.layout, index.parts)
 
 
 @growing_sparse_decode.register_fake
@@ -124,6 +125,39 @@ def _(
     kernel: str,
 ) -> Tensor:
     return _empty_output(query, value)
+
+
+def _exact(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: list[Tensor],
+    extra: Tensor | None,
+) -> Tensor:
+    module = load(kernel)
+    run = partial(run_exact, module, query, key, value, captured, extra)
+    with torch.cuda.device_of(query):
+        autotune(module, "exact", run, query, key, value)
+        return run()
+
+
+def _sparse(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: list[Tensor],
+    extra: Tensor | None,
+    positions: Tensor | None,
+    layout: Layout,
+    parts: Any,
+) -> Tensor:
+    module, attend = load(kernel), policy_of(kernel).run
+    run = partial(attend, module, query, key, value, captured, extra, positions, layout, parts)
+    with torch.cuda.device_of(query):
+        autotune(module, "sparse", run, query, key, value)
+        return run()
 
 
 def _empty_output(query: Tensor, value: Tensor) -> Tensor:

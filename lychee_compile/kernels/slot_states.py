@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.handles import Numbered
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import TILE, SlotLayout
-from lychee_compile.kernels.slot_upkeep import Upkeep, warn_of_memory
+from lychee_compile.kernels.kernel_policies import Index, Layout, new_index, policy_of
+from lychee_compile.kernels.slot_layout import TILE
+from lychee_compile.kernels.slot_upkeep import SlotCache, Upkeep, warn_of_memory
 
 
 class FixedSlots(Upkeep):
     """The index of a cache of fixed size. Graphs are given its memory, uint8 [layout.size]."""
 
-    def __init__(self, layout: SlotLayout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device) -> None:
         super().__init__()
         try:
-            self.index: SlotIndex = _new_index(layout, device)
+            self.index: Index = new_index(layout, device)
         except torch.OutOfMemoryError:
             warn_of_memory()
             self.never_build()
             self.index = _spare(layout, device)
         self.tensor = self.index.state
 
-    def _index_for(self, key: Tensor) -> SlotIndex:
+    def _index_for(self, key: Tensor, use: SlotCache) -> Index:
         return self.index
 
     def _end(self, key: Tensor) -> int:
@@ -44,10 +44,10 @@ class GrowingSlots(Numbered, Upkeep):
     def __init__(self) -> None:
         Numbered.__init__(self)
         Upkeep.__init__(self)
-        self.index: SlotIndex | None = None
+        self.index: Index | None = None
         self._written: Tensor | None = None
 
-    def index_for(self, key: Tensor, positions: Tensor | None) -> SlotIndex | None:
+    def index_for(self, key: Tensor, positions: Tensor | None) -> Index | None:
         """The index of `key` [B, Hkv, L, D], with room for all its slots; None: read all keys.
 
         `positions`, int [T] or [B, T], are the slots that were just written.
@@ -59,9 +59,9 @@ class GrowingSlots(Numbered, Upkeep):
             return None
         return self.index
 
-    def _has_room(self, index: SlotIndex, key: Tensor) -> bool:
+    def _has_room(self, index: Index, key: Tensor) -> bool:
         """Whether the index is one of such keys, and holds them or was made to."""
-        now, wanted = index.layout, _roomy(key)
+        now, wanted = index.layout, _roomy(index.layout.of(key))
         # The graph may use the first rows of the cache only.
         fitting = replace(wanted, slots=now.slots, batch=now.batch) == now
         if not fitting or key.shape[0] > now.batch:
@@ -79,45 +79,38 @@ class GrowingSlots(Numbered, Upkeep):
         super()._revoke()
         self.index = None
 
-    def _index_for(self, key: Tensor) -> SlotIndex:
-        return _new_index(_roomy(key), key.device)
+    def _index_for(self, key: Tensor, use: SlotCache) -> Index:
+        return new_index(_roomy(policy_of(use.kernel).layout_of(key)), key.device)
 
     def _end(self, key: Tensor) -> int:
         written, self._written = self._written, None
         return key.shape[2] if written is None else int((written % key.shape[2]).max()) + 1
 
 
-def _new_index(layout: SlotLayout, device: torch.device) -> SlotIndex:
-    """An empty index."""
-    with torch.inference_mode(False):  # graphs write to it in every mode
-        return SlotIndex(layout, device)
-
-
-def _roomy(key: Tensor) -> SlotLayout:
-    """A layout with half as many slots again as `key` [B, Hkv, L, D] has."""
-    layout = SlotLayout.of(key)
+def _roomy(layout: Layout) -> Layout:
+    """The layout with half as many slots again."""
     return replace(layout, slots=-(-(layout.slots * 3 // 2) // TILE) * TILE)
 
 
-def _moved(index: SlotIndex, layout: SlotLayout) -> SlotIndex:
+def _moved(index: Index, layout: Layout) -> Index:
     """The same index with room for more slots."""
-    larger = _new_index(layout, index.state.device)
+    larger = new_index(layout, index.state.device)
     larger.parts.header.copy_(index.parts.header)
     for old, new in zip(index.parts[1:], larger.parts[1:], strict=True):
         new[:, :, : old.shape[2]] = old
     return larger
 
 
-def _spare(layout: SlotLayout, device: torch.device) -> SlotIndex:
+def _spare(layout: Layout, device: torch.device) -> Index:
     """One index for all caches that there is no memory for: nobody trusts it."""
     spare = _spares.get((layout, device))
     if spare is None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        spare = _spares[layout, device] = _new_index(layout, device)
+        spare = _spares[layout, device] = new_index(layout, device)
     return spare
 
 
-_spares: weakref.WeakValueDictionary[tuple[SlotLayout, torch.device], SlotIndex] = (
+_spares: weakref.WeakValueDictionary[tuple[Layout, torch.device], Index] = (
     weakref.WeakValueDictionary()
 )

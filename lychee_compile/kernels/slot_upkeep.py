@@ -19,8 +19,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.cache_index import WORTH_LOGGING
 from lychee_compile.kernels.generated import load
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.kernel_policies import Index, Layout, policy_name, policy_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +41,28 @@ class SlotCache:
     """Shows the cache as [B, Hkv, L, D]."""
     written: int
     """Tokens that a call writes; 0 where it only reads."""
-    layout: SlotLayout | None
+    layout: Layout | None
     """Of the index, where the size of the cache is known when compiling and stays."""
+
+    @property
+    def kind(self) -> Layout | str:
+        """What indexes have in common that graphs can share: their layout, or else the policy."""
+        return policy_name(self.kernel) if self.layout is None else self.layout
 
 
 class Upkeep:
     """Whether the index of one key cache may be trusted, and what it takes to get there."""
 
-    index: SlotIndex | None
+    index: Index | None
 
     def __init__(self) -> None:
         self.trusted = False
         """Whether the index describes the keys: attention over the cache is sparse."""
         self._calls = 0  # since trust was won, or the cache was last written by somebody else
         self._patience: float = 0
-        self._turn = next(_turns) * 37 % REFIT  # layers are not all refitted in one step
+        # Layers are not all refitted in one step.
+        self._first_refit = REFIT // 2 + next(_turns) * 37 % REFIT
+        self._next_refit = self._first_refit
         self._peek: _Peek | None = None
 
     def distrust(self) -> None:
@@ -70,27 +76,17 @@ class Upkeep:
     def after_call(self, cache: Tensor, use: SlotCache) -> None:
         """A graph has run on `cache`: build or refit the index where that is due."""
         self._calls += 1
-        try:
-            if not self.trusted:
-                if self._calls > self._patience:
-                    self._build(use.keys(cache), use)
-            elif self._calls % REFIT == self._turn and self.index is not None:
-                self._peek = _Peek(self.index.parts.header[1])
-            elif self._peek is not None:
-                self._refit(cache, use, self._peek)
-        except torch.OutOfMemoryError:
-            self._revoke()
-            self.never_build()
-            warn_of_memory()
-        except BaseException:
-            self._revoke()
-            raise
+        building = not self.trusted and self._calls > self._patience
+        refitting = self.trusted and (self._calls == self._next_refit or self._peek is not None)
+        if building or refitting:
+            with torch.cuda.device_of(cache):
+                self._work(cache, use)
 
     def never_build(self) -> None:
         """Stay exact from now on."""
         self._patience = math.inf
 
-    def _index_for(self, key: Tensor) -> SlotIndex:
+    def _index_for(self, key: Tensor, use: SlotCache) -> Index:
         """The index to build over `key` [B, Hkv, L, D]."""
         raise NotImplementedError
 
@@ -103,13 +99,30 @@ class Upkeep:
         if self.index is not None:
             self.index.distrust()
 
+    def _work(self, cache: Tensor, use: SlotCache) -> None:
+        try:
+            if not self.trusted:
+                self._build(use.keys(cache), use)
+            elif self._peek is not None:
+                self._refit(cache, use, self._peek)
+            elif self.index is not None:
+                self._peek = _Peek(self.index.parts.header[1])
+                self._next_refit += REFIT
+        except torch.OutOfMemoryError:
+            self._revoke()
+            self.never_build()
+            warn_of_memory()
+        except BaseException:
+            self._revoke()
+            raise
+
     def _build(self, key: Tensor, use: SlotCache) -> None:
         # A graph that only reads cannot say how far the keys go; slots without one do no harm.
         end = self._end(key) if use.written else key.shape[2]
         started = time.perf_counter()
-        self.index = self._index_for(key)
-        self.index.build(load(use.kernel), key, end)
-        self.trusted, self._calls = True, 0
+        self.index = self._index_for(key, use)
+        policy_of(use.kernel).build(self.index, load(use.kernel), key, end)
+        self.trusted, self._calls, self._next_refit = True, 0, self._first_refit
         if end > WORTH_LOGGING and logger.isEnabledFor(logging.INFO):
             if key.is_cuda:
                 torch.cuda.synchronize(key.device)
@@ -124,7 +137,7 @@ class Upkeep:
             self._peek, key = None, use.keys(cache)
             end = min(peek.value() + peek.written, key.shape[2])
             if end > 0:
-                self.index.refit(load(use.kernel), key, end)
+                policy_of(use.kernel).refit(self.index, load(use.kernel), key, end)
 
 
 class _Peek:

@@ -6,15 +6,15 @@ memory is too small, say.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels.generated import load
-from lychee_compile.kernels.launch import run_encode, run_exact, run_sparse
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.kernel_policies import new_index, policy_of
+from lychee_compile.kernels.launch import run_exact
 from lychee_compile.kernels.tuning import tuning_for
 
 
@@ -55,7 +55,7 @@ def try_kernels(call: TrialCall) -> None:
     if call in _tried:
         return
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _on(call.key.device):
             _run(call)
     except torch.OutOfMemoryError:
         return  # that says nothing about the kernels
@@ -71,13 +71,18 @@ def _run(call: TrialCall) -> None:
         tuning = tuning_for(module, "exact", query, key, value)
         run_exact(module, query, key, value, captured, extra, tuning)
         return
-    index = SlotIndex(SlotLayout.of(key), key.device)
-    run_encode(module, key, index.layout, index.parts, 0, 1)
+    policy = policy_of(call.kernel)
+    index = new_index(policy.layout_of(key), key.device)
+    policy.build(index, module, key, 1)
     last = torch.arange(key.shape[2] - call.written, key.shape[2], device=key.device)
     positions = last if call.written else None
     tuning = tuning_for(module, "sparse", query, key, value)
     state = index.layout, index.parts
-    run_sparse(module, query, key, value, captured, extra, positions, *state, tuning)
+    policy.run(module, query, key, value, captured, extra, positions, *state, tuning)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 _tried: set[TrialCall] = set()

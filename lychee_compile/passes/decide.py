@@ -47,9 +47,15 @@ class Planner:
     """Decides about the attentions of one graph, in their order."""
 
     def __init__(
-        self, graph: torch.fx.Graph, mode: Any, config: IndexConfig, needs_gradients: bool
+        self,
+        graph: torch.fx.Graph,
+        mode: Any,
+        config: IndexConfig,
+        needs_gradients: bool,
+        autotune: bool = False,
     ) -> None:
         self._graph, self._config, self._needs_gradients = graph, config, needs_gradients
+        self._autotune = autotune
         self._writes = find_writes(graph)
         self._emit = Emitter(graph, mode)
         self._places = itertools.count()
@@ -103,7 +109,8 @@ class Planner:
             return self._kept(plan, attention, reason, by_design=True)
         why = exact or no_sparse_kernel(config) or unbound
         try:
-            made = kernel_site(attention, None if why else plan.binding, config, self._emit)
+            binding = None if why else plan.binding
+            made = kernel_site(attention, binding, config, self._emit, self._autotune)
         except NoKernel as error:
             reason = f"{exact}; {error}" if exact else str(error)
             return self._kept(plan, attention, reason, by_design=bool(exact))

@@ -18,8 +18,8 @@ from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.generated import store
+from lychee_compile.kernels.kernel_policies import KERNEL_POLICIES
 from lychee_compile.kernels.operators import LONGEST_QUERY
-from lychee_compile.kernels.slot_layout import SlotLayout
 from lychee_compile.kernels.slot_upkeep import SlotCache
 from lychee_compile.kernels.trial import TensorForm, TrialCall, try_kernels
 from lychee_compile.passes.attention import Attention
@@ -34,9 +34,6 @@ from lychee_compile.passes.rearrange import Emitter, Rearranger
 from lychee_compile.passes.torch_private import size_hint
 
 logger = logging.getLogger(__name__)
-
-SKETCHED = 8
-"""What divides the size of keys that can be sketched."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,16 @@ class KernelSite:
 
 
 def kernel_site(
-    attention: Attention, binding: CacheBinding | None, config: IndexConfig, emit: Emitter
+    attention: Attention,
+    binding: CacheBinding | None,
+    config: IndexConfig,
+    emit: Emitter,
+    autotune: bool = False,
 ) -> KernelSite:
     """The kernel for `attention`: a sparse one where its cache is given, if one can be made.
 
-    Emits its operands, before the attention. Raises `NoKernel`.
+    Emits its operands, before the attention. With `autotune` its tile sizes are measured at its
+    first call. Raises `NoKernel`.
     """
     check_supported(attention)
     canonical = Canonicaliser(attention, emit)
@@ -69,7 +71,7 @@ def kernel_site(
     except RewriteError as error:
         raise NoKernel(str(error)) from error
     _check_not_copied(attention, given)
-    exact = specification(attention, terms, given)
+    exact = replace(specification(attention, terms, given), autotune=autotune)
     refused = ""
     if binding is not None:
         try:
@@ -114,9 +116,10 @@ def _sparse(
     given: Canonical,
     emit: Emitter,
 ) -> KernelSite:
-    if exact.head_dim % SKETCHED:
+    policy = KERNEL_POLICIES[config.policy]
+    if exact.head_dim % policy.multiple:
         raise NoKernel(
-            f"the size of a key, {exact.head_dim}, is no multiple of {SKETCHED}: "
+            f"the size of a key, {exact.head_dim}, is no multiple of {policy.multiple}: "
             "there is no sparse kernel for it"
         )
     written = _tokens_written(binding, value_of(given.key).device)
@@ -131,7 +134,8 @@ def _sparse(
     )
     shows, cache = _shown_keys(attention, binding, emit)
     kernel = _made(replace(exact, sparse=chosen), terms, given, written)
-    layout = _fixed_layout(cache, value_of(given.key)) if binding.kind == "static" else None
+    fixed = binding.kind == "static" and _is_whole(value_of(given.key), cache)
+    layout = policy.layout_of(cache) if fixed else None
     return KernelSite(kernel, given, terms.nodes, SlotCache(kernel, shows, written, layout))
 
 
@@ -167,13 +171,12 @@ def _shown_keys(
     return torch.fx.GraphModule({}, graph), value_of(shown)
 
 
-def _fixed_layout(cache: Tensor, key: Tensor) -> SlotLayout | None:
-    """The layout of an index for a cache of known size, all of which the graph reads."""
-    same = all(
+def _is_whole(key: Tensor, cache: Tensor) -> bool:
+    """Whether the graph reads all of a cache, whose size is known when compiling."""
+    return all(
         static_size(size) is not None and size == other
         for size, other in zip(cache.shape, key.shape, strict=True)
     )
-    return SlotLayout.of(cache) if same else None
 
 
 def _made(spec: AttentionSpec, terms: KernelTerms, given: Canonical, written: int) -> str:

@@ -9,14 +9,13 @@ import torch
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.decode_operators import KERNEL_DEVICES
+from lychee_compile.kernels.kernel_policies import KERNEL_POLICIES
 from lychee_compile.kernels.operators import LONGEST_QUERY
 from lychee_compile.passes.attention import Attention
 from lychee_compile.passes.dataflow import value_of
 
 LARGEST_HEAD = 256
 """Largest size of a key or a value."""
-POLICIES = ("lychee",)
-"""Policies that have kernels."""
 OLDEST_CAPABILITY = (8, 0)
 """Of an NVIDIA GPU: the first with bfloat16."""
 
@@ -41,9 +40,9 @@ def decodes(attention: Attention) -> bool:
 
 def no_sparse_kernel(config: IndexConfig) -> str | None:
     """Why no kernel selects as the options ask for."""
-    if config.policy not in POLICIES:
-        kernels = " and ".join(map(repr, POLICIES))
-        return f"option policy={config.policy!r} has no kernel: {kernels} does; {_REFERENCE}"
+    if config.policy not in KERNEL_POLICIES:
+        known = " and ".join(map(repr, KERNEL_POLICIES))
+        return f"option policy={config.policy!r} has no kernel: {known} have one; {_REFERENCE}"
     if config.epsilon is not None:
         return f"option epsilon={config.epsilon:g} has no kernel: None does; {_REFERENCE}"
     return None

@@ -20,16 +20,17 @@ _PARAMETERS = """weights, constants, totals,
     kv_len, slots, blocks, kv_heads, query_len, tiles"""
 
 
-def emit_selection_constants(sparse: SparseSpec) -> str:
-    """How much is read, how much of a long context is looked at, how shares are counted."""
+def emit_selection_constants(sparse: SparseSpec, paged: bool) -> str:
+    """How much is read, how shares are counted, how much of a long context is looked at."""
+    pages = f"""
+PAGE_ROOM = tl.constexpr({-(-sparse.overfetch * sparse.budget // PAGE)})  # pages looked into
+LOOK = tl.constexpr({LOOK})  # tokens of chosen pages scored at a time
+PER_BLOCK = tl.constexpr({BLOCK // PAGE})  # pages of a block"""
     return f"""
 FLAT_TOKENS = {sparse.flat_tokens}  # slots up to which every token is scanned; pages beyond
 BUDGET = tl.constexpr({sparse.budget})  # tokens read per KV head and query position
 SINKS = tl.constexpr({sparse.sinks})  # first tokens, always read
-RECENT = tl.constexpr({sparse.recent})  # last tokens, always read
-PAGE_ROOM = tl.constexpr({-(-sparse.overfetch * sparse.budget // PAGE)})  # pages looked into
-LOOK = tl.constexpr({LOOK})  # tokens of chosen pages scored at a time
-PER_BLOCK = tl.constexpr({BLOCK // PAGE})  # pages of a block
+RECENT = tl.constexpr({sparse.recent})  # last tokens, always read{pages if paged else ""}
 BINS = tl.constexpr({BINS})  # of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr({(127 + LARGEST) * 8})  # a share of 2^{LARGEST}, in eighths of an octave
 """

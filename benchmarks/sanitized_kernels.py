@@ -1,7 +1,7 @@
 """Every kernel once or a few times, on little data, for compute-sanitizer:
 
-    compute-sanitizer --tool memcheck python tests/sanitized_kernels.py
-    compute-sanitizer --tool racecheck python tests/sanitized_kernels.py
+compute-sanitizer --tool memcheck python benchmarks/sanitized_kernels.py
+compute-sanitizer --tool racecheck python benchmarks/sanitized_kernels.py
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lychee_compile.kernels.slot_layout import SlotLayout
 
 
 def main() -> None:
+    """Tokens scanned flat and by pages, exact and sparse, across the start of a block."""
     last = torch.zeros((), dtype=torch.int64, device="cuda")
     causal = Q + sympy.Symbol("last", integer=True) >= KV
     captured = (Captured("last", "int64", 0),)

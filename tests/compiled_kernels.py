@@ -1,0 +1,87 @@
+"""Compile the kernels of golden modules for a GPU that need not be there.
+
+    python compiled_kernels.py sparse_llama
+
+prints the shared memory of each, in bytes, as JSON. Raises what the compiler raises.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from kernel_specs import SPECS
+
+from lychee_compile.codegen.module import emit_module
+from lychee_compile.codegen.specification import AttentionSpec
+from lychee_compile.kernels.generated import load, store
+
+KERNELS = {
+    "attend_all": {"KEYS": 64},
+    "combine": {"SPLITS": 32},
+    "weigh": {},
+    "scan_tokens": {"BLOCKS": 16},
+    "scan_pages": {"BLOCKS": 16},
+    "scan_chosen": {"TILES": 16, "BLOCKS": 16, "PARTS": 8},
+    "attend": {"KEYS": 64, "TILES": 16, "LOTS": 128, "LANES": 512},
+    "encode": {},
+}
+"""And what is fixed when they are launched."""
+POINTERS = {
+    "*u8": "fine coarse pages page_bins bins",
+    "*i32": "header tile_first tile_end histogram candidates candidate_count page_list chosen_list",
+    "*i64": "positions",
+    "*bf16": "weights",
+    "*fp32": "constants totals centre step spread partial partial_top partial_sum",
+}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
+SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}
+
+
+def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capability: int) -> Any:
+    """One kernel for NVIDIA GPUs of a compute capability, such as 80, with aligned operands."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    own = dict.fromkeys(("query", "key", "value", "extra", "output"), f"*{SHORT[spec.dtype]}")
+    own["axes"] = "*bf16" if spec.dtype == "bfloat16" else "*fp16"
+    types = TYPES | own | {each.name: f"*{SHORT[each.dtype]}" for each in spec.captured}
+    names = kernel.arg_names
+    fixed = {name: constants[name] for name in names if name in constants}
+    fixed |= {name: 1 for name in names if name.endswith("stride_d")}
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in fixed.items()},
+        attrs={
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(names)
+            if name not in fixed and (name in types or "stride" in name)
+        },
+    )
+    options = {"num_warps": 4, "num_stages": 2}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main(*names: str) -> None:
+    """The kernels of some modules as a Hopper GPU runs them; for attention also an Ampere GPU."""
+    shared = {}
+    for name in names:
+        spec = SPECS[name]
+        module = load(store(emit_module(spec), spec.name).stem)
+        for kernel, constants in KERNELS.items():
+            if not hasattr(module, kernel):
+                continue
+            for capability in (80, 90) if "attend" in kernel else (90,):
+                hopper = capability == 90
+                paged = hopper and hasattr(module, "scan_pages")
+                more = constants | {"EARLY": hopper, "PAGED": paged}
+                made = compiled(getattr(module, kernel), spec, more, capability)
+                shared[f"{name}.{kernel}.{capability}"] = made.metadata.shared
+    sys.stdout.write(json.dumps(shared))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

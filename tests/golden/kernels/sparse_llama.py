@@ -1,0 +1,851 @@
+"""Decode attention: decode lychee bf16 g4 d128 b1024.
+
+score(s) = 0.0883883476483184*s
+visible: length + q >= kv
+"""
+
+import triton
+import triton.language as tl
+
+
+GROUP = tl.constexpr(4)  # query heads that share a KV head
+ROWS = tl.constexpr(16)
+HEAD_DIM = tl.constexpr(128)
+DIM = tl.constexpr(128)
+VALUE_DIM = tl.constexpr(128)
+WIDTH = tl.constexpr(128)
+AUTOTUNE = False  # whether tile sizes are measured at the first call
+
+
+@triton.jit
+def visible(b, h, q, kv, kv_len, inside, length):
+    """Which keys of the slots kv [1, N] the query heads h [ROWS, 1] see, of those `inside`."""
+    return inside & (tl.load(length) + q >= kv)
+
+
+@triton.jit
+def score(s, b, h, q, kv, inside, length):
+    """What a product s [ROWS, N] of query and key is to the softmax, in bits."""
+    return 0.12751743082459868 * s
+
+
+@triton.jit
+def seen_range(b, q, kv_len, length):
+    """First slot that query q sees, and the one after its last: it sees all between."""
+    first = tl.full([], 0, tl.int32)
+    end = tl.minimum(kv_len, tl.load(length) + q + 1)
+    return first.to(tl.int32), tl.maximum(first, end).to(tl.int32)
+
+
+@triton.jit
+def load_queries(query, b, kv_head, t, stride_b, stride_h, stride_t, stride_d):
+    """Queries [ROWS, DIM] of a group at position t, and their heads; the last one fills up."""
+    h = kv_head * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1)
+    d = tl.arange(0, DIM)
+    place = query + b.to(tl.int64) * stride_b + t * stride_t
+    place = place + h[:, None] * stride_h + d[None, :] * stride_d
+    return tl.load(place, mask=d[None, :] < HEAD_DIM, other=0.0), h
+
+
+@triton.jit
+def attend_to(
+    slot, inside, queries, heads, top, total, result, b, t, kv_len,
+    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
+):
+    """One step of online softmax over the keys in the slots [N] that are `inside`."""
+    seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], length)
+    d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
+    place = slot.to(tl.int64)[:, None]
+    keys = tl.load(
+        key + place * key_stride_l + d[None, :] * key_stride_d,
+        mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+    )
+    values = tl.load(
+        value + place * value_stride_l + width[None, :] * value_stride_d,
+        mask=inside[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
+    )
+    s = tl.dot(queries, tl.trans(keys))
+    bits = score(s, b, heads[:, None], t, slot[None, :], inside[None, :], length)
+    bits = tl.where(seen, bits, float("-inf"))
+    most = tl.maximum(top, tl.max(bits, 1))
+    base = tl.where(most == float("-inf"), 0.0, most)
+    weight = tl.exp2(bits - base[:, None])
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(weight, 1)
+    result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values)
+    return most, total, result
+
+
+@triton.jit
+def store_part(top, total, result, head_row, split, splits, partial, partial_top, partial_sum):
+    """Leave what one program has of a group's attention for `combine`."""
+    g, width = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    row = (head_row.to(tl.int64) * splits + split) * GROUP + g
+    tl.store(partial_top + row, top, mask=g < GROUP)
+    tl.store(partial_sum + row, total, mask=g < GROUP)
+    tl.store(
+        partial + row[:, None] * VALUE_DIM + width[None, :], result,
+        mask=(g < GROUP)[:, None] & (width < VALUE_DIM)[None, :],
+    )
+
+
+@triton.jit
+def combine(
+    partial, partial_top, partial_sum, extra, extra_stride_b, extra_stride_h, extra_stride_t,
+    output, output_stride_b, output_stride_h, output_stride_t, output_stride_d,
+    kv_heads, query_len, splits, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Sum up the parts of one query head at one position."""
+    head_row, g = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    part, width = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    source = (head_row.to(tl.int64) * splits + part) * GROUP + g
+    inside = part < splits
+    h = kv_head * GROUP + g
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    tops = tl.load(partial_top + source, mask=inside, other=float("-inf"))
+    totals = tl.load(partial_sum + source, mask=inside, other=0.0)
+    parts = tl.load(
+        partial + source[:, None] * VALUE_DIM + width[None, :],
+        mask=inside[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
+    )
+    most = tl.max(tops, 0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    fade = tl.exp2(tops - most)
+    whole = tl.sum(totals * fade, 0)
+    mean = tl.sum(parts * fade[:, None], 0)
+    # A query that sees nothing gets zeros, as from PyTorch's own attention.
+    mean = mean / tl.where(whole > 0, whole, 1.0)
+    place = output + b.to(tl.int64) * output_stride_b + h * output_stride_h
+    place = place + t * output_stride_t + width * output_stride_d
+    tl.store(place, mean.to(output.dtype.element_ty), mask=width < VALUE_DIM)
+
+
+@triton.jit
+def read_all(
+    queries, heads, top, total, result, b, t, kv_len, split, splits,
+    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
+    KEYS: tl.constexpr,
+):
+    """Every splits-th tile of KEYS keys; a tile of hidden keys is not read."""
+    first, end = seen_range(b, t, kv_len, length)
+    for start in range(first // KEYS * KEYS + split * KEYS, end, splits * KEYS):
+        slot = start + tl.arange(0, KEYS)
+        inside = (slot >= first) & (slot < end)
+        top, total, result = attend_to(
+            slot, inside, queries, heads, top, total, result, b, t, kv_len,
+            key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
+        )
+    return top, total, result
+
+
+@triton.jit
+def attend_all(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    partial, partial_top, partial_sum,
+    kv_len, kv_heads, query_len, splits, length,
+    KEYS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Attention over all visible keys, for the heads of one group at one position."""
+    head_row, split = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    key += b.to(tl.int64) * key_stride_b + kv_head * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head * value_stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    top, total, result = read_all(
+        queries, heads, top, total, result, b, t, kv_len, split, splits,
+        key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
+        KEYS,
+    )
+    store_part(
+        top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+    )
+
+
+FLAT_TOKENS = 65536  # slots up to which every token is scanned; pages beyond
+BUDGET = tl.constexpr(1024)  # tokens read per KV head and query position
+SINKS = tl.constexpr(16)  # first tokens, always read
+RECENT = tl.constexpr(64)  # last tokens, always read
+PAGE_ROOM = tl.constexpr(1024)  # pages looked into
+LOOK = tl.constexpr(256)  # tokens of chosen pages scored at a time
+PER_BLOCK = tl.constexpr(512)  # pages of a block
+BINS = tl.constexpr(256)  # of a histogram of shares; the first is for what cannot be chosen
+LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
+
+
+TILE = tl.constexpr(512)  # slots that a program of the scan takes
+BLOCK = tl.constexpr(8192)  # slots that share their principal axes
+PAGE = tl.constexpr(16)  # slots summarised together
+KEPT = tl.constexpr(64)  # coordinates of a sketch
+KEPT_COLUMNS = tl.constexpr(64)
+KEPT_FINE = tl.constexpr(32)  # those of 4 bits
+FINE_BYTES = tl.constexpr(16)
+FINE_COLUMNS = tl.constexpr(16)
+COARSE_BYTES = tl.constexpr(8)
+COARSE_COLUMNS = tl.constexpr(16)
+PAGE_STEP = tl.constexpr(0.75)  # of a page's mean, in steps of a coordinate
+PAGE_MIDDLE = tl.constexpr(5.625)
+IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
+
+
+SCALE = tl.constexpr(0.08838834764831843)  # of s in the score
+
+
+@triton.jit
+def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
+    """First slot that this step has written: it and what follows have no sketch yet."""
+    fresh = tl.load(header + 1)
+    if written > 0:
+        number = tl.arange(0, 16)
+        slot = tl.load(
+            positions + b * stride_b + number * stride_t, mask=number < written, other=2**30
+        ).to(tl.int32)
+        fresh = tl.min(tl.where(slot < 0, slot + kv_len, slot), 0)
+    return fresh
+
+
+@triton.jit
+def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
+    """log2 of the softmax's denominator for the heads of a group, as blocks estimate it: [ROWS]."""
+    block, g = tl.arange(0, BLOCKS), tl.arange(0, ROWS)
+    parts = tl.load(
+        totals + (head_row.to(tl.int64) * blocks + block)[:, None] * ROWS + g[None, :],
+        mask=(block < blocks)[:, None], other=-1e30,
+    )
+    most = tl.max(parts, 0)
+    return most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
+
+
+@triton.jit
+def bins_of(value, seen, total):
+    """The bin of each item's share [N], from the scores [ROWS, N] of a group's heads, in bits.
+
+    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
+    """
+    real = seen & (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
+    return tl.where(share > 0, tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
+
+
+@triton.jit
+def count_bins(histogram, bins):
+    """Count what was stored in `bins`, pointers [N], in a histogram; the first bin is left out.
+
+    Read back, every thread has entries of its own: out of a product, eight threads have the same.
+    """
+    tl.debug_barrier()
+    counts = tl.histogram(tl.load(bins).to(tl.int32), BINS)
+    place = tl.arange(0, BINS)
+    tl.atomic_add(histogram + place, counts, mask=(counts > 0) & (place > 0), sem="relaxed")
+
+
+@triton.jit
+def threshold(histogram, room, read=0):
+    """The bin that `room` items end in, what is left for that bin, and how many are in it.
+
+    `read` of those in each bin do not count.
+    """
+    place = tl.arange(0, BINS)
+    counts = tl.load(histogram + place) - read
+    through = tl.cumsum(counts, 0, reverse=True)
+    cut = tl.max(tl.where(through > room, place, 0), 0)
+    above = tl.max(tl.where(place > cut, through, 0), 0)
+    return cut, -(above - room), tl.sum(tl.where(place == cut, counts, 0), 0)
+
+
+@triton.jit
+def choose(entry, cut, left, at_cut):
+    """Which items are chosen, where each goes in a list of them, and how many there are.
+
+    Those in bins above the cut, and of those at the cut the first, as many as are due to us.
+    """
+    kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
+    through = tl.cumsum(kind, 0)
+    total = tl.max(through, 0)
+    due = (left.to(tl.int64) * (total & 65535) // tl.maximum(at_cut, 1)).to(tl.int32)
+    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= due))
+    return chosen, (through >> 16) + tl.minimum(through & 65535, due) - 1, (total >> 16) + due
+
+
+@triton.jit
+def always_read(
+    tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES: tl.constexpr
+):
+    """Slots [first, sinks_end) and [recent_start, end), which are read whatever they hold."""
+    first, end = seen_range(b, t, kv_len, length)
+    sinks_end = tl.minimum(first + SINKS, end)
+    recent_start = tl.maximum(tl.minimum(end - RECENT, fresh), sinks_end)
+    return first, sinks_end, recent_start, end
+
+
+@triton.jit
+def weigh(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    axes, centre, step, spread, weights, constants, totals, histogram,
+    positions, position_stride_b, position_stride_t, written, header,
+    kv_len, blocks, kv_heads, query_len, length,
+    EARLY: tl.constexpr,
+):
+    """Weights of the codes of a block in q.k, and what is left of it: of tokens and of pages.
+
+    By second-order cumulants the log of the mean of exp(score) over keys of variance v is that of
+    their mean and scale / 2 sum w^2 v: for a page, with the block's usual variance within pages,
+    and for the whole block, whose sum stands for its part of the softmax's denominator. Clears
+    what later kernels count.
+    """
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    block = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
+    kept, d, g = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
+    axis = tl.load(
+        axes + (block * KEPT + kept)[None, :] * HEAD_DIM + d[:, None],
+        mask=(kept < KEPT)[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
+    )
+    steps = tl.load(step + block * KEPT + kept, mask=kept < KEPT, other=0.0)
+    middle = tl.load(centre + block * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+    exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
+    weight = exact.to(tl.bfloat16)
+    rounded = weight.to(tl.float32)
+    constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
+    variances = tl.load(spread + block * KEPT_FINE + kept, mask=kept < KEPT_FINE, other=0.0)
+    moved = tl.where(kept < KEPT_FINE, 8.9000, 1.0087)
+    of_block = constant + 0.5 * SCALE * tl.sum(exact * exact * moved[None, :], 1)
+    of_page = constant + 0.5 * SCALE * tl.sum(exact * exact * variances[None, :], 1)
+    fine = tl.sum(tl.where((kept < 32)[None, :], rounded, 0.0), 1)
+    of_page -= (PAGE_MIDDLE + PAGE_STEP * 128) * fine
+    constant -= 135.5 * tl.sum(tl.where(((kept < 32))[None, :], rounded, 0.0), 1)
+    constant -= 129.5 * tl.sum(tl.where(((kept >= 32) & (kept < 64))[None, :], rounded, 0.0), 1)
+    mine = head_row.to(tl.int64) * blocks + tile
+    tl.store(weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + kept[None, :], weight)
+    tl.store(constants + mine * (2 * ROWS) + g, constant)
+    tl.store(constants + mine * (2 * ROWS) + ROWS + g, of_page)
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    held = tl.minimum(fresh - tile * BLOCK, BLOCK)
+    first = (tile * BLOCK + tl.zeros([1, 1], tl.int32))
+    bits = score(of_block[:, None], b, heads[:, None], t, first, first < kv_len, length)
+    whole = tl.max(bits, 1)
+    whole += tl.log2(tl.maximum(held, 1).to(tl.float32))
+    tl.store(totals + mine * ROWS + g, tl.where(held > 0, whole, -1e30))
+    if tile == 0:
+        entry = tl.arange(0, 2 * BINS)
+        tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
+
+
+@triton.jit
+def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
+    """The weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
+    column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
+    place = weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + FIRST + column[None, :]
+    return tl.load(place, mask=(column < WIDE)[None, :], other=0.0)
+
+
+@triton.jit
+def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """The codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
+
+    They are put into the mantissa of 128.0, two at a time: that spares converting them.
+    """
+    if IN_REGISTERS:
+        made = tl.inline_asm_elementwise(
+            f"""{{
+            .reg .b32 moved, low, high;
+            shr.b32 moved, $2, {SHIFT};
+            prmt.b32 low, moved, 0, 0x4140;
+            prmt.b32 high, moved, 0, 0x4342;
+            lop3.b32 $0, low, {MASK * 0x10001}, 0x43004300, 0xEA;
+            lop3.b32 $1, high, {MASK * 0x10001}, 0x43004300, 0xEA;
+            }}""",
+            "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )
+    else:
+        made = (((packed.to(tl.int16) >> SHIFT) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
+    return made
+
+
+@triton.jit
+def load_codes(fine, coarse, slot, inside):
+    """Packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
+    byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
+    packed = tl.load(
+        fine + slot[None, :] * FINE_BYTES + byte[:, None],
+        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
+    )
+    packed_coarse = tl.load(
+        coarse + slot[None, :] * COARSE_BYTES + column[:, None],
+        mask=inside[None, :] & (column < COARSE_BYTES)[:, None], other=0,
+    )
+    return packed, packed_coarse
+
+
+@triton.jit
+def sketch_scores(packed, packed_coarse, weights, constants, mine):
+    """Estimates [ROWS, N] of q.k from packed codes of the block whose weights are `mine`."""
+    constant = tl.load(constants + mine * (2 * ROWS) + tl.arange(0, ROWS))
+    w0 = load_weights(weights, mine, 0, 16, FINE_COLUMNS)
+    w1 = load_weights(weights, mine, 16, 16, FINE_COLUMNS)
+    w2 = load_weights(weights, mine, 32, 8, COARSE_COLUMNS)
+    w3 = load_weights(weights, mine, 40, 8, COARSE_COLUMNS)
+    w4 = load_weights(weights, mine, 48, 8, COARSE_COLUMNS)
+    w5 = load_weights(weights, mine, 56, 8, COARSE_COLUMNS)
+    total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]
+    total = tl.dot(w0, codes(packed, 0, 15), total)
+    total = tl.dot(w1, codes(packed, 4, 15), total)
+    total = tl.dot(w2, codes(packed_coarse, 0, 3), total)
+    total = tl.dot(w3, codes(packed_coarse, 2, 3), total)
+    total = tl.dot(w4, codes(packed_coarse, 4, 3), total)
+    total = tl.dot(w5, codes(packed_coarse, 6, 3), total)
+    return total
+
+
+@triton.jit
+def scan_tokens(
+    fine, coarse, weights, constants, totals,
+    positions, position_stride_b, position_stride_t, written, header,
+    tile_first, tile_end, bins, histogram,
+    kv_len, slots, blocks, kv_heads, query_len, tiles, length,
+    BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Bins, uint8, of the shares of TILE tokens, by their sketches."""
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    g = tl.arange(0, ROWS)
+    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    first, end = seen_range(b, t, kv_len, length)
+    if (tile * TILE < end) & (tile * TILE + TILE > first):
+        slot = tile * TILE + tl.arange(0, TILE)
+        inside = slot < kv_len
+        space = (b * kv_heads + kv_head).to(tl.int64) * slots
+        packed, packed_coarse = load_codes(
+            fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
+        )
+        fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        s = sketch_scores(
+            packed, packed_coarse, weights, constants,
+            head_row.to(tl.int64) * blocks + tile * TILE // BLOCK,
+        )
+        total = denominators(totals, head_row, blocks, BLOCKS)
+        seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :], length)
+
+        value = score(s, b, h, t, slot[None, :], inside[None, :], length)
+        possible = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
+        entry = bins_of(value, seen & possible[None, :], total)
+        place = bins + head_row.to(tl.int64) * slots + slot
+        tl.store(place, entry.to(tl.uint8))
+        count_bins(histogram + head_row * (2 * BINS), place)
+
+
+@triton.jit
+def load_pages(pages, page, inside):
+    """Packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
+    byte = tl.arange(0, FINE_COLUMNS)
+    return tl.load(
+        pages + page[None, :] * FINE_BYTES + byte[:, None],
+        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
+    )
+
+
+@triton.jit
+def page_scores(packed, weights, constants, mine):
+    """Scores [ROWS, N], as products q.k, that stand for the keys of the pages of one block."""
+    constant = tl.load(constants + mine * (2 * ROWS) + ROWS + tl.arange(0, ROWS))
+    w0 = load_weights(weights, mine, 0, 16, FINE_COLUMNS)
+    w1 = load_weights(weights, mine, 16, 16, FINE_COLUMNS)
+    constant = constant / PAGE_STEP
+    total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]
+    total = tl.dot(w0, codes(packed, 0, 15), total)
+    total = tl.dot(w1, codes(packed, 4, 15), total)
+    return PAGE_STEP * total
+
+
+@triton.jit
+def scan_pages(
+    pages, weights, constants, totals,
+    positions, position_stride_b, position_stride_t, written, header,
+    tile_first, tile_end, bins, histogram,
+    kv_len, slots, blocks, kv_heads, query_len, tiles, length,
+    BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Bins, uint8, of the shares of the pages of one block."""
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    g = tl.arange(0, ROWS)
+    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    first, end = seen_range(b, t, kv_len, length)
+    if (tile * BLOCK < end) & (tile * BLOCK + BLOCK > first):
+        page = tile * PER_BLOCK + tl.arange(0, PER_BLOCK)
+        space = (b * kv_heads + kv_head).to(tl.int64) * (slots // PAGE)
+        packed = load_pages(pages + space * FINE_BYTES, page, page * PAGE < slots)
+        fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+        held = (page * PAGE < tl.minimum(end, fresh)) & (page * PAGE + PAGE > first)
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        s = page_scores(packed, weights, constants, head_row.to(tl.int64) * blocks + tile)
+        value = score(s, b, h, t, (page * PAGE)[None, :], held[None, :], length)
+        total = denominators(totals, head_row, blocks, BLOCKS)
+        entry = bins_of(value, tl.broadcast_to(held[None, :], value.shape), total)
+        place = bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page
+        tl.store(place, entry.to(tl.uint8))
+        count_bins(histogram + head_row * (2 * BINS), place)
+
+
+@triton.jit
+def scan_chosen(
+    fine, coarse, page_bins, page_list, candidates, candidate_count, weights, constants, totals,
+    positions, position_stride_b, position_stride_t, written, header,
+    tile_first, tile_end, bins, histogram,
+    kv_len, slots, blocks, kv_heads, query_len, tiles, length,
+    TILES: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Lists of the tokens of chosen pages, and their bins; a block has PARTS programs."""
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    tile, part = lot // PARTS, lot % PARTS
+    g = tl.arange(0, ROWS)
+    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+    counts = histogram + head_row * (2 * BINS)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    page = tile * PER_BLOCK + tl.arange(0, PER_BLOCK // PARTS) * PARTS + part
+    entry = tl.load(page_bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page)
+    entry = entry.to(tl.int32)
+    first, end = seen_range(b, t, kv_len, length)
+    entry = tl.where((page * PAGE < end) & (page * PAGE + PAGE > first), entry, 0)
+    # All pages of the last bin: how many are looked into is no budget.
+    cut, _, _ = threshold(counts, PAGE_ROOM)
+    chosen, place, count = choose(entry, tl.maximum(cut - 1, 0), cut * 0, cut * 0)
+    mine = head_row.to(tl.int64) * (blocks * PARTS) + lot
+    page_list += mine * (PER_BLOCK // PARTS)
+    tl.store(page_list + place, page, mask=chosen)
+    tl.store(candidate_count + mine, count * PAGE)
+    tl.debug_barrier()
+    if count > 0:
+        fresh = fresh_from(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_len
+        )
+        _, begin, stop, _ = always_read(
+            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
+        )
+        total = denominators(totals, head_row, blocks, BLOCKS)
+        space = (b * kv_heads + kv_head).to(tl.int64) * slots
+        for start in range(0, count, LOOK // PAGE):
+            lane = tl.arange(0, LOOK)
+            which = start + lane // PAGE
+            at = tl.load(page_list + which, mask=which < count, other=0)
+            slot = at * PAGE + lane % PAGE
+            inside = (which < count) & (slot >= begin) & (slot < stop)
+            packed, packed_coarse = load_codes(
+                fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
+            )
+            s = sketch_scores(
+                packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + tile
+            )
+            seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :], length)
+            value = score(s, b, h, t, slot[None, :], inside[None, :], length)
+            found = bins_of(value, seen, total)
+            into = mine * (BLOCK // PARTS) + start * PAGE + lane
+            tl.store(candidates + into, slot, mask=which < count)
+            tl.store(bins + into, found.to(tl.uint8))
+            count_bins(counts + BINS, bins + into)
+
+
+@triton.jit
+def field_codes(
+    centred, axes, step,
+    FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr,
+):
+    """Codes, int32 [N, COLUMNS], of the coordinates from FIRST on."""
+    column, d = tl.arange(0, COLUMNS), tl.arange(0, DIM)
+    inside = (column < WIDE)[None, :] & (d < HEAD_DIM)[:, None]
+    axis = tl.load(axes + (FIRST + column)[None, :] * HEAD_DIM + d[:, None], mask=inside, other=0.0)
+    steps = tl.load(step + FIRST + column, mask=column < WIDE, other=0.0)[None, :]
+    level = tl.dot(centred.to(axis.dtype), axis) / tl.maximum(steps, 1e-30)
+    level = tl.where((steps > 0) & (level == level), level, 0.0)  # of a NaN, nothing
+    code = tl.floor(tl.minimum(tl.maximum(level, -1.0 * (LEVELS // 2)), 1.0 * LEVELS)) + LEVELS // 2
+    code = tl.minimum(code, LEVELS - 1).to(tl.int32)
+    return tl.where((column < WIDE)[None, :], code, 0)
+
+
+@triton.jit
+def encode_keys(keys, axes, centre, step):
+    """Packed codes, uint8 [N, FINE_COLUMNS] and [N, COARSE_COLUMNS], of keys [N, DIM]."""
+    d = tl.arange(0, DIM)
+    middle = tl.load(centre + d, mask=d < HEAD_DIM, other=0.0)
+    centred = keys - middle[None, :]
+    fine = field_codes(centred, axes, step, 0, 16, FINE_COLUMNS, 16)
+    fine |= field_codes(centred, axes, step, 16, 16, FINE_COLUMNS, 16) << 4
+    coarse = field_codes(centred, axes, step, 32, 8, COARSE_COLUMNS, 4)
+    coarse |= field_codes(centred, axes, step, 40, 8, COARSE_COLUMNS, 4) << 2
+    coarse |= field_codes(centred, axes, step, 48, 8, COARSE_COLUMNS, 4) << 4
+    coarse |= field_codes(centred, axes, step, 56, 8, COARSE_COLUMNS, 4) << 6
+    return fine.to(tl.uint8), coarse.to(tl.uint8)
+
+
+@triton.jit
+def page_code(mean):
+    """The 4-bit code of a page's mean code, float32."""
+    code = tl.floor((mean - 7.5) / PAGE_STEP + 8.0)
+    return tl.minimum(tl.maximum(code, 0.0), 15.0).to(tl.int32)
+
+
+@triton.jit
+def encode(
+    key, stride_b, stride_h, stride_l, stride_d,
+    fine, coarse, pages, axes, centre, step,
+    begin, end, slots, kv_heads, blocks,
+):
+    """Sketch the keys in the slots [begin, end), 64 a program; begin is a multiple of 64."""
+    space = tl.program_id(0)
+    slot = begin + tl.program_id(1) * 64 + tl.arange(0, 64)
+    b, kv_head = space // kv_heads, space % kv_heads
+    d = tl.arange(0, DIM)
+    place = key + b.to(tl.int64) * stride_b + kv_head * stride_h
+    place = place + slot.to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d
+    inside = (slot < end)[:, None]
+    keys = tl.load(place, mask=inside & (d < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+    block = space.to(tl.int64) * blocks + (begin + tl.program_id(1) * 64) // BLOCK
+    axes, centre = axes + block * KEPT * HEAD_DIM, centre + block * HEAD_DIM
+    packed, packed_coarse = encode_keys(keys, axes, centre, step + block * KEPT)
+    space = space.to(tl.int64) * slots
+    byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
+    tl.store(
+        fine + (space + slot)[:, None] * FINE_BYTES + byte[None, :],
+        packed, mask=inside & (byte < FINE_BYTES)[None, :],
+    )
+    tl.store(
+        coarse + (space + slot)[:, None] * COARSE_BYTES + column[None, :],
+        packed_coarse, mask=inside & (column < COARSE_BYTES)[None, :],
+    )
+    held = tl.sum(tl.reshape((slot < end).to(tl.float32), [64 // PAGE, PAGE]), 1)
+    number = tl.maximum(held, 1.0)[:, None]
+    each = tl.reshape(tl.where(inside, packed, 0), [64 // PAGE, PAGE, FINE_COLUMNS]).to(tl.int32)
+    low = page_code(tl.sum(each & 15, 1).to(tl.float32) / number)
+    high = page_code(tl.sum(each >> 4, 1).to(tl.float32) / number)
+    page = (begin + tl.program_id(1) * 64) // PAGE + tl.arange(0, 64 // PAGE)
+    tl.store(
+        pages + (space // PAGE + page)[:, None] * FINE_BYTES + byte[None, :],
+        (low | (high << 4)).to(tl.uint8),
+        mask=(held > 0)[:, None] & (byte < FINE_BYTES)[None, :],
+    )
+
+
+@triton.jit
+def encode_new(
+    key, stride_b, stride_h, stride_l, stride_d,
+    header, fine, coarse, pages, axes, centre, step, spread,
+    positions, position_stride_b, position_stride_t, written,
+    b, kv_head, slots, kv_heads, blocks, kv_len,
+):
+    """Sketch the keys that this step has written, and sum up their pages anew.
+
+    A block that begins takes over the axes of the one before.
+    """
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    kept, d, row = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, PAGE)
+    byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
+    is_fine = kept < KEPT_FINE
+    number_coarse = kept - KEPT_FINE
+    whole = (kept < KEPT)[:, None] & (d < HEAD_DIM)[None, :]
+    for number in range(written):
+        slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
+        slot = tl.where(slot < 0, slot + kv_len, slot)
+        block = space * blocks + slot // BLOCK
+        source = tl.where((slot % BLOCK == 0) & (slot > 0), block - 1, block)
+        place = key + b.to(tl.int64) * stride_b + kv_head * stride_h + slot.to(tl.int64) * stride_l
+        newest = tl.load(place + d * stride_d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+        middle = tl.load(centre + source * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+        matrix = source * (KEPT * HEAD_DIM) + kept[:, None] * HEAD_DIM + d[None, :]
+        axis = tl.load(axes + matrix, mask=whole, other=0.0)
+        steps = tl.load(step + source * KEPT + kept, mask=kept < KEPT, other=0.0)
+        page = slot // PAGE
+        older = tl.load(
+            fine + (space * slots + page * PAGE + row)[:, None] * FINE_BYTES + byte[None, :],
+            mask=(page * PAGE + row < slot)[:, None] & (byte < FINE_BYTES)[None, :], other=0,
+        ).to(tl.int32)
+        if source != block:
+            spreads = tl.load(spread + source * KEPT_FINE + kept, mask=is_fine, other=0.0)
+            moved = (block - source) * (KEPT * HEAD_DIM)
+            tl.store(axes + matrix + moved, axis, mask=whole)
+            tl.store(centre + block * HEAD_DIM + d, middle, mask=d < HEAD_DIM)
+            tl.store(step + block * KEPT + kept, steps, mask=kept < KEPT)
+            tl.store(spread + block * KEPT_FINE + kept, spreads, mask=is_fine)
+        level = tl.sum((newest - middle)[None, :] * axis.to(tl.float32), 1)
+        level = level / tl.maximum(steps, 1e-30)
+        level = tl.where((steps > 0) & (level == level), level, 0.0)  # of a NaN, nothing
+        half = tl.where(is_fine, 8.0, 2.0)
+        code = tl.floor(tl.minimum(tl.maximum(level, -half), half)) + half
+        code = tl.minimum(code, 2 * half - 1).to(tl.int32)
+        into = (kept % FINE_BYTES)[:, None] == byte[None, :]
+        moved_code = code << (kept // FINE_BYTES * 4)
+        packed = tl.sum(tl.where(into & is_fine[:, None], moved_code[:, None], 0), 0)
+        into = (number_coarse % COARSE_BYTES)[:, None] == column[None, :]
+        into = into & ((kept >= KEPT_FINE) & (kept < KEPT))[:, None]
+        moved_code = code << (tl.maximum(number_coarse, 0) // COARSE_BYTES * 2)
+        packed_coarse = tl.sum(tl.where(into, moved_code[:, None], 0), 0)
+        at = space * slots + slot
+        tl.store(fine + at * FINE_BYTES + byte, packed.to(tl.uint8), mask=byte < FINE_BYTES)
+        tl.store(
+            coarse + at * COARSE_BYTES + column, packed_coarse.to(tl.uint8),
+            mask=column < COARSE_BYTES,
+        )
+        count = (slot % PAGE + 1).to(tl.float32)
+        low = page_code((tl.sum(older & 15, 0) + (packed & 15)).to(tl.float32) / count)
+        high = page_code((tl.sum(older >> 4, 0) + (packed >> 4)).to(tl.float32) / count)
+        tl.store(
+            pages + (space * (slots // PAGE) + page) * FINE_BYTES + byte,
+            (low | (high << 4)).to(tl.uint8), mask=byte < FINE_BYTES,
+        )
+        if space == 0:
+            tl.store(header + 1, slot + 1)
+        tl.debug_barrier()
+
+
+@triton.jit
+def selected(
+    entries, slots, inside, cut, left, at_cut, count, chosen_list,
+):
+    """Append the slots of the chosen entries to the list; how many it then holds."""
+    entry = tl.load(entries, mask=inside, other=0).to(tl.int32)
+    chosen, place, more = choose(entry, cut, left, at_cut)
+    tl.store(chosen_list + count + place, slots, mask=chosen)
+    return count + more
+
+
+@triton.jit
+def attend(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    partial, partial_top, partial_sum,
+    kv_len, kv_heads, query_len, splits,
+    header, fine, coarse, pages, axes, centre, step, spread, slots, blocks,
+    tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
+    histogram, bins, candidates, candidate_count, lots, lot_size, chosen_list, capacity, length,
+    KEYS: tl.constexpr, TILES: tl.constexpr,
+    LOTS: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Attention over the selected keys, for the heads of one group at one position.
+
+    Every program finds the threshold itself, and the tokens above it in its share of the slots.
+    One program more sketches the newest keys, which nothing selects from yet.
+    """
+    head_row, split = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if split == splits:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        if t == 0:
+            encode_new(
+                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+                header, fine, coarse, pages, axes, centre, step, spread,
+                positions, position_stride_b, position_stride_t, written,
+                b, kv_head, slots, kv_heads, blocks, kv_len,
+            )
+    else:
+        queries, heads = load_queries(
+            query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+        )
+        key += b.to(tl.int64) * key_stride_b + kv_head * key_stride_h
+        value += b.to(tl.int64) * value_stride_b + kv_head * value_stride_h
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        result = tl.zeros([ROWS, WIDTH], tl.float32)
+        fresh = fresh_from(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_len
+        )
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        first, begin, stop, end = always_read(
+            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
+        )
+        sinks = begin - first
+        always = sinks + end - stop
+        if (tl.load(header) != 0) & (end > 0) & (always <= capacity):
+            room = tl.maximum(-(always - BUDGET), 0)
+            cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
+            chosen_list += (head_row.to(tl.int64) * splits + split) * capacity
+            count = tl.maximum(always - split + splits - 1, 0) // splits
+            for start in range(0, count, 32):
+                number = start + tl.arange(0, 32)
+                which = split + number * splits
+                slot = tl.where(which < sinks, first + which, stop + which - sinks)
+                tl.store(chosen_list + number, slot, mask=number < count)
+            lane = tl.arange(0, LANES)
+            if PAGED:
+                # Sixteen candidates at a time, of all lots in a row.
+                lot, group = tl.arange(0, LOTS), tl.arange(0, LANES // 16)
+                mine = head_row.to(tl.int64) * lots
+                held = tl.load(candidate_count + mine + lot, mask=lot < lots, other=0)
+                through = tl.cumsum(held // 16, 0)
+                for start in range(0, tl.max(through, 0), splits * (LANES // 16)):
+                    number = start + group * splits + split
+                    past = through[None, :] <= number[:, None]
+                    of = tl.sum(past.to(tl.int32), 1)
+                    before = tl.max(tl.where(past, through[None, :], 0), 1)
+                    place = (of * lot_size + (number - before) * 16)[:, None]
+                    place = tl.reshape(place + tl.arange(0, 16)[None, :], [LANES])
+                    inside = tl.reshape(
+                        tl.broadcast_to((of < lots)[:, None], [LANES // 16, 16]), [LANES]
+                    )
+                    slot = tl.load(candidates + mine * lot_size + place, mask=inside, other=0)
+                    count = selected(
+                        bins + mine * lot_size + place, slot, inside,
+                        cut, left, at_cut, count, chosen_list,
+                    )
+            else:
+                base = begin // 16 * 16
+                for start in range(0, stop - base, splits * LANES):
+                    slot = base + start + (lane // 16 * splits + split) * 16 + lane % 16
+                    count = selected(
+                        bins + head_row.to(tl.int64) * slots + slot, slot,
+                        (slot >= begin) & (slot < stop), cut, left, at_cut, count, chosen_list,
+                    )
+            tl.debug_barrier()
+            for start in range(0, count, KEYS):
+                number = start + tl.arange(0, KEYS)
+                slot = tl.load(chosen_list + number, mask=number < count, other=0)
+                top, total, result = attend_to(
+                    slot, number < count, queries, heads, top, total, result, b, t, kv_len,
+                    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
+                )
+        else:
+            top, total, result = read_all(
+                queries, heads, top, total, result, b, t, kv_len, split, splits,
+                key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
+                KEYS,
+            )
+        store_part(
+            top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+        )

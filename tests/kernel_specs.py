@@ -1,0 +1,56 @@
+"""Specifications whose generated modules are kept as golden files."""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+
+from lychee_compile.codegen.specification import (
+    KV,
+    AttentionSpec,
+    B,
+    Captured,
+    H,
+    Q,
+    S,
+    SparseSpec,
+)
+from lychee_compile.passes.elementwise import Flag
+
+LENGTH = Captured("length", "int64", 0)
+POSITION = Q + sympy.Symbol("length", integer=True)
+MASK = Flag(sympy.Indexed(sympy.IndexedBase("mask"), B, 0, Q, KV))
+SLOPE = sympy.Indexed(sympy.IndexedBase("slopes"), H)
+SPARSE = SparseSpec("lychee", 1024, sinks=16, recent=64, overfetch=16, flat_tokens=65536)
+
+SPECS = {
+    "exact_causal": AttentionSpec(
+        "float32", 1, 64, 64, S / 8, visible=POSITION >= KV, captured=(LENGTH,)
+    ),
+    "sparse_llama": AttentionSpec(
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,), sparse=SPARSE
+    ),
+    "exact_softcap_window": AttentionSpec(
+        "bfloat16",
+        2,
+        256,
+        256,
+        50 * sympy.tanh(S / 16 / 50),
+        visible=sympy.And(POSITION >= KV, POSITION - 4096 < KV),
+        captured=(LENGTH,),
+    ),
+    "sparse_mask_extra_logit": AttentionSpec(
+        "bfloat16", 8, 64, 64, S / 8, MASK, (Captured("mask", "bool", 4),), True, SPARSE
+    ),
+    "sparse_slopes_odd_sizes": AttentionSpec(
+        "float16",
+        3,
+        80,
+        64,
+        S / math.sqrt(80) + SLOPE * (KV - POSITION),
+        visible=POSITION >= KV,
+        captured=(LENGTH, Captured("slopes", "float32", 1)),
+        sparse=SPARSE,
+    ),
+}

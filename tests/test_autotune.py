@@ -1,0 +1,66 @@
+"""Tile sizes are measured where it is asked for and nowhere else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lychee_compile.codegen.module import emit_module
+from lychee_compile.codegen.specification import AttentionSpec, S
+from lychee_compile.kernels import autotune, tuning
+from lychee_compile.kernels.tuning import candidates, tuning_for
+
+
+@pytest.fixture(autouse=True)
+def nothing_tuned(monkeypatch):
+    monkeypatch.setattr(tuning, "_tuned", {})
+
+
+def operands():
+    query = torch.zeros(1, 8, 1, 128, dtype=torch.bfloat16)
+    key = torch.zeros(1, 2, 1000, 128, dtype=torch.bfloat16)
+    return query, key, key
+
+
+def test_the_fastest_that_runs_is_remembered(monkeypatch):
+    module = SimpleNamespace(__name__="tuned", AUTOTUNE=True)
+    monkeypatch.setattr(tuning, "_multiprocessors", lambda _: 132)
+    query, key, value = operands()
+    fast = candidates("exact", key, value)[2]
+    ran = []
+
+    def bench(call, **_):
+        call()
+        return 1.0 if ran[-1] == fast else 2.0
+
+    def run(given):
+        if given.keys == 128:
+            raise RuntimeError("out of resource: shared memory")
+        ran.append(given)
+
+    monkeypatch.setattr("triton.testing.do_bench", bench)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    on_gpu = SimpleNamespace(shape=query.shape, device=SimpleNamespace(type="cuda"))
+    autotune.autotune(module, "exact", run, on_gpu, key, value)
+    assert tuning_for(module, "exact", query, key, value) == fast
+    assert any(each.keys == 128 for each in candidates("exact", key, value))
+    count = len(ran)
+    autotune.autotune(module, "exact", run, on_gpu, key, value)  # once is enough
+    assert len(ran) == count
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_nothing_is_measured_unasked_or_on_a_cpu(asked):
+    def never(_):
+        raise AssertionError
+
+    module = SimpleNamespace(__name__="plain", AUTOTUNE=asked)
+    autotune.autotune(module, "exact", never, *operands())
+
+
+def test_modules_say_whether_to_measure():
+    for asked in (True, False):
+        spec = AttentionSpec("float16", 1, 64, 64, S / 8, autotune=asked)
+        assert f"AUTOTUNE = {asked} " in emit_module(spec)

@@ -1,0 +1,155 @@
+"""Kernels that sketch keys, interpreted: all of a cache, and those that steps write."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton_interpreter
+from decode_problems import DTYPES, Sizes, make_problem
+from sparse_steps import Step, built, copied
+from test_sparse_kernel import FLAT, PAGED
+
+from lychee_compile.kernels.launch import run_encode
+from lychee_compile.kernels.reference.sketch import KeySketches
+from lychee_compile.kernels.reference.slots import _unpacked
+from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.slot_layout import BLOCK, PAGE, SlotLayout, planes
+
+triton_interpreter.use()
+pytestmark = [
+    pytest.mark.usefixtures("kernel_folder"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+
+MOVED = {"float16": 0.01, "bfloat16": 0.1, "float32": 0.01}
+"""Steps by which half precision may move a coordinate, by the dtype of keys."""
+
+
+def codes(index):
+    """Of all slots, [B, Hkv, slots, r]."""
+    fine, coarse = planes(index.layout.head_dim)
+    parts = index.parts
+    kinds = (parts.fine, fine), (parts.coarse, coarse)
+    return torch.cat([_unpacked(packed, plane, centred=False) for packed, plane in kinds], -1)
+
+
+def page_codes(index):
+    """[B, Hkv, pages, r]."""
+    return _unpacked(index.parts.pages, planes(index.layout.head_dim)[0], centred=False)
+
+
+def levels(index, key):
+    """Coordinates in steps, where codes begin at 0, of keys [B, Hkv, L, D] of the first block."""
+    parts = index.parts
+    kept = parts.spread.shape[-1]
+    axes, step = parts.axes[:, :, 0].double(), parts.step[:, :, 0, None].double()
+    level = (key.double() - parts.centre[:, :, 0, None]) @ axes.mT / step
+    return level + torch.where(torch.arange(level.shape[-1]) < kept, 8, 2)
+
+
+def assert_same_codes(found, expected, level, moved):
+    """Equal, but next to each other where a coordinate is at the edge between two codes."""
+    edge = (level - level.round()).abs() < moved
+    assert ((found == expected) | (edge & ((found - expected).abs() <= 1))).all()
+    assert (found == expected).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("head_dim", [16, 80, 256])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_keys_are_quantised_as_the_reference_does(dtype, head_dim):
+    problem = make_problem(dtype, Sizes(2, kv_len=200, head_dim=head_dim), sparse=FLAT)
+    index, start = built(problem, 200), torch.zeros(2, dtype=torch.int64)
+    reference = KeySketches(2, 1, head_dim, torch.device("cpu"), BLOCK)
+    reference.encode(problem.key, start, start, start + 200)
+    expected = reference.codes[:, :, :200] + reference._half
+    level = levels(index, problem.key)
+    assert_same_codes(codes(index)[:, :, :200], expected, level, MOVED[dtype])
+
+
+def assert_as_if_built(index, problem, ends):
+    """What steps have left for the first `ends`, one for each row, is what one build leaves."""
+    again = SlotIndex(index.layout, torch.device("cpu"))
+    again.state.copy_(index.state)
+    for part in (again.parts.fine, again.parts.coarse, again.parts.pages):
+        part.fill_(255)
+    for row, end in enumerate(ends):
+        run_encode(problem.module(), problem.key, again.layout, again.parts, 0, end)
+        level = levels(index, problem.key)[row, :, :end]
+        found, expected = (codes(each)[row, :, :end] for each in (index, again))
+        assert_same_codes(found, expected, level, MOVED[problem.spec.dtype])
+        pages = -(-end // PAGE)
+        found, expected = (page_codes(each)[row, :, :pages] for each in (index, again))
+        assert (found - expected).abs().max() <= 1
+        assert (found == expected).float().mean() > 0.95
+
+
+HISTORIES = {
+    "token by token": [(200 + step, 1) for step in range(5)],
+    "drafts": [(200, 3), (201, 3), (204, 16), (206, 2)],
+    "rewinds": [(200, 1), (130, 1), (131, 3), (129, 1)],
+}
+"""Slots from which steps write, and how many tokens they write."""
+
+
+@pytest.mark.parametrize("history", list(HISTORIES))
+@pytest.mark.parametrize("mask", ["causal", "rows"])
+def test_steps_keep_the_index_up_to_date(mask, history):
+    """Rows of a batch may be at slots of their own."""
+    random = torch.Generator().manual_seed(1)
+    batch = 2 if mask == "rows" else 1
+    sparse = PAGED if history == "rewinds" else FLAT
+    key = index = None
+    for number, (length, count) in enumerate(HISTORIES[history]):
+        sizes = Sizes(batch, kv_len=250, query_len=count, group=3)
+        problem = make_problem("bfloat16", sizes, "scaled", mask, True, length=length,
+                               sparse=sparse, seed=number)  # fmt: skip
+        starts = length - 5 * torch.arange(batch)
+        positions = starts[:, None] + torch.arange(count)
+        if key is None:
+            key, index = problem.key, built(problem, length)
+        problem.key = key
+        for row in range(batch):
+            key[row, :, positions[row]] += torch.randn(1, count, 64, generator=random).bfloat16()
+        step = Step.run(problem, index, positions if mask == "rows" else positions[0])
+        step.check()
+    assert index.parts.header[:2].tolist() == [1, length + count]
+    assert_as_if_built(index, problem, (starts + count).tolist())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_steps_take_keys_that_are_not_finite_as_a_build_does(dtype):
+    problem = make_problem(dtype, Sizes(kv_len=100, query_len=4), sparse=FLAT)
+    index = built(problem, 96)
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e4])
+    problem.key[:, :, 96:] = bad[:, None].to(problem.key.dtype)
+    problem.key[:, :, 97, 3:] = 0
+    Step.run(problem, index, torch.arange(96, 100))
+    again = SlotIndex(index.layout, torch.device("cpu"))
+    again.state.copy_(index.state)
+    run_encode(problem.module(), problem.key, again.layout, again.parts, 0, 100)
+    assert torch.equal(codes(index)[:, :, 96:100], codes(again)[:, :, 96:100])
+
+
+def test_an_index_that_is_refitted_is_as_if_built():
+    problem = make_problem(sizes=Sizes(kv_len=150), sparse=FLAT)
+    index, whole = built(problem, 100), built(problem, 150)
+    index.refit(problem.module(), problem.key, 150)
+    index.parts.header.copy_(whole.parts.header)
+    assert torch.equal(index.state, whole.state)
+
+
+def test_a_block_that_begins_takes_over_the_axes_before():
+    sizes = Sizes(kv_len=BLOCK + 8, query_len=3, group=2)
+    problem = make_problem(sizes=sizes, sparse=PAGED, length=BLOCK - 1)
+    index = SlotIndex(SlotLayout.of(problem.key), torch.device("cpu"))
+    filled = built(make_problem(sizes=Sizes(kv_len=300), sparse=PAGED), 300).parts
+    for name in ("axes", "centre", "step", "spread"):
+        getattr(index.parts, name)[:, :, :1] = getattr(filled, name)
+    index.parts.fine.random_(0, 256, generator=torch.Generator().manual_seed(0))
+    index.parts.header[:2] = torch.tensor([1, BLOCK - 1])
+    before = copied(index.parts)
+    Step.run(problem, index, torch.arange(BLOCK - 1, BLOCK + 2)).check()
+    for name in ("axes", "centre", "step", "spread"):
+        taken, first = getattr(index.parts, name), getattr(before, name)[:, :, 0]
+        assert torch.equal(taken[:, :, 0], first)
+        assert torch.equal(taken[:, :, 1], first)

@@ -1,0 +1,296 @@
+"""When indexes by slot are built, refitted, distrusted, moved and given up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels import kernel_policies, slot_states, slot_upkeep
+from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.slot_states import FixedSlots, GrowingSlots
+from lychee_compile.kernels.slot_upkeep import MOST_PATIENCE, REFIT, WORTHWHILE, SlotCache
+from lychee_compile.state import registry
+from lychee_compile.stateful_graph import StatefulGraph, StateInput
+
+KEY = torch.randn(2, 3, 2000, 16)
+LAYOUT = SlotLayout.of(KEY)
+
+
+def use(written: int = 1, layout: SlotLayout | None = LAYOUT) -> SlotCache:
+    return SlotCache("decode_lychee_f32", lambda cache: cache, written, layout)
+
+
+class Calls(list[tuple[str, int]]):
+    """What was done to indexes: ("build" or "refit", end)."""
+
+    def ends(self, name: str) -> list[int]:
+        return [end for each, end in self if each == name]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    """Indexes are built and refitted in name only."""
+    done = Calls()
+
+    def build(index: SlotIndex, module: Any, key: Tensor, end: int) -> None:
+        done.append(("build", end))
+        index.parts.header[:2] = torch.tensor([1, end])
+
+    def refit(index: SlotIndex, module: Any, key: Tensor, end: int) -> None:
+        assert end <= key.shape[2]
+        done.append(("refit", end))
+
+    monkeypatch.setattr(slot_upkeep, "load", lambda kernel: kernel)
+    monkeypatch.setattr(SlotIndex, "build", build)
+    monkeypatch.setattr(SlotIndex, "refit", refit)
+    slot_upkeep.warn_of_memory.cache_clear()
+    yield done
+    slot_upkeep.warn_of_memory.cache_clear()
+
+
+def stepped(upkeep: FixedSlots, end: int, written: int = 1) -> None:
+    """A graph has written the slots up to `end`."""
+    upkeep.index.parts.header[1] = end
+    upkeep.after_call(KEY, use(written))
+
+
+def test_an_index_is_built_up_to_what_the_first_step_has_written(calls: Calls) -> None:
+    upkeep = FixedSlots(LAYOUT, KEY.device)
+    assert not upkeep.trusted
+    stepped(upkeep, 70)
+    assert upkeep.trusted
+    for end in range(71, 90):
+        stepped(upkeep, end)
+    assert calls == [("build", 70)]
+    assert upkeep.tensor is upkeep.index.state
+    assert upkeep.tensor.shape == (LAYOUT.size,)
+
+
+def test_what_only_reads_is_indexed_as_a_whole(calls: Calls) -> None:
+    upkeep = FixedSlots(LAYOUT, KEY.device)
+    upkeep.after_call(KEY, use(written=0))
+    assert calls == [("build", 2000)]
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_the_newest_block_is_refitted_now_and_then(calls: Calls, drafts: int) -> None:
+    """Up to the newest token, however often others were taken back."""
+    upkeep, end, ends = FixedSlots(LAYOUT, KEY.device), 100, []
+    for _ in range(5 * REFIT):
+        end += 1
+        stepped(upkeep, end + drafts, written=1 + drafts)
+        ends.append(end + drafts)
+    refits = calls.ends("refit")
+    places = [ends.index(end) for end in refits]
+    assert REFIT // 2 < places[0] < 2 * REFIT
+    assert [right - left for left, right in pairwise(places)] == [REFIT] * (len(places) - 1)
+    assert len(places) >= 4
+
+
+def test_layers_are_not_refitted_in_the_same_step(calls: Calls) -> None:
+    layers = [FixedSlots(LAYOUT, KEY.device) for _ in range(32)]
+    busiest = 0
+    for end in range(100, 100 + 3 * REFIT // 2 + 2):
+        before = len(calls.ends("refit"))
+        for layer in layers:
+            stepped(layer, end)
+        busiest = max(busiest, len(calls.ends("refit")) - before)
+    assert busiest == 1
+    assert len(calls.ends("refit")) >= 32
+
+
+def test_refits_stay_within_the_cache(calls: Calls) -> None:
+    upkeep = FixedSlots(LAYOUT, KEY.device)
+    for _ in range(2 * REFIT):
+        stepped(upkeep, KEY.shape[2])
+    assert set(calls.ends("refit")) == {KEY.shape[2]}
+
+
+def test_distrust_makes_it_wait_the_longer_the_sooner_it_comes(calls: Calls) -> None:
+    upkeep = FixedSlots(LAYOUT, KEY.device)
+
+    def waits() -> int:
+        """Calls until it is trusted, counting the one that builds it."""
+        for number in range(1, MOST_PATIENCE + 3):
+            stepped(upkeep, 50)
+            if upkeep.trusted:
+                return number
+        raise AssertionError("never trusted")
+
+    def lose_after(count: int) -> None:
+        for _ in range(count):
+            stepped(upkeep, 50)
+        upkeep.distrust()
+        assert not upkeep.trusted
+        assert int(upkeep.index.parts.header[0]) == 0
+
+    assert waits() == 1
+    for expected in (2, 4, 8):
+        lose_after(1)
+        assert waits() == expected
+    for _ in range(9):
+        lose_after(1)
+        waited = waits()
+    assert waited == MOST_PATIENCE + 1
+    lose_after(WORTHWHILE)
+    assert waits() == 1
+
+
+def test_distrust_again_starts_the_waiting_anew(calls: Calls) -> None:
+    upkeep = FixedSlots(LAYOUT, KEY.device)
+    stepped(upkeep, 50)
+    for _ in range(5):  # lost at every call
+        upkeep.distrust()
+        stepped(upkeep, 51)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_index_half_built_is_not_trusted(
+    calls: Calls, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upkeep = FixedSlots(LAYOUT, KEY.device)
+
+    def half(index: SlotIndex, *given: Any) -> None:
+        index.parts.header[0] = 1
+        raise error("in the middle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SlotIndex, "build", half)
+        with pytest.raises(error):
+            stepped(upkeep, 50)
+    assert int(upkeep.index.parts.header[0]) == 0
+    stepped(upkeep, 51)
+    assert upkeep.trusted
+
+
+def full(*given: Any) -> Any:
+    raise torch.OutOfMemoryError
+
+
+def test_where_the_index_finds_no_memory_attention_stays_exact(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Caches that there is no memory for share one index that nobody trusts."""
+    tries = iter([full, SlotIndex, full, full])
+
+    def sometimes(*given: Any) -> SlotIndex:
+        return next(tries)(*given)
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "lychee_compile"):
+        patched.setattr(kernel_policies, "SlotIndex", sometimes)
+        layers = [FixedSlots(LAYOUT, KEY.device) for _ in range(3)]
+    assert len({id(each.tensor) for each in layers}) == 1
+    for layer in layers:
+        for _ in range(3):
+            stepped(layer, 50)
+            layer.distrust()
+        assert not layer.trusted
+    assert not calls
+    (record,) = caplog.records
+    assert "reads all keys" in record.message
+    del layers, layer
+    assert not slot_states._spares
+
+
+def test_where_building_finds_no_memory_it_is_not_tried_again(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    upkeeps = FixedSlots(LAYOUT, KEY.device), GrowingSlots()
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "lychee_compile"):
+        patched.setattr(SlotIndex, "build", full)
+        for upkeep in upkeeps:
+            upkeep.after_call(KEY, use())
+    for upkeep in upkeeps:
+        upkeep.after_call(KEY, use())
+        assert not upkeep.trusted
+    assert not calls
+    assert len(caplog.records) == 1
+
+
+def grown() -> GrowingSlots:
+    """One that is trusted, over the 2000 slots of `KEY`."""
+    upkeep = GrowingSlots()
+    assert upkeep.index_for(KEY, torch.tensor([1998, 1999])) is None
+    upkeep.after_call(KEY, use(2, None))
+    assert upkeep.trusted
+    return upkeep
+
+
+def test_a_growing_index_takes_what_it_knows_along(calls: Calls) -> None:
+    upkeep = grown()
+    assert calls == [("build", 2000)]
+    before = upkeep.index_for(KEY, torch.tensor([0]))
+    assert before is not None
+    assert before.layout.slots == 3072
+    before.state.random_(256)
+    longer = torch.empty(2, 3, 9000, 16)
+    after = upkeep.index_for(longer, torch.tensor([8999]))
+    assert after is not None
+    assert after.layout.slots >= 9000
+    assert torch.equal(after.parts.header, before.parts.header)
+    for old, new in zip(before.parts[1:], after.parts[1:], strict=True):
+        assert torch.equal(new[:, :, : old.shape[2]].view(torch.uint8), old.view(torch.uint8))
+    assert upkeep.index_for(KEY, None) is after
+
+
+def test_the_end_of_a_cache_of_unknown_size_is_where_the_graph_wrote(calls: Calls) -> None:
+    upkeep = GrowingSlots()
+    upkeep.index_for(KEY, torch.tensor([[5, 6], [9, -1900]]))
+    upkeep.index_for(KEY, None)  # another site of the graph
+    upkeep.after_call(KEY, use(2, None))
+    assert calls == [("build", 101)]
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2000, 16), (2, 1, 2000, 16), (2, 3, 2000, 8)])
+def test_a_growing_index_of_other_keys_is_none(calls: Calls, shape: tuple[int, ...]) -> None:
+    upkeep = grown()
+    assert upkeep.index_for(torch.empty(shape), None) is None
+    assert not upkeep.trusted
+
+
+def test_the_first_rows_of_a_cache_have_its_index(calls: Calls) -> None:
+    assert grown().index_for(KEY[:1], None) is not None
+
+
+def test_where_a_growing_index_finds_no_memory_it_is_given_up(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upkeep, longer = grown(), torch.empty(2, 3, 9000, 16)
+    monkeypatch.setattr(kernel_policies, "SlotIndex", full)
+    assert upkeep.index_for(longer, None) is None
+    upkeep.after_call(longer, use(1, None))
+    assert not upkeep.trusted
+
+
+def test_in_steady_decoding_nothing_is_looked_up(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same caches as at the last call are known at sight; others, and lost entries, are not."""
+    registry.clear()
+    given: list[Tensor] = []
+    graph = StatefulGraph(
+        lambda cache, state: given.append(state), [StateInput(0, None, 2, use())], None, None
+    )
+    caches = [torch.zeros(2, 3, 2000, 16) for _ in range(2)]
+    graph(caches[0])
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "acquire", full)
+        graph(caches[0])
+    graph(caches[1])
+    graph(caches[0])
+    assert [id(state) == id(given[0]) for state in given] == [True, True, False, True]
+    registry.clear()
+    graph(caches[0])
+    assert given[4] is not given[0]
+    assert len(calls) == 3
+    caches[0].add_(1)
+    graph(caches[0])
+    assert int(given[4].view(torch.int32)[0]) == 0

@@ -1,0 +1,81 @@
+"""Tile sizes: the rule's fit any GPU, and what was measured goes before the rule."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lychee_compile.codegen.parts.common import power_of_two
+from lychee_compile.kernels import tuning
+from lychee_compile.kernels.tuning import (
+    TILE_BYTES,
+    Tuning,
+    candidates,
+    is_tuned,
+    remember,
+    tuning_for,
+)
+
+MODULE = ModuleType("decode_exact_bf16_g4_d128")
+sizes = st.integers(1, 32).map(lambda eighth: 8 * eighth)
+dtypes = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
+modes = st.sampled_from(["exact", "sparse"])
+
+
+@pytest.fixture(autouse=True)
+def nothing_tuned(monkeypatch):
+    monkeypatch.setattr(tuning, "_tuned", {})
+
+
+def operands(head_dim=128, value_dim=128, dtype=torch.bfloat16, batch=1, kv_len=4096):
+    """Without memory: query [B, 8, 1, D], key [B, 2, L, D] and value [B, 2, L, Dv]."""
+    empty = torch.empty(0, dtype=dtype)
+    return (
+        empty.new_empty((batch, 8, 1, head_dim)),
+        empty.new_empty(1).expand(batch, 2, kv_len, head_dim),
+        empty.new_empty(1).expand(batch, 2, kv_len, value_dim),
+    )
+
+
+def bytes_in_flight(found, key, value):
+    """Tiles that wait for the one in work, padded as kernels pad them."""
+    row = sum(power_of_two(each.shape[-1], 16) for each in (key, value)) * key.element_size()
+    return (found.stages - 1) * found.keys * row
+
+
+@given(sizes, sizes, dtypes, modes)
+def test_tiles_fit_into_shared_memory(head_dim, value_dim, dtype, mode):
+    query, key, value = operands(head_dim, value_dim, dtype)
+    rule = tuning_for(MODULE, mode, query, key, value)
+    assert bytes_in_flight(rule, key, value) <= TILE_BYTES
+    assert rule.keys >= 16
+    assert rule.programs >= 1
+    assert rule.stages >= 2
+
+
+@given(sizes, sizes, dtypes, modes)
+def test_the_rule_is_among_the_candidates(head_dim, value_dim, dtype, mode):
+    query, key, value = operands(head_dim, value_dim, dtype)
+    found = candidates(mode, key, value)
+    assert tuning_for(MODULE, mode, query, key, value) in found
+    assert len(set(found)) == len(found)
+    assert all(each.keys in (16, 32, 64, 128) and each.programs >= 1 for each in found)
+
+
+def test_what_was_measured_goes_before_the_rule():
+    query, key, value = operands()
+    rule, best = tuning_for(MODULE, "exact", query, key, value), Tuning(7, 32, 8, 4)
+    assert not is_tuned(MODULE, "exact", query, key)
+    remember(MODULE, "exact", query, key, best)
+    assert is_tuned(MODULE, "exact", query, key)
+    assert tuning_for(MODULE, "exact", query, key, value) == best
+    query, key, value = operands(kv_len=5000)  # of the same order of magnitude
+    assert tuning_for(MODULE, "exact", query, key, value) == best
+    assert tuning_for(MODULE, "sparse", query, key, value) != best
+    for other in (operands(kv_len=9000), operands(batch=2)):
+        assert tuning_for(MODULE, "exact", *other) == rule
+    assert tuning_for(ModuleType("another"), "exact", *operands()) == rule
