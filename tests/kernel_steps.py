@@ -16,13 +16,14 @@ from lychee_compile.state import registry
 SIZE, DIM, KV_HEADS, GROUP = 128, 16, 2, 2
 SMALL = {"budget": 40, "sinks": 4, "recent": 16, "chunk": (2, 4)}
 EVERYTHING = {**SMALL, "budget": SIZE - 1}
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @dataclass
 class Cache:
     """Keys [B, Hkv, L, D] with a few directions that matter, and values that are unit vectors.
 
-    So the output of an attention is its weights, [B, Hq, T, L].
+    So the output of an attention is its weights, [B, Hq, T, SIZE].
     """
 
     batch: int = 1
@@ -35,13 +36,13 @@ class Cache:
 
     def __post_init__(self) -> None:
         self.keys = torch.zeros(self.batch, KV_HEADS, self.size, DIM, dtype=self.dtype)
-        self.values = torch.zeros(self.batch, KV_HEADS, self.size, self.size, dtype=self.dtype)
+        self.values = torch.zeros(self.batch, KV_HEADS, self.size, SIZE, dtype=self.dtype)
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def fill(self, length: int) -> Cache:
         """As an eager prefill would, behind the backend's back."""
         self.keys[:, :, :length] = self.fresh(length)
-        self.values[:, :, :length] = torch.eye(self.size)[:length]
+        self.values[:, :, :length] = torch.eye(SIZE)[:length]
         self.length = length
         return self
 
@@ -57,7 +58,7 @@ class Cache:
         shape = (self.batch, KV_HEADS * GROUP, count, DIM)
         query = torch.randn(*shape, generator=self._generator).to(self.dtype)
         positions = torch.arange(self.length, self.length + count)
-        new = torch.eye(self.size, dtype=self.dtype)[positions].expand(self.batch, KV_HEADS, -1, -1)
+        new = torch.eye(SIZE, dtype=self.dtype)[positions].expand(self.batch, KV_HEADS, -1, -1)
         given = (query, positions, self.fresh(count), new)
         keys, values = self.keys.clone(), self.values.clone()
         dense = decode(query, keys, values, *given[1:])
@@ -71,12 +72,12 @@ def decode(
     values: Tensor,
     positions: Tensor,
     key: Tensor | None,
-    value: Tensor,
+    value: Tensor | None,
 ) -> Tensor:
-    """Write to a static cache, a key if it is not there yet, and attend to what is in it."""
-    if key is not None:
-        keys.index_copy_(2, positions, key)
-    values.index_copy_(2, positions, value)
+    """Write to a static cache, what is not there yet, and attend to what is in it."""
+    for cache, fresh in ((keys, key), (values, value)):
+        if fresh is not None:
+            cache.index_copy_(2, positions, fresh)
     mask = (torch.arange(keys.shape[2]) <= positions[:, None])[None, None]
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
 
@@ -100,3 +101,19 @@ def upkeep_of(keys: Tensor, growing: bool = False) -> Any:
 def read_by(weights: Tensor, cache: Cache) -> Tensor:
     """The slots with any weight, bool [B, Hkv, T, L]: a group of heads reads the same."""
     return (weights != 0).unflatten(1, (KV_HEADS, GROUP)).any(2)
+
+
+def assert_exact(step: tuple[Tensor, Tensor]) -> None:
+    torch.testing.assert_close(*step, **CLOSE)
+
+
+def assert_sparse(step: tuple[Tensor, Tensor], cache: Cache, budget: int = SMALL["budget"]) -> None:
+    """Each KV head has read a budget of keys for each query, no more, and those by their weight."""
+    got, dense = step
+    read = read_by(got, cache)
+    count = read.sum(-1)
+    assert bool((count <= budget).all())
+    assert bool((count > budget // 2).all())
+    chosen = dense.double().masked_fill(~read.repeat_interleave(GROUP, 1), 0)
+    expected = chosen / chosen.sum(-1, keepdim=True)
+    torch.testing.assert_close(got.double(), expected, atol=2e-3, rtol=2e-2)

@@ -1,8 +1,7 @@
-"""Decoding through generated kernels, end to end: what is read, and whose keys an index follows."""
+"""Decoding through generated kernels, end to end: what is read."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import triton_interpreter
 from kernel_steps import (
+    CLOSE,
     DIM,
     EVERYTHING,
     GROUP,
@@ -17,9 +17,10 @@ from kernel_steps import (
     SIZE,
     SMALL,
     Cache,
+    assert_exact,
+    assert_sparse,
     compiled,
     decode,
-    grow,
     read_by,
     upkeep_of,
 )
@@ -28,11 +29,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lychee_compile
-from lychee_compile.kernels import decode_operators, slot_states
 from lychee_compile.kernels.reference.slots import select_slots
-from lychee_compile.kernels.slot_upkeep import WORTHWHILE
 from lychee_compile.state import registry
-from lychee_compile.stateful_graph import _warn_of_inference_mode
 
 triton_interpreter.use()
 pytestmark = [
@@ -40,27 +38,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|divide by zero) encountered:RuntimeWarning"),
 ]
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-
 
 def tokens(count: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (1, count))
-
-
-def assert_exact(step: tuple[Tensor, Tensor]) -> None:
-    torch.testing.assert_close(*step, **CLOSE)
-
-
-def assert_sparse(step: tuple[Tensor, Tensor], cache: Cache, budget: int = SMALL["budget"]) -> None:
-    """Each KV head has read a budget of keys for each query, no more, and those by their weight."""
-    got, dense = step
-    read = read_by(got, cache)
-    count = read.sum(-1)
-    assert bool((count <= budget).all())
-    assert bool((count > budget // 2).all())
-    chosen = dense.double().masked_fill(~read.repeat_interleave(GROUP, 1), 0)
-    expected = chosen / chosen.sum(-1, keepdim=True)
-    torch.testing.assert_close(got.double(), expected, atol=2e-3, rtol=2e-2)
 
 
 def sliding_window(budget: int, end: int) -> Tensor:
@@ -146,128 +126,6 @@ def test_the_first_step_after_an_eager_prefill_is_exact_and_the_next_is_not(grow
         assert 1e-3 < distance < 0.6
 
 
-def test_two_caches_through_one_graph_never_mix() -> None:
-    step, alone = compiled(), compiled()
-    together = [Cache(seed=seed).fill(90 + seed) for seed in (1, 2)]
-    outputs: list[list[Tensor]] = [[], []]
-    for _ in range(3):
-        for cache, into in zip(together, outputs, strict=True):
-            into.append(cache.step(step)[0])
-    assert len(registry) == 2
-    for seed, several in zip((1, 2), outputs, strict=True):
-        cache = Cache(seed=seed).fill(90 + seed)
-        assert all(torch.equal(cache.step(alone)[0], each) for each in several)
-    del together, cache
-    assert len(registry) == 0
-
-
-def rewritten_eagerly(cache: Cache) -> None:
-    cache.fill(cache.length)
-
-
-def emptied_and_filled(cache: Cache) -> None:
-    cache.keys.zero_()
-    cache.fill(50)
-
-
-def reordered(cache: Cache) -> None:
-    cache.keys.copy_(cache.keys.flip(0))
-
-
-@pytest.mark.parametrize("happens", [rewritten_eagerly, emptied_and_filled, reordered])
-def test_a_cache_that_somebody_else_wrote_is_read_in_full_and_then_indexed_anew(
-    happens: Any,
-) -> None:
-    cache, step = Cache(batch=2).fill(100), compiled()
-    cache.step(step)
-    assert_sparse(cache.step(step), cache)
-    happens(cache)
-    assert_exact(cache.step(step))
-    # Its index did not live long, so the next one is not built at once.
-    for _ in range(3):
-        last = cache.step(step)
-    assert_sparse(last, cache)
-
-
-def test_an_index_that_keeps_being_lost_is_not_built_over_and_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cache, step, built = Cache().fill(60), compiled(), []
-    cache.step(step)
-    upkeep = upkeep_of(cache.keys)
-    build = upkeep.index.build
-    monkeypatch.setattr(upkeep.index, "build", lambda *given: (built.append(1), build(*given)))
-    for _ in range(8):
-        cache.keys[:, :, 0] += 0  # a write that nobody told us of
-        assert_exact(cache.step(step))
-    assert not built
-    upkeep._calls = WORTHWHILE
-    upkeep._patience, upkeep.trusted = 0, True  # as after many steps
-    cache.keys[:, :, 0] += 0
-    assert_exact(cache.step(step))
-    assert_sparse(cache.step(step), cache)
-    assert built == [1]
-
-
-def test_rewound_drafts_are_forgotten() -> None:
-    """Tokens that are written over are those of the last write, without any distrust."""
-    cache, step = Cache().fill(100), compiled()
-    cache.step(step, 4)
-    for _ in range(3):
-        cache.length -= 3
-        assert_sparse(cache.step(step, 4), cache)
-    assert upkeep_of(cache.keys).trusted
-
-
-def test_a_prefill_through_the_backend_is_found_out_by_the_next_step() -> None:
-    cache, step = Cache().fill(20), compiled()
-    assert_exact(cache.step(step, 60))
-    assert len(registry) == 0
-    assert_exact(cache.step(step))
-    assert_sparse(cache.step(step), cache)
-    assert_exact(cache.step(step, 40))
-    assert_exact(cache.step(step))
-
-
-def test_caches_made_in_inference_mode_are_read_in_full(caplog: pytest.LogCaptureFixture) -> None:
-    _warn_of_inference_mode.cache_clear()
-    step = compiled()
-    with caplog.at_level(logging.WARNING, "lychee_compile"), torch.inference_mode():
-        cache = Cache().fill(100)
-        for _ in range(3):
-            assert_exact(cache.step(step))
-    (warning,) = [each.message for each in caplog.records]
-    assert "torch.no_grad()" in warning
-
-
-def test_inference_mode_is_fine_where_the_cache_is_not_of_it() -> None:
-    cache, step = Cache().fill(100), compiled()
-    with torch.inference_mode():
-        cache.step(step)
-        assert_sparse(cache.step(step), cache)
-    assert_sparse(cache.step(step), cache)
-
-
-def test_a_growing_cache_outgrows_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few keys match the query; they are sketched before the index is moved, and found after."""
-    monkeypatch.setattr(slot_states, "_roomy", lambda layout: layout)  # no room to spare
-    step, query = compiled(grow), torch.zeros(1, KV_HEADS * GROUP, 1, DIM)
-    query[..., 0] = 40
-    keys, values = torch.randn(2, 1, KV_HEADS, 505, DIM).clamp(-1, 1)
-    slots = []
-    for number in range(11):
-        fresh = torch.randn(2, 1, KV_HEADS, 3, DIM).clamp(-1, 1)
-        fresh[0, ..., 0] = 5 if number == 1 else 0
-        dense = grow(query, keys, values, *fresh)[0]
-        got, keys, values = step(query, keys, values, *fresh)
-        if number != 0:
-            torch.testing.assert_close(got, dense, **CLOSE)
-        slots.append(upkeep_of(keys, growing=True).index.layout.slots)
-    assert slots == [512] * 2 + [1024] * 9
-    assert upkeep_of(keys, growing=True).trusted
-    assert len(registry) == 1
-
-
 def test_left_padding_is_hidden_and_sinks_come_behind_it() -> None:
     valid = torch.ones(2, SIZE, dtype=torch.bool)
     valid[1, :30] = False
@@ -325,43 +183,6 @@ def test_a_graph_that_only_reads_indexes_the_whole_cache() -> None:
             torch.testing.assert_close(got, dense, **CLOSE)
         else:
             assert_sparse((got, dense), cache)
-
-
-@pytest.mark.parametrize("order", [(0, 2, 1, 3), (1, 2, 0, 3)], ids=["BLHD", "HLBD"])
-def test_a_cache_in_another_layout_is_read_where_it_lies(order: tuple[int, ...]) -> None:
-    back = [order.index(dim) for dim in range(4)]
-
-    def other(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *new: Tensor) -> Any:
-        keys.index_copy_(1, positions, new[0].permute(order))
-        return decode(query, keys.permute(back), values, positions, None, new[1])
-
-    cache, step = Cache(batch=2).fill(100), compiled(other)
-    keys = cache.keys.permute(order).contiguous()
-    cache.keys = keys.permute(back)
-    for number in range(3):
-        got, dense = cache.step(lambda query, _, *rest: step(query, keys, *rest))
-        assert_exact((got, dense)) if number == 0 else assert_sparse((got, dense), cache)
-
-
-def test_reset_forgets_and_a_broken_call_drops_what_it_may_have_spoilt(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cache, step = Cache().fill(100), compiled()
-    cache.step(step)
-    lychee_compile.reset()
-    assert len(registry) == 0
-    assert_exact(cache.step(step))
-    assert_sparse(cache.step(step), cache)
-
-    def broken(*given: Any) -> Tensor:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(decode_operators, "load", broken)
-        with pytest.raises(KeyboardInterrupt):
-            cache.step(step)
-    assert len(registry) == 0
-    assert_exact(cache.step(step))
 
 
 def test_nothing_is_compiled_more_often_than_without_us() -> None:
