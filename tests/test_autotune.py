@@ -30,6 +30,7 @@ def test_the_fastest_that_runs_is_remembered(monkeypatch):
     query, key, value = operands()
     fast = candidates("exact", key, value)[2]
     ran = []
+    header = torch.zeros(2, dtype=torch.int32)
 
     def bench(call, **_):
         call()
@@ -38,12 +39,14 @@ def test_the_fastest_that_runs_is_remembered(monkeypatch):
     def run(given):
         if given.keys == 128:
             raise RuntimeError("out of resource: shared memory")
+        assert header[0] == 1
         ran.append(given)
 
     monkeypatch.setattr("triton.testing.do_bench", bench)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     on_gpu = SimpleNamespace(shape=query.shape, device=SimpleNamespace(type="cuda"))
-    autotune.autotune(module, "exact", run, on_gpu, key, value)
+    autotune.autotune(module, "exact", run, on_gpu, key, value, header)
+    assert header[0] == 0
     assert tuning_for(module, "exact", query, key, value) == fast
     assert any(each.keys == 128 for each in candidates("exact", key, value))
     count = len(ran)

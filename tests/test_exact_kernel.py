@@ -15,7 +15,7 @@ from lychee_compile.kernels.tuning import Tuning
 triton_interpreter.use()
 pytestmark = [
     pytest.mark.usefixtures("kernel_folder"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
 SEVERAL = settings(max_examples=max(settings().max_examples // 4, 1))

@@ -20,7 +20,7 @@ from lychee_compile.kernels.tuning import Tuning
 triton_interpreter.use()
 pytestmark = [
     pytest.mark.usefixtures("kernel_folder"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
 FEW = settings(max_examples=max(settings().max_examples // 10, 1))

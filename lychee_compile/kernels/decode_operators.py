@@ -156,7 +156,7 @@ def _sparse(
     module, attend = load(kernel), policy_of(kernel).run
     run = partial(attend, module, query, key, value, captured, extra, positions, layout, parts)
     with torch.cuda.device_of(query):
-        autotune(module, "sparse", run, query, key, value)
+        autotune(module, "sparse", run, query, key, value, parts.header)
         return run()
 
 
