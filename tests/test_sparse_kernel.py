@@ -100,6 +100,15 @@ def test_an_index_that_is_not_trusted_is_not_used(sparse):
 
 
 @BOTH
+@pytest.mark.parametrize("mask", ["causal", "mask"])
+def test_queries_that_see_nothing_give_zeros(mask, sparse):
+    sizes = Sizes(kv_len=150, query_len=2)
+    problem = make_problem(sizes=sizes, mask=mask, extra=True, sparse=sparse, length=-2)
+    step = Step.run(problem, built(problem, 150), None)
+    assert torch.equal(step.output, torch.zeros_like(step.output))
+
+
+@BOTH
 def test_without_new_keys_all_that_are_indexed_may_be_chosen(sparse):
     problem = make_problem(sizes=Sizes(kv_len=200), sparse=sparse)
     index = built(problem, 200)
