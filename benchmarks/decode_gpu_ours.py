@@ -73,7 +73,7 @@ def _quest(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[
     )
     module, last = _module(query, key, value, sparse), _last(key)
     index = BoxIndex(BoxLayout.of(key), key.device)
-    index.build(key, key.shape[2])
+    index.build(module, key, key.shape[2])
     positions = last[None]
     return lambda: run_quest(
         module, query, key, value, [last], None, positions, index.layout, index.parts

@@ -23,17 +23,18 @@ KERNELS = {
     "weigh": {},
     "scan_tokens": {"BLOCKS": 16},
     "scan_pages": {"BLOCKS": 16},
-    "scan_chosen": {"TILES": 16, "BLOCKS": 16, "PARTS": 8},
-    "attend": {"KEYS": 64, "TILES": 16, "LOTS": 128, "LANES": 512},
+    "scan_chosen": {"TILES": 16},
+    "attend": {"KEYS": 64, "TILES": 16, "LANES": 512},
     "encode": {},
 }
 """And what is fixed when they are launched."""
 POINTERS = {
     "*u8": "fine coarse pages page_bins bins",
-    "*i32": "header tile_first tile_end histogram candidates candidate_count page_list chosen_list",
+    "*i32": "header tile_first tile_end histogram ranks page_list candidates candidate_count "
+    "chosen_list",
     "*i64": "positions",
     "*bf16": "weights",
-    "*fp32": "constants totals centre step spread partial partial_top partial_sum",
+    "*fp32": "constants totals whole centre step spread partial partial_top partial_sum",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}

@@ -14,7 +14,8 @@ from lychee_compile.codegen.parts.scan import LARGEST
 from lychee_compile.codegen.parts.sketch import PROBES
 from lychee_compile.codegen.specification import KV
 from lychee_compile.kernels import launch
-from lychee_compile.kernels.launch import BINS, run_sparse
+from lychee_compile.kernels.launch import run_sparse
+from lychee_compile.kernels.launch_parts import BINS
 from lychee_compile.kernels.reference.slots import (
     log_denominator,
     page_scores,
@@ -70,9 +71,9 @@ class Step:
         """Decode, out of scratch memory that holds nothing but NaN."""
         state, kept = copied(index.parts), {}
         batch, kv_len = problem.key.shape[0], problem.key.shape[2]
-        allocate = launch._Scratch.allocate
+        allocate = launch.Scratch.allocate
 
-        def allocate_and_keep(self: launch._Scratch, device: torch.device) -> dict[str, Tensor]:
+        def allocate_and_keep(self: launch.Scratch, device: torch.device) -> dict[str, Tensor]:
             made = allocate(self, device)
             for each in made.values():
                 each.view(torch.uint8).fill_(255)
@@ -80,7 +81,7 @@ class Step:
             return made
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch._Scratch, "allocate", allocate_and_keep)
+            patch.setattr(launch.Scratch, "allocate", allocate_and_keep)
             output = run_sparse(
                 problem.module(), problem.query, problem.key, problem.value, problem.captured,
                 problem.extra, positions, index.layout, index.parts, tuning,
@@ -147,20 +148,21 @@ class Step:
         page_bins = self._by_row(self.scratch["page_bins"])[..., : share.shape[-1]].int()
         page_bins = page_bins.masked_fill(~held, 0)
         assert_near(page_bins[held], share[held])
-        counts = self.scratch["counts"]
-        lots, bins = (
-            self.scratch[name].unflatten(1, (counts.shape[1], -1))
-            for name in ("candidates", "bins")
-        )
-        nothing = share.shape[-1] * PAGE
-        slots = torch.where(torch.arange(lots.shape[-1]) < counts[..., None], lots, nothing)
-        by_slot = torch.full((len(counts), nothing + 1), -1)
-        by_slot.scatter_(1, slots.flatten(1).long(), bins.flatten(1).long())
+        candidates, bins = self.scratch["candidates"].long(), self.scratch["bins"].long()
+        count, nothing = self.scratch["count"][:, None], share.shape[-1] * PAGE
+        slots = torch.where(torch.arange(candidates.shape[-1]) < count, candidates, nothing)
+        by_slot = torch.full((len(slots), nothing + 1), -1).scatter(1, slots, bins)
         by_slot = self._by_row(by_slot[:, :-1])
         looked_at = (by_slot >= 0).unflatten(-1, (-1, PAGE)).all(-1)
         room = torch.tensor(self.problem.module().PAGE_ROOM.value).expand(held.shape[:-1])
         cut = best_left_out(page_bins, room)
-        assert torch.equal(looked_at, page_bins >= cut.clamp(min=1)), "not the best pages"
+        assert (looked_at | ~(page_bins > cut)).all(), "one of the best pages is left out"
+        assert not (looked_at & (page_bins < cut.clamp(min=1))).any(), "one of the worst is not"
+        number = looked_at.sum(-1)
+        assert torch.equal(number, self._by_row(count)[..., 0] // PAGE), "a page is listed twice"
+        # Every block takes its part of those at the cut, rounded down.
+        due = torch.minimum(room, (page_bins > 0).sum(-1))
+        assert ((number <= room) & (number > due - self.index.layout.blocks)).all(), "not as many"
         return by_slot[..., : self.problem.key.shape[2]].clamp(min=0)
 
     def _by_row(self, scratch: Tensor) -> Tensor:

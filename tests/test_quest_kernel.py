@@ -52,7 +52,7 @@ def positions_of(problem):
 
 def index_up_to(problem, end):
     index = BoxIndex(BoxLayout.of(problem.key), torch.device("cpu"))
-    index.build(problem.key, end)
+    index.build(problem.module(), problem.key, end)
     return index
 
 
@@ -104,7 +104,7 @@ def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
     if lots > 1:
         monkeypatch.setattr(boxes, "RANKED", 16)
         monkeypatch.setattr(boxes, "BYTES_AT_ONCE", 0)
-        monkeypatch.setattr(launch_quest, "LOTS", 2)
+        monkeypatch.setattr(launch_quest, "PROGRAMS", 2)
     problem = make_quest(**CASES[name])
     positions = positions_of(problem)
     index = index_up_to(problem, int(positions[0, 0]))

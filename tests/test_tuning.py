@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lychee_compile.codegen.parts.common import power_of_two
 from lychee_compile.kernels import tuning
+from lychee_compile.kernels.launch_parts import power_of_two
 from lychee_compile.kernels.tuning import (
     TILE_BYTES,
     Tuning,

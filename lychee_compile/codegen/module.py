@@ -42,7 +42,7 @@ def _lychee(spec: AttentionSpec) -> list[str]:
         scan.emit_scan(spec),
     ]
     if scans_pages(spec):
-        parts += [sketch.emit_page_scores(spec), scan.emit_page_scans(spec)]
+        parts += [scan.emit_ranks(), sketch.emit_page_scores(spec), scan.emit_page_scans(spec)]
     parts += [sketch.emit_encoder(spec), encode.emit_encode()]
     return [*parts, attend.emit_sparse(spec, encode.UPKEEP)]
 
@@ -54,6 +54,7 @@ def _quest(spec: AttentionSpec) -> list[str]:
     return [
         boxes.emit_box_constants(spec),
         scan.emit_bins(),
+        scan.emit_ranks(),
         scan.emit_always_read(spec, unread="fresh // PAGE * PAGE"),
         boxes.emit_scan(spec),
         boxes.emit_choice(spec),

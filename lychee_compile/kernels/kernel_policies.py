@@ -4,35 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels.box_index import BoxIndex
 from lychee_compile.kernels.box_layout import BoxLayout
+from lychee_compile.kernels.device_index import DeviceIndex
 from lychee_compile.kernels.launch import run_sparse
 from lychee_compile.kernels.launch_quest import run_quest
 from lychee_compile.kernels.slot_index import SlotIndex
 from lychee_compile.kernels.slot_layout import SlotLayout
 
 Layout = SlotLayout | BoxLayout
-Index = SlotIndex | BoxIndex
 
 
 @dataclass(frozen=True)
 class KernelPolicy:
-    """How one policy's kernels are run, and how its index is kept."""
+    """How one policy's kernels are run, and where its index lies."""
 
     layout_of: Callable[[Tensor], Layout]
     """The layout of an index for a cache [B, Hkv, L, D]."""
     run: Callable[..., Tensor]
     """Attends, with the arguments of `run_sparse`."""
-    build: Callable[[Any, ModuleType, Tensor, int], None]
-    """Indexes the keys in the slots [0, end) of a cache, and trusts the index."""
-    refit: Callable[[Any, ModuleType, Tensor, int], None]
-    """Brings the newest part of an index up to what the keys in [0, end) have become."""
     multiple: int = 1
     """What divides the size of a key that the index can hold."""
 
@@ -47,7 +41,7 @@ def policy_of(kernel: str) -> KernelPolicy:
     return KERNEL_POLICIES[policy_name(kernel)]
 
 
-def new_index(layout: Layout, device: torch.device) -> Index:
+def new_index(layout: Layout, device: torch.device) -> DeviceIndex:
     """An empty index, which nobody may trust."""
     with torch.inference_mode(False):  # graphs write to it in every mode
         if isinstance(layout, BoxLayout):
@@ -55,23 +49,7 @@ def new_index(layout: Layout, device: torch.device) -> Index:
         return SlotIndex(layout, device)
 
 
-def _build_sketches(index: SlotIndex, module: ModuleType, key: Tensor, end: int) -> None:
-    index.build(module, key, end)
-
-
-def _refit_sketches(index: SlotIndex, module: ModuleType, key: Tensor, end: int) -> None:
-    index.refit(module, key, end)
-
-
-def _build_boxes(index: BoxIndex, module: ModuleType, key: Tensor, end: int) -> None:
-    index.build(key, end)
-
-
-def _leave_boxes(index: BoxIndex, module: ModuleType, key: Tensor, end: int) -> None:
-    """A box is what its page's keys make it, from the first."""
-
-
 KERNEL_POLICIES = {
-    "lychee": KernelPolicy(SlotLayout.of, run_sparse, _build_sketches, _refit_sketches, multiple=8),
-    "quest": KernelPolicy(BoxLayout.of, run_quest, _build_boxes, _leave_boxes),
+    "lychee": KernelPolicy(SlotLayout.of, run_sparse, multiple=8),
+    "quest": KernelPolicy(BoxLayout.of, run_quest),
 }

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels.box_layout import BoxLayout, BoxState
-from lychee_compile.kernels.launch import (
+from lychee_compile.kernels.launch import lanes
+from lychee_compile.kernels.launch_parts import (
     BINS,
-    LOTS,
-    _combine,
-    _early,
-    _power,
-    _Scratch,
-    _want_parts,
+    Scratch,
     captured_arguments,
+    combine,
+    list_size,
+    overlapping,
+    overlaps,
+    power_of_two,
+    written_arguments,
 )
 from lychee_compile.kernels.slot_layout import PAGE
 from lychee_compile.kernels.tuning import Tuning, tuning_for
 
+PROGRAMS = 512
+"""Of the scan, about."""
 MOST_STEPS = 8
 """Times that a program of the scan goes on to further pages, at most."""
 
@@ -50,47 +53,46 @@ def run_quest(
     tuning = tuning or tuning_for(module, "sparse", query, key, value)
     splits = max(1, min(tuning.programs // rows, 32))
     parts = -(-pages // module.SCANNED.value)
-    steps = min(_power(-(-rows * parts // LOTS)), MOST_STEPS)
+    steps = min(power_of_two(-(-rows * parts // PROGRAMS)), MOST_STEPS)
     tiles, lots = -(-parts // steps), -(-pages // module.RANKED.value)
-    lot_size, list_size = module.RANKED.value * PAGE, -(-(budget + 64) // 64) * 64
-    scratch = _Scratch()
-    _want_parts(scratch, rows, splits, query_heads // heads, value.shape[-1])
+    examined = min(budget, pages * PAGE)
+    scratch = Scratch()
+    scratch.want_parts(rows, splits, query_heads // heads, value.shape[-1])
     scratch.want("scores", torch.float32, rows, query_heads // heads, pages)
     scratch.want("totals", torch.float32, rows, tiles, module.ROWS.value)
     scratch.want("histogram", torch.int32, rows, 2, BINS)
     scratch.want("first", torch.int32, rows, tiles)
     scratch.want("end", torch.int32, rows, tiles)
     scratch.want("page_bins", torch.uint8, rows, lots * module.RANKED.value)
-    scratch.want("candidates", torch.int32, rows, lots * lot_size)
-    scratch.want("bins", torch.uint8, rows, lots * lot_size)
-    scratch.want("counts", torch.int32, rows, lots)
-    scratch.want("chosen", torch.int32, rows, splits, list_size)
+    scratch.want("page_ranks", torch.int32, rows, lots, BINS)
+    scratch.want("candidates", torch.int32, rows, pages * PAGE)
+    scratch.want("bins", torch.uint8, rows, pages * PAGE)
+    scratch.want("count", torch.int32, rows)
+    scratch.want("chosen", torch.int32, rows, splits, list_size(module))
     made = scratch.allocate(query.device)
-    where: list[Any] = [made["first"], 0, 0, 0]
-    if positions is not None:
-        wide = positions.expand(batch, -1)
-        where = [wide, *wide.stride(), wide.shape[1]]
-    more, early = captured_arguments(captured), _early(query.device)
-    waits = {"EARLY": early, **({"launch_pdl": True} if early else {})}
-    ends = made["first"], made["end"]
+    written = written_arguments(positions, batch, made["first"])
+    more, early = captured_arguments(captured), overlaps(query.device)
+    waits, ends = overlapping(early), (made["first"], made["end"])
     module.scan_boxes[(rows, tiles)](
         query, *query.stride(),
         state.least, state.greatest, made["scores"], made["totals"], made["histogram"],
-        *where, state.header, *ends,
+        *written, state.header, *ends,
         kv_len, pages, heads, query_len, tiles,
         *more,
         STEPS=steps, EARLY=early, num_warps=4, num_stages=3,
     )  # fmt: skip
     module.rank_boxes[(rows, lots)](
-        made["scores"], made["totals"], made["page_bins"], made["histogram"], pages, tiles,
-        TILES=_power(tiles), **waits, num_warps=4, num_stages=1,
+        made["scores"], made["totals"], made["page_bins"], made["page_ranks"], made["histogram"],
+        pages, tiles,
+        TILES=power_of_two(tiles), **waits, num_warps=4, num_stages=1,
     )  # fmt: skip
     module.list_boxes[(rows, lots)](
-        made["page_bins"], made["histogram"], made["candidates"], made["bins"], made["counts"],
-        *where, state.header, *ends,
+        made["page_bins"], made["page_ranks"], made["histogram"],
+        made["candidates"], made["bins"], pages * PAGE, made["count"],
+        *written, state.header, *ends,
         kv_len, heads, query_len, tiles,
         *more,
-        TILES=_power(tiles), **waits, num_warps=4, num_stages=1,
+        TILES=power_of_two(tiles), LOTS=power_of_two(lots), **waits, num_warps=4, num_stages=1,
     )  # fmt: skip
     module.attend[(rows, splits + 1)](
         query, *query.stride(),
@@ -98,14 +100,11 @@ def run_quest(
         value, *value.stride(),
         made["partial"], made["partial_top"], made["partial_sum"],
         kv_len, heads, query_len, splits,
-        *state, layout.slots, *ends, tiles, *where,
-        made["histogram"], made["bins"], made["candidates"], made["counts"],
-        lots, lot_size, made["chosen"], list_size,
+        *state, layout.slots, *ends, tiles, *written,
+        made["histogram"], made["bins"], pages * PAGE, made["candidates"], made["count"],
+        made["chosen"], list_size(module),
         *more,
-        KEYS=tuning.keys, TILES=_power(tiles), LOTS=_power(lots),
-        LANES=max(256, min(_power(budget // splits), 1024)), PAGED=True, **waits,
-        num_warps=tuning.warps, num_stages=tuning.stages,
+        KEYS=tuning.keys, TILES=power_of_two(tiles), LANES=lanes(examined, splits),
+        PAGED=True, **waits, num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
-    output = query.new_empty(*query.shape[:3], value.shape[-1])
-    _combine(module, made, extra, query, output, heads, splits, early)
-    return output
+    return combine(module, made, extra, query, heads, splits, early)

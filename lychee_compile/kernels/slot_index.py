@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
+from lychee_compile.kernels.device_index import DeviceIndex
 from lychee_compile.kernels.launch import run_encode
 from lychee_compile.kernels.reference.sketch import fit_axes
 from lychee_compile.kernels.slot_layout import BLOCK, PAGE, SlotLayout, SlotState
@@ -17,32 +17,21 @@ BLOCKS_AT_ONCE = 8
 """Blocks fitted together: in float32 their keys take four times what a cache's do."""
 
 
-class SlotIndex:
-    """Sketches of the keys of one cache [B, Hkv, L, D], in one flat tensor that kernels read.
+class SlotIndex(DeviceIndex):
+    """Sketches of the keys of one cache, by slot."""
 
-    Steps keep it up to date; it is built here, from the keys that a prefill left. While the first
-    number of its header is 0 it may not be trusted, and attention reads every key.
-    """
-
-    def __init__(self, layout: SlotLayout, device: torch.device) -> None:
-        self.layout = layout
-        self.state = torch.zeros(layout.size, dtype=torch.uint8, device=device)
-        self.parts: SlotState = layout.views(self.state)
-
-    def distrust(self) -> None:
-        """The keys may have changed: read all of them until the index is built anew."""
-        self.parts.header[0].zero_()
+    layout: SlotLayout
+    parts: SlotState
 
     def build(self, module: ModuleType, key: Tensor, end: int) -> None:
-        """Index the keys in the slots [0, end) of `key` [B, Hkv, L, D]."""
+        """Sketch the keys in the slots [0, end) of `key` [B, Hkv, L, D]."""
         whole = end // BLOCK
         for block in range(0, whole, BLOCKS_AT_ONCE):
             self._fit(key, block, min(BLOCKS_AT_ONCE, whole - block), BLOCK)
         if end % BLOCK:
             self._fit_last(key, whole, end % BLOCK)
         run_encode(module, key, self.layout, self.parts, 0, end)
-        self.parts.header[0].fill_(1)
-        self.parts.header[1].fill_(end)
+        self._trust(end)
 
     def refit(self, module: ModuleType, key: Tensor, end: int) -> None:
         """Find the axes of the block that holds slot `end` - 1 anew, and sketch its keys again."""

@@ -21,6 +21,8 @@ BLOCK = 8192
 """Slots that share one set of principal axes."""
 PAGE = 16
 """Slots summarised together, to narrow a long context down."""
+PAGE_STEP, PAGE_MIDDLE = 0.75, 5.625
+"""A page's mean is coded in steps of 0.75 of a coordinate's, around the middle of 0 to 15."""
 TILE = 512
 """Slots are reserved in multiples of this; a program of the scan takes as many."""
 HEADER = 64

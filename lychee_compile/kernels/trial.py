@@ -73,7 +73,7 @@ def _run(call: TrialCall) -> None:
         return
     policy = policy_of(call.kernel)
     index = new_index(policy.layout_of(key), key.device)
-    policy.build(index, module, key, 1)
+    index.build(module, key, 1)
     last = torch.arange(key.shape[2] - call.written, key.shape[2], device=key.device)
     positions = last if call.written else None
     tuning = tuning_for(module, "sparse", query, key, value)

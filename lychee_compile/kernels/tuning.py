@@ -72,7 +72,7 @@ def _by_rule(mode: str, row: int, multiprocessors: int) -> Tuning:
         keys //= 2
     if mode == "exact":
         return Tuning(3 * multiprocessors, keys, 4, 3 if 3 * keys * row <= TILE_BYTES else 2)
-    return Tuning(2 * multiprocessors, keys, 4, 2)
+    return Tuning(2 * multiprocessors, keys, 8 if keys == 64 else 4, 2)
 
 
 @lru_cache(maxsize=16)

@@ -142,8 +142,8 @@ def attend_all(
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
-    key += b.to(tl.int64) * key_stride_b + kv_head * key_stride_h
-    value += b.to(tl.int64) * value_stride_b + kv_head * value_stride_h
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -191,24 +191,12 @@ def emit_sparse(spec: AttentionSpec, upkeep: Upkeep) -> str:
     names, update = captured(spec), indented(upkeep.call, 12)
     return f'''
 @triton.jit
-def selected(
-    entries, slots, inside, cut, left, at_cut, count, chosen_list,
-):
-    """Append the slots of the chosen entries to the list; how many it then holds."""
-    entry = tl.load(entries, mask=inside, other=0).to(tl.int32)
-    chosen, place, more = choose(entry, cut, left, at_cut)
-    tl.store(chosen_list + count + place, slots, mask=chosen)
-    return count + more
-
-
-@triton.jit
 def attend(
     {_OPERANDS},
     {upkeep.parameters},
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
-    histogram, bins, candidates, candidate_count, lots, lot_size, chosen_list, capacity{names},
-    KEYS: tl.constexpr, TILES: tl.constexpr,
-    LOTS: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity{names},
+    KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Attention over the selected keys, for the heads of one group at one position.
@@ -228,11 +216,12 @@ def attend(
         queries, heads = load_queries(
             query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
         )
-        key += b.to(tl.int64) * key_stride_b + kv_head * key_stride_h
-        value += b.to(tl.int64) * value_stride_b + kv_head * value_stride_h
+        key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+        value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         result = tl.zeros([ROWS, WIDTH], tl.float32)
+        trusted = tl.load(header) != 0
         fresh = fresh_from(
             positions, position_stride_b, position_stride_t, written, header, b, kv_len
         )
@@ -244,46 +233,40 @@ def attend(
         )
         sinks = begin - first
         always = sinks + end - stop
-        if (tl.load(header) != 0) & (end > 0) & (always <= capacity):
+        if trusted & (end > 0) & (always <= capacity):
+            # Slots that are examined: candidates, or all between those that are always read.
+            # Sixteen at a time go to each program in turn.
+            lane = tl.arange(0, LANES)
+            item = (lane // 16 * splits + split) * 16 + lane % 16
+            origin, items = begin // 16 * 16, stop - begin // 16 * 16
+            bins += head_row.to(tl.int64) * bin_room
+            candidates += head_row.to(tl.int64) * bin_room
+            if PAGED:
+                origin, items = origin * 0, tl.load(candidate_count + head_row)
+            inside = (item < bin_room) if PAGED else (origin + item < stop)
+            entry = tl.load(bins + origin + item, mask=inside, other=0)
             room = tl.maximum(-(always - BUDGET), 0)
 {_threshold(spec)}
             chosen_list += (head_row.to(tl.int64) * splits + split) * capacity
             count = tl.maximum(always - split + splits - 1, 0) // splits
             for start in range(0, count, 32):
-                number = start + tl.arange(0, 32)
-                which = split + number * splits
+                own = start + tl.arange(0, 32)
+                which = split + own * splits
                 slot = tl.where(which < sinks, first + which, stop + which - sinks)
-                tl.store(chosen_list + number, slot, mask=number < count)
-            lane = tl.arange(0, LANES)
-            if PAGED:
-                # Sixteen candidates at a time, of all lots in a row.
-                lot, group = tl.arange(0, LOTS), tl.arange(0, LANES // 16)
-                mine = head_row.to(tl.int64) * lots
-                held = tl.load(candidate_count + mine + lot, mask=lot < lots, other=0)
-                through = tl.cumsum(held // 16, 0)
-                for start in range(0, tl.max(through, 0), splits * (LANES // 16)):
-                    number = start + group * splits + split
-                    past = through[None, :] <= number[:, None]
-                    of = tl.sum(past.to(tl.int32), 1)
-                    before = tl.max(tl.where(past, through[None, :], 0), 1)
-                    place = (of * lot_size + (number - before) * 16)[:, None]
-                    place = tl.reshape(place + tl.arange(0, 16)[None, :], [LANES])
-                    inside = tl.reshape(
-                        tl.broadcast_to((of < lots)[:, None], [LANES // 16, 16]), [LANES]
-                    )
-                    slot = tl.load(candidates + mine * lot_size + place, mask=inside, other=0)
-                    count = selected(
-                        bins + mine * lot_size + place, slot, inside,
-                        cut, left, at_cut, count, chosen_list,
-                    )
-            else:
-                base = begin // 16 * 16
-                for start in range(0, stop - base, splits * LANES):
-                    slot = base + start + (lane // 16 * splits + split) * 16 + lane % 16
-                    count = selected(
-                        bins + head_row.to(tl.int64) * slots + slot, slot,
-                        (slot >= begin) & (slot < stop), cut, left, at_cut, count, chosen_list,
-                    )
+                tl.store(chosen_list + own, slot, mask=own < count)
+            for start in range(0, items, splits * LANES):
+                slot = origin + item
+                inside = item < items
+                if PAGED:
+                    slot = tl.load(candidates + item, mask=inside, other=0)
+                else:
+                    inside &= slot >= begin
+                entry = tl.where(inside, entry, 0)
+                chosen, place, more = choose(entry.to(tl.int32), cut, left, at_cut)
+                tl.store(chosen_list + count + place, slot, mask=chosen)
+                count += more
+                item += splits * LANES
+                entry = tl.load(bins + origin + item, mask=item < items, other=0)
             tl.debug_barrier()
             for start in range(0, count, KEYS):
                 number = start + tl.arange(0, KEYS)
@@ -309,8 +292,7 @@ def _threshold(spec: AttentionSpec) -> str:
     pages = "cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)"
     if sees_range(spec):
         return indented(pages, 12)
-    tokens = """ranked = bins + head_row.to(tl.int64) * slots
-known = tl.minimum(end, fresh)
-read = bins_read(ranked, first, begin, stop, known)
+    tokens = """known = tl.minimum(end, fresh)
+read = bins_read(bins, first, begin, stop, known)
 cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room, read)"""
     return indented(f"if PAGED:\n{indented(pages, 4)}\nelse:\n{indented(tokens, 4)}", 12)

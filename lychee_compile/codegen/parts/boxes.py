@@ -6,11 +6,10 @@ Chosen pages are read whole. See `kernels/policies/quest.py` for what differs fr
 from __future__ import annotations
 
 from lychee_compile.codegen.parts.attend import Upkeep
-from lychee_compile.codegen.parts.common import power_of_two
 from lychee_compile.codegen.parts.scan import LARGEST
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec, H
-from lychee_compile.kernels.launch import BINS
+from lychee_compile.kernels.launch_parts import BINS, power_of_two
 from lychee_compile.kernels.slot_layout import PAGE
 
 RANKED = 512
@@ -123,10 +122,13 @@ def emit_choice(spec: AttentionSpec) -> str:
     return f'''
 @triton.jit
 def rank_boxes(
-    scores, totals, page_bins, histogram, pages, tiles,
+    scores, totals, page_bins, ranks, histogram, pages, tiles,
     TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Bins, uint8, of the shares of RANKED pages; none that may be chosen is in the first."""
+    """Bins, uint8, of the shares of RANKED pages, and how many are in each or above.
+
+    None that may be chosen is in the first.
+    """
     head_row, lot = tl.program_id(0), tl.program_id(1)
     g, page = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
     if EARLY:
@@ -139,18 +141,19 @@ def rank_boxes(
     possible = value > float("-inf")
     entry = bins_of(value, possible, denominators(totals, head_row, tiles, TILES))
     entry = tl.maximum(entry, tl.max(possible.to(tl.int32), 0))
-    place = page_bins + (head_row.to(tl.int64) * tl.num_programs(1) + lot) * RANKED
-    place += tl.arange(0, RANKED)
+    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
+    place = page_bins + mine * RANKED + tl.arange(0, RANKED)
     tl.store(place, entry.to(tl.uint8))
-    count_bins(histogram + head_row * (2 * BINS), place)
+    counts = count_bins(histogram + head_row * (2 * BINS), place, page < pages)
+    tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
 
 
 @triton.jit
 def list_boxes(
-    page_bins, histogram, candidates, bins, candidate_count,
+    page_bins, ranks, histogram, candidates, bins, candidate_room, candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, kv_heads, query_len, tiles{extra},
-    TILES: tl.constexpr, EARLY: tl.constexpr,
+    TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """The slots of the best of RANKED pages, as candidates that are read for certain.
 
@@ -168,17 +171,21 @@ def list_boxes(
     )
     room = tl.maximum(BUDGET - (end - stop), 0)
     room = tl.where(stop - begin <= room, 2**30, room // PAGE)
-    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
-    number = tl.arange(0, RANKED)
+    lots, number = tl.num_programs(1), tl.arange(0, RANKED)
+    mine = head_row.to(tl.int64) * lots + lot
     entry = tl.load(page_bins + mine * RANKED + number).to(tl.int32)
     cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room)
-    chosen, place, count = choose(entry, cut, left, at_cut)
+    of_lot = chosen_of_tiles(ranks + (mine - lot) * BINS, cut, left, at_cut, lots, LOTS)
+    before = tl.sum(tl.where(tl.arange(0, LOTS) < lot, of_lot, 0), 0)
+    chosen, place, _ = choose(entry, cut, left, at_cut)
     slot = ((lot * RANKED + number) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
-    into = mine * (RANKED * PAGE) + (place * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
+    into = head_row.to(tl.int64) * candidate_room
+    into += ((before + place) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
     within = (slot >= begin) & (slot < stop)
     tl.store(candidates + into, slot, mask=chosen[:, None])
     tl.store(bins + into, tl.where(within, BINS - 1, 0).to(tl.uint8), mask=chosen[:, None])
-    tl.store(candidate_count + mine, count * PAGE)
+    if lot == 0:
+        tl.store(candidate_count + head_row, tl.sum(of_lot, 0) * PAGE)
 '''
 
 
@@ -194,7 +201,7 @@ def box_new(
     """Put a box around the keys of every page whose last slot this step has written."""
     space = (b * kv_heads + kv_head).to(tl.int64)
     d, inner = tl.arange(0, DIM), tl.arange(0, PAGE)
-    key += b.to(tl.int64) * stride_b + kv_head * stride_h
+    key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
     for number in range(written):
         slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
         slot = tl.where(slot < 0, slot + kv_len, slot)

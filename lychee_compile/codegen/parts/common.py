@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from lychee_compile.codegen.specification import AttentionSpec
-
-
-def power_of_two(value: int, at_least: int = 1) -> int:
-    """The least power of two that is at least both."""
-    return max(at_least, 1 << (max(value, 1) - 1).bit_length())
+from lychee_compile.kernels.launch_parts import power_of_two
 
 
 def emit_constants(spec: AttentionSpec) -> str:

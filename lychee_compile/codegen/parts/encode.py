@@ -30,7 +30,7 @@ def encode(
     slot = begin + tl.program_id(1) * 64 + tl.arange(0, 64)
     b, kv_head = space // kv_heads, space % kv_heads
     d = tl.arange(0, DIM)
-    place = key + b.to(tl.int64) * stride_b + kv_head * stride_h
+    place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
     place = place + slot.to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d
     inside = (slot < end)[:, None]
     keys = tl.load(place, mask=inside & (d < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
@@ -82,7 +82,8 @@ def encode_new(
         slot = tl.where(slot < 0, slot + kv_len, slot)
         block = space * blocks + slot // BLOCK
         source = tl.where((slot % BLOCK == 0) & (slot > 0), block - 1, block)
-        place = key + b.to(tl.int64) * stride_b + kv_head * stride_h + slot.to(tl.int64) * stride_l
+        place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+        place += slot.to(tl.int64) * stride_l
         newest = tl.load(place + d * stride_d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
         middle = tl.load(centre + source * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
         matrix = source * (KEPT * HEAD_DIM) + kept[:, None] * HEAD_DIM + d[None, :]

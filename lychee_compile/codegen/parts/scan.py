@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts.common import power_of_two
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec, H, SparseSpec
-from lychee_compile.kernels.launch import BINS
+from lychee_compile.kernels.launch_parts import BINS, power_of_two
 from lychee_compile.kernels.slot_layout import BLOCK, PAGE
 
 LARGEST = 12
 """log2 of the share that the last bin holds: estimates of the denominator may be that far off."""
 
-LOOK = 256
-"""Tokens of chosen pages that a program scores at a time."""
+TURN = 16
+"""Chosen pages of one block that a program scores at a time."""
 
 _PARAMETERS = """weights, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
@@ -24,7 +23,7 @@ def emit_selection_constants(sparse: SparseSpec, paged: bool) -> str:
     """How much is read, how shares are counted, how much of a long context is looked at."""
     pages = f"""
 PAGE_ROOM = tl.constexpr({-(-sparse.overfetch * sparse.budget // PAGE)})  # pages looked into
-LOOK = tl.constexpr({LOOK})  # tokens of chosen pages scored at a time
+TURN = tl.constexpr({TURN})  # of them in one block, whose tokens are scored at a time
 PER_BLOCK = tl.constexpr({BLOCK // PAGE})  # pages of a block"""
     return f"""
 FLAT_TOKENS = {sparse.flat_tokens}  # slots up to which every token is scanned; pages beyond
@@ -77,15 +76,18 @@ def bins_of(value, seen, total):
 
 
 @triton.jit
-def count_bins(histogram, bins):
-    """Count what was stored in `bins`, pointers [N], in a histogram; the first bin is left out.
+def count_bins(histogram, bins, inside):
+    """Count what was stored in `bins`, pointers [N], in a histogram, and return the counts.
 
-    Read back, every thread has entries of its own: out of a product, eight threads have the same.
+    The first bin is left out. Read back, every thread has entries of its own: out of a product,
+    eight threads have the same.
     """
     tl.debug_barrier()
-    counts = tl.histogram(tl.load(bins).to(tl.int32), BINS)
+    counts = tl.histogram(tl.load(bins, mask=inside, other=0).to(tl.int32), BINS)
     place = tl.arange(0, BINS)
-    tl.atomic_add(histogram + place, counts, mask=(counts > 0) & (place > 0), sem="relaxed")
+    counts = tl.where(place > 0, counts, 0)
+    tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
+    return counts
 
 
 @triton.jit
@@ -103,6 +105,12 @@ def threshold(histogram, room, read=0):
 
 
 @triton.jit
+def due(left, own, at_cut):
+    """How many of our `own` items at the cut are chosen, where `left` of all `at_cut` are."""
+    return (left.to(tl.int64) * own // tl.maximum(at_cut, 1)).to(tl.int32)
+
+
+@triton.jit
 def choose(entry, cut, left, at_cut):
     """Which items are chosen, where each goes in a list of them, and how many there are.
 
@@ -111,9 +119,26 @@ def choose(entry, cut, left, at_cut):
     kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
     through = tl.cumsum(kind, 0)
     total = tl.max(through, 0)
-    due = (left.to(tl.int64) * (total & 65535) // tl.maximum(at_cut, 1)).to(tl.int32)
-    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= due))
-    return chosen, (through >> 16) + tl.minimum(through & 65535, due) - 1, (total >> 16) + due
+    ours = due(left, total & 65535, at_cut)
+    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
+    return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
+'''
+
+
+def emit_ranks() -> str:
+    """Where the best pages of each tile stand among the best of all."""
+    return '''
+@triton.jit
+def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
+    """How many pages are chosen of each tile: [TILES].
+
+    `ranks` has, for each tile, how many of its pages are in each bin or above.
+    """
+    tile = tl.arange(0, TILES)
+    ranks += tile * BINS + cut
+    above = tl.load(ranks + 1, mask=tile < tl.where(cut < BINS - 1, tiles, 0), other=0)
+    through = tl.load(ranks, mask=tile < tl.where(cut > 0, tiles, 0), other=0)
+    return above + due(left, tl.maximum(through - above, 0), at_cut)
 '''
 
 
@@ -158,7 +183,9 @@ def bins_read(bins, first, begin, stop, known):
 def emit_scan(spec: AttentionSpec) -> str:
     """`scan_tokens`: bins of all tokens, but those that are read anyway where these are known."""
     extra, possible = captured(spec), "slot < fresh"
+    ends = "\n" + _ends("ROWS" if spec.visible.has(H) else "1")
     if sees_range(spec):
+        ends = ""
         possible = "(slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))"
     body = _where_seen(
         spec,
@@ -177,14 +204,13 @@ s = sketch_scores(
     head_row.to(tl.int64) * blocks + tile * TILE // BLOCK,
 )
 total = denominators(totals, head_row, blocks, BLOCKS)
-seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :]{extra})
-{_ends("ROWS" if spec.visible.has(H) else "1") if not sees_range(spec) else ""}
+seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :]{extra}){ends}
 value = score(s, b, h, t, slot[None, :], inside[None, :]{extra})
 possible = {possible}
 entry = bins_of(value, seen & possible[None, :], total)
 place = bins + head_row.to(tl.int64) * slots + slot
 tl.store(place, entry.to(tl.uint8))
-count_bins(histogram + head_row * (2 * BINS), place)""",
+count_bins(histogram + head_row * (2 * BINS), place, inside)""",
     )
     return f'''
 @triton.jit
@@ -213,30 +239,62 @@ space = (b * kv_heads + kv_head).to(tl.int64) * (slots // PAGE)
 packed = load_pages(pages + space * FINE_BYTES, page, page * PAGE < slots)
 fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
 {_page_ends(spec)}
-if EARLY:
-    tl.extra.cuda.gdc_wait()
-s = page_scores(packed, weights, constants, head_row.to(tl.int64) * blocks + tile)
+queries, heads = load_queries(
+    query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+)
+mine = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
+s = page_scores(
+    packed, queries, axes + mine * (KEPT * HEAD_DIM), centre + mine * HEAD_DIM,
+    step + mine * KEPT, spread + mine * KEPT_FINE,
+)
 value = score(s, b, h, t, (page * PAGE)[None, :], held[None, :]{extra})
+if EARLY:
+    tl.extra.cuda.gdc_wait()  # for the denominators alone
 total = denominators(totals, head_row, blocks, BLOCKS)
+tl.store(whole + head_row * ROWS + g, total)  # all programs of a row store the same
 entry = bins_of(value, tl.broadcast_to(held[None, :], value.shape), total)
 place = bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page
 tl.store(place, entry.to(tl.uint8))
-count_bins(histogram + head_row * (2 * BINS), place)""",
+counts = count_bins(histogram + head_row * (2 * BINS), place, held)
+tl.store(ranks + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))""",
+        before="ranks += (head_row.to(tl.int64) * tiles + tile) * BINS\n",
+        otherwise="tl.store(ranks + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))",
     )
-    unseen = (
-        f"""
-    first, end = seen_range(b, t, kv_len{extra})
-    entry = tl.where((page * PAGE < end) & (page * PAGE + PAGE > first), entry, 0)"""
-        if sees_range(spec)
-        else ""
+    scored = indented(
+        f"""chosen, place, _ = choose(entry.to(tl.int32), cut, left, at_cut)
+first_rank = before + turn * TURN
+rank = before + place
+ours = (rank >= first_rank) & (rank < first_rank + count)
+tl.store(page_list + rank, block * PER_BLOCK + number, mask=chosen & ours)
+tl.debug_barrier()
+lane = tl.arange(0, TURN * PAGE)
+listed = lane < count * PAGE
+slot = tl.load(page_list + first_rank + lane // PAGE, mask=listed, other=0) * PAGE
+slot += lane % PAGE
+inside = listed & (slot >= begin) & (slot < stop)
+packed, packed_coarse = load_codes(
+    fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
+)
+s = sketch_scores(
+    packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + block
+)
+seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :]{extra})
+value = score(s, b, h, t, slot[None, :], inside[None, :]{extra})
+found = bins_of(value, seen, total)
+into = first_rank * PAGE + lane
+tl.store(candidates + into, slot, mask=listed)
+tl.store(bins + into, found.to(tl.uint8), mask=listed)
+count_bins(counts + BINS, bins + into, listed)""",
+        12,
     )
     return f'''
 @triton.jit
 def scan_pages(
-    pages, {_PARAMETERS}{extra},
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    pages, axes, centre, step, spread, ranks, whole, {_PARAMETERS}{extra},
     BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Bins, uint8, of the shares of the pages of one block."""
+    """Bins, uint8, of the shares of the pages of one block, and how many are in each or above."""
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
@@ -247,72 +305,66 @@ def scan_pages(
 
 @triton.jit
 def scan_chosen(
-    fine, coarse, page_bins, page_list, candidates, candidate_count, {_PARAMETERS}{extra},
-    TILES: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    fine, coarse, whole, page_bins, ranks, page_list, candidates, candidate_count, candidate_room,
+    {_PARAMETERS}{extra},
+    TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Lists of the tokens of chosen pages, and their bins; a block has PARTS programs."""
-    head_row, lot = tl.program_id(0), tl.program_id(1)
+    """The tokens of the best pages of all blocks in a row, and their bins."""
+    head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    tile, part = lot // PARTS, lot % PARTS
     g = tl.arange(0, ROWS)
     h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
     counts = histogram + head_row * (2 * BINS)
+    page_bins += head_row.to(tl.int64) * (blocks * PER_BLOCK)
+    bins += head_row.to(tl.int64) * candidate_room
+    candidates += head_row.to(tl.int64) * candidate_room
+    page_list += head_row.to(tl.int64) * (candidate_room // PAGE)
+    space = (b * kv_heads + kv_head).to(tl.int64) * slots
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    page = tile * PER_BLOCK + tl.arange(0, PER_BLOCK // PARTS) * PARTS + part
-    entry = tl.load(page_bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page)
-    entry = entry.to(tl.int32){unseen}
-    # All pages of the last bin: how many are looked into is no budget.
-    cut, _, _ = threshold(counts, PAGE_ROOM)
-    chosen, place, count = choose(entry, tl.maximum(cut - 1, 0), cut * 0, cut * 0)
-    mine = head_row.to(tl.int64) * (blocks * PARTS) + lot
-    page_list += mine * (PER_BLOCK // PARTS)
-    tl.store(page_list + place, page, mask=chosen)
-    tl.store(candidate_count + mine, count * PAGE)
-    tl.debug_barrier()
-    if count > 0:
-        fresh = fresh_from(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_len
-        )
-        _, begin, stop, _ = always_read(
-            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh{extra}, TILES
-        )
-        total = denominators(totals, head_row, blocks, BLOCKS)
-        space = (b * kv_heads + kv_head).to(tl.int64) * slots
-        for start in range(0, count, LOOK // PAGE):
-            lane = tl.arange(0, LOOK)
-            which = start + lane // PAGE
-            at = tl.load(page_list + which, mask=which < count, other=0)
-            slot = at * PAGE + lane % PAGE
-            inside = (which < count) & (slot >= begin) & (slot < stop)
-            packed, packed_coarse = load_codes(
-                fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
-            )
-            s = sketch_scores(
-                packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + tile
-            )
-            seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :]{extra})
-            value = score(s, b, h, t, slot[None, :], inside[None, :]{extra})
-            found = bins_of(value, seen, total)
-            into = mine * (BLOCK // PARTS) + start * PAGE + lane
-            tl.store(candidates + into, slot, mask=which < count)
-            tl.store(bins + into, found.to(tl.uint8))
-            count_bins(counts + BINS, bins + into)
+    _, begin, stop, _ = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh{extra}, TILES
+    )
+    # The first turns of every block are shared out before it is known how many it has.
+    programs, number = tl.num_programs(1), tl.arange(0, PER_BLOCK)
+    ahead = programs // blocks
+    block, turn = part % blocks, tl.where(part < ahead * blocks, part // blocks, PER_BLOCK)
+    entry = tl.load(page_bins + block * PER_BLOCK + number)
+    total = tl.load(whole + head_row * ROWS + g)
+    cut, left, at_cut = threshold(counts, PAGE_ROOM)
+    ranks += head_row.to(tl.int64) * tiles * BINS
+    of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)
+    if part == 0:
+        tl.store(candidate_count + head_row, tl.sum(of_tile, 0) * PAGE)
+    tile = tl.arange(0, TILES)
+    turns = tl.cumsum(tl.maximum((of_tile + TURN - 1) // TURN - ahead, 0), 0)
+    for later in range(part, programs + tl.max(turns, 0), programs):
+        before = tl.sum(tl.where(tile < block, of_tile, 0), 0)
+        count = tl.minimum(tl.sum(tl.where(tile == block, of_tile, 0), 0) - turn * TURN, TURN)
+        if count > 0:
+{scored}
+        past = turns <= later
+        block = tl.minimum(tl.sum(past.to(tl.int32), 0), blocks - 1)
+        turn = ahead + later - tl.max(tl.where(past, turns, 0), 0)
+        entry = tl.load(page_bins + block * PER_BLOCK + number)
 '''
 
 
-def _where_seen(spec: AttentionSpec, size: str, body: str) -> str:
-    """A program's work, and none of it where its query sees nothing."""
-    start = "if EARLY:\n    tl.extra.cuda.gdc_launch_dependents()\n"
+def _where_seen(
+    spec: AttentionSpec, size: str, body: str, before: str = "", otherwise: str = ""
+) -> str:
+    """A program's work, or what it does instead where its query sees nothing."""
+    start = f"{before}if EARLY:\n    tl.extra.cuda.gdc_launch_dependents()\n"
     if not sees_range(spec):
         return indented(start + body, 4)
     check = f"""first, end = seen_range(b, t, kv_len{captured(spec)})
 if (tile * {size} < end) & (tile * {size} + {size} > first):
 """
-    return indented(start + check + indented(body, 4), 4)
+    instead = f"\nelse:\n{indented(otherwise, 4)}" if otherwise else ""
+    return indented(start + check + indented(body, 4) + instead, 4)
 
 
 def _ends(rows: str) -> str:

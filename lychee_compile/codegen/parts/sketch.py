@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lychee_compile.codegen.parts.common import power_of_two
 from lychee_compile.codegen.parts.terms import captured
 from lychee_compile.codegen.specification import KV, AttentionSpec
+from lychee_compile.kernels.launch_parts import power_of_two
 from lychee_compile.kernels.reference.sketch import STEPS
-from lychee_compile.kernels.slot_layout import BLOCK, PAGE, TILE, Field, planes
+from lychee_compile.kernels.slot_layout import (
+    BLOCK,
+    PAGE,
+    PAGE_MIDDLE,
+    PAGE_STEP,
+    TILE,
+    Field,
+    planes,
+)
 
 _BASE = 128
 """What codes are added to: a bfloat16 of this size has them in its last bits."""
@@ -16,8 +24,6 @@ _VARIANCE = {bits: step**-2 for bits, step in STEPS.items()}
 """Of coordinates over a block, in steps, by their bits."""
 PROBES = 16
 """Slots of a block, up to its newest, at which a score that depends on the slot is looked at."""
-PAGE_RANGE = 0.75
-"""The means of a page lie within this share of what 4 bits hold."""
 
 
 def emit_sketch_constants(spec: AttentionSpec) -> str:
@@ -35,8 +41,7 @@ FINE_BYTES = tl.constexpr({fine[0].width})
 FINE_COLUMNS = tl.constexpr({_columns(fine[0])})
 COARSE_BYTES = tl.constexpr({coarse[0].width})
 COARSE_COLUMNS = tl.constexpr({_columns(coarse[0])})
-PAGE_STEP = tl.constexpr({PAGE_RANGE})  # of a page's mean, in steps of a coordinate
-PAGE_MIDDLE = tl.constexpr({7.5 * PAGE_RANGE})
+PAGE_STEP = tl.constexpr({PAGE_STEP})  # of a page's mean, in steps of a coordinate
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
 """
 
@@ -54,31 +59,25 @@ def emit_weigh(spec: AttentionSpec) -> str:
     constant -= {_BASE + field.offset} * tl.sum(tl.where({_within(field)}, rounded, 0.0), 1)"""
         for field in _joined(fine) + _joined(coarse)
     )
-    kept_fine, extra = sum(field.width for field in fine), captured(spec)
+    extra = captured(spec)
     return f'''
 @triton.jit
 def weigh(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    axes, centre, step, spread, weights, constants, totals, histogram,
+    axes, centre, step, weights, constants, totals, histogram,
     positions, position_stride_b, position_stride_t, written, header,
     kv_len, blocks, kv_heads, query_len{extra},
     EARLY: tl.constexpr,
 ):
-    """Weights of the codes of a block in q.k, and what is left of it: of tokens and of pages.
+    """Weights of the codes of a block in q.k, and what is left of it.
 
     By second-order cumulants the log of the mean of exp(score) over keys of variance v is that of
-    their mean and scale / 2 sum w^2 v: for a page, with the block's usual variance within pages,
-    and for the whole block, whose sum stands for its part of the softmax's denominator. Clears
-    what later kernels count.
+    their mean and scale / 2 sum w^2 v: over a whole block it stands for its part of the softmax's
+    denominator. Clears what later kernels count.
     """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    queries, heads = load_queries(
-        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-    )
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     block = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
     kept, d, g = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
     axis = tl.load(
@@ -87,20 +86,23 @@ def weigh(
     )
     steps = tl.load(step + block * KEPT + kept, mask=kept < KEPT, other=0.0)
     middle = tl.load(centre + block * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+    # All above was written long ago. What follows may be of the very kernel before this one, and
+    # the next, which read it too, must not begin while that still runs.
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
     exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
     weight = exact.to(tl.bfloat16)
     rounded = weight.to(tl.float32)
     constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
-    variances = tl.load(spread + block * KEPT_FINE + kept, mask=kept < KEPT_FINE, other=0.0)
     moved = tl.where(kept < KEPT_FINE, {_VARIANCE[4]:.4f}, {_VARIANCE[2]:.4f})
-    of_block = constant + 0.5 * SCALE * tl.sum(exact * exact * moved[None, :], 1)
-    of_page = constant + 0.5 * SCALE * tl.sum(exact * exact * variances[None, :], 1)
-    fine = tl.sum(tl.where((kept < {kept_fine})[None, :], rounded, 0.0), 1)
-    of_page -= (PAGE_MIDDLE + PAGE_STEP * {_BASE}) * fine{zeros}
+    of_block = constant + 0.5 * SCALE * tl.sum(exact * exact * moved[None, :], 1){zeros}
     mine = head_row.to(tl.int64) * blocks + tile
     tl.store(weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + kept[None, :], weight)
-    tl.store(constants + mine * (2 * ROWS) + g, constant)
-    tl.store(constants + mine * (2 * ROWS) + ROWS + g, of_page)
+    tl.store(constants + mine * ROWS + g, constant)
     fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     held = tl.minimum(fresh - tile * BLOCK, BLOCK)
 {_block_bits(spec)}
@@ -188,7 +190,7 @@ def load_codes(fine, coarse, slot, inside):
 @triton.jit
 def sketch_scores(packed, packed_coarse, weights, constants, mine):
     """Estimates [ROWS, N] of q.k from packed codes of the block whose weights are `mine`."""
-    constant = tl.load(constants + mine * (2 * ROWS) + tl.arange(0, ROWS)){loads}
+    constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS)){loads}
     total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]{products}
     return total
 '''
@@ -197,10 +199,17 @@ def sketch_scores(packed, packed_coarse, weights, constants, mine):
 def emit_page_scores(spec: AttentionSpec) -> str:
     """`page_scores`: the log of the mean of exp(score) over the keys of a page."""
     fine, _ = planes(spec.head_dim)
-    names = weight_names(spec).split(", ")[: len(fine)]
-    loads = "".join(_load(name, field, "FINE") for name, field in zip(names, fine, strict=True))
-    products = _products("packed", fine, names)
+    products = "".join(
+        f"""
+    weight, zero, spreads = page_weights(queries, axes, step, spread, {field.first})
+    constant += 0.5 * SCALE * spreads - zero
+    total = tl.dot(weight, codes(packed, {field.shift}, {2**field.bits - 1}), total)"""
+        for field in fine
+    )
     return f'''
+PAGE_ZERO = tl.constexpr({PAGE_MIDDLE + PAGE_STEP * _BASE})  # of its codes, in steps
+
+
 @triton.jit
 def load_pages(pages, page, inside):
     """Packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
@@ -212,12 +221,36 @@ def load_pages(pages, page, inside):
 
 
 @triton.jit
-def page_scores(packed, weights, constants, mine):
-    """Scores [ROWS, N], as products q.k, that stand for the keys of the pages of one block."""
-    constant = tl.load(constants + mine * (2 * ROWS) + ROWS + tl.arange(0, ROWS)){loads}
-    constant = constant / PAGE_STEP
-    total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]{products}
-    return PAGE_STEP * total
+def page_weights(queries, axes, step, spread, FIRST: tl.constexpr):
+    """Weights, bfloat16 [ROWS, FINE_COLUMNS], of codes from FIRST on.
+
+    And what they make of the zero of the codes, and of the usual variance within pages: [ROWS].
+    """
+    column, d = tl.arange(0, FINE_COLUMNS), tl.arange(0, DIM)
+    inside = column < FINE_BYTES
+    axis = tl.load(
+        axes + (FIRST + column)[None, :] * HEAD_DIM + d[:, None],
+        mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
+    )
+    steps = tl.load(step + FIRST + column, mask=inside, other=0.0)
+    variances = tl.load(spread + FIRST + column, mask=inside, other=0.0)
+    exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
+    weight = exact.to(tl.bfloat16)
+    zero = PAGE_ZERO * tl.sum(weight.to(tl.float32), 1)
+    return weight, zero, tl.sum(exact * exact * variances[None, :], 1)
+
+
+@triton.jit
+def page_scores(packed, queries, axes, centre, step, spread):
+    """Scores [ROWS, N], as products q.k, that stand for the keys of the pages of one block.
+
+    By second-order cumulants: the score of the mean, and scale / 2 sum w^2 v for the variance v.
+    """
+    d = tl.arange(0, DIM)
+    middle = tl.load(centre + d, mask=d < HEAD_DIM, other=0.0)
+    constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
+    total = tl.zeros([ROWS, packed.shape[1]], tl.float32){products}
+    return PAGE_STEP * total + constant[:, None]
 '''
 
 

@@ -19,10 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.sketch import STEPS, sketch_bits
-from lychee_compile.kernels.slot_layout import BLOCK, PAGE, Field, SlotState, planes
-
-PAGE_STEP, PAGE_MIDDLE = 0.75, 5.625
-"""A page's mean is coded in steps of 0.75 of a coordinate's, around the middle."""
+from lychee_compile.kernels.slot_layout import (
+    BLOCK,
+    PAGE,
+    PAGE_MIDDLE,
+    PAGE_STEP,
+    Field,
+    SlotState,
+    planes,
+)
 
 Finish = Callable[[Tensor], Tensor]
 """From raw scores [B, Hkv, G, T, N] to those of the softmax: scale, soft-cap, biases."""

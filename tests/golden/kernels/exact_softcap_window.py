@@ -157,8 +157,8 @@ def attend_all(
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
-    key += b.to(tl.int64) * key_stride_b + kv_head * key_stride_h
-    value += b.to(tl.int64) * value_stride_b + kv_head * value_stride_h
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, WIDTH], tl.float32)

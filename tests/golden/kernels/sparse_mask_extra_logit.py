@@ -156,8 +156,8 @@ def attend_all(
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
-    key += b.to(tl.int64) * key_stride_b + kv_head * key_stride_h
-    value += b.to(tl.int64) * value_stride_b + kv_head * value_stride_h
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -178,7 +178,7 @@ BUDGET = tl.constexpr(1024)  # tokens read per KV head and query position
 SINKS = tl.constexpr(16)  # first tokens, always read
 RECENT = tl.constexpr(64)  # last tokens, always read
 PAGE_ROOM = tl.constexpr(1024)  # pages looked into
-LOOK = tl.constexpr(256)  # tokens of chosen pages scored at a time
+TURN = tl.constexpr(16)  # of them in one block, whose tokens are scored at a time
 PER_BLOCK = tl.constexpr(512)  # pages of a block
 BINS = tl.constexpr(256)  # of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
@@ -195,7 +195,6 @@ FINE_COLUMNS = tl.constexpr(16)
 COARSE_BYTES = tl.constexpr(4)
 COARSE_COLUMNS = tl.constexpr(16)
 PAGE_STEP = tl.constexpr(0.75)  # of a page's mean, in steps of a coordinate
-PAGE_MIDDLE = tl.constexpr(5.625)
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
 
 
@@ -240,15 +239,18 @@ def bins_of(value, seen, total):
 
 
 @triton.jit
-def count_bins(histogram, bins):
-    """Count what was stored in `bins`, pointers [N], in a histogram; the first bin is left out.
+def count_bins(histogram, bins, inside):
+    """Count what was stored in `bins`, pointers [N], in a histogram, and return the counts.
 
-    Read back, every thread has entries of its own: out of a product, eight threads have the same.
+    The first bin is left out. Read back, every thread has entries of its own: out of a product,
+    eight threads have the same.
     """
     tl.debug_barrier()
-    counts = tl.histogram(tl.load(bins).to(tl.int32), BINS)
+    counts = tl.histogram(tl.load(bins, mask=inside, other=0).to(tl.int32), BINS)
     place = tl.arange(0, BINS)
-    tl.atomic_add(histogram + place, counts, mask=(counts > 0) & (place > 0), sem="relaxed")
+    counts = tl.where(place > 0, counts, 0)
+    tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
+    return counts
 
 
 @triton.jit
@@ -266,6 +268,12 @@ def threshold(histogram, room, read=0):
 
 
 @triton.jit
+def due(left, own, at_cut):
+    """How many of our `own` items at the cut are chosen, where `left` of all `at_cut` are."""
+    return (left.to(tl.int64) * own // tl.maximum(at_cut, 1)).to(tl.int32)
+
+
+@triton.jit
 def choose(entry, cut, left, at_cut):
     """Which items are chosen, where each goes in a list of them, and how many there are.
 
@@ -274,9 +282,9 @@ def choose(entry, cut, left, at_cut):
     kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
     through = tl.cumsum(kind, 0)
     total = tl.max(through, 0)
-    due = (left.to(tl.int64) * (total & 65535) // tl.maximum(at_cut, 1)).to(tl.int32)
-    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= due))
-    return chosen, (through >> 16) + tl.minimum(through & 65535, due) - 1, (total >> 16) + due
+    ours = due(left, total & 65535, at_cut)
+    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
+    return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
 
 
 @triton.jit
@@ -305,26 +313,20 @@ def bins_read(bins, first, begin, stop, known):
 @triton.jit
 def weigh(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    axes, centre, step, spread, weights, constants, totals, histogram,
+    axes, centre, step, weights, constants, totals, histogram,
     positions, position_stride_b, position_stride_t, written, header,
     kv_len, blocks, kv_heads, query_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
     EARLY: tl.constexpr,
 ):
-    """Weights of the codes of a block in q.k, and what is left of it: of tokens and of pages.
+    """Weights of the codes of a block in q.k, and what is left of it.
 
     By second-order cumulants the log of the mean of exp(score) over keys of variance v is that of
-    their mean and scale / 2 sum w^2 v: for a page, with the block's usual variance within pages,
-    and for the whole block, whose sum stands for its part of the softmax's denominator. Clears
-    what later kernels count.
+    their mean and scale / 2 sum w^2 v: over a whole block it stands for its part of the softmax's
+    denominator. Clears what later kernels count.
     """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    queries, heads = load_queries(
-        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-    )
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     block = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
     kept, d, g = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
     axis = tl.load(
@@ -333,22 +335,25 @@ def weigh(
     )
     steps = tl.load(step + block * KEPT + kept, mask=kept < KEPT, other=0.0)
     middle = tl.load(centre + block * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+    # All above was written long ago. What follows may be of the very kernel before this one, and
+    # the next, which read it too, must not begin while that still runs.
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
     exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
     weight = exact.to(tl.bfloat16)
     rounded = weight.to(tl.float32)
     constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
-    variances = tl.load(spread + block * KEPT_FINE + kept, mask=kept < KEPT_FINE, other=0.0)
     moved = tl.where(kept < KEPT_FINE, 8.9000, 1.0087)
     of_block = constant + 0.5 * SCALE * tl.sum(exact * exact * moved[None, :], 1)
-    of_page = constant + 0.5 * SCALE * tl.sum(exact * exact * variances[None, :], 1)
-    fine = tl.sum(tl.where((kept < 16)[None, :], rounded, 0.0), 1)
-    of_page -= (PAGE_MIDDLE + PAGE_STEP * 128) * fine
     constant -= 135.5 * tl.sum(tl.where(((kept < 16))[None, :], rounded, 0.0), 1)
     constant -= 129.5 * tl.sum(tl.where(((kept >= 16) & (kept < 32))[None, :], rounded, 0.0), 1)
     mine = head_row.to(tl.int64) * blocks + tile
     tl.store(weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + kept[None, :], weight)
-    tl.store(constants + mine * (2 * ROWS) + g, constant)
-    tl.store(constants + mine * (2 * ROWS) + ROWS + g, of_page)
+    tl.store(constants + mine * ROWS + g, constant)
     fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     held = tl.minimum(fresh - tile * BLOCK, BLOCK)
     first = (tile * BLOCK + tl.zeros([1, 1], tl.int32))
@@ -410,7 +415,7 @@ def load_codes(fine, coarse, slot, inside):
 @triton.jit
 def sketch_scores(packed, packed_coarse, weights, constants, mine):
     """Estimates [ROWS, N] of q.k from packed codes of the block whose weights are `mine`."""
-    constant = tl.load(constants + mine * (2 * ROWS) + tl.arange(0, ROWS))
+    constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS))
     w0 = load_weights(weights, mine, 0, 8, FINE_COLUMNS)
     w1 = load_weights(weights, mine, 8, 8, FINE_COLUMNS)
     w2 = load_weights(weights, mine, 16, 4, COARSE_COLUMNS)
@@ -466,7 +471,23 @@ def scan_tokens(
     entry = bins_of(value, seen & possible[None, :], total)
     place = bins + head_row.to(tl.int64) * slots + slot
     tl.store(place, entry.to(tl.uint8))
-    count_bins(histogram + head_row * (2 * BINS), place)
+    count_bins(histogram + head_row * (2 * BINS), place, inside)
+
+
+@triton.jit
+def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
+    """How many pages are chosen of each tile: [TILES].
+
+    `ranks` has, for each tile, how many of its pages are in each bin or above.
+    """
+    tile = tl.arange(0, TILES)
+    ranks += tile * BINS + cut
+    above = tl.load(ranks + 1, mask=tile < tl.where(cut < BINS - 1, tiles, 0), other=0)
+    through = tl.load(ranks, mask=tile < tl.where(cut > 0, tiles, 0), other=0)
+    return above + due(left, tl.maximum(through - above, 0), at_cut)
+
+
+PAGE_ZERO = tl.constexpr(101.625)  # of its codes, in steps
 
 
 @triton.jit
@@ -480,32 +501,60 @@ def load_pages(pages, page, inside):
 
 
 @triton.jit
-def page_scores(packed, weights, constants, mine):
-    """Scores [ROWS, N], as products q.k, that stand for the keys of the pages of one block."""
-    constant = tl.load(constants + mine * (2 * ROWS) + ROWS + tl.arange(0, ROWS))
-    w0 = load_weights(weights, mine, 0, 8, FINE_COLUMNS)
-    w1 = load_weights(weights, mine, 8, 8, FINE_COLUMNS)
-    constant = constant / PAGE_STEP
-    total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]
-    total = tl.dot(w0, codes(packed, 0, 15), total)
-    total = tl.dot(w1, codes(packed, 4, 15), total)
-    return PAGE_STEP * total
+def page_weights(queries, axes, step, spread, FIRST: tl.constexpr):
+    """Weights, bfloat16 [ROWS, FINE_COLUMNS], of codes from FIRST on.
+
+    And what they make of the zero of the codes, and of the usual variance within pages: [ROWS].
+    """
+    column, d = tl.arange(0, FINE_COLUMNS), tl.arange(0, DIM)
+    inside = column < FINE_BYTES
+    axis = tl.load(
+        axes + (FIRST + column)[None, :] * HEAD_DIM + d[:, None],
+        mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
+    )
+    steps = tl.load(step + FIRST + column, mask=inside, other=0.0)
+    variances = tl.load(spread + FIRST + column, mask=inside, other=0.0)
+    exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
+    weight = exact.to(tl.bfloat16)
+    zero = PAGE_ZERO * tl.sum(weight.to(tl.float32), 1)
+    return weight, zero, tl.sum(exact * exact * variances[None, :], 1)
+
+
+@triton.jit
+def page_scores(packed, queries, axes, centre, step, spread):
+    """Scores [ROWS, N], as products q.k, that stand for the keys of the pages of one block.
+
+    By second-order cumulants: the score of the mean, and scale / 2 sum w^2 v for the variance v.
+    """
+    d = tl.arange(0, DIM)
+    middle = tl.load(centre + d, mask=d < HEAD_DIM, other=0.0)
+    constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
+    total = tl.zeros([ROWS, packed.shape[1]], tl.float32)
+    weight, zero, spreads = page_weights(queries, axes, step, spread, 0)
+    constant += 0.5 * SCALE * spreads - zero
+    total = tl.dot(weight, codes(packed, 0, 15), total)
+    weight, zero, spreads = page_weights(queries, axes, step, spread, 8)
+    constant += 0.5 * SCALE * spreads - zero
+    total = tl.dot(weight, codes(packed, 4, 15), total)
+    return PAGE_STEP * total + constant[:, None]
 
 
 @triton.jit
 def scan_pages(
-    pages, weights, constants, totals,
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    pages, axes, centre, step, spread, ranks, whole, weights, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
     BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Bins, uint8, of the shares of the pages of one block."""
+    """Bins, uint8, of the shares of the pages of one block, and how many are in each or above."""
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     g = tl.arange(0, ROWS)
     h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+    ranks += (head_row.to(tl.int64) * tiles + tile) * BINS
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     page = tile * PER_BLOCK + tl.arange(0, PER_BLOCK)
@@ -519,76 +568,99 @@ def scan_pages(
     end = tl.max(tl.max(tl.where(anywhere, slot + 1, 0), 0), 0)
     tl.store(tile_first + head_row * tiles + tile, first)
     tl.store(tile_end + head_row * tiles + tile, end)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    s = page_scores(packed, weights, constants, head_row.to(tl.int64) * blocks + tile)
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    mine = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
+    s = page_scores(
+        packed, queries, axes + mine * (KEPT * HEAD_DIM), centre + mine * HEAD_DIM,
+        step + mine * KEPT, spread + mine * KEPT_FINE,
+    )
     value = score(s, b, h, t, (page * PAGE)[None, :], held[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # for the denominators alone
     total = denominators(totals, head_row, blocks, BLOCKS)
+    tl.store(whole + head_row * ROWS + g, total)  # all programs of a row store the same
     entry = bins_of(value, tl.broadcast_to(held[None, :], value.shape), total)
     place = bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page
     tl.store(place, entry.to(tl.uint8))
-    count_bins(histogram + head_row * (2 * BINS), place)
+    counts = count_bins(histogram + head_row * (2 * BINS), place, held)
+    tl.store(ranks + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
 
 
 @triton.jit
 def scan_chosen(
-    fine, coarse, page_bins, page_list, candidates, candidate_count, weights, constants, totals,
+    fine, coarse, whole, page_bins, ranks, page_list, candidates, candidate_count, candidate_room,
+    weights, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
-    TILES: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Lists of the tokens of chosen pages, and their bins; a block has PARTS programs."""
-    head_row, lot = tl.program_id(0), tl.program_id(1)
+    """The tokens of the best pages of all blocks in a row, and their bins."""
+    head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    tile, part = lot // PARTS, lot % PARTS
     g = tl.arange(0, ROWS)
     h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
     counts = histogram + head_row * (2 * BINS)
+    page_bins += head_row.to(tl.int64) * (blocks * PER_BLOCK)
+    bins += head_row.to(tl.int64) * candidate_room
+    candidates += head_row.to(tl.int64) * candidate_room
+    page_list += head_row.to(tl.int64) * (candidate_room // PAGE)
+    space = (b * kv_heads + kv_head).to(tl.int64) * slots
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    page = tile * PER_BLOCK + tl.arange(0, PER_BLOCK // PARTS) * PARTS + part
-    entry = tl.load(page_bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page)
-    entry = entry.to(tl.int32)
-    # All pages of the last bin: how many are looked into is no budget.
-    cut, _, _ = threshold(counts, PAGE_ROOM)
-    chosen, place, count = choose(entry, tl.maximum(cut - 1, 0), cut * 0, cut * 0)
-    mine = head_row.to(tl.int64) * (blocks * PARTS) + lot
-    page_list += mine * (PER_BLOCK // PARTS)
-    tl.store(page_list + place, page, mask=chosen)
-    tl.store(candidate_count + mine, count * PAGE)
-    tl.debug_barrier()
-    if count > 0:
-        fresh = fresh_from(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_len
-        )
-        _, begin, stop, _ = always_read(
-            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
-        )
-        total = denominators(totals, head_row, blocks, BLOCKS)
-        space = (b * kv_heads + kv_head).to(tl.int64) * slots
-        for start in range(0, count, LOOK // PAGE):
-            lane = tl.arange(0, LOOK)
-            which = start + lane // PAGE
-            at = tl.load(page_list + which, mask=which < count, other=0)
-            slot = at * PAGE + lane % PAGE
-            inside = (which < count) & (slot >= begin) & (slot < stop)
+    _, begin, stop, _ = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    # The first turns of every block are shared out before it is known how many it has.
+    programs, number = tl.num_programs(1), tl.arange(0, PER_BLOCK)
+    ahead = programs // blocks
+    block, turn = part % blocks, tl.where(part < ahead * blocks, part // blocks, PER_BLOCK)
+    entry = tl.load(page_bins + block * PER_BLOCK + number)
+    total = tl.load(whole + head_row * ROWS + g)
+    cut, left, at_cut = threshold(counts, PAGE_ROOM)
+    ranks += head_row.to(tl.int64) * tiles * BINS
+    of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)
+    if part == 0:
+        tl.store(candidate_count + head_row, tl.sum(of_tile, 0) * PAGE)
+    tile = tl.arange(0, TILES)
+    turns = tl.cumsum(tl.maximum((of_tile + TURN - 1) // TURN - ahead, 0), 0)
+    for later in range(part, programs + tl.max(turns, 0), programs):
+        before = tl.sum(tl.where(tile < block, of_tile, 0), 0)
+        count = tl.minimum(tl.sum(tl.where(tile == block, of_tile, 0), 0) - turn * TURN, TURN)
+        if count > 0:
+            chosen, place, _ = choose(entry.to(tl.int32), cut, left, at_cut)
+            first_rank = before + turn * TURN
+            rank = before + place
+            ours = (rank >= first_rank) & (rank < first_rank + count)
+            tl.store(page_list + rank, block * PER_BLOCK + number, mask=chosen & ours)
+            tl.debug_barrier()
+            lane = tl.arange(0, TURN * PAGE)
+            listed = lane < count * PAGE
+            slot = tl.load(page_list + first_rank + lane // PAGE, mask=listed, other=0) * PAGE
+            slot += lane % PAGE
+            inside = listed & (slot >= begin) & (slot < stop)
             packed, packed_coarse = load_codes(
                 fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
             )
             s = sketch_scores(
-                packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + tile
+                packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + block
             )
             seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
             value = score(s, b, h, t, slot[None, :], inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
             found = bins_of(value, seen, total)
-            into = mine * (BLOCK // PARTS) + start * PAGE + lane
-            tl.store(candidates + into, slot, mask=which < count)
-            tl.store(bins + into, found.to(tl.uint8))
-            count_bins(counts + BINS, bins + into)
+            into = first_rank * PAGE + lane
+            tl.store(candidates + into, slot, mask=listed)
+            tl.store(bins + into, found.to(tl.uint8), mask=listed)
+            count_bins(counts + BINS, bins + into, listed)
+        past = turns <= later
+        block = tl.minimum(tl.sum(past.to(tl.int32), 0), blocks - 1)
+        turn = ahead + later - tl.max(tl.where(past, turns, 0), 0)
+        entry = tl.load(page_bins + block * PER_BLOCK + number)
 
 
 @triton.jit
@@ -641,7 +713,7 @@ def encode(
     slot = begin + tl.program_id(1) * 64 + tl.arange(0, 64)
     b, kv_head = space // kv_heads, space % kv_heads
     d = tl.arange(0, DIM)
-    place = key + b.to(tl.int64) * stride_b + kv_head * stride_h
+    place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
     place = place + slot.to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d
     inside = (slot < end)[:, None]
     keys = tl.load(place, mask=inside & (d < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
@@ -693,7 +765,8 @@ def encode_new(
         slot = tl.where(slot < 0, slot + kv_len, slot)
         block = space * blocks + slot // BLOCK
         source = tl.where((slot % BLOCK == 0) & (slot > 0), block - 1, block)
-        place = key + b.to(tl.int64) * stride_b + kv_head * stride_h + slot.to(tl.int64) * stride_l
+        place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+        place += slot.to(tl.int64) * stride_l
         newest = tl.load(place + d * stride_d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
         middle = tl.load(centre + source * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
         matrix = source * (KEPT * HEAD_DIM) + kept[:, None] * HEAD_DIM + d[None, :]
@@ -743,17 +816,6 @@ def encode_new(
 
 
 @triton.jit
-def selected(
-    entries, slots, inside, cut, left, at_cut, count, chosen_list,
-):
-    """Append the slots of the chosen entries to the list; how many it then holds."""
-    entry = tl.load(entries, mask=inside, other=0).to(tl.int32)
-    chosen, place, more = choose(entry, cut, left, at_cut)
-    tl.store(chosen_list + count + place, slots, mask=chosen)
-    return count + more
-
-
-@triton.jit
 def attend(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -762,9 +824,8 @@ def attend(
     kv_len, kv_heads, query_len, splits,
     header, fine, coarse, pages, axes, centre, step, spread, slots, blocks,
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
-    histogram, bins, candidates, candidate_count, lots, lot_size, chosen_list, capacity, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
-    KEYS: tl.constexpr, TILES: tl.constexpr,
-    LOTS: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Attention over the selected keys, for the heads of one group at one position.
@@ -789,11 +850,12 @@ def attend(
         queries, heads = load_queries(
             query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
         )
-        key += b.to(tl.int64) * key_stride_b + kv_head * key_stride_h
-        value += b.to(tl.int64) * value_stride_b + kv_head * value_stride_h
+        key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+        value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         result = tl.zeros([ROWS, WIDTH], tl.float32)
+        trusted = tl.load(header) != 0
         fresh = fresh_from(
             positions, position_stride_b, position_stride_t, written, header, b, kv_len
         )
@@ -805,52 +867,45 @@ def attend(
         )
         sinks = begin - first
         always = sinks + end - stop
-        if (tl.load(header) != 0) & (end > 0) & (always <= capacity):
+        if trusted & (end > 0) & (always <= capacity):
+            # Slots that are examined: candidates, or all between those that are always read.
+            # Sixteen at a time go to each program in turn.
+            lane = tl.arange(0, LANES)
+            item = (lane // 16 * splits + split) * 16 + lane % 16
+            origin, items = begin // 16 * 16, stop - begin // 16 * 16
+            bins += head_row.to(tl.int64) * bin_room
+            candidates += head_row.to(tl.int64) * bin_room
+            if PAGED:
+                origin, items = origin * 0, tl.load(candidate_count + head_row)
+            inside = (item < bin_room) if PAGED else (origin + item < stop)
+            entry = tl.load(bins + origin + item, mask=inside, other=0)
             room = tl.maximum(-(always - BUDGET), 0)
             if PAGED:
                 cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
             else:
-                ranked = bins + head_row.to(tl.int64) * slots
                 known = tl.minimum(end, fresh)
-                read = bins_read(ranked, first, begin, stop, known)
+                read = bins_read(bins, first, begin, stop, known)
                 cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room, read)
             chosen_list += (head_row.to(tl.int64) * splits + split) * capacity
             count = tl.maximum(always - split + splits - 1, 0) // splits
             for start in range(0, count, 32):
-                number = start + tl.arange(0, 32)
-                which = split + number * splits
+                own = start + tl.arange(0, 32)
+                which = split + own * splits
                 slot = tl.where(which < sinks, first + which, stop + which - sinks)
-                tl.store(chosen_list + number, slot, mask=number < count)
-            lane = tl.arange(0, LANES)
-            if PAGED:
-                # Sixteen candidates at a time, of all lots in a row.
-                lot, group = tl.arange(0, LOTS), tl.arange(0, LANES // 16)
-                mine = head_row.to(tl.int64) * lots
-                held = tl.load(candidate_count + mine + lot, mask=lot < lots, other=0)
-                through = tl.cumsum(held // 16, 0)
-                for start in range(0, tl.max(through, 0), splits * (LANES // 16)):
-                    number = start + group * splits + split
-                    past = through[None, :] <= number[:, None]
-                    of = tl.sum(past.to(tl.int32), 1)
-                    before = tl.max(tl.where(past, through[None, :], 0), 1)
-                    place = (of * lot_size + (number - before) * 16)[:, None]
-                    place = tl.reshape(place + tl.arange(0, 16)[None, :], [LANES])
-                    inside = tl.reshape(
-                        tl.broadcast_to((of < lots)[:, None], [LANES // 16, 16]), [LANES]
-                    )
-                    slot = tl.load(candidates + mine * lot_size + place, mask=inside, other=0)
-                    count = selected(
-                        bins + mine * lot_size + place, slot, inside,
-                        cut, left, at_cut, count, chosen_list,
-                    )
-            else:
-                base = begin // 16 * 16
-                for start in range(0, stop - base, splits * LANES):
-                    slot = base + start + (lane // 16 * splits + split) * 16 + lane % 16
-                    count = selected(
-                        bins + head_row.to(tl.int64) * slots + slot, slot,
-                        (slot >= begin) & (slot < stop), cut, left, at_cut, count, chosen_list,
-                    )
+                tl.store(chosen_list + own, slot, mask=own < count)
+            for start in range(0, items, splits * LANES):
+                slot = origin + item
+                inside = item < items
+                if PAGED:
+                    slot = tl.load(candidates + item, mask=inside, other=0)
+                else:
+                    inside &= slot >= begin
+                entry = tl.where(inside, entry, 0)
+                chosen, place, more = choose(entry.to(tl.int32), cut, left, at_cut)
+                tl.store(chosen_list + count + place, slot, mask=chosen)
+                count += more
+                item += splits * LANES
+                entry = tl.load(bins + origin + item, mask=item < items, other=0)
             tl.debug_barrier()
             for start in range(0, count, KEYS):
                 number = start + tl.arange(0, KEYS)

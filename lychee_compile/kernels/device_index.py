@@ -1,0 +1,44 @@
+"""What the indexes that kernels read have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.box_layout import BoxLayout, BoxState
+from lychee_compile.kernels.slot_layout import SlotLayout, SlotState
+
+
+class DeviceIndex(ABC):
+    """The index of the keys of one cache [B, Hkv, L, D], in one flat tensor that kernels read.
+
+    Steps keep it up to date; it is built here, from the keys that a prefill left. While the first
+    number of its header is 0 it may not be trusted, and attention reads every key.
+    """
+
+    parts: SlotState | BoxState
+
+    def __init__(self, layout: SlotLayout | BoxLayout, device: torch.device) -> None:
+        self.layout = layout
+        self.state = torch.zeros(layout.size, dtype=torch.uint8, device=device)
+        self.parts = layout.views(self.state)
+
+    def distrust(self) -> None:
+        """The keys may have changed: read all of them until the index is built anew."""
+        self.parts.header[0].zero_()
+
+    def _trust(self, end: int) -> None:
+        """The keys in the slots [0, end) are indexed."""
+        self.parts.header[0].fill_(1)
+        self.parts.header[1].fill_(end)
+
+    @abstractmethod
+    def build(self, module: ModuleType, key: Tensor, end: int) -> None:
+        """Index the keys in the slots [0, end) of `key` [B, Hkv, L, D], and trust the index."""
+
+    @abstractmethod
+    def refit(self, module: ModuleType, key: Tensor, end: int) -> None:
+        """Bring the newest part up to what the keys in the slots [0, end) have become."""
