@@ -70,7 +70,8 @@ def record(*, mass: bool = False) -> Iterator[Recorder]:
     """Record every sparse attention that runs within the context.
 
     With `mass` each call also scores all keys, to say what share of the dense softmax mass was
-    read: slow, for study alone.
+    read: slow, for study alone. Generated kernels tell nothing, with a warning; the option
+    `reference` has the plain operators run on a GPU, too.
     """
     recorder = Recorder(mass)
     observers.append(recorder.observe)

@@ -10,9 +10,11 @@ from functools import cache as only_once
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.handles import Handle
+from lychee_compile.kernels.observe import observers
 from lychee_compile.kernels.slot_states import FixedSlots, GrowingSlots
 from lychee_compile.kernels.slot_upkeep import SlotCache
 from lychee_compile.state import Entry, Owner, check, registry, version_of
@@ -52,6 +54,8 @@ class StatefulGraph:
         self._config = config
         self._lookup = lookup
         self._last: _LastCall | None = None
+        self._newcomers: list[StorageWeakRef | None] = []
+        """Caches that the last call was the first to see."""
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph on the inputs Dynamo gives it, and follow the caches it wrote."""
@@ -61,6 +65,7 @@ class StatefulGraph:
         last = self._last
         again = last is not None and last.was_on(caches)
         entries = last.entries if again and last is not None else self._acquire(caches)
+        new = self._note_newcomers(entries)
         try:
             outputs = self._compiled(*args, *[entry.owner.tensor for entry in entries])
         except BaseException:
@@ -71,6 +76,7 @@ class StatefulGraph:
                 entry.version = version_of(cache)
         else:
             self._release(caches, outputs, entries)
+        self._newcomers = [entry.storage for entry in new]
         self._keep_up(caches, outputs, entries)
         return outputs
 
@@ -80,6 +86,18 @@ class StatefulGraph:
             self._entry(state, kind, cache)
             for state, kind, cache in zip(self._states, self._kinds, caches, strict=True)
         ]
+
+    def _note_newcomers(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Which caches are new: their indexes wait for a second call where others got no second.
+
+        Beam search copies its caches at every step: indexes of them would never be read.
+        """
+        slots = (entry for state, entry in zip(self._states, entries, strict=True) if state.slots)
+        new = [entry for entry in slots if entry.storage is None]
+        if new and any(cache is not None and cache.expired() for cache in self._newcomers):
+            for entry in new:
+                entry.owner.hesitate()
+        return new
 
     def _entry(self, state: StateInput, kind: Hashable, cache: Tensor | None) -> Entry:
         if cache is None:
@@ -118,6 +136,8 @@ class StatefulGraph:
         for state, cache, entry in zip(self._states, caches, entries, strict=True):
             if state.slots is None:
                 continue
+            if observers:
+                _warn_of_recording()
             if entry.version is None:
                 _warn_of_inference_mode()
                 continue
@@ -150,4 +170,12 @@ def _warn_of_inference_mode() -> None:
     logger.warning(
         "A key cache was made under torch.inference_mode(), where nothing tells who has written "
         "it: attention over it reads all keys. Make it under torch.no_grad() instead."
+    )
+
+
+@only_once
+def _warn_of_recording() -> None:
+    logger.warning(
+        "Generated kernels do not tell which keys they read, so that nothing of them is recorded: "
+        'compile with options={"reference": True} to study what is read.'
     )

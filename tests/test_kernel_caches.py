@@ -29,7 +29,7 @@ import lychee_compile
 from lychee_compile.kernels import decode_operators, slot_states
 from lychee_compile.kernels.slot_upkeep import WORTHWHILE
 from lychee_compile.state import registry
-from lychee_compile.stateful_graph import _warn_of_inference_mode
+from lychee_compile.stateful_graph import _warn_of_inference_mode, _warn_of_recording
 
 triton_interpreter.use()
 pytestmark = [
@@ -130,6 +130,21 @@ def test_caches_made_in_inference_mode_are_read_in_full(caplog: pytest.LogCaptur
             assert_exact(cache.step(step))
     (warning,) = [each.message for each in caplog.records]
     assert "torch.no_grad()" in warning
+
+
+def test_who_records_kernels_is_told_that_they_tell_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _warn_of_recording.cache_clear()
+    step, cache = compiled(), Cache().fill(100)
+    with caplog.at_level(logging.WARNING, "lychee_compile"):
+        cache.step(step)
+        assert not caplog.records
+        with lychee_compile.record() as recorder:
+            cache.step(step)
+    assert not recorder.calls
+    (warning,) = [each.message for each in caplog.records]
+    assert 'options={"reference": True}' in warning
 
 
 def test_inference_mode_is_fine_where_the_cache_is_not_of_it() -> None:

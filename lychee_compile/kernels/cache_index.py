@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.memory import ran_out, warn_of_memory
 from lychee_compile.kernels.policies import make_index
 from lychee_compile.kernels.reference.fingerprints import fingerprints
 
@@ -31,15 +32,21 @@ class CacheIndex:
     """
 
     def __init__(self, key: Tensor, config: IndexConfig) -> None:
-        batch, heads, _, head_dim = key.shape
         self.config = config
-        self.index = make_index(batch, heads, head_dim, config, key.device)
+        self.suspect = False
+        """Whether somebody else may have written the cache since the last update."""
+        self.given_up = False
+        """Whether memory ran out: the index stays empty, so that every visible key is read."""
+        self.updates = 0
+        self._empty(key)
+
+    def _empty(self, key: Tensor) -> None:
+        """Begin with an index of no key."""
+        batch, heads, _, head_dim = key.shape
+        self.index = make_index(batch, heads, head_dim, self.config, key.device)
         self.known = torch.zeros(batch, dtype=torch.int64, device=key.device)
         """Keys of each row that have a fingerprint, int64 [B]."""
         self.fingerprint = torch.zeros(batch, 0, dtype=torch.int64, device=key.device)
-        self.suspect = False
-        """Whether somebody else may have written the cache since the last update."""
-        self.updates = 0
 
     def update(
         self,
@@ -53,8 +60,28 @@ class CacheIndex:
 
         `first` is the first valid slot of each row, int64 [B]; `strengths`, uint8 [B, T], the
         boundary after each token written, where known. With `build` the index is brought up to
-        date; without, as in a dense prefill, only what cannot be learnt later is noted.
+        date; without, as in a dense prefill, only what cannot be learnt later is noted. Where
+        memory runs out, the index is given up, with a warning.
         """
+        if self.given_up:
+            return
+        try:
+            self._follow(key, first, positions, strengths, build)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            self.given_up = True
+            self._empty(key)
+            warn_of_memory()
+
+    def _follow(
+        self,
+        key: Tensor,
+        first: Tensor,
+        positions: Tensor,
+        strengths: Tensor | None,
+        build: bool,
+    ) -> None:
         self.updates += 1
         written = positions.min(1).values
         end = positions.max(1).values + 1

@@ -12,10 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.device_index import DeviceIndex
 from lychee_compile.kernels.handles import Numbered
-from lychee_compile.kernels.kernel_policies import Index, Layout, new_index, policy_of
+from lychee_compile.kernels.kernel_policies import Layout, new_index, policy_of
+from lychee_compile.kernels.memory import warn_of_memory
 from lychee_compile.kernels.slot_layout import TILE
-from lychee_compile.kernels.slot_upkeep import SlotCache, Upkeep, warn_of_memory
+from lychee_compile.kernels.slot_upkeep import SlotCache, Upkeep
 
 
 class FixedSlots(Upkeep):
@@ -24,14 +26,14 @@ class FixedSlots(Upkeep):
     def __init__(self, layout: Layout, device: torch.device) -> None:
         super().__init__()
         try:
-            self.index: Index = new_index(layout, device)
+            self.index: DeviceIndex = new_index(layout, device)
         except torch.OutOfMemoryError:
             warn_of_memory()
             self.never_build()
             self.index = _spare(layout, device)
         self.tensor = self.index.state
 
-    def _index_for(self, key: Tensor, use: SlotCache) -> Index:
+    def _index_for(self, key: Tensor, use: SlotCache) -> DeviceIndex:
         return self.index
 
     def _end(self, key: Tensor) -> int:
@@ -44,10 +46,10 @@ class GrowingSlots(Numbered, Upkeep):
     def __init__(self) -> None:
         Numbered.__init__(self)
         Upkeep.__init__(self)
-        self.index: Index | None = None
+        self.index: DeviceIndex | None = None
         self._written: Tensor | None = None
 
-    def index_for(self, key: Tensor, positions: Tensor | None) -> Index | None:
+    def index_for(self, key: Tensor, positions: Tensor | None) -> DeviceIndex | None:
         """The index of `key` [B, Hkv, L, D], with room for all its slots; None: read all keys.
 
         `positions`, int [T] or [B, T], are the slots that were just written.
@@ -59,7 +61,7 @@ class GrowingSlots(Numbered, Upkeep):
             return None
         return self.index
 
-    def _has_room(self, index: Index, key: Tensor) -> bool:
+    def _has_room(self, index: DeviceIndex, key: Tensor) -> bool:
         """Whether the index is one of such keys, and holds them or was made to."""
         now, wanted = index.layout, _roomy(index.layout.of(key))
         # The graph may use the first rows of the cache only.
@@ -79,7 +81,7 @@ class GrowingSlots(Numbered, Upkeep):
         super()._revoke()
         self.index = None
 
-    def _index_for(self, key: Tensor, use: SlotCache) -> Index:
+    def _index_for(self, key: Tensor, use: SlotCache) -> DeviceIndex:
         return new_index(_roomy(policy_of(use.kernel).layout_of(key)), key.device)
 
     def _end(self, key: Tensor) -> int:
@@ -92,7 +94,7 @@ def _roomy(layout: Layout) -> Layout:
     return replace(layout, slots=-(-(layout.slots * 3 // 2) // TILE) * TILE)
 
 
-def _moved(index: Index, layout: Layout) -> Index:
+def _moved(index: DeviceIndex, layout: Layout) -> DeviceIndex:
     """The same index with room for more slots."""
     larger = new_index(layout, index.state.device)
     larger.parts.header.copy_(index.parts.header)
@@ -101,7 +103,7 @@ def _moved(index: Index, layout: Layout) -> Index:
     return larger
 
 
-def _spare(layout: Layout, device: torch.device) -> Index:
+def _spare(layout: Layout, device: torch.device) -> DeviceIndex:
     """One index for all caches that there is no memory for: nobody trusts it."""
     spare = _spares.get((layout, device))
     if spare is None:
@@ -111,6 +113,6 @@ def _spare(layout: Layout, device: torch.device) -> Index:
     return spare
 
 
-_spares: weakref.WeakValueDictionary[tuple[Layout, torch.device], Index] = (
+_spares: weakref.WeakValueDictionary[tuple[Layout, torch.device], DeviceIndex] = (
     weakref.WeakValueDictionary()
 )

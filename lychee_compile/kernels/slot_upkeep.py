@@ -12,14 +12,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels.cache_index import WORTH_LOGGING
+from lychee_compile.kernels.device_index import DeviceIndex
 from lychee_compile.kernels.generated import load
-from lychee_compile.kernels.kernel_policies import Index, Layout, policy_name, policy_of
+from lychee_compile.kernels.kernel_policies import Layout, policy_name
+from lychee_compile.kernels.memory import warn_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class SlotCache:
 class Upkeep:
     """Whether the index of one key cache may be trusted, and what it takes to get there."""
 
-    index: Index | None
+    index: DeviceIndex | None
 
     def __init__(self) -> None:
         self.trusted = False
@@ -82,11 +83,15 @@ class Upkeep:
             with torch.cuda.device_of(cache):
                 self._work(cache, use)
 
+    def hesitate(self) -> None:
+        """Build the index only if a second call comes."""
+        self._patience = max(self._patience, 1)
+
     def never_build(self) -> None:
         """Stay exact from now on."""
         self._patience = math.inf
 
-    def _index_for(self, key: Tensor, use: SlotCache) -> Index:
+    def _index_for(self, key: Tensor, use: SlotCache) -> DeviceIndex:
         """The index to build over `key` [B, Hkv, L, D]."""
         raise NotImplementedError
 
@@ -121,7 +126,7 @@ class Upkeep:
         end = self._end(key) if use.written else key.shape[2]
         started = time.perf_counter()
         self.index = self._index_for(key, use)
-        policy_of(use.kernel).build(self.index, load(use.kernel), key, end)
+        self.index.build(load(use.kernel), key, end)
         self.trusted, self._calls, self._next_refit = True, 0, self._first_refit
         if end > WORTH_LOGGING and logger.isEnabledFor(logging.INFO):
             if key.is_cuda:
@@ -137,7 +142,7 @@ class Upkeep:
             self._peek, key = None, use.keys(cache)
             end = min(peek.value() + peek.written, key.shape[2])
             if end > 0:
-                policy_of(use.kernel).refit(self.index, load(use.kernel), key, end)
+                self.index.refit(load(use.kernel), key, end)
 
 
 class _Peek:
@@ -157,15 +162,6 @@ class _Peek:
 
     def value(self) -> int:
         return int(self._host)
-
-
-@cache
-def warn_of_memory() -> None:
-    """Say once that memory is short."""
-    logger.warning(
-        "Not enough memory for the index of a key cache: attention over it reads all keys. "
-        "A smaller cache, or fewer of them, leaves room."
-    )
 
 
 _turns = itertools.count()

@@ -1,0 +1,86 @@
+"""Decoding for a long time: nothing is compiled again, and nothing piles up."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_steps import Cache, compiled, grow
+from torch import Tensor
+
+import lychee_compile
+from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.slot_upkeep import REFIT, SlotCache
+from lychee_compile.state import registry
+from lychee_compile.stateful_graph import StatefulGraph, StateInput
+
+STEPS = 4096
+LITTLE = 64 << 10
+"""Bytes that counters and caches of Python itself may take."""
+
+
+def growth(run: Callable[[], Any], first: int, more: int) -> int:
+    """Bytes of Python's memory that `more` calls of `run` leave, after the `first`."""
+    tracemalloc.start()
+    try:
+        held = []
+        for count in (first, more):
+            for _ in range(count):
+                run()
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+        return held[1] - held[0]
+    finally:
+        tracemalloc.stop()
+
+
+def test_100000_calls_of_a_graph_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    refits = []
+
+    def build(index: SlotIndex, _module: Any, _key: Tensor, end: int) -> None:
+        index._trust(end)
+
+    def refit(_index: SlotIndex, _module: Any, _key: Tensor, end: int) -> None:
+        refits.append(end)
+
+    monkeypatch.setattr(SlotIndex, "build", build)
+    monkeypatch.setattr(SlotIndex, "refit", refit)
+    monkeypatch.setattr("lychee_compile.kernels.slot_upkeep.load", lambda _: None)
+    keys = torch.zeros(1, 2, 512, 16)
+    use = SlotCache("decode_lychee_f32_g2_d16_b40", lambda cache: cache, 1, SlotLayout.of(keys))
+    graph = StatefulGraph(lambda *_: (), [StateInput(0, None, slots=use)], IndexConfig(), None)
+    assert growth(lambda: graph(keys), 1000, 100_000) < LITTLE
+    assert len(registry) == 1
+    assert abs(len(refits) - 101_000 // REFIT) <= 2
+
+
+@pytest.mark.usefixtures("without_inductor", "seeded")
+def test_a_static_cache_is_decoded_for_long_by_one_graph() -> None:
+    step, cache = compiled(), Cache().fill(60)
+
+    def once() -> None:
+        if cache.length == cache.size:
+            cache.length = 60  # the oldest drafts are rejected
+        cache.step(step)
+
+    assert growth(once, 300, 600) < LITTLE
+    assert len(lychee_compile.reports()) == 1
+    assert len(registry) == 1
+
+
+@pytest.mark.usefixtures("without_inductor", "seeded")
+def test_4096_steps_over_a_growing_cache_are_two_compilations() -> None:
+    step = compiled(grow)
+    keys, values = torch.randn(1, 1, 41, 8), torch.randn(1, 1, 41, 8)
+    for _ in range(STEPS):
+        fresh = torch.randn(3, 1, 1, 1, 8)
+        _, keys, values = step(fresh[0], keys, values, fresh[1], fresh[2])
+    assert keys.shape[2] == 41 + STEPS
+    assert len(lychee_compile.reports()) == 2
+    assert len(registry) == 1
