@@ -21,6 +21,7 @@ from lychee_compile.passes.dataflow import operator_name, value_of
 from lychee_compile.passes.decide import Plan, Planner
 from lychee_compile.passes.describe import describe_rejected
 from lychee_compile.passes.detect import find_attention
+from lychee_compile.passes.host_integers import take_out_integers
 from lychee_compile.passes.kernel_support import runs_kernels
 from lychee_compile.passes.normalise import normalise
 from lychee_compile.passes.rewrite import note_prefill, rewrite
@@ -78,6 +79,9 @@ def lychee(
         return _leave_to_inductor(gm, example_inputs, chosen, error)
     try:
         compiled = _compile_rewritten(analysis, chosen)
+    except torch_private.RestartAnalysis:  # Dynamo comes again with a graph that is less general
+        _take_back(analysis.report)
+        raise
     except Exception as error:  # noqa: BLE001
         _count_as_kept(analysis.plans, error)
         return _leave_to_inductor(gm, example_inputs, chosen, error)
@@ -129,8 +133,12 @@ def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., An
         return None
     check_graph(gm, outputs)
     logger.debug("rewritten graph:\n%s", gm.graph)
-    examples = [*analysis.fakes, *inputs.fakes]
+    examples, taken = [*analysis.fakes, *inputs.fakes], take_out_integers(gm)
+    if taken is not None:
+        examples = [examples[place] for place in taken.kept]
     compiled = torch_private.inductor(gm, examples, options.mode, dict(options.inductor))
+    if taken is not None:
+        compiled = taken.around(compiled)
     if not inputs.states:
         return compiled
     lookup = None if table is None else table.lookup
@@ -208,6 +216,13 @@ def _announce(report: Report, options: Options) -> None:
             f"{len(unsupported)} attentions would stay as they are, and options['strict'] forbids "
             f"it:\n{lines}"
         )
+
+
+def _take_back(report: Report) -> None:
+    """Undo what `_announce` counted and kept: the graph will be compiled anew."""
+    compiled_reports.pop()
+    for decision, count in report.counts().items():
+        torch_private.count(decision, -count)
 
 
 def _count_as_kept(plans: Sequence[Plan], error: Exception) -> None:

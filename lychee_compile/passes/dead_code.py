@@ -15,6 +15,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.dataflow import operator_key
+from lychee_compile.passes.torch_private import is_foreign
 from lychee_compile.passes.views import storage_of, written_by
 
 
@@ -49,8 +50,10 @@ def erase_dead_code(gm: torch.fx.GraphModule) -> None:
 
 def _has_effect(node: torch.fx.Node) -> bool:
     """Whether a node that nobody reads must stay, as must all that are not PyTorch's own."""
+    if is_foreign(node):
+        return True
     targets = [storage_of(each) for each in written_by(node)]
-    if targets and all(each.op == "call_function" for each in targets):
+    if targets and all(each.op == "call_function" and not is_foreign(each) for each in targets):
         return False
     known = operator_key(node) or node.target in _PURE
     return bool(node.is_impure()) or (node.op == "call_function" and not known)

@@ -16,6 +16,7 @@ import torch.fx
 
 from lychee_compile.passes.dataflow import aten, first_input, value_of
 from lychee_compile.passes.dead_code import erase_dead_code
+from lychee_compile.passes.torch_private import is_foreign
 from lychee_compile.passes.views import storage_of, written_by
 
 
@@ -30,7 +31,7 @@ def normalise(gm: torch.fx.GraphModule, mode: Any) -> frozenset[torch.fx.Node]:
         if storage is not node:
             views.setdefault(storage, []).append(node)
         targets = [storage_of(each) for each in written_by(node)]
-        made_here = [each for each in targets if each.op == "call_function"]
+        made_here = [each for each in targets if each.op in ("call_function", "call_method")]
         if made_here and not (len(targets) == 1 and _made_functional(node, order, views, mode)):
             written.update(made_here)
     return frozenset(written)
@@ -45,7 +46,7 @@ def _made_functional(
     """Whether the write `node` could be replaced by a value that all later users read."""
     target = first_input(node)
     functional = _functional(node.target)
-    if functional is None or storage_of(target) is not target:
+    if functional is None or storage_of(target) is not target or _may_be_shared(target, views):
         return False
     place = order[node]
     if any(
@@ -72,6 +73,12 @@ def _made_functional(
     views.get(target, []).remove(node)
     graph.erase_node(node)
     return True
+
+
+def _may_be_shared(target: torch.fx.Node, views: dict[torch.fx.Node, list[torch.fx.Node]]) -> bool:
+    """Whether a tensor of another kind may show the memory of `target`, so that writes are seen."""
+    readers = [user for view in (target, *views.get(target, ())) for user in view.users]
+    return is_foreign(target) or any(map(is_foreign, readers))
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import sympy
-import torch.fx
 from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.specification import S
@@ -152,7 +151,7 @@ class _Sum:
         return choose(number, self._value(step))
 
     def _operand(self, step: Step) -> Operand | None:
-        if not isinstance(step.other, torch.fx.Node):
+        if not is_tensor(step.other):
             return None
         return Place(step.other, step.indices, sympy.S.One).operand(self.elements.axes)
 

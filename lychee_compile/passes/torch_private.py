@@ -18,7 +18,19 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_flatten
+
+RestartAnalysis = torch._dynamo.exc.RestartAnalysis
+"""What compilers raise to have Dynamo trace again, with fewer of its inputs symbolic."""
 
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -48,11 +60,13 @@ def retrace(gm: torch.fx.GraphModule, fakes: Sequence[Any], mode: Any) -> torch.
     """Trace `gm` again to pre-dispatch ATen; `gm` itself stays as it is.
 
     Scaled dot-product attention stays one node, writes stay in place, views and products get one
-    spelling each. Inputs correspond one to one and keep the names and sources of `gm`'s.
+    spelling each. Inputs correspond one to one and keep the names and sources of `gm`'s. Calls
+    with tensors of another kind, such as DTensors, stay as they are: see `is_foreign`. Raises
+    `RuntimeError` where tensors inside of such ones became constants all the same.
     """
     with mode, torch.fx.traceback.preserve_node_meta():
         traced = make_fx(
-            lambda *args: torch.fx.Interpreter(gm).run(*args),
+            lambda *args: _Retracing(gm).run(*args),
             pre_dispatch=True,
             tracing_mode="real",
         )(*fakes)
@@ -65,11 +79,67 @@ def retrace(gm: torch.fx.GraphModule, fakes: Sequence[Any], mode: Any) -> torch.
                 after.meta[name] = before.meta[name]
     traced.meta.update(gm.meta)
     sources = dict(getattr(gm, "_param_name_to_source", None) or {})
+    foreign = any(map(is_foreign, traced.graph.nodes))
     for node in traced.graph.nodes:
         if node.op == "get_attr":
+            if foreign and isinstance(getattr(traced, node.target, None), FakeTensor):
+                raise RuntimeError(f"{node.target} is part of a tensor that could not be traced")
             sources.setdefault(node.target, LocalSource(node.target))
     traced._param_name_to_source = sources  # type: ignore[assignment]
     return traced
+
+
+class _Retracing(torch.fx.Interpreter):
+    """Runs a graph of Dynamo's under `make_fx`, and copies the calls that this cannot trace.
+
+    Pre-dispatch, `make_fx` cannot see into tensors that wrap others, as DTensors and quantised
+    weights do: their parts would become constants. Dynamo's calls are what AOTAutograd sees into.
+    """
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """The value of a node, which the tracer has recorded."""
+        if n.op not in ("call_function", "call_method") or not self._is_foreign(n):
+            return super().run_node(n)
+        proxies = get_proxy_mode()
+        assert proxies is not None
+        tracer = proxies.tracer
+        args, kwargs = torch.fx.node.map_arg((n.args, n.kwargs), lambda a: self._proxy(a, tracer))
+        with disable_proxy_modes_tracing():
+            value = super().run_node(n)
+        proxy = tracer.create_proxy(n.op, n.target, args, kwargs, name=n.name)
+        kept = ("stack_trace", "nn_module_stack", "example_value")
+        proxy.node.meta |= {name: n.meta[name] for name in kept if name in n.meta}
+        proxy.node.meta[_FOREIGN] = True
+        return track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+
+    def _is_foreign(self, n: torch.fx.Node) -> bool:
+        values = [self.env[each] for each in n.all_input_nodes]
+        leaves, _ = tree_flatten([values, n.meta.get("example_value")])
+        return any(is_traceable_wrapper_subclass(each) for each in leaves)
+
+    def _proxy(self, n: torch.fx.Node, tracer: Any) -> Any:
+        """What stands for the value of a node of the old graph in the new one."""
+        value = self.env[n]
+        if isinstance(value, Tensor):
+            tracked = get_proxy_slot(value, tracer)
+            return getattr(tracked, "proxy", tracked)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return get_proxy_slot(value, tracer).force()
+        if n.op != "placeholder":
+            return value
+        old, new = (graph.find_nodes(op="placeholder") for graph in (n.graph, tracer.graph))
+        return torch.fx.Proxy(new[old.index(n)], tracer)
+
+
+_FOREIGN = "lychee_foreign"
+
+
+def is_foreign(node: torch.fx.Node) -> bool:
+    """Whether `retrace` left a call as Dynamo has it, since it has to do with DTensors or the like.
+
+    What such a call gives may show the memory of what it takes.
+    """
+    return _FOREIGN in node.meta
 
 
 def source_name(node: torch.fx.Node) -> str:
@@ -94,6 +164,13 @@ def is_parameter(node: torch.fx.Node) -> bool:
 def has_data(tensor: Tensor) -> bool:
     """Whether a tensor holds numbers, unlike a fake one."""
     return not isinstance(tensor, FakeTensor) and not tensor.is_meta
+
+
+def symbols_of(value: Any) -> set[Any]:
+    """The symbols in a tensor's sizes and strides, or in a number."""
+    if isinstance(value, Tensor):
+        return set().union(*map(symbols_of, (*value.shape, *value.stride())))
+    return set(free_symbols(value)) if isinstance(value, torch.SymInt) else set()
 
 
 def size_hint(size: Any) -> int:
