@@ -1,8 +1,8 @@
 """A PyTorch compiler backend that makes attention over long contexts sparse.
 
 `torch.compile(model, backend="lychee")` needs no import of this package; what is here looks into it
-(`explain`, `reports`, `record`), configures it (`Options`, `boundary_table`) or uses its index by
-hand (`functional`).
+(`explain`, `reports`, `record`), configures it (`Options`, `boundary_table`), keeps keys and values
+for it (`LycheeCache`) or uses its index by hand (`functional`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lychee_compile import functional
     from lychee_compile.backend import reset
     from lychee_compile.boundaries import BoundaryTable, boundary_table
+    from lychee_compile.growing_cache import LycheeCache
     from lychee_compile.inspection import explain, reports
     from lychee_compile.kernels.policies import register_policy
     from lychee_compile.options import Options
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BoundaryTable": "boundaries",
+    "LycheeCache": "growing_cache",
     "Options": "options",
     "Report": "report",
     "boundary_table": "boundaries",
@@ -36,6 +38,7 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "BoundaryTable",
+    "LycheeCache",
     "Options",
     "Report",
     "boundary_table",
