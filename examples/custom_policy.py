@@ -1,13 +1,25 @@
 """A policy of one's own: chunks ranked by their mean key, and how it compares.
 
-python examples/custom_policy.py
+    python examples/custom_policy.py
+
+The policy is the class `MeanKeyIndex`: what summarises a chunk, and what estimates its share of the
+softmax. Caches, rewinds, masks, budgets and attention are those of every policy. On a GPU too it
+runs the plain PyTorch operators (`"reference": True`): kernels are generated for "lychee" alone.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from generate_llama import random_llama
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from showing import console, mean_mass, mean_read, options, show_reports
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, PreTrainedModel
 
 import lychee_compile
 from lychee_compile.kernels.reference.grouped import GroupedIndex
@@ -30,29 +42,48 @@ class MeanKeyIndex(GroupedIndex):
         return 2 * self.head_dim * tokens // 12
 
 
+def decode(
+    model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, tokens: Tensor
+) -> Tensor:
+    """Logits [steps, vocabulary] after each of `tokens` [steps], given the prompt `ids` [1, L]."""
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    logits = [forward(token.view(1, 1), past_key_values=cache).logits for token in tokens]
+    return torch.cat(logits)[:, 0]
+
+
 @torch.no_grad()
-def main() -> dict[str, float]:
+def main(arguments: Sequence[str] = ()) -> dict[str, float]:
     """Decode a few tokens of a random model; the mean share of the softmax each policy reads."""
+    parser = options(__doc__)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--context", type=int, default=2000, metavar="N", help=f"tokens of prompt {default}")
+    add("--budget", type=int, default=512, metavar="N", help=f"tokens read per step {default}")
+    given = parser.parse_args(arguments)
     lychee_compile.register_policy("mean-key", MeanKeyIndex)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=2, vocab_size=1000, initializer_range=0.15,
-    )  # fmt: skip
-    model, ids = LlamaForCausalLM(config).eval(), torch.randint(1000, (1, 2000))
+    model, ids = random_llama(given.context)
+    model, ids = model.eval().to(given.device), ids.to(given.device)
+    tokens = torch.randint(1000, (4,), device=given.device)
+    dense = decode(model, model, ids, tokens)
+
     shares = {}
+    table = Table("policy", "tokens read", "share of the softmax", "error", box=SIMPLE_HEAD)
     for policy in ("mean-key", "lychee", "streaming"):
-        compiled = torch.compile(model, backend="lychee", options={"policy": policy, "budget": 256})
-        cache = DynamicCache(config=config)
-        model(ids, past_key_values=cache)
+        chosen = {"policy": policy, "budget": given.budget, "reference": True}
+        compiled = torch.compile(model, backend="lychee", options=chosen)
         with lychee_compile.record(mass=True) as recorder:
-            for token in torch.randint(1000, (4, 1, 1)):
-                compiled(token, past_key_values=cache)
-        mass = [call.mass.mean() for call in recorder.calls if call.mass is not None]
-        shares[policy] = float(torch.stack(mass).mean())
-        print(f"{policy:10} {shares[policy]:.3f} of the softmax in 256 of 2,000 tokens")
+            logits = decode(model, compiled, ids, tokens)
+        shares[policy] = mean_mass(recorder.calls)
+        error = ((logits - dense).norm() / dense.norm()).item()
+        read = mean_read(recorder.calls)
+        table.add_row(policy, f"{read:,.0f}", f"{shares[policy]:.3f}", f"{error:.3f}")
+
+    screen = console()
+    show_reports(screen, lychee_compile.reports()[:1])
+    screen.print(table)
+    screen.print("error: of the logits, relative to those of the uncompiled model")
     return shares
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -109,6 +109,7 @@ class Transformer(nn.Module):
         self.register_buffer("rotations", rotations_of(size), persistent=False)
         causal = torch.tril(torch.ones(size, size, dtype=torch.bool))
         self.register_buffer("causal_mask", causal, persistent=False)
+        self.to(self.head.weight.device)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of what follows each of `ids` [B, T], at `positions` [T]."""

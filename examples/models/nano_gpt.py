@@ -27,13 +27,13 @@ Past = list[tuple[Tensor, Tensor]]
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to the tokens so far."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, block_size: int) -> None:
         super().__init__()
         self.heads = heads
         self.query_key_value = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.dropout = nn.Dropout(0.1)
-        self.register_buffer("seen", torch.tril(torch.ones(1, 1, BLOCK_SIZE, BLOCK_SIZE)))
+        self.register_buffer("seen", torch.tril(torch.ones(1, 1, block_size, block_size)))
 
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor] | None
@@ -57,10 +57,10 @@ class CausalSelfAttention(nn.Module):
 class Block(nn.Module):
     """Attention and a feed-forward layer, each after a norm and beside a residual."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, block_size: int) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = CausalSelfAttention(width, heads)
+        self.attention = CausalSelfAttention(width, heads, block_size)
         self.feed_forward = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
@@ -77,18 +77,21 @@ class Block(nn.Module):
 class NanoGPT(nn.Module):
     """Words and places in, logits out."""
 
-    def __init__(self, layers: int = 3, width: int = 64, heads: int = 4) -> None:
+    def __init__(
+        self, layers: int = 3, width: int = 64, heads: int = 4, block_size: int = BLOCK_SIZE
+    ) -> None:
         super().__init__()
         self.words = nn.Embedding(VOCABULARY, width)
-        self.places = nn.Embedding(BLOCK_SIZE, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.places = nn.Embedding(block_size, width)
+        self.blocks = nn.ModuleList(Block(width, heads, block_size) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, ids: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
         """Logits [B, vocabulary] of what follows `ids` [B, T], and the grown cache."""
         done = 0 if past is None else past[0][0].shape[2]
-        x = self.words(ids) + self.places(torch.arange(done, done + ids.shape[1]))
+        places = torch.arange(done, done + ids.shape[1], device=ids.device)
+        x = self.words(ids) + self.places(places)
         presents: Past = []
         for layer, block in enumerate(self.blocks):
             x, present = block(x, None if past is None else past[layer])

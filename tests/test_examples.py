@@ -1,0 +1,151 @@
+"""The examples, each run in small: what it returns, and what it shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from lychee_compile.kernels import policies
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CONTEXT, BUDGET, NEW_TOKENS, LAYERS = 160, 96, 6, 2
+ALL = CONTEXT + NEW_TOKENS - 1  # tokens that the last step sees
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+
+@pytest.fixture(autouse=True)
+def siblings(monkeypatch):
+    """The examples import each other as scripts do."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def example(name: str) -> ModuleType:
+    """By its path: some in `models` have the same names."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def decode(name, budget, *more):
+    """What an example generated with steps that read `budget` tokens."""
+    sizes = ("--context", CONTEXT, "--new-tokens", NEW_TOKENS, "--budget", budget)
+    return example(name).main([*map(str, sizes), "--device", "cpu", *more])
+
+
+def words(capsys):
+    """What was printed, as one line."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+# transformers' cache has no room to spare, and one within the budget would not be read sparsely.
+@pytest.mark.parametrize(
+    ("name", "budget"), [("generate_llama", ALL - 1), ("gpt_fast_loop", ALL), ("nanogpt", ALL)]
+)
+def test_sparse_steps_that_read_all_decode_the_same_tokens(name, budget, capsys):
+    decoded = decode(name, budget)
+    assert counters["lychee"]["sparse"] == LAYERS
+    assert torch.equal(decoded.dense, decoded.sparse)
+    assert all(call.tokens_read.eq(min(call.kv_len, budget)).all() for call in decoded.calls)
+    assert min(call.mass.min() for call in decoded.calls) > 0.99
+    assert f"The first {NEW_TOKENS} of {NEW_TOKENS} tokens are the same." in words(capsys)
+
+
+def check_reading(decoded, site):
+    """Each step reads the budget, where more of the softmax is than in as many of any tokens."""
+    assert {call.site for call in decoded.calls} == {site.format(n) for n in range(LAYERS)}
+    assert [call.kv_len for call in decoded.calls[::LAYERS]] == [*range(CONTEXT + 1, ALL + 1)]
+    assert all(call.tokens_read.eq(BUDGET).all() for call in decoded.calls)
+    assert min(call.mass.mean() for call in decoded.calls) > BUDGET / CONTEXT
+    assert decoded.dense[0, 0] == decoded.sparse[0, 0]  # of the prefill
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("generate_llama", "model.layers.{}.self_attn"),
+        ("gpt_fast_loop", "model.layers.{}.attention"),
+    ],
+)
+def test_steps_over_a_static_cache_read_the_budget(name, site, capsys):
+    decoded = decode(name, BUDGET)
+    assert [report.counts()["sparse"] for report in decoded.reports] == [LAYERS]
+    check_reading(decoded, site)
+    printed = words(capsys)
+    assert re.search(rf"layers\.0\.\w+ {NEW_TOKENS - 1} {BUDGET} {CONTEXT + 3} 0\.", printed)
+    assert f"budget {BUDGET} of up to" in printed
+
+
+def test_nanogpt_prefills_by_one_operator_and_decodes_sparsely(capsys):
+    decoded = decode("nanogpt", BUDGET)
+    prefill, *steps = decoded.reports
+    assert {(site.form, site.decision) for site in prefill.sites} == {("eager", "exact")}
+    assert {site.query_len for site in prefill.sites} == {CONTEXT}
+    # Dynamo compiles a second time once it sees the cache grow, for all lengths.
+    assert [report.counts()["sparse"] for report in steps] == [LAYERS, LAYERS]
+    check_reading(decoded, "blocks.{}.attention")
+    error = re.search(r"Prefill, logits: largest difference (\S+)", words(capsys))
+    assert float(error[1]) < 1e-5
+
+
+def test_bert_keeps_the_bits_of_sdpa_and_fuses_what_is_written_out(capsys):
+    sizes = ["--context", "40", "--device", "cpu", "--against", "aot_eager"]
+    compared = example("bert_encoder").main(sizes)
+    sdpa, eager = compared["sdpa"], compared["eager"]
+    assert sdpa.same_bits
+    assert sdpa.report.counts() == {"found": LAYERS, "sparse": 0, "exact": 0, "kept": LAYERS}
+    assert all(site.by_design for site in sdpa.report.sites)
+    assert eager.report.counts() == {"found": LAYERS, "sparse": 0, "exact": LAYERS, "kept": 0}
+    assert max(sdpa.error, eager.error) < 1e-5
+    assert {site.mask for site in eager.report.sites} == {"padding attention_mask"}
+    printed = words(capsys)
+    assert "2 attentions: 2 kept" in printed
+    assert "2 attentions: 2 exact" in printed
+    assert "same bits as aot_eager" in printed
+
+
+def test_vit_makes_no_score_matrix(capsys):
+    compared = example("vit").main(["--image", "32", "--patch", "8", "--device", "cpu"])
+    assert compared.report.counts() == {"found": LAYERS, "sparse": 0, "exact": LAYERS, "kept": 0}
+    assert {site.query_len for site in compared.report.sites} == {17}
+    assert compared.error < 1e-5
+    assert "2 attentions: 2 exact" in words(capsys)
+
+
+def test_whisper_reads_few_frames_of_sound(capsys):
+    decoded = decode("whisper", BUDGET)
+    decoder = decoded.reports[-1]
+    decisions = {site.name.rpartition(".")[2]: site.decision for site in decoder.sites}
+    assert decisions == {"self_attn": "kept", "encoder_attn": "sparse"}
+    assert decoder.counts() == {"found": 2 * LAYERS, "sparse": LAYERS, "exact": 0, "kept": LAYERS}
+    assert len(decoded.calls) == LAYERS * (NEW_TOKENS - 1)
+    assert {call.kv_len for call in decoded.calls} == {CONTEXT}
+    assert all(call.tokens_read.eq(BUDGET).all() for call in decoded.calls)
+    assert min(call.mass.mean() for call in decoded.calls) > BUDGET / CONTEXT
+    assert decoded.agreeing == NEW_TOKENS
+    printed = words(capsys)
+    assert "2 attentions: 2 kept" in printed  # the encoder
+    assert "4 attentions: 2 sparse, 2 kept" in printed
+
+
+def test_custom_policy_takes_sizes(monkeypatch, capsys):
+    monkeypatch.setattr(policies, "_registered", dict(policies._registered))
+    sizes = ["--context", "200", "--budget", "120", "--device", "cpu"]
+    shares = example("custom_policy").main(sizes)
+    assert shares["streaming"] < shares["mean-key"] < shares["lychee"] < 1
+    assert "budget 120 of up to 201 tokens, policy mean-key" in words(capsys)
+
+
+def test_the_table_has_every_example():
+    named = set(
+        re.findall(r"^\| \[(\w+\.py)\]", (EXAMPLES / "README.md").read_text("utf-8"), re.MULTILINE)
+    )
+    scripts = {path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text("utf-8")}
+    assert named == scripts
