@@ -119,15 +119,19 @@ def run_tasks(
     ways = _Ways(model, variants, budgets)
     answers = []
     with unlimited_recompiles():
-        for question in _questions(model, names, length, repeats, seed):
+        for question in make_questions(model, names, length, repeats, seed):
             answers += ways.ask(question, advance)
     configs = {v.label: describe(v.backend_options(max(budgets))) for v in variants}
     return TaskResult(model.name, length, configs, answers)
 
 
-def _questions(
-    model: LanguageModel, names: Sequence[str], length: int, repeats: int, seed: int
+def make_questions(
+    model: LanguageModel, names: Sequence[str], length: int, repeats: int, seed: int = 0
 ) -> list[Question]:
+    """`repeats` questions of each task, at depths spread over documents of `length` tokens.
+
+    Raises `EvaluationError` for a length that does not fit.
+    """
     longest = model.longest
     if length < SHORTEST or (longest is not None and length > longest):
         bound = "" if longest is None else f" and at most {longest:,}, what the model was made for"
