@@ -14,6 +14,7 @@ from torch import Tensor
 from lychee_compile.kernels.slot_upkeep import SlotCache
 from lychee_compile.options import Options
 from lychee_compile.passes import torch_private
+from lychee_compile.passes.append import append_in_place
 from lychee_compile.passes.attention import Attention, Rejected
 from lychee_compile.passes.caches import CacheBinding
 from lychee_compile.passes.check import check_graph
@@ -131,6 +132,7 @@ def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., An
         _keep(failure.plan, f"it could not be rewritten: {failure.reason}")
     if not inputs.states and not _any(plans, "exact"):
         return None
+    append_in_place(gm, analysis.mode)
     check_graph(gm, outputs)
     logger.debug("rewritten graph:\n%s", gm.graph)
     examples, taken = [*analysis.fakes, *inputs.fakes], take_out_integers(gm)

@@ -20,9 +20,10 @@ _UNBOUNDED = 2**40
 class LycheeCache(Cache):
     """A key-value cache that grows in place, for `generate()` and for loops of your own.
 
-    A `DynamicCache` copies the whole past at every step; a `StaticCache` needs to know the longest
-    context beforehand. This one writes in place into buffers [B, Hkv, slots, D], contiguous, and
-    moves to larger ones when they are full: each token is copied about once, however many follow.
+    A `DynamicCache` copies the whole past at every eager step; a `StaticCache` needs to know the
+    longest context beforehand. This one writes in place into buffers [B, Hkv, slots, D],
+    contiguous, and moves to larger ones when they are full: each token is copied about once,
+    however many follow.
     Layers with a sliding window are those of transformers.
 
         cache = LycheeCache(model.config)

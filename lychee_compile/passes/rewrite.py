@@ -79,6 +79,8 @@ def rewrite(
                     _rewrite_exact(plan, emit)
         except RewriteError as error:
             failures.append(Failure(plan, str(error)))
+        else:
+            gm.graph.erase_node(plan.node)  # FX takes one that might drop out for impure
     erase_dead_code(gm)
     return failures
 

@@ -1,0 +1,146 @@
+"""Growing caches keep room behind them; nobody's tensor changes for it."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_steps import compiled, grow
+from test_models import model_of, transformers
+
+import lychee_compile
+from lychee_compile.kernels import append as module
+
+append = torch.ops.lychee.append.default
+
+
+def storage(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+@given(
+    dims=st.sampled_from([(2, 4), (1, 4), (0, 2), (1, 3)]),
+    actions=st.lists(st.sampled_from(["append", "three", "crop", "branch", "write"]), max_size=12),
+)
+def test_any_history_gives_what_concatenation_gives(dims, actions):
+    """What was handed out before keeps its contents, whatever is appended to whichever."""
+    dim, rank = dims
+    sizes = [2, 3, 2, 4][:rank]
+    sizes[dim] = 5
+    known = [(torch.randn(sizes), None)]
+    known[0] = (known[0][0], known[0][0].clone())
+    for number, action in enumerate(actions):
+        tensor, expected = known[-1]
+        if action == "branch":
+            tensor, expected = known[number % len(known)]
+        if action == "crop":
+            length = max(tensor.shape[dim] - 2, 1)
+            known.append((tensor.narrow(dim, 0, length), expected.narrow(dim, 0, length).clone()))
+            continue
+        if action == "write":
+            fresh = tensor.clone()
+            known.append((fresh, fresh.clone()))
+            continue
+        sizes[dim] = 3 if action == "three" else 1
+        new = torch.randn(sizes)
+        known.append((append(tensor, new, dim), torch.cat((expected, new), dim)))
+    for tensor, expected in known:
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
+
+
+def test_the_past_is_copied_once_in_many_steps():
+    keys = torch.randn(1, 2, 1000, 8)
+    places = []
+    for _ in range(600):
+        keys = append(keys, torch.randn(1, 2, 1, 8), 2)
+        places.append(storage(keys))
+    assert len(set(places)) == 2
+    assert keys.stride() == (16, 8, 16, 1)
+
+
+def test_a_copy_of_a_cache_goes_its_own_way():
+    first = append(torch.zeros(1, 1, 5, 2), torch.ones(1, 1, 1, 2), 2)
+    deep = copy.deepcopy(first)
+    one, other = (
+        append(each, torch.full((1, 1, 1, 2), n), 2) for each, n in ((first, 2), (deep, 3))
+    )
+    shallow = append(first, torch.full((1, 1, 1, 2), 4), 2)
+    assert len({storage(each) for each in (one, other, shallow)}) == 3
+    assert [float(each[0, 0, -1, 0]) for each in (one, other, shallow)] == [2, 3, 4]
+    assert all(bool((each[:, :, :6] == first).all()) for each in (one, other, shallow))
+
+
+def test_a_buffer_dies_with_the_tensors_that_show_it():
+    keys = append(torch.zeros(1, 1, 5, 2), torch.ones(1, 1, 1, 2), 2)
+    buffer = weakref.ref(getattr(keys, module._BUFFER))
+    del keys
+    assert buffer() is None
+
+
+def test_without_memory_for_room_there_is_none(monkeypatch):
+    new_empty = torch.Tensor.new_empty
+
+    def little(tensor, slots, *others, **given):
+        if slots > 8:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return new_empty(tensor, slots, *others, **given)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", little)
+    keys = append(torch.zeros(1, 1, 5, 2), torch.ones(1, 1, 1, 2), 2)
+    assert keys.shape[2] == 6
+    assert not hasattr(keys, module._BUFFER)
+
+
+def test_opcheck():
+    torch.library.opcheck(append, (torch.randn(1, 2, 5, 4), torch.randn(1, 2, 1, 4), 2))
+
+
+@pytest.mark.usefixtures("without_inductor", "seeded")
+def test_steps_over_a_growing_cache_do_not_copy_it():
+    """Compiled twice, as ever: for the first length, and for any."""
+    step, expected = compiled(grow), torch.randn(1, 1, 41, 8)
+    keys, values = expected.clone(), torch.randn(1, 1, 41, 8)
+    places = []
+    for _ in range(200):
+        fresh = torch.randn(3, 1, 1, 1, 8)
+        _, keys, values = step(fresh[0], keys, values, fresh[1], fresh[2])
+        expected = torch.cat((expected, fresh[1]), 2)
+        places.append((storage(keys), storage(values)))
+    assert torch.equal(keys, expected)
+    assert len(set(places)) == 1
+    assert len(lychee_compile.reports()) == 2
+
+
+@pytest.mark.usefixtures("seeded")
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_a_dynamic_cache_of_transformers_is_not_copied(inductor, request):
+    """Its tokens are the dense model's, also after it was cropped."""
+    if not inductor:
+        request.getfixturevalue("without_inductor")
+    model = model_of("llama")
+    ids = torch.randint(1, 128, (2, 90))
+    forward = torch.compile(model, backend="lychee", options={"budget": 200})
+    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        model(ids[:, :60], past_key_values=cache)
+    places, length = [], 60
+    for step in range(24):
+        if step == 16:
+            for cache in caches:
+                cache.crop(-5)
+            length -= 5
+        token = ids[:, length : length + 1]
+        got, dense = (
+            call(token, past_key_values=cache).logits
+            for call, cache in zip((forward, model), caches, strict=True)
+        )
+        torch.testing.assert_close(got, dense, atol=1e-5, rtol=1e-4)
+        length += 1
+        places.append(storage(caches[0].layers[0].keys))
+    assert len(set(places[1:16])) == 1  # the first length is within the budget
+    assert len(set(places[16:])) == 1
+    torch.testing.assert_close(caches[0].layers[1].values, caches[1].layers[1].values)
