@@ -13,6 +13,7 @@ from kernel_steps import compiled, grow
 from test_models import model_of, transformers
 
 import lychee_compile
+from lychee_compile import backend
 from lychee_compile.kernels import append as module
 
 append = torch.ops.lychee.append.default
@@ -115,32 +116,48 @@ def test_steps_over_a_growing_cache_do_not_copy_it():
     assert len(lychee_compile.reports()) == 2
 
 
-@pytest.mark.usefixtures("seeded")
-@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.thorough)])
-def test_a_dynamic_cache_of_transformers_is_not_copied(inductor, request):
-    """Its tokens are the dense model's, also after it was cropped."""
-    if not inductor:
-        request.getfixturevalue("without_inductor")
-    model = model_of("llama")
-    ids = torch.randint(1, 128, (2, 90))
-    forward = torch.compile(model, backend="lychee", options={"budget": 200})
-    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
-    for cache in caches:
-        model(ids[:, :60], past_key_values=cache)
-    places, length = [], 60
+def decoded(model, ids):
+    """Logits of 24 steps, of which five are taken back, and where the first layer's keys lay."""
+    forward = torch.compile(model, backend="lychee", options={"budget": 48, "recent": 16})
+    cache, logits, places, length = transformers.DynamicCache(config=model.config), [], [], 60
+    model(ids[:, :length], past_key_values=cache)
     for step in range(24):
         if step == 16:
-            for cache in caches:
-                cache.crop(-5)
+            cache.crop(-5)
             length -= 5
         token = ids[:, length : length + 1]
-        got, dense = (
-            call(token, past_key_values=cache).logits
-            for call, cache in zip((forward, model), caches, strict=True)
-        )
-        torch.testing.assert_close(got, dense, atol=1e-5, rtol=1e-4)
+        logits.append(forward(token, past_key_values=cache).logits)
         length += 1
-        places.append(storage(caches[0].layers[0].keys))
-    assert len(set(places[1:16])) == 1  # the first length is within the budget
+        places.append(storage(cache.layers[0].keys))
+    return torch.stack(logits), places, cache.layers[1].values
+
+
+@pytest.mark.usefixtures("seeded")
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_a_dynamic_cache_of_transformers_is_not_copied(inductor, request, monkeypatch):
+    """And decodes as one that is."""
+    if not inductor:
+        request.getfixturevalue("without_inductor")
+    model, ids = model_of("llama"), torch.randint(1, 128, (2, 90))
+    with monkeypatch.context() as patched:
+        patched.setattr(backend, "append_in_place", lambda *_: 0)
+        expected, copied, values = decoded(model, ids)
+    torch._dynamo.reset()
+    got, places, same = decoded(model, ids)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(same, values)
+    assert len(set(places[:16])) == 1
     assert len(set(places[16:])) == 1
-    torch.testing.assert_close(caches[0].layers[1].values, caches[1].layers[1].values)
+    assert len(set(copied)) > 2
+
+
+@pytest.mark.usefixtures("without_inductor", "seeded")
+def test_a_cache_that_begins_within_the_budget_stays_as_it_is():
+    """Dynamo would have to compile for a third time, for other strides."""
+    step = compiled(grow, budget=60)
+    keys, values = torch.randn(1, 1, 41, 8), torch.randn(1, 1, 41, 8)
+    for _ in range(30):
+        fresh = torch.randn(3, 1, 1, 1, 8)
+        _, keys, values = step(fresh[0], keys, values, fresh[1], fresh[2])
+    assert keys.is_contiguous()
+    assert len(lychee_compile.reports()) == 2

@@ -3,7 +3,9 @@
     keys = cat((past, new), -2)    becomes    keys = append(past, new, 2)
 
 where `past` is an input that nothing else reads, and `keys` an output that otherwise only operators
-of ours read: their kernels take any strides, and what they read has other ones now.
+of ours read: their kernels take any strides, and what they read has other ones now. A cache of any
+length whose strides depend on that length is in another layout: it stays in it, since Dynamo would
+have to compile once more for the new one.
 """
 
 from __future__ import annotations
@@ -44,9 +46,11 @@ def _growth(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
         return None
     past, new = tensors
     same = value_of(past).dtype == value_of(new).dtype and value_of(past).dim() > 1
+    any_length = all(isinstance(stride, int) for stride in value_of(past).stride())
     read_once = all(user is node or calls(user, aten.sym_size.int) for user in past.users)
     ours = all(user.op == "output" or _takes_any_strides(user) for user in node.users)
-    return (past, new) if past.op == "placeholder" and same and read_once and ours else None
+    fits = past.op == "placeholder" and same and any_length and read_once and ours
+    return (past, new) if fits else None
 
 
 def _takes_any_strides(user: torch.fx.Node) -> bool:
