@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers, 
 
 ARCHITECTURES = {each.name: each for each in coverage_models.ARCHITECTURES}
 REPRESENTATIVES = {
-    "llama": ["sdpa", "eager", "flex"],
+    "llama": ["sdpa", "eager"],
     "mistral": ["eager"],
     "gemma2": ["eager"],
     "gpt2": ["sdpa"],

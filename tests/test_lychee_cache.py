@@ -74,7 +74,9 @@ def device_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", pytest.param("gpt2", marks=pytest.mark.thorough)]
+)
 def test_logits_are_those_of_a_dynamic_cache_over_several_growths(name: str, padded: bool) -> None:
     model = model_of(name)
     model.config.max_position_embeddings = 4096
@@ -214,9 +216,9 @@ def through(way: str, model: Any, options: dict[str, Any]) -> dict[str, Any]:
     ("name", "padded", "way"),
     [
         ("llama", False, "eager"),
-        ("gemma3", True, "eager"),
+        pytest.param("gemma3", True, "eager", marks=pytest.mark.thorough),
         ("llama", False, "config"),
-        ("gemma3", True, "config"),
+        pytest.param("gemma3", True, "config", marks=pytest.mark.thorough),
         ("llama", True, "forward"),
         ("gemma3", False, "forward"),
     ],

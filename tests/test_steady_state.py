@@ -60,6 +60,7 @@ def test_100000_calls_of_a_graph_leave_nothing_behind(monkeypatch: pytest.Monkey
     assert abs(len(refits) - 101_000 // REFIT) <= 2
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_inductor", "seeded")
 def test_a_static_cache_is_decoded_for_long_by_one_graph() -> None:
     step, cache = compiled(), Cache().fill(60)
