@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from llama_model import filled_cache
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -40,17 +41,6 @@ def decoder() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def filled_cache(model: Any, length: int) -> StaticCache:
-    """A cache of `length` random keys and values, with room for the steps."""
-    cache = StaticCache(model.config, max_cache_len=length + WARM_UP + STEPS + 1)
-    model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache)
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.cumulative_length.fill_(length)
-    return cache
-
-
 def seconds_per_token(forward: Callable[..., Any], cache: StaticCache) -> tuple[float, float]:
     """Median of the steps after warm-up, and the longest step of the warm-up, in seconds."""
     token = torch.ones(1, 1, dtype=torch.int64)
@@ -71,13 +61,14 @@ def main() -> int:
     arguments = parser.parse_args()
     model = decoder()
     table = Table("context", "inductor, ms", "lychee, ms", "times faster", "first step, s")
+    room = WARM_UP + STEPS + 1
     for length in track(arguments.lengths, "Contexts"):
         torch.compiler.reset()
         dense = torch.compile(model)
         sparse = torch.compile(model, backend="lychee", options={"budget": arguments.budget})
         with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-            before, _ = seconds_per_token(dense, filled_cache(model, length))
-            after, first = seconds_per_token(sparse, filled_cache(model, length))
+            before, _ = seconds_per_token(dense, filled_cache(model, 1, length, length + room))
+            after, first = seconds_per_token(sparse, filled_cache(model, 1, length, length + room))
         cells = (1e3 * before, 1e3 * after, before / after, first)
         table.add_row(f"{length:,}", *(f"{cell:.2f}" for cell in cells))
     table.title = f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32"

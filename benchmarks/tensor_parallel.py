@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from llama_model import filled_cache, llama_config
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
@@ -72,22 +73,6 @@ def joined() -> torch.device:
     return device
 
 
-def configuration(hidden: int, layers: int) -> LlamaConfig:
-    """Hidden size 4,096 with 32 layers is Llama-3.1-8B."""
-    heads = hidden // 128
-    return LlamaConfig(
-        vocab_size=128256 if hidden >= 4096 else 1024,
-        hidden_size=hidden,
-        intermediate_size=hidden * 7 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(heads // 4, dist.get_world_size()),
-        head_dim=128,
-        max_position_embeddings=1 << 20,
-        rope_theta=500000.0,
-    )
-
-
 def sharded(config: LlamaConfig, device: torch.device) -> Any:
     """Random weights that the first rank saves, and each rank loads its share of."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -103,18 +88,6 @@ def sharded(config: LlamaConfig, device: torch.device) -> Any:
         model = LlamaForCausalLM.from_pretrained(folder[0], distributed_config=plan, dtype=dtype)
         dist.barrier()
     return model.eval()
-
-
-def filled_cache(model: Any, batch: int, context: int, device: torch.device) -> StaticCache:
-    """A cache of `context` random keys and values of this rank's heads, with room for the steps."""
-    cache = StaticCache(model.config, max_cache_len=context + WARM_UP + STEPS)
-    model(torch.zeros(batch, 1, dtype=torch.int64, device=device), past_key_values=cache)
-    torch.manual_seed(dist.get_rank())
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.cumulative_length.fill_(context)
-    return cache
 
 
 def decoded(
@@ -153,7 +126,8 @@ def measured(model: Any, chosen: argparse.Namespace, device: torch.device) -> di
         torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        cache = filled_cache(model, chosen.batch, chosen.context, device)
+        torch.manual_seed(dist.get_rank())  # each has heads of its own
+        cache = filled_cache(model, chosen.batch, chosen.context, chosen.context + WARM_UP + STEPS)
         found[name] = [None] * dist.get_world_size()
         dist.all_gather_object(found[name], decoded(forward, cache, chosen.batch, device))
     return found
@@ -183,7 +157,7 @@ def main() -> int:
     device = joined()
     try:
         chosen = arguments(device.type == "cuda")
-        model = sharded(configuration(chosen.hidden, chosen.layers), device)
+        model = sharded(llama_config(chosen.layers, chosen.hidden, dist.get_world_size()), device)
         found = measured(model, chosen, device)
         if dist.get_rank() == 0:
             show(found, chosen, device)

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from llama_model import filled_cache, llama_config
 from torch import Tensor
 from torch._dynamo.utils import counters
 from tpot_records import FAILED, SKIPPED, Record
 from tpot_ways import WAYS, Way
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaForCausalLM, StaticCache
 
 from lychee_compile import backend
 from lychee_compile.passes import torch_private
@@ -27,39 +29,14 @@ SPARE = 6 << 30
 
 
 def llama(layers: int, hidden: int, device: torch.device) -> Any:
-    """Random weights; hidden size 4,096 with 32 layers is Llama-3.1-8B."""
-    heads = hidden // 128
-    config = LlamaConfig(
-        vocab_size=128256 if hidden >= 4096 else 1024,
-        hidden_size=hidden,
-        intermediate_size=hidden * 7 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(heads // 4, 1),
-        head_dim=128,
-        max_position_embeddings=1 << 20,
-        rope_theta=500000.0,
-    )
+    """Random weights, bfloat16 on a GPU."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
         with device:
-            return LlamaForCausalLM(config).eval()
+            return LlamaForCausalLM(llama_config(layers, hidden)).eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def filled_cache(model: Any, batch: int, context: int) -> StaticCache:
-    """A cache of `context` slots, all but `ROOM` of them filled with random keys and values."""
-    cache = StaticCache(model.config, max_cache_len=context)
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-    with torch.no_grad():
-        model.model(token, past_key_values=cache)
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.cumulative_length.fill_(max(context - ROOM, 1))
-    return cache
 
 
 def measure(model: Any, name: str, batch: int, context: int, budget: int) -> Record:
@@ -88,7 +65,8 @@ def measure(model: Any, name: str, batch: int, context: int, budget: int) -> Rec
 
 def _measure(model: Any, way: Way, record: Record, budget: int) -> None:
     model.set_attn_implementation(way.attention)
-    cache = filled_cache(model, record.batch, record.context)
+    held = max(record.context - ROOM, 1)
+    cache = filled_cache(model, record.batch, held, record.context)
     forward = way.compiled(model.forward, budget)
     token = torch.ones(record.batch, 1, dtype=torch.int64, device=model.device)
     with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
@@ -126,28 +104,26 @@ def _step(forward: Callable[..., Any], cache: StaticCache, token: Tensor) -> Ten
 def _timed_compilation() -> Iterator[dict[str, float]]:
     """Seconds spent in Inductor, and in our backend around it."""
     spent = {"inductor": 0.0, "lychee": 0.0}
-    inductor, analyse = torch_private.inductor, backend._compile_rewritten
-    detect = backend.analyse
 
-    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(owner: Any, name: str, kind: str) -> Any:
+        call = getattr(owner, name)
+
         def run(*args: Any, **kwargs: Any) -> Any:
             started, before = time.perf_counter(), spent["inductor"]
             made = call(*args, **kwargs)
-            spent[name] += time.perf_counter() - started
-            if name == "lychee":
-                spent[name] -= spent["inductor"] - before
+            spent[kind] += time.perf_counter() - started
+            if kind == "lychee":
+                spent[kind] -= spent["inductor"] - before
             return made
 
-        return run
+        return patch.object(owner, name, run)
 
-    torch_private.inductor = timed("inductor", inductor)
-    backend._compile_rewritten = timed("lychee", analyse)
-    backend.analyse = timed("lychee", detect)
-    try:
+    with (
+        timed(torch_private, "inductor", "inductor"),
+        timed(backend, "analyse", "lychee"),
+        timed(backend, "_compile_rewritten", "lychee"),
+    ):
         yield spent
-    finally:
-        torch_private.inductor, backend._compile_rewritten = inductor, analyse
-        backend.analyse = detect
 
 
 def _cache_bytes(model: Any, batch: int, context: int) -> int:

@@ -20,9 +20,9 @@ from lychee_compile.passes.dataflow import aten, calls, is_tensor, shape_of, val
 from lychee_compile.passes.rearrange import Emitter
 
 
-def append_in_place(gm: torch.fx.GraphModule, mode: Any) -> int:
-    """Let caches keep room behind them where the graph allows it: for how many it does."""
-    emit, found = Emitter(gm.graph, mode), 0
+def append_in_place(gm: torch.fx.GraphModule, mode: Any) -> None:
+    """Let caches keep room behind them where the graph allows it."""
+    emit = Emitter(gm.graph, mode)
     for node in list(gm.graph.nodes):
         grown = _growth(node)
         if grown is None:
@@ -32,8 +32,6 @@ def append_in_place(gm: torch.fx.GraphModule, mode: Any) -> int:
         made.meta = {**node.meta, **made.meta}
         node.replace_all_uses_with(made)
         gm.graph.erase_node(node)
-        found += 1
-    return found
 
 
 def _growth(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:

@@ -1,0 +1,37 @@
+"""The shape of Llama that whole-model benchmarks decode with, and a cache that is full of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, StaticCache
+
+
+def llama_config(layers: int, hidden: int, least_kv_heads: int = 1) -> LlamaConfig:
+    """Hidden size 4,096 with 32 layers is Llama-3.1-8B; groups of four query heads."""
+    heads = hidden // 128
+    return LlamaConfig(
+        vocab_size=128256 if hidden >= 4096 else 1024,
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(heads // 4, least_kv_heads),
+        head_dim=128,
+        max_position_embeddings=1 << 20,
+        rope_theta=500000.0,
+    )
+
+
+@torch.no_grad()
+def filled_cache(model: Any, batch: int, held: int, slots: int) -> StaticCache:
+    """A cache of so many slots for `model`, `held` of which have random keys and values."""
+    cache = StaticCache(model.config, max_cache_len=slots)
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+    model.model(token, past_key_values=cache)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.cumulative_length.fill_(held)
+    return cache
