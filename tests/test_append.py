@@ -100,6 +100,16 @@ def test_opcheck():
     torch.library.opcheck(append, (torch.randn(1, 2, 5, 4), torch.randn(1, 2, 1, 4), 2))
 
 
+def test_nothing_given_shares_storage_with_what_was_taken():
+    """As PyTorch asks of every operator, though they share memory."""
+    with_room = append(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 1, 4), 2)
+    place = storage(with_room)
+    grown = append(with_room, torch.randn(1, 2, 1, 4), 2)
+    assert storage(grown) == place
+    assert grown.untyped_storage()._cdata != with_room.untyped_storage()._cdata
+    assert grown._version == with_room._version == 0
+
+
 @pytest.mark.usefixtures("without_inductor", "seeded")
 def test_steps_over_a_growing_cache_do_not_copy_it():
     """Compiled twice, as ever: for the first length, and for any."""

@@ -6,12 +6,17 @@ What it gives is a view of a larger buffer, tokens first in memory: its strides 
 large the buffer is, so that they are the same at every step. The buffer goes with the tensor that
 shows all of it that is used, and from that to the next: whoever appends to any other tensor, an
 older one of a branch or a part of one that was cropped, gets a copy. No tensor's contents change.
+
+PyTorch asks of operators that what they give shares no storage with what they take, since graphs
+may write to either. Nothing in a graph does here, and each tensor is given a storage of its own
+over the same memory: versions are counted, and copies made, of what that tensor shows alone.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from lychee_compile.kernels.memory import ran_out
 
@@ -21,8 +26,6 @@ _LEAST = 256
 """Tokens that a new buffer has room for, at least, beyond those it is made for."""
 
 _library = torch.library.Library("lychee", "FRAGMENT")
-# What is given shares memory with what was taken, in which nothing is seen to change: a schema
-# cannot say so, and `torch.library.custom_op` would refuse it.
 _library.define(
     "append(Tensor past, Tensor new, int dim) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,)
 )
@@ -38,7 +41,7 @@ def append(past: Tensor, new: Tensor, dim: int) -> Tensor:
         buffer = _larger(past, dim, end)
         buffer[:held] = past.movedim(dim, 0)
     buffer[held:end] = new.movedim(dim, 0)
-    grown = buffer[:end].movedim(0, dim)
+    grown = from_dlpack(buffer[:end].movedim(0, dim))
     if len(buffer) > end:
         setattr(grown, _BUFFER, buffer)
     return grown
