@@ -95,7 +95,13 @@ def decode(model: Any, forward: Callable[..., Any], kind: str, padding: list[int
     return torch.stack(logits[1:], 1)
 
 
-@pytest.mark.parametrize("padding", [[0], [0, 13, 60]], ids=["one", "ragged"])
+@pytest.mark.parametrize(
+    "padding",
+    [
+        pytest.param([0], marks=pytest.mark.thorough, id="one"),
+        pytest.param([0, 13, 60], id="ragged"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize(
     ("name", "attention"),

@@ -65,7 +65,7 @@ def test_bounds_hold_after_any_history(history, kind):
             if bool((end > begin).any()):
                 sketches.encode(key, start, begin, end)
         else:
-            end = (end - numbers).clamp(min=0)
+            end = (end - numbers.clamp(min=0)).clamp(min=0)  # -1: a row that goes on
             sketches.forget(start, end)
     slots = int(end.max())
     if not sketches.fitted.shape[1]:
