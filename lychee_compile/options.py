@@ -12,11 +12,10 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from lychee_compile.boundaries import BoundaryTable, boundary_table, is_tokenizer
-from lychee_compile.kernels.config import BOUNDARIES, IndexConfig
+from lychee_compile.kernels.config import BOUNDARIES, PREFILLS, IndexConfig
 from lychee_compile.kernels.policies import policy_names
 
 LONGEST_CHUNK = 256
-PREFILLS = ("exact",)
 _AT_LEAST = {
     "sinks": 0,
     "recent": 1,
@@ -24,6 +23,7 @@ _AT_LEAST = {
     "coarse_units": 1,
     "overfetch": 1,
     "flat_tokens": 0,
+    "prefill_from": 0,
 }
 
 _tables: WeakKeyDictionary[Any, BoundaryTable] = WeakKeyDictionary()
@@ -48,8 +48,6 @@ class Options(IndexConfig):
     """One of Inductor's modes, "reduce-overhead" for one."""
     strict: bool = field(default=False, kw_only=True)
     """Raise an error where an attention would be left as it is."""
-    prefill: str = field(default="exact", kw_only=True)
-    """What attention without a cache does; "exact" for now."""
     inductor: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
     """Inductor's own options, for this backend's compilations alone."""
 
@@ -77,9 +75,8 @@ class Options(IndexConfig):
         for name in ("strict", "reference", "repair"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
-        if self.prefill == "sparse":
-            raise OptionError('option prefill="sparse" is not there yet: prefill stays "exact"')
         _one_of("prefill", self.prefill, PREFILLS)
+        self._set("prefill_budget", _share_or_number("prefill_budget", self.prefill_budget))
         self._set("inductor", _inductor_patches(self.inductor))
         self._check_together()
 
@@ -180,6 +177,15 @@ def _share(name: str, value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
         raise _wrong(name, value, expected)
     return float(value)
+
+
+def _share_or_number(name: str, value: object) -> int | float:
+    if not isinstance(value, bool) and isinstance(value, Real):
+        if isinstance(value, Integral) and int(value) >= 1:
+            return int(value)
+        if not isinstance(value, Integral) and 0 < float(value) < 1:
+            return float(value)
+    raise _wrong(name, value, "a number of tokens, at least 1, or a share between 0 and 1")
 
 
 def _one_of(name: str, value: object, choices: Collection[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BOUNDARIES = ("auto", "tokens", "similarity", "fixed")
+PREFILLS = ("exact", "sparse")
 
 
 @dataclass(frozen=True)
@@ -49,5 +50,13 @@ class IndexConfig:
     as tokens arrive. Off, an index decays as more is generated: to see what repair is for."""
     dense_layers: int | None = None
     """First attentions of each graph that stay exact; None: as many as the policy's paper says."""
+    prefill: str = "exact"
+    """What attention over whole sequences does, prefill, encoders and vision: "exact", or "sparse":
+    every tile of queries reads the keys that matter to it."""
+    prefill_budget: int | float = 0.2
+    """Keys that a tile of a whole sequence reads: a share of those it sees, below 1, or their
+    number. Sinks, recent tokens and what it sees in part are among them, and read in any case."""
+    prefill_from: int = 16384
+    """Whole sequences of fewer keys stay exact: there sparse attention wins no time."""
     reference: bool = False
     """Run the plain PyTorch operators on any device, to study quality where they win no time."""

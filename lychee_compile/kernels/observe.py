@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.selection import Selection
+from lychee_compile.kernels.reference.tile_attention import TileResult
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,23 @@ class SparseCall:
 
 observers: list[Callable[[SparseCall], None]] = []
 """Called with each sparse attention call, in order."""
+
+
+@dataclass(frozen=True)
+class TileCall:
+    """One run of the operator for whole sequences, with its operands. Hold on to none of them."""
+
+    site: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+    softcap: float | None
+    order: Tensor | None
+    result: TileResult
+
+
+tile_observers: list[Callable[[TileCall], None]] = []
+"""Called with each attention of a whole sequence that read part of it, in order."""

@@ -58,10 +58,22 @@ def missed_share(key: Tensor, query: Tensor, selection: Selection, log_read: Ten
     longest = F.pad(lengths, (0, 1)).amax(-1)  # there may be none
     group = query.shape[1] // key.shape[1]
     reach = torch.linalg.vector_norm(query.float(), dim=-1) * longest.repeat_interleave(group, 1)
-    slack = rounding_slack(query.shape[-1])
-    log_floor = log_read - slack * abs(selection.scale) * reach - slack * log_read.abs() - slack
-    unread = selection.log_unread_bound
-    share = torch.sigmoid(unread + slack * unread.abs() - log_floor) * (1 + slack)
+    return bounded_share(
+        selection.log_unread_bound, log_read, selection.scale, reach, query.shape[-1]
+    )
+
+
+def bounded_share(
+    log_unread: Tensor, log_read: Tensor, scale: float, reach: Tensor, head_dim: int
+) -> Tensor:
+    """Upper bound of the share of a softmax in its unread part: float32.
+
+    `log_unread` bounds the log of its mass from above, `log_read` is the log-sum-exp of what was
+    read, computed in float32 from scores that `scale` times `reach`, the largest |q| |k|, bounds.
+    """
+    slack = rounding_slack(head_dim)
+    log_floor = log_read - slack * abs(scale) * reach - slack * log_read.abs() - slack
+    share = torch.sigmoid(log_unread + slack * log_unread.abs() - log_floor) * (1 + slack)
     tiny = torch.finfo(torch.float32).tiny  # no share that is missed rounds to none
     share = share.nan_to_num(nan=1.0).clamp(tiny, 1.0)
-    return torch.where(unread == -torch.inf, 0.0, share)
+    return torch.where(log_unread == -torch.inf, 0.0, share)

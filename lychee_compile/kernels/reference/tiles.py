@@ -1,0 +1,159 @@
+"""Whole sequences in tiles of queries: what each tile sees, and what it reads in any case.
+
+A tile is `TILE` neighbouring query positions of one head. What it sees in part it always reads, as
+it does sinks and what is near; which of the other tokens it reads is chosen for the whole tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lychee_compile.kernels.reference.nodes import Nodes, furthest, rounding_slack
+from lychee_compile.kernels.reference.visible import visible_keys
+
+TILE = 128
+"""Query positions of a tile: what tensor cores multiply at once."""
+PAGE = 16
+"""Keys of a page, the nodes that bounds are taken of."""
+
+
+def summarise(vectors: Tensor, size: int) -> Nodes:
+    """Every `size` neighbours of float32 [B, H, T, D] as a node; the last may hold fewer."""
+    batch, heads, tokens, _ = vectors.shape
+    count = -(-tokens // size)
+    blocks = F.pad(vectors, (0, 0, 0, count * size - tokens)).unflatten(2, (count, size))
+    slot = torch.arange(count * size, device=vectors.device).view(count, size)
+    valid = (slot < tokens).expand(batch, -1, -1)
+    held = valid.sum(-1)[:, None].expand(-1, heads, -1)
+    mean = blocks.sum(3) / held[..., None]
+    apart = (blocks - mean[:, :, :, None]).square() * valid[:, None, :, :, None]
+    return Nodes(mean, apart.sum(3) / held[..., None], furthest(blocks, valid, mean), held)
+
+
+def pair_bound(queries: Nodes, keys: Nodes, scale: float) -> Tensor:
+    """Upper bound of scale q.k over the pairs of two nodes: [B, H, N, M].
+
+    With centres c and radii r of balls around both, the triangle inequality and Cauchy-Schwarz give
+    q.k <= c_q.c_k + |c_q| r_k + |c_k| r_q + r_q r_k, here widened by what float32 rounding can
+    hide. A negative scale bounds with -q.
+    """
+    centre = scale * (queries.mean @ keys.mean.transpose(-1, -2))
+    query_length = torch.linalg.vector_norm(queries.mean, dim=-1)[..., None]
+    key_length = torch.linalg.vector_norm(keys.mean, dim=-1)[:, :, None]
+    query_radius, key_radius = queries.radius[..., None], keys.radius[:, :, None]
+    reach = query_length * key_radius + (key_length + key_radius) * query_radius
+    slack = rounding_slack(keys.mean.shape[-1])
+    slack = slack * (query_length + 2 * query_radius) * (key_length + 2 * key_radius)
+    bound = centre + abs(scale) * (reach + slack)
+    return bound.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+class Sight:
+    """Which keys each query of a whole sequence sees, and what is added to their scores."""
+
+    def __init__(
+        self,
+        mask: Tensor | None,
+        causal: bool,
+        batch: int,
+        query_len: int,
+        kv_len: int,
+        device: torch.device,
+        order: Tensor | None = None,
+    ) -> None:
+        """`mask` is an SDPA mask, bool or additive; `causal` asks for PyTorch's own as well.
+
+        `order`, int64 [T], is the query at each place; None: they are in order.
+        """
+        self.query_len, self.kv_len, self._causal = query_len, kv_len, causal
+        self.slot = torch.arange(kv_len, device=device)
+        self.order = order
+        self._mask: Tensor | None = None
+        self._bias: Tensor | None = None
+        if mask is not None:
+            visible = visible_keys(mask, batch, query_len, kv_len, device)
+            self._mask, self._bias = visible.mask, visible.bias
+
+    def positions(self, begin: int, end: int) -> Tensor:
+        """Where in the sequence the queries at the places [begin, end) are: int64."""
+        if self.order is not None:
+            return self.order[begin:end]
+        return torch.arange(begin, end, device=self.slot.device)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """What those queries see: bool [B or 1, Hq or 1, end - begin, L]."""
+        position = self.positions(begin, end)
+        seen = torch.ones(1, 1, len(position), 1, dtype=torch.bool, device=position.device)
+        if self._mask is not None:
+            seen = _rows_of(self._mask, position)
+        if self._causal:
+            seen = seen & (self.slot <= position[:, None])
+        return seen.expand(-1, -1, -1, self.kv_len)
+
+    def bias(self, begin: int, end: int) -> Tensor | None:
+        """What is added to their scores, float [B, Hq or 1, end - begin, L]; None: nothing."""
+        return None if self._bias is None else _rows_of(self._bias, self.positions(begin, end))
+
+    def near(self, begin: int, end: int, recent: int) -> Tensor:
+        """Keys of those queries' own positions, and `recent` to either side: bool [L]."""
+        position = self.positions(begin, end)
+        near = torch.zeros_like(self.slot, dtype=torch.bool)
+        if self.order is not None:
+            return near.index_fill(0, position, 1)
+        return (self.slot >= position[0] - recent) & (self.slot <= position[-1] + recent)
+
+
+def _rows_of(mask: Tensor, position: Tensor) -> Tensor:
+    """The rows of a mask [B, H, T, L] at some positions, a view where they are neighbours."""
+    first = int(position[0])
+    if len(position) == int(position[-1]) - first + 1 and bool((position.diff() == 1).all()):
+        return mask[:, :, first : first + len(position)]
+    return mask.index_select(2, position)
+
+
+@dataclass(frozen=True)
+class TileSight:
+    """What some tiles see, each [B or 1, Hq or 1, tiles, L]."""
+
+    some: Tensor
+    """Whether any query of the tile sees the key, bool."""
+    always: Tensor
+    """Whether the tile reads it in any case, bool."""
+    bias: Tensor | None
+    """Mean over its queries of what is added to the score, float32; None: nothing."""
+
+    @property
+    def candidates(self) -> Tensor:
+        """Keys that may be chosen: every query of the tile sees them."""
+        return self.some & ~self.always
+
+
+def tile_sight(sight: Sight, begin: int, end: int, sinks: int, recent: int) -> TileSight:
+    """What the tiles of the queries [begin, end) see, `begin` a multiple of `TILE`.
+
+    Always read are what not all queries of a tile see, the first `sinks` and the last `recent`
+    tokens that all do, and in self-attention those up to `recent` away from the tile's own. A query
+    that sees no key at all does not count.
+    """
+    some, always, biases = [], [], []
+    for first in range(begin, end, TILE):
+        last = min(first + TILE, end)
+        seen = sight.rows(first, last)
+        any_sees = seen.any(-2)
+        all_see = (seen | ~seen.any(-1, keepdim=True)).all(-2) & any_sees
+        before, behind = all_see.cumsum(-1), all_see.flip(-1).cumsum(-1).flip(-1)
+        near = (before <= sinks) | (behind <= recent)
+        if sight.query_len == sight.kv_len:
+            near = near | sight.near(first, last, recent)
+        some.append(any_sees)
+        always.append(any_sees & (near | ~all_see))
+        bias = sight.bias(first, last)
+        if bias is not None:
+            known = torch.where(seen, bias.float(), 0)
+            biases.append(known.sum(-2) / seen.sum(-2).clamp(min=1))
+    mean = torch.stack(biases, -2) if biases else None
+    return TileSight(torch.stack(some, -2), torch.stack(always, -2), mean)

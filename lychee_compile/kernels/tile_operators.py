@@ -1,0 +1,87 @@
+"""The operator for whole sequences: a prefill, an encoder, cross-attention. It keeps no state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.observe import TileCall, tile_observers
+from lychee_compile.kernels.reference.attention import dense_attention
+from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
+
+
+@torch.library.custom_op("lychee::sparse_prefill", mutates_args=())
+def sparse_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    extra: Tensor | None,
+    order: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    policy: str,
+    budget: float,
+    sinks: int,
+    recent: int,
+    epsilon: float | None,
+    shortest: int,
+    site: str,
+) -> Tensor:
+    """Attention of `query` [B, Hq, T, D] over part of `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
+
+    Operands, mask and `order` as in `tile_attention`, the settings those of `TileConfig`. With less
+    than `shortest` keys it is dense.
+    """
+    if key.shape[2] < shortest:
+        return _dense(query, key, value, mask, causal, scale, softcap, extra).contiguous()
+    config = TileConfig(policy, budget, sinks, recent, epsilon)
+    result = tile_attention(query, key, value, mask, causal, scale, config, softcap, extra, order)
+    for observer in tile_observers:
+        observer(TileCall(site, query, key, value, mask, causal, scale, softcap, order, result))
+    return result.output.contiguous()
+
+
+@sparse_prefill.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    extra: Tensor | None,
+    order: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    policy: str,
+    budget: float,
+    sinks: int,
+    recent: int,
+    epsilon: float | None,
+    shortest: int,
+    site: str,
+) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    extra: Tensor | None,
+) -> Tensor:
+    """What `tile_attention` gives where all keys are read."""
+    if causal:
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
+        if mask is None:
+            mask = seen
+        elif mask.dtype == torch.bool:
+            mask = mask & seen
+        else:
+            mask = mask.masked_fill(~seen, -torch.inf)
+    return dense_attention(query, key, value, mask, scale, softcap, extra)

@@ -1,0 +1,42 @@
+"""Policies for whole sequences: what each tile of queries reads, one method a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lychee_compile.kernels.reference.tile_question import TileQuestion
+from lychee_compile.kernels.tile_policies.lychee import choose_by_centres
+from lychee_compile.kernels.tile_policies.streaming import choose_last
+
+TileChoice = Callable[[TileQuestion], Tensor]
+"""Answers a question: the candidates that a tile reads, bool [B, Hq, tiles, L]."""
+
+_registered: dict[str, TileChoice] = {
+    "lychee": choose_by_centres,
+    "streaming": choose_last,
+}
+
+
+def tile_policy_names() -> tuple[str, ...]:
+    """Every policy that whole sequences can have."""
+    return tuple(_registered)
+
+
+def register_tile_policy(name: str, choice: TileChoice) -> None:
+    """Let `options={"prefill": "sparse", "policy": name}` choose as `choice` does.
+
+    Raises ValueError where there is another of that name.
+    """
+    if _registered.get(name, choice) is not choice:
+        raise ValueError(f"there is a policy {name!r} for whole sequences already")
+    _registered[name] = choice
+
+
+def tile_choice(name: str) -> TileChoice:
+    """The choice of a policy. Raises ValueError for an unknown one."""
+    if name not in _registered:
+        known = ", ".join(_registered)
+        raise ValueError(f"policy {name!r} has no form for whole sequences; those have: {known}")
+    return _registered[name]
