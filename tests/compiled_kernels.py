@@ -28,13 +28,21 @@ KERNELS = {
     "encode": {},
 }
 """And what is fixed when they are launched."""
+TILE_KERNELS = {
+    "ask": {"KEYS": 64, "SELF": True},
+    "scan": {"KEYS": 64, "TILES": 8},
+    "choose": {"LANES": 1024},
+    "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8},
+}
+"""Those of whole sequences, likewise."""
 POINTERS = {
     "*u8": "fine coarse pages page_bins bins",
     "*i32": "header tile_first tile_end histogram ranks page_list candidates candidate_count "
-    "chosen_list",
+    "chosen_list edge chosen counts",
     "*i64": "positions",
     "*bf16": "weights",
-    "*fp32": "constants totals whole centre step spread partial partial_top partial_sum",
+    "*fp32": "constants totals whole centre step spread partial partial_top partial_sum "
+    "log_sums",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}
@@ -46,6 +54,8 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
     from triton.backends.compiler import GPUTarget
 
     own = dict.fromkeys(("query", "key", "value", "extra", "output"), f"*{SHORT[spec.dtype]}")
+    own["centres"] = own["query"]
+    own["share"] = "fp32"
     own["axes"] = "*bf16" if spec.dtype == "bfloat16" else "*fp16"
     types = TYPES | own | {each.name: f"*{SHORT[each.dtype]}" for each in spec.captured}
     names = kernel.arg_names
@@ -59,10 +69,10 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
         attrs={
             (place,): [["tt.divisibility", 16]]
             for place, name in enumerate(names)
-            if name not in fixed and (name in types or "stride" in name)
+            if name not in fixed and (types.get(name, "")[:1] == "*" or "stride" in name)
         },
     )
-    options = {"num_warps": 4, "num_stages": 2}
+    options = {"num_warps": constants.get("WARPS", 4), "num_stages": 2}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -72,7 +82,7 @@ def main(*names: str) -> None:
     for name in names:
         spec = SPECS[name]
         module = load(store(emit_module(spec), spec.name).stem)
-        for kernel, constants in KERNELS.items():
+        for kernel, constants in (KERNELS if spec.tiles is None else TILE_KERNELS).items():
             if not hasattr(module, kernel):
                 continue
             for capability in (80, 90) if "attend" in kernel else (90,):

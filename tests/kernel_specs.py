@@ -15,6 +15,7 @@ from lychee_compile.codegen.specification import (
     Q,
     S,
     SparseSpec,
+    TileSpec,
 )
 from lychee_compile.passes.elementwise import Flag
 
@@ -52,5 +53,19 @@ SPECS = {
         visible=POSITION >= KV,
         captured=(LENGTH, Captured("slopes", "float32", 1)),
         sparse=SPARSE,
+    ),
+    "prefill_llama": AttentionSpec(
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec(16, 64)
+    ),
+    "prefill_mask_softcap_odd_sizes": AttentionSpec(
+        "float16",
+        3,
+        80,
+        64,
+        30 * sympy.tanh(S / 8 / 30),
+        sympy.And(MASK, POSITION - 4096 < KV),
+        (Captured("mask", "bool", 4), LENGTH),
+        extra=True,
+        tiles=TileSpec(16, 64),
     ),
 }

@@ -42,10 +42,18 @@ def visible_range(visible: Boolean) -> tuple[sympy.Expr, sympy.Expr] | None:
 
     None where holes are possible, or heads see different slots.
     """
-    conditions = [] if visible == sympy.true else list(sympy.And.make_args(visible))
-    bounds = [key_bound(condition) for condition in conditions]
-    if visible.has(H) or any(bound is None for bound in bounds):
+    if visible.has(H) or any(key_bound(condition) is None for condition in _conditions(visible)):
         return None
+    return outer_range(visible)
+
+
+def outer_range(visible: Boolean) -> tuple[sympy.Expr, sympy.Expr]:
+    """First slot that a query may see and the one after the last; it need not see all between."""
+    bounds = [key_bound(each) for each in _conditions(visible) if not each.has(H)]
     first = [bound.key for bound in bounds if bound and not bound.upper]
     ends = [bound.key + 1 for bound in bounds if bound and bound.upper]
     return sympy.Max(0, *first), sympy.Min(KV_LEN, *ends)
+
+
+def _conditions(visible: Boolean) -> list[Boolean]:
+    return [] if visible == sympy.true else list(sympy.And.make_args(visible))

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts import attend, boxes, common, encode, scan, sketch, terms
+from lychee_compile.codegen.parts import (
+    attend,
+    boxes,
+    common,
+    encode,
+    scan,
+    sketch,
+    terms,
+    tiles,
+)
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S
 
 
@@ -11,6 +20,8 @@ def emit_module(spec: AttentionSpec) -> str:
 
     Raises ValueError for a policy that has no kernels, or none for such a score or mask.
     """
+    if spec.tiles is not None:
+        return _joined(_tiled(spec))
     parts = [_heading(spec), common.emit_constants(spec), terms.emit_terms(spec)]
     parts += [terms.emit_range(spec)] if terms.sees_range(spec) else []
     parts += [common.emit_queries(), attend.emit_attention_steps(spec), attend.emit_exact(spec)]
@@ -20,7 +31,26 @@ def emit_module(spec: AttentionSpec) -> str:
             known = ", ".join(_POLICIES)
             raise ValueError(f"policy {spec.sparse.policy!r} has no kernels; {known} have")
         parts += emit_policy(spec)
+    return _joined(parts)
+
+
+def _joined(parts: list[str]) -> str:
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _tiled(spec: AttentionSpec) -> list[str]:
+    """For whole sequences."""
+    return [
+        _heading(spec),
+        tiles.emit_tile_constants(spec),
+        terms.emit_terms(spec),
+        terms.emit_range(spec),
+        tiles.emit_edges(spec),
+        tiles.emit_ask(spec),
+        tiles.emit_scan(spec),
+        tiles.emit_choose(),
+        tiles.emit_attend(spec),
+    ]
 
 
 def scans_pages(spec: AttentionSpec) -> bool:
@@ -68,7 +98,8 @@ _POLICIES = {"lychee": _lychee, "quest": _quest}
 
 def _heading(spec: AttentionSpec) -> str:
     visible = "all keys" if spec.visible == True else str(spec.visible)  # noqa: E712
-    return f'''"""Decode attention: {spec.name.replace("_", " ")}.
+    kind = "Decode attention" if spec.tiles is None else "Attention of whole sequences"
+    return f'''"""{kind}: {spec.name.replace("_", " ")}.
 
 score(s) = {spec.score}
 visible: {visible}

@@ -41,8 +41,16 @@ class SparseSpec:
 
 
 @dataclass(frozen=True)
+class TileSpec:
+    """How tiles of a whole sequence choose what they read. All lengths are in tokens."""
+
+    sinks: int
+    recent: int
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
-    """One decode attention: softmax(score(q.k)) v over the visible keys of a cache.
+    """One attention: softmax(score(q.k)) v over the visible keys of a cache.
 
     Batch, lengths, the number of heads and strides are arguments of the kernels, not part of this.
     """
@@ -61,7 +69,9 @@ class AttentionSpec:
     extra: bool = False
     """Whether there is an extra logit without a value, an attention sink."""
     sparse: SparseSpec | None = None
-    """None: exact."""
+    """How a step of decoding selects; None: it does not."""
+    tiles: TileSpec | None = None
+    """How tiles of a whole sequence do; None: this is for decoding."""
     autotune: bool = False
     """Whether tile sizes are measured at the first call."""
 
@@ -69,6 +79,8 @@ class AttentionSpec:
     def name(self) -> str:
         """A readable key, "decode_lychee_bf16_g4_d128_b1024"."""
         parts = ["decode", "exact" if self.sparse is None else self.sparse.policy]
+        if self.tiles is not None:
+            parts = ["prefill", "lychee"]
         parts += [SHORT_DTYPES[self.dtype], f"g{self.group}", f"d{self.head_dim}"]
         if self.value_dim != self.head_dim:
             parts.append(f"v{self.value_dim}")

@@ -6,7 +6,7 @@ import math
 
 import sympy
 
-from lychee_compile.codegen.bounds import visible_range
+from lychee_compile.codegen.bounds import outer_range, visible_range
 from lychee_compile.codegen.printer import print_expression
 from lychee_compile.codegen.specification import AttentionSpec
 
@@ -26,17 +26,23 @@ def captured(spec: AttentionSpec) -> str:
 
 
 def emit_range(spec: AttentionSpec) -> str:
-    """`seen_range`, where what a query sees is a range of slots; nothing otherwise."""
-    found = visible_range(spec.visible)
+    """`seen_range`, where what a query sees is a range of slots; nothing otherwise.
+
+    Tiles of queries have one in any case: of what they may see.
+    """
+    found = outer_range(spec.visible) if spec.tiles else visible_range(spec.visible)
     if found is None:
         return ""
     known = {each.name: each for each in spec.captured}
     first, end = (print_expression(each, known) for each in found)
     first = first if found[0] != 0 else "tl.full([], 0, tl.int32)"
+    said = "First slot that query q sees, and the one after its last: it sees all between."
+    if not sees_range(spec):
+        said = "First slot that query q may see, and the one after its last."
     return f'''
 @triton.jit
 def seen_range(b, q, kv_len{captured(spec)}):
-    """First slot that query q sees, and the one after its last: it sees all between."""
+    """{said}"""
     first = {first}
     end = {end}
     return first.to(tl.int32), tl.maximum(first, end).to(tl.int32)

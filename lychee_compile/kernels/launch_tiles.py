@@ -1,0 +1,151 @@
+"""Launch the kernels of a module for whole sequences: grids, scratch memory, arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.launch_parts import Scratch, captured_arguments
+from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.tile_policies.lychee import PARTS
+
+SCRATCH_BYTES = 2**29
+"""Scratch memory that the tiles at work at the same time may take, about."""
+TOGETHER = 8
+"""Tiles of one head that read keys together in `scan`."""
+SCANNED = 4096
+"""Keys that a program of `scan` reads, at least."""
+ALL = 2**30
+"""More keys than there are."""
+
+
+@dataclass(frozen=True)
+class TileTuning:
+    """Choices that change the speed of `attend`, and nothing else."""
+
+    rows: int
+    """Queries of a program, which divide `TILE`."""
+    keys: int
+    """Keys read at a time."""
+    warps: int
+    stages: int
+    """Blocks of keys in flight."""
+
+
+def tile_tuning(key: Tensor, value: Tensor) -> TileTuning:
+    """By the bytes of a key and its value: what two or three blocks of fit beside the queries."""
+    row = (key.shape[-1] + value.shape[-1]) * key.element_size()
+    if row <= 512:
+        return TileTuning(rows=128, keys=64, warps=8, stages=2)
+    if row <= 1024:
+        return TileTuning(rows=64, keys=32, warps=4, stages=2)
+    return TileTuning(rows=32, keys=16, warps=4, stages=2)
+
+
+def run_tiles(
+    module: ModuleType,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: Sequence[Tensor],
+    extra: Tensor | None,
+    budget: float,
+    tuning: TileTuning | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of `query` [B, Hq, T, D] over part of `key` [B, Hkv, L, D].
+
+    `value` is [B, Hkv, L, Dv]; a tile reads `budget` keys, below 1 that share of those it sees.
+    Returns the output [B, Hq, T, Dv] and the log-sum-exp of the scores read, float32 [B, Hq, T].
+    """
+    launch = TileLaunch(module, query, key, value, captured, extra, budget, tuning)
+    for first_row, count in launch.slices():
+        launch.select(first_row, count)
+        launch.attend(first_row, count)
+    return launch.output, launch.log_sums
+
+
+class TileLaunch:
+    """One attention of a whole sequence: what its kernels read and write.
+
+    A row is a tile of one head, in the order of heads. Where scratch memory for all would be large,
+    some rows are done after others.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captured: Sequence[Tensor],
+        extra: Tensor | None,
+        budget: float,
+        tuning: TileTuning | None = None,
+    ) -> None:
+        batch, heads, query_len, head_dim = query.shape
+        kv_len, value_dim = key.shape[2], value.shape[-1]
+        self._module, self._tuning = module, tuning or tile_tuning(key, value)
+        self._share, self._most = (budget, ALL) if budget < 1 else (2.0, min(int(budget), ALL))
+        self.output = query.new_empty(batch, query_len, heads, value_dim).transpose(1, 2)
+        self.log_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
+        logits = self.log_sums if extra is None else extra.expand(batch, heads, query_len)
+        self.tiles = -(-query_len // (TILE * TOGETHER)) * TOGETHER
+        """Tiles of one head, filled up with empty ones."""
+        self._rows = batch * heads * self.tiles
+        self.capacity = min(int(budget * kv_len) + 1 if budget < 1 else self._most, kv_len)
+        """Keys that a tile can choose."""
+        at_once = SCRATCH_BYTES // ((kv_len + 4 * self.capacity) * TOGETHER) * TOGETHER
+        self._at_once = max(TOGETHER, min(at_once, self._rows))
+        self._splits = max(1, kv_len // SCANNED)
+        scratch = Scratch()
+        scratch.want("centres", query.dtype, self._at_once, PARTS, head_dim)
+        scratch.want("totals", torch.float32, self._at_once, PARTS)
+        scratch.want("edge", torch.int32, self._at_once, 8)
+        scratch.want("bins", torch.uint8, self._at_once, kv_len)
+        scratch.want("chosen", torch.int32, self._at_once, self.capacity)
+        scratch.want("counts", torch.int32, self._at_once)
+        self.made = scratch.allocate(query.device)
+        self._query, self._key = (query, *query.stride()), (key, *key.stride())
+        self._value, self._logits = (value, *value.stride()), (logits, *logits.stride())
+        self._sizes = (heads, self.tiles, query_len, kv_len)
+        self._more, self._self = captured_arguments(captured), query_len == kv_len
+
+    def slices(self) -> Iterator[tuple[int, int]]:
+        """First row and number of rows that are done together."""
+        for first_row in range(0, self._rows, self._at_once):
+            yield first_row, min(self._at_once, self._rows - first_row)
+
+    def select(self, first_row: int, count: int) -> None:
+        """Find what these rows read, besides what they read in any case."""
+        module, made, where = self._module, self.made, (first_row, *self._sizes)
+        module.ask[(count,)](
+            *self._query, *self._key, made["centres"], made["totals"], made["edge"],
+            *where, *self._more,
+            KEYS=64, SELF=self._self, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        module.scan[(count // TOGETHER, self._splits)](
+            *self._key, made["centres"], made["totals"], made["edge"], made["bins"],
+            *where, self._splits, *self._more,
+            KEYS=64, TILES=TOGETHER, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        module.choose[(count,)](
+            made["edge"], made["bins"], made["chosen"], made["counts"],
+            where[-1], self.capacity, self._share, self._most,
+            LANES=1024, num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+    def attend(self, first_row: int, count: int) -> None:
+        """Attention of these rows over what they read."""
+        made, tuning, output = self.made, self._tuning, self.output
+        self._module.attend[(count, TILE // tuning.rows)](
+            *self._query, *self._key, *self._value, *self._logits,
+            output, *output.stride(), self.log_sums,
+            made["edge"], made["chosen"], made["counts"], self.capacity,
+            first_row, *self._sizes, *self._more,
+            ROWS=tuning.rows, KEYS=tuning.keys,
+            num_warps=tuning.warps, num_stages=tuning.stages,
+        )  # fmt: skip
