@@ -74,6 +74,10 @@ class Problem:
         """`score`, of products [B, Hkv, G, T, N]."""
         return self.score(products.flatten(1, 2), slots).unflatten(1, products.shape[1:3])
 
+    def finish_scores(self) -> Tensor:
+        """Scores of all keys in float64, [B, Hq, T, L]."""
+        return self._score(torch.float64)
+
     def attention(self, dtype: torch.dtype = torch.float64, read: Tensor | None = None) -> Tensor:
         """As eager models compute it, in `dtype`, of the slots `read`, bool [B, Hkv, T, L]."""
         visible, group = self.visible, self.spec.group

@@ -1,0 +1,156 @@
+"""Kernels for whole sequences, interpreted, against their specification and float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import triton_interpreter
+from decode_problems import MASKS, SCORES, Sizes, make_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lychee_compile.codegen.specification import TileSpec
+from lychee_compile.kernels import launch_tiles
+from lychee_compile.kernels.launch_tiles import TileLaunch, TileTuning, run_tiles
+from lychee_compile.kernels.reference.tile_question import TileQuestion
+from lychee_compile.kernels.reference.tiles import TILE, Sight, tile_sight
+from lychee_compile.kernels.tile_policies.lychee import log_shares
+
+triton_interpreter.use()
+pytestmark = [
+    pytest.mark.usefixtures("kernel_folder"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+FEW = settings(max_examples=max(settings().max_examples // 5, 1))
+SINKS, RECENT, EVERYTHING = 4, 16, 1e6
+
+
+def tiled(**given):
+    """A problem whose specification is that of a whole sequence."""
+    problem = make_problem(**given)
+    problem.spec = replace(problem.spec, tiles=TileSpec(SINKS, RECENT))
+    return problem
+
+
+def operands(problem):
+    return problem.query, problem.key, problem.value, problem.captured, problem.extra
+
+
+@st.composite
+def problems(draw):
+    head_dim, group = draw(st.sampled_from([16, 40, 64])), draw(st.integers(1, 3))
+    query_len, kv_len = draw(st.sampled_from([(130, 130), (40, 200), (200, 40), (257, 300)]))
+    sizes = Sizes(
+        1,
+        draw(st.integers(1, 2)),
+        group,
+        query_len,
+        kv_len,
+        head_dim,
+        draw(st.sampled_from([16, 48])),
+    )
+    return tiled(
+        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        sizes=sizes,
+        score=draw(st.sampled_from(SCORES)),
+        mask=draw(st.sampled_from(MASKS)),
+        extra=draw(st.booleans()),
+        layout=draw(st.sampled_from(["plain", "slots first", "channels first"])),
+        length=draw(st.sampled_from([0, kv_len - query_len])),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@FEW
+@given(problems(), st.sampled_from([TileTuning(128, 64, 8, 2), TileTuning(32, 16, 4, 2)]))
+def test_everything_read_is_as_good_as_eager_attention(problem, tuning):
+    output, _ = run_tiles(problem.module(), *operands(problem), EVERYTHING, tuning)
+    problem.assert_as_good_as_eager(output)
+    blind = ~problem.visible.any(-1)
+    assert torch.equal(output[blind], torch.zeros_like(output[blind]))
+
+
+def chosen_by_kernels(problem, budget):
+    """Keys that tiles chose, bool [B, Hq, tiles, L], the output, and log-sum-exps."""
+    launch = TileLaunch(problem.module(), *operands(problem), budget)
+    batch, heads, query_len, _ = problem.query.shape
+    kv_len = problem.key.shape[2]
+    chosen = torch.zeros(batch * heads * launch.tiles, kv_len, dtype=torch.bool)
+    for first_row, count in launch.slices():
+        launch.select(first_row, count)
+        for place in range(count):
+            number = int(launch.made["counts"][place])
+            slots = launch.made["chosen"][place, :number].long()
+            assert len(set(slots.tolist())) == number
+            chosen[first_row + place, slots] = True
+        launch.attend(first_row, count)
+    chosen = chosen.view(batch, heads, launch.tiles, kv_len)
+    used = -(-query_len // TILE)
+    assert not chosen[:, :, used:].any()
+    return chosen[:, :, :used], launch.output, launch.log_sums
+
+
+def specified(problem, budget):
+    """What the specification asks about the tiles of a problem, whose mask is a tensor."""
+    batch, heads, query_len, head_dim = problem.query.shape
+    sight = Sight(
+        problem.visible, False, batch, query_len, problem.key.shape[2], torch.device("cpu")
+    )
+    seen = tile_sight(sight, 0, query_len, SINKS, RECENT)
+    counts, always = seen.some.sum(-1), seen.always.sum(-1)
+    allowed = (
+        (budget * counts).ceil().long() if budget < 1 else torch.full_like(counts, int(budget))
+    )
+    room = (allowed - always).clamp(min=0).expand(batch, heads, -1)
+    key = problem.key.float()
+    return TileQuestion(problem.query.float(), key, 1 / math.sqrt(head_dim), None, seen, room)
+
+
+@pytest.mark.parametrize(
+    ("mask", "budget"),
+    [("none", 0.3), ("causal", 0.3), ("causal", 150), ("window", 0.3), ("padded", 150)],
+)
+def test_the_keys_that_matter_most_are_read(mask, budget):
+    """As many as the specification says, and none that matters less than one left out."""
+    problem = tiled(sizes=Sizes(1, 2, 2, 300, 300, 32, 16), mask=mask, length=0, seed=1)
+    chosen, output, log_sums = chosen_by_kernels(problem, budget)
+    question = specified(problem, budget)
+    candidates = question.candidates
+    assert not (chosen & ~candidates).any()
+    assert torch.equal(chosen.sum(-1), torch.minimum(question.room, candidates.sum(-1)))
+    rank = log_shares(question)
+    worst = rank.masked_fill(~chosen, torch.inf).amin(-1)
+    best = rank.masked_fill(chosen | ~candidates, -torch.inf).amax(-1)
+    assert (best <= worst + math.log(2) / 8 + 1e-3).all()
+    read = (chosen | question.sight.always).repeat_interleave(TILE, 2)[:, :, :300]
+    seen = read & problem.visible
+    score = problem.finish_scores().masked_fill(~seen, -torch.inf)
+    expected = score.softmax(-1).nan_to_num() @ problem.value.double().repeat_interleave(2, 1)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mask", ["padding mask", "mask"])
+def test_where_a_mask_has_holes_no_hidden_key_counts(mask):
+    problem = tiled(sizes=Sizes(2, 1, 2, 140, 300, 32, 32), mask=mask, length=160)
+    _, output, log_sums = chosen_by_kernels(problem, 0.3)
+    assert output.isfinite().all()
+    dense = problem.finish_scores().masked_fill(~problem.visible, -torch.inf).logsumexp(-1)
+    sighted = problem.visible.any(-1)
+    assert (log_sums.double() <= dense + 1e-4)[sighted].all()
+    assert (log_sums.double() > dense - 3)[sighted].float().mean() > 0.9
+
+
+def test_little_scratch_memory_gives_the_same(monkeypatch):
+    problem = tiled(sizes=Sizes(2, 1, 2, 140, 140, 16, 16), length=0)
+    expected = run_tiles(problem.module(), *operands(problem), 0.4)
+    monkeypatch.setattr(launch_tiles, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(launch_tiles, "SCANNED", 32)
+    launch = TileLaunch(problem.module(), *operands(problem), 0.4)
+    assert len(list(launch.slices())) == 4
+    got = run_tiles(problem.module(), *operands(problem), 0.4)
+    assert all(torch.equal(*each) for each in zip(got, expected, strict=True))
