@@ -1,10 +1,13 @@
-"""The operator for whole sequences: a prefill, an encoder, cross-attention. It keeps no state."""
+"""The operators for whole sequences: a prefill, an encoder, cross-attention. They keep no state."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.kernels.generated import load
+from lychee_compile.kernels.launch_tiles import ALL, run_tiles
 from lychee_compile.kernels.observe import TileCall, tile_observers
 from lychee_compile.kernels.reference.attention import dense_attention
 from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
@@ -61,6 +64,56 @@ def _(
     epsilon: float | None,
     shortest: int,
     site: str,
+) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+@torch.library.custom_op("lychee::tiled_prefill", mutates_args=())
+def tiled_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: list[Tensor],
+    extra: Tensor | None,
+    order: Tensor | None,
+    plain: str,
+    scale: float,
+    budget: float,
+    shortest: int,
+    kernel: str,
+) -> Tensor:
+    """`sparse_prefill` by the generated module `kernel`; `captured` are what score and mask read.
+
+    With less than `shortest` keys it reads all of them: by PyTorch's own kernel where `plain` says
+    that its scores are only scaled, and that every query sees "all" or those up to it ("causal").
+    """
+    if key.shape[2] < shortest and plain:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=plain == "causal", scale=scale, enable_gqa=True
+        ).contiguous()
+    share = ALL if key.shape[2] < shortest else budget
+    if order is not None:
+        query = query.index_select(2, order)
+    with torch.cuda.device_of(query):
+        output, _ = run_tiles(load(kernel), query, key, value, captured, extra, share)
+    if order is not None:
+        output = torch.empty_like(output).index_copy_(2, order, output)
+    return output.contiguous()
+
+
+@tiled_prefill.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: list[Tensor],
+    extra: Tensor | None,
+    order: Tensor | None,
+    plain: str,
+    scale: float,
+    budget: float,
+    shortest: int,
+    kernel: str,
 ) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[-1])
 

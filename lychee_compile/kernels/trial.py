@@ -15,6 +15,7 @@ from torch import Tensor
 from lychee_compile.kernels.generated import load
 from lychee_compile.kernels.kernel_policies import new_index, policy_of
 from lychee_compile.kernels.launch import run_exact
+from lychee_compile.kernels.launch_tiles import run_tiles
 from lychee_compile.kernels.tuning import tuning_for
 
 
@@ -48,6 +49,8 @@ class TrialCall:
     sparse: bool
     written: int
     """Tokens written by the call; 0: none."""
+    tiles: bool = False
+    """Whether it is a whole sequence."""
 
 
 def try_kernels(call: TrialCall) -> None:
@@ -67,6 +70,9 @@ def _run(call: TrialCall) -> None:
     query, key, value = (each.stand_in() for each in (call.query, call.key, call.value))
     captured = [each.stand_in() for each in call.captured]
     extra = None if call.extra is None else call.extra.stand_in()
+    if call.tiles:
+        run_tiles(module, query, key, value, captured, extra, budget=0.5)
+        return
     if not call.sparse:
         tuning = tuning_for(module, "exact", query, key, value)
         run_exact(module, query, key, value, captured, extra, tuning)

@@ -78,7 +78,7 @@ def kernel_site(
             return _sparse(attention, binding, config, exact, terms, given, emit)
         except NoKernel as error:
             refused = str(error)
-    kernel = _made(exact, terms, given, 0)
+    kernel = made(exact, terms, given)
     return KernelSite(kernel, given, terms.nodes, None, refused)
 
 
@@ -133,7 +133,7 @@ def _sparse(
         flat_tokens=config.flat_tokens,
     )
     shows, cache = _shown_keys(attention, binding, emit)
-    kernel = _made(replace(exact, sparse=chosen), terms, given, written)
+    kernel = made(replace(exact, sparse=chosen), terms, given, written)
     fixed = binding.kind == "static" and _is_whole(value_of(given.key), cache)
     layout = policy.layout_of(cache) if fixed else None
     return KernelSite(kernel, given, terms.nodes, SlotCache(kernel, shows, written, layout))
@@ -179,8 +179,11 @@ def _is_whole(key: Tensor, cache: Tensor) -> bool:
     )
 
 
-def _made(spec: AttentionSpec, terms: KernelTerms, given: Canonical, written: int) -> str:
-    """Generate the kernels of `spec`, or find them, and run them once."""
+def made(spec: AttentionSpec, terms: KernelTerms, given: Canonical, written: int = 0) -> str:
+    """Generate the kernels of `spec`, or find them, and run them once. Raises `NoKernel`.
+
+    `written` are the tokens that a call writes to the cache.
+    """
     try:
         kernel = _stored(spec)
         call = TrialCall(
@@ -192,11 +195,12 @@ def _made(spec: AttentionSpec, terms: KernelTerms, given: Canonical, written: in
             extra=None if given.extra is None else _form(given.extra),
             sparse=spec.sparse is not None,
             written=written,
+            tiles=spec.tiles is not None,
         )
         try_kernels(call)
     except Exception as error:  # whatever it is, the model must run
         logger.debug("no kernel for %s", spec, exc_info=True)
-        kind = "exact" if spec.sparse is None else "sparse"
+        kind = "exact" if spec.sparse is None and spec.tiles is None else "sparse"
         first = next(iter(str(error).splitlines()), "")
         raise NoKernel(f"no {kind} kernel for it: {type(error).__name__}: {first}") from error
     return kernel

@@ -18,10 +18,17 @@ from lychee_compile.kernels.launch_parts import BINS, power_of_two
 from lychee_compile.kernels.reference.tiles import TILE
 from lychee_compile.kernels.tile_policies.lychee import PARTS, SAMPLE
 
-_PLACE = """
-    row = first_row + tl.program_id(0)
-    head, tile = row // tiles, row % tiles
-    b, h = head // heads, head % heads"""
+
+def _wide(spec: AttentionSpec) -> str:
+    """Makes 64 bits of an index where a mask may have more elements than 32 bits count."""
+    return ".to(tl.int64)" if any(each.rank > 1 for each in spec.captured) else ""
+
+
+def _place(spec: AttentionSpec, row: str) -> str:
+    """Which tile, of which row of the batch and head, a program is for."""
+    wide = _wide(spec)
+    return f"""head, tile = {row} // tiles, {row} % tiles
+    b, h = (head // heads){wide}, (head % heads){wide}"""
 
 
 def emit_tile_constants(spec: AttentionSpec) -> str:
@@ -85,7 +92,7 @@ def stretches(edge, place):
 
 def emit_ask(spec: AttentionSpec) -> str:
     """`ask`: what the parts of a tile ask with."""
-    names, precision = captured(spec), _precision(spec)
+    names, precision, wide = captured(spec), _precision(spec), _wide(spec)
     seen = f"visible(b, h, q, slot, kv_len, inside{names})"
     seen = "inside & (q >= 0)" if sees_range(spec) else seen
     return f'''
@@ -105,14 +112,16 @@ def ask(
     """The mean query of each part of a tile, and log2 of its softmax's denominator.
 
     A tile that fills up the last of its head sees nothing.
-    """{_PLACE}
+    """
+    row = first_row + tl.program_id(0)
+    {_place(spec, "row")}
     part, d = tl.arange(0, 16), tl.arange(0, DIM)
-    query += b.to(tl.int64) * query_stride_b + h * query_stride_h
+    query += b.to(tl.int64) * query_stride_b + h.to(tl.int64) * query_stride_h
     total = tl.zeros([16, DIM], tl.float32)
     for each in range(0, PART):
         t = tile * TILE + part * PART + each
         total += tl.load(
-            query + t[:, None] * query_stride_t + d[None, :] * query_stride_d,
+            query + t.to(tl.int64)[:, None] * query_stride_t + d[None, :] * query_stride_d,
             mask=((part < PARTS) & (t < query_len))[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
         ).to(tl.float32)
     begin = tile * TILE + part * PART
@@ -133,7 +142,7 @@ def ask(
     tl.store(edge + 4, stop * used)
     tl.store(edge + 5, end * used)
     end = end * used
-    q = tl.minimum(begin + PART // 2, query_len - 1)
+    q = tl.minimum(begin + PART // 2, query_len - 1){wide}
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
     top = tl.full([16], float("-inf"), tl.float32)
     whole = tl.zeros([16], tl.float32)
@@ -159,7 +168,7 @@ def ask(
 
 def emit_scan(spec: AttentionSpec) -> str:
     """`scan`: how much each key matters to each tile."""
-    names, precision = captured(spec), _precision(spec)
+    names, precision, wide = captured(spec), _precision(spec), _wide(spec)
     return f'''
 @triton.jit
 def scan(
@@ -173,8 +182,7 @@ def scan(
     """
     place, split = tl.program_id(0) * TILES, tl.program_id(1)
     row = first_row + place
-    head, tile = row // tiles, row % tiles
-    b, h = head // heads, head % heads
+    {_place(spec, "row")}
     number, part, d = tl.arange(0, TILES), tl.arange(0, TILES * PARTS), tl.arange(0, DIM)
     rows = place.to(tl.int64) + number
     begins, stops = tl.load(edge + rows * 8 + 1), tl.load(edge + rows * 8 + 4)
@@ -187,7 +195,7 @@ def scan(
         mask=(d < HEAD_DIM)[None, :], other=0.0,
     )
     total = tl.load(totals + source)
-    q = tl.minimum(tile * TILE + part * PART + PART // 2, query_len - 1)
+    q = tl.minimum(tile * TILE + part * PART + PART // 2, query_len - 1){wide}
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
     bins += rows[:, None] * kv_len
     for start in range(least // KEYS * KEYS + split * KEYS, most, splits * KEYS):
@@ -258,7 +266,7 @@ def choose(
 
 def emit_attend(spec: AttentionSpec) -> str:
     """`attend`: attention of a tile over what it reads."""
-    names, precision = captured(spec), _precision(spec)
+    names, precision, wide = captured(spec), _precision(spec), _wide(spec)
     sink = """
     logit = tl.load(extra + b * extra_stride_b + h * extra_stride_h + q * extra_stride_t)
     logit = logit.to(tl.float32) * LOG2E
@@ -321,11 +329,10 @@ def attend(
     # The last tiles of a causal sequence take longest: they go first.
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     row = first_row + number
-    head, tile = row // tiles, row % tiles
-    b, h = head // heads, head % heads
+    {_place(spec, "row")}
     t = tile * TILE + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    q, d, width = tl.minimum(t, query_len - 1), tl.arange(0, DIM), tl.arange(0, WIDTH)
-    query += b.to(tl.int64) * query_stride_b + h * query_stride_h
+    q, d, width = tl.minimum(t, query_len - 1){wide}, tl.arange(0, DIM), tl.arange(0, WIDTH)
+    query += b.to(tl.int64) * query_stride_b + h.to(tl.int64) * query_stride_h
     asking = tl.load(
         query + q.to(tl.int64)[:, None] * query_stride_t + d[None, :] * query_stride_d,
         mask=(d < HEAD_DIM)[None, :], other=0.0,

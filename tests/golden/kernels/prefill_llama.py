@@ -95,14 +95,14 @@ def ask(
     """
     row = first_row + tl.program_id(0)
     head, tile = row // tiles, row % tiles
-    b, h = head // heads, head % heads
+    b, h = (head // heads), (head % heads)
     part, d = tl.arange(0, 16), tl.arange(0, DIM)
-    query += b.to(tl.int64) * query_stride_b + h * query_stride_h
+    query += b.to(tl.int64) * query_stride_b + h.to(tl.int64) * query_stride_h
     total = tl.zeros([16, DIM], tl.float32)
     for each in range(0, PART):
         t = tile * TILE + part * PART + each
         total += tl.load(
-            query + t[:, None] * query_stride_t + d[None, :] * query_stride_d,
+            query + t.to(tl.int64)[:, None] * query_stride_t + d[None, :] * query_stride_d,
             mask=((part < PARTS) & (t < query_len))[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
         ).to(tl.float32)
     begin = tile * TILE + part * PART
@@ -159,7 +159,7 @@ def scan(
     place, split = tl.program_id(0) * TILES, tl.program_id(1)
     row = first_row + place
     head, tile = row // tiles, row % tiles
-    b, h = head // heads, head % heads
+    b, h = (head // heads), (head % heads)
     number, part, d = tl.arange(0, TILES), tl.arange(0, TILES * PARTS), tl.arange(0, DIM)
     rows = place.to(tl.int64) + number
     begins, stops = tl.load(edge + rows * 8 + 1), tl.load(edge + rows * 8 + 4)
@@ -286,10 +286,10 @@ def attend(
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     row = first_row + number
     head, tile = row // tiles, row % tiles
-    b, h = head // heads, head % heads
+    b, h = (head // heads), (head % heads)
     t = tile * TILE + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     q, d, width = tl.minimum(t, query_len - 1), tl.arange(0, DIM), tl.arange(0, WIDTH)
-    query += b.to(tl.int64) * query_stride_b + h * query_stride_h
+    query += b.to(tl.int64) * query_stride_b + h.to(tl.int64) * query_stride_h
     asking = tl.load(
         query + q.to(tl.int64)[:, None] * query_stride_t + d[None, :] * query_stride_d,
         mask=(d < HEAD_DIM)[None, :], other=0.0,

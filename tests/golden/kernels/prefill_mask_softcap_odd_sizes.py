@@ -96,14 +96,14 @@ def ask(
     """
     row = first_row + tl.program_id(0)
     head, tile = row // tiles, row % tiles
-    b, h = head // heads, head % heads
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     part, d = tl.arange(0, 16), tl.arange(0, DIM)
-    query += b.to(tl.int64) * query_stride_b + h * query_stride_h
+    query += b.to(tl.int64) * query_stride_b + h.to(tl.int64) * query_stride_h
     total = tl.zeros([16, DIM], tl.float32)
     for each in range(0, PART):
         t = tile * TILE + part * PART + each
         total += tl.load(
-            query + t[:, None] * query_stride_t + d[None, :] * query_stride_d,
+            query + t.to(tl.int64)[:, None] * query_stride_t + d[None, :] * query_stride_d,
             mask=((part < PARTS) & (t < query_len))[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
         ).to(tl.float32)
     begin = tile * TILE + part * PART
@@ -124,7 +124,7 @@ def ask(
     tl.store(edge + 4, stop * used)
     tl.store(edge + 5, end * used)
     end = end * used
-    q = tl.minimum(begin + PART // 2, query_len - 1)
+    q = tl.minimum(begin + PART // 2, query_len - 1).to(tl.int64)
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
     top = tl.full([16], float("-inf"), tl.float32)
     whole = tl.zeros([16], tl.float32)
@@ -160,7 +160,7 @@ def scan(
     place, split = tl.program_id(0) * TILES, tl.program_id(1)
     row = first_row + place
     head, tile = row // tiles, row % tiles
-    b, h = head // heads, head % heads
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     number, part, d = tl.arange(0, TILES), tl.arange(0, TILES * PARTS), tl.arange(0, DIM)
     rows = place.to(tl.int64) + number
     begins, stops = tl.load(edge + rows * 8 + 1), tl.load(edge + rows * 8 + 4)
@@ -173,7 +173,7 @@ def scan(
         mask=(d < HEAD_DIM)[None, :], other=0.0,
     )
     total = tl.load(totals + source)
-    q = tl.minimum(tile * TILE + part * PART + PART // 2, query_len - 1)
+    q = tl.minimum(tile * TILE + part * PART + PART // 2, query_len - 1).to(tl.int64)
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
     bins += rows[:, None] * kv_len
     for start in range(least // KEYS * KEYS + split * KEYS, most, splits * KEYS):
@@ -287,10 +287,10 @@ def attend(
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     row = first_row + number
     head, tile = row // tiles, row % tiles
-    b, h = head // heads, head % heads
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     t = tile * TILE + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    q, d, width = tl.minimum(t, query_len - 1), tl.arange(0, DIM), tl.arange(0, WIDTH)
-    query += b.to(tl.int64) * query_stride_b + h * query_stride_h
+    q, d, width = tl.minimum(t, query_len - 1).to(tl.int64), tl.arange(0, DIM), tl.arange(0, WIDTH)
+    query += b.to(tl.int64) * query_stride_b + h.to(tl.int64) * query_stride_h
     asking = tl.load(
         query + q.to(tl.int64)[:, None] * query_stride_t + d[None, :] * query_stride_d,
         mask=(d < HEAD_DIM)[None, :], other=0.0,
