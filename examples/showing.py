@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.recorder import Call
 from lychee_compile.report import Report
 
@@ -38,14 +40,29 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Compared:
-    """The output of a model that stays exact, beside that of the model as it is."""
+    """The output of a model that keeps no cache, beside that of the model as it is."""
 
     error: float
     """Largest difference to the uncompiled model."""
+    relative_error: float
+    """Norm of the difference, as a share of that of the uncompiled model's output."""
     same_bits: bool
     """Whether it equals what it is compared with to the bit."""
     report: Report
     """What became of its attentions."""
+
+
+def compared(
+    got: Tensor, expected: Tensor, report: Report, other: Tensor | None = None
+) -> Compared:
+    """The output `got` beside that of the uncompiled model; its bits beside those of `other`."""
+    difference = got - expected
+    return Compared(
+        error=difference.abs().max().item(),
+        relative_error=(difference.norm() / expected.norm()).item(),
+        same_bits=torch.equal(got, expected if other is None else other),
+        report=report,
+    )
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
@@ -71,6 +88,31 @@ def decoder_options(
         help="on a GPU run plain PyTorch operators, which tell what they read; kernels do not",
     )
     return parser
+
+
+def whole_sequence_options(description: str | None) -> argparse.ArgumentParser:
+    """Those of an example that keeps no cache, and may read whole sequences in part."""
+    parser = options(description)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add(
+        "--sparse",
+        type=float,
+        nargs="?",
+        const=IndexConfig.prefill_budget,
+        metavar="SHARE",
+        help="128 queries read this share of the keys, 0.2 if none is given (default: all keys)",
+    )
+    add("--from", type=int, default=1024, dest="prefill_from", metavar="N",
+        help=f"with --sparse, fewer keys are all read {default}")  # fmt: skip
+    return parser
+
+
+def backend_options(given: argparse.Namespace) -> dict[str, Any]:
+    """Those of lychee for such an example."""
+    if given.sparse is None:
+        return {}
+    sizes = {"prefill_budget": given.sparse, "prefill_from": given.prefill_from}
+    return {"prefill": "sparse", **sizes}
 
 
 def console() -> Console:

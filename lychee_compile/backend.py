@@ -11,6 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from lychee_compile.kernels.policies import has_index
 from lychee_compile.kernels.slot_upkeep import SlotCache
 from lychee_compile.options import Options
 from lychee_compile.passes import torch_private
@@ -126,11 +127,12 @@ def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., An
     table = options.boundary_table()
     outputs = _output_count(gm)
     inputs = _StateInputs(analysis)
-    if table is not None and options.budget is not None and not _any(plans, "sparse"):
+    decodes_later = options.budget is not None and has_index(options.policy)
+    if table is not None and decodes_later and not _any_decodes(plans):
         note_prefill(gm, _worth_noting(plans, options), inputs, analysis.mode)
     for failure in rewrite(gm, plans, inputs, analysis.mode):
         _keep(failure.plan, f"it could not be rewritten: {failure.reason}")
-    if not inputs.states and not _any(plans, "exact"):
+    if not inputs.states and all(plan.site.decision == "kept" for plan in plans):
         return None
     append_in_place(gm, analysis.mode)
     check_graph(gm, outputs)
@@ -152,14 +154,15 @@ def _worth_noting(plans: Sequence[Plan], options: Options) -> list[Plan]:
     return [
         plan
         for plan in plans
-        if plan.site.by_design
+        if (plan.site.by_design or plan.whole is not None)
         and isinstance(plan.attention, Attention)
         and not runs_kernels(plan.attention, options)
     ]
 
 
-def _any(plans: Sequence[Plan], decision: str) -> bool:
-    return any(plan.site.decision == decision for plan in plans)
+def _any_decodes(plans: Sequence[Plan]) -> bool:
+    """Whether an attention reads sparsely through an index, which it updates itself."""
+    return any(plan.site.decision == "sparse" and plan.whole is None for plan in plans)
 
 
 class _StateInputs:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lychee_compile.boundaries import BoundaryTable, boundary_table, is_tokenizer
 from lychee_compile.kernels.config import BOUNDARIES, PREFILLS, IndexConfig
 from lychee_compile.kernels.policies import policy_names
+from lychee_compile.kernels.tile_policies import tile_policy_names
 
 LONGEST_CHUNK = 256
 _AT_LEAST = {
@@ -65,7 +66,8 @@ class Options(IndexConfig):
         self._set("seed", _integer("seed", self.seed, at_least=0, at_most=2**63 - 1))
         self._set("chunk", _chunk(self.chunk))
         _one_of("boundaries", self.boundaries, BOUNDARIES)
-        _one_of("policy", self.policy, policy_names())
+        policies = tuple(dict.fromkeys((*policy_names(), *tile_policy_names())))
+        _one_of("policy", self.policy, policies)
         self._set("tokenizer", _token_source(self.tokenizer))
         _check_mode(self.mode)
         self._set("epsilon", _share("epsilon", self.epsilon))

@@ -21,8 +21,8 @@ from lychee_compile.codegen.module import emit_module
 
 GOLDEN = Path(__file__).parent / "golden" / "kernels"
 LAUNCHED = {
-    "attend_all", "combine", "weigh", "scan_tokens", "scan_pages", "scan_chosen", "attend", "encode",
-    "ask", "scan", "choose",
+    "attend_all", "combine", "weigh", "scan_tokens", "scan_pages", "scan_chosen", "attend",
+    "encode", "ask", "scan", "choose",
 }  # fmt: skip
 FOR_THE_HOST = {"FLAT_TOKENS", "AUTOTUNE"}
 """Plain numbers that no kernel reads."""

@@ -182,7 +182,7 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("budget", [96, 2048])
+@pytest.mark.parametrize("budget", [pytest.param(96, marks=pytest.mark.thorough), 2048])
 def test_all_of_it(tmp_path, capsys, model, budget):
     """A random model finds nothing, but with a budget that covers all it says what dense says."""
     from long_document import main

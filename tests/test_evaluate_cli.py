@@ -44,17 +44,18 @@ def test_every_subject_measures_a_model(folder, tmp_path, capsys):
         f"all --model {folder} --out {tmp_path} --policies lychee,streaming --budgets 100,200 "
         "--text code --length 1500 --steps 2 --budget 100 --drift-length 700 --prompt 400 "
         "--every 150 --queries 1 --tasks pass-key --repeats 1 --boundaries tokens,fixed "
-        "--save-captures"
+        "--tiles 1 --shares 0.3 --save-captures"
     )
     printed = capsys.readouterr()
     assert status == 0, printed.err
-    for heading in ("Fidelity:", "Drift:", "Tasks:", "Where chunks are cut"):
+    for heading in ("Fidelity:", "Drift:", "Tasks:", "Where chunks are cut", "Whole sequences:"):
         assert heading in printed.out
     pictures = ("mass_against_budget", "error_against_bytes", "error_against_generated")
-    pictures += ("answers_against_budget", "mass_by_text")
+    pictures += ("answers_against_budget", "mass_by_text", "error_against_pairs")
     results = results_of(tmp_path, *(f"{picture}.png" for picture in pictures))
     assert results["command"].startswith("python -m lychee_compile evaluate all --model")
-    assert set(results) == {"command", "environment", "fidelity", "drift", "tasks", "text"}
+    subjects = {"fidelity", "drift", "tasks", "text", "prefill"}
+    assert set(results) == {"command", "environment", *subjects}
     (fidelity,) = results["fidelity"]
     assert (fidelity["text"], fidelity["length"], fidelity["steps"]) == ("code", 1500, 2)
     assert len(fidelity["rows"]) == 2 * 2 * (LAYERS + 1)

@@ -119,6 +119,37 @@ def test_vit_makes_no_score_matrix(capsys):
     assert "2 attentions: 2 exact" in words(capsys)
 
 
+SPARSE = ["--from", "64", "--device", "cpu"]
+"""Whole sequences are read in part; shares below 1 may still be all keys."""
+
+
+@pytest.mark.parametrize(("share", "error"), [("0.2", 0.5), ("0.999999", 1e-5)])
+def test_vit_reads_blocks_of_patches(share, error, capsys):
+    sizes = ["--image", "160", "--patch", "8", "--batch", "1"]
+    compared = example("vit").main([*sizes, "--sparse", share, *SPARSE])
+    assert compared.report.counts() == {"found": LAYERS, "sparse": LAYERS, "exact": 0, "kept": 0}
+    assert {site.query_len for site in compared.report.sites} == {401}
+    assert (compared.relative_error > 1e-5) == (share == "0.2")
+    assert compared.relative_error < error
+    printed = words(capsys)
+    assert "2 attentions: 2 sparse" in printed
+    assert "Logits: largest difference" in printed
+    assert "in blocks of 16 x 8 patches" in compared.report.sites[0].reason
+
+
+@pytest.mark.parametrize(("share", "error"), [("0.2", 0.1), ("0.999999", 1e-5)])
+def test_bert_reads_what_matters(share, error, capsys):
+    sizes = ["--context", "400", "--sparse", share]
+    (compared,) = example("bert_encoder").main([*sizes, *SPARSE]).values()
+    assert compared.report.counts() == {"found": LAYERS, "sparse": LAYERS, "exact": 0, "kept": 0}
+    assert {site.mask for site in compared.report.sites} == {"padding attention_mask"}
+    assert (compared.relative_error > 1e-5) == (share == "0.2")
+    assert compared.relative_error < error
+    printed = words(capsys)
+    assert "2 attentions: 2 sparse" in printed
+    assert f"{compared.relative_error:.1e}" in printed
+
+
 def test_whisper_reads_few_frames_of_sound(capsys):
     decoded = decode("whisper", BUDGET)
     decoder = decoded.reports[-1]

@@ -53,7 +53,13 @@ SECTIONS = {
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
-@pytest.mark.parametrize("name", list(CALLS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(each, marks=pytest.mark.thorough if each in ("t5", "whisper") else ())
+        for each in CALLS
+    ],
+)
 def test_the_report_reads_as_it_did(name: str) -> None:
     got = "\n".join(section(name, *call.split()) for call in CALLS[name])
     file = GOLDEN / f"{name}.txt"

@@ -68,7 +68,7 @@ def problems(draw):
 @FEW
 @given(problems(), st.sampled_from([TileTuning(128, 64, 8, 2), TileTuning(32, 16, 4, 2)]))
 def test_everything_read_is_as_good_as_eager_attention(problem, tuning):
-    output, _ = run_tiles(problem.module(), *operands(problem), EVERYTHING, tuning)
+    output, _ = run_tiles(problem.module(), *operands(problem), EVERYTHING, tuning=tuning)
     problem.assert_as_good_as_eager(output)
     blind = ~problem.visible.any(-1)
     assert torch.equal(output[blind], torch.zeros_like(output[blind]))
@@ -132,6 +132,17 @@ def test_the_keys_that_matter_most_are_read(mask, budget):
     expected = score.softmax(-1).nan_to_num() @ problem.value.double().repeat_interleave(2, 1)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_tiles_that_see_few_keys_read_all_of_them():
+    problem = tiled(sizes=Sizes(1, 1, 1, 400, 400, 16, 16), length=0)
+    launch = TileLaunch(problem.module(), *operands(problem), 0.1, shortest=257)
+    ((first_row, count),) = launch.slices()
+    launch.select(first_row, count)
+    launch.attend(first_row, count)
+    dense = problem.attention()
+    torch.testing.assert_close(launch.output[:, :, :256], dense[:, :, :256].float())
+    assert (launch.output[:, :, 256:] - dense[:, :, 256:]).norm(dim=-1).min() > 1e-3
 
 
 @pytest.mark.parametrize("mask", ["padding mask", "mask"])

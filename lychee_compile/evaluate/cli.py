@@ -11,17 +11,19 @@ from typing import Any, NoReturn
 from lychee_compile.evaluate.errors import EvaluationError, require
 from lychee_compile.evaluate.models import DTYPES, check_device
 from lychee_compile.evaluate.task_texts import TASKS
-from lychee_compile.evaluate.variants import check_budgets, parse_variants
+from lychee_compile.evaluate.variants import check_budgets, check_whole, parse_variants
 from lychee_compile.kernels.config import BOUNDARIES
 
 PEERS = "lychee,quest,clusterkv,tokenselect,hisa,streaming,oracle"
 CHUNKED = "lychee,oracle"
+WHOLE = "lychee,streaming,dhsa,s2o,compact"
 DRIFTING = "lychee,lychee:repair=False,quest,clusterkv"
 SUBJECTS = {
     "fidelity": "captured softmax mass, output error, bytes read and certificates",
     "drift": "error against generated tokens, of an index that follows and of one built anew",
     "tasks": "pass keys, look-ups in JSON and code, and copying, by the model itself",
     "text": "chunks cut at boundaries against fixed ones, by kind of text",
+    "prefill": "whole sequences: captured mass and output error against query-key pairs computed",
     "all": "all of these, one after another",
 }
 READ = "tokens read per KV head and step"
@@ -31,6 +33,7 @@ examples:
   %(prog)s fidelity --model DIR --text code --length 12288 --budgets 512,1024 --out results
   %(prog)s fidelity --capture results/captures/code-12288.safetensors --policies lychee,quest
   %(prog)s text --model DIR --text code --text json --text chinese=FILE
+  %(prog)s prefill --model DIR --length 12288 --shares 0.1,0.2,0.3
   %(prog)s tasks --model DIR --tasks pass-key,json-lookup --length 32000 --device cuda
 
 A policy is a name, with options of the backend where it is to run in a special form:
@@ -68,18 +71,20 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
             _add_tasks(parser)
         if subject in ("text", "all"):
             _add_text(parser)
+        if subject in ("prefill", "all"):
+            _add_prefill(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser, subject: str) -> None:
     add = parser.add_argument
-    policies = {"text": CHUNKED, "drift": DRIFTING}.get(subject, PEERS)
+    policies = {"text": CHUNKED, "drift": DRIFTING, "prefill": WHOLE}.get(subject, PEERS)
     _named(parser, "--model", "a causal language model: a folder or a name", metavar="DIR")
     _named(parser, "--device", "where it runs and policies are replayed", default="cpu")
     add("--dtype", choices=tuple(DTYPES), help="of the model (float32 on a CPU, else bfloat16)")
     _named(parser, "--policies", "what is compared", default=policies, metavar="LIST")
     if subject == "drift":
         _number(parser, "--budget", 1024, "tokens read per KV head and step")
-    else:
+    elif subject != "prefill":
         budgets = "256,512,1024,2048"
         add("--budgets", type=_budgets, default=budgets, metavar="LIST", help=f"{READ} ({budgets})")
     length = 32768 if subject == "drift" else 12288
@@ -90,7 +95,7 @@ def _add_common(parser: argparse.ArgumentParser, subject: str) -> None:
 
 def _add_captures(parser: argparse.ArgumentParser, subject: str) -> None:
     add = parser.add_argument
-    kinds = "code" if subject in ("fidelity", "drift") else "code, json and prose"
+    kinds = "code" if subject in ("fidelity", "drift", "prefill") else "code, json and prose"
     text = f"code, json, prose, or a UTF-8 file under a name; repeatable ({kinds})"
     add("--text", action="append", default=[], metavar="KIND[=FILE]", help=text)
     sites = "attentions to capture, by module path; repeatable (all)"
@@ -99,7 +104,7 @@ def _add_captures(parser: argparse.ArgumentParser, subject: str) -> None:
         replayed = "replay this capture and load no model; repeatable"
         add("--capture", action="append", default=[], type=Path, metavar="FILE", help=replayed)
     add("--save-captures", action="store_true", help="keep captures in the folder of the results")
-    if subject != "drift":
+    if subject not in ("drift", "prefill"):
         _number(parser, "--steps", 32, "last tokens of a text, which are decoded")
 
 
@@ -124,6 +129,13 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     summary = f"where chunks are cut, of {', '.join(BOUNDARIES)} ({','.join(chosen)})"
     names = _listed(BOUNDARIES)
     parser.add_argument("--boundaries", type=names, default=chosen, metavar="LIST", help=summary)
+
+
+def _add_prefill(parser: argparse.ArgumentParser) -> None:
+    shares = "0.05,0.1,0.2,0.3"
+    summary = f"of the keys that a tile of queries sees, read ({shares})"
+    parser.add_argument("--shares", type=_shares, default=shares, metavar="LIST", help=summary)
+    _number(parser, "--tiles", 24, "tiles of queries of each attention, over the later two thirds")
 
 
 def _named(parser: argparse.ArgumentParser, name: str, summary: str, **more: Any) -> None:
@@ -156,7 +168,9 @@ def _complete(given: argparse.Namespace) -> None:
     given.policies = parse_variants(given.policies)
     if given.subject in ("drift", "all"):
         check_budgets(given.policies, [given.budget])
-    if given.subject != "drift":
+    if given.subject == "prefill":
+        check_whole(given.policies)
+    elif given.subject != "drift":
         check_budgets(given.policies, given.budgets)
     check_device(given.device)
     try:
@@ -177,6 +191,8 @@ def _for_subject(given: argparse.Namespace, subject: str) -> argparse.Namespace:
         chosen.length = given.drift_length
     if given.subject == "all" and subject == "text":
         chosen.policies = parse_variants(CHUNKED)
+    if given.subject == "all" and subject == "prefill":
+        chosen.policies = parse_variants(WHOLE)
     return chosen
 
 
@@ -188,6 +204,20 @@ def _positive(text: str) -> int:
 
 def _budgets(text: str) -> list[int]:
     return sorted({_positive(part) for part in text.split(",")})
+
+
+def _shares(text: str) -> list[float]:
+    return sorted({_share(part) for part in text.split(",")})
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number between 0 and 1")
+    return share
 
 
 def _listed(choices: Collection[str]) -> Callable[[str], list[str]]:

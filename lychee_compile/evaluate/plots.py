@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lychee_compile.evaluate.drift import ANEW, DriftResult
 from lychee_compile.evaluate.errors import require
 from lychee_compile.evaluate.fidelity import FidelityResult, FidelityRow
+from lychee_compile.evaluate.prefill import PrefillResult
 from lychee_compile.evaluate.tasks import DENSE, TaskResult
 
 if TYPE_CHECKING:
@@ -35,18 +36,28 @@ def plot_mass(path: Path, results: Sequence[FidelityResult]) -> None:
 
 def plot_error(path: Path, results: Sequence[FidelityResult]) -> None:
     """Output error against bytes read, index and attended keys together."""
-    from matplotlib.ticker import LogLocator
-
     figure, panels = _panels(len(results))
     for axes, result in zip(panels, results, strict=True):
         for number, (policy, rows) in enumerate(_by_policy(result.overall())):
             megabytes = [row.bytes / 1e6 for row in rows]
             _line(axes, megabytes, [row.error for row in rows], policy, number)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        _log_errors(axes)
         _name(axes, _title(result), "MB read per KV head and step", "output error")
+    _finish(figure, panels, path)
+
+
+def plot_prefill(path: Path, results: Sequence[PrefillResult]) -> None:
+    """Output error against the share of query-key pairs computed, one panel a capture."""
+    figure, panels = _panels(len(results))
+    for axes, result in zip(panels, results, strict=True):
+        rows = result.overall()
+        for number, policy in enumerate(dict.fromkeys(row.policy for row in rows)):
+            mine = sorted((row for row in rows if row.policy == policy), key=lambda row: row.pairs)
+            pairs = [row.pairs for row in mine]
+            _line(axes, pairs, [row.error for row in mine], policy, number)
+        _log_errors(axes)
+        title = f"{result.model}, {result.text}, {result.length:,} tokens"
+        _name(axes, title, "share of query-key pairs computed", "output error")
     _finish(figure, panels, path)
 
 
@@ -113,6 +124,15 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, number
     marker = MARKERS[number % len(MARKERS)]
     size = max(9 - number, 4)  # what lies beneath another line still shows
     axes.plot(x, y, color=f"C{number}", marker=marker, ms=size, lw=1.5, label=label)
+
+
+def _log_errors(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def _ticks(axes: Axes, budgets: Iterable[int]) -> None:

@@ -26,6 +26,8 @@ from lychee_compile.evaluate.drift import (
 from lychee_compile.evaluate.errors import EvaluationError
 from lychee_compile.evaluate.fidelity import FidelityResult, fidelity
 from lychee_compile.evaluate.models import LanguageModel, load
+from lychee_compile.evaluate.prefill import PrefillResult, prefill, tiles_of
+from lychee_compile.evaluate.prefill_capture import capture_prefill, tile_positions
 from lychee_compile.evaluate.progress import stage
 from lychee_compile.evaluate.tasks import TaskResult, run_tasks
 from lychee_compile.evaluate.tensors import Capture
@@ -115,27 +117,51 @@ class Session:
             )
         self._show_tasks(result)
 
+    def prefill(self) -> None:
+        """Captured mass and error of whole sequences, against the share of pairs computed."""
+        positions = tile_positions(self.given.length, self.given.tiles)
+        taken = self._captures(positions, capture_prefill)
+        results = [self._read_whole(each) for each in taken]
+        for result in results:
+            self._console.print(tables.prefill_table(result))
+            self._console.print(tables.prefill_sites_table(result))
+        self._keep("prefill", [result.to_dict() for result in results])
+        self._draw("error_against_pairs.png", plots.plot_prefill, results)
+
+    def _read_whole(self, taken: Capture) -> PrefillResult:
+        tiles = len(tiles_of(taken)) * len(taken.sites)
+        label = f"Attending to {taken.text} ({len(taken.token_ids):,} tokens)"
+        with self._stage(label, tiles) as on:
+            given = self.given
+            return prefill(taken.to(given.device), given.policies, given.shares, on)
+
     def _show_tasks(self, result: TaskResult) -> None:
         self._console.print(tables.tasks_table(result))
         self._keep("tasks", result.to_dict())
         self._draw("answers_against_budget.png", plots.plot_tasks, result)
 
-    def _captures(self, positions: Sequence[int] | None = None) -> list[Capture]:
+    def _captures(
+        self, positions: Sequence[int] | None = None, take: Callable[..., Capture] = capture
+    ) -> list[Capture]:
         """Captures as files, or else of the texts asked for, at the last positions unless given."""
         given = self.given
         if given.capture:
             return [Capture.load(path) for path in given.capture]
         if positions is None:
             positions = last_positions(given.length, given.steps)
-        return [self._capture_once(source, tuple(positions)) for source in given.text]
+        return [self._capture_once(source, tuple(positions), take) for source in given.text]
 
-    def _capture_once(self, source: str, positions: tuple[int, ...]) -> Capture:
+    def _capture_once(
+        self, source: str, positions: tuple[int, ...], take: Callable[..., Capture]
+    ) -> Capture:
         """Subjects that ask for the same share a capture."""
         if (source, positions) not in self._taken:
-            self._taken[source, positions] = self._capture(source, positions)
+            self._taken[source, positions] = self._capture(source, positions, take)
         return self._taken[source, positions]
 
-    def _capture(self, source: str, positions: Sequence[int]) -> Capture:
+    def _capture(
+        self, source: str, positions: Sequence[int], take: Callable[..., Capture]
+    ) -> Capture:
         kind, text = read_text(source)
         model, length = self.model, positions[-1] + 1
         if model.longest is not None and length > model.longest:
@@ -146,7 +172,7 @@ class Session:
         if len(ids) < length:
             raise EvaluationError(f"--length {length}: the text {kind} has {len(ids):,} tokens")
         with self._stage(f"Capturing {kind}", length) as on:
-            taken = capture(
+            taken = take(
                 model.model,
                 ids,
                 positions,
@@ -157,7 +183,8 @@ class Session:
                 advance=on,
             )
         if self.given.save_captures:
-            taken.save(self.given.out / "captures" / f"{kind}-{length}.safetensors")
+            whole = "-prefill" if take is capture_prefill else ""
+            taken.save(self.given.out / "captures" / f"{kind}-{length}{whole}.safetensors")
         return taken
 
     def _replay(self, taken: Capture, variants: Sequence[Variant]) -> FidelityResult:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lychee_compile.evaluate.drift import ANEW, FOLLOWED, DriftResult
 from lychee_compile.evaluate.fidelity import FidelityResult, FidelityRow
+from lychee_compile.evaluate.prefill import PrefillResult
 from lychee_compile.evaluate.tasks import TaskResult
 
 ORACLE = "oracle"
@@ -133,6 +134,41 @@ def tasks_table(result: TaskResult) -> Group:
             f"{row.agreement:.1%}",
             f"{row.divergence:.4f}",
         )
+    return _titled(title, table)
+
+
+def prefill_table(result: PrefillResult) -> Group:
+    """Every policy at every share of the keys, over all sites together."""
+    sites = len({row.site for row in result.rows}) - 1
+    title = (
+        f"Whole sequences: {result.model}, {result.text}, {result.length:,} tokens, "
+        f"{result.tiles} tiles of queries, {sites} attentions"
+    )
+    table = _table(("policy", "left"))
+    for name in ("share", "pairs", "mass", "p10", "worst head", "error", "p90"):
+        table.add_column(name, justify="right", no_wrap=True)
+    share = None
+    for row in sorted(result.overall(), key=lambda row: row.share):
+        if share not in (None, row.share):
+            table.add_section()
+        share = row.share
+        numbers = (row.mass, row.mass_p10, row.mass_worst_head, row.error, row.error_p90)
+        cells = (f"{number:.3f}" for number in numbers)
+        table.add_row(row.policy, f"{row.share:g}", f"{row.pairs:.3f}", *cells)
+    return _titled(title, table)
+
+
+def prefill_sites_table(result: PrefillResult) -> Group:
+    """Captured mass and error at each attention, at the largest share."""
+    largest = max(row.share for row in result.rows)
+    names = list(dict.fromkeys(row.site for row in result.rows))
+    title = f"Captured mass / error at each attention, share {largest:g}"
+    table = _table(("policy", "left"))
+    for name in names:
+        table.add_column(name.removeprefix("model."), justify="right")
+    for policy in dict.fromkeys(row.policy for row in result.rows):
+        rows = [result.row(policy, largest, name) for name in names]
+        table.add_row(policy, *(f"{row.mass:.3f} / {row.error:.3f}" for row in rows))
     return _titled(title, table)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.policies import index_class
+from lychee_compile.kernels.tile_policies import tile_choice
 from lychee_compile.options import OptionError, Options
 
 NO_BOUNDARIES = torch.zeros(1, dtype=torch.uint8)
@@ -59,6 +61,10 @@ class Variant:
             given.setdefault("tokenizer", NO_BOUNDARIES)
         return Options.parse(None, given)
 
+    def whole_options(self, share: float) -> Options:
+        """The options for whole sequences, which read that share of the keys. `OptionError`."""
+        return self.backend_options(None, prefill="sparse", prefill_budget=share)
+
 
 def parse_variants(text: str) -> list[Variant]:
     """Policies separated by commas. Raises `OptionError` for a wrong one, or one named twice."""
@@ -72,10 +78,23 @@ def parse_variants(text: str) -> list[Variant]:
 
 
 def check_budgets(variants: Sequence[Variant], budgets: Sequence[int]) -> None:
-    """Raise `OptionError` for a budget that a policy cannot have."""
+    """Raise `OptionError` for a policy that cannot decode, or a budget that it cannot have."""
     for variant in variants:
+        try:
+            index_class(variant.policy)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
         for budget in budgets:
             variant.config(budget)
+
+
+def check_whole(variants: Sequence[Variant]) -> None:
+    """Raise `OptionError` for a policy that has no form for whole sequences."""
+    for variant in variants:
+        try:
+            tile_choice(variant.policy)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
 
 
 def describe(options: Options) -> dict[str, Any]:

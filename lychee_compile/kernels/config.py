@@ -39,7 +39,9 @@ class IndexConfig:
     and by the similarity of neighbouring keys elsewhere."""
     policy: str = "lychee"
     """How tokens are chosen, a name in `lychee_compile.kernels.policies`: "lychee", "quest",
-    "clusterkv", "tokenselect", "hisa", "streaming", "oracle", or one of your own."""
+    "clusterkv", "tokenselect", "hisa", "streaming", "oracle", or one of your own. Whole sequences
+    can have those in `lychee_compile.kernels.tile_policies`: "lychee", "streaming", "dhsa", "s2o",
+    "compact"; the last three cannot decode."""
     epsilon: float | None = None
     """Largest share of the softmax mass that may be missed: the budget widens, up to all tokens,
     until a certificate proves it. None: the budget holds, and nothing is proved."""
@@ -57,6 +59,7 @@ class IndexConfig:
     """Keys that a tile of a whole sequence reads: a share of those it sees, below 1, or their
     number. Sinks, recent tokens and what it sees in part are among them, and read in any case."""
     prefill_from: int = 16384
-    """Whole sequences of fewer keys stay exact: there sparse attention wins no time."""
+    """Whole sequences of fewer keys stay exact, and tiles that see fewer read all of them: there
+    sparse attention wins no time."""
     reference: bool = False
     """Run the plain PyTorch operators on any device, to study quality where they win no time."""

@@ -54,14 +54,16 @@ def run_tiles(
     captured: Sequence[Tensor],
     extra: Tensor | None,
     budget: float,
+    shortest: int = 0,
     tuning: TileTuning | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of `query` [B, Hq, T, D] over part of `key` [B, Hkv, L, D].
 
-    `value` is [B, Hkv, L, Dv]; a tile reads `budget` keys, below 1 that share of those it sees.
-    Returns the output [B, Hq, T, Dv] and the log-sum-exp of the scores read, float32 [B, Hq, T].
+    `value` is [B, Hkv, L, Dv]; a tile reads `budget` keys, below 1 that share of those it sees, and
+    all of them where it sees less than `shortest`. Returns the output [B, Hq, T, Dv] and the
+    log-sum-exp of the scores read, float32 [B, Hq, T].
     """
-    launch = TileLaunch(module, query, key, value, captured, extra, budget, tuning)
+    launch = TileLaunch(module, query, key, value, captured, extra, budget, shortest, tuning)
     for first_row, count in launch.slices():
         launch.select(first_row, count)
         launch.attend(first_row, count)
@@ -84,11 +86,13 @@ class TileLaunch:
         captured: Sequence[Tensor],
         extra: Tensor | None,
         budget: float,
+        shortest: int = 0,
         tuning: TileTuning | None = None,
     ) -> None:
         batch, heads, query_len, head_dim = query.shape
         kv_len, value_dim = key.shape[2], value.shape[-1]
         self._module, self._tuning = module, tuning or tile_tuning(key, value)
+        self._shortest = shortest
         self._share, self._most = (budget, ALL) if budget < 1 else (2.0, min(int(budget), ALL))
         self.output = query.new_empty(batch, query_len, heads, value_dim).transpose(1, 2)
         self.log_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
@@ -96,7 +100,8 @@ class TileLaunch:
         self.tiles = -(-query_len // (TILE * TOGETHER)) * TOGETHER
         """Tiles of one head, filled up with empty ones."""
         self._rows = batch * heads * self.tiles
-        self.capacity = min(int(budget * kv_len) + 1 if budget < 1 else self._most, kv_len)
+        most = int(budget * kv_len) + 1 if budget < 1 else self._most
+        self.capacity = min(max(most, shortest), kv_len)
         """Keys that a tile can choose."""
         at_once = SCRATCH_BYTES // ((kv_len + 4 * self.capacity) * TOGETHER) * TOGETHER
         self._at_once = max(TOGETHER, min(at_once, self._rows))
@@ -134,7 +139,7 @@ class TileLaunch:
         )  # fmt: skip
         module.choose[(count,)](
             made["edge"], made["bins"], made["chosen"], made["counts"],
-            where[-1], self.capacity, self._share, self._most,
+            where[-1], self.capacity, self._share, self._most, self._shortest,
             LANES=1024, num_warps=4, num_stages=1,
         )  # fmt: skip
 

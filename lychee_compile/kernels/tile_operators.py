@@ -7,13 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.generated import load
-from lychee_compile.kernels.launch_tiles import ALL, run_tiles
+from lychee_compile.kernels.launch_tiles import run_tiles
 from lychee_compile.kernels.observe import TileCall, tile_observers
 from lychee_compile.kernels.reference.attention import dense_attention
 from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
 
 
-@torch.library.custom_op("lychee::sparse_prefill", mutates_args=())
+# The reference looks at how much it reads.
+@torch.library.custom_op(
+    "lychee::sparse_prefill", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def sparse_prefill(
     query: Tensor,
     key: Tensor,
@@ -35,11 +38,11 @@ def sparse_prefill(
     """Attention of `query` [B, Hq, T, D] over part of `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
 
     Operands, mask and `order` as in `tile_attention`, the settings those of `TileConfig`. With less
-    than `shortest` keys it is dense.
+    than `shortest` keys in all it is dense.
     """
     if key.shape[2] < shortest:
         return _dense(query, key, value, mask, causal, scale, softcap, extra).contiguous()
-    config = TileConfig(policy, budget, sinks, recent, epsilon)
+    config = TileConfig(policy, budget, sinks, recent, epsilon, shortest)
     result = tile_attention(query, key, value, mask, causal, scale, config, softcap, extra, order)
     for observer in tile_observers:
         observer(TileCall(site, query, key, value, mask, causal, scale, softcap, order, result))
@@ -84,18 +87,17 @@ def tiled_prefill(
 ) -> Tensor:
     """`sparse_prefill` by the generated module `kernel`; `captured` are what score and mask read.
 
-    With less than `shortest` keys it reads all of them: by PyTorch's own kernel where `plain` says
-    that its scores are only scaled, and that every query sees "all" or those up to it ("causal").
+    With less than `shortest` keys in all it is PyTorch's own kernel where `plain` says that scores
+    are only scaled, and that every query sees "all" or those up to it ("causal").
     """
     if key.shape[2] < shortest and plain:
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=plain == "causal", scale=scale, enable_gqa=True
         ).contiguous()
-    share = ALL if key.shape[2] < shortest else budget
     if order is not None:
         query = query.index_select(2, order)
     with torch.cuda.device_of(query):
-        output, _ = run_tiles(load(kernel), query, key, value, captured, extra, share)
+        output, _ = run_tiles(load(kernel), query, key, value, captured, extra, budget, shortest)
     if order is not None:
         output = torch.empty_like(output).index_copy_(2, order, output)
     return output.contiguous()

@@ -11,11 +11,13 @@ import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators import DEVICES, DTYPES, LONGEST_QUERY
-from lychee_compile.kernels.policies import index_class
+from lychee_compile.kernels.policies import has_index, index_class, policy_names
+from lychee_compile.passes import whole_sequences
 from lychee_compile.passes.attention import Attention, Unread
 from lychee_compile.passes.caches import CacheBinding, Unbound, bind_cache, find_writes
 from lychee_compile.passes.dataflow import operator_name, value_of
 from lychee_compile.passes.describe import describe, describe_unread
+from lychee_compile.passes.grids import find_grid
 from lychee_compile.passes.kernel_site import KernelSite, kernel_site
 from lychee_compile.passes.kernel_support import (
     NoKernel,
@@ -25,6 +27,8 @@ from lychee_compile.passes.kernel_support import (
 )
 from lychee_compile.passes.rearrange import Emitter
 from lychee_compile.passes.site import Site
+from lychee_compile.passes.tile_site import tile_site
+from lychee_compile.passes.whole_sequences import WholeSequence
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Plan:
     binding: CacheBinding | None
     kernel: KernelSite | None = None
     """The generated kernel that takes its place; None where PyTorch's or the reference's does."""
+    whole: WholeSequence | None = None
+    """How a whole sequence is read that is "sparse", without an index that is kept."""
 
     @property
     def node(self) -> torch.fx.Node:
@@ -79,6 +85,8 @@ class Planner:
         )
         if unsupported:
             return self._kept(plan, attention, unsupported, by_design=False)
+        if self._is_whole(attention, cached=binding is not None):
+            return self._whole(plan, attention, place)
         exact = _better_exact(attention, place, self._config)
         if runs_kernels(attention, self._config):
             return self._with_kernel(plan, attention, exact, unbound)
@@ -89,6 +97,34 @@ class Planner:
         plan.site.kernel = "lychee::sparse_attention (reference)"
         plan.site.reason = _how_much(self._config, plan.site.kv_len)
         return plan
+
+    def _is_whole(self, attention: Attention, cached: bool) -> bool:
+        sparse = self._config.prefill == "sparse"
+        return sparse and whole_sequences.is_whole_sequence(attention, cached)
+
+    def _whole(self, plan: Plan, attention: Attention, place: int) -> Plan:
+        """Let every tile of a whole sequence read what matters to it."""
+        config = self._config
+        exact = (
+            _exact_asked_for(config)
+            or _in_dense_layers(place, config)
+            or whole_sequences.better_exact(attention, config)
+        )
+        if exact:
+            return self._kept(plan, attention, exact, by_design=True)
+        grid, tiles = find_grid(attention), None
+        if runs_kernels(attention, config):
+            try:
+                tiles = tile_site(attention, config, self._emit)
+            except NoKernel as error:
+                return self._kept(plan, attention, str(error), by_design=True)
+            grid = grid if tiles.any_order else None
+        elif reason := _unsupported_device(attention, config):
+            return self._kept(plan, attention, reason, by_design=False)
+        whole = WholeSequence(config, grid, tiles)
+        plan.site.decision, plan.site.reason = "sparse", whole.reads
+        plan.site.kernel = whole.operator
+        return replace(plan, whole=whole)
 
     def _kept(self, plan: Plan, attention: Attention, reason: str, by_design: bool) -> Plan:
         """Leave an attention to PyTorch: as it was, or as one operator of its."""
@@ -189,16 +225,29 @@ def _better_exact(attention: Attention, place: int, config: IndexConfig) -> str 
     """Why this attention is meant to stay exact; None where sparse reading can win."""
     query_len, kv_len = attention.query_len, attention.kv_len
     if config.budget is None:
-        return "budget=None asks for exact attention"
+        return _exact_asked_for(config)
     if query_len == kv_len or (isinstance(query_len, int) and query_len > LONGEST_QUERY):
         return f"{query_len} query positions: a prefill or an encoder, which stays exact"
     if attention.is_causal:
         return "is_causal counts from the first key, which decoding over a cache does not mean"
     if isinstance(kv_len, int) and kv_len <= config.budget:
         return f"key length {kv_len} is within the budget {config.budget}"
+    if not has_index(config.policy):
+        known = ", ".join(map(repr, policy_names()))
+        return f"option policy={config.policy!r} cannot decode, only whole sequences; {known} can"
+    return _in_dense_layers(place, config)
+
+
+def _exact_asked_for(config: IndexConfig) -> str | None:
+    return "budget=None asks for exact attention" if config.budget is None else None
+
+
+def _in_dense_layers(place: int, config: IndexConfig) -> str | None:
+    """Why the first attentions of a graph stay exact."""
     dense_layers = config.dense_layers
     if dense_layers is None:
-        dense_layers = index_class(config.policy).dense_layers
+        known = has_index(config.policy)
+        dense_layers = index_class(config.policy).dense_layers if known else 0
     if place < dense_layers:
         return f"among the first attentions, {dense_layers} of which stay exact"
     return None

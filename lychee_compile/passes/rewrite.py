@@ -17,6 +17,11 @@ Where generated kernels run, one operator does both; `index` is then the memory 
     out = sparse_decode(q, k, v, [length], None, positions, index, "decode_lychee_bf16_g4_d128_...")
     out = exact_decode(q, k, v, [length], None, "decode_exact_bf16_g4_d128_...")
 
+A whole sequence that is read sparsely, `order` being that of patches in blocks, becomes
+
+    out = sparse_prefill(q, k, v, mask, None, order, causal, scale, None, "lychee", 0.2, ...)
+    out = tiled_prefill(q, k, v, [], None, order, "causal", scale, 0.2, 16384, "prefill_lychee_...")
+
 An attention written out by hand that stays exact becomes
 
     out = scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -26,13 +31,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.fx
 
-from lychee_compile.kernels import decode_operators, operators  # noqa: F401  registers them
+from lychee_compile.kernels import (  # noqa: F401  registers them
+    decode_operators,
+    operators,
+    tile_operators,
+)
 from lychee_compile.kernels.slot_upkeep import SlotCache
 from lychee_compile.passes.attention import Attention
 from lychee_compile.passes.caches import CacheBinding
@@ -41,10 +50,12 @@ from lychee_compile.passes.check import RewriteError, check_replacement
 from lychee_compile.passes.dataflow import aten, shape_of, static_size, value_of
 from lychee_compile.passes.dead_code import erase_dead_code
 from lychee_compile.passes.decide import Plan
+from lychee_compile.passes.grids import Orders
 from lychee_compile.passes.kernel_site import KernelSite
 from lychee_compile.passes.masks import Reading
 from lychee_compile.passes.rearrange import Emitter
 from lychee_compile.passes.tokens import covers, find_token_ids
+from lychee_compile.passes.whole_sequences import WholeSequence
 
 StateInput = Callable[[CacheBinding, SlotCache | None], torch.fx.Node]
 """Gives the graph input that stands for the index of a cache: one by slot, or the reference's."""
@@ -64,6 +75,7 @@ def rewrite(
     """Rewrite, in place, what was decided "sparse" or "exact". What resists is left as it was."""
     token_ids = find_token_ids(gm.graph)
     emit = Emitter(gm.graph, mode)
+    orders = Orders(emit)
     updated: set[object] = set()
     failures = []
     for plan in plans:
@@ -73,6 +85,8 @@ def rewrite(
             with gm.graph.inserting_before(plan.node):
                 if plan.kernel is not None:
                     _rewrite_kernel(plan, plan.kernel, emit, state_input, updated)
+                elif plan.whole is not None:
+                    _rewrite_whole(plan, plan.whole, emit, orders)
                 elif plan.site.decision == "sparse":
                     _Site(plan, emit, token_ids).rewrite(state_input, updated)
                 else:
@@ -100,9 +114,15 @@ def note_prefill(
             if site.knows_tokens:
                 noted.add(plan.binding)
                 try:
-                    site.update(Canonicaliser(site.attention, emit).operands(), state_input)
+                    given = Canonicaliser(site.attention, emit).operands()
+                    site.update(replace(given, mask=_last_row(given.mask, emit)), state_input)
                 except RewriteError:
                     continue
+
+
+def _last_row(mask: torch.fx.Node | None, emit: Emitter) -> torch.fx.Node | None:
+    """What the last query sees, which is all that an index asks for: a prefill's mask is large."""
+    return None if mask is None else emit(aten.slice.Tensor, mask, 2, -1)
 
 
 class _Site:
@@ -202,6 +222,36 @@ def _positions(
     first = emit(operator.sub, kv_len, cache.written)
     device = value_of(given.key).device
     return emit(aten.arange.start, first, kv_len, device=device, dtype=torch.int64)
+
+
+def _rewrite_whole(plan: Plan, whole: WholeSequence, emit: Emitter, orders: Orders) -> None:
+    """Let every tile of a whole sequence read what matters to it."""
+    attention, config = plan.attention, whole.config
+    assert isinstance(attention, Attention)
+    old, score = attention.node, attention.score
+    canonical = Canonicaliser(attention, emit)
+    plainly_causal, tiles = Reading(attention).is_plainly_causal, whole.tiles
+    given = canonical.operands(masked=not plainly_causal) if tiles is None else tiles.given
+    operands = given.query, given.key, given.value
+    order = None
+    if whole.grid is not None:
+        order = orders(whole.grid, value_of(given.query).device)
+    budget = float(config.prefill_budget)
+    if tiles is not None:
+        made = emit(
+            torch.ops.lychee.tiled_prefill.default,
+            *operands, list(tiles.captured), given.extra, order,
+            tiles.plain, score.scale, budget, config.prefill_from, tiles.kernel,
+        )  # fmt: skip
+    else:
+        made = emit(
+            torch.ops.lychee.sparse_prefill.default,
+            *operands, given.mask, given.extra, order,
+            plainly_causal or attention.is_causal, score.scale, score.softcap,
+            config.policy, budget, config.sinks, config.recent, config.epsilon,
+            config.prefill_from, plan.site.name,
+        )  # fmt: skip
+    old.replace_all_uses_with(_new_output(emit, canonical, made, old))
 
 
 def _rewrite_exact(plan: Plan, emit: Emitter) -> None:

@@ -15,6 +15,11 @@ from lychee_compile.kernels.policies.quest import QuestIndex
 from lychee_compile.kernels.policies.streaming import StreamingIndex
 from lychee_compile.kernels.policies.tokenselect import TokenSelectIndex
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.tile_policies import (
+    TileChoice,
+    register_tile_policy,
+    tile_policy_names,
+)
 
 _registered: dict[str, type[KVIndex]] = {
     "lychee": LycheeIndex,
@@ -28,32 +33,51 @@ _registered: dict[str, type[KVIndex]] = {
 
 
 def policy_names() -> tuple[str, ...]:
-    """Every policy that options can name."""
+    """Every policy that can decode."""
     return tuple(_registered)
 
 
-def register_policy(name: str, index: type[KVIndex]) -> None:
+def has_index(name: str) -> bool:
+    """Whether a policy can decode; others choose for whole sequences alone."""
+    return name in _registered
+
+
+def register_policy(
+    name: str, index: type[KVIndex] | None, *, tiles: TileChoice | None = None
+) -> None:
     """Let `options={"policy": name}` choose tokens as `index`, a class of indexes, does.
 
-    Raises ValueError where another class has that name, and TypeError for what is not such a class
-    or leaves abstract methods undefined.
+    `tiles` is how it chooses for whole sequences, under `options={"prefill": "sparse"}`; None: it
+    has no form for them. `index` is None for a policy that cannot decode. Raises ValueError where
+    there is another of that name, and TypeError for what is no such class or function, or leaves
+    abstract methods undefined.
     """
-    given: object = index
-    if not (inspect.isclass(given) and issubclass(given, KVIndex)):
+    if index is not None or tiles is None:
+        _check_index(name, index)
+    if tiles is not None:
+        register_tile_policy(name, tiles)
+    if index is not None:
+        _registered[name] = index
+
+
+def _check_index(name: str, index: object) -> None:
+    if not (inspect.isclass(index) and issubclass(index, KVIndex)):
         raise TypeError(f"a policy is a subclass of KVIndex, got {index!r}")
     missing = ", ".join(sorted(index.__abstractmethods__))
     if missing:
         raise TypeError(f"policy {name!r}: {index.__qualname__} does not define {missing}")
     if _registered.get(name, index) is not index:
         raise ValueError(f"there is a policy {name!r} already: {_registered[name].__qualname__}")
-    _registered[name] = index
 
 
 def index_class(name: str) -> type[KVIndex]:
-    """The indexes of a policy. Raises ValueError for an unknown one."""
-    if name not in _registered:
-        raise ValueError(f"unknown policy {name!r}; known are {', '.join(_registered)}")
-    return _registered[name]
+    """The indexes of a policy. Raises ValueError for an unknown one, or one that cannot decode."""
+    if name in _registered:
+        return _registered[name]
+    known = ", ".join(_registered)
+    if name in tile_policy_names():
+        raise ValueError(f"policy {name!r} cannot decode, only whole sequences; those can: {known}")
+    raise ValueError(f"unknown policy {name!r}; known are {known}")
 
 
 def make_index(

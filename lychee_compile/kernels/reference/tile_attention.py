@@ -32,6 +32,8 @@ class TileConfig:
     epsilon: float | None = None
     """Largest share of the softmax mass that may be missed: tiles read more, up to all keys, until
     a certificate proves it. None: the budget holds, and nothing is proved."""
+    shortest: int = 0
+    """Tiles that see fewer keys read all of them."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class _Attention:
         allowed = torch.full_like(counts, int(config.budget))
         if config.budget < 1:
             allowed = (config.budget * counts).ceil().long()
+        allowed = torch.where(counts < config.shortest, counts, allowed)
         room = (allowed - sight.always.sum(-1)).clamp(min=0).expand(batch, heads, -1)
         # What nobody sees may hold anything, NaN for one.
         key = self.key.float().nan_to_num()
@@ -185,7 +188,8 @@ class _Attention:
     ) -> Tensor:
         """Upper bound of the share of the softmax in unread keys: float32 [B, Hq, end - begin].
 
-        By the balls around pages of keys. All queries of a tile see what it leaves out.
+        By the balls around pages of keys. All queries of a tile see what it leaves out, but those
+        that see nothing at all, which miss nothing.
         """
         pages, unread = question.key_nodes(PAGE), unread & question.candidates
         padded = F.pad(unread, (0, (-unread.shape[-1]) % PAGE)).unflatten(-1, (-1, PAGE))
@@ -199,7 +203,9 @@ class _Attention:
         longest = torch.linalg.vector_norm(question.key, dim=-1).amax(-1)[..., None]
         reach = torch.linalg.vector_norm(question.query, dim=-1) * question.per_query_head(longest)
         log_unread = bound.logsumexp(-1)
-        return bounded_share(log_unread, log_sum.float(), self.scale, reach, self.query.shape[-1])
+        head_dim = self.query.shape[-1]
+        share = bounded_share(log_unread, log_sum.float(), self.scale, reach, head_dim)
+        return share.masked_fill(~self.sight.rows(begin, end).any(-1), 0)
 
     def _failing(self, share: Tensor, epsilon: float | None, begin: int) -> Tensor:
         """Tiles of which some query misses more than `epsilon`: bool [B, Hq, tiles]."""

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lychee_compile.kernels.reference.tile_question import TileQuestion
+from lychee_compile.kernels.tile_policies.compact import choose_block_union
+from lychee_compile.kernels.tile_policies.dhsa import choose_by_chunks
 from lychee_compile.kernels.tile_policies.lychee import choose_by_centres
+from lychee_compile.kernels.tile_policies.s2o import choose_until_it_wanes
 from lychee_compile.kernels.tile_policies.streaming import choose_last
 
 TileChoice = Callable[[TileQuestion], Tensor]
@@ -16,6 +19,9 @@ TileChoice = Callable[[TileQuestion], Tensor]
 _registered: dict[str, TileChoice] = {
     "lychee": choose_by_centres,
     "streaming": choose_last,
+    "dhsa": choose_by_chunks,
+    "s2o": choose_until_it_wanes,
+    "compact": choose_block_union,
 }
 
 
@@ -27,8 +33,12 @@ def tile_policy_names() -> tuple[str, ...]:
 def register_tile_policy(name: str, choice: TileChoice) -> None:
     """Let `options={"prefill": "sparse", "policy": name}` choose as `choice` does.
 
-    Raises ValueError where there is another of that name.
+    Raises ValueError where there is another of that name, TypeError for what cannot be called.
     """
+    if not callable(choice):
+        raise TypeError(
+            f"policy {name!r} chooses for whole sequences by a function, got {choice!r}"
+        )
     if _registered.get(name, choice) is not choice:
         raise ValueError(f"there is a policy {name!r} for whole sequences already")
     _registered[name] = choice

@@ -197,11 +197,12 @@ def scan(
 
 @triton.jit
 def choose(
-    edge, bins, chosen, counts, kv_len, capacity, share, most, LANES: tl.constexpr,
+    edge, bins, chosen, counts, kv_len, capacity, share, most, shortest, LANES: tl.constexpr,
 ):
     """The list of the keys that a tile reads, beside those it reads in any case.
 
-    Of those it sees the given share, or at most so many where that is less.
+    Of those it sees the given share, or at most so many where that is less; all of them where they
+    are fewer than `shortest`.
     """
     row = tl.program_id(0)
     first, begin, own, own_end, stop, end = stretches(edge, row)
@@ -218,6 +219,7 @@ def choose(
     always = begin - first + own_end - own + end - stop
     seen = tl.sum(tl.where(level > 1, held, 0), 0)
     allowed = tl.minimum(tl.ceil((always + seen) * share).to(tl.int32), most)
+    allowed = tl.where(always + seen < shortest, kv_len, allowed)
     room = tl.minimum(tl.maximum(allowed - always, 0), capacity)
     through = tl.cumsum(held, 0, reverse=True)
     cut = tl.max(tl.where(through > room, level, 0), 0)
