@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.observe import SparseCall, observers
+from lychee_compile.kernels.observe import SparseCall, TileCall, observers, tile_observers
 from lychee_compile.kernels.reference.softcap import capped
+from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
 from lychee_compile.kernels.reference.visible import visible_keys
 
 
@@ -40,12 +41,42 @@ class Call:
         return (self.tokens >= 0).sum(-1)
 
 
+@dataclass(frozen=True)
+class WholeCall:
+    """One attention of a whole sequence that read part of its keys."""
+
+    site: str
+    """Module path."""
+    query_len: int
+    kv_len: int
+    tokens_read: Tensor
+    """Keys that each tile of 128 queries read, int64 [B, Hq, tiles]."""
+    mass: Tensor | None
+    """Share of the dense softmax mass on them, float32 [B, Hq, T]."""
+    certificate: Tensor
+    """Upper bound of the share not read, float32 [B, Hq, T]; 1 where no `epsilon` asks for one."""
+
+
 class Recorder:
-    """Collects a `Call` for each sparse attention, in order."""
+    """Collects a `Call` for each sparse attention of decoding, a `WholeCall` for each other."""
 
     def __init__(self, mass: bool) -> None:
         self.calls: list[Call] = []
+        self.whole: list[WholeCall] = []
         self._mass = mass
+
+    def observe_whole(self, call: TileCall) -> None:
+        """Keep how much `call` read; its operands are not held."""
+        self.whole.append(
+            WholeCall(
+                site=call.site,
+                query_len=call.query.shape[2],
+                kv_len=call.key.shape[2],
+                tokens_read=call.result.read.sum(-1),
+                mass=whole_mass(call) if self._mass else None,
+                certificate=call.result.certificate,
+            )
+        )
 
     def observe(self, call: SparseCall) -> None:
         """Keep what `call` read; its operands are not held."""
@@ -75,10 +106,22 @@ def record(*, mass: bool = False) -> Iterator[Recorder]:
     """
     recorder = Recorder(mass)
     observers.append(recorder.observe)
+    tile_observers.append(recorder.observe_whole)
     try:
         yield recorder
     finally:
         observers.remove(recorder.observe)
+        tile_observers.remove(recorder.observe_whole)
+
+
+def whole_mass(call: TileCall) -> Tensor:
+    """Share of the dense softmax on the keys that `call` read: float32 [B, Hq, T]."""
+    everything = tile_attention(
+        call.query, call.key, call.value, call.mask, call.causal, call.scale,
+        TileConfig("streaming", budget=call.key.shape[2]), call.softcap, call.extra, call.order,
+    )  # fmt: skip
+    share = (call.result.log_sum - everything.log_sum).exp()
+    return share.nan_to_num(nan=1.0).clamp(max=1)  # a query that sees nothing misses nothing
 
 
 def captured_mass(call: SparseCall, tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from prefill_cases import (
     DIM,
     GROUPED,
     KERNEL,
+    LENGTH,
     RECENT,
     SCALE,
     SINKS,
@@ -36,6 +37,7 @@ from torch._dynamo.utils import counters
 import lychee_compile
 from lychee_compile.boundaries import BoundaryTable
 from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.tiles import TILE
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
@@ -357,3 +359,19 @@ def test_a_llama_prefills_and_decodes_sparsely() -> None:
     prefill, step = lychee_compile.reports()[:2]
     assert {site.kernel for site in prefill.sites} == {KERNEL}
     assert {site.kernel for site in step.sites} == {"lychee::sparse_attention (reference)"}
+
+
+def test_a_recorder_tells_what_tiles_read() -> None:
+    """And what share of the softmax that is, as computed from all scores."""
+    query, key, value = operands()
+    run = compiled(sdpa, prefill_budget=0.4)
+    with recorded() as calls, lychee_compile.record(mass=True) as recorder:
+        run(query, key, value)
+    ((call,), (whole,)) = calls, recorder.whole
+    assert (whole.query_len, whole.kv_len) == (LENGTH, LENGTH)
+    assert torch.equal(whole.tokens_read, call.result.read.sum(-1))
+    share = (SCALE * query @ key.mT).softmax(-1)
+    read = call.result.read.repeat_interleave(TILE, 2)[:, :, :LENGTH]
+    torch.testing.assert_close(whole.mass, (share * read).sum(-1), atol=1e-5, rtol=1e-4)
+    run(query, key, value)
+    assert len(recorder.whole) == 1

@@ -87,6 +87,7 @@ def test_budgets_are_kept(whole: Whole, config: TileConfig):
     allowed = torch.full_like(counts, int(config.budget))
     if config.budget < 1:
         allowed = (config.budget * counts).ceil().long()
+    allowed = torch.where(counts < config.shortest, counts, allowed)
     assert bool((result.read.sum(-1) <= torch.maximum(always.sum(-1), allowed)).all())
 
 
@@ -211,12 +212,13 @@ def test_the_operator_is_the_specification_and_dense_below_the_shortest():
         dense = sparse_prefill(query, key, value, *rest, 301, "here")
     finally:
         tile_observers.remove(calls.append)
-    config = TileConfig(**ARGUMENTS)
+    config = TileConfig(**ARGUMENTS, shortest=300)
     expected = tile_attention(query, key, value, None, True, 0.3, config)
     assert torch.equal(sparse, expected.output)
     (call,) = calls
     assert (call.site, call.causal) == ("here", True)
     assert torch.equal(call.result.read, expected.read)
+    assert expected.read.sum(-1).unique().tolist() == [128, 256, 90]
     exact = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=0.3, enable_gqa=True
     )

@@ -154,5 +154,6 @@ def tile_configs(draw, policies, **fixed) -> TileConfig:
         "budget": draw(st.sampled_from([0.01, 0.1, 0.3, 0.5, 0.9, 1, 20, 100])),
         "sinks": draw(st.integers(0, 4)),
         "recent": draw(st.integers(0, 9)),
+        "shortest": draw(st.sampled_from([0, 0, 50, 200])),
     }
     return TileConfig(**{**drawn, **fixed})

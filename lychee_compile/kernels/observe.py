@@ -46,6 +46,7 @@ class TileCall:
     causal: bool
     scale: float
     softcap: float | None
+    extra: Tensor | None
     order: Tensor | None
     result: TileResult
 

@@ -45,7 +45,8 @@ def sparse_prefill(
     config = TileConfig(policy, budget, sinks, recent, epsilon, shortest)
     result = tile_attention(query, key, value, mask, causal, scale, config, softcap, extra, order)
     for observer in tile_observers:
-        observer(TileCall(site, query, key, value, mask, causal, scale, softcap, order, result))
+        call = TileCall(site, query, key, value, mask, causal, scale, softcap, extra, order, result)
+        observer(call)
     return result.output.contiguous()
 
 
