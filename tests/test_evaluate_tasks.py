@@ -201,6 +201,18 @@ def test_tasks_run_by_every_way(model):
     assert rows["all", "streaming", 100].divergence > some / 2 > 0
 
 
+@pytest.mark.usefixtures("without_inductor", "seeded")
+def test_documents_are_read_sparsely_where_a_variant_says_so(model):
+    sparse = "lychee:prefill=sparse:prefill_from=64:prefill_budget"
+    variants = parse_variants(f"{sparse}=100000,{sparse}=0.05")
+    given = {"length": 700, "repeats": 1}
+    result = run_tasks(model, ["pass-key"], variants, [2048], **given)
+    _, everything, little = result.answers
+    assert everything.agreement == 1.0
+    assert everything.divergence == pytest.approx(0, abs=1e-4)
+    assert little.divergence > 1e-3
+
+
 def test_wrong_tasks_and_lengths_are_refused(model):
     with pytest.raises(EvaluationError, match="--tasks riddle: expected some of pass-key"):
         run_tasks(model, ["riddle"], [Variant("lychee")], [100], length=1000, repeats=1)

@@ -135,3 +135,11 @@ def read_on(
     for part in token_ids[None].to(device_of(model)).split(PREFILL_TOKENS, dim=1):
         model(part, past_key_values=cache, logits_to_keep=1)
         advance(part.shape[1])
+
+
+@torch.no_grad()
+def prefill_at_once(forward: Callable[..., Any], model: Any, token_ids: Tensor) -> Any:
+    """A cache that holds `token_ids`, int64 [L], read in one pass by the compiled `forward`."""
+    cache = new_cache(model)
+    forward(token_ids[None].to(device_of(model)), past_key_values=cache, logits_to_keep=1)
+    return cache

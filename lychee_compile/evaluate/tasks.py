@@ -2,7 +2,8 @@
 
 The document is prefilled densely, once; question and answer are then decoded token by token over
 it, by dense attention and by every policy at every budget. With the question inside the dense
-prefill, the answer would already be in the cache.
+prefill, the answer would already be in the cache. A variant with `prefill=sparse` reads the
+document sparsely as well, in one pass and for itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from statistics import fmean
 from typing import Any
 
 from lychee_compile.evaluate.errors import EvaluationError
-from lychee_compile.evaluate.models import LanguageModel, compiled, nothing, prefill
+from lychee_compile.evaluate.models import (
+    LanguageModel,
+    compiled,
+    nothing,
+    prefill,
+    prefill_at_once,
+)
 from lychee_compile.evaluate.reading import Reading, encode, read_densely, read_sparsely
 from lychee_compile.evaluate.task_texts import TASKS, Filler, Question, make_question
 from lychee_compile.evaluate.variants import Variant, check_budgets, describe
@@ -173,7 +180,10 @@ class _Ways:
         advance(1)
         for variant, budget in self._ways:
             forward, config = self._compiled_for(variant, budget)
-            reading = read_sparsely(forward, self._model, cache, encoded, config)
+            own = cache
+            if config.prefill == "sparse":
+                own = prefill_at_once(forward, self._model.model, encoded.document)
+            reading = read_sparsely(forward, self._model, own, encoded, config)
             answers.append(self._answer(question, variant.label, budget, tokens, reading, dense))
             advance(1)
         return answers
