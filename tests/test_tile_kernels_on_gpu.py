@@ -1,4 +1,4 @@
-"""Kernels for whole sequences compiled, at the shapes models have; all of it needs a CUDA device."""
+"""Kernels for whole sequences compiled, at the shapes models have: on a CUDA device alone."""
 
 from __future__ import annotations
 
