@@ -9,12 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_steps import compiled, grow
+from kernel_steps import SMALL, compiled, grow
 from test_models import model_of, transformers
 
 import lychee_compile
 from lychee_compile import backend
 from lychee_compile.kernels import append as module
+from lychee_compile.kernels.reference.fingerprints import fingerprints
+from lychee_compile.options import Options
+from lychee_compile.state import registry
 
 append = torch.ops.lychee.append.default
 
@@ -171,3 +174,30 @@ def test_a_cache_that_begins_within_the_budget_stays_as_it_is():
         _, keys, values = step(fresh[0], keys, values, fresh[1], fresh[2])
     assert keys.is_contiguous()
     assert len(lychee_compile.reports()) == 2
+
+
+@pytest.mark.usefixtures("without_inductor", "seeded")
+def test_branches_of_a_cache_have_indexes_of_their_own():
+    """They go on from the same tensors, one in the buffer of both and one in a copy."""
+    step, config = compiled(grow), Options.parse(None, SMALL).index_config()
+    keys, values = torch.randn(2, 1, 1, 60, 8)
+
+    def decode(keys, values):
+        fresh = torch.randn(3, 1, 1, 1, 8)
+        _, grown, more = step(fresh[0], keys, values, fresh[1], fresh[2])
+        assert torch.equal(grown, torch.cat((keys, fresh[1]), 2))
+        cache = registry.index_of(grown, config)
+        if cache is not None:  # the first graph reads all
+            known = cache.fingerprint[:, : grown.shape[2]]
+            assert cache.known.tolist() == [grown.shape[2]]
+            assert torch.equal(known, fingerprints(grown))
+        return grown, more
+
+    for _ in range(20):
+        keys, values = decode(keys, values)
+    first = second = keys, values
+    for _ in range(10):
+        first, second = decode(*first), decode(*second)
+    assert storage(first[0]) == storage(keys) != storage(second[0])
+    assert registry.index_of(first[0], config) is not registry.index_of(second[0], config)
+    assert not torch.equal(first[0], second[0])

@@ -67,7 +67,7 @@ def decoded(model: nn.Module, forward: Any, ids: Tensor) -> Tensor:
     return torch.stack([forward(ids[:, at : at + 1], torch.tensor([at])) for at in positions])
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.thorough), 3])
 @pytest.mark.parametrize("name", ["NanoGPT", "Transformer"])
 def test_decoding_with_everything_read_is_dense(name: str, batch: int) -> None:
     model = getattr(example("nano_gpt" if name == "NanoGPT" else "gpt_fast"), name)().eval()

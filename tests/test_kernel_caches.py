@@ -66,7 +66,10 @@ def reordered(cache: Cache) -> None:
     cache.keys.copy_(cache.keys.flip(0))
 
 
-@pytest.mark.parametrize("happens", [rewritten_eagerly, emptied_and_filled, reordered])
+@pytest.mark.parametrize(
+    "happens",
+    [rewritten_eagerly, pytest.param(emptied_and_filled, marks=pytest.mark.thorough), reordered],
+)
 def test_a_cache_that_somebody_else_wrote_is_read_in_full_and_then_indexed_anew(
     happens: Any,
 ) -> None:

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-FEW = settings(max_examples=max(settings().max_examples // 5, 1))
+FEW = settings(max_examples=max(settings().max_examples // 6, 1))
 SINKS, RECENT, EVERYTHING = 4, 16, 1e6
 
 
@@ -116,7 +116,7 @@ def specified(problem, budget):
 )
 def test_the_keys_that_matter_most_are_read(mask, budget):
     """As many as the specification says, and none that matters less than one left out."""
-    problem = tiled(sizes=Sizes(1, 2, 2, 300, 300, 32, 16), mask=mask, length=0, seed=1)
+    problem = tiled(sizes=Sizes(1, 1, 2, 300, 300, 32, 16), mask=mask, length=0, seed=1)
     chosen, output, log_sums = chosen_by_kernels(problem, budget)
     question = specified(problem, budget)
     candidates = question.candidates
@@ -147,7 +147,7 @@ def test_tiles_that_see_few_keys_read_all_of_them():
 
 @pytest.mark.parametrize("mask", ["padding mask", "mask"])
 def test_where_a_mask_has_holes_no_hidden_key_counts(mask):
-    problem = tiled(sizes=Sizes(2, 1, 2, 140, 300, 32, 32), mask=mask, length=160)
+    problem = tiled(sizes=Sizes(2, 1, 1, 140, 300, 32, 32), mask=mask, length=160)
     _, output, log_sums = chosen_by_kernels(problem, 0.3)
     assert output.isfinite().all()
     dense = problem.finish_scores().masked_fill(~problem.visible, -torch.inf).logsumexp(-1)
@@ -157,11 +157,11 @@ def test_where_a_mask_has_holes_no_hidden_key_counts(mask):
 
 
 def test_little_scratch_memory_gives_the_same(monkeypatch):
-    problem = tiled(sizes=Sizes(2, 1, 2, 140, 140, 16, 16), length=0)
+    problem = tiled(sizes=Sizes(2, 1, 1, 140, 140, 16, 16), length=0)
     expected = run_tiles(problem.module(), *operands(problem), 0.4)
     monkeypatch.setattr(launch_tiles, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(launch_tiles, "SCANNED", 32)
     launch = TileLaunch(problem.module(), *operands(problem), 0.4)
-    assert len(list(launch.slices())) == 4
+    assert len(list(launch.slices())) == 2
     got = run_tiles(problem.module(), *operands(problem), 0.4)
     assert all(torch.equal(*each) for each in zip(got, expected, strict=True))

@@ -123,7 +123,7 @@ class _Attention:
             share = torch.ones_like(log_sum, dtype=torch.float32)
             if self.certify:
                 share = self._missed(begin, end, question, ~read, log_sum)
-            failing = self._failing(share, config.epsilon, begin) & (room < read.shape[-1])
+            failing = _failing(share, config.epsilon) & (room < read.shape[-1])
             if not bool(failing.any()):
                 return output, log_sum, share, read
             room = torch.where(failing, 2 * room + TILE, room)
@@ -207,8 +207,9 @@ class _Attention:
         share = bounded_share(log_unread, log_sum.float(), self.scale, reach, head_dim)
         return share.masked_fill(~self.sight.rows(begin, end).any(-1), 0)
 
-    def _failing(self, share: Tensor, epsilon: float | None, begin: int) -> Tensor:
-        """Tiles of which some query misses more than `epsilon`: bool [B, Hq, tiles]."""
-        over = share > (1 if epsilon is None else epsilon)
-        padded = F.pad(over, (0, (-over.shape[-1]) % TILE))
-        return padded.unflatten(-1, (-1, TILE)).any(-1)
+
+def _failing(share: Tensor, epsilon: float | None) -> Tensor:
+    """Tiles of which some query may miss more than `epsilon`: bool [B, Hq, tiles]."""
+    over = share > (1 if epsilon is None else epsilon)
+    padded = F.pad(over, (0, (-over.shape[-1]) % TILE))
+    return padded.unflatten(-1, (-1, TILE)).any(-1)
