@@ -8,6 +8,8 @@
 What a tile reads, which keys it may choose from and how shares are estimated is the specification
 of `kernels/reference/tiles.py` and `kernels/tile_policies/lychee.py`; but where a mask has holes a
 part votes for what its middle query sees, and only what lies at the ends is read in any case.
+
+Numbers that change from prompt to prompt are not specialised on: nothing is compiled for a length.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ def seen_by(b, h, q, slot, kv_len, inside{names}):
     return {seen}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "tiles", "query_len"])
 def ask(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -170,7 +172,7 @@ def emit_scan(spec: AttentionSpec) -> str:
     """`scan`: how much each key matters to each tile."""
     names, precision, wide = captured(spec), _precision(spec), _wide(spec)
     return f'''
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "splits"])
 def scan(
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
     centres, totals, edge, bins, first_row, heads, tiles, query_len, kv_len, splits{names},
@@ -221,7 +223,7 @@ def scan(
 def emit_choose() -> str:
     """`choose`: which keys each tile reads."""
     return '''
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "most", "shortest"])
 def choose(
     edge, bins, chosen, counts, kv_len, capacity, share, most, shortest, LANES: tl.constexpr,
 ):
@@ -317,7 +319,7 @@ def read(
     return most, total, result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "first_row", "tiles", "query_len"])
 def attend(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,

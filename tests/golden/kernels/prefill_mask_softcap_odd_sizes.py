@@ -83,7 +83,7 @@ def seen_by(b, h, q, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, m
     return visible(b, h, q, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "tiles", "query_len"])
 def ask(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -147,7 +147,7 @@ def ask(
     tl.store(totals + place, tl.where(held > 0, total, float("inf")), mask=part < PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "splits"])
 def scan(
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
     centres, totals, edge, bins, first_row, heads, tiles, query_len, kv_len, splits, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
@@ -195,7 +195,7 @@ def scan(
         tl.store(bins + slot[None, :], level.to(tl.uint8), mask=among)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "most", "shortest"])
 def choose(
     edge, bins, chosen, counts, kv_len, capacity, share, most, shortest, LANES: tl.constexpr,
 ):
@@ -274,7 +274,7 @@ def read(
     return most, total, result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "first_row", "tiles", "query_len"])
 def attend(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
