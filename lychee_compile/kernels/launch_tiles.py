@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.launch_parts import Scratch, captured_arguments
+from lychee_compile.kernels.launch_parts import Scratch, captured_arguments, power_of_two
 from lychee_compile.kernels.reference.tiles import TILE
 from lychee_compile.kernels.tile_policies.lychee import PARTS
 
@@ -19,6 +19,8 @@ TOGETHER = 8
 """Tiles of one head that read keys together in `scan`."""
 SCANNED = 4096
 """Keys that a program of `scan` reads, at least."""
+SCAN_BYTES = 2**14
+"""Of keys that `ask` and `scan` read at a time."""
 ALL = 2**30
 """More keys than there are."""
 
@@ -106,6 +108,8 @@ class TileLaunch:
         at_once = SCRATCH_BYTES // ((kv_len + 4 * self.capacity) * TOGETHER) * TOGETHER
         self._at_once = max(TOGETHER, min(at_once, self._rows))
         self._splits = max(1, kv_len // SCANNED)
+        wide = power_of_two(head_dim) * key.element_size()
+        self._keys = max(16, min(SCAN_BYTES // wide, 64))
         scratch = Scratch()
         scratch.want("centres", query.dtype, self._at_once, PARTS, head_dim)
         scratch.want("totals", torch.float32, self._at_once, PARTS)
@@ -130,12 +134,12 @@ class TileLaunch:
         module.ask[(count,)](
             *self._query, *self._key, made["centres"], made["totals"], made["edge"],
             *where, *self._more,
-            KEYS=64, SELF=self._self, num_warps=4, num_stages=2,
+            KEYS=self._keys, SELF=self._self, num_warps=4, num_stages=2,
         )  # fmt: skip
         module.scan[(count // TOGETHER, self._splits)](
             *self._key, made["centres"], made["totals"], made["edge"], made["bins"],
             *where, self._splits, *self._more,
-            KEYS=64, TILES=TOGETHER, num_warps=4, num_stages=2,
+            KEYS=self._keys, TILES=TOGETHER, num_warps=4, num_stages=2,
         )  # fmt: skip
         module.choose[(count,)](
             made["edge"], made["bins"], made["chosen"], made["counts"],
