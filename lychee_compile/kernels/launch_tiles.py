@@ -109,7 +109,7 @@ class TileLaunch:
         self._at_once = max(TOGETHER, min(at_once, self._rows))
         self._splits = max(1, kv_len // SCANNED)
         wide = power_of_two(head_dim) * key.element_size()
-        self._keys = max(16, min(SCAN_BYTES // wide, 64))
+        self._scanned_at_once = max(16, min(SCAN_BYTES // wide, 64))
         scratch = Scratch()
         scratch.want("centres", query.dtype, self._at_once, PARTS, head_dim)
         scratch.want("totals", torch.float32, self._at_once, PARTS)
@@ -134,12 +134,12 @@ class TileLaunch:
         module.ask[(count,)](
             *self._query, *self._key, made["centres"], made["totals"], made["edge"],
             *where, *self._more,
-            KEYS=self._keys, SELF=self._self, num_warps=4, num_stages=2,
+            KEYS=self._scanned_at_once, SELF=self._self, num_warps=4, num_stages=2,
         )  # fmt: skip
         module.scan[(count // TOGETHER, self._splits)](
             *self._key, made["centres"], made["totals"], made["edge"], made["bins"],
             *where, self._splits, *self._more,
-            KEYS=self._keys, TILES=TOGETHER, num_warps=4, num_stages=2,
+            KEYS=self._scanned_at_once, TILES=TOGETHER, num_warps=4, num_stages=2,
         )  # fmt: skip
         module.choose[(count,)](
             made["edge"], made["bins"], made["chosen"], made["counts"],
