@@ -72,7 +72,7 @@ class Recorder:
                 site=call.site,
                 query_len=call.query.shape[2],
                 kv_len=call.key.shape[2],
-                tokens_read=call.result.read.sum(-1),
+                tokens_read=_read(call).sum(-1),
                 mass=whole_mass(call) if self._mass else None,
                 certificate=call.result.certificate,
             )
@@ -94,6 +94,12 @@ class Recorder:
                 certificate=call.certificate,
             )
         )
+
+
+def _read(call: TileCall) -> Tensor:
+    """The keys that a call read, kept as somebody listens."""
+    assert call.result.read is not None
+    return call.result.read
 
 
 @contextmanager
@@ -120,8 +126,15 @@ def whole_mass(call: TileCall) -> Tensor:
         call.query, call.key, call.value, call.mask, call.causal, call.scale,
         TileConfig("streaming", budget=call.key.shape[2]), call.softcap, call.extra, call.order,
     )  # fmt: skip
-    share = (call.result.log_sum - everything.log_sum).exp()
-    return share.nan_to_num(nan=1.0).clamp(max=1)  # a query that sees nothing misses nothing
+    read, dense = call.result.log_sum, everything.log_sum
+    if call.extra is not None:  # the logit of a key without a value is no key
+        read, dense = (_without(each, call.extra) for each in (read, dense))
+    return (read - dense).exp().nan_to_num(nan=1.0).clamp(max=1)  # who sees nothing misses nothing
+
+
+def _without(log_sum: Tensor, extra: Tensor) -> Tensor:
+    """`log_sum` of scores of which `extra` is one, without it."""
+    return log_sum + (-(extra.float() - log_sum).exp()).log1p()
 
 
 def captured_mass(call: SparseCall, tokens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.handles import Handle
-from lychee_compile.kernels.observe import observers
+from lychee_compile.kernels.observe import observers, warn_of_recording
 from lychee_compile.kernels.slot_states import FixedSlots, GrowingSlots
 from lychee_compile.kernels.slot_upkeep import SlotCache
 from lychee_compile.state import Entry, Owner, check, registry, version_of
@@ -137,7 +137,7 @@ class StatefulGraph:
             if state.slots is None:
                 continue
             if observers:
-                _warn_of_recording()
+                warn_of_recording()
             if entry.version is None:
                 _warn_of_inference_mode()
                 continue
@@ -170,12 +170,4 @@ def _warn_of_inference_mode() -> None:
     logger.warning(
         "A key cache was made under torch.inference_mode(), where nothing tells who has written "
         "it: attention over it reads all keys. Make it under torch.no_grad() instead."
-    )
-
-
-@only_once
-def _warn_of_recording() -> None:
-    logger.warning(
-        "Generated kernels do not tell which keys they read, so that nothing of them is recorded: "
-        'compile with options={"reference": True} to study what is read.'
     )

@@ -27,9 +27,10 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile.kernels import decode_operators, slot_states
+from lychee_compile.kernels.observe import warn_of_recording
 from lychee_compile.kernels.slot_upkeep import WORTHWHILE
 from lychee_compile.state import registry
-from lychee_compile.stateful_graph import _warn_of_inference_mode, _warn_of_recording
+from lychee_compile.stateful_graph import _warn_of_inference_mode
 
 triton_interpreter.use()
 pytestmark = [
@@ -138,7 +139,7 @@ def test_caches_made_in_inference_mode_are_read_in_full(caplog: pytest.LogCaptur
 def test_who_records_kernels_is_told_that_they_tell_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    _warn_of_recording.cache_clear()
+    warn_of_recording.cache_clear()
     step, cache = compiled(), Cache().fill(100)
     with caplog.at_level(logging.WARNING, "lychee_compile"):
         cache.step(step)

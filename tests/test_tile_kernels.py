@@ -8,16 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 import triton_interpreter
-from decode_problems import MASKS, SCORES, Sizes, make_problem
+from decode_problems import MASKS, SCORES, Sizes, element, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lychee_compile.codegen.specification import TileSpec
-from lychee_compile.kernels import launch_tiles
+from lychee_compile.codegen.module import emit_module
+from lychee_compile.codegen.specification import KV, B, Captured, Q, TileSpec
+from lychee_compile.kernels import generated, launch_tiles, tile_operators  # noqa: F401  registers
 from lychee_compile.kernels.launch_tiles import TileLaunch, TileTuning, run_tiles
 from lychee_compile.kernels.reference.tile_question import TileQuestion
 from lychee_compile.kernels.reference.tiles import TILE, Sight, tile_sight
 from lychee_compile.kernels.tile_policies.lychee import log_shares
+from lychee_compile.passes.elementwise import Flag
 
 triton_interpreter.use()
 pytestmark = [
@@ -154,6 +156,39 @@ def test_where_a_mask_has_holes_no_hidden_key_counts(mask):
     sighted = problem.visible.any(-1)
     assert (log_sums.double() <= dense + 1e-4)[sighted].all()
     assert (log_sums.double() > dense - 3)[sighted].float().mean() > 0.9
+
+
+def test_a_mask_as_a_tensor_leaves_out_no_query_of_a_chunk():
+    """Causal with an offset: what a query is the first to see, its own token, is read."""
+    problem = tiled(sizes=Sizes(1, 1, 1, 200, 400, 32, 32), mask="causal", length=200, seed=2)
+    mask = problem.visible[:, :1].contiguous()
+    given = replace(
+        problem.spec,
+        visible=Flag(element("mask", B, 0, Q, KV)),
+        captured=(Captured("mask", "bool", 4),),
+    )
+    problem.spec, problem.captured = given, [mask]
+    chosen, output, _ = chosen_by_kernels(problem, 0.3)
+    query = torch.arange(200)
+    own = chosen.repeat_interleave(TILE, 2)[0, 0, query, query + 200]
+    assert own[1 : 200 - RECENT].all()  # there is none before the first
+    assert output.isfinite().all()
+
+
+def test_queries_in_another_order_have_no_keys_of_their_own():
+    problem = tiled(sizes=Sizes(1, 1, 1, 300, 300, 16, 16), mask="none", extra=True)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    module = generated.store(emit_module(problem.spec), problem.spec.name).stem
+    logits = torch.randn(1, 1, 300)
+    operands_of = problem.query, problem.key, problem.value
+    tiled_prefill = torch.ops.lychee.tiled_prefill.default
+    got = tiled_prefill(*operands_of, [], logits, order, "", 1.0, 1e6, 0, module)
+    expected = tiled_prefill(*operands_of, [], logits, None, "", 1.0, 1e6, 0, module)
+    torch.testing.assert_close(got, expected)
+    launch = TileLaunch(problem.module(), *operands_of, [], logits, 0.1, own=False)
+    launch.select(*next(launch.slices()))
+    edge = launch.made["edge"][0]
+    assert int(edge[3] - edge[2]) == 0
 
 
 def test_little_scratch_memory_gives_the_same(monkeypatch):

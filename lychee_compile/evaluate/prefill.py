@@ -185,6 +185,7 @@ def measure(tile: Tile, site: SiteTensors, config: TileConfig) -> Measured:
     """Attend to what a policy reads, and compare."""
     operands = (tile.query, tile.key, tile.value, tile.seen)
     result = tile_attention(*operands, False, site.scale, config, site.softcap)
+    assert result.read is not None
     read = result.read[0, :, 0]
     missed = (tile.share @ (~read)[..., None].to(tile.share.dtype))[..., 0]
     length = tile.output.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)

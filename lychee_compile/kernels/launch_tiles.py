@@ -57,15 +57,17 @@ def run_tiles(
     extra: Tensor | None,
     budget: float,
     shortest: int = 0,
+    own: bool = True,
     tuning: TileTuning | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of `query` [B, Hq, T, D] over part of `key` [B, Hkv, L, D].
 
     `value` is [B, Hkv, L, Dv]; a tile reads `budget` keys, below 1 that share of those it sees, and
-    all of them where it sees less than `shortest`. Returns the output [B, Hq, T, Dv] and the
+    all of them where it sees less than `shortest`. With `own`, query i of as many queries as keys
+    is the token of key i, and reads what is near it. Returns the output [B, Hq, T, Dv] and the
     log-sum-exp of the scores read, float32 [B, Hq, T].
     """
-    launch = TileLaunch(module, query, key, value, captured, extra, budget, shortest, tuning)
+    launch = TileLaunch(module, query, key, value, captured, extra, budget, shortest, own, tuning)
     for first_row, count in launch.slices():
         launch.select(first_row, count)
         launch.attend(first_row, count)
@@ -89,6 +91,7 @@ class TileLaunch:
         extra: Tensor | None,
         budget: float,
         shortest: int = 0,
+        own: bool = True,
         tuning: TileTuning | None = None,
     ) -> None:
         batch, heads, query_len, head_dim = query.shape
@@ -98,7 +101,8 @@ class TileLaunch:
         self._share, self._most = (budget, ALL) if budget < 1 else (2.0, min(int(budget), ALL))
         self.output = query.new_empty(batch, query_len, heads, value_dim).transpose(1, 2)
         self.log_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
-        logits = self.log_sums if extra is None else extra.expand(batch, heads, query_len)
+        logits = self.log_sums[:1, :1, :1] if extra is None else extra
+        logits = logits.expand(batch, heads, query_len)
         self.tiles = -(-query_len // (TILE * TOGETHER)) * TOGETHER
         """Tiles of one head, filled up with empty ones."""
         self._rows = batch * heads * self.tiles
@@ -110,18 +114,19 @@ class TileLaunch:
         self._splits = max(1, kv_len // SCANNED)
         wide = power_of_two(head_dim) * key.element_size()
         self._scanned_at_once = max(16, min(SCAN_BYTES // wide, 64))
+        self._bin_room = -(-kv_len // 16) * 16  # rows of bins that can be read 16 at a time
         scratch = Scratch()
         scratch.want("centres", query.dtype, self._at_once, PARTS, head_dim)
         scratch.want("totals", torch.float32, self._at_once, PARTS)
         scratch.want("edge", torch.int32, self._at_once, 8)
-        scratch.want("bins", torch.uint8, self._at_once, kv_len)
+        scratch.want("bins", torch.uint8, self._at_once, self._bin_room)
         scratch.want("chosen", torch.int32, self._at_once, self.capacity)
         scratch.want("counts", torch.int32, self._at_once)
         self.made = scratch.allocate(query.device)
         self._query, self._key = (query, *query.stride()), (key, *key.stride())
         self._value, self._logits = (value, *value.stride()), (logits, *logits.stride())
         self._sizes = (heads, self.tiles, query_len, kv_len)
-        self._more, self._self = captured_arguments(captured), query_len == kv_len
+        self._more, self._self = captured_arguments(captured), own and query_len == kv_len
 
     def slices(self) -> Iterator[tuple[int, int]]:
         """First row and number of rows that are done together."""
@@ -138,11 +143,11 @@ class TileLaunch:
         )  # fmt: skip
         module.scan[(count // TOGETHER, self._splits)](
             *self._key, made["centres"], made["totals"], made["edge"], made["bins"],
-            *where, self._splits, *self._more,
+            self._bin_room, *where, self._splits, *self._more,
             KEYS=self._scanned_at_once, TILES=TOGETHER, num_warps=4, num_stages=2,
         )  # fmt: skip
         module.choose[(count,)](
-            made["edge"], made["bins"], made["chosen"], made["counts"],
+            made["edge"], made["bins"], self._bin_room, made["chosen"], made["counts"],
             where[-1], self.capacity, self._share, self._most, self._shortest,
             LANES=1024, num_warps=4, num_stages=1,
         )  # fmt: skip

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.selection import Selection
 from lychee_compile.kernels.reference.tile_attention import TileResult
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,12 @@ class TileCall:
 
 tile_observers: list[Callable[[TileCall], None]] = []
 """Called with each attention of a whole sequence that read part of it, in order."""
+
+
+@cache
+def warn_of_recording() -> None:
+    """Say, once, that what kernels read is not seen."""
+    logger.warning(
+        "Generated kernels do not tell which keys they read, so that nothing of them is recorded: "
+        'compile with options={"reference": True} to study what is read.'
+    )

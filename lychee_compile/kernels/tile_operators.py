@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lychee_compile.kernels.generated import load
 from lychee_compile.kernels.launch_tiles import run_tiles
-from lychee_compile.kernels.observe import TileCall, tile_observers
+from lychee_compile.kernels.observe import TileCall, tile_observers, warn_of_recording
 from lychee_compile.kernels.reference.attention import dense_attention
-from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.tile_attention import TileConfig, in_order, tile_attention
 
 
 # The reference looks at how much it reads.
@@ -40,10 +40,15 @@ def sparse_prefill(
     Operands, mask and `order` as in `tile_attention`, the settings those of `TileConfig`. With less
     than `shortest` keys in all it is dense.
     """
+    if query.numel() == 0 or key.shape[2] == 0:
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
     if key.shape[2] < shortest:
         return _dense(query, key, value, mask, causal, scale, softcap, extra).contiguous()
     config = TileConfig(policy, budget, sinks, recent, epsilon, shortest)
-    result = tile_attention(query, key, value, mask, causal, scale, config, softcap, extra, order)
+    result = tile_attention(
+        query, key, value, mask, causal, scale, config, softcap, extra, order,
+        keep_read=bool(tile_observers),
+    )  # fmt: skip
     for observer in tile_observers:
         call = TileCall(site, query, key, value, mask, causal, scale, softcap, extra, order, result)
         observer(call)
@@ -91,14 +96,20 @@ def tiled_prefill(
     With less than `shortest` keys in all it is PyTorch's own kernel where `plain` says that scores
     are only scaled, and that every query sees "all" or those up to it ("causal").
     """
+    if tile_observers:
+        warn_of_recording()
+    if query.numel() == 0 or key.shape[2] == 0:
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
     if key.shape[2] < shortest and plain:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=plain == "causal", scale=scale, enable_gqa=True
-        ).contiguous()
+        return _short(query, key, value, plain == "causal", scale).contiguous()
     if order is not None:
         query = query.index_select(2, order)
+        extra = None if extra is None else in_order(extra, order)
+    module = load(kernel)
     with torch.cuda.device_of(query):
-        output, _ = run_tiles(load(kernel), query, key, value, captured, extra, budget, shortest)
+        output, _ = run_tiles(
+            module, query, key, value, captured, extra, budget, shortest, own=order is None
+        )
     if order is not None:
         output = torch.empty_like(output).index_copy_(2, order, output)
     return output.contiguous()
@@ -119,6 +130,16 @@ def _(
     kernel: str,
 ) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+def _short(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Tensor:
+    """Attention that is only scaled, by a fused kernel of PyTorch's: not all take grouped heads."""
+    group = query.shape[1] // key.shape[1]
+    if query.dtype == torch.float32 or value.shape[-1] != key.shape[-1]:
+        key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+    )
 
 
 def _dense(

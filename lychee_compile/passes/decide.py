@@ -27,7 +27,7 @@ from lychee_compile.passes.kernel_support import (
 )
 from lychee_compile.passes.rearrange import Emitter
 from lychee_compile.passes.site import Site
-from lychee_compile.passes.tile_site import tile_site
+from lychee_compile.passes.tile_site import no_tile_kernel, tile_site
 from lychee_compile.passes.whole_sequences import WholeSequence
 
 
@@ -110,14 +110,16 @@ class Planner:
             or _in_dense_layers(place, config)
             or whole_sequences.better_exact(attention, config)
         )
+        kernels = runs_kernels(attention, config)
+        exact = exact or (no_tile_kernel(config) if kernels else None)
         if exact:
             return self._kept(plan, attention, exact, by_design=True)
         grid, tiles = find_grid(attention), None
-        if runs_kernels(attention, config):
+        if kernels:
             try:
                 tiles = tile_site(attention, config, self._emit)
             except NoKernel as error:
-                return self._kept(plan, attention, str(error), by_design=True)
+                return self._kept(plan, attention, str(error), by_design=False)
             grid = grid if tiles.any_order else None
         elif reason := _unsupported_device(attention, config):
             return self._kept(plan, attention, reason, by_design=False)

@@ -37,19 +37,20 @@ class TileSite:
     """Whether queries may be taken in another order: nothing depends on where they are."""
 
 
+def no_tile_kernel(config: IndexConfig) -> str | None:
+    """Why no kernel reads whole sequences as the options ask for."""
+    given = ""
+    if config.policy not in TILE_KERNELS:
+        given, known = f"policy={config.policy!r}", " and ".join(map(repr, TILE_KERNELS))
+    elif config.epsilon is not None:
+        given, known = f"epsilon={config.epsilon:g}", "None"
+    if not given:
+        return None
+    return f"option {given} has no kernel for whole sequences: {known} has one; {_REFERENCE}"
+
+
 def tile_site(attention: Attention, config: IndexConfig, emit: Emitter) -> TileSite:
     """The kernels for `attention`. Emits its operands, before it. Raises `NoKernel`."""
-    if config.policy not in TILE_KERNELS:
-        known = " and ".join(map(repr, TILE_KERNELS))
-        raise NoKernel(
-            f"option policy={config.policy!r} has no kernel for whole sequences: {known} has one; "
-            f"{_REFERENCE}"
-        )
-    if config.epsilon is not None:
-        raise NoKernel(
-            f"option epsilon={config.epsilon:g} has no kernel for whole sequences: None does; "
-            f"{_REFERENCE}"
-        )
     check_supported(attention)
     canonical = Canonicaliser(attention, emit)
     try:

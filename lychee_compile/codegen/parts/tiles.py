@@ -7,7 +7,8 @@
 
 What a tile reads, which keys it may choose from and how shares are estimated is the specification
 of `kernels/reference/tiles.py` and `kernels/tile_policies/lychee.py`; but where a mask has holes a
-part votes for what its middle query sees, and only what lies at the ends is read in any case.
+part votes for what its first, middle or last query sees; only what lies at the ends is read in any
+case, and what the last query of a part sees and none before the part is chosen before all else.
 
 Numbers that change from prompt to prompt are not specialised on: nothing is compiled for a length.
 """
@@ -19,6 +20,30 @@ from lychee_compile.codegen.specification import AttentionSpec
 from lychee_compile.kernels.launch_parts import BINS, power_of_two
 from lychee_compile.kernels.reference.tiles import TILE
 from lychee_compile.kernels.tile_policies.lychee import PARTS, SAMPLE
+
+
+def _seen_by(spec: AttentionSpec) -> str:
+    """`seen_by`: what the parts of a tile vote on."""
+    names, wide = captured(spec), _wide(spec)
+    heading = f"""@triton.jit
+def seen_by(b, h, begin, query_len, slot, kv_len, inside{names}):
+    \"\"\"Which of the slots [1, N] that are `inside` parts see that begin at queries `begin` [M].
+
+    And which of them no query before the part sees, but its last does.
+    \"\"\""""
+    if sees_range(spec):
+        return f"""{heading}
+    seen = inside & (begin >= 0)[:, None]
+    return seen, seen"""
+    at = f"tl.minimum(%s, query_len - 1){wide}[:, None]"
+    call = f"visible(b, h, {at}, slot, kv_len, inside{names})"
+    return f"""{heading}
+    before = {call % "tl.maximum(begin - 1, 0)"}
+    first = {call % "begin"}
+    middle = {call % "begin + PART // 2"}
+    last = {call % "begin + PART - 1"}
+    seen = first | middle | last
+    return seen & (begin >= 0)[:, None], last & (before == 0)"""
 
 
 def _wide(spec: AttentionSpec) -> str:
@@ -95,16 +120,11 @@ def stretches(edge, place):
 def emit_ask(spec: AttentionSpec) -> str:
     """`ask`: what the parts of a tile ask with."""
     names, precision, wide = captured(spec), _precision(spec), _wide(spec)
-    seen = f"visible(b, h, q, slot, kv_len, inside{names})"
-    seen = "inside & (q >= 0)" if sees_range(spec) else seen
     return f'''
-@triton.jit
-def seen_by(b, h, q, slot, kv_len, inside{names}):
-    """Which of the slots [1, N] that are `inside` the queries q [M, 1] see."""
-    return {seen}
+{_seen_by(spec)}
 
 
-@triton.jit(do_not_specialize=["first_row", "tiles", "query_len"])
+@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len"])
 def ask(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -156,8 +176,10 @@ def ask(
             mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
         )
         s = tl.dot(centre, keys{precision})
-        bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :]{names})
-        seen = seen_by(b, h, q[:, None], slot[None, :], kv_len, inside[None, :]{names})
+        bits = score(s, b, h, q[:, None], slot[None, :]{wide}, inside[None, :]{names})
+        seen, _ = seen_by(
+            b, h, begin, query_len, slot[None, :]{wide}, kv_len, inside[None, :]{names}
+        )
         bits = tl.where(seen, bits, float("-inf"))
         most = tl.maximum(top, tl.max(bits, 1))
         base = tl.where(most == float("-inf"), 0.0, most)
@@ -171,11 +193,16 @@ def ask(
 def emit_scan(spec: AttentionSpec) -> str:
     """`scan`: how much each key matters to each tile."""
     names, precision, wide = captured(spec), _precision(spec), _wide(spec)
+    newest = """
+        new = tl.max(tl.reshape(new.to(tl.int32), [TILES, PARTS, KEYS]), 1)
+        level = tl.where(new > 0, BINS - 1.0, level)"""
+    newest = "" if sees_range(spec) else newest
     return f'''
-@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "splits"])
+@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len", "splits"])
 def scan(
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    centres, totals, edge, bins, first_row, heads, tiles, query_len, kv_len, splits{names},
+    centres, totals, edge, bins, bin_room,
+    first_row, heads, tiles, query_len, kv_len, splits{names},
     KEYS: tl.constexpr, TILES: tl.constexpr,
 ):
     """Bins [TILES, kv_len] of the largest share that any part of a tile gives a key.
@@ -197,9 +224,10 @@ def scan(
         mask=(d < HEAD_DIM)[None, :], other=0.0,
     )
     total = tl.load(totals + source)
-    q = tl.minimum(tile * TILE + part * PART + PART // 2, query_len - 1){wide}
+    begin = tile * TILE + part * PART
+    q = tl.minimum(begin + PART // 2, query_len - 1){wide}
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
-    bins += rows[:, None] * kv_len
+    bins += rows[:, None] * bin_room
     for start in range(least // KEYS * KEYS + split * KEYS, most, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = slot < most
@@ -208,14 +236,16 @@ def scan(
             mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
         )
         s = tl.dot(asking, keys{precision})
-        bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :]{names}) - total[:, None]
-        seen = seen_by(b, h, q[:, None], slot[None, :], kv_len, inside[None, :]{names})
-        bits = tl.where(seen, bits, float("-inf"))
+        bits = score(s, b, h, q[:, None], slot[None, :]{wide}, inside[None, :]{names})
+        seen, new = seen_by(
+            b, h, begin, query_len, slot[None, :]{wide}, kv_len, inside[None, :]{names}
+        )
+        bits = tl.where(seen, bits - total[:, None], float("-inf"))
         share = tl.max(tl.reshape(bits, [TILES, PARTS, KEYS]), 1)
         near = (slot[None, :] >= owns[:, None]) & (slot[None, :] < own_ends[:, None])
         among = (slot[None, :] >= begins[:, None]) & (slot[None, :] < stops[:, None]) & (near == 0)
         level = tl.minimum(tl.maximum(share * 8 + LAST_BIN, 2.0), BINS - 1.0)
-        level = tl.where(share > float("-inf"), level, 1.0)
+        level = tl.where(share > float("-inf"), level, 1.0){newest}
         tl.store(bins + slot[None, :], level.to(tl.uint8), mask=among)
 '''
 
@@ -223,9 +253,10 @@ def scan(
 def emit_choose() -> str:
     """`choose`: which keys each tile reads."""
     return '''
-@triton.jit(do_not_specialize=["capacity", "most", "shortest"])
+@triton.jit(do_not_specialize=["kv_len", "capacity", "most", "shortest"])
 def choose(
-    edge, bins, chosen, counts, kv_len, capacity, share, most, shortest, LANES: tl.constexpr,
+    edge, bins, bin_room, chosen, counts, kv_len, capacity, share, most, shortest,
+    LANES: tl.constexpr,
 ):
     """The list of the keys that a tile reads, beside those it reads in any case.
 
@@ -234,7 +265,7 @@ def choose(
     """
     row = tl.program_id(0)
     first, begin, own, own_end, stop, end = stretches(edge, row)
-    bins += row.to(tl.int64) * kv_len
+    bins += row.to(tl.int64) * bin_room
     chosen += row.to(tl.int64) * capacity
     level = tl.arange(0, BINS)
     held = tl.zeros([BINS], tl.int32)
@@ -296,19 +327,20 @@ def read(
     """
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
+    seen, held = inside[None, :] & sighted[:, None], inside
+    if CHECKED:
+        seen &= visible(b, h, q[:, None], slot[None, :]{wide}, kv_len, inside[None, :]{names})
+        held = tl.max(seen.to(tl.int32), 0) > 0  # what nobody sees may hold anything
     keys = tl.load(
         key + place * key_stride_l + d[None, :] * key_stride_d,
-        mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+        mask=held[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
     )
     values = tl.load(
         value + place * value_stride_l + width[None, :] * value_stride_d,
-        mask=inside[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
+        mask=held[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
     )
     s = tl.dot(asking, tl.trans(keys){precision})
-    bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :]{names})
-    seen = inside[None, :] & sighted[:, None]
-    if CHECKED:
-        seen &= visible(b, h, q[:, None], slot[None, :], kv_len, inside[None, :]{names})
+    bits = score(s, b, h, q[:, None], slot[None, :]{wide}, inside[None, :]{names})
     bits = tl.where(seen, bits, float("-inf"))
     most = tl.maximum(top, tl.max(bits, 1))
     base = tl.where(most == float("-inf"), 0.0, most)
@@ -319,7 +351,7 @@ def read(
     return most, total, result
 
 
-@triton.jit(do_not_specialize=["capacity", "first_row", "tiles", "query_len"])
+@triton.jit(do_not_specialize=["capacity", "first_row", "tiles", "query_len", "kv_len"])
 def attend(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,

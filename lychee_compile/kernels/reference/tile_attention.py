@@ -47,8 +47,9 @@ class TileResult:
     certificate: Tensor
     """Upper bound of the share of the softmax that was not read, float32 [B, Hq, T]; 1 where nobody
     asked for it."""
-    read: Tensor
-    """Keys read, bool [B, Hq, tiles, L]; tiles are of queries in the order given."""
+    read: Tensor | None
+    """Keys read, bool [B, Hq, tiles, L], where that was to be kept; tiles are of queries in the
+    order given."""
 
 
 def tile_attention(
@@ -63,36 +64,40 @@ def tile_attention(
     extra: Tensor | None = None,
     order: Tensor | None = None,
     certify: bool = False,
+    keep_read: bool = True,
 ) -> TileResult:
     """Attention of `query` [B, Hq, T, D] over what its tiles read of `key` [B, Hkv, L, D].
 
     `value` is [B, Hkv, L, Dv]; `mask` is an SDPA mask, bool or additive, `causal` PyTorch's own;
     `softcap` and `extra` as in `attend`. `order`, int64 [T], is the query at each place, where
     neighbours are to be others than those in the sequence. With `certify`, or an epsilon, it is
-    bounded what the keys that were not read would have added. Computed in float32, or in float64
-    for float64 queries.
+    bounded what the keys that were not read would have added; with `keep_read`, which takes a byte
+    for every tile and key, what was read is told. Computed in float32, or in float64 for float64
+    queries.
     """
     batch, _, query_len, _ = query.shape
     sight = Sight(mask, causal, batch, query_len, key.shape[2], query.device, order)
     if order is not None:
         query = query.index_select(2, order)
-        extra = None if extra is None else _in_order(extra, order)
+        extra = None if extra is None else in_order(extra, order)
     certify = certify or config.epsilon is not None
     attention = _Attention(query, key, value, sight, scale, softcap, extra, certify)
     slices = [
-        attention.some_tiles(begin, min(begin + AT_ONCE * TILE, query_len), config)
+        attention.some_tiles(begin, min(begin + AT_ONCE * TILE, query_len), config)[: 3 + keep_read]
         for begin in range(0, query_len, AT_ONCE * TILE)
     ]
-    output, log_sum, certificate, read = (torch.cat(part, 2) for part in zip(*slices, strict=True))
+    output, log_sum, certificate, *kept = (torch.cat(part, 2) for part in zip(*slices, strict=True))
     if order is not None:
         back = order.argsort()
         output, log_sum, certificate = (
             each.index_select(2, back) for each in (output, log_sum, certificate)
         )
-    return TileResult(output.to(query.dtype), log_sum.float(), certificate, read)
+    return TileResult(
+        output.to(query.dtype), log_sum.float(), certificate, kept[0] if kept else None
+    )
 
 
-def _in_order(extra: Tensor, order: Tensor) -> Tensor:
+def in_order(extra: Tensor, order: Tensor) -> Tensor:
     """Extra logits, broadcastable to [B, Hq, T], of the queries in another order."""
     return extra if extra.shape[-1] == 1 else extra.index_select(-1, order)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.nodes import Nodes, furthest, rounding_slack
-from lychee_compile.kernels.reference.visible import visible_keys
+from lychee_compile.kernels.reference.visible import seen_and_bias, with_four_axes
 
 TILE = 128
 """Query positions of a tile: what tensor cores multiply at once."""
@@ -75,8 +75,9 @@ class Sight:
         self._mask: Tensor | None = None
         self._bias: Tensor | None = None
         if mask is not None:
-            visible = visible_keys(mask, batch, query_len, kv_len, device)
-            self._mask, self._bias = visible.mask, visible.bias
+            seen, bias = seen_and_bias(with_four_axes(mask))  # before it is made large
+            self._mask = seen.expand(batch, -1, query_len, kv_len)
+            self._bias = None if bias is None else bias.expand_as(self._mask)
 
     def positions(self, begin: int, end: int) -> Tensor:
         """Where in the sequence the queries at the places [begin, end) are: int64."""

@@ -56,15 +56,7 @@ def visible_keys(
     if mask is None:
         full = torch.full((batch, query_len), kv_len, dtype=torch.int64, device=device)
         return Visible(torch.zeros_like(full), full, None, None, None, kv_len)
-    mask = _with_four_axes(mask).expand(batch, -1, query_len, kv_len)
-    bias = None
-    if mask.dtype != torch.bool:
-        seen = mask > torch.finfo(mask.dtype).min / 2
-        seen &= mask.float() > mask.float().amax(-1, keepdim=True) - LOW
-        if bool(((mask != 0) & seen).any()):
-            bias = mask
-    else:
-        seen = mask
+    seen, bias = seen_and_bias(with_four_axes(mask).expand(batch, -1, query_len, kv_len))
     anywhere = seen[:, 0] if seen.shape[1] == 1 else seen.any(1)
     slots = anywhere.to(torch.uint8)
     count = anywhere.sum(-1)
@@ -76,10 +68,20 @@ def visible_keys(
     return Visible(first, end, counts, bias, seen, kv_len)
 
 
+def seen_and_bias(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What an SDPA mask shows, bool, and what it adds to scores, None where nothing."""
+    if mask.dtype == torch.bool:
+        return mask, None
+    seen = mask > torch.finfo(mask.dtype).min / 2
+    seen &= mask.float() > mask.float().amax(-1, keepdim=True) - LOW
+    return seen, mask if bool(((mask != 0) & seen).any()) else None
+
+
 def per_kv_head(mask: Tensor, heads: int, group: int) -> Tensor:
     """A mask or bias [B, 1 or Hq, Tq, L] as [B, 1 or Hkv, 1 or G, Tq, L]."""
     return mask.unflatten(1, (1, 1) if mask.shape[1] == 1 else (heads, group))
 
 
-def _with_four_axes(mask: Tensor) -> Tensor:
+def with_four_axes(mask: Tensor) -> Tensor:
+    """A mask broadcastable to [B, Hq, Tq, L] with as many dimensions."""
     return mask[(None,) * (4 - mask.dim())]

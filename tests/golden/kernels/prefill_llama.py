@@ -77,12 +77,16 @@ def stretches(edge, place):
 
 
 @triton.jit
-def seen_by(b, h, q, slot, kv_len, inside):
-    """Which of the slots [1, N] that are `inside` the queries q [M, 1] see."""
-    return inside & (q >= 0)
+def seen_by(b, h, begin, query_len, slot, kv_len, inside):
+    """Which of the slots [1, N] that are `inside` parts see that begin at queries `begin` [M].
+
+    And which of them no query before the part sees, but its last does.
+    """
+    seen = inside & (begin >= 0)[:, None]
+    return seen, seen
 
 
-@triton.jit(do_not_specialize=["first_row", "tiles", "query_len"])
+@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len"])
 def ask(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -136,7 +140,9 @@ def ask(
         )
         s = tl.dot(centre, keys)
         bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :])
-        seen = seen_by(b, h, q[:, None], slot[None, :], kv_len, inside[None, :])
+        seen, _ = seen_by(
+            b, h, begin, query_len, slot[None, :], kv_len, inside[None, :]
+        )
         bits = tl.where(seen, bits, float("-inf"))
         most = tl.maximum(top, tl.max(bits, 1))
         base = tl.where(most == float("-inf"), 0.0, most)
@@ -146,10 +152,11 @@ def ask(
     tl.store(totals + place, tl.where(held > 0, total, float("inf")), mask=part < PARTS)
 
 
-@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "splits"])
+@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len", "splits"])
 def scan(
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    centres, totals, edge, bins, first_row, heads, tiles, query_len, kv_len, splits,
+    centres, totals, edge, bins, bin_room,
+    first_row, heads, tiles, query_len, kv_len, splits,
     KEYS: tl.constexpr, TILES: tl.constexpr,
 ):
     """Bins [TILES, kv_len] of the largest share that any part of a tile gives a key.
@@ -172,9 +179,10 @@ def scan(
         mask=(d < HEAD_DIM)[None, :], other=0.0,
     )
     total = tl.load(totals + source)
-    q = tl.minimum(tile * TILE + part * PART + PART // 2, query_len - 1)
+    begin = tile * TILE + part * PART
+    q = tl.minimum(begin + PART // 2, query_len - 1)
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
-    bins += rows[:, None] * kv_len
+    bins += rows[:, None] * bin_room
     for start in range(least // KEYS * KEYS + split * KEYS, most, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = slot < most
@@ -183,9 +191,11 @@ def scan(
             mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
         )
         s = tl.dot(asking, keys)
-        bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :]) - total[:, None]
-        seen = seen_by(b, h, q[:, None], slot[None, :], kv_len, inside[None, :])
-        bits = tl.where(seen, bits, float("-inf"))
+        bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :])
+        seen, new = seen_by(
+            b, h, begin, query_len, slot[None, :], kv_len, inside[None, :]
+        )
+        bits = tl.where(seen, bits - total[:, None], float("-inf"))
         share = tl.max(tl.reshape(bits, [TILES, PARTS, KEYS]), 1)
         near = (slot[None, :] >= owns[:, None]) & (slot[None, :] < own_ends[:, None])
         among = (slot[None, :] >= begins[:, None]) & (slot[None, :] < stops[:, None]) & (near == 0)
@@ -194,9 +204,10 @@ def scan(
         tl.store(bins + slot[None, :], level.to(tl.uint8), mask=among)
 
 
-@triton.jit(do_not_specialize=["capacity", "most", "shortest"])
+@triton.jit(do_not_specialize=["kv_len", "capacity", "most", "shortest"])
 def choose(
-    edge, bins, chosen, counts, kv_len, capacity, share, most, shortest, LANES: tl.constexpr,
+    edge, bins, bin_room, chosen, counts, kv_len, capacity, share, most, shortest,
+    LANES: tl.constexpr,
 ):
     """The list of the keys that a tile reads, beside those it reads in any case.
 
@@ -205,7 +216,7 @@ def choose(
     """
     row = tl.program_id(0)
     first, begin, own, own_end, stop, end = stretches(edge, row)
-    bins += row.to(tl.int64) * kv_len
+    bins += row.to(tl.int64) * bin_room
     chosen += row.to(tl.int64) * capacity
     level = tl.arange(0, BINS)
     held = tl.zeros([BINS], tl.int32)
@@ -250,19 +261,20 @@ def read(
     """
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
+    seen, held = inside[None, :] & sighted[:, None], inside
+    if CHECKED:
+        seen &= visible(b, h, q[:, None], slot[None, :], kv_len, inside[None, :])
+        held = tl.max(seen.to(tl.int32), 0) > 0  # what nobody sees may hold anything
     keys = tl.load(
         key + place * key_stride_l + d[None, :] * key_stride_d,
-        mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+        mask=held[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
     )
     values = tl.load(
         value + place * value_stride_l + width[None, :] * value_stride_d,
-        mask=inside[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
+        mask=held[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
     )
     s = tl.dot(asking, tl.trans(keys))
     bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :])
-    seen = inside[None, :] & sighted[:, None]
-    if CHECKED:
-        seen &= visible(b, h, q[:, None], slot[None, :], kv_len, inside[None, :])
     bits = tl.where(seen, bits, float("-inf"))
     most = tl.maximum(top, tl.max(bits, 1))
     base = tl.where(most == float("-inf"), 0.0, most)
@@ -273,7 +285,7 @@ def read(
     return most, total, result
 
 
-@triton.jit(do_not_specialize=["capacity", "first_row", "tiles", "query_len"])
+@triton.jit(do_not_specialize=["capacity", "first_row", "tiles", "query_len", "kv_len"])
 def attend(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,

@@ -78,12 +78,20 @@ def stretches(edge, place):
 
 
 @triton.jit
-def seen_by(b, h, q, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
-    """Which of the slots [1, N] that are `inside` the queries q [M, 1] see."""
-    return visible(b, h, q, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+def seen_by(b, h, begin, query_len, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
+    """Which of the slots [1, N] that are `inside` parts see that begin at queries `begin` [M].
+
+    And which of them no query before the part sees, but its last does.
+    """
+    before = visible(b, h, tl.minimum(tl.maximum(begin - 1, 0), query_len - 1).to(tl.int64)[:, None], slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    first = visible(b, h, tl.minimum(begin, query_len - 1).to(tl.int64)[:, None], slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    middle = visible(b, h, tl.minimum(begin + PART // 2, query_len - 1).to(tl.int64)[:, None], slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    last = visible(b, h, tl.minimum(begin + PART - 1, query_len - 1).to(tl.int64)[:, None], slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    seen = first | middle | last
+    return seen & (begin >= 0)[:, None], last & (before == 0)
 
 
-@triton.jit(do_not_specialize=["first_row", "tiles", "query_len"])
+@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len"])
 def ask(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -136,8 +144,10 @@ def ask(
             mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
         )
         s = tl.dot(centre, keys)
-        bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
-        seen = seen_by(b, h, q[:, None], slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        bits = score(s, b, h, q[:, None], slot[None, :].to(tl.int64), inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        seen, _ = seen_by(
+            b, h, begin, query_len, slot[None, :].to(tl.int64), kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
+        )
         bits = tl.where(seen, bits, float("-inf"))
         most = tl.maximum(top, tl.max(bits, 1))
         base = tl.where(most == float("-inf"), 0.0, most)
@@ -147,10 +157,11 @@ def ask(
     tl.store(totals + place, tl.where(held > 0, total, float("inf")), mask=part < PARTS)
 
 
-@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "splits"])
+@triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len", "splits"])
 def scan(
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    centres, totals, edge, bins, first_row, heads, tiles, query_len, kv_len, splits, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    centres, totals, edge, bins, bin_room,
+    first_row, heads, tiles, query_len, kv_len, splits, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     KEYS: tl.constexpr, TILES: tl.constexpr,
 ):
     """Bins [TILES, kv_len] of the largest share that any part of a tile gives a key.
@@ -173,9 +184,10 @@ def scan(
         mask=(d < HEAD_DIM)[None, :], other=0.0,
     )
     total = tl.load(totals + source)
-    q = tl.minimum(tile * TILE + part * PART + PART // 2, query_len - 1).to(tl.int64)
+    begin = tile * TILE + part * PART
+    q = tl.minimum(begin + PART // 2, query_len - 1).to(tl.int64)
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
-    bins += rows[:, None] * kv_len
+    bins += rows[:, None] * bin_room
     for start in range(least // KEYS * KEYS + split * KEYS, most, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = slot < most
@@ -184,20 +196,25 @@ def scan(
             mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
         )
         s = tl.dot(asking, keys)
-        bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length) - total[:, None]
-        seen = seen_by(b, h, q[:, None], slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
-        bits = tl.where(seen, bits, float("-inf"))
+        bits = score(s, b, h, q[:, None], slot[None, :].to(tl.int64), inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        seen, new = seen_by(
+            b, h, begin, query_len, slot[None, :].to(tl.int64), kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
+        )
+        bits = tl.where(seen, bits - total[:, None], float("-inf"))
         share = tl.max(tl.reshape(bits, [TILES, PARTS, KEYS]), 1)
         near = (slot[None, :] >= owns[:, None]) & (slot[None, :] < own_ends[:, None])
         among = (slot[None, :] >= begins[:, None]) & (slot[None, :] < stops[:, None]) & (near == 0)
         level = tl.minimum(tl.maximum(share * 8 + LAST_BIN, 2.0), BINS - 1.0)
         level = tl.where(share > float("-inf"), level, 1.0)
+        new = tl.max(tl.reshape(new.to(tl.int32), [TILES, PARTS, KEYS]), 1)
+        level = tl.where(new > 0, BINS - 1.0, level)
         tl.store(bins + slot[None, :], level.to(tl.uint8), mask=among)
 
 
-@triton.jit(do_not_specialize=["capacity", "most", "shortest"])
+@triton.jit(do_not_specialize=["kv_len", "capacity", "most", "shortest"])
 def choose(
-    edge, bins, chosen, counts, kv_len, capacity, share, most, shortest, LANES: tl.constexpr,
+    edge, bins, bin_room, chosen, counts, kv_len, capacity, share, most, shortest,
+    LANES: tl.constexpr,
 ):
     """The list of the keys that a tile reads, beside those it reads in any case.
 
@@ -206,7 +223,7 @@ def choose(
     """
     row = tl.program_id(0)
     first, begin, own, own_end, stop, end = stretches(edge, row)
-    bins += row.to(tl.int64) * kv_len
+    bins += row.to(tl.int64) * bin_room
     chosen += row.to(tl.int64) * capacity
     level = tl.arange(0, BINS)
     held = tl.zeros([BINS], tl.int32)
@@ -251,19 +268,20 @@ def read(
     """
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
+    seen, held = inside[None, :] & sighted[:, None], inside
+    if CHECKED:
+        seen &= visible(b, h, q[:, None], slot[None, :].to(tl.int64), kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        held = tl.max(seen.to(tl.int32), 0) > 0  # what nobody sees may hold anything
     keys = tl.load(
         key + place * key_stride_l + d[None, :] * key_stride_d,
-        mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+        mask=held[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
     )
     values = tl.load(
         value + place * value_stride_l + width[None, :] * value_stride_d,
-        mask=inside[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
+        mask=held[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
     )
     s = tl.dot(asking, tl.trans(keys))
-    bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
-    seen = inside[None, :] & sighted[:, None]
-    if CHECKED:
-        seen &= visible(b, h, q[:, None], slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    bits = score(s, b, h, q[:, None], slot[None, :].to(tl.int64), inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
     bits = tl.where(seen, bits, float("-inf"))
     most = tl.maximum(top, tl.max(bits, 1))
     base = tl.where(most == float("-inf"), 0.0, most)
@@ -274,7 +292,7 @@ def read(
     return most, total, result
 
 
-@triton.jit(do_not_specialize=["capacity", "first_row", "tiles", "query_len"])
+@triton.jit(do_not_specialize=["capacity", "first_row", "tiles", "query_len", "kv_len"])
 def attend(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
