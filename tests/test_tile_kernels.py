@@ -168,7 +168,7 @@ def test_a_mask_as_a_tensor_leaves_out_no_query_of_a_chunk():
         captured=(Captured("mask", "bool", 4),),
     )
     problem.spec, problem.captured = given, [mask]
-    chosen, output, _ = chosen_by_kernels(problem, 0.3)
+    chosen, output, _ = chosen_by_kernels(problem, 0.7)
     query = torch.arange(200)
     own = chosen.repeat_interleave(TILE, 2)[0, 0, query, query + 200]
     assert own[1 : 200 - RECENT].all()  # there is none before the first
