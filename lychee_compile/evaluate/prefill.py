@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from lychee_compile.evaluate.errors import EvaluationError
 from lychee_compile.evaluate.fidelity import ALL_SITES
 from lychee_compile.evaluate.models import nothing
-from lychee_compile.evaluate.tensors import Capture, SiteTensors
+from lychee_compile.evaluate.tensors import Capture, Columns, SiteTensors
 from lychee_compile.evaluate.variants import Variant, check_whole, describe
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
@@ -93,7 +93,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Columns):
     """What one policy at one share made of tiles; a tile each along the first axis."""
 
     pairs: Tensor
@@ -104,12 +104,6 @@ class Measured:
     """Share of the dense softmax mass that was read, float64 [N, Hq, TILE]."""
     error: Tensor
     """|o - o_dense| / |o_dense|, float64 [N, Hq, TILE]."""
-
-    @classmethod
-    def joined(cls, parts: Sequence[Measured]) -> Measured:
-        """One after another."""
-        columns = {each.name: [getattr(part, each.name) for part in parts] for each in fields(cls)}
-        return cls(**{name: torch.cat(values) for name, values in columns.items()})
 
 
 def prefill(

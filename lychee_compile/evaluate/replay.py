@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lychee_compile.evaluate.tensors import Capture, SiteTensors
+from lychee_compile.evaluate.tensors import Capture, Columns, SiteTensors
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies import make_index
 from lychee_compile.kernels.reference.adaptive import certified_attention
@@ -40,7 +40,7 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Columns):
     """What one choice of tokens, or many of them, came to; steps T along the first axis."""
 
     mass: Tensor
@@ -59,12 +59,6 @@ class Measured:
     """Bytes of the keys and values attended to, float64 [T, Hkv]."""
     seconds: Tensor
     """Time of the choice, float64 [T]."""
-
-    @classmethod
-    def joined(cls, parts: list[Measured]) -> Measured:
-        """One after another."""
-        columns = {each.name: [getattr(part, each.name) for part in parts] for each in fields(cls)}
-        return cls(**{name: torch.cat(values) for name, values in columns.items()})
 
 
 def dense_truths(site: SiteTensors, capture: Capture) -> Iterator[Truth]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -12,6 +14,17 @@ from torch import Tensor
 from lychee_compile.evaluate.errors import EvaluationError, require
 
 FORMAT = "lychee_compile capture 1"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Tensors of what was measured, each of them with the same things along the first axis."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """One after another."""
+        columns = {each.name: [getattr(part, each.name) for part in parts] for each in fields(cls)}
+        return cls(**{name: torch.cat(values) for name, values in columns.items()})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from lychee_compile.passes.kernel_support import (
 )
 from lychee_compile.passes.rearrange import Emitter
 from lychee_compile.passes.site import Site
-from lychee_compile.passes.tile_site import no_tile_kernel, tile_site
+from lychee_compile.passes.tile_site import TILE_KERNELS, tile_site
 from lychee_compile.passes.whole_sequences import WholeSequence
 
 
@@ -111,7 +111,7 @@ class Planner:
             or whole_sequences.better_exact(attention, config)
         )
         kernels = runs_kernels(attention, config)
-        exact = exact or (no_tile_kernel(config) if kernels else None)
+        exact = exact or (_no_tile_kernel(config) if kernels else None)
         if exact:
             return self._kept(plan, attention, exact, by_design=True)
         grid, tiles = find_grid(attention), None
@@ -238,6 +238,10 @@ def _better_exact(attention: Attention, place: int, config: IndexConfig) -> str 
         known = ", ".join(map(repr, policy_names()))
         return f"option policy={config.policy!r} cannot decode, only whole sequences; {known} can"
     return _in_dense_layers(place, config)
+
+
+def _no_tile_kernel(config: IndexConfig) -> str | None:
+    return no_sparse_kernel(config, TILE_KERNELS, " for whole sequences")
 
 
 def _exact_asked_for(config: IndexConfig) -> str | None:

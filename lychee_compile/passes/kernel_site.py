@@ -62,14 +62,7 @@ def kernel_site(
     Emits its operands, before the attention. With `autotune` its tile sizes are measured at its
     first call. Raises `NoKernel`.
     """
-    check_supported(attention)
-    canonical = Canonicaliser(attention, emit)
-    try:
-        with emit.graph.inserting_before(attention.node):
-            terms = kernel_terms(attention, canonical)
-            given = canonical.operands(masked=False)
-    except RewriteError as error:
-        raise NoKernel(str(error)) from error
+    terms, given = emit_operands(attention, emit)
     _check_not_copied(attention, given)
     exact = replace(specification(attention, terms, given), autotune=autotune)
     refused = ""
@@ -80,6 +73,17 @@ def kernel_site(
             refused = str(error)
     kernel = made(exact, terms, given)
     return KernelSite(kernel, given, terms.nodes, None, refused)
+
+
+def emit_operands(attention: Attention, emit: Emitter) -> tuple[KernelTerms, Canonical]:
+    """What a kernel for `attention` reads, emitted before it. Raises `NoKernel`."""
+    check_supported(attention)
+    canonical = Canonicaliser(attention, emit)
+    try:
+        with emit.graph.inserting_before(attention.node):
+            return kernel_terms(attention, canonical), canonical.operands(masked=False)
+    except RewriteError as error:
+        raise NoKernel(str(error)) from error
 
 
 def specification(attention: Attention, terms: KernelTerms, given: Canonical) -> AttentionSpec:

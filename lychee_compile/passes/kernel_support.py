@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -38,13 +39,17 @@ def decodes(attention: Attention) -> bool:
     return isinstance(query_len, int) and query_len <= LONGEST_QUERY
 
 
-def no_sparse_kernel(config: IndexConfig) -> str | None:
-    """Why no kernel selects as the options ask for."""
-    if config.policy not in KERNEL_POLICIES:
-        known = " and ".join(map(repr, KERNEL_POLICIES))
-        return f"option policy={config.policy!r} has no kernel: {known} have one; {_REFERENCE}"
+def no_sparse_kernel(
+    config: IndexConfig, policies: Collection[str] = KERNEL_POLICIES, what: str = ""
+) -> str | None:
+    """Why no kernel selects as the options ask for; `policies` have one for `what`."""
+    lacks = f"has no kernel{what}"
+    if config.policy not in policies:
+        known = " and ".join(map(repr, policies))
+        have = "have" if len(policies) > 1 else "has"
+        return f"option policy={config.policy!r} {lacks}: {known} {have} one; {_REFERENCE}"
     if config.epsilon is not None:
-        return f"option epsilon={config.epsilon:g} has no kernel: None does; {_REFERENCE}"
+        return f"option epsilon={config.epsilon:g} {lacks}: None does; {_REFERENCE}"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lychee_compile.codegen.parts.common import emit_softmax_step, precision
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec
 
@@ -29,7 +30,6 @@ class Upkeep(NamedTuple):
 def emit_attention_steps(spec: AttentionSpec) -> str:
     """One step of online softmax, what a program leaves, and `combine`, which sums that up."""
     names = captured(spec)
-    precision = ', input_precision="ieee"' if spec.dtype == "float32" else ""
     sink = """
     logit = tl.load(extra + b * extra_stride_b + h * extra_stride_h + t * extra_stride_t)
     logit = logit.to(tl.float32) * LOG2E
@@ -54,16 +54,9 @@ def attend_to(
         value + place * value_stride_l + width[None, :] * value_stride_d,
         mask=inside[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
     )
-    s = tl.dot(queries, tl.trans(keys){precision})
+    s = tl.dot(queries, tl.trans(keys){precision(spec)})
     bits = score(s, b, heads[:, None], t, slot[None, :], inside[None, :]{names})
-    bits = tl.where(seen, bits, float("-inf"))
-    most = tl.maximum(top, tl.max(bits, 1))
-    base = tl.where(most == float("-inf"), 0.0, most)
-    weight = tl.exp2(bits - base[:, None])
-    fade = tl.exp2(top - base)
-    total = total * fade + tl.sum(weight, 1)
-    result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values{precision})
-    return most, total, result
+{emit_softmax_step(spec)}
 
 
 @triton.jit

@@ -6,6 +6,7 @@ Chosen pages are read whole. See `kernels/policies/quest.py` for what differs fr
 from __future__ import annotations
 
 from lychee_compile.codegen.parts.attend import Upkeep
+from lychee_compile.codegen.parts.common import precision
 from lychee_compile.codegen.parts.scan import LARGEST
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec, H
@@ -47,7 +48,6 @@ LAST_BIN = tl.constexpr({(127 + LARGEST) * 8})  # a share of 2^{LARGEST}, in eig
 def emit_scan(spec: AttentionSpec) -> str:
     """`scan_boxes`: scores of all pages, and what a softmax over them sums up to."""
     extra = captured(spec)
-    precision = ', input_precision="ieee"' if spec.dtype == "float32" else ""
     before, shown, after = _tokens_shown(spec)
     return f'''
 @triton.jit
@@ -62,8 +62,8 @@ def corner_scores(above, below, least, greatest, page, held):
     inside = held[:, None] & (d < HEAD_DIM)[None, :]
     high = tl.load(greatest + place, mask=inside, other=0.0)
     low = tl.load(least + place, mask=inside, other=0.0)
-    s = tl.dot(above, tl.trans(high){precision})
-    return tl.dot(below, tl.trans(low), s{precision})
+    s = tl.dot(above, tl.trans(high){precision(spec)})
+    return tl.dot(below, tl.trans(low), s{precision(spec)})
 
 
 @triton.jit

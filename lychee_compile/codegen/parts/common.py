@@ -7,17 +7,48 @@ from lychee_compile.kernels.launch_parts import power_of_two
 
 
 def emit_constants(spec: AttentionSpec) -> str:
-    """Sizes of this site. Rows and columns are padded to what a tensor core's product takes."""
-    logits = "\nLOG2E = tl.constexpr(1.4426950408889634)  # of extra logits" if spec.extra else ""
+    """Sizes of a decoding site. Rows are padded to what a tensor core's product takes."""
+    rows = power_of_two(spec.group, 16)
+    tuned = f"AUTOTUNE = {spec.autotune}  # whether tile sizes are measured at the first call"
+    return f"{emit_sizes(spec, rows)}\n{tuned}{emit_logits(spec)}\n"
+
+
+def emit_sizes(spec: AttentionSpec, rows: int | None = None) -> str:
+    """Sizes of heads, padded to what a tensor core's product takes; query rows where they have one.
+
+    Without a line's end: comments and more constants follow.
+    """
+    padded = "" if rows is None else f"\nROWS = tl.constexpr({rows})"
     return f"""
-GROUP = tl.constexpr({spec.group})  # query heads that share a KV head
-ROWS = tl.constexpr({power_of_two(spec.group, 16)})
+GROUP = tl.constexpr({spec.group})  # query heads that share a KV head{padded}
 HEAD_DIM = tl.constexpr({spec.head_dim})
 DIM = tl.constexpr({power_of_two(spec.head_dim, 16)})
 VALUE_DIM = tl.constexpr({spec.value_dim})
-WIDTH = tl.constexpr({power_of_two(spec.value_dim, 16)})
-AUTOTUNE = {spec.autotune}  # whether tile sizes are measured at the first call{logits}
-"""
+WIDTH = tl.constexpr({power_of_two(spec.value_dim, 16)})"""
+
+
+def emit_logits(spec: AttentionSpec) -> str:
+    """What turns extra logits into bits, where there are any."""
+    if not spec.extra:
+        return ""
+    return "\nLOG2E = tl.constexpr(1.4426950408889634)  # of extra logits"
+
+
+def precision(spec: AttentionSpec) -> str:
+    """The last argument of products: tensor cores round float32 unless told not to."""
+    return ', input_precision="ieee"' if spec.dtype == "float32" else ""
+
+
+def emit_softmax_step(spec: AttentionSpec) -> str:
+    """The end of a step of online softmax: `bits`, where `seen`, weigh `values`."""
+    return f"""    bits = tl.where(seen, bits, float("-inf"))
+    most = tl.maximum(top, tl.max(bits, 1))
+    base = tl.where(most == float("-inf"), 0.0, most)
+    weight = tl.exp2(bits - base[:, None])
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(weight, 1)
+    result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values{precision(spec)})
+    return most, total, result"""
 
 
 def emit_queries() -> str:

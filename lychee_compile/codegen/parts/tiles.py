@@ -15,9 +15,15 @@ Numbers that change from prompt to prompt are not specialised on: nothing is com
 
 from __future__ import annotations
 
+from lychee_compile.codegen.parts.common import (
+    emit_logits,
+    emit_sizes,
+    emit_softmax_step,
+    precision,
+)
 from lychee_compile.codegen.parts.terms import captured, sees_range
 from lychee_compile.codegen.specification import AttentionSpec
-from lychee_compile.kernels.launch_parts import BINS, power_of_two
+from lychee_compile.kernels.launch_parts import BINS
 from lychee_compile.kernels.reference.tiles import TILE
 from lychee_compile.kernels.tile_policies.lychee import PARTS, SAMPLE
 
@@ -61,13 +67,7 @@ def _place(spec: AttentionSpec, row: str) -> str:
 def emit_tile_constants(spec: AttentionSpec) -> str:
     """Sizes of this site, of tiles and of a histogram."""
     assert spec.tiles is not None
-    logits = "\nLOG2E = tl.constexpr(1.4426950408889634)  # of extra logits" if spec.extra else ""
-    return f"""
-GROUP = tl.constexpr({spec.group})  # query heads that share a KV head
-HEAD_DIM = tl.constexpr({spec.head_dim})
-DIM = tl.constexpr({power_of_two(spec.head_dim, 16)})
-VALUE_DIM = tl.constexpr({spec.value_dim})
-WIDTH = tl.constexpr({power_of_two(spec.value_dim, 16)})
+    return f"""{emit_sizes(spec)}
 TILE = tl.constexpr({TILE})  # query positions that read the same keys
 PARTS = tl.constexpr({PARTS})  # parts of a tile, each of which asks with its centre
 PART = tl.constexpr({TILE // PARTS})
@@ -75,7 +75,7 @@ SAMPLE = tl.constexpr({SAMPLE})  # one key in so many stands for all in a denomi
 SINKS = tl.constexpr({spec.tiles.sinks})  # first tokens, always read
 RECENT = tl.constexpr({spec.tiles.recent})  # last tokens, and those near the tile's own: likewise
 BINS = tl.constexpr({BINS})  # of a histogram of shares; 0: not to choose from, 1: no part sees it
-LAST_BIN = tl.constexpr({BINS - 8})  # a share of 1, in eighths of an octave{logits}
+LAST_BIN = tl.constexpr({BINS - 8})  # a share of 1, in eighths of an octave{emit_logits(spec)}
 """
 
 
@@ -119,7 +119,7 @@ def stretches(edge, place):
 
 def emit_ask(spec: AttentionSpec) -> str:
     """`ask`: what the parts of a tile ask with."""
-    names, precision, wide = captured(spec), _precision(spec), _wide(spec)
+    names, wide = captured(spec), _wide(spec)
     return f'''
 {_seen_by(spec)}
 
@@ -175,7 +175,7 @@ def ask(
             key + slot.to(tl.int64)[None, :] * key_stride_l + d[:, None] * key_stride_d,
             mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
         )
-        s = tl.dot(centre, keys{precision})
+        s = tl.dot(centre, keys{precision(spec)})
         bits = score(s, b, h, q[:, None], slot[None, :]{wide}, inside[None, :]{names})
         seen, _ = seen_by(
             b, h, begin, query_len, slot[None, :]{wide}, kv_len, inside[None, :]{names}
@@ -192,7 +192,7 @@ def ask(
 
 def emit_scan(spec: AttentionSpec) -> str:
     """`scan`: how much each key matters to each tile."""
-    names, precision, wide = captured(spec), _precision(spec), _wide(spec)
+    names, wide = captured(spec), _wide(spec)
     newest = """
         new = tl.max(tl.reshape(new.to(tl.int32), [TILES, PARTS, KEYS]), 1)
         level = tl.where(new > 0, BINS - 1.0, level)"""
@@ -235,7 +235,7 @@ def scan(
             key + slot.to(tl.int64)[None, :] * key_stride_l + d[:, None] * key_stride_d,
             mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
         )
-        s = tl.dot(asking, keys{precision})
+        s = tl.dot(asking, keys{precision(spec)})
         bits = score(s, b, h, q[:, None], slot[None, :]{wide}, inside[None, :]{names})
         seen, new = seen_by(
             b, h, begin, query_len, slot[None, :]{wide}, kv_len, inside[None, :]{names}
@@ -301,7 +301,7 @@ def choose(
 
 def emit_attend(spec: AttentionSpec) -> str:
     """`attend`: attention of a tile over what it reads."""
-    names, precision, wide = captured(spec), _precision(spec), _wide(spec)
+    names, wide = captured(spec), _wide(spec)
     sink = """
     logit = tl.load(extra + b * extra_stride_b + h * extra_stride_h + q * extra_stride_t)
     logit = logit.to(tl.float32) * LOG2E
@@ -339,16 +339,9 @@ def read(
         value + place * value_stride_l + width[None, :] * value_stride_d,
         mask=held[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
     )
-    s = tl.dot(asking, tl.trans(keys){precision})
+    s = tl.dot(asking, tl.trans(keys){precision(spec)})
     bits = score(s, b, h, q[:, None], slot[None, :]{wide}, inside[None, :]{names})
-    bits = tl.where(seen, bits, float("-inf"))
-    most = tl.maximum(top, tl.max(bits, 1))
-    base = tl.where(most == float("-inf"), 0.0, most)
-    weight = tl.exp2(bits - base[:, None])
-    fade = tl.exp2(top - base)
-    total = total * fade + tl.sum(weight, 1)
-    result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values{precision})
-    return most, total, result
+{emit_softmax_step(spec)}
 
 
 @triton.jit(do_not_specialize=["capacity", "first_row", "tiles", "query_len", "kv_len"])
@@ -408,7 +401,3 @@ def attend(
     log_sum = (top + tl.log2(tl.where(total > 0, total, 1.0))) / 1.4426950408889634
     tl.store(log_sums + head.to(tl.int64) * query_len + t, log_sum, mask=t < query_len)
 '''
-
-
-def _precision(spec: AttentionSpec) -> str:
-    return ', input_precision="ieee"' if spec.dtype == "float32" else ""

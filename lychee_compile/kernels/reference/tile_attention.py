@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,11 @@ class _Attention:
     extra: Tensor | None
     certify: bool
 
+    @cached_property
+    def known_key(self) -> Tensor:
+        """float32 [B, Hkv, L, D]; what nobody sees may hold anything, NaN for one."""
+        return self.key.float().nan_to_num()
+
     def some_tiles(
         self, begin: int, end: int, config: TileConfig
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,11 +148,8 @@ class _Attention:
             allowed = (config.budget * counts).ceil().long()
         allowed = torch.where(counts < config.shortest, counts, allowed)
         room = (allowed - sight.always.sum(-1)).clamp(min=0).expand(batch, heads, -1)
-        # What nobody sees may hold anything, NaN for one.
-        key = self.key.float().nan_to_num()
-        return TileQuestion(
-            self.query[:, :, begin:end].float(), key, self.scale, self.softcap, sight, room
-        )
+        query = self.query[:, :, begin:end].float()
+        return TileQuestion(query, self.known_key, self.scale, self.softcap, sight, room)
 
     def _attend(self, begin: int, end: int, read: Tensor) -> tuple[Tensor, Tensor]:
         """[B, Hq, end - begin, Dv] and the log-sum-exp [B, Hq, end - begin]."""
