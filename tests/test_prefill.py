@@ -13,6 +13,7 @@ from prefill_cases import (
     DIM,
     GROUPED,
     KERNEL,
+    KV_HEADS,
     LENGTH,
     RECENT,
     SCALE,
@@ -188,6 +189,24 @@ def test_lengths_that_only_a_call_tells(function: Function) -> None:
         assert len(calls) == (length >= 64)
     assert counters["stats"]["unique_graphs"] == 1
     assert (only_site().decision, only_site().kernel) == ("sparse", KERNEL)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_short_prompts_are_pytorchs_own_where_lengths_are_symbolic(kernels_on_cpu: None) -> None:
+    """One graph for prompts on both sides of `prefill_from`, of grouped heads."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    run = compiled(attend, prefill_budget=10**9, prefill_from=140)
+    for length in (150, 100, 141):
+        query, key, value = (each[:1] for each in operands(length, kv_heads=KV_HEADS))
+        for each in (query, key, value):
+            torch._dynamo.mark_dynamic(each, 2)
+        expected = attend(query, key, value)
+        torch.testing.assert_close(run(query, key, value), expected, atol=1e-5, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert only_site().kernel.startswith("prefill_lychee_f32_g2_")
 
 
 class Cross(torch.nn.Module):
