@@ -94,6 +94,21 @@ class Block(torch.nn.Module):
         return self.layers[0]["attention"](*inputs)
 
 
+class Decorated(Block):
+    """Its forward takes the module itself out of `*args`, as decorated methods do."""
+
+    def forward(*args: Any) -> Tensor:
+        self, *inputs = args
+        return Block.forward(self, *inputs)
+
+
+def test_a_decorated_forward_does_not_change_module_paths() -> None:
+    query, key, value = torch.randn(1, 2, 5, 8), *torch.randn(2, 1, 2, 9, 8)
+    for wrap in (lambda model: model, torch.compile):
+        (site,) = lychee_compile.explain(wrap(Decorated(Attention())), query, key, value).sites
+        assert site.name == "layers.0.attention"
+
+
 def test_explaining_over_and_over_always_tells_and_leaves_no_trace() -> None:
     model = Attention()
     query = torch.randn(1, 2, 1, 8)

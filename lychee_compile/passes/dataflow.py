@@ -136,7 +136,8 @@ def module_path(node: torch.fx.Node) -> str:
         return node.name
     path = str(list(stack.values())[-1][0])
     path = path.replace("._modules['", ".").replace("']", "").replace("['", ".")
-    path = path.removeprefix("L.self").removeprefix("L").lstrip(".")
+    # Decorators may call a method by `*args`, the first of which is then the module.
+    path = path.removeprefix("L.self").removeprefix("L.args[0]").removeprefix("L").lstrip(".")
     path = path.removeprefix("_orig_mod").lstrip(".")
     return path.removeprefix("fn.") or node.name
 
