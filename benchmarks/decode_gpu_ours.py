@@ -52,14 +52,32 @@ def _exact(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
 
 def _sparse(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
     """Every call sketches the newest key again, as a step of decoding does."""
+    module = sparse_module(query, key, value, budget)
+    index = SlotIndex(SlotLayout.of(key), key.device)
+    index.build(module, key, key.shape[2])
+    return sparse_step(module, index, query, key, value)
+
+
+def sparse_module(query: Tensor, key: Tensor, value: Tensor, budget: int) -> ModuleType:
+    """The kernels of the policy "lychee"."""
     config = IndexConfig(budget=budget)
     sparse = SparseSpec(
         "lychee", budget, config.sinks, config.recent, config.overfetch, config.flat_tokens
     )
-    module, last = _module(query, key, value, sparse), _last(key)
-    index = SlotIndex(SlotLayout.of(key), key.device)
-    index.build(module, key, key.shape[2])
-    positions = last[None]
+    return _module(query, key, value, sparse)
+
+
+def sparse_step(
+    module: ModuleType,
+    index: SlotIndex,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    writes: bool = True,
+) -> Callable[[], Tensor]:
+    """A step of decoding over an index that is built; without `writes` it sketches no key."""
+    last = _last(key)
+    positions = last[None] if writes else None
     return lambda: run_sparse(
         module, query, key, value, [last], None, positions, index.layout, index.parts
     )

@@ -25,6 +25,8 @@ BANDWIDTH_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}
 """Size of the tensors that bandwidth is measured with: far more than a cache holds."""
 CPU_BYTES = 4 << 30
 """Memory for a trial on a CPU."""
+LEAST_CALLS, MOST_CALLS, CALLS_MILLISECONDS = 3, 20, 500
+"""Of long calls, timed one by one."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,25 @@ def _timing(seconds: Sequence[float], calls: int) -> Timing:
     each = [1e6 * value / calls for value in seconds]
     tenths = statistics.quantiles(each, n=10, method="inclusive")
     return Timing(statistics.median(each), tenths[0], tenths[-1], calls, len(each))
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a long call, outside of CUDA graphs; on a CPU that of one."""
+    call()
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - started)
+    call()
+    times: list[float] = []
+    while len(times) < LEAST_CALLS or (sum(times) < CALLS_MILLISECONDS and len(times) < MOST_CALLS):
+        begin, end = _events()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
 
 
 def measure_bandwidth(device: torch.device, seconds: float) -> Bandwidth:

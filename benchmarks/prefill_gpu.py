@@ -1,7 +1,7 @@
 """Time and error of one causal attention over a whole sequence on a GPU, against PyTorch's best.
 
     python benchmarks/prefill_gpu.py --tensors FILE [--contexts 8k 32k 128k] [--shares 0.05 0.1 0.2]
-        [--json PATH] [--breakdown]
+        [--json PATH] [--breakdown] [--tune]
 
 Llama-3.1-8B's attention, 32 query heads and 8 KV heads of 128, on queries and keys of a real model
 (`prefill_tensors.py` makes the file); batch 1, bfloat16. Beside SDPA's flash kernel stands what
@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from decode_gpu_options import tokens
 from decode_gpu_records import commit, device_name, length_name, versions
+from decode_gpu_timing import milliseconds
 from prefill_tensors import HEAD_DIM, HEADS, KV_HEADS, extended, random_tensors, read_tensors
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -39,11 +40,11 @@ from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSp
 from lychee_compile.kernels import generated
 from lychee_compile.kernels.launch_tiles import TileLaunch, run_tiles
 from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.tuning import TILES, TileTuning, candidates
 
 SINKS, RECENT = 16, 64
 SAMPLED = 32
 """Queries of each head whose error is measured, spread over the sequence."""
-LEAST_CALLS, MOST_CALLS = 3, 20
 SCALE = HEAD_DIM**-0.5
 
 
@@ -98,6 +99,8 @@ def measure(
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     baseline = milliseconds(flash)
+    if chosen.tune:
+        console.print(table_of_tunings(module, operands, chosen.shares[-1]))
     results = [Result("sdpa-flash", context, baseline, 1.0, error_at(flash(), truth, sample), 1.0)]
     for share in chosen.shares:
         with console.status(f"{length_name(context)}, share {share:g}"):
@@ -198,6 +201,25 @@ def breakdown(
     return {name: times[name] for name in names if name in times}
 
 
+def table_of_tunings(
+    module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
+) -> Table:
+    """Milliseconds of `attend` with each tuning, over the tiles that are done first."""
+    query, key, value = operands
+    table = Table("queries", "keys", "warps", "stages", "ms", title=f"attend, share {share:g}")
+    for tuning in candidates(TILES, key, value):
+        assert isinstance(tuning, TileTuning)
+        launch = TileLaunch(module, query, key, value, [], None, share, tuning=tuning)
+        first = next(launch.slices())
+        launch.select(*first)
+        try:
+            took = f"{milliseconds(partial(launch.attend, *first)):.2f}"
+        except Exception as error:  # noqa: BLE001  the device refuses such tiles
+            took = type(error).__name__
+        table.add_row(*map(str, astuple(tuning)), took)
+    return table
+
+
 def dense_at(query: Tensor, key: Tensor, value: Tensor, sample: Tensor) -> Tensor:
     """Causal attention in float64 of the queries at `sample`, int64 [N]: [Hq, N, Dv]."""
     outputs = []
@@ -215,27 +237,6 @@ def error_at(output: Tensor, truth: Tensor, sample: Tensor) -> float:
     """Mean relative error of the queries at `sample`."""
     off = (output[0, :, sample].double() - truth).norm(dim=-1) / truth.norm(dim=-1)
     return off.mean().item()
-
-
-def milliseconds(call: Callable[[], Tensor]) -> float:
-    """Median time of a call."""
-    call()
-    if not torch.cuda.is_available():
-        import time
-
-        started = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - started)
-    call()
-    times: list[float] = []
-    while len(times) < LEAST_CALLS or (sum(times) < 500 and len(times) < MOST_CALLS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 def table_of(results: Sequence[Result]) -> Table:
@@ -277,6 +278,7 @@ def parse(given: Sequence[str]) -> Any:
     add("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2], metavar="SHARE")
     add("--device", default="cuda", choices=("cuda", "cpu"))
     add("--breakdown", action="store_true", help="also the time of each kernel")
+    add("--tune", action="store_true", help="also the time of attend with other tile sizes")
     add("--no-flex", dest="flex", action="store_false", help="leave out FlexAttention")
     add("--json", type=Path, metavar="PATH", help="write what was measured")
     return parser.parse_args(given)

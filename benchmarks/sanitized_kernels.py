@@ -13,13 +13,28 @@ import sympy
 import torch
 
 from lychee_compile.codegen.module import emit_module
-from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
+from lychee_compile.codegen.specification import (
+    KV,
+    AttentionSpec,
+    Captured,
+    Q,
+    S,
+    SparseSpec,
+    TileSpec,
+)
 from lychee_compile.kernels import generated, launch
+from lychee_compile.kernels.launch_tiles import run_tiles
 from lychee_compile.kernels.slot_index import SlotIndex
 from lychee_compile.kernels.slot_layout import SlotLayout
 
 
 def main() -> None:
+    """Decoding and whole sequences."""
+    decode()
+    prefill()
+
+
+def decode() -> None:
     """Tokens scanned flat and by pages, exact and sparse, across the start of a block."""
     last = torch.zeros((), dtype=torch.int64, device="cuda")
     causal = Q + sympy.Symbol("last", integer=True) >= KV
@@ -46,6 +61,21 @@ def main() -> None:
             )
             if step == length:
                 index.build(module, key, length + 1)
+        torch.cuda.synchronize()
+        print("ran", spec.name)
+
+
+def prefill() -> None:
+    """Whole sequences, of a length that fills no tile."""
+    for head_dim, group in ((128, 4), (80, 3)):
+        tiles = TileSpec(16, 64)
+        spec = AttentionSpec("bfloat16", group, head_dim, head_dim, S / 8, KV <= Q, tiles=tiles)
+        module = generated.load(generated.store(emit_module(spec), spec.name).stem)
+        query, key, value = (
+            torch.randn(1, heads, 2001, head_dim, dtype=torch.bfloat16, device="cuda")
+            for heads in (2 * group, 2, 2)
+        )
+        run_tiles(module, query, key, value, [], None, budget=0.2)
         torch.cuda.synchronize()
         print("ran", spec.name)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lychee_compile.codegen.module import emit_module
-from lychee_compile.codegen.specification import AttentionSpec, S
+from lychee_compile.codegen.specification import AttentionSpec, S, TileSpec
 from lychee_compile.kernels import autotune, tuning
 from lychee_compile.kernels.tuning import candidates, tuning_for
 
@@ -63,7 +63,8 @@ def test_nothing_is_measured_unasked_or_on_a_cpu(asked):
     autotune.autotune(module, "exact", never, *operands())
 
 
-def test_modules_say_whether_to_measure():
+@pytest.mark.parametrize("tiles", [None, TileSpec(4, 8)], ids=["decoding", "whole sequences"])
+def test_modules_say_whether_to_measure(tiles):
     for asked in (True, False):
-        spec = AttentionSpec("float16", 1, 64, 64, S / 8, autotune=asked)
+        spec = AttentionSpec("float16", 1, 64, 64, S / 8, tiles=tiles, autotune=asked)
         assert f"AUTOTUNE = {asked} " in emit_module(spec)

@@ -11,12 +11,17 @@ from hypothesis import strategies as st
 
 from lychee_compile.kernels import tuning
 from lychee_compile.kernels.launch_parts import power_of_two
+from lychee_compile.kernels.reference.tiles import TILE
 from lychee_compile.kernels.tuning import (
+    REGISTERS,
     TILE_BYTES,
+    TILES,
+    TileTuning,
     Tuning,
     candidates,
     is_tuned,
     remember,
+    tile_tuning_for,
     tuning_for,
 )
 
@@ -64,6 +69,27 @@ def test_the_rule_is_among_the_candidates(head_dim, value_dim, dtype, mode):
     assert tuning_for(MODULE, mode, query, key, value) in found
     assert len(set(found)) == len(found)
     assert all(each.keys in (16, 32, 64, 128) and each.programs >= 1 for each in found)
+
+
+@given(sizes, sizes, dtypes)
+def test_tiles_of_queries_divide_a_tile_and_fit_into_registers(head_dim, value_dim, dtype):
+    query, key, value = operands(head_dim, value_dim, dtype)
+    rule, found = tile_tuning_for(MODULE, query, key, value), candidates(TILES, key, value)
+    assert rule in found
+    assert len(set(found)) == len(found)
+    width = power_of_two(value_dim, 16)
+    for each in found:
+        assert TILE % each.rows == 0
+        held = each.rows * (width + 2 * each.keys) / (32 * each.warps)
+        assert held <= REGISTERS or each == rule
+
+
+def test_what_was_measured_for_whole_sequences_counts_for_them_alone():
+    query, key, value = operands()
+    best = TileTuning(64, 32, 4, 3)
+    remember(MODULE, TILES, query, key, best)
+    assert tile_tuning_for(MODULE, query, key, value) == best
+    assert isinstance(tuning_for(MODULE, "exact", query, key, value), Tuning)
 
 
 def test_what_was_measured_goes_before_the_rule():

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.tuning import Tuning, candidates, is_tuned, remember
+from lychee_compile.kernels.tuning import candidates, is_tuned, remember
 
 logger = logging.getLogger(__name__)
 
@@ -18,14 +19,15 @@ logger = logging.getLogger(__name__)
 def autotune(
     module: ModuleType,
     mode: str,
-    run: Callable[[Tuning], Tensor],
+    run: Callable[[Any], object],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     header: Tensor | None = None,
 ) -> None:
-    """Find the fastest tuning for `run`, an "exact" or "sparse" call, and use it from now on.
+    """Find the fastest tuning for `run`, a call of this mode, and use it from now on.
 
+    `mode` is "exact", "sparse" or, for whole sequences, `TILES`; `run` takes a tuning of its kind.
     Once for each module and size of operands. Nothing happens where a module was not generated for
     it (`AUTOTUNE`), on a CPU, or within the capture of a CUDA graph: what was not found before is
     then chosen by rule. `header` is that of the index, trusted while it is measured: what counts
@@ -59,7 +61,7 @@ def _trusted(header: Tensor | None) -> Iterator[None]:
         header[0].copy_(before)
 
 
-def _time(do_bench: Callable[..., float], run: Callable[[Tuning], Tensor], tuning: Tuning) -> float:
+def _time(do_bench: Callable[..., float], run: Callable[[Any], object], tuning: object) -> float:
     """Milliseconds of one call; infinite where the device refuses such tiles."""
     try:
         return do_bench(lambda: run(tuning), warmup=5, rep=20, return_mode="median")

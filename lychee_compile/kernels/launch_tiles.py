@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from lychee_compile.kernels.launch_parts import Scratch, captured_arguments, power_of_two
 from lychee_compile.kernels.reference.tiles import TILE
 from lychee_compile.kernels.tile_policies.lychee import PARTS
+from lychee_compile.kernels.tuning import TileTuning, tile_tuning_for
 
 SCRATCH_BYTES = 2**29
 """Scratch memory that the tiles at work at the same time may take, about."""
@@ -23,29 +23,6 @@ SCAN_BYTES = 2**14
 """Of keys that `ask` and `scan` read at a time."""
 ALL = 2**30
 """More keys than there are."""
-
-
-@dataclass(frozen=True)
-class TileTuning:
-    """Choices that change the speed of `attend`, and nothing else."""
-
-    rows: int
-    """Queries of a program, which divide `TILE`."""
-    keys: int
-    """Keys read at a time."""
-    warps: int
-    stages: int
-    """Blocks of keys in flight."""
-
-
-def tile_tuning(key: Tensor, value: Tensor) -> TileTuning:
-    """By the bytes of a key and its value: what two or three blocks of fit beside the queries."""
-    row = (key.shape[-1] + value.shape[-1]) * key.element_size()
-    if row <= 512:
-        return TileTuning(rows=128, keys=64, warps=8, stages=2)
-    if row <= 1024:
-        return TileTuning(rows=64, keys=32, warps=4, stages=2)
-    return TileTuning(rows=32, keys=16, warps=4, stages=2)
 
 
 def run_tiles(
@@ -96,7 +73,8 @@ class TileLaunch:
     ) -> None:
         batch, heads, query_len, head_dim = query.shape
         kv_len, value_dim = key.shape[2], value.shape[-1]
-        self._module, self._tuning = module, tuning or tile_tuning(key, value)
+        self._module = module
+        self._tuning = tuning or tile_tuning_for(module, query, key, value)
         self._shortest = shortest
         self._share, self._most = (budget, ALL) if budget < 1 else (2.0, min(int(budget), ALL))
         self.output = query.new_empty(batch, query_len, heads, value_dim).transpose(1, 2)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.kernels.autotune import autotune
 from lychee_compile.kernels.generated import load
 from lychee_compile.kernels.launch_tiles import run_tiles
 from lychee_compile.kernels.observe import TileCall, tile_observers, warn_of_recording
 from lychee_compile.kernels.reference.attention import dense_attention
 from lychee_compile.kernels.reference.tile_attention import TileConfig, in_order, tile_attention
+from lychee_compile.kernels.tuning import TILES
 
 
 # The reference looks at how much it reads.
@@ -106,10 +110,12 @@ def tiled_prefill(
         query = query.index_select(2, order)
         extra = None if extra is None else in_order(extra, order)
     module = load(kernel)
+    run = partial(
+        run_tiles, module, query, key, value, captured, extra, budget, shortest, order is None
+    )
     with torch.cuda.device_of(query):
-        output, _ = run_tiles(
-            module, query, key, value, captured, extra, budget, shortest, own=order is None
-        )
+        autotune(module, TILES, run, query, key, value)
+        output, _ = run()
     if order is not None:
         output = torch.empty_like(output).index_copy_(2, order, output)
     return output.contiguous()

@@ -6,17 +6,25 @@ for each multiprocessor, and tiles that leave room in shared memory for three pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.launch_parts import power_of_two
+
 MOST_SPLITS = 128
 """Programs that may share one row, at most: one more kernel sums up what they leave."""
 TILE_BYTES = 100_000
 """Shared memory that the tiles in flight of one program may take."""
+REGISTERS = 128
+"""Numbers that a thread can hold of the scores, weights and results of a tile of queries."""
+TILES = "tiles"
+"""The mode of whole sequences, beside "exact" and "sparse"."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +40,31 @@ class Tuning:
     """Tiles in flight."""
 
 
+@dataclass(frozen=True)
+class TileTuning:
+    """The same for `attend` of whole sequences."""
+
+    rows: int
+    """Queries of a program, which divide a tile."""
+    keys: int
+    """Keys read at a time."""
+    warps: int
+    stages: int
+    """Blocks of keys in flight."""
+
+
 def tuning_for(module: ModuleType, mode: str, query: Tensor, key: Tensor, value: Tensor) -> Tuning:
     """The tuning of a site for these operands: "exact" or "sparse"; what `autotune` found first."""
     found = _tuned.get(_problem(module, mode, query, key))
-    if found is not None:
+    if isinstance(found, Tuning):
         return found
-    row = (key.shape[-1] + value.shape[-1]) * key.element_size()
-    return _by_rule(mode, row, _multiprocessors(query.device))
+    return _by_rule(mode, _bytes_of_a_key(key, value), _multiprocessors(query.device))
+
+
+def tile_tuning_for(module: ModuleType, query: Tensor, key: Tensor, value: Tensor) -> TileTuning:
+    """The tuning of a whole sequence for these operands; what `autotune` found first."""
+    found = _tuned.get(_problem(module, TILES, query, key))
+    return found if isinstance(found, TileTuning) else _tile_rule(_bytes_of_a_key(key, value))
 
 
 def is_tuned(module: ModuleType, mode: str, query: Tensor, key: Tensor) -> bool:
@@ -46,14 +72,18 @@ def is_tuned(module: ModuleType, mode: str, query: Tensor, key: Tensor) -> bool:
     return _problem(module, mode, query, key) in _tuned
 
 
-def remember(module: ModuleType, mode: str, query: Tensor, key: Tensor, tuning: Tuning) -> None:
+def remember(
+    module: ModuleType, mode: str, query: Tensor, key: Tensor, tuning: Tuning | TileTuning
+) -> None:
     """Use `tuning` from now on for operands of these sizes."""
     _tuned[_problem(module, mode, query, key)] = tuning
 
 
-def candidates(mode: str, key: Tensor, value: Tensor) -> list[Tuning]:
+def candidates(mode: str, key: Tensor, value: Tensor) -> Sequence[Tuning | TileTuning]:
     """Tunings worth trying, the rule's among them."""
-    row = (key.shape[-1] + value.shape[-1]) * key.element_size()
+    row = _bytes_of_a_key(key, value)
+    if mode == TILES:
+        return _tile_candidates(row, power_of_two(value.shape[-1], 16))
     usual = _by_rule(mode, row, _multiprocessors(key.device))
     found = [usual]
     for keys in (32, 64, 128):
@@ -63,6 +93,29 @@ def candidates(mode: str, key: Tensor, value: Tensor) -> list[Tuning]:
                 if keys * row * (stages - 1) <= TILE_BYTES:
                     found.append(Tuning(programs, keys, warps, stages))
     return list(dict.fromkeys(found))
+
+
+def _tile_candidates(row: int, width: int) -> list[TileTuning]:
+    """Those whose scores, weights and results threads can hold; `width` is that of a value."""
+    found = [_tile_rule(row)]
+    for rows, keys, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
+        if rows * (width + 2 * keys) <= REGISTERS * 32 * warps:
+            found.append(TileTuning(rows, keys, warps, stages))
+    return list(dict.fromkeys(found))
+
+
+def _tile_rule(row: int) -> TileTuning:
+    """By the bytes of a key and its value: what two or three blocks of fit beside the queries."""
+    if row <= 512:
+        return TileTuning(rows=128, keys=64, warps=8, stages=2)
+    if row <= 1024:
+        return TileTuning(rows=64, keys=32, warps=4, stages=2)
+    return TileTuning(rows=32, keys=16, warps=4, stages=2)
+
+
+def _bytes_of_a_key(key: Tensor, value: Tensor) -> int:
+    """And its value."""
+    return (key.shape[-1] + value.shape[-1]) * key.element_size()
 
 
 @lru_cache(maxsize=64)
@@ -88,4 +141,4 @@ def _problem(module: ModuleType, mode: str, query: Tensor, key: Tensor) -> tuple
     return module.__name__, mode, rows, key.shape[2].bit_length(), key.device
 
 
-_tuned: dict[tuple[object, ...], Tuning] = {}
+_tuned: dict[tuple[object, ...], Tuning | TileTuning] = {}

@@ -117,7 +117,7 @@ class Planner:
         grid, tiles = find_grid(attention), None
         if kernels:
             try:
-                tiles = tile_site(attention, config, self._emit)
+                tiles = tile_site(attention, config, self._emit, self._autotune)
             except NoKernel as error:
                 return self._kept(plan, attention, str(error), by_design=False)
             grid = grid if tiles.any_order else None

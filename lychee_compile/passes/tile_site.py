@@ -34,11 +34,17 @@ class TileSite:
     """Whether queries may be taken in another order: nothing depends on where they are."""
 
 
-def tile_site(attention: Attention, config: IndexConfig, emit: Emitter) -> TileSite:
-    """The kernels for `attention`. Emits its operands, before it. Raises `NoKernel`."""
+def tile_site(
+    attention: Attention, config: IndexConfig, emit: Emitter, autotune: bool = False
+) -> TileSite:
+    """The kernels for `attention`. Emits its operands, before it.
+
+    With `autotune` tile sizes are measured at the first call. Raises `NoKernel`.
+    """
     terms, given = emit_operands(attention, emit)
-    spec = specification(attention, terms, given)
-    kernel = made(replace(spec, tiles=TileSpec(config.sinks, config.recent)), terms, given)
+    tiles = TileSpec(config.sinks, config.recent)
+    spec = replace(specification(attention, terms, given), tiles=tiles, autotune=autotune)
+    kernel = made(spec, terms, given)
     placed = (terms.score.free_symbols | terms.visible.free_symbols) & {Q}
     plain = "" if given.extra is not None else _plain(terms)
     return TileSite(kernel, given, terms.nodes, plain, not placed)

@@ -9,8 +9,12 @@ from lychee_compile.kernels.launch_parts import power_of_two
 def emit_constants(spec: AttentionSpec) -> str:
     """Sizes of a decoding site. Rows are padded to what a tensor core's product takes."""
     rows = power_of_two(spec.group, 16)
-    tuned = f"AUTOTUNE = {spec.autotune}  # whether tile sizes are measured at the first call"
-    return f"{emit_sizes(spec, rows)}\n{tuned}{emit_logits(spec)}\n"
+    return f"{emit_sizes(spec, rows)}\n{emit_tuned(spec)}{emit_logits(spec)}\n"
+
+
+def emit_tuned(spec: AttentionSpec) -> str:
+    """What launches look at. Without a line's end."""
+    return f"AUTOTUNE = {spec.autotune}  # whether tile sizes are measured at the first call"
 
 
 def emit_sizes(spec: AttentionSpec, rows: int | None = None) -> str:

@@ -19,6 +19,7 @@ from lychee_compile.codegen.parts.common import (
     emit_logits,
     emit_sizes,
     emit_softmax_step,
+    emit_tuned,
     precision,
 )
 from lychee_compile.codegen.parts.terms import captured, sees_range
@@ -68,6 +69,7 @@ def emit_tile_constants(spec: AttentionSpec) -> str:
     """Sizes of this site, of tiles and of a histogram."""
     assert spec.tiles is not None
     return f"""{emit_sizes(spec)}
+{emit_tuned(spec)}
 TILE = tl.constexpr({TILE})  # query positions that read the same keys
 PARTS = tl.constexpr({PARTS})  # parts of a tile, each of which asks with its centre
 PART = tl.constexpr({TILE // PARTS})

@@ -13,6 +13,7 @@ HEAD_DIM = tl.constexpr(80)
 DIM = tl.constexpr(128)
 VALUE_DIM = tl.constexpr(64)
 WIDTH = tl.constexpr(64)
+AUTOTUNE = False  # whether tile sizes are measured at the first call
 TILE = tl.constexpr(128)  # query positions that read the same keys
 PARTS = tl.constexpr(8)  # parts of a tile, each of which asks with its centre
 PART = tl.constexpr(16)
