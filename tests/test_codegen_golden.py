@@ -82,6 +82,7 @@ def _without_kernels(source):
     return "\n".join(kept)
 
 
+@pytest.mark.thorough
 def test_text_is_the_same_in_every_process():
     lines = """
 import hashlib

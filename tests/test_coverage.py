@@ -27,9 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers, 
 ARCHITECTURES = {each.name: each for each in coverage_models.ARCHITECTURES}
 REPRESENTATIVES = {
     "llama": ["sdpa", "eager"],
-    "mistral": ["eager"],
     "gemma2": ["eager"],
-    "gpt2": ["sdpa"],
     "bloom": ["eager"],
     "gpt_oss": ["eager"],
     "deepseek_v3": ["sdpa"],

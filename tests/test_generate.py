@@ -39,7 +39,13 @@ ENTRIES: dict[tuple[str, str], list[Way]] = {
 }
 
 
-@pytest.mark.parametrize(("entry", "kind"), ENTRIES)
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [
+        pytest.param(*each, marks=pytest.mark.thorough if each[0] == "model.compile" else ())
+        for each in ENTRIES
+    ],
+)
 def test_with_everything_read_tokens_are_dense(entry: str, kind: str) -> None:
     """One compiled model decodes in one way after another, each with a cache of its own."""
     model = decoder()

@@ -72,6 +72,7 @@ def test_turns_of_a_conversation_are_indexed_in_one_pass_each(
 INDEXED = r"indexed (\d+) tokens of 2 KV heads in \d+ ms"
 
 
+@pytest.mark.thorough
 def test_drafts_that_are_taken_back(seen: Seen) -> None:
     model = decoder()
     entered("model.forward", model, EVERYTHING)
@@ -79,6 +80,7 @@ def test_drafts_that_are_taken_back(seen: Seen) -> None:
     assert seen.sparse > 0
 
 
+@pytest.mark.thorough
 def test_beams_are_not_indexed_as_each_step_copies_their_cache(seen: Seen) -> None:
     model = decoder()
     entered("model.forward", model, EVERYTHING)

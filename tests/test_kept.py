@@ -127,7 +127,7 @@ def gradients(model: Any, forward: Any, given: dict[str, Any]) -> tuple[Tensor, 
         ("gemma2", "eager", False),
         pytest.param("gpt_oss", "eager", False, marks=pytest.mark.thorough),
         pytest.param("bert", "sdpa", True, marks=pytest.mark.thorough),
-        ("t5", "eager", True),
+        pytest.param("t5", "eager", True, marks=pytest.mark.thorough),
     ],
 )
 def test_gradients_are_those_of_eager(name: str, implementation: str, training: bool) -> None:

@@ -51,7 +51,11 @@ def sliding_window(budget: int, end: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("count", "dtype", "batch"), [(1, torch.float32, 2), (3, torch.bfloat16, 1)]
+    ("count", "dtype", "batch"),
+    [
+        pytest.param(1, torch.float32, 2, marks=pytest.mark.thorough),
+        (3, torch.bfloat16, 1),
+    ],
 )
 def test_a_step_reads_sinks_recent_tokens_and_the_best_within_the_budget(
     count: int, dtype: torch.dtype, batch: int

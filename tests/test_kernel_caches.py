@@ -69,7 +69,11 @@ def reordered(cache: Cache) -> None:
 
 @pytest.mark.parametrize(
     "happens",
-    [rewritten_eagerly, pytest.param(emptied_and_filled, marks=pytest.mark.thorough), reordered],
+    [
+        pytest.param(rewritten_eagerly, marks=pytest.mark.thorough),
+        pytest.param(emptied_and_filled, marks=pytest.mark.thorough),
+        reordered,
+    ],
 )
 def test_a_cache_that_somebody_else_wrote_is_read_in_full_and_then_indexed_anew(
     happens: Any,
@@ -85,6 +89,7 @@ def test_a_cache_that_somebody_else_wrote_is_read_in_full_and_then_indexed_anew(
     assert_sparse(last, cache)
 
 
+@pytest.mark.thorough
 def test_an_index_that_keeps_being_lost_is_not_built_over_and_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

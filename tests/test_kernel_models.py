@@ -26,7 +26,7 @@ pytestmark = [
     [
         ("llama", "sdpa", "static", [0, 13]),  # the mask is a tensor
         ("gpt_oss", "eager", "static", [0]),  # an extra logit, and a window within the budget
-        ("gemma2", "eager", "dynamic", [0]),  # a soft-cap
+        pytest.param("gemma2", "eager", "dynamic", [0], marks=pytest.mark.thorough),  # a soft-cap
         ("bloom", "eager", "dynamic", [0]),  # a bias by position, in expressions
     ],
 )

@@ -219,7 +219,7 @@ def through(way: str, model: Any, options: dict[str, Any]) -> dict[str, Any]:
         pytest.param("gemma3", True, "eager", marks=pytest.mark.thorough),
         ("llama", False, "config"),
         pytest.param("gemma3", True, "config", marks=pytest.mark.thorough),
-        ("llama", True, "forward"),
+        pytest.param("llama", True, "forward", marks=pytest.mark.thorough),
         ("gemma3", False, "forward"),
     ],
 )
@@ -280,7 +280,7 @@ def test_beams_and_drafts(kind: str, way: str) -> None:
     assert torch.equal(model.generate(ids, past_key_values=cache, **given), dense)
 
 
-@pytest.mark.parametrize("dynamic_sizes", [None, False])
+@pytest.mark.parametrize("dynamic_sizes", [None, pytest.param(False, marks=pytest.mark.thorough)])
 def test_growing_compiles_once_more_and_not_again(dynamic_sizes: bool | None) -> None:
     model, ids = model_of("llama"), some_ids(3200)
     options = {**SHAPE, "budget": 20_000}

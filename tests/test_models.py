@@ -30,6 +30,14 @@ WINDOWED = {
     "sliding_window": 32,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+OFTEN = {
+    ("llama", "static"),
+    ("gemma3", "dynamic"),
+    ("gpt2", "dynamic"),
+    ("gpt_oss", "static"),
+    ("bloom", "dynamic"),
+}
+"""Those tried in every run."""
 EVERYTHING = {"budget": 127, "sinks": 2, "recent": 16, "chunk": (4, 8)}
 
 
@@ -96,13 +104,12 @@ def decode(model: Any, forward: Callable[..., Any], kind: str, padding: list[int
 
 
 def combinations() -> Iterator[Any]:
-    """Models, their attention and cache; most of them are thorough with one of both caches."""
+    """Models, their attention and cache; most of them are thorough."""
     models = [(name, "sdpa") for name in ("llama", "qwen3", "mistral", "gemma3", "gpt2")]
     models += [(name, "eager") for name in ("llama", "gemma2", "gpt_oss", "bloom")]
-    for number, model in enumerate(models):
+    for model in models:
         for kind in ("static", "dynamic"):
-            seldom = model[1] == "eager" or model[0] not in ("llama", "gemma3")
-            left_out = seldom and kind == ("static", "dynamic")[number % 2]
+            left_out = (model[0], kind) not in OFTEN or model == ("llama", "eager")
             yield pytest.param(*model, kind, marks=pytest.mark.thorough if left_out else ())
 
 
@@ -127,6 +134,7 @@ def test_everything_read_is_dense(
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_generate_gives_the_dense_tokens() -> None:
     model = model_of("llama")

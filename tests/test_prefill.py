@@ -117,7 +117,13 @@ def test_what_stays_exact_says_why(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("function", [sdpa, eager_causal], ids=["all", "causal"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(sdpa, marks=pytest.mark.thorough, id="all"),
+        pytest.param(eager_causal, id="causal"),
+    ],
+)
 def test_where_kernels_run_they_are_generated_for_it(
     function: Function, kernels_on_cpu: None
 ) -> None:

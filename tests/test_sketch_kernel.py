@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import triton_interpreter
@@ -89,10 +91,16 @@ HISTORIES = {
     "rewinds": [(200, 1), (130, 1), (131, 3), (129, 1)],
 }
 """Slots from which steps write, and how many tokens they write."""
+OFTEN = {("causal", "token by token"), ("causal", "rewinds"), ("rows", "drafts")}
 
 
-@pytest.mark.parametrize("history", list(HISTORIES))
-@pytest.mark.parametrize("mask", ["causal", "rows"])
+@pytest.mark.parametrize(
+    ("mask", "history"),
+    [
+        pytest.param(*each, marks=() if each in OFTEN else pytest.mark.thorough)
+        for each in product(("causal", "rows"), HISTORIES)
+    ],
+)
 def test_steps_keep_the_index_up_to_date(mask, history):
     """Rows of a batch may be at slots of their own."""
     random = torch.Generator().manual_seed(1)

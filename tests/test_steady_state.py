@@ -20,7 +20,6 @@ from lychee_compile.kernels.slot_upkeep import REFIT, SlotCache
 from lychee_compile.state import registry
 from lychee_compile.stateful_graph import StatefulGraph, StateInput
 
-STEPS = 4096
 LITTLE = 64 << 10
 """Bytes that counters and caches of Python itself may take."""
 
@@ -75,13 +74,14 @@ def test_a_static_cache_is_decoded_for_long_by_one_graph() -> None:
     assert len(registry) == 1
 
 
+@pytest.mark.parametrize("steps", [512, pytest.param(4096, marks=pytest.mark.thorough)])
 @pytest.mark.usefixtures("without_inductor", "seeded")
-def test_4096_steps_over_a_growing_cache_are_two_compilations() -> None:
+def test_steps_over_a_growing_cache_are_two_compilations(steps: int) -> None:
     step = compiled(grow)
     keys, values = torch.randn(1, 1, 41, 8), torch.randn(1, 1, 41, 8)
-    for _ in range(STEPS):
+    for _ in range(steps):
         fresh = torch.randn(3, 1, 1, 1, 8)
         _, keys, values = step(fresh[0], keys, values, fresh[1], fresh[2])
-    assert keys.shape[2] == 41 + STEPS
+    assert keys.shape[2] == 41 + steps
     assert len(lychee_compile.reports()) == 2
     assert len(registry) == 1
