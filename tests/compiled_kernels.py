@@ -29,9 +29,9 @@ KERNELS = {
 }
 """And what is fixed when they are launched."""
 TILE_KERNELS = {
-    "ask": {"KEYS": 64, "SELF": True},
-    "scan": {"KEYS": 64, "TILES": 8},
-    "choose": {"LANES": 1024},
+    "ask": {"KEYS": 64, "TILES": 8, "SELF": True},
+    "scan": {"KEYS": 64, "TILES": 16},
+    "choose": {"LANES": 4096},
     "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8},
 }
 """Those of whole sequences, likewise."""
@@ -68,7 +68,8 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
         attrs={
             (place,): [["tt.divisibility", 16]]
             for place, name in enumerate(names)
-            if name not in fixed and (types.get(name, "")[:1] == "*" or "stride" in name)
+            if name not in fixed
+            and (types.get(name, "")[:1] == "*" or "stride" in name or name == "bin_room")
         },
     )
     options = {"num_warps": constants.get("WARPS", 4), "num_stages": 2}

@@ -48,7 +48,7 @@ def _tiled(spec: AttentionSpec) -> list[str]:
         tiles.emit_edges(spec),
         tiles.emit_ask(spec),
         tiles.emit_scan(spec),
-        tiles.emit_choose(),
+        tiles.emit_choose(spec),
         tiles.emit_attend(spec),
     ]
 
@@ -65,7 +65,7 @@ def _lychee(spec: AttentionSpec) -> list[str]:
         scan.emit_selection_constants(spec.sparse, scans_pages(spec)),
         sketch.emit_sketch_constants(spec),
         f"SCALE = tl.constexpr({float(spec.score.diff(S).subs(S, 0))})  # of s in the score\n",
-        scan.emit_bins(),
+        scan.emit_bins(spec),
         scan.emit_always_read(spec),
         sketch.emit_weigh(spec),
         sketch.emit_sketch_scores(spec),
@@ -83,7 +83,7 @@ def _quest(spec: AttentionSpec) -> list[str]:
         raise ValueError("quest has no kernels for scores that depend on a key's slot")
     return [
         boxes.emit_box_constants(spec),
-        scan.emit_bins(),
+        scan.emit_bins(spec),
         scan.emit_ranks(),
         scan.emit_always_read(spec, unread="fresh // PAGE * PAGE"),
         boxes.emit_scan(spec),

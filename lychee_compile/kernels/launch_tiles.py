@@ -15,12 +15,16 @@ from lychee_compile.kernels.tuning import TileTuning, tile_tuning_for
 
 SCRATCH_BYTES = 2**29
 """Scratch memory that the tiles at work at the same time may take, about."""
-TOGETHER = 8
-"""Tiles of one head that read keys together in `scan`."""
+TOGETHER = 16
+"""Tiles of one head that read keys together, at most."""
+ASK_BYTES, ASKING_BYTES = 2**14, 2**15
+"""Of the centres of those of a program, in `ask` and in `scan`."""
 SCANNED = 4096
 """Keys that a program of `scan` reads, at least."""
+LANES, CHOOSE_REGISTERS = 4096, 128
+"""Bins that `choose` looks at at a time; numbers of a thread, at most: two programs fit together."""
 SCAN_BYTES = 2**14
-"""Of keys that `ask` and `scan` read at a time."""
+"""Of keys that `ask` and `scan` read at a time, about."""
 ALL = 2**30
 """More keys than there are."""
 
@@ -92,6 +96,8 @@ class TileLaunch:
         self._splits = max(1, kv_len // SCANNED)
         wide = power_of_two(head_dim) * key.element_size()
         self._scanned_at_once = max(16, min(SCAN_BYTES // wide, 64))
+        self._ask_together = max(2, min(ASK_BYTES // (PARTS * wide), TOGETHER))
+        self._together = max(2, min(ASKING_BYTES // (PARTS * wide), TOGETHER))
         self._bin_room = -(-kv_len // 16) * 16  # rows of bins that can be read 16 at a time
         scratch = Scratch()
         scratch.want("centres", query.dtype, self._at_once, PARTS, head_dim)
@@ -114,30 +120,32 @@ class TileLaunch:
     def select(self, first_row: int, count: int) -> None:
         """Find what these rows read, besides what they read in any case."""
         module, made, where = self._module, self.made, (first_row, *self._sizes)
-        module.ask[(count,)](
+        module.ask[(count // self._ask_together,)](
             *self._query, *self._key, made["centres"], made["totals"], made["edge"],
             *where, *self._more,
-            KEYS=self._scanned_at_once, SELF=self._self, num_warps=4, num_stages=2,
+            KEYS=self._scanned_at_once, TILES=self._ask_together, SELF=self._self,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
-        module.scan[(count // TOGETHER, self._splits)](
+        module.scan[(count // self._together, self._splits)](
             *self._key, made["centres"], made["totals"], made["edge"], made["bins"],
             self._bin_room, *where, self._splits, *self._more,
-            KEYS=self._scanned_at_once, TILES=TOGETHER, num_warps=4, num_stages=2,
+            KEYS=self._scanned_at_once, TILES=self._together, num_warps=4, num_stages=2,
         )  # fmt: skip
         module.choose[(count,)](
             made["edge"], made["bins"], self._bin_room, made["chosen"], made["counts"],
-            where[-1], self.capacity, self._share, self._most, self._shortest,
-            LANES=1024, num_warps=4, num_stages=1,
+            self.capacity, self._share, self._most, self._shortest,
+            LANES=LANES, num_warps=8, num_stages=1, maxnreg=CHOOSE_REGISTERS,
         )  # fmt: skip
 
     def attend(self, first_row: int, count: int) -> None:
         """Attention of these rows over what they read."""
         made, tuning, output = self.made, self._tuning, self.output
+        limit = {"maxnreg": tuning.registers} if tuning.registers else {}
         self._module.attend[(count, TILE // tuning.rows)](
             *self._query, *self._key, *self._value, *self._logits,
             output, *output.stride(), self.log_sums,
             made["edge"], made["chosen"], made["counts"], self.capacity,
             first_row, *self._sizes, *self._more,
             ROWS=tuning.rows, KEYS=tuning.keys,
-            num_warps=tuning.warps, num_stages=tuning.stages,
+            num_warps=tuning.warps, num_stages=tuning.stages, **limit,
         )  # fmt: skip

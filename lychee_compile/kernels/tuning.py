@@ -21,8 +21,10 @@ MOST_SPLITS = 128
 """Programs that may share one row, at most: one more kernel sums up what they leave."""
 TILE_BYTES = 100_000
 """Shared memory that the tiles in flight of one program may take."""
-REGISTERS = 128
+REGISTERS = 192
 """Numbers that a thread can hold of the scores, weights and results of a tile of queries."""
+SHARED_BYTES = 200_000
+"""Shared memory that a tile of queries and the keys and values in flight may take."""
 TILES = "tiles"
 """The mode of whole sequences, beside "exact" and "sparse"."""
 
@@ -51,6 +53,8 @@ class TileTuning:
     warps: int
     stages: int
     """Blocks of keys in flight."""
+    registers: int = 0
+    """Of a thread, at most, so that more programs fit on a multiprocessor; 0: as it takes."""
 
 
 def tuning_for(module: ModuleType, mode: str, query: Tensor, key: Tensor, value: Tensor) -> Tuning:
@@ -96,18 +100,23 @@ def candidates(mode: str, key: Tensor, value: Tensor) -> Sequence[Tuning | TileT
 
 
 def _tile_candidates(row: int, width: int) -> list[TileTuning]:
-    """Those whose scores, weights and results threads can hold; `width` is that of a value."""
+    """Those whose scores, weights and results threads can hold; `width` is that of a value.
+
+    A warp has sixteen queries: with fewer, warps would share them, and sum up over each other.
+    """
     found = [_tile_rule(row)]
-    for rows, keys, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
-        if rows * (width + 2 * keys) <= REGISTERS * 32 * warps:
-            found.append(TileTuning(rows, keys, warps, stages))
+    for rows, keys, stages, registers in product((64, 128), (32, 64, 128), (2, 3), (0, 128)):
+        if rows * (width + 2 * keys) > (registers or REGISTERS) * 2 * rows:
+            continue
+        if rows * row // 2 + stages * keys * row <= SHARED_BYTES:
+            found.append(TileTuning(rows, keys, rows // 16, stages, registers))
     return list(dict.fromkeys(found))
 
 
 def _tile_rule(row: int) -> TileTuning:
     """By the bytes of a key and its value: what two or three blocks of fit beside the queries."""
     if row <= 512:
-        return TileTuning(rows=128, keys=64, warps=8, stages=2)
+        return TileTuning(rows=128, keys=64, warps=8, stages=2, registers=128)
     if row <= 1024:
         return TileTuning(rows=64, keys=32, warps=4, stages=2)
     return TileTuning(rows=32, keys=16, warps=4, stages=2)

@@ -138,13 +138,12 @@ def rank_boxes(
         scores + (head_row.to(tl.int64) * GROUP + g) * pages + page[None, :],
         mask=(g < GROUP) & (page < pages)[None, :], other=float("-inf"),
     )
-    possible = value > float("-inf")
-    entry = bins_of(value, possible, denominators(totals, head_row, tiles, TILES))
-    entry = tl.maximum(entry, tl.max(possible.to(tl.int32), 0))
+    possible = tl.max(value, 0) > float("-inf")
+    entry = bins_of(value, denominators(totals, head_row, tiles, TILES), possible)
+    entry = tl.maximum(entry, possible.to(tl.int32))
     mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
-    place = page_bins + mine * RANKED + tl.arange(0, RANKED)
-    tl.store(place, entry.to(tl.uint8))
-    counts = count_bins(histogram + head_row * (2 * BINS), place, page < pages)
+    tl.store(page_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+    counts = count_bins(histogram + head_row * (2 * BINS), entry)
     tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
 
 

@@ -35,9 +35,16 @@ LAST_BIN = tl.constexpr({(127 + LARGEST) * 8})  # a share of 2^{LARGEST}, in eig
 """
 
 
-def emit_bins() -> str:
+def emit_bins(spec: AttentionSpec) -> str:
     """Shares of the softmax as bins of a histogram, and the bin that a budget ends in."""
-    return '''
+    sparse = spec.sparse
+    assert sparse is not None
+    short = sparse.overfetch * sparse.budget < 2**20  # there are at most 1,024 of our own
+    due = "left * own" if short else "left.to(tl.int64) * own"
+    return f'''
+HEADS = tl.constexpr({power_of_two(spec.group)})  # of a group, padded
+
+
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """First slot that this step has written: it and what follows have no sketch yet."""
@@ -54,36 +61,35 @@ def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
 @triton.jit
 def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
     """log2 of the softmax's denominator for the heads of a group, as blocks estimate it: [ROWS]."""
-    block, g = tl.arange(0, BLOCKS), tl.arange(0, ROWS)
+    block, g = tl.arange(0, BLOCKS), tl.arange(0, HEADS)
     parts = tl.load(
         totals + (head_row.to(tl.int64) * blocks + block)[:, None] * ROWS + g[None, :],
         mask=(block < blocks)[:, None], other=-1e30,
     )
     most = tl.max(parts, 0)
-    return most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
+    total = most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
+    return tl.gather(total, tl.minimum(tl.arange(0, ROWS), HEADS - 1), 0)
 
 
 @triton.jit
-def bins_of(value, seen, total):
+def bins_of(value, total, possible):
     """The bin of each item's share [N], from the scores [ROWS, N] of a group's heads, in bits.
 
-    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
+    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa; the first
+    bin where an item is not `possible` [N].
     """
-    real = seen & (tl.arange(0, ROWS) < GROUP)[:, None]
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
     share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # Out of a product, eight threads have the same; gathered, every thread has items of its own.
+    share = tl.gather(share, tl.arange(0, value.shape[1]), 0)
     place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
-    return tl.where(share > 0, tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
+    return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
 
 
 @triton.jit
-def count_bins(histogram, bins, inside):
-    """Count what was stored in `bins`, pointers [N], in a histogram, and return the counts.
-
-    The first bin is left out. Read back, every thread has entries of its own: out of a product,
-    eight threads have the same.
-    """
-    tl.debug_barrier()
-    counts = tl.histogram(tl.load(bins, mask=inside, other=0).to(tl.int32), BINS)
+def count_bins(histogram, entry):
+    """Count the bins `entry` [N], but for the first, in a histogram, and return the counts."""
+    counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
     tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
@@ -99,15 +105,17 @@ def threshold(histogram, room, read=0):
     place = tl.arange(0, BINS)
     counts = tl.load(histogram + place) - read
     through = tl.cumsum(counts, 0, reverse=True)
-    cut = tl.max(tl.where(through > room, place, 0), 0)
-    above = tl.max(tl.where(place > cut, through, 0), 0)
-    return cut, -(above - room), tl.sum(tl.where(place == cut, counts, 0), 0)
+    # One search for all three: the bin, how many are in bins above it, and in itself.
+    all_three = (place.to(tl.int64) << 24 | through - counts) << 24 | counts
+    found = tl.max(tl.where(through > room, all_three, 0), 0)
+    above = (found >> 24 & 0xFFFFFF).to(tl.int32)
+    return (found >> 48).to(tl.int32), -(above - room), (found & 0xFFFFFF).to(tl.int32)
 
 
 @triton.jit
 def due(left, own, at_cut):
     """How many of our `own` items at the cut are chosen, where `left` of all `at_cut` are."""
-    return (left.to(tl.int64) * own // tl.maximum(at_cut, 1)).to(tl.int32)
+    return ({due} // tl.maximum(at_cut, 1)).to(tl.int32)
 
 
 @triton.jit
@@ -183,9 +191,7 @@ def bins_read(bins, first, begin, stop, known):
 def emit_scan(spec: AttentionSpec) -> str:
     """`scan_tokens`: bins of all tokens, but those that are read anyway where these are known."""
     extra, possible = captured(spec), "slot < fresh"
-    ends = "\n" + _ends("ROWS" if spec.visible.has(H) else "1")
     if sees_range(spec):
-        ends = ""
         possible = "(slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))"
     body = _where_seen(
         spec,
@@ -204,13 +210,11 @@ s = sketch_scores(
     head_row.to(tl.int64) * blocks + tile * TILE // BLOCK,
 )
 total = denominators(totals, head_row, blocks, BLOCKS)
-seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :]{extra}){ends}
 value = score(s, b, h, t, slot[None, :], inside[None, :]{extra})
-possible = {possible}
-entry = bins_of(value, seen & possible[None, :], total)
-place = bins + head_row.to(tl.int64) * slots + slot
-tl.store(place, entry.to(tl.uint8))
-count_bins(histogram + head_row * (2 * BINS), place, inside)""",
+{_seen(spec)}{"" if sees_range(spec) else _ENDS}
+entry = bins_of(value, total, seen & ({possible}))
+tl.store(bins + head_row.to(tl.int64) * slots + slot, entry.to(tl.uint8))
+count_bins(histogram + head_row * (2 * BINS), entry)""",
     )
     return f'''
 @triton.jit
@@ -252,10 +256,9 @@ if EARLY:
     tl.extra.cuda.gdc_wait()  # for the denominators alone
 total = denominators(totals, head_row, blocks, BLOCKS)
 tl.store(whole + head_row * ROWS + g, total)  # all programs of a row store the same
-entry = bins_of(value, tl.broadcast_to(held[None, :], value.shape), total)
-place = bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page
-tl.store(place, entry.to(tl.uint8))
-counts = count_bins(histogram + head_row * (2 * BINS), place, held)
+entry = bins_of(value, total, held)
+tl.store(bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page, entry.to(tl.uint8))
+counts = count_bins(histogram + head_row * (2 * BINS), entry)
 tl.store(ranks + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))""",
         before="ranks += (head_row.to(tl.int64) * tiles + tile) * BINS\n",
         otherwise="tl.store(ranks + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))",
@@ -278,13 +281,13 @@ packed, packed_coarse = load_codes(
 s = sketch_scores(
     packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + block
 )
-seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :]{extra})
 value = score(s, b, h, t, slot[None, :], inside[None, :]{extra})
-found = bins_of(value, seen, total)
+{_seen(spec)}
+found = bins_of(value, total, seen)
 into = first_rank * PAGE + lane
 tl.store(candidates + into, slot, mask=listed)
 tl.store(bins + into, found.to(tl.uint8), mask=listed)
-count_bins(counts + BINS, bins + into, listed)""",
+count_bins(counts + BINS, found)""",
         12,
     )
     return f'''
@@ -341,15 +344,18 @@ def scan_chosen(
         tl.store(candidate_count + head_row, tl.sum(of_tile, 0) * PAGE)
     tile = tl.arange(0, TILES)
     turns = tl.cumsum(tl.maximum((of_tile + TURN - 1) // TURN - ahead, 0), 0)
-    for later in range(part, programs + tl.max(turns, 0), programs):
-        before = tl.sum(tl.where(tile < block, of_tile, 0), 0)
-        count = tl.minimum(tl.sum(tl.where(tile == block, of_tile, 0), 0) - turn * TURN, TURN)
+    last = programs + tl.max(turns, 0)
+    for later in range(part, last, programs):
+        both = tl.where(tile < block, of_tile, tl.where(tile == block, of_tile << 20, 0))
+        both = tl.sum(both, 0)
+        before, count = both & 0xFFFFF, tl.minimum((both >> 20) - turn * TURN, TURN)
         if count > 0:
 {scored}
-        past = turns <= later
-        block = tl.minimum(tl.sum(past.to(tl.int32), 0), blocks - 1)
-        turn = ahead + later - tl.max(tl.where(past, turns, 0), 0)
-        entry = tl.load(page_bins + block * PER_BLOCK + number)
+        if later + programs < last:
+            past = turns <= later
+            block = tl.minimum(tl.sum(past.to(tl.int32), 0), blocks - 1)
+            turn = ahead + later - tl.max(tl.where(past, turns, 0), 0)
+            entry = tl.load(page_bins + block * PER_BLOCK + number)
 '''
 
 
@@ -367,11 +373,23 @@ if (tile * {size} < end) & (tile * {size} + {size} > first):
     return indented(start + check + indented(body, 4) + instead, 4)
 
 
-def _ends(rows: str) -> str:
-    """Keep the first and the last slot that any head of the group sees in this tile."""
-    return f"""anywhere = tl.max(tl.broadcast_to(seen, [{rows}, TILE]).to(tl.int32), 0) > 0
-tl.store(tile_first + head_row * tiles + tile, tl.min(tl.where(anywhere, slot, 2**30), 0))
-tl.store(tile_end + head_row * tiles + tile, tl.max(tl.where(anywhere, slot + 1, 0), 0))"""
+def _seen(spec: AttentionSpec) -> str:
+    """Which slots are seen: one by one, or, where heads see different ones, by any of them.
+
+    What a head alone does not see weighs nothing with it.
+    """
+    extra = captured(spec)
+    if not spec.visible.has(H):
+        return f"seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside{extra})"
+    return f"""each = visible(b, h, t, slot[None, :], kv_len, inside[None, :]{extra})
+value = tl.where(each, value, float("-inf"))
+seen = tl.max(each.to(tl.int32), 0) > 0"""
+
+
+_ENDS = """
+tl.store(tile_first + head_row * tiles + tile, tl.min(tl.where(seen, slot, 2**30), 0))
+tl.store(tile_end + head_row * tiles + tile, tl.max(tl.where(seen, slot + 1, 0), 0))"""
+"""Keep the first and the last slot that any head of the group sees in this tile."""
 
 
 def _page_ends(spec: AttentionSpec) -> str:
