@@ -20,10 +20,10 @@ from lychee_compile.kernels.generated import load, store
 KERNELS = {
     "attend_all": {"KEYS": 64},
     "combine": {"SPLITS": 32},
-    "weigh": {},
-    "scan_tokens": {"BLOCKS": 16},
-    "scan_pages": {"BLOCKS": 16},
-    "scan_chosen": {"TILES": 16},
+    "weigh": {"kv_heads": 8},
+    "scan_tokens": {"BLOCKS": 16, "kv_heads": 8},
+    "scan_pages": {"BLOCKS": 16, "kv_heads": 8},
+    "scan_chosen": {"TILES": 16, "kv_heads": 8},
     "attend": {"KEYS": 64, "TILES": 16, "LANES": 512},
     "encode": {},
 }
@@ -37,11 +37,11 @@ TILE_KERNELS = {
 """Those of whole sequences, likewise."""
 POINTERS = {
     "*u8": "fine coarse pages page_bins bins",
-    "*i32": "header tile_first tile_end histogram ranks page_list candidates candidate_count "
-    "chosen_list edge chosen counts",
+    "*i32": "header tile_first tile_end histogram ranks plan limits arrivals candidates "
+    "candidate_count chosen_list edge chosen counts",
     "*i64": "positions",
     "*bf16": "weights",
-    "*fp32": "constants totals whole centre step spread partial partial_top partial_sum log_sums",
+    "*fp32": "constants page_constants totals whole centre step spread partial partial_top partial_sum log_sums",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}

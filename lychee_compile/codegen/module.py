@@ -7,6 +7,7 @@ from lychee_compile.codegen.parts import (
     boxes,
     common,
     encode,
+    pages,
     scan,
     sketch,
     terms,
@@ -61,18 +62,19 @@ def scans_pages(spec: AttentionSpec) -> bool:
 def _lychee(spec: AttentionSpec) -> list[str]:
     """Tokens by their sketches."""
     assert spec.sparse is not None
+    paged = scans_pages(spec)
     parts = [
-        scan.emit_selection_constants(spec.sparse, scans_pages(spec)),
+        scan.emit_selection_constants(spec.sparse, paged),
         sketch.emit_sketch_constants(spec),
         f"SCALE = tl.constexpr({float(spec.score.diff(S).subs(S, 0))})  # of s in the score\n",
         scan.emit_bins(spec),
         scan.emit_always_read(spec),
-        sketch.emit_weigh(spec),
+        sketch.emit_weigh(spec, paged),
         sketch.emit_sketch_scores(spec),
         scan.emit_scan(spec),
     ]
-    if scans_pages(spec):
-        parts += [scan.emit_ranks(), sketch.emit_page_scores(spec), scan.emit_page_scans(spec)]
+    if paged:
+        parts += [scan.emit_ranks(), pages.emit_page_scores(spec), pages.emit_page_scans(spec)]
     parts += [sketch.emit_encoder(spec), encode.emit_encode()]
     return [*parts, attend.emit_sparse(spec, encode.UPKEEP)]
 

@@ -22,9 +22,9 @@ from lychee_compile.kernels.launch_parts import (
 from lychee_compile.kernels.slot_layout import BLOCK, PAGE, TILE, SlotLayout, SlotState
 from lychee_compile.kernels.tuning import MOST_SPLITS, Tuning, tuning_for
 
-PARTS = 512
-"""Programs among which the chosen pages of all rows are dealt out, about."""
-WEIGH_REGISTERS, PAGES_REGISTERS, CHOSEN_REGISTERS = 96, 128, 128
+PARTS = 1024
+"""Programs among which the turns of all rows are dealt out, about."""
+WEIGH_REGISTERS, PAGES_REGISTERS, CHOSEN_REGISTERS = 96, 128, 96
 """Of a thread, at most: that programs of a kernel and of the next fit on the device together."""
 
 
@@ -99,7 +99,11 @@ def run_sparse(
         scratch.want("page_bins", torch.uint8, rows, blocks * BLOCK // PAGE)
         scratch.want("page_ranks", torch.int32, rows, tiles, BINS)
         scratch.want("whole", torch.float32, rows, padded)
-        scratch.want("page_list", torch.int32, rows, examined // PAGE)
+        turns = examined // (PAGE * module.TURN.value) + blocks
+        scratch.want("page_constants", torch.float32, rows, blocks, padded)
+        scratch.want("arrivals", torch.int32, rows)
+        scratch.want("plan", torch.int32, rows, turns, 4)
+        scratch.want("limits", torch.int32, rows, 4)
         scratch.want("candidates", torch.int32, rows, examined)
         scratch.want("count", torch.int32, rows)
     scratch.want("bins", torch.uint8, rows, examined if paged else layout.slots)
@@ -110,30 +114,30 @@ def run_sparse(
     waits = overlapping(early)
     module.weigh[(rows, blocks)](
         query, *query.stride(),
-        state.axes, state.centre, state.step,
-        made["weights"], made["constants"], made["totals"], made["histogram"],
+        state.axes, state.centre, state.step, state.spread,
+        made["weights"], made["constants"], made["page_constants" if paged else "constants"],
+        made["totals"], made["histogram"], made["arrivals" if paged else "histogram"],
         *written, state.header,
         kv_len, blocks, heads, query_len,
         *more,
-        **waits, num_warps=4, num_stages=1, maxnreg=WEIGH_REGISTERS,
+        PAGED=paged, **waits, num_warps=4, num_stages=1, maxnreg=WEIGH_REGISTERS,
     )  # fmt: skip
     common = [made["weights"], made["constants"], made["totals"], *written, state.header]
     common += [made["first"], made["end"]]
     sizes = [kv_len, layout.slots, blocks, heads, query_len, tiles]
     if paged:
+        planned = made["plan"], turns, made["limits"]
         module.scan_pages[(rows, tiles)](
-            query, *query.stride(),
-            state.pages, state.axes, state.centre, state.step, state.spread,
-            made["page_ranks"], made["whole"], *common, made["page_bins"], made["histogram"],
-            *sizes, *more,
+            state.pages, made["page_constants"], made["page_ranks"], made["whole"],
+            made["arrivals"], *planned, made["count"],
+            *common, made["page_bins"], made["histogram"], *sizes, *more,
             BLOCKS=power_of_two(blocks), **waits,
             num_warps=4, num_stages=1, maxnreg=PAGES_REGISTERS,
         )  # fmt: skip
         # One for each turn, unless there are many rows.
-        turns = examined // (PAGE * module.TURN.value) + blocks
         module.scan_chosen[(rows, max(1, min(turns, PARTS // rows)))](
-            state.fine, state.coarse, made["whole"], made["page_bins"], made["page_ranks"],
-            made["page_list"], made["candidates"], made["count"], examined,
+            state.fine, state.coarse, made["whole"], made["page_bins"], *planned,
+            made["candidates"], examined,
             *common, made["bins"], made["histogram"], *sizes, *more,
             TILES=power_of_two(tiles), **waits, num_warps=4, num_stages=1, maxnreg=CHOSEN_REGISTERS,
         )  # fmt: skip

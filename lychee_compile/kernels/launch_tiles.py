@@ -22,7 +22,7 @@ ASK_BYTES, ASKING_BYTES = 2**14, 2**15
 SCANNED = 4096
 """Keys that a program of `scan` reads, at least."""
 LANES, CHOOSE_REGISTERS = 4096, 128
-"""Bins that `choose` looks at at a time; numbers of a thread, at most: two programs fit together."""
+"""Bins that `choose` looks at at a time; numbers of a thread, so that two programs fit together."""
 SCAN_BYTES = 2**14
 """Of keys that `ask` and `scan` read at a time, about."""
 ALL = 2**30

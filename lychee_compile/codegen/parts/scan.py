@@ -1,4 +1,4 @@
-"""Kernels that rank every token by its sketch, or every page, and then the tokens of the best."""
+"""Kernels that rank every token by its sketch, and what they share with those that rank pages."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from lychee_compile.kernels.slot_layout import BLOCK, PAGE
 LARGEST = 12
 """log2 of the share that the last bin holds: estimates of the denominator may be that far off."""
 
-TURN = 16
+TURN = 8
 """Chosen pages of one block that a program scores at a time."""
 
-_PARAMETERS = """weights, constants, totals,
+PARAMETERS = """weights, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
-    kv_len, slots, blocks, kv_heads, query_len, tiles"""
+    kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles"""
+"""Of all scans, after what is their own."""
 
 
 def emit_selection_constants(sparse: SparseSpec, paged: bool) -> str:
@@ -193,7 +194,7 @@ def emit_scan(spec: AttentionSpec) -> str:
     extra, possible = captured(spec), "slot < fresh"
     if sees_range(spec):
         possible = "(slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))"
-    body = _where_seen(
+    body = where_seen(
         spec,
         "TILE",
         f"""slot = tile * TILE + tl.arange(0, TILE)
@@ -211,7 +212,7 @@ s = sketch_scores(
 )
 total = denominators(totals, head_row, blocks, BLOCKS)
 value = score(s, b, h, t, slot[None, :], inside[None, :]{extra})
-{_seen(spec)}{"" if sees_range(spec) else _ENDS}
+{seen_slots(spec)}{"" if sees_range(spec) else _ENDS}
 entry = bins_of(value, total, seen & ({possible}))
 tl.store(bins + head_row.to(tl.int64) * slots + slot, entry.to(tl.uint8))
 count_bins(histogram + head_row * (2 * BINS), entry)""",
@@ -219,7 +220,7 @@ count_bins(histogram + head_row * (2 * BINS), entry)""",
     return f'''
 @triton.jit
 def scan_tokens(
-    fine, coarse, {_PARAMETERS}{extra},
+    fine, coarse, {PARAMETERS}{extra},
     BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Bins, uint8, of the shares of TILE tokens, by their sketches."""
@@ -232,134 +233,7 @@ def scan_tokens(
 '''
 
 
-def emit_page_scans(spec: AttentionSpec) -> str:
-    """`scan_pages` and `scan_chosen`, for contexts too long to scan every token."""
-    extra = captured(spec)
-    body = _where_seen(
-        spec,
-        "BLOCK",
-        f"""page = tile * PER_BLOCK + tl.arange(0, PER_BLOCK)
-space = (b * kv_heads + kv_head).to(tl.int64) * (slots // PAGE)
-packed = load_pages(pages + space * FINE_BYTES, page, page * PAGE < slots)
-fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
-{_page_ends(spec)}
-queries, heads = load_queries(
-    query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-)
-mine = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
-s = page_scores(
-    packed, queries, axes + mine * (KEPT * HEAD_DIM), centre + mine * HEAD_DIM,
-    step + mine * KEPT, spread + mine * KEPT_FINE,
-)
-value = score(s, b, h, t, (page * PAGE)[None, :], held[None, :]{extra})
-if EARLY:
-    tl.extra.cuda.gdc_wait()  # for the denominators alone
-total = denominators(totals, head_row, blocks, BLOCKS)
-tl.store(whole + head_row * ROWS + g, total)  # all programs of a row store the same
-entry = bins_of(value, total, held)
-tl.store(bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page, entry.to(tl.uint8))
-counts = count_bins(histogram + head_row * (2 * BINS), entry)
-tl.store(ranks + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))""",
-        before="ranks += (head_row.to(tl.int64) * tiles + tile) * BINS\n",
-        otherwise="tl.store(ranks + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))",
-    )
-    scored = indented(
-        f"""chosen, place, _ = choose(entry.to(tl.int32), cut, left, at_cut)
-first_rank = before + turn * TURN
-rank = before + place
-ours = (rank >= first_rank) & (rank < first_rank + count)
-tl.store(page_list + rank, block * PER_BLOCK + number, mask=chosen & ours)
-tl.debug_barrier()
-lane = tl.arange(0, TURN * PAGE)
-listed = lane < count * PAGE
-slot = tl.load(page_list + first_rank + lane // PAGE, mask=listed, other=0) * PAGE
-slot += lane % PAGE
-inside = listed & (slot >= begin) & (slot < stop)
-packed, packed_coarse = load_codes(
-    fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
-)
-s = sketch_scores(
-    packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + block
-)
-value = score(s, b, h, t, slot[None, :], inside[None, :]{extra})
-{_seen(spec)}
-found = bins_of(value, total, seen)
-into = first_rank * PAGE + lane
-tl.store(candidates + into, slot, mask=listed)
-tl.store(bins + into, found.to(tl.uint8), mask=listed)
-count_bins(counts + BINS, found)""",
-        12,
-    )
-    return f'''
-@triton.jit
-def scan_pages(
-    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    pages, axes, centre, step, spread, ranks, whole, {_PARAMETERS}{extra},
-    BLOCKS: tl.constexpr, EARLY: tl.constexpr,
-):
-    """Bins, uint8, of the shares of the pages of one block, and how many are in each or above."""
-    head_row, tile = tl.program_id(0), tl.program_id(1)
-    kv_head, row = head_row % kv_heads, head_row // kv_heads
-    b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-{body}
-
-
-@triton.jit
-def scan_chosen(
-    fine, coarse, whole, page_bins, ranks, page_list, candidates, candidate_count, candidate_room,
-    {_PARAMETERS}{extra},
-    TILES: tl.constexpr, EARLY: tl.constexpr,
-):
-    """The tokens of the best pages of all blocks in a row, and their bins."""
-    head_row, part = tl.program_id(0), tl.program_id(1)
-    kv_head, row = head_row % kv_heads, head_row // kv_heads
-    b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-    counts = histogram + head_row * (2 * BINS)
-    page_bins += head_row.to(tl.int64) * (blocks * PER_BLOCK)
-    bins += head_row.to(tl.int64) * candidate_room
-    candidates += head_row.to(tl.int64) * candidate_room
-    page_list += head_row.to(tl.int64) * (candidate_room // PAGE)
-    space = (b * kv_heads + kv_head).to(tl.int64) * slots
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    _, begin, stop, _ = always_read(
-        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh{extra}, TILES
-    )
-    # The first turns of every block are shared out before it is known how many it has.
-    programs, number = tl.num_programs(1), tl.arange(0, PER_BLOCK)
-    ahead = programs // blocks
-    block, turn = part % blocks, tl.where(part < ahead * blocks, part // blocks, PER_BLOCK)
-    entry = tl.load(page_bins + block * PER_BLOCK + number)
-    total = tl.load(whole + head_row * ROWS + g)
-    cut, left, at_cut = threshold(counts, PAGE_ROOM)
-    ranks += head_row.to(tl.int64) * tiles * BINS
-    of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)
-    if part == 0:
-        tl.store(candidate_count + head_row, tl.sum(of_tile, 0) * PAGE)
-    tile = tl.arange(0, TILES)
-    turns = tl.cumsum(tl.maximum((of_tile + TURN - 1) // TURN - ahead, 0), 0)
-    last = programs + tl.max(turns, 0)
-    for later in range(part, last, programs):
-        both = tl.where(tile < block, of_tile, tl.where(tile == block, of_tile << 20, 0))
-        both = tl.sum(both, 0)
-        before, count = both & 0xFFFFF, tl.minimum((both >> 20) - turn * TURN, TURN)
-        if count > 0:
-{scored}
-        if later + programs < last:
-            past = turns <= later
-            block = tl.minimum(tl.sum(past.to(tl.int32), 0), blocks - 1)
-            turn = ahead + later - tl.max(tl.where(past, turns, 0), 0)
-            entry = tl.load(page_bins + block * PER_BLOCK + number)
-'''
-
-
-def _where_seen(
+def where_seen(
     spec: AttentionSpec, size: str, body: str, before: str = "", otherwise: str = ""
 ) -> str:
     """A program's work, or what it does instead where its query sees nothing."""
@@ -373,7 +247,7 @@ if (tile * {size} < end) & (tile * {size} + {size} > first):
     return indented(start + check + indented(body, 4) + instead, 4)
 
 
-def _seen(spec: AttentionSpec) -> str:
+def seen_slots(spec: AttentionSpec) -> str:
     """Which slots are seen: one by one, or, where heads see different ones, by any of them.
 
     What a head alone does not see weighs nothing with it.
@@ -390,16 +264,3 @@ _ENDS = """
 tl.store(tile_first + head_row * tiles + tile, tl.min(tl.where(seen, slot, 2**30), 0))
 tl.store(tile_end + head_row * tiles + tile, tl.max(tl.where(seen, slot + 1, 0), 0))"""
 """Keep the first and the last slot that any head of the group sees in this tile."""
-
-
-def _page_ends(spec: AttentionSpec) -> str:
-    """Which pages hold a key to choose; first and last slot seen, where that is no range."""
-    if sees_range(spec):
-        return "held = (page * PAGE < tl.minimum(end, fresh)) & (page * PAGE + PAGE > first)"
-    return f"""slot = page[None, :] * PAGE + tl.arange(0, PAGE)[:, None]
-anywhere = visible(b, kv_head * GROUP, t, slot, kv_len, slot < kv_len{captured(spec)})
-held = tl.max((anywhere & (slot < fresh)).to(tl.int32), 0) > 0
-first = tl.min(tl.min(tl.where(anywhere, slot, 2**30), 0), 0)
-end = tl.max(tl.max(tl.where(anywhere, slot + 1, 0), 0), 0)
-tl.store(tile_first + head_row * tiles + tile, first)
-tl.store(tile_end + head_row * tiles + tile, end)"""

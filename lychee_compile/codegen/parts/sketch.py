@@ -42,6 +42,7 @@ FINE_COLUMNS = tl.constexpr({_columns(fine[0])})
 COARSE_BYTES = tl.constexpr({coarse[0].width})
 COARSE_COLUMNS = tl.constexpr({_columns(coarse[0])})
 PAGE_STEP = tl.constexpr({PAGE_STEP})  # of a page's mean, in steps of a coordinate
+PAGE_ZERO = tl.constexpr({PAGE_MIDDLE + PAGE_STEP * _BASE})  # of its codes, in steps
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
 """
 
@@ -51,8 +52,8 @@ def weight_names(spec: AttentionSpec) -> str:
     return ", ".join(f"w{place}" for place in range(sum(map(len, planes(spec.head_dim)))))
 
 
-def emit_weigh(spec: AttentionSpec) -> str:
-    """`weigh`: what a query makes of the codes of each block."""
+def emit_weigh(spec: AttentionSpec, paged: bool) -> str:
+    """`weigh`: what a query makes of the codes of each block, and of its pages where they count."""
     fine, coarse = planes(spec.head_dim)
     zeros = "".join(
         f"""
@@ -60,14 +61,15 @@ def emit_weigh(spec: AttentionSpec) -> str:
         for field in _joined(fine) + _joined(coarse)
     )
     extra = captured(spec)
+    variance, of_pages, cleared = _WEIGH_PAGES if paged else ("", "", "")
     return f'''
 @triton.jit
 def weigh(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    axes, centre, step, weights, constants, totals, histogram,
+    axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
-    kv_len, blocks, kv_heads, query_len{extra},
-    EARLY: tl.constexpr,
+    kv_len, blocks, kv_heads: tl.constexpr, query_len{extra},
+    PAGED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Weights of the codes of a block in q.k, and what is left of it.
 
@@ -85,7 +87,7 @@ def weigh(
         mask=(kept < KEPT)[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
     )
     steps = tl.load(step + block * KEPT + kept, mask=kept < KEPT, other=0.0)
-    middle = tl.load(centre + block * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+    middle = tl.load(centre + block * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0){variance}
     # All above was written long ago. What follows may be of the very kernel before this one, and
     # the next, which read it too, must not begin while that still runs.
     if EARLY:
@@ -98,7 +100,7 @@ def weigh(
     weight = exact.to(tl.bfloat16)
     rounded = weight.to(tl.float32)
     constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
-    moved = tl.where(kept < KEPT_FINE, {_VARIANCE[4]:.4f}, {_VARIANCE[2]:.4f})
+{of_pages}    moved = tl.where(kept < KEPT_FINE, {_VARIANCE[4]:.4f}, {_VARIANCE[2]:.4f})
     of_block = constant + 0.5 * SCALE * tl.sum(exact * exact * moved[None, :], 1){zeros}
     mine = head_row.to(tl.int64) * blocks + tile
     tl.store(weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + kept[None, :], weight)
@@ -110,7 +112,7 @@ def weigh(
     tl.store(totals + mine * ROWS + g, tl.where(held > 0, whole, -1e30))
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
-        tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
+        tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32)){cleared}
 
 
 @triton.jit
@@ -143,6 +145,24 @@ def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
         made = (((packed.to(tl.int16) >> SHIFT) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
     return made
 '''
+
+
+_WEIGH_PAGES = (
+    """
+    variance = tl.zeros([KEPT_COLUMNS], tl.float32)
+    if PAGED:
+        variance = tl.load(spread + block * KEPT_FINE + kept, mask=kept < KEPT_FINE, other=0.0)""",
+    """    if PAGED:
+        # Of a page, whose variance is the usual one, the same by second-order cumulants.
+        zero = PAGE_ZERO * tl.sum(tl.where((kept < KEPT_FINE)[None, :], rounded, 0.0), 1)
+        of_page = constant + 0.5 * SCALE * tl.sum(exact * exact * variance[None, :], 1) - zero
+        tl.store(page_constants + (head_row.to(tl.int64) * blocks + tile) * ROWS + g, of_page)
+""",
+    """
+        if PAGED:
+            tl.store(arrivals + head_row, 0)""",
+)
+"""What `weigh` does besides: loads, scores of pages by their codes, and what it clears."""
 
 
 def _block_bits(spec: AttentionSpec) -> str:
@@ -193,64 +213,6 @@ def sketch_scores(packed, packed_coarse, weights, constants, mine):
     constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS)){loads}
     total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]{products}
     return total
-'''
-
-
-def emit_page_scores(spec: AttentionSpec) -> str:
-    """`page_scores`: the log of the mean of exp(score) over the keys of a page."""
-    fine, _ = planes(spec.head_dim)
-    products = "".join(
-        f"""
-    weight, zero, spreads = page_weights(queries, axes, step, spread, {field.first})
-    constant += 0.5 * SCALE * spreads - zero
-    total = tl.dot(weight, codes(packed, {field.shift}, {2**field.bits - 1}), total)"""
-        for field in fine
-    )
-    return f'''
-PAGE_ZERO = tl.constexpr({PAGE_MIDDLE + PAGE_STEP * _BASE})  # of its codes, in steps
-
-
-@triton.jit
-def load_pages(pages, page, inside):
-    """Packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
-    byte = tl.arange(0, FINE_COLUMNS)
-    return tl.load(
-        pages + page[None, :] * FINE_BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
-    )
-
-
-@triton.jit
-def page_weights(queries, axes, step, spread, FIRST: tl.constexpr):
-    """Weights, bfloat16 [ROWS, FINE_COLUMNS], of codes from FIRST on.
-
-    And what they make of the zero of the codes, and of the usual variance within pages: [ROWS].
-    """
-    column, d = tl.arange(0, FINE_COLUMNS), tl.arange(0, DIM)
-    inside = column < FINE_BYTES
-    axis = tl.load(
-        axes + (FIRST + column)[None, :] * HEAD_DIM + d[:, None],
-        mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
-    )
-    steps = tl.load(step + FIRST + column, mask=inside, other=0.0)
-    variances = tl.load(spread + FIRST + column, mask=inside, other=0.0)
-    exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
-    weight = exact.to(tl.bfloat16)
-    zero = PAGE_ZERO * tl.sum(weight.to(tl.float32), 1)
-    return weight, zero, tl.sum(exact * exact * variances[None, :], 1)
-
-
-@triton.jit
-def page_scores(packed, queries, axes, centre, step, spread):
-    """Scores [ROWS, N], as products q.k, that stand for the keys of the pages of one block.
-
-    By second-order cumulants: the score of the mean, and scale / 2 sum w^2 v for the variance v.
-    """
-    d = tl.arange(0, DIM)
-    middle = tl.load(centre + d, mask=d < HEAD_DIM, other=0.0)
-    constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
-    total = tl.zeros([ROWS, packed.shape[1]], tl.float32){products}
-    return PAGE_STEP * total + constant[:, None]
 '''
 
 

@@ -187,7 +187,9 @@ def ask(
         s = tl.dot(centre, keys{precision(spec)})
         among = (slot[None, :] >= firsts[:, None]) & (slot[None, :] < ends[:, None])
         bits = score(s, b, h, q[:, None], slot[None, :]{wide}, among{names})
-        seen, _ = seen_by(b, h, begin[:, None], query_len, slot[None, :]{wide}, kv_len, among{names})
+        seen, _ = seen_by(
+            b, h, begin[:, None], query_len, slot[None, :]{wide}, kv_len, among{names}
+        )
         bits = tl.where(seen, bits, float("-inf"))
         above = tl.maximum(top, tl.max(bits, 1))
         base = tl.where(above == float("-inf"), 0.0, above)
@@ -263,7 +265,7 @@ def scan(
 
 def emit_choose(spec: AttentionSpec) -> str:
     """`choose`: which keys each tile reads."""
-    unseen = f"""
+    unseen = """
     among = stop - begin - (own_end - own)  # those that may be chosen"""
     count_unseen = ""
     seen, guessed = "among", "among"
@@ -335,7 +337,7 @@ def choose(
     sampled = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
     cut, _ = cut_of(held, level, sampled)
     low = tl.minimum(tl.maximum(cut - 4, 0), BINS - 9)
-    # A byte for each of the eight bins above: how many of sixteen keys are in it, the last or above.
+    # A byte for each of the eight bins above: how many of 16 keys are in it; in the last or above.
     byte, near = tl.arange(0, 8), tl.zeros([8], tl.int32)
     for start in range(begin // 16 * 16, stop, LANES):
         entry = bins_between(bins, bin_room, start + lane, begin, stop)
