@@ -5,7 +5,7 @@
 One layer of Llama-3.1-8B's shape, batch 1, bfloat16. The prefill is that of the layer with dense,
 causal SDPA. A step is the layer's products with its weights and its sparse attention, each in a
 CUDA graph; following it is what that attention takes longer for the newest key to be sketched, and
-a share of fitting the newest block anew, which happens every so many steps.
+a share of fitting the newest block anew, which happens whenever its keys have doubled.
 `--device cpu --contexts 512 --hidden 512` tries it out.
 """
 
@@ -34,8 +34,7 @@ from torch import Tensor
 from transformers import LlamaModel
 
 from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import SlotLayout
-from lychee_compile.kernels.slot_upkeep import REFIT
+from lychee_compile.kernels.slot_layout import BLOCK, SlotLayout
 
 BUFFERS, SECONDS = 6, 0.15
 
@@ -56,7 +55,9 @@ class Cost:
     sketch: float
     """Of these to sketch the newest key: below what can be measured it may be negative."""
     refit: float
-    """Microseconds to fit the newest block anew, in one of `REFIT` steps."""
+    """Microseconds to fit the newest block anew."""
+    refits: int
+    """How often that happens while a block fills."""
 
     @property
     def build_share(self) -> float:
@@ -66,7 +67,7 @@ class Cost:
     @property
     def update_share(self) -> float:
         """Of a step."""
-        return (self.sketch + self.refit / REFIT) / self.step
+        return (self.sketch + self.refit * self.refits / BLOCK) / self.step
 
 
 @torch.no_grad()
@@ -124,7 +125,16 @@ def measure(
         step=products + sparse,
         sketch=sparse - attention(writes=False),
         refit=1e3 * refit,
+        refits=refits_of_a_block(indexes[0]),
     )
+
+
+def refits_of_a_block(index: SlotIndex) -> int:
+    """How often a block is fitted while tokens come one by one."""
+    end, count = BLOCK, 0
+    while (end := end + index.refit_after(end)) <= 2 * BLOCK:
+        count += 1
+    return count
 
 
 def cache_bytes(inputs: Inputs) -> int:

@@ -206,7 +206,9 @@ def table_of_tunings(
 ) -> Table:
     """Milliseconds of `attend` with each tuning, over the tiles that are done first."""
     query, key, value = operands
-    table = Table("queries", "keys", "warps", "stages", "registers", "ms", title=f"attend, share {share:g}")
+    table = Table(
+        "queries", "keys", "warps", "stages", "registers", "ms", title=f"attend, share {share:g}"
+    )
     for tuning in candidates(TILES, key, value):
         assert isinstance(tuning, TileTuning)
         launch = TileLaunch(module, query, key, value, [], None, share, tuning=tuning)

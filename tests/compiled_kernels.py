@@ -41,7 +41,8 @@ POINTERS = {
     "candidate_count chosen_list edge chosen counts",
     "*i64": "positions",
     "*bf16": "weights",
-    "*fp32": "constants page_constants totals whole centre step spread partial partial_top partial_sum log_sums",
+    "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
+    "partial_sum log_sums",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}

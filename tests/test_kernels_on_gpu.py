@@ -188,10 +188,10 @@ def in_listed_pages(problem, made):
     """Which slots are in the pages that were looked into: bool [B, Hkv, T, L]."""
     batch, heads, slots, _ = problem.key.shape
     pages = -(-slots // PAGE)
-    listed = torch.zeros(len(made["page_list"]), pages + 1, dtype=torch.bool, device="cuda")
-    number = torch.arange(made["page_list"].shape[1], device="cuda")
-    page = torch.where(number < made["count"][:, None] // PAGE, made["page_list"], pages)
-    listed.scatter_(1, page.long(), True)
+    listed = torch.zeros(len(made["candidates"]), pages + 1, dtype=torch.bool, device="cuda")
+    number = torch.arange(made["candidates"].shape[1], device="cuda")
+    inside = number < made["count"][:, None]
+    listed.scatter_(1, torch.where(inside, made["candidates"] // PAGE, pages).long(), True)
     rows = listed[:, :-1].repeat_interleave(PAGE, 1)[:, :slots]
     return rows.view(batch, problem.query_len, heads, slots).transpose(1, 2)
 
@@ -206,7 +206,7 @@ def assert_selected(problem, index, read, made):
         query, index.parts, visible, fresh, problem.finish, problem.spec.head_dim**-0.5,
         sparse.budget, sparse.sinks, sparse.recent, None,
     )  # fmt: skip
-    if "page_list" in made:
+    if "candidates" in made:
         rank = rank.masked_fill(~in_listed_pages(problem, made), -torch.inf)
     assert (read | ~always).all()
     chosen = read & ~always

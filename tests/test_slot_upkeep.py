@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lychee_compile.kernels import kernel_policies, slot_states, slot_upkeep
 from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.slot_layout import BLOCK, SlotLayout
 from lychee_compile.kernels.slot_states import FixedSlots, GrowingSlots
 from lychee_compile.kernels.slot_upkeep import MOST_PATIENCE, REFIT, WORTHWHILE, SlotCache
 from lychee_compile.state import registry
@@ -89,15 +92,29 @@ def test_the_newest_block_is_refitted_now_and_then(calls: Calls, drafts: int) ->
         ends.append(end + drafts)
     refits = calls.ends("refit")
     places = [ends.index(end) for end in refits]
-    assert REFIT // 2 < places[0] < 2 * REFIT
-    assert [right - left for left, right in pairwise(places)] == [REFIT] * (len(places) - 1)
-    assert len(places) >= 4
+    assert REFIT // (1 + drafts) <= places[0] <= 2 * REFIT
+    for end, (left, right) in zip(refits, pairwise(places), strict=False):
+        assert right - left == 1 + -(-max(end, REFIT) // (1 + drafts))
+    assert len(places) >= 2
+
+
+@given(st.integers(1, 3 * BLOCK))
+def test_a_block_is_refitted_whenever_its_keys_double(end: int) -> None:
+    index, blocks = SlotIndex(LAYOUT, KEY.device), []
+    while end <= 5 * BLOCK:
+        count = (end - 1) % BLOCK + 1
+        blocks.append((end - 1) // BLOCK)
+        after = index.refit_after(end)
+        assert REFIT <= after <= max(count, REFIT) + REFIT
+        end += after
+    for block in range(blocks[0] + 1, 5):
+        assert 1 <= blocks.count(block) <= 1 + math.log2(BLOCK / REFIT)
 
 
 def test_layers_are_not_refitted_in_the_same_step(calls: Calls) -> None:
     layers = [FixedSlots(LAYOUT, KEY.device) for _ in range(32)]
     busiest = 0
-    for end in range(100, 100 + 3 * REFIT // 2 + 2):
+    for end in range(100, 100 + 2 * REFIT + 2):
         before = len(calls.ends("refit"))
         for layer in layers:
             stepped(layer, end)
@@ -108,7 +125,7 @@ def test_layers_are_not_refitted_in_the_same_step(calls: Calls) -> None:
 
 def test_refits_stay_within_the_cache(calls: Calls) -> None:
     upkeep = FixedSlots(LAYOUT, KEY.device)
-    for _ in range(2 * REFIT):
+    for _ in range(2 * KEY.shape[2]):
         stepped(upkeep, KEY.shape[2])
     assert set(calls.ends("refit")) == {KEY.shape[2]}
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from lychee_compile.kernels.box_layout import BoxLayout, BoxState
 from lychee_compile.kernels.slot_layout import SlotLayout, SlotState
 
+REFIT = 256
+"""Keys after which the newest part of an index is fitted anew to those it holds, at least."""
+
 
 class DeviceIndex(ABC):
     """The index of the keys of one cache [B, Hkv, L, D], in one flat tensor that kernels read.
@@ -38,6 +41,10 @@ class DeviceIndex(ABC):
     @abstractmethod
     def build(self, module: ModuleType, key: Tensor, end: int) -> None:
         """Index the keys in the slots [0, end) of `key` [B, Hkv, L, D], and trust the index."""
+
+    def refit_after(self, end: int) -> int:
+        """How many keys may follow those in the slots [0, end) before the next `refit`."""
+        return REFIT
 
     @abstractmethod
     def refit(self, module: ModuleType, key: Tensor, end: int) -> None:

@@ -24,6 +24,8 @@ from lychee_compile.kernels.tuning import MOST_SPLITS, Tuning, tuning_for
 
 PARTS = 1024
 """Programs among which the turns of all rows are dealt out, about."""
+PAGES_WARPS = 8
+"""Of a program that ranks the pages of a block."""
 WEIGH_REGISTERS, PAGES_REGISTERS, CHOSEN_REGISTERS = 96, 128, 96
 """Of a thread, at most: that programs of a kernel and of the next fit on the device together."""
 
@@ -132,7 +134,7 @@ def run_sparse(
             made["arrivals"], *planned, made["count"],
             *common, made["page_bins"], made["histogram"], *sizes, *more,
             BLOCKS=power_of_two(blocks), **waits,
-            num_warps=4, num_stages=1, maxnreg=PAGES_REGISTERS,
+            num_warps=PAGES_WARPS, num_stages=1, maxnreg=PAGES_REGISTERS,
         )  # fmt: skip
         # One for each turn, unless there are many rows.
         module.scan_chosen[(rows, max(1, min(turns, PARTS // rows)))](

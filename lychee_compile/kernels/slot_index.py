@@ -6,14 +6,14 @@ from types import ModuleType
 
 from torch import Tensor
 
-from lychee_compile.kernels.device_index import DeviceIndex
+from lychee_compile.kernels.device_index import REFIT, DeviceIndex
 from lychee_compile.kernels.launch import run_encode
 from lychee_compile.kernels.reference.sketch import fit_axes
 from lychee_compile.kernels.slot_layout import BLOCK, PAGE, SlotLayout, SlotState
 
-WELL_FITTED = BLOCK // 16
+WELL_FITTED = 512
 """A block of fewer keys takes over the axes of the one before."""
-BLOCKS_AT_ONCE = 8
+BLOCKS_AT_ONCE = 4
 """Blocks fitted together: in float32 their keys take four times what a cache's do."""
 
 
@@ -38,6 +38,14 @@ class SlotIndex(DeviceIndex):
         block = (end - 1) // BLOCK
         self._fit_last(key, block, end - block * BLOCK)
         run_encode(module, key, self.layout, self.parts, block * BLOCK, end)
+
+    def refit_after(self, end: int) -> int:
+        """As many keys as the newest block has, or all that fill it and some of the next.
+
+        So a block is fitted each time its keys double.
+        """
+        count = (end - 1) % BLOCK + 1
+        return max(count if 2 * count <= BLOCK else BLOCK - count + REFIT, REFIT)
 
     def _fit_last(self, key: Tensor, block: int, count: int) -> None:
         """Fit a block that is not full, or let it take over the axes of the one before."""

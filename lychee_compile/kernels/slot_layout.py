@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.sketch import sketch_bits
 
-BLOCK = 8192
+BLOCK = 16384
 """Slots that share one set of principal axes."""
 PAGE = 16
 """Slots summarised together, to narrow a long context down."""

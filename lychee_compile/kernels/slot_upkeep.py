@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.cache_index import WORTH_LOGGING
-from lychee_compile.kernels.device_index import DeviceIndex
+from lychee_compile.kernels.device_index import REFIT, DeviceIndex
 from lychee_compile.kernels.generated import load
 from lychee_compile.kernels.kernel_policies import Layout, policy_name
 from lychee_compile.kernels.memory import warn_of_memory
 
 logger = logging.getLogger(__name__)
 
-REFIT = 256
-"""Calls after which the newest block of an index is fitted anew to the keys it holds."""
 WORTHWHILE = 32
 """Sparse calls that pay for building an index: one that lived shorter makes us wait longer."""
 MOST_PATIENCE = 1023
@@ -61,9 +59,8 @@ class Upkeep:
         """Whether the index describes the keys: attention over the cache is sparse."""
         self._calls = 0  # since trust was won, or the cache was last written by somebody else
         self._patience: float = 0
-        # Layers are not all refitted in one step.
-        self._first_refit = REFIT // 2 + next(_turns) * 37 % REFIT
-        self._next_refit = self._first_refit
+        self._stagger = next(_turns) * 37 % REFIT  # layers are not all refitted in one step
+        self._next_refit = 0
         self._peek: _Peek | None = None
 
     def distrust(self) -> None:
@@ -112,7 +109,6 @@ class Upkeep:
                 self._refit(cache, use, self._peek)
             elif self.index is not None:
                 self._peek = _Peek(self.index.parts.header[1])
-                self._next_refit += REFIT
         except torch.OutOfMemoryError:
             self._revoke()
             self.never_build()
@@ -127,7 +123,8 @@ class Upkeep:
         started = time.perf_counter()
         self.index = self._index_for(key, use)
         self.index.build(load(use.kernel), key, end)
-        self.trusted, self._calls, self._next_refit = True, 0, self._first_refit
+        self.trusted, self._calls = True, 0
+        self._next_refit = self._stagger + self._refit_after(end, use)
         if end > WORTH_LOGGING and logger.isEnabledFor(logging.INFO):
             if key.is_cuda:
                 torch.cuda.synchronize(key.device)
@@ -143,6 +140,12 @@ class Upkeep:
             end = min(peek.value() + peek.written, key.shape[2])
             if end > 0:
                 self.index.refit(load(use.kernel), key, end)
+            self._next_refit = self._calls + self._refit_after(end, use)
+
+    def _refit_after(self, end: int, use: SlotCache) -> int:
+        """Calls until the next refit, where so many slots hold keys."""
+        assert self.index is not None
+        return -(-self.index.refit_after(max(end, 1)) // max(use.written, 1))
 
 
 class _Peek:

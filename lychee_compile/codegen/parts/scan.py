@@ -10,7 +10,7 @@ from lychee_compile.kernels.slot_layout import BLOCK, PAGE
 LARGEST = 12
 """log2 of the share that the last bin holds: estimates of the denominator may be that far off."""
 
-TURN = 8
+TURN = 16
 """Chosen pages of one block that a program scores at a time."""
 
 PARAMETERS = """weights, constants, totals,

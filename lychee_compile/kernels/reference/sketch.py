@@ -244,22 +244,20 @@ def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
     axes = _orthonormal(start.double().expand(*covariance.shape[:-2], -1, -1))
     for _ in range(ITERATIONS):
         axes = _orthonormal(covariance @ axes)
-    return axes.float()
+    return _orthonormal(axes).float()
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis of the columns [..., D, r], in their order, by Cholesky's QR.
 
-    In double precision, twice: the first pass leaves what rounding makes of a bad condition.
+    In double precision; but for what rounding makes of a bad condition, which a second call mends.
     """
-    for _ in range(2):
-        columns = columns / _norm(columns.mT)[..., None, :].clamp(min=1e-30)
-        gram = columns.mT @ columns
-        gram.diagonal(dim1=-2, dim2=-1).add_(1e-13)
-        factor, _ = torch.linalg.cholesky_ex(gram, check_errors=False)
-        columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
-        columns = columns.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return columns
+    columns = columns / _norm(columns.mT)[..., None, :].clamp(min=1e-30)
+    gram = columns.mT @ columns
+    gram.diagonal(dim1=-2, dim2=-1).add_(1e-13)
+    factor, _ = torch.linalg.cholesky_ex(gram, check_errors=False)
+    columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
+    return columns.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _norm(vectors: Tensor) -> Tensor:

@@ -79,11 +79,12 @@ def stretches(edge, place):
 
 @triton.jit
 def seen_by(b, h, begin, query_len, slot, kv_len, inside):
-    """Which of the slots [1, N] that are `inside` parts see that begin at queries `begin` [M].
+    """Which of the slots that are `inside` parts see that begin at queries `begin`.
 
-    And which of them no query before the part sees, but its last does.
+    And which of them no query before the part sees, but its last does. One of slots and parts is a
+    row, the other a column.
     """
-    seen = inside & (begin >= 0)[:, None]
+    seen = inside & (begin >= 0)
     return seen, seen
 
 
@@ -92,65 +93,72 @@ def ask(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
     centres, totals, edge, first_row, heads, tiles, query_len, kv_len,
-    KEYS: tl.constexpr, SELF: tl.constexpr,
+    KEYS: tl.constexpr, TILES: tl.constexpr, SELF: tl.constexpr,
 ):
-    """The mean query of each part of a tile, and log2 of its softmax's denominator.
+    """The mean query of each part of TILES tiles of one head, and log2 of its denominator.
 
     A tile that fills up the last of its head sees nothing.
     """
-    row = first_row + tl.program_id(0)
+    place = tl.program_id(0) * TILES
+    row = first_row + place
     head, tile = row // tiles, row % tiles
     b, h = (head // heads), (head % heads)
-    part, d = tl.arange(0, 16), tl.arange(0, DIM)
+    part, d = tl.arange(0, TILES * PARTS), tl.arange(0, DIM)
+    begin = tile * TILE + part * PART
     query += b.to(tl.int64) * query_stride_b + h.to(tl.int64) * query_stride_h
-    total = tl.zeros([16, DIM], tl.float32)
+    total = tl.zeros([TILES * PARTS, DIM], tl.float32)
     for each in range(0, PART):
-        t = tile * TILE + part * PART + each
+        t = begin + each
         total += tl.load(
             query + t.to(tl.int64)[:, None] * query_stride_t + d[None, :] * query_stride_d,
-            mask=((part < PARTS) & (t < query_len))[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+            mask=(t < query_len)[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
         ).to(tl.float32)
-    begin = tile * TILE + part * PART
-    held = tl.where(part < PARTS, tl.minimum(tl.maximum(query_len - begin, 0), PART), 0)
+    held = tl.minimum(tl.maximum(query_len - begin, 0), PART)
     centre = (total / tl.maximum(held, 1)[:, None]).to(key.dtype.element_ty)
-    place = tl.program_id(0).to(tl.int64) * PARTS + part
+    source = place.to(tl.int64) * PARTS + part
     tl.store(
-        centres + place[:, None] * HEAD_DIM + d[None, :], centre,
-        mask=(part < PARTS)[:, None] & (d < HEAD_DIM)[None, :],
+        centres + source[:, None] * HEAD_DIM + d[None, :], centre, mask=(d < HEAD_DIM)[None, :]
     )
-    first, sinks_end, own, own_end, stop, end = edges(b, tile, query_len, kv_len, SELF)
-    used = (tile * TILE < query_len).to(tl.int32)
-    edge += tl.program_id(0) * 8
-    tl.store(edge, first * used)
-    tl.store(edge + 1, sinks_end * used)
-    tl.store(edge + 2, own * used)
-    tl.store(edge + 3, own_end * used)
-    tl.store(edge + 4, stop * used)
-    tl.store(edge + 5, end * used)
-    end = end * used
+    edge += place * 8
+    for number in range(0, TILES):
+        one = tile + number
+        first, sinks_end, own, own_end, stop, end = edges(b, one, query_len, kv_len, SELF)
+        used = (one * TILE < query_len).to(tl.int32)
+        mine = edge + number * 8
+        tl.store(mine, first * used)
+        tl.store(mine + 1, sinks_end * used)
+        tl.store(mine + 2, own * used)
+        tl.store(mine + 3, own_end * used)
+        tl.store(mine + 4, stop * used)
+        tl.store(mine + 5, end * used)
+    tl.debug_barrier()
+    firsts, ends = tl.load(edge + part // PARTS * 8), tl.load(edge + part // PARTS * 8 + 5)
+    least = tl.min(tl.where(ends > firsts, firsts, kv_len), 0)
+    most = tl.max(tl.where(ends > firsts, ends, 0), 0)
     q = tl.minimum(begin + PART // 2, query_len - 1)
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
-    top = tl.full([16], float("-inf"), tl.float32)
-    whole = tl.zeros([16], tl.float32)
-    for start in range(first // (SAMPLE * KEYS) * (SAMPLE * KEYS), end, SAMPLE * KEYS):
+    top = tl.full([TILES * PARTS], float("-inf"), tl.float32)
+    whole = tl.zeros([TILES * PARTS], tl.float32)
+    for start in range(least // (SAMPLE * KEYS) * (SAMPLE * KEYS), most, SAMPLE * KEYS):
         slot = start + tl.arange(0, KEYS) * SAMPLE
-        inside = (slot >= first) & (slot < end)
+        inside = (slot >= least) & (slot < most)
         keys = tl.load(
             key + slot.to(tl.int64)[None, :] * key_stride_l + d[:, None] * key_stride_d,
             mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
         )
         s = tl.dot(centre, keys)
-        bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :])
+        among = (slot[None, :] >= firsts[:, None]) & (slot[None, :] < ends[:, None])
+        bits = score(s, b, h, q[:, None], slot[None, :], among)
         seen, _ = seen_by(
-            b, h, begin, query_len, slot[None, :], kv_len, inside[None, :]
+            b, h, begin[:, None], query_len, slot[None, :], kv_len, among
         )
         bits = tl.where(seen, bits, float("-inf"))
-        most = tl.maximum(top, tl.max(bits, 1))
-        base = tl.where(most == float("-inf"), 0.0, most)
+        above = tl.maximum(top, tl.max(bits, 1))
+        base = tl.where(above == float("-inf"), 0.0, above)
         whole = whole * tl.exp2(top - base) + tl.sum(tl.exp2(bits - base[:, None]), 1)
-        top = most
+        top = above
     total = tl.where(whole > 0, tl.log2(whole * SAMPLE) + top, 0.0)
-    tl.store(totals + place, tl.where(held > 0, total, float("inf")), mask=part < PARTS)
+    tl.store(totals + source, tl.where(held > 0, total, float("inf")))
 
 
 @triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len", "splits"])
@@ -162,120 +170,218 @@ def scan(
 ):
     """Bins [TILES, kv_len] of the largest share that any part of a tile gives a key.
 
-    TILES tiles of one head share what is read of the keys, the splits-th part of them.
+    TILES tiles of one head share what is read of the keys, the splits-th part of them. The parts of
+    a tile are so far apart in a product that one thread has them all.
     """
     place, split = tl.program_id(0) * TILES, tl.program_id(1)
     row = first_row + place
     head, tile = row // tiles, row % tiles
     b, h = (head // heads), (head % heads)
-    number, part, d = tl.arange(0, TILES), tl.arange(0, TILES * PARTS), tl.arange(0, DIM)
+    number, column, d = tl.arange(0, TILES), tl.arange(0, TILES * PARTS), tl.arange(0, DIM)
     rows = place.to(tl.int64) + number
     begins, stops = tl.load(edge + rows * 8 + 1), tl.load(edge + rows * 8 + 4)
     owns, own_ends = tl.load(edge + rows * 8 + 2), tl.load(edge + rows * 8 + 3)
     least = tl.min(tl.where(stops > begins, begins, kv_len), 0)
     most = tl.max(tl.where(stops > begins, stops, 0), 0)
+    part = column % TILES * PARTS + column // TILES
     source = place.to(tl.int64) * PARTS + part
     asking = tl.load(
-        centres + source[:, None] * HEAD_DIM + d[None, :],
-        mask=(d < HEAD_DIM)[None, :], other=0.0,
+        centres + source[None, :] * HEAD_DIM + d[:, None],
+        mask=(d < HEAD_DIM)[:, None], other=0.0,
     )
     total = tl.load(totals + source)
     begin = tile * TILE + part * PART
     q = tl.minimum(begin + PART // 2, query_len - 1)
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
-    bins += rows[:, None] * bin_room
+    bins += rows[None, :] * bin_room
     for start in range(least // KEYS * KEYS + split * KEYS, most, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = slot < most
         keys = tl.load(
-            key + slot.to(tl.int64)[None, :] * key_stride_l + d[:, None] * key_stride_d,
-            mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
+            key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
+            mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
         )
-        s = tl.dot(asking, keys)
-        bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :])
+        s = tl.dot(keys, asking)
+        bits = score(s, b, h, q[None, :], slot[:, None], inside[:, None])
         seen, new = seen_by(
-            b, h, begin, query_len, slot[None, :], kv_len, inside[None, :]
+            b, h, begin[None, :], query_len, slot[:, None], kv_len, inside[:, None]
         )
-        bits = tl.where(seen, bits - total[:, None], float("-inf"))
-        share = tl.max(tl.reshape(bits, [TILES, PARTS, KEYS]), 1)
-        near = (slot[None, :] >= owns[:, None]) & (slot[None, :] < own_ends[:, None])
-        among = (slot[None, :] >= begins[:, None]) & (slot[None, :] < stops[:, None]) & (near == 0)
+        bits = tl.where(seen, bits - total[None, :], float("-inf"))
+        share = tl.max(tl.reshape(bits, [KEYS, PARTS, TILES]), 1)
+        near = (slot[:, None] >= owns[None, :]) & (slot[:, None] < own_ends[None, :])
+        among = (slot[:, None] >= begins[None, :]) & (slot[:, None] < stops[None, :])
         level = tl.minimum(tl.maximum(share * 8 + LAST_BIN, 2.0), BINS - 1.0)
         level = tl.where(share > float("-inf"), level, 1.0)
-        tl.store(bins + slot[None, :], level.to(tl.uint8), mask=among)
+        level = tl.where(near, 0.0, level)
+        tl.store(bins + slot[:, None], level.to(tl.uint8), mask=among)
 
 
-@triton.jit(do_not_specialize=["kv_len", "capacity", "most", "shortest"])
+@triton.jit
+def bins_between(bins, bin_room, slot, begin, stop):
+    """The bins of the slots [N] that are in [begin, stop); of others 0."""
+    # Whole runs of 16 are loaded, also what was never written: masks by slot would take one by one.
+    entry = tl.load(bins + slot, mask=slot < bin_room, other=0).to(tl.int32)
+    inside = (slot - begin).to(tl.uint32) < (stop - begin).to(tl.uint32)
+    return tl.where(inside, entry, 0)
+
+
+@triton.jit
+def room_for(seen, always, share, most, shortest, capacity):
+    """How many keys may be chosen, where so many are seen beside those that are always read."""
+    allowed = tl.minimum(tl.ceil((always + seen) * share).to(tl.int32), most)
+    allowed = tl.where(always + seen < shortest, always + seen, allowed)
+    return tl.minimum(tl.maximum(allowed - always, 0), capacity)
+
+
+@triton.jit
+def cut_of(held, level, room):
+    """The highest level at or above which are more than `room`, or 0, and how many are above it."""
+    through = tl.cumsum(held, 0, reverse=True)
+    cut = tl.max(tl.where(through > room, level, 0), 0)
+    return cut, tl.max(tl.where(level > cut, through, 0), 0)
+
+
+@triton.jit
+def counted(bins, bin_room, begin, stop, LANES: tl.constexpr):
+    """How many of the slots [begin, stop) are in each bin: [BINS]."""
+    held = tl.zeros([BINS], tl.int32)
+    for start in range(begin // 16 * 16, stop, LANES):
+        slot = start + tl.arange(0, LANES)
+        held += tl.histogram(bins_between(bins, bin_room, slot, begin, stop), BINS)
+    return tl.where(tl.arange(0, BINS) > 0, held, 0)
+
+
+@triton.jit(do_not_specialize=["capacity", "most", "shortest"])
 def choose(
-    edge, bins, bin_room, chosen, counts, kv_len, capacity, share, most, shortest,
+    edge, bins, bin_room, chosen, counts, capacity, share, most, shortest,
     LANES: tl.constexpr,
 ):
     """The list of the keys that a tile reads, beside those it reads in any case.
 
     Of those it sees the given share, or at most so many where that is less; all of them where they
-    are fewer than `shortest`.
+    are fewer than `shortest`. A histogram takes long: one of a sample of runs of 16 keys says which
+    bins the budget may end in, and these alone are counted.
     """
     row = tl.program_id(0)
     first, begin, own, own_end, stop, end = stretches(edge, row)
     bins += row.to(tl.int64) * bin_room
     chosen += row.to(tl.int64) * capacity
-    level = tl.arange(0, BINS)
-    held = tl.zeros([BINS], tl.int32)
-    for start in range(begin // LANES * LANES, stop, LANES):
-        slot = start + tl.arange(0, LANES)
-        among = (slot >= begin) & (slot < stop) & ((slot < own) | (slot >= own_end))
-        entry = tl.load(bins + slot, mask=among, other=0).to(tl.int32)
-        held += tl.histogram(entry, BINS)
-    held = tl.where(level > 0, held, 0)
     always = begin - first + own_end - own + end - stop
-    seen = tl.sum(tl.where(level > 1, held, 0), 0)
-    allowed = tl.minimum(tl.ceil((always + seen) * share).to(tl.int32), most)
-    allowed = tl.where(always + seen < shortest, kv_len, allowed)
-    room = tl.minimum(tl.maximum(allowed - always, 0), capacity)
-    through = tl.cumsum(held, 0, reverse=True)
-    cut = tl.max(tl.where(through > room, level, 0), 0)
-    above = tl.max(tl.where(level > cut, through, 0), 0)
-    left = tl.where(cut > 0, room - above, 0)
-    count, at_cut = 0, 0
-    for start in range(begin // LANES * LANES, stop, LANES):
-        slot = start + tl.arange(0, LANES)
-        among = (slot >= begin) & (slot < stop) & ((slot < own) | (slot >= own_end))
-        entry = tl.load(bins + slot, mask=among, other=0).to(tl.int32)
-        ties = ((entry == cut) & (cut > 0)).to(tl.int32)
-        taken = (entry > cut) | ((ties > 0) & (at_cut + tl.cumsum(ties, 0) <= left))
-        number = tl.cumsum(taken.to(tl.int32), 0)
-        tl.store(chosen + count + number - 1, slot, mask=taken)
-        count += tl.max(number, 0)
-        at_cut += tl.sum(ties, 0)
+    among = stop - begin - (own_end - own)  # those that may be chosen
+    lane, level = tl.arange(0, LANES), tl.arange(0, BINS)
+    skip = tl.maximum((stop - begin) // LANES, 1)
+    slot = begin // 16 * 16 + lane // 16 * (16 * skip) + lane % 16
+    held = tl.histogram(bins_between(bins, bin_room, slot, begin, stop), BINS)
+    held = tl.where(level > 0, held, 0)
+    room = room_for(among, always, share, most, shortest, capacity)
+    sampled = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
+    cut, _ = cut_of(held, level, sampled)
+    low = tl.minimum(tl.maximum(cut - 4, 0), BINS - 9)
+    # A byte for each of the eight bins above: how many of 16 keys are in it; in the last or above.
+    byte, near = tl.arange(0, 8), tl.zeros([8], tl.int32)
+    for start in range(begin // 16 * 16, stop, LANES):
+        entry = bins_between(bins, bin_room, start + lane, begin, stop)
+        above = tl.minimum(entry - low, 8)
+        shift = (8 * tl.maximum(above, 1) - 8).to(tl.int64)
+        word = tl.where(above > 0, tl.full([LANES], 1, tl.int64) << shift, 0)
+        word = tl.sum(tl.reshape(word, [LANES // 16, 16]), 1)
+        even = tl.sum(word & 0x00FF00FF00FF00FF, 0)
+        odd = tl.sum((word >> 8) & 0x00FF00FF00FF00FF, 0)
+        all_eight = tl.where(byte % 2 == 0, even, odd) >> (byte // 2 * 16).to(tl.int64)
+        near += (all_eight & 65535).to(tl.int32)
+    room = room_for(among, always, share, most, shortest, capacity)
+    cut, over = cut_of(near, low + 1 + byte, room)
+    found = ((cut > 0) | (low == 0)) & ((cut < low + 8) | (low + 8 == BINS - 1))
+    if found == 0:
+        cut, over = cut_of(counted(bins, bin_room, begin, stop, LANES), level, room)
+    left = tl.where(cut > 0, room - over, 0)
+    count = 0
+    for start in range(begin // 16 * 16, stop, LANES):
+        slot = start + lane
+        entry = bins_between(bins, bin_room, slot, begin, stop)
+        # In one sum, those above the cut in the high half and those at it, which come until none
+        # is left to take, in the low.
+        kind = tl.where(entry > cut, 65536, (entry == cut).to(tl.int32))
+        order = tl.cumsum(kind, 0)
+        ties = tl.minimum(order & 65535, left)
+        taken = (entry > cut) | ((entry == cut) & ((order & 65535) <= left))
+        place = (order >> 16) + ties
+        tl.store(chosen + (count - 1) + place, slot, mask=taken)
+        last = tl.max(order, 0)
+        tied = tl.minimum(last & 65535, left)
+        count += (last >> 16) + tied
+        left -= tied
     tl.store(counts + row, count)
 
 
-@triton.jit
-def read(
-    slot, inside, asking, sighted, top, total, result, b, h, q, kv_len,
-    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
-    CHECKED: tl.constexpr,
-):
-    """One step of online softmax over the keys in the slots [N] that are `inside`.
+MOST = tl.constexpr(2.0**100)  # of what a query's keys weigh in all: far from overflow
 
-    Of keys that are not CHECKED all queries that see any key see all.
+
+@triton.jit
+def weigh(
+    slot, base, asking, total, result, b, h, q,
+    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
+):
+    """One step of softmax over the keys in the slots [N], all of which all queries see.
+
+    Weights are relative to `base`, the largest score [ROWS] of what was read first: sinks and what
+    is near. No larger one has to be looked for, and nothing that was summed up is scaled again.
+    """
+    d, width, line = tl.arange(0, DIM), tl.arange(0, WIDTH), slot.to(tl.int64)[:, None]
+    keys = tl.load(key + line * key_stride_l + d[None, :] * key_stride_d)
+    s = tl.dot(asking, tl.trans(keys))
+    bits = score(s, b, h, q[:, None], slot[None, :], (slot >= 0)[None, :])
+    weight = tl.exp2(bits - base[:, None])
+    total += tl.sum(weight, 1)
+    values = tl.load(value + line * value_stride_l + width[None, :] * value_stride_d)
+    return total, tl.dot(weight.to(values.dtype), values, result)
+
+@triton.jit
+def read_listed(
+    from_place, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
+    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):
+    """Online softmax over the chosen keys from a place in their list on, and all read in any case.
+
+    Those are the three stretches [first, begin), [own, own_end) and [stop, end).
     """
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
-    place = slot.to(tl.int64)[:, None]
-    seen, held = inside[None, :] & sighted[:, None], inside
-    if CHECKED:
-        seen &= visible(b, h, q[:, None], slot[None, :], kv_len, inside[None, :])
-        held = tl.max(seen.to(tl.int32), 0) > 0  # what nobody sees may hold anything
-    keys = tl.load(
-        key + place * key_stride_l + d[None, :] * key_stride_d,
-        mask=held[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-    )
-    values = tl.load(
-        value + place * value_stride_l + width[None, :] * value_stride_d,
-        mask=held[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
-    )
-    s = tl.dot(asking, tl.trans(keys))
-    bits = score(s, b, h, q[:, None], slot[None, :], inside[None, :])
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    sinks = count + begin - first
+    near = sinks + own_end - own
+    items = near + end - stop
+    for start in range(from_place, items, KEYS):
+        place = start + tl.arange(0, KEYS)
+        slot = tl.where(place < near, own + place - sinks, stop + place - near)
+        slot = tl.where(place < sinks, first + place - count, slot)
+        slot = tl.where(
+            place < count, tl.load(chosen + place, mask=place < count, other=0), slot
+        )
+        inside = (place < items)[None, :]
+        seen = visible(b, h, q[:, None], slot[None, :], kv_len, inside)
+        seen = seen & (q >= 0)[:, None]  # a row for each query, also where all see the same
+        held = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]  # what nobody sees may hold anything
+        line = slot.to(tl.int64)[:, None]
+        keys = tl.load(
+            key + line * key_stride_l + d[None, :] * key_stride_d,
+            mask=held & (d < HEAD_DIM)[None, :], other=0.0,
+        )
+        values = tl.load(
+            value + line * value_stride_l + width[None, :] * value_stride_d,
+            mask=held & (width < VALUE_DIM)[None, :], other=0.0,
+        )
+        s = tl.dot(asking, tl.trans(keys))
+        bits = score(s, b, h, q[:, None], slot[None, :], inside)
+        top, total, result = softmax_step(bits, seen, values, top, total, result)
+    return top, total, result
+
+
+@triton.jit
+def softmax_step(bits, seen, values, top, total, result):
+    """One step of online softmax: the scores `bits` [ROWS, N], where `seen`, weigh `values`."""
     bits = tl.where(seen, bits, float("-inf"))
     most = tl.maximum(top, tl.max(bits, 1))
     base = tl.where(most == float("-inf"), 0.0, most)
@@ -312,35 +418,31 @@ def attend(
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
     value += b.to(tl.int64) * value_stride_b + (h // GROUP).to(tl.int64) * value_stride_h
     first, begin, own, own_end, stop, end = stretches(edge, number)
-    from_slot, to_slot = seen_range(b, q, kv_len)
-    sighted = to_slot - from_slot + tl.zeros([ROWS], tl.int32) > 0
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    result = tl.zeros([ROWS, WIDTH], tl.float32)
     chosen += number.to(tl.int64) * capacity
     count = tl.load(counts + number)
-    for start in range(0, count, KEYS):
-        place = start + tl.arange(0, KEYS)
-        inside = place < count
-        slot = tl.load(chosen + place, mask=inside, other=0)
-        top, total, result = read(
-            slot, inside, asking, sighted, top, total, result, b, h, q, kv_len,
+    full = count // KEYS * KEYS
+    top, total, result = read_listed(
+        full, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
+        key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
+        ROWS, KEYS,
+    )
+    base = tl.where(top == float("-inf"), 0.0, top)
+    for start in range(0, full, KEYS):
+        slot = tl.load(chosen + start + tl.arange(0, KEYS))
+        total, result = weigh(
+            slot, base, asking, total, result, b, h, q,
             key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
-            CHECKED=False,
         )
-    # The three stretches read in any case, one after another.
-    middle = begin - first
-    behind = middle + own_end - own
-    for start in range(0, behind + end - stop, KEYS):
-        place = start + tl.arange(0, KEYS)
-        inside = place < behind + end - stop
-        slot = tl.where(place < behind, own + place - middle, stop + place - behind)
-        slot = tl.where(place < middle, first + place, slot)
-        top, total, result = read(
-            slot, inside, asking, sighted, top, total, result, b, h, q, kv_len,
+    from_slot, to_slot = seen_range(b, q, kv_len)
+    sighted = to_slot - from_slot + tl.zeros([ROWS], tl.int32) > 0
+    lost = sighted & ((top == float("-inf")) | ((total < MOST) == 0))
+    if tl.max(lost.to(tl.int32), 0) > 0:
+        top, total, result = read_listed(
+            0, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
             key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
-            CHECKED=True,
+            ROWS, KEYS,
         )
+    result, total = tl.where(sighted[:, None], result, 0.0), tl.where(sighted, total, 0.0)
     # A query that sees nothing gets zeros, as from PyTorch's own attention.
     result = result / tl.where(total > 0, total, 1.0)[:, None]
     output += b.to(tl.int64) * output_stride_b + h.to(tl.int64) * output_stride_h

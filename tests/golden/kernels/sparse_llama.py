@@ -180,13 +180,13 @@ SINKS = tl.constexpr(16)  # first tokens, always read
 RECENT = tl.constexpr(64)  # last tokens, always read
 PAGE_ROOM = tl.constexpr(1024)  # pages looked into
 TURN = tl.constexpr(16)  # of them in one block, whose tokens are scored at a time
-PER_BLOCK = tl.constexpr(512)  # pages of a block
+PER_BLOCK = tl.constexpr(1024)  # pages of a block
 BINS = tl.constexpr(256)  # of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
 
 
 TILE = tl.constexpr(512)  # slots that a program of the scan takes
-BLOCK = tl.constexpr(8192)  # slots that share their principal axes
+BLOCK = tl.constexpr(16384)  # slots that share their principal axes
 PAGE = tl.constexpr(16)  # slots summarised together
 KEPT = tl.constexpr(64)  # coordinates of a sketch
 KEPT_COLUMNS = tl.constexpr(64)
@@ -196,10 +196,14 @@ FINE_COLUMNS = tl.constexpr(16)
 COARSE_BYTES = tl.constexpr(8)
 COARSE_COLUMNS = tl.constexpr(16)
 PAGE_STEP = tl.constexpr(0.75)  # of a page's mean, in steps of a coordinate
+PAGE_ZERO = tl.constexpr(101.625)  # of its codes, in steps
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
 
 
 SCALE = tl.constexpr(0.08838834764831843)  # of s in the score
+
+
+HEADS = tl.constexpr(4)  # of a group, padded
 
 
 @triton.jit
@@ -218,36 +222,35 @@ def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
 @triton.jit
 def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
     """log2 of the softmax's denominator for the heads of a group, as blocks estimate it: [ROWS]."""
-    block, g = tl.arange(0, BLOCKS), tl.arange(0, ROWS)
+    block, g = tl.arange(0, BLOCKS), tl.arange(0, HEADS)
     parts = tl.load(
         totals + (head_row.to(tl.int64) * blocks + block)[:, None] * ROWS + g[None, :],
         mask=(block < blocks)[:, None], other=-1e30,
     )
     most = tl.max(parts, 0)
-    return most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
+    total = most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
+    return tl.gather(total, tl.minimum(tl.arange(0, ROWS), HEADS - 1), 0)
 
 
 @triton.jit
-def bins_of(value, seen, total):
+def bins_of(value, total, possible):
     """The bin of each item's share [N], from the scores [ROWS, N] of a group's heads, in bits.
 
-    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
+    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa; the first
+    bin where an item is not `possible` [N].
     """
-    real = seen & (tl.arange(0, ROWS) < GROUP)[:, None]
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
     share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # Out of a product, eight threads have the same; gathered, every thread has items of its own.
+    share = tl.gather(share, tl.arange(0, value.shape[1]), 0)
     place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
-    return tl.where(share > 0, tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
+    return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
 
 
 @triton.jit
-def count_bins(histogram, bins, inside):
-    """Count what was stored in `bins`, pointers [N], in a histogram, and return the counts.
-
-    The first bin is left out. Read back, every thread has entries of its own: out of a product,
-    eight threads have the same.
-    """
-    tl.debug_barrier()
-    counts = tl.histogram(tl.load(bins, mask=inside, other=0).to(tl.int32), BINS)
+def count_bins(histogram, entry):
+    """Count the bins `entry` [N], but for the first, in a histogram, and return the counts."""
+    counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
     tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
@@ -263,15 +266,17 @@ def threshold(histogram, room, read=0):
     place = tl.arange(0, BINS)
     counts = tl.load(histogram + place) - read
     through = tl.cumsum(counts, 0, reverse=True)
-    cut = tl.max(tl.where(through > room, place, 0), 0)
-    above = tl.max(tl.where(place > cut, through, 0), 0)
-    return cut, -(above - room), tl.sum(tl.where(place == cut, counts, 0), 0)
+    # One search for all three: the bin, how many are in bins above it, and in itself.
+    all_three = (place.to(tl.int64) << 24 | through - counts) << 24 | counts
+    found = tl.max(tl.where(through > room, all_three, 0), 0)
+    above = (found >> 24 & 0xFFFFFF).to(tl.int32)
+    return (found >> 48).to(tl.int32), -(above - room), (found & 0xFFFFFF).to(tl.int32)
 
 
 @triton.jit
 def due(left, own, at_cut):
     """How many of our `own` items at the cut are chosen, where `left` of all `at_cut` are."""
-    return (left.to(tl.int64) * own // tl.maximum(at_cut, 1)).to(tl.int32)
+    return (left * own // tl.maximum(at_cut, 1)).to(tl.int32)
 
 
 @triton.jit
@@ -302,10 +307,10 @@ def always_read(
 @triton.jit
 def weigh(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    axes, centre, step, weights, constants, totals, histogram,
+    axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
-    kv_len, blocks, kv_heads, query_len, length,
-    EARLY: tl.constexpr,
+    kv_len, blocks, kv_heads: tl.constexpr, query_len, length,
+    PAGED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Weights of the codes of a block in q.k, and what is left of it.
 
@@ -324,6 +329,9 @@ def weigh(
     )
     steps = tl.load(step + block * KEPT + kept, mask=kept < KEPT, other=0.0)
     middle = tl.load(centre + block * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+    variance = tl.zeros([KEPT_COLUMNS], tl.float32)
+    if PAGED:
+        variance = tl.load(spread + block * KEPT_FINE + kept, mask=kept < KEPT_FINE, other=0.0)
     # All above was written long ago. What follows may be of the very kernel before this one, and
     # the next, which read it too, must not begin while that still runs.
     if EARLY:
@@ -336,6 +344,11 @@ def weigh(
     weight = exact.to(tl.bfloat16)
     rounded = weight.to(tl.float32)
     constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
+    if PAGED:
+        # Of a page, whose variance is the usual one, the same by second-order cumulants.
+        zero = PAGE_ZERO * tl.sum(tl.where((kept < KEPT_FINE)[None, :], rounded, 0.0), 1)
+        of_page = constant + 0.5 * SCALE * tl.sum(exact * exact * variance[None, :], 1) - zero
+        tl.store(page_constants + (head_row.to(tl.int64) * blocks + tile) * ROWS + g, of_page)
     moved = tl.where(kept < KEPT_FINE, 8.9000, 1.0087)
     of_block = constant + 0.5 * SCALE * tl.sum(exact * exact * moved[None, :], 1)
     constant -= 135.5 * tl.sum(tl.where(((kept < 32))[None, :], rounded, 0.0), 1)
@@ -353,6 +366,8 @@ def weigh(
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
         tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
+        if PAGED:
+            tl.store(arrivals + head_row, 0)
 
 
 @triton.jit
@@ -426,7 +441,7 @@ def scan_tokens(
     fine, coarse, weights, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
-    kv_len, slots, blocks, kv_heads, query_len, tiles, length,
+    kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
     BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Bins, uint8, of the shares of TILE tokens, by their sketches."""
@@ -453,13 +468,11 @@ def scan_tokens(
             head_row.to(tl.int64) * blocks + tile * TILE // BLOCK,
         )
         total = denominators(totals, head_row, blocks, BLOCKS)
-        seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :], length)
         value = score(s, b, h, t, slot[None, :], inside[None, :], length)
-        possible = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
-        entry = bins_of(value, seen & possible[None, :], total)
-        place = bins + head_row.to(tl.int64) * slots + slot
-        tl.store(place, entry.to(tl.uint8))
-        count_bins(histogram + head_row * (2 * BINS), place, inside)
+        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
+        entry = bins_of(value, total, seen & ((slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))))
+        tl.store(bins + head_row.to(tl.int64) * slots + slot, entry.to(tl.uint8))
+        count_bins(histogram + head_row * (2 * BINS), entry)
 
 
 @triton.jit
@@ -475,9 +488,6 @@ def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
     return above + due(left, tl.maximum(through - above, 0), at_cut)
 
 
-PAGE_ZERO = tl.constexpr(101.625)  # of its codes, in steps
-
-
 @triton.jit
 def load_pages(pages, page, inside):
     """Packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
@@ -489,60 +499,67 @@ def load_pages(pages, page, inside):
 
 
 @triton.jit
-def page_weights(queries, axes, step, spread, FIRST: tl.constexpr):
-    """Weights, bfloat16 [ROWS, FINE_COLUMNS], of codes from FIRST on.
-
-    And what they make of the zero of the codes, and of the usual variance within pages: [ROWS].
-    """
-    column, d = tl.arange(0, FINE_COLUMNS), tl.arange(0, DIM)
-    inside = column < FINE_BYTES
-    axis = tl.load(
-        axes + (FIRST + column)[None, :] * HEAD_DIM + d[:, None],
-        mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
-    )
-    steps = tl.load(step + FIRST + column, mask=inside, other=0.0)
-    variances = tl.load(spread + FIRST + column, mask=inside, other=0.0)
-    exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
-    weight = exact.to(tl.bfloat16)
-    zero = PAGE_ZERO * tl.sum(weight.to(tl.float32), 1)
-    return weight, zero, tl.sum(exact * exact * variances[None, :], 1)
-
-
-@triton.jit
-def page_scores(packed, queries, axes, centre, step, spread):
-    """Scores [ROWS, N], as products q.k, that stand for the keys of the pages of one block.
-
-    By second-order cumulants: the score of the mean, and scale / 2 sum w^2 v for the variance v.
-    """
-    d = tl.arange(0, DIM)
-    middle = tl.load(centre + d, mask=d < HEAD_DIM, other=0.0)
-    constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
+def page_scores(packed, weights, constants, mine):
+    """Scores [ROWS, N], as products q.k, that stand for the keys of pages of the block `mine`."""
+    constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS))
     total = tl.zeros([ROWS, packed.shape[1]], tl.float32)
-    weight, zero, spreads = page_weights(queries, axes, step, spread, 0)
-    constant += 0.5 * SCALE * spreads - zero
+    weight = load_weights(weights, mine, 0, 16, FINE_COLUMNS)
     total = tl.dot(weight, codes(packed, 0, 15), total)
-    weight, zero, spreads = page_weights(queries, axes, step, spread, 16)
-    constant += 0.5 * SCALE * spreads - zero
+    weight = load_weights(weights, mine, 16, 16, FINE_COLUMNS)
     total = tl.dot(weight, codes(packed, 4, 15), total)
     return PAGE_STEP * total + constant[:, None]
 
 
 @triton.jit
+def plan_turns(
+    histogram, ranks, plan, limits, candidate_count, tiles, turns, TILES: tl.constexpr
+):
+    """Deal the best pages of a row out in turns of up to TURN of one block.
+
+    For each turn: its block, how many chosen pages are in blocks and turns before it, how many of
+    the latter are of its block, and how many it has. And what `choose` has to know.
+    """
+    cut, left, at_cut = threshold(histogram, PAGE_ROOM)
+    of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)
+    tl.store(candidate_count, tl.sum(of_tile, 0) * PAGE)
+    tl.store(limits, cut)
+    tl.store(limits + 1, left)
+    tl.store(limits + 2, at_cut)
+    own = (of_tile + TURN - 1) // TURN
+    through, before = tl.cumsum(own, 0), tl.cumsum(of_tile, 0) - of_tile
+    for start in range(0, turns, 64):
+        number = start + tl.arange(0, 64)
+        block = tl.sum((through[None, :] <= number[:, None]).to(tl.int32), 1)
+        place = tl.minimum(block, TILES - 1)
+        skipped = (number - tl.gather(through - own, place, 0)) * TURN
+        count = tl.minimum(tl.gather(of_tile, place, 0) - skipped, TURN)
+        entry, inside = plan + number * 4, number < turns
+        tl.store(entry, block, mask=inside)
+        tl.store(entry + 1, tl.gather(before, place, 0) + skipped, mask=inside)
+        tl.store(entry + 2, skipped, mask=inside)
+        tl.store(entry + 3, tl.where(block < tiles, count, 0), mask=inside)
+
+
+@triton.jit
 def scan_pages(
-    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    pages, axes, centre, step, spread, ranks, whole, weights, constants, totals,
+    pages, page_constants, ranks, whole, arrivals, plan, turns, limits, candidate_count,
+    weights, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
-    kv_len, slots, blocks, kv_heads, query_len, tiles, length,
+    kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
     BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Bins, uint8, of the shares of the pages of one block, and how many are in each or above."""
+    """Bins, uint8, of the shares of the pages of one block, and how many are in each or above.
+
+    The last program of a row plans what `scan_chosen` does.
+    """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     g = tl.arange(0, ROWS)
     h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-    ranks += (head_row.to(tl.int64) * tiles + tile) * BINS
+    ranks += head_row.to(tl.int64) * tiles * BINS
+    mine = ranks + tile * BINS
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     first, end = seen_range(b, t, kv_len, length)
@@ -552,35 +569,35 @@ def scan_pages(
         packed = load_pages(pages + space * FINE_BYTES, page, page * PAGE < slots)
         fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
         held = (page * PAGE < tl.minimum(end, fresh)) & (page * PAGE + PAGE > first)
-        queries, heads = load_queries(
-            query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-        )
-        mine = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
-        s = page_scores(
-            packed, queries, axes + mine * (KEPT * HEAD_DIM), centre + mine * HEAD_DIM,
-            step + mine * KEPT, spread + mine * KEPT_FINE,
-        )
-        value = score(s, b, h, t, (page * PAGE)[None, :], held[None, :], length)
         if EARLY:
-            tl.extra.cuda.gdc_wait()  # for the denominators alone
+            tl.extra.cuda.gdc_wait()
+        s = page_scores(packed, weights, page_constants, head_row.to(tl.int64) * blocks + tile)
+        value = score(s, b, h, t, (page * PAGE)[None, :], held[None, :], length)
         total = denominators(totals, head_row, blocks, BLOCKS)
         tl.store(whole + head_row * ROWS + g, total)  # all programs of a row store the same
-        entry = bins_of(value, tl.broadcast_to(held[None, :], value.shape), total)
-        place = bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page
-        tl.store(place, entry.to(tl.uint8))
-        counts = count_bins(histogram + head_row * (2 * BINS), place, held)
-        tl.store(ranks + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
+        entry = bins_of(value, total, held)
+        tl.store(bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page, entry.to(tl.uint8))
+        counts = count_bins(histogram + head_row * (2 * BINS), entry)
+        tl.store(mine + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
     else:
-        tl.store(ranks + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(mine + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # also where nothing is seen: `arrivals` are cleared before
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals + head_row, 1) == tiles - 1:
+        plan_turns(
+            histogram + head_row * (2 * BINS), ranks, plan + head_row.to(tl.int64) * turns * 4,
+            limits + head_row * 4, candidate_count + head_row, tiles, turns, BLOCKS,
+        )
 
 
 @triton.jit
 def scan_chosen(
-    fine, coarse, whole, page_bins, ranks, page_list, candidates, candidate_count, candidate_room,
+    fine, coarse, whole, page_bins, plan, turns, limits, candidates, candidate_room,
     weights, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
-    kv_len, slots, blocks, kv_heads, query_len, tiles, length,
+    kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
     TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """The tokens of the best pages of all blocks in a row, and their bins."""
@@ -589,12 +606,14 @@ def scan_chosen(
     b, t = row // query_len, row % query_len
     g = tl.arange(0, ROWS)
     h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-    counts = histogram + head_row * (2 * BINS)
+    histogram += head_row * (2 * BINS) + BINS
     page_bins += head_row.to(tl.int64) * (blocks * PER_BLOCK)
     bins += head_row.to(tl.int64) * candidate_room
     candidates += head_row.to(tl.int64) * candidate_room
-    page_list += head_row.to(tl.int64) * (candidate_room // PAGE)
+    plan += head_row.to(tl.int64) * turns * 4
+    limits += head_row * 4
     space = (b * kv_heads + kv_head).to(tl.int64) * slots
+    number, lane = tl.arange(0, PER_BLOCK), tl.arange(0, TURN * PAGE)
     fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -602,33 +621,20 @@ def scan_chosen(
     _, begin, stop, _ = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
-    # The first turns of every block are shared out before it is known how many it has.
-    programs, number = tl.num_programs(1), tl.arange(0, PER_BLOCK)
-    ahead = programs // blocks
-    block, turn = part % blocks, tl.where(part < ahead * blocks, part // blocks, PER_BLOCK)
-    entry = tl.load(page_bins + block * PER_BLOCK + number)
     total = tl.load(whole + head_row * ROWS + g)
-    cut, left, at_cut = threshold(counts, PAGE_ROOM)
-    ranks += head_row.to(tl.int64) * tiles * BINS
-    of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)
-    if part == 0:
-        tl.store(candidate_count + head_row, tl.sum(of_tile, 0) * PAGE)
-    tile = tl.arange(0, TILES)
-    turns = tl.cumsum(tl.maximum((of_tile + TURN - 1) // TURN - ahead, 0), 0)
-    for later in range(part, programs + tl.max(turns, 0), programs):
-        before = tl.sum(tl.where(tile < block, of_tile, 0), 0)
-        count = tl.minimum(tl.sum(tl.where(tile == block, of_tile, 0), 0) - turn * TURN, TURN)
+    cut, left, at_cut = tl.load(limits), tl.load(limits + 1), tl.load(limits + 2)
+    for turn in range(part, turns, tl.num_programs(1)):
+        block, first_rank = tl.load(plan + turn * 4), tl.load(plan + turn * 4 + 1)
+        skipped, count = tl.load(plan + turn * 4 + 2), tl.load(plan + turn * 4 + 3)
         if count > 0:
-            chosen, place, _ = choose(entry.to(tl.int32), cut, left, at_cut)
-            first_rank = before + turn * TURN
-            rank = before + place
-            ours = (rank >= first_rank) & (rank < first_rank + count)
-            tl.store(page_list + rank, block * PER_BLOCK + number, mask=chosen & ours)
-            tl.debug_barrier()
-            lane = tl.arange(0, TURN * PAGE)
+            entry = tl.load(page_bins + block * PER_BLOCK + number)
+            _, place, _ = choose(entry.to(tl.int32), cut, left, at_cut)
+            # The chosen page of a rank comes after all up to which there are no more than that.
+            rank = skipped + tl.arange(0, TURN)
+            page = tl.sum((place[None, :] < rank[:, None]).to(tl.int32), 1)
+            slot = ((block * PER_BLOCK + page) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
+            slot = tl.reshape(slot, [TURN * PAGE])
             listed = lane < count * PAGE
-            slot = tl.load(page_list + first_rank + lane // PAGE, mask=listed, other=0) * PAGE
-            slot += lane % PAGE
             inside = listed & (slot >= begin) & (slot < stop)
             packed, packed_coarse = load_codes(
                 fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
@@ -636,17 +642,13 @@ def scan_chosen(
             s = sketch_scores(
                 packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + block
             )
-            seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :], length)
             value = score(s, b, h, t, slot[None, :], inside[None, :], length)
-            found = bins_of(value, seen, total)
+            seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
+            found = bins_of(value, total, seen)
             into = first_rank * PAGE + lane
             tl.store(candidates + into, slot, mask=listed)
             tl.store(bins + into, found.to(tl.uint8), mask=listed)
-            count_bins(counts + BINS, bins + into, listed)
-        past = turns <= later
-        block = tl.minimum(tl.sum(past.to(tl.int32), 0), blocks - 1)
-        turn = ahead + later - tl.max(tl.where(past, turns, 0), 0)
-        entry = tl.load(page_bins + block * PER_BLOCK + number)
+            count_bins(histogram, found)
 
 
 @triton.jit

@@ -183,7 +183,7 @@ LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
 
 
 TILE = tl.constexpr(512)  # slots that a program of the scan takes
-BLOCK = tl.constexpr(8192)  # slots that share their principal axes
+BLOCK = tl.constexpr(16384)  # slots that share their principal axes
 PAGE = tl.constexpr(16)  # slots summarised together
 KEPT = tl.constexpr(40)  # coordinates of a sketch
 KEPT_COLUMNS = tl.constexpr(64)
@@ -193,10 +193,14 @@ FINE_COLUMNS = tl.constexpr(16)
 COARSE_BYTES = tl.constexpr(5)
 COARSE_COLUMNS = tl.constexpr(16)
 PAGE_STEP = tl.constexpr(0.75)  # of a page's mean, in steps of a coordinate
+PAGE_ZERO = tl.constexpr(101.625)  # of its codes, in steps
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
 
 
 SCALE = tl.constexpr(0.11180339887498948)  # of s in the score
+
+
+HEADS = tl.constexpr(4)  # of a group, padded
 
 
 @triton.jit
@@ -215,36 +219,35 @@ def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
 @triton.jit
 def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
     """log2 of the softmax's denominator for the heads of a group, as blocks estimate it: [ROWS]."""
-    block, g = tl.arange(0, BLOCKS), tl.arange(0, ROWS)
+    block, g = tl.arange(0, BLOCKS), tl.arange(0, HEADS)
     parts = tl.load(
         totals + (head_row.to(tl.int64) * blocks + block)[:, None] * ROWS + g[None, :],
         mask=(block < blocks)[:, None], other=-1e30,
     )
     most = tl.max(parts, 0)
-    return most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
+    total = most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
+    return tl.gather(total, tl.minimum(tl.arange(0, ROWS), HEADS - 1), 0)
 
 
 @triton.jit
-def bins_of(value, seen, total):
+def bins_of(value, total, possible):
     """The bin of each item's share [N], from the scores [ROWS, N] of a group's heads, in bits.
 
-    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
+    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa; the first
+    bin where an item is not `possible` [N].
     """
-    real = seen & (tl.arange(0, ROWS) < GROUP)[:, None]
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
     share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # Out of a product, eight threads have the same; gathered, every thread has items of its own.
+    share = tl.gather(share, tl.arange(0, value.shape[1]), 0)
     place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
-    return tl.where(share > 0, tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
+    return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
 
 
 @triton.jit
-def count_bins(histogram, bins, inside):
-    """Count what was stored in `bins`, pointers [N], in a histogram, and return the counts.
-
-    The first bin is left out. Read back, every thread has entries of its own: out of a product,
-    eight threads have the same.
-    """
-    tl.debug_barrier()
-    counts = tl.histogram(tl.load(bins, mask=inside, other=0).to(tl.int32), BINS)
+def count_bins(histogram, entry):
+    """Count the bins `entry` [N], but for the first, in a histogram, and return the counts."""
+    counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
     tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
@@ -260,15 +263,17 @@ def threshold(histogram, room, read=0):
     place = tl.arange(0, BINS)
     counts = tl.load(histogram + place) - read
     through = tl.cumsum(counts, 0, reverse=True)
-    cut = tl.max(tl.where(through > room, place, 0), 0)
-    above = tl.max(tl.where(place > cut, through, 0), 0)
-    return cut, -(above - room), tl.sum(tl.where(place == cut, counts, 0), 0)
+    # One search for all three: the bin, how many are in bins above it, and in itself.
+    all_three = (place.to(tl.int64) << 24 | through - counts) << 24 | counts
+    found = tl.max(tl.where(through > room, all_three, 0), 0)
+    above = (found >> 24 & 0xFFFFFF).to(tl.int32)
+    return (found >> 48).to(tl.int32), -(above - room), (found & 0xFFFFFF).to(tl.int32)
 
 
 @triton.jit
 def due(left, own, at_cut):
     """How many of our `own` items at the cut are chosen, where `left` of all `at_cut` are."""
-    return (left.to(tl.int64) * own // tl.maximum(at_cut, 1)).to(tl.int32)
+    return (left * own // tl.maximum(at_cut, 1)).to(tl.int32)
 
 
 @triton.jit
@@ -299,10 +304,10 @@ def always_read(
 @triton.jit
 def weigh(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    axes, centre, step, weights, constants, totals, histogram,
+    axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
-    kv_len, blocks, kv_heads, query_len, length, slopes, slopes_stride_0,
-    EARLY: tl.constexpr,
+    kv_len, blocks, kv_heads: tl.constexpr, query_len, length, slopes, slopes_stride_0,
+    PAGED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Weights of the codes of a block in q.k, and what is left of it.
 
@@ -427,7 +432,7 @@ def scan_tokens(
     fine, coarse, weights, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
-    kv_len, slots, blocks, kv_heads, query_len, tiles, length, slopes, slopes_stride_0,
+    kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length, slopes, slopes_stride_0,
     BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Bins, uint8, of the shares of TILE tokens, by their sketches."""
@@ -454,13 +459,11 @@ def scan_tokens(
             head_row.to(tl.int64) * blocks + tile * TILE // BLOCK,
         )
         total = denominators(totals, head_row, blocks, BLOCKS)
-        seen = visible(b, h, t, slot[None, :], kv_len, inside[None, :], length, slopes, slopes_stride_0)
         value = score(s, b, h, t, slot[None, :], inside[None, :], length, slopes, slopes_stride_0)
-        possible = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
-        entry = bins_of(value, seen & possible[None, :], total)
-        place = bins + head_row.to(tl.int64) * slots + slot
-        tl.store(place, entry.to(tl.uint8))
-        count_bins(histogram + head_row * (2 * BINS), place, inside)
+        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length, slopes, slopes_stride_0)
+        entry = bins_of(value, total, seen & ((slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))))
+        tl.store(bins + head_row.to(tl.int64) * slots + slot, entry.to(tl.uint8))
+        count_bins(histogram + head_row * (2 * BINS), entry)
 
 
 @triton.jit
