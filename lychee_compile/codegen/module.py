@@ -65,7 +65,7 @@ def _lychee(spec: AttentionSpec) -> list[str]:
     paged = scans_pages(spec)
     parts = [
         scan.emit_selection_constants(spec.sparse, paged),
-        sketch.emit_sketch_constants(spec),
+        sketch.emit_sketch_constants(spec, paged),
         f"SCALE = tl.constexpr({float(spec.score.diff(S).subs(S, 0))})  # of s in the score\n",
         scan.emit_bins(spec),
         scan.emit_always_read(spec),

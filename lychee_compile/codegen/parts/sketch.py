@@ -26,10 +26,12 @@ PROBES = 16
 """Slots of a block, up to its newest, at which a score that depends on the slot is looked at."""
 
 
-def emit_sketch_constants(spec: AttentionSpec) -> str:
+def emit_sketch_constants(spec: AttentionSpec, paged: bool) -> str:
     """How sketches of this head_dim are packed."""
     fine, coarse = planes(spec.head_dim)
     kept = sum(field.width for field in fine + coarse)
+    zero = f"""
+PAGE_ZERO = tl.constexpr({PAGE_MIDDLE + PAGE_STEP * _BASE})  # of its codes, in steps"""
     return f"""
 TILE = tl.constexpr({TILE})  # slots that a program of the scan takes
 BLOCK = tl.constexpr({BLOCK})  # slots that share their principal axes
@@ -41,8 +43,7 @@ FINE_BYTES = tl.constexpr({fine[0].width})
 FINE_COLUMNS = tl.constexpr({_columns(fine[0])})
 COARSE_BYTES = tl.constexpr({coarse[0].width})
 COARSE_COLUMNS = tl.constexpr({_columns(coarse[0])})
-PAGE_STEP = tl.constexpr({PAGE_STEP})  # of a page's mean, in steps of a coordinate
-PAGE_ZERO = tl.constexpr({PAGE_MIDDLE + PAGE_STEP * _BASE})  # of its codes, in steps
+PAGE_STEP = tl.constexpr({PAGE_STEP})  # of a page's mean, in steps of a coordinate{zero if paged else ""}
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
 """
 

@@ -193,7 +193,6 @@ FINE_COLUMNS = tl.constexpr(16)
 COARSE_BYTES = tl.constexpr(5)
 COARSE_COLUMNS = tl.constexpr(16)
 PAGE_STEP = tl.constexpr(0.75)  # of a page's mean, in steps of a coordinate
-PAGE_ZERO = tl.constexpr(101.625)  # of its codes, in steps
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
 
 
