@@ -21,7 +21,7 @@ from lychee_compile.kernels.launch import run_exact, run_sparse
 from lychee_compile.kernels.launch_quest import run_quest
 from lychee_compile.kernels.policies import make_index
 from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import BLOCK, PAGE, SlotLayout, planes
+from lychee_compile.kernels.slot_layout import PAGE, SlotLayout, block_size, planes
 
 POLICIES = {"lychee-sparse": "lychee", "quest": "quest"}
 """Policies of the sparse variants; "lychee-exact" has none."""
@@ -136,7 +136,9 @@ def _sketch_bytes(problem: Problem, config: IndexConfig) -> int:
     """Axes of all blocks; the sketches of all tokens, or all pages and the tokens of the best."""
     fine, coarse = planes(problem.head_dim)
     kept = sum(field.width for field in fine + coarse)
-    axes = -(-problem.context // BLOCK) * (2 * kept * problem.head_dim + 4 * problem.head_dim)
+    axes = -(-problem.context // block_size(problem.context)) * (
+        2 * kept * problem.head_dim + 4 * problem.head_dim
+    )
     sketch = fine[0].width + coarse[0].width
     if problem.context <= config.flat_tokens:
         return axes + problem.context * sketch

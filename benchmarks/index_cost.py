@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import LlamaModel
 
 from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import BLOCK, SlotLayout
+from lychee_compile.kernels.slot_layout import SlotLayout
 
 BUFFERS, SECONDS = 6, 0.15
 
@@ -58,6 +58,8 @@ class Cost:
     """Microseconds to fit the newest block anew."""
     refits: int
     """How often that happens while a block fills."""
+    block: int
+    """Tokens of a block."""
 
     @property
     def build_share(self) -> float:
@@ -67,7 +69,7 @@ class Cost:
     @property
     def update_share(self) -> float:
         """Of a step."""
-        return (self.sketch + self.refit * self.refits / BLOCK) / self.step
+        return (self.sketch + self.refit * self.refits / self.block) / self.step
 
 
 @torch.no_grad()
@@ -126,13 +128,15 @@ def measure(
         sketch=sparse - attention(writes=False),
         refit=1e3 * refit,
         refits=refits_of_a_block(indexes[0]),
+        block=indexes[0].layout.block,
     )
 
 
 def refits_of_a_block(index: SlotIndex) -> int:
     """How often a block is fitted while tokens come one by one."""
-    end, count = BLOCK, 0
-    while (end := end + index.refit_after(end)) <= 2 * BLOCK:
+    size = index.layout.block
+    end, count = size, 0
+    while (end := end + index.refit_after(end)) <= 2 * size:
         count += 1
     return count
 

@@ -20,12 +20,12 @@ from lychee_compile.kernels.generated import load, store
 KERNELS = {
     "attend_all": {"KEYS": 64},
     "combine": {"SPLITS": 32},
-    "weigh": {"kv_heads": 8},
-    "scan_tokens": {"BLOCKS": 16, "kv_heads": 8},
-    "scan_pages": {"BLOCKS": 16, "kv_heads": 8},
-    "scan_chosen": {"TILES": 16, "kv_heads": 8},
-    "attend": {"KEYS": 64, "TILES": 16, "LANES": 512},
-    "encode": {},
+    "weigh": {"kv_heads": 8, "BLOCK": 8192},
+    "scan_tokens": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
+    "scan_pages": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
+    "scan_chosen": {"BLOCK": 8192, "TILES": 16, "kv_heads": 8},
+    "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192},
+    "encode": {"BLOCK": 8192},
 }
 """And what is fixed when they are launched."""
 TILE_KERNELS = {

@@ -23,7 +23,7 @@ from lychee_compile.kernels.reference.slots import (
     token_scores,
 )
 from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import BLOCK, PAGE, SlotLayout, SlotState
+from lychee_compile.kernels.slot_layout import PAGE, SlotLayout, SlotState
 from lychee_compile.kernels.tuning import Tuning
 
 SMALLEST = 100
@@ -188,10 +188,10 @@ class Step:
 
     def _of_block(self, block: int, products: Tensor) -> Tensor:
         """The mean score, as a logarithm, over some of the slots that a block holds."""
-        rows = []
+        rows, size = [], self.index.layout.block
         for row, fresh in enumerate(self.fresh.tolist()):
-            held = max(min(fresh - block * BLOCK, BLOCK), 1)
-            slots = block * BLOCK + (torch.arange(1, PROBES + 1) * held // PROBES - 1).clamp(min=0)
+            held = max(min(fresh - block * size, size), 1)
+            slots = block * size + (torch.arange(1, PROBES + 1) * held // PROBES - 1).clamp(min=0)
             slots = slots.clamp(max=self.problem.key.shape[2] - 1)
             score = self.problem.finish(products.expand(*products.shape[:-1], PROBES), slots)[row]
             if KV in self.problem.spec.score.free_symbols:

@@ -11,6 +11,7 @@ from decode_problems import DTYPES, Sizes, make_problem
 from sparse_steps import Step, built, copied
 from test_sparse_kernel import FLAT, PAGED
 
+from lychee_compile.kernels import slot_layout
 from lychee_compile.kernels.launch import run_encode
 from lychee_compile.kernels.reference.sketch import KeySketches
 from lychee_compile.kernels.reference.slots import _unpacked
@@ -146,22 +147,23 @@ def test_an_index_that_is_refitted_is_as_if_built():
     assert torch.equal(index.state, whole.state)
 
 
-def test_a_block_that_begins_takes_over_the_axes_before():
-    sizes = Sizes(kv_len=BLOCK + 8, query_len=2, group=2)
-    problem = make_problem(sizes=sizes, sparse=PAGED, length=BLOCK - 1)
+def test_a_block_that_begins_takes_over_the_axes_before(monkeypatch):
+    monkeypatch.setattr(slot_layout, "BLOCK", 512)
+    sizes = Sizes(kv_len=520, query_len=2, group=2)
+    problem = make_problem(sizes=sizes, sparse=PAGED, length=511)
     index = SlotIndex(SlotLayout.of(problem.key), torch.device("cpu"))
     filled = built(make_problem(sizes=Sizes(kv_len=300), sparse=PAGED), 300).parts
     for name in ("axes", "centre", "step", "spread"):
         getattr(index.parts, name)[:, :, :1] = getattr(filled, name)
     index.parts.fine.random_(0, 256, generator=torch.Generator().manual_seed(0))
-    index.parts.header[:2] = torch.tensor([1, BLOCK - 1])
+    index.parts.header[:2] = torch.tensor([1, 511])
     before = copied(index.parts)
-    Step.run(problem, index, torch.tensor([BLOCK - 1, BLOCK])).check()
+    Step.run(problem, index, torch.tensor([511, 512])).check()
     for name in ("axes", "centre", "step", "spread"):
         taken, first = getattr(index.parts, name), getattr(before, name)[:, :, 0]
         assert torch.equal(taken[:, :, 0], first)
         assert torch.equal(taken[:, :, 1], first)
-    new = slice(BLOCK - 1, BLOCK + 1)
+    new = slice(511, 513)
     level = levels(index, problem.key)[:, :, new]
     highest = torch.where(torch.arange(level.shape[-1]) < 16, 15, 3)
     expected = level.floor().clamp(min=0).minimum(highest)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from sparse_steps import Step, built
 
 from lychee_compile.codegen.specification import SparseSpec
+from lychee_compile.kernels import slot_layout
 from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import BLOCK, SlotLayout
+from lychee_compile.kernels.slot_layout import SlotLayout
 from lychee_compile.kernels.tuning import Tuning
 
 triton_interpreter.use()
@@ -26,6 +27,8 @@ pytestmark = [
 FEW = settings(max_examples=max(settings().max_examples // 10, 1))
 FLAT = SparseSpec("lychee", 60, sinks=4, recent=8, overfetch=2, flat_tokens=65536)
 PAGED = replace(FLAT, flat_tokens=0)
+BLOCK = 1024
+"""Slots of a block, where there is more than one."""
 BOTH = pytest.mark.parametrize("sparse", [FLAT, PAGED], ids=["flat", "paged"])
 
 
@@ -164,7 +167,14 @@ def test_keys_that_are_not_finite_harm_no_others(dtype, sparse):
 
 
 @pytest.fixture(scope="module")
-def long(kernel_folder):
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slot_layout, "BLOCK", BLOCK)
+        yield
+
+
+@pytest.fixture(scope="module")
+def long(kernel_folder, small_blocks):
     """A cache of more than one block, and its index."""
     sizes = Sizes(kv_len=BLOCK + 150, group=3)
     problem = make_problem("bfloat16", sizes, sparse=FLAT)
@@ -182,7 +192,7 @@ def test_blocks_are_ranked_together(long):
         assert step.slots_read()[..., 4:BLOCK].any(), "nothing of the first block"
 
 
-@pytest.mark.thorough
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("mask", ["padded", "mask"])
 @BOTH
 def test_three_blocks(mask, sparse):

@@ -45,6 +45,10 @@ class BoxLayout:
         """Pages of every KV head, full or not."""
         return self.slots // PAGE
 
+    def grows_to(self, slots: int) -> bool:
+        """Whether what lies in it may be copied into an index of so many slots."""
+        return True
+
     @property
     def size(self) -> int:
         """Bytes in all."""

@@ -19,13 +19,13 @@ from lychee_compile.kernels.launch_parts import (
     power_of_two,
     written_arguments,
 )
-from lychee_compile.kernels.slot_layout import BLOCK, PAGE, TILE, SlotLayout, SlotState
+from lychee_compile.kernels.slot_layout import PAGE, TILE, SlotLayout, SlotState
 from lychee_compile.kernels.tuning import MOST_SPLITS, Tuning, tuning_for
 
 PARTS = 1024
 """Programs among which the turns of all rows are dealt out, about."""
-PAGES_WARPS = 8
-"""Of a program that ranks the pages of a block."""
+PAGES_OF_WARP = 128 * PAGE
+"""Slots whose pages a warp ranks."""
 WEIGH_REGISTERS, PAGES_REGISTERS, CHOSEN_REGISTERS = 96, 128, 96
 """Of a thread, at most: that programs of a kernel and of the next fit on the device together."""
 
@@ -86,7 +86,7 @@ def run_sparse(
     splits = max(1, min(tuning.programs // rows, 32))
     paged = kv_len > module.FLAT_TOKENS and hasattr(module, "scan_pages")
     tiles = blocks if paged else -(-kv_len // TILE)
-    examined = min(PAGE * module.PAGE_ROOM.value, blocks * BLOCK) if paged else kv_len
+    examined = min(PAGE * module.PAGE_ROOM.value, blocks * layout.block) if paged else kv_len
     scratch = Scratch()
     scratch.want_parts(rows, splits, group, value.shape[-1])
     padded, kept = power_of_two(group, 16), power_of_two(state.step.shape[-1], 16)
@@ -98,7 +98,7 @@ def run_sparse(
     scratch.want("end", torch.int32, rows, tiles)
     scratch.want("chosen", torch.int32, rows, splits, list_size(module))
     if paged:
-        scratch.want("page_bins", torch.uint8, rows, blocks * BLOCK // PAGE)
+        scratch.want("page_bins", torch.uint8, rows, blocks * layout.block // PAGE)
         scratch.want("page_ranks", torch.int32, rows, tiles, BINS)
         scratch.want("whole", torch.float32, rows, padded)
         turns = examined // (PAGE * module.TURN.value) + blocks
@@ -122,7 +122,8 @@ def run_sparse(
         *written, state.header,
         kv_len, blocks, heads, query_len,
         *more,
-        PAGED=paged, **waits, num_warps=4, num_stages=1, maxnreg=WEIGH_REGISTERS,
+        BLOCK=layout.block, PAGED=paged, **waits,
+        num_warps=4, num_stages=1, maxnreg=WEIGH_REGISTERS,
     )  # fmt: skip
     common = [made["weights"], made["constants"], made["totals"], *written, state.header]
     common += [made["first"], made["end"]]
@@ -133,20 +134,22 @@ def run_sparse(
             state.pages, made["page_constants"], made["page_ranks"], made["whole"],
             made["arrivals"], *planned, made["count"],
             *common, made["page_bins"], made["histogram"], *sizes, *more,
-            BLOCKS=power_of_two(blocks), **waits,
-            num_warps=PAGES_WARPS, num_stages=1, maxnreg=PAGES_REGISTERS,
+            BLOCK=layout.block, BLOCKS=power_of_two(blocks), **waits,
+            num_warps=max(1, layout.block // PAGES_OF_WARP), num_stages=1, maxnreg=PAGES_REGISTERS,
         )  # fmt: skip
         # One for each turn, unless there are many rows.
         module.scan_chosen[(rows, max(1, min(turns, PARTS // rows)))](
             state.fine, state.coarse, made["whole"], made["page_bins"], *planned,
             made["candidates"], examined,
             *common, made["bins"], made["histogram"], *sizes, *more,
-            TILES=power_of_two(tiles), **waits, num_warps=4, num_stages=1, maxnreg=CHOSEN_REGISTERS,
+            BLOCK=layout.block, TILES=power_of_two(tiles), **waits,
+            num_warps=4, num_stages=1, maxnreg=CHOSEN_REGISTERS,
         )  # fmt: skip
     else:
         module.scan_tokens[(rows, tiles)](
             state.fine, state.coarse, *common, made["bins"], made["histogram"], *sizes, *more,
-            BLOCKS=power_of_two(blocks), **waits, num_warps=4, num_stages=1,
+            BLOCK=layout.block, BLOCKS=power_of_two(blocks), **waits,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
     module.attend[(rows, splits + 1)](
         query, *query.stride(),
@@ -154,7 +157,7 @@ def run_sparse(
         value, *value.stride(),
         made["partial"], made["partial_top"], made["partial_sum"],
         kv_len, heads, query_len, splits,
-        *state, layout.slots, blocks, made["first"], made["end"], tiles, *written,
+        *state, layout.slots, blocks, layout.block, made["first"], made["end"], tiles, *written,
         made["histogram"], made["bins"], examined if paged else layout.slots,
         made["candidates" if paged else "chosen"], made["count" if paged else "chosen"],
         made["chosen"], list_size(module),
@@ -179,6 +182,6 @@ def run_encode(
     module.encode[(layout.batch * layout.kv_heads, -(-(end - begin) // 64))](
         key, *key.stride(),
         state.fine, state.coarse, state.pages, state.axes, state.centre, state.step,
-        begin, end, layout.slots, layout.kv_heads, layout.blocks,
+        begin, end, layout.slots, layout.kv_heads, layout.blocks, layout.block,
         num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -9,12 +9,12 @@ from torch import Tensor
 from lychee_compile.kernels.device_index import REFIT, DeviceIndex
 from lychee_compile.kernels.launch import run_encode
 from lychee_compile.kernels.reference.sketch import fit_axes
-from lychee_compile.kernels.slot_layout import BLOCK, PAGE, SlotLayout, SlotState
+from lychee_compile.kernels.slot_layout import PAGE, SlotLayout, SlotState
 
 WELL_FITTED = 512
 """A block of fewer keys takes over the axes of the one before."""
-BLOCKS_AT_ONCE = 4
-"""Blocks fitted together: in float32 their keys take four times what a cache's do."""
+FITTED_AT_ONCE = 65536
+"""Slots of blocks fitted together: in float32 their keys take four times what a cache's do."""
 
 
 class SlotIndex(DeviceIndex):
@@ -25,27 +25,30 @@ class SlotIndex(DeviceIndex):
 
     def build(self, module: ModuleType, key: Tensor, end: int) -> None:
         """Sketch the keys in the slots [0, end) of `key` [B, Hkv, L, D]."""
-        whole = end // BLOCK
-        for block in range(0, whole, BLOCKS_AT_ONCE):
-            self._fit(key, block, min(BLOCKS_AT_ONCE, whole - block), BLOCK)
-        if end % BLOCK:
-            self._fit_last(key, whole, end % BLOCK)
+        size = self.layout.block
+        whole, at_once = end // size, max(FITTED_AT_ONCE // size, 1)
+        for block in range(0, whole, at_once):
+            self._fit(key, block, min(at_once, whole - block), size)
+        if end % size:
+            self._fit_last(key, whole, end % size)
         run_encode(module, key, self.layout, self.parts, 0, end)
         self._trust(end)
 
     def refit(self, module: ModuleType, key: Tensor, end: int) -> None:
         """Find the axes of the block that holds slot `end` - 1 anew, and sketch its keys again."""
-        block = (end - 1) // BLOCK
-        self._fit_last(key, block, end - block * BLOCK)
-        run_encode(module, key, self.layout, self.parts, block * BLOCK, end)
+        size = self.layout.block
+        block = (end - 1) // size
+        self._fit_last(key, block, end - block * size)
+        run_encode(module, key, self.layout, self.parts, block * size, end)
 
     def refit_after(self, end: int) -> int:
         """As many keys as the newest block has, or all that fill it and some of the next.
 
         So a block is fitted each time its keys double.
         """
-        count = (end - 1) % BLOCK + 1
-        return max(count if 2 * count <= BLOCK else BLOCK - count + REFIT, REFIT)
+        size = self.layout.block
+        count = (end - 1) % size + 1
+        return max(count if 2 * count <= size else size - count + REFIT, REFIT)
 
     def _fit_last(self, key: Tensor, block: int, count: int) -> None:
         """Fit a block that is not full, or let it take over the axes of the one before."""
@@ -58,8 +61,8 @@ class SlotIndex(DeviceIndex):
 
     def _fit(self, key: Tensor, first: int, blocks: int, count: int) -> None:
         """Centre, axes, steps and spread of some blocks, from `count` keys of each."""
-        parts, which = self.parts, slice(first, first + blocks)
-        keys = key[:, :, first * BLOCK : (first + blocks - 1) * BLOCK + count].float()
+        parts, which, size = self.parts, slice(first, first + blocks), self.layout.block
+        keys = key[:, :, first * size : (first + blocks - 1) * size + count].float()
         centre, axes, step, coordinates = fit_axes(keys.unflatten(2, (blocks, count)))
         parts.centre[:, :, which] = centre
         parts.axes[:, :, which] = axes.mT

@@ -15,10 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.launch_parts import power_of_two
 from lychee_compile.kernels.reference.sketch import sketch_bits
 
-BLOCK = 16384
-"""Slots that share one set of principal axes."""
+BLOCK, LARGEST_BLOCK, BLOCKS = 8192, 32768, 32
+"""Slots that share one set of principal axes: more where an index would have more than 32 blocks.
+
+For a step reads all axes, and scans each block apart.
+"""
 PAGE = 16
 """Slots summarised together, to narrow a long context down."""
 PAGE_STEP, PAGE_MIDDLE = 0.75, 5.625
@@ -64,6 +68,11 @@ def _fields(first: int, count: int, bits: int) -> tuple[Field, ...]:
     )
 
 
+def block_size(slots: int) -> int:
+    """Slots that share one set of axes, in an index of so many."""
+    return max(BLOCK, min(power_of_two(-(-slots // BLOCKS)), LARGEST_BLOCK))
+
+
 class SlotState(NamedTuple):
     """The parts of an index, views of its tensor."""
 
@@ -104,9 +113,18 @@ class SlotLayout:
         return cls(batch, heads, head_dim, -(-length // TILE) * TILE, dtype)
 
     @property
+    def block(self) -> int:
+        """Slots of a block."""
+        return block_size(self.slots)
+
+    @property
     def blocks(self) -> int:
         """Blocks of slots that share their axes."""
-        return -(-self.slots // BLOCK)
+        return -(-self.slots // self.block)
+
+    def grows_to(self, slots: int) -> bool:
+        """Whether what lies in it may be copied into an index of so many slots."""
+        return self.block == block_size(slots)
 
     @property
     def size(self) -> int:

@@ -69,6 +69,8 @@ class GrowingSlots(Numbered, Upkeep):
         if not fitting or key.shape[0] > now.batch:
             return False
         if key.shape[2] > now.slots:
+            if not now.grows_to(wanted.slots):
+                return False
             try:
                 self.index = _moved(index, replace(now, slots=wanted.slots))
             except torch.OutOfMemoryError:

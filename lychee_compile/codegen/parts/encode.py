@@ -5,12 +5,12 @@ from __future__ import annotations
 from lychee_compile.codegen.parts.attend import Upkeep
 
 UPKEEP = Upkeep(
-    "header, fine, coarse, pages, axes, centre, step, spread, slots, blocks",
+    "header, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr",
     """encode_new(
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
     header, fine, coarse, pages, axes, centre, step, spread,
     positions, position_stride_b, position_stride_t, written,
-    b, kv_head, slots, kv_heads, blocks, kv_len,
+    b, kv_head, slots, kv_heads, blocks, BLOCK, kv_len,
 )""",
 )
 """New keys get sketches."""
@@ -23,7 +23,7 @@ def emit_encode() -> str:
 def encode(
     key, stride_b, stride_h, stride_l, stride_d,
     fine, coarse, pages, axes, centre, step,
-    begin, end, slots, kv_heads, blocks,
+    begin, end, slots, kv_heads, blocks, BLOCK: tl.constexpr,
 ):
     """Sketch the keys in the slots [begin, end), 64 a program; begin is a multiple of 64."""
     space = tl.program_id(0)
@@ -65,7 +65,7 @@ def encode_new(
     key, stride_b, stride_h, stride_l, stride_d,
     header, fine, coarse, pages, axes, centre, step, spread,
     positions, position_stride_b, position_stride_t, written,
-    b, kv_head, slots, kv_heads, blocks, kv_len,
+    b, kv_head, slots, kv_heads, blocks, BLOCK: tl.constexpr, kv_len,
 ):
     """Sketch the keys that this step has written, and sum up their pages anew.
 

@@ -99,12 +99,13 @@ def plan_turns(
 def scan_pages(
     pages, page_constants, ranks, whole, arrivals, plan, turns, limits, candidate_count,
     {PARAMETERS}{extra},
-    BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Bins, uint8, of the shares of the pages of one block, and how many are in each or above.
 
     The last program of a row plans what `scan_chosen` does.
     """
+    PER_BLOCK: tl.constexpr = BLOCK // PAGE
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
@@ -125,9 +126,10 @@ def scan_pages(
 def scan_chosen(
     fine, coarse, whole, page_bins, plan, turns, limits, candidates, candidate_room,
     {PARAMETERS}{extra},
-    TILES: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """The tokens of the best pages of all blocks in a row, and their bins."""
+    PER_BLOCK: tl.constexpr = BLOCK // PAGE
     head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec, H, SparseSpec
 from lychee_compile.kernels.launch_parts import BINS, power_of_two
-from lychee_compile.kernels.slot_layout import BLOCK, PAGE
+from lychee_compile.kernels.slot_layout import PAGE
 
 LARGEST = 12
 """log2 of the share that the last bin holds: estimates of the denominator may be that far off."""
@@ -24,8 +24,7 @@ def emit_selection_constants(sparse: SparseSpec, paged: bool) -> str:
     """How much is read, how shares are counted, how much of a long context is looked at."""
     pages = f"""
 PAGE_ROOM = tl.constexpr({-(-sparse.overfetch * sparse.budget // PAGE)})  # pages looked into
-TURN = tl.constexpr({TURN})  # of them in one block, whose tokens are scored at a time
-PER_BLOCK = tl.constexpr({BLOCK // PAGE})  # pages of a block"""
+TURN = tl.constexpr({TURN})  # of them in one block, whose tokens are scored at a time"""
     return f"""
 FLAT_TOKENS = {sparse.flat_tokens}  # slots up to which every token is scanned; pages beyond
 BUDGET = tl.constexpr({sparse.budget})  # tokens read per KV head and query position
@@ -221,7 +220,7 @@ count_bins(histogram + head_row * (2 * BINS), entry)""",
 @triton.jit
 def scan_tokens(
     fine, coarse, {PARAMETERS}{extra},
-    BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Bins, uint8, of the shares of TILE tokens, by their sketches."""
     head_row, tile = tl.program_id(0), tl.program_id(1)

@@ -9,7 +9,6 @@ from lychee_compile.codegen.specification import KV, AttentionSpec
 from lychee_compile.kernels.launch_parts import power_of_two
 from lychee_compile.kernels.reference.sketch import STEPS
 from lychee_compile.kernels.slot_layout import (
-    BLOCK,
     PAGE,
     PAGE_MIDDLE,
     PAGE_STEP,
@@ -30,11 +29,10 @@ def emit_sketch_constants(spec: AttentionSpec, paged: bool) -> str:
     """How sketches of this head_dim are packed."""
     fine, coarse = planes(spec.head_dim)
     kept = sum(field.width for field in fine + coarse)
-    zero = f"""
-PAGE_ZERO = tl.constexpr({PAGE_MIDDLE + PAGE_STEP * _BASE})  # of its codes, in steps"""
+    zero = PAGE_MIDDLE + PAGE_STEP * _BASE
+    page_zero = f"\nPAGE_ZERO = tl.constexpr({zero})  # of its codes, in steps" if paged else ""
     return f"""
 TILE = tl.constexpr({TILE})  # slots that a program of the scan takes
-BLOCK = tl.constexpr({BLOCK})  # slots that share their principal axes
 PAGE = tl.constexpr({PAGE})  # slots summarised together
 KEPT = tl.constexpr({kept})  # coordinates of a sketch
 KEPT_COLUMNS = tl.constexpr({power_of_two(kept, 16)})
@@ -43,7 +41,7 @@ FINE_BYTES = tl.constexpr({fine[0].width})
 FINE_COLUMNS = tl.constexpr({_columns(fine[0])})
 COARSE_BYTES = tl.constexpr({coarse[0].width})
 COARSE_COLUMNS = tl.constexpr({_columns(coarse[0])})
-PAGE_STEP = tl.constexpr({PAGE_STEP})  # of a page's mean, in steps of a coordinate{zero if paged else ""}
+PAGE_STEP = tl.constexpr({PAGE_STEP})  # of a page's mean, in steps of a coordinate{page_zero}
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
 """
 
@@ -70,7 +68,7 @@ def weigh(
     axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
     kv_len, blocks, kv_heads: tl.constexpr, query_len{extra},
-    PAGED: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, PAGED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Weights of the codes of a block in q.k, and what is left of it.
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.sketch import STEPS, sketch_bits
 from lychee_compile.kernels.slot_layout import (
-    BLOCK,
     PAGE,
     PAGE_MIDDLE,
     PAGE_STEP,
     Field,
     SlotState,
+    block_size,
     planes,
 )
 
@@ -38,9 +38,10 @@ def token_scores(query: Tensor, state: SlotState) -> Tensor:
     fine, coarse = planes(query.shape[-1])
     codes = torch.cat((_unpacked(state.fine, fine), _unpacked(state.coarse, coarse)), -1)
     weight, constant = _weights(query, state)
+    size = _block(state)
     return (
-        _blockwise(weight, codes, BLOCK)
-        + constant.repeat_interleave(BLOCK, -1)[..., : codes.shape[2]]
+        _blockwise(weight, codes, size)
+        + constant.repeat_interleave(size, -1)[..., : codes.shape[2]]
     )
 
 
@@ -53,8 +54,9 @@ def page_scores(query: Tensor, state: SlotState, scale: float) -> Tensor:
     weight = weight[..., :kept]
     variance = (weight.square() * state.spread[:, :, None, None]).sum(-1)
     constant = constant + scale / 2 * variance
-    score = _blockwise(weight, means * PAGE_STEP - PAGE_MIDDLE, BLOCK // PAGE)
-    return score + constant.repeat_interleave(BLOCK // PAGE, -1)[..., : means.shape[2]]
+    size = _block(state) // PAGE
+    score = _blockwise(weight, means * PAGE_STEP - PAGE_MIDDLE, size)
+    return score + constant.repeat_interleave(size, -1)[..., : means.shape[2]]
 
 
 def select_slots(
@@ -116,10 +118,15 @@ def log_denominator(
     bits = torch.tensor(sketch_bits(query.shape[-1]), device=query.device)
     deviation = torch.where(bits == 4, 1 / STEPS[4], 1 / STEPS[2])
     mean = finish(constant + scale / 2 * (weight * deviation).square().sum(-1))
-    block = torch.arange(constant.shape[-1], device=query.device) * BLOCK
-    held = (fresh[:, None] - block).clamp(max=BLOCK)[:, None, None, None]
+    size = _block(state)
+    block = torch.arange(constant.shape[-1], device=query.device) * size
+    held = (fresh[:, None] - block).clamp(max=size)[:, None, None, None]
     mass = mean + held.clamp(min=1).log()
     return mass.masked_fill(held <= 0, -torch.inf).logsumexp(-1, keepdim=True)
+
+
+def _block(state: SlotState) -> int:
+    return block_size(state.fine.shape[2])
 
 
 def _weights(query: Tensor, state: SlotState) -> tuple[Tensor, Tensor]:

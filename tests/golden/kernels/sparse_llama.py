@@ -180,13 +180,11 @@ SINKS = tl.constexpr(16)  # first tokens, always read
 RECENT = tl.constexpr(64)  # last tokens, always read
 PAGE_ROOM = tl.constexpr(1024)  # pages looked into
 TURN = tl.constexpr(16)  # of them in one block, whose tokens are scored at a time
-PER_BLOCK = tl.constexpr(1024)  # pages of a block
 BINS = tl.constexpr(256)  # of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
 
 
 TILE = tl.constexpr(512)  # slots that a program of the scan takes
-BLOCK = tl.constexpr(16384)  # slots that share their principal axes
 PAGE = tl.constexpr(16)  # slots summarised together
 KEPT = tl.constexpr(64)  # coordinates of a sketch
 KEPT_COLUMNS = tl.constexpr(64)
@@ -310,7 +308,7 @@ def weigh(
     axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
     kv_len, blocks, kv_heads: tl.constexpr, query_len, length,
-    PAGED: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, PAGED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Weights of the codes of a block in q.k, and what is left of it.
 
@@ -442,7 +440,7 @@ def scan_tokens(
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
-    BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Bins, uint8, of the shares of TILE tokens, by their sketches."""
     head_row, tile = tl.program_id(0), tl.program_id(1)
@@ -547,12 +545,13 @@ def scan_pages(
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
-    BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Bins, uint8, of the shares of the pages of one block, and how many are in each or above.
 
     The last program of a row plans what `scan_chosen` does.
     """
+    PER_BLOCK: tl.constexpr = BLOCK // PAGE
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
@@ -598,9 +597,10 @@ def scan_chosen(
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
-    TILES: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """The tokens of the best pages of all blocks in a row, and their bins."""
+    PER_BLOCK: tl.constexpr = BLOCK // PAGE
     head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
@@ -694,7 +694,7 @@ def page_code(mean):
 def encode(
     key, stride_b, stride_h, stride_l, stride_d,
     fine, coarse, pages, axes, centre, step,
-    begin, end, slots, kv_heads, blocks,
+    begin, end, slots, kv_heads, blocks, BLOCK: tl.constexpr,
 ):
     """Sketch the keys in the slots [begin, end), 64 a program; begin is a multiple of 64."""
     space = tl.program_id(0)
@@ -736,7 +736,7 @@ def encode_new(
     key, stride_b, stride_h, stride_l, stride_d,
     header, fine, coarse, pages, axes, centre, step, spread,
     positions, position_stride_b, position_stride_t, written,
-    b, kv_head, slots, kv_heads, blocks, kv_len,
+    b, kv_head, slots, kv_heads, blocks, BLOCK: tl.constexpr, kv_len,
 ):
     """Sketch the keys that this step has written, and sum up their pages anew.
 
@@ -810,7 +810,7 @@ def attend(
     value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
     partial, partial_top, partial_sum,
     kv_len, kv_heads, query_len, splits,
-    header, fine, coarse, pages, axes, centre, step, spread, slots, blocks,
+    header, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr,
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
     histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, length,
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
@@ -832,7 +832,7 @@ def attend(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
                 header, fine, coarse, pages, axes, centre, step, spread,
                 positions, position_stride_b, position_stride_t, written,
-                b, kv_head, slots, kv_heads, blocks, kv_len,
+                b, kv_head, slots, kv_heads, blocks, BLOCK, kv_len,
             )
     else:
         queries, heads = load_queries(
