@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lychee_compile.kernels import kernel_policies, slot_states, slot_upkeep
+from lychee_compile.kernels import kernel_policies, slot_layout, slot_states, slot_upkeep
 from lychee_compile.kernels.slot_index import SlotIndex
 from lychee_compile.kernels.slot_layout import BLOCK, SlotLayout
 from lychee_compile.kernels.slot_states import FixedSlots, GrowingSlots
@@ -256,6 +256,28 @@ def test_a_growing_index_takes_what_it_knows_along(calls: Calls) -> None:
     for old, new in zip(before.parts[1:], after.parts[1:], strict=True):
         assert torch.equal(new[:, :, : old.shape[2]].view(torch.uint8), old.view(torch.uint8))
     assert upkeep.index_for(KEY, None) is after
+
+
+def test_a_growing_index_whose_blocks_become_larger_is_built_anew(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slot_layout, "BLOCK", 128)
+    upkeep, longer = grown(), torch.empty(2, 3, 9000, 16)
+    assert upkeep.index is not None
+    assert upkeep.index.layout.block == 128
+    assert upkeep.index_for(longer, torch.tensor([8999])) is None
+    upkeep.after_call(longer, use(1, None))
+    assert calls == [("build", 2000), ("build", 9000)]
+    assert upkeep.trusted
+    assert upkeep.index.layout.block == 512
+
+
+@pytest.mark.parametrize(
+    ("slots", "size"),
+    [(1, 8192), (2**18, 8192), (2**18 + 1, 16384), (2**19, 16384), (2**20, 32768), (2**22, 32768)],
+)
+def test_there_are_few_blocks_and_none_is_huge(slots: int, size: int) -> None:
+    assert slot_layout.block_size(slots) == size
 
 
 def test_the_end_of_a_cache_of_unknown_size_is_where_the_graph_wrote(calls: Calls) -> None:
