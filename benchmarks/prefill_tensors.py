@@ -50,10 +50,11 @@ def main() -> None:
         ids = model.encode(text[: 16 * given.tokens])[: given.tokens]
         taken = capture_prefill(model.model, ids, range(len(ids)), text=kind)
         for layer, site in enumerate(taken.sites):
-            basis = principal_axes(site.key[0, 0]) if number == 0 else tensors[f"axes.{layer}"]
+            query, key = site.query[0].float(), site.key[0, 0].float()
+            basis = principal_axes(key) if number == 0 else tensors[f"axes.{layer}"]
             tensors[f"axes.{layer}"] = basis
-            tensors[f"query.{layer}.{number}"] = site.query[0] @ basis * site.scale * HEAD_DIM**0.5
-            tensors[f"key.{layer}.{number}"] = site.key[0, 0] @ basis
+            tensors[f"query.{layer}.{number}"] = query @ basis * site.scale * HEAD_DIM**0.5
+            tensors[f"key.{layer}.{number}"] = key @ basis
             tensors[f"value.{layer}.{number}"] = site.value[0, 0, :, :HEAD_DIM]
         sys.stdout.write(f"{kind}: {len(ids):,} tokens, {len(taken.sites)} attentions\n")
     kept = {name: each.bfloat16().contiguous().cpu() for name, each in tensors.items()}
@@ -62,7 +63,7 @@ def main() -> None:
 
 def principal_axes(key: Tensor) -> Tensor:
     """The directions of most variance of keys [L, D'], their mean's among them: [D', 128]."""
-    return torch.linalg.svd(key.float(), full_matrices=False).Vh[:HEAD_DIM].T.to(key.dtype)
+    return torch.linalg.svd(key, full_matrices=False).Vh[:HEAD_DIM].T
 
 
 def read_tensors(path: Path) -> Tensors:
