@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 import triton_interpreter
 from decode_problems import MASKS, SCORES, Sizes, element, make_problem
 from hypothesis import given, settings
@@ -112,6 +113,17 @@ def specified(problem, budget):
     return TileQuestion(problem.query.float(), key, 1 / math.sqrt(head_dim), None, seen, room)
 
 
+def assert_best(chosen, question):
+    """As many as there is room for, and none of a bin below that of one left out."""
+    candidates = question.candidates
+    assert not (chosen & ~candidates).any()
+    assert torch.equal(chosen.sum(-1), torch.minimum(question.room, candidates.sum(-1)))
+    rank = log_shares(question)
+    worst = rank.masked_fill(~chosen, torch.inf).amin(-1)
+    best = rank.masked_fill(chosen | ~candidates, -torch.inf).amax(-1)
+    assert (best <= worst + math.log(2) / 8 + 1e-3).all()
+
+
 @pytest.mark.parametrize(
     ("mask", "budget"),
     [("none", 0.3), ("causal", 0.3), ("causal", 150), ("window", 0.3), ("padded", 150)],
@@ -121,19 +133,54 @@ def test_the_keys_that_matter_most_are_read(mask, budget):
     problem = tiled(sizes=Sizes(1, 1, 2, 300, 300, 32, 16), mask=mask, length=0, seed=1)
     chosen, output, log_sums = chosen_by_kernels(problem, budget)
     question = specified(problem, budget)
-    candidates = question.candidates
-    assert not (chosen & ~candidates).any()
-    assert torch.equal(chosen.sum(-1), torch.minimum(question.room, candidates.sum(-1)))
-    rank = log_shares(question)
-    worst = rank.masked_fill(~chosen, torch.inf).amin(-1)
-    best = rank.masked_fill(chosen | ~candidates, -torch.inf).amax(-1)
-    assert (best <= worst + math.log(2) / 8 + 1e-3).all()
+    assert_best(chosen, question)
     read = (chosen | question.sight.always).repeat_interleave(TILE, 2)[:, :, :300]
     seen = read & problem.visible
     score = problem.finish_scores().masked_fill(~seen, -torch.inf)
     expected = score.softmax(-1).nan_to_num() @ problem.value.double().repeat_interleave(2, 1)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("misleading", [False, True])
+def test_a_sample_that_misleads_changes_nothing(misleading, monkeypatch):
+    """Where the bin that the budget ends in is none of those it suggests, all are counted."""
+    monkeypatch.setattr(launch_tiles, "LANES", 64)
+    problem = tiled(sizes=Sizes(1, 1, 1, 130, 1000, 16, 16), mask="none", seed=3)
+    if misleading:  # the sample is of runs of 16 slots, one in fifteen
+        slot = torch.arange(1000)
+        problem.key[:, :, slot // 16 % 15 != 0] *= 3
+    module, calls = problem.module(), []
+    counted = module.counted
+    monkeypatch.setattr(module, "counted", lambda *each: calls.append(1) or counted(*each))
+    chosen, _, _ = chosen_by_kernels(problem, 0.3)
+    assert bool(calls) == misleading
+    assert_best(chosen, specified(problem, 0.3))
+
+
+@pytest.mark.parametrize(("dtype", "times"), [("float16", 40), ("float32", 400), ("bfloat16", 400)])
+def test_keys_may_outweigh_what_is_read_first_by_far(dtype, times):
+    """Weights relative to what was read first would overflow."""
+    problem = tiled(dtype=dtype, sizes=Sizes(1, 1, 1, 300, 300, 16, 16), length=0)
+    problem.key[:, :, 60:64] *= times
+    score = problem.finish_scores().masked_fill(~problem.visible, -torch.inf) / math.log(2)
+    first = torch.cat((score[..., :SINKS], score[..., 64:]), -1).amax(-1)
+    assert (score.amax(-1) - first).max() > (15 if dtype == "float16" else 100)
+    small = TileTuning(32, 16, 4, 2)
+    output, log_sums = run_tiles(problem.module(), *operands(problem), EVERYTHING, tuning=small)
+    problem.assert_as_good_as_eager(output)
+    expected = (score * math.log(2)).logsumexp(-1)
+    torch.testing.assert_close(log_sums.double(), expected, atol=0.02, rtol=1e-2)
+
+
+def test_a_base_of_what_is_read_first_is_as_good_as_online_softmax(monkeypatch):
+    problem = tiled(sizes=Sizes(1, 1, 2, 300, 300, 16, 16), length=0)
+    module, small = problem.module(), TileTuning(32, 16, 4, 2)
+    usual = run_tiles(module, *operands(problem), 0.7, tuning=small)
+    monkeypatch.setattr(module, "MOST", triton.language.constexpr(0.0))  # always too much
+    again = run_tiles(module, *operands(problem), 0.7, tuning=small)
+    for each in zip(usual, again, strict=True):
+        torch.testing.assert_close(*each, atol=1e-5, rtol=1e-5)
 
 
 def test_tiles_that_see_few_keys_read_all_of_them():
