@@ -19,7 +19,7 @@ from tpot_ways import WAYS, Way
 from transformers import LlamaForCausalLM, StaticCache
 
 from lychee_compile import backend
-from lychee_compile.passes import torch_private
+from lychee_compile.passes import kernel_site, torch_private
 
 WARM_UP, STEPS, ROUNDS = 8, 16, 5
 ROOM = 256
@@ -75,6 +75,7 @@ def _measure(model: Any, way: Way, record: Record, budget: int) -> None:
             token = _step(forward, cache, token)
             record.first_step_seconds = time.perf_counter() - started
         record.inductor_seconds, record.lychee_seconds = spent["inductor"], spent["lychee"]
+        record.kernel_seconds = spent["kernels"]
         for _ in range(WARM_UP):
             token = _step(forward, cache, token)
         times = []
@@ -102,8 +103,8 @@ def _step(forward: Callable[..., Any], cache: StaticCache, token: Tensor) -> Ten
 
 @contextmanager
 def _timed_compilation() -> Iterator[dict[str, float]]:
-    """Seconds spent in Inductor, and in our backend around it."""
-    spent = {"inductor": 0.0, "lychee": 0.0}
+    """Seconds spent in Inductor, in our backend around it, and of these in trying kernels."""
+    spent = {"inductor": 0.0, "lychee": 0.0, "kernels": 0.0}
 
     def timed(owner: Any, name: str, kind: str) -> Any:
         call = getattr(owner, name)
@@ -122,6 +123,7 @@ def _timed_compilation() -> Iterator[dict[str, float]]:
         timed(torch_private, "inductor", "inductor"),
         timed(backend, "analyse", "lychee"),
         timed(backend, "_compile_rewritten", "lychee"),
+        timed(kernel_site, "try_kernels", "kernels"),
     ):
         yield spent
 

@@ -37,7 +37,9 @@ class Record:
     inductor_seconds: float | None = None
     """Of the backend's calls of Inductor."""
     lychee_seconds: float | None = None
-    """In our passes: tracing, detection, rewriting, generating kernels."""
+    """In our passes: tracing, detection, rewriting, generating kernels, and trying them."""
+    kernel_seconds: float | None = None
+    """Of these in trying them, most of which is Triton compiling them."""
     graph_skips: int = 0
     """CUDA graphs that Inductor did not make."""
     sites: dict[str, int] = field(default_factory=dict)
@@ -109,8 +111,8 @@ def _tables(report: Report, batch: int) -> list[Table]:
         if record.milliseconds is None:
             return ""
         memory = "" if record.peak_gigabytes is None else f"{record.peak_gigabytes:.1f} GB"
-        own = record.lychee_seconds or 0.0
-        share = f", ours {own:.1f}" if record.inductor_seconds else ""
+        own, kernels = record.lychee_seconds or 0.0, record.kernel_seconds or 0.0
+        share = f", ours {own:.1f}, of it kernels {kernels:.1f}" if record.inductor_seconds else ""
         return f"{memory}, {record.first_step_seconds:.0f} s{share}"
 
     titles = {
