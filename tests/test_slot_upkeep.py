@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lychee_compile.kernels import kernel_policies, slot_layout, slot_states, slot_upkeep
-from lychee_compile.kernels.slot_index import SlotIndex
+from lychee_compile.kernels.device_index import REFIT
+from lychee_compile.kernels.slot_index import LEAST_REFIT, SlotIndex
 from lychee_compile.kernels.slot_layout import BLOCK, SlotLayout
 from lychee_compile.kernels.slot_states import FixedSlots, GrowingSlots
-from lychee_compile.kernels.slot_upkeep import MOST_PATIENCE, REFIT, WORTHWHILE, SlotCache
+from lychee_compile.kernels.slot_upkeep import MOST_PATIENCE, WORTHWHILE, SlotCache
 from lychee_compile.state import registry
 from lychee_compile.stateful_graph import StatefulGraph, StateInput
 
@@ -92,9 +93,10 @@ def test_the_newest_block_is_refitted_now_and_then(calls: Calls, drafts: int) ->
         ends.append(end + drafts)
     refits = calls.ends("refit")
     places = [ends.index(end) for end in refits]
-    assert REFIT // (1 + drafts) <= places[0] <= 2 * REFIT
+    assert 100 // (1 + drafts) <= places[0] <= 160
     for end, (left, right) in zip(refits, pairwise(places), strict=False):
-        assert right - left == 1 + -(-max(end, REFIT) // (1 + drafts))
+        least = REFIT if end >= REFIT else LEAST_REFIT
+        assert right - left == 1 + -(-max(end, least) // (1 + drafts))
     assert len(places) >= 2
 
 
@@ -105,7 +107,7 @@ def test_a_block_is_refitted_whenever_its_keys_double(end: int) -> None:
         count = (end - 1) % BLOCK + 1
         blocks.append((end - 1) // BLOCK)
         after = index.refit_after(end)
-        assert REFIT <= after <= max(count, REFIT) + REFIT
+        assert min(REFIT, max(end, LEAST_REFIT)) <= after <= max(count, REFIT) + REFIT
         end += after
     for block in range(blocks[0] + 1, 5):
         assert 1 <= blocks.count(block) <= 1 + math.log2(BLOCK / REFIT)

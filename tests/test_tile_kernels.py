@@ -214,6 +214,38 @@ def test_tiles_that_see_few_keys_read_all_of_them():
     assert (launch.output[:, :, 256:] - dense[:, :, 256:]).norm(dim=-1).min() > 1e-3
 
 
+def test_tiles_that_see_few_keys_read_what_no_part_of_them_votes_on_too():
+    """One query sees all, others what lies at the ends and in the middle."""
+    problem = tiled(sizes=Sizes(1, 1, 1, 128, 400, 16, 16), mask="mask", length=0)
+    mask = torch.zeros(1, 1, 128, 400, dtype=torch.bool)
+    mask[..., :20] = mask[..., 200:300] = mask[..., 380:] = mask[:, :, 5] = True
+    given = replace(
+        problem.spec,
+        visible=Flag(element("mask", B, 0, Q, KV)),
+        captured=(Captured("mask", "bool", 4),),
+    )
+    problem.spec, problem.captured, problem.visible = given, [mask], mask
+    output, _ = run_tiles(problem.module(), *operands(problem), 0.2, shortest=401)
+    problem.assert_as_good_as_eager(output)
+
+
+def test_a_mask_that_is_the_same_for_all_queries():
+    problem = tiled(sizes=Sizes(2, 1, 2, 140, 300, 16, 16), mask="none", length=0)
+    mask = torch.rand(2, 1, 1, 300, generator=torch.Generator().manual_seed(0)) > 0.3
+    given = replace(
+        problem.spec,
+        visible=Flag(element("mask", B, 0, 0, KV)),
+        captured=(Captured("mask", "bool", 4),),
+    )
+    problem.spec, problem.captured = given, [mask]
+    problem.visible = mask.expand(2, 2, 140, 300)
+    output, _ = run_tiles(problem.module(), *operands(problem), EVERYTHING)
+    problem.assert_as_good_as_eager(output)
+    chosen, output, _ = chosen_by_kernels(problem, 0.5)
+    assert not (chosen & ~mask).any()
+    assert output.isfinite().all()
+
+
 @pytest.mark.parametrize("mask", ["padding mask", "mask"])
 def test_where_a_mask_has_holes_no_hidden_key_counts(mask):
     problem = tiled(sizes=Sizes(2, 1, 1, 140, 300, 32, 32), mask=mask, length=160)

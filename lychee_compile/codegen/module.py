@@ -11,6 +11,8 @@ from lychee_compile.codegen.parts import (
     scan,
     sketch,
     terms,
+    tile_attend,
+    tile_choice,
     tiles,
 )
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S
@@ -49,8 +51,8 @@ def _tiled(spec: AttentionSpec) -> list[str]:
         tiles.emit_edges(spec),
         tiles.emit_ask(spec),
         tiles.emit_scan(spec),
-        tiles.emit_choose(spec),
-        tiles.emit_attend(spec),
+        tile_choice.emit_choose(spec),
+        tile_attend.emit_attend(spec),
     ]
 
 

@@ -17,6 +17,10 @@ FITTED_AT_ONCE = 65536
 """Slots of blocks fitted together: in float32 their keys take four times what a cache's do."""
 
 
+LEAST_REFIT = 32
+"""Keys that follow the first few, before they are fitted anew."""
+
+
 class SlotIndex(DeviceIndex):
     """Sketches of the keys of one cache, by slot."""
 
@@ -44,8 +48,11 @@ class SlotIndex(DeviceIndex):
     def refit_after(self, end: int) -> int:
         """As many keys as the newest block has, or all that fill it and some of the next.
 
-        So a block is fitted each time its keys double.
+        So a block is fitted each time its keys double: from few on where it is the first, for the
+        next take over what its axes are.
         """
+        if end < REFIT:
+            return max(end, LEAST_REFIT)
         size = self.layout.block
         count = (end - 1) % size + 1
         return max(count if 2 * count <= size else size - count + REFIT, REFIT)

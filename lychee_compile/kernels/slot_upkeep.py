@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.cache_index import WORTH_LOGGING
-from lychee_compile.kernels.device_index import REFIT, DeviceIndex
+from lychee_compile.kernels.device_index import DeviceIndex
 from lychee_compile.kernels.generated import load
 from lychee_compile.kernels.kernel_policies import Layout, policy_name
 from lychee_compile.kernels.memory import warn_of_memory
@@ -59,7 +59,7 @@ class Upkeep:
         """Whether the index describes the keys: attention over the cache is sparse."""
         self._calls = 0  # since trust was won, or the cache was last written by somebody else
         self._patience: float = 0
-        self._stagger = next(_turns) * 37 % REFIT  # layers are not all refitted in one step
+        self._turn = next(_turns)
         self._next_refit = 0
         self._peek: _Peek | None = None
 
@@ -124,7 +124,8 @@ class Upkeep:
         self.index = self._index_for(key, use)
         self.index.build(load(use.kernel), key, end)
         self.trusted, self._calls = True, 0
-        self._next_refit = self._stagger + self._refit_after(end, use)
+        after = self._refit_after(end, use)  # layers are not all refitted in one step
+        self._next_refit = after + self._turn * 37 % max(after // 2, 1)
         if end > WORTH_LOGGING and logger.isEnabledFor(logging.INFO):
             if key.is_cuda:
                 torch.cuda.synchronize(key.device)

@@ -39,7 +39,7 @@ def emit_bins(spec: AttentionSpec) -> str:
     """Shares of the softmax as bins of a histogram, and the bin that a budget ends in."""
     sparse = spec.sparse
     assert sparse is not None
-    short = sparse.overfetch * sparse.budget < 2**20  # there are at most 1,024 of our own
+    short = sparse.overfetch * sparse.budget < 2**20  # there are at most 2,048 of our own
     due = "left * own" if short else "left.to(tl.int64) * own"
     return f'''
 HEADS = tl.constexpr({power_of_two(spec.group)})  # of a group, padded

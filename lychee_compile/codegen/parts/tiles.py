@@ -1,9 +1,9 @@
-"""Kernels for whole sequences: every tile of queries finds the keys that matter to it.
+"""Kernels for whole sequences: every tile of queries looks for the keys that matter to it.
 
 `ask`      what a tile reads in any case, centres of its parts, denominators of their softmaxes
 `scan`     of every key the largest share that a part of a tile gives it, as a bin of a histogram
-`choose`   the bin that a tile's budget ends in, and the list of its keys
-`attend`   attention of a tile over that list, and over what it reads in any case
+`choose`   the bin that a tile's budget ends in, and the list of its keys (tile_choice.py)
+`attend`   attention of a tile over that list, and over what it reads in any case (tile_attend.py)
 
 What a tile reads, which keys it may choose from and how shares are estimated is the specification
 of `kernels/reference/tiles.py` and `kernels/tile_policies/lychee.py`; but where a mask has holes a
@@ -15,23 +15,17 @@ Numbers that change from prompt to prompt are not specialised on: nothing is com
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts.common import (
-    emit_logits,
-    emit_sizes,
-    emit_softmax_step,
-    emit_tuned,
-    precision,
-)
-from lychee_compile.codegen.parts.terms import captured, indented, sees_range
+from lychee_compile.codegen.parts.common import emit_logits, emit_sizes, emit_tuned, precision
+from lychee_compile.codegen.parts.terms import captured, sees_range
 from lychee_compile.codegen.specification import AttentionSpec
-from lychee_compile.kernels.launch_parts import BINS, power_of_two
+from lychee_compile.kernels.launch_parts import BINS
 from lychee_compile.kernels.reference.tiles import TILE
 from lychee_compile.kernels.tile_policies.lychee import PARTS, SAMPLE
 
 
 def _seen_by(spec: AttentionSpec) -> str:
     """`seen_by`: what the parts of a tile vote on."""
-    names, wide = captured(spec), _wide(spec)
+    names, wide = captured(spec), wide_index(spec)
     heading = f"""@triton.jit
 def seen_by(b, h, begin, query_len, slot, kv_len, inside{names}):
     \"\"\"Which of the slots that are `inside` parts see that begin at queries `begin`.
@@ -51,17 +45,17 @@ def seen_by(b, h, begin, query_len, slot, kv_len, inside{names}):
     middle = {call % "begin + PART // 2"}
     last = {call % "begin + PART - 1"}
     seen = first | middle | last
-    return seen & (begin >= 0), last & (before == 0)"""
+    return seen & (begin >= 0), last & (before == 0) & (begin >= 0)"""
 
 
-def _wide(spec: AttentionSpec) -> str:
+def wide_index(spec: AttentionSpec) -> str:
     """Makes 64 bits of an index where a mask may have more elements than 32 bits count."""
     return ".to(tl.int64)" if any(each.rank > 1 for each in spec.captured) else ""
 
 
-def _place(spec: AttentionSpec, row: str) -> str:
+def tile_place(spec: AttentionSpec, row: str) -> str:
     """Which tile, of which row of the batch and head, a program is for."""
-    wide = _wide(spec)
+    wide = wide_index(spec)
     return f"""head, tile = {row} // tiles, {row} % tiles
     b, h = (head // heads){wide}, (head % heads){wide}"""
 
@@ -122,7 +116,7 @@ def stretches(edge, place):
 
 def emit_ask(spec: AttentionSpec) -> str:
     """`ask`: what the parts of a tile ask with."""
-    names, wide = captured(spec), _wide(spec)
+    names, wide = captured(spec), wide_index(spec)
     return f'''
 {_seen_by(spec)}
 
@@ -140,7 +134,7 @@ def ask(
     """
     place = tl.program_id(0) * TILES
     row = first_row + place
-    {_place(spec, "row")}
+    {tile_place(spec, "row")}
     part, d = tl.arange(0, TILES * PARTS), tl.arange(0, DIM)
     begin = tile * TILE + part * PART
     query += b.to(tl.int64) * query_stride_b + h.to(tl.int64) * query_stride_h
@@ -202,7 +196,7 @@ def ask(
 
 def emit_scan(spec: AttentionSpec) -> str:
     """`scan`: how much each key matters to each tile."""
-    names, wide = captured(spec), _wide(spec)
+    names, wide = captured(spec), wide_index(spec)
     newest = """
         new = tl.max(tl.reshape(new.to(tl.int32), [KEYS, PARTS, TILES]), 1)
         level = tl.where(new > 0, BINS - 1.0, level)"""
@@ -222,7 +216,7 @@ def scan(
     """
     place, split = tl.program_id(0) * TILES, tl.program_id(1)
     row = first_row + place
-    {_place(spec, "row")}
+    {tile_place(spec, "row")}
     number, column, d = tl.arange(0, TILES), tl.arange(0, TILES * PARTS), tl.arange(0, DIM)
     rows = place.to(tl.int64) + number
     begins, stops = tl.load(edge + rows * 8 + 1), tl.load(edge + rows * 8 + 4)
@@ -261,278 +255,3 @@ def scan(
         level = tl.where(near, 0.0, level)
         tl.store(bins + slot[:, None], level.to(tl.uint8), mask=among)
 '''
-
-
-def emit_choose(spec: AttentionSpec) -> str:
-    """`choose`: which keys each tile reads."""
-    unseen = """
-    among = stop - begin - (own_end - own)  # those that may be chosen"""
-    count_unseen = ""
-    seen, guessed = "among", "among"
-    if not sees_range(spec):
-        count_unseen = """
-        blind += tl.sum((entry == 1).to(tl.int32), 0)"""
-        guessed = "among - tl.sum(tl.where(level == 1, held, 0), 0) * skip"
-        seen = "among - blind"
-        unseen += """
-    blind = 0  # and which no part sees"""
-    return f'''
-@triton.jit
-def bins_between(bins, bin_room, slot, begin, stop):
-    """The bins of the slots [N] that are in [begin, stop); of others 0."""
-    # Whole runs of 16 are loaded, also what was never written: masks by slot would take one by one.
-    entry = tl.load(bins + slot, mask=slot < bin_room, other=0).to(tl.int32)
-    inside = (slot - begin).to(tl.uint32) < (stop - begin).to(tl.uint32)
-    return tl.where(inside, entry, 0)
-
-
-@triton.jit
-def room_for(seen, always, share, most, shortest, capacity):
-    """How many keys may be chosen, where so many are seen beside those that are always read."""
-    allowed = tl.minimum(tl.ceil((always + seen) * share).to(tl.int32), most)
-    allowed = tl.where(always + seen < shortest, always + seen, allowed)
-    return tl.minimum(tl.maximum(allowed - always, 0), capacity)
-
-
-@triton.jit
-def cut_of(held, level, room):
-    """The highest level at or above which are more than `room`, or 0, and how many are above it."""
-    through = tl.cumsum(held, 0, reverse=True)
-    cut = tl.max(tl.where(through > room, level, 0), 0)
-    return cut, tl.max(tl.where(level > cut, through, 0), 0)
-
-
-@triton.jit
-def counted(bins, bin_room, begin, stop, LANES: tl.constexpr):
-    """How many of the slots [begin, stop) are in each bin: [BINS]."""
-    held = tl.zeros([BINS], tl.int32)
-    for start in range(begin // 16 * 16, stop, LANES):
-        slot = start + tl.arange(0, LANES)
-        held += tl.histogram(bins_between(bins, bin_room, slot, begin, stop), BINS)
-    return tl.where(tl.arange(0, BINS) > 0, held, 0)
-
-
-@triton.jit(do_not_specialize=["capacity", "most", "shortest"])
-def choose(
-    edge, bins, bin_room, chosen, counts, capacity, share, most, shortest,
-    LANES: tl.constexpr,
-):
-    """The list of the keys that a tile reads, beside those it reads in any case.
-
-    Of those it sees the given share, or at most so many where that is less; all of them where they
-    are fewer than `shortest`. A histogram takes long: one of a sample of runs of 16 keys says which
-    bins the budget may end in, and these alone are counted.
-    """
-    row = tl.program_id(0)
-    first, begin, own, own_end, stop, end = stretches(edge, row)
-    bins += row.to(tl.int64) * bin_room
-    chosen += row.to(tl.int64) * capacity
-    always = begin - first + own_end - own + end - stop{unseen}
-    lane, level = tl.arange(0, LANES), tl.arange(0, BINS)
-    skip = tl.maximum((stop - begin) // LANES, 1)
-    slot = begin // 16 * 16 + lane // 16 * (16 * skip) + lane % 16
-    held = tl.histogram(bins_between(bins, bin_room, slot, begin, stop), BINS)
-    held = tl.where(level > 0, held, 0)
-    room = room_for({guessed}, always, share, most, shortest, capacity)
-    sampled = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
-    cut, _ = cut_of(held, level, sampled)
-    low = tl.minimum(tl.maximum(cut - 4, 0), BINS - 9)
-    # A byte for each of the eight bins above: how many of 16 keys are in it; in the last or above.
-    byte, near = tl.arange(0, 8), tl.zeros([8], tl.int32)
-    for start in range(begin // 16 * 16, stop, LANES):
-        entry = bins_between(bins, bin_room, start + lane, begin, stop)
-        above = tl.minimum(entry - low, 8)
-        shift = (8 * tl.maximum(above, 1) - 8).to(tl.int64)
-        word = tl.where(above > 0, tl.full([LANES], 1, tl.int64) << shift, 0)
-        word = tl.sum(tl.reshape(word, [LANES // 16, 16]), 1)
-        even = tl.sum(word & 0x00FF00FF00FF00FF, 0)
-        odd = tl.sum((word >> 8) & 0x00FF00FF00FF00FF, 0)
-        all_eight = tl.where(byte % 2 == 0, even, odd) >> (byte // 2 * 16).to(tl.int64)
-        near += (all_eight & 65535).to(tl.int32){count_unseen}
-    room = room_for({seen}, always, share, most, shortest, capacity)
-    cut, over = cut_of(near, low + 1 + byte, room)
-    found = ((cut > 0) | (low == 0)) & ((cut < low + 8) | (low + 8 == BINS - 1))
-    if found == 0:
-        cut, over = cut_of(counted(bins, bin_room, begin, stop, LANES), level, room)
-    left = tl.where(cut > 0, room - over, 0)
-    count = 0
-    for start in range(begin // 16 * 16, stop, LANES):
-        slot = start + lane
-        entry = bins_between(bins, bin_room, slot, begin, stop)
-        # In one sum, those above the cut in the high half and those at it, which come until none
-        # is left to take, in the low.
-        kind = tl.where(entry > cut, 65536, (entry == cut).to(tl.int32))
-        order = tl.cumsum(kind, 0)
-        ties = tl.minimum(order & 65535, left)
-        taken = (entry > cut) | ((entry == cut) & ((order & 65535) <= left))
-        place = (order >> 16) + ties
-        tl.store(chosen + (count - 1) + place, slot, mask=taken)
-        last = tl.max(order, 0)
-        tied = tl.minimum(last & 65535, left)
-        count += (last >> 16) + tied
-        left -= tied
-    tl.store(counts + row, count)
-'''
-
-
-def emit_attend(spec: AttentionSpec) -> str:
-    """`attend`: attention of a tile over what it reads."""
-    names, wide = captured(spec), _wide(spec)
-    sink = """
-    logit = tl.load(extra + b * extra_stride_b + h * extra_stride_h + q * extra_stride_t)
-    logit = logit.to(tl.float32) * LOG2E
-    most = tl.maximum(top, logit)
-    fade = tl.where(top == float("-inf"), 0.0, tl.exp2(top - most))
-    result, total = result * fade[:, None], total * fade + tl.exp2(logit - most)
-    top = most"""
-    listed = f"""read_listed(
-        %s, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
-        key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d{names},
-        ROWS, KEYS,
-    )"""
-    reading = f"    top, total, result = {listed % 0}"
-    if sees_range(spec):
-        reading = f"""    full = count // KEYS * KEYS
-    top, total, result = {listed % "full"}
-    base = tl.where(top == float("-inf"), 0.0, top)
-    for start in range(0, full, KEYS):
-        slot = tl.load(chosen + start + tl.arange(0, KEYS))
-        total, result = weigh(
-            slot, base, asking, total, result, b, h, q,
-            key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d{names},
-        )
-    from_slot, to_slot = seen_range(b, q, kv_len{names})
-    sighted = to_slot - from_slot + tl.zeros([ROWS], tl.int32) > 0
-    lost = sighted & ((top == float("-inf")) | ((total < MOST) == 0))
-    if tl.max(lost.to(tl.int32), 0) > 0:
-        top, total, result = {indented(listed % 0, 4).strip()}
-    result, total = tl.where(sighted[:, None], result, 0.0), tl.where(sighted, total, 0.0)"""
-    return f'''
-{_weigh(spec)}@triton.jit
-def read_listed(
-    from_place, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
-    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d{names},
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-):
-    """Online softmax over the chosen keys from a place in their list on, and all read in any case.
-
-    Those are the three stretches [first, begin), [own, own_end) and [stop, end).
-    """
-    d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    result = tl.zeros([ROWS, WIDTH], tl.float32)
-    sinks = count + begin - first
-    near = sinks + own_end - own
-    items = near + end - stop
-    for start in range(from_place, items, KEYS):
-        place = start + tl.arange(0, KEYS)
-        slot = tl.where(place < near, own + place - sinks, stop + place - near)
-        slot = tl.where(place < sinks, first + place - count, slot)
-        slot = tl.where(
-            place < count, tl.load(chosen + place, mask=place < count, other=0), slot
-        )
-        inside = (place < items)[None, :]
-        seen = visible(b, h, q[:, None], slot[None, :]{wide}, kv_len, inside{names})
-        seen = seen & (q >= 0)[:, None]  # a row for each query, also where all see the same
-        held = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]  # what nobody sees may hold anything
-        line = slot.to(tl.int64)[:, None]
-        keys = tl.load(
-            key + line * key_stride_l + d[None, :] * key_stride_d,
-            mask=held & (d < HEAD_DIM)[None, :], other=0.0,
-        )
-        values = tl.load(
-            value + line * value_stride_l + width[None, :] * value_stride_d,
-            mask=held & (width < VALUE_DIM)[None, :], other=0.0,
-        )
-        s = tl.dot(asking, tl.trans(keys){precision(spec)})
-        bits = score(s, b, h, q[:, None], slot[None, :]{wide}, inside{names})
-        top, total, result = softmax_step(bits, seen, values, top, total, result)
-    return top, total, result
-
-
-@triton.jit
-def softmax_step(bits, seen, values, top, total, result):
-    """One step of online softmax: the scores `bits` [ROWS, N], where `seen`, weigh `values`."""
-{emit_softmax_step(spec)}
-
-
-@triton.jit(do_not_specialize=["capacity", "first_row", "tiles", "query_len", "kv_len"])
-def attend(
-    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
-    extra, extra_stride_b, extra_stride_h, extra_stride_t,
-    output, output_stride_b, output_stride_h, output_stride_t, output_stride_d, log_sums,
-    edge, chosen, counts, capacity, first_row, heads, tiles, query_len, kv_len{names},
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-):
-    """Attention of ROWS queries of a tile over the keys that the tile reads."""
-    # The last tiles of a causal sequence take longest: they go first.
-    number = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = first_row + number
-    {_place(spec, "row")}
-    t = tile * TILE + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    q, d, width = tl.minimum(t, query_len - 1){wide}, tl.arange(0, DIM), tl.arange(0, WIDTH)
-    query += b.to(tl.int64) * query_stride_b + h.to(tl.int64) * query_stride_h
-    asking = tl.load(
-        query + q.to(tl.int64)[:, None] * query_stride_t + d[None, :] * query_stride_d,
-        mask=(d < HEAD_DIM)[None, :], other=0.0,
-    )
-    key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
-    value += b.to(tl.int64) * value_stride_b + (h // GROUP).to(tl.int64) * value_stride_h
-    first, begin, own, own_end, stop, end = stretches(edge, number)
-    chosen += number.to(tl.int64) * capacity
-    count = tl.load(counts + number)
-{reading}{sink if spec.extra else ""}
-    # A query that sees nothing gets zeros, as from PyTorch's own attention.
-    result = result / tl.where(total > 0, total, 1.0)[:, None]
-    output += b.to(tl.int64) * output_stride_b + h.to(tl.int64) * output_stride_h
-    tl.store(
-        output + t.to(tl.int64)[:, None] * output_stride_t + width[None, :] * output_stride_d,
-        result.to(output.dtype.element_ty),
-        mask=(t < query_len)[:, None] & (width < VALUE_DIM)[None, :],
-    )
-    log_sum = (top + tl.log2(tl.where(total > 0, total, 1.0))) / 1.4426950408889634
-    tl.store(log_sums + head.to(tl.int64) * query_len + t, log_sum, mask=t < query_len)
-'''
-
-
-def _weigh(spec: AttentionSpec) -> str:
-    """`weigh`: a step of softmax over keys that all queries see, where masks have no holes."""
-    if not sees_range(spec):
-        return ""
-    names, wide = captured(spec), _wide(spec)
-    most = 15 if spec.dtype == "float16" else 100
-    place = "key + line * key_stride_l + d[None, :] * key_stride_d"
-    value_place = "value + line * value_stride_l + width[None, :] * value_stride_d"
-    return f'''
-MOST = tl.constexpr(2.0**{most})  # of what a query's keys weigh in all: far from overflow
-
-
-@triton.jit
-def weigh(
-    slot, base, asking, total, result, b, h, q,
-    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d{names},
-):
-    """One step of softmax over the keys in the slots [N], all of which all queries see.
-
-    Weights are relative to `base`, the largest score [ROWS] of what was read first: sinks and what
-    is near. No larger one has to be looked for, and nothing that was summed up is scaled again.
-    """
-    d, width, line = tl.arange(0, DIM), tl.arange(0, WIDTH), slot.to(tl.int64)[:, None]
-    keys = tl.load({place}{_padding("d", "HEAD_DIM", spec.head_dim)})
-    s = tl.dot(asking, tl.trans(keys){precision(spec)})
-    bits = score(s, b, h, q[:, None], slot[None, :]{wide}, (slot >= 0)[None, :]{names})
-    weight = tl.exp2(bits - base[:, None])
-    total += tl.sum(weight, 1)
-    values = tl.load({value_place}{_padding("width", "VALUE_DIM", spec.value_dim)})
-    return total, tl.dot(weight.to(values.dtype), values, result{precision(spec)})
-
-'''
-
-
-def _padding(index: str, size: str, given: int) -> str:
-    """The mask of a load, where a head is padded."""
-    padded = power_of_two(given, 16) > given
-    return f", mask=({index} < {size})[None, :], other=0.0" if padded else ""

@@ -229,7 +229,7 @@ def bins_between(bins, bin_room, slot, begin, stop):
 def room_for(seen, always, share, most, shortest, capacity):
     """How many keys may be chosen, where so many are seen beside those that are always read."""
     allowed = tl.minimum(tl.ceil((always + seen) * share).to(tl.int32), most)
-    allowed = tl.where(always + seen < shortest, always + seen, allowed)
+    allowed = tl.where(always + seen < shortest, 2**30, allowed)
     return tl.minimum(tl.maximum(allowed - always, 0), capacity)
 
 

@@ -90,7 +90,7 @@ def seen_by(b, h, begin, query_len, slot, kv_len, inside, mask, mask_stride_0, m
     middle = visible(b, h, tl.minimum(begin + PART // 2, query_len - 1).to(tl.int64), slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
     last = visible(b, h, tl.minimum(begin + PART - 1, query_len - 1).to(tl.int64), slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
     seen = first | middle | last
-    return seen & (begin >= 0), last & (before == 0)
+    return seen & (begin >= 0), last & (before == 0) & (begin >= 0)
 
 
 @triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len"])
@@ -236,7 +236,7 @@ def bins_between(bins, bin_room, slot, begin, stop):
 def room_for(seen, always, share, most, shortest, capacity):
     """How many keys may be chosen, where so many are seen beside those that are always read."""
     allowed = tl.minimum(tl.ceil((always + seen) * share).to(tl.int32), most)
-    allowed = tl.where(always + seen < shortest, always + seen, allowed)
+    allowed = tl.where(always + seen < shortest, 2**30, allowed)
     return tl.minimum(tl.maximum(allowed - always, 0), capacity)
 
 
@@ -275,7 +275,7 @@ def choose(
     chosen += row.to(tl.int64) * capacity
     always = begin - first + own_end - own + end - stop
     among = stop - begin - (own_end - own)  # those that may be chosen
-    blind = 0  # and which no part sees
+    blind = 0  # of these no part sees
     lane, level = tl.arange(0, LANES), tl.arange(0, BINS)
     skip = tl.maximum((stop - begin) // LANES, 1)
     slot = begin // 16 * 16 + lane // 16 * (16 * skip) + lane % 16
