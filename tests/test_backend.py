@@ -79,7 +79,7 @@ def test_without_attention_the_result_is_inductors(caplog: pytest.LogCaptureFixt
     assert [report.sites for report in lychee_compile.reports()] == [[]]
 
 
-@pytest.mark.parametrize("growing", [False, True])
+@pytest.mark.parametrize("growing", [False, pytest.param(True, marks=pytest.mark.thorough)])
 @torch.no_grad()
 def test_decoding_through_inductor_is_dense_when_all_is_read(growing: bool) -> None:
     model = TinyDecoder().eval()

@@ -201,6 +201,7 @@ def test_tasks_run_by_every_way(model):
     assert rows["all", "streaming", 100].divergence > some / 2 > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_inductor", "seeded")
 def test_documents_are_read_sparsely_where_a_variant_says_so(model):
     sparse = "lychee:prefill=sparse:prefill_from=64:prefill_budget"

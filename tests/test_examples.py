@@ -166,6 +166,7 @@ def test_whisper_reads_few_frames_of_sound(capsys):
     assert "4 attentions: 2 sparse, 2 kept" in printed
 
 
+@pytest.mark.thorough
 def test_custom_policy_takes_sizes(monkeypatch, capsys):
     monkeypatch.setattr(policies, "_registered", dict(policies._registered))
     sizes = ["--context", "200", "--budget", "120", "--device", "cpu"]

@@ -42,7 +42,9 @@ ENTRIES: dict[tuple[str, str], list[Way]] = {
 @pytest.mark.parametrize(
     ("entry", "kind"),
     [
-        pytest.param(*each, marks=pytest.mark.thorough if each[0] == "model.compile" else ())
+        pytest.param(
+            *each, marks=() if each == ("model.forward", "static") else pytest.mark.thorough
+        )
         for each in ENTRIES
     ],
 )

@@ -39,7 +39,9 @@ def dense(ids: Tensor, dtype: torch.dtype = torch.float32, **given: Any) -> Tens
     return generate(decoder(dtype=dtype), None, ids, disable_compile=True, **given)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.thorough)]
+)
 def test_a_cache_of_another_dtype_than_the_first(dtype: torch.dtype) -> None:
     """float64 has no operator: attention stays as it was."""
     model, ids = decoder(), tokens(2, PROMPT)

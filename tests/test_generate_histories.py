@@ -40,6 +40,7 @@ def test_a_prompt_in_chunks() -> None:
     assert_everything_read(recorder, NEW - 1)
 
 
+@pytest.mark.thorough
 def test_turns_of_a_conversation_keep_their_prefix() -> None:
     """Also the prefills go through the backend, each of them dense."""
     model = decoder()

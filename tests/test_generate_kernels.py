@@ -49,6 +49,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return counts
 
 
+@pytest.mark.thorough
 def test_turns_of_a_conversation_are_indexed_in_one_pass_each(
     seen: Seen, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

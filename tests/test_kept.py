@@ -49,7 +49,14 @@ def sites() -> list[Site]:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_oss", "t5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "gpt_oss",
+        *(pytest.param(each, marks=pytest.mark.thorough) for each in ("gpt2", "gemma2", "t5")),
+    ],
+)
 def test_attention_whose_weights_are_asked_for(name: str) -> None:
     model = built(name, "eager")
     expected = model(**inputs(name, model, "static"), output_attentions=True)

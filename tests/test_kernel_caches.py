@@ -221,6 +221,7 @@ def test_reset_forgets_and_a_broken_call_drops_what_it_may_have_spoilt(
     assert_exact(cache.step(step))
 
 
+@pytest.mark.thorough
 def test_a_cache_of_any_size_goes_through_one_graph() -> None:
     """The second size makes it symbolic: the index is then found by a handle."""
     step = compiled()

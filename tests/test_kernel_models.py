@@ -27,7 +27,8 @@ pytestmark = [
         ("llama", "sdpa", "static", [0, 13]),  # the mask is a tensor
         ("gpt_oss", "eager", "static", [0]),  # an extra logit, and a window within the budget
         pytest.param("gemma2", "eager", "dynamic", [0], marks=pytest.mark.thorough),  # a soft-cap
-        ("bloom", "eager", "dynamic", [0]),  # a bias by position, in expressions
+        # A bias by position, in expressions.
+        pytest.param("bloom", "eager", "dynamic", [0], marks=pytest.mark.thorough),
     ],
 )
 def test_everything_read_is_dense(

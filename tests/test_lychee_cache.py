@@ -220,7 +220,7 @@ def through(way: str, model: Any, options: dict[str, Any]) -> dict[str, Any]:
         ("llama", False, "config"),
         pytest.param("gemma3", True, "config", marks=pytest.mark.thorough),
         pytest.param("llama", True, "forward", marks=pytest.mark.thorough),
-        ("gemma3", False, "forward"),
+        pytest.param("gemma3", False, "forward", marks=pytest.mark.thorough),
     ],
 )
 def test_generate_gives_the_dense_tokens(

@@ -34,7 +34,6 @@ OFTEN = {
     ("llama", "static"),
     ("gemma3", "dynamic"),
     ("gpt2", "dynamic"),
-    ("gpt_oss", "static"),
     ("bloom", "dynamic"),
 }
 """Those tried in every run."""

@@ -193,7 +193,7 @@ def test_blocks_are_ranked_together(long):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("mask", ["padded", "mask"])
+@pytest.mark.parametrize("mask", ["mask", pytest.param("padded", marks=pytest.mark.thorough)])
 @BOTH
 def test_three_blocks(mask, sparse):
     sizes = Sizes(batch=2, kv_len=2 * BLOCK + 700, group=3, query_len=2)

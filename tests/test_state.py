@@ -66,7 +66,12 @@ def check_cuts(index: Any, ids: Tensor) -> None:
             assert int(strength[row, start + length - 1]) == int(window.max())
 
 
-@pytest.mark.parametrize("growing", [False, True], ids=["static", "growing"])
+STATIC_OR_GROWING = pytest.mark.parametrize(
+    "growing", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["static", "growing"]
+)
+
+
+@STATIC_OR_GROWING
 def test_chunks_end_where_the_table_says(growing: bool) -> None:
     options = {
         **SPARSE,
@@ -229,7 +234,7 @@ def test_a_growing_cache_follows_pieces_longer_than_the_query(budget: int) -> No
     assert counters["lychee"]["sparse"] > 0
 
 
-@pytest.mark.parametrize("growing", [False, True], ids=["static", "growing"])
+@STATIC_OR_GROWING
 def test_nothing_is_compiled_more_often_than_without_us(growing: bool) -> None:
     model = TinyDecoder().eval()
 
