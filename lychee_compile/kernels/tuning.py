@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.launch_parts import power_of_two
+from lychee_compile.kernels.launch_parts import overlaps, power_of_two
 
 MOST_SPLITS = 128
 """Programs that may share one row, at most: one more kernel sums up what they leave."""
@@ -68,7 +68,7 @@ def tuning_for(module: ModuleType, mode: str, query: Tensor, key: Tensor, value:
 def tile_tuning_for(module: ModuleType, query: Tensor, key: Tensor, value: Tensor) -> TileTuning:
     """The tuning of a whole sequence for these operands; what `autotune` found first."""
     found = _tuned.get(_problem(module, TILES, query, key))
-    return found if isinstance(found, TileTuning) else _tile_rule(_bytes_of_a_key(key, value))
+    return found if isinstance(found, TileTuning) else _tile_rule(key, value)
 
 
 def is_tuned(module: ModuleType, mode: str, query: Tensor, key: Tensor) -> bool:
@@ -85,9 +85,9 @@ def remember(
 
 def candidates(mode: str, key: Tensor, value: Tensor) -> Sequence[Tuning | TileTuning]:
     """Tunings worth trying, the rule's among them."""
-    row = _bytes_of_a_key(key, value)
     if mode == TILES:
-        return _tile_candidates(row, power_of_two(value.shape[-1], 16))
+        return _tile_candidates(key, value)
+    row = _bytes_of_a_key(key, value)
     usual = _by_rule(mode, row, _multiprocessors(key.device))
     found = [usual]
     for keys in (32, 64, 128):
@@ -99,12 +99,13 @@ def candidates(mode: str, key: Tensor, value: Tensor) -> Sequence[Tuning | TileT
     return list(dict.fromkeys(found))
 
 
-def _tile_candidates(row: int, width: int) -> list[TileTuning]:
-    """Those whose scores, weights and results threads can hold; `width` is that of a value.
+def _tile_candidates(key: Tensor, value: Tensor) -> list[TileTuning]:
+    """Those whose scores, weights and results threads can hold.
 
     A warp has sixteen queries: with fewer, warps would share them, and sum up over each other.
     """
-    found = [_tile_rule(row)]
+    row, width = _bytes_of_a_key(key, value), power_of_two(value.shape[-1], 16)
+    found = [_tile_rule(key, value)]
     for rows, keys, stages, registers in product((64, 128), (32, 64, 128), (2, 3), (0, 128)):
         if rows * (width + 2 * keys) > (registers or REGISTERS) * 2 * rows:
             continue
@@ -113,10 +114,16 @@ def _tile_candidates(row: int, width: int) -> list[TileTuning]:
     return list(dict.fromkeys(found))
 
 
-def _tile_rule(row: int) -> TileTuning:
-    """By the bytes of a key and its value: what two or three blocks of fit beside the queries."""
+def _tile_rule(key: Tensor, value: Tensor) -> TileTuning:
+    """By the bytes of a key and its value: what two or three blocks of fit beside the queries.
+
+    Two programs share a multiprocessor where their registers suffice: before Hopper, operands of
+    products take more of them.
+    """
+    row = _bytes_of_a_key(key, value)
     if row <= 512:
-        return TileTuning(rows=128, keys=64, warps=8, stages=2, registers=128)
+        few = row <= 256 or overlaps(key.device)
+        return TileTuning(rows=128, keys=64, warps=8, stages=2, registers=128 if few else 0)
     if row <= 1024:
         return TileTuning(rows=64, keys=32, warps=4, stages=2)
     return TileTuning(rows=32, keys=16, warps=4, stages=2)
