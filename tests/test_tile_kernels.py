@@ -49,6 +49,14 @@ def operands(problem):
     return problem.query, problem.key, problem.value, problem.captured, problem.extra
 
 
+def give_mask(problem, mask, query=Q):
+    """What queries see becomes a tensor, bool [B, 1, T, L], or, with `query` 0, [B, 1, 1, L]."""
+    visible = Flag(element("mask", B, 0, query, KV))
+    captured = (Captured("mask", "bool", 4),)
+    problem.spec = replace(problem.spec, visible=visible, captured=captured)
+    problem.captured = [mask]
+
+
 @st.composite
 def problems(draw):
     head_dim, group = draw(st.sampled_from([16, 40, 64])), draw(st.integers(1, 3))
@@ -219,12 +227,8 @@ def test_tiles_that_see_few_keys_read_what_no_part_of_them_votes_on_too():
     problem = tiled(sizes=Sizes(1, 1, 1, 128, 400, 16, 16), mask="mask", length=0)
     mask = torch.zeros(1, 1, 128, 400, dtype=torch.bool)
     mask[..., :20] = mask[..., 200:300] = mask[..., 380:] = mask[:, :, 5] = True
-    given = replace(
-        problem.spec,
-        visible=Flag(element("mask", B, 0, Q, KV)),
-        captured=(Captured("mask", "bool", 4),),
-    )
-    problem.spec, problem.captured, problem.visible = given, [mask], mask
+    give_mask(problem, mask)
+    problem.visible = mask
     output, _ = run_tiles(problem.module(), *operands(problem), 0.2, shortest=401)
     problem.assert_as_good_as_eager(output)
 
@@ -232,12 +236,7 @@ def test_tiles_that_see_few_keys_read_what_no_part_of_them_votes_on_too():
 def test_a_mask_that_is_the_same_for_all_queries():
     problem = tiled(sizes=Sizes(2, 1, 2, 140, 300, 16, 16), mask="none", length=0)
     mask = torch.rand(2, 1, 1, 300, generator=torch.Generator().manual_seed(0)) > 0.3
-    given = replace(
-        problem.spec,
-        visible=Flag(element("mask", B, 0, 0, KV)),
-        captured=(Captured("mask", "bool", 4),),
-    )
-    problem.spec, problem.captured = given, [mask]
+    give_mask(problem, mask, query=0)
     problem.visible = mask.expand(2, 2, 140, 300)
     output, _ = run_tiles(problem.module(), *operands(problem), EVERYTHING)
     problem.assert_as_good_as_eager(output)
@@ -261,12 +260,7 @@ def test_a_mask_as_a_tensor_leaves_out_no_query_of_a_chunk():
     """Causal with an offset: what a query is the first to see, its own token, is read."""
     problem = tiled(sizes=Sizes(1, 1, 1, 200, 400, 32, 32), mask="causal", length=200, seed=2)
     mask = problem.visible[:, :1].contiguous()
-    given = replace(
-        problem.spec,
-        visible=Flag(element("mask", B, 0, Q, KV)),
-        captured=(Captured("mask", "bool", 4),),
-    )
-    problem.spec, problem.captured = given, [mask]
+    give_mask(problem, mask)
     chosen, output, _ = chosen_by_kernels(problem, 0.7)
     query = torch.arange(200)
     own = chosen.repeat_interleave(TILE, 2)[0, 0, query, query + 200]

@@ -96,8 +96,9 @@ class TileLaunch:
         self._splits = max(1, kv_len // SCANNED)
         wide = power_of_two(head_dim) * key.element_size()
         self._scanned_at_once = max(16, min(SCAN_BYTES // wide, 64))
-        self._ask_together = max(2, min(ASK_BYTES // (PARTS * wide), TOGETHER))
-        self._together = max(2, min(ASKING_BYTES // (PARTS * wide), TOGETHER))
+        self._ask_together, self._together = (
+            max(2, min(size // (PARTS * wide), TOGETHER)) for size in (ASK_BYTES, ASKING_BYTES)
+        )
         self._bin_room = -(-kv_len // 16) * 16  # rows of bins that can be read 16 at a time
         scratch = Scratch()
         scratch.want("centres", query.dtype, self._at_once, PARTS, head_dim)

@@ -15,8 +15,6 @@ WELL_FITTED = 512
 """A block of fewer keys takes over the axes of the one before."""
 FITTED_AT_ONCE = 65536
 """Slots of blocks fitted together: in float32 their keys take four times what a cache's do."""
-
-
 LEAST_REFIT = 32
 """Keys that follow the first few, before they are fitted anew."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts.scan import PARAMETERS, seen_slots, where_seen
+from lychee_compile.codegen.parts.scan import PARAMETERS, query_of_program, seen_slots, where_seen
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec
 from lychee_compile.kernels.slot_layout import planes
@@ -106,11 +106,7 @@ def scan_pages(
     The last program of a row plans what `scan_chosen` does.
     """
     PER_BLOCK: tl.constexpr = BLOCK // PAGE
-    head_row, tile = tl.program_id(0), tl.program_id(1)
-    kv_head, row = head_row % kv_heads, head_row // kv_heads
-    b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+{query_of_program("tile")}
 {body}
     if EARLY:
         tl.extra.cuda.gdc_wait()  # also where nothing is seen: `arrivals` are cleared before
@@ -130,11 +126,7 @@ def scan_chosen(
 ):
     """The tokens of the best pages of all blocks in a row, and their bins."""
     PER_BLOCK: tl.constexpr = BLOCK // PAGE
-    head_row, part = tl.program_id(0), tl.program_id(1)
-    kv_head, row = head_row % kv_heads, head_row // kv_heads
-    b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+{query_of_program("part")}
     histogram += head_row * (2 * BINS) + BINS
     page_bins += head_row.to(tl.int64) * (blocks * PER_BLOCK)
     bins += head_row.to(tl.int64) * candidate_room

@@ -223,13 +223,18 @@ def scan_tokens(
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Bins, uint8, of the shares of TILE tokens, by their sketches."""
-    head_row, tile = tl.program_id(0), tl.program_id(1)
+{query_of_program("tile")}
+{body}
+'''
+
+
+def query_of_program(other: str) -> str:
+    """Which query, of which heads, a program of a scan is for, and what its `other` number is."""
+    return f"""    head_row, {other} = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-{body}
-'''
+    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]"""
 
 
 def where_seen(
