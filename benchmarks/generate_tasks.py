@@ -1,13 +1,14 @@
 """Do answers through `generate()` equal those of the evaluation harness?
 
     python benchmarks/generate_tasks.py [--length 5950] [--repeats 5] [--budget 1024]
-        [--tasks pass-key json-lookup function-lookup] [--model DIR]
+        [--tasks pass-key json-lookup function-lookup] [--model DIR] [--device cuda]
 
 A real model reads each document densely. Question and answer are then decoded sparsely over it:
 token by token, as `python -m lychee_compile evaluate tasks` does it, and by `generate()` over a
 static cache, which is made to choose the question's tokens first and then chooses freely. Both must
 choose the same, up to the first token that the harness gets wrong, as it is told the right one.
-Gemma-3-270M unless --model names another. Exits 1 where an answer differs.
+The harness uses plain PyTorch operators; on a GPU `generate()` uses them once, and once kernels.
+Gemma-3-270M in float32 unless --model names another. Exits 1 where an answer differs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode_gpu_records import device_name
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -49,7 +51,7 @@ def generated(model: LanguageModel, encoded: Encoded, options: dict[str, Any]) -
     config._compile_all_devices = True
     output = model.model.generate(
         document.to(model.device),
-        attention_mask=torch.ones_like(document),
+        attention_mask=torch.ones_like(document, device=model.device),
         past_key_values=cache,
         do_sample=False,
         max_new_tokens=question.shape[1] + len(encoded.answer),
@@ -74,31 +76,40 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=5950)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget", type=int, default=1024)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     usual = ["pass-key", "json-lookup", "function-lookup"]
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=usual)
     chosen = parser.parse_args()
-    model = load(str(chosen.model or gemma.converted()))
+    model = load(str(chosen.model or gemma.converted()), chosen.device, "float32")
     options = {"budget": chosen.budget, "tokenizer": model.boundaries}
     forward, config = compiled(model.model, options), Options.parse(None, options).index_config()
-    found: dict[str, list[tuple[bool, bool, bool, bool]]] = {name: [] for name in chosen.tasks}
+    ways = {"generate(), sparse": options}
+    if chosen.device == "cuda":
+        plain = {"generate(), plain operators": options | {"reference": True}}
+        ways = plain | {"generate(), kernels": options}
+    found: dict[str, list[list[bool]]] = {name: [] for name in chosen.tasks}
     questions = make_questions(model, chosen.tasks, chosen.length, chosen.repeats)
-    console = Console(highlight=False)
+    console, same = Console(highlight=False), True
     for question in track(questions, "Questions", console=console):
         encoded = encode(question, model)
         cache = prefill(model.model, encoded.document)
         dense = read_densely(model, cache, encoded)
         sparse = read_sparsely(forward, model, cache, encoded, config)
-        free = generated(model, encoded, options)
-        right = torch.equal(free, encoded.answer)
-        found[question.task].append((dense.exact, sparse.exact, right, agree(free, sparse)))
-        console.print(question.task, repr(model.tokenizer.decode(free)), found[question.task][-1])
-    ways = ("dense", "harness, sparse", "generate(), sparse", "generate() as the harness")
-    table = Table("task", *ways, title=f"{chosen.length} tokens, budget {chosen.budget}")
+        seen = [dense.exact, sparse.exact]
+        for given in ways.values():
+            free = generated(model, encoded, given)
+            seen += [torch.equal(free, encoded.answer), agree(free, sparse)]
+            same = same and seen[-1]
+        found[question.task].append(seen)
+        console.print(question.task, repr(model.tokenizer.decode(free)), seen)
+    columns = [name for way in ways for name in (way, "as the harness")]
+    title = f"{chosen.length} tokens, budget {chosen.budget}, {device_name(model.device)}"
+    table = Table("task", "dense", "harness, sparse", *columns, title=title)
     for task, answers in found.items():
         sums = (sum(column) for column in zip(*answers, strict=True))
         table.add_row(task, *(f"{each} of {len(answers)}" for each in sums))
     console.print(table)
-    return 0 if all(same for each in found.values() for *_, same in each) else 1
+    return 0 if same else 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
 from lychee_compile.kernels import generated, launch
+from lychee_compile.kernels.compile_together import compile_together
 from lychee_compile.kernels.reference.slots import select_slots
 from lychee_compile.kernels.slot_index import SlotIndex
 from lychee_compile.kernels.slot_layout import PAGE, SlotLayout
@@ -156,6 +157,27 @@ def test_sparse_attention_reads_what_the_specification_selects(case, monkeypatch
     eager = problem.attention(read, problem.query.dtype)
     band = rounding_band(output, truth, problem)
     assert (output - truth).abs().max() <= (eager - truth).abs().max() + band
+
+
+def test_a_trial_compiles_what_calls_launch_and_all_of_it_at_once():
+    spec = make_spec("bfloat16", 4, 128, None, SparseSpec("lychee", 333, 16, 64, 16, 65536))
+    module, slots = compiled(spec), 20000
+    problem = Problem(spec, 1, 8, slots, slots - 51)
+    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+
+    def step(given):
+        index.build(given, problem.key, problem.length)
+        return problem.sparse(given, index)
+
+    def kernels():
+        names = ("encode", "weigh", "scan_tokens", "attend", "combine")
+        return {name: list(getattr(module, name).device_caches[0][0]) for name in names}
+
+    compile_together(module, step)
+    before = kernels()
+    assert all(len(made) == 1 for made in before.values())
+    step(module)
+    assert kernels() == before
 
 
 def slots_read(monkeypatch, problem, call):

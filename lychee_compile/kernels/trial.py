@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.compile_together import compile_together
 from lychee_compile.kernels.generated import load
 from lychee_compile.kernels.kernel_policies import new_index, policy_of
 from lychee_compile.kernels.launch import run_exact
@@ -62,14 +65,16 @@ def try_kernels(call: TrialCall) -> None:
         return
     try:
         with torch.no_grad(), _on(call.key.device):
-            _run(call)
+            module = load(call.kernel)
+            if call.key.device.type == "cuda":
+                compile_together(module, partial(_run, call))
+            _run(call, module)
     except torch.OutOfMemoryError:
         return  # that says nothing about the kernels
     _tried.add(call)
 
 
-def _run(call: TrialCall) -> None:
-    module = load(call.kernel)
+def _run(call: TrialCall, module: ModuleType) -> None:
     query, key, value = (each.stand_in() for each in (call.query, call.key, call.value))
     captured = [each.stand_in() for each in call.captured]
     extra = None if call.extra is None else call.extra.stand_in()
