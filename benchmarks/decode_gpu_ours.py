@@ -54,7 +54,7 @@ def _sparse(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[
     """Every call sketches the newest key again, as a step of decoding does."""
     module = sparse_module(query, key, value, budget)
     index = SlotIndex(SlotLayout.of(key), key.device)
-    index.build(module, key, key.shape[2])
+    index.build(module, key, [key.shape[2]] * key.shape[0])
     return sparse_step(module, index, query, key, value)
 
 
@@ -91,7 +91,7 @@ def _quest(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[
     )
     module, last = _module(query, key, value, sparse), _last(key)
     index = BoxIndex(BoxLayout.of(key), key.device)
-    index.build(module, key, key.shape[2])
+    index.build(module, key, [key.shape[2]] * key.shape[0])
     positions = last[None]
     return lambda: run_quest(
         module, query, key, value, [last], None, positions, index.layout, index.parts

@@ -103,10 +103,10 @@ def measure(
     first = buffers[0]
     module = sparse_module(first.query, first.key, first.value, budget)
     indexes = [SlotIndex(SlotLayout.of(each.key), device) for each in buffers]
-    build = milliseconds(partial(indexes[0].build, module, first.key, context))
+    build = milliseconds(partial(indexes[0].build, module, first.key, [context]))
     for index, each in zip(indexes[1:], buffers[1:], strict=True):
-        index.build(module, each.key, context)
-    refit = milliseconds(partial(indexes[0].refit, module, first.key, context))
+        index.build(module, each.key, [context])
+    refit = milliseconds(partial(indexes[0].refit, module, first.key, [context]))
 
     def attention(writes: bool) -> float:
         return microseconds(

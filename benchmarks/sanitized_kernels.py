@@ -60,7 +60,7 @@ def decode() -> None:
                 module, query, key, value, [last], None, written, index.layout, index.parts
             )
             if step == length:
-                index.build(module, key, length + 1)
+                index.build(module, key, [length + 1])
         torch.cuda.synchronize()
         print("ran", spec.name)
 

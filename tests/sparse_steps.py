@@ -38,7 +38,7 @@ def built(problem: Problem, end: int, slots: int | None = None) -> SlotIndex:
             layout.batch, layout.kv_heads, layout.head_dim, slots, layout.axes_dtype
         )
     index = SlotIndex(layout, problem.key.device)
-    index.build(problem.module(), problem.key, end)
+    index.build(problem.module(), problem.key, [end] * problem.key.shape[0])
     return index
 
 
@@ -87,7 +87,7 @@ class Step:
                 problem.extra, positions, index.layout, index.parts, tuning,
             )  # fmt: skip
         if positions is None:
-            fresh = state.header[1].long().expand(batch)
+            fresh = state.header[1 : 1 + batch].long()
         else:
             fresh = (positions.long() % kv_len).expand(batch, -1).amin(-1)
         return cls(problem, index, state, fresh, output, kept)

@@ -21,9 +21,9 @@ def test_nothing_runs_while_kernels_are_compiled() -> None:
     module = problem.module()
     index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
     index.parts.fine.fill_(0)
-    compile_together(module, lambda given: index.build(given, problem.key, 200))
+    compile_together(module, lambda given: index.build(given, problem.key, [200]))
     assert not index.parts.fine.any()
-    index.build(module, problem.key, 200)
+    index.build(module, problem.key, [200])
     assert index.parts.fine.any()
 
 

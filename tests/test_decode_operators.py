@@ -99,7 +99,7 @@ def test_fixed_and_growing_indexes_give_the_same() -> None:
     query, key, value, captured, sink = given
     name, positions = kernel(sparse=True), torch.tensor([LENGTH - 1, LENGTH])
     index = SlotIndex(SlotLayout.of(key), key.device)
-    index.build(load(name), key, LENGTH + 1)
+    index.build(load(name), key, [LENGTH + 1] * key.shape[0])
     owner.index_for(key, positions)
     owner.after_call(key, SlotCache(name, lambda cache: cache, 2, None))
     rest = (captured, sink, positions)

@@ -150,7 +150,7 @@ def test_sparse_attention_reads_what_the_specification_selects(case, monkeypatch
     problem = Problem(spec, batch, heads, slots, length, query_len)
     index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
     assert_as_good_as_eager(problem.sparse(module, index), problem)  # nothing indexed yet
-    index.build(module, problem.key, length)
+    index.build(module, problem.key, [length] * problem.key.shape[0])
     output, read, made = slots_read(monkeypatch, problem, lambda: problem.sparse(module, index))
     assert_selected(problem, index, read, made)
     truth = problem.attention(read)
@@ -166,7 +166,7 @@ def test_a_trial_compiles_what_calls_launch_and_all_of_it_at_once():
     index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
 
     def step(given):
-        index.build(given, problem.key, problem.length)
+        index.build(given, problem.key, [problem.length])
         return problem.sparse(given, index)
 
     def kernels():
@@ -247,7 +247,7 @@ def test_one_captured_graph_follows_lengths_contents_and_index(monkeypatch):
     module, slots, length = compiled(spec), 8192, 3000
     problem = Problem(spec, 2, 2, slots, length)
     index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
-    index.build(module, problem.key, length)
+    index.build(module, problem.key, [length] * problem.key.shape[0])
     fresh_key, fresh_value = problem.key[:, :, :1].clone(), problem.value[:, :, :1].clone()
     problem.sparse(module, index)
     torch.cuda.synchronize()
@@ -281,7 +281,7 @@ def test_one_captured_graph_follows_lengths_contents_and_index(monkeypatch):
     problem.length = 5000
     graph.replay()
     assert_as_good_as_eager(output, problem)
-    index.build(module, problem.key, 5001)
+    index.build(module, problem.key, [5001] * problem.key.shape[0])
     for position in range(5001, 5050):
         step(position)
 
@@ -292,7 +292,7 @@ def test_a_step_sketches_keys_as_the_build_does():
     module = compiled(spec)
     problem = Problem(spec, 1, 2, 4096, 2000, query_len=8)
     index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
-    index.build(module, problem.key, 2000)
+    index.build(module, problem.key, [2000] * problem.key.shape[0])
     problem.sparse(module, index)
     whole = SlotIndex(index.layout, problem.key.device)
     whole.state.copy_(index.state)

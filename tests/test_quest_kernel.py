@@ -52,7 +52,7 @@ def positions_of(problem):
 
 def index_up_to(problem, end):
     index = BoxIndex(BoxLayout.of(problem.key), torch.device("cpu"))
-    index.build(problem.module(), problem.key, end)
+    index.build(problem.module(), problem.key, [end] * problem.key.shape[0])
     return index
 
 

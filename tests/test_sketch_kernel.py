@@ -11,7 +11,7 @@ from decode_problems import DTYPES, Sizes, make_problem
 from sparse_steps import Step, built, copied
 from test_sparse_kernel import FLAT, PAGED
 
-from lychee_compile.kernels import slot_layout
+from lychee_compile.kernels import slot_index, slot_layout
 from lychee_compile.kernels.launch import run_encode
 from lychee_compile.kernels.reference.sketch import KeySketches
 from lychee_compile.kernels.reference.slots import _unpacked
@@ -121,7 +121,7 @@ def test_steps_keep_the_index_up_to_date(mask, history):
             key[row, :, positions[row]] += torch.randn(1, count, 64, generator=random).bfloat16()
         step = Step.run(problem, index, positions if mask == "rows" else positions[0])
         step.check()
-    assert index.parts.header[:2].tolist() == [1, length + count]
+    assert index.parts.header.tolist() == [1, *(starts + count).tolist()]
     assert_as_if_built(index, problem, (starts + count).tolist())
 
 
@@ -142,9 +142,67 @@ def test_steps_take_keys_that_are_not_finite_as_a_build_does(dtype):
 def test_an_index_that_is_refitted_is_as_if_built():
     problem = make_problem(sizes=Sizes(kv_len=150), sparse=FLAT)
     index, whole = built(problem, 100), built(problem, 150)
-    index.refit(problem.module(), problem.key, 150)
+    index.refit(problem.module(), problem.key, [150])
     index.parts.header.copy_(whole.parts.header)
     assert torch.equal(index.state, whole.state)
+
+
+RAGGED = [(700, 300), (300, 1050), (530, 40), (1024, 512)]
+"""Ends of two rows, in blocks of 512 of which 64 keys have axes of their own."""
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(slot_layout, "BLOCK", 512)
+    monkeypatch.setattr(slot_index, "WELL_FITTED", 64)
+
+
+def alone(problem, row, end):
+    """An index of one row of the keys."""
+    key = problem.key[row : row + 1]
+    index = SlotIndex(SlotLayout.of(key), key.device)
+    index.build(problem.module(), key, [end])
+    return index
+
+
+def assert_row_is(index, row, other, slots):
+    """What is known of these slots of a row is what an index of that row alone says."""
+    blocks = slice(slots.start // 512, -(-slots.stop // 512))
+    for name in ("axes", "centre", "step", "spread"):
+        found, expected = (getattr(each.parts, name) for each in (index, other))
+        torch.testing.assert_close(
+            found[row, :, blocks], expected[0, :, blocks], atol=2e-3, rtol=2e-3
+        )
+    found, expected = codes(index)[row, :, slots], codes(other)[0, :, slots]
+    assert (found - expected).abs().max() <= 1
+    assert (found == expected).float().mean() > 0.99
+    whole = slice(slots.start // PAGE, slots.stop // PAGE)
+    found, expected = page_codes(index)[row, :, whole], page_codes(other)[0, :, whole]
+    assert (found - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("ends", RAGGED)
+def test_rows_of_a_batch_are_indexed_each_up_to_its_own_end(ends, small_blocks):
+    problem = make_problem(sizes=Sizes(2, kv_len=1100), sparse=FLAT)
+    for row, end in enumerate(ends):
+        problem.key[row, :, end:] = 100  # nobody has written these
+    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index.build(problem.module(), problem.key, ends)
+    assert index.parts.header.tolist() == [1, *ends]
+    for row, end in enumerate(ends):
+        assert_row_is(index, row, alone(problem, row, end), slice(0, end))
+
+
+def test_the_newest_block_of_every_row_is_refitted(small_blocks):
+    problem = make_problem(sizes=Sizes(2, kv_len=1100), sparse=FLAT)
+    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index.build(problem.module(), problem.key, (150, 400))
+    ends = (300, 900)
+    for row, end in enumerate(ends):
+        problem.key[row, :, end:] = 100
+    index.refit(problem.module(), problem.key, ends)
+    assert_row_is(index, 0, alone(problem, 0, 300), slice(0, 300))
+    assert_row_is(index, 1, alone(problem, 1, 900), slice(512, 900))
 
 
 def test_a_block_that_begins_takes_over_the_axes_before(monkeypatch):
@@ -156,7 +214,7 @@ def test_a_block_that_begins_takes_over_the_axes_before(monkeypatch):
     for name in ("axes", "centre", "step", "spread"):
         getattr(index.parts, name)[:, :, :1] = getattr(filled, name)
     index.parts.fine.random_(0, 256, generator=torch.Generator().manual_seed(0))
-    index.parts.header[:2] = torch.tensor([1, 511])
+    index.parts.header[:] = torch.tensor([1, 511])
     before = copied(index.parts)
     Step.run(problem, index, torch.tensor([511, 512])).check()
     for name in ("axes", "centre", "step", "spread"):

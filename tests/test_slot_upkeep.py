@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -43,13 +43,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     """Indexes are built and refitted in name only."""
     done = Calls()
 
-    def build(index: SlotIndex, module: Any, key: Tensor, end: int) -> None:
-        done.append(("build", end))
-        index.parts.header[:2] = torch.tensor([1, end])
+    def build(index: SlotIndex, module: Any, key: Tensor, ends: Sequence[int]) -> None:
+        done.append(("build", max(ends)))
+        index.parts.header[:] = torch.tensor([1, *ends])
 
-    def refit(index: SlotIndex, module: Any, key: Tensor, end: int) -> None:
-        assert end <= key.shape[2]
-        done.append(("refit", end))
+    def refit(index: SlotIndex, module: Any, key: Tensor, ends: Sequence[int]) -> None:
+        assert max(ends) <= key.shape[2]
+        done.append(("refit", max(ends)))
 
     monkeypatch.setattr(slot_upkeep, "load", lambda kernel: kernel)
     monkeypatch.setattr(SlotIndex, "build", build)
@@ -61,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
 
 def stepped(upkeep: FixedSlots, end: int, written: int = 1) -> None:
     """A graph has written the slots up to `end`."""
-    upkeep.index.parts.header[1] = end
+    upkeep.index.parts.header[1:] = end
     upkeep.after_call(KEY, use(written))
 
 
@@ -169,6 +169,27 @@ def test_distrust_again_starts_the_waiting_anew(calls: Calls) -> None:
         upkeep.distrust()
         stepped(upkeep, 51)
     assert len(calls) == 1
+
+
+def test_every_row_of_a_batch_has_an_end_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[list[int]] = []
+    refitted: list[list[int]] = []
+    monkeypatch.setattr(slot_upkeep, "load", lambda kernel: kernel)
+    monkeypatch.setattr(SlotIndex, "build", lambda index, module, key, ends: built.append(ends))
+    monkeypatch.setattr(SlotIndex, "refit", lambda index, module, key, ends: refitted.append(ends))
+    fixed = FixedSlots(LAYOUT, KEY.device)
+    for step in range(140):
+        fixed.index.parts.header[1:] = torch.tensor([70, 1500]) + step
+        fixed.after_call(KEY, use())
+    assert built == [[70, 1500]]
+    (ends,) = refitted  # when the keys of the shorter row had doubled, or half as many again came
+    assert 140 <= ends[0] <= 180
+    assert ends[1] == ends[0] + 1430
+
+    growing = GrowingSlots()
+    growing.index_for(KEY, torch.tensor([[69], [-500]]))
+    growing.after_call(KEY, use(layout=None))
+    assert built[1:] == [[70, 1501]]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

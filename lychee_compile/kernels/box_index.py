@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 from torch import Tensor
@@ -17,14 +18,14 @@ class BoxIndex(DeviceIndex):
     layout: BoxLayout
     parts: BoxState
 
-    def build(self, module: ModuleType, key: Tensor, end: int) -> None:
-        """Put a box around each full page in the slots [0, end) of `key` [B, Hkv, L, D]."""
-        full = end // PAGE
+    def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Put a box around each full page in the slots [0, ends[b]) of `key` [B, Hkv, L, D]."""
+        full = max(ends) // PAGE  # a row that ends before gets its own as it fills its pages
         if full:
             pages = key[:, :, : full * PAGE].unflatten(2, (full, PAGE))
             self.parts.least[:, :, :full] = pages.amin(3)
             self.parts.greatest[:, :, :full] = pages.amax(3)
-        self._trust(end)
+        self._trust(ends)
 
-    def refit(self, module: ModuleType, key: Tensor, end: int) -> None:
+    def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """A box is what its page's keys make it, from the first."""

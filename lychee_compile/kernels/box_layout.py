@@ -8,16 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.slot_layout import HEADER, PAGE, TILE
-
-_HEADER_BYTES = HEADER * torch.int32.itemsize
+from lychee_compile.kernels.slot_layout import PAGE, TILE, aligned
 
 
 class BoxState(NamedTuple):
     """The parts of an index, views of its tensor."""
 
     header: Tensor
-    """int32 [HEADER]: 1 in the first place where the index may be trusted, then slots indexed."""
+    """int32 [1 + B]: 1 where the index may be trusted; behind the last slot indexed of each row."""
     least: Tensor
     """Least key of each page, channel by channel, in the keys' dtype [B, Hkv, pages, D]."""
     greatest: Tensor
@@ -53,11 +51,16 @@ class BoxLayout:
     def size(self) -> int:
         """Bytes in all."""
         numbers = 2 * self.batch * self.kv_heads * self.pages * self.head_dim
-        return _HEADER_BYTES + numbers * self.dtype.itemsize
+        return self._header_size + numbers * self.dtype.itemsize
+
+    @property
+    def _header_size(self) -> int:
+        return aligned(1 + self.batch, torch.int32)
 
     def views(self, state: Tensor) -> BoxState:
         """The parts of `state`, uint8 [size]."""
-        header, boxes = state[:_HEADER_BYTES], state[_HEADER_BYTES:].view(self.dtype)
+        header = state[: (1 + self.batch) * torch.int32.itemsize]
+        boxes = state[self._header_size :].view(self.dtype)
         shape = (2, self.batch, self.kv_heads, self.pages, self.head_dim)
         least, greatest = boxes.view(shape).unbind()
         return BoxState(header.view(torch.int32), least, greatest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -33,19 +34,22 @@ class DeviceIndex(ABC):
         """The keys may have changed: read all of them until the index is built anew."""
         self.parts.header[0].zero_()
 
-    def _trust(self, end: int) -> None:
-        """The keys in the slots [0, end) are indexed."""
-        self.parts.header[0].fill_(1)
-        self.parts.header[1].fill_(end)
+    def _trust(self, ends: Sequence[int]) -> None:
+        """The keys in the slots [0, ends[b]) of each row are indexed."""
+        told = torch.tensor([1, *ends], dtype=torch.int32)
+        self.parts.header[: len(told)] = told.to(self.state.device, non_blocking=True)
 
     @abstractmethod
-    def build(self, module: ModuleType, key: Tensor, end: int) -> None:
-        """Index the keys in the slots [0, end) of `key` [B, Hkv, L, D], and trust the index."""
+    def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Index the keys in the slots [0, ends[b]) of each row of `key` [B, Hkv, L, D].
+
+        From then on the index is trusted.
+        """
 
     def refit_after(self, end: int) -> int:
         """How many keys may follow those in the slots [0, end) before the next `refit`."""
         return REFIT
 
     @abstractmethod
-    def refit(self, module: ModuleType, key: Tensor, end: int) -> None:
-        """Bring the newest part up to what the keys in the slots [0, end) have become."""
+    def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Bring the newest part up to what the keys in the slots [0, ends[b]) have become."""

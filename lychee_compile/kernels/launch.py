@@ -179,7 +179,7 @@ def run_encode(
     """Sketch the keys [B, Hkv, L, D] in the slots [begin, end), from a multiple of 64 on."""
     if end <= begin:
         return
-    module.encode[(layout.batch * layout.kv_heads, -(-(end - begin) // 64))](
+    module.encode[(key.shape[0] * layout.kv_heads, -(-(end - begin) // 64))](
         key, *key.stride(),
         state.fine, state.coarse, state.pages, state.axes, state.centre, state.step,
         begin, end, layout.slots, layout.kv_heads, layout.blocks, layout.block,

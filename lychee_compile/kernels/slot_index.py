@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from lychee_compile.kernels.device_index import REFIT, DeviceIndex
@@ -25,23 +27,24 @@ class SlotIndex(DeviceIndex):
     layout: SlotLayout
     parts: SlotState
 
-    def build(self, module: ModuleType, key: Tensor, end: int) -> None:
-        """Sketch the keys in the slots [0, end) of `key` [B, Hkv, L, D]."""
-        size = self.layout.block
+    def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Sketch the keys in the slots [0, ends[b]) of each row of `key` [B, Hkv, L, D]."""
+        size, end = self.layout.block, max(ends)
         whole, at_once = end // size, max(FITTED_AT_ONCE // size, 1)
         for block in range(0, whole, at_once):
-            self._fit(key, block, min(at_once, whole - block), size)
+            self._fit(key, ends, block, min(at_once, whole - block), size)
         if end % size:
-            self._fit_last(key, whole, end % size)
+            self._fit(key, ends, whole, 1, end % size)
         run_encode(module, key, self.layout, self.parts, 0, end)
-        self._trust(end)
+        self._trust(ends)
 
-    def refit(self, module: ModuleType, key: Tensor, end: int) -> None:
-        """Find the axes of the block that holds slot `end` - 1 anew, and sketch its keys again."""
+    def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Find the axes of each row's newest block anew, and sketch its keys again."""
         size = self.layout.block
-        block = (end - 1) // size
-        self._fit_last(key, block, end - block * size)
-        run_encode(module, key, self.layout, self.parts, block * size, end)
+        for block in sorted({(end - 1) // size for end in ends if end > 0}):
+            count = min(max(ends) - block * size, size)
+            self._fit(key, ends, block, 1, count)
+            run_encode(module, key, self.layout, self.parts, block * size, block * size + count)
 
     def refit_after(self, end: int) -> int:
         """As many keys as the newest block has, or all that fill it and some of the next.
@@ -55,25 +58,44 @@ class SlotIndex(DeviceIndex):
         count = (end - 1) % size + 1
         return max(count if 2 * count <= size else size - count + REFIT, REFIT)
 
-    def _fit_last(self, key: Tensor, block: int, count: int) -> None:
-        """Fit a block that is not full, or let it take over the axes of the one before."""
-        if block == 0 or count >= WELL_FITTED:
-            self._fit(key, block, 1, count)
-            return
-        parts = self.parts
-        for part in (parts.axes, parts.centre, parts.step, parts.spread):
-            part[:, :, block] = part[:, :, block - 1]
+    def _fit(self, key: Tensor, ends: Sequence[int], first: int, blocks: int, count: int) -> None:
+        """Centre, axes, steps and spread of some blocks, from at most `count` keys of each.
 
-    def _fit(self, key: Tensor, first: int, blocks: int, count: int) -> None:
-        """Centre, axes, steps and spread of some blocks, from `count` keys of each."""
-        parts, which, size = self.parts, slice(first, first + blocks), self.layout.block
-        keys = key[:, :, first * size : (first + blocks - 1) * size + count].float()
-        centre, axes, step, coordinates = fit_axes(keys.unflatten(2, (blocks, count)))
-        parts.centre[:, :, which] = centre
-        parts.axes[:, :, which] = axes.mT
-        parts.step[:, :, which] = step
-        fine, whole = parts.spread.shape[-1], count // PAGE * PAGE
-        if whole:
-            level = coordinates[..., :whole, :fine] / step[..., None, :fine].clamp(min=1e-30)
-            pages = level.clamp(-8, 8).unflatten(-2, (-1, PAGE))
-            parts.spread[:, :, which] = pages.var(-2, correction=0).mean(-2)
+        Where a row has few keys in a block, it takes over those of the block before.
+        """
+        parts, size = self.parts, self.layout.block
+        held = [
+            [min(max(end - block * size, 0), count) for block in range(first, first + blocks)]
+            for end in ends
+        ]
+        if first == 0 or max(map(max, held)) >= WELL_FITTED:
+            keys = key[:, :, first * size : (first + blocks - 1) * size + count].float()
+            self._find_axes(keys.unflatten(2, (blocks, count)), first, held)
+        for row, counts in enumerate(held):
+            for block, number in enumerate(counts, first):
+                if block > 0 and 0 < number < WELL_FITTED:
+                    for part in (parts.axes, parts.centre, parts.step, parts.spread):
+                        part[row, :, block] = part[row, :, block - 1]
+
+    def _find_axes(self, keys: Tensor, first: int, held: Sequence[Sequence[int]]) -> None:
+        """Fit blocks of `keys` [B, Hkv, S, T, D], of which a row holds the first `held` [B][S]."""
+        rows, blocks, count = keys.shape[0], keys.shape[2], keys.shape[3]
+        numbers = mask = None
+        if min(map(min, held)) < count:
+            numbers = torch.tensor(held, device=keys.device)[:, None, :, None]
+            mask = (torch.arange(count, device=keys.device) < numbers)[..., None]
+        centre, axes, step, coordinates = fit_axes(keys, mask)
+        parts, which = self.parts, slice(first, first + blocks)
+        parts.centre[:rows, :, which] = centre
+        parts.axes[:rows, :, which] = axes.mT
+        parts.step[:rows, :, which] = step
+        fine, pages = parts.spread.shape[-1], count // PAGE
+        if pages:
+            level = coordinates[..., : pages * PAGE, :fine] / step[..., None, :fine].clamp(1e-30)
+            spread = level.clamp(-8, 8).unflatten(-2, (-1, PAGE)).var(-2, correction=0)
+            if numbers is None:
+                parts.spread[:rows, :, which] = spread.mean(-2)
+            else:
+                full = (torch.arange(pages, device=keys.device) < numbers // PAGE)[..., None]
+                total = torch.where(full, spread, 0).sum(-2)
+                parts.spread[:rows, :, which] = total / full.sum(-2).clamp(min=1)

@@ -29,8 +29,6 @@ PAGE_STEP, PAGE_MIDDLE = 0.75, 5.625
 """A page's mean is coded in steps of 0.75 of a coordinate's, around the middle of 0 to 15."""
 TILE = 512
 """Slots are reserved in multiples of this; a program of the scan takes as many."""
-HEADER = 64
-"""Numbers, int32, that say what state the index is in; see `SlotIndex`."""
 _ALIGNMENT = 256
 
 
@@ -77,7 +75,7 @@ class SlotState(NamedTuple):
     """The parts of an index, views of its tensor."""
 
     header: Tensor
-    """int32 [HEADER]: 1 in the first place where the index may be trusted."""
+    """int32 [1 + B]: 1 where the index may be trusted; behind the last slot indexed of each row."""
     fine: Tensor
     """4-bit coordinates, two in a byte, uint8 [B, Hkv, slots, bytes]."""
     coarse: Tensor
@@ -129,7 +127,7 @@ class SlotLayout:
     @property
     def size(self) -> int:
         """Bytes in all."""
-        return sum(_aligned(shape, dtype) for _, shape, dtype in self._parts())
+        return sum(aligned(math.prod(shape), dtype) for _, shape, dtype in self._parts())
 
     def views(self, state: Tensor) -> SlotState:
         """The parts of `state`, uint8 [size]."""
@@ -137,7 +135,7 @@ class SlotLayout:
         for name, shape, dtype in self._parts():
             count = math.prod(shape) * dtype.itemsize
             made[name] = state[start : start + count].view(dtype).view(shape)
-            start += _aligned(shape, dtype)
+            start += aligned(math.prod(shape), dtype)
         return SlotState(**made)
 
     def _parts(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -145,7 +143,7 @@ class SlotLayout:
         fine, coarse = (plane[0].width if plane else 0 for plane in fields)
         kept = len(sketch_bits(self.head_dim))
         kept_fine = sum(field.width for field in fields[0])
-        yield "header", (HEADER,), torch.int32
+        yield "header", (1 + self.batch,), torch.int32
         yield "fine", (*each, self.slots, fine), torch.uint8
         yield "coarse", (*each, self.slots, coarse), torch.uint8
         yield "pages", (*each, self.slots // PAGE, fine), torch.uint8
@@ -155,6 +153,6 @@ class SlotLayout:
         yield "spread", (*each, self.blocks, kept_fine), torch.float32
 
 
-def _aligned(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    count = math.prod(shape) * dtype.itemsize
-    return -(-count // _ALIGNMENT) * _ALIGNMENT
+def aligned(count: int, dtype: torch.dtype) -> int:
+    """Bytes of so many numbers, and of what keeps the next ones aligned."""
+    return -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -36,8 +36,9 @@ class FixedSlots(Upkeep):
     def _index_for(self, key: Tensor, use: SlotCache) -> DeviceIndex:
         return self.index
 
-    def _end(self, key: Tensor) -> int:
-        return int(self.index.parts.header[1])
+    def _ends(self, key: Tensor) -> list[int]:
+        written = self.index.parts.header[1 : 1 + key.shape[0]].tolist()
+        return [min(end, key.shape[2]) for end in written]
 
 
 class GrowingSlots(Numbered, Upkeep):
@@ -86,9 +87,12 @@ class GrowingSlots(Numbered, Upkeep):
     def _index_for(self, key: Tensor, use: SlotCache) -> DeviceIndex:
         return new_index(_roomy(policy_of(use.kernel).layout_of(key)), key.device)
 
-    def _end(self, key: Tensor) -> int:
+    def _ends(self, key: Tensor) -> list[int]:
         written, self._written = self._written, None
-        return key.shape[2] if written is None else int((written % key.shape[2]).max()) + 1
+        if written is None:
+            return [key.shape[2]] * key.shape[0]
+        last = (written % key.shape[2]).expand(key.shape[0], -1).amax(1)
+        return (last + 1).tolist()
 
 
 def _roomy(layout: Layout) -> Layout:

@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,8 +92,8 @@ class Upkeep:
         """The index to build over `key` [B, Hkv, L, D]."""
         raise NotImplementedError
 
-    def _end(self, key: Tensor) -> int:
-        """Slots of `key` that hold keys; waits for the device."""
+    def _ends(self, key: Tensor) -> list[int]:
+        """Slots of each row of `key` that hold keys; waits for the device."""
         raise NotImplementedError
 
     def _revoke(self) -> None:
@@ -108,7 +108,7 @@ class Upkeep:
             elif self._peek is not None:
                 self._refit(cache, use, self._peek)
             elif self.index is not None:
-                self._peek = _Peek(self.index.parts.header[1])
+                self._peek = _Peek(self.index.parts.header[1:])
         except torch.OutOfMemoryError:
             self._revoke()
             self.never_build()
@@ -119,13 +119,14 @@ class Upkeep:
 
     def _build(self, key: Tensor, use: SlotCache) -> None:
         # A graph that only reads cannot say how far the keys go; slots without one do no harm.
-        end = self._end(key) if use.written else key.shape[2]
+        ends = self._ends(key) if use.written else [key.shape[2]] * key.shape[0]
         started = time.perf_counter()
         self.index = self._index_for(key, use)
-        self.index.build(load(use.kernel), key, end)
+        self.index.build(load(use.kernel), key, ends)
         self.trusted, self._calls = True, 0
-        after = self._refit_after(end, use)  # layers are not all refitted in one step
+        after = self._refit_after(ends, use)  # layers are not all refitted in one step
         self._next_refit = after + self._turn * 37 % max(after // 2, 1)
+        end = max(ends)
         if end > WORTH_LOGGING and logger.isEnabledFor(logging.INFO):
             if key.is_cuda:
                 torch.cuda.synchronize(key.device)
@@ -138,34 +139,36 @@ class Upkeep:
         peek.written += use.written
         if peek.is_there():
             self._peek, key = None, use.keys(cache)
-            end = min(peek.value() + peek.written, key.shape[2])
-            if end > 0:
-                self.index.refit(load(use.kernel), key, end)
-            self._next_refit = self._calls + self._refit_after(end, use)
+            ends = [min(end + peek.written, key.shape[2]) for end in peek.values()]
+            ends = ends[: key.shape[0]]
+            if max(ends) > 0:
+                self.index.refit(load(use.kernel), key, ends)
+            self._next_refit = self._calls + self._refit_after(ends, use)
 
-    def _refit_after(self, end: int, use: SlotCache) -> int:
-        """Calls until the next refit, where so many slots hold keys."""
+    def _refit_after(self, ends: Sequence[int], use: SlotCache) -> int:
+        """Calls until the next refit, where so many slots of each row hold keys."""
         assert self.index is not None
-        return -(-self.index.refit_after(max(end, 1)) // max(use.written, 1))
+        soonest = min(self.index.refit_after(max(end, 1)) for end in ends)
+        return -(-soonest // max(use.written, 1))
 
 
 class _Peek:
-    """A number on its way from the device, for which nobody waits."""
+    """Numbers on their way from the device, for which nobody waits."""
 
-    def __init__(self, number: Tensor) -> None:
+    def __init__(self, numbers: Tensor) -> None:
         self.written = 0
         """Tokens written since, at most."""
-        self._host = torch.empty((), dtype=number.dtype, pin_memory=number.is_cuda)
-        self._host.copy_(number, non_blocking=True)
-        self._event = torch.cuda.Event() if number.is_cuda else None
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        self._host.copy_(numbers, non_blocking=True)
+        self._event = torch.cuda.Event() if numbers.is_cuda else None
         if self._event is not None:
             self._event.record()
 
     def is_there(self) -> bool:
         return self._event is None or self._event.query()
 
-    def value(self) -> int:
-        return int(self._host)
+    def values(self) -> list[int]:
+        return self._host.tolist()
 
 
 _turns = itertools.count()

@@ -90,7 +90,7 @@ def _run(call: TrialCall, module: ModuleType) -> None:
         return
     policy = policy_of(call.kernel)
     index = new_index(policy.layout_of(key), key.device)
-    index.build(module, key, 1)
+    index.build(module, key, [1] * key.shape[0])
     last = torch.arange(key.shape[2] - call.written, key.shape[2], device=key.device)
     positions = last if call.written else None
     tuning = tuning_for(module, "sparse", query, key, value)

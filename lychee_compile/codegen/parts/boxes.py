@@ -212,8 +212,8 @@ def box_new(
             kind = least.dtype.element_ty
             tl.store(least + into, tl.min(keys, 0).to(kind), mask=d < HEAD_DIM)
             tl.store(greatest + into, tl.max(keys, 0).to(kind), mask=d < HEAD_DIM)
-        if space == 0:
-            tl.store(header + 1, slot + 1)
+        if kv_head == 0:
+            tl.store(header + 1 + b, slot + 1)
 '''
 
 

@@ -127,7 +127,7 @@ def encode_new(
             pages + (space * (slots // PAGE) + page) * FINE_BYTES + byte,
             (low | (high << 4)).to(tl.uint8), mask=byte < FINE_BYTES,
         )
-        if space == 0:
-            tl.store(header + 1, slot + 1)
+        if kv_head == 0:
+            tl.store(header + 1 + b, slot + 1)
         tl.debug_barrier()
 '''

@@ -48,7 +48,7 @@ HEADS = tl.constexpr({power_of_two(spec.group)})  # of a group, padded
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """First slot that this step has written: it and what follows have no sketch yet."""
-    fresh = tl.load(header + 1)
+    fresh = tl.load(header + 1 + b)
     if written > 0:
         number = tl.arange(0, 16)
         slot = tl.load(

@@ -206,7 +206,7 @@ HEADS = tl.constexpr(8)  # of a group, padded
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """First slot that this step has written: it and what follows have no sketch yet."""
-    fresh = tl.load(header + 1)
+    fresh = tl.load(header + 1 + b)
     if written > 0:
         number = tl.arange(0, 16)
         slot = tl.load(
@@ -811,8 +811,8 @@ def encode_new(
             pages + (space * (slots // PAGE) + page) * FINE_BYTES + byte,
             (low | (high << 4)).to(tl.uint8), mask=byte < FINE_BYTES,
         )
-        if space == 0:
-            tl.store(header + 1, slot + 1)
+        if kv_head == 0:
+            tl.store(header + 1 + b, slot + 1)
         tl.debug_barrier()
 
 
