@@ -163,6 +163,20 @@ def test_a_page_before_the_last_visible_token_is_read_once():
     problem.assert_as_good_as_eager(run(problem, index_up_to(problem, 300), None))
 
 
+def test_rows_of_a_batch_have_boxes_up_to_their_own_ends():
+    """Steps that only read, and steps that write: what lies behind an end has no box of use."""
+    problem = make_quest(Sizes(2, 1, 2, 1, 400, 32), mask="rows", budget=300)
+    index = BoxIndex(BoxLayout.of(problem.key), torch.device("cpu"))
+    index.build(problem.module(), problem.key, (400, 130))
+    read = run(problem, index, None) > 0
+    behind = problem.visible[1, :, :, 128:]
+    assert behind.any()
+    assert torch.equal(read[1, :, :, 128:], behind)
+    assert (read.sum(-1) <= 300).all()
+    run(problem, index, torch.tensor([[399], [120]]))
+    assert index.parts.header.tolist() == [1, 400, 121]
+
+
 def test_a_box_far_too_large_hides_no_page():
     """Beside it shares of all other pages vanish, and yet there is room for them."""
     problem = make_quest(Sizes(1, 1, 2, 1, 300, 32), budget=300)

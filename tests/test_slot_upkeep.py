@@ -91,7 +91,7 @@ def test_the_newest_block_is_refitted_now_and_then(calls: Calls, drafts: int) ->
         end += 1
         stepped(upkeep, end + drafts, written=1 + drafts)
         ends.append(end + drafts)
-    refits = calls.ends("refit")
+    refits = [end for end in calls.ends("refit") if end <= ends[-1]]
     places = [ends.index(end) for end in refits]
     assert 100 // (1 + drafts) <= places[0] <= 160
     for end, (left, right) in zip(refits, pairwise(places), strict=False):
@@ -186,10 +186,31 @@ def test_every_row_of_a_batch_has_an_end_of_its_own(monkeypatch: pytest.MonkeyPa
     assert 140 <= ends[0] <= 180
     assert ends[1] == ends[0] + 1430
 
+
+def test_ends_of_rows_come_from_the_positions_written_to_a_cache_that_grows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built: list[list[int]] = []
+    monkeypatch.setattr(slot_upkeep, "load", lambda kernel: kernel)
+    monkeypatch.setattr(SlotIndex, "build", lambda index, module, key, ends: built.append(ends))
     growing = GrowingSlots()
     growing.index_for(KEY, torch.tensor([[69], [-500]]))
     growing.after_call(KEY, use(layout=None))
-    assert built[1:] == [[70, 1501]]
+    assert built == [[70, 1501]]
+
+
+def test_a_row_that_stands_still_calls_for_no_refits(monkeypatch: pytest.MonkeyPatch) -> None:
+    refits: list[int] = []
+    monkeypatch.setattr(slot_upkeep, "load", lambda kernel: kernel)
+    monkeypatch.setattr(SlotIndex, "build", lambda *_: None)
+    monkeypatch.setattr(SlotIndex, "refit", lambda index, module, key, ends: refits.append(ends[1]))
+    fixed = FixedSlots(LAYOUT, KEY.device)
+    for end in range(400, 1900):
+        fixed.index.parts.header[1:] = torch.tensor([5, end])
+        fixed.after_call(KEY, use())
+    # Soon after the build, for the short row; then each time the keys of the other double.
+    assert len(refits) <= 3
+    assert refits[-1] > 800
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -121,6 +121,16 @@ def test_without_new_keys_all_that_are_indexed_may_be_chosen(sparse):
     assert torch.equal(index.state, before)
 
 
+@BOTH
+def test_without_new_keys_every_row_knows_its_own_end(sparse):
+    problem = make_problem(sizes=Sizes(2, kv_len=400), sparse=replace(sparse, budget=350))
+    index = SlotIndex(SlotLayout.of(problem.key), torch.device("cpu"))
+    index.build(problem.module(), problem.key, (400, 120))
+    step = Step.run(problem, index, None)
+    step.check()
+    assert step.slots_read()[1, ..., 120:].all()  # which have no sketches
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_positions_count_from_the_end_too(dtype):
     problem = make_problem(sizes=Sizes(kv_len=200, query_len=2), sparse=FLAT)

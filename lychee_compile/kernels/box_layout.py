@@ -15,7 +15,7 @@ class BoxState(NamedTuple):
     """The parts of an index, views of its tensor."""
 
     header: Tensor
-    """int32 [1 + B]: 1 where the index may be trusted; behind the last slot indexed of each row."""
+    """int32 [1 + B]: 1 where the index may be trusted, then each row's last written slot plus 1."""
     least: Tensor
     """Least key of each page, channel by channel, in the keys' dtype [B, Hkv, pages, D]."""
     greatest: Tensor

@@ -6,11 +6,15 @@ each other; most of that time is spent outside of Python.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from types import ModuleType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 THREADS = 8
 """At most: a module has no more kernels."""
@@ -19,8 +23,16 @@ THREADS = 8
 def compile_together(module: ModuleType, launch: Callable[[Any], object]) -> None:
     """Compile what `launch` launches of the module that it is given; nothing runs on the device.
 
-    Kernels that cannot be compiled raise when they are launched, not here.
+    Whatever fails here is left to the launches themselves: they compile what is missing, or raise.
     """
+    try:
+        # In a context of its own: Triton's mode may outlive an interruption.
+        copy_context().run(_compile, module, launch)
+    except Exception:
+        logger.debug("%s is not compiled in threads", module.__name__, exc_info=True)
+
+
+def _compile(module: ModuleType, launch: Callable[[Any], object]) -> None:
     import triton
 
     threads = max(1, min(os.cpu_count() or 1, THREADS))

@@ -75,7 +75,7 @@ class SlotState(NamedTuple):
     """The parts of an index, views of its tensor."""
 
     header: Tensor
-    """int32 [1 + B]: 1 where the index may be trusted; behind the last slot indexed of each row."""
+    """int32 [1 + B]: 1 where the index may be trusted, then each row's last written slot plus 1."""
     fine: Tensor
     """4-bit coordinates, two in a byte, uint8 [B, Hkv, slots, bytes]."""
     coarse: Tensor

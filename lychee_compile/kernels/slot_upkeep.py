@@ -61,6 +61,7 @@ class Upkeep:
         self._patience: float = 0
         self._turn = next(_turns)
         self._next_refit = 0
+        self._fitted: Sequence[int] = ()  # ends of rows at the last fit
         self._peek: _Peek | None = None
 
     def distrust(self) -> None:
@@ -124,6 +125,7 @@ class Upkeep:
         self.index = self._index_for(key, use)
         self.index.build(load(use.kernel), key, ends)
         self.trusted, self._calls = True, 0
+        self._fitted = ends
         after = self._refit_after(ends, use)  # layers are not all refitted in one step
         self._next_refit = after + self._turn * 37 % max(after // 2, 1)
         end = max(ends)
@@ -139,11 +141,15 @@ class Upkeep:
         peek.written += use.written
         if peek.is_there():
             self._peek, key = None, use.keys(cache)
-            ends = [min(end + peek.written, key.shape[2]) for end in peek.values()]
-            ends = ends[: key.shape[0]]
+            seen = peek.values()[: key.shape[0]]
+            ends = [min(end + peek.written, key.shape[2]) for end in seen]
             if max(ends) > 0:
                 self.index.refit(load(use.kernel), key, ends)
-            self._next_refit = self._calls + self._refit_after(ends, use)
+            # A row that stands still, whose text has ended, calls for nothing.
+            before = zip(seen, self._fitted, strict=False)
+            moved = [ends[row] for row, (now, then) in enumerate(before) if now != then]
+            self._fitted = seen
+            self._next_refit = self._calls + self._refit_after(moved or ends, use)
 
     def _refit_after(self, ends: Sequence[int], use: SlotCache) -> int:
         """Calls until the next refit, where so many slots of each row hold keys."""

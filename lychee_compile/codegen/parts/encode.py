@@ -19,7 +19,7 @@ UPKEEP = Upkeep(
 def emit_encode() -> str:
     """`encode`, over all keys of a cache, and `encode_new`, over those a step has written."""
     return '''
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "end"])
 def encode(
     key, stride_b, stride_h, stride_l, stride_d,
     fine, coarse, pages, axes, centre, step,

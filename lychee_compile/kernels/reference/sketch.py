@@ -227,7 +227,7 @@ def fit_axes(keys: Tensor, held: Tensor | None = None) -> tuple[Tensor, Tensor, 
     axes = _principal_axes(centred.transpose(-1, -2) @ centred / count, len(bits))
     coordinates = centred @ axes
     deviation = (coordinates.square().sum(-2) / count[..., 0]).sqrt()
-    step = torch.tensor([STEPS[each] for each in bits], device=keys.device)
+    step = torch.tensor([STEPS[each] for each in bits]).to(keys.device, non_blocking=True)
     size = size[..., 0]
     return centre[..., 0, :] * size, axes, step * deviation * size, coordinates * size[..., None]
 
@@ -239,9 +239,10 @@ def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
     for the device. Directions without variance may come out as zero.
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(covariance.shape[-1], kept, generator=generator).to(covariance.device)
+    start = torch.randn(covariance.shape[-1], kept, generator=generator)
+    start = start.double().to(covariance.device, non_blocking=True)
     covariance = covariance.double()
-    axes = _orthonormal(start.double().expand(*covariance.shape[:-2], -1, -1))
+    axes = _orthonormal(start.expand(*covariance.shape[:-2], -1, -1))
     for _ in range(ITERATIONS):
         axes = _orthonormal(covariance @ axes)
     return _orthonormal(axes).float()

@@ -503,7 +503,7 @@ def page_code(mean):
     return tl.minimum(tl.maximum(code, 0.0), 15.0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "end"])
 def encode(
     key, stride_b, stride_h, stride_l, stride_d,
     fine, coarse, pages, axes, centre, step,
