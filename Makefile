@@ -6,7 +6,9 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
+# What pip does on one core.
+BYTECODE = @$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 CHECKED := lychee_compile tests examples benchmarks
 # Inductor looks for g++ alone, unless CXX names another compiler.
 ifeq ($(origin CXX),default)
@@ -63,8 +65,10 @@ $(VENV)/torch.stamp: | $(VENV)/venv.stamp
 
 $(VENV)/demo.stamp: pyproject.toml $(VENV)/torch.stamp
 	$(PIP) -e ".[demo]"
+	$(BYTECODE)
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
 	$(PIP) -e ".[dev,demo]"
+	$(BYTECODE)
 	@touch $@ $(VENV)/demo.stamp

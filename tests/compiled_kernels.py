@@ -1,6 +1,6 @@
 """Compile the kernels of golden modules for a GPU that need not be there.
 
-    python compiled_kernels.py sparse_llama
+    python compiled_kernels.py [--hopper] sparse_llama
 
 prints the shared memory of each, in bytes, as JSON. Raises what the compiler raises.
 """
@@ -78,15 +78,19 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
 
 
 def main(*names: str) -> None:
-    """The kernels of some modules as a Hopper GPU runs them; for attention also an Ampere GPU."""
+    """The kernels of some modules as a Hopper GPU runs them; for attention also an Ampere GPU.
+
+    The latter not after "--hopper".
+    """
+    ampere = "--hopper" not in names
     shared = {}
-    for name in names:
+    for name in [each for each in names if each != "--hopper"]:
         spec = SPECS[name]
         module = load(store(emit_module(spec), spec.name).stem)
         for kernel, constants in (KERNELS if spec.tiles is None else TILE_KERNELS).items():
             if not hasattr(module, kernel):
                 continue
-            for capability in (80, 90) if "attend" in kernel else (90,):
+            for capability in (80, 90) if ampere and "attend" in kernel else (90,):
                 hopper = capability == 90
                 paged = hopper and hasattr(module, "scan_pages")
                 more = constants | {"EARLY": hopper, "PAGED": paged}

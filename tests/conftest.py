@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 # Operators that break PyTorch's rules fail, as where $CI is set; else it warns.
 os.environ.setdefault("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "1")
 
-settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=18, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=3000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
@@ -54,6 +54,9 @@ def seeded():
 @pytest.fixture
 def kernels_on_cpu(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     """Decode through generated kernels, as on a GPU, in Triton's interpreter."""
+    import triton_interpreter
+
+    triton_interpreter.hasten()
     from lychee_compile.kernels.decode_operators import KERNEL_DEVICES
 
     monkeypatch.setenv("LYCHEE_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))

@@ -5,9 +5,11 @@ The processes meet in a file, so that no port is taken.
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,26 @@ Step = Callable[[Tensor], Tensor]
 
 
 def run_on_ranks(task: str, folder: Path) -> list[Outcome]:
-    """Run a task of this file in as many processes as there are ranks; what each came to."""
+    """Run a task of this file in as many processes as there are ranks; what each came to.
+
+    Once for each folder, whoever asks for it.
+    """
+    kept = [folder / f"{task}_{rank}.pt" for rank in range(RANKS)]
+    with locked(folder):
+        if not all(path.exists() for path in kept):
+            _run(task, folder)
+    return [torch.load(path) for path in kept]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    with (folder / ".lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _run(task: str, folder: Path) -> None:
     context = torch.multiprocessing.spawn(_rank, (task, folder), nprocs=RANKS, join=False)
     try:
         deadline = time.monotonic() + LONGEST_RUN
@@ -41,7 +62,6 @@ def run_on_ranks(task: str, folder: Path) -> list[Outcome]:
     finally:
         for process in context.processes:
             process.kill()
-    return [torch.load(folder / f"{task}_{rank}.pt") for rank in range(RANKS)]
 
 
 def _rank(rank: int, task: str, folder: Path) -> None:
@@ -126,7 +146,7 @@ def _without_inductor() -> Callable[[], None]:
     return end
 
 
-def sharded_llama(folder: Path) -> dict[str, Outcome]:
+def sharded_llama(folder: Path, inductor: bool = False) -> dict[str, Outcome]:
     """A model saved in `folder`, sharded by transformers' own plan, through every kind of cache."""
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
@@ -140,20 +160,25 @@ def sharded_llama(folder: Path) -> dict[str, Outcome]:
         compiled = compile_for(kind, model, options)
         return _observed(lambda: decode_llama(model, compiled, kind))
 
-    end = _without_inductor()
+    end = _without_inductor() if not inductor else lambda: None
     outcomes = {
         "dynamic": outcome("dynamic", EVERYTHING),
         "static, small budget": outcome("static", SMALL_BUDGET),
         "dynamic, small budget": outcome("dynamic", SMALL_BUDGET),
+        "static": outcome("static", EVERYTHING),
     }
-    end()
-    outcomes["static, Inductor"] = outcome("static", EVERYTHING)
     compiled = compile_for("static", model, EVERYTHING)  # it is: as long as nothing was reset
     outcomes["collectives"] = {
         "eager": _collectives_of_a_step(model, model),
         "lychee": _collectives_of_a_step(model, compiled),
     }
+    end()
     return outcomes
+
+
+def inductors_llama(folder: Path) -> dict[str, Outcome]:
+    """The same through Inductor."""
+    return sharded_llama(folder, inductor=True)
 
 
 def _collectives_of_a_step(model: Any, forward: Callable[..., Any]) -> Counter[str]:
@@ -268,5 +293,6 @@ def sharded_attention(folder: Path) -> dict[str, Outcome]:
 
 TASKS: dict[str, Callable[[Path], dict[str, Outcome]]] = {
     "sharded_llama": sharded_llama,
+    "inductors_llama": inductors_llama,
     "sharded_attention": sharded_attention,
 }

@@ -16,7 +16,7 @@ from tracing import Traced, with_finer_axes
 from lychee_compile.passes.axes import Axes, SplitAxis, size_expression
 from lychee_compile.passes.dataflow import shape_of
 
-FEW = settings(max_examples=50)
+FEW = settings(max_examples=20)
 
 
 @st.composite

@@ -28,14 +28,10 @@ ARCHITECTURES = {each.name: each for each in coverage_models.ARCHITECTURES}
 REPRESENTATIVES = {
     "llama": ["sdpa"],
     "bloom": ["eager"],
-    "gpt_oss": ["eager"],
     "minimax": ["eager"],
     "bert": ["eager", "flex"],
     "deberta_v2": ["eager"],
     "xlnet": ["eager"],
-    "t5": ["eager"],
-    "swin": ["eager"],
-    "siglip": ["sdpa"],
     "wav2vec2": ["eager"],
 }
 

@@ -165,14 +165,14 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return whole_numbers, fractions, torch.rand(ROWS, COLUMNS, generator=generator) < 0.5
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(numbers(3))
 def test_the_element_of_a_tensor_of_numbers(made) -> None:
     note(made[0])
     check(made[1], *inputs())
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(truths(3))
 def test_the_element_of_a_bool_tensor(made) -> None:
     note(made[0])

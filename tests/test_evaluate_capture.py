@@ -36,7 +36,10 @@ def dense_attention_outputs(model, ids):
     return [each.unflatten(-1, (QUERY_HEADS, HEAD_DIM)) for each in seen]
 
 
-@pytest.mark.parametrize("positions", [last_positions(90, 4), [5, 6, 40, 41, 89]])
+@pytest.mark.parametrize(
+    "positions",
+    [pytest.param(last_positions(90, 4), marks=pytest.mark.thorough), [5, 6, 40, 41, 89]],
+)
 def test_captured_tensors_give_what_dense_attention_gives(positions):
     model = tiny_llama()
     ids = torch.randint(256, (90,))

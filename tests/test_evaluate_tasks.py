@@ -175,19 +175,20 @@ def test_the_document_is_cut_at_the_boundaries_of_its_tokens(model):
     assert chunks <= set(seen)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_inductor", "seeded")
 def test_tasks_run_by_every_way(model):
     counted = []
     result = run_tasks(
         model,
         ["pass-key", "repeated-copy"],
-        parse_variants("lychee,streaming"),
+        parse_variants("streaming"),
         [100, 4096],
         length=3500,
         repeats=1,
         advance=counted.append,
     )
-    assert sum(counted) == 2 * (1 + 2 * 2) == len(result.answers)
+    assert sum(counted) == 2 * (1 + 2) == len(result.answers)
     for answer in result.answers:
         assert 2000 < answer.document_tokens <= 3500
         assert answer.log_likelihood < 0
@@ -195,7 +196,7 @@ def test_tasks_run_by_every_way(model):
             assert answer.agreement == 1.0
             assert answer.divergence == pytest.approx(0, abs=1e-4)
     rows = {(row.task, row.policy, row.budget): row for row in result.rows()}
-    assert len(rows) == 3 * 5
+    assert len(rows) == 3 * 3
     assert rows["all", "dense", None].questions == 2
     some = rows["pass-key", "streaming", 100].divergence
     assert rows["all", "streaming", 100].divergence > some / 2 > 0

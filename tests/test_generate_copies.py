@@ -26,7 +26,9 @@ def pickled(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, pickled, saved_and_loaded])
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, pytest.param(pickled, marks=pytest.mark.thorough), saved_and_loaded]
+)
 def test_a_copy_of_a_compiled_model_has_weights_and_caches_of_its_own(again: Any) -> None:
     model = decoder()
     compiled = torch.compile(model, backend="lychee", options=EVERYTHING)
@@ -48,7 +50,9 @@ def test_a_copy_of_a_compiled_model_has_weights_and_caches_of_its_own(again: Any
     assert counters["lychee"]["sparse"] > sparse
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, pickled])
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, pytest.param(pickled, marks=pytest.mark.thorough)]
+)
 def test_a_copy_of_a_model_compiled_in_place_is_not_compiled(again: Any) -> None:
     """As `torch.nn.Module.compile` has it: it can be compiled anew."""
     model = decoder()

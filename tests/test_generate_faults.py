@@ -102,7 +102,7 @@ class Interrupted(transformers.generation.streamers.BaseStreamer):
         raise AssertionError("it was interrupted")
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.thorough), "dynamic"])
 def test_a_cancelled_generation_leaves_model_and_cache_fit_for_use(kind: str) -> None:
     model = decoder()
     given = entered("compile_config" if kind == "static" else "model.forward", model, EVERYTHING)
@@ -150,9 +150,18 @@ def test_a_step_that_breaks_off_within_the_graph(monkeypatch: pytest.MonkeyPatch
     assert len(registry) == LAYERS
 
 
-@pytest.mark.parametrize("options", [SPARSE, {**SPARSE, "epsilon": 0.1}], ids=["budget", "epsilon"])
+CERTIFIED = {**SPARSE, "epsilon": 0.1}
+NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")
+
+
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")]
+    ("options", "error"),
+    [
+        pytest.param(SPARSE, MemoryError(), id="budget"),
+        pytest.param(CERTIFIED, NO_MEMORY, id="epsilon"),
+        pytest.param(SPARSE, NO_MEMORY, marks=pytest.mark.thorough, id="budget, PyTorch's error"),
+        pytest.param(CERTIFIED, MemoryError(), marks=pytest.mark.thorough, id="epsilon, Python's"),
+    ],
 )
 def test_where_the_index_finds_no_memory_attention_is_exact(
     options: dict[str, Any],

@@ -44,7 +44,7 @@ CALLS = {
     "whisper": ["sdpa forward", "eager static"],
 }
 """Attention implementations of transformers, and calls of `coverage_calls`."""
-SELDOM = {"llama", "gemma2", "gemma3", "t5", "deepseek_v3", "whisper"}
+SELDOM = {"llama", "gemma2", "gemma3", "gpt2", "bloom", "t5", "deepseek_v3", "whisper"}
 """Those whose kind is also that of others."""
 SECTIONS = {
     "forward": "a forward pass",

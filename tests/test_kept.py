@@ -95,8 +95,8 @@ def test_weights_of_an_encoder() -> None:
     [
         ("gpt2", "eager", "attn_pdrop"),
         ("gpt2", "sdpa", "attn_pdrop"),
-        ("opt", "eager", "attention_dropout"),
-        ("t5", "eager", "dropout_rate"),
+        pytest.param("opt", "eager", "attention_dropout", marks=pytest.mark.thorough),
+        pytest.param("t5", "eager", "dropout_rate", marks=pytest.mark.thorough),
     ],
 )
 def test_dropout_while_training(name: str, implementation: str, option: str) -> None:
@@ -128,7 +128,7 @@ def gradients(model: Any, forward: Any, given: dict[str, Any]) -> tuple[Tensor, 
 @pytest.mark.parametrize(
     ("name", "implementation", "training"),
     [
-        ("llama", "sdpa", False),
+        pytest.param("llama", "sdpa", False, marks=pytest.mark.thorough),
         ("llama", "eager", True),
         pytest.param("gpt2", "eager", True, marks=pytest.mark.thorough),
         ("gemma2", "eager", False),

@@ -25,7 +25,8 @@ pytestmark = [
     ("name", "attention", "kind", "padding"),
     [
         ("llama", "sdpa", "static", [0, 13]),  # the mask is a tensor
-        ("gpt_oss", "eager", "static", [0]),  # an extra logit, and a window within the budget
+        # An extra logit, and a window within the budget.
+        pytest.param("gpt_oss", "eager", "static", [0], marks=pytest.mark.thorough),
         pytest.param("gemma2", "eager", "dynamic", [0], marks=pytest.mark.thorough),  # a soft-cap
         # A bias by position, in expressions.
         pytest.param("bloom", "eager", "dynamic", [0], marks=pytest.mark.thorough),
@@ -51,6 +52,7 @@ def generated(model: Any, ids: torch.Tensor, **given: Any) -> torch.Tensor:
     return model.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0, **given)
 
 
+@pytest.mark.thorough
 def test_generate_gives_the_dense_tokens_from_one_cache_after_another() -> None:
     model = model_of("llama")
     config = transformers.CompileConfig(

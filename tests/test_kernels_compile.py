@@ -19,15 +19,18 @@ OFTEN = ("sparse_mask_extra_logit", "prefill_mask_softcap_odd_sizes")
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(each, marks=() if each in OFTEN else pytest.mark.thorough) for each in SPECS],
+    "names",
+    [
+        pytest.param(("--hopper", *OFTEN), id="often"),
+        *(pytest.param((each,), marks=pytest.mark.thorough, id=each) for each in SPECS),
+    ],
 )
-def test_kernels_compile_without_a_gpu(name, tmp_path):
+def test_kernels_compile_without_a_gpu(names, tmp_path):
     """In a process of its own: in this one they are interpreted."""
     given = {each: value for each, value in os.environ.items() if each != "TRITON_INTERPRET"}
     folders = {"TRITON_CACHE_DIR": str(tmp_path), "LYCHEE_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "compiled_kernels.py", name], cwd=Path(__file__).parent,
+        [sys.executable, "compiled_kernels.py", *names], cwd=Path(__file__).parent,
         capture_output=True, text=True, check=False, env=given | folders,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

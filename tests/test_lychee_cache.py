@@ -248,6 +248,7 @@ def test_generate_gives_the_dense_tokens(
         assert not counters["graph_break"]
 
 
+@pytest.mark.thorough
 def test_a_conversation_goes_on_and_a_cache_serves_again() -> None:
     model, ids = model_of("llama"), some_ids(100)
     given: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 6}
@@ -266,8 +267,15 @@ def test_a_conversation_goes_on_and_a_cache_serves_again() -> None:
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.parametrize("way", ["eager", "forward"])
-@pytest.mark.parametrize("kind", ["beams", "drafts"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("beams", "eager"),
+        ("drafts", "eager"),
+        ("beams", "forward"),
+        pytest.param("drafts", "forward", marks=pytest.mark.thorough),
+    ],
+)
 def test_beams_and_drafts(kind: str, way: str) -> None:
     model, draft, ids = model_of("llama"), model_of("qwen3"), some_ids(40)
     draft.generation_config.num_assistant_tokens = 2

@@ -31,9 +31,7 @@ WINDOWED = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 OFTEN = {
-    ("llama", "static"),
     ("gemma3", "dynamic"),
-    ("gpt2", "dynamic"),
     ("bloom", "dynamic"),
 }
 """Those tried in every run."""

@@ -144,7 +144,7 @@ def test_a_write_through_what_may_be_a_view(made: str, view) -> None:
     check(function, torch.randint(1, 9, (4, 4)).float())
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.data())
 def test_any_sequence_of_views_writes_and_reads(data) -> None:
     """Two tensors, views of them, and views of views, written and read in any order."""

@@ -14,8 +14,16 @@ POLICIES = sorted(policy_names())
 OPTIONS = {"budget": 40, "sinks": 2, "recent": 8, "chunk": (2, 4), "dense_layers": 0}
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("growing", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "growing"),
+    [
+        pytest.param(each, growing, marks=pytest.mark.thorough if growing else ())
+        for each in POLICIES
+        for growing in (False, True)
+        if not (each == "lychee" and growing)
+    ]
+    + [("lychee", True)],
+)
 @torch.no_grad()
 def test_decoding_with_a_budget_for_everything_is_dense(policy, growing, without_inductor):
     torch.manual_seed(0)

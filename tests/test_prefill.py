@@ -343,8 +343,8 @@ class Prompts:
 @pytest.mark.parametrize(
     ("name", "attention", "padded"),
     [
-        ("llama", "sdpa", False),
-        ("llama", "eager", True),
+        pytest.param("llama", "sdpa", False, marks=pytest.mark.thorough),
+        pytest.param("llama", "eager", True, marks=pytest.mark.thorough),
         ("gemma2", "eager", False),
         ("gpt_oss", "eager", True),
     ],

@@ -152,7 +152,7 @@ def test_a_product_is_what_its_labels_say(name: str, dynamic: tuple[int, ...]) -
     check(function, *inputs, dynamic=dynamic)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.data())
 def test_a_random_einsum_is_what_its_labels_say(data) -> None:
     letters = data.draw(st.permutations("abcDEz"))

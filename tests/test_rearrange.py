@@ -90,7 +90,7 @@ def tensor_of(layout: Any) -> Tensor:
     return torch.arange(math.prod(sizes)).view(sizes)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.data(), st.sets(st.sampled_from(sorted(SIZES)), min_size=1), st.booleans())
 def test_any_layout_becomes_any_other(data, present: set[str], whole: bool) -> None:
     layout = data.draw(layouts(sorted(present)))
@@ -104,7 +104,7 @@ def test_any_layout_becomes_any_other(data, present: set[str], whole: bool) -> N
     assert torch.equal(got, expected)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.data(), st.sets(st.sampled_from(sorted(SIZES)), min_size=1))
 def test_sizes_that_are_not_known_when_compiling(data, present: set[str]) -> None:
     layout = data.draw(layouts(sorted(present)))

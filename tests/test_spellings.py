@@ -20,13 +20,19 @@ EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 each_spelling = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda each: each.name)
-each_second = pytest.mark.parametrize(
-    "spelling",
-    [
-        pytest.param(each, marks=pytest.mark.thorough if number % 2 else (), id=each.name)
-        for number, each in enumerate(SPELLINGS)
-    ],
+each_first, each_second = (
+    pytest.mark.parametrize(
+        "spelling",
+        [
+            pytest.param(
+                each, marks=() if number % 2 == place else pytest.mark.thorough, id=each.name
+            )
+            for number, each in enumerate(SPELLINGS)
+        ],
+    )
+    for place in (0, 1)
 )
+"""Half of them, the others thorough."""
 each_whole = pytest.mark.parametrize("whole", WHOLES, ids=lambda each: each.name)
 
 
@@ -123,7 +129,7 @@ def test_a_whole_block_is_attention(whole: Whole) -> None:
     torch.testing.assert_close(whole.call(*operands), whole.means(*operands), atol=1e-5, rtol=1e-4)
 
 
-@each_spelling
+@each_second
 def test_it_is_found_in_a_prefill(spelling: Spelling) -> None:
     query_len = query_len_of(spelling)
     operands = spelling.operands(query_len, TOKENS)
@@ -143,7 +149,13 @@ def test_it_is_found_in_a_prefill(spelling: Spelling) -> None:
     assert site.decision in ("kept", "exact")
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS[::10], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        pytest.param(each, marks=pytest.mark.thorough if number % 2 else (), id=each.name)
+        for number, each in enumerate(SPELLINGS[::10])
+    ],
+)
 def test_it_is_found_where_lengths_are_symbolic(spelling: Spelling) -> None:
     compiled = torch.compile(prefill, backend="lychee")
     for kv_len in (TOKENS, TOKENS + 5):  # Dynamo takes for symbolic what changes
@@ -157,7 +169,7 @@ def test_it_is_found_where_lengths_are_symbolic(spelling: Spelling) -> None:
     assert (site.head_dim, site.value_head_dim) == (spelling.head_dim, spelling.value_head_dim)
 
 
-@each_second
+@each_first
 def test_it_decodes_from_a_cache(spelling: Spelling) -> None:
     _, *cache = spelling.operands(1, SIZE)
     cache_eager = [x.clone() for x in cache]

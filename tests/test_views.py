@@ -221,13 +221,13 @@ def check(source: Tensor, operators: list[Operator], dynamic: tuple[int, ...]) -
         assert source[tuple(at)] == expected[place], (place, indices)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(chains())
 def test_a_chain_of_views_names_the_elements_it_shows(chain) -> None:
     check(*chain, dynamic=())
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(chains(), st.sets(st.integers(0, 2), min_size=1))
 def test_a_chain_of_views_of_symbolic_sizes_names_the_elements_it_shows(chain, dims) -> None:
     dynamic = tuple(dim for dim in dims if dim < chain[0].dim() and chain[0].shape[dim] > 1)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +18,49 @@ def use() -> None:
     if not triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET=1 interprets kernels here", allow_module_level=True)
     _repair_bfloat16()
+    hasten()
+
+
+def hasten() -> None:
+    """Patch the language once in a launch, and not anew for every function that a kernel calls.
+
+    A launch has a thread of its own: where calls are deep already, CPython may map and unmap a
+    piece of stack in every call that a kernel makes.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if getattr(interpreter.GridExecutor, "hastened", False):
+        return
+    launch = interpreter.GridExecutor.__call__
+    patched: set[tuple[bool, ...]] = set()
+    shown: dict[Any, tuple[bool, ...]] = {}
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+        def run() -> None:
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                launch(self, *args, **kwargs)
+
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(run).result()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self not in shown:
+            shown[self] = tuple(
+                any(each is lang for each in self.fn.__globals__.values()) for lang in (tl, tl.core)
+            )
+        seen = shown[self]
+        if seen not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(seen)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launched
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter.GridExecutor.hastened = True
 
 
 def _repair_bfloat16() -> None:
