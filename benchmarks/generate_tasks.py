@@ -8,7 +8,7 @@ token by token, as `python -m lychee_compile evaluate tasks` does it, and by `ge
 static cache, which is made to choose the question's tokens first and then chooses freely. Both must
 choose the same, up to the first token that the harness gets wrong, as it is told the right one.
 The harness uses plain PyTorch operators; on a GPU `generate()` uses them once, and once kernels.
-Gemma-3-270M in float32 unless --model names another. Exits 1 where an answer differs.
+Gemma-3-270M unless --model names another, in float32. Exits 1 where an answer differs.
 """
 
 from __future__ import annotations
