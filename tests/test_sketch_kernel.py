@@ -205,6 +205,17 @@ def test_the_newest_block_of_every_row_is_refitted(small_blocks):
     assert_row_is(index, 1, alone(problem, 1, 900), slice(512, 900))
 
 
+def test_refits_of_a_row_leave_rows_that_are_further_as_they_were(small_blocks):
+    """Pages, too, that are full there and have just begun in the row that is refitted."""
+    problem = make_problem(sizes=Sizes(2, kv_len=1100), sparse=PAGED)
+    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index.build(problem.module(), problem.key, (150, 700))
+    problem.key[0, :, 150:300] += 1
+    index.refit(problem.module(), problem.key, (293, 700))
+    assert_row_is(index, 0, alone(problem, 0, 293), slice(0, 293))
+    assert_row_is(index, 1, alone(problem, 1, 700), slice(0, 700))
+
+
 def test_a_block_that_begins_takes_over_the_axes_before(monkeypatch):
     monkeypatch.setattr(slot_layout, "BLOCK", 512)
     sizes = Sizes(kv_len=520, query_len=2, group=2)

@@ -45,10 +45,11 @@ class SlotIndex(DeviceIndex):
         newest = [(end - 1) // size for end in ends]
         for block in sorted(set(newest) - {-1}):
             rows = [row for row, mine in enumerate(newest) if mine == block]
-            last = max(ends[row] for row in rows)
-            self._fit(key, ends, rows, block, 1, last - block * size)
-            # Of other rows, keys get the sketches that they have.
-            run_encode(module, key, self.layout, self.parts, block * size, last)
+            begin, last = block * size, max(ends[row] for row in rows)
+            self._fit(key, ends, rows, block, 1, last - begin)
+            # As far as any row goes: rows that are further get the sketches and pages they have.
+            end = min(begin + size, max(ends))
+            run_encode(module, key, self.layout, self.parts, begin, end)
 
     def refit_after(self, end: int) -> int:
         """As many keys as the newest block has, or all that fill it and some of the next.
