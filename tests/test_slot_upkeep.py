@@ -32,7 +32,16 @@ def use(written: int = 1, layout: SlotLayout | None = LAYOUT) -> SlotCache:
 
 
 class Calls(list[tuple[str, int]]):
-    """What was done to indexes: ("build" or "refit", end)."""
+    """What was done to indexes: ("build" or "refit", end of the longest row)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, list[list[int]]] = {"build": [], "refit": []}
+        """The ends of all rows."""
+
+    def note(self, name: str, ends: Sequence[int]) -> None:
+        self.append((name, max(ends)))
+        self.rows[name].append(list(ends))
 
     def ends(self, name: str) -> list[int]:
         return [end for each, end in self if each == name]
@@ -44,12 +53,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     done = Calls()
 
     def build(index: SlotIndex, module: Any, key: Tensor, ends: Sequence[int]) -> None:
-        done.append(("build", max(ends)))
+        done.note("build", ends)
         index.parts.header[:] = torch.tensor([1, *ends])
 
     def refit(index: SlotIndex, module: Any, key: Tensor, ends: Sequence[int]) -> None:
         assert max(ends) <= key.shape[2]
-        done.append(("refit", max(ends)))
+        done.note("refit", ends)
 
     monkeypatch.setattr(slot_upkeep, "load", lambda kernel: kernel)
     monkeypatch.setattr(SlotIndex, "build", build)
@@ -59,8 +68,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     slot_upkeep.warn_of_memory.cache_clear()
 
 
-def stepped(upkeep: FixedSlots, end: int, written: int = 1) -> None:
-    """A graph has written the slots up to `end`."""
+def stepped(upkeep: FixedSlots, end: int | Tensor, written: int = 1) -> None:
+    """A graph has written the slots up to `end`, which may be one for each row."""
     upkeep.index.parts.header[1:] = end
     upkeep.after_call(KEY, use(written))
 
@@ -171,43 +180,30 @@ def test_distrust_again_starts_the_waiting_anew(calls: Calls) -> None:
     assert len(calls) == 1
 
 
-def test_every_row_of_a_batch_has_an_end_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[list[int]] = []
-    refitted: list[list[int]] = []
-    monkeypatch.setattr(slot_upkeep, "load", lambda kernel: kernel)
-    monkeypatch.setattr(SlotIndex, "build", lambda index, module, key, ends: built.append(ends))
-    monkeypatch.setattr(SlotIndex, "refit", lambda index, module, key, ends: refitted.append(ends))
-    fixed = FixedSlots(LAYOUT, KEY.device)
+def test_every_row_of_a_batch_has_an_end_of_its_own(calls: Calls) -> None:
+    upkeep = FixedSlots(LAYOUT, KEY.device)
     for step in range(140):
-        fixed.index.parts.header[1:] = torch.tensor([70, 1500]) + step
-        fixed.after_call(KEY, use())
-    assert built == [[70, 1500]]
-    (ends,) = refitted  # when the keys of the shorter row had doubled, or half as many again came
+        stepped(upkeep, torch.tensor([70, 1500]) + step)
+    assert calls.rows["build"] == [[70, 1500]]
+    (ends,) = calls.rows[
+        "refit"
+    ]  # when the keys of the shorter row had doubled, or half as many again came
     assert 140 <= ends[0] <= 180
     assert ends[1] == ends[0] + 1430
 
 
-def test_ends_of_rows_come_from_the_positions_written_to_a_cache_that_grows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    built: list[list[int]] = []
-    monkeypatch.setattr(slot_upkeep, "load", lambda kernel: kernel)
-    monkeypatch.setattr(SlotIndex, "build", lambda index, module, key, ends: built.append(ends))
+def test_ends_of_rows_come_from_the_positions_written_to_a_cache_that_grows(calls: Calls) -> None:
     growing = GrowingSlots()
     growing.index_for(KEY, torch.tensor([[69], [-500]]))
     growing.after_call(KEY, use(layout=None))
-    assert built == [[70, 1501]]
+    assert calls.rows["build"] == [[70, 1501]]
 
 
-def test_a_row_that_stands_still_calls_for_no_refits(monkeypatch: pytest.MonkeyPatch) -> None:
-    refits: list[int] = []
-    monkeypatch.setattr(slot_upkeep, "load", lambda kernel: kernel)
-    monkeypatch.setattr(SlotIndex, "build", lambda *_: None)
-    monkeypatch.setattr(SlotIndex, "refit", lambda index, module, key, ends: refits.append(ends[1]))
-    fixed = FixedSlots(LAYOUT, KEY.device)
+def test_a_row_that_stands_still_calls_for_no_refits(calls: Calls) -> None:
+    upkeep = FixedSlots(LAYOUT, KEY.device)
     for end in range(400, 1900):
-        fixed.index.parts.header[1:] = torch.tensor([5, end])
-        fixed.after_call(KEY, use())
+        stepped(upkeep, torch.tensor([5, end]))
+    refits = calls.ends("refit")
     # Soon after the build, for the short row; then each time the keys of the other double.
     assert len(refits) <= 3
     assert refits[-1] > 800
