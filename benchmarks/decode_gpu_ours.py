@@ -13,15 +13,15 @@ from torch import Tensor
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
-from lychee_compile.kernels import generated
-from lychee_compile.kernels.box_index import BoxIndex
-from lychee_compile.kernels.box_layout import BoxLayout
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.launch import run_exact, run_sparse
-from lychee_compile.kernels.launch_quest import run_quest
-from lychee_compile.kernels.policies import make_index
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import PAGE, SlotLayout, block_size, planes
+from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.launch import run_exact, run_sparse
+from lychee_compile.kernels.gpu.lychee.layout import PAGE, SlotLayout, block_size, planes
+from lychee_compile.kernels.gpu.quest.index import BoxIndex
+from lychee_compile.kernels.gpu.quest.launch import run_quest
+from lychee_compile.kernels.gpu.quest.layout import BoxLayout
+from lychee_compile.kernels.policies.registry import make_index
 
 POLICIES = {"lychee-sparse": "lychee", "quest": "quest"}
 """Policies of the sparse variants; "lychee-exact" has none."""
@@ -111,7 +111,7 @@ def _module(query: Tensor, key: Tensor, value: Tensor, sparse: SparseSpec | None
         (Captured("offset", "int64", 0),),
         sparse=sparse,
     )
-    return generated.load(generated.store(emit_module(spec), spec.name).stem)
+    return module_cache.load(module_cache.store(emit_module(spec), spec.name).stem)
 
 
 def _last(key: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlamaModel
 
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
 
 BUFFERS, SECONDS = 6, 0.15
 

@@ -37,10 +37,10 @@ from torch import Tensor
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSpec
-from lychee_compile.kernels import generated
-from lychee_compile.kernels.launch_tiles import TileLaunch, run_tiles
+from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.kernels.gpu.common.tuning import TILES, TileTuning, candidates
+from lychee_compile.kernels.gpu.prefill.launch import TileLaunch, run_tiles
 from lychee_compile.kernels.reference.tiles import TILE
-from lychee_compile.kernels.tuning import TILES, TileTuning, candidates
 
 SINKS, RECENT = 16, 64
 SAMPLED = 32
@@ -127,7 +127,7 @@ def kernels(query: Tensor) -> ModuleType:
     dtype = str(query.dtype).removeprefix("torch.")
     group, tiles = HEADS // KV_HEADS, TileSpec(SINKS, RECENT)
     spec = AttentionSpec(dtype, group, HEAD_DIM, HEAD_DIM, SCALE * S, KV <= Q, tiles=tiles)
-    return generated.load(generated.store(emit_module(spec), spec.name).stem)
+    return module_cache.load(module_cache.store(emit_module(spec), spec.name).stem)
 
 
 def read_by_tiles(

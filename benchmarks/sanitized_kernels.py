@@ -22,10 +22,11 @@ from lychee_compile.codegen.specification import (
     SparseSpec,
     TileSpec,
 )
-from lychee_compile.kernels import generated, launch
-from lychee_compile.kernels.launch_tiles import run_tiles
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.kernels.gpu.lychee import launch as launch_sketch
+from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
+from lychee_compile.kernels.gpu.prefill.launch import run_tiles
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def decode() -> None:
         spec = AttentionSpec(
             "bfloat16", group, head_dim, head_dim, S / 8, causal, captured, sparse=sparse
         )
-        module = generated.load(generated.store(emit_module(spec), spec.name).stem)
+        module = module_cache.load(module_cache.store(emit_module(spec), spec.name).stem)
         slots, length = 9000, 8190
         key, value = (
             torch.randn(1, 2, slots, head_dim, dtype=torch.bfloat16, device="cuda")
@@ -55,8 +56,8 @@ def decode() -> None:
         for step in range(length, length + 4):  # into a new block
             last.fill_(step)
             written = last[None].clone()
-            launch.run_exact(module, query, key, value, [last], None)
-            launch.run_sparse(
+            launch_sketch.run_exact(module, query, key, value, [last], None)
+            launch_sketch.run_sparse(
                 module, query, key, value, [last], None, written, index.layout, index.parts
             )
             if step == length:
@@ -70,7 +71,7 @@ def prefill() -> None:
     for head_dim, group in ((128, 4), (80, 3)):
         tiles = TileSpec(16, 64)
         spec = AttentionSpec("bfloat16", group, head_dim, head_dim, S / 8, KV <= Q, tiles=tiles)
-        module = generated.load(generated.store(emit_module(spec), spec.name).stem)
+        module = module_cache.load(module_cache.store(emit_module(spec), spec.name).stem)
         query, key, value = (
             torch.randn(1, heads, 2001, head_dim, dtype=torch.bfloat16, device="cuda")
             for heads in (2 * group, 2, 2)

@@ -18,8 +18,8 @@ from tpot_records import FAILED, SKIPPED, Record
 from tpot_ways import WAYS, Way
 from transformers import LlamaForCausalLM, StaticCache
 
-from lychee_compile import backend
-from lychee_compile.passes import kernel_site, torch_private
+from lychee_compile import backend, torch_private
+from lychee_compile.passes.lower import decode_site
 
 WARM_UP, STEPS, ROUNDS = 8, 16, 5
 ROOM = 256
@@ -123,7 +123,7 @@ def _timed_compilation() -> Iterator[dict[str, float]]:
         timed(torch_private, "inductor", "inductor"),
         timed(backend, "analyse", "lychee"),
         timed(backend, "_compile_rewritten", "lychee"),
-        timed(kernel_site, "try_kernels", "kernels"),
+        timed(decode_site, "try_kernels", "kernels"),
     ):
         yield spent
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lychee_compile.recorder import Call
-from lychee_compile.report import Report
+from lychee_compile.report.report import Report
 
 
 def make_console() -> Console:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.recorder import Call
-from lychee_compile.report import Report
+from lychee_compile.report.report import Report
 
 
 @dataclass(frozen=True)

@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from lychee_compile import functional
     from lychee_compile.backend import reset
     from lychee_compile.boundaries import BoundaryTable, boundary_table
-    from lychee_compile.growing_cache import LycheeCache
+    from lychee_compile.cache.lychee_cache import LycheeCache
     from lychee_compile.inspection import explain, reports
-    from lychee_compile.kernels.policies import register_policy
+    from lychee_compile.kernels.policies.registry import register_policy
     from lychee_compile.options import Options
     from lychee_compile.recorder import record
-    from lychee_compile.report import Report
+    from lychee_compile.report.report import Report
 
 _HOMES = {
     "BoundaryTable": "boundaries",
-    "LycheeCache": "growing_cache",
+    "LycheeCache": "cache.lychee_cache",
     "Options": "options",
-    "Report": "report",
+    "Report": "report.report",
     "boundary_table": "boundaries",
     "explain": "inspection",
     "functional": "functional",
     "record": "recorder",
-    "register_policy": "kernels.policies",
+    "register_policy": "kernels.policies.registry",
     "reports": "inspection",
     "reset": "backend",
 }

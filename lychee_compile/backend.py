@@ -11,26 +11,26 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from lychee_compile.kernels.policies import has_index
-from lychee_compile.kernels.slot_upkeep import SlotCache
+from lychee_compile import torch_private
+from lychee_compile.kernels.gpu.lifecycle import SlotCache
+from lychee_compile.kernels.policies.registry import has_index
 from lychee_compile.options import Options
-from lychee_compile.passes import torch_private
-from lychee_compile.passes.append import append_in_place
-from lychee_compile.passes.attention import Attention, Rejected
-from lychee_compile.passes.caches import CacheBinding
-from lychee_compile.passes.check import check_graph
-from lychee_compile.passes.dataflow import operator_name, value_of
 from lychee_compile.passes.decide import Plan, Planner
 from lychee_compile.passes.describe import describe_rejected
-from lychee_compile.passes.detect import find_attention
-from lychee_compile.passes.host_integers import take_out_integers
-from lychee_compile.passes.kernel_support import runs_kernels
-from lychee_compile.passes.normalise import normalise
+from lychee_compile.passes.detect.attention import Attention, Rejected
+from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.detect.detect import find_attention
+from lychee_compile.passes.graph.append import append_in_place
+from lychee_compile.passes.graph.check import check_graph
+from lychee_compile.passes.graph.dataflow import operator_name, value_of
+from lychee_compile.passes.graph.host_integers import take_out_integers
+from lychee_compile.passes.graph.normalise import normalise
+from lychee_compile.passes.lower.kernel_support import runs_kernels
 from lychee_compile.passes.rewrite import note_prefill, rewrite
 from lychee_compile.passes.site import RejectedSite
-from lychee_compile.report import Report
-from lychee_compile.state import registry
-from lychee_compile.stateful_graph import StatefulGraph, StateInput
+from lychee_compile.report.report import Report
+from lychee_compile.runtime.cache_registry import registry
+from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.policies import make_index
+from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.attention import attend
 from lychee_compile.kernels.reference.certificate import log_unread_bound, missed_share
 from lychee_compile.kernels.reference.index import KVIndex

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.fx
 
+from lychee_compile import torch_private
 from lychee_compile.backend import analyse, compiled_reports
 from lychee_compile.options import Options
-from lychee_compile.passes import torch_private
-from lychee_compile.report import Report
+from lychee_compile.report.report import Report
 
 
 def explain(

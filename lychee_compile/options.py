@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lychee_compile.boundaries import BoundaryTable, boundary_table, is_tokenizer
 from lychee_compile.kernels.config import BOUNDARIES, PREFILLS, IndexConfig
-from lychee_compile.kernels.policies import policy_names
-from lychee_compile.kernels.tile_policies import tile_policy_names
+from lychee_compile.kernels.policies.prefill_registry import tile_policy_names
+from lychee_compile.kernels.policies.registry import policy_names
 
 LONGEST_CHUNK = 256
 _AT_LEAST = {

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.observe import SparseCall, TileCall, observers, tile_observers
+from lychee_compile.kernels.operators.observe import SparseCall, TileCall, observers, tile_observers
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
 from lychee_compile.kernels.reference.visible import visible_keys
 
 

@@ -15,7 +15,7 @@ from kernel_specs import SPECS
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import AttentionSpec
-from lychee_compile.kernels.generated import load, store
+from lychee_compile.kernels.gpu.common.module_cache import load, store
 
 KERNELS = {
     "attend_all": {"KEYS": 64},

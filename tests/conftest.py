@@ -36,7 +36,7 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what the backend makes of a graph through AOTAutograd alone: quick to compile."""
     from torch._dynamo.backends.debugging import aot_eager
 
-    from lychee_compile.passes import torch_private
+    from lychee_compile import torch_private
 
     monkeypatch.setattr(
         torch_private, "inductor", lambda gm, inputs, mode, patches: aot_eager(gm, list(inputs))
@@ -57,7 +57,7 @@ def kernels_on_cpu(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     import triton_interpreter
 
     triton_interpreter.hasten()
-    from lychee_compile.kernels.decode_operators import KERNEL_DEVICES
+    from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
 
     monkeypatch.setenv("LYCHEE_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
     KERNEL_DEVICES.add("cpu")

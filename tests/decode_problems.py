@@ -23,8 +23,8 @@ from lychee_compile.codegen.specification import (
     S,
     SparseSpec,
 )
-from lychee_compile.kernels import generated
-from lychee_compile.passes.elementwise import Flag
+from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.passes.symbolic.elementwise import Flag
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SCORES = ("scaled", "soft-cap", "slopes", "bias")
@@ -68,7 +68,7 @@ class Problem:
 
     def module(self) -> ModuleType:
         """The generated module."""
-        return generated.load(generated.store(emit_module(self.spec), self.spec.name).stem)
+        return module_cache.load(module_cache.store(emit_module(self.spec), self.spec.name).stem)
 
     def finish(self, products: Tensor, slots: Tensor) -> Tensor:
         """`score`, of products [B, Hkv, G, T, N]."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.codegen.specification import KV, B, H, Q, S
-from lychee_compile.passes.elementwise import Flag
+from lychee_compile.passes.symbolic.elementwise import Flag
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS, DIM = 2, 4, 2, 3, 12, 8
 LENGTH = 5

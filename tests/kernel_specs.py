@@ -17,7 +17,7 @@ from lychee_compile.codegen.specification import (
     SparseSpec,
     TileSpec,
 )
-from lychee_compile.passes.elementwise import Flag
+from lychee_compile.passes.symbolic.elementwise import Flag
 
 LENGTH = Captured("length", "int64", 0)
 POSITION = Q + sympy.Symbol("length", integer=True)

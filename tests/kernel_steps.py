@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.slot_layout import SlotLayout
-from lychee_compile.state import registry
+from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
+from lychee_compile.runtime.cache_registry import registry
 
 SIZE, DIM, KV_HEADS, GROUP = 128, 16, 2, 2
 SMALL = {"budget": 40, "sinks": 4, "recent": 16, "chunk": (2, 4)}

@@ -17,14 +17,14 @@ from tracing import Traced
 from lychee_compile.backend import analyse
 from lychee_compile.codegen.printer import print_expression
 from lychee_compile.options import Options
-from lychee_compile.passes import detect
-from lychee_compile.passes.attention import Attention
-from lychee_compile.passes.canonical import Canonical, Canonicaliser
-from lychee_compile.passes.dataflow import aten
-from lychee_compile.passes.elementwise import Flag
-from lychee_compile.passes.kernel_terms import KernelTerms, kernel_terms
-from lychee_compile.passes.normalise import normalise
-from lychee_compile.passes.rearrange import Emitter
+from lychee_compile.passes.detect import detect
+from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.graph.dataflow import aten
+from lychee_compile.passes.graph.normalise import normalise
+from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
+from lychee_compile.passes.lower.kernel_expressions import KernelTerms, kernel_terms
+from lychee_compile.passes.lower.rearrange import Emitter
+from lychee_compile.passes.symbolic.elementwise import Flag
 
 How = Callable[[Attention, Canonicaliser], KernelTerms]
 

@@ -11,9 +11,9 @@ from strategies import CPU, DTYPES, Heads, heads, lengths, seeds
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies.clusterkv import ClusterKVIndex
-from lychee_compile.kernels.policies.hisa import HISAIndex
-from lychee_compile.kernels.policies.tokenselect import TokenSelectIndex
+from lychee_compile.kernels.policies.decode.clusterkv import ClusterKVIndex
+from lychee_compile.kernels.policies.decode.hisa import HISAIndex
+from lychee_compile.kernels.policies.decode.tokenselect import TokenSelectIndex
 from lychee_compile.kernels.reference.selection import select
 
 SCALE = 0.3

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import lychee_compile
-from lychee_compile.kernels.observe import TileCall, tile_observers
+from lychee_compile.kernels.operators.observe import TileCall, tile_observers
 from lychee_compile.kernels.reference.attention import dense_attention
-from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
 from lychee_compile.passes.site import Site
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 16, 400

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lychee_compile.codegen.specification import KV, KV_LEN, B, Captured, H, Q, S
-from lychee_compile.passes.elementwise import Flag
+from lychee_compile.passes.symbolic.elementwise import Flag
 
 BATCH, HEADS, QUERIES, KEYS = SIZES = (2, 3, 2, 7)
 EPSILON = 1e-6

@@ -13,18 +13,18 @@ from torch import Tensor
 from lychee_compile.codegen.parts.scan import LARGEST
 from lychee_compile.codegen.parts.sketch import PROBES
 from lychee_compile.codegen.specification import KV
-from lychee_compile.kernels import launch
-from lychee_compile.kernels.launch import run_sparse
-from lychee_compile.kernels.launch_parts import BINS
-from lychee_compile.kernels.reference.slots import (
+from lychee_compile.kernels.gpu.common.launch_common import BINS
+from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.lychee import launch as launch_sketch
+from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.launch import run_sparse
+from lychee_compile.kernels.gpu.lychee.layout import PAGE, SlotLayout, SlotState
+from lychee_compile.kernels.gpu.lychee.spec import (
     log_denominator,
     page_scores,
     select_slots,
     token_scores,
 )
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import PAGE, SlotLayout, SlotState
-from lychee_compile.kernels.tuning import Tuning
 
 SMALLEST = 100
 """Minus log2 of shares that may be lost to underflow."""
@@ -71,9 +71,11 @@ class Step:
         """Decode, out of scratch memory that holds nothing but NaN."""
         state, kept = copied(index.parts), {}
         batch, kv_len = problem.key.shape[0], problem.key.shape[2]
-        allocate = launch.Scratch.allocate
+        allocate = launch_sketch.Scratch.allocate
 
-        def allocate_and_keep(self: launch.Scratch, device: torch.device) -> dict[str, Tensor]:
+        def allocate_and_keep(
+            self: launch_sketch.Scratch, device: torch.device
+        ) -> dict[str, Tensor]:
             made = allocate(self, device)
             for each in made.values():
                 each.view(torch.uint8).fill_(255)
@@ -81,7 +83,7 @@ class Step:
             return made
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch.Scratch, "allocate", allocate_and_keep)
+            patch.setattr(launch_sketch.Scratch, "allocate", allocate_and_keep)
             output = run_sparse(
                 problem.module(), problem.query, problem.key, problem.value, problem.captured,
                 problem.extra, positions, index.layout, index.parts, tuning,

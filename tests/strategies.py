@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies import make_index
+from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.certificate import log_unread_bound
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.selection import Selection, select

@@ -135,7 +135,7 @@ def _without_inductor() -> Callable[[], None]:
     """Compile by AOTAutograd alone, as the fixture of this name does; call what is given to end."""
     from torch._dynamo.backends.debugging import aot_eager
 
-    from lychee_compile.passes import torch_private
+    from lychee_compile import torch_private
 
     inductor = torch_private.inductor
     torch_private.inductor = lambda gm, inputs, mode, patches: aot_eager(gm, list(inputs))

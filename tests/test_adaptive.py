@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, KINDS, configs, heads, masks, random, seeds
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies import make_index
+from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.adaptive import certified_attention
 from lychee_compile.kernels.reference.attention import dense_attention
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lychee_compile import torch_private
 from lychee_compile.backend import analyse
 from lychee_compile.options import Options
-from lychee_compile.passes import torch_private
-from lychee_compile.report import Report
+from lychee_compile.report.report import Report
 
 HEADS, KV_HEADS, HEAD_DIM, SIZE = 4, 2, 8, 160
 WIDTH = HEADS * HEAD_DIM

@@ -14,10 +14,10 @@ from test_models import model_of, transformers
 
 import lychee_compile
 from lychee_compile import backend
-from lychee_compile.kernels import append as module
+from lychee_compile.kernels.operators import append as module
 from lychee_compile.kernels.reference.fingerprints import fingerprints
 from lychee_compile.options import Options
-from lychee_compile.state import registry
+from lychee_compile.runtime.cache_registry import registry
 
 append = torch.ops.lychee.append.default
 

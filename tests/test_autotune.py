@@ -9,8 +9,8 @@ import torch
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import AttentionSpec, S, TileSpec
-from lychee_compile.kernels import autotune, tuning
-from lychee_compile.kernels.tuning import candidates, tuning_for
+from lychee_compile.kernels.gpu.common import autotune, tuning
+from lychee_compile.kernels.gpu.common.tuning import candidates, tuning_for
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tracing import Traced, with_finer_axes
 
-from lychee_compile.passes.axes import Axes, SplitAxis, size_expression
-from lychee_compile.passes.dataflow import shape_of
+from lychee_compile.passes.graph.dataflow import shape_of
+from lychee_compile.passes.symbolic.axes import Axes, SplitAxis, size_expression
 
 FEW = settings(max_examples=20)
 

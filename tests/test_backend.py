@@ -16,8 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import lychee_compile
-from lychee_compile import backend
-from lychee_compile.passes import torch_private
+from lychee_compile import backend, torch_private
 from lychee_compile.passes.site import Site
 
 SIZE = 160

@@ -19,11 +19,11 @@ from hypothesis.stateful import (
 from tiny_models import VOCABULARY, Past, StaticKV, TinyDecoder
 from torch import Tensor
 
-from lychee_compile.kernels.cache_index import CacheIndex
+from lychee_compile.kernels.operators.cache_index import CacheIndex
 from lychee_compile.kernels.reference.fingerprints import fingerprints
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.options import Options
-from lychee_compile.state import registry
+from lychee_compile.runtime.cache_registry import registry
 
 SIZE, BATCH, PROMPT = 160, 2, 60
 EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}

@@ -17,8 +17,8 @@ from strategies import (
     seeds,
 )
 
-from lychee_compile.kernels.cache_index import SAMPLES, CacheIndex
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.operators.cache_index import SAMPLES, CacheIndex
 
 CAPACITY = 320
 """More than the longest history writes."""

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from kernel_values import Outcome, assert_right, traced
 from torch import Tensor
 
-from lychee_compile.passes.captures import MOST_KEPT, NotCapturable, Reads
-from lychee_compile.passes.dataflow import aten, calls
-from lychee_compile.passes.kernel_terms import fused_terms, kernel_terms
+from lychee_compile.passes.graph.dataflow import aten, calls
+from lychee_compile.passes.lower.kernel_expressions import fused_terms, kernel_terms
+from lychee_compile.passes.lower.read_time import MOST_KEPT, NotCapturable, Reads
 
 HEADS, QUERIES, KEYS, DIM = 2, 2, 9, 4
 

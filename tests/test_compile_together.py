@@ -9,9 +9,9 @@ import triton_interpreter
 from decode_problems import Problem, Sizes, make_problem
 
 from lychee_compile.codegen.specification import SparseSpec
-from lychee_compile.kernels.compile_together import compile_together
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import SlotLayout
+from lychee_compile.kernels.gpu.common.compile_together import compile_together
+from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
 
 triton_interpreter.use()
 pytestmark = pytest.mark.usefixtures("kernel_folder")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import lychee_compile
-from lychee_compile.kernels import policies
-from lychee_compile.kernels.policies.quest import QuestIndex
+from lychee_compile.kernels.policies import registry as policies
+from lychee_compile.kernels.policies.decode.quest import QuestIndex
 from lychee_compile.kernels.reference.index import KVIndex
 
 

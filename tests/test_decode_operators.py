@@ -16,12 +16,12 @@ from torch._inductor import compile_fx
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, S, SparseSpec
-from lychee_compile.kernels import decode_operators
-from lychee_compile.kernels.generated import load, store
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import SlotLayout
-from lychee_compile.kernels.slot_states import GrowingSlots
-from lychee_compile.kernels.slot_upkeep import SlotCache
+from lychee_compile.kernels.gpu.common.module_cache import load, store
+from lychee_compile.kernels.gpu.lifecycle import SlotCache
+from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
+from lychee_compile.kernels.gpu.owners import GrowingSlots
+from lychee_compile.kernels.operators import decode as decode_operators
 
 triton_interpreter.use()
 pytestmark = [

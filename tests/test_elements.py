@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from tracing import Traced, evaluate, loads, places, whole, with_finer_axes
 
-from lychee_compile.passes.axes import Axes, size_expression
-from lychee_compile.passes.dataflow import shape_of
-from lychee_compile.passes.elements import Elements
-from lychee_compile.passes.names import Names
-from lychee_compile.passes.normalise import normalise
+from lychee_compile.passes.graph.dataflow import shape_of
+from lychee_compile.passes.graph.names import Names
+from lychee_compile.passes.graph.normalise import normalise
+from lychee_compile.passes.symbolic.axes import Axes, size_expression
+from lychee_compile.passes.symbolic.elements import Elements
 
 ROWS, COLUMNS = 3, 5
 

@@ -14,7 +14,7 @@ from lychee_compile.evaluate.fidelity import fidelity
 from lychee_compile.evaluate.replay import Replay, dense_truths
 from lychee_compile.evaluate.synthetic import synthetic_capture
 from lychee_compile.evaluate.variants import Variant, parse_variants
-from lychee_compile.kernels import policies
+from lychee_compile.kernels.policies import registry
 from lychee_compile.kernels.reference.grouped import GroupedIndex
 from lychee_compile.kernels.reference.selection import select
 from lychee_compile.options import OptionError
@@ -40,7 +40,7 @@ class RankedByFirstKey(GroupedIndex):
 
 @pytest.fixture
 def first_key(monkeypatch):
-    monkeypatch.setitem(policies._registered, "first-key", RankedByFirstKey)
+    monkeypatch.setitem(registry._registered, "first-key", RankedByFirstKey)
 
 
 def test_the_truth_is_dense_attention():
@@ -59,7 +59,7 @@ def test_the_truth_is_dense_attention():
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("policy", policies.policy_names())
+@pytest.mark.parametrize("policy", registry.policy_names())
 def test_a_budget_for_everything_loses_nothing(policy, softcap):
     taken = synthetic_capture(300, 2, softcap=softcap)
     row = fidelity(taken, [Variant(policy)], [400]).row(policy, 400)

@@ -29,7 +29,7 @@ from lychee_compile.evaluate.prefill_capture import (
 )
 from lychee_compile.evaluate.synthetic import synthetic_capture
 from lychee_compile.evaluate.variants import parse_variants
-from lychee_compile.kernels.reference.tile_attention import TileConfig
+from lychee_compile.kernels.reference.prefill_attention import TileConfig
 from lychee_compile.kernels.reference.tiles import TILE
 from lychee_compile.options import OptionError
 

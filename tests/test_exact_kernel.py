@@ -9,8 +9,8 @@ from decode_problems import DTYPES, LAYOUTS, MASKS, SCORES, Sizes, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lychee_compile.kernels.launch import run_exact
-from lychee_compile.kernels.tuning import Tuning
+from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.lychee.launch import run_exact
 
 triton_interpreter.use()
 pytestmark = [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from lychee_compile.kernels import policies
+from lychee_compile.kernels.policies import registry
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONTEXT, BUDGET, NEW_TOKENS, LAYERS = 160, 96, 6, 2
@@ -168,7 +168,7 @@ def test_whisper_reads_few_frames_of_sound(capsys):
 
 @pytest.mark.thorough
 def test_custom_policy_takes_sizes(monkeypatch, capsys):
-    monkeypatch.setattr(policies, "_registered", dict(policies._registered))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     sizes = ["--context", "200", "--budget", "120", "--device", "cpu"]
     shares = example("custom_policy").main(sizes)
     assert shares["streaming"] < shares["mean-key"] < shares["lychee"] < 1

@@ -26,10 +26,10 @@ from generating import (
 from torch import Tensor
 
 import lychee_compile
-from lychee_compile.kernels import operators
-from lychee_compile.kernels.memory import warn_of_memory
-from lychee_compile.kernels.policies.lychee import LycheeIndex
-from lychee_compile.state import registry
+from lychee_compile.kernels.operators import reference as reference_operators
+from lychee_compile.kernels.out_of_memory import warn_of_memory
+from lychee_compile.kernels.policies.decode.lychee import LycheeIndex
+from lychee_compile.runtime.cache_registry import registry
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
@@ -132,7 +132,7 @@ def test_a_step_that_breaks_off_within_the_graph(monkeypatch: pytest.MonkeyPatch
     """The first layer has written its key, the second has not: the cache has to be emptied."""
     model, ids, calls = decoder(), tokens(1, PROMPT), []
     given = entered("compile_config", model, EVERYTHING)
-    cache, select = empty(model, "static"), operators.select
+    cache, select = empty(model, "static"), reference_operators.select
 
     def broken(*operands: Any) -> Any:
         calls.append(None)
@@ -141,7 +141,7 @@ def test_a_step_that_breaks_off_within_the_graph(monkeypatch: pytest.MonkeyPatch
         return select(*operands)
 
     with monkeypatch.context() as patched:
-        patched.setattr(operators, "select", broken)
+        patched.setattr(reference_operators, "select", broken)
         with pytest.raises(KeyboardInterrupt):
             generate(model, None, ids, past_key_values=cache, **given)
     assert len(registry) == 0

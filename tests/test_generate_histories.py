@@ -26,8 +26,8 @@ from generating import (
     transformers,
 )
 
-from lychee_compile.kernels import cache_index
-from lychee_compile.kernels.policies.lychee import LycheeIndex
+from lychee_compile.kernels.operators import cache_index
+from lychee_compile.kernels.policies.decode.lychee import LycheeIndex
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 

@@ -12,8 +12,8 @@ import torch
 import triton_interpreter
 from generating import EVERYTHING, LAYERS, beams, conversation, decoder, entered, lookup
 
-from lychee_compile.kernels import slot_upkeep
-from lychee_compile.kernels.slot_upkeep import Upkeep
+from lychee_compile.kernels.gpu import lifecycle
+from lychee_compile.kernels.gpu.lifecycle import Upkeep
 
 triton_interpreter.use()
 pytestmark = [
@@ -55,7 +55,7 @@ def test_turns_of_a_conversation_are_indexed_in_one_pass_each(
 ) -> None:
     """The first turn after one step, later ones after two and four: turns this short do not pay."""
     monkeypatch.setattr(generating, "NEW", 12)
-    monkeypatch.setattr(slot_upkeep, "WORTH_LOGGING", 20)
+    monkeypatch.setattr(lifecycle, "WORTH_LOGGING", 20)
     model = decoder()
     given = entered("compile_config", model, EVERYTHING)
     with caplog.at_level(logging.INFO, "lychee_compile"):

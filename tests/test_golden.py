@@ -17,7 +17,7 @@ import torch
 
 import lychee_compile
 from lychee_compile.passes.site import Site
-from lychee_compile.report import Report, group_sites
+from lychee_compile.report.report import Report, group_sites
 
 pytest.importorskip("transformers")
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import lychee_compile
-from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
 from lychee_compile.kernels.reference.tiles import TILE
-from lychee_compile.passes.grids import Grid, Orders
-from lychee_compile.passes.rearrange import Emitter
+from lychee_compile.passes.lower.patch_grids import Grid, Orders
+from lychee_compile.passes.lower.rearrange import Emitter
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 

@@ -13,8 +13,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 import lychee_compile
-from lychee_compile.passes import torch_private
-from lychee_compile.passes.host_integers import take_out_integers
+from lychee_compile import torch_private
+from lychee_compile.passes.graph.host_integers import take_out_integers
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

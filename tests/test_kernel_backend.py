@@ -29,8 +29,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lychee_compile
-from lychee_compile.kernels.reference.slots import select_slots
-from lychee_compile.state import registry
+from lychee_compile.kernels.gpu.lychee.spec import select_slots
+from lychee_compile.runtime.cache_registry import registry
 
 triton_interpreter.use()
 pytestmark = [

@@ -26,11 +26,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lychee_compile
-from lychee_compile.kernels import decode_operators, slot_states
-from lychee_compile.kernels.observe import warn_of_recording
-from lychee_compile.kernels.slot_upkeep import WORTHWHILE
-from lychee_compile.state import registry
-from lychee_compile.stateful_graph import _warn_of_inference_mode
+from lychee_compile.kernels.gpu import owners
+from lychee_compile.kernels.gpu.lifecycle import WORTHWHILE
+from lychee_compile.kernels.operators import decode as decode_operators
+from lychee_compile.kernels.operators.observe import warn_of_recording
+from lychee_compile.runtime.cache_registry import registry
+from lychee_compile.runtime.stateful_graph import _warn_of_inference_mode
 
 triton_interpreter.use()
 pytestmark = [
@@ -166,7 +167,7 @@ def test_inference_mode_is_fine_where_the_cache_is_not_of_it() -> None:
 
 def test_a_growing_cache_outgrows_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few keys match the query; they are sketched before the index is moved, and found after."""
-    monkeypatch.setattr(slot_states, "_roomy", lambda layout: layout)  # no room to spare
+    monkeypatch.setattr(owners, "_roomy", lambda layout: layout)  # no room to spare
     step, query = compiled(grow), torch.zeros(1, KV_HEADS * GROUP, 1, DIM)
     query[..., 0] = 40
     keys, values = torch.randn(2, 1, KV_HEADS, 505, DIM).clamp(-1, 1)

@@ -12,7 +12,7 @@ from test_models import EVERYTHING, PROMPT, decode, model_of, transformers
 from torch._dynamo.utils import counters
 
 import lychee_compile
-from lychee_compile.state import registry
+from lychee_compile.runtime.cache_registry import registry
 
 triton_interpreter.use()
 pytestmark = [

@@ -26,8 +26,8 @@ from sympy import Eq, Indexed, IndexedBase, floor
 
 from lychee_compile.codegen.printer import Unprintable, print_expression
 from lychee_compile.codegen.specification import KV, KV_LEN, B, Captured, H, Q, S
-from lychee_compile.kernels.generated import load, store
-from lychee_compile.passes.elementwise import Flag
+from lychee_compile.kernels.gpu.common.module_cache import load, store
+from lychee_compile.passes.symbolic.elementwise import Flag
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

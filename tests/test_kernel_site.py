@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile.codegen import module
-from lychee_compile.kernels import trial
-from lychee_compile.passes import kernel_site, kernel_support
+from lychee_compile.kernels.gpu import trial_run
+from lychee_compile.passes.lower import decode_site, kernel_support
 from lychee_compile.passes.site import Site
 
 triton_interpreter.use()
@@ -193,23 +193,23 @@ def test_a_kernel_that_cannot_be_made_leaves_the_attention_as_it_was(
     def broken(*given: Any, **more: Any) -> Any:
         raise ZeroDivisionError("a bug of ours\nand a lot of text")
 
-    kernel_site._stored.cache_clear()
-    trial._tried.clear()
+    decode_site._stored.cache_clear()
+    trial_run._tried.clear()
     place, name = {
-        "emit": (kernel_site, "emit_module"),
-        "store": (kernel_site, "store"),
-        "run": (trial, "run_exact"),
+        "emit": (decode_site, "emit_module"),
+        "store": (decode_site, "store"),
+        "run": (trial_run, "run_exact"),
     }[stage]
     monkeypatch.setattr(place, name, broken)
     if stage == "run":
-        monkeypatch.setattr(trial, "new_index", broken)
+        monkeypatch.setattr(trial_run, "new_index", broken)
     site = kept(attend, *operands())
     assert site.reason.endswith("ZeroDivisionError: a bug of ours")
     assert not site.by_design
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="a bug of ours"):
         compiled(attend, strict=True)(*operands())
-    kernel_site._stored.cache_clear()
+    decode_site._stored.cache_clear()
 
 
 def test_where_only_the_sparse_kernel_fails_the_exact_one_runs(
@@ -218,8 +218,8 @@ def test_where_only_the_sparse_kernel_fails_the_exact_one_runs(
     def broken(*given: Any) -> Any:
         raise RuntimeError("out of shared memory")
 
-    trial._tried.clear()
-    monkeypatch.setattr(trial, "new_index", broken)
+    trial_run._tried.clear()
+    monkeypatch.setattr(trial_run, "new_index", broken)
     site = only_site(attend, *operands())
     assert (site.decision, site.kernel[:13]) == ("exact", "decode_exact_")
     assert site.reason == "no sparse kernel for it: RuntimeError: out of shared memory"
@@ -229,9 +229,9 @@ def test_a_trial_that_found_no_memory_proves_nothing(monkeypatch: pytest.MonkeyP
     def full(*given: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    trial._tried.clear()
+    trial_run._tried.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(trial, "new_index", full)
+        patched.setattr(trial_run, "new_index", full)
         site = only_site(attend, *operands())
     assert site.decision == "sparse"
 

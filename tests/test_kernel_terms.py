@@ -30,10 +30,7 @@ from kernel_values import How, assert_right, compiled, traced
 from torch import Tensor
 
 from lychee_compile.codegen.specification import KV, B, Captured, Q, S
-from lychee_compile.passes.kernel_terms import (
-    fused_terms,
-    mask_terms,
-)
+from lychee_compile.passes.lower.kernel_expressions import fused_terms, mask_terms
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

@@ -26,18 +26,18 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tracing import Traced
 
 from lychee_compile.codegen.specification import KV, KV_LEN, Captured, H, Q, S
-from lychee_compile.passes.canonical import Canonicaliser
-from lychee_compile.passes.captures import NotCapturable
-from lychee_compile.passes.check import RewriteError
-from lychee_compile.passes.detect import find_attention
-from lychee_compile.passes.elementwise import Flag
-from lychee_compile.passes.kernel_terms import (
+from lychee_compile.passes.detect.detect import find_attention
+from lychee_compile.passes.graph.check import RewriteError
+from lychee_compile.passes.lower.canonical import Canonicaliser
+from lychee_compile.passes.lower.kernel_expressions import (
     NotExpressible,
     fused_terms,
     kernel_terms,
     mask_terms,
 )
-from lychee_compile.passes.rearrange import Emitter
+from lychee_compile.passes.lower.read_time import NotCapturable
+from lychee_compile.passes.lower.rearrange import Emitter
+from lychee_compile.passes.symbolic.elementwise import Flag
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

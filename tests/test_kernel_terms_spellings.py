@@ -18,12 +18,8 @@ from spellings_random import attend as attend_by
 from spellings_random import recipes
 from torch import Tensor
 
-from lychee_compile.passes.check import RewriteError
-from lychee_compile.passes.kernel_terms import (
-    NotExpressible,
-    fused_terms,
-    mask_terms,
-)
+from lychee_compile.passes.graph.check import RewriteError
+from lychee_compile.passes.lower.kernel_expressions import NotExpressible, fused_terms, mask_terms
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

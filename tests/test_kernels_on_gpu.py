@@ -10,11 +10,12 @@ import torch
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
-from lychee_compile.kernels import generated, launch
-from lychee_compile.kernels.compile_together import compile_together
-from lychee_compile.kernels.reference.slots import select_slots
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import PAGE, SlotLayout
+from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.kernels.gpu.common.compile_together import compile_together
+from lychee_compile.kernels.gpu.lychee import launch as launch_sketch
+from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.layout import PAGE, SlotLayout
+from lychee_compile.kernels.gpu.lychee.spec import select_slots
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -31,7 +32,7 @@ def make_spec(dtype, group, head_dim, value_dim=None, sparse=None, softcap=None,
 
 
 def compiled(spec):
-    return generated.load(generated.store(emit_module(spec), spec.name).stem)
+    return module_cache.load(module_cache.store(emit_module(spec), spec.name).stem)
 
 
 class Problem:
@@ -82,10 +83,12 @@ class Problem:
         return (weight @ self.value.to(dtype)[:, :, None]).flatten(1, 2)
 
     def exact(self, module):
-        return launch.run_exact(module, self.query, self.key, self.value, [self.last], self.extra)
+        return launch_sketch.run_exact(
+            module, self.query, self.key, self.value, [self.last], self.extra
+        )
 
     def sparse(self, module, index):
-        return launch.run_sparse(
+        return launch_sketch.run_sparse(
             module, self.query, self.key, self.value, [self.last], self.extra, self.positions,
             index.layout, index.parts,
         )  # fmt: skip
@@ -187,7 +190,7 @@ def slots_read(monkeypatch, problem, call):
     Slots are bool [B, Hkv, T, L].
     """
     kept = {}
-    allocate = launch.Scratch.allocate
+    allocate = launch_sketch.Scratch.allocate
 
     def keep(scratch, device):
         made = allocate(scratch, device)
@@ -196,7 +199,7 @@ def slots_read(monkeypatch, problem, call):
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch.Scratch, "allocate", keep)
+        patch.setattr(launch_sketch.Scratch, "allocate", keep)
         output = call()
     batch, heads, slots, _ = problem.key.shape
     lists = kept["chosen"].flatten(1).long()
@@ -297,7 +300,7 @@ def test_a_step_sketches_keys_as_the_build_does():
     problem.sparse(module, index)
     whole = SlotIndex(index.layout, problem.key.device)
     whole.state.copy_(index.state)
-    launch.run_encode(module, problem.key, whole.layout, whole.parts, 0, 2008)
+    launch_sketch.run_encode(module, problem.key, whole.layout, whole.parts, 0, 2008)
     for name in ("fine", "coarse"):
         stepped, built = (getattr(each.parts, name)[:, :, :2008] for each in (index, whole))
         assert (stepped != built).float().mean() < 0.01, name

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.usefixtures("without_inductor", "seeded"),
     pytest.mark.filterwarnings("ignore:(overflow|divide by zero) encountered:RuntimeWarning"),
 ]
-growing_layer = sys.modules["lychee_compile.growing_layer"]
+growing_layer = sys.modules["lychee_compile.cache.growing_layer"]
 SHAPE = {"sinks": 2, "recent": 16, "chunk": (4, 8)}
 EVERYTHING = {"budget": 20_000, **SHAPE}
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from tracing import Traced, evaluate, loads
 
 from lychee_compile.codegen.specification import KV, B, H, Q
-from lychee_compile.passes import detect
-from lychee_compile.passes.attention import Attention
-from lychee_compile.passes.masks import Reading
-from lychee_compile.passes.normalise import normalise
+from lychee_compile.passes.detect import detect
+from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.detect.mask_reading import Reading
+from lychee_compile.passes.graph.normalise import normalise
 
 BATCH, HEADS, QUERIES, KEYS, DIM = 2, 2, 4, 6, 3
 NAMES = ("query", "key", "value", "at", "pad", "document", "lengths", "cut", "given")
@@ -125,7 +125,7 @@ def recovered(spell: Callable[..., Tensor], mask: Mask) -> tuple[Reading, Attent
 
 
 def _names(traced: Traced, found: Attention) -> dict[str, Tensor]:
-    from lychee_compile.passes.names import Names
+    from lychee_compile.passes.graph.names import Names
 
     return loads(traced, Names(traced.gm), tuple(inputs()))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import lychee_compile
-from lychee_compile.report import Report
+from lychee_compile.report.report import Report
 
 SIZE, START, STEPS = 48, 30, 4
 BATCH, HEADS, DIM = 2, 4, 16

@@ -13,7 +13,7 @@ from torch import Tensor
 from tracing import Traced
 
 import lychee_compile
-from lychee_compile.passes.normalise import normalise
+from lychee_compile.passes.graph.normalise import normalise
 from lychee_compile.passes.site import Site
 
 SIZE, DIM = 160, 8

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from strategies import Heads, bounded_select, configs, heads, masks, random, row_chunks, seeds
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lychee_compile.kernels import handles, operators, reference
+from lychee_compile.kernels import handles, reference
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.handles import Handle
-from lychee_compile.kernels.observe import observers
-from lychee_compile.kernels.operators import sparse_attention, update_index
+from lychee_compile.kernels.operators import reference as reference_operators
+from lychee_compile.kernels.operators.observe import observers
+from lychee_compile.kernels.operators.reference import sparse_attention, update_index
 
 SHAPE = Heads(2, 2, 2, 8)
 CONFIG = IndexConfig(sinks=2, recent=8, chunk=(2, 4), cluster_chunks=2, budget=24)
@@ -44,7 +45,7 @@ def calls():
 
 def operand_sets():
     """Query, key, value and mask: one query or several, masks, dtypes, a value size of its own."""
-    for dtype in operators.DTYPES:
+    for dtype in reference_operators.DTYPES:
         for query_len, group in ((1, 2), (3, 1), (3, 2)):
             shape = Heads(2, 2, group, 8)
             key = shape.keys("gaussian", 0, 60, dtype)
@@ -119,7 +120,9 @@ def test_update_index_is_a_proper_operator(positions, token_ids, mask):
     torch.library.opcheck(update_index, operands)
 
 
-@given(heads, configs(policy="lychee"), st.sampled_from(operators.DTYPES), seeds, st.data())
+@given(
+    heads, configs(policy="lychee"), st.sampled_from(reference_operators.DTYPES), seeds, st.data()
+)
 def test_the_operators_attend_as_sdpa_does(shape, config, dtype, seed, data):
     """With a budget for everything, whatever the mask; what was never indexed is read whole."""
     tokens = data.draw(st.integers(1, 60))
@@ -177,7 +180,7 @@ def test_token_ids_give_the_strengths():
 
 
 def test_a_prefill_is_dense(handle, calls):
-    many = operators.LONGEST_QUERY + 1
+    many = reference_operators.LONGEST_QUERY + 1
     key, query = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, many)
     update_index(key, None, None, None, handle.tensor, 1)
     output = sparse_attention(query, key, key, None, None, handle.tensor, 0.3, None, "")
@@ -281,7 +284,7 @@ def test_a_cache_of_another_shape_has_another_index(other, handle):
 
 def test_the_operators_do_not_take_float64():
     """The passes keep such sites; the reference itself computes them in float64."""
-    assert set(operators.DTYPES) == {torch.float32, torch.bfloat16, torch.float16}
+    assert set(reference_operators.DTYPES) == {torch.float32, torch.bfloat16, torch.float16}
 
 
 REFERENCE = Path(reference.__file__).parent
@@ -314,7 +317,7 @@ class Blocker:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocker())
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies import make_index
+from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference import attention, selection
 key = torch.ones(1, 1, 99, 4)
 built = make_index(1, 1, 4, IndexConfig(), key.device)

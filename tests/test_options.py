@@ -16,7 +16,7 @@ from torch._inductor import list_mode_options
 from lychee_compile import options as options_module
 from lychee_compile.boundaries import BoundaryTable
 from lychee_compile.kernels.config import BOUNDARIES, IndexConfig
-from lychee_compile.kernels.policies import policy_names
+from lychee_compile.kernels.policies.registry import policy_names
 from lychee_compile.options import OptionError, Options
 
 STRENGTHS = torch.tensor([0, 1, 2, 3, 4], dtype=torch.uint8)

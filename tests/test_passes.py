@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile.passes.site import Site
-from lychee_compile.state import registry
+from lychee_compile.runtime.cache_registry import registry
 
 BATCH, HEADS, GROUP, SIZE, DIM = 2, 2, 2, 160, 8
 START, STEPS = 60, 30

@@ -25,7 +25,7 @@ from strategies import (
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies import index_class, policy_names
+from lychee_compile.kernels.policies.registry import index_class, policy_names
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.selection import Selection, select
 

@@ -8,7 +8,7 @@ from tiny_models import VOCABULARY, StaticKV, TinyDecoder, decode_beside
 from torch._dynamo.utils import counters
 
 import lychee_compile
-from lychee_compile.kernels.policies import policy_names
+from lychee_compile.kernels.policies.registry import policy_names
 
 POLICIES = sorted(policy_names())
 OPTIONS = {"budget": 40, "sinks": 2, "recent": 8, "chunk": (2, 4), "dense_layers": 0}

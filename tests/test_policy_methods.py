@@ -17,7 +17,7 @@ from plain_caches import (
 )
 from strategies import greedy_chunks
 
-from lychee_compile.kernels.policies import index_class
+from lychee_compile.kernels.policies.registry import index_class
 
 
 def quest(keys, queries, config):

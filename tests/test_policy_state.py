@@ -11,7 +11,7 @@ from strategies import CPU, Heads, random
 from torch.nn.functional import cosine_similarity as cosine
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies import index_class
+from lychee_compile.kernels.policies.registry import index_class
 from lychee_compile.kernels.reference.selection import select
 
 

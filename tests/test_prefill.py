@@ -37,7 +37,7 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile.boundaries import BoundaryTable
-from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
 from lychee_compile.kernels.reference.tiles import TILE
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")

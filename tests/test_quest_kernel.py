@@ -13,14 +13,14 @@ from decode_problems import Sizes, element, make_problem
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.parts import boxes
 from lychee_compile.codegen.specification import KV, B, H, Q, SparseSpec
-from lychee_compile.kernels import launch_quest
-from lychee_compile.kernels.box_index import BoxIndex
-from lychee_compile.kernels.box_layout import BoxLayout
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies.quest import PAGE, QuestIndex
+from lychee_compile.kernels.gpu.quest import launch as launch_quest
+from lychee_compile.kernels.gpu.quest.index import BoxIndex
+from lychee_compile.kernels.gpu.quest.layout import BoxLayout
+from lychee_compile.kernels.policies.decode.quest import PAGE, QuestIndex
 from lychee_compile.kernels.reference.question import query_rows
 from lychee_compile.kernels.reference.selection import select
-from lychee_compile.passes.elementwise import Flag
+from lychee_compile.passes.symbolic.elementwise import Flag
 
 triton_interpreter.use()
 

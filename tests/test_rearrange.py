@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from tracing import Traced
 
-from lychee_compile.passes.axes import Axes
-from lychee_compile.passes.check import RewriteError
-from lychee_compile.passes.dataflow import aten
-from lychee_compile.passes.operands import Layout, Operand
-from lychee_compile.passes.rearrange import Emitter, Rearranger
+from lychee_compile.passes.detect.operands import Layout, Operand
+from lychee_compile.passes.graph.check import RewriteError
+from lychee_compile.passes.graph.dataflow import aten
+from lychee_compile.passes.lower.rearrange import Emitter, Rearranger
+from lychee_compile.passes.symbolic.axes import Axes
 
 SIZES = {"b": 2, "h": 3, "g": 2, "t": 4, "d": 5}
 

@@ -90,7 +90,7 @@ def test_chunks_cover_what_is_cached() -> None:
 
 
 def test_recorders_nest_and_an_error_ends_them() -> None:
-    from lychee_compile.kernels.observe import observers
+    from lychee_compile.kernels.operators.observe import observers
 
     def fail() -> None:
         with lychee_compile.record(), lychee_compile.record():

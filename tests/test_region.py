@@ -21,8 +21,8 @@ from region_steps import (
 from tracing import Traced
 
 import lychee_compile
-from lychee_compile.passes.dataflow import operator_key
-from lychee_compile.passes.region import Order, overwritten_before, region_between
+from lychee_compile.passes.graph.dataflow import operator_key
+from lychee_compile.passes.graph.region import Order, overwritten_before, region_between
 from lychee_compile.passes.site import Site
 
 START, STEPS = 140, 3

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lychee_compile.passes.site import Site
-from lychee_compile.report import Report, group_sites
-from lychee_compile.site_names import collapse
+from lychee_compile.report.name_patterns import collapse
+from lychee_compile.report.report import Report, group_sites
 
 KEPT = Site(
     name="model.layers.0.self_attn",

@@ -11,12 +11,13 @@ from decode_problems import DTYPES, Sizes, make_problem
 from sparse_steps import Step, built, copied
 from test_sparse_kernel import FLAT, PAGED
 
-from lychee_compile.kernels import slot_index, slot_layout
-from lychee_compile.kernels.launch import run_encode
+from lychee_compile.kernels.gpu.lychee import index as sketch_index
+from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
+from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.launch import run_encode
+from lychee_compile.kernels.gpu.lychee.layout import BLOCK, PAGE, SlotLayout, planes
+from lychee_compile.kernels.gpu.lychee.spec import _unpacked
 from lychee_compile.kernels.reference.sketch import KeySketches
-from lychee_compile.kernels.reference.slots import _unpacked
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import BLOCK, PAGE, SlotLayout, planes
 
 triton_interpreter.use()
 pytestmark = [
@@ -153,8 +154,8 @@ RAGGED = [(700, 300), (300, 1050), (530, 40), (1024, 512)]
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(slot_layout, "BLOCK", 512)
-    monkeypatch.setattr(slot_index, "WELL_FITTED", 64)
+    monkeypatch.setattr(sketch_layout, "BLOCK", 512)
+    monkeypatch.setattr(sketch_index, "WELL_FITTED", 64)
 
 
 def alone(problem, row, end):
@@ -217,7 +218,7 @@ def test_refits_of_a_row_leave_rows_that_are_further_as_they_were(small_blocks):
 
 
 def test_a_block_that_begins_takes_over_the_axes_before(monkeypatch):
-    monkeypatch.setattr(slot_layout, "BLOCK", 512)
+    monkeypatch.setattr(sketch_layout, "BLOCK", 512)
     sizes = Sizes(kv_len=520, query_len=2, group=2)
     problem = make_problem(sizes=sizes, sparse=PAGED, length=511)
     index = SlotIndex(SlotLayout.of(problem.key), torch.device("cpu"))

@@ -14,14 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lychee_compile.kernels import kernel_policies, slot_layout, slot_states, slot_upkeep
-from lychee_compile.kernels.device_index import REFIT
-from lychee_compile.kernels.slot_index import LEAST_REFIT, SlotIndex
-from lychee_compile.kernels.slot_layout import BLOCK, SlotLayout
-from lychee_compile.kernels.slot_states import FixedSlots, GrowingSlots
-from lychee_compile.kernels.slot_upkeep import MOST_PATIENCE, WORTHWHILE, SlotCache
-from lychee_compile.state import registry
-from lychee_compile.stateful_graph import StatefulGraph, StateInput
+from lychee_compile.kernels.gpu import lifecycle, owners
+from lychee_compile.kernels.gpu import methods as gpu_methods
+from lychee_compile.kernels.gpu.common.index import REFIT
+from lychee_compile.kernels.gpu.lifecycle import MOST_PATIENCE, WORTHWHILE, SlotCache
+from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
+from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SlotIndex
+from lychee_compile.kernels.gpu.lychee.layout import BLOCK, SlotLayout
+from lychee_compile.kernels.gpu.owners import FixedSlots, GrowingSlots
+from lychee_compile.runtime.cache_registry import registry
+from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
 
 KEY = torch.randn(2, 3, 2000, 16)
 LAYOUT = SlotLayout.of(KEY)
@@ -60,12 +62,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
         assert max(ends) <= key.shape[2]
         done.note("refit", ends)
 
-    monkeypatch.setattr(slot_upkeep, "load", lambda kernel: kernel)
+    monkeypatch.setattr(lifecycle, "load", lambda kernel: kernel)
     monkeypatch.setattr(SlotIndex, "build", build)
     monkeypatch.setattr(SlotIndex, "refit", refit)
-    slot_upkeep.warn_of_memory.cache_clear()
+    lifecycle.warn_of_memory.cache_clear()
     yield done
-    slot_upkeep.warn_of_memory.cache_clear()
+    lifecycle.warn_of_memory.cache_clear()
 
 
 def stepped(upkeep: FixedSlots, end: int | Tensor, written: int = 1) -> None:
@@ -242,7 +244,7 @@ def test_where_the_index_finds_no_memory_attention_stays_exact(
         return next(tries)(*given)
 
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "lychee_compile"):
-        patched.setattr(kernel_policies, "SlotIndex", sometimes)
+        patched.setattr(gpu_methods, "SlotIndex", sometimes)
         layers = [FixedSlots(LAYOUT, KEY.device) for _ in range(3)]
     assert len({id(each.tensor) for each in layers}) == 1
     for layer in layers:
@@ -254,7 +256,7 @@ def test_where_the_index_finds_no_memory_attention_stays_exact(
     (record,) = caplog.records
     assert "reads all keys" in record.message
     del layers, layer
-    assert not slot_states._spares
+    assert not owners._spares
 
 
 def test_where_building_finds_no_memory_it_is_not_tried_again(
@@ -301,7 +303,7 @@ def test_a_growing_index_takes_what_it_knows_along(calls: Calls) -> None:
 def test_a_growing_index_whose_blocks_become_larger_is_built_anew(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slot_layout, "BLOCK", 128)
+    monkeypatch.setattr(sketch_layout, "BLOCK", 128)
     upkeep, longer = grown(), torch.empty(2, 3, 9000, 16)
     assert upkeep.index is not None
     assert upkeep.index.layout.block == 128
@@ -317,7 +319,7 @@ def test_a_growing_index_whose_blocks_become_larger_is_built_anew(
     [(1, 8192), (2**18, 8192), (2**18 + 1, 16384), (2**19, 16384), (2**20, 32768), (2**22, 32768)],
 )
 def test_there_are_few_blocks_and_none_is_huge(slots: int, size: int) -> None:
-    assert slot_layout.block_size(slots) == size
+    assert sketch_layout.block_size(slots) == size
 
 
 def test_the_end_of_a_cache_of_unknown_size_is_where_the_graph_wrote(calls: Calls) -> None:
@@ -343,7 +345,7 @@ def test_where_a_growing_index_finds_no_memory_it_is_given_up(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upkeep, longer = grown(), torch.empty(2, 3, 9000, 16)
-    monkeypatch.setattr(kernel_policies, "SlotIndex", full)
+    monkeypatch.setattr(gpu_methods, "SlotIndex", full)
     assert upkeep.index_for(longer, None) is None
     upkeep.after_call(longer, use(1, None))
     assert not upkeep.trusted

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from lychee_compile.kernels import generated
-from lychee_compile.kernels.generated import KernelUnavailable, load, store
+from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.kernels.gpu.common.module_cache import KernelUnavailable, load, store
 
 SOURCE = '''"""Twice a number."""
 
@@ -39,9 +39,9 @@ def folder(tmp_path, monkeypatch):
 
 def _forget(monkeypatch):
     """Be a process that neither stored nor loaded anything."""
-    monkeypatch.setattr(generated, "_sources", {})
-    monkeypatch.setattr(generated, "_modules", {})
-    generated._say_once.cache_clear()
+    monkeypatch.setattr(module_cache, "_sources", {})
+    monkeypatch.setattr(module_cache, "_modules", {})
+    module_cache._say_once.cache_clear()
 
 
 def _stored(folder):
@@ -77,7 +77,7 @@ def test_same_source_same_file_and_another_source_another(folder):
 
 def test_another_process_loads_what_this_one_stored():
     kernel = store(SOURCE, "decode").stem
-    lines = "from lychee_compile.kernels.generated import load; import sys"
+    lines = "from lychee_compile.kernels.gpu.common.module_cache import load; import sys"
     lines += "; print(load(sys.argv[1]).twice(4))"
     done = subprocess.run(
         [sys.executable, "-c", lines, kernel], capture_output=True, text=True, check=True
@@ -200,7 +200,8 @@ def test_a_folder_of_somebody_else(folder):
 
 def test_the_temporary_folder_goes_with_its_process(folder):
     folder.write_text("")
-    lines = "from lychee_compile.kernels.generated import store; print(store('x = 1', 'decode'))"
+    lines = "from lychee_compile.kernels.gpu.common.module_cache import store\n"
+    lines += "print(store('x = 1', 'decode'))"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith(".py")
     assert not Path(done.stdout.strip()).parent.exists()
@@ -233,11 +234,11 @@ def test_a_dead_process_holds_no_lock(holder):
     holder.join()
     begin = time.monotonic()
     assert load(store(SOURCE, "decode").stem).twice(1) == 2
-    assert time.monotonic() - begin < generated.LOCK_SECONDS / 2
+    assert time.monotonic() - begin < module_cache.LOCK_SECONDS / 2
 
 
 def test_a_hanging_process_is_not_waited_for(holder, folder, monkeypatch):
-    monkeypatch.setattr(generated, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(module_cache, "LOCK_SECONDS", 0.2)
     path = store(SOURCE, "decode")
     assert path.parent == folder
     assert load(path.stem).twice(1) == 2

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from sparse_steps import Step, built
 
 from lychee_compile.codegen.specification import SparseSpec
-from lychee_compile.kernels import slot_layout
-from lychee_compile.kernels.slot_index import SlotIndex
-from lychee_compile.kernels.slot_layout import SlotLayout
-from lychee_compile.kernels.tuning import Tuning
+from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
+from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
 
 triton_interpreter.use()
 pytestmark = [
@@ -179,7 +179,7 @@ def test_keys_that_are_not_finite_harm_no_others(dtype, sparse):
 @pytest.fixture(scope="module")
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slot_layout, "BLOCK", BLOCK)
+        patch.setattr(sketch_layout, "BLOCK", BLOCK)
         yield
 
 

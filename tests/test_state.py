@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile import BoundaryTable
-from lychee_compile.kernels import operators
+from lychee_compile.kernels.operators import reference as reference_operators
 from lychee_compile.kernels.reference.fingerprints import fingerprints
 from lychee_compile.options import Options
-from lychee_compile.state import registry
+from lychee_compile.runtime.cache_registry import registry
 
 BATCH, SIZE, PROMPT = 2, 160, 70
 EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
@@ -133,7 +133,7 @@ def test_a_call_that_breaks_off_drops_its_index(
         raise error("in the middle")
 
     with monkeypatch.context() as patched:
-        patched.setattr(operators, "select", broken)
+        patched.setattr(reference_operators, "select", broken)
         with pytest.raises(error, match="in the middle"):
             compiled(tokens(2, 1), cache=cache)
     assert len(registry) == 0

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import lychee_compile
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.slot_index import LEAST_REFIT, SlotIndex
-from lychee_compile.kernels.slot_layout import SlotLayout
-from lychee_compile.kernels.slot_upkeep import SlotCache
-from lychee_compile.state import registry
-from lychee_compile.stateful_graph import StatefulGraph, StateInput
+from lychee_compile.kernels.gpu.lifecycle import SlotCache
+from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SlotIndex
+from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
+from lychee_compile.runtime.cache_registry import registry
+from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
 
 LITTLE = 64 << 10
 """Bytes that counters and caches of Python itself may take."""
@@ -54,7 +54,7 @@ def test_many_calls_of_a_graph_leave_nothing_behind(
 
     monkeypatch.setattr(SlotIndex, "build", build)
     monkeypatch.setattr(SlotIndex, "refit", refit)
-    monkeypatch.setattr("lychee_compile.kernels.slot_upkeep.load", lambda _: None)
+    monkeypatch.setattr("lychee_compile.kernels.gpu.lifecycle.load", lambda _: None)
     keys = torch.zeros(1, 2, 512, 16)
     use = SlotCache("decode_lychee_f32_g2_d16_b40", lambda cache: cache, 1, SlotLayout.of(keys))
     graph = StatefulGraph(lambda *_: (), [StateInput(0, None, slots=use)], IndexConfig(), None)

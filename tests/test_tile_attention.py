@@ -13,8 +13,10 @@ from strategies import DTYPES, KINDS, make_keys
 from torch import Tensor
 from whole_sequences import Whole, tile_configs, wholes
 
-from lychee_compile.kernels.observe import tile_observers
-from lychee_compile.kernels.reference.tile_attention import (
+from lychee_compile.kernels.operators.observe import tile_observers
+from lychee_compile.kernels.operators.prefill import sparse_prefill
+from lychee_compile.kernels.policies.prefill_registry import tile_policy_names
+from lychee_compile.kernels.reference.prefill_attention import (
     TileConfig,
     TileResult,
     tile_attention,
@@ -26,8 +28,6 @@ from lychee_compile.kernels.reference.tiles import (
     summarise,
     tile_sight,
 )
-from lychee_compile.kernels.tile_operators import sparse_prefill
-from lychee_compile.kernels.tile_policies import tile_policy_names
 
 POLICIES = tile_policy_names()
 policies = st.sampled_from(POLICIES)

@@ -15,12 +15,20 @@ from hypothesis import strategies as st
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, B, Captured, Q, TileSpec
-from lychee_compile.kernels import generated, launch_tiles, tile_operators  # noqa: F401  registers
-from lychee_compile.kernels.launch_tiles import TileLaunch, TileTuning, run_tiles
-from lychee_compile.kernels.reference.tile_question import TileQuestion
+from lychee_compile.kernels.gpu.common import (
+    module_cache,
+)
+from lychee_compile.kernels.gpu.prefill import (
+    launch as launch_prefill,
+)
+from lychee_compile.kernels.gpu.prefill.launch import TileLaunch, TileTuning, run_tiles
+from lychee_compile.kernels.operators import (  # noqa: F401  registers
+    prefill as prefill_operators,
+)
+from lychee_compile.kernels.policies.prefill.lychee import log_shares
+from lychee_compile.kernels.reference.prefill_question import TileQuestion
 from lychee_compile.kernels.reference.tiles import TILE, Sight, tile_sight
-from lychee_compile.kernels.tile_policies.lychee import log_shares
-from lychee_compile.passes.elementwise import Flag
+from lychee_compile.passes.symbolic.elementwise import Flag
 
 triton_interpreter.use()
 pytestmark = [
@@ -35,7 +43,7 @@ SINKS, RECENT, EVERYTHING = 4, 16, 1e6
 @pytest.fixture(autouse=True)
 def few_tiles_together(monkeypatch):
     """Heads are filled up with empty tiles, which take their time here."""
-    monkeypatch.setattr(launch_tiles, "TOGETHER", 4)
+    monkeypatch.setattr(launch_prefill, "TOGETHER", 4)
 
 
 def tiled(**given):
@@ -150,7 +158,7 @@ def assert_best(chosen, question):
 )
 def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch):
     """As many as the specification says, and none that matters less than one left out."""
-    monkeypatch.setattr(launch_tiles, "TOGETHER", together)
+    monkeypatch.setattr(launch_prefill, "TOGETHER", together)
     problem = tiled(sizes=Sizes(1, 1, 2, 300, 300, 32, 16), mask=mask, length=0, seed=1)
     chosen, output, log_sums = chosen_by_kernels(problem, budget)
     question = specified(problem, budget)
@@ -166,7 +174,7 @@ def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch)
 @pytest.mark.parametrize("misleading", [False, True])
 def test_a_sample_that_misleads_changes_nothing(misleading, monkeypatch):
     """Where the bin that the budget ends in is none of those it suggests, all are counted."""
-    monkeypatch.setattr(launch_tiles, "LANES", 64)
+    monkeypatch.setattr(launch_prefill, "LANES", 64)
     problem = tiled(sizes=Sizes(1, 1, 1, 130, 1000, 16, 16), mask="none", seed=3)
     if misleading:  # the sample is of runs of 16 slots, one in fifteen
         slot = torch.arange(1000)
@@ -271,7 +279,7 @@ def test_a_mask_as_a_tensor_leaves_out_no_query_of_a_chunk():
 def test_queries_in_another_order_have_no_keys_of_their_own():
     problem = tiled(sizes=Sizes(1, 1, 1, 300, 300, 16, 16), mask="none", extra=True)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
-    module = generated.store(emit_module(problem.spec), problem.spec.name).stem
+    module = module_cache.store(emit_module(problem.spec), problem.spec.name).stem
     logits = torch.randn(1, 1, 300)
     operands_of = problem.query, problem.key, problem.value
     tiled_prefill = torch.ops.lychee.tiled_prefill.default
@@ -287,8 +295,8 @@ def test_queries_in_another_order_have_no_keys_of_their_own():
 def test_little_scratch_memory_gives_the_same(monkeypatch):
     problem = tiled(sizes=Sizes(2, 1, 1, 140, 140, 16, 16), length=0)
     expected = run_tiles(problem.module(), *operands(problem), 0.4)
-    monkeypatch.setattr(launch_tiles, "SCRATCH_BYTES", 1)
-    monkeypatch.setattr(launch_tiles, "SCANNED", 32)
+    monkeypatch.setattr(launch_prefill, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(launch_prefill, "SCANNED", 32)
     launch = TileLaunch(problem.module(), *operands(problem), 0.4)
     assert len(list(launch.slices())) == 2
     got = run_tiles(problem.module(), *operands(problem), 0.4)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSpec
-from lychee_compile.kernels import generated
-from lychee_compile.kernels.launch_tiles import run_tiles
-from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
+from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.kernels.gpu.prefill.launch import run_tiles
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -35,7 +35,7 @@ class Problem:
         spec = AttentionSpec(
             dtype, group, head_dim, value_dim, self.scale * S, KV <= Q, tiles=tiles
         )
-        self.module = generated.load(generated.store(emit_module(spec), spec.name).stem)
+        self.module = module_cache.load(module_cache.store(emit_module(spec), spec.name).stem)
         self.dtype = getattr(torch, dtype)
         self.query = self.randn(1, heads, tokens, head_dim) + 1
         self.key = self.randn(1, kv_heads, tokens, head_dim)

@@ -16,16 +16,16 @@ from torch import Tensor
 from whole_sequences import Whole, wholes
 
 import lychee_compile
-from lychee_compile.kernels import policies, tile_policies
-from lychee_compile.kernels.policies.quest import QuestIndex
+from lychee_compile.kernels.policies import prefill_registry, registry
+from lychee_compile.kernels.policies.decode.quest import QuestIndex
+from lychee_compile.kernels.policies.prefill import compact, dhsa, lychee, s2o
+from lychee_compile.kernels.policies.prefill.positions import places
 from lychee_compile.kernels.reference.chunking import similarity_strengths
-from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
-from lychee_compile.kernels.reference.tile_question import TileQuestion
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.prefill_question import TileQuestion
 from lychee_compile.kernels.reference.tiles import PAGE, TILE, Sight, tile_sight
-from lychee_compile.kernels.tile_policies import compact, dhsa, lychee, s2o
-from lychee_compile.kernels.tile_policies.places import places
 
-POLICIES = tile_policies.tile_policy_names()
+POLICIES = prefill_registry.tile_policy_names()
 
 
 def question_of(whole: Whole, room: int, sinks: int = 2, recent: int = 3) -> TileQuestion:
@@ -53,7 +53,7 @@ plain_questions = st.builds(
 @pytest.mark.parametrize("policy", POLICIES)
 @given(question=questions)
 def test_candidates_are_chosen_at_most_the_room(policy: str, question: TileQuestion):
-    chosen = tile_policies.tile_choice(policy)(question)
+    chosen = prefill_registry.tile_choice(policy)(question)
     assert chosen.shape == question.candidates.shape
     assert chosen.dtype == torch.bool
     assert not bool((chosen & ~question.candidates).any())
@@ -62,7 +62,7 @@ def test_candidates_are_chosen_at_most_the_room(policy: str, question: TileQuest
     if policy != "s2o":
         assert torch.equal(count, torch.minimum(question.room, there))
     assert bool((count == there)[question.room >= there].all())
-    assert torch.equal(chosen, tile_policies.tile_choice(policy)(question))
+    assert torch.equal(chosen, prefill_registry.tile_choice(policy)(question))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -71,7 +71,7 @@ def test_equal_keys_are_taken_in_their_order(policy: str):
     query = torch.randn(1, 2, 130, 4, generator=torch.Generator().manual_seed(0))
     sight = tile_sight(Sight(None, False, 1, 130, 300, key.device), 0, 130, 2, 5)
     question = TileQuestion(query, key, 1.0, None, sight, torch.full((1, 2, 2), 70))
-    chosen = tile_policies.tile_choice(policy)(question)
+    chosen = prefill_registry.tile_choice(policy)(question)
     expected = range(225, 295) if policy == "streaming" else range(2, 72)
     for row in chosen.flatten(0, 2):
         assert row.nonzero().flatten().tolist() == list(expected)
@@ -128,7 +128,7 @@ def test_lychee_ranks_by_the_largest_log_share(question: TileQuestion):
 
 @given(question=plain_questions)
 def test_streaming_takes_the_last(question: TileQuestion):
-    chosen = tile_policies.tile_choice("streaming")(question)
+    chosen = prefill_registry.tile_choice("streaming")(question)
     for row, head, tile in each_tile(question):
         wanted = best(question, row, head, tile, [float(n) for n in range(chosen.shape[-1])])
         assert chosen[row, head, tile].nonzero().flatten().tolist() == wanted
@@ -284,19 +284,19 @@ def test_far_pages_are_left_out():
 def test_a_policy_for_whole_sequences_alone_is_an_option_but_cannot_decode():
     for name in ("dhsa", "s2o", "compact"):
         assert lychee_compile.Options(policy=name).policy == name
-        assert not policies.has_index(name)
+        assert not registry.has_index(name)
         with pytest.raises(ValueError, match=f"policy '{name}' cannot decode, only whole sequ"):
-            policies.index_class(name)
-    assert policies.has_index("lychee")
+            registry.index_class(name)
+    assert registry.has_index("lychee")
     with pytest.raises(ValueError, match="policy 'quest' has no form for whole sequences"):
-        tile_policies.tile_choice("quest")
+        prefill_registry.tile_choice("quest")
 
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered, as it was when the test is over."""
-    monkeypatch.setattr(policies, "_registered", dict(policies._registered))
-    monkeypatch.setattr(tile_policies, "_registered", dict(tile_policies._registered))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(prefill_registry, "_registered", dict(prefill_registry._registered))
 
 
 def choose_first(question: TileQuestion) -> Tensor:
@@ -310,7 +310,7 @@ def choose_first(question: TileQuestion) -> Tensor:
 def test_a_policy_of_ones_own_chooses_for_whole_sequences(index: type[QuestIndex] | None):
     lychee_compile.register_policy("first", index, tiles=choose_first)
     assert lychee_compile.Options(policy="first").policy == "first"
-    assert policies.has_index("first") == (index is not None)
+    assert registry.has_index("first") == (index is not None)
     query = torch.randn(1, 1, 100, 4)
     operands = (query, torch.randn(1, 1, 500, 4), torch.randn(1, 1, 500, 4), None, False, 1.0)
     read = tile_attention(*operands, TileConfig("first", 100, 0, 10)).read
@@ -331,7 +331,7 @@ def test_a_policy_of_ones_own_chooses_for_whole_sequences(index: type[QuestIndex
 def test_what_is_no_policy_is_refused_whole(
     name: str, index: type | None, tiles: Callable | None, error: type[Exception], message: str
 ):
-    before = policies.policy_names(), tile_policies.tile_policy_names()
+    before = registry.policy_names(), prefill_registry.tile_policy_names()
     with pytest.raises(error, match=message):
         lychee_compile.register_policy(name, index, tiles=tiles)
-    assert (policies.policy_names(), tile_policies.tile_policy_names()) == before
+    assert (registry.policy_names(), prefill_registry.tile_policy_names()) == before

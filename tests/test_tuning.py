@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lychee_compile.kernels import tuning
-from lychee_compile.kernels.launch_parts import power_of_two
-from lychee_compile.kernels.reference.tiles import TILE
-from lychee_compile.kernels.tuning import (
+from lychee_compile.kernels.gpu.common import tuning
+from lychee_compile.kernels.gpu.common.launch_common import power_of_two
+from lychee_compile.kernels.gpu.common.tuning import (
     REGISTERS,
     TILE_BYTES,
     TILES,
@@ -24,6 +23,7 @@ from lychee_compile.kernels.tuning import (
     tile_tuning_for,
     tuning_for,
 )
+from lychee_compile.kernels.reference.tiles import TILE
 
 MODULE = ModuleType("decode_exact_bf16_g4_d128")
 sizes = st.integers(1, 32).map(lambda eighth: 8 * eighth)

@@ -20,10 +20,10 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
-from lychee_compile.passes.axes import Axes, Indices, SplitAxis
-from lychee_compile.passes.dataflow import shape_of
-from lychee_compile.passes.elementwise import Flag
-from lychee_compile.passes.names import Names
+from lychee_compile.passes.graph.dataflow import shape_of
+from lychee_compile.passes.graph.names import Names
+from lychee_compile.passes.symbolic.axes import Axes, Indices, SplitAxis
+from lychee_compile.passes.symbolic.elementwise import Flag
 
 FINEST = 12
 

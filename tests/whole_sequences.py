@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, KINDS, Heads, masks, random, seeds
 from torch import Tensor
 
-from lychee_compile.kernels.reference.tile_attention import (
+from lychee_compile.kernels.reference.prefill_attention import (
     TileConfig,
     TileResult,
     tile_attention,

@@ -20,8 +20,8 @@ from lychee_compile.evaluate.models import compiled, device_of, new_cache, nothi
 from lychee_compile.evaluate.read_all import SHORTEST, read_all_options
 from lychee_compile.evaluate.tensors import Capture, SiteTensors
 from lychee_compile.inspection import reports
-from lychee_compile.kernels.observe import observers
-from lychee_compile.passes.torch_private import unlimited_recompiles
+from lychee_compile.kernels.operators.observe import observers
+from lychee_compile.torch_private import unlimited_recompiles
 
 __all__ = ["Capture", "SiteTensors", "capture", "last_positions"]
 

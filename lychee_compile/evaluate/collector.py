@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.evaluate.tensors import SiteTensors
-from lychee_compile.kernels.observe import SparseCall
+from lychee_compile.kernels.operators.observe import SparseCall
 
 
 class Collector:

@@ -15,8 +15,8 @@ from lychee_compile.evaluate.fidelity import ALL_SITES
 from lychee_compile.evaluate.models import nothing
 from lychee_compile.evaluate.tensors import Capture, Columns, SiteTensors
 from lychee_compile.evaluate.variants import Variant, check_whole, describe
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.tile_attention import TileConfig, tile_attention
 from lychee_compile.kernels.reference.tiles import TILE
 
 

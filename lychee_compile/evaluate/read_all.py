@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.policies import register_policy
+from lychee_compile.kernels.policies.registry import register_policy
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.question import Question, Runs
 

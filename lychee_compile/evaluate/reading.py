@@ -14,7 +14,7 @@ from lychee_compile.evaluate.models import LanguageModel, fork
 from lychee_compile.evaluate.task_texts import Question
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.handles import Handle
-from lychee_compile.state import registry
+from lychee_compile.runtime.cache_registry import registry
 
 TOKEN_DIM = 2
 """Of the keys in a cache of transformers, [B, Hkv, L, D]."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lychee_compile.evaluate.tensors import Capture, Columns, SiteTensors
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies import make_index
+from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.adaptive import certified_attention
 from lychee_compile.kernels.reference.attention import attend
 from lychee_compile.kernels.reference.certificate import log_unread_bound, missed_share

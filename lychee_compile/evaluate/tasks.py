@@ -26,7 +26,7 @@ from lychee_compile.evaluate.models import (
 from lychee_compile.evaluate.reading import Reading, encode, read_densely, read_sparsely
 from lychee_compile.evaluate.task_texts import TASKS, Filler, Question, make_question
 from lychee_compile.evaluate.variants import Variant, check_budgets, describe
-from lychee_compile.passes.torch_private import unlimited_recompiles
+from lychee_compile.torch_private import unlimited_recompiles
 
 DENSE = "dense"
 RESERVED = 96

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies import index_class
-from lychee_compile.kernels.tile_policies import tile_choice
+from lychee_compile.kernels.policies.prefill_registry import tile_choice
+from lychee_compile.kernels.policies.registry import index_class
 from lychee_compile.options import OptionError, Options
 
 NO_BOUNDARIES = torch.zeros(1, dtype=torch.uint8)

@@ -38,9 +38,9 @@ class IndexConfig:
     """Where chunks are cut: see `BOUNDARIES`. "auto" cuts by token strengths where they are known
     and by the similarity of neighbouring keys elsewhere."""
     policy: str = "lychee"
-    """How tokens are chosen, a name in `lychee_compile.kernels.policies`: "lychee", "quest",
+    """How tokens are chosen, a name in `kernels/policies/decode`: "lychee", "quest",
     "clusterkv", "tokenselect", "hisa", "streaming", "oracle", or one of your own. Whole sequences
-    can have those in `lychee_compile.kernels.tile_policies`: "lychee", "streaming", "dhsa", "s2o",
+    can have those in `kernels/policies/prefill`: "lychee", "streaming", "dhsa", "s2o",
     "compact"; the last three cannot decode."""
     epsilon: float | None = None
     """Largest share of the softmax mass that may be missed: the budget widens, up to all tokens,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.cache_index import CacheIndex
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.operators.cache_index import CacheIndex
 
 
 class Numbered:

@@ -1,1 +1,1 @@
-"""FX graph to FX graph: finding attention, and putting the sparse operators in its place."""
+"""From a traced graph to one that attends sparsely."""

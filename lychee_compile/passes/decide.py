@@ -10,25 +10,25 @@ import torch
 import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.operators import DEVICES, DTYPES, LONGEST_QUERY
-from lychee_compile.kernels.policies import has_index, index_class, policy_names
-from lychee_compile.passes import whole_sequences
-from lychee_compile.passes.attention import Attention, Unread
-from lychee_compile.passes.caches import CacheBinding, Unbound, bind_cache, find_writes
-from lychee_compile.passes.dataflow import operator_name, value_of
+from lychee_compile.kernels.operators.reference import DEVICES, DTYPES, LONGEST_QUERY
+from lychee_compile.kernels.policies.registry import has_index, index_class, policy_names
 from lychee_compile.passes.describe import describe, describe_unread
-from lychee_compile.passes.grids import find_grid
-from lychee_compile.passes.kernel_site import KernelSite, kernel_site
-from lychee_compile.passes.kernel_support import (
+from lychee_compile.passes.detect.attention import Attention, Unread
+from lychee_compile.passes.detect.caches import CacheBinding, Unbound, bind_cache, find_writes
+from lychee_compile.passes.graph.dataflow import operator_name, value_of
+from lychee_compile.passes.lower import prefill
+from lychee_compile.passes.lower.decode_site import KernelSite, kernel_site
+from lychee_compile.passes.lower.kernel_support import (
     NoKernel,
     decodes,
     no_sparse_kernel,
     runs_kernels,
 )
-from lychee_compile.passes.rearrange import Emitter
+from lychee_compile.passes.lower.patch_grids import find_grid
+from lychee_compile.passes.lower.prefill import WholeSequence
+from lychee_compile.passes.lower.prefill_site import TILE_KERNELS, tile_site
+from lychee_compile.passes.lower.rearrange import Emitter
 from lychee_compile.passes.site import Site
-from lychee_compile.passes.tile_site import TILE_KERNELS, tile_site
-from lychee_compile.passes.whole_sequences import WholeSequence
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Planner:
 
     def _is_whole(self, attention: Attention, cached: bool) -> bool:
         sparse = self._config.prefill == "sparse"
-        return sparse and whole_sequences.is_whole_sequence(attention, cached)
+        return sparse and prefill.is_whole_sequence(attention, cached)
 
     def _whole(self, plan: Plan, attention: Attention, place: int) -> Plan:
         """Let every tile of a whole sequence read what matters to it."""
@@ -108,7 +108,7 @@ class Planner:
         exact = (
             _exact_asked_for(config)
             or _in_dense_layers(place, config)
-            or whole_sequences.better_exact(attention, config)
+            or prefill.better_exact(attention, config)
         )
         kernels = runs_kernels(attention, config)
         exact = exact or (_no_tile_kernel(config) if kernels else None)

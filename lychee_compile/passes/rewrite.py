@@ -37,25 +37,21 @@ from typing import Any
 import torch
 import torch.fx
 
-from lychee_compile.kernels import (  # noqa: F401  registers them
-    decode_operators,
-    operators,
-    tile_operators,
-)
-from lychee_compile.kernels.slot_upkeep import SlotCache
-from lychee_compile.passes.attention import Attention
-from lychee_compile.passes.caches import CacheBinding
-from lychee_compile.passes.canonical import Canonical, Canonicaliser, with_layout
-from lychee_compile.passes.check import RewriteError, check_replacement
-from lychee_compile.passes.dataflow import aten, shape_of, static_size, value_of
-from lychee_compile.passes.dead_code import erase_dead_code
+from lychee_compile.kernels.gpu.lifecycle import SlotCache
+from lychee_compile.kernels.operators import decode, prefill, reference  # noqa: F401  registers them
 from lychee_compile.passes.decide import Plan
-from lychee_compile.passes.grids import Orders
-from lychee_compile.passes.kernel_site import KernelSite
-from lychee_compile.passes.masks import Reading
-from lychee_compile.passes.rearrange import Emitter
-from lychee_compile.passes.tokens import covers, find_token_ids
-from lychee_compile.passes.whole_sequences import WholeSequence
+from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.detect.mask_reading import Reading
+from lychee_compile.passes.detect.token_ids import covers, find_token_ids
+from lychee_compile.passes.graph.check import RewriteError, check_replacement
+from lychee_compile.passes.graph.dataflow import aten, shape_of, static_size, value_of
+from lychee_compile.passes.graph.dead_code import erase_dead_code
+from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, with_layout
+from lychee_compile.passes.lower.decode_site import KernelSite
+from lychee_compile.passes.lower.patch_grids import Orders
+from lychee_compile.passes.lower.prefill import WholeSequence
+from lychee_compile.passes.lower.rearrange import Emitter
 
 StateInput = Callable[[CacheBinding, SlotCache | None], torch.fx.Node]
 """Gives the graph input that stands for the index of a cache: one by slot, or the reference's."""

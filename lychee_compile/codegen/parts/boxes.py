@@ -1,6 +1,6 @@
 """Quest's page selection (arXiv 2406.10774): pages ranked by the best corner of a box around keys.
 
-Chosen pages are read whole. See `kernels/policies/quest.py` for what differs from the paper.
+Chosen pages are read whole. See `kernels/policies/decode/quest.py` for what differs from the paper.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from lychee_compile.codegen.parts.common import precision
 from lychee_compile.codegen.parts.scan import LARGEST
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec, H
-from lychee_compile.kernels.launch_parts import BINS, power_of_two
-from lychee_compile.kernels.slot_layout import PAGE
+from lychee_compile.kernels.gpu.common.launch_common import BINS, power_of_two
+from lychee_compile.kernels.gpu.lychee.layout import PAGE
 
 RANKED = 512
 """Pages that a program ranks."""

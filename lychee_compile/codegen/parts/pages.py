@@ -5,7 +5,7 @@ from __future__ import annotations
 from lychee_compile.codegen.parts.scan import PARAMETERS, query_of_program, seen_slots, where_seen
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec
-from lychee_compile.kernels.slot_layout import planes
+from lychee_compile.kernels.gpu.lychee.layout import planes
 
 PLANNED = 64
 """Turns that are planned at a time."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec, H, SparseSpec
-from lychee_compile.kernels.launch_parts import BINS, power_of_two
-from lychee_compile.kernels.slot_layout import PAGE
+from lychee_compile.kernels.gpu.common.launch_common import BINS, power_of_two
+from lychee_compile.kernels.gpu.lychee.layout import PAGE
 
 LARGEST = 12
 """log2 of the share that the last bin holds: estimates of the denominator may be that far off."""

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from lychee_compile.codegen.parts.terms import captured
 from lychee_compile.codegen.specification import KV, AttentionSpec
-from lychee_compile.kernels.launch_parts import power_of_two
-from lychee_compile.kernels.reference.sketch import STEPS
-from lychee_compile.kernels.slot_layout import (
+from lychee_compile.kernels.gpu.common.launch_common import power_of_two
+from lychee_compile.kernels.gpu.lychee.layout import (
     PAGE,
     PAGE_MIDDLE,
     PAGE_STEP,
@@ -16,6 +15,7 @@ from lychee_compile.kernels.slot_layout import (
     Field,
     planes,
 )
+from lychee_compile.kernels.reference.sketch import STEPS
 
 _BASE = 128
 """What codes are added to: a bfloat16 of this size has them in its last bits."""

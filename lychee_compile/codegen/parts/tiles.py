@@ -6,7 +6,8 @@
 `attend`   attention of a tile over that list, and over what it reads in any case (tile_attend.py)
 
 What a tile reads, which keys it may choose from and how shares are estimated is the specification
-of `kernels/reference/tiles.py` and `kernels/tile_policies/lychee.py`; but where a mask has holes a
+of `kernels/reference/tiles.py` and `kernels/policies/prefill/lychee.py`;
+but where a mask has holes a
 part votes for what its first, middle or last query sees; only what lies at the ends is read in any
 case, and what the last query of a part sees and none before the part is chosen before all else.
 
@@ -18,9 +19,9 @@ from __future__ import annotations
 from lychee_compile.codegen.parts.common import emit_logits, emit_sizes, emit_tuned, precision
 from lychee_compile.codegen.parts.terms import captured, sees_range
 from lychee_compile.codegen.specification import AttentionSpec
-from lychee_compile.kernels.launch_parts import BINS
+from lychee_compile.kernels.gpu.common.launch_common import BINS
+from lychee_compile.kernels.policies.prefill.lychee import PARTS, SAMPLE
 from lychee_compile.kernels.reference.tiles import TILE
-from lychee_compile.kernels.tile_policies.lychee import PARTS, SAMPLE
 
 
 def _seen_by(spec: AttentionSpec) -> str:

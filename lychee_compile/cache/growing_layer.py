@@ -1,0 +1,190 @@
+"""One layer of a cache that grows in place: a static layer to graphs, views outside of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from lychee_compile.kernels.gpu.lychee.layout import TILE
+
+ROOM = 1024
+"""Slots that stay free, at least, where a cache chooses its capacity itself."""
+
+
+@dataclass
+class Shared:
+    """What the growing layers of one cache have in common, all of it known to the host."""
+
+    slots: int
+    """Capacity of every layer."""
+    at_most: int = 0
+    """Tokens in the cache, at most: what was read last, and every token announced since."""
+    shown: int | None = None
+    """Slots that the mask of the coming forward covers; None: all."""
+    eager_steps: int = 0
+    """Single tokens decoded eagerly since the last compiled step."""
+    graph_made: bool = False
+    """Whether buffers were allocated inside a compiled graph, whose memory may be reused."""
+
+
+class GrowingLayer(StaticLayer):
+    """Keys and values [B, Hkv, slots, D] of one layer: a `StaticLayer` that can get more slots.
+
+    In a compiled graph it is a `StaticLayer`: whole buffers, written at positions that a device
+    tensor counts. Outside it hands out views of what is filled.
+    """
+
+    is_croppable = True
+    keys: Any
+    values: Any
+
+    def __init__(self, shared: Shared, last: bool) -> None:
+        super().__init__(max_cache_len=shared.slots)
+        self.shared, self.last = shared, last
+        self.length: int | None = 0
+        """Tokens held; None where compiled steps have run, which only the device counts."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers; nothing where they are."""
+        self.cumulative_length = torch.zeros((), dtype=torch.int64, device=key_states.device)
+        self.max_cache_len = self.shared.slots
+        super().lazy_initialization(key_states, value_states)
+        if torch.compiler.is_compiling():
+            self.shared.graph_made = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, Hkv, T, D] behind those held, and show what attention reads."""
+        if torch.compiler.is_compiling():
+            self._write_in_graph(key_states, value_states)
+        else:
+            self._write(key_states, value_states)
+        keys, values, shown = self.keys, self.values, self.shared.shown
+        if self.last:
+            self.shared.shown = None  # it was announced for this forward alone
+        if shown is None:
+            return keys, values
+        return keys[:, :, :shown], values[:, :, :shown]
+
+    def _write_in_graph(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Write at device positions. Python runs here while tracing only, so nothing is counted."""
+        if not self.is_initialized:
+            self.shared.slots = max(self.shared.slots, rounded(key_states.shape[2]))
+            self.lazy_initialization(key_states, value_states)
+        slots, count = self.keys.shape[2], key_states.shape[2]
+        positions = torch.arange(count, device=self.keys.device) + self.cumulative_length
+        # A step that nobody made room for must neither fault on the device nor go unnoticed.
+        value_states = value_states.masked_fill((positions >= slots)[:, None], torch.nan)
+        positions = positions.clamp(max=slots - 1)
+        self.cumulative_length.add_(count)
+        self.keys.index_copy_(2, positions, key_states)
+        self.values.index_copy_(2, positions, value_states)
+        self.length = None
+        self.shared.eager_steps = 0
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
+        count, held = key_states.shape[2], self.count()
+        if held + count > self.shared.slots:
+            self.shared.slots = larger(self.shared.slots, held + count)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.keys.shape[2] < self.shared.slots:
+            self.move()
+        self.keys[:, :, held : held + count] = key_states
+        self.values[:, :, held : held + count] = value_states
+        self.length = held + count
+        self.cumulative_length.fill_(self.length)
+        self.shared.at_most = max(self.shared.at_most, self.length)
+        if self.last and count == 1 and held > 0:
+            self.shared.eager_steps += 1
+
+    def count(self) -> int:
+        """Tokens held. Waits for the device where compiled steps have run since the last time.
+
+        Raises `RuntimeError` where those wrote more tokens than there was room for.
+        """
+        if self.length is None:
+            self.length = int(self.cumulative_length)
+            if self.length > self.keys.shape[2]:
+                raise RuntimeError(
+                    f"compiled steps wrote {self.length} tokens to a LycheeCache with room for "
+                    f"{self.keys.shape[2]}, and those beyond are lost (their outputs were NaN): "
+                    "call cache.reserve(tokens) before compiled steps that generate() does not "
+                    "make, and reset() this cache"
+                )
+        return self.length
+
+    @property
+    def used(self) -> int:
+        """Slots that may hold tokens: all of them where only the device knows."""
+        return int(self.keys.shape[2]) if self.length is None else self.length
+
+    def move(self) -> None:
+        """Move to new buffers, of the capacity that all layers shall have."""
+        used, slots = self.used, self.shared.slots
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], slots, old.shape[3])
+            new[:, :, :used] = old[:, :, :used]
+            setattr(self, name, new)
+        self.cumulative_length = self.cumulative_length.clone()
+        self.max_cache_len = self.shared.slots
+        mark_static(self)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
+        """How many slots attention reads, and the first: 0."""
+        if torch.compiler.is_compiling():
+            self.shared.shown = None
+            return (self.keys.shape[2] if self.is_initialized else self.shared.slots), 0
+        shown = self.shared.shown
+        return (self.shared.slots if shown is None else shown), 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens held: an int, and in a compiled graph a tensor."""
+        if torch.compiler.is_compiling():
+            return super().get_seq_length()
+        return self.count()
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens, without waiting for the device."""
+        if self.length is not None:
+            self.length = max(self.length + tokens_to_remove, 0)
+        if self.is_initialized:
+            self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch in place, so that CUDA graphs find the buffers where they were."""
+        if self.is_initialized:
+            for buffer in (self.keys, self.values):
+                filled = buffer[:, :, : self.used]
+                filled.copy_(filled.index_select(0, beam_idx.to(buffer.device)))
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the buffers."""
+        super().reset()
+        self.length = 0
+
+
+def mark_static(layer: Any) -> None:
+    """Tell CUDA graphs that the buffers of `layer` stay where they are."""
+    for tensor in (layer.keys, layer.values, layer.cumulative_length):
+        torch._dynamo.mark_static_address(tensor)
+
+
+def rounded(slots: int) -> int:
+    """Slots, a whole number of tiles."""
+    return -(-slots // TILE) * TILE
+
+
+def larger(slots: int, needed: int) -> int:
+    """The capacity to grow to: no token is copied often, and CUDA graphs are not made often."""
+    return rounded(max(2 * slots, needed + max(needed // 2, ROOM)))

@@ -1,0 +1,203 @@
+"""A transformers cache that grows in place and looks static to compiled graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
+
+from lychee_compile.cache.growing_layer import GrowingLayer, Shared, larger, mark_static, rounded
+
+EAGER_STEPS = 2
+"""Single tokens decoded eagerly, one after the other, before a cache is taken for an eager one."""
+_UNBOUNDED = 2**40
+
+
+class LycheeCache(Cache):
+    """A key-value cache that grows in place, for `generate()` and for loops of your own.
+
+    A `DynamicCache` copies the whole past at every eager step; a `StaticCache` needs to know the
+    longest context beforehand. This one writes in place into buffers [B, Hkv, slots, D],
+    contiguous, and moves to larger ones when they are full: each token is copied about once,
+    however many follow.
+    Layers with a sliding window are those of transformers.
+
+        cache = LycheeCache(model.config)
+        compile_config = CompileConfig(backend="lychee", mode=None, options={"budget": 1024})
+        model.generate(**inputs, past_key_values=cache, compile_config=compile_config)
+
+        model.forward = torch.compile(model.forward, backend="lychee")
+        model.generate(**inputs, past_key_values=LycheeCache(model.config), disable_compile=True)
+
+    To compiled graphs it is a static cache of its present capacity, with its length on the device,
+    so that CUDA graphs work. Growing happens outside of them: `generate()` announces the tokens of
+    each step, and the host compares the sum with the capacity; it waits for the device only when
+    that sum reaches the capacity. A loop of your own that calls a compiled model says itself how
+    many tokens come, all at once or step by step:
+
+        model(prompt, past_key_values=cache)          # eagerly: this makes room for itself
+        cache.reserve(new_tokens)
+        for _ in range(new_tokens):
+            logits = compiled(token, past_key_values=cache).logits
+
+    In steps that nobody announced, tokens beyond the capacity give NaN, and the next call of the
+    cache outside of the graph raises `RuntimeError`. After the first growth Dynamo compiles once
+    more, for any capacity; with `torch.compile(dynamic=False)` after each, for that capacity, which
+    lets CUDA graphs hold the index too. Without compilation attention reads views of what is
+    filled, like that of a `DynamicCache`.
+
+    `config` is the model's; `capacity` the slots to begin with, rounded up to a multiple of 512
+    (default: what the first forward needs, and half as much or 1024 again). Raises `ValueError` for
+    models with layers that hold anything else than keys and values of full or sliding-window
+    attention, such as indexers.
+    """
+
+    layers: list[Any]
+
+    def __init__(self, config: PreTrainedConfig, capacity: int | None = None) -> None:
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity must be at least 1 slot, not {capacity}")
+        self._shared = Shared(0 if capacity is None else rounded(capacity))
+        layers: list[Any] = StaticCache(config, max_cache_len=_UNBOUNDED).layers
+        growing = [place for place, layer in enumerate(layers) if type(layer) is StaticLayer]
+        for place, layer in enumerate(layers):
+            if place in growing:
+                layers[place] = GrowingLayer(self._shared, last=place == growing[-1])
+            elif isinstance(layer, StaticLayer) and type(layer) is not StaticSlidingWindowLayer:
+                raise ValueError(
+                    f"layer {place} of this model needs a {type(layer).__name__}, which "
+                    "LycheeCache cannot grow: use a StaticCache or a DynamicCache"
+                )
+        self._growing: list[GrowingLayer] = [layers[place] for place in growing]
+        super().__init__(layers=layers)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each growing layer, a multiple of 512; 0 where none is allocated yet."""
+        return self._shared.slots
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether forwards are expected to be compiled, which makes masks cover whole buffers.
+
+        So it is until two tokens in a row were decoded eagerly, and from the next compiled step on.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        return self._shared.eager_steps < EAGER_STEPS
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more: for compiled steps that `generate()` does not make.
+
+        Tokens announced add up until they reach the capacity: only then is the length read from the
+        device, and only where that leaves too little room do buffers grow.
+        """
+        if not self._growing:
+            return
+        shared, length = self._shared, self._growing[0].length
+        shared.at_most = (shared.at_most if length is None else length) + tokens
+        if shared.at_most > shared.slots:
+            shared.at_most = max(layer.count() for layer in self._growing) + tokens
+            if shared.at_most > shared.slots:
+                shared.slots = larger(shared.slots, shared.at_most)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Bring every layer to the capacity, in memory that no graph owns."""
+        for layer in self._growing:
+            if not layer.is_initialized:
+                continue
+            if self._shared.graph_made or layer.keys.shape[2] < self._shared.slots:
+                layer.move()
+        self._shared.graph_made = False
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """How many keys attention will read, and the position of the first.
+
+        Outside of graphs this announces `query_length` tokens, and makes room for them.
+        """
+        growing = isinstance(self.layers[layer_idx], GrowingLayer)
+        if growing and not torch.compiler.is_compiling():
+            length = self._growing[0].length
+            self.reserve(query_length)
+            apart = length == 0 or (length is not None and not self.is_compileable)
+            self._shared.shown = length + query_length if apart and length is not None else None
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens held: an int, and in a compiled graph a tensor."""
+        if layer_idx == 0 and self._growing:
+            return self._growing[0].get_seq_length()
+        return super().get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Position of the next token: a tensor wherever the host does not know it."""
+        if not self._growing:
+            return super().get_query_offset(layer_idx)
+        first = self._growing[0]
+        if torch.compiler.is_compiling():
+            return first.get_seq_length()
+        return first.cumulative_length if first.length is None else first.length
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether every layer holds all tokens: a sliding window forgets what it has left."""
+        return all(_croppable(layer) for layer in self.layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; the sign is transformers'.
+
+        Raises `ValueError` for positive numbers, and `RuntimeError` where a sliding window has
+        moved on, or a layer cannot forget.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): pass the negative number of tokens to remove"
+            )
+        if tokens_to_remove == 0:
+            return
+        if not self.is_croppable:
+            raise RuntimeError(
+                "a LycheeCache with sliding-window or linear layers cannot be cropped once tokens "
+                "have left the window: use a DynamicCache for assisted generation with this model"
+            )
+        self._shared.at_most = max(self._shared.at_most + tokens_to_remove, 0)
+        for layer in self.layers:
+            if isinstance(layer, StaticSlidingWindowLayer):
+                layer.cumulative_length_int = max(layer.cumulative_length_int + tokens_to_remove, 0)
+                layer.cumulative_length.fill_(layer.cumulative_length_int)
+            elif isinstance(layer, GrowingLayer):
+                layer.crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch `repeats` times."""
+        self._change_batch(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch, int [B'] or bool [B]."""
+        self._change_batch(lambda buffer: buffer[indices.to(buffer.device)])
+
+    def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            if isinstance(layer, StaticLayer) and layer.is_initialized:
+                keys, values = layer.keys, layer.values
+                assert keys is not None
+                assert values is not None
+                layer.keys, layer.values = change(keys), change(values)
+                layer.batch_size = layer.keys.shape[0]
+                mark_static(layer)
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the buffers."""
+        super().reset()
+        self._shared.at_most, self._shared.shown, self._shared.eager_steps = 0, None, 0
+
+
+def _croppable(layer: Any) -> bool:
+    if isinstance(layer, StaticSlidingWindowLayer):
+        return bool(layer.cumulative_length_int <= layer.max_cache_len)
+    return isinstance(layer, GrowingLayer) or type(layer).__name__ == "DummyLayer"

@@ -1,0 +1,1 @@
+"""Indexes and launches of generated kernels on a GPU."""

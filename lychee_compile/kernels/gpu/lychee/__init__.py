@@ -1,0 +1,1 @@
+"""The method "lychee" on a GPU: sketches of keys, and pages of them in long contexts."""

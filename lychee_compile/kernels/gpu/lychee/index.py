@@ -1,0 +1,118 @@
+"""The index of one key cache on a device: sketches by slot, built and refitted in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.gpu.common.index import REFIT, DeviceIndex
+from lychee_compile.kernels.gpu.lychee.launch import run_encode
+from lychee_compile.kernels.gpu.lychee.layout import PAGE, SlotLayout, SlotState
+from lychee_compile.kernels.reference.sketch import fit_axes
+
+WELL_FITTED = 512
+"""A block of fewer keys takes over the axes of the one before."""
+FITTED_AT_ONCE = 65536
+"""Slots of blocks fitted together: in float32 their keys take four times what a cache's do."""
+LEAST_REFIT = 32
+"""Keys that follow the first few, before they are fitted anew."""
+
+
+class SlotIndex(DeviceIndex):
+    """Sketches of the keys of one cache, by slot."""
+
+    layout: SlotLayout
+    parts: SlotState
+
+    def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Sketch the keys in the slots [0, ends[b]) of each row of `key` [B, Hkv, L, D]."""
+        size, end = self.layout.block, max(ends)
+        whole, at_once = end // size, max(FITTED_AT_ONCE // size, 1)
+        rows = range(len(ends))
+        for block in range(0, whole, at_once):
+            self._fit(key, ends, rows, block, min(at_once, whole - block), size)
+        if end % size:
+            self._fit(key, ends, rows, whole, 1, end % size)
+        run_encode(module, key, self.layout, self.parts, 0, end)
+        self._trust(ends)
+
+    def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Find the axes of each row's newest block anew, and sketch its keys again."""
+        size = self.layout.block
+        newest = [(end - 1) // size for end in ends]
+        for block in sorted(set(newest) - {-1}):
+            rows = [row for row, mine in enumerate(newest) if mine == block]
+            begin, last = block * size, max(ends[row] for row in rows)
+            self._fit(key, ends, rows, block, 1, last - begin)
+            # As far as any row goes: rows that are further get the sketches and pages they have.
+            end = min(begin + size, max(ends))
+            run_encode(module, key, self.layout, self.parts, begin, end)
+
+    def refit_after(self, end: int) -> int:
+        """As many keys as the newest block has, or all that fill it and some of the next.
+
+        So a block is fitted each time its keys double: from few on where it is the first, for the
+        next take over what its axes are.
+        """
+        if end < REFIT:
+            return max(end, LEAST_REFIT)
+        size = self.layout.block
+        count = (end - 1) % size + 1
+        return max(count if 2 * count <= size else size - count + REFIT, REFIT)
+
+    def _fit(
+        self,
+        key: Tensor,
+        ends: Sequence[int],
+        rows: Sequence[int],
+        first: int,
+        blocks: int,
+        count: int,
+    ) -> None:
+        """Centre, axes, steps and spread of blocks of some rows, from at most `count` keys of each.
+
+        Where a row has few keys in a block, it takes over those of the block before.
+        """
+        parts, size = self.parts, self.layout.block
+        held = [
+            [min(max(ends[row] - block * size, 0), count) for block in range(first, first + blocks)]
+            for row in rows
+        ]
+        if first == 0 or max(map(max, held)) >= WELL_FITTED:
+            keys = key[:, :, first * size : (first + blocks - 1) * size + count]
+            if len(rows) < key.shape[0]:
+                keys = torch.stack([keys[row] for row in rows])
+            self._find_axes(keys.float().unflatten(2, (blocks, count)), rows, first, held)
+        for row, counts in zip(rows, held, strict=True):
+            for block, number in enumerate(counts, first):
+                if block > 0 and 0 < number < WELL_FITTED:
+                    for part in (parts.axes, parts.centre, parts.step, parts.spread):
+                        part[row, :, block] = part[row, :, block - 1]
+
+    def _find_axes(
+        self, keys: Tensor, rows: Sequence[int], first: int, held: Sequence[Sequence[int]]
+    ) -> None:
+        """Fit blocks of `keys` [R, Hkv, S, T, D], of which a row holds the first `held` [R][S]."""
+        blocks, count = keys.shape[2], keys.shape[3]
+        numbers = mask = None
+        if min(map(min, held)) < count:
+            numbers = torch.tensor(held).to(keys.device, non_blocking=True)[:, None, :, None]
+            mask = (torch.arange(count, device=keys.device) < numbers)[..., None]
+        centre, axes, step, coordinates = fit_axes(keys, mask)
+        parts, fine, pages = self.parts, self.parts.spread.shape[-1], count // PAGE
+        found = [(parts.centre, centre), (parts.axes, axes.mT), (parts.step, step)]
+        if pages:
+            level = coordinates[..., : pages * PAGE, :fine] / step[..., None, :fine].clamp(1e-30)
+            spread = level.clamp(-8, 8).unflatten(-2, (-1, PAGE)).var(-2, correction=0)
+            if numbers is None:
+                mean = spread.mean(-2)
+            else:
+                full = (torch.arange(pages, device=keys.device) < numbers // PAGE)[..., None]
+                mean = torch.where(full, spread, 0).sum(-2) / full.sum(-2).clamp(min=1)
+            found.append((parts.spread, mean))
+        for part, values in found:
+            for row, value in zip(rows, values, strict=True):
+                part[row, :, first : first + blocks] = value

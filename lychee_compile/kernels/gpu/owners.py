@@ -1,0 +1,124 @@
+"""What graphs are given for an index by slot: its memory itself, or a number that finds it.
+
+The memory of an index never moves, so that CUDA graphs can hold on to it. That takes a cache of
+fixed size; of one that grows, the index has to grow too, and is found by a handle at every call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.gpu.common.index import DeviceIndex
+from lychee_compile.kernels.gpu.lifecycle import SlotCache, Upkeep
+from lychee_compile.kernels.gpu.lychee.layout import TILE
+from lychee_compile.kernels.gpu.methods import Layout, new_index, policy_of
+from lychee_compile.kernels.handles import Numbered
+from lychee_compile.kernels.out_of_memory import warn_of_memory
+
+
+class FixedSlots(Upkeep):
+    """The index of a cache of fixed size. Graphs are given its memory, uint8 [layout.size]."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        super().__init__()
+        try:
+            self.index: DeviceIndex = new_index(layout, device)
+        except torch.OutOfMemoryError:
+            warn_of_memory()
+            self.never_build()
+            self.index = _spare(layout, device)
+        self.tensor = self.index.state
+
+    def _index_for(self, key: Tensor, use: SlotCache) -> DeviceIndex:
+        return self.index
+
+    def _ends(self, key: Tensor) -> list[int]:
+        written = self.index.parts.header[1 : 1 + key.shape[0]].tolist()
+        return [min(end, key.shape[2]) for end in written]
+
+
+class GrowingSlots(Numbered, Upkeep):
+    """The index of a cache whose size is known at each call. Graphs are given a handle's tensor."""
+
+    def __init__(self) -> None:
+        Numbered.__init__(self)
+        Upkeep.__init__(self)
+        self.index: DeviceIndex | None = None
+        self._written: Tensor | None = None
+
+    def index_for(self, key: Tensor, positions: Tensor | None) -> DeviceIndex | None:
+        """The index of `key` [B, Hkv, L, D], with room for all its slots; None: read all keys.
+
+        `positions`, int [T] or [B, T], are the slots that were just written.
+        """
+        if self.trusted and self.index is not None and not self._has_room(self.index, key):
+            self._revoke()
+        if not self.trusted:
+            self._written = self._written if positions is None else positions
+            return None
+        return self.index
+
+    def _has_room(self, index: DeviceIndex, key: Tensor) -> bool:
+        """Whether the index is one of such keys, and holds them or was made to."""
+        now, wanted = index.layout, _roomy(index.layout.of(key))
+        # The graph may use the first rows of the cache only.
+        fitting = replace(wanted, slots=now.slots, batch=now.batch) == now
+        if not fitting or key.shape[0] > now.batch:
+            return False
+        if key.shape[2] > now.slots:
+            if not now.grows_to(wanted.slots):
+                return False
+            try:
+                self.index = _moved(index, replace(now, slots=wanted.slots))
+            except torch.OutOfMemoryError:
+                self.never_build()
+                warn_of_memory()
+                return False
+        return True
+
+    def _revoke(self) -> None:
+        super()._revoke()
+        self.index = None
+
+    def _index_for(self, key: Tensor, use: SlotCache) -> DeviceIndex:
+        return new_index(_roomy(policy_of(use.kernel).layout_of(key)), key.device)
+
+    def _ends(self, key: Tensor) -> list[int]:
+        written, self._written = self._written, None
+        if written is None:
+            return [key.shape[2]] * key.shape[0]
+        last = (written % key.shape[2]).expand(key.shape[0], -1).amax(1)
+        return (last + 1).tolist()
+
+
+def _roomy(layout: Layout) -> Layout:
+    """The layout with half as many slots again."""
+    return replace(layout, slots=-(-(layout.slots * 3 // 2) // TILE) * TILE)
+
+
+def _moved(index: DeviceIndex, layout: Layout) -> DeviceIndex:
+    """The same index with room for more slots."""
+    larger = new_index(layout, index.state.device)
+    larger.parts.header.copy_(index.parts.header)
+    for old, new in zip(index.parts[1:], larger.parts[1:], strict=True):
+        new[:, :, : old.shape[2]] = old
+    return larger
+
+
+def _spare(layout: Layout, device: torch.device) -> DeviceIndex:
+    """One index for all caches that there is no memory for: nobody trusts it."""
+    spare = _spares.get((layout, device))
+    if spare is None:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        spare = _spares[layout, device] = new_index(layout, device)
+    return spare
+
+
+_spares: weakref.WeakValueDictionary[tuple[Layout, torch.device], DeviceIndex] = (
+    weakref.WeakValueDictionary()
+)

@@ -1,0 +1,1 @@
+"""Sparse prefill on a GPU."""

@@ -1,0 +1,1 @@
+"""The method "quest" on a GPU: pages with the least and greatest key."""

@@ -1,0 +1,31 @@
+"""The index of one key cache on a device for Quest (arXiv 2406.10774): a box around each page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from torch import Tensor
+
+from lychee_compile.kernels.gpu.common.index import DeviceIndex
+from lychee_compile.kernels.gpu.lychee.layout import PAGE
+from lychee_compile.kernels.gpu.quest.layout import BoxLayout, BoxState
+
+
+class BoxIndex(DeviceIndex):
+    """Least and greatest keys of the full pages of one cache."""
+
+    layout: BoxLayout
+    parts: BoxState
+
+    def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Put a box around each full page in the slots [0, ends[b]) of `key` [B, Hkv, L, D]."""
+        full = max(ends) // PAGE  # a row that ends before gets its own as it fills its pages
+        if full:
+            pages = key[:, :, : full * PAGE].unflatten(2, (full, PAGE))
+            self.parts.least[:, :, :full] = pages.amin(3)
+            self.parts.greatest[:, :, :full] = pages.amax(3)
+        self._trust(ends)
+
+    def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """A box is what its page's keys make it, from the first."""

@@ -1,0 +1,1 @@
+"""The operators that rewritten graphs call."""

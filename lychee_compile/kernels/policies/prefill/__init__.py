@@ -1,0 +1,1 @@
+"""Methods that choose the keys that a tile of queries reads."""

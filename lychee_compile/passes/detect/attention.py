@@ -1,0 +1,83 @@
+"""What is known of one attention in a graph, and of a softmax that is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import sympy
+import torch.fx
+
+from lychee_compile.passes.detect.axis_roles import Roles
+from lychee_compile.passes.detect.operands import Layout, Operand
+from lychee_compile.passes.detect.scores import Score
+from lychee_compile.passes.graph.names import Names
+from lychee_compile.passes.symbolic.axes import Axes, Axis
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention: softmax(score(Q K^T)) V."""
+
+    node: torch.fx.Node
+    """What computes the output."""
+    form: str
+    """How it was written: "sdpa", "eager", "flex" or "fused"."""
+    axes: Axes
+    roles: Roles
+    query: Operand
+    key: Operand
+    """Before it was repeated for the query heads."""
+    value: Operand
+    output: Layout
+    """Which axes the dimensions of `node` hold."""
+    score: Score
+    names: Names = field(compare=False)
+    """What its tensors are called."""
+    key_forms: tuple[Operand, ...] = ()
+    """All tensors that show the keys, `key` among them: one of them may be a cache."""
+    is_causal: bool = False
+    """Whether PyTorch's own causal mask applies: query i sees keys 0 to i."""
+    dropout: float = 0.0
+    """Probability with which weights are dropped."""
+    refused: str = ""
+    """Why it must stay as it is, where its dataflow forbids to rewrite it."""
+
+    def size(self, axes: Iterable[Axis]) -> int | sympy.Expr:
+        """How many values some of its axes have together."""
+        product = self.axes.product(axes)
+        return int(product) if product.is_Integer else product
+
+    @property
+    def query_len(self) -> int | sympy.Expr:
+        """Positions that ask, Tq."""
+        return self.size(self.roles.query)
+
+    @property
+    def kv_len(self) -> int | sympy.Expr:
+        """Keys there are, L."""
+        return self.size(self.roles.key)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """One operator that is an attention or holds one, of which no more than this is known."""
+
+    node: torch.fx.Node
+    form: str
+    query_heads: int | sympy.Expr
+    kv_heads: int | sympy.Expr
+    head_dim: int | sympy.Expr
+    query_len: int | sympy.Expr
+    kv_len: int | sympy.Expr
+    mask: str
+    reason: str
+    by_design: bool
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A softmax that belongs to no attention."""
+
+    node: torch.fx.Node
+    reason: str

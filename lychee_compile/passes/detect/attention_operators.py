@@ -1,0 +1,213 @@
+"""Attentions that are one operator: scaled dot-product attention, FlexAttention, whole modules."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+
+from lychee_compile.passes.detect.assemble import Pieces, Scene, settle
+from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
+from lychee_compile.passes.detect.flex import flex_score
+from lychee_compile.passes.detect.operands import Place, free_axes
+from lychee_compile.passes.detect.products import Product
+from lychee_compile.passes.detect.score_trace import Step, Trace
+from lychee_compile.passes.graph.dataflow import argument, operator_key, shape_of, value_of
+from lychee_compile.passes.symbolic.axes import Axes, SplitAxis, size_expression
+from lychee_compile.passes.symbolic.elements import Elements
+from lychee_compile.passes.symbolic.views import broadcast
+
+logger = logging.getLogger(__name__)
+
+FINEST = 12
+"""How often the axes of one attention may be taken apart."""
+
+
+def find_fused(scene: Scene) -> Iterator[Attention | Unread]:
+    """Every attention that is one operator, in order."""
+    for node in scene.order.nodes:
+        key = operator_key(node)
+        if key == "scaled_dot_product_attention":
+            yield _read(node, "sdpa", lambda axes, node=node: _from_sdpa(node, axes, scene))  # type: ignore[misc]
+        elif node.target is torch.ops.higher_order.flex_attention:
+            yield _read(node, "flex", lambda axes, node=node: _from_flex(node, axes, scene))  # type: ignore[misc]
+        elif key in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention"):
+            yield _from_module(node)
+
+
+def _read(
+    node: torch.fx.Node, form: str, match: Callable[[Axes], Attention | Rejected | None]
+) -> Attention | Unread:
+    """What `match` makes of an operator; what its operands' shapes tell where that is nothing."""
+    try:
+        found = with_finer_axes(match)
+    except Exception as error:
+        logger.debug("%s could not be analysed", node, exc_info=True)
+        found = Rejected(node, f"it could not be analysed: {type(error).__name__}")
+    if isinstance(found, Attention):
+        return found
+    query, key = ([_plain(size) for size in shape_of(each)] for each in node.all_input_nodes[:2])
+    reason = found.reason if found else "its operands are laid out in a way that is not understood"
+    return Unread(
+        node=node,
+        form=form,
+        query_heads=query[-3] if len(query) > 2 else 1,
+        kv_heads=key[-3] if len(key) > 2 else 1,
+        head_dim=query[-1],
+        query_len=query[-2],
+        kv_len=key[-2],
+        mask="not read",
+        reason=reason,
+        by_design=False,
+    )
+
+
+def _plain(size: Any) -> int | sympy.Expr:
+    expression = size_expression(size)
+    return int(expression) if expression.is_Integer else expression
+
+
+def with_finer_axes(match: Callable[[Axes], Any]) -> Any:
+    """`match` with axes fine enough for every view in the way; None where none are."""
+    axes = Axes()
+    for _ in range(FINEST):
+        try:
+            return match(axes)
+        except SplitAxis as request:
+            axes.split(request)
+    return None
+
+
+def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rejected:
+    mask = argument(node, "attn_mask")
+    scale = argument(node, "scale")
+    if scale is None:
+        scale = float(shape_of(argument(node, "query"))[-1]) ** -0.5
+    gqa = bool(argument(node, "enable_gqa", False))
+    trace, pieces = _operands(node, node, gqa, axes)
+    steps = [Step("times", node, scale)]
+    if mask is not None:
+        wide = (*pieces["out"][:-1], pieces["kv"])
+        at = wide[len(wide) - len(shape_of(mask)) :]
+        at = tuple(
+            sympy.S.Zero if size_expression(size) == 1 else index
+            for index, size in zip(at, shape_of(mask), strict=True)
+        )
+        hides = value_of(mask).dtype == torch.bool
+        step = (
+            Step("fill", node, mask, at, -torch.inf, when=False)
+            if hides
+            else Step("plus", node, mask, at)
+        )
+        steps.append(step)
+    elements = Elements(axes, scene.names, scene.written)
+    found = Pieces(
+        node=node,
+        form="sdpa",
+        weights=node,
+        out=pieces["out"],
+        score_dims=pieces["out"][:-1],
+        trace=Trace(trace.product, trace.query, trace.key, trace.inner, tuple(steps)),
+        value=pieces["value"],
+        reader=node,
+        keys=free_axes([pieces["kv"]]),
+        is_causal=bool(argument(node, "is_causal", False)),
+        dropout=float(argument(node, "dropout_p", 0.0)),
+        heads_first=len(pieces["out"]) > 3,
+    )
+    return settle(found, elements, scene)
+
+
+def _operands(
+    node: torch.fx.Node, output: torch.fx.Node, gqa: bool, axes: Axes
+) -> tuple[Trace, dict[str, Any]]:
+    """Query, key and value [..., H, T, D] of an operator that computes `output`, with indices."""
+    query, key, value = (
+        node.args[:3]
+        if len(node.args) > 2
+        else (argument(node, name) for name in ("query", "key", "value"))
+    )
+    assert isinstance(query, torch.fx.Node)
+    assert isinstance(key, torch.fx.Node)
+    assert isinstance(value, torch.fx.Node)
+    axes.assume_equal(shape_of(key)[-2], shape_of(value)[-2])
+    mask = argument(node, "attn_mask") if operator_key(node) else None
+    if mask is not None and size_expression(shape_of(mask)[-1]) != 1:
+        axes.assume_equal(shape_of(key)[-2], shape_of(mask)[-1])
+    out = tuple(axes.index(f"o{place}", size) for place, size in enumerate(shape_of(output)))
+    kv = axes.index("kv", shape_of(key)[-2])
+    inner = axes.index("d", shape_of(query)[-1])
+
+    def place(tensor: torch.fx.Node, token: sympy.Expr, feature: sympy.Expr) -> Place:
+        sizes = shape_of(tensor)
+        wide = (*out[:-2], token, feature)
+        outer = broadcast(wide, sizes, (*shape_of(output)[:-2], *sizes[-2:]))
+        if gqa and len(sizes) > 2:
+            heads, all_heads = size_expression(sizes[-3]), size_expression(shape_of(output)[-3])
+            if heads != all_heads:
+                shared = axes.divide(out[-3], sympy.cancel(all_heads / heads))[0]
+                outer = (*outer[:-3], shared, *outer[-2:])
+        return Place(tensor, outer, sympy.S.One)
+
+    product = Product(node, query, key, (), (), (), ())
+    trace = Trace(
+        product, place(query, out[-2], inner), place(key, kv, inner), free_axes([inner]), ()
+    )
+    return trace, {"out": out, "kv": kv, "value": place(value, kv, out[-1])}
+
+
+def _from_flex(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rejected | None:
+    output = next(
+        (user for user in node.users if user.target is operator.getitem and user.args[1] == 0), None
+    )
+    if output is None:
+        return None
+    trace, pieces = _operands(node, output, True, axes)
+    elements = Elements(axes, scene.names, scene.written)
+    more = any(user is not output and user.users for user in node.users)
+    found = Pieces(
+        node=output,
+        form="flex",
+        weights=node,
+        out=pieces["out"],
+        score_dims=pieces["out"][:-1],
+        trace=trace,
+        value=pieces["value"],
+        reader=node,
+        keys=free_axes([pieces["kv"]]),
+        refused="its log-sum-exp is used too" if more else "",
+        heads_first=True,
+    )
+    settled = settle(found, elements, scene)
+    if isinstance(settled, Rejected):
+        return settled
+    return flex_score(node, settled, (*pieces["out"][:-1], pieces["kv"]), scene)
+
+
+def _from_module(node: torch.fx.Node) -> Unread:
+    """A whole self-attention, or an encoder layer, with packed weights."""
+    width, heads = (
+        argument(node, "embed_dim"),
+        argument(node, "num_heads", argument(node, "num_head")),
+    )
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    tokens = _plain(shape_of(source)[-2])
+    masked = any(argument(node, name) is not None for name in ("mask", "src_mask"))
+    return Unread(
+        node=node,
+        form="fused",
+        query_heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        query_len=tokens,
+        kv_len=tokens,
+        mask="a mask inside" if masked else "none",
+        reason="one operator of PyTorch's computes the whole module, exactly",
+        by_design=True,
+    )

@@ -1,0 +1,221 @@
+"""Walk from the argument of a softmax down to the product of queries and keys, noting each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+
+from lychee_compile.passes.detect.operands import Place, free_axes, widens
+from lychee_compile.passes.detect.products import Product, product_of
+from lychee_compile.passes.graph.dataflow import (
+    argument,
+    is_tensor,
+    operator_key,
+    shape_of,
+    value_of,
+)
+from lychee_compile.passes.symbolic.axes import Axis, Indices, size_expression
+from lychee_compile.passes.symbolic.elements import Elements
+from lychee_compile.passes.symbolic.views import broadcast, source_of
+
+DEEPEST = 60
+"""Operators between the product and the softmax, at most."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator on the way from the product to the softmax."""
+
+    kind: str
+    """"times", "over", "plus", "minus", "from", "tanh", "floor", "fill", "extra" or "other"."""
+    node: torch.fx.Node
+    other: Any = None
+    """The other operand: a tensor node or a number."""
+    indices: Indices = ()
+    """Of the other operand."""
+    fill: Any = None
+    """What is filled in where the other operand, a bool tensor, says so."""
+    when: bool = True
+    """At which truth value of the other operand it is filled in."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The product of queries and keys that scores come from, and the steps since."""
+
+    product: Product
+    query: Place
+    key: Place
+    inner: frozenset[Axis]
+    """The axes of head_dim."""
+    steps: tuple[Step, ...]
+
+
+class ScoreTracer:
+    """Walks from the argument of a softmax down to the product of queries and keys."""
+
+    def __init__(
+        self,
+        elements: Elements,
+        keys: frozenset[Axis],
+        is_parameter: Callable[[torch.fx.Node], bool],
+    ) -> None:
+        self.elements, self.keys = elements, keys
+        self.why_not = "its scores are no product of queries and keys"
+        self._is_parameter = is_parameter
+        self._failed: set[torch.fx.Node] = set()
+        self._visited = 0
+
+    def trace(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        """The product behind `node`, read at `indices`; None where there is none."""
+        self._visited += 1
+        if node.op != "call_function" or node in self._failed or self._visited > DEEPEST:
+            return None
+        found = (
+            self._product(node, indices) or self._view(node, indices) or self._step(node, indices)
+        )
+        if found is None:
+            self._failed.add(node)
+        elif self.elements.is_opaque(node):
+            return _after(found, Step("other", node, "a write through a view"))
+        return found
+
+    def _product(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        product = product_of(node)
+        if product is None:
+            return None
+        axes = self.elements.axes
+        inner = [axes.index(f"d{place}", size) for place, size in enumerate(product.inner_sizes())]
+        left, right = product.operand_indices(indices, inner)
+        sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
+        holds = [free_axes(side.indices) & self.keys for side in sides]
+        if bool(holds[0]) == bool(holds[1]):
+            return None
+        query, key = sides if holds[1] else reversed(sides)
+        if self._is_parameter(query.node) or self._is_parameter(key.node):
+            self.why_not = "one operand of its product is a parameter: a linear layer"
+            return None
+        steps: list[Step] = []
+        if product.alpha != 1:
+            steps.append(Step("times", node, product.alpha))
+        if product.added is not None:
+            wide = broadcast(indices, shape_of(product.added), shape_of(node))
+            steps.append(Step("plus", node, product.added, wide, fill=product.beta))
+        return Trace(product, query, key, free_axes(inner), tuple(steps))
+
+    def _view(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        viewed = source_of(node, indices, self.elements.axes)
+        if viewed is None:
+            return None
+        found = self.trace(*viewed)
+        before, after = value_of(viewed[0]).dtype, value_of(node).dtype
+        if found is None or widens(before, after) or widens(after, before):
+            return found
+        return _after(found, Step("other", node, f"a cast to {str(after).removeprefix('torch.')}"))
+
+    def _step(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        key = operator_key(node)
+        if key in ("dropout", "feature_dropout", "alpha_dropout"):
+            found = self.trace(node.args[0], indices)  # type: ignore[arg-type]
+            active = argument(node, "train") and argument(node, "p")
+            return _after(found, Step("other", node, "dropout")) if found and active else found
+        if key == "cat":
+            return self._extra_logit(node, indices)
+        written = key.endswith("_") and key[:-1] in _ELEMENTWISE  # see `normalise`
+        if key not in _ELEMENTWISE and not written:
+            return None
+        for place, operand in enumerate(node.args):
+            if not isinstance(operand, torch.fx.Node) or not isinstance(
+                value_of(operand), torch.Tensor
+            ):
+                continue
+            if not value_of(operand).dtype.is_floating_point:
+                continue
+            inside = broadcast(indices, shape_of(operand), shape_of(node))
+            found = self.trace(operand, inside) if len(inside) == len(shape_of(operand)) else None
+            if found is not None:
+                return _after(found, _step_of(node, place, indices))
+        return None
+
+    def _extra_logit(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        """Scores with more logits beside them along the keys."""
+        dim = argument(node, "dim", 0) % len(indices)
+        parts = argument(node, "tensors")
+        start = sympy.S.Zero
+        at = indices[dim]
+        if not free_axes([at]) & self.keys:
+            return None
+        offset = at.subs(dict.fromkeys(self.keys, 0))
+        for place, part in enumerate(parts):
+            size = size_expression(shape_of(part)[dim])
+            if offset == start:
+                found = self.trace(part, (*indices[:dim], at - start, *indices[dim + 1 :]))
+                others = [each for each in parts if each is not part]
+                if found is None or len(others) != 1 or place not in (0, 1):
+                    return found and _after(found, Step("other", node, "cat"))
+                (other,) = others
+                zero = (*indices[:dim], sympy.S.Zero, *indices[dim + 1 :])
+                single = size_expression(shape_of(other)[dim]) == 1
+                kind = Step("extra", node, other, zero) if single else Step("other", node, "cat")
+                return _after(found, kind)
+            start += size
+        return None
+
+
+def _after(trace: Trace, step: Step) -> Trace:
+    return Trace(trace.product, trace.query, trace.key, trace.inner, (*trace.steps, step))
+
+
+def _step_of(node: torch.fx.Node, place: int, indices: Indices) -> Step:
+    """The step that `node` is, where operand `place` carries the scores."""
+    key = _SYNONYMS.get(operator_key(node), operator_key(node))
+    kind = _KINDS.get((key, place)) or _KINDS.get((key, None))
+    plain = argument(node, "alpha", 1) == 1 and not argument(node, "rounding_mode")
+    if kind is None or not plain or (key == "clamp" and argument(node, "max") is not None):
+        return Step("other", node, key)
+    if key == "index_put":
+        return _filled_by_index(node, indices)
+    if kind == "fill":
+        hidden, fill = (1, 2) if key == "masked_fill" else (0, 3 - place)
+        step = Step("fill", node, node.args[hidden], fill=node.args[fill], when=place != 1)
+    elif key == "neg":
+        step = Step("times", node, -1)
+    elif key == "clamp":
+        step = Step("floor", node, argument(node, "min"))
+    else:
+        step = Step(kind, node, None if kind == "tanh" else node.args[1 - place])
+    if not is_tensor(step.other):
+        return step
+    return replace(step, indices=broadcast(indices, shape_of(step.other), shape_of(node)))
+
+
+def _filled_by_index(node: torch.fx.Node, indices: Indices) -> Step:
+    """`scores[mask] = number` as a fill."""
+    chosen, value = argument(node, "indices"), argument(node, "values")
+    whole = len(chosen) == 1 and len(shape_of(chosen[0])) == len(indices)
+    whole = whole and not argument(node, "accumulate", False)
+    if not whole or value_of(chosen[0]).dtype != torch.bool or shape_of(value):
+        return Step("other", node, "index_put")
+    return Step("fill", node, chosen[0], indices, fill=value)
+
+
+_SYNONYMS = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"}
+_KINDS: dict[tuple[str, int | None], str] = {
+    ("add", None): "plus", ("sub", 0): "minus", ("sub", 1): "from", ("rsub", 0): "from",
+    ("rsub", 1): "minus", ("mul", None): "times", ("div", 0): "over", ("neg", 0): "times",
+    ("tanh", 0): "tanh", ("maximum", None): "floor", ("max", None): "floor",
+    ("clamp_min", 0): "floor", ("clamp", 0): "floor", ("masked_fill", 0): "fill",
+    ("where", 1): "fill", ("where", 2): "fill", ("index_put", 0): "fill",
+}  # fmt: skip
+"""Kind of step by operator and by which operand carries the scores."""
+_ELEMENTWISE = {
+    "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "neg",
+    "tanh", "maximum", "max", "clamp_min", "clamp", "masked_fill", "where", "minimum",
+    "clamp_max", "relu", "sigmoid", "pow", "exp", "abs", "sqrt", "leaky_relu", "nan_to_num",
+    "gelu", "silu", "square", "index_put", "sin", "cos", "softplus", "elu", "hardtanh",
+}  # fmt: skip

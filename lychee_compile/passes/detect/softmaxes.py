@@ -1,0 +1,204 @@
+"""Find every softmax of a graph, in whatever form it is written.
+
+softmax(x, d), log_softmax(x, d).exp()         exp(x - m) / exp(x - m).sum(d, keepdim=True)
+exp(x - logsumexp(x, d, keepdim=True))         (exp(x - m) @ v) / exp(x - m).sum(d)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch.fx
+
+from lychee_compile.passes.graph.dataflow import (
+    argument,
+    first_input,
+    is_tensor,
+    operator_key,
+    shape_of,
+)
+from lychee_compile.passes.symbolic.axes import Axes, Indices
+from lychee_compile.passes.symbolic.views import MERE_COPIES, broadcast, source_of
+
+DIVISIONS = {"div", "divide", "true_divide"}
+_SOFTMAXES = {"softmax", "_softmax", "special_softmax", "_safe_softmax"}
+_SHAPES = {
+    *MERE_COPIES,
+    "unsqueeze",
+    "squeeze",
+    "view",
+    "reshape",
+    "expand",
+    "expand_as",
+    "transpose",
+}
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """weights = exp(scores) / sum of exp(scores) over the dimensions `dims`."""
+
+    node: torch.fx.Node
+    """What a reader of the graph would point at."""
+    weights: torch.fx.Node
+    """The weights; with `deferred` before they are divided by their sum."""
+    scores: torch.fx.Node
+    """Argument of the exponential."""
+    dims: tuple[int, ...]
+    base_two: bool = False
+    """Whether it is 2 that is raised to the scores."""
+    total: torch.fx.Node | None = None
+    """The sum of exponentials, or its logarithm, where that is written out."""
+    reader: torch.fx.Node | None = None
+    """What divides by `total`, or subtracts it."""
+    deferred: bool = False
+    """Whether `reader` divides the product with the values, not the weights."""
+
+
+def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
+    """Every softmax, in order."""
+    for node in graph.nodes:
+        if operator_key(node) in _SOFTMAXES:
+            source = first_input(node)
+            yield Softmax(node, node, source, (_dim(argument(node, "dim"), source),))
+        elif _exponent(node) is not None:
+            found = _from_logarithm(node) or _from_exponentials(node)
+            if found is not None:
+                yield found
+
+
+def _exponent(node: torch.fx.Node) -> tuple[torch.fx.Node, bool] | None:
+    """The argument of an exponential, and whether it is 2 that is raised to it."""
+    key = operator_key(node)
+    if key in ("exp", "exp2"):
+        return first_input(node), key == "exp2"
+    if key == "pow" and node.args[0] == 2 and is_tensor(node.args[1]):
+        return node.all_input_nodes[0], True
+    return None
+
+
+def _from_logarithm(node: torch.fx.Node) -> Softmax | None:
+    """exp(log_softmax(x)), exp(x - logsumexp(x)) and exp(x - log(sum(exp(x))))."""
+    if operator_key(node) != "exp":
+        return None
+    source = _behind_copies(first_input(node))
+    if operator_key(source) in ("log_softmax", "_log_softmax", "special_log_softmax"):
+        scores = first_input(source)
+        return Softmax(source, node, scores, (_dim(argument(source, "dim"), scores),))
+    if operator_key(source) != "sub" or not all(map(is_tensor, source.args)):
+        return None
+    total = _behind_shapes(source.all_input_nodes[-1])
+    if operator_key(total) == "log":
+        summed = _behind_shapes(first_input(total))
+        dims, inner = summed_dims(summed), _behind_copies(first_input(summed))
+        if dims is None or operator_key(inner) != "exp":
+            return None
+        return _log_form(node, source, inner, summed, dims)
+    if operator_key(total) not in ("logsumexp", "special_logsumexp"):
+        return None
+    return _log_form(node, source, total, total, argument(total, "dim"))
+
+
+def _log_form(
+    node: torch.fx.Node,
+    difference: torch.fx.Node,
+    summing: torch.fx.Node,
+    total: torch.fx.Node,
+    dims: int | Sequence[int],
+) -> Softmax | None:
+    """exp(scores - ...), the `difference`, where `summing` takes the same scores into `total`."""
+    scores = first_input(difference)
+    if _behind_copies(first_input(summing)) is not _behind_copies(scores):
+        return None
+    return Softmax(node, node, scores, _dims(dims, scores), total=total, reader=difference)
+
+
+def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
+    """Exponentials divided by their sum, at once or after the product with the values."""
+    exponent = _exponent(node)
+    assert exponent is not None
+    scores, base_two = exponent
+    for total in _users_behind_shapes(node):
+        dims = summed_dims(total)
+        if dims is None:
+            continue
+        for reader in _readers(total):
+            normalised = any(_behind_copies(each) is node for each in reader.all_input_nodes)
+            weights = reader if normalised else node
+            where = _dims(dims, node)
+            return Softmax(node, weights, scores, where, base_two, total, reader, not normalised)
+    return None
+
+
+def summed_dims(node: torch.fx.Node) -> Sequence[int] | None:
+    """The dimensions that a sum, or an einsum of one operand, sums over; None for others."""
+    if operator_key(node) == "sum":
+        dims = argument(node, "dim")
+        return [dims] if isinstance(dims, int) else dims or None
+    if operator_key(node) == "einsum" and len(argument(node, "tensors")) == 1:
+        taken, _, given = argument(node, "equation").replace(" ", "").partition("->")
+        plain = given and "." not in taken and [each for each in taken if each in given]
+        if plain == list(given):
+            return [place for place, each in enumerate(taken) if each not in given]
+    return None
+
+
+def _readers(total: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """What divides by `total`."""
+    for user in _users_behind_shapes(total):
+        divisor = user.args[1] if operator_key(user) in DIVISIONS else None
+        if isinstance(divisor, torch.fx.Node) and _behind_shapes(divisor) is total:
+            yield user
+        elif operator_key(user) == "reciprocal":
+            yield from (each for each in _users_behind_shapes(user) if operator_key(each) == "mul")
+
+
+def _users_behind_shapes(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    for user in node.users:
+        if operator_key(user) in _SHAPES:
+            yield from _users_behind_shapes(user)
+        else:
+            yield user
+
+
+def divisor_place(indices: Indices, softmax: Softmax, axes: Axes) -> Indices | None:
+    """Indices at which the reader of a total, whose own are `indices`, reads it."""
+    reader = softmax.reader
+    assert reader is not None
+    if len(indices) != len(shape_of(reader)):
+        return None
+    for operand in reader.args[1:2] if operator_key(reader) in DIVISIONS else reader.args[:2]:
+        if not isinstance(operand, torch.fx.Node):
+            continue
+        node, at = operand, broadcast(indices, shape_of(operand), shape_of(reader))
+        while node is not softmax.total:
+            inverse = operator_key(node) in ("reciprocal", "log")
+            behind = (first_input(node), at) if inverse else source_of(node, at, axes)
+            if behind is None:
+                break
+            node, at = behind
+        if node is softmax.total:
+            return at
+    return None
+
+
+def _behind_shapes(node: torch.fx.Node) -> torch.fx.Node:
+    while operator_key(node) in _SHAPES:
+        node = first_input(node)
+    return node
+
+
+def _behind_copies(node: torch.fx.Node) -> torch.fx.Node:
+    while operator_key(node) in MERE_COPIES:
+        node = first_input(node)
+    return node
+
+
+def _dim(dim: int, source: torch.fx.Node) -> int:
+    return dim % max(len(shape_of(source)), 1)
+
+
+def _dims(dims: int | Sequence[int], source: torch.fx.Node) -> tuple[int, ...]:
+    each = [dims] if isinstance(dims, int) else dims
+    return tuple(_dim(dim, source) for dim in each)

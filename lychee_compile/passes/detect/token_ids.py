@@ -1,0 +1,56 @@
+"""Trace the token ids of a graph: the integer input of its word embedding."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+import torch.fx
+
+from lychee_compile.passes.graph.dataflow import (
+    VIEWS,
+    argument,
+    aten,
+    calls,
+    shape_of,
+    through_copies,
+    value_of,
+)
+from lychee_compile.passes.symbolic.axes import size_expression
+
+
+def find_token_ids(graph: torch.fx.Graph) -> torch.fx.Node | None:
+    """The graph input that holds token ids, int [B, T], or None.
+
+    Of several embeddings that look up an input, as of words and of positions, the one with the
+    largest vocabulary counts.
+    """
+    largest, found = 0, None
+    for node in graph.nodes:
+        if not calls(node, aten.embedding.default):
+            continue
+        ids = _input_behind(argument(node, "indices"))
+        rows = shape_of(argument(node, "weight"))[0]
+        if ids is not None and isinstance(rows, int) and rows > largest:
+            largest, found = rows, ids
+    return found
+
+
+def _input_behind(node: torch.fx.Node) -> torch.fx.Node | None:
+    while calls(node, *VIEWS):
+        source = node.args[0]
+        assert isinstance(source, torch.fx.Node)
+        node = source
+    node = through_copies(node)
+    value = value_of(node)
+    if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+        return None
+    integral = value.dtype in (torch.int64, torch.int32)
+    return node if integral and value.dim() == 2 else None
+
+
+def covers(ids: torch.fx.Node | None, batch: sympy.Expr, tokens: torch.SymInt | int) -> bool:
+    """Whether `ids` [B, T] are `tokens` tokens of `batch` rows."""
+    if ids is None:
+        return False
+    rows, count = (size_expression(size) for size in shape_of(ids))
+    return bool(rows == batch and count == size_expression(tokens))

@@ -1,0 +1,63 @@
+"""Erase what a graph computes for nobody, writes among it.
+
+FX keeps every operator that writes. What an attention leaves behind may write too, as the blocks
+that FlexAttention reads do:
+
+    blocks = new_zeros(...)
+    index_put_(blocks, where, ones)
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.fx
+
+from lychee_compile.passes.graph.dataflow import operator_key
+from lychee_compile.passes.symbolic.views import storage_of, written_by
+from lychee_compile.torch_private import is_foreign
+
+
+def erase_dead_code(gm: torch.fx.GraphModule) -> None:
+    """Erase all but the inputs, what the output comes from, and what has an effect outside.
+
+    A write lives where anything reads the memory it writes to, before or after. Constants that no
+    node reads go too: compilers take every one that a module holds as an input.
+    """
+    graph = gm.graph
+    writes: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in graph.nodes:
+        for target in written_by(node):
+            writes.setdefault(storage_of(target), []).append(node)
+    waiting = [node for node in graph.nodes if _has_effect(node)]
+    live = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        storages = map(storage_of, node.all_input_nodes)
+        written = [write for storage in storages for write in writes.get(storage, ())]
+        fresh = {*node.all_input_nodes, *written} - live
+        live |= fresh
+        waiting += fresh
+    for node in reversed(list(graph.nodes)):
+        if node not in live:
+            graph.erase_node(node)
+    gm.delete_all_unused_submodules()
+    read = {node.target for node in graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in gm.named_buffers(recurse=False) if name not in read]:
+        delattr(gm, name)
+
+
+def _has_effect(node: torch.fx.Node) -> bool:
+    """Whether a node that nobody reads must stay, as must all that are not PyTorch's own."""
+    if is_foreign(node):
+        return True
+    targets = [storage_of(each) for each in written_by(node)]
+    if targets and all(each.op == "call_function" and not is_foreign(each) for each in targets):
+        return False
+    known = operator_key(node) or node.target in _PURE
+    return bool(node.is_impure()) or (node.op == "call_function" and not known)
+
+
+_PURE = (operator.getitem, torch.ops.higher_order.flex_attention)
+"""What has no effect, though it is not an operator of ATen's."""

@@ -1,0 +1,71 @@
+"""Short names for the tensors of a graph, as a user would call them, and values of constants."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import sympy
+import torch
+import torch.fx
+
+from lychee_compile import torch_private
+
+_MEANINGLESS = {"L", "self", "fn", "args", "kwargs", "G", "_orig_mod"}
+
+
+class Names:
+    """Gives each tensor of a graph a name of its own, the same at every call."""
+
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        self._gm = gm
+        self._of: dict[torch.fx.Node, str] = {}
+        self._short: dict[str, str] = {}
+        """The names given, with what they would be if no other tensor had the same."""
+
+    def of(self, node: torch.fx.Node) -> str:
+        """A name: the last word of where an input comes from, "attention_mask", or the node's."""
+        if node not in self._of:
+            base = self.base(node)
+            name, count = base, 1
+            while name in self._short:
+                count += 1
+                name = f"{base}_{count}"
+            self._short[name] = base
+            self._of[node] = name
+        return self._of[node]
+
+    def shortened(self, names: Iterable[str]) -> dict[str, str]:
+        """`names` as short as they can be among themselves: layer 7's "bias_7" is its "bias"."""
+        known = [name for name in names if name in self._short]
+        bases = [self._short[name] for name in known]
+        return {
+            name: base for name, base in zip(known, bases, strict=True) if bases.count(base) == 1
+        }
+
+    def tensors(self) -> dict[str, torch.fx.Node]:
+        """The tensors of the graph that have a name so far, by name."""
+        return {name: node for node, name in self._of.items() if node.graph is self._gm.graph}
+
+    def call(self, node: torch.fx.Node, other: torch.fx.Node) -> None:
+        """Give `node`, of a function inside the graph, the name of the tensor passed to it."""
+        self._of[node] = self.of(other)
+
+    def base(self, node: torch.fx.Node) -> str:
+        """The name of a tensor if no other had the same: that of its likes in every layer."""
+        if node.op != "placeholder":
+            return re.sub(r"(_default)?(_\d+)?$", "", node.name)
+        words = re.findall(r"[A-Za-z_]\w*", torch_private.source_name(node))
+        words = [word for word in words if word not in _MEANINGLESS]
+        return words[-1] if words else node.name
+
+    def constant(self, node: torch.fx.Node) -> sympy.Expr | None:
+        """The value of a tensor of one element that the graph holds as a constant."""
+        if node.op != "get_attr" or not isinstance(node.target, str):
+            return None
+        tensor = getattr(self._gm, node.target, None)
+        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, torch.nn.Parameter):
+            return None
+        if not torch_private.has_data(tensor) or tensor.numel() != 1 or tensor.dtype.is_complex:
+            return None
+        return sympy.sympify(tensor.item())

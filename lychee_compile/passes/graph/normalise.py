@@ -1,0 +1,104 @@
+"""Spell writes to intermediate tensors as new tensors, so that each keeps its value.
+
+    scores.masked_fill_(hidden, -inf)         scores_1 = masked_fill(scores, hidden, -inf)
+    weights = softmax(scores, -1)        ->   weights = softmax(scores_1, -1)
+
+Writes to inputs, such as caches, stay as they are. So do writes through a view; what they write
+to is reported, for such a tensor does not keep its value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+
+from lychee_compile.passes.graph.dataflow import aten, first_input, value_of
+from lychee_compile.passes.graph.dead_code import erase_dead_code
+from lychee_compile.passes.symbolic.views import storage_of, written_by
+from lychee_compile.torch_private import is_foreign
+
+
+def normalise(gm: torch.fx.GraphModule, mode: Any) -> frozenset[torch.fx.Node]:
+    """Rewrite `gm` in place; the tensors made in the graph that are still written to."""
+    erase_dead_code(gm)
+    written = set()
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    views: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in list(gm.graph.nodes):
+        storage = storage_of(node)
+        if storage is not node:
+            views.setdefault(storage, []).append(node)
+        targets = [storage_of(each) for each in written_by(node)]
+        made_here = [each for each in targets if each.op in ("call_function", "call_method")]
+        if made_here and not (len(targets) == 1 and _made_functional(node, order, views, mode)):
+            written.update(made_here)
+    return frozenset(written)
+
+
+def _made_functional(
+    node: torch.fx.Node,
+    order: dict[torch.fx.Node, int],
+    views: dict[torch.fx.Node, list[torch.fx.Node]],
+    mode: Any,
+) -> bool:
+    """Whether the write `node` could be replaced by a value that all later users read."""
+    target = first_input(node)
+    functional = _functional(node.target)
+    if functional is None or storage_of(target) is not target or _may_be_shared(target, views):
+        return False
+    place = order[node]
+    if any(
+        order[user] > place
+        for view in views.get(target, [])
+        for user in view.users
+        if view is not node
+    ):
+        return False
+    value = _value(functional, node, mode)
+    before = value_of(target)
+    if value is None or value.dtype != before.dtype or value.shape != before.shape:
+        return False
+    if _strides(value) != _strides(before):
+        return False
+    graph = node.graph
+    with graph.inserting_before(node):
+        made = graph.call_function(functional, node.args, node.kwargs)
+    made.meta.update(node.meta)
+    made.meta["val"] = value
+    order[made] = place
+    node.replace_all_uses_with(made)
+    target.replace_all_uses_with(made, delete_user_cb=lambda user: order[user] > place)
+    views.get(target, []).remove(node)
+    graph.erase_node(node)
+    return True
+
+
+def _may_be_shared(target: torch.fx.Node, views: dict[torch.fx.Node, list[torch.fx.Node]]) -> bool:
+    """Whether a tensor of another kind may show the memory of `target`, so that writes are seen."""
+    readers = [user for view in (target, *views.get(target, ())) for user in view.users]
+    return is_foreign(target) or any(map(is_foreign, readers))
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Strides where they matter."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
+
+
+def _value(functional: Any, node: torch.fx.Node, mode: Any) -> torch.Tensor | None:
+    """What `functional` gives for the operands of `node`; None where they cannot be run again."""
+    args: Any = torch.fx.node.map_arg(node.args, value_of)
+    kwargs: Any = torch.fx.node.map_arg(node.kwargs, value_of)
+    try:
+        with mode:
+            return functional(*args, **kwargs)
+    except (RuntimeError, TypeError):  # values of a function mapped over a batch, for one
+        return None
+
+
+def _functional(target: Any) -> Any:
+    name, overload = target._schema.name.partition("::")[2], target._overloadname
+    if not name.endswith("_") or name.endswith("__") or name in ("dropout_", "set_", "resize_"):
+        return None
+    return getattr(getattr(aten, name[:-1], None), overload, None)

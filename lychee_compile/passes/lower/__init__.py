@@ -1,0 +1,1 @@
+"""From a described attention to the operands and the kernels that take its place."""

@@ -1,0 +1,191 @@
+"""The operands of an attention as operators take them: [B, H, T, D], one mask, one extra logit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+
+from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.detect.operands import Operand
+from lychee_compile.passes.detect.scores import Mask
+from lychee_compile.passes.graph.dataflow import aten, value_of
+from lychee_compile.passes.lower.rearrange import Emitter, Rearranger, Size
+from lychee_compile.passes.symbolic.axes import Axis
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """Nodes that hold the operands of one attention."""
+
+    query: torch.fx.Node
+    """[B, Hq, Tq, D]."""
+    key: torch.fx.Node
+    """[B, Hkv, L, D]."""
+    value: torch.fx.Node
+    """[B, Hkv, L, Dv]."""
+    mask: torch.fx.Node | None
+    """bool, True where visible, or additive; broadcastable to [B, Hq, Tq, L], L whole."""
+    extra: torch.fx.Node | None
+    """Logit of a key without value, broadcastable to [B, Hq, Tq]."""
+
+
+class Canonicaliser:
+    """Emits the operands of one attention, and its output from that of an operator."""
+
+    def __init__(self, attention: Attention, emit: Emitter) -> None:
+        self._attention, self.emit = attention, emit
+        self._rearrange = Rearranger(emit, attention.axes, self._size_node)
+
+    def operands(self, *, repeated: bool = False, masked: bool = True) -> Canonical:
+        """Emit all operands. Raises `RewriteError` where the graph does not tell a size.
+
+        With `repeated` all have one dtype and as many heads as the query; without `masked` there is
+        no mask.
+        """
+        attention, roles = self._attention, self._attention.roles
+        query, mask = self._query(), self.mask() if masked else None
+        key = self._rearrange(attention.key, roles.key_layout(), whole=True)
+        value = self._rearrange(attention.value, roles.value_layout(), whole=True)
+        if repeated:
+            dtype = value_of(query).dtype
+            key, value = (self._cast(self._repeated(each), dtype) for each in (key, value))
+            if mask is not None and value_of(mask).dtype != torch.bool:
+                mask = self._cast(mask, dtype)
+        return Canonical(
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            extra=self._extra(),
+        )
+
+    def _cast(self, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+        return node if value_of(node).dtype == dtype else self.emit(aten.to.dtype, node, dtype)
+
+    def _repeated(self, node: torch.fx.Node) -> torch.fx.Node:
+        """Each head [B, Hkv, L, D] once for every query head that reads it."""
+        group = self._attention.size(self._attention.roles.group)
+        if group == 1:
+            return node
+        node = self.emit(aten.unsqueeze.default, node, 2)
+        node = self.emit(aten.expand.default, node, [-1, -1, group, -1, -1])
+        return self.emit(aten.flatten.using_ints, node, 1, 2)
+
+    def output(self, result: torch.fx.Node) -> torch.fx.Node:
+        """`result` [B, Hq, Tq, Dv] in the layout and dtype that the graph goes on with."""
+        attention = self._attention
+        operand = self._spread(result)
+        wanted = value_of(attention.node)
+        node = self._rearrange(operand, attention.output, whole=True)
+        return self._cast(node, wanted.dtype)
+
+    def _spread(self, result: torch.fx.Node) -> Operand:
+        return Operand(result, self._attention.roles.output_layout())
+
+    def _query(self) -> torch.fx.Node:
+        attention, roles = self._attention, self._attention.roles
+        node = self._rearrange(attention.query, roles.query_layout(), whole=True)
+        dtype = value_of(node).dtype
+        for factor, inverse in attention.score.factors:
+            times = self._rearrange(factor, roles.query_layout(), whole=False)
+            node = self.emit((aten.div if inverse else aten.mul).Tensor, node, times)
+        return self._cast(node, dtype)
+
+    def _extra(self) -> torch.fx.Node | None:
+        extra, roles = self._attention.score.extra, self._attention.roles
+        if extra is None:
+            return None
+        node = self._rearrange(extra, roles.score_layout()[:3], whole=False)
+        times = self._attention.score.extra_times
+        return node if times == 1 else self.emit(aten.mul.Scalar, node, times)
+
+    def mask(self) -> torch.fx.Node | None:
+        """What hides keys and is added to scores, as `Canonical.mask`; None where nothing is."""
+        score = self._attention.score
+        if not score.masks and not score.biases:
+            return None
+        hides_wholly = all(mask.fill == -torch.inf for mask in score.masks)
+        plain = hides_wholly and not score.biases
+        node = self._visible(score.masks) if plain else self._additive()
+        if node.meta["val"].shape[-1] == 1 and self._attention.kv_len != 1:
+            node = self.emit(
+                aten.expand.default, node, [-1, -1, -1, self._size_node(*self._attention.roles.key)]
+            )
+        return node
+
+    def _visible(self, masks: tuple[Mask, ...]) -> torch.fx.Node:
+        """Where no mask hides the key."""
+        node = None
+        for mask in masks:
+            part = self._rearrange(mask.operand, self._attention.roles.score_layout(), whole=False)
+            part = self.emit(aten.logical_not.default, part) if mask.hidden_when else part
+            node = part if node is None else self.emit(aten.logical_and.default, node, part)
+        assert node is not None
+        return node
+
+    def _additive(self) -> torch.fx.Node:
+        """The biases, and what masks fill in, as one tensor to add.
+
+        A low number fills in as the lowest there is: where all keys are hidden, all count the same.
+        """
+        score, layout = self._attention.score, self._attention.roles.score_layout()
+        node = None
+        for bias in score.biases:
+            part = self._rearrange(bias.operand, layout, whole=False)
+            if bias.times != 1:
+                part = self.emit(aten.mul.Scalar, part, bias.times)
+            if not value_of(part).dtype.is_floating_point:
+                part = self.emit(aten.to.dtype, part, torch.float32)
+            node = part if node is None else self.emit(aten.add.Tensor, node, part)
+        for mask in score.masks:
+            part = self._rearrange(mask.operand, layout, whole=False)
+            hidden = part if mask.hidden_when else self.emit(aten.logical_not.default, part)
+            if node is None:
+                node = self.emit(
+                    aten.zeros_like.default,
+                    hidden,
+                    dtype=value_of(self._attention.query.node).dtype,
+                )
+            low = torch.finfo(value_of(node).dtype).min
+            fill = mask.fill if mask.fill == -torch.inf else low
+            node = self.emit(aten.masked_fill.Scalar, node, hidden, fill)
+        assert node is not None
+        return node
+
+    def _size_node(self, axis: Axis) -> Size | None:
+        """The size of an axis, as a number or a node."""
+        size = self._attention.axes.sizes[axis]
+        if size.is_Integer:
+            return int(size)
+        attention = self._attention
+        for operand in (attention.key, attention.value, attention.query):
+            for dim, axes in enumerate(operand.layout):
+                if axes == (axis,):
+                    return self.emit(aten.sym_size.int, operand.node, dim)
+        return None
+
+
+def with_layout(emit: Emitter, node: torch.fx.Node, wanted: torch.Tensor) -> torch.fx.Node:
+    """`node`, laid out in memory as `wanted`, which later views may rely on."""
+    made = value_of(node)
+    order, now = _memory_order(wanted), _memory_order(made)
+    if order == now and made.is_contiguous() == wanted.is_contiguous():
+        return node
+    order += [place for place in range(wanted.dim()) if place not in order]
+    back = [order.index(place) for place in range(wanted.dim())]
+    node = emit(aten.permute.default, node, order)
+    node = emit(aten.contiguous.default, node)
+    return emit(aten.permute.default, node, back)
+
+
+def _memory_order(tensor: Any) -> list[int]:
+    """Dimensions of more than one element, from the slowest to the fastest in memory."""
+    strides = [
+        (stride, -place)
+        for place, (stride, size) in enumerate(zip(tensor.stride(), tensor.shape, strict=True))
+        if size != 1
+    ]
+    return [-place for _, place in sorted(strides, reverse=True)]

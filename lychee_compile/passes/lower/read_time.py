@@ -1,0 +1,99 @@
+"""Tensors for a kernel to read that does itself what operators before it did.
+
+    hidden = arange(L) > length         before, `hidden` is computed from `length`...
+    length.add_(1)
+    out = attention(q, k, v, hidden)    after, the kernel would read `length` here: too late
+
+A tensor that is written in between is kept as it was, where that costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.fx
+
+from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of, value_of
+from lychee_compile.passes.lower.rearrange import Emitter
+from lychee_compile.passes.symbolic.views import is_pure_view, storage_of, written_by
+
+MOST_KEPT = 4096
+"""Elements up to which a tensor is copied before it is written."""
+
+
+class NotCapturable(Exception):  # noqa: N818  the mask is read instead
+    """A tensor is no more what it was; the message says why, in words."""
+
+
+class Reads:
+    """All that is read on the way to some tensors, and by whom."""
+
+    def __init__(self, roots: Sequence[torch.fx.Node], reader: torch.fx.Node) -> None:
+        """The way to `roots`, which `reader` reads."""
+        self._readers: dict[torch.fx.Node, set[torch.fx.Node]] = {}
+        waiting = [(root, reader) for root in roots]
+        while waiting:
+            tensor, by = waiting.pop()
+            readers = self._readers.setdefault(tensor, set())
+            if by not in readers:
+                readers.add(by)
+                waiting += _read_for(tensor, by)
+
+    def as_read(self, tensor: torch.fx.Node, last: torch.fx.Node, emit: Emitter) -> torch.fx.Node:
+        """`tensor` as it was when it was read on that way, for an operator put at `last` to read.
+
+        Raises `NotCapturable` where it has changed since and cannot be kept.
+        """
+        readers = self._readers.get(tensor)
+        if not readers:
+            raise NotCapturable(f"{tensor} is read in an unknown way")
+        since = [each for each in _writes(storage_of(tensor)) if min(readers) <= each < last]
+        if not since:
+            return tensor
+        first = min(since)
+        if any(first < reader for reader in readers):
+            raise NotCapturable(f"{tensor} is read both before and after it is written")
+        sizes = shape_of(tensor)
+        if any(isinstance(size, torch.SymInt) for size in sizes) or math.prod(sizes) > MOST_KEPT:
+            raise NotCapturable(f"{tensor} is written after it is read")
+        with emit.graph.inserting_before(first):
+            return emit(aten.clone.default, tensor)
+
+
+def _read_for(
+    tensor: torch.fx.Node, by: torch.fx.Node
+) -> Iterator[tuple[torch.fx.Node, torch.fx.Node]]:
+    """What `by` reads when it reads `tensor`: tensors that it is made of, each with its reader.
+
+    A view is made of memory that is read when the view is; what may be one may have copied too.
+    """
+    if operator_key(tensor) in _SHAPE_ALONE:
+        return
+    for source in tensor.all_input_nodes:
+        if isinstance(value_of(source), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            continue
+        if storage_of(tensor) is storage_of(source):
+            yield source, by
+        if not is_pure_view(tensor):
+            yield source, tensor
+
+
+_SHAPE_ALONE = {
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full",
+    "new_empty",
+}  # fmt: skip
+"""Operators that read the shape of their operand only."""
+
+
+def _writes(memory: torch.fx.Node) -> list[torch.fx.Node]:
+    """Operators that write to it, or to what may be a view of it."""
+    writes, views = [], [memory]
+    for view in views:
+        for user in view.users:
+            if any(storage_of(each) is memory for each in written_by(user)):
+                writes.append(user)
+            if storage_of(user) is memory and user not in views:
+                views.append(user)
+    return writes

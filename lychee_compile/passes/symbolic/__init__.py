@@ -1,0 +1,1 @@
+"""Index arithmetic: from which element of which tensor an element comes."""

@@ -1,0 +1,292 @@
+"""Where the elements of a view come from: indices, carried back through shape operators.
+
+One small function for each kind of operator. All say which tensor is the source and, given an index
+for each dimension of the output, the index for each dimension of the source.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+
+from lychee_compile.passes.graph.dataflow import (
+    argument,
+    first_input,
+    operator_key,
+    scalar_of,
+    shape_of,
+)
+from lychee_compile.passes.symbolic.axes import ZERO, Axes, Indices, size_expression
+
+Source = tuple[torch.fx.Node, Indices]
+
+
+def source_of(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
+    """The tensor that `node` is a view or copy of, with indices; None where it is no such thing."""
+    if node.target is operator.getitem:
+        return _part_of_several(node, indices)
+    rule = _RULES.get(operator_key(node))
+    return None if rule is None else rule(node, indices, axes)
+
+
+def _copy(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    return first_input(node), indices
+
+
+def _reshape(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
+    source = first_input(node)
+    if node.target is torch.ops.aten.view.dtype:  # the same bits read as other numbers
+        return None
+    return source, axes.reshape(indices, shape_of(node), shape_of(source))
+
+
+def _broadcast(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    source = first_input(node)
+    return source, broadcast(indices, shape_of(source), shape_of(node))
+
+
+def broadcast(indices: Indices, sizes: Any, wide: Any) -> Indices:
+    """Indices into a tensor of `sizes` that broadcasts to `wide`, which `indices` are of."""
+    ours = indices[len(indices) - len(sizes) :]
+    wide = wide[len(wide) - len(sizes) :]
+    return tuple(
+        ZERO if size_expression(size) == 1 and size_expression(out) != 1 else index
+        for index, size, out in zip(ours, sizes, wide, strict=True)
+    )
+
+
+def _permuted(order: list[int]) -> Callable[[Indices], Indices]:
+    """The source's indices where output dimension i is source dimension `order[i]`."""
+    return lambda indices: tuple(indices[order.index(place)] for place in range(len(order)))
+
+
+def _permute(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    order = [int(dim) % len(indices) for dim in argument(node, "dims")]
+    return first_input(node), _permuted(order)(indices)
+
+
+def _swap(first: str | int, second: str | int) -> Callable[..., Source]:
+    def rule(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+        dims = [each if isinstance(each, int) else argument(node, each) for each in (first, second)]
+        if len(indices) < 2:
+            return first_input(node), indices
+        order = list(range(len(indices)))
+        one, other = (int(dim) % len(order) for dim in dims)
+        order[one], order[other] = order[other], order[one]
+        return first_input(node), _permuted(order)(indices)
+
+    return rule
+
+
+def _move(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    """`movedim`, which tells of source and destination dimensions."""
+    rank = len(indices)
+    given = (argument(node, "source"), argument(node, "destination"))
+    source, goal = (
+        [dim % rank for dim in (each if isinstance(each, (list, tuple)) else [each])]
+        for each in given
+    )
+    rest = [place for place in range(rank) if place not in source]
+    order = [source[goal.index(place)] if place in goal else rest.pop(0) for place in range(rank)]
+    return first_input(node), _permuted(order)(indices)
+
+
+def _reverse(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    return first_input(node), indices[::-1]
+
+
+def _select(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
+    source = first_input(node)
+    dim = argument(node, "dim") % len(shape_of(source))
+    at = _bound(argument(node, "index"), shape_of(source)[dim])
+    if at is None:
+        return None
+    return source, (*indices[:dim], at, *indices[dim:])
+
+
+def _slice(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
+    source = first_input(node)
+    dim = argument(node, "dim", 0) % len(indices)
+    size = shape_of(source)[dim]
+    start = _bound(argument(node, "start", 0) or 0, size)
+    step = scalar_of(argument(node, "step", 1))
+    if start is None or step is None:
+        return None
+    return source, (*indices[:dim], indices[dim] * step + start, *indices[dim + 1 :])
+
+
+def _bound(value: Any, size: Any) -> sympy.Expr | None:
+    """An index or start of a slice, counted from the front; None where a tensor holds it."""
+    at = scalar_of(value)
+    if at is None:
+        return None
+    whole = size_expression(size)
+    if at.is_negative:
+        at = sympy.expand(at + whole)
+        return sympy.Max(at, 0) if not at.is_nonnegative else at
+    return at if at.is_nonnegative else None
+
+
+def _part_of_several(node: torch.fx.Node, indices: Indices) -> Source | None:
+    """One of the outputs of `chunk`, `split`, `unbind` and their like."""
+    several, which = first_input(node), node.args[1]
+    if several.op != "call_function" or not isinstance(which, int):
+        return None
+    key = operator_key(several)
+    if key not in _SEVERAL:
+        return None
+    source = first_input(several)
+    dim = argument(several, "dim", 0) % len(shape_of(source))
+    if key == "unbind":
+        return source, (*indices[:dim], sympy.Integer(which), *indices[dim:])
+    parts = several.meta["val"]
+    start = sum((size_expression(part.shape[dim]) for part in parts[:which]), ZERO)
+    return source, (*indices[:dim], indices[dim] + start, *indices[dim + 1 :])
+
+
+def _repeat(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    """`repeat` lays whole copies one after the other."""
+    source = first_input(node)
+    sizes = shape_of(source)
+    ours = indices[len(indices) - len(sizes) :]
+    return source, tuple(
+        axes.divide(index, size_expression(size))[1] if size_expression(size) != 1 else ZERO
+        for index, size in zip(ours, sizes, strict=True)
+    )
+
+
+def _repeat_interleave(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
+    """`repeat_interleave` lays the copies of one element side by side."""
+    source, dim = first_input(node), argument(node, "dim")
+    times = scalar_of(argument(node, "repeats"))
+    if times is None or (dim is None and len(shape_of(source)) != 1):
+        return None
+    dim = (dim or 0) % len(indices)
+    outer = axes.divide(indices[dim], times)[0]
+    return source, (*indices[:dim], outer, *indices[dim + 1 :])
+
+
+def _flip(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    dims = [dim % len(indices) for dim in argument(node, "dims")]
+    sizes = shape_of(node)
+    return first_input(node), tuple(
+        size_expression(sizes[place]) - 1 - index if place in dims else index
+        for place, index in enumerate(indices)
+    )
+
+
+def _rule_names() -> dict[str, Callable[..., Source | None]]:
+    copies = (
+        "alias", "clone", "contiguous", "detach", "detach_", "to", "_to_copy", "lift_fresh_copy",
+        "lift_fresh", "type_as", "positive", "float", "double", "half", "bfloat16",
+    )  # fmt: skip
+    reshapes = (
+        "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze",
+        "view_as", "reshape_as", "ravel", "atleast_2d", "atleast_3d",
+    )  # fmt: skip
+    rules: dict[str, Callable[..., Source | None]] = dict.fromkeys(copies, _copy)
+    rules |= dict.fromkeys(reshapes, _reshape)
+    rules |= dict.fromkeys(("expand", "expand_as", "broadcast_to"), _broadcast)
+    rules |= dict.fromkeys(("t", "mT", "mH", "adjoint", "matrix_H"), _swap(-2, -1))
+    rules |= {"transpose": _swap("dim0", "dim1"), "swapaxes": _swap("axis0", "axis1")}
+    rules |= {"swapdims": _swap("dim0", "dim1"), "permute": _permute}
+    rules |= {"movedim": _move, "moveaxis": _move, "numpy_T": _reverse}
+    rules |= {"select": _select, "slice": _slice, "narrow": _slice, "flip": _flip}
+    rules |= {"repeat": _repeat, "tile": _repeat, "repeat_interleave": _repeat_interleave}
+    return rules
+
+
+_SEVERAL = {
+    "chunk", "split", "split_with_sizes", "unbind", "unsafe_chunk", "unsafe_split",
+    "tensor_split", "unsafe_split_with_sizes",
+}  # fmt: skip
+_RULES = _rule_names()
+_ONE_TO_ONE = {
+    key for key, rule in _RULES.items() if rule in (_copy, _reshape, _permute, _move, _reverse)
+} | {"transpose", "swapaxes", "swapdims", "t", "mT", "mH", "adjoint"}
+MERE_COPIES = {key for key, rule in _RULES.items() if rule is _copy}
+"""Operators whose output has the values and the shape of their input, but for the dtype."""
+
+
+def storage_of(node: torch.fx.Node) -> torch.fx.Node:
+    """The node whose memory `node` shows, or may show: itself where it has its own."""
+    while node.op == "call_function" and node.args:
+        several = node.target is operator.getitem
+        maker = first_input(node) if several else node
+        if not _may_share(maker) or not isinstance(maker.args[0], (torch.fx.Node, list, tuple)):
+            return node
+        source: Any = maker.args[0]
+        if not isinstance(source, torch.fx.Node):  # broadcast_tensors and meshgrid take a list
+            source = source[node.args[1] if several else 0]
+        node = source
+    return node
+
+
+def _may_share(node: torch.fx.Node) -> bool:
+    """Whether an operator may give its input's memory, changed in place or not."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or operator_key(node) in _FRESH:
+        return False
+    annotated = any(each.alias_info is not None for each in schema.returns)
+    return annotated or operator_key(node) in _UNANNOTATED
+
+
+_FRESH = {"clone", "_to_copy", "lift_fresh_copy", "repeat", "tile", "repeat_interleave", "flip"}
+_UNANNOTATED = {
+    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "atleast_1d",
+    "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "type_as",
+    "hsplit", "vsplit", "dsplit", "rrelu", "lift_fresh",
+}  # fmt: skip
+"""Operators that may return a view of an input without saying so."""
+
+
+def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The tensors that an operator writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if (
+        schema is None
+        or not schema.is_mutable
+        or operator_key(node) in ("detach_", "requires_grad_")
+    ):
+        return []
+    written = []
+    for formal in schema.arguments:
+        if formal.alias_info is not None and formal.alias_info.is_write:
+            given = argument(node, formal.name)
+            given = given if isinstance(given, (list, tuple)) else [given]
+            written += [each for each in given if isinstance(each, torch.fx.Node)]
+    return written
+
+
+def is_shape_operator(node: torch.fx.Node) -> bool:
+    """Whether the output of `node` shows all elements of its input, each once."""
+    return operator_key(node) in _ONE_TO_ONE
+
+
+def is_view_of_part(node: torch.fx.Node) -> bool:
+    """Whether `node` is one output of `chunk`, `split` or `unbind`."""
+    return node.target is operator.getitem and operator_key(node.args[0]) in _SEVERAL
+
+
+CARRIERS = {
+    *_RULES, *_SEVERAL, "dropout", "native_dropout", "nan_to_num", "masked_fill", "where", "mul",
+    "multiply", "div", "add", "sub", "pow", "relu", "clamp", "clamp_min",
+}  # fmt: skip
+"""Operators through which the elements of a tensor go on, one by one."""
+
+
+_PURE_VIEWS = {
+    "alias", "detach", "view", "expand", "expand_as", "unsqueeze", "squeeze", "transpose",
+    "permute", "t", "mT", "mH", "select", "slice", "narrow", "swapaxes", "swapdims",
+    "movedim", "unflatten",
+}  # fmt: skip
+
+
+def is_pure_view(node: torch.fx.Node) -> bool:
+    """Whether `node` shows the memory of its input and copies nothing, in any case."""
+    return operator_key(node) in _PURE_VIEWS or is_view_of_part(node)
