@@ -16,7 +16,7 @@ from lychee_compile.passes.site import Site
 
 pytest.importorskip("transformers")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 with pytest.MonkeyPatch.context() as paths:
     paths.syspath_prepend(BENCHMARKS)  # the benchmark's parts import each other as scripts do

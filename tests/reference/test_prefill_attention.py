@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from prefill_problems import Whole, tile_configs, wholes
 from strategies import DTYPES, KINDS, make_keys
 from torch import Tensor
-from whole_sequences import Whole, tile_configs, wholes
 
 from lychee_compile.kernels.operators.observe import tile_observers
 from lychee_compile.kernels.operators.prefill import sparse_prefill

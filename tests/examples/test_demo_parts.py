@@ -13,7 +13,7 @@ from rich.console import Console
 from lychee_compile import Options
 from lychee_compile.recorder import Call
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 with pytest.MonkeyPatch.context() as paths:
     paths.syspath_prepend(BENCHMARKS)  # the benchmark's parts import each other as scripts do

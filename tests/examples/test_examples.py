@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from lychee_compile.kernels.policies import registry
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTEXT, BUDGET, NEW_TOKENS, LAYERS = 160, 96, 6, 2
 ALL = CONTEXT + NEW_TOKENS - 1  # tokens that the last step sees
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prefill_problems import Whole, wholes
 from strategies import greedy_chunks
 from torch import Tensor
-from whole_sequences import Whole, wholes
 
 import lychee_compile
 from lychee_compile.kernels.policies import prefill_registry, registry

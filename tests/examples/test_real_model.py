@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "pass_key.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "pass_key.py"
 
 
 @pytest.mark.thorough

@@ -30,7 +30,7 @@ def test_kernels_compile_without_a_gpu(names, tmp_path):
     given = {each: value for each, value in os.environ.items() if each != "TRITON_INTERPRET"}
     folders = {"TRITON_CACHE_DIR": str(tmp_path), "LYCHEE_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "compiled_kernels.py", *names], cwd=Path(__file__).parent,
+        [sys.executable, "compiled_kernels.py", *names], cwd=Path(__file__).parents[1] / "helpers",
         capture_output=True, text=True, check=False, env=given | folders,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

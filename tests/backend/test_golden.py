@@ -1,6 +1,6 @@
 """The whole report on ten architectures, as text, in tests/golden: what changes is seen.
 
-    UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py
+    UPDATE_GOLDEN=1 python -m pytest tests/backend/test_golden.py
 
 writes the texts anew; `git diff tests/golden` then shows what a change did to them.
 """
@@ -21,8 +21,8 @@ from lychee_compile.report.report import Report, group_sites
 
 pytest.importorskip("transformers")
 
-GOLDEN = Path(__file__).parent / "golden"
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+GOLDEN = Path(__file__).parents[1] / "golden"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 with pytest.MonkeyPatch.context() as paths:
     paths.syspath_prepend(BENCHMARKS)  # the benchmark's parts import each other as scripts do

@@ -1,6 +1,6 @@
 """Generated modules as text, in tests/golden/kernels: what a change does to them is seen.
 
-    UPDATE_GOLDEN=1 python -m pytest tests/test_codegen_golden.py
+    UPDATE_GOLDEN=1 python -m pytest tests/kernels/test_codegen_golden.py
 
 writes them anew.
 """
@@ -19,7 +19,7 @@ from kernel_specs import SPECS
 
 from lychee_compile.codegen.module import emit_module
 
-GOLDEN = Path(__file__).parent / "golden" / "kernels"
+GOLDEN = Path(__file__).parents[1] / "golden" / "kernels"
 LAUNCHED = {
     "attend_all", "combine", "weigh", "scan_tokens", "scan_pages", "scan_chosen", "attend",
     "encode", "ask", "scan", "choose",
@@ -93,7 +93,7 @@ print({name: digest.hexdigest() for name, digest in digests.items()})
 """
     printed = {
         subprocess.run(
-            [sys.executable, "-c", lines], cwd=Path(__file__).parent,
+            [sys.executable, "-c", lines], cwd=Path(__file__).parents[1] / "helpers",
             capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed},
         ).stdout
         for seed in "12"

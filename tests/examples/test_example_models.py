@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 import lychee_compile
 from lychee_compile.passes.site import Site
 
-MODELS = Path(__file__).parents[1] / "examples" / "models"
+MODELS = Path(__file__).parents[2] / "examples" / "models"
 LAYERS = 3
 SPARSE = {"budget": 32, "sinks": 2, "recent": 8, "chunk": (2, 4)}
 PROMPT, STEPS = 60, 12
