@@ -1,6 +1,6 @@
 """What the index of a cache costs: its memory, to build it after a prefill, to follow each step.
 
-    python benchmarks/index_cost.py [--contexts 32k 128k] [--budget 1024] [--json PATH]
+    python -m benchmarks.index_cost [--contexts 32k 128k] [--budget 1024] [--json PATH]
 
 One layer of Llama-3.1-8B's shape, batch 1, bfloat16. The prefill is that of the layer with dense,
 causal SDPA. A step is the layer's products with its weights and its sparse attention, each in a
@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_gpu_options import tokens
-from decode_gpu_ours import sparse_module, sparse_step
-from decode_gpu_problem import Inputs, Problem, make_inputs
-from decode_gpu_records import commit, device_name, length_name, versions
-from decode_gpu_timing import milliseconds, time_calls
-from llama_model import llama_config
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import LlamaModel
 
+from benchmarks.common.llama_model import llama_config
+from benchmarks.decode.options import tokens
+from benchmarks.decode.ours import sparse_module, sparse_step
+from benchmarks.decode.problem import Inputs, Problem, make_inputs
+from benchmarks.decode.records import commit, device_name, length_name, versions
+from benchmarks.decode.timing import milliseconds, time_calls
 from lychee_compile.kernels.gpu.lychee.index import SlotIndex
 from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
 

@@ -1,8 +1,8 @@
 r"""Every kernel once or a few times, on little data, for compute-sanitizer:
 
-compute-sanitizer --tool memcheck python benchmarks/sanitized_kernels.py
+compute-sanitizer --tool memcheck python -m benchmarks.sanitized_kernels
 compute-sanitizer --tool racecheck --kernel-name-exclude kns=reduce_kernel \
-    python benchmarks/sanitized_kernels.py
+    python -m benchmarks.sanitized_kernels
 
 (PyTorch's own reductions share memory within a warp without a barrier, which racecheck reports.)
 """

@@ -1,6 +1,6 @@
 """Time per decoded token of a model that several devices share by its heads.
 
-    torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py [--context 65536] [--json PATH]
+    torchrun --nproc-per-node 2 -m benchmarks.tensor_parallel [--context 65536] [--json PATH]
 
 A Llama of Llama-3.1-8B's shape with random weights, sharded by transformers' own tensor parallel
 plan: over GPUs with nccl in bfloat16, or, where there are too few, over CPU processes with gloo in
@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from llama_model import filled_cache, llama_config
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.distributed import DistributedConfig
 
 import lychee_compile
+from benchmarks.common.llama_model import filled_cache, llama_config
 
 WARM_UP, STEPS = 8, 32
 

@@ -16,18 +16,14 @@ import pytest
 import torch
 
 import lychee_compile
+from benchmarks.coverage import calls as coverage_calls
+from benchmarks.coverage import models as coverage_models
 from lychee_compile.passes.site import Site
 from lychee_compile.report.report import Report, group_sites
 
 pytest.importorskip("transformers")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-with pytest.MonkeyPatch.context() as paths:
-    paths.syspath_prepend(BENCHMARKS)  # the benchmark's parts import each other as scripts do
-    import coverage_calls
-    import coverage_models
 
 ARCHITECTURES = {each.name: each for each in coverage_models.ARCHITECTURES}
 OPTIONS = {"budget": 12, "sinks": 2, "recent": 4, "chunk": (2, 4)}
@@ -43,7 +39,7 @@ CALLS = {
     "deepseek_v3": ["eager forward", "sdpa static"],
     "whisper": ["sdpa forward", "eager static"],
 }
-"""Attention implementations of transformers, and calls of `coverage_calls`."""
+"""Attention implementations of transformers, and calls of `benchmarks.coverage.calls`."""
 SELDOM = {"llama", "gemma2", "gemma3", "gpt2", "bloom", "t5", "deepseek_v3", "whisper"}
 """Those whose kind is also that of others."""
 SECTIONS = {

@@ -6,31 +6,26 @@ import io
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-with pytest.MonkeyPatch.context() as paths:
-    paths.syspath_prepend(BENCHMARKS)  # the benchmark's parts import each other as scripts do
-    import decode_gpu
-    import decode_gpu_baselines
-    import decode_gpu_measure
-    import decode_gpu_options
-    import decode_gpu_ours
-    import decode_gpu_plot
-    import decode_gpu_problem
-    import decode_gpu_records
-    import decode_gpu_table
-    import decode_gpu_timing
-    from decode_gpu_problem import Problem
-    from decode_gpu_records import FAILED, SKIPPED, UNAVAILABLE, Record, Report
-    from decode_gpu_timing import Bandwidth, Timing
-    from decode_gpu_variants import VARIANTS, Variant
+from benchmarks.decode import baselines as decode_gpu_baselines
+from benchmarks.decode import gpu as decode_gpu
+from benchmarks.decode import measure as decode_gpu_measure
+from benchmarks.decode import options as decode_gpu_options
+from benchmarks.decode import ours as decode_gpu_ours
+from benchmarks.decode import plot as decode_gpu_plot
+from benchmarks.decode import problem as decode_gpu_problem
+from benchmarks.decode import records as decode_gpu_records
+from benchmarks.decode import table as decode_gpu_table
+from benchmarks.decode import timing as decode_gpu_timing
+from benchmarks.decode.problem import Problem
+from benchmarks.decode.records import FAILED, SKIPPED, UNAVAILABLE, Record, Report
+from benchmarks.decode.timing import Bandwidth, Timing
+from benchmarks.decode.variants import VARIANTS, Variant
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -341,7 +336,7 @@ def fabricated():
         l2_bytes=50 << 20,
         versions={"torch": "2.11.0", "triton": "3.6.0"},
         commit="0123456789ab",
-        command="python benchmarks/decode_gpu.py",
+        command="python -m benchmarks.decode.gpu",
         shape={"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "budget": 1024},
         bandwidth=Bandwidth(read=3e12, copy=2.8e12),
     )
@@ -464,7 +459,7 @@ def test_the_command_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert "4 query heads, 2 KV heads, head_dim 16, bfloat16" in text
     assert "quest (ours) not available: quest has no kernel here (64, 100)" in text
     made = json.loads((tmp_path / "d.json").read_text())
-    assert made["command"].startswith("python benchmarks/decode_gpu.py --device cpu --contexts 64")
+    assert made["command"].startswith("python -m benchmarks.decode.gpu --device cpu --contexts 64")
     assert made["versions"]["torch"] == torch.__version__
     statuses = {(record["variant"], record["status"]) for record in made["records"]}
     assert statuses == {(each.name, "measured" if each.forms else UNAVAILABLE) for each in VARIANTS}

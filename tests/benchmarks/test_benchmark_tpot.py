@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import tpot
+from benchmarks.tpot import __main__ as tpot
 
 TINY = ["--device", "cpu", "--layers", "2", "--hidden", "256", "--budget", "128"]
 

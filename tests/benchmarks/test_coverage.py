@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.coverage import __main__ as coverage_command
+
 pytest.importorskip("transformers")
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-with pytest.MonkeyPatch.context() as paths:
-    paths.syspath_prepend(BENCHMARKS)  # the benchmark's parts import each other as scripts do
-    import coverage_calls
-    import coverage_measure
-    import coverage_models
-    import coverage_table
-    import coverage_truth
+from benchmarks.coverage import calls as coverage_calls
+from benchmarks.coverage import measure as coverage_measure
+from benchmarks.coverage import models as coverage_models
+from benchmarks.coverage import table as coverage_table
+from benchmarks.coverage import truth as coverage_truth
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers, about each other
 
@@ -224,13 +219,9 @@ def test_table_goes_between_the_markers():
 
 
 @pytest.fixture
-def command(monkeypatch):
-    """The script; `import coverage` might be another package's."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location("coverage_command", BENCHMARKS / "coverage.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def command():
+    """The command, as a module."""
+    return coverage_command
 
 
 @pytest.mark.parametrize(

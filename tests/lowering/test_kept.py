@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +15,8 @@ from lychee_compile.passes.site import Site
 
 pytest.importorskip("transformers")
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-with pytest.MonkeyPatch.context() as paths:
-    paths.syspath_prepend(BENCHMARKS)  # the benchmark's parts import each other as scripts do
-    import coverage_calls
-    import coverage_models
+from benchmarks.coverage import calls as coverage_calls
+from benchmarks.coverage import models as coverage_models
 
 ARCHITECTURES = {each.name: each for each in coverage_models.ARCHITECTURES}
 OPTIONS = {"budget": 16, "sinks": 2, "recent": 4, "chunk": (2, 4)}

@@ -1,6 +1,6 @@
 """How large the tiles of an attention kernel are, and how many programs share its work.
 
-Measured on one H100 (benchmarks/RESULTS.md); a rule for what was not measured: as many programs
+Measured on one H100 (benchmarks/results); a rule for what was not measured: as many programs
 for each multiprocessor, and tiles that leave room in shared memory for three programs.
 """
 

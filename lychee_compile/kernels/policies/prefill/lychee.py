@@ -30,7 +30,7 @@ def choose_by_centres(question: TileQuestion) -> Tensor:
 
     Single keys and not nodes of them, for one head and not those that share its keys: with a fifth
     of 32k keys the output is off by 0.055 so, by 0.090 with pages of sixteen, and by 0.068 where a
-    tile is 32 positions of four heads (benchmarks/tile_choices.py).
+    tile is 32 positions of four heads (benchmarks/prefill/tile_choices.py).
     """
     return question.take(log_shares(question).masked_fill(_negligible(question), -torch.inf))
 

@@ -1,0 +1,1 @@
+"""Which attentions are found in transformers' architectures."""

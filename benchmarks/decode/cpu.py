@@ -1,0 +1,81 @@
+"""Time per decoded token on a CPU, against the length of the context.
+
+    python -m benchmarks.decode.cpu [--lengths 4096 8192 16384 32768] [--budget 1024]
+
+A 12-layer Llama with GQA and random weights in float32, over a StaticCache whose keys are random.
+Inductor's dense attention and the lychee backend decode the same tokens in the same run; the median
+of the steps counts. Quality cannot be judged on random keys: see `pass_key.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from benchmarks.common.llama_model import filled_cache
+
+WARM_UP, STEPS = 4, 24
+
+
+def decoder() -> Any:
+    """A model of the shape that goals are set for: 12 layers, groups of four query heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=1 << 17,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def seconds_per_token(forward: Callable[..., Any], cache: StaticCache) -> tuple[float, float]:
+    """Median of the steps after warm-up, and the longest step of the warm-up, in seconds."""
+    token = torch.ones(1, 1, dtype=torch.int64)
+    times = []
+    for _ in range(WARM_UP + STEPS):
+        started = time.perf_counter()
+        forward(token, past_key_values=cache)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[WARM_UP:]), max(times[:WARM_UP])
+
+
+@torch.no_grad()
+def main() -> int:
+    """Run the benchmark; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--budget", type=int, default=1024)
+    arguments = parser.parse_args()
+    model = decoder()
+    table = Table("context", "inductor, ms", "lychee, ms", "times faster", "first step, s")
+    room = WARM_UP + STEPS + 1
+    for length in track(arguments.lengths, "Contexts"):
+        torch.compiler.reset()
+        dense = torch.compile(model)
+        sparse = torch.compile(model, backend="lychee", options={"budget": arguments.budget})
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            before, _ = seconds_per_token(dense, filled_cache(model, 1, length, length + room))
+            after, first = seconds_per_token(sparse, filled_cache(model, 1, length, length + room))
+        cells = (1e3 * before, 1e3 * after, before / after, first)
+        table.add_row(f"{length:,}", *(f"{cell:.2f}" for cell in cells))
+    table.title = f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32"
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sparse prefill: time, error, and choices of tiles."""

@@ -1,0 +1,114 @@
+"""Queries, keys and values of a real model, in the shape of Llama-3.1-8B's attention.
+
+    python -m benchmarks.prefill.tensors --model DIR --out FILE [--tokens 32000]
+        [--text code --text prose --text json]
+
+Takes what the global attentions of a small model see in several texts: of Gemma-3-270M three
+layers with four query heads over one KV head of 256, in each text. A KV head of the benchmark is a
+layer; its sequence is texts one after another, from the next text on in the next head, and begun
+anew with other texts ahead where it has to be longer. Keys and queries are turned onto the 128
+principal axes of a layer's keys, which changes few scores by much; values are cut to as many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+GROUP = HEADS // KV_HEADS
+
+Tensors = dict[str, Tensor]
+"""By name, "query.<layer>.<text>" [G, L, D] and "key" and "value" [L, D] likewise."""
+
+
+def main() -> None:
+    """Take the tensors and write them."""
+    from safetensors.torch import save_file
+
+    from lychee_compile.evaluate.models import load
+    from lychee_compile.evaluate.prefill_capture import capture_prefill
+    from lychee_compile.evaluate.texts import read_text
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="a causal language model with global layers")
+    add("--out", required=True, type=Path, metavar="FILE", help="a safetensors file")
+    add("--tokens", type=int, default=32000, metavar="N", help="of each text (%(default)s)")
+    add("--text", action="append", default=[], metavar="KIND[=FILE]", help="code, prose and json")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+    model, tensors = load(given.model, given.device), {}
+    for number, source in enumerate(given.text or ["code", "prose", "json"]):
+        kind, text = read_text(source)
+        ids = model.encode(text[: 16 * given.tokens])[: given.tokens]
+        taken = capture_prefill(model.model, ids, range(len(ids)), text=kind)
+        for layer, site in enumerate(taken.sites):
+            query, key = site.query[0].float(), site.key[0, 0].float()
+            basis = principal_axes(key) if number == 0 else tensors[f"axes.{layer}"]
+            tensors[f"axes.{layer}"] = basis
+            tensors[f"query.{layer}.{number}"] = query @ basis * site.scale * HEAD_DIM**0.5
+            tensors[f"key.{layer}.{number}"] = key @ basis
+            tensors[f"value.{layer}.{number}"] = site.value[0, 0, :, :HEAD_DIM]
+        sys.stdout.write(f"{kind}: {len(ids):,} tokens, {len(taken.sites)} attentions\n")
+    kept = {name: each.bfloat16().contiguous().cpu() for name, each in tensors.items()}
+    save_file({name: each for name, each in kept.items() if name[:4] != "axes"}, given.out)
+
+
+def principal_axes(key: Tensor) -> Tensor:
+    """The directions of most variance of keys [L, D'], their mean's among them: [D', 128]."""
+    return torch.linalg.svd(key, full_matrices=False).Vh[:HEAD_DIM].T
+
+
+def read_tensors(path: Path) -> Tensors:
+    """What `main` wrote."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def random_tensors(layers: int = 2, texts: int = 2, tokens: int = 4096) -> Tensors:
+    """Tensors of no model, to try things out."""
+    random = torch.Generator().manual_seed(0)
+    shapes = {
+        "query": (GROUP, tokens, HEAD_DIM),
+        "key": (tokens, HEAD_DIM),
+        "value": (tokens, HEAD_DIM),
+    }
+    return {
+        f"{name}.{layer}.{text}": torch.randn(shape, generator=random).bfloat16()
+        for name, shape in shapes.items()
+        for layer in range(layers)
+        for text in range(texts)
+    }
+
+
+def extended(tensors: Tensors, context: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [1, 32, L, 128], key and value [1, 8, L, 128] of `context` tokens, from `tensors`."""
+    layers = 1 + max(int(name.split(".")[1]) for name in tensors)
+    texts = 1 + max(int(name.split(".")[2]) for name in tensors)
+
+    def head(name: str, number: int) -> Tensor:
+        parts: list[Tensor] = []
+        for place in range(context):
+            if sum(part.shape[-2] for part in parts) >= context:
+                break
+            text = (number // layers + place + place // texts) % texts
+            parts.append(tensors[f"{name}.{number % layers}.{text}"])
+        return torch.cat(parts, -2)[..., :context, :].to(device)
+
+    query, key, value = (
+        torch.stack([head(name, number) for number in range(KV_HEADS)])
+        for name in ("query", "key", "value")
+    )
+    return query.flatten(0, 1)[None], key[None], value[None]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a choice of tokens costs: certificates, summaries, look-ups."""

@@ -1,0 +1,1 @@
+"""Time per token of whole models."""
