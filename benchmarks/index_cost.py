@@ -33,8 +33,8 @@ from benchmarks.decode.ours import sparse_module, sparse_step
 from benchmarks.decode.problem import Inputs, Problem, make_inputs
 from benchmarks.decode.records import commit, device_name, length_name, versions
 from benchmarks.decode.timing import milliseconds, time_calls
-from lychee_compile.kernels.gpu.lychee.index import SlotIndex
-from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 
 BUFFERS, SECONDS = 6, 0.15
 
@@ -102,7 +102,7 @@ def measure(
     buffers = [make_inputs(problem, device, seed) for seed in range(BUFFERS)]
     first = buffers[0]
     module = sparse_module(first.query, first.key, first.value, budget)
-    indexes = [SlotIndex(SlotLayout.of(each.key), device) for each in buffers]
+    indexes = [SketchIndex(SketchLayout.of(each.key), device) for each in buffers]
     build = milliseconds(partial(indexes[0].build, module, first.key, [context]))
     for index, each in zip(indexes[1:], buffers[1:], strict=True):
         index.build(module, each.key, [context])
@@ -132,7 +132,7 @@ def measure(
     )
 
 
-def refits_of_a_block(index: SlotIndex) -> int:
+def refits_of_a_block(index: SketchIndex) -> int:
     """How often a block is fitted while tokens come one by one."""
     size = index.layout.block
     end, count = size, 0
@@ -185,7 +185,7 @@ def save(path: Path, costs: Sequence[Cost], given: Sequence[str], device: torch.
     """All that was measured, and with what."""
     made = {
         "device": device_name(device),
-        "command": shlex.join(["python", "benchmarks/index_cost.py", *given]),
+        "command": shlex.join(["python", "-m", "benchmarks.index_cost", *given]),
         "commit": commit(),
         "versions": versions(),
         "costs": [asdict(each) for each in costs],

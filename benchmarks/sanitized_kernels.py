@@ -24,8 +24,8 @@ from lychee_compile.codegen.specification import (
 )
 from lychee_compile.kernels.gpu.common import module_cache
 from lychee_compile.kernels.gpu.lychee import launch as launch_sketch
-from lychee_compile.kernels.gpu.lychee.index import SlotIndex
-from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 from lychee_compile.kernels.gpu.prefill.launch import run_tiles
 
 
@@ -52,7 +52,7 @@ def decode() -> None:
             for _ in range(2)
         )
         query = torch.randn(1, 2 * group, 1, head_dim, dtype=torch.bfloat16, device="cuda")
-        index = SlotIndex(SlotLayout.of(key), key.device)
+        index = SketchIndex(SketchLayout.of(key), key.device)
         for step in range(length, length + 4):  # into a new block
             last.fill_(step)
             written = last[None].clone()

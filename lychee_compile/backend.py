@@ -12,7 +12,7 @@ import torch.fx
 from torch import Tensor
 
 from lychee_compile import torch_private
-from lychee_compile.kernels.gpu.lifecycle import SlotCache
+from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.policies.registry import has_index
 from lychee_compile.options import Options
 from lychee_compile.passes.decide import Plan, Planner
@@ -175,7 +175,7 @@ class _StateInputs:
         self.states: list[StateInput] = []
         self.fakes: list[Tensor] = []
 
-    def __call__(self, binding: CacheBinding, slots: SlotCache | None) -> torch.fx.Node:
+    def __call__(self, binding: CacheBinding, slots: CacheUse | None) -> torch.fx.Node:
         known = binding if slots is None else (binding.source, binding.output, slots.layout)
         if known not in self._nodes:
             source = binding.source
@@ -184,7 +184,7 @@ class _StateInputs:
             self._nodes[known] = self._added(binding, slots)
         return self._nodes[known]
 
-    def _added(self, binding: CacheBinding, slots: SlotCache | None) -> torch.fx.Node:
+    def _added(self, binding: CacheBinding, slots: CacheUse | None) -> torch.fx.Node:
         """A new input: the memory of an index, or a handle, int64 [2]."""
         gm, mode = self._analysis.gm, self._analysis.mode
         name = f"lychee_index_{len(self.fakes)}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.operators.observe import SparseCall, TileCall, observers, tile_observers
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import visible_keys
 
@@ -122,7 +122,7 @@ def record(*, mass: bool = False) -> Iterator[Recorder]:
 
 def whole_mass(call: TileCall) -> Tensor:
     """Share of the dense softmax on the keys that `call` read: float32 [B, Hq, T]."""
-    everything = tile_attention(
+    everything = prefill_attention(
         call.query, call.key, call.value, call.mask, call.causal, call.scale,
         TileConfig("streaming", budget=call.key.shape[2]), call.softcap, call.extra, call.order,
     )  # fmt: skip

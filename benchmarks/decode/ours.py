@@ -15,12 +15,12 @@ from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common import module_cache
-from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_exact, run_sparse
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, SlotLayout, block_size, planes
-from lychee_compile.kernels.gpu.quest.index import BoxIndex
+from lychee_compile.kernels.gpu.lychee.layout import PAGE, SketchLayout, block_size, planes
+from lychee_compile.kernels.gpu.quest.index import QuestIndex
 from lychee_compile.kernels.gpu.quest.launch import run_quest
-from lychee_compile.kernels.gpu.quest.layout import BoxLayout
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 from lychee_compile.kernels.policies.registry import make_index
 
 POLICIES = {"lychee-sparse": "lychee", "quest": "quest"}
@@ -53,7 +53,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
 def _sparse(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
     """Every call sketches the newest key again, as a step of decoding does."""
     module = sparse_module(query, key, value, budget)
-    index = SlotIndex(SlotLayout.of(key), key.device)
+    index = SketchIndex(SketchLayout.of(key), key.device)
     index.build(module, key, [key.shape[2]] * key.shape[0])
     return sparse_step(module, index, query, key, value)
 
@@ -69,7 +69,7 @@ def sparse_module(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Mod
 
 def sparse_step(
     module: ModuleType,
-    index: SlotIndex,
+    index: SketchIndex,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -90,7 +90,7 @@ def _quest(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[
         "quest", budget, config.sinks, config.recent, config.overfetch, config.flat_tokens
     )
     module, last = _module(query, key, value, sparse), _last(key)
-    index = BoxIndex(BoxLayout.of(key), key.device)
+    index = QuestIndex(QuestLayout.of(key), key.device)
     index.build(module, key, [key.shape[2]] * key.shape[0])
     positions = last[None]
     return lambda: run_quest(

@@ -15,7 +15,7 @@ from lychee_compile.evaluate.fidelity import ALL_SITES
 from lychee_compile.evaluate.models import nothing
 from lychee_compile.evaluate.tensors import Capture, Columns, SiteTensors
 from lychee_compile.evaluate.variants import Variant, check_whole, describe
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.tiles import TILE
 
@@ -178,7 +178,7 @@ def dense_tiles(site: SiteTensors, positions: Tensor) -> Iterator[Tile]:
 def measure(tile: Tile, site: SiteTensors, config: TileConfig) -> Measured:
     """Attend to what a policy reads, and compare."""
     operands = (tile.query, tile.key, tile.value, tile.seen)
-    result = tile_attention(*operands, False, site.scale, config, site.softcap)
+    result = prefill_attention(*operands, False, site.scale, config, site.softcap)
     assert result.read is not None
     read = result.read[0, :, 0]
     missed = (tile.share @ (~read)[..., None].to(tile.share.dtype))[..., 0]

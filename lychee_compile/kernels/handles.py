@@ -15,7 +15,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators.cache_index import CacheIndex
 
 
-class Numbered:
+class HandleOwner:
     """An object that operators find by a tensor.
 
     `tensor` is int64 [2] on the CPU: a number that finds this object, and a count of updates that
@@ -36,7 +36,7 @@ def find(tensor: Tensor) -> Any:
         return _alive[int(tensor[0])]
 
 
-class Handle(Numbered):
+class Handle(HandleOwner):
     """What a compiled graph knows of the index of one key cache."""
 
     def __init__(
@@ -68,4 +68,4 @@ def _fits(cache: CacheIndex, key: Tensor) -> bool:
 
 _numbers = itertools.count(1)
 _lock = threading.Lock()
-_alive: weakref.WeakValueDictionary[int, Numbered] = weakref.WeakValueDictionary()
+_alive: weakref.WeakValueDictionary[int, HandleOwner] = weakref.WeakValueDictionary()

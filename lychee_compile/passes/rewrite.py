@@ -37,7 +37,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from lychee_compile.kernels.gpu.lifecycle import SlotCache
+from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.operators import decode, prefill, reference  # noqa: F401  registers them
 from lychee_compile.passes.decide import Plan
 from lychee_compile.passes.detect.attention import Attention
@@ -53,7 +53,7 @@ from lychee_compile.passes.lower.patch_grids import Orders
 from lychee_compile.passes.lower.prefill import WholeSequence
 from lychee_compile.passes.lower.rearrange import Emitter
 
-StateInput = Callable[[CacheBinding, SlotCache | None], torch.fx.Node]
+StateInput = Callable[[CacheBinding, CacheUse | None], torch.fx.Node]
 """Gives the graph input that stands for the index of a cache: one by slot, or the reference's."""
 
 
@@ -209,7 +209,7 @@ def _rewrite_kernel(
 
 
 def _positions(
-    binding: CacheBinding, cache: SlotCache, given: Canonical, emit: Emitter
+    binding: CacheBinding, cache: CacheUse, given: Canonical, emit: Emitter
 ) -> torch.fx.Node | None:
     """The slots written, int [T]: the last ones of a cache that grows; None where none are."""
     if binding.reads_only or binding.kind == "static":

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lifecycle import SlotCache
-from lychee_compile.kernels.gpu.owners import FixedSlots, GrowingSlots
+from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.kernels.handles import Handle
 from lychee_compile.kernels.operators.observe import observers, warn_of_recording
 from lychee_compile.runtime.cache_registry import Entry, Owner, check, registry, version_of
@@ -34,7 +34,7 @@ class StateInput:
     """Which output is the grown cache; None where the cache is written in place."""
     token_dim: int = 2
     """Dimension of the cache that runs over tokens."""
-    slots: SlotCache | None = None
+    slots: CacheUse | None = None
     """How generated kernels use it; None: the index is the reference's."""
 
 
@@ -96,7 +96,7 @@ class StatefulGraph:
         new = [entry for entry in slots if entry.storage is None]
         if new and any(cache is not None and cache.expired() for cache in self._newcomers):
             for entry in new:
-                entry.owner.hesitate()
+                entry.owner.delay_build()
         return new
 
     def _entry(self, state: StateInput, kind: Hashable, cache: Tensor | None) -> Entry:
@@ -112,8 +112,8 @@ class StatefulGraph:
         if state.slots is None:
             return Handle(self._config, self._lookup)
         if state.slots.layout is None or cache is None:
-            return GrowingSlots()
-        return FixedSlots(state.slots.layout, cache.device)
+            return GrowingCacheIndex()
+        return StaticCacheIndex(state.slots.layout, cache.device)
 
     def _drop(self, caches: Sequence[Any]) -> None:
         for state, kind, cache in zip(self._states, self._kinds, caches, strict=True):

@@ -37,7 +37,7 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile.boundaries import BoundaryTable
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
 from lychee_compile.kernels.reference.tiles import TILE
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
@@ -86,7 +86,7 @@ def test_options_reach_the_operator(
 ) -> None:
     given = {"sinks": 16, "recent": 64} | options
     got = compiled(sdpa, **given)(*GROUPED)
-    expected = tile_attention(*GROUPED, None, False, SCALE, config).output
+    expected = prefill_attention(*GROUPED, None, False, SCALE, config).output
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert words in only_site().reason
 
@@ -188,7 +188,7 @@ def test_lengths_that_only_a_call_tells(function: Function) -> None:
         with recorded() as calls:
             got = run(x)
         config = TileConfig(budget=0.3, sinks=SINKS, recent=RECENT)
-        expected = tile_attention(*inputs, None, function is not sdpa, SCALE, config).output
+        expected = prefill_attention(*inputs, None, function is not sdpa, SCALE, config).output
         if length < 64:
             expected = function(*inputs)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
@@ -236,7 +236,7 @@ def test_cross_attention_from_any_number_of_positions() -> None:
         with recorded() as calls:
             got = run(query, memory)
         config = TileConfig(sinks=SINKS, recent=RECENT)
-        result = tile_attention(query, model.keys(memory), memory, None, False, SCALE, config)
+        result = prefill_attention(query, model.keys(memory), memory, None, False, SCALE, config)
         torch.testing.assert_close(got, result.output, atol=1e-5, rtol=1e-5)
         assert len(calls) == 1
     assert counters["stats"]["unique_graphs"] == 1

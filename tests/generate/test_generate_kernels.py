@@ -13,7 +13,7 @@ import triton_interpreter
 from generating import EVERYTHING, LAYERS, beams, conversation, decoder, entered, lookup
 
 from lychee_compile.kernels.gpu import lifecycle
-from lychee_compile.kernels.gpu.lifecycle import Upkeep
+from lychee_compile.kernels.gpu.lifecycle import IndexLifecycle
 
 triton_interpreter.use()
 pytestmark = [
@@ -33,19 +33,19 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """What happens to caches, over generations of few steps."""
     monkeypatch.setattr(generating, "NEW", 6)
-    counts, after_call, build = Seen(), Upkeep.after_call, Upkeep._build
+    counts, after_call, build = Seen(), IndexLifecycle.after_call, IndexLifecycle._build
 
-    def called(upkeep: Upkeep, *given: Any) -> None:
+    def called(upkeep: IndexLifecycle, *given: Any) -> None:
         counts.calls += 1
         counts.sparse += upkeep.trusted
         after_call(upkeep, *given)
 
-    def built(upkeep: Upkeep, *given: Any) -> None:
+    def built(upkeep: IndexLifecycle, *given: Any) -> None:
         counts.built += 1
         build(upkeep, *given)
 
-    monkeypatch.setattr(Upkeep, "after_call", called)
-    monkeypatch.setattr(Upkeep, "_build", built)
+    monkeypatch.setattr(IndexLifecycle, "after_call", called)
+    monkeypatch.setattr(IndexLifecycle, "_build", built)
     return counts
 
 

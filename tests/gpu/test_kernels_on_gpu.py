@@ -13,8 +13,8 @@ from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q,
 from lychee_compile.kernels.gpu.common import module_cache
 from lychee_compile.kernels.gpu.common.compile_together import compile_together
 from lychee_compile.kernels.gpu.lychee import launch as launch_sketch
-from lychee_compile.kernels.gpu.lychee.index import SlotIndex
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, SlotLayout
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
+from lychee_compile.kernels.gpu.lychee.layout import PAGE, SketchLayout
 from lychee_compile.kernels.gpu.lychee.spec import select_slots
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -151,7 +151,7 @@ def test_sparse_attention_reads_what_the_specification_selects(case, monkeypatch
     spec = make_spec(dtype, group, head_dim, value_dim, sparse, **more)
     module, length = compiled(spec), slots - 50 - query_len
     problem = Problem(spec, batch, heads, slots, length, query_len)
-    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
     assert_as_good_as_eager(problem.sparse(module, index), problem)  # nothing indexed yet
     index.build(module, problem.key, [length] * problem.key.shape[0])
     output, read, made = slots_read(monkeypatch, problem, lambda: problem.sparse(module, index))
@@ -166,7 +166,7 @@ def test_a_trial_compiles_what_calls_launch_and_all_of_it_at_once():
     spec = make_spec("bfloat16", 4, 128, None, SparseSpec("lychee", 333, 16, 64, 16, 65536))
     module, slots = compiled(spec), 20000
     problem = Problem(spec, 1, 8, slots, slots - 51)
-    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
 
     def step(given):
         index.build(given, problem.key, [problem.length])
@@ -250,7 +250,7 @@ def test_one_captured_graph_follows_lengths_contents_and_index(monkeypatch):
     spec = make_spec("bfloat16", 4, 128, None, sparse)
     module, slots, length = compiled(spec), 8192, 3000
     problem = Problem(spec, 2, 2, slots, length)
-    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
     index.build(module, problem.key, [length] * problem.key.shape[0])
     fresh_key, fresh_value = problem.key[:, :, :1].clone(), problem.value[:, :, :1].clone()
     problem.sparse(module, index)
@@ -295,10 +295,10 @@ def test_a_step_sketches_keys_as_the_build_does():
     spec = make_spec("bfloat16", 4, 128, None, sparse)
     module = compiled(spec)
     problem = Problem(spec, 1, 2, 4096, 2000, query_len=8)
-    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
     index.build(module, problem.key, [2000] * problem.key.shape[0])
     problem.sparse(module, index)
-    whole = SlotIndex(index.layout, problem.key.device)
+    whole = SketchIndex(index.layout, problem.key.device)
     whole.state.copy_(index.state)
     launch_sketch.run_encode(module, problem.key, whole.layout, whole.parts, 0, 2008)
     for name in ("fine", "coarse"):

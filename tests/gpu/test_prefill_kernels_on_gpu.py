@@ -12,7 +12,7 @@ from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSpec
 from lychee_compile.kernels.gpu.common import module_cache
 from lychee_compile.kernels.gpu.prefill.launch import run_tiles
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -80,7 +80,7 @@ def test_what_is_chosen_is_as_good_as_what_the_specification_chooses(shape):
     truth = problem.dense(torch.float64)
     operands = problem.query, problem.key, problem.value
     config = TileConfig(budget=0.2)
-    specified = tile_attention(*operands, None, True, problem.scale, config)
+    specified = prefill_attention(*operands, None, True, problem.scale, config)
     output, log_sums = problem.sparse(0.2)
     error, expected = ((each - truth).norm() / truth.norm() for each in (output, specified.output))
     assert error <= 1.03 * expected + 0.01

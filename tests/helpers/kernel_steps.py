@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 from lychee_compile.runtime.cache_registry import registry
 
 SIZE, DIM, KV_HEADS, GROUP = 128, 16, 2, 2
@@ -95,7 +95,7 @@ def compiled(function: Callable[..., Any] = decode, **options: Any) -> Callable[
 
 def upkeep_of(keys: Tensor, growing: bool = False) -> Any:
     """What keeps the index of a cache [B, Hkv, L, D]; None where it has none."""
-    return registry.owner_of(keys, "lychee" if growing else SlotLayout.of(keys))
+    return registry.owner_of(keys, "lychee" if growing else SketchLayout.of(keys))
 
 
 def read_by(weights: Tensor, cache: Cache) -> Tensor:

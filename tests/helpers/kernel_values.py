@@ -22,11 +22,11 @@ from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.graph.dataflow import aten
 from lychee_compile.passes.graph.normalise import normalise
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
-from lychee_compile.passes.lower.kernel_expressions import KernelTerms, kernel_terms
+from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
 from lychee_compile.passes.lower.rearrange import Emitter
 from lychee_compile.passes.symbolic.elementwise import Flag
 
-How = Callable[[Attention, Canonicaliser], KernelTerms]
+How = Callable[[Attention, Canonicaliser], KernelExpressions]
 
 
 def _folded(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -90,7 +90,7 @@ def evaluate(expression: sympy.Basic, values: dict[str, Tensor]) -> Tensor:
 class Outcome:
     """One attention of a graph, run beside what its terms make of it."""
 
-    terms: KernelTerms
+    terms: KernelExpressions
     score: Tensor
     """float64 [B, Hq, T, L]."""
     visible: Tensor
@@ -150,7 +150,7 @@ class Beside(torch.fx.Interpreter):
             self.outcomes.append(outcome)
         return result
 
-    def _attend(self, terms: KernelTerms, given: Canonical) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend(self, terms: KernelExpressions, given: Canonical) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (
             self.env[each].double() for each in (given.query, given.key, given.value)
         )
@@ -170,7 +170,7 @@ class Beside(torch.fx.Interpreter):
 
 
 def traced(
-    function: Callable[..., Any], *inputs: Tensor, how: How = kernel_terms, dynamic: Any = ()
+    function: Callable[..., Any], *inputs: Tensor, how: How = kernel_expressions, dynamic: Any = ()
 ) -> list[Outcome]:
     """All attentions of a function, run beside their terms."""
     graph = Traced(function, *inputs, dynamic=dynamic)
@@ -183,7 +183,7 @@ def traced(
 
 
 def compiled(
-    function: Callable[..., Any], *inputs: Tensor, how: How = kernel_terms
+    function: Callable[..., Any], *inputs: Tensor, how: How = kernel_expressions
 ) -> list[Outcome]:
     """The same of what Dynamo makes of it: names are the user's, there are inner functions."""
     outcomes = []

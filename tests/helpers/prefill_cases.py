@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import lychee_compile
 from lychee_compile.kernels.operators.observe import TileCall, tile_observers
 from lychee_compile.kernels.reference.attention import dense_attention
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
 from lychee_compile.passes.site import Site
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 16, 400
@@ -128,7 +128,7 @@ class Case:
         """What tiles give, by the specification."""
         mask, causal = self.given.get("mask"), self.given.get("causal", False)
         others = {name: self.given[name] for name in ("softcap",) if name in self.given}
-        result = tile_attention(*self.inputs[:3], mask, causal, SCALE, config, **others)
+        result = prefill_attention(*self.inputs[:3], mask, causal, SCALE, config, **others)
         return result.output
 
     def dense(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lychee_compile.kernels.reference.prefill_attention import (
     TileConfig,
     TileResult,
-    tile_attention,
+    prefill_attention,
 )
 from lychee_compile.kernels.reference.tiles import TILE
 
@@ -49,7 +49,7 @@ class Whole:
     def attend(self, config: TileConfig, **more: Any) -> TileResult:
         """As the specification does."""
         operands = (self.query, self.key, self.value, self.mask, self.causal, self.scale)
-        return tile_attention(*operands, config, self.softcap, self.extra, self.order, **more)
+        return prefill_attention(*operands, config, self.softcap, self.extra, self.order, **more)
 
     def scores(self) -> Tensor:
         """float64 [B, Hq, T, L], -inf for what is not seen."""

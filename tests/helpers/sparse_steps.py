@@ -16,9 +16,9 @@ from lychee_compile.codegen.specification import KV
 from lychee_compile.kernels.gpu.common.launch_common import BINS
 from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.lychee import launch as launch_sketch
-from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_sparse
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, SlotLayout, SlotState
+from lychee_compile.kernels.gpu.lychee.layout import PAGE, SketchLayout, SketchState
 from lychee_compile.kernels.gpu.lychee.spec import (
     log_denominator,
     page_scores,
@@ -30,21 +30,21 @@ SMALLEST = 100
 """Minus log2 of shares that may be lost to underflow."""
 
 
-def built(problem: Problem, end: int, slots: int | None = None) -> SlotIndex:
+def built(problem: Problem, end: int, slots: int | None = None) -> SketchIndex:
     """An index of the keys in the slots [0, end), with room for `slots`."""
-    layout = SlotLayout.of(problem.key)
+    layout = SketchLayout.of(problem.key)
     if slots is not None:
-        layout = SlotLayout(
+        layout = SketchLayout(
             layout.batch, layout.kv_heads, layout.head_dim, slots, layout.axes_dtype
         )
-    index = SlotIndex(layout, problem.key.device)
+    index = SketchIndex(layout, problem.key.device)
     index.build(problem.module(), problem.key, [end] * problem.key.shape[0])
     return index
 
 
-def copied(state: SlotState) -> SlotState:
+def copied(state: SketchState) -> SketchState:
     """The parts of an index as they are now."""
-    return SlotState(*(part.clone() for part in state))
+    return SketchState(*(part.clone() for part in state))
 
 
 @dataclass
@@ -52,8 +52,8 @@ class Step:
     """One step of decoding: what the kernels were given, made and left behind."""
 
     problem: Problem
-    index: SlotIndex
-    state: SlotState
+    index: SketchIndex
+    state: SketchState
     """The index before the step."""
     fresh: Tensor
     """First slot without a sketch, int64 [B]."""
@@ -64,7 +64,7 @@ class Step:
     def run(
         cls,
         problem: Problem,
-        index: SlotIndex,
+        index: SketchIndex,
         positions: Tensor | None,
         tuning: Tuning | None = None,
     ) -> Step:

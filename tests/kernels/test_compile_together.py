@@ -10,8 +10,8 @@ from decode_problems import Problem, Sizes, make_problem
 
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.gpu.common.compile_together import compile_together
-from lychee_compile.kernels.gpu.lychee.index import SlotIndex
-from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 
 triton_interpreter.use()
 pytestmark = pytest.mark.usefixtures("kernel_folder")
@@ -24,7 +24,7 @@ def sparse_problem() -> Problem:
 def test_nothing_runs_while_kernels_are_compiled() -> None:
     problem = sparse_problem()
     module = problem.module()
-    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
     index.parts.fine.fill_(0)
     compile_together(module, lambda given: index.build(given, problem.key, [200]))
     assert not index.parts.fine.any()

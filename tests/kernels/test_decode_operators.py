@@ -17,10 +17,10 @@ from torch._inductor import compile_fx
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, S, SparseSpec
 from lychee_compile.kernels.gpu.common.module_cache import load, store
-from lychee_compile.kernels.gpu.lifecycle import SlotCache
-from lychee_compile.kernels.gpu.lychee.index import SlotIndex
-from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
-from lychee_compile.kernels.gpu.owners import GrowingSlots
+from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+from lychee_compile.kernels.gpu.owners import GrowingCacheIndex
 from lychee_compile.kernels.operators import decode as decode_operators
 
 triton_interpreter.use()
@@ -70,12 +70,12 @@ def arguments(kind: str) -> tuple[Any, ...]:
     if kind == "exact":
         return (*given, kernel(sparse=False))
     if kind == "sparse":
-        index = SlotIndex(SlotLayout.of(given[1]), given[1].device)
+        index = SketchIndex(SketchLayout.of(given[1]), given[1].device)
         return (*given, positions, index.state, kernel(sparse=True))
     return (*given, positions, OWNER.tensor, kernel(sparse=True))
 
 
-OWNER = GrowingSlots()
+OWNER = GrowingCacheIndex()
 OPERATORS = {
     "exact": decode_operators.exact_decode,
     "sparse": decode_operators.sparse_decode,
@@ -95,13 +95,13 @@ def test_without_a_trusted_index_every_visible_key_is_read(kind: str) -> None:
 
 
 def test_fixed_and_growing_indexes_give_the_same() -> None:
-    given, owner = operands(), GrowingSlots()
+    given, owner = operands(), GrowingCacheIndex()
     query, key, value, captured, sink = given
     name, positions = kernel(sparse=True), torch.tensor([LENGTH - 1, LENGTH])
-    index = SlotIndex(SlotLayout.of(key), key.device)
+    index = SketchIndex(SketchLayout.of(key), key.device)
     index.build(load(name), key, [LENGTH + 1] * key.shape[0])
     owner.index_for(key, positions)
-    owner.after_call(key, SlotCache(name, lambda cache: cache, 2, None))
+    owner.after_call(key, CacheUse(name, lambda cache: cache, 2, None))
     rest = (captured, sink, positions)
     fixed = decode_operators.sparse_decode(query, key, value, *rest, index.state, name)
     growing = decode_operators.growing_sparse_decode(query, key, value, *rest, owner.tensor, name)

@@ -26,7 +26,7 @@ from lychee_compile.kernels.operators import (  # noqa: F401  registers
     prefill as prefill_operators,
 )
 from lychee_compile.kernels.policies.prefill.lychee import log_shares
-from lychee_compile.kernels.reference.prefill_question import TileQuestion
+from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import TILE, Sight, tile_sight
 from lychee_compile.passes.symbolic.elementwise import Flag
 
@@ -132,7 +132,7 @@ def specified(problem, budget):
     )
     room = (allowed - always).clamp(min=0).expand(batch, heads, -1)
     key = problem.key.float()
-    return TileQuestion(problem.query.float(), key, 1 / math.sqrt(head_dim), None, seen, room)
+    return PrefillQuestion(problem.query.float(), key, 1 / math.sqrt(head_dim), None, seen, room)
 
 
 def assert_best(chosen, question):

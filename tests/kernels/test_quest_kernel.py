@@ -15,8 +15,8 @@ from lychee_compile.codegen.parts import boxes
 from lychee_compile.codegen.specification import KV, B, H, Q, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.quest import launch as launch_quest
-from lychee_compile.kernels.gpu.quest.index import BoxIndex
-from lychee_compile.kernels.gpu.quest.layout import BoxLayout
+from lychee_compile.kernels.gpu.quest.index import QuestIndex as QuestDeviceIndex
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 from lychee_compile.kernels.policies.decode.quest import PAGE, QuestIndex
 from lychee_compile.kernels.reference.question import query_rows
 from lychee_compile.kernels.reference.selection import select
@@ -51,7 +51,7 @@ def positions_of(problem):
 
 
 def index_up_to(problem, end):
-    index = BoxIndex(BoxLayout.of(problem.key), torch.device("cpu"))
+    index = QuestDeviceIndex(QuestLayout.of(problem.key), torch.device("cpu"))
     index.build(problem.module(), problem.key, [end] * problem.key.shape[0])
     return index
 
@@ -166,7 +166,7 @@ def test_a_page_before_the_last_visible_token_is_read_once():
 def test_rows_of_a_batch_have_boxes_up_to_their_own_ends():
     """Steps that only read, and steps that write: what lies behind an end has no box of use."""
     problem = make_quest(Sizes(2, 1, 2, 1, 400, 32), mask="rows", budget=300)
-    index = BoxIndex(BoxLayout.of(problem.key), torch.device("cpu"))
+    index = QuestDeviceIndex(QuestLayout.of(problem.key), torch.device("cpu"))
     index.build(problem.module(), problem.key, (400, 130))
     read = run(problem, index, None) > 0
     behind = problem.visible[1, :, :, 128:]

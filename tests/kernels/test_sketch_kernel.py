@@ -13,9 +13,9 @@ from test_sparse_kernel import FLAT, PAGED
 
 from lychee_compile.kernels.gpu.lychee import index as sketch_index
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
-from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_encode
-from lychee_compile.kernels.gpu.lychee.layout import BLOCK, PAGE, SlotLayout, planes
+from lychee_compile.kernels.gpu.lychee.layout import BLOCK, PAGE, SketchLayout, planes
 from lychee_compile.kernels.gpu.lychee.spec import _unpacked
 from lychee_compile.kernels.reference.sketch import KeySketches
 
@@ -72,7 +72,7 @@ def test_keys_are_quantised_as_the_reference_does(dtype, head_dim):
 
 def assert_as_if_built(index, problem, ends):
     """What steps have left for the first `ends`, one for each row, is what one build leaves."""
-    again = SlotIndex(index.layout, torch.device("cpu"))
+    again = SketchIndex(index.layout, torch.device("cpu"))
     again.state.copy_(index.state)
     for part in (again.parts.fine, again.parts.coarse, again.parts.pages):
         part.fill_(255)
@@ -134,7 +134,7 @@ def test_steps_take_keys_that_are_not_finite_as_a_build_does(dtype):
     problem.key[:, :, 96:] = bad[:, None].to(problem.key.dtype)
     problem.key[:, :, 97, 3:] = 0
     Step.run(problem, index, torch.arange(96, 100))
-    again = SlotIndex(index.layout, torch.device("cpu"))
+    again = SketchIndex(index.layout, torch.device("cpu"))
     again.state.copy_(index.state)
     run_encode(problem.module(), problem.key, again.layout, again.parts, 0, 100)
     assert torch.equal(codes(index)[:, :, 96:100], codes(again)[:, :, 96:100])
@@ -161,7 +161,7 @@ def small_blocks(monkeypatch):
 def alone(problem, row, end):
     """An index of one row of the keys."""
     key = problem.key[row : row + 1]
-    index = SlotIndex(SlotLayout.of(key), key.device)
+    index = SketchIndex(SketchLayout.of(key), key.device)
     index.build(problem.module(), key, [end])
     return index
 
@@ -187,7 +187,7 @@ def test_rows_of_a_batch_are_indexed_each_up_to_its_own_end(ends, small_blocks):
     problem = make_problem(sizes=Sizes(2, kv_len=1100), sparse=FLAT)
     for row, end in enumerate(ends):
         problem.key[row, :, end:] = 100  # nobody has written these
-    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
     index.build(problem.module(), problem.key, ends)
     assert index.parts.header.tolist() == [1, *ends]
     for row, end in enumerate(ends):
@@ -196,7 +196,7 @@ def test_rows_of_a_batch_are_indexed_each_up_to_its_own_end(ends, small_blocks):
 
 def test_the_newest_block_of_every_row_is_refitted(small_blocks):
     problem = make_problem(sizes=Sizes(2, kv_len=1100), sparse=FLAT)
-    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
     index.build(problem.module(), problem.key, (150, 400))
     ends = (300, 900)
     for row, end in enumerate(ends):
@@ -209,7 +209,7 @@ def test_the_newest_block_of_every_row_is_refitted(small_blocks):
 def test_refits_of_a_row_leave_rows_that_are_further_as_they_were(small_blocks):
     """Pages, too, that are full there and have just begun in the row that is refitted."""
     problem = make_problem(sizes=Sizes(2, kv_len=1100), sparse=PAGED)
-    index = SlotIndex(SlotLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
     index.build(problem.module(), problem.key, (150, 700))
     problem.key[0, :, 150:300] += 1
     index.refit(problem.module(), problem.key, (293, 700))
@@ -221,7 +221,7 @@ def test_a_block_that_begins_takes_over_the_axes_before(monkeypatch):
     monkeypatch.setattr(sketch_layout, "BLOCK", 512)
     sizes = Sizes(kv_len=520, query_len=2, group=2)
     problem = make_problem(sizes=sizes, sparse=PAGED, length=511)
-    index = SlotIndex(SlotLayout.of(problem.key), torch.device("cpu"))
+    index = SketchIndex(SketchLayout.of(problem.key), torch.device("cpu"))
     filled = built(make_problem(sizes=Sizes(kv_len=300), sparse=PAGED), 300).parts
     for name in ("axes", "centre", "step", "spread"):
         getattr(index.parts, name)[:, :, :1] = getattr(filled, name)

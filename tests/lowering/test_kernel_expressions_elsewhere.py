@@ -32,7 +32,7 @@ from lychee_compile.passes.lower.canonical import Canonicaliser
 from lychee_compile.passes.lower.kernel_expressions import (
     NotExpressible,
     fused_terms,
-    kernel_terms,
+    kernel_expressions,
     mask_terms,
 )
 from lychee_compile.passes.lower.read_time import NotCapturable
@@ -54,7 +54,7 @@ def test_a_tensor_on_another_device_falls_back() -> None:
     with pytest.raises(NotCapturable, match="length_1 is not on meta"):
         fused_terms(found, canonical)
     with graph.gm.graph.inserting_before(found.node):
-        assert [each.name for each in kernel_terms(found, canonical).captured] == ["mask"]
+        assert [each.name for each in kernel_expressions(found, canonical).captured] == ["mask"]
 
 
 def test_a_long_expression_falls_back() -> None:
@@ -134,7 +134,7 @@ def test_what_is_not_understood_is_refused() -> None:
     def attend(q, k, v):
         return (q @ k.mT).sigmoid().softmax(-1) @ v
 
-    for how in (kernel_terms, mask_terms):
+    for how in (kernel_expressions, mask_terms):
         with pytest.raises(RewriteError, match="sigmoid"):
             traced(attend, *operands(HEADS), how=how)
 

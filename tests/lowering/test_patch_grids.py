@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import lychee_compile
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
 from lychee_compile.kernels.reference.tiles import TILE
 from lychee_compile.passes.lower.patch_grids import Grid, Orders
 from lychee_compile.passes.lower.rearrange import Emitter
@@ -91,9 +91,9 @@ def test_tiles_are_blocks_of_patches(sizes: tuple[int, ...], prefix: int, words:
     assert call.order.tolist() == order_of(tuple(size // 2 for size in sizes), prefix)
     config = TileConfig(sinks=SINKS, recent=RECENT)
     operands = (call.query, call.key, call.value)
-    expected = tile_attention(*operands, None, False, SCALE, config, order=call.order).output
+    expected = prefill_attention(*operands, None, False, SCALE, config, order=call.order).output
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    in_rows = tile_attention(*operands, None, False, SCALE, config).output
+    in_rows = prefill_attention(*operands, None, False, SCALE, config).output
     assert not torch.allclose(got, in_rows, atol=1e-3)
 
 

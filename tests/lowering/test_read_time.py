@@ -11,7 +11,7 @@ from kernel_values import Outcome, assert_right, traced
 from torch import Tensor
 
 from lychee_compile.passes.graph.dataflow import aten, calls
-from lychee_compile.passes.lower.kernel_expressions import fused_terms, kernel_terms
+from lychee_compile.passes.lower.kernel_expressions import fused_terms, kernel_expressions
 from lychee_compile.passes.lower.read_time import MOST_KEPT, NotCapturable, Reads
 
 HEADS, QUERIES, KEYS, DIM = 2, 2, 9, 4
@@ -112,7 +112,7 @@ KEPT = (
 )
 
 
-def outcome(step: Step, length: Tensor, kv_len: int = KEYS, how=kernel_terms) -> Outcome:
+def outcome(step: Step, length: Tensor, kv_len: int = KEYS, how=kernel_expressions) -> Outcome:
     operands = (torch.randn(1, HEADS, tokens, DIM) for tokens in (QUERIES, kv_len, kv_len))
     (made,) = traced(step, *operands, length, how=how)
     assert_right(made)

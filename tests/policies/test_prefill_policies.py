@@ -21,14 +21,14 @@ from lychee_compile.kernels.policies.decode.quest import QuestIndex
 from lychee_compile.kernels.policies.prefill import compact, dhsa, lychee, s2o
 from lychee_compile.kernels.policies.prefill.positions import places
 from lychee_compile.kernels.reference.chunking import similarity_strengths
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, tile_attention
-from lychee_compile.kernels.reference.prefill_question import TileQuestion
+from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
+from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import PAGE, TILE, Sight, tile_sight
 
 POLICIES = prefill_registry.tile_policy_names()
 
 
-def question_of(whole: Whole, room: int, sinks: int = 2, recent: int = 3) -> TileQuestion:
+def question_of(whole: Whole, room: int, sinks: int = 2, recent: int = 3) -> PrefillQuestion:
     """What a policy is asked about all tiles of a sequence, with the same room in each."""
     batch, heads, query_len, _ = whole.query.shape
     device, kv_len = whole.query.device, whole.key.shape[2]
@@ -37,7 +37,7 @@ def question_of(whole: Whole, room: int, sinks: int = 2, recent: int = 3) -> Til
     tiles = tile_sight(sight, 0, query_len, sinks, recent)
     rooms = torch.full((batch, heads, -(-query_len // TILE)), room)
     key = whole.key.float()
-    return TileQuestion(query.float(), key, whole.scale, whole.softcap, tiles, rooms)
+    return PrefillQuestion(query.float(), key, whole.scale, whole.softcap, tiles, rooms)
 
 
 questions = st.builds(question_of, wholes(), st.integers(0, 200))
@@ -52,7 +52,7 @@ plain_questions = st.builds(
 
 @pytest.mark.parametrize("policy", POLICIES)
 @given(question=questions)
-def test_candidates_are_chosen_at_most_the_room(policy: str, question: TileQuestion):
+def test_candidates_are_chosen_at_most_the_room(policy: str, question: PrefillQuestion):
     chosen = prefill_registry.tile_choice(policy)(question)
     assert chosen.shape == question.candidates.shape
     assert chosen.dtype == torch.bool
@@ -70,30 +70,30 @@ def test_equal_keys_are_taken_in_their_order(policy: str):
     key = torch.zeros(1, 1, 300, 4)
     query = torch.randn(1, 2, 130, 4, generator=torch.Generator().manual_seed(0))
     sight = tile_sight(Sight(None, False, 1, 130, 300, key.device), 0, 130, 2, 5)
-    question = TileQuestion(query, key, 1.0, None, sight, torch.full((1, 2, 2), 70))
+    question = PrefillQuestion(query, key, 1.0, None, sight, torch.full((1, 2, 2), 70))
     chosen = prefill_registry.tile_choice(policy)(question)
     expected = range(225, 295) if policy == "streaming" else range(2, 72)
     for row in chosen.flatten(0, 2):
         assert row.nonzero().flatten().tolist() == list(expected)
 
 
-def each_tile(question: TileQuestion) -> list[tuple[int, int, int]]:
+def each_tile(question: PrefillQuestion) -> list[tuple[int, int, int]]:
     """Row, query head and tile, one after another."""
     return list(itertools.product(*map(range, question.room.shape)))
 
 
-def queries_of(question: TileQuestion, row: int, head: int, tile: int) -> Tensor:
+def queries_of(question: PrefillQuestion, row: int, head: int, tile: int) -> Tensor:
     """The queries of one tile, float64 [T, D]."""
     return question.query[row, head, tile * TILE : (tile + 1) * TILE].double()
 
 
-def keys_of(question: TileQuestion, row: int, head: int) -> Tensor:
+def keys_of(question: PrefillQuestion, row: int, head: int) -> Tensor:
     """The keys of one query head, float64 [L, D]."""
     group = question.query.shape[1] // question.key.shape[1]
     return question.key[row, head // group].double()
 
 
-def score_of(question: TileQuestion, row: int, head: int, tile: int, vector: Tensor) -> Tensor:
+def score_of(question: PrefillQuestion, row: int, head: int, tile: int, vector: Tensor) -> Tensor:
     """Scores of one vector [D] as the softmax sees them, float64 [L]."""
     score = question.scale * keys_of(question, row, head) @ vector
     if question.softcap is not None:
@@ -105,7 +105,7 @@ def score_of(question: TileQuestion, row: int, head: int, tile: int, vector: Ten
     return score.masked_fill(~some, -torch.inf)
 
 
-def best(question: TileQuestion, row: int, head: int, tile: int, rank: list[float]) -> list[int]:
+def best(question: PrefillQuestion, row: int, head: int, tile: int, rank: list[float]) -> list[int]:
     """The candidates of highest rank that there is room for, the first of equals."""
     there = question.candidates[row, head, tile].nonzero().flatten().tolist()
     there.sort(key=lambda n: (-rank[n], n))
@@ -113,7 +113,7 @@ def best(question: TileQuestion, row: int, head: int, tile: int, rank: list[floa
 
 
 @given(question=plain_questions)
-def test_lychee_ranks_by_the_largest_log_share(question: TileQuestion):
+def test_lychee_ranks_by_the_largest_log_share(question: PrefillQuestion):
     got = lychee.log_shares(question)
     for row, head, tile in each_tile(question):
         queries = queries_of(question, row, head, tile)
@@ -127,7 +127,7 @@ def test_lychee_ranks_by_the_largest_log_share(question: TileQuestion):
 
 
 @given(question=plain_questions)
-def test_streaming_takes_the_last(question: TileQuestion):
+def test_streaming_takes_the_last(question: PrefillQuestion):
     chosen = prefill_registry.tile_choice("streaming")(question)
     for row, head, tile in each_tile(question):
         wanted = best(question, row, head, tile, [float(n) for n in range(chosen.shape[-1])])
@@ -155,7 +155,7 @@ def union_rank(lists: list[list[range]], there: list[bool], length: int) -> list
 
 
 @given(question=plain_questions)
-def test_dhsa_takes_the_most_similar_chunks(question: TileQuestion):
+def test_dhsa_takes_the_most_similar_chunks(question: PrefillQuestion):
     chosen = dhsa.choose_by_chunks(question)
     for row, head, tile in each_tile(question):
         keys, there = keys_of(question, row, head), question.candidates[row, head, tile].tolist()
@@ -177,7 +177,7 @@ def test_dhsa_takes_the_most_similar_chunks(question: TileQuestion):
 
 
 @given(question=plain_questions)
-def test_compact_takes_the_union_of_a_group(question: TileQuestion):
+def test_compact_takes_the_union_of_a_group(question: PrefillQuestion):
     chosen = compact.choose_block_union(question)
     group = question.query.shape[1] // question.key.shape[1]
     for row, head, tile in each_tile(question):
@@ -206,14 +206,14 @@ def test_compact_reads_one_table_of_blocks_for_a_group():
     torch.manual_seed(0)
     query, key = torch.randn(1, 4, 900, 8), torch.randn(1, 2, 900, 8)
     config = TileConfig("compact", 0.4)
-    read = tile_attention(query, key, key, None, True, 0.5, config).read
+    read = prefill_attention(query, key, key, None, True, 0.5, config).read
     for head in range(0, 4, 2):
         assert torch.equal(read[:, head], read[:, head + 1])
     assert not torch.equal(read[:, 0], read[:, 2])
 
 
 @given(question=plain_questions)
-def test_s2o_stops_where_the_next_block_adds_little(question: TileQuestion):
+def test_s2o_stops_where_the_next_block_adds_little(question: PrefillQuestion):
     chosen = s2o.choose_until_it_wanes(question)
     for row, head, tile in each_tile(question):
         there = question.candidates[row, head, tile].nonzero().flatten().tolist()
@@ -240,7 +240,7 @@ def test_s2o_reads_less_than_its_budget_where_few_keys_matter():
     key[:, :, 100:110] += 8
     query = torch.ones(1, 1, 1000, 8) + 0.1 * torch.randn(1, 1, 1000, 8)
     mask = torch.ones(1000, 1000, dtype=torch.bool)
-    result = tile_attention(query, key, key, mask, False, 1.0, TileConfig("s2o", 0.8))
+    result = prefill_attention(query, key, key, mask, False, 1.0, TileConfig("s2o", 0.8))
     assert result.read.sum(-1).max() <= 16 + 64 + (64 + TILE + 64) + s2o.BLOCK
     assert bool(result.read[..., 100:110].all())
 
@@ -252,11 +252,11 @@ def test_places_take_equally_many_from_every_list():
 
 
 @given(question=questions)
-def test_pages_left_out_hold_next_to_nothing(question: TileQuestion):
+def test_pages_left_out_hold_next_to_nothing(question: PrefillQuestion):
     check_negligible(question)
 
 
-def check_negligible(question: TileQuestion) -> int:
+def check_negligible(question: PrefillQuestion) -> int:
     """Candidates in such pages; together they hold less than was promised of any softmax."""
     small = lychee._negligible(question) & question.candidates
     for row, head, tile in each_tile(question):
@@ -277,7 +277,7 @@ def test_far_pages_are_left_out():
     key = 0.1 * torch.randn(1, 1, 1000, 16) + 3 * side[:, None] * about
     query = 0.2 * torch.randn(1, 2, 256, 16) + 8 * about
     sight = tile_sight(Sight(None, False, 1, 256, 1000, key.device), 0, 256, 16, 64)
-    question = TileQuestion(query, key, 1.0, None, sight, torch.full((1, 2, 2), 100))
+    question = PrefillQuestion(query, key, 1.0, None, sight, torch.full((1, 2, 2), 100))
     assert check_negligible(question) > 0.4 * question.candidates.sum()
 
 
@@ -299,7 +299,7 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill_registry, "_registered", dict(prefill_registry._registered))
 
 
-def choose_first(question: TileQuestion) -> Tensor:
+def choose_first(question: PrefillQuestion) -> Tensor:
     """The first keys a tile sees."""
     slot = torch.arange(question.key.shape[2])
     return question.take(-slot.float().expand_as(question.candidates))
@@ -313,7 +313,7 @@ def test_a_policy_of_ones_own_chooses_for_whole_sequences(index: type[QuestIndex
     assert registry.has_index("first") == (index is not None)
     query = torch.randn(1, 1, 100, 4)
     operands = (query, torch.randn(1, 1, 500, 4), torch.randn(1, 1, 500, 4), None, False, 1.0)
-    read = tile_attention(*operands, TileConfig("first", 100, 0, 10)).read
+    read = prefill_attention(*operands, TileConfig("first", 100, 0, 10)).read
     assert read.nonzero()[:, -1].tolist() == [*range(90), *range(490, 500)]
 
 

@@ -19,7 +19,7 @@ from lychee_compile.kernels.policies.prefill_registry import tile_policy_names
 from lychee_compile.kernels.reference.prefill_attention import (
     TileConfig,
     TileResult,
-    tile_attention,
+    prefill_attention,
 )
 from lychee_compile.kernels.reference.tiles import (
     TILE,
@@ -54,7 +54,7 @@ def test_pytorch_agrees(policy: str, query_len: int, kv_len: int):
             query, key, value, is_causal=causal, scale=0.5, enable_gqa=True
         )
         config = TileConfig(policy, kv_len)
-        result = tile_attention(query, key, value, None, causal, 0.5, config)
+        result = prefill_attention(query, key, value, None, causal, 0.5, config)
         torch.testing.assert_close(result.output, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -166,7 +166,7 @@ def test_epsilon_does_not_read_everything():
     key = key + torch.where(torch.arange(512) % 256 < 32, 1.0, -1.0)[:, None] * about
     mask = (torch.arange(512) >= 5)[:, None].expand(-1, 512)
     config = TileConfig("lychee", 0.2, 2, 4, epsilon=0.05)
-    result = tile_attention(query, key, key, mask, False, 1.0, config)
+    result = prefill_attention(query, key, key, mask, False, 1.0, config)
     assert result.certificate.max() <= 0.05
     assert result.read.sum(-1).max() < 300
 
@@ -213,7 +213,7 @@ def test_the_operator_is_the_specification_and_dense_below_the_shortest():
     finally:
         tile_observers.remove(calls.append)
     config = TileConfig(**ARGUMENTS, shortest=300)
-    expected = tile_attention(query, key, value, None, True, 0.3, config)
+    expected = prefill_attention(query, key, value, None, True, 0.3, config)
     assert torch.equal(sparse, expected.output)
     (call,) = calls
     assert (call.site, call.causal) == ("here", True)
@@ -232,5 +232,5 @@ def test_what_nobody_sees_may_hold_anything():
     mask = (torch.arange(300) < 250).expand(300, -1)
     key[:, :, 250:], value[:, :, 250:] = torch.nan, torch.nan
     for policy in POLICIES:
-        result = tile_attention(query, key, value, mask, True, 1.0, TileConfig(policy), 3.0)
+        result = prefill_attention(query, key, value, mask, True, 1.0, TileConfig(policy), 3.0)
         assert bool(result.output.isfinite().all())

@@ -17,20 +17,20 @@ from torch import Tensor
 from lychee_compile.kernels.gpu import lifecycle, owners
 from lychee_compile.kernels.gpu import methods as gpu_methods
 from lychee_compile.kernels.gpu.common.index import REFIT
-from lychee_compile.kernels.gpu.lifecycle import MOST_PATIENCE, WORTHWHILE, SlotCache
+from lychee_compile.kernels.gpu.lifecycle import MOST_CALLS_TO_WAIT, WORTHWHILE, CacheUse
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
-from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SlotIndex
-from lychee_compile.kernels.gpu.lychee.layout import BLOCK, SlotLayout
-from lychee_compile.kernels.gpu.owners import FixedSlots, GrowingSlots
+from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SketchIndex
+from lychee_compile.kernels.gpu.lychee.layout import BLOCK, SketchLayout
+from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
 
 KEY = torch.randn(2, 3, 2000, 16)
-LAYOUT = SlotLayout.of(KEY)
+LAYOUT = SketchLayout.of(KEY)
 
 
-def use(written: int = 1, layout: SlotLayout | None = LAYOUT) -> SlotCache:
-    return SlotCache("decode_lychee_f32", lambda cache: cache, written, layout)
+def use(written: int = 1, layout: SketchLayout | None = LAYOUT) -> CacheUse:
+    return CacheUse("decode_lychee_f32", lambda cache: cache, written, layout)
 
 
 class Calls(list[tuple[str, int]]):
@@ -54,30 +54,30 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     """Indexes are built and refitted in name only."""
     done = Calls()
 
-    def build(index: SlotIndex, module: Any, key: Tensor, ends: Sequence[int]) -> None:
+    def build(index: SketchIndex, module: Any, key: Tensor, ends: Sequence[int]) -> None:
         done.note("build", ends)
         index.parts.header[:] = torch.tensor([1, *ends])
 
-    def refit(index: SlotIndex, module: Any, key: Tensor, ends: Sequence[int]) -> None:
+    def refit(index: SketchIndex, module: Any, key: Tensor, ends: Sequence[int]) -> None:
         assert max(ends) <= key.shape[2]
         done.note("refit", ends)
 
     monkeypatch.setattr(lifecycle, "load", lambda kernel: kernel)
-    monkeypatch.setattr(SlotIndex, "build", build)
-    monkeypatch.setattr(SlotIndex, "refit", refit)
+    monkeypatch.setattr(SketchIndex, "build", build)
+    monkeypatch.setattr(SketchIndex, "refit", refit)
     lifecycle.warn_of_memory.cache_clear()
     yield done
     lifecycle.warn_of_memory.cache_clear()
 
 
-def stepped(upkeep: FixedSlots, end: int | Tensor, written: int = 1) -> None:
+def stepped(upkeep: StaticCacheIndex, end: int | Tensor, written: int = 1) -> None:
     """A graph has written the slots up to `end`, which may be one for each row."""
     upkeep.index.parts.header[1:] = end
     upkeep.after_call(KEY, use(written))
 
 
 def test_an_index_is_built_up_to_what_the_first_step_has_written(calls: Calls) -> None:
-    upkeep = FixedSlots(LAYOUT, KEY.device)
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
     assert not upkeep.trusted
     stepped(upkeep, 70)
     assert upkeep.trusted
@@ -89,7 +89,7 @@ def test_an_index_is_built_up_to_what_the_first_step_has_written(calls: Calls) -
 
 
 def test_what_only_reads_is_indexed_as_a_whole(calls: Calls) -> None:
-    upkeep = FixedSlots(LAYOUT, KEY.device)
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
     upkeep.after_call(KEY, use(written=0))
     assert calls == [("build", 2000)]
 
@@ -97,7 +97,7 @@ def test_what_only_reads_is_indexed_as_a_whole(calls: Calls) -> None:
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_the_newest_block_is_refitted_now_and_then(calls: Calls, drafts: int) -> None:
     """Up to the newest token, however often others were taken back."""
-    upkeep, end, ends = FixedSlots(LAYOUT, KEY.device), 100, []
+    upkeep, end, ends = StaticCacheIndex(LAYOUT, KEY.device), 100, []
     for _ in range(5 * REFIT):
         end += 1
         stepped(upkeep, end + drafts, written=1 + drafts)
@@ -113,7 +113,7 @@ def test_the_newest_block_is_refitted_now_and_then(calls: Calls, drafts: int) ->
 
 @given(st.integers(1, 3 * BLOCK))
 def test_a_block_is_refitted_whenever_its_keys_double(end: int) -> None:
-    index, blocks = SlotIndex(LAYOUT, KEY.device), []
+    index, blocks = SketchIndex(LAYOUT, KEY.device), []
     while end <= 5 * BLOCK:
         count = (end - 1) % BLOCK + 1
         blocks.append((end - 1) // BLOCK)
@@ -125,7 +125,7 @@ def test_a_block_is_refitted_whenever_its_keys_double(end: int) -> None:
 
 
 def test_layers_are_not_refitted_in_the_same_step(calls: Calls) -> None:
-    layers = [FixedSlots(LAYOUT, KEY.device) for _ in range(32)]
+    layers = [StaticCacheIndex(LAYOUT, KEY.device) for _ in range(32)]
     busiest = 0
     for end in range(100, 100 + 2 * REFIT + 2):
         before = len(calls.ends("refit"))
@@ -137,18 +137,18 @@ def test_layers_are_not_refitted_in_the_same_step(calls: Calls) -> None:
 
 
 def test_refits_stay_within_the_cache(calls: Calls) -> None:
-    upkeep = FixedSlots(LAYOUT, KEY.device)
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
     for _ in range(2 * KEY.shape[2]):
         stepped(upkeep, KEY.shape[2])
     assert set(calls.ends("refit")) == {KEY.shape[2]}
 
 
 def test_distrust_makes_it_wait_the_longer_the_sooner_it_comes(calls: Calls) -> None:
-    upkeep = FixedSlots(LAYOUT, KEY.device)
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
 
     def waits() -> int:
         """Calls until it is trusted, counting the one that builds it."""
-        for number in range(1, MOST_PATIENCE + 3):
+        for number in range(1, MOST_CALLS_TO_WAIT + 3):
             stepped(upkeep, 50)
             if upkeep.trusted:
                 return number
@@ -168,13 +168,13 @@ def test_distrust_makes_it_wait_the_longer_the_sooner_it_comes(calls: Calls) -> 
     for _ in range(9):
         lose_after(1)
         waited = waits()
-    assert waited == MOST_PATIENCE + 1
+    assert waited == MOST_CALLS_TO_WAIT + 1
     lose_after(WORTHWHILE)
     assert waits() == 1
 
 
 def test_distrust_again_starts_the_waiting_anew(calls: Calls) -> None:
-    upkeep = FixedSlots(LAYOUT, KEY.device)
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
     stepped(upkeep, 50)
     for _ in range(5):  # lost at every call
         upkeep.distrust()
@@ -183,7 +183,7 @@ def test_distrust_again_starts_the_waiting_anew(calls: Calls) -> None:
 
 
 def test_every_row_of_a_batch_has_an_end_of_its_own(calls: Calls) -> None:
-    upkeep = FixedSlots(LAYOUT, KEY.device)
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
     for step in range(140):
         stepped(upkeep, torch.tensor([70, 1500]) + step)
     assert calls.rows["build"] == [[70, 1500]]
@@ -195,14 +195,14 @@ def test_every_row_of_a_batch_has_an_end_of_its_own(calls: Calls) -> None:
 
 
 def test_ends_of_rows_come_from_the_positions_written_to_a_cache_that_grows(calls: Calls) -> None:
-    growing = GrowingSlots()
+    growing = GrowingCacheIndex()
     growing.index_for(KEY, torch.tensor([[69], [-500]]))
     growing.after_call(KEY, use(layout=None))
     assert calls.rows["build"] == [[70, 1501]]
 
 
 def test_a_row_that_stands_still_calls_for_no_refits(calls: Calls) -> None:
-    upkeep = FixedSlots(LAYOUT, KEY.device)
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
     for end in range(400, 1900):
         stepped(upkeep, torch.tensor([5, end]))
     refits = calls.ends("refit")
@@ -215,14 +215,14 @@ def test_a_row_that_stands_still_calls_for_no_refits(calls: Calls) -> None:
 def test_an_index_half_built_is_not_trusted(
     calls: Calls, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upkeep = FixedSlots(LAYOUT, KEY.device)
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
 
-    def half(index: SlotIndex, *given: Any) -> None:
+    def half(index: SketchIndex, *given: Any) -> None:
         index.parts.header[0] = 1
         raise error("in the middle")
 
     with monkeypatch.context() as patched:
-        patched.setattr(SlotIndex, "build", half)
+        patched.setattr(SketchIndex, "build", half)
         with pytest.raises(error):
             stepped(upkeep, 50)
     assert int(upkeep.index.parts.header[0]) == 0
@@ -238,14 +238,14 @@ def test_where_the_index_finds_no_memory_attention_stays_exact(
     calls: Calls, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Caches that there is no memory for share one index that nobody trusts."""
-    tries = iter([full, SlotIndex, full, full])
+    tries = iter([full, SketchIndex, full, full])
 
-    def sometimes(*given: Any) -> SlotIndex:
+    def sometimes(*given: Any) -> SketchIndex:
         return next(tries)(*given)
 
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "lychee_compile"):
-        patched.setattr(gpu_methods, "SlotIndex", sometimes)
-        layers = [FixedSlots(LAYOUT, KEY.device) for _ in range(3)]
+        patched.setattr(gpu_methods, "SketchIndex", sometimes)
+        layers = [StaticCacheIndex(LAYOUT, KEY.device) for _ in range(3)]
     assert len({id(each.tensor) for each in layers}) == 1
     for layer in layers:
         for _ in range(3):
@@ -262,9 +262,9 @@ def test_where_the_index_finds_no_memory_attention_stays_exact(
 def test_where_building_finds_no_memory_it_is_not_tried_again(
     calls: Calls, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    upkeeps = FixedSlots(LAYOUT, KEY.device), GrowingSlots()
+    upkeeps = StaticCacheIndex(LAYOUT, KEY.device), GrowingCacheIndex()
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "lychee_compile"):
-        patched.setattr(SlotIndex, "build", full)
+        patched.setattr(SketchIndex, "build", full)
         for upkeep in upkeeps:
             upkeep.after_call(KEY, use())
     for upkeep in upkeeps:
@@ -274,9 +274,9 @@ def test_where_building_finds_no_memory_it_is_not_tried_again(
     assert len(caplog.records) == 1
 
 
-def grown() -> GrowingSlots:
+def grown() -> GrowingCacheIndex:
     """One that is trusted, over the 2000 slots of `KEY`."""
-    upkeep = GrowingSlots()
+    upkeep = GrowingCacheIndex()
     assert upkeep.index_for(KEY, torch.tensor([1998, 1999])) is None
     upkeep.after_call(KEY, use(2, None))
     assert upkeep.trusted
@@ -323,7 +323,7 @@ def test_there_are_few_blocks_and_none_is_huge(slots: int, size: int) -> None:
 
 
 def test_the_end_of_a_cache_of_unknown_size_is_where_the_graph_wrote(calls: Calls) -> None:
-    upkeep = GrowingSlots()
+    upkeep = GrowingCacheIndex()
     upkeep.index_for(KEY, torch.tensor([[5, 6], [9, -1900]]))
     upkeep.index_for(KEY, None)  # another site of the graph
     upkeep.after_call(KEY, use(2, None))
@@ -345,7 +345,7 @@ def test_where_a_growing_index_finds_no_memory_it_is_given_up(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upkeep, longer = grown(), torch.empty(2, 3, 9000, 16)
-    monkeypatch.setattr(gpu_methods, "SlotIndex", full)
+    monkeypatch.setattr(gpu_methods, "SketchIndex", full)
     assert upkeep.index_for(longer, None) is None
     upkeep.after_call(longer, use(1, None))
     assert not upkeep.trusted

@@ -104,7 +104,7 @@ def test_an_index_that_keeps_being_lost_is_not_built_over_and_over(
         assert_exact(cache.step(step))
     assert not built
     upkeep._calls = WORTHWHILE
-    upkeep._patience, upkeep.trusted = 0, True  # as after many steps
+    upkeep._calls_to_wait, upkeep.trusted = 0, True  # as after many steps
     cache.keys[:, :, 0] += 0
     assert_exact(cache.step(step))
     assert_sparse(cache.step(step), cache)

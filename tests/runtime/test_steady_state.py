@@ -14,9 +14,9 @@ from torch import Tensor
 
 import lychee_compile
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lifecycle import SlotCache
-from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SlotIndex
-from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
+from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SketchIndex
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
 
@@ -45,18 +45,18 @@ def test_many_calls_of_a_graph_leave_nothing_behind(
 ) -> None:
     refits = 0
 
-    def build(index: SlotIndex, _module: Any, _key: Tensor, ends: Sequence[int]) -> None:
+    def build(index: SketchIndex, _module: Any, _key: Tensor, ends: Sequence[int]) -> None:
         index._trust(ends)
 
     def refit(*_: Any) -> None:
         nonlocal refits
         refits += 1
 
-    monkeypatch.setattr(SlotIndex, "build", build)
-    monkeypatch.setattr(SlotIndex, "refit", refit)
+    monkeypatch.setattr(SketchIndex, "build", build)
+    monkeypatch.setattr(SketchIndex, "refit", refit)
     monkeypatch.setattr("lychee_compile.kernels.gpu.lifecycle.load", lambda _: None)
     keys = torch.zeros(1, 2, 512, 16)
-    use = SlotCache("decode_lychee_f32_g2_d16_b40", lambda cache: cache, 1, SlotLayout.of(keys))
+    use = CacheUse("decode_lychee_f32_g2_d16_b40", lambda cache: cache, 1, SketchLayout.of(keys))
     graph = StatefulGraph(lambda *_: (), [StateInput(0, None, slots=use)], IndexConfig(), None)
     assert growth(lambda: graph(keys), 1000, calls) < LITTLE
     assert len(registry) == 1

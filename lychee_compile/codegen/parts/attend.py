@@ -18,7 +18,7 @@ _OPERANDS = """query, query_stride_b, query_stride_h, query_stride_t, query_stri
     kv_len, kv_heads, query_len, splits"""
 
 
-class Upkeep(NamedTuple):
+class IndexUpdate(NamedTuple):
     """How a step brings the index of a policy up to date."""
 
     parameters: str
@@ -179,7 +179,7 @@ if tl.max(seen.to(tl.int32)) > 0:
     return indented(check + indented(step, 4), 8)
 
 
-def emit_sparse(spec: AttentionSpec, upkeep: Upkeep) -> str:
+def emit_sparse(spec: AttentionSpec, upkeep: IndexUpdate) -> str:
     """`attend`: sinks, recent and selected tokens; all of them while the index is not trusted."""
     names, update = captured(spec), indented(upkeep.call, 12)
     return f'''

@@ -5,7 +5,7 @@ Chosen pages are read whole. See `kernels/policies/decode/quest.py` for what dif
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts.attend import Upkeep
+from lychee_compile.codegen.parts.attend import IndexUpdate
 from lychee_compile.codegen.parts.common import precision
 from lychee_compile.codegen.parts.scan import LARGEST
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
@@ -18,7 +18,7 @@ RANKED = 512
 BYTES_AT_ONCE = 32768
 """Of boxes, that a program of the scan has in flight at a time."""
 
-UPKEEP = Upkeep(
+UPKEEP = IndexUpdate(
     "header, least, greatest, slots",
     """box_new(
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,

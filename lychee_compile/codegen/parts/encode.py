@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts.attend import Upkeep
+from lychee_compile.codegen.parts.attend import IndexUpdate
 
-UPKEEP = Upkeep(
+UPKEEP = IndexUpdate(
     "header, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr",
     """encode_new(
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,

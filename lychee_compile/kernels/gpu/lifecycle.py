@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 WORTHWHILE = 32
 """Sparse calls that pay for building an index: one that lived shorter makes us wait longer."""
-MOST_PATIENCE = 1023
+MOST_CALLS_TO_WAIT = 1023
 """Calls that a cache has to stay ours before its index is built, at most."""
 
 
 @dataclass(frozen=True)
-class SlotCache:
+class CacheUse:
     """How one graph uses a key cache whose index is addressed by slot."""
 
     kernel: str
@@ -49,7 +49,7 @@ class SlotCache:
         return policy_name(self.kernel) if self.layout is None else self.layout
 
 
-class Upkeep:
+class IndexLifecycle:
     """Whether the index of one key cache may be trusted, and what it takes to get there."""
 
     index: DeviceIndex | None
@@ -58,38 +58,40 @@ class Upkeep:
         self.trusted = False
         """Whether the index describes the keys: attention over the cache is sparse."""
         self._calls = 0  # since trust was won, or the cache was last written by somebody else
-        self._patience: float = 0
+        self._calls_to_wait: float = 0
         self._turn = next(_turns)
         self._next_refit = 0
         self._fitted: Sequence[int] = ()  # ends of rows at the last fit
-        self._peek: _Peek | None = None
+        self._peek: _AsyncRead | None = None
 
     def distrust(self) -> None:
         """Somebody else may have written the cache: read all of it until the index is rebuilt."""
         if self.trusted:
             soon = self._calls < WORTHWHILE
-            self._patience = min(2 * self._patience + 1, MOST_PATIENCE) if soon else 0
+            self._calls_to_wait = (
+                min(2 * self._calls_to_wait + 1, MOST_CALLS_TO_WAIT) if soon else 0
+            )
             self._revoke()
         self._calls = 0
 
-    def after_call(self, cache: Tensor, use: SlotCache) -> None:
+    def after_call(self, cache: Tensor, use: CacheUse) -> None:
         """A graph has run on `cache`: build or refit the index where that is due."""
         self._calls += 1
-        building = not self.trusted and self._calls > self._patience
+        building = not self.trusted and self._calls > self._calls_to_wait
         refitting = self.trusted and (self._calls == self._next_refit or self._peek is not None)
         if building or refitting:
             with torch.cuda.device_of(cache):
                 self._work(cache, use)
 
-    def hesitate(self) -> None:
+    def delay_build(self) -> None:
         """Build the index only if a second call comes."""
-        self._patience = max(self._patience, 1)
+        self._calls_to_wait = max(self._calls_to_wait, 1)
 
     def never_build(self) -> None:
         """Stay exact from now on."""
-        self._patience = math.inf
+        self._calls_to_wait = math.inf
 
-    def _index_for(self, key: Tensor, use: SlotCache) -> DeviceIndex:
+    def _index_for(self, key: Tensor, use: CacheUse) -> DeviceIndex:
         """The index to build over `key` [B, Hkv, L, D]."""
         raise NotImplementedError
 
@@ -102,14 +104,14 @@ class Upkeep:
         if self.index is not None:
             self.index.distrust()
 
-    def _work(self, cache: Tensor, use: SlotCache) -> None:
+    def _work(self, cache: Tensor, use: CacheUse) -> None:
         try:
             if not self.trusted:
                 self._build(use.keys(cache), use)
             elif self._peek is not None:
                 self._refit(cache, use, self._peek)
             elif self.index is not None:
-                self._peek = _Peek(self.index.parts.header[1:])
+                self._peek = _AsyncRead(self.index.parts.header[1:])
         except torch.OutOfMemoryError:
             self._revoke()
             self.never_build()
@@ -118,7 +120,7 @@ class Upkeep:
             self._revoke()
             raise
 
-    def _build(self, key: Tensor, use: SlotCache) -> None:
+    def _build(self, key: Tensor, use: CacheUse) -> None:
         # A graph that only reads cannot say how far the keys go; slots without one do no harm.
         ends = self._ends(key) if use.written else [key.shape[2]] * key.shape[0]
         started = time.perf_counter()
@@ -135,7 +137,7 @@ class Upkeep:
             took = 1e3 * (time.perf_counter() - started)
             logger.info("indexed %d tokens of %d KV heads in %.0f ms", end, key.shape[1], took)
 
-    def _refit(self, cache: Tensor, use: SlotCache, peek: _Peek) -> None:
+    def _refit(self, cache: Tensor, use: CacheUse, peek: _AsyncRead) -> None:
         """Fit the newest block anew, once it is known which that is."""
         assert self.index is not None
         peek.written += use.written
@@ -151,14 +153,14 @@ class Upkeep:
             self._fitted = seen
             self._next_refit = self._calls + self._refit_after(moved or ends, use)
 
-    def _refit_after(self, ends: Sequence[int], use: SlotCache) -> int:
+    def _refit_after(self, ends: Sequence[int], use: CacheUse) -> int:
         """Calls until the next refit, where so many slots of each row hold keys."""
         assert self.index is not None
         soonest = min(self.index.refit_after(max(end, 1)) for end in ends)
         return -(-soonest // max(use.written, 1))
 
 
-class _Peek:
+class _AsyncRead:
     """Numbers on their way from the device, for which nobody waits."""
 
     def __init__(self, numbers: Tensor) -> None:

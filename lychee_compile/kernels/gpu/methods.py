@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
-from lychee_compile.kernels.gpu.lychee.index import SlotIndex
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_sparse
-from lychee_compile.kernels.gpu.lychee.layout import SlotLayout
-from lychee_compile.kernels.gpu.quest.index import BoxIndex
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+from lychee_compile.kernels.gpu.quest.index import QuestIndex
 from lychee_compile.kernels.gpu.quest.launch import run_quest
-from lychee_compile.kernels.gpu.quest.layout import BoxLayout
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 
-Layout = SlotLayout | BoxLayout
+Layout = SketchLayout | QuestLayout
 
 
 @dataclass(frozen=True)
-class KernelPolicy:
+class GpuMethod:
     """How one policy's kernels are run, and where its index lies."""
 
     layout_of: Callable[[Tensor], Layout]
@@ -36,20 +36,20 @@ def policy_name(kernel: str) -> str:
     return kernel.split("_")[1]
 
 
-def policy_of(kernel: str) -> KernelPolicy:
+def policy_of(kernel: str) -> GpuMethod:
     """How the kernels of a generated module are run."""
-    return KERNEL_POLICIES[policy_name(kernel)]
+    return GPU_METHODS[policy_name(kernel)]
 
 
 def new_index(layout: Layout, device: torch.device) -> DeviceIndex:
     """An empty index, which nobody may trust."""
     with torch.inference_mode(False):  # graphs write to it in every mode
-        if isinstance(layout, BoxLayout):
-            return BoxIndex(layout, device)
-        return SlotIndex(layout, device)
+        if isinstance(layout, QuestLayout):
+            return QuestIndex(layout, device)
+        return SketchIndex(layout, device)
 
 
-KERNEL_POLICIES = {
-    "lychee": KernelPolicy(SlotLayout.of, run_sparse, multiple=8),
-    "quest": KernelPolicy(BoxLayout.of, run_quest),
+GPU_METHODS = {
+    "lychee": GpuMethod(SketchLayout.of, run_sparse, multiple=8),
+    "quest": GpuMethod(QuestLayout.of, run_quest),
 }

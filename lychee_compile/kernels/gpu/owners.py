@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
-from lychee_compile.kernels.gpu.lifecycle import SlotCache, Upkeep
+from lychee_compile.kernels.gpu.lifecycle import CacheUse, IndexLifecycle
 from lychee_compile.kernels.gpu.lychee.layout import TILE
 from lychee_compile.kernels.gpu.methods import Layout, new_index, policy_of
-from lychee_compile.kernels.handles import Numbered
+from lychee_compile.kernels.handles import HandleOwner
 from lychee_compile.kernels.out_of_memory import warn_of_memory
 
 
-class FixedSlots(Upkeep):
+class StaticCacheIndex(IndexLifecycle):
     """The index of a cache of fixed size. Graphs are given its memory, uint8 [layout.size]."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class FixedSlots(Upkeep):
             self.index = _spare(layout, device)
         self.tensor = self.index.state
 
-    def _index_for(self, key: Tensor, use: SlotCache) -> DeviceIndex:
+    def _index_for(self, key: Tensor, use: CacheUse) -> DeviceIndex:
         return self.index
 
     def _ends(self, key: Tensor) -> list[int]:
@@ -41,12 +41,12 @@ class FixedSlots(Upkeep):
         return [min(end, key.shape[2]) for end in written]
 
 
-class GrowingSlots(Numbered, Upkeep):
+class GrowingCacheIndex(HandleOwner, IndexLifecycle):
     """The index of a cache whose size is known at each call. Graphs are given a handle's tensor."""
 
     def __init__(self) -> None:
-        Numbered.__init__(self)
-        Upkeep.__init__(self)
+        HandleOwner.__init__(self)
+        IndexLifecycle.__init__(self)
         self.index: DeviceIndex | None = None
         self._written: Tensor | None = None
 
@@ -84,7 +84,7 @@ class GrowingSlots(Numbered, Upkeep):
         super()._revoke()
         self.index = None
 
-    def _index_for(self, key: Tensor, use: SlotCache) -> DeviceIndex:
+    def _index_for(self, key: Tensor, use: CacheUse) -> DeviceIndex:
         return new_index(_roomy(policy_of(use.kernel).layout_of(key)), key.device)
 
     def _ends(self, key: Tensor) -> list[int]:

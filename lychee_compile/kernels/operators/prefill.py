@@ -14,7 +14,11 @@ from lychee_compile.kernels.gpu.common.tuning import TILES
 from lychee_compile.kernels.gpu.prefill.launch import run_tiles
 from lychee_compile.kernels.operators.observe import TileCall, tile_observers, warn_of_recording
 from lychee_compile.kernels.reference.attention import dense_attention
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, in_order, tile_attention
+from lychee_compile.kernels.reference.prefill_attention import (
+    TileConfig,
+    in_order,
+    prefill_attention,
+)
 
 
 # The reference looks at how much it reads.
@@ -41,15 +45,15 @@ def sparse_prefill(
 ) -> Tensor:
     """Attention of `query` [B, Hq, T, D] over part of `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
 
-    Operands, mask and `order` as in `tile_attention`, the settings those of `TileConfig`. With less
-    than `shortest` keys in all it is dense.
+    Operands, mask and `order` as in `prefill_attention`, the settings those of `TileConfig`. With
+    less than `shortest` keys in all it is dense.
     """
     if query.numel() == 0 or key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     if key.shape[2] < shortest:
         return _dense(query, key, value, mask, causal, scale, softcap, extra).contiguous()
     config = TileConfig(policy, budget, sinks, recent, epsilon, shortest)
-    result = tile_attention(
+    result = prefill_attention(
         query, key, value, mask, causal, scale, config, softcap, extra, order,
         keep_read=bool(tile_observers),
     )  # fmt: skip
@@ -158,7 +162,7 @@ def _dense(
     softcap: float | None,
     extra: Tensor | None,
 ) -> Tensor:
-    """What `tile_attention` gives where all keys are read."""
+    """What `prefill_attention` gives where all keys are read."""
     if causal:
         seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
         if mask is None:

@@ -11,12 +11,12 @@ from lychee_compile.kernels.policies.prefill.dhsa import choose_by_chunks
 from lychee_compile.kernels.policies.prefill.lychee import choose_by_centres
 from lychee_compile.kernels.policies.prefill.s2o import choose_until_it_wanes
 from lychee_compile.kernels.policies.prefill.streaming import choose_last
-from lychee_compile.kernels.reference.prefill_question import TileQuestion
+from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 
-TileChoice = Callable[[TileQuestion], Tensor]
+PrefillChoice = Callable[[PrefillQuestion], Tensor]
 """Answers a question: the candidates that a tile reads, bool [B, Hq, tiles, L]."""
 
-_registered: dict[str, TileChoice] = {
+_registered: dict[str, PrefillChoice] = {
     "lychee": choose_by_centres,
     "streaming": choose_last,
     "dhsa": choose_by_chunks,
@@ -30,7 +30,7 @@ def tile_policy_names() -> tuple[str, ...]:
     return tuple(_registered)
 
 
-def register_tile_policy(name: str, choice: TileChoice) -> None:
+def register_tile_policy(name: str, choice: PrefillChoice) -> None:
     """Let `options={"prefill": "sparse", "policy": name}` choose as `choice` does.
 
     Raises ValueError where there is another of that name, TypeError for what cannot be called.
@@ -44,7 +44,7 @@ def register_tile_policy(name: str, choice: TileChoice) -> None:
     _registered[name] = choice
 
 
-def tile_choice(name: str) -> TileChoice:
+def tile_choice(name: str) -> PrefillChoice:
     """The choice of a policy. Raises ValueError for an unknown one."""
     if name not in _registered:
         known = ", ".join(_registered)

@@ -15,7 +15,7 @@ from lychee_compile.kernels.policies.decode.quest import QuestIndex
 from lychee_compile.kernels.policies.decode.streaming import StreamingIndex
 from lychee_compile.kernels.policies.decode.tokenselect import TokenSelectIndex
 from lychee_compile.kernels.policies.prefill_registry import (
-    TileChoice,
+    PrefillChoice,
     register_tile_policy,
     tile_policy_names,
 )
@@ -43,7 +43,7 @@ def has_index(name: str) -> bool:
 
 
 def register_policy(
-    name: str, index: type[KVIndex] | None, *, tiles: TileChoice | None = None
+    name: str, index: type[KVIndex] | None, *, tiles: PrefillChoice | None = None
 ) -> None:
     """Let `options={"policy": name}` choose tokens as `index`, a class of indexes, does.
 

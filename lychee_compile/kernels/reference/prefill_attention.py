@@ -13,7 +13,7 @@ from lychee_compile.kernels.policies.prefill_registry import tile_choice
 from lychee_compile.kernels.reference.attention import rows_at
 from lychee_compile.kernels.reference.certificate import bounded_share
 from lychee_compile.kernels.reference.nodes import log_count
-from lychee_compile.kernels.reference.prefill_question import TileQuestion
+from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.tiles import PAGE, TILE, Sight, tile_sight
 
@@ -53,7 +53,7 @@ class TileResult:
     order given."""
 
 
-def tile_attention(
+def prefill_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -139,7 +139,7 @@ class _Attention:
                 return output, log_sum, share, read
             room = torch.where(failing, 2 * room + TILE, room)
 
-    def _question(self, begin: int, end: int, config: TileConfig) -> TileQuestion:
+    def _question(self, begin: int, end: int, config: TileConfig) -> PrefillQuestion:
         sight = tile_sight(self.sight, begin, end, config.sinks, config.recent)
         batch, heads, _, _ = self.query.shape
         counts = sight.some.sum(-1)
@@ -149,7 +149,7 @@ class _Attention:
         allowed = torch.where(counts < config.shortest, counts, allowed)
         room = (allowed - sight.always.sum(-1)).clamp(min=0).expand(batch, heads, -1)
         query = self.query[:, :, begin:end].float()
-        return TileQuestion(query, self.known_key, self.scale, self.softcap, sight, room)
+        return PrefillQuestion(query, self.known_key, self.scale, self.softcap, sight, room)
 
     def _attend(self, begin: int, end: int, read: Tensor) -> tuple[Tensor, Tensor]:
         """[B, Hq, end - begin, Dv] and the log-sum-exp [B, Hq, end - begin]."""
@@ -192,7 +192,7 @@ class _Attention:
         return wide.gather(-1, slot[:, :, None].expand(-1, -1, wide.shape[2], -1))
 
     def _missed(
-        self, begin: int, end: int, question: TileQuestion, unread: Tensor, log_sum: Tensor
+        self, begin: int, end: int, question: PrefillQuestion, unread: Tensor, log_sum: Tensor
     ) -> Tensor:
         """Upper bound of the share of the softmax in unread keys: float32 [B, Hq, end - begin].
 

@@ -13,7 +13,7 @@ from lychee_compile.kernels.reference.tiles import TILE, TileSight, summarise
 
 
 @dataclass(frozen=True)
-class TileQuestion:
+class PrefillQuestion:
     """Some tiles of queries, one after another, and the keys that may be chosen for them."""
 
     query: Tensor

@@ -34,7 +34,7 @@ from lychee_compile.passes.symbolic.elements import Elements
 
 
 @dataclass(frozen=True)
-class Scene:
+class GraphContext:
     """A graph, and what all its attentions share."""
 
     gm: torch.fx.GraphModule
@@ -58,7 +58,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class MatchedParts:
     """An attention as it was found: nodes, and their indices in axes of the output."""
 
     node: torch.fx.Node
@@ -81,7 +81,7 @@ class Pieces:
     """Whether dimensions are known to be batch, heads, tokens, features."""
 
 
-def settle(pieces: Pieces, elements: Elements, scene: Scene) -> Attention | Rejected:
+def settle(pieces: MatchedParts, elements: Elements, scene: GraphContext) -> Attention | Rejected:
     """Put the pieces together. Raises `SplitAxis` where an axis must be taken apart first."""
     axes, trace = elements.axes, pieces.trace
     chains = {
@@ -147,7 +147,7 @@ def _forms(chain: list[Place], place: Place, key: Operand, axes: Axes) -> tuple[
 
 
 def _misfit(
-    pieces: Pieces, query: Operand, key: Operand, value: Operand,
+    pieces: MatchedParts, query: Operand, key: Operand, value: Operand,
     shared: frozenset[Axis], rows: frozenset[Axis],
 ) -> str:  # fmt: skip
     """Why the operands are not those of an attention; empty where they are."""
@@ -165,7 +165,7 @@ def _misfit(
 
 
 def _features(
-    trace: Trace, axes: Axes, scene: Scene
+    trace: Trace, axes: Axes, scene: GraphContext
 ) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
     """Axes that projections of queries or keys make, and those that projections of keys make."""
     query, key = (
@@ -178,7 +178,7 @@ def _features(
 
 
 def _roles(
-    pieces: Pieces, shared: frozenset[Axis], rows: frozenset[Axis],
+    pieces: MatchedParts, shared: frozenset[Axis], rows: frozenset[Axis],
     features: frozenset[Axis] | None, operands: tuple[Operand, Operand, Operand], score: Score,
 ) -> Roles:  # fmt: skip
     query, key, value = operands
@@ -217,10 +217,10 @@ def _magnitude(stride: sympy.Expr) -> float:
 
 
 def _entangled(
-    pieces: Pieces,
+    pieces: MatchedParts,
     chains: dict[str, list[Place]],
     places: dict[str, Place],
-    scene: Scene,
+    scene: GraphContext,
 ) -> str:
     """What forbids to put another operator in the place of this dataflow; empty: nothing does."""
     first: Product | None = pieces.trace.product

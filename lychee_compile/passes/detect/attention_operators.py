@@ -11,7 +11,7 @@ import sympy
 import torch
 import torch.fx
 
-from lychee_compile.passes.detect.assemble import Pieces, Scene, settle
+from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
 from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
 from lychee_compile.passes.detect.flex import flex_score
 from lychee_compile.passes.detect.operands import Place, free_axes
@@ -28,7 +28,7 @@ FINEST = 12
 """How often the axes of one attention may be taken apart."""
 
 
-def find_fused(scene: Scene) -> Iterator[Attention | Unread]:
+def find_fused(scene: GraphContext) -> Iterator[Attention | Unread]:
     """Every attention that is one operator, in order."""
     for node in scene.order.nodes:
         key = operator_key(node)
@@ -83,7 +83,7 @@ def with_finer_axes(match: Callable[[Axes], Any]) -> Any:
     return None
 
 
-def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rejected:
+def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attention | Rejected:
     mask = argument(node, "attn_mask")
     scale = argument(node, "scale")
     if scale is None:
@@ -106,7 +106,7 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rej
         )
         steps.append(step)
     elements = Elements(axes, scene.names, scene.written)
-    found = Pieces(
+    found = MatchedParts(
         node=node,
         form="sdpa",
         weights=node,
@@ -161,7 +161,7 @@ def _operands(
     return trace, {"out": out, "kv": kv, "value": place(value, kv, out[-1])}
 
 
-def _from_flex(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rejected | None:
+def _from_flex(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attention | Rejected | None:
     output = next(
         (user for user in node.users if user.target is operator.getitem and user.args[1] == 0), None
     )
@@ -170,7 +170,7 @@ def _from_flex(node: torch.fx.Node, axes: Axes, scene: Scene) -> Attention | Rej
     trace, pieces = _operands(node, output, True, axes)
     elements = Elements(axes, scene.names, scene.written)
     more = any(user is not output and user.users for user in node.users)
-    found = Pieces(
+    found = MatchedParts(
         node=output,
         form="flex",
         weights=node,

@@ -19,7 +19,7 @@ from typing import Any
 import sympy
 import torch.fx
 
-from lychee_compile.passes.detect.assemble import Pieces, Scene, settle
+from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
 from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
 from lychee_compile.passes.detect.attention_operators import find_fused, with_finer_axes
 from lychee_compile.passes.detect.operands import Place, free_axes
@@ -55,13 +55,13 @@ def find_attention(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) 
 
     `written` is what `normalise` could not give values of their own.
     """
-    scene = Scene(gm, Order(gm.graph), Names(gm), written)
+    scene = GraphContext(gm, Order(gm.graph), Names(gm), written)
     found: list[Found] = list(find_fused(scene))
     found.extend(_from_softmax(softmax, scene) for softmax in find_softmaxes(gm.graph))
     return sorted(found, key=lambda each: scene.order.place[each.node])
 
 
-def _from_softmax(softmax: Softmax, scene: Scene) -> Attention | Rejected:
+def _from_softmax(softmax: Softmax, scene: GraphContext) -> Attention | Rejected:
     """The attention that a softmax belongs to, or why it belongs to none."""
     try:
         return _attention_of(softmax, scene)
@@ -71,7 +71,7 @@ def _from_softmax(softmax: Softmax, scene: Scene) -> Attention | Rejected:
         return Rejected(softmax.node, f"it could not be analysed: {type(error).__name__} {brief}")
 
 
-def _attention_of(softmax: Softmax, scene: Scene) -> Attention | Rejected:
+def _attention_of(softmax: Softmax, scene: GraphContext) -> Attention | Rejected:
     reason = "its weights are not multiplied with values"
     for product in _products_with(softmax.weights):
         result = with_finer_axes(lambda axes, p=product: _match(softmax, p, axes, scene))  # type: ignore[misc]
@@ -105,7 +105,7 @@ def _carries(node: torch.fx.Node) -> bool:
 
 
 def _match(
-    softmax: Softmax, product: Product, axes: Axes, scene: Scene
+    softmax: Softmax, product: Product, axes: Axes, scene: GraphContext
 ) -> Attention | Rejected | None:
     """The attention whose values `product` sums up; None where the softmax is not summed over."""
     elements = Elements(axes, scene.names, scene.written)
@@ -139,7 +139,7 @@ def _misfit(softmax: Softmax, at: Indices, keys: frozenset[Axis]) -> str:
 
 def _from_weights(
     softmax: Softmax, product: Product, node: torch.fx.Node, at: Indices, walk: _WeightWalk,
-    value: Place, out: Indices, keys: frozenset[Axis], elements: Elements, scene: Scene,
+    value: Place, out: Indices, keys: frozenset[Axis], elements: Elements, scene: GraphContext,
 ) -> Attention | Rejected:  # fmt: skip
     tracer = ScoreTracer(elements, keys, scene.is_parameter)
     trace = tracer.trace(softmax.scores, at)
@@ -152,7 +152,7 @@ def _from_weights(
         refused = refused or "its sum of exponentials is used in an unknown way"
     dropped = _dropped_keys(softmax, keys, elements.axes, trace)
     total_misfit = _total_misfit(softmax, at, out, elements.axes)
-    pieces = Pieces(
+    pieces = MatchedParts(
         node=node,
         form="eager",
         weights=softmax.weights,

@@ -10,7 +10,7 @@ import torch
 import torch.fx
 
 from lychee_compile.codegen.specification import S
-from lychee_compile.passes.detect.assemble import Scene
+from lychee_compile.passes.detect.assemble import GraphContext
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.scores import Score
 from lychee_compile.passes.graph.dataflow import scalar_of
@@ -23,7 +23,7 @@ NO_BLOCKS = 1 << 30
 
 
 def flex_score(
-    node: torch.fx.Node, attention: Attention, indices: Indices, scene: Scene
+    node: torch.fx.Node, attention: Attention, indices: Indices, scene: GraphContext
 ) -> Attention:
     """`attention` with the score and the mask of the FlexAttention `node`.
 
@@ -54,7 +54,7 @@ def _unblocked(blocks: Any) -> bool:
 
 
 def _call(
-    function: Any, given: tuple[Element, ...], others: Any, axes: Axes, scene: Scene
+    function: Any, given: tuple[Element, ...], others: Any, axes: Axes, scene: GraphContext
 ) -> Element:
     """The value of one of the graph's functions, whose captured tensors are `others`."""
     inner = getattr(scene.gm, function.target)

@@ -18,8 +18,8 @@ from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common.module_cache import store
-from lychee_compile.kernels.gpu.lifecycle import SlotCache
-from lychee_compile.kernels.gpu.methods import KERNEL_POLICIES
+from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.methods import GPU_METHODS
 from lychee_compile.kernels.gpu.trial_run import TensorForm, TrialCall, try_kernels
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 from lychee_compile.passes.detect.attention import Attention
@@ -28,7 +28,7 @@ from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import shape_of, static_size, value_of
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
-from lychee_compile.passes.lower.kernel_expressions import KernelTerms, kernel_terms
+from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
 from lychee_compile.passes.lower.kernel_support import NoKernel, check_supported, static
 from lychee_compile.passes.lower.rearrange import Emitter, Rearranger
 from lychee_compile.torch_private import size_hint
@@ -44,7 +44,7 @@ class KernelSite:
     """The generated module."""
     given: Canonical
     captured: tuple[torch.fx.Node, ...]
-    cache: SlotCache | None
+    cache: CacheUse | None
     """The cache that it reads sparsely; None: all visible keys are read."""
     refused: str = ""
     """Why no sparse kernel could be made, where one was wanted."""
@@ -75,18 +75,20 @@ def kernel_site(
     return KernelSite(kernel, given, terms.nodes, None, refused)
 
 
-def emit_operands(attention: Attention, emit: Emitter) -> tuple[KernelTerms, Canonical]:
+def emit_operands(attention: Attention, emit: Emitter) -> tuple[KernelExpressions, Canonical]:
     """What a kernel for `attention` reads, emitted before it. Raises `NoKernel`."""
     check_supported(attention)
     canonical = Canonicaliser(attention, emit)
     try:
         with emit.graph.inserting_before(attention.node):
-            return kernel_terms(attention, canonical), canonical.operands(masked=False)
+            return kernel_expressions(attention, canonical), canonical.operands(masked=False)
     except RewriteError as error:
         raise NoKernel(str(error)) from error
 
 
-def specification(attention: Attention, terms: KernelTerms, given: Canonical) -> AttentionSpec:
+def specification(
+    attention: Attention, terms: KernelExpressions, given: Canonical
+) -> AttentionSpec:
     """What an exact kernel for `attention` is generated from."""
     return AttentionSpec(
         dtype=str(value_of(given.query).dtype).removeprefix("torch."),
@@ -116,11 +118,11 @@ def _sparse(
     binding: CacheBinding,
     config: IndexConfig,
     exact: AttentionSpec,
-    terms: KernelTerms,
+    terms: KernelExpressions,
     given: Canonical,
     emit: Emitter,
 ) -> KernelSite:
-    policy = KERNEL_POLICIES[config.policy]
+    policy = GPU_METHODS[config.policy]
     if exact.head_dim % policy.multiple:
         raise NoKernel(
             f"the size of a key, {exact.head_dim}, is no multiple of {policy.multiple}: "
@@ -140,7 +142,7 @@ def _sparse(
     kernel = made(replace(exact, sparse=chosen), terms, given, written)
     fixed = binding.kind == "static" and _is_whole(value_of(given.key), cache)
     layout = policy.layout_of(cache) if fixed else None
-    return KernelSite(kernel, given, terms.nodes, SlotCache(kernel, shows, written, layout))
+    return KernelSite(kernel, given, terms.nodes, CacheUse(kernel, shows, written, layout))
 
 
 def _tokens_written(binding: CacheBinding, device: torch.device) -> int:
@@ -183,7 +185,7 @@ def _is_whole(key: Tensor, cache: Tensor) -> bool:
     )
 
 
-def made(spec: AttentionSpec, terms: KernelTerms, given: Canonical, written: int = 0) -> str:
+def made(spec: AttentionSpec, terms: KernelExpressions, given: Canonical, written: int = 0) -> str:
     """Generate the kernels of `spec`, or find them, and run them once. Raises `NoKernel`.
 
     `written` are the tokens that a call writes to the cache.

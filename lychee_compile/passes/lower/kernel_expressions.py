@@ -43,7 +43,7 @@ class NotExpressible(Exception):  # noqa: N818  the mask is read instead
 
 
 @dataclass(frozen=True)
-class KernelTerms:
+class KernelExpressions:
     """What a generated kernel needs to know of a score and a mask, in symbols of a specification.
 
     A captured tensor without dimensions is a symbol, of others there are `sympy.Indexed` elements.
@@ -58,7 +58,7 @@ class KernelTerms:
     """The captured tensors, in the same order."""
 
 
-def kernel_terms(attention: Attention, canonical: Canonicaliser) -> KernelTerms:
+def kernel_expressions(attention: Attention, canonical: Canonicaliser) -> KernelExpressions:
     """The score and the mask of `attention`, from what they are made of or from the mask tensor.
 
     S is the product of the query and the key that `canonical` emits: tensors that multiply scores
@@ -72,7 +72,7 @@ def kernel_terms(attention: Attention, canonical: Canonicaliser) -> KernelTerms:
         return mask_terms(attention, canonical)
 
 
-def fused_terms(attention: Attention, canonical: Canonicaliser) -> KernelTerms:
+def fused_terms(attention: Attention, canonical: Canonicaliser) -> KernelExpressions:
     """Terms that read what score and mask are made of.
 
     Raises `NotExpressible` where they would be long, or have no Triton form, and `NotCapturable`
@@ -84,10 +84,12 @@ def fused_terms(attention: Attention, canonical: Canonicaliser) -> KernelTerms:
     score, visible = say(score), _with_causal(attention, say(visible))
     visible = _without_the_obvious(visible, say(sympy.sympify(attention.kv_len)))
     _check_printable(score, visible, say.captured)
-    return KernelTerms(score, visible, say.captured, _as_read(attention, say.nodes, canonical))
+    return KernelExpressions(
+        score, visible, say.captured, _as_read(attention, say.nodes, canonical)
+    )
 
 
-def mask_terms(attention: Attention, canonical: Canonicaliser) -> KernelTerms:
+def mask_terms(attention: Attention, canonical: Canonicaliser) -> KernelExpressions:
     """Terms that read the mask of the graph as `canonical` emits it, `mask` [B, Hq, T, L].
 
     It is indexed by 0 where it is broadcast. A bias that leaves no weight hides its key. Raises
@@ -99,7 +101,7 @@ def mask_terms(attention: Attention, canonical: Canonicaliser) -> KernelTerms:
         raise RewriteError("FlexAttention has no mask that another operator could read")
     mask = canonical.mask()
     if mask is None:
-        return KernelTerms(_scaled(attention), _with_causal(attention, sympy.true), (), ())
+        return KernelExpressions(_scaled(attention), _with_causal(attention, sympy.true), (), ())
     held = captured_as("mask", mask)
     at = [
         sympy.S.Zero if size_expression(size) == 1 else index
@@ -110,7 +112,7 @@ def mask_terms(attention: Attention, canonical: Canonicaliser) -> KernelTerms:
         terms = _scaled(attention), Flag(element)
     else:
         terms = _scaled(attention) + element, element > -LOW
-    return KernelTerms(terms[0], _with_causal(attention, terms[1]), (held,), (mask,))
+    return KernelExpressions(terms[0], _with_causal(attention, terms[1]), (held,), (mask,))
 
 
 def _check_supported(attention: Attention) -> None:

@@ -12,7 +12,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.lower.canonical import Canonical
 from lychee_compile.passes.lower.decode_site import emit_operands, made, specification
-from lychee_compile.passes.lower.kernel_expressions import KernelTerms
+from lychee_compile.passes.lower.kernel_expressions import KernelExpressions
 from lychee_compile.passes.lower.rearrange import Emitter
 
 TILE_KERNELS = ("lychee",)
@@ -50,7 +50,7 @@ def tile_site(
     return TileSite(kernel, given, terms.nodes, plain, not placed)
 
 
-def _plain(terms: KernelTerms) -> str:
+def _plain(terms: KernelExpressions) -> str:
     """Which of PyTorch's own attentions it is; empty: none."""
     if terms.score.diff(S).free_symbols or terms.score.subs(S, 0) != 0:
         return ""

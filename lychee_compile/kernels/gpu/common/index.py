@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.lychee.layout import SlotLayout, SlotState
-from lychee_compile.kernels.gpu.quest.layout import BoxLayout, BoxState
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout, QuestState
 
 REFIT = 256
 """Keys after which the newest part of an index is fitted anew to those it holds, at least."""
@@ -23,9 +23,9 @@ class DeviceIndex(ABC):
     number of its header is 0 it may not be trusted, and attention reads every key.
     """
 
-    parts: SlotState | BoxState
+    parts: SketchState | QuestState
 
-    def __init__(self, layout: SlotLayout | BoxLayout, device: torch.device) -> None:
+    def __init__(self, layout: SketchLayout | QuestLayout, device: torch.device) -> None:
         self.layout = layout
         self.state = torch.zeros(layout.size, dtype=torch.uint8, device=device)
         self.parts = layout.views(self.state)

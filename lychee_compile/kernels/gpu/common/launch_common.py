@@ -16,7 +16,7 @@ BINS = 256
 
 
 class Scratch:
-    """Pieces of one uninitialised allocation, by name."""
+    """MatchedParts of one uninitialised allocation, by name."""
 
     def __init__(self) -> None:
         self._pieces: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}

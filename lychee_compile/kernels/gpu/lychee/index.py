@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import REFIT, DeviceIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_encode
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, SlotLayout, SlotState
+from lychee_compile.kernels.gpu.lychee.layout import PAGE, SketchLayout, SketchState
 from lychee_compile.kernels.reference.sketch import fit_axes
 
 WELL_FITTED = 512
@@ -21,11 +21,11 @@ LEAST_REFIT = 32
 """Keys that follow the first few, before they are fitted anew."""
 
 
-class SlotIndex(DeviceIndex):
+class SketchIndex(DeviceIndex):
     """Sketches of the keys of one cache, by slot."""
 
-    layout: SlotLayout
-    parts: SlotState
+    layout: SketchLayout
+    parts: SketchState
 
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Sketch the keys in the slots [0, ends[b]) of each row of `key` [B, Hkv, L, D]."""

@@ -20,7 +20,7 @@ from lychee_compile.kernels.gpu.common.launch_common import (
     written_arguments,
 )
 from lychee_compile.kernels.gpu.common.tuning import MOST_SPLITS, Tuning, tuning_for
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, TILE, SlotLayout, SlotState
+from lychee_compile.kernels.gpu.lychee.layout import PAGE, TILE, SketchLayout, SketchState
 
 PARTS = 1024
 """Programs among which the turns of all rows are dealt out, about."""
@@ -70,8 +70,8 @@ def run_sparse(
     captured: Sequence[Tensor],
     extra: Tensor | None,
     positions: Tensor | None,
-    layout: SlotLayout,
-    state: SlotState,
+    layout: SketchLayout,
+    state: SketchState,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """Attention of `query` [B, Hq, T, D] over the best of `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
@@ -174,7 +174,7 @@ def lanes(examined: int, splits: int) -> int:
 
 
 def run_encode(
-    module: ModuleType, key: Tensor, layout: SlotLayout, state: SlotState, begin: int, end: int
+    module: ModuleType, key: Tensor, layout: SketchLayout, state: SketchState, begin: int, end: int
 ) -> None:
     """Sketch the keys [B, Hkv, L, D] in the slots [begin, end), from a multiple of 64 on."""
     if end <= begin:

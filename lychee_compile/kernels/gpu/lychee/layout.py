@@ -71,7 +71,7 @@ def block_size(slots: int) -> int:
     return max(BLOCK, min(power_of_two(-(-slots // BLOCKS)), LARGEST_BLOCK))
 
 
-class SlotState(NamedTuple):
+class SketchState(NamedTuple):
     """The parts of an index, views of its tensor."""
 
     header: Tensor
@@ -93,7 +93,7 @@ class SlotState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SlotLayout:
+class SketchLayout:
     """Sizes and places of the parts of an index over `slots` slots."""
 
     batch: int
@@ -103,7 +103,7 @@ class SlotLayout:
     axes_dtype: torch.dtype = torch.float16
 
     @classmethod
-    def of(cls, key: Tensor) -> SlotLayout:
+    def of(cls, key: Tensor) -> SketchLayout:
         """The layout for a cache `key` [B, Hkv, L, D]."""
         batch, heads, length, head_dim = key.shape
         # Products of axes and queries, or keys, take one dtype.
@@ -129,14 +129,14 @@ class SlotLayout:
         """Bytes in all."""
         return sum(aligned(math.prod(shape), dtype) for _, shape, dtype in self._parts())
 
-    def views(self, state: Tensor) -> SlotState:
+    def views(self, state: Tensor) -> SketchState:
         """The parts of `state`, uint8 [size]."""
         made, start = {}, 0
         for name, shape, dtype in self._parts():
             count = math.prod(shape) * dtype.itemsize
             made[name] = state[start : start + count].view(dtype).view(shape)
             start += aligned(math.prod(shape), dtype)
-        return SlotState(**made)
+        return SketchState(**made)
 
     def _parts(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         each, fields = (self.batch, self.kv_heads), planes(self.head_dim)

@@ -23,7 +23,7 @@ from lychee_compile.kernels.gpu.lychee.layout import (
     PAGE_MIDDLE,
     PAGE_STEP,
     Field,
-    SlotState,
+    SketchState,
     block_size,
     planes,
 )
@@ -33,7 +33,7 @@ Finish = Callable[[Tensor], Tensor]
 """From raw scores [B, Hkv, G, T, N] to those of the softmax: scale, soft-cap, biases."""
 
 
-def token_scores(query: Tensor, state: SlotState) -> Tensor:
+def token_scores(query: Tensor, state: SketchState) -> Tensor:
     """Estimates of q.k by sketches, [B, Hkv, G, T, slots], for `query` [B, Hkv, G, T, D]."""
     fine, coarse = planes(query.shape[-1])
     codes = torch.cat((_unpacked(state.fine, fine), _unpacked(state.coarse, coarse)), -1)
@@ -45,7 +45,7 @@ def token_scores(query: Tensor, state: SlotState) -> Tensor:
     )
 
 
-def page_scores(query: Tensor, state: SlotState, scale: float) -> Tensor:
+def page_scores(query: Tensor, state: SketchState, scale: float) -> Tensor:
     """What stands for the keys of a page, [B, Hkv, G, T, pages]: s + scale / 2 sum w^2 v."""
     fine, _ = planes(query.shape[-1])
     kept = state.spread.shape[-1]
@@ -61,7 +61,7 @@ def page_scores(query: Tensor, state: SlotState, scale: float) -> Tensor:
 
 def select_slots(
     query: Tensor,
-    state: SlotState,
+    state: SketchState,
     visible: Tensor,
     fresh: Tensor,
     finish: Finish,
@@ -107,7 +107,7 @@ def share_bins(share: Tensor) -> Tensor:
 
 
 def log_denominator(
-    query: Tensor, state: SlotState, fresh: Tensor, finish: Finish, scale: float
+    query: Tensor, state: SketchState, fresh: Tensor, finish: Finish, scale: float
 ) -> Tensor:
     """Estimated log of the sum of exp(score) over the keys before `fresh`: [B, Hkv, G, T, 1].
 
@@ -125,11 +125,11 @@ def log_denominator(
     return mass.masked_fill(held <= 0, -torch.inf).logsumexp(-1, keepdim=True)
 
 
-def _block(state: SlotState) -> int:
+def _block(state: SketchState) -> int:
     return block_size(state.fine.shape[2])
 
 
-def _weights(query: Tensor, state: SlotState) -> tuple[Tensor, Tensor]:
+def _weights(query: Tensor, state: SketchState) -> tuple[Tensor, Tensor]:
     """q.a step [B, Hkv, G, T, S, r], and q.centre [B, Hkv, G, T, S], for each block."""
     query = query.float()[..., None, :]
     axes = state.axes.float()[:, :, None, None]

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.lychee.layout import PAGE
-from lychee_compile.kernels.gpu.quest.layout import BoxLayout, BoxState
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout, QuestState
 
 
-class BoxIndex(DeviceIndex):
+class QuestIndex(DeviceIndex):
     """Least and greatest keys of the full pages of one cache."""
 
-    layout: BoxLayout
-    parts: BoxState
+    layout: QuestLayout
+    parts: QuestState
 
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Put a box around each full page in the slots [0, ends[b]) of `key` [B, Hkv, L, D]."""

@@ -22,7 +22,7 @@ from lychee_compile.kernels.gpu.common.launch_common import (
 from lychee_compile.kernels.gpu.common.tuning import Tuning, tuning_for
 from lychee_compile.kernels.gpu.lychee.launch import lanes
 from lychee_compile.kernels.gpu.lychee.layout import PAGE
-from lychee_compile.kernels.gpu.quest.layout import BoxLayout, BoxState
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout, QuestState
 
 PROGRAMS = 512
 """Of the scan, about."""
@@ -38,8 +38,8 @@ def run_quest(
     captured: Sequence[Tensor],
     extra: Tensor | None,
     positions: Tensor | None,
-    layout: BoxLayout,
-    state: BoxState,
+    layout: QuestLayout,
+    state: QuestState,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """Attention of `query` [B, Hq, T, D] over the best pages of `key` [B, Hkv, L, D].

@@ -11,7 +11,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.lychee.layout import PAGE, TILE, aligned
 
 
-class BoxState(NamedTuple):
+class QuestState(NamedTuple):
     """The parts of an index, views of its tensor."""
 
     header: Tensor
@@ -23,7 +23,7 @@ class BoxState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BoxLayout:
+class QuestLayout:
     """Sizes and places of the parts of an index over `slots` slots."""
 
     batch: int
@@ -33,7 +33,7 @@ class BoxLayout:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, key: Tensor) -> BoxLayout:
+    def of(cls, key: Tensor) -> QuestLayout:
         """The layout for a cache `key` [B, Hkv, L, D]."""
         batch, heads, length, head_dim = key.shape
         return cls(batch, heads, head_dim, -(-length // TILE) * TILE, key.dtype)
@@ -57,10 +57,10 @@ class BoxLayout:
     def _header_size(self) -> int:
         return aligned(1 + self.batch, torch.int32)
 
-    def views(self, state: Tensor) -> BoxState:
+    def views(self, state: Tensor) -> QuestState:
         """The parts of `state`, uint8 [size]."""
         header = state[: (1 + self.batch) * torch.int32.itemsize]
         boxes = state[self._header_size :].view(self.dtype)
         shape = (2, self.batch, self.kv_heads, self.pages, self.head_dim)
         least, greatest = boxes.view(shape).unbind()
-        return BoxState(header.view(torch.int32), least, greatest)
+        return QuestState(header.view(torch.int32), least, greatest)

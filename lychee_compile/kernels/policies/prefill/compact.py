@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.policies.prefill.positions import places
-from lychee_compile.kernels.reference.prefill_question import TileQuestion
+from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import PAGE, TILE, summarise
 
 BLOCK = PAGE
@@ -16,7 +16,7 @@ PARTS = 4
 """Blocks of queries in a tile, each of which chooses for itself."""
 
 
-def choose_block_union(question: TileQuestion) -> Tensor:
+def choose_block_union(question: PrefillQuestion) -> Tensor:
     """The union of the blocks of keys that a KV head's query heads choose, block of queries by one.
 
     As in the paper: a mask over blocks says which blocks of keys each block of queries of each

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from lychee_compile.kernels.policies.prefill.positions import places
 from lychee_compile.kernels.reference.chunking import best_cuts, follow_cuts, similarity_strengths
-from lychee_compile.kernels.reference.prefill_question import TileQuestion
+from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import TILE
 
 CHUNK = (8, 16)
 """Shortest and longest chunk, in tokens; longer ones did worse on keys of Gemma-3-270M."""
 
 
-def choose_by_chunks(question: TileQuestion) -> Tensor:
+def choose_by_chunks(question: PrefillQuestion) -> Tensor:
     """The chunks of keys that are most like any chunk of a tile's queries.
 
     As in the paper: chunks of varying length, each summarised by the sum of its vectors over the
@@ -58,7 +58,7 @@ def chunk_vectors(vectors: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     return label, total / length.clamp(min=1).sqrt()[:, None, :, None]
 
 
-def _query_chunks(question: TileQuestion) -> Tensor:
+def _query_chunks(question: PrefillQuestion) -> Tensor:
     """Chunks of each tile's queries, float32 [B, Hq, tiles * N, D]; unused ones are zero."""
     tokens, tiles = question.query.shape[2], question.tiles
     padded = F.pad(question.query, (0, 0, 0, tiles * TILE - tokens)).unflatten(2, (tiles, TILE))

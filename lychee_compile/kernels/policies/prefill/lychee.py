@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.nodes import log_count
-from lychee_compile.kernels.reference.prefill_question import TileQuestion
+from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import PAGE, TILE, pair_bound
 
 PARTS = 8
@@ -21,7 +21,7 @@ NEGLIGIBLE_SHARE = 1e-4
 """Pages proved to hold together less than this share of the softmax are never looked into."""
 
 
-def choose_by_centres(question: TileQuestion) -> Tensor:
+def choose_by_centres(question: PrefillQuestion) -> Tensor:
     """The keys that matter most to any part of a tile.
 
     A part asks with the mean c of its queries; a key counts by its largest log share of the softmax
@@ -35,7 +35,7 @@ def choose_by_centres(question: TileQuestion) -> Tensor:
     return question.take(log_shares(question).masked_fill(_negligible(question), -torch.inf))
 
 
-def log_shares(question: TileQuestion) -> Tensor:
+def log_shares(question: PrefillQuestion) -> Tensor:
     """The largest log share that any part of a tile gives each key: [B, Hq, tiles, L]."""
     parts = question.parts(TILE // PARTS)
     scores = question.scores(parts.mean)
@@ -45,7 +45,7 @@ def log_shares(question: TileQuestion) -> Tensor:
     return shares.masked_fill(unused[..., None], -torch.inf).amax(3)
 
 
-def _negligible(question: TileQuestion) -> Tensor:
+def _negligible(question: PrefillQuestion) -> Tensor:
     """Keys in pages that hold next to nothing of any query's softmax: bool [B, Hq, tiles, L].
 
     The most that a page may add is bounded by the triangle inequality on both sides. What all add

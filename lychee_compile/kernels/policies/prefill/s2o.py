@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.reference.prefill_question import TileQuestion
+from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import TILE
 
 BLOCK = 64
@@ -18,7 +18,7 @@ LEAST_SHARE = 1e-4
 """Reading stops where the next block would add less than this share of the softmax sum so far."""
 
 
-def choose_until_it_wanes(question: TileQuestion) -> Tensor:
+def choose_until_it_wanes(question: PrefillQuestion) -> Tensor:
     """The most important keys of a tile, at most the budget, fewer where the rest adds little.
 
     As in the paper: single keys are put in order of importance, wherever they stand, and read in
@@ -36,7 +36,7 @@ def choose_until_it_wanes(question: TileQuestion) -> Tensor:
     return replace(question, room=room).take(importance)
 
 
-def keys_before_waning(question: TileQuestion, importance: Tensor) -> Tensor:
+def keys_before_waning(question: PrefillQuestion, importance: Tensor) -> Tensor:
     """How many keys, in whole blocks, add enough: int64 [B, Hq, tiles].
 
     `importance`, [B, Hq, tiles, L], is the score of each key.
