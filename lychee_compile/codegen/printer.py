@@ -3,8 +3,8 @@
     kv <= q + m[b]          kv <= q + tl.load(m + b * m_stride_0)
     30*tanh(s/240)          30 * (1 - 2 / (tl.exp(s / 120) + 1))
 
-The text holds for scalars and tiles alike: operations are elementwise and broadcast. What is made
-of integers alone is an integer and exact, all other numbers are float32.
+The text holds for scalars and tensors alike: operations are elementwise and broadcast. A number
+made of integers alone is an exact integer; all other numbers are float32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lychee_compile.codegen.expressions import (
 from lychee_compile.codegen.specification import KV, KV_LEN, B, Captured, H, Q, S
 
 LARGEST_FACTOR = 128
-"""Of a position; more of it is computed in 64 bits."""
+"""Largest factor of a position in 32 bits: a product by more is computed in 64 bits."""
 
 _FLOAT32, _INT32 = ".to(tl.float32)", ".to(tl.int32)"
 _LOADED = {
@@ -49,33 +49,33 @@ _LOADED = {
     "int64": "",
     "uint8": _INT32,
 }
-"""What follows a load from a tensor of each dtype."""
+"""Text after a load from a tensor of each dtype."""
 _BUILT = (sympy.Add, sympy.Mul, sympy.Abs, sympy.Max, sympy.Min, sympy.Mod)
-"""Of integers, integers."""
+"""Functions that give integers for integers."""
 
 
 class Unprintable(ValueError):  # noqa: N818  the site is left as it was
-    """An expression has no Triton form. The message names the part that has none."""
+    """An expression that has no Triton form. The message names the part that has none."""
 
 
 def print_expression(
     expression: sympy.Expr | Boolean, captured: Mapping[str, Captured], mask: str = ""
 ) -> str:
-    """Triton source of `expression`, over variables `s`, `b`, `h`, `q`, `kv` and `kv_len`.
+    """Return Triton source of `expression`, over variables `s`, `b`, `h`, `q`, `kv` and `kv_len`.
 
     An element of a captured tensor is read through a pointer of its name and the strides
-    `<name>_stride_0`, ... If it depends on kv, it is read where `mask` holds, the name of a tile of
-    truth values along kv, and is 0 elsewhere; without a mask, and for all other axes, indices have
-    to be in range.
+    `<name>_stride_0`, ... `mask` is the name of a bool tensor along kv. An element that depends on
+    kv is read if its mask is true, else it is 0. Without a mask, and along all other axes, indices
+    have to be in range.
 
-    Raises Unprintable for functions, symbols and dtypes without a Triton form, and for indices that
-    may be negative, which PyTorch counts from the end.
+    Raises Unprintable for functions, symbols and dtypes without a Triton form. It is also raised
+    for indices that may be negative: PyTorch counts these from the end.
     """
     return _Printer(captured, mask).form(sympy.sympify(expression)).text
 
 
 class _Level(IntEnum):
-    """How tightly the outermost operator of a text binds."""
+    """Precedence of the outermost operator of a text: a higher level binds more tightly."""
 
     COMPARISON = 0
     LOGIC = 1
@@ -89,7 +89,7 @@ class _Form(NamedTuple):
     level: _Level = _Level.ATOM
 
     def within(self, level: _Level) -> str:
-        """In parentheses unless it binds at least as tightly as `level`."""
+        """Return the text, in parentheses unless it binds at least as tightly as `level`."""
         return self.text if self.level >= level else f"({self.text})"
 
 
@@ -108,7 +108,7 @@ class _Printer:
         return f"tl.cast({text}, tl.float32)" if self._is_integer(expression) else text
 
     def _is_integer(self, expression: sympy.Basic) -> bool:
-        """Whether the text of a number has an integer type."""
+        """True if the text of a number has an integer type."""
         if isinstance(expression, (sympy.Symbol, sympy.Indexed)):
             if expression in (B, H, Q, KV, KV_LEN):
                 return True
@@ -135,18 +135,18 @@ class _Printer:
 
     @_form.register
     def _element(self, element: sympy.Indexed) -> _Form:
-        """An element of a captured tensor: float32, int32, int64 or a truth value."""
+        """Print an element of a captured tensor: float32, int32, int64 or a truth value."""
         tensor, indices = self._tensor(element), indices_of(element)
-        place = [tensor.name]
+        address = [tensor.name]
         for dim, index in enumerate(indices):
             if not (self._is_integer(index) and is_nonnegative(index)):
                 raise Unprintable(f"index {index} of {element}: it may be negative")
             if index != 0:
                 times = "" if index == 1 else f"{self._atom(index)} * "
-                place.append(f"{times}{tensor.name}_stride_{dim}")
+                address.append(f"{times}{tensor.name}_stride_{dim}")
         masked = self._mask and any(KV in index.free_symbols for index in indices)
         mask = f", mask={self._mask}, other=0" if masked else ""
-        text = f"tl.load({' + '.join(place)}{mask}){_LOADED[tensor.dtype]}"
+        text = f"tl.load({' + '.join(address)}{mask}){_LOADED[tensor.dtype]}"
         return _Form(text, _Level.COMPARISON if tensor.dtype == "bool" else _Level.ATOM)
 
     def _tensor(self, element: sympy.Symbol | sympy.Indexed) -> Captured:
@@ -173,7 +173,7 @@ class _Printer:
 
     @_form.register
     def _product(self, product: sympy.Mul) -> _Form:
-        """Factors above and below a fraction stroke, each with a number."""
+        """Print the factors above and below a fraction stroke, each with a number."""
         number, above, below = sympy.S.One, [], []
         for factor in product.as_ordered_factors():
             if factor.is_number:
@@ -191,7 +191,7 @@ class _Printer:
         return _Form(f"-{form.text}", _Level.SUM) if number.is_negative else form
 
     def _factors(self, number: sympy.Expr, factors: Sequence[sympy.Expr]) -> _Form:
-        """A product, in 64 bits where that of positions could need more than 32."""
+        """Print a product, in 64 bits if a product of positions could need more than 32."""
         factors = sorted(factors, key=self._is_integer)  # after a float32 nothing overflows
         whole = number.is_Integer and all(map(self._is_integer, factors))
         texts = [self._atom(each) for each in factors]
@@ -227,7 +227,7 @@ class _Printer:
 
     @_form.register
     def _tanh(self, function: sympy.tanh) -> _Form:
-        """Of builtins alone, and right at both ends, where exp is 0 or infinite."""
+        """Print tanh by exp alone. The result is right also if exp is 0 or infinite."""
         doubled = self._floating(2 * function.args[0])
         return _Form(f"1 - 2 / (tl.exp({doubled}) + 1)", _Level.SUM)
 
@@ -271,7 +271,7 @@ class _Printer:
         return _Form(f"{dividend.within(_Level.ATOM)} // {divisor}", _Level.PRODUCT)
 
     def _remainder(self, numerator: sympy.Expr, denominator: sympy.Expr) -> _Form:
-        """With the sign of the denominator. Triton divides as C does, towards zero."""
+        """Print a remainder with the sign of the denominator; Triton divides towards zero."""
         divisor = self._atom(denominator)
         text = f"{self._atom(numerator)} % {divisor}"
         if not truncates_down(numerator, denominator):
@@ -293,7 +293,7 @@ class _Printer:
 
     @_form.register
     def _flag(self, function: BooleanFunction) -> _Form:
-        """An element of a bool tensor, which sympy needs a function around."""
+        """Print an element of a bool tensor, around which sympy needs a function."""
         element = function.args[0]
         if len(function.args) > 1 or not isinstance(element, (sympy.Symbol, sympy.Indexed)):
             raise Unprintable(f"no Triton form of {type(function).__name__}: {function}")
@@ -334,7 +334,7 @@ class _Printer:
 
     @_form.register
     def _choice(self, choice: sympy.Piecewise) -> _Form:
-        """The first value whose condition holds; the last one if none does."""
+        """Print the first value whose condition holds; the last value if none does."""
         *first, (last, _) = choice.args
         text = self.form(last).text
         for value, condition in reversed(first):
@@ -349,7 +349,7 @@ def _real(value: sympy.Expr) -> sympy.Expr:
 
 
 def _number(value: sympy.Expr) -> _Form:
-    """A literal, of an integer or of what is float32."""
+    """Print a literal: an integer, or a float32 number."""
     if isinstance(value, sympy.Integer):
         if not -(2**63) <= int(value) < 2**63:
             raise Unprintable(f"{value} needs more than 64 bits")

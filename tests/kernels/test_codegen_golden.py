@@ -1,4 +1,4 @@
-"""Generated modules as text, in tests/golden/kernels: what a change does to them is seen.
+"""Generated modules as text, in tests/golden/kernels, so that a change to them is seen.
 
     UPDATE_GOLDEN=1 python -m pytest tests/kernels/test_codegen_golden.py
 

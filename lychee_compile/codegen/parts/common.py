@@ -17,7 +17,7 @@ def emit_heading(spec: AttentionSpec) -> str:
     return fill(
         "common/heading.py.jinja",
         spec,
-        kind="Decode attention" if spec.tiles is None else "Attention of whole sequences",
+        kind="Decode attention" if spec.tiles is None else "Prefill attention",
         name=spec.name.replace("_", " "),
         visible="all keys" if spec.visible == sympy.true else spec.visible,
         score=spec.score,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
-    """First slot that this step has written: it and what follows have no sketch yet."""
+    """Return the first slot that this step has written: no index knows it or later ones yet."""
     fresh = tl.load(header + 1 + b)
     if written > 0:
         number = tl.arange(0, 16)
@@ -26,7 +26,7 @@ def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
 
 @triton.jit
 def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
-    """log2 of the softmax's denominator for the heads of a group, as blocks estimate it: [ROWS]."""
+    """Return log2 of the softmax's denominators [ROWS] of a group, as its blocks estimate it."""
     block, g = tl.arange(0, BLOCKS), tl.arange(0, HEADS)
     parts = tl.load(
         totals + (head_row.to(tl.int64) * blocks + block)[:, None] * ROWS + g[None, :],
@@ -39,14 +39,14 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
 
 @triton.jit
 def bins_of(value, total, possible):
-    """The bin of each item's share [N], from the scores [ROWS, N] of a group's heads, in bits.
+    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits.
 
-    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa; the first
-    bin where an item is not `possible` [N].
+    There are eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
+    An item that is not `possible` [N] is in the first bin.
     """
     real = (tl.arange(0, ROWS) < GROUP)[:, None]
     share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # Out of a product, eight threads have the same; gathered, every thread has items of its own.
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
     share = tl.gather(share, tl.arange(0, value.shape[1]), 0)
     place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
     return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
@@ -54,7 +54,10 @@ def bins_of(value, total, possible):
 
 @triton.jit
 def count_bins(histogram, entry):
-    """Count the bins `entry` [N], but for the first, in a histogram, and return the counts."""
+    """Add the number of items in each bin but the first to a histogram, and return it.
+
+    `entry` [N] are the bins of the items.
+    """
     counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
@@ -64,14 +67,14 @@ def count_bins(histogram, entry):
 
 @triton.jit
 def threshold(histogram, room, read=0):
-    """The bin that `room` items end in, what is left for that bin, and how many are in it.
+    """Return the bin that `room` items end in, the room left for it, and how many are in it.
 
-    `read` of those in each bin do not count.
+    `read` items of each bin do not count.
     """
     place = tl.arange(0, BINS)
     counts = tl.load(histogram + place) - read
     through = tl.cumsum(counts, 0, reverse=True)
-    # One search for all three: the bin, how many are in bins above it, and in itself.
+    # One search finds all three: the bin, the number of items above it, and of those in it.
     all_three = (place.to(tl.int64) << 24 | through - counts) << 24 | counts
     found = tl.max(tl.where(through > room, all_three, 0), 0)
     above = (found >> 24 & 0xFFFFFF).to(tl.int32)
@@ -80,9 +83,10 @@ def threshold(histogram, room, read=0):
 
 @triton.jit
 def choose(entry, cut, left, at_cut):
-    """Which items are chosen, where each goes in a list of them, and how many there are.
+    """Return which items are chosen, the place of each in a list of them, and their number.
 
-    Those in bins above the cut, and of those at the cut the first, as many as are due to us.
+    Chosen are all items in bins above the cut, and the first of those at the cut: as many as are
+    due to us.
     """
     kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
     through = tl.cumsum(kind, 0)
@@ -94,9 +98,9 @@ def choose(entry, cut, left, at_cut):
 
 @triton.jit
 def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
-    """How many pages are chosen of each tile: [TILES].
+    """Return how many pages of each tile are chosen: int32 [TILES].
 
-    `ranks` has, for each tile, how many of its pages are in each bin or above.
+    `ranks` has, for each tile, the number of its pages in each bin or above.
     """
     tile = tl.arange(0, TILES)
     ranks += tile * BINS + cut

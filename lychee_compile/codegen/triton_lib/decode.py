@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def load_queries(query, b, kv_head, t, stride_b, stride_h, stride_t, stride_d):
-    """Queries [ROWS, DIM] of a group at position t, and their heads; the last one fills up."""
+    """Return the queries [ROWS, DIM] of a group at position t, and their heads, padded."""
     h = kv_head * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1)
     d = tl.arange(0, DIM)
     place = query + b.to(tl.int64) * stride_b + t * stride_t
@@ -23,7 +23,7 @@ def load_queries(query, b, kv_head, t, stride_b, stride_h, stride_t, stride_d):
 
 @triton.jit
 def store_part(top, total, result, head_row, split, splits, partial, partial_top, partial_sum):
-    """Leave what one program has of a group's attention for `combine`."""
+    """Store one program's part of a group's attention for `combine`."""
     g, width = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     row = (head_row.to(tl.int64) * splits + split) * GROUP + g
     tl.store(partial_top + row, top, mask=g < GROUP)

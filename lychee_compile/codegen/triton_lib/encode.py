@@ -1,4 +1,18 @@
-"""Kernels and functions that bring sketches up to date with the keys."""
+"""Kernels and functions that bring sketches up to date with the keys.
+
+`encode`, grid (B * Hkv, programs of 64 slots), has these parameters:
+
+key, strides    [B, Hkv, L, D]
+fine, coarse    uint8 [B, Hkv, slots, bytes]        written: 4-bit and 2-bit codes of the keys
+pages           uint8 [B, Hkv, slots / PAGE, bytes] written: codes of the means of pages
+axes            half [B, Hkv, blocks, KEPT, D]      principal axes of each block
+centre          float32 [B, Hkv, blocks, D]         mean key of each block
+step            float32 [B, Hkv, blocks, KEPT]      quantisation steps
+begin, end      int                                 slots to sketch; begin is a multiple of 64
+slots, blocks   int                                 slots and blocks of the index
+kv_heads        int                                 Hkv
+BLOCK           constexpr int                       slots of a block
+"""
 
 from __future__ import annotations
 
@@ -74,7 +88,7 @@ def encode_new(
 ):
     """Sketch the keys that this step has written, and sum up their pages anew.
 
-    A block that begins takes over the axes of the one before.
+    A block that begins takes over the axes of the block before it.
     """
     space = (b * kv_heads + kv_head).to(tl.int64)
     kept, d, row = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, PAGE)
@@ -108,7 +122,7 @@ def encode_new(
             tl.store(spread + block * KEPT_FINE + kept, spreads, mask=is_fine)
         level = tl.sum((newest - middle)[None, :] * axis.to(tl.float32), 1)
         level = level / tl.maximum(steps, 1e-30)
-        level = tl.where((steps > 0) & (level == level), level, 0.0)  # of a NaN, nothing
+        level = tl.where((steps > 0) & (level == level), level, 0.0)  # a NaN counts as 0
         half = tl.where(is_fine, 8.0, 2.0)
         code = tl.floor(tl.minimum(tl.maximum(level, -half), half)) + half
         code = tl.minimum(code, 2 * half - 1).to(tl.int32)

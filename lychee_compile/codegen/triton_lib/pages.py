@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def load_pages(pages, page, inside):
-    """Packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
+    """Return packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
     byte = tl.arange(0, FINE_COLUMNS)
     return tl.load(
         pages + page[None, :] * FINE_BYTES + byte[:, None],
@@ -32,10 +32,11 @@ def load_pages(pages, page, inside):
 def plan_turns(
     histogram, ranks, plan, limits, candidate_count, tiles, turns, TILES: tl.constexpr
 ):
-    """Deal the best pages of a row out in turns of up to TURN of one block.
+    """Deal the best pages of a row out in turns. A turn has up to TURN pages of one block.
 
-    For each turn: its block, how many chosen pages are in blocks and turns before it, how many of
-    the latter are of its block, and how many it has. And what `choose` has to know.
+    Store in `plan` for each turn: its block, the number of chosen pages in all blocks and turns
+    before it, the number of those in turns of its own block, and the number of its own pages. Store
+    in `limits` the cut, what is left for it, and how many pages are at it: `choose` needs these.
     """
     cut, left, at_cut = threshold(histogram, PAGE_ROOM)
     of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)

@@ -1,4 +1,17 @@
-"""Kernels and functions of Quest's selection of pages."""
+"""Kernels and functions of Quest's selection of pages.
+
+`rank_boxes`, grid (rows, lots of RANKED pages), has these parameters:
+
+scores          float32 [rows, GROUP, pages]        log2 of the mass of each page
+totals          float32 [rows, tiles, ROWS]         log2 of the sums of programs of `scan_boxes`
+page_bins       uint8 [rows, lots, RANKED]          written: bins of the pages
+ranks           int32 [rows, lots, BINS]            written: pages of a lot in each bin or above
+histogram       int32 [rows, 2, BINS]               written: pages of a row in each bin
+pages           int                                 pages of the index
+tiles           int                                 programs of `scan_boxes` for a row
+TILES           constexpr int                       tiles, up to a power of two
+EARLY           constexpr bool                      may begin before the kernel before has ended
+"""
 
 from __future__ import annotations
 
@@ -25,9 +38,9 @@ def rank_boxes(
     scores, totals, page_bins, ranks, histogram, pages, tiles,
     TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Bins, uint8, of the shares of RANKED pages, and how many are in each or above.
+    """Store bins, uint8, of the shares of RANKED pages, and counts of each bin or above.
 
-    None that may be chosen is in the first.
+    No page that may be chosen is in the first bin.
     """
     head_row, lot = tl.program_id(0), tl.program_id(1)
     g, page = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)

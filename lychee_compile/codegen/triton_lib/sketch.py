@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """The weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
+    """Return the weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
     column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     place = weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + FIRST + column[None, :]
     return tl.load(place, mask=(column < WIDE)[None, :], other=0.0)
@@ -32,9 +32,9 @@ def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS
 
 @triton.jit
 def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """The codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
+    """Return the codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
 
-    They are put into the mantissa of 128.0, two at a time: that spares converting them.
+    They are put into the mantissa of 128.0, two at a time: no code has to be converted.
     """
     if IN_REGISTERS:
         made = tl.inline_asm_elementwise(
@@ -55,7 +55,7 @@ def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def load_codes(fine, coarse, slot, inside):
-    """Packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
+    """Return packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
     byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
     packed = tl.load(
         fine + slot[None, :] * FINE_BYTES + byte[:, None],
@@ -73,13 +73,13 @@ def field_codes(
     centred, axes, step,
     FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr,
 ):
-    """Codes, int32 [N, COLUMNS], of the coordinates from FIRST on."""
+    """Return the codes, int32 [N, COLUMNS], of the coordinates from FIRST on."""
     column, d = tl.arange(0, COLUMNS), tl.arange(0, DIM)
     inside = (column < WIDE)[None, :] & (d < HEAD_DIM)[:, None]
     axis = tl.load(axes + (FIRST + column)[None, :] * HEAD_DIM + d[:, None], mask=inside, other=0.0)
     steps = tl.load(step + FIRST + column, mask=column < WIDE, other=0.0)[None, :]
     level = tl.dot(centred.to(axis.dtype), axis) / tl.maximum(steps, 1e-30)
-    level = tl.where((steps > 0) & (level == level), level, 0.0)  # of a NaN, nothing
+    level = tl.where((steps > 0) & (level == level), level, 0.0)  # a NaN counts as 0
     code = tl.floor(tl.minimum(tl.maximum(level, -1.0 * (LEVELS // 2)), 1.0 * LEVELS)) + LEVELS // 2
     code = tl.minimum(code, LEVELS - 1).to(tl.int32)
     return tl.where((column < WIDE)[None, :], code, 0)
@@ -87,6 +87,6 @@ def field_codes(
 
 @triton.jit
 def page_code(mean):
-    """The 4-bit code of a page's mean code, float32."""
+    """Return the 4-bit code, int32, of a page's mean code, float32."""
     code = tl.floor((mean - 7.5) / PAGE_STEP + 8.0)
     return tl.minimum(tl.maximum(code, 0.0), 15.0).to(tl.int32)

@@ -14,24 +14,24 @@ HEAD_DIM = tl.constexpr(80)
 DIM = tl.constexpr(128)
 VALUE_DIM = tl.constexpr(64)
 WIDTH = tl.constexpr(64)
-AUTOTUNE = False  # whether tile sizes are measured at the first call
+AUTOTUNE = False  # if True, the first call measures tile sizes
 
 
 @triton.jit
 def visible(b, h, q, kv, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
-    """Which keys of the slots kv [1, N] the query heads h [ROWS, 1] see, of those `inside`."""
+    """True for slots kv [1, N] that are `inside` and whose keys the heads h [ROWS, 1] see."""
     return inside & ((tl.load(mask + b * mask_stride_0 + h * mask_stride_1 + q * mask_stride_2 + kv * mask_stride_3, mask=inside, other=0) != 0) & (tl.load(length) + q >= kv))
 
 
 @triton.jit
 def score(s, b, h, q, kv, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
-    """What a product s [ROWS, N] of query and key is to the softmax, in bits."""
+    """Return the scores, in bits, for products s [ROWS, N] of queries and keys."""
     return 0.16129820911147805 * s
 
 
 @triton.jit
 def load_queries(query, b, kv_head, t, stride_b, stride_h, stride_t, stride_d):
-    """Queries [ROWS, DIM] of a group at position t, and their heads; the last one fills up."""
+    """Return the queries [ROWS, DIM] of a group at position t, and their heads, padded."""
     h = kv_head * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1)
     d = tl.arange(0, DIM)
     place = query + b.to(tl.int64) * stride_b + t * stride_t
@@ -44,7 +44,7 @@ def attend_to(
     slot, inside, queries, heads, top, total, result, b, t, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
 ):
-    """One step of online softmax over the keys in the slots [N] that are `inside`."""
+    """Do one step of online softmax over the keys in the slots [N] that are `inside`."""
     seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
@@ -70,7 +70,7 @@ def attend_to(
 
 @triton.jit
 def store_part(top, total, result, head_row, split, splits, partial, partial_top, partial_sum):
-    """Leave what one program has of a group's attention for `combine`."""
+    """Store one program's part of a group's attention for `combine`."""
     g, width = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     row = (head_row.to(tl.int64) * splits + split) * GROUP + g
     tl.store(partial_top + row, top, mask=g < GROUP)
@@ -121,7 +121,7 @@ def read_all(
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     KEYS: tl.constexpr,
 ):
-    """Every splits-th tile of KEYS keys; a tile of hidden keys is not read."""
+    """Attend to every splits-th run of KEYS keys; a run of hidden keys is not read."""
     for start in range(split * KEYS, kv_len, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = slot < kv_len
@@ -143,7 +143,7 @@ def attend_all(
     kv_len, kv_heads, query_len, splits, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     KEYS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Attention over all visible keys, for the heads of one group at one position."""
+    """Attend from the heads of one group at one position to all visible keys."""
     head_row, split = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
@@ -173,16 +173,16 @@ RECENT = tl.constexpr(1)  # last tokens, always read, besides the page being wri
 PAGE = tl.constexpr(16)  # slots summarised together
 SCANNED = tl.constexpr(32)  # pages scored at a time
 RANKED = tl.constexpr(512)  # pages that a program ranks
-BINS = tl.constexpr(256)  # of a histogram of shares; the first is for what cannot be chosen
+BINS = tl.constexpr(256)  # bins of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
 
 
-HEADS = tl.constexpr(4)  # of a group, padded
+HEADS = tl.constexpr(4)  # query heads of a group, up to a power of two
 
 
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
-    """First slot that this step has written: it and what follows have no sketch yet."""
+    """Return the first slot that this step has written: no index knows it or later ones yet."""
     fresh = tl.load(header + 1 + b)
     if written > 0:
         number = tl.arange(0, 16)
@@ -195,7 +195,7 @@ def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
 
 @triton.jit
 def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
-    """log2 of the softmax's denominator for the heads of a group, as blocks estimate it: [ROWS]."""
+    """Return log2 of the softmax's denominators [ROWS] of a group, as its blocks estimate it."""
     block, g = tl.arange(0, BLOCKS), tl.arange(0, HEADS)
     parts = tl.load(
         totals + (head_row.to(tl.int64) * blocks + block)[:, None] * ROWS + g[None, :],
@@ -208,14 +208,14 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
 
 @triton.jit
 def bins_of(value, total, possible):
-    """The bin of each item's share [N], from the scores [ROWS, N] of a group's heads, in bits.
+    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits.
 
-    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa; the first
-    bin where an item is not `possible` [N].
+    There are eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
+    An item that is not `possible` [N] is in the first bin.
     """
     real = (tl.arange(0, ROWS) < GROUP)[:, None]
     share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # Out of a product, eight threads have the same; gathered, every thread has items of its own.
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
     share = tl.gather(share, tl.arange(0, value.shape[1]), 0)
     place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
     return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
@@ -223,7 +223,10 @@ def bins_of(value, total, possible):
 
 @triton.jit
 def count_bins(histogram, entry):
-    """Count the bins `entry` [N], but for the first, in a histogram, and return the counts."""
+    """Add the number of items in each bin but the first to a histogram, and return it.
+
+    `entry` [N] are the bins of the items.
+    """
     counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
@@ -233,14 +236,14 @@ def count_bins(histogram, entry):
 
 @triton.jit
 def threshold(histogram, room, read=0):
-    """The bin that `room` items end in, what is left for that bin, and how many are in it.
+    """Return the bin that `room` items end in, the room left for it, and how many are in it.
 
-    `read` of those in each bin do not count.
+    `read` items of each bin do not count.
     """
     place = tl.arange(0, BINS)
     counts = tl.load(histogram + place) - read
     through = tl.cumsum(counts, 0, reverse=True)
-    # One search for all three: the bin, how many are in bins above it, and in itself.
+    # One search finds all three: the bin, the number of items above it, and of those in it.
     all_three = (place.to(tl.int64) << 24 | through - counts) << 24 | counts
     found = tl.max(tl.where(through > room, all_three, 0), 0)
     above = (found >> 24 & 0xFFFFFF).to(tl.int32)
@@ -249,15 +252,16 @@ def threshold(histogram, room, read=0):
 
 @triton.jit
 def due(left, own, at_cut):
-    """How many of our `own` items at the cut are chosen, where `left` of all `at_cut` are."""
+    """Return how many of our `own` items at the cut are chosen, if `left` of all `at_cut` are."""
     return (left * own // tl.maximum(at_cut, 1)).to(tl.int32)
 
 
 @triton.jit
 def choose(entry, cut, left, at_cut):
-    """Which items are chosen, where each goes in a list of them, and how many there are.
+    """Return which items are chosen, the place of each in a list of them, and their number.
 
-    Those in bins above the cut, and of those at the cut the first, as many as are due to us.
+    Chosen are all items in bins above the cut, and the first of those at the cut: as many as are
+    due to us.
     """
     kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
     through = tl.cumsum(kind, 0)
@@ -269,9 +273,9 @@ def choose(entry, cut, left, at_cut):
 
 @triton.jit
 def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
-    """How many pages are chosen of each tile: [TILES].
+    """Return how many pages of each tile are chosen: int32 [TILES].
 
-    `ranks` has, for each tile, how many of its pages are in each bin or above.
+    `ranks` has, for each tile, the number of its pages in each bin or above.
     """
     tile = tl.arange(0, TILES)
     ranks += tile * BINS + cut
@@ -284,7 +288,7 @@ def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
 def always_read(
     tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES: tl.constexpr
 ):
-    """Slots [first, sinks_end) and [recent_start, end), which are read whatever they hold."""
+    """Return the bounds of the slots [first, sinks_end) and [recent_start, end), always read."""
     tile = tl.arange(0, TILES)
     inside = tile < tiles
     first = tl.min(tl.load(tile_first + head_row * tiles + tile, mask=inside, other=2**30), 0)
@@ -296,7 +300,7 @@ def always_read(
 
 @triton.jit
 def bins_read(bins, first, begin, stop, known):
-    """How many of the slots [first, begin) and [stop, known) are in each of the bins."""
+    """Count the slots [first, begin) and [stop, known) in each bin: int32 [BINS]."""
     number = tl.arange(0, 128)
     slot = tl.where(number < begin - first, first + number, stop + number - (begin - first))
     inside = slot < tl.maximum(known, begin)
@@ -305,10 +309,10 @@ def bins_read(bins, first, begin, stop, known):
 
 @triton.jit
 def corner_scores(above, below, least, greatest, page, held):
-    """q.k in the best corner of the box of each page [N], for queries [ROWS, DIM]: [ROWS, N].
+    """Return q.k in the best corner of the box of each page [N]: [ROWS, N].
 
-    It is the sum of max(q least, q greatest); `above` and `below` are the queries' parts of either
-    sign.
+    It is the sum over channels of max(q least, q greatest). `above` and `below` are the positive
+    and the negative part of the queries [ROWS, DIM].
     """
     d = tl.arange(0, DIM)
     place = page[:, None] * HEAD_DIM + d[None, :]
@@ -327,10 +331,10 @@ def scan_boxes(
     kv_len, pages, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Log2 of the estimated mass of STEPS * SCANNED pages for each head, and of its sum.
+    """Store log2 of the estimated mass of STEPS * SCANNED pages for each head, and of its sum.
 
-    A page's score stands for every token that some head sees of it; pages that may not be chosen
-    have no mass. Clears what later kernels count.
+    A page's score stands for every token of it that some head sees. Pages that may not be chosen
+    have no mass. Counters of later kernels are cleared here.
     """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -382,9 +386,9 @@ def rank_boxes(
     scores, totals, page_bins, ranks, histogram, pages, tiles,
     TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Bins, uint8, of the shares of RANKED pages, and how many are in each or above.
+    """Store bins, uint8, of the shares of RANKED pages, and counts of each bin or above.
 
-    None that may be chosen is in the first.
+    No page that may be chosen is in the first bin.
     """
     head_row, lot = tl.program_id(0), tl.program_id(1)
     g, page = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
@@ -411,9 +415,9 @@ def list_boxes(
     kv_len, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """The slots of the best of RANKED pages, as candidates that are read for certain.
+    """List the slots of the best of RANKED pages, as candidates that `attend` reads for certain.
 
-    So many pages are chosen as fit into the budget whole; `attend` finds no token to leave out.
+    As many pages are chosen as fit into the budget whole: `attend` has no token to leave out.
     """
     head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -482,10 +486,10 @@ def attend(
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attention over the selected keys, for the heads of one group at one position.
+    """Attend from the heads of one group at one position to the selected keys.
 
     Every program finds the threshold itself, and the tokens above it in its share of the slots.
-    One program more sketches the newest keys, which nothing selects from yet.
+    One more program adds the newest keys to the index: nothing selects from these yet.
     """
     head_row, split = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -521,8 +525,8 @@ def attend(
         sinks = begin - first
         always = sinks + end - stop
         if trusted & (end > 0) & (always <= capacity):
-            # Slots that are examined: candidates, or all between those that are always read.
-            # Sixteen at a time go to each program in turn.
+            # The programs examine candidates, or all slots between those that are always read.
+            # They take sixteen at a time, in turn.
             lane = tl.arange(0, LANES)
             item = (lane // 16 * splits + split) * 16 + lane % 16
             origin, items = begin // 16 * 16, stop - begin // 16 * 16
