@@ -1,6 +1,8 @@
-"""Put a module together for one specification."""
+"""Put a module together for one specification: each policy has an emitter of its kernels."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from lychee_compile.codegen.parts import (
     attend,
@@ -17,24 +19,46 @@ from lychee_compile.codegen.parts import (
 )
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S
 
+Emit = Callable[[AttentionSpec], list[str]]
+"""A function that returns the parts of a module's text that are a policy's own, in order."""
+
 
 def emit_module(spec: AttentionSpec) -> str:
-    """Source of the Triton module for `spec`: it needs nothing but Triton.
+    """Return the source of the Triton module for `spec`: it needs nothing but Triton.
 
     Raises ValueError for a policy that has no kernels, or none for such a score or mask.
     """
     if spec.tiles is not None:
-        return _joined(_tiled(spec))
+        return _joined([_heading(spec), *_emitter(_prefill_emitters, spec.tiles.policy)(spec)])
     parts = [_heading(spec), common.emit_constants(spec), terms.emit_terms(spec)]
     parts += [terms.emit_range(spec)] if terms.sees_range(spec) else []
     parts += [common.emit_queries(), attend.emit_attention_steps(spec), attend.emit_exact(spec)]
     if spec.sparse is not None:
-        emit_policy = _POLICIES.get(spec.sparse.policy)
-        if emit_policy is None:
-            known = ", ".join(_POLICIES)
-            raise ValueError(f"policy {spec.sparse.policy!r} has no kernels; {known} have")
-        parts += emit_policy(spec)
+        parts += _emitter(_decode_emitters, spec.sparse.policy)(spec)
     return _joined(parts)
+
+
+def register_emitter(policy: str, emit: Emit) -> None:
+    """Let modules for `policy` end with what `emit` returns, behind what all modules have.
+
+    Those are constants, score and mask, the kernels of exact attention and the steps of attention.
+    `attend`, with which a sparse step ends, is `codegen.parts.attend.emit_sparse`. Raises
+    ValueError if the policy has another emitter.
+    """
+    if _decode_emitters.get(policy, emit) is not emit:
+        raise ValueError(f"policy {policy!r} has an emitter of kernels already")
+    _decode_emitters[policy] = emit
+
+
+def policies_with_emitters(prefill: bool = False) -> tuple[str, ...]:
+    """Return the policies that have an emitter for decoding, or for prefill."""
+    return tuple(_prefill_emitters if prefill else _decode_emitters)
+
+
+def _emitter(emitters: dict[str, Emit], policy: str) -> Emit:
+    if policy not in emitters:
+        raise ValueError(f"policy {policy!r} has no kernels; {', '.join(emitters)} have")
+    return emitters[policy]
 
 
 def _joined(parts: list[str]) -> str:
@@ -42,9 +66,8 @@ def _joined(parts: list[str]) -> str:
 
 
 def _tiled(spec: AttentionSpec) -> list[str]:
-    """For whole sequences."""
+    """Return the parts of a module for prefill."""
     return [
-        _heading(spec),
         tiles.emit_tile_constants(spec),
         terms.emit_terms(spec),
         terms.emit_range(spec),
@@ -57,18 +80,18 @@ def _tiled(spec: AttentionSpec) -> list[str]:
 
 
 def scans_pages(spec: AttentionSpec) -> bool:
-    """Whether whole pages can be scored: their keys differ in nothing but themselves."""
+    """Return True if pages can be scored: score and mask treat the keys of a page alike."""
     return KV not in spec.score.free_symbols and H not in spec.visible.free_symbols
 
 
 def _lychee(spec: AttentionSpec) -> list[str]:
-    """Tokens by their sketches."""
+    """Return the kernels that rank tokens by their sketches."""
     assert spec.sparse is not None
     paged = scans_pages(spec)
     parts = [
         scan.emit_selection_constants(spec.sparse, paged),
         sketch.emit_sketch_constants(spec, paged),
-        f"SCALE = tl.constexpr({float(spec.score.diff(S).subs(S, 0))})  # of s in the score\n",
+        _lychee_constants(spec, paged),
         scan.emit_bins(spec),
         scan.emit_always_read(spec),
         sketch.emit_weigh(spec, paged),
@@ -81,8 +104,19 @@ def _lychee(spec: AttentionSpec) -> list[str]:
     return [*parts, attend.emit_sparse(spec, encode.UPKEEP)]
 
 
+def _lychee_constants(spec: AttentionSpec, paged: bool) -> str:
+    scale = float(spec.score.diff(S).subs(S, 0))
+    return f"""
+RANKS_PAGES = {paged}  # True if pages of a long context are ranked first
+SCALE = tl.constexpr({scale})  # of s in the score
+"""
+
+
 def _quest(spec: AttentionSpec) -> list[str]:
-    """Pages by the boxes around their keys."""
+    """Return the kernels that rank pages by the boxes around their keys.
+
+    Raises ValueError for scores that depend on a key's slot.
+    """
     if KV in spec.score.free_symbols:
         raise ValueError("quest has no kernels for scores that depend on a key's slot")
     return [
@@ -97,12 +131,17 @@ def _quest(spec: AttentionSpec) -> list[str]:
     ]
 
 
-_POLICIES = {"lychee": _lychee, "quest": _quest}
+_decode_emitters: dict[str, Emit] = {"lychee": _lychee, "quest": _quest}
+_prefill_emitters: dict[str, Emit] = {"lychee": _tiled}
 
 
 def _heading(spec: AttentionSpec) -> str:
+    """Return the beginning of a module: what it is for, and what a launch has to know of it."""
     visible = "all keys" if spec.visible == True else str(spec.visible)  # noqa: E712
     kind = "Decode attention" if spec.tiles is None else "Attention of whole sequences"
+    policy = None if spec.policy is None else f'"{spec.policy}"'
+    captured = "".join(f'"{each.name}", ' for each in spec.captured).removesuffix(" ")
+    captured = captured.removesuffix(",") if len(spec.captured) > 1 else captured
     return f'''"""{kind}: {spec.name.replace("_", " ")}.
 
 score(s) = {spec.score}
@@ -111,4 +150,7 @@ visible: {visible}
 
 import triton
 import triton.language as tl
+
+POLICY = {policy}  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ({captured})  # tensors that score and mask read, in the order of a call
 '''

@@ -1,4 +1,4 @@
-"""What a kernel is generated for: everything about one attention site that its code depends on."""
+"""The specification of a kernel: everything about one attention that its code depends on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ S = sympy.Symbol("s", real=True)
 B, H, Q, KV, KV_LEN = (
     sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "kv", "kv_len")
 )
-"""Row of the batch, query head, query position within the call, slot of the cache, slots."""
+"""Row of the batch, query head, query position within the call, slot of the cache, kv_len."""
 
 SHORT_DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+"""Dtypes that kernels read, and what a kernel's name says for them."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,19 @@ class Captured:
     """A tensor that the score or the mask reads."""
 
     name: str
-    """What expressions call it: `sympy.IndexedBase(name)`."""
+    """Its name in expressions, `sympy.IndexedBase(name)`, and in kernels."""
     dtype: str
     """"bool", "float32", "int64", ..."""
     rank: int
+    """Number of dims."""
 
 
 @dataclass(frozen=True)
 class SparseSpec:
-    """How a sparse site selects. All lengths are in tokens."""
+    """How a step of decoding selects keys. All lengths are in tokens."""
 
     policy: str
+    """Name of the policy that selects."""
     budget: int
     sinks: int
     recent: int
@@ -42,8 +45,10 @@ class SparseSpec:
 
 @dataclass(frozen=True)
 class TileSpec:
-    """How tiles of a whole sequence choose what they read. All lengths are in tokens."""
+    """How the tiles of a prefill choose the keys that they read. All lengths are in tokens."""
 
+    policy: str
+    """Name of the policy that chooses."""
     sinks: int
     recent: int
 
@@ -52,35 +57,39 @@ class TileSpec:
 class AttentionSpec:
     """One attention: softmax(score(q.k)) v over the visible keys of a cache.
 
-    Batch, lengths, the number of heads and strides are arguments of the kernels, not part of this.
+    Batch, lengths, the number of heads and strides are arguments of the kernels, not part of it.
     """
 
     dtype: str
-    """Of query, key and value: a key of `SHORT_DTYPES`."""
+    """The dtype of query, key and value: a key of `SHORT_DTYPES`."""
     group: int
-    """Query heads that share a KV head."""
+    """Number of query heads that share a KV head."""
     head_dim: int
     value_dim: int
     score: sympy.Expr
-    """Of S, B, H, Q, KV and elements of captured tensors."""
+    """The score, of S, B, H, Q, KV and elements of captured tensors."""
     visible: Boolean = sympy.true
-    """Which keys a query sees, of B, H, Q, KV, KV_LEN and elements of captured tensors."""
+    """True for a key that a query sees, of B, H, Q, KV, KV_LEN and elements of captured tensors."""
     captured: tuple[Captured, ...] = ()
     extra: bool = False
-    """Whether there is an extra logit without a value, an attention sink."""
+    """True if there is an extra logit without a value, an attention sink."""
     sparse: SparseSpec | None = None
-    """How a step of decoding selects; None: it does not."""
+    """How a step of decoding selects keys; None: it reads all of them, or this is a prefill."""
     tiles: TileSpec | None = None
-    """How tiles of a whole sequence do; None: this is for decoding."""
+    """How the tiles of a prefill choose keys; None: this is for decoding."""
     autotune: bool = False
-    """Whether tile sizes are measured at the first call."""
+    """True if tile sizes are measured at the first call."""
+
+    @property
+    def policy(self) -> str | None:
+        """Name of the policy that selects keys; None: all visible keys are read."""
+        chosen = self.sparse if self.tiles is None else self.tiles
+        return None if chosen is None else chosen.policy
 
     @property
     def name(self) -> str:
-        """A readable key, "decode_lychee_bf16_g4_d128_b1024"."""
-        parts = ["decode", "exact" if self.sparse is None else self.sparse.policy]
-        if self.tiles is not None:
-            parts = ["prefill", "lychee"]
+        """A readable name for people, such as "decode_lychee_bf16_g4_d128_b1024"."""
+        parts = ["decode" if self.tiles is None else "prefill", self.policy or "exact"]
         parts += [SHORT_DTYPES[self.dtype], f"g{self.group}", f"d{self.head_dim}"]
         if self.value_dim != self.head_dim:
             parts.append(f"v{self.value_dim}")

@@ -16,7 +16,7 @@ from lychee_compile.kernels.reference.index import KVIndex
 @pytest.fixture
 def registry(monkeypatch):
     """The registered policies, as they were when the test is over."""
-    monkeypatch.setattr(policies, "_registered", dict(policies._registered))
+    monkeypatch.setattr(policies, "_policies", dict(policies._policies))
 
 
 @pytest.mark.usefixtures("registry", "without_inductor", "seeded")

@@ -10,8 +10,7 @@ from lychee_compile.codegen.parts.common import precision
 from lychee_compile.codegen.parts.scan import LARGEST
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec, H
-from lychee_compile.kernels.gpu.common.launch_common import BINS, power_of_two
-from lychee_compile.kernels.gpu.lychee.layout import PAGE
+from lychee_compile.kernels.sizes import BINS, PAGE, power_of_two
 
 RANKED = 512
 """Pages that a program ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lychee_compile.codegen.specification import AttentionSpec
-from lychee_compile.kernels.gpu.common.launch_common import power_of_two
+from lychee_compile.kernels.sizes import power_of_two
 
 
 def emit_constants(spec: AttentionSpec) -> str:

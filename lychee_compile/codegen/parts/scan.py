@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.specification import AttentionSpec, H, SparseSpec
-from lychee_compile.kernels.gpu.common.launch_common import BINS, power_of_two
-from lychee_compile.kernels.gpu.lychee.layout import PAGE
+from lychee_compile.kernels.sizes import BINS, PAGE, power_of_two
 
 LARGEST = 12
 """log2 of the share that the last bin holds: estimates of the denominator may be that far off."""

@@ -6,16 +6,9 @@ from collections.abc import Sequence
 
 from lychee_compile.codegen.parts.terms import captured
 from lychee_compile.codegen.specification import KV, AttentionSpec
-from lychee_compile.kernels.gpu.common.launch_common import power_of_two
-from lychee_compile.kernels.gpu.lychee.layout import (
-    PAGE,
-    PAGE_MIDDLE,
-    PAGE_STEP,
-    TILE,
-    Field,
-    planes,
-)
+from lychee_compile.kernels.gpu.lychee.layout import PAGE_MIDDLE, PAGE_STEP, Field, planes
 from lychee_compile.kernels.reference.sketch import STEPS
+from lychee_compile.kernels.sizes import PAGE, SCAN_SLOTS, power_of_two
 
 _BASE = 128
 """What codes are added to: a bfloat16 of this size has them in its last bits."""
@@ -32,7 +25,7 @@ def emit_sketch_constants(spec: AttentionSpec, paged: bool) -> str:
     zero = PAGE_MIDDLE + PAGE_STEP * _BASE
     page_zero = f"\nPAGE_ZERO = tl.constexpr({zero})  # of its codes, in steps" if paged else ""
     return f"""
-TILE = tl.constexpr({TILE})  # slots that a program of the scan takes
+TILE = tl.constexpr({SCAN_SLOTS})  # slots that a program of the scan takes
 PAGE = tl.constexpr({PAGE})  # slots summarised together
 KEPT = tl.constexpr({kept})  # coordinates of a sketch
 KEPT_COLUMNS = tl.constexpr({power_of_two(kept, 16)})

@@ -6,7 +6,7 @@ from lychee_compile.codegen.parts.common import emit_softmax_step, precision
 from lychee_compile.codegen.parts.terms import captured, indented, sees_range
 from lychee_compile.codegen.parts.tiles import tile_place, wide_index
 from lychee_compile.codegen.specification import AttentionSpec
-from lychee_compile.kernels.gpu.common.launch_common import power_of_two
+from lychee_compile.kernels.sizes import power_of_two
 
 
 def emit_attend(spec: AttentionSpec) -> str:

@@ -19,9 +19,8 @@ from __future__ import annotations
 from lychee_compile.codegen.parts.common import emit_logits, emit_sizes, emit_tuned, precision
 from lychee_compile.codegen.parts.terms import captured, sees_range
 from lychee_compile.codegen.specification import AttentionSpec
-from lychee_compile.kernels.gpu.common.launch_common import BINS
-from lychee_compile.kernels.policies.prefill.lychee import PARTS, SAMPLE
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.policies.prefill.lychee import CENTRES_PER_TILE, SAMPLE
+from lychee_compile.kernels.sizes import BINS, QUERY_TILE
 
 
 def _seen_by(spec: AttentionSpec) -> str:
@@ -66,9 +65,9 @@ def emit_tile_constants(spec: AttentionSpec) -> str:
     assert spec.tiles is not None
     return f"""{emit_sizes(spec)}
 {emit_tuned(spec)}
-TILE = tl.constexpr({TILE})  # query positions that read the same keys
-PARTS = tl.constexpr({PARTS})  # parts of a tile, each of which asks with its centre
-PART = tl.constexpr({TILE // PARTS})
+TILE = tl.constexpr({QUERY_TILE})  # query positions that read the same keys
+PARTS = tl.constexpr({CENTRES_PER_TILE})  # parts of a tile, each of which asks with its centre
+PART = tl.constexpr({QUERY_TILE // CENTRES_PER_TILE})
 SAMPLE = tl.constexpr({SAMPLE})  # one key in so many stands for all in a denominator
 SINKS = tl.constexpr({spec.tiles.sinks})  # first tokens, always read
 RECENT = tl.constexpr({spec.tiles.recent})  # last tokens, and those near the tile's own: likewise
