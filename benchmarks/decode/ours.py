@@ -15,13 +15,17 @@ from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.kernels.gpu.common.launch_exact import run_exact
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
-from lychee_compile.kernels.gpu.lychee.launch import run_exact, run_sparse
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, SketchLayout, block_size, planes
+from lychee_compile.kernels.gpu.lychee.launch import run_lychee
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, block_size, planes
 from lychee_compile.kernels.gpu.quest.index import QuestIndex
 from lychee_compile.kernels.gpu.quest.launch import run_quest
 from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 from lychee_compile.kernels.policies.registry import make_index
+from lychee_compile.kernels.sizes import PAGE
 
 POLICIES = {"lychee-sparse": "lychee", "quest": "quest"}
 """Policies of the sparse variants; "lychee-exact" has none."""
@@ -47,7 +51,8 @@ def prepare(
 
 def _exact(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     module, last = _module(query, key, value, None), _last(key)
-    return lambda: run_exact(module, query, key, value, [last], None)
+    operands = AttentionOperands(query, key, value, [last])
+    return lambda: run_exact(module, operands)
 
 
 def _sparse(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
@@ -78,9 +83,9 @@ def sparse_step(
     """A step of decoding over an index that is built; without `writes` it sketches no key."""
     last = _last(key)
     positions = last[None] if writes else None
-    return lambda: run_sparse(
-        module, query, key, value, [last], None, positions, index.layout, index.parts
-    )
+    operands = AttentionOperands(query, key, value, [last])
+    used = IndexOperands(index.layout, index.parts, positions)
+    return lambda: run_lychee(module, operands, used)
 
 
 def _quest(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
@@ -92,10 +97,9 @@ def _quest(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[
     module, last = _module(query, key, value, sparse), _last(key)
     index = QuestIndex(QuestLayout.of(key), key.device)
     index.build(module, key, [key.shape[2]] * key.shape[0])
-    positions = last[None]
-    return lambda: run_quest(
-        module, query, key, value, [last], None, positions, index.layout, index.parts
-    )
+    operands = AttentionOperands(query, key, value, [last])
+    used = IndexOperands(index.layout, index.parts, last[None])
+    return lambda: run_quest(module, operands, used)
 
 
 def _module(query: Tensor, key: Tensor, value: Tensor, sparse: SparseSpec | None) -> ModuleType:

@@ -45,9 +45,10 @@ from benchmarks.prefill.tensors import (
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSpec
 from lychee_compile.kernels.gpu.common import module_cache
-from lychee_compile.kernels.gpu.common.tuning import TILES, TileTuning, candidates
-from lychee_compile.kernels.gpu.prefill.launch import TileLaunch, run_tiles
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.common.tuning import PREFILL, TileTuning, candidates
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, PrefillLaunch, run_prefill
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 SINKS, RECENT = 16, 64
 SAMPLED = 32
@@ -113,7 +114,7 @@ def measure(
         with console.status(f"{length_name(context)}, share {share:g}"):
 
             def sparse(share: float = share) -> Tensor:
-                return run_tiles(module, query, key, value, [], None, share)[0]
+                return run_prefill(module, AttentionOperands(*operands), PrefillBudget(share))[0]
 
             took = milliseconds(sparse)
             blocks, pairs = read_by_tiles(module, operands, share)
@@ -132,7 +133,7 @@ def measure(
 def kernels(query: Tensor) -> ModuleType:
     """The generated module for causal attention of this shape."""
     dtype = str(query.dtype).removeprefix("torch.")
-    group, tiles = HEADS // KV_HEADS, TileSpec(SINKS, RECENT)
+    group, tiles = HEADS // KV_HEADS, TileSpec("lychee", SINKS, RECENT)
     spec = AttentionSpec(dtype, group, HEAD_DIM, HEAD_DIM, SCALE * S, KV <= Q, tiles=tiles)
     return module_cache.load(module_cache.store(emit_module(spec), spec.name).stem)
 
@@ -141,22 +142,22 @@ def read_by_tiles(
     module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
 ) -> tuple[Tensor, float]:
     """Keys that each tile chose in each block of 128, int32 [Hq, tiles, blocks]; share of pairs."""
-    query, key, value = operands
-    launch = TileLaunch(module, query, key, value, [], None, share)
+    query, key, _ = operands
+    launch = PrefillLaunch(module, AttentionOperands(*operands), PrefillBudget(share))
     context, heads = key.shape[2], query.shape[1]
-    tiles, blocks = launch.tiles, -(-context // TILE)
+    tiles, blocks = launch.tiles, -(-context // QUERY_TILE)
     held = torch.zeros(heads * tiles, blocks, dtype=torch.int32, device=query.device)
     read = 0
     for first_row, count in launch.slices():
         launch.select(first_row, count)
-        counts, edge = launch.made["counts"][:count].long(), launch.made["edge"][:count].long()
+        counts, edge = (launch.scratch[name][:count].long() for name in ("counts", "edge"))
         always = edge[:, 1] - edge[:, 0] + edge[:, 3] - edge[:, 2] + edge[:, 5] - edge[:, 4]
         read += int((counts + always).sum())
         for place in range(count):
-            slots = launch.made["chosen"][place, : int(counts[place])].long()
-            held[first_row + place].scatter_add_(0, slots // TILE, torch.ones_like(slots).int())
-    seen = heads * sum(min((tile + 1) * TILE, context) for tile in range(-(-context // TILE)))
-    return held.view(heads, tiles, blocks)[:, : -(-context // TILE)], read / seen
+            block = launch.scratch["chosen"][place, : int(counts[place])].long() // QUERY_TILE
+            held[first_row + place].scatter_add_(0, block, torch.ones_like(block).int())
+    seen = heads * sum(min((tile + 1) * QUERY_TILE, context) for tile in range(blocks))
+    return held.view(heads, tiles, blocks)[:, :blocks], read / seen
 
 
 def flex_attention(
@@ -185,7 +186,7 @@ def flex_attention(
         return counts, indices
 
     mask = BlockMask.from_kv_blocks(
-        *listed(chosen & diagonal), *listed(chosen & ~diagonal), BLOCK_SIZE=TILE,
+        *listed(chosen & diagonal), *listed(chosen & ~diagonal), BLOCK_SIZE=QUERY_TILE,
         mask_mod=lambda _b, _h, q, kv: q >= kv, seq_lengths=(query.shape[2], key.shape[2]),
     )  # fmt: skip
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -201,7 +202,7 @@ def breakdown(
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        run_tiles(module, *operands, [], None, share)
+        run_prefill(module, AttentionOperands(*operands), PrefillBudget(share))
         torch.cuda.synchronize()
     names = ("ask", "scan", "choose", "attend")
     times = {each.key: each.device_time_total / 1e3 for each in found.key_averages()}
@@ -212,13 +213,13 @@ def table_of_tunings(
     module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
 ) -> Table:
     """Milliseconds of `attend` with each tuning, over the tiles that are done first."""
-    query, key, value = operands
+    given, budget = AttentionOperands(*operands), PrefillBudget(share)
     table = Table(
         "queries", "keys", "warps", "stages", "registers", "ms", title=f"attend, share {share:g}"
     )
-    for tuning in candidates(TILES, key, value):
+    for tuning in candidates(PREFILL, given):
         assert isinstance(tuning, TileTuning)
-        launch = TileLaunch(module, query, key, value, [], None, share, tuning=tuning)
+        launch = PrefillLaunch(module, given, budget, tuning)
         first = next(launch.slices())
         launch.select(*first)
         try:

@@ -10,8 +10,9 @@ import torch
 import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.gpu.methods import policies_with_kernels
 from lychee_compile.kernels.operators.reference import DEVICES, DTYPES, LONGEST_QUERY
-from lychee_compile.kernels.policies.registry import has_index, index_class, policy_names
+from lychee_compile.kernels.policies.registry import find_policy, has_index, policy_names
 from lychee_compile.passes.describe import describe, describe_unread
 from lychee_compile.passes.detect.attention import Attention, Unread
 from lychee_compile.passes.detect.caches import CacheBinding, Unbound, bind_cache, find_writes
@@ -26,7 +27,7 @@ from lychee_compile.passes.lower.kernel_support import (
 )
 from lychee_compile.passes.lower.patch_grids import find_grid
 from lychee_compile.passes.lower.prefill import WholeSequence
-from lychee_compile.passes.lower.prefill_site import TILE_KERNELS, tile_site
+from lychee_compile.passes.lower.prefill_site import tile_site
 from lychee_compile.passes.lower.rearrange import Emitter
 from lychee_compile.passes.site import Site
 
@@ -241,7 +242,7 @@ def _better_exact(attention: Attention, place: int, config: IndexConfig) -> str 
 
 
 def _no_tile_kernel(config: IndexConfig) -> str | None:
-    return no_sparse_kernel(config, TILE_KERNELS, " for whole sequences")
+    return no_sparse_kernel(config, policies_with_kernels(prefill=True), " for whole sequences")
 
 
 def _exact_asked_for(config: IndexConfig) -> str | None:
@@ -252,8 +253,8 @@ def _in_dense_layers(place: int, config: IndexConfig) -> str | None:
     """Why the first attentions of a graph stay exact."""
     dense_layers = config.dense_layers
     if dense_layers is None:
-        known = has_index(config.policy)
-        dense_layers = index_class(config.policy).dense_layers if known else 0
+        policy = find_policy(config.policy)
+        dense_layers = 0 if policy is None else policy.dense_layers
     if place < dense_layers:
         return f"among the first attentions, {dense_layers} of which stay exact"
     return None

@@ -38,7 +38,7 @@ from torch._dynamo.utils import counters
 import lychee_compile
 from lychee_compile.boundaries import BoundaryTable
 from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
@@ -397,7 +397,7 @@ def test_a_recorder_tells_what_tiles_read() -> None:
     assert (whole.query_len, whole.kv_len) == (LENGTH, LENGTH)
     assert torch.equal(whole.tokens_read, call.result.read.sum(-1))
     share = (SCALE * query @ key.mT).softmax(-1)
-    read = call.result.read.repeat_interleave(TILE, 2)[:, :, :LENGTH]
+    read = call.result.read.repeat_interleave(QUERY_TILE, 2)[:, :, :LENGTH]
     torch.testing.assert_close(whole.mass, (share * read).sum(-1), atol=1e-5, rtol=1e-4)
     run(query, key, value)
     assert len(recorder.whole) == 1

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import lychee_compile
 from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.lower.patch_grids import Grid, Orders
 from lychee_compile.passes.lower.rearrange import Emitter
 
@@ -39,7 +39,7 @@ def order_of(sizes: tuple[int, ...], prefix: int) -> list[int]:
 )
 def test_an_order_is_that_of_blocks(sizes: tuple[int, ...], prefix: int) -> None:
     block = Grid(sizes, prefix).block
-    assert math.prod(block) == TILE
+    assert math.prod(block) == QUERY_TILE
     wanted = []
     starts = itertools.product(*map(range, (0,) * len(sizes), sizes, block))
     for start in starts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
-from lychee_compile.kernels.gpu.common.launch_common import power_of_two
+from lychee_compile.kernels.sizes import power_of_two
 
 LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""

@@ -19,9 +19,8 @@ from __future__ import annotations
 from lychee_compile.codegen.parts.site import fill, sees_range
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec
-from lychee_compile.kernels.gpu.common.launch_common import BINS
-from lychee_compile.kernels.policies.prefill.lychee import PARTS, SAMPLE
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.policies.prefill.lychee import CENTRES_PER_TILE, SAMPLE
+from lychee_compile.kernels.sizes import BINS, QUERY_TILE
 
 
 def emit_prefill(spec: AttentionSpec) -> list[str]:
@@ -43,7 +42,12 @@ def emit_prefill(spec: AttentionSpec) -> list[str]:
 def emit_constants(spec: AttentionSpec) -> str:
     """Return the sizes of a site of prefill, of tiles and of a histogram."""
     return fill(
-        "prefill/constants.py.jinja", spec, tile=TILE, parts=PARTS, sample=SAMPLE, bins=BINS
+        "prefill/constants.py.jinja",
+        spec,
+        tile=QUERY_TILE,
+        parts=CENTRES_PER_TILE,
+        sample=SAMPLE,
+        bins=BINS,
     )
 
 

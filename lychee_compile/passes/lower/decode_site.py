@@ -19,7 +19,7 @@ from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common.module_cache import store
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
-from lychee_compile.kernels.gpu.methods import GPU_METHODS
+from lychee_compile.kernels.gpu.methods import gpu_method
 from lychee_compile.kernels.gpu.trial_run import TensorForm, TrialCall, try_kernels
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 from lychee_compile.passes.detect.attention import Attention
@@ -122,10 +122,10 @@ def _sparse(
     given: Canonical,
     emit: Emitter,
 ) -> KernelSite:
-    policy = GPU_METHODS[config.policy]
-    if exact.head_dim % policy.multiple:
+    method = gpu_method(config.policy)
+    if exact.head_dim % method.multiple:
         raise NoKernel(
-            f"the size of a key, {exact.head_dim}, is no multiple of {policy.multiple}: "
+            f"the size of a key, {exact.head_dim}, is no multiple of {method.multiple}: "
             "there is no sparse kernel for it"
         )
     written = _tokens_written(binding, value_of(given.key).device)
@@ -141,8 +141,9 @@ def _sparse(
     shows, cache = _shown_keys(attention, binding, emit)
     kernel = made(replace(exact, sparse=chosen), terms, given, written)
     fixed = binding.kind == "static" and _is_whole(value_of(given.key), cache)
-    layout = policy.layout_of(cache) if fixed else None
-    return KernelSite(kernel, given, terms.nodes, CacheUse(kernel, shows, written, layout))
+    layout = method.layout_of(cache) if fixed else None
+    use = CacheUse(kernel, shows, written, layout, config.policy)
+    return KernelSite(kernel, given, terms.nodes, use)
 
 
 def _tokens_written(binding: CacheBinding, device: torch.device) -> int:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.methods import GPU_METHODS
+from lychee_compile.kernels.gpu.methods import policies_with_kernels
 from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 from lychee_compile.passes.detect.attention import Attention
@@ -40,10 +40,11 @@ def decodes(attention: Attention) -> bool:
 
 
 def no_sparse_kernel(
-    config: IndexConfig, policies: Collection[str] = GPU_METHODS, what: str = ""
+    config: IndexConfig, policies: Collection[str] | None = None, what: str = ""
 ) -> str | None:
     """Why no kernel selects as the options ask for; `policies` have one for `what`."""
     lacks = f"has no kernel{what}"
+    policies = policies_with_kernels() if policies is None else policies
     if config.policy not in policies:
         known = " and ".join(map(repr, policies))
         have = "have" if len(policies) > 1 else "has"

@@ -21,7 +21,7 @@ import torch
 import torch.fx
 
 from lychee_compile.codegen.specification import Q
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.mask_reading import Reading
 from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of
@@ -60,7 +60,7 @@ def find_grid(attention: Attention) -> Grid | None:
     different shapes, for causal attention and for a single tile.
     """
     tokens = attention.query_len
-    if not isinstance(tokens, int) or tokens != attention.kv_len or tokens <= TILE:
+    if not isinstance(tokens, int) or tokens != attention.kv_len or tokens <= QUERY_TILE:
         return None
     if _is_bound_to_order(attention):
         return None

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
-from lychee_compile.kernels.policies.prefill_registry import tile_policy_names
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.policies.registry import prefill_policy_names
+from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.lower.patch_grids import Grid
 from lychee_compile.passes.lower.prefill_site import TileSite
@@ -39,7 +39,7 @@ class WholeSequence:
         """How much it reads, in words."""
         config, budget = self.config, self.config.prefill_budget
         keys = f"{100 * budget:.4g} % of the keys it sees" if budget < 1 else f"up to {budget} keys"
-        words = f"each tile of {TILE} queries reads {keys}"
+        words = f"each tile of {QUERY_TILE} queries reads {keys}"
         if self.grid is not None:
             words += f", in {self.grid.words()}"
         if config.policy != IndexConfig.policy:
@@ -68,7 +68,7 @@ def better_exact(attention: Attention, config: IndexConfig) -> str | None:
     kv_len = attention.kv_len
     if isinstance(kv_len, int) and kv_len < config.prefill_from:
         return f"key length {kv_len} is below prefill_from={config.prefill_from}"
-    if config.policy not in tile_policy_names():
-        known = " and ".join(map(repr, tile_policy_names()))
+    if config.policy not in prefill_policy_names():
+        known = " and ".join(map(repr, prefill_policy_names()))
         return f"option policy={config.policy!r} has no form for whole sequences: {known} have one"
     return None

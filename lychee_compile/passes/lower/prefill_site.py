@@ -15,9 +15,6 @@ from lychee_compile.passes.lower.decode_site import emit_operands, made, specifi
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions
 from lychee_compile.passes.lower.rearrange import Emitter
 
-TILE_KERNELS = ("lychee",)
-"""Policies whose choice for whole sequences has kernels."""
-
 
 @dataclass(frozen=True)
 class TileSite:
@@ -42,7 +39,7 @@ def tile_site(
     With `autotune` tile sizes are measured at the first call. Raises `NoKernel`.
     """
     terms, given = emit_operands(attention, emit)
-    tiles = TileSpec(config.sinks, config.recent)
+    tiles = TileSpec(config.policy, config.sinks, config.recent)
     spec = replace(specification(attention, terms, given), tiles=tiles, autotune=autotune)
     kernel = made(spec, terms, given)
     placed = (terms.score.free_symbols | terms.visible.free_symbols) & {Q}
