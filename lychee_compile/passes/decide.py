@@ -16,6 +16,7 @@ from lychee_compile.passes.describe import describe, describe_unread
 from lychee_compile.passes.detect.attention import Attention, Unread
 from lychee_compile.passes.detect.caches import CacheBinding, Unbound, bind_cache, find_writes
 from lychee_compile.passes.graph.dataflow import operator_name, value_of
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower import prefill
 from lychee_compile.passes.lower.decode_site import KernelSite, kernel_site
 from lychee_compile.passes.lower.kernel_support import (
@@ -27,7 +28,6 @@ from lychee_compile.passes.lower.kernel_support import (
 from lychee_compile.passes.lower.patch_grids import find_grid
 from lychee_compile.passes.lower.prefill import WholeSequence
 from lychee_compile.passes.lower.prefill_site import TILE_KERNELS, tile_site
-from lychee_compile.passes.lower.rearrange import Emitter
 from lychee_compile.passes.site import Site
 
 

@@ -47,11 +47,11 @@ from lychee_compile.passes.detect.token_ids import covers, find_token_ids
 from lychee_compile.passes.graph.check import RewriteError, check_replacement
 from lychee_compile.passes.graph.dataflow import aten, shape_of, static_size, value_of
 from lychee_compile.passes.graph.dead_code import erase_dead_code
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, with_layout
 from lychee_compile.passes.lower.decode_site import KernelSite
 from lychee_compile.passes.lower.patch_grids import Orders
 from lychee_compile.passes.lower.prefill import WholeSequence
-from lychee_compile.passes.lower.rearrange import Emitter
 
 StateInput = Callable[[CacheBinding, CacheUse | None], torch.fx.Node]
 """Gives the graph input that stands for the index of a cache: one by slot, or the reference's."""

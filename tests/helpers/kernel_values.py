@@ -20,10 +20,10 @@ from lychee_compile.options import Options
 from lychee_compile.passes.detect import detect
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.graph.dataflow import aten
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.graph.normalise import normalise
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
-from lychee_compile.passes.lower.rearrange import Emitter
 from lychee_compile.passes.symbolic.elementwise import Flag
 
 How = Callable[[Attention, Canonicaliser], KernelExpressions]

@@ -15,8 +15,8 @@ from torch._subclasses import FakeTensorMode
 import lychee_compile
 from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
 from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.patch_grids import Grid, Orders
-from lychee_compile.passes.lower.rearrange import Emitter
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 

@@ -15,7 +15,8 @@ from tracing import Traced
 from lychee_compile.passes.detect.operands import Layout, Operand
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import aten
-from lychee_compile.passes.lower.rearrange import Emitter, Rearranger
+from lychee_compile.passes.graph.emitter import Emitter
+from lychee_compile.passes.lower.rearrange import Rearranger
 from lychee_compile.passes.symbolic.axes import Axes
 
 SIZES = {"b": 2, "h": 3, "g": 2, "t": 4, "d": 5}

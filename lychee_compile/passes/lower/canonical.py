@@ -12,7 +12,8 @@ from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.detect.scores import Mask
 from lychee_compile.passes.graph.dataflow import aten, value_of
-from lychee_compile.passes.lower.rearrange import Emitter, Rearranger, Size
+from lychee_compile.passes.graph.emitter import Emitter
+from lychee_compile.passes.lower.rearrange import Rearranger, Size
 from lychee_compile.passes.symbolic.axes import Axis
 
 

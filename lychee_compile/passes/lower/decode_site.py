@@ -27,10 +27,11 @@ from lychee_compile.passes.detect.caches import CacheBinding
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import shape_of, static_size, value_of
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
 from lychee_compile.passes.lower.kernel_support import NoKernel, check_supported, static
-from lychee_compile.passes.lower.rearrange import Emitter, Rearranger
+from lychee_compile.passes.lower.rearrange import Rearranger
 from lychee_compile.torch_private import size_hint
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from lychee_compile.kernels.reference.tiles import TILE
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.mask_reading import Reading
 from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of
-from lychee_compile.passes.lower.rearrange import Emitter
+from lychee_compile.passes.graph.emitter import Emitter
 
 BLOCKS = {2: (16, 8), 3: (2, 8, 8)}
 """Patches that make a tile of queries, by the number of dimensions."""

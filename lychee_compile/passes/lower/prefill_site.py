@@ -10,10 +10,10 @@ import torch.fx
 from lychee_compile.codegen.specification import KV, Q, S, TileSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonical
 from lychee_compile.passes.lower.decode_site import emit_operands, made, specification
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions
-from lychee_compile.passes.lower.rearrange import Emitter
 
 TILE_KERNELS = ("lychee",)
 """Policies whose choice for whole sequences has kernels."""

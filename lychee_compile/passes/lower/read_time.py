@@ -16,7 +16,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of, value_of
-from lychee_compile.passes.lower.rearrange import Emitter
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.symbolic.views import is_pure_view, storage_of, written_by
 
 MOST_KEPT = 4096

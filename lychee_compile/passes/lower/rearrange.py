@@ -13,25 +13,11 @@ import torch.fx
 
 from lychee_compile.passes.detect.operands import Layout, Operand
 from lychee_compile.passes.graph.check import RewriteError
-from lychee_compile.passes.graph.dataflow import aten, value_of
+from lychee_compile.passes.graph.dataflow import aten
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.symbolic.axes import Axes, Axis
 
 Size = int | torch.fx.Node
-
-
-class Emitter:
-    """Adds nodes to a graph, each with its fake value."""
-
-    def __init__(self, graph: torch.fx.Graph, mode: Any) -> None:
-        self.graph, self.mode = graph, mode
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
-        """A call of `target`, at the graph's insert point."""
-        node = self.graph.call_function(target, args, kwargs)
-        with self.mode:
-            values = torch.fx.node.map_arg(args, value_of), torch.fx.node.map_arg(kwargs, value_of)
-            node.meta["val"] = target(*values[0], **values[1])
-        return node
 
 
 class Rearranger:
