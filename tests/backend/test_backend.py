@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile import backend, torch_private
+from lychee_compile.passes import pipeline
 from lychee_compile.passes.site import Site
 
 SIZE = 160
@@ -179,10 +180,10 @@ def test_what_is_meant_to_be_exact_is_kept_even_when_strict(
 @pytest.mark.parametrize(
     ("place", "name"),
     [
-        (backend, "find_attention"),
+        (pipeline, "find_attention"),
         (torch_private, "retrace"),
-        (backend, "rewrite"),
-        (backend, "check_graph"),
+        (pipeline, "rewrite"),
+        (pipeline, "check_graph"),
     ],
 )
 def test_a_failure_of_ours_leaves_the_graph_as_it_was(

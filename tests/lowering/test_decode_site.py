@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 import lychee_compile
 from lychee_compile.codegen import module
 from lychee_compile.kernels.gpu import trial_run
-from lychee_compile.passes.lower import decode_site, kernel_support
+from lychee_compile.passes.lower import kernel_modules, kernel_support
 from lychee_compile.passes.site import Site
 
 triton_interpreter.use()
@@ -193,11 +193,11 @@ def test_a_kernel_that_cannot_be_made_leaves_the_attention_as_it_was(
     def broken(*given: Any, **more: Any) -> Any:
         raise ZeroDivisionError("a bug of ours\nand a lot of text")
 
-    decode_site._stored.cache_clear()
+    kernel_modules._stored.cache_clear()
     trial_run._tried.clear()
     place, name = {
-        "emit": (decode_site, "emit_module"),
-        "store": (decode_site, "store"),
+        "emit": (kernel_modules, "emit_module"),
+        "store": (kernel_modules, "store"),
         "run": (trial_run, "run_exact"),
     }[stage]
     monkeypatch.setattr(place, name, broken)
@@ -209,7 +209,7 @@ def test_a_kernel_that_cannot_be_made_leaves_the_attention_as_it_was(
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="a bug of ours"):
         compiled(attend, strict=True)(*operands())
-    decode_site._stored.cache_clear()
+    kernel_modules._stored.cache_clear()
 
 
 def test_where_only_the_sparse_kernel_fails_the_exact_one_runs(
@@ -250,7 +250,7 @@ def test_a_prefill_of_unknown_length_stays_as_it_is() -> None:
 def test_explain_names_the_kernel_and_its_source_can_be_read(tmp_path: Any) -> None:
     model, ids = TinyDecoder().eval(), torch.randint(0, VOCABULARY, (1, 1))
     cache = StaticKV.empty(1, SIZE)
-    report = lychee_compile.explain(model, ids, cache=cache, options=SMALL)
+    report = lychee_compile.explain(model, ids, cache=cache, options=SMALL, kernels=True)
     kernels = {site.kernel for site in report.sites}
     assert [site.decision for site in report.sites] == ["sparse"] * LAYERS
     (kernel,) = kernels  # layers that are alike share it

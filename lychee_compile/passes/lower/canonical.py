@@ -11,6 +11,7 @@ import torch.fx
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.detect.scores import Mask
+from lychee_compile.passes.graph.check import check_replacement
 from lychee_compile.passes.graph.dataflow import aten, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.rearrange import Rearranger, Size
@@ -82,6 +83,18 @@ class Canonicaliser:
         wanted = value_of(attention.node)
         node = self._rearrange(operand, attention.output, whole=True)
         return self._cast(node, wanted.dtype)
+
+    def replacement(self, result: torch.fx.Node) -> torch.fx.Node:
+        """Emit what the graph goes on with instead of the attention, made of `result`.
+
+        `result` [B, Hq, Tq, Dv] is the output of an operator. Raises `RewriteError` if that gives
+        another shape, dtype or device than the attention has.
+        """
+        old = self._attention.node
+        result.meta = {**old.meta, **result.meta}
+        output = with_layout(self.emit, self.output(result), value_of(old))
+        check_replacement(value_of(old), output)
+        return output
 
     def _spread(self, result: torch.fx.Node) -> Operand:
         return Operand(result, self._attention.roles.output_layout())

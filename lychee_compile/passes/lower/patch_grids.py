@@ -115,6 +115,7 @@ class Orders:
             first = next(node for node in nodes if node.op != "placeholder")
             with self.emit.graph.inserting_before(first):
                 self._known[grid, device] = self._emitted(grid, device)
+            self.emit.on_undo(lambda: self._known.pop((grid, device)))
         return self._known[grid, device]
 
     def _emitted(self, grid: Grid, device: torch.device) -> torch.fx.Node:

@@ -1,0 +1,225 @@
+"""Outcomes: all that can become of an attention, each with one way to emit it.
+
+    KeepAsIs          the operators of the graph stay
+    OneSdpa           one scaled_dot_product_attention for products and a softmax written out
+    ReferenceSparse   decoding through an index, in plain PyTorch
+    DecodeKernel      decoding by a generated kernel, through an index or over all keys
+    PrefillReference  sparse prefill, in plain PyTorch
+    PrefillKernels    sparse prefill by generated kernels
+
+An outcome is decided from facts alone, and only `emit` acts. It raises `NoKernel` or `RewriteError`
+if it cannot do what was decided. `instead` gives the outcome to try next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch.fx
+
+from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.passes.detect.attention import Attention, Unread
+from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.graph.dataflow import operator_name
+from lychee_compile.passes.lower import prefill_site, reference_site, sdpa_site
+from lychee_compile.passes.lower.context import LoweringContext
+from lychee_compile.passes.lower.decode_site import emit_exact_decode, emit_sparse_decode
+from lychee_compile.passes.lower.patch_grids import Grid
+
+NOT_GENERATED = "{} kernel (not generated yet)"
+"""Stands for the name of a generated module until there is one."""
+
+
+@dataclass(frozen=True)
+class KeepAsIs:
+    """The attention stays as the graph has it."""
+
+    attention: Attention | Unread
+    reason: str
+    by_design: bool
+    """Whether it is meant to be exact, and not kept for want of support."""
+    decision: ClassVar[str] = "kept"
+
+    @property
+    def kernel(self) -> str:
+        """The operator that runs, in words."""
+        attention = self.attention
+        if isinstance(attention, Attention) and attention.form == "flex":
+            return "flex_attention"
+        one = isinstance(attention, Unread) or attention.form == "sdpa"
+        return operator_name(attention.node) if one else "aten (as written)"
+
+    def emit(self, context: LoweringContext) -> Emitted:  # noqa: ARG002  nothing is emitted
+        """Emit nothing; the output is the one there is."""
+        return self.attention.node, self
+
+    def instead(self, failure: str) -> Outcome:
+        """Keep the attention for another reason."""
+        return replace(self, reason=failure)
+
+
+@dataclass(frozen=True)
+class OneSdpa:
+    """PyTorch's one operator takes the place of an attention that is meant to be exact."""
+
+    attention: Attention
+    reason: str
+    by_design: ClassVar[bool] = True
+    decision: ClassVar[str] = "exact"
+    kernel: ClassVar[str] = sdpa_site.OPERATOR
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Emit scaled dot-product attention."""
+        return sdpa_site.emit_one_sdpa(self.attention, context), self
+
+    def instead(self, failure: str) -> Outcome:
+        """Keep the attention."""
+        return KeepAsIs(self.attention, failure, by_design=True)
+
+
+@dataclass(frozen=True)
+class ReferenceSparse:
+    """The reference decodes through the index of a cache, on any device."""
+
+    attention: Attention
+    binding: CacheBinding
+    reason: str
+    by_design: ClassVar[bool] = False
+    decision: ClassVar[str] = "sparse"
+    kernel: ClassVar[str] = reference_site.OPERATOR
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Emit an update of the index, and sparse attention."""
+        return reference_site.emit_reference_sparse(self.attention, self.binding, context), self
+
+    def instead(self, failure: str) -> Outcome:
+        """Keep the attention."""
+        return KeepAsIs(self.attention, failure, by_design=False)
+
+
+@dataclass(frozen=True)
+class DecodeKernel:
+    """A generated kernel decodes: through the index of a cache, or over all visible keys."""
+
+    attention: Attention
+    binding: CacheBinding | None
+    """The cache whose index is read; None: all visible keys are read."""
+    policy: str
+    """Name of the policy that selects keys, "exact" if all are read."""
+    reason: str
+    otherwise: DecodeKernel | KeepAsIs | OneSdpa
+    """What to do if no such kernel can be generated, or if it does not run."""
+    module: str = ""
+    """Name of the generated module, once there is one."""
+    by_design: ClassVar[bool] = False
+
+    @property
+    def decision(self) -> str:
+        """The word for it in a report."""
+        return "exact" if self.binding is None else "sparse"
+
+    @property
+    def kernel(self) -> str:
+        """The generated module, or words that stand for it."""
+        return self.module or NOT_GENERATED.format(f"decode_{self.policy}")
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Generate the kernel, try it, and emit its operator."""
+        if self.binding is None:
+            output, module = emit_exact_decode(self.attention, context)
+        else:
+            output, module = emit_sparse_decode(self.attention, self.binding, context)
+        return output, replace(self, module=module)
+
+    def instead(self, failure: str) -> Outcome:
+        """Try the next best; a reason to read all keys is told beside the failure."""
+        if self.otherwise.by_design:
+            failure = f"{self.reason}; {failure}"
+        return replace(self.otherwise, reason=failure)
+
+
+@dataclass(frozen=True)
+class PrefillReference:
+    """The reference lets every tile of a prefill's queries read what matters to it."""
+
+    attention: Attention
+    config: IndexConfig
+    grid: Grid | None
+    """How the queries lie if they are patches."""
+    by_design: ClassVar[bool] = False
+    decision: ClassVar[str] = "sparse"
+    kernel: ClassVar[str] = prefill_site.REFERENCE_OPERATOR
+
+    @property
+    def reason(self) -> str:
+        """How much is read, in words."""
+        return _how_much_of_a_prefill(self.config, self.grid)
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Emit the reference's sparse attention."""
+        return prefill_site.emit_prefill_reference(self.attention, self.grid, context), self
+
+    def instead(self, failure: str) -> Outcome:
+        """Keep the attention."""
+        return KeepAsIs(self.attention, failure, by_design=False)
+
+
+@dataclass(frozen=True)
+class PrefillKernels:
+    """Generated kernels let every tile of a prefill's queries read what matters to it."""
+
+    attention: Attention
+    config: IndexConfig
+    grid: Grid | None
+    """How the queries lie if they are patches, and if they may be taken in another order."""
+    module: str = ""
+    """Name of the generated module, once there is one."""
+    by_design: ClassVar[bool] = False
+    decision: ClassVar[str] = "sparse"
+
+    @property
+    def reason(self) -> str:
+        """How much is read, in words."""
+        return _how_much_of_a_prefill(self.config, self.grid)
+
+    @property
+    def kernel(self) -> str:
+        """The generated module, or words that stand for it."""
+        return self.module or NOT_GENERATED.format(f"prefill_{self.config.policy}")
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Generate the kernels, try them, and emit their operator."""
+        emitted = prefill_site.emit_prefill_kernels(self.attention, self.grid, context)
+        output, module, grid = emitted
+        return output, replace(self, module=module, grid=grid)
+
+    def instead(self, failure: str) -> Outcome:
+        """Keep the attention."""
+        return KeepAsIs(self.attention, failure, by_design=False)
+
+
+Outcome = KeepAsIs | OneSdpa | ReferenceSparse | DecodeKernel | PrefillReference | PrefillKernels
+Emitted = tuple[torch.fx.Node, Outcome]
+"""What the graph goes on with, and the outcome with the module that was generated for it."""
+
+
+def how_much(config: IndexConfig, kv_len: int | str) -> str:
+    """Return how much sparse decoding reads of `kv_len` keys, in words."""
+    return f"budget {config.budget} of up to {kv_len} tokens" + _choice(config)
+
+
+def _how_much_of_a_prefill(config: IndexConfig, grid: Grid | None) -> str:
+    budget = config.prefill_budget
+    keys = f"{100 * budget:.4g} % of the keys it sees" if budget < 1 else f"up to {budget} keys"
+    blocks = "" if grid is None else f", in {grid.words()}"
+    return f"each tile of {TILE} queries reads {keys}{blocks}" + _choice(config)
+
+
+def _choice(config: IndexConfig) -> str:
+    """Return the options that change what is read, in words; "" if all are the default."""
+    words = "" if config.policy == IndexConfig.policy else f", policy {config.policy}"
+    if config.epsilon is not None:
+        words += f", more where over {config.epsilon:.3g} of the softmax might be missed"
+    return words
