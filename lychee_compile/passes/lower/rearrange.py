@@ -21,15 +21,16 @@ Size = int | torch.fx.Node
 
 
 class Rearranger:
-    """Rearranges operands of one attention. Raises `RewriteError` where sizes are not known."""
+    """Rearranges operands of one attention. Raises `RewriteError` if a size is not known."""
 
     def __init__(self, emit: Emitter, axes: Axes, size_node: Callable[[Axis], Size | None]) -> None:
         self._emit, self._axes, self._size_node = emit, axes, size_node
 
     def __call__(self, operand: Operand, wanted: Layout, *, whole: bool) -> torch.fx.Node:
-        """`operand` laid out as `wanted`.
+        """Return `operand`, laid out as `wanted`.
 
-        With `whole` axes it lacks are expanded; without, a dimension it has none of is of size one.
+        With `whole`, axes that `operand` lacks are expanded. Without it, a dimension none of whose
+        axes `operand` has is of size one.
         """
         if _is_already(operand.layout, wanted, whole):
             return operand.node
@@ -53,19 +54,19 @@ class Rearranger:
     def _apart(
         self, node: torch.fx.Node, layout: Layout
     ) -> tuple[torch.fx.Node, list[tuple[Axis, ...]]]:
-        """One dimension per axis, none of size one."""
+        """Return `node` with one dimension per axis and none of size one, and its layout."""
         result: list[tuple[Axis, ...]] = []
         for dim in reversed(range(len(layout))):
-            held = layout[dim]
-            if not held:
+            axes = layout[dim]
+            if not axes:
                 node = self._emit(aten.squeeze.dim, node, dim)
-            elif len(held) > 1:
-                node = self._emit(aten.unflatten.int, node, dim, self._sizes(held))
-            result = [(axis,) for axis in held] + result
+            elif len(axes) > 1:
+                node = self._emit(aten.unflatten.int, node, dim, self._sizes(axes))
+            result = [(axis,) for axis in axes] + result
         return node, result
 
     def _sizes(self, axes: tuple[Axis, ...]) -> list[Any]:
-        """Sizes for `unflatten`, of which it can find out one."""
+        """Return sizes for `unflatten`; -1 stands for the only one that may be symbolic."""
         sizes: list[Any] = []
         for axis in axes:
             size = self._axes.sizes[axis]
@@ -109,5 +110,6 @@ class Rearranger:
 
 def _is_already(layout: Layout, wanted: Layout, whole: bool) -> bool:
     return len(layout) == len(wanted) and all(
-        held == axes or (not held and not whole) for held, axes in zip(layout, wanted, strict=True)
+        present == axes or (not present and not whole)
+        for present, axes in zip(layout, wanted, strict=True)
     )
