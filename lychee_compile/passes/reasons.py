@@ -73,6 +73,12 @@ class ReasonedError(Exception):
         self.reason = reason
 
 
+def brief(error: Exception) -> str:
+    """Return the type and the first line of `error`: FX appends whole graphs to its messages."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 def _kind(group: Group, code: str, template: str, remedy: str = "") -> ReasonKind:
     return ReasonKind(code, template, remedy, group)
 
