@@ -106,6 +106,7 @@ def _row(site: Site) -> str:
         f"<br>of {escape(str(site.head_dim))}"
     )
     tokens = f"{escape(str(site.query_len))} query<br>{escape(str(site.kv_len))} KV"
+    by_design = " by design" if site.decision == "kept" and site.by_design else ""
     name = escape(site.name) or "(unnamed)"
     source = f'<span class="soft">{escape(site.source)}</span>'
     cells = (
@@ -116,7 +117,7 @@ def _row(site: Site) -> str:
         f"<td><code>{escape(site.score)}</code></td>",
         f"<td>{_mask(site)}</td>",
         f"<td>{escape(site.cache)}</td>",
-        f'<td class="{escape(site.decision)}">{escape(site.decision)}</td>',
+        f'<td class="{site.decision}">{site.decision}{by_design}</td>',
         f'<td class="why">{_why(site)}</td>',
         f"<td><code>{escape(site.kernel)}</code></td>",
     )

@@ -46,7 +46,8 @@ def _cells(pattern: str, members: Sequence[Site]) -> list[Text]:
 
 def _decision(site: Site) -> Text:
     """Return the decision with its code, the kernel, why, and what to do about it."""
-    head = Text(site.decision, style=f"bold {STYLES[site.decision]}")
+    by_design = " by design" if site.decision == "kept" and site.by_design else ""
+    head = Text(f"{site.decision}{by_design}", style=f"bold {STYLES[site.decision]}")
     if site.reason is None:
         return _lines(head, Text(site.kernel), Text(site.reads, style="dim"))
     head.append(f" [{site.reason.code}]", style="not bold")
