@@ -10,9 +10,16 @@ import torch
 import torch.fx
 
 from lychee_compile import torch_private
+from lychee_compile.option_devices import OptionDevice, without_effect
 from lychee_compile.options import Options
+from lychee_compile.passes import reasons
+from lychee_compile.passes.decide import Plan
 from lychee_compile.passes.describe import describe_rejected
+from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.graph.dataflow import value_of
+from lychee_compile.passes.lower.kernel_support import runs_kernels
 from lychee_compile.passes.pipeline import FINISHING, REWRITING, Compilation, analyse, run
+from lychee_compile.report.grouping import reason_lines
 from lychee_compile.report.report import Report
 from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
@@ -71,8 +78,23 @@ lychee.reset = reset  # type: ignore[attr-defined]
 
 def report_of(compilation: Compilation) -> Report:
     """Return a new report of what was found in a graph and decided, or done by now."""
-    rejected = [describe_rejected(each) for each in compilation.rejected]
-    return Report([plan.site for plan in compilation.plans], rejected=rejected)
+    plans, options = compilation.plans, compilation.options
+    devices = set().union(*(_option_devices(plan, options) for plan in plans))
+    return Report(
+        [plan.site for plan in plans],
+        notes=list(without_effect(options, devices)),
+        rejected=[describe_rejected(each) for each in compilation.rejected],
+    )
+
+
+def _option_devices(plan: Plan, options: Options) -> set[OptionDevice]:
+    """Return the kinds of devices whose options an attention uses; none if it was not read."""
+    if not isinstance(plan.attention, Attention):
+        return set()
+    if runs_kernels(plan.attention, options):
+        return {"cuda"}
+    on_cpu = value_of(plan.attention.query.node).device.type == "cpu"
+    return {"cpu"} if on_cpu else {"cpu", "cuda"}
 
 
 def _compile_rewritten(compilation: Compilation) -> Callable[..., Any]:
@@ -97,23 +119,27 @@ def _compile_rewritten(compilation: Compilation) -> Callable[..., Any]:
 
 def _announce(report: Report) -> None:
     """Log what becomes of the attentions of a graph, before it is compiled."""
+    for note in report.notes:
+        logger.info("%s", note)
     if not report.sites:
         logger.info("no attention in this graph: compiled by Inductor alone")
         return
     logger.info("%d attentions: %s", len(report.sites), report.counts())
     logger.debug("%s", report)
     torch_private.trace_artifact("lychee_report", report.to_dict())
+    for line in reason_lines(report.unsupported()):
+        logger.info("kept: %s", line)
 
 
 def _refuse_if_strict(report: Report, options: Options) -> None:
     """Raise `StrictError` if `strict` forbids that an attention stays as it is."""
-    unsupported = [each for each in report.sites if each.decision == "kept" and not each.by_design]
+    unsupported = report.unsupported()
     if options.strict and unsupported:
         _record(report)
-        lines = "\n".join(f"  {site.name} ({site.source}): {site.reason}" for site in unsupported)
+        lines = "\n".join(f"  {line}" for line in reason_lines(unsupported))
         raise StrictError(
-            f"{len(unsupported)} attentions would stay as they are, and options['strict'] forbids "
-            f"it:\n{lines}"
+            f"options['strict'] is set, but some attention ({len(unsupported)} of "
+            f"{len(report.sites)}) would stay as it is:\n{lines}"
         )
 
 
@@ -122,16 +148,15 @@ def _leave_unchanged(compilation: Compilation | None, options: Options, error: E
 
     Raises `StrictError` if `strict` forbids it.
     """
-    brief = next(iter(str(error).splitlines()), type(error).__name__)  # FX appends whole graphs
+    brief = reasons.brief(error)
     if compilation is not None:
-        compilation.keep_all(f"the rewrite failed: {brief}")
+        compilation.keep_all(reasons.REWRITE_FAILED(error=brief))
     if options.strict:
         if compilation is not None:
             _record(report_of(compilation))
         raise StrictError(f"the graph could not be analysed or rewritten: {error}") from error
     logger.warning(
-        "a graph goes to Inductor unchanged, because lychee failed on it: %s: %s",
-        type(error).__name__,
+        "a graph goes to Inductor unchanged, because lychee failed on it: %s",
         brief,
         exc_info=logger.isEnabledFor(logging.DEBUG),
     )

@@ -60,14 +60,14 @@ def explain(
 def _joined(graphs: Sequence[Compilation]) -> Report:
     """Return one report of all graphs of a call."""
     reports_of_graphs = list(map(report_of, graphs))
-    notes = []
+    notes = [note for report in reports_of_graphs for note in report.notes]
     if len(graphs) > 1:
-        notes.append(f"{len(graphs)} graphs: the model breaks the graph")
+        notes.insert(0, f"{len(graphs)} graphs: the model breaks the graph")
     if any(graph.awaits_kernels for graph in graphs):
         notes.append("kernels were not generated: explain(..., kernels=True) does and tries them")
     return Report(
         [site for report in reports_of_graphs for site in report.sites],
-        notes=notes,
+        notes=list(dict.fromkeys(notes)),
         rejected=[each for report in reports_of_graphs for each in report.rejected],
     )
 

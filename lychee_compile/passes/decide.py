@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.passes import rules
+from lychee_compile.passes import reasons, rules
 from lychee_compile.passes.describe import describe, describe_unread
 from lychee_compile.passes.detect.attention import Attention, Unread
 from lychee_compile.passes.detect.caches import CacheBinding, Unbound, bind_cache, find_writes
@@ -34,6 +34,7 @@ from lychee_compile.passes.outcomes import (
     ReferenceSparse,
     how_much,
 )
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.site import Site
 
 
@@ -55,11 +56,12 @@ class Plan:
             self.description,
             decision=outcome.decision,
             reason=outcome.reason,
+            reads=outcome.reads,
             by_design=outcome.by_design,
             kernel=outcome.kernel,
         )
 
-    def kept(self, reason: str) -> Plan:
+    def kept(self, reason: Reason) -> Plan:
         """Return the plan to leave the attention as it is, since rewriting it failed."""
         return replace(self, outcome=KeepAsIs(self.attention, reason, by_design=False))
 
@@ -102,11 +104,6 @@ class _Facts:
     def binding(self) -> CacheBinding | None:
         return self.cache if isinstance(self.cache, CacheBinding) else None
 
-    @property
-    def unbound(self) -> str | None:
-        """Why no cache was recognised; None if one was."""
-        return self.cache.reason if isinstance(self.cache, Unbound) else None
-
     def outcome(self) -> Outcome:
         """Decide about an attention that is supported."""
         attention, config = self.attention, self.config
@@ -116,16 +113,17 @@ class _Facts:
             return self._kernel()
         if exact := rules.exact_decoding(attention, self.place, config):
             return self._exact(exact)
-        reason = rules.unsupported_device(attention, config) or self.unbound
-        if reason or self.binding is None:
-            return self.keep(reason or "")
-        return ReferenceSparse(attention, self.binding, self._how_much())
+        if reason := rules.unsupported_device(attention, config):
+            return self.keep(reason)
+        if isinstance(self.cache, Unbound):
+            return self.keep(self.cache.reason)
+        return ReferenceSparse(attention, self.cache, self._how_much())
 
-    def keep(self, reason: str) -> KeepAsIs:
+    def keep(self, reason: Reason) -> KeepAsIs:
         """Keep the attention for want of support."""
         return KeepAsIs(self.attention, reason, by_design=False)
 
-    def _exact(self, reason: str) -> KeepAsIs | OneSdpa:
+    def _exact(self, reason: Reason) -> KeepAsIs | OneSdpa:
         """Leave the attention to PyTorch by design: as it is, or as one operator."""
         if rules.better_as_one_operator(self.attention, self.config):
             return OneSdpa(self.attention, reason)
@@ -149,18 +147,18 @@ class _Facts:
         attention, config = self.attention, self.config
         exact = rules.exact_decoding(attention, self.place, config)
         if not rules.decodes_many_keys(attention, config):
-            unknown = f"how many queries ask, {attention.query_len}, only a call tells"
-            return self._exact(exact or unknown)
+            return self._exact(exact or reasons.QUERY_LEN_SYMBOLIC(query_len=attention.query_len))
         if missing := no_kernel(attention):
-            return self._exact(f"{exact}; {missing}") if exact else self.keep(missing)
-        refused = exact or no_decode_method(config) or self.unbound
-        if refused is None and self.binding is not None:
-            refused = no_gpu_index(attention, self.binding, config)
-        fallback = self._exact(exact) if exact else self.keep("")
-        all_keys = DecodeKernel(attention, None, "exact", refused or "", fallback)
-        if refused is not None or self.binding is None:
-            return all_keys
-        return DecodeKernel(attention, self.binding, config.policy, self._how_much(), all_keys)
+            return self._exact(exact.and_also(missing)) if exact else self.keep(missing)
+        if exact:
+            return DecodeKernel.over_all_keys(attention, exact, self._exact(exact))
+        if reason := no_decode_method(config):
+            return DecodeKernel.over_all_keys(attention, reason)
+        if isinstance(self.cache, Unbound):
+            return DecodeKernel.over_all_keys(attention, self.cache.reason)
+        if reason := no_gpu_index(attention, self.cache, config):
+            return DecodeKernel.over_all_keys(attention, reason)
+        return DecodeKernel.through_index(attention, self.cache, config.policy, self._how_much())
 
     def _how_much(self) -> str:
         kv_len = self.attention.kv_len

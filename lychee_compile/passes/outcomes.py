@@ -27,6 +27,8 @@ from lychee_compile.passes.lower import prefill_site, reference_site, sdpa_site
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.decode_site import emit_exact_decode, emit_sparse_decode
 from lychee_compile.passes.lower.patch_grids import Grid
+from lychee_compile.passes.reasons import Reason
+from lychee_compile.passes.site import Decision
 
 NOT_GENERATED = "{} kernel (not generated yet)"
 """Stands for the name of a generated module until there is one."""
@@ -37,10 +39,11 @@ class KeepAsIs:
     """The attention stays as the graph has it."""
 
     attention: Attention | Unread
-    reason: str
+    reason: Reason
     by_design: bool
     """Whether it is meant to be exact, and not kept for want of support."""
-    decision: ClassVar[str] = "kept"
+    decision: ClassVar[Decision] = "kept"
+    reads: ClassVar[str] = ""
 
     @property
     def kernel(self) -> str:
@@ -55,7 +58,7 @@ class KeepAsIs:
         """Emit nothing; the output is the one there is."""
         return self.attention.node, self
 
-    def instead(self, failure: str) -> Outcome:
+    def instead(self, failure: Reason) -> Outcome:
         """Keep the attention for another reason."""
         return replace(self, reason=failure)
 
@@ -65,16 +68,17 @@ class OneSdpa:
     """PyTorch's one operator takes the place of an attention that is meant to be exact."""
 
     attention: Attention
-    reason: str
+    reason: Reason
     by_design: ClassVar[bool] = True
-    decision: ClassVar[str] = "exact"
+    decision: ClassVar[Decision] = "exact"
+    reads: ClassVar[str] = ""
     kernel: ClassVar[str] = sdpa_site.OPERATOR
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Emit scaled dot-product attention."""
         return sdpa_site.emit_one_sdpa(self.attention, context), self
 
-    def instead(self, failure: str) -> Outcome:
+    def instead(self, failure: Reason) -> Outcome:
         """Keep the attention."""
         return KeepAsIs(self.attention, failure, by_design=True)
 
@@ -85,16 +89,18 @@ class ReferenceSparse:
 
     attention: Attention
     binding: CacheBinding
-    reason: str
+    reads: str
+    """How much is read, in words."""
     by_design: ClassVar[bool] = False
-    decision: ClassVar[str] = "sparse"
+    decision: ClassVar[Decision] = "sparse"
+    reason: ClassVar[None] = None
     kernel: ClassVar[str] = reference_site.OPERATOR
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Emit an update of the index, and sparse attention."""
         return reference_site.emit_reference_sparse(self.attention, self.binding, context), self
 
-    def instead(self, failure: str) -> Outcome:
+    def instead(self, failure: Reason) -> Outcome:
         """Keep the attention."""
         return KeepAsIs(self.attention, failure, by_design=False)
 
@@ -108,15 +114,32 @@ class DecodeKernel:
     """The cache whose index is read; None: all visible keys are read."""
     policy: str
     """Name of the policy that selects keys, "exact" if all are read."""
-    reason: str
-    otherwise: DecodeKernel | KeepAsIs | OneSdpa
-    """What to do if no such kernel can be generated, or if it does not run."""
+    reads: str = ""
+    """How much is read through the index, in words; "" without one."""
+    reason: Reason | None = None
+    """Why all keys are read; None if they are not."""
+    by_pytorch: KeepAsIs | OneSdpa | None = None
+    """What PyTorch does if there is no such kernel and the attention is meant to be exact."""
     module: str = ""
     """Name of the generated module, once there is one."""
     by_design: ClassVar[bool] = False
 
+    @classmethod
+    def through_index(
+        cls, attention: Attention, binding: CacheBinding, policy: str, reads: str
+    ) -> DecodeKernel:
+        """Return the outcome that reads a part of the keys."""
+        return cls(attention, binding, policy, reads)
+
+    @classmethod
+    def over_all_keys(
+        cls, attention: Attention, reason: Reason, by_pytorch: KeepAsIs | OneSdpa | None = None
+    ) -> DecodeKernel:
+        """Return the outcome that reads all visible keys, for a reason."""
+        return cls(attention, None, "exact", reason=reason, by_pytorch=by_pytorch)
+
     @property
-    def decision(self) -> str:
+    def decision(self) -> Decision:
         """The word for it in a report."""
         return "exact" if self.binding is None else "sparse"
 
@@ -133,11 +156,14 @@ class DecodeKernel:
             output, module = emit_sparse_decode(self.attention, self.binding, context)
         return output, replace(self, module=module)
 
-    def instead(self, failure: str) -> Outcome:
-        """Try the next best; a reason to read all keys is told beside the failure."""
-        if self.otherwise.by_design:
-            failure = f"{self.reason}; {failure}"
-        return replace(self.otherwise, reason=failure)
+    def instead(self, failure: Reason) -> Outcome:
+        """Read all keys, or leave it to PyTorch if that failed too."""
+        if self.binding is not None:
+            return DecodeKernel.over_all_keys(self.attention, failure)
+        if self.by_pytorch is not None:
+            reason = self.by_pytorch.reason.and_also(failure)
+            return replace(self.by_pytorch, reason=reason)
+        return KeepAsIs(self.attention, failure, by_design=False)
 
 
 @dataclass(frozen=True)
@@ -149,11 +175,12 @@ class PrefillReference:
     grid: Grid | None
     """How the queries lie if they are patches."""
     by_design: ClassVar[bool] = False
-    decision: ClassVar[str] = "sparse"
+    decision: ClassVar[Decision] = "sparse"
+    reason: ClassVar[None] = None
     kernel: ClassVar[str] = prefill_site.REFERENCE_OPERATOR
 
     @property
-    def reason(self) -> str:
+    def reads(self) -> str:
         """How much is read, in words."""
         return _how_much_of_a_prefill(self.config, self.grid)
 
@@ -161,7 +188,7 @@ class PrefillReference:
         """Emit the reference's sparse attention."""
         return prefill_site.emit_prefill_reference(self.attention, self.grid, context), self
 
-    def instead(self, failure: str) -> Outcome:
+    def instead(self, failure: Reason) -> Outcome:
         """Keep the attention."""
         return KeepAsIs(self.attention, failure, by_design=False)
 
@@ -177,10 +204,11 @@ class PrefillKernels:
     module: str = ""
     """Name of the generated module, once there is one."""
     by_design: ClassVar[bool] = False
-    decision: ClassVar[str] = "sparse"
+    decision: ClassVar[Decision] = "sparse"
+    reason: ClassVar[None] = None
 
     @property
-    def reason(self) -> str:
+    def reads(self) -> str:
         """How much is read, in words."""
         return _how_much_of_a_prefill(self.config, self.grid)
 
@@ -195,7 +223,7 @@ class PrefillKernels:
         output, module, grid = emitted
         return output, replace(self, module=module, grid=grid)
 
-    def instead(self, failure: str) -> Outcome:
+    def instead(self, failure: Reason) -> Outcome:
         """Keep the attention."""
         return KeepAsIs(self.attention, failure, by_design=False)
 

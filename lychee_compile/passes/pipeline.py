@@ -34,6 +34,7 @@ from lychee_compile.passes.outcomes import (
     PrefillReference,
     ReferenceSparse,
 )
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.rewrite import note_prefill, rewrite
 from lychee_compile.torch_private import FakeTensorMode
 
@@ -79,7 +80,7 @@ class Compilation:
         generated = [each for each in outcomes if isinstance(each, DecodeKernel | PrefillKernels)]
         return any(not each.module for each in generated)
 
-    def keep_all(self, reason: str) -> None:
+    def keep_all(self, reason: Reason) -> None:
         """Plan to leave every attention as it is, since the graph could not be rewritten."""
         self.plans = [
             plan if isinstance(plan.outcome, KeepAsIs) else plan.kept(reason) for plan in self.plans

@@ -16,10 +16,12 @@ from dataclasses import replace
 import torch.fx
 
 from lychee_compile import torch_private
+from lychee_compile.passes import reasons
 from lychee_compile.passes.decide import Plan
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caches import CacheBinding
 from lychee_compile.passes.graph.check import RewriteError
+from lychee_compile.passes.graph.dataflow import module_path
 from lychee_compile.passes.graph.dead_code import erase_dead_code
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.kernel_support import NoKernel
@@ -53,22 +55,20 @@ def _emitted(outcome: Outcome, context: LoweringContext) -> Emitted:
 
     Whatever a failed attempt has emitted is erased. To keep an attention never fails.
     """
+    node = outcome.attention.node
     while True:
-        before = context.emit.graph.inserting_before(outcome.attention.node)
         try:
-            with before, context.emit.attempt():
+            with context.emit.graph.inserting_before(node), context.emit.attempt():
                 return outcome.emit(context)
-        except NoKernel as error:
-            outcome = outcome.instead(str(error))
-        except RewriteError as error:
-            outcome = outcome.instead(f"it could not be rewritten: {error}")
+        except (NoKernel, RewriteError) as error:
+            outcome = outcome.instead(error.reason)
         except torch_private.RestartAnalysis:
             raise
         except Exception as error:  # whatever it is, the model must run
-            words = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            logger.warning("an attention could not be rewritten: %s", words)
-            logger.debug("it was to become %s", outcome, exc_info=True)
-            outcome = outcome.instead(f"it could not be rewritten: {words}")
+            failed = reasons.REWRITE_FAILED(error=reasons.brief(error))
+            verbose = logger.isEnabledFor(logging.DEBUG)
+            logger.warning("%s: %s", module_path(node), failed.words, exc_info=verbose)
+            outcome = outcome.instead(failed)
 
 
 def note_prefill(plans: Sequence[Plan], context: LoweringContext) -> None:

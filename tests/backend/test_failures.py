@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile import backend, torch_private
+from lychee_compile.passes import reasons
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.lower import canonical
 from lychee_compile.runtime.cache_registry import registry
@@ -34,12 +35,15 @@ def operands() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, SIZE, 8)
 
 
-@pytest.mark.parametrize("error", [RewriteError, ZeroDivisionError])
+RESISTS = RewriteError(reasons.REWRITE_FAILED(error="it resists"))
+
+
+@pytest.mark.parametrize("error", [RESISTS, ZeroDivisionError("it resists")], ids=type)
 def test_an_attention_that_resists_is_kept_and_refused_when_strict(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def resist(*given: Any) -> Any:
-        raise error("it resists")
+        raise error
 
     monkeypatch.setattr(canonical, "check_replacement", resist)
     inputs = operands()
@@ -69,7 +73,7 @@ def test_the_others_are_rewritten_all_the_same(monkeypatch: pytest.MonkeyPatch) 
     def resist(old: Any, new: torch.fx.Node) -> None:
         if not graphs:
             graphs.append(new.graph)
-            raise RewriteError("it resists")
+            raise RESISTS
         check(old, new)
 
     monkeypatch.setattr(canonical, "check_replacement", resist)

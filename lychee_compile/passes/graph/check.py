@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.graph.dataflow import same_shape, value_of
+from lychee_compile.passes.reasons import ReasonedError
 
 
-class RewriteError(RuntimeError):
+class RewriteError(ReasonedError):
     """A rewritten graph does not compute what the original did."""
 
 
@@ -16,11 +18,10 @@ def check_replacement(old: torch.Tensor, new: torch.fx.Node) -> None:
     """Raise `RewriteError` unless `new` has the shape, dtype and device of `old`."""
     value = value_of(new)
     if not same_shape(tuple(value.shape), tuple(old.shape)):
-        raise RewriteError(f"{new} has shape {tuple(value.shape)} instead of {tuple(old.shape)}")
+        raise RewriteError(reasons.OUTPUT_SHAPE(found=tuple(value.shape), wanted=tuple(old.shape)))
     if value.dtype != old.dtype or value.device != old.device:
-        raise RewriteError(
-            f"{new} is {value.dtype} on {value.device}, not {old.dtype} on {old.device}"
-        )
+        found, wanted = (f"{each.dtype} on {each.device}" for each in (value, old))
+        raise RewriteError(reasons.OUTPUT_DTYPE(found=found, wanted=wanted))
 
 
 def check_graph(gm: torch.fx.GraphModule, outputs: int) -> None:
@@ -28,7 +29,7 @@ def check_graph(gm: torch.fx.GraphModule, outputs: int) -> None:
     gm.graph.lint()
     count = output_count(gm)
     if count != outputs:
-        raise RewriteError(f"the graph gives {count} outputs instead of {outputs}")
+        raise RewriteError(reasons.OUTPUT_COUNT(found=count, wanted=outputs))
     gm.recompile()
 
 

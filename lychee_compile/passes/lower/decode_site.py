@@ -28,6 +28,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.gpu.methods import GPU_METHODS
 from lychee_compile.kernels.operators import decode  # noqa: F401  registers the operators
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caches import CacheBinding
 from lychee_compile.passes.detect.operands import Operand
@@ -112,7 +113,7 @@ def _operands(attention: Attention, emit: Emitter) -> KernelOperands:
     ):
         before, after = value_of(operand.node), value_of(node)
         if before.untyped_storage()._cdata != after.untyped_storage()._cdata:
-            raise NoKernel(f"the layout of the {name} is not one that kernels read")
+            raise NoKernel(reasons.COPIED_OPERAND(name=name))
     return operands
 
 
@@ -132,7 +133,7 @@ def _shown_keys(
     try:
         shown = show(Operand(cache, form.layout), attention.roles.key_layout(), whole=True)
     except RewriteError as error:
-        raise NoKernel(f"the layout of the cache is not one that kernels read: {error}") from error
+        raise NoKernel(reasons.CACHE_LAYOUT(error=error.reason.words)) from error
     graph.output(shown)
     return torch.fx.GraphModule({}, graph), value_of(shown)
 

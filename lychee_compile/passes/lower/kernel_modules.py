@@ -11,6 +11,7 @@ from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import AttentionSpec
 from lychee_compile.kernels.gpu.common.module_cache import store
 from lychee_compile.kernels.gpu.trial_run import TensorForm, TrialCall, try_kernels
+from lychee_compile.passes import reasons
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.lower.kernel_operands import KernelOperands
 from lychee_compile.passes.lower.kernel_support import NoKernel
@@ -31,8 +32,8 @@ def compile_kernels(spec: AttentionSpec, operands: KernelOperands, written: int 
     except Exception as error:  # whatever it is, the model must run
         logger.debug("no kernel for %s", spec, exc_info=True)
         kind = "exact" if spec.sparse is None and spec.tiles is None else "sparse"
-        first_line = next(iter(str(error).splitlines()), "")
-        raise NoKernel(f"no {kind} kernel for it: {type(error).__name__}: {first_line}") from error
+        failed = reasons.KERNEL_FAILED(kind=kind, error=reasons.brief(error))
+        raise NoKernel(failed) from error
     return kernel
 
 

@@ -35,7 +35,7 @@ def emit_kernel_operands(attention: Attention, emit: Emitter) -> KernelOperands:
         expressions = kernel_expressions(attention, canonical)
         return KernelOperands(expressions, canonical.operands(masked=False))
     except RewriteError as error:
-        raise NoKernel(str(error)) from error
+        raise NoKernel(error.reason) from error
 
 
 def kernel_specification(

@@ -1,4 +1,4 @@
-"""Facts that tell if generated kernels can run on an attention; reasons are words for the user."""
+"""Facts that tell if generated kernels can run on an attention, and the reasons if they cannot."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.methods import GPU_METHODS
 from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caches import CacheBinding
 from lychee_compile.passes.graph.dataflow import shape_of, static_size, value_of
+from lychee_compile.passes.reasons import Reason, ReasonedError, ReasonKind
 
 PREFILL_KERNELS = ("lychee",)
 """Policies that have kernels for a prefill."""
@@ -23,11 +25,9 @@ LARGEST_HEAD = 256
 OLDEST_CAPABILITY = (8, 0)
 """Lowest compute capability of an NVIDIA GPU that has kernels: the first with bfloat16."""
 
-_REFERENCE = "reference=True runs it slowly, in plain PyTorch"
 
-
-class NoKernel(Exception):  # noqa: N818  the attention stays as it is
-    """No kernel can be generated for an attention; the message says why, in words."""
+class NoKernel(ReasonedError):  # noqa: N818  the attention stays as it is
+    """No kernel can be generated for an attention."""
 
 
 def runs_kernels(attention: Attention, config: IndexConfig) -> bool:
@@ -42,29 +42,31 @@ def decodes(attention: Attention) -> bool:
     return isinstance(query_len, int) and query_len <= LONGEST_QUERY
 
 
-def no_decode_method(config: IndexConfig) -> str | None:
+def no_decode_method(config: IndexConfig) -> Reason | None:
     """Return why no decode kernel selects keys as the options ask for; None if one does."""
-    return _no_method(config, GPU_METHODS, "")
+    return _no_method(config, GPU_METHODS, reasons.POLICY_NO_KERNEL)
 
 
-def no_prefill_method(config: IndexConfig) -> str | None:
+def no_prefill_method(config: IndexConfig) -> Reason | None:
     """Return why no prefill kernel selects keys as the options ask for; None if one does."""
-    return _no_method(config, PREFILL_KERNELS, " for whole sequences")
+    return _no_method(config, PREFILL_KERNELS, reasons.POLICY_NO_PREFILL_KERNEL)
 
 
-def _no_method(config: IndexConfig, policies: Collection[str], what: str) -> str | None:
-    """Return why no kernel of these `policies`, which are for `what`, does as options ask for."""
-    lacks = f"has no kernel{what}"
+def _no_method(
+    config: IndexConfig, policies: Collection[str], lacking: ReasonKind
+) -> Reason | None:
+    """Return why no kernel of these `policies` does as the options ask for; None if one does.
+
+    `lacking` is the reason for any other policy.
+    """
     if config.policy not in policies:
-        known = " and ".join(map(repr, policies))
-        have = "have" if len(policies) > 1 else "has"
-        return f"option policy={config.policy!r} {lacks}: {known} {have} one; {_REFERENCE}"
+        return lacking(policy=config.policy, known=" or ".join(map(repr, policies)))
     if config.epsilon is not None:
-        return f"option epsilon={config.epsilon:g} {lacks}: None does; {_REFERENCE}"
+        return reasons.EPSILON_NO_KERNEL(epsilon=config.epsilon)
     return None
 
 
-def no_kernel(attention: Attention) -> str | None:
+def no_kernel(attention: Attention) -> Reason | None:
     """Return why neither an exact nor a sparse kernel can run; None if nothing speaks against it.
 
     Device, dtypes and sizes are looked at. Only an attempt tells if their layout can be read.
@@ -77,25 +79,27 @@ def no_kernel(attention: Attention) -> str | None:
         return reason
     for name, operand in (("keys", key), ("values", value)):
         if operand.dtype != query.dtype:
-            return f"{name} are {operand.dtype} and queries {query.dtype}: no kernel"
+            return reasons.MIXED_DTYPES(name=name, dtype=operand.dtype, query_dtype=query.dtype)
         if operand.device != query.device:
-            return f"{name} are on {operand.device} and queries on {query.device}"
+            return reasons.MIXED_DEVICES(
+                name=name, device=operand.device, query_device=query.device
+            )
     return _no_kernel_of_size(attention)
 
 
-def _no_kernel_of_size(attention: Attention) -> str | None:
+def _no_kernel_of_size(attention: Attention) -> Reason | None:
     roles = attention.roles
     for name, axes in (("key", roles.head_dim), ("value", roles.value_dim)):
         try:
             size = static(attention.size(axes), f"the size of a {name}")
         except NoKernel as error:
-            return str(error)
+            return error.reason
         if size > LARGEST_HEAD:
-            return f"the size of a {name}, {size}, is over {LARGEST_HEAD}: no kernel"
+            return reasons.HEAD_TOO_LARGE(name=name, size=size, limit=LARGEST_HEAD)
     return None
 
 
-def no_gpu_index(attention: Attention, binding: CacheBinding, config: IndexConfig) -> str | None:
+def no_gpu_index(attention: Attention, binding: CacheBinding, config: IndexConfig) -> Reason | None:
     """Return why the policy's index cannot be kept for a cache; None if nothing speaks against it.
 
     The policy has a decode kernel, and `no_kernel` found nothing.
@@ -103,17 +107,14 @@ def no_gpu_index(attention: Attention, binding: CacheBinding, config: IndexConfi
     head_dim = static(attention.size(attention.roles.head_dim), "the size of a key")
     multiple = GPU_METHODS[config.policy].multiple
     if head_dim % multiple:
-        return (
-            f"the size of a key, {head_dim}, is no multiple of {multiple}: "
-            "there is no sparse kernel for it"
-        )
+        return reasons.HEAD_NOT_A_MULTIPLE(size=head_dim, multiple=multiple)
     try:
         tokens_written(binding)
     except NoKernel as error:
-        return str(error)
+        return error.reason
     device = value_of(attention.key.node).device
     if binding.positions is not None and value_of(binding.positions).device != device:
-        return "the positions that are written are not on the device of the cache"
+        return reasons.POSITIONS_DEVICE()
     return None
 
 
@@ -127,29 +128,30 @@ def tokens_written(binding: CacheBinding) -> int:
     node, dim = binding.written
     count = static_size(shape_of(node)[dim])
     if count is None or count > LONGEST_QUERY:
-        raise NoKernel(f"{shape_of(node)[dim]} tokens are written at once: that is no decoding")
+        tokens = shape_of(node)[dim]
+        raise NoKernel(reasons.MANY_TOKENS_WRITTEN(count=tokens, limit=LONGEST_QUERY))
     return count
 
 
 @lru_cache(maxsize=16)
-def no_kernels_on(device: torch.device) -> str | None:
+def no_kernels_on(device: torch.device) -> Reason | None:
     """Return why kernels cannot run on a device; None if they can."""
     if find_spec("triton") is None:
-        return "Triton is not installed: there are no kernels without it"
+        return reasons.NO_TRITON()
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     if torch.version.hip is not None:
-        return f"no kernels for {name} yet: they are made for NVIDIA GPUs"
+        return reasons.GPU_VENDOR(name=name)
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         have, need = (".".join(map(str, each)) for each in (capability, OLDEST_CAPABILITY))
-        return f"{name} has compute capability {have}: kernels need {need}"
+        return reasons.GPU_TOO_OLD(name=name, have=have, need=need)
     return None
 
 
 def static(size: object, name: str) -> int:
     """Return a size that a kernel is generated for. Raises `NoKernel` if it is symbolic."""
     if not isinstance(size, int):
-        raise NoKernel(f"{name}, {size}, is not known when compiling")
+        raise NoKernel(reasons.SIZE_SYMBOLIC(name=name, size=size))
     return size
