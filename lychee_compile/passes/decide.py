@@ -25,13 +25,14 @@ from lychee_compile.passes.lower.kernel_support import (
 )
 from lychee_compile.passes.lower.patch_grids import find_grid
 from lychee_compile.passes.outcomes import (
-    DecodeKernel,
+    ExactDecodeKernel,
     KeepAsIs,
     OneSdpa,
     Outcome,
     PrefillKernels,
     PrefillReference,
     ReferenceSparse,
+    SparseDecodeKernel,
     how_much,
 )
 from lychee_compile.passes.reasons import Reason
@@ -151,14 +152,14 @@ class _Facts:
         if missing := no_kernel(attention):
             return self._exact(exact.and_also(missing)) if exact else self.keep(missing)
         if exact:
-            return DecodeKernel.over_all_keys(attention, exact, self._exact(exact))
+            return ExactDecodeKernel(attention, exact, self._exact(exact))
         if reason := no_decode_method(config):
-            return DecodeKernel.over_all_keys(attention, reason)
+            return ExactDecodeKernel(attention, reason)
         if isinstance(self.cache, Unbound):
-            return DecodeKernel.over_all_keys(attention, self.cache.reason)
+            return ExactDecodeKernel(attention, self.cache.reason)
         if reason := no_gpu_index(attention, self.cache, config):
-            return DecodeKernel.over_all_keys(attention, reason)
-        return DecodeKernel.through_index(attention, self.cache, config.policy, self._how_much())
+            return ExactDecodeKernel(attention, reason)
+        return SparseDecodeKernel(attention, self.cache, config.policy, self._how_much())
 
     def _how_much(self) -> str:
         kv_len = self.attention.kv_len

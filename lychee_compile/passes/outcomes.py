@@ -1,14 +1,17 @@
 """Outcomes: all that can become of an attention, each with one way to emit it.
 
-    KeepAsIs          the operators of the graph stay
-    OneSdpa           one scaled_dot_product_attention for products and a softmax written out
-    ReferenceSparse   decoding through an index, in plain PyTorch
-    DecodeKernel      decoding by a generated kernel, through an index or over all keys
-    PrefillReference  sparse prefill, in plain PyTorch
-    PrefillKernels    sparse prefill by generated kernels
+    KeepAsIs            the operators of the graph stay
+    OneSdpa             one scaled_dot_product_attention for products and a softmax written out
+    ReferenceSparse     decoding through an index, in plain PyTorch
+    SparseDecodeKernel  decoding through an index, by a generated kernel
+    ExactDecodeKernel   decoding over all visible keys, by a generated kernel
+    PrefillReference    sparse prefill, in plain PyTorch
+    PrefillKernels      sparse prefill, by generated kernels
 
 An outcome is decided from facts alone, and only `emit` acts. It raises `NoKernel` or `RewriteError`
-if it cannot do what was decided. `instead` gives the outcome to try next.
+if it cannot do what was decided; `instead` then gives the outcome to try next. An outcome is told
+in a report by its `decision`, `kernel`, `reason` (None if it is sparse), `reads` ("" if it is not)
+and `by_design`.
 """
 
 from __future__ import annotations
@@ -106,42 +109,20 @@ class ReferenceSparse:
 
 
 @dataclass(frozen=True)
-class DecodeKernel:
-    """A generated kernel decodes: through the index of a cache, or over all visible keys."""
+class SparseDecodeKernel:
+    """A generated kernel decodes through the index of a cache."""
 
     attention: Attention
-    binding: CacheBinding | None
-    """The cache whose index is read; None: all visible keys are read."""
+    binding: CacheBinding
     policy: str
-    """Name of the policy that selects keys, "exact" if all are read."""
-    reads: str = ""
-    """How much is read through the index, in words; "" without one."""
-    reason: Reason | None = None
-    """Why all keys are read; None if they are not."""
-    by_pytorch: KeepAsIs | OneSdpa | None = None
-    """What PyTorch does if there is no such kernel and the attention is meant to be exact."""
+    """Name of the policy that selects keys."""
+    reads: str
+    """How much is read, in words."""
     module: str = ""
     """Name of the generated module, once there is one."""
     by_design: ClassVar[bool] = False
-
-    @classmethod
-    def through_index(
-        cls, attention: Attention, binding: CacheBinding, policy: str, reads: str
-    ) -> DecodeKernel:
-        """Return the outcome that reads a part of the keys."""
-        return cls(attention, binding, policy, reads)
-
-    @classmethod
-    def over_all_keys(
-        cls, attention: Attention, reason: Reason, by_pytorch: KeepAsIs | OneSdpa | None = None
-    ) -> DecodeKernel:
-        """Return the outcome that reads all visible keys, for a reason."""
-        return cls(attention, None, "exact", reason=reason, by_pytorch=by_pytorch)
-
-    @property
-    def decision(self) -> Decision:
-        """The word for it in a report."""
-        return "exact" if self.binding is None else "sparse"
+    decision: ClassVar[Decision] = "sparse"
+    reason: ClassVar[None] = None
 
     @property
     def kernel(self) -> str:
@@ -150,20 +131,43 @@ class DecodeKernel:
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Generate the kernel, try it, and emit its operator."""
-        if self.binding is None:
-            output, module = emit_exact_decode(self.attention, context)
-        else:
-            output, module = emit_sparse_decode(self.attention, self.binding, context)
+        output, module = emit_sparse_decode(self.attention, self.binding, context)
         return output, replace(self, module=module)
 
     def instead(self, failure: Reason) -> Outcome:
-        """Read all keys, or leave it to PyTorch if that failed too."""
-        if self.binding is not None:
-            return DecodeKernel.over_all_keys(self.attention, failure)
-        if self.by_pytorch is not None:
-            reason = self.by_pytorch.reason.and_also(failure)
-            return replace(self.by_pytorch, reason=reason)
-        return KeepAsIs(self.attention, failure, by_design=False)
+        """Read all keys."""
+        return ExactDecodeKernel(self.attention, failure)
+
+
+@dataclass(frozen=True)
+class ExactDecodeKernel:
+    """A generated kernel decodes over all visible keys."""
+
+    attention: Attention
+    reason: Reason
+    by_pytorch: KeepAsIs | OneSdpa | None = None
+    """What PyTorch does if there is no such kernel and the attention is meant to be exact."""
+    module: str = ""
+    """Name of the generated module, once there is one."""
+    by_design: ClassVar[bool] = False
+    decision: ClassVar[Decision] = "exact"
+    reads: ClassVar[str] = ""
+
+    @property
+    def kernel(self) -> str:
+        """The generated module, or words that stand for it."""
+        return self.module or NOT_GENERATED.format("decode_exact")
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Generate the kernel, try it, and emit its operator."""
+        output, module = emit_exact_decode(self.attention, context)
+        return output, replace(self, module=module)
+
+    def instead(self, failure: Reason) -> Outcome:
+        """Leave the attention to PyTorch."""
+        if self.by_pytorch is None:
+            return KeepAsIs(self.attention, failure, by_design=False)
+        return replace(self.by_pytorch, reason=self.reason.and_also(failure))
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,17 @@ class PrefillKernels:
         return KeepAsIs(self.attention, failure, by_design=False)
 
 
-Outcome = KeepAsIs | OneSdpa | ReferenceSparse | DecodeKernel | PrefillReference | PrefillKernels
+Outcome = (
+    KeepAsIs
+    | OneSdpa
+    | ReferenceSparse
+    | SparseDecodeKernel
+    | ExactDecodeKernel
+    | PrefillReference
+    | PrefillKernels
+)
+Generated = SparseDecodeKernel | ExactDecodeKernel | PrefillKernels
+"""Outcomes that generate a module, and have its name once they have."""
 Emitted = tuple[torch.fx.Node, Outcome]
 """What the graph goes on with, and the outcome with the module that was generated for it."""
 

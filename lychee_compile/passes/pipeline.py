@@ -27,12 +27,13 @@ from lychee_compile.passes.graph.normalise import normalise
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.kernel_support import runs_kernels
 from lychee_compile.passes.outcomes import (
-    DecodeKernel,
+    Generated,
     KeepAsIs,
     OneSdpa,
     PrefillKernels,
     PrefillReference,
     ReferenceSparse,
+    SparseDecodeKernel,
 )
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.rewrite import note_prefill, rewrite
@@ -77,8 +78,7 @@ class Compilation:
     def awaits_kernels(self) -> bool:
         """True if a kernel was decided on that is not generated yet."""
         outcomes = [plan.outcome for plan in self.plans]
-        generated = [each for each in outcomes if isinstance(each, DecodeKernel | PrefillKernels)]
-        return any(not each.module for each in generated)
+        return any(isinstance(each, Generated) and not each.module for each in outcomes)
 
     def keep_all(self, reason: Reason) -> None:
         """Plan to leave every attention as it is, since the graph could not be rewritten."""
@@ -121,11 +121,7 @@ def _note_prefill(compilation: Compilation) -> None:
     options = compilation.options
     decodes_later = options.budget is not None and has_index(options.policy)
     outcomes = [plan.outcome for plan in compilation.plans]
-    decodes_now = any(
-        isinstance(each, ReferenceSparse)
-        or (isinstance(each, DecodeKernel) and each.binding is not None)
-        for each in outcomes
-    )
+    decodes_now = any(isinstance(each, ReferenceSparse | SparseDecodeKernel) for each in outcomes)
     if options.boundary_table() is not None and decodes_later and not decodes_now:
         worth_noting = [plan for plan in compilation.plans if _is_noted(plan, options)]
         note_prefill(worth_noting, compilation.context)

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value)
+    """Hides one key, so that a budget for all others is one for all."""
+    visible = torch.arange(key.shape[2]) != 7
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible[None])
 
 
 def operands() -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +40,9 @@ def operands() -> tuple[Tensor, Tensor, Tensor]:
 RESISTS = RewriteError(reasons.REWRITE_FAILED(error="it resists"))
 
 
-@pytest.mark.parametrize("error", [RESISTS, ZeroDivisionError("it resists")], ids=type)
+@pytest.mark.parametrize(
+    "error", [RESISTS, ZeroDivisionError("it resists")], ids=["reasoned", "a bug"]
+)
 def test_an_attention_that_resists_is_kept_and_refused_when_strict(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +83,7 @@ def test_the_others_are_rewritten_all_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(canonical, "check_replacement", resist)
     inputs = *operands(), torch.randn(1, 2, SIZE, 8)
     compiled = torch.compile(both, backend="lychee", options=EVERYTHING)
-    torch.testing.assert_close(compiled(*inputs), both(*inputs), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(compiled(*inputs), both(*inputs), atol=1e-5, rtol=1e-5)
     decisions = [site.decision for site in lychee_compile.reports()[-1].sites]
     assert decisions == ["kept", "sparse"]
     targets = [str(node.target) for node in graphs[0].nodes]
@@ -94,7 +98,7 @@ def test_an_attention_over_the_output_of_another_is_rewritten_too() -> None:
 
     inputs = operands()
     compiled = torch.compile(twice, backend="lychee", options=EVERYTHING)
-    torch.testing.assert_close(compiled(*inputs), twice(*inputs), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(compiled(*inputs), twice(*inputs), atol=1e-5, rtol=1e-5)
     assert counters["lychee"]["sparse"] == 2
     assert len(registry) == 1
 
