@@ -172,6 +172,16 @@ def has_data(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
+def share_storage(one: Tensor, other: Tensor) -> bool:
+    """True if two tensors, fake ones too, show the same memory."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def operator_namespace(target: object) -> str:
+    """Return the namespace of an operator, "aten" for one; "" for any other function."""
+    return target.namespace if isinstance(target, torch._ops.OpOverload) else ""
+
+
 def symbols_of(value: Any) -> set[Any]:
     """The symbols in a tensor's sizes and strides, or in a number."""
     if isinstance(value, Tensor):

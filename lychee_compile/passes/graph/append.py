@@ -19,7 +19,7 @@ from lychee_compile.kernels.operators import (  # noqa: F401  registers the oper
 )
 from lychee_compile.passes.graph.dataflow import aten, calls, is_tensor, shape_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
-from lychee_compile.torch_private import FakeTensorMode
+from lychee_compile.torch_private import FakeTensorMode, operator_namespace
 
 
 def append_in_place(gm: torch.fx.GraphModule, mode: FakeTensorMode) -> None:
@@ -55,8 +55,7 @@ def _growth(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
 
 def _takes_any_strides(user: torch.fx.Node) -> bool:
     """True if `user` gives the same result for a tensor of other strides."""
-    target = user.target
-    is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "lychee"
+    is_ours = operator_namespace(user.target) == "lychee"
     return is_ours or calls(user, aten.sym_size.int)
 
 

@@ -28,7 +28,7 @@ class Canonical:
     value: torch.fx.Node
     """[B, Hkv, L, Dv]."""
     mask: torch.fx.Node | None
-    """bool, True where visible, or additive; broadcastable to [B, Hq, Tq, L], L whole."""
+    """bool, True where visible, or additive; broadcastable to [B, Hq, Tq, L], L not broadcast."""
     extra: torch.fx.Node | None
     """Logit of a key without value, broadcastable to [B, Hq, Tq]."""
 

@@ -46,6 +46,7 @@ from lychee_compile.passes.lower.kernel_operands import (
 from lychee_compile.passes.lower.kernel_support import NoKernel, tokens_written
 from lychee_compile.passes.lower.rearrange import Rearranger
 from lychee_compile.passes.lower.written_slots import named_slots
+from lychee_compile.torch_private import share_storage
 
 
 def emit_exact_decode(attention: Attention, context: LoweringContext) -> tuple[torch.fx.Node, str]:
@@ -111,8 +112,7 @@ def _operands(attention: Attention, emit: Emitter) -> KernelOperands:
         ("keys", attention.key, operands.tensors.key),
         ("values", attention.value, operands.tensors.value),
     ):
-        before, after = value_of(operand.node), value_of(node)
-        if before.untyped_storage()._cdata != after.untyped_storage()._cdata:
+        if not share_storage(value_of(operand.node), value_of(node)):
             raise NoKernel(reasons.COPIED_OPERAND(name=name))
     return operands
 

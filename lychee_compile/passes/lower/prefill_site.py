@@ -58,7 +58,7 @@ def emit_prefill_kernels(
 ) -> tuple[torch.fx.Node, str, Grid | None]:
     """Emit generated kernels; return the output, the kernels' name, and the grid if it is used.
 
-    Queries stay in their order, so that no grid is used, if score or mask depend on where they are.
+    No grid is used, and queries stay in their order, if score or mask depend on their positions.
     Raises `NoKernel` and `RewriteError`.
     """
     emit, config = context.emit, context.config

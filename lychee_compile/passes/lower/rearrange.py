@@ -66,7 +66,7 @@ class Rearranger:
             result = [(axis,) for axis in axes] + result
         return node, result
 
-    def _sizes(self, axes: tuple[Axis, ...]) -> list[Any]:
+    def _sizes(self, axes: tuple[Axis, ...]) -> list[int]:
         """Return sizes for `unflatten`; -1 stands for the only one that may be symbolic."""
         sizes: list[Any] = []
         for axis in axes:
