@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -123,23 +122,3 @@ def test_a_graph_that_is_compiled_anew_counts_once(
         decision
     ]
     assert counters["lychee"]["found"] == counters["lychee"][decision] == 1
-
-
-def test_each_pass_that_changes_the_graph_is_logged_before_and_after(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level(logging.DEBUG, logger="lychee_compile.passes.pipeline"):
-        torch.compile(attend, backend="lychee", options=SPARSE)(*operands())
-    heads = [
-        record.message.partition(":")[0]
-        for record in caplog.records
-        if record.name == "lychee_compile.passes.pipeline"
-    ]
-    assert heads == ["graph before rewrite", "graph after rewrite"]
-    before, after = (
-        record.message
-        for record in caplog.records
-        if record.name == "lychee_compile.passes.pipeline"
-    )
-    assert "sparse_attention" not in before
-    assert "sparse_attention" in after

@@ -7,7 +7,6 @@ layout ((b,), (t,), (h,), (d,))  ->  wanted ((b,), (h,), (t,), (d,))  permute
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch.fx
 
@@ -68,7 +67,7 @@ class Rearranger:
 
     def _sizes(self, axes: tuple[Axis, ...]) -> list[int]:
         """Return sizes for `unflatten`; -1 stands for the only one that may be symbolic."""
-        sizes: list[Any] = []
+        sizes: list[int] = []
         for axis in axes:
             size = self._axes.sizes[axis]
             sizes.append(int(size) if size.is_Integer else -1)
@@ -88,7 +87,7 @@ class Rearranger:
         missing = [axis for axis in flat if axis not in present]
         if not missing:
             return node
-        sizes: list[Any] = []
+        sizes: list[Size] = []
         for dim, axis in enumerate(flat):
             if axis in present:
                 sizes.append(-1)
