@@ -10,6 +10,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
     argument,
     aten,
@@ -21,7 +22,6 @@ from lychee_compile.passes.graph.dataflow import (
     through_copies,
     value_of,
 )
-from lychee_compile.passes.symbolic.views import storage_of, written_by
 
 Slot = int | torch.fx.Node
 

@@ -26,6 +26,7 @@ from lychee_compile.passes.detect.operands import Place, free_axes
 from lychee_compile.passes.detect.products import Product, product_of
 from lychee_compile.passes.detect.score_trace import ScoreTracer, Trace
 from lychee_compile.passes.detect.softmaxes import Softmax, divisor_place, find_softmaxes
+from lychee_compile.passes.graph.aliasing import is_view_of_part
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
@@ -37,13 +38,7 @@ from lychee_compile.passes.graph.names import Names
 from lychee_compile.passes.graph.region import Order
 from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices
 from lychee_compile.passes.symbolic.elements import Elements
-from lychee_compile.passes.symbolic.views import (
-    CARRIERS,
-    broadcast,
-    is_shape_operator,
-    is_view_of_part,
-    source_of,
-)
+from lychee_compile.passes.symbolic.views import CARRIERS, broadcast, is_shape_operator, source_of
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,11 @@ import sympy
 import torch
 import torch.fx
 
+from lychee_compile.passes.graph.aliasing import is_pure_view
 from lychee_compile.passes.graph.dataflow import is_tensor, operator_key, shape_of, value_of
 from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices
 from lychee_compile.passes.symbolic.elements import Elements
-from lychee_compile.passes.symbolic.views import broadcast, is_pure_view, source_of
+from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 Layout = tuple[tuple[Axis, ...], ...]
 """For each dimension of a tensor the axes it holds, outermost first; none where its size is one."""

@@ -14,8 +14,8 @@ import operator
 import torch
 import torch.fx
 
+from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import operator_key
-from lychee_compile.passes.symbolic.views import storage_of, written_by
 from lychee_compile.torch_private import is_foreign
 
 

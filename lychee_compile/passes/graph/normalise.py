@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.fx
 
+from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import aten, first_input, value_of
 from lychee_compile.passes.graph.dead_code import erase_dead_code
-from lychee_compile.passes.symbolic.views import storage_of, written_by
 from lychee_compile.torch_private import is_foreign
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import networkx as nx
 import torch.fx
 
+from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import operator_key
-from lychee_compile.passes.symbolic.views import storage_of, written_by
 
 
 class Order:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.fx
 
+from lychee_compile.passes.graph.aliasing import is_pure_view, storage_of, written_by
 from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of, value_of
 from lychee_compile.passes.lower.rearrange import Emitter
-from lychee_compile.passes.symbolic.views import is_pure_view, storage_of, written_by
 
 MOST_KEPT = 4096
 """Elements up to which a tensor is copied before it is written."""

@@ -16,6 +16,7 @@ import torch
 import torch.fx
 from sympy.logic.boolalg import Boolean
 
+from lychee_compile.passes.graph.aliasing import storage_of
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
@@ -39,7 +40,7 @@ from lychee_compile.passes.symbolic.elementwise import (
     number,
     truth,
 )
-from lychee_compile.passes.symbolic.views import broadcast, source_of, storage_of
+from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 DEEPEST = 40
 """Operators up to which an element is followed, so that no chain through a model is."""

@@ -14,6 +14,7 @@ import sympy
 import torch
 import torch.fx
 
+from lychee_compile.passes.graph.aliasing import SEVERAL
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
@@ -138,7 +139,7 @@ def _part_of_several(node: torch.fx.Node, indices: Indices) -> Source | None:
     if several.op != "call_function" or not isinstance(which, int):
         return None
     key = operator_key(several)
-    if key not in _SEVERAL:
+    if key not in SEVERAL:
         return None
     source = first_input(several)
     dim = argument(several, "dim", 0) % len(shape_of(source))
@@ -201,10 +202,6 @@ def _rule_names() -> dict[str, Callable[..., Source | None]]:
     return rules
 
 
-_SEVERAL = {
-    "chunk", "split", "split_with_sizes", "unbind", "unsafe_chunk", "unsafe_split",
-    "tensor_split", "unsafe_split_with_sizes",
-}  # fmt: skip
 _RULES = _rule_names()
 _ONE_TO_ONE = {
     key for key, rule in _RULES.items() if rule in (_copy, _reshape, _permute, _move, _reverse)
@@ -213,80 +210,13 @@ MERE_COPIES = {key for key, rule in _RULES.items() if rule is _copy}
 """Operators whose output has the values and the shape of their input, but for the dtype."""
 
 
-def storage_of(node: torch.fx.Node) -> torch.fx.Node:
-    """The node whose memory `node` shows, or may show: itself where it has its own."""
-    while node.op == "call_function" and node.args:
-        several = node.target is operator.getitem
-        maker = first_input(node) if several else node
-        if not _may_share(maker) or not isinstance(maker.args[0], (torch.fx.Node, list, tuple)):
-            return node
-        source: Any = maker.args[0]
-        if not isinstance(source, torch.fx.Node):  # broadcast_tensors and meshgrid take a list
-            source = source[node.args[1] if several else 0]
-        node = source
-    return node
-
-
-def _may_share(node: torch.fx.Node) -> bool:
-    """Whether an operator may give its input's memory, changed in place or not."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or operator_key(node) in _FRESH:
-        return False
-    annotated = any(each.alias_info is not None for each in schema.returns)
-    return annotated or operator_key(node) in _UNANNOTATED
-
-
-_FRESH = {"clone", "_to_copy", "lift_fresh_copy", "repeat", "tile", "repeat_interleave", "flip"}
-_UNANNOTATED = {
-    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "atleast_1d",
-    "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "type_as",
-    "hsplit", "vsplit", "dsplit", "rrelu", "lift_fresh",
-}  # fmt: skip
-"""Operators that may return a view of an input without saying so."""
-
-
-def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """The tensors that an operator writes to."""
-    schema = getattr(node.target, "_schema", None)
-    if (
-        schema is None
-        or not schema.is_mutable
-        or operator_key(node) in ("detach_", "requires_grad_")
-    ):
-        return []
-    written = []
-    for formal in schema.arguments:
-        if formal.alias_info is not None and formal.alias_info.is_write:
-            given = argument(node, formal.name)
-            given = given if isinstance(given, (list, tuple)) else [given]
-            written += [each for each in given if isinstance(each, torch.fx.Node)]
-    return written
-
-
 def is_shape_operator(node: torch.fx.Node) -> bool:
     """Whether the output of `node` shows all elements of its input, each once."""
     return operator_key(node) in _ONE_TO_ONE
 
 
-def is_view_of_part(node: torch.fx.Node) -> bool:
-    """Whether `node` is one output of `chunk`, `split` or `unbind`."""
-    return node.target is operator.getitem and operator_key(node.args[0]) in _SEVERAL
-
-
 CARRIERS = {
-    *_RULES, *_SEVERAL, "dropout", "native_dropout", "nan_to_num", "masked_fill", "where", "mul",
+    *_RULES, *SEVERAL, "dropout", "native_dropout", "nan_to_num", "masked_fill", "where", "mul",
     "multiply", "div", "add", "sub", "pow", "relu", "clamp", "clamp_min",
 }  # fmt: skip
 """Operators through which the elements of a tensor go on, one by one."""
-
-
-_PURE_VIEWS = {
-    "alias", "detach", "view", "expand", "expand_as", "unsqueeze", "squeeze", "transpose",
-    "permute", "t", "mT", "mH", "select", "slice", "narrow", "swapaxes", "swapdims",
-    "movedim", "unflatten",
-}  # fmt: skip
-
-
-def is_pure_view(node: torch.fx.Node) -> bool:
-    """Whether `node` shows the memory of its input and copies nothing, in any case."""
-    return operator_key(node) in _PURE_VIEWS or is_view_of_part(node)
