@@ -15,9 +15,10 @@ from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.bounds import KeyBound, key_bound
 from lychee_compile.codegen.specification import KV, B, H, Q
+from lychee_compile.kernels.reference.hidden import HIDDEN
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.operands import Operand
-from lychee_compile.passes.detect.scores import HIDDEN_BELOW, Bias
+from lychee_compile.passes.detect.scores import Bias
 from lychee_compile.passes.graph.dataflow import shape_of, value_of
 from lychee_compile.passes.symbolic.elementwise import Flag
 
@@ -168,7 +169,7 @@ class Reading:
         for term in sympy.Add.make_args(element):
             times, tensor = term.as_coeff_Mul()
             by_key = isinstance(tensor, sympy.Indexed) and tensor.has(KV) and not tensor.has(Q)
-            if by_key and abs(times) >= -HIDDEN_BELOW:
+            if by_key and abs(times) >= -HIDDEN:
                 return str(tensor.base)
         return ""
 

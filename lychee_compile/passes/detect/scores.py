@@ -14,6 +14,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.specification import S
+from lychee_compile.kernels.reference.hidden import HIDDEN
 from lychee_compile.passes.detect.operands import Operand, Place, free_axes
 from lychee_compile.passes.detect.score_trace import Step, Trace
 from lychee_compile.passes.graph.dataflow import is_tensor, operator_key, shape_of
@@ -27,9 +28,6 @@ from lychee_compile.passes.symbolic.elementwise import (
     piecewise,
     truth,
 )
-
-HIDDEN_BELOW = -1e4
-"""A score filled in at or below this hides its key."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Bias:
         """Whether all it does is to hide keys, by low numbers."""
         if not isinstance(self.element, sympy.Piecewise):
             return False
-        return all(value.is_zero or _hides(value * self.times) for value, _ in self.element.args)
+        return all(value.is_zero or hides(value * self.times) for value, _ in self.element.args)
 
     @property
     def added(self) -> Element:
@@ -69,7 +67,7 @@ class Bias:
         """The conditions under which it hides a key."""
         value = self._value
         branches = _exclusive(value) if isinstance(value, sympy.Piecewise) else []
-        return [condition for low, condition in branches if _hides(low)]
+        return [condition for low, condition in branches if hides(low)]
 
     @property
     def _value(self) -> Element:
@@ -225,13 +223,13 @@ class _Sum:
         self.capped = True
 
     def _floor(self, step: Step) -> None:
-        if not _hides(self._value(step)):
+        if not hides(self._value(step)):
             self._other(step)
 
     def _fill(self, step: Step) -> None:
         fill = self.elements.of(step.fill, ()) if not is_tensor(step.fill) else self._filled(step)
         value = self._value(step)
-        if not _hides(fill):
+        if not hides(fill):
             self.refuse("scores are replaced by others under a condition")
             return
         operand = self._operand(step)
@@ -325,13 +323,13 @@ def _exclusive(choice: sympy.Piecewise) -> list[tuple[sympy.Expr, Boolean]]:
 
 def _shown(choice: sympy.Piecewise) -> Element:
     """A choice without the branches that hide."""
-    pairs = [(value, condition) for value, condition in choice.args if not _hides(value)]
+    pairs = [(value, condition) for value, condition in choice.args if not hides(value)]
     if len(pairs) == len(choice.args):
         return choice
     return piecewise([*pairs[:-1], (pairs[-1][0], sympy.true)]) if pairs else sympy.S.Zero
 
 
-def _hides(value: Element) -> bool:
+def hides(value: Element) -> bool:
     """Whether a score of this, or of this and something, is that of a hidden key."""
     low = value.as_coeff_Add()[0] if isinstance(value, sympy.Add) else value
-    return bool(low.is_number and low.is_extended_real and low <= HIDDEN_BELOW)
+    return bool(low.is_number and low.is_extended_real and low <= HIDDEN)
