@@ -17,26 +17,30 @@ from lychee_compile.passes.detect.flex import flex_score
 from lychee_compile.passes.detect.operands import Place, free_axes
 from lychee_compile.passes.detect.products import Product
 from lychee_compile.passes.detect.score_trace import Step, Trace
-from lychee_compile.passes.graph.dataflow import argument, operator_key, shape_of, value_of
-from lychee_compile.passes.symbolic.axes import Axes, SplitAxis, size_expression
+from lychee_compile.passes.graph.dataflow import (
+    argument,
+    is_operator,
+    operator_key,
+    operator_of,
+    shape_of,
+    value_of,
+)
+from lychee_compile.passes.graph.operator_facts import Family, StepKind
+from lychee_compile.passes.symbolic.axes import Axes, size_expression, with_finer_axes
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.views import broadcast
 
 logger = logging.getLogger(__name__)
 
-FINEST = 12
-"""How often the axes of one attention may be taken apart."""
-
 
 def find_fused(scene: GraphContext) -> Iterator[Attention | Unread]:
     """Every attention that is one operator, in order."""
     for node in scene.order.nodes:
-        key = operator_key(node)
-        if key == "scaled_dot_product_attention":
+        if is_operator(node, "scaled_dot_product_attention"):
             yield _read(node, "sdpa", lambda axes, node=node: _from_sdpa(node, axes, scene))  # type: ignore[misc]
         elif node.target is torch.ops.higher_order.flex_attention:
             yield _read(node, "flex", lambda axes, node=node: _from_flex(node, axes, scene))  # type: ignore[misc]
-        elif key in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention"):
+        elif operator_of(node).family is Family.ATTENTION_MODULE:
             yield _from_module(node)
 
 
@@ -44,6 +48,7 @@ def _read(
     node: torch.fx.Node, form: str, match: Callable[[Axes], Attention | Rejected | None]
 ) -> Attention | Unread:
     """What `match` makes of an operator; what its operands' shapes tell where that is nothing."""
+    found: Attention | Rejected | None
     try:
         found = with_finer_axes(match)
     except Exception as error:
@@ -72,17 +77,6 @@ def _plain(size: Any) -> int | sympy.Expr:
     return int(expression) if expression.is_Integer else expression
 
 
-def with_finer_axes(match: Callable[[Axes], Any]) -> Any:
-    """`match` with axes fine enough for every view in the way; None where none are."""
-    axes = Axes()
-    for _ in range(FINEST):
-        try:
-            return match(axes)
-        except SplitAxis as request:
-            axes.split(request)
-    return None
-
-
 def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attention | Rejected:
     mask = argument(node, "attn_mask")
     scale = argument(node, "scale")
@@ -90,7 +84,7 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
         scale = float(shape_of(argument(node, "query"))[-1]) ** -0.5
     gqa = bool(argument(node, "enable_gqa", False))
     trace, pieces = _operands(node, node, gqa, axes)
-    steps = [Step("times", node, scale)]
+    steps = [Step(StepKind.TIMES, node, scale)]
     if mask is not None:
         wide = (*pieces["out"][:-1], pieces["kv"])
         at = wide[len(wide) - len(shape_of(mask)) :]
@@ -100,9 +94,9 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
         )
         hides = value_of(mask).dtype == torch.bool
         step = (
-            Step("fill", node, mask, at, -torch.inf, when=False)
+            Step(StepKind.FILL, node, mask, at, -torch.inf, when=False)
             if hides
-            else Step("plus", node, mask, at)
+            else Step(StepKind.PLUS, node, mask, at)
         )
         steps.append(step)
     elements = Elements(axes, scene.names, scene.written)

@@ -14,7 +14,8 @@ import sympy
 import torch.fx
 
 from lychee_compile.passes.detect.operands import Layout, Operand, free_axes
-from lychee_compile.passes.graph.dataflow import operator_key, shape_of
+from lychee_compile.passes.graph.dataflow import is_operator, operator_of, shape_of
+from lychee_compile.passes.graph.operator_facts import Family, ProductKind
 from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices
 from lychee_compile.passes.symbolic.views import broadcast, source_of
 
@@ -89,26 +90,26 @@ def _projected(
     node: torch.fx.Node, indices: Indices, is_parameter: Callable[[torch.fx.Node], bool]
 ) -> Indices | None:
     """Indices along the features that a projection makes."""
-    key = operator_key(node)
-    if key == "linear" or (key == "addmm" and len(indices) == 2):
-        return indices[-1:]
-    if key.startswith(("conv", "_convolution", "convolution")):
+    described = operator_of(node)
+    if described.family is Family.CONVOLUTION:
         return indices[1:2]
-    if key in ("matmul", "mm", "bmm") and is_parameter(node.args[1]):  # type: ignore[arg-type]
-        return indices[-1:]
-    return None
+    is_layer = is_operator(node, "linear") or is_operator(node, "addmm")
+    if described.product is ProductKind.MATMUL and len(indices) > 1:
+        is_layer = is_parameter(node.args[1])  # type: ignore[arg-type]
+    return indices[-1:] if is_layer else None
 
 
 def _first_operand(node: torch.fx.Node, indices: Indices) -> tuple[torch.fx.Node, Indices] | None:
     """An operand that has the axes of the output, roughly: good enough to name them by."""
     for operand in node.all_input_nodes:
         sizes, wide = shape_of(operand), shape_of(node)
-        key = operator_key(node)
-        if key in ("cat", "stack"):
-            return operand, indices[: len(sizes)] if key == "cat" else indices[:-1]
-        if key == "view_as_complex" and len(indices) + 1 == len(sizes):
+        if is_operator(node, "cat"):
+            return operand, indices[: len(sizes)]
+        if is_operator(node, "stack"):
+            return operand, indices[:-1]
+        if is_operator(node, "view_as_complex") and len(indices) + 1 == len(sizes):
             return operand, (*indices, sympy.S.Zero)
-        if key == "view_as_real" and len(indices) == len(sizes) + 1:
+        if is_operator(node, "view_as_real") and len(indices) == len(sizes) + 1:
             return operand, indices[:-1]
         if len(sizes) == len(wide) == len(indices) and len(sizes) > 1:
             return operand, broadcast(indices, sizes, wide)

@@ -16,12 +16,15 @@ from lychee_compile.passes.graph.dataflow import (
     aten,
     calls,
     first_input,
+    is_operator,
+    operator_of,
     same,
     shape_of,
     static_size,
     through_copies,
     value_of,
 )
+from lychee_compile.passes.graph.operator_facts import Family
 
 Slot = int | torch.fx.Node
 
@@ -120,9 +123,9 @@ class _Binder:
 
     def bind(self) -> CacheBinding:
         held = self._behind_prefixes(self._key)
-        if calls(held, aten.cat.default):
+        if is_operator(held, "cat"):
             return self._grown(held)
-        if calls(held, aten.index_copy_.default, aten.index_put_.default):
+        if _writes_tokens(held):
             return self._written(held)
         if held.op == "placeholder":
             return self._read(held)
@@ -254,9 +257,11 @@ def _holds_cache(node: torch.fx.Node) -> bool:
     node = through_copies(node)
     if calls(node, aten.slice.Tensor):
         return _holds_cache(node.args[0])  # type: ignore[arg-type]
-    return node.op == "placeholder" or calls(
-        node, aten.index_copy_.default, aten.index_put_.default
-    )
+    return node.op == "placeholder" or _writes_tokens(node)
+
+
+def _writes_tokens(node: torch.fx.Node) -> bool:
+    return operator_of(node).family is Family.TOKEN_WRITE
 
 
 def _slot(bound: Any, kv_len: int | torch.SymInt) -> Slot | None:

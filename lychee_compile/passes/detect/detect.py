@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import sympy
@@ -21,7 +22,7 @@ import torch.fx
 
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
 from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
-from lychee_compile.passes.detect.attention_operators import find_fused, with_finer_axes
+from lychee_compile.passes.detect.attention_operators import find_fused
 from lychee_compile.passes.detect.operands import Place, free_axes
 from lychee_compile.passes.detect.products import Product, product_of
 from lychee_compile.passes.detect.score_trace import ScoreTracer, Trace
@@ -30,15 +31,18 @@ from lychee_compile.passes.graph.aliasing import is_view_of_part
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
+    is_operator,
     operator_key,
+    operator_of,
     shape_of,
     value_of,
 )
 from lychee_compile.passes.graph.names import Names
+from lychee_compile.passes.graph.operator_facts import Family, StepKind
 from lychee_compile.passes.graph.region import Order
-from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices
+from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices, with_finer_axes
 from lychee_compile.passes.symbolic.elements import Elements
-from lychee_compile.passes.symbolic.views import CARRIERS, broadcast, is_shape_operator, source_of
+from lychee_compile.passes.symbolic.views import broadcast, is_shape_operator, source_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +73,9 @@ def _from_softmax(softmax: Softmax, scene: GraphContext) -> Attention | Rejected
 def _attention_of(softmax: Softmax, scene: GraphContext) -> Attention | Rejected:
     reason = "its weights are not multiplied with values"
     for product in _products_with(softmax.weights):
-        result = with_finer_axes(lambda axes, p=product: _match(softmax, p, axes, scene))  # type: ignore[misc]
+        result: Attention | Rejected | None = with_finer_axes(
+            partial(_match, softmax, product, scene)
+        )
         if isinstance(result, Attention):
             return result
         reason = result.reason if result else reason
@@ -96,11 +102,11 @@ def _holds_floats(node: torch.fx.Node) -> bool:
 
 
 def _carries(node: torch.fx.Node) -> bool:
-    return operator_key(node) in CARRIERS or is_view_of_part(node)
+    return operator_of(node).carries_weights or is_view_of_part(node)
 
 
 def _match(
-    softmax: Softmax, product: Product, axes: Axes, scene: GraphContext
+    softmax: Softmax, product: Product, scene: GraphContext, axes: Axes
 ) -> Attention | Rejected | None:
     """The attention whose values `product` sums up; None where the softmax is not summed over."""
     elements = Elements(axes, scene.names, scene.written)
@@ -168,7 +174,7 @@ def _dropped_keys(softmax: Softmax, keys: frozenset[Axis], axes: Axes, trace: Tr
     """Why the softmax must not be taken over the summed axes alone; empty where it may."""
     sizes = [axes.index(f"whole{dim}", shape_of(softmax.scores)[dim]) for dim in softmax.dims]
     there = axes.product(axis for size in sizes for axis in free_axes([size]))
-    extra = sum(step.kind == "extra" for step in trace.steps)
+    extra = sum(step.kind is StepKind.EXTRA for step in trace.steps)
     if extra > 1 or sympy.expand(there - axes.product(keys) - extra) != 0:
         return "some of its weights are not used"
     return ""
@@ -235,7 +241,7 @@ class _WeightWalk:
         viewed = source_of(node, indices, self._elements.axes)
         if viewed is not None:
             found = self.back(*viewed)
-        elif operator_key(node) in CARRIERS:
+        elif operator_of(node).carries_weights:
             found = self._through(node, indices)
         else:
             found = None
@@ -254,29 +260,30 @@ class _WeightWalk:
         return None
 
     def _note(self, node: torch.fx.Node, place: int) -> None:
-        key = operator_key(node)
-        if key in ("dropout", "native_dropout"):
+        if operator_of(node).family is Family.DROPOUT:
             if argument(node, "train"):
                 self.dropout = max(self.dropout, float(argument(node, "p")))
             return
-        if key == "nan_to_num":
+        if is_operator(node, "nan_to_num"):
             return
         condition, zero = self._zeroes(node, place)
         if zero is not None and zero.is_zero:
-            if operator_key(condition) != "isnan":
+            if not is_operator(condition, "isnan"):
                 self._zeroed.append(condition)
             return
-        self.refused = self.refused or f"its weights are changed after the softmax, by {key}"
+        self.refused = (
+            self.refused or f"its weights are changed after the softmax, by {operator_key(node)}"
+        )
 
     def _zeroes(self, node: torch.fx.Node, place: int) -> tuple[Any, Any]:
         """Condition under which a weight is replaced, and by what; None where it is not."""
-        if operator_key(node) == "masked_fill" and place == 0:
+        if is_operator(node, "masked_fill") and place == 0:
             return node.args[1], self._elements.of(node.args[2])
-        if operator_key(node) == "where" and place > 0:
+        if is_operator(node, "where") and place > 0:
             return node.args[0], self._elements.of(node.args[3 - place])
         return None, None
 
     def unknown_mask(self, trace: Trace) -> str:
         """Why setting weights to zero is no mask that the scores have as well; empty if it is."""
-        masks = {step.other for step in trace.steps if step.kind == "fill"}
+        masks = {step.other for step in trace.steps if step.kind is StepKind.FILL}
         return "" if masks.issuperset(self._zeroed) else "its weights are masked after the softmax"

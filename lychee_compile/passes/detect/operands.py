@@ -10,7 +10,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.graph.aliasing import is_pure_view
-from lychee_compile.passes.graph.dataflow import is_tensor, operator_key, shape_of, value_of
+from lychee_compile.passes.graph.dataflow import is_operator, is_tensor, shape_of, value_of
 from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.views import broadcast, source_of
@@ -85,14 +85,14 @@ def _view_behind(place: Place, elements: Elements, casts: bool) -> Place | None:
 
 
 def _factor_behind(place: Place, elements: Elements) -> Place | None:
-    key = operator_key(place.node)
-    if key not in ("mul", "div") or place.node.kwargs.get("rounding_mode"):
+    multiplies, divides = is_operator(place.node, "mul"), is_operator(place.node, "div")
+    if not (multiplies or divides) or place.node.kwargs.get("rounding_mode"):
         return None
     operands = list(place.node.args[:2])
-    if key == "mul" and not is_tensor(operands[0]):
+    if multiplies and not is_tensor(operands[0]):
         operands.reverse()
     source, other = operands
-    if key == "mul" and is_tensor(other) and not shape_of(source):  # type: ignore[arg-type]
+    if multiplies and is_tensor(other) and not shape_of(source):  # type: ignore[arg-type]
         source, other = other, source
     if not is_tensor(source):
         return None
@@ -104,7 +104,7 @@ def _factor_behind(place: Place, elements: Elements) -> Place | None:
     if not same_kind or not value.is_number or not value.is_finite or value == 0:
         return None
     inside = broadcast(place.indices, shape_of(source), shape_of(place.node))
-    return Place(source, inside, place.factor * (value if key == "mul" else 1 / value))
+    return Place(source, inside, place.factor * (value if multiplies else 1 / value))
 
 
 def widens(before: torch.dtype, after: torch.dtype) -> bool:

@@ -7,16 +7,23 @@ linear(a, b)                              tensordot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch.fx
 
-from lychee_compile.passes.graph.dataflow import argument, operator_key, scalar_of, shape_of
-from lychee_compile.passes.symbolic.axes import ZERO, Axes, Indices, size_expression
-from lychee_compile.passes.symbolic.views import source_of
+from lychee_compile.passes.graph.dataflow import (
+    argument,
+    first_input,
+    is_operator,
+    operator_of,
+    scalar_of,
+    shape_of,
+)
+from lychee_compile.passes.graph.operator_facts import ProductKind, View
+from lychee_compile.passes.symbolic.axes import ZERO, Indices, size_expression
 
 Label = int | str
 Labels = tuple[Label | None, ...]
@@ -67,8 +74,8 @@ class Product:
 
 def product_of(node: torch.fx.Node) -> Product | None:
     """`node` as a product of two tensors, or None."""
-    rule = _RULES.get(operator_key(node))
-    return None if rule is None else rule(node)
+    kind = operator_of(node).product
+    return None if kind is None else _RULES[kind](node)
 
 
 def _tensors(node: torch.fx.Node, *names: str) -> list[torch.fx.Node] | None:
@@ -114,7 +121,7 @@ def _linear(node: torch.fx.Node) -> Product | None:
     return Product(node, operands[0], operands[1], left, right, out, ("inner",), added)
 
 
-def _added(first: str, second: str) -> Any:
+def _added(first: str, second: str) -> Callable[[torch.fx.Node], Product | None]:
     def rule(node: torch.fx.Node) -> Product | None:
         operands = _tensors(node, first, second)
         made = None if operands is None else _matmul(node, *operands)
@@ -165,11 +172,9 @@ def _einsum(node: torch.fx.Node) -> Product | None:
 def _sum_of_products(node: torch.fx.Node) -> Product | None:
     """`(a * b).sum(dims)`, the operands broadcast against each other."""
     times = argument(node, "self")
-    axes = Axes()
-    while operator_key(times) in ("to", "_to_copy", "clone", "contiguous"):
-        step = source_of(times, (ZERO,) * len(shape_of(times)), axes)
-        times = step[0] if step else times
-    if operator_key(times) != "mul":
+    while operator_of(times).view is View.COPY:
+        times = first_input(times)
+    if not is_operator(times, "mul"):
         return None
     operands = _tensors(times, "self", "other")
     dims = argument(node, "dim")
@@ -207,9 +212,13 @@ def _tensordot(node: torch.fx.Node) -> Product | None:
     return Product(node, operands[0], operands[1], left, right, out, inner)
 
 
-_RULES: dict[str, Any] = {
-    "matmul": _plain, "bmm": _plain, "mm": _plain, "mv": _plain, "dot": _plain, "inner": _linear,
-    "linear": _linear, "baddbmm": _added("batch1", "batch2"), "addmm": _added("mat1", "mat2"),
-    "addmv": _added("mat", "vec"), "einsum": _einsum, "sum": _sum_of_products,
-    "tensordot": _tensordot,
-}  # fmt: skip
+_RULES: dict[ProductKind, Callable[[torch.fx.Node], Product | None]] = {
+    ProductKind.MATMUL: _plain,
+    ProductKind.LINEAR: _linear,
+    ProductKind.ADD_BATCHES: _added("batch1", "batch2"),
+    ProductKind.ADD_MATRIX: _added("mat1", "mat2"),
+    ProductKind.ADD_VECTOR: _added("mat", "vec"),
+    ProductKind.EINSUM: _einsum,
+    ProductKind.SUM: _sum_of_products,
+    ProductKind.TENSORDOT: _tensordot,
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import assert_never
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -18,6 +19,7 @@ from lychee_compile.kernels.reference.hidden import HIDDEN
 from lychee_compile.passes.detect.operands import Operand, Place, free_axes
 from lychee_compile.passes.detect.score_trace import Step, Trace
 from lychee_compile.passes.graph.dataflow import is_tensor, operator_key, shape_of
+from lychee_compile.passes.graph.operator_facts import StepKind
 from lychee_compile.passes.symbolic.axes import Axis
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.elementwise import (
@@ -132,7 +134,26 @@ class _Sum:
         self.unsupported = self.unsupported or why
 
     def apply(self, step: Step) -> None:
-        getattr(self, f"_{step.kind}")(step)
+        """Take one more step into account."""
+        match step.kind:
+            case StepKind.TIMES | StepKind.OVER:
+                self._times(step, inverse=step.kind is StepKind.OVER)
+            case StepKind.PLUS | StepKind.MINUS:
+                self._plus(step, sign=-1 if step.kind is StepKind.MINUS else 1)
+            case StepKind.FROM:
+                self._from(step)
+            case StepKind.TANH:
+                self._tanh()
+            case StepKind.FLOOR:
+                self._floor(step)
+            case StepKind.FILL:
+                self._fill(step)
+            case StepKind.EXTRA:
+                self._extra(step)
+            case StepKind.OTHER:
+                self._other(step)
+            case _:
+                assert_never(step.kind)
 
     def _express(self, function: Callable[..., Element], *others: Element) -> None:
         """Apply a step to the expression, as long as anybody could read it."""
@@ -186,12 +207,12 @@ class _Sum:
             self.scale *= value
         self.biases = [replace(each, times=each.times * float(value)) for each in self.biases]
 
-    def _over(self, step: Step) -> None:
-        self._times(step, inverse=True)
-
     def _plus(self, step: Step, sign: int = 1) -> None:
         times = sign * (1 if step.fill is None else step.fill)
         value = choose(lambda a: a * times, self._amount(step))
+        if hides(value):
+            self.hidden.append(sympy.true)
+            self.refuse("a number that hides every key is added to the scores")
         if not self._differs_by_key(step, value):
             self.shifted = self.shifted or not value.is_zero
             return
@@ -208,15 +229,12 @@ class _Sum:
         self.biases.append(Bias(operand, float(times), self._amount(step)))
         self.hidden += self.biases[-1].hidden
 
-    def _minus(self, step: Step) -> None:
-        self._plus(step, sign=-1)
-
     def _from(self, step: Step) -> None:
         self._express(lambda a: -a)
         self._times_number(sympy.S.NegativeOne)
         self._plus(step)
 
-    def _tanh(self, _: Step) -> None:
+    def _tanh(self) -> None:
         self._express(sympy.tanh)
         if self.capped or self.biases or self.masks or self.extra or self.shifted:
             self.refuse("a soft-cap over a bias or a mask")
@@ -253,7 +271,7 @@ class _Sum:
             self.refuse("an extra logit whose layout is not known")
 
     def _other(self, step: Step) -> None:
-        what = step.other if step.kind == "other" else operator_key(step.node)
+        what = step.other if step.kind is StepKind.OTHER else operator_key(step.node)
         self.refuse(f"scores pass through {what}")
 
 
@@ -262,11 +280,11 @@ def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bo
     total = _Sum(elements, keys)
     number = trace.query.factor * trace.key.factor
     if number != 1:
-        total.apply(Step("times", trace.product.node, number))
+        total.apply(Step(StepKind.TIMES, trace.product.node, number))
     for step in trace.steps:
         total.apply(step)
     if base_two:
-        total.apply(Step("times", trace.product.node, sympy.log(2)))
+        total.apply(Step(StepKind.TIMES, trace.product.node, sympy.log(2)))
     cap = total.outer if total.capped else None
     scale = total.scale * (total.outer if total.capped else 1)
     if not scale.is_positive:

@@ -7,10 +7,11 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.graph.dataflow import (
-    VIEWS,
     argument,
     aten,
     calls,
+    first_input,
+    operator_of,
     shape_of,
     through_copies,
     value_of,
@@ -36,16 +37,20 @@ def find_token_ids(graph: torch.fx.Graph) -> torch.fx.Node | None:
 
 
 def _input_behind(node: torch.fx.Node) -> torch.fx.Node | None:
-    while calls(node, *VIEWS):
-        source = node.args[0]
-        assert isinstance(source, torch.fx.Node)
-        node = source
+    while _is_reshape(node):
+        node = first_input(node)
     node = through_copies(node)
     value = value_of(node)
     if node.op != "placeholder" or not isinstance(value, torch.Tensor):
         return None
     integral = value.dtype in (torch.int64, torch.int32)
     return node if integral and value.dim() == 2 else None
+
+
+def _is_reshape(node: torch.fx.Node) -> bool:
+    """True if a node lays the same ids out in another shape."""
+    view = operator_of(node).view
+    return view is not None and view.keeps_order and node.target is not aten.view.dtype
 
 
 def covers(ids: torch.fx.Node | None, batch: sympy.Expr, tokens: torch.SymInt | int) -> bool:

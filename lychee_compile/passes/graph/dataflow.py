@@ -9,31 +9,10 @@ import torch
 import torch.fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-aten = torch.ops.aten
+from lychee_compile.passes.graph.operator_facts import AtenOperator, View
+from lychee_compile.passes.graph.operators import OPERATORS, UNKNOWN
 
-SAME_VALUES = {
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.to.device,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten._to_copy.default,
-    aten.lift_fresh_copy.default,
-    aten.lift_fresh.default,
-}
-"""Operators whose output holds the values of their input, but for a change of dtype."""
-VIEWS = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.expand.default,
-    aten.flatten.using_ints,
-}
-"""Operators that lay the same values out in another shape."""
+aten = torch.ops.aten
 
 
 def value_of(node: torch.fx.Node) -> Any:
@@ -76,6 +55,19 @@ def operator_key(node: Any) -> str:
     return name if namespace == "aten" else ""
 
 
+def operator_of(node: Any) -> AtenOperator:
+    """Return what is known of the operator that a node calls; `UNKNOWN` for all others."""
+    return OPERATORS.get(operator_key(node), UNKNOWN)
+
+
+def is_operator(node: Any, name: str) -> bool:
+    """True if a node calls the operator whose first name in the table is `name`.
+
+    Raises KeyError if the table has no such operator.
+    """
+    return operator_of(node) is OPERATORS[name]
+
+
 def scalar_of(value: Any) -> sympy.Expr | None:
     """A number of the graph, or a symbolic size, as sympy has it; None for tensors and the like."""
     if isinstance(value, torch.fx.Node):
@@ -99,7 +91,7 @@ def through_copies(node: torch.fx.Node) -> torch.fx.Node:
 
     A slice of the same length takes everything, so it counts as a copy.
     """
-    while calls(node, *SAME_VALUES, aten.slice.Tensor):
+    while operator_of(node).view is View.COPY or calls(node, aten.slice.Tensor):
         source = node.args[0]
         assert isinstance(source, torch.fx.Node)
         before, after = value_of(source), value_of(node)

@@ -9,13 +9,11 @@ that FlexAttention reads do:
 
 from __future__ import annotations
 
-import operator
-
-import torch
 import torch.fx
 
 from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import operator_key
+from lychee_compile.passes.graph.operators import PURE_CALLS
 from lychee_compile.torch_private import is_foreign
 
 
@@ -55,9 +53,5 @@ def _has_effect(node: torch.fx.Node) -> bool:
     targets = [storage_of(each) for each in written_by(node)]
     if targets and all(each.op == "call_function" and not is_foreign(each) for each in targets):
         return False
-    known = operator_key(node) or node.target in _PURE
+    known = operator_key(node) or node.target in PURE_CALLS
     return bool(node.is_impure()) or (node.op == "call_function" and not known)
-
-
-_PURE = (operator.getitem, torch.ops.higher_order.flex_attention)
-"""What has no effect, though it is not an operator of ATen's."""

@@ -15,7 +15,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.graph.aliasing import storage_of, written_by
-from lychee_compile.passes.graph.dataflow import aten, first_input, value_of
+from lychee_compile.passes.graph.dataflow import aten, first_input, operator_of, value_of
 from lychee_compile.passes.graph.dead_code import erase_dead_code
 from lychee_compile.torch_private import is_foreign
 
@@ -45,7 +45,7 @@ def _made_functional(
 ) -> bool:
     """Whether the write `node` could be replaced by a value that all later users read."""
     target = first_input(node)
-    functional = _functional(node.target)
+    functional = _functional(node)
     if functional is None or storage_of(target) is not target or _may_be_shared(target, views):
         return False
     place = order[node]
@@ -97,8 +97,10 @@ def _value(functional: Any, node: torch.fx.Node, mode: Any) -> torch.Tensor | No
         return None
 
 
-def _functional(target: Any) -> Any:
+def _functional(node: torch.fx.Node) -> Any:
+    """Return the operator that gives what `node` writes as a new tensor; None if there is none."""
+    target: Any = node.target
     name, overload = target._schema.name.partition("::")[2], target._overloadname
-    if not name.endswith("_") or name.endswith("__") or name in ("dropout_", "set_", "resize_"):
+    if not name.endswith("_") or name.endswith("__") or operator_of(node).only_in_place:
         return None
     return getattr(getattr(aten, name[:-1], None), overload, None)

@@ -16,7 +16,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.graph.aliasing import is_pure_view, storage_of, written_by
-from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of, value_of
+from lychee_compile.passes.graph.dataflow import aten, operator_of, shape_of, value_of
 from lychee_compile.passes.lower.rearrange import Emitter
 
 MOST_KEPT = 4096
@@ -69,7 +69,7 @@ def _read_for(
 
     A view is made of memory that is read when the view is; what may be one may have copied too.
     """
-    if operator_key(tensor) in _SHAPE_ALONE:
+    if operator_of(tensor).reads_shape_only:
         return
     for source in tensor.all_input_nodes:
         if isinstance(value_of(source), (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -78,13 +78,6 @@ def _read_for(
             yield source, by
         if not is_pure_view(tensor):
             yield source, tensor
-
-
-_SHAPE_ALONE = {
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full",
-    "new_empty",
-}  # fmt: skip
-"""Operators that read the shape of their operand only."""
 
 
 def _writes(memory: torch.fx.Node) -> list[torch.fx.Node]:

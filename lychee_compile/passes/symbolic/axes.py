@@ -8,10 +8,10 @@ starts over with the finer axes (`Axes.split`), until all are atomic.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import sympy
 import torch
@@ -19,6 +19,9 @@ import torch
 Index: TypeAlias = sympy.Expr
 Indices: TypeAlias = tuple[Index, ...]
 ZERO: Index = sympy.S.Zero
+FINEST = 12
+"""How often the axes of one attention may be taken apart, at most."""
+Result = TypeVar("Result")
 
 
 class Axis(sympy.Symbol):
@@ -182,6 +185,17 @@ class Axes:
             found.insert(0, following[1])
             stride *= self.sizes[following[1]]
         return tuple(found) if _equal(stride, self.size(size)) else None
+
+
+def with_finer_axes(match: Callable[[Axes], Result | None]) -> Result | None:
+    """Return `match` of axes fine enough for every view in the way; None if none are."""
+    axes = Axes()
+    for _ in range(FINEST):
+        try:
+            return match(axes)
+        except SplitAxis as request:
+            axes.split(request)
+    return None
 
 
 @lru_cache(maxsize=4096)

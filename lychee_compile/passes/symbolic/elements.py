@@ -20,22 +20,24 @@ from lychee_compile.passes.graph.aliasing import storage_of
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
+    is_operator,
     is_tensor,
-    operator_key,
+    operator_of,
     scalar_of,
     shape_of,
     value_of,
 )
 from lychee_compile.passes.graph.names import Names
+from lychee_compile.passes.graph.operator_facts import Rule, View
 from lychee_compile.passes.symbolic.axes import ZERO, Axes, Axis, Index, Indices, size_expression
 from lychee_compile.passes.symbolic.elementwise import (
-    FUNCTIONS,
     Element,
     Flag,
     TooLarge,
     arithmetic,
     branch,
     choose,
+    function_of,
     is_truth,
     number,
     truth,
@@ -101,16 +103,15 @@ class Elements:
         if self.is_opaque(node) or node.op != "call_function":
             constant = self.names.constant(node)
             return self.load(node, indices) if constant is None else constant
-        key = operator_key(node)
-        if key in ("to", "_to_copy", "type_as", "view") and _changes_kind(node):
+        described = operator_of(node)
+        if _changes_kind(node):
             return self._converted(node, indices)
         viewed = source_of(node, indices, self.axes)
         if viewed is not None:
             return self.of(*viewed)
-        special = _SPECIAL.get(key)
-        if special is not None:
-            return special(self, node, indices)
-        function = FUNCTIONS.get(key)
+        if described.rule is not None:
+            return _RULES[described.rule](self, node, indices)
+        function = function_of(described)
         if function is None or len(shape_of(node)) != len(indices):
             return self.load(node, indices)
         return self._elementwise(function, node, indices)
@@ -128,7 +129,7 @@ class Elements:
         if alpha is None:
             return self.load(node, indices)
         if alpha != 1:
-            scaled = 0 if operator_key(node) == "rsub" else 1
+            scaled = 0 if is_operator(node, "rsub") else 1
             operands = operands[:2]
             operands[scaled] = choose(arithmetic(lambda value: value * alpha), operands[scaled])
         result = choose(function, *operands)
@@ -151,9 +152,15 @@ def symbol_of(name: str, dtype: torch.dtype) -> sympy.Symbol:
 
 
 def _changes_kind(node: torch.fx.Node) -> bool:
-    """Whether a cast goes to truth values, or from them, or cuts off fractions."""
+    """True if a copy goes to truth values, or from them, or cuts off fractions.
+
+    `view` with a dtype reads the bits of truth values as the numbers 1 and 0.
+    """
+    reads_bits = node.target is torch.ops.aten.view.dtype
+    if operator_of(node).view is not View.COPY and not reads_bits:
+        return False
     before, after = value_of(first_input(node)).dtype, value_of(node).dtype
-    cuts = before.is_floating_point and not after.is_floating_point
+    cuts = before.is_floating_point and not after.is_floating_point and not reads_bits
     return cuts or (before == torch.bool) != (after == torch.bool)
 
 
@@ -221,7 +228,7 @@ def _constant(value: int) -> Callable[..., Element]:
 
 
 def _full(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-    name = "s" if operator_key(node) == "scalar_tensor" else "fill_value"
+    name = "s" if is_operator(node, "scalar_tensor") else "fill_value"
     value = elements.of(argument(node, name))
     return truth(value) if value_of(node).dtype == torch.bool else value
 
@@ -266,12 +273,26 @@ def _from_front(index: Index, size: Any, axes: Axes) -> Index:
 
 
 def _index_select(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-    """`index_select`, and `embedding`, which selects rows."""
-    if operator_key(node) == "embedding":
-        source, dim, chosen = argument(node, "weight"), 0, argument(node, "indices")
-    else:
-        source, chosen = argument(node, "self"), argument(node, "index")
-        dim = argument(node, "dim") % len(shape_of(source))
+    source = argument(node, "self")
+    dim = argument(node, "dim") % len(shape_of(source))
+    return _selected(elements, node, indices, source, dim, argument(node, "index"))
+
+
+def _embedding(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
+    """Give the element of an embedding, which selects rows of its weight."""
+    chosen = argument(node, "indices")
+    return _selected(elements, node, indices, argument(node, "weight"), 0, chosen)
+
+
+def _selected(
+    elements: Elements,
+    node: torch.fx.Node,
+    indices: Indices,
+    source: torch.fx.Node,
+    dim: int,
+    chosen: torch.fx.Node,
+) -> Element:
+    """Return the element of `source` that the tensor `chosen` selects along `dim`."""
     rank = len(shape_of(chosen))
     at = elements.of(chosen, indices[dim : dim + rank])
     if isinstance(at, sympy.Piecewise) or is_truth(at):
@@ -293,27 +314,18 @@ def _index_put(elements: Elements, node: torch.fx.Node, indices: Indices) -> Ele
     return branch(hidden, *_of_one_kind(node, filled, before))
 
 
-_SPECIAL: dict[str, Callable[[Elements, torch.fx.Node, Indices], Element]] = {
-    "div": _divide,
-    "divide": _divide,
-    "true_divide": _divide,
-    "where": _where,
-    "masked_fill": _masked_fill,
-    "tril": _triangle(lambda row, column, diagonal: sympy.Le(column, row + diagonal)),
-    "triu": _triangle(lambda row, column, diagonal: sympy.Ge(column, row + diagonal)),
-    "arange": _arange,
-    "ones": _constant(1),
-    "ones_like": _constant(1),
-    "new_ones": _constant(1),
-    "zeros": _constant(0),
-    "zeros_like": _constant(0),
-    "new_zeros": _constant(0),
-    "full": _full,
-    "full_like": _full,
-    "new_full": _full,
-    "scalar_tensor": _full,
-    "index": _index,
-    "index_select": _index_select,
-    "embedding": _index_select,
-    "index_put": _index_put,
+_RULES: dict[Rule, Callable[[Elements, torch.fx.Node, Indices], Element]] = {
+    Rule.DIVIDE: _divide,
+    Rule.WHERE: _where,
+    Rule.MASKED_FILL: _masked_fill,
+    Rule.LOWER_TRIANGLE: _triangle(lambda row, column, diagonal: sympy.Le(column, row + diagonal)),
+    Rule.UPPER_TRIANGLE: _triangle(lambda row, column, diagonal: sympy.Ge(column, row + diagonal)),
+    Rule.ARANGE: _arange,
+    Rule.ONES: _constant(1),
+    Rule.ZEROS: _constant(0),
+    Rule.FULL: _full,
+    Rule.INDEX: _index,
+    Rule.INDEX_SELECT: _index_select,
+    Rule.EMBEDDING: _embedding,
+    Rule.INDEX_PUT: _index_put,
 }

@@ -1,7 +1,7 @@
 """Elements of tensors as sympy expressions: numbers, truth values, and choices between them.
 
 A choice is a `Piecewise` at the top of an expression, never inside: `choose` applies a function to
-each of its branches. `FUNCTIONS` has the elementwise operators of ATen.
+each of its branches. `function_of` gives the elementwise operators of ATen.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias
 
 import sympy
 from sympy.logic.boolalg import Boolean, BooleanFunction
+
+from lychee_compile.passes.graph.operator_facts import AtenOperator
 
 Element: TypeAlias = sympy.Expr | Boolean
 LONGEST_CHOICE = 6
@@ -124,58 +127,11 @@ def _bitwise(logical: Callable[..., Any]) -> Callable[..., Element]:
     return apply
 
 
-def _exclusive_or(left: Boolean, right: Boolean) -> Boolean:
-    """One of two; where the one implies the other, as a narrow band does a wide one, their gap."""
-    parts = [set(sympy.And.make_args(each)) for each in (left, right)]
-    if parts[0] <= parts[1]:
-        return sympy.And(left, sympy.Not(sympy.And(*(parts[1] - parts[0]))))
-    if parts[1] <= parts[0]:
-        return sympy.And(right, sympy.Not(sympy.And(*(parts[0] - parts[1]))))
-    return sympy.Xor(left, right)
-
-
-FUNCTIONS: dict[str, Callable[..., Element]] = {
-    "add": arithmetic(lambda a, b: a + b),
-    "sub": arithmetic(lambda a, b: a - b),
-    "subtract": arithmetic(lambda a, b: a - b),
-    "rsub": arithmetic(lambda a, b: b - a),
-    "mul": arithmetic(lambda a, b: a * b),
-    "multiply": arithmetic(lambda a, b: a * b),
-    "neg": arithmetic(lambda a: -a),
-    "abs": arithmetic(sympy.Abs),
-    "exp": arithmetic(sympy.exp),
-    "log": arithmetic(lambda a: -sympy.oo if a.is_zero else sympy.log(a)),
-    "sqrt": arithmetic(sympy.sqrt),
-    "rsqrt": arithmetic(lambda a: 1 / sympy.sqrt(a)),
-    "reciprocal": arithmetic(lambda a: 1 / a),
-    "tanh": arithmetic(sympy.tanh),
-    "sigmoid": arithmetic(lambda a: 1 / (1 + sympy.exp(-a))),
-    "pow": arithmetic(lambda a, b: a**b),
-    "square": arithmetic(lambda a: a**2),
-    "floor_divide": arithmetic(lambda a, b: sympy.floor(a / b)),
-    "remainder": arithmetic(sympy.Mod),
-    "maximum": arithmetic(sympy.Max),
-    "minimum": arithmetic(sympy.Min),
-    "le": arithmetic(sympy.Le),
-    "lt": arithmetic(sympy.Lt),
-    "ge": arithmetic(sympy.Ge),
-    "gt": arithmetic(sympy.Gt),
-    "eq": arithmetic(sympy.Eq),
-    "ne": arithmetic(sympy.Ne),
-    "less_equal": arithmetic(sympy.Le),
-    "less": arithmetic(sympy.Lt),
-    "greater_equal": arithmetic(sympy.Ge),
-    "greater": arithmetic(sympy.Gt),
-    "not_equal": arithmetic(sympy.Ne),
-    "logical_not": _logical(sympy.Not),
-    "logical_and": _logical(sympy.And),
-    "logical_or": _logical(sympy.Or),
-    "logical_xor": _logical(_exclusive_or),
-    "bitwise_not": _bitwise(sympy.Not),
-    "bitwise_and": _bitwise(sympy.And),
-    "bitwise_or": _bitwise(sympy.Or),
-    "bitwise_xor": _bitwise(_exclusive_or),
-    "__and__": _bitwise(sympy.And),
-    "__or__": _bitwise(sympy.Or),
-}
-"""Elementwise operators as functions of their elements."""
+@cache
+def function_of(described: AtenOperator) -> Callable[..., Element] | None:
+    """Return an elementwise operator as a function of its elements; None if it is not known."""
+    if described.numbers is not None:
+        return arithmetic(described.numbers)
+    if described.truths is not None:
+        return _logical(described.truths)
+    return None if described.bits is None else _bitwise(described.bits)

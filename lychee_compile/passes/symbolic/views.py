@@ -14,14 +14,15 @@ import sympy
 import torch
 import torch.fx
 
-from lychee_compile.passes.graph.aliasing import SEVERAL
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
-    operator_key,
+    is_operator,
+    operator_of,
     scalar_of,
     shape_of,
 )
+from lychee_compile.passes.graph.operator_facts import View
 from lychee_compile.passes.symbolic.axes import ZERO, Axes, Indices, size_expression
 
 Source = tuple[torch.fx.Node, Indices]
@@ -31,7 +32,8 @@ def source_of(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | Non
     """The tensor that `node` is a view or copy of, with indices; None where it is no such thing."""
     if node.target is operator.getitem:
         return _part_of_several(node, indices)
-    rule = _RULES.get(operator_key(node))
+    view = operator_of(node).view
+    rule = None if view is None else _RULES.get(view)
     return None if rule is None else rule(node, indices, axes)
 
 
@@ -71,17 +73,22 @@ def _permute(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
     return first_input(node), _permuted(order)(indices)
 
 
-def _swap(first: str | int, second: str | int) -> Callable[..., Source]:
-    def rule(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
-        dims = [each if isinstance(each, int) else argument(node, each) for each in (first, second)]
-        if len(indices) < 2:
-            return first_input(node), indices
-        order = list(range(len(indices)))
-        one, other = (int(dim) % len(order) for dim in dims)
-        order[one], order[other] = order[other], order[one]
-        return first_input(node), _permuted(order)(indices)
+def _swap(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    """Give the rule of operators that name two dimensions after their input."""
+    formals = node.target._schema.arguments[1:3]  # type: ignore[union-attr]
+    first, second = (int(argument(node, each.name)) for each in formals)
+    return _swapped(node, indices, first, second)
 
-    return rule
+
+def _swap_last(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    return _swapped(node, indices, -2, -1)
+
+
+def _swapped(node: torch.fx.Node, indices: Indices, first: int, second: int) -> Source:
+    order = list(range(len(indices)))
+    if len(order) > 1:
+        order[first], order[second] = order[second], order[first]
+    return first_input(node), _permuted(order)(indices)
 
 
 def _move(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
@@ -138,12 +145,11 @@ def _part_of_several(node: torch.fx.Node, indices: Indices) -> Source | None:
     several, which = first_input(node), node.args[1]
     if several.op != "call_function" or not isinstance(which, int):
         return None
-    key = operator_key(several)
-    if key not in SEVERAL:
+    if operator_of(several).view is not View.PARTS:
         return None
     source = first_input(several)
     dim = argument(several, "dim", 0) % len(shape_of(source))
-    if key == "unbind":
+    if is_operator(several, "unbind"):
         return source, (*indices[:dim], sympy.Integer(which), *indices[dim:])
     parts = several.meta["val"]
     start = sum((size_expression(part.shape[dim]) for part in parts[:which]), ZERO)
@@ -181,42 +187,26 @@ def _flip(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
     )
 
 
-def _rule_names() -> dict[str, Callable[..., Source | None]]:
-    copies = (
-        "alias", "clone", "contiguous", "detach", "detach_", "to", "_to_copy", "lift_fresh_copy",
-        "lift_fresh", "type_as", "positive", "float", "double", "half", "bfloat16",
-    )  # fmt: skip
-    reshapes = (
-        "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze",
-        "view_as", "reshape_as", "ravel", "atleast_2d", "atleast_3d",
-    )  # fmt: skip
-    rules: dict[str, Callable[..., Source | None]] = dict.fromkeys(copies, _copy)
-    rules |= dict.fromkeys(reshapes, _reshape)
-    rules |= dict.fromkeys(("expand", "expand_as", "broadcast_to"), _broadcast)
-    rules |= dict.fromkeys(("t", "mT", "mH", "adjoint", "matrix_H"), _swap(-2, -1))
-    rules |= {"transpose": _swap("dim0", "dim1"), "swapaxes": _swap("axis0", "axis1")}
-    rules |= {"swapdims": _swap("dim0", "dim1"), "permute": _permute}
-    rules |= {"movedim": _move, "moveaxis": _move, "numpy_T": _reverse}
-    rules |= {"select": _select, "slice": _slice, "narrow": _slice, "flip": _flip}
-    rules |= {"repeat": _repeat, "tile": _repeat, "repeat_interleave": _repeat_interleave}
-    return rules
-
-
-_RULES = _rule_names()
-_ONE_TO_ONE = {
-    key for key, rule in _RULES.items() if rule in (_copy, _reshape, _permute, _move, _reverse)
-} | {"transpose", "swapaxes", "swapdims", "t", "mT", "mH", "adjoint"}
-MERE_COPIES = {key for key, rule in _RULES.items() if rule is _copy}
-"""Operators whose output has the values and the shape of their input, but for the dtype."""
+Rule = Callable[[torch.fx.Node, Indices, Axes], Source | None]
+_RULES: dict[View, Rule] = {
+    View.COPY: _copy,
+    View.RESHAPE: _reshape,
+    View.BROADCAST: _broadcast,
+    View.SWAP: _swap,
+    View.SWAP_LAST: _swap_last,
+    View.PERMUTE: _permute,
+    View.MOVE: _move,
+    View.REVERSE: _reverse,
+    View.SELECT: _select,
+    View.SLICE: _slice,
+    View.REPEAT: _repeat,
+    View.INTERLEAVE: _repeat_interleave,
+    View.FLIP: _flip,
+}
+"""The rule of each kind of view but `PARTS`, whose outputs are taken apart by `getitem`."""
 
 
 def is_shape_operator(node: torch.fx.Node) -> bool:
-    """Whether the output of `node` shows all elements of its input, each once."""
-    return operator_key(node) in _ONE_TO_ONE
-
-
-CARRIERS = {
-    *_RULES, *SEVERAL, "dropout", "native_dropout", "nan_to_num", "masked_fill", "where", "mul",
-    "multiply", "div", "add", "sub", "pow", "relu", "clamp", "clamp_min",
-}  # fmt: skip
-"""Operators through which the elements of a tensor go on, one by one."""
+    """True if the output of `node` shows all elements of its input, each once."""
+    view = operator_of(node).view
+    return view is not None and view.keeps_all
