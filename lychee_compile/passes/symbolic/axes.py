@@ -187,7 +187,7 @@ class Axes:
         return tuple(found) if _equal(stride, self.size(size)) else None
 
 
-def with_finer_axes(match: Callable[[Axes], Result | None]) -> Result | None:
+def with_finer_axes(match: Callable[[Axes], Result]) -> Result | None:
     """Return `match` of axes fine enough for every view in the way; None if none are."""
     axes = Axes()
     for _ in range(FINEST):
