@@ -16,14 +16,14 @@ from tracing import Traced
 
 import lychee_compile.passes
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect import detect, products
+from lychee_compile.passes.detect import detect
 from lychee_compile.passes.detect.attention import Attention, Rejected
 from lychee_compile.passes.graph.aliasing import storage_of
 from lychee_compile.passes.graph.dataflow import is_operator, operator_of
 from lychee_compile.passes.graph.normalise import normalise
 from lychee_compile.passes.graph.operator_facts import Memory, ProductKind, Rule, View
 from lychee_compile.passes.graph.operators import OPERATORS, UNKNOWN
-from lychee_compile.passes.symbolic import elements, views
+from lychee_compile.passes.symbolic import elements, products, views
 
 SOURCES = sorted(Path(lychee_compile.passes.__path__[0]).rglob("*.py"))
 TABLE = "operators.py"

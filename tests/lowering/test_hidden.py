@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.hidden import HIDDEN, shown
 from lychee_compile.kernels.reference.visible import visible_keys
-from lychee_compile.passes.detect.scores import hides
+from lychee_compile.passes.detect.score import hides
 from lychee_compile.passes.lower.kernel_expressions import (
     KernelExpressions,
     fused_terms,

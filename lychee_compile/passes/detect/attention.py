@@ -11,7 +11,7 @@ import torch.fx
 
 from lychee_compile.passes.detect.axis_roles import Roles
 from lychee_compile.passes.detect.operands import Layout, Operand
-from lychee_compile.passes.detect.scores import Score
+from lychee_compile.passes.detect.score import Score
 from lychee_compile.passes.graph.names import Names
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axes, Axis

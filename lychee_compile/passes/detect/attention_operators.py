@@ -15,8 +15,7 @@ from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
 from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.flex import flex_score
-from lychee_compile.passes.detect.operands import Place, free_axes
-from lychee_compile.passes.detect.products import Product
+from lychee_compile.passes.detect.operands import Place
 from lychee_compile.passes.detect.score_trace import Step, Trace
 from lychee_compile.passes.graph.dataflow import (
     argument,
@@ -27,8 +26,9 @@ from lychee_compile.passes.graph.dataflow import (
     value_of,
 )
 from lychee_compile.passes.graph.operator_facts import Family, StepKind
-from lychee_compile.passes.symbolic.axes import Axes, size_expression, with_finer_axes
+from lychee_compile.passes.symbolic.axes import Axes, free_axes, size_expression, with_finer_axes
 from lychee_compile.passes.symbolic.elements import Elements
+from lychee_compile.passes.symbolic.products import Product
 from lychee_compile.passes.symbolic.views import broadcast
 
 logger = logging.getLogger(__name__)

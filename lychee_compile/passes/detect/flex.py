@@ -13,7 +13,7 @@ from lychee_compile.codegen.specification import S
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.scores import Score
+from lychee_compile.passes.detect.score import Score
 from lychee_compile.passes.graph.dataflow import scalar_of
 from lychee_compile.passes.symbolic.axes import Axes, Indices
 from lychee_compile.passes.symbolic.elements import Elements

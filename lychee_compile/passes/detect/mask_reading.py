@@ -18,7 +18,7 @@ from lychee_compile.codegen.specification import KV, B, H, Q
 from lychee_compile.kernels.reference.hidden import HIDDEN
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.operands import Operand
-from lychee_compile.passes.detect.scores import Bias
+from lychee_compile.passes.detect.score import Bias
 from lychee_compile.passes.graph.dataflow import shape_of, value_of
 from lychee_compile.passes.symbolic.elementwise import Flag
 

@@ -132,8 +132,3 @@ def deepest(places: Iterable[Place], axes: Axes) -> tuple[Place, Operand] | None
         if operand is not None and (best is None or len(operand.axes) <= len(best[1].axes)):
             best = place, operand
     return best
-
-
-def free_axes(indices: Iterable[sympy.Expr]) -> frozenset[Axis]:
-    """The axes that occur in some indices."""
-    return frozenset(axis for index in indices for axis in index.atoms(Axis))

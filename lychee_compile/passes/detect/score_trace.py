@@ -11,8 +11,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect.operands import Place, free_axes, widens
-from lychee_compile.passes.detect.products import Product, product_of
+from lychee_compile.passes.detect.operands import Place, widens
 from lychee_compile.passes.graph.dataflow import (
     argument,
     is_operator,
@@ -24,8 +23,9 @@ from lychee_compile.passes.graph.dataflow import (
 )
 from lychee_compile.passes.graph.operator_facts import Family, StepKind
 from lychee_compile.passes.graph.operators import OPERATORS, UNKNOWN
-from lychee_compile.passes.symbolic.axes import Axis, Indices, size_expression
+from lychee_compile.passes.symbolic.axes import Axis, Indices, free_axes, size_expression
 from lychee_compile.passes.symbolic.elements import Elements
+from lychee_compile.passes.symbolic.products import Product, product_of
 from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 DEEPEST = 60

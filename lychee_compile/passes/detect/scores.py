@@ -15,98 +15,22 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.specification import S
-from lychee_compile.kernels.reference.hidden import HIDDEN
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect.operands import Operand, Place, free_axes
+from lychee_compile.passes.detect.operands import Operand, Place
+from lychee_compile.passes.detect.score import Bias, Mask, Score, exclusive, hides, without_hiding
 from lychee_compile.passes.detect.score_trace import Step, Trace
 from lychee_compile.passes.graph.dataflow import is_tensor, operator_key, shape_of
 from lychee_compile.passes.graph.operator_facts import StepKind
 from lychee_compile.passes.reasons import Reason
-from lychee_compile.passes.symbolic.axes import Axis
+from lychee_compile.passes.symbolic.axes import Axis, free_axes
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.elementwise import (
     Element,
     TooLarge,
     choose,
     number,
-    piecewise,
     truth,
 )
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Keys hidden by a bool tensor."""
-
-    operand: Operand
-    hidden_when: bool
-    fill: float
-    """What takes the place of the score: -inf, or a low number."""
-
-
-@dataclass(frozen=True)
-class Bias:
-    """A tensor added to the scores, times a number."""
-
-    operand: Operand
-    times: float
-    element: Element
-    """What one element of it is."""
-
-    @property
-    def hides(self) -> bool:
-        """Whether all it does is to hide keys, by low numbers."""
-        if not isinstance(self.element, sympy.Piecewise):
-            return False
-        return all(value.is_zero or hides(value * self.times) for value, _ in self.element.args)
-
-    @property
-    def added(self) -> Element:
-        """What one element adds to the score of a key that it does not hide."""
-        value = self._value
-        return _shown(value) if isinstance(value, sympy.Piecewise) else value
-
-    @property
-    def hidden(self) -> list[Boolean]:
-        """The conditions under which it hides a key."""
-        value = self._value
-        branches = _exclusive(value) if isinstance(value, sympy.Piecewise) else []
-        return [condition for low, condition in branches if hides(low)]
-
-    @property
-    def _value(self) -> Element:
-        times = self.times
-        return self.element if times == 1 else choose(lambda each: each * times, self.element)
-
-
-@dataclass(frozen=True)
-class Score:
-    """scores = softcap tanh(scale s / softcap) + biases, where no mask hides the key.
-
-    `factors` are tensors that multiply s too, one number for each query.
-    """
-
-    expression: sympy.Expr = S
-    """All of it, in s and the axes."""
-    scale: float = 1.0
-    softcap: float | None = None
-    factors: tuple[tuple[Operand, bool], ...] = ()
-    """Each with whether s is divided by it."""
-    biases: tuple[Bias, ...] = ()
-    masks: tuple[Mask, ...] = ()
-    visible: Boolean = sympy.true
-    """Which keys are visible, a predicate over the axes."""
-    extra: Operand | None = None
-    """Logits that take part in the softmax and have no value: attention sinks."""
-    extra_times: float = 1.0
-    """What they are multiplied by."""
-    unsupported: Reason | None = None
-    """Why the score could not be expressed; None if it could."""
-
-    @property
-    def monotone(self) -> bool:
-        """Whether it is proved that a larger s gives a larger score, so that bounds survive it."""
-        return increases(self.expression)
 
 
 @dataclass
@@ -218,7 +142,7 @@ class _Sum:
         if not self._differs_by_key(step, value):
             self.shifted = self.shifted or not value.is_zero
             return
-        shown = _shown(value) if isinstance(value, sympy.Piecewise) else value
+        shown = without_hiding(value) if isinstance(value, sympy.Piecewise) else value
         self._express(lambda a, b: a + b, shown)
         operand = self._operand(step)
         if operand is None or self.extra:
@@ -305,49 +229,10 @@ def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bo
     )
 
 
-def increases(expression: sympy.Basic) -> bool:
-    """Whether an expression is proved to grow with s, all else equal."""
-    if expression == S:
-        return True
-    parts = [each for each in expression.args if S in each.free_symbols]
-    others = [each for each in expression.args if S not in each.free_symbols]
-    if isinstance(expression, sympy.Piecewise):
-        values = [value for value, _ in expression.args if S in value.free_symbols]
-        return bool(values) and all(map(increases, values))
-    if isinstance(expression, (sympy.Add, sympy.Max, sympy.Min, sympy.tanh, sympy.exp)):
-        return bool(parts) and all(map(increases, parts))
-    if isinstance(expression, sympy.Mul) and len(parts) == 1:
-        return bool(sympy.Mul(*others).is_positive) and increases(parts[0])
-    return False
-
-
 def _zero_conditions(value: Element) -> list[Boolean] | None:
     """Where a choice between 0 and 1 is 0; None for anything else."""
     if not isinstance(value, sympy.Piecewise):
         return None
     if not all(each.is_zero or (each - 1).is_zero for each, _ in value.args):
         return None
-    return [condition for each, condition in _exclusive(value) if each.is_zero]
-
-
-def _exclusive(choice: sympy.Piecewise) -> list[tuple[sympy.Expr, Boolean]]:
-    """The branches of a choice, each with the condition under which it is taken."""
-    taken, branches = sympy.false, []
-    for value, condition in choice.args:
-        branches.append((value, sympy.And(condition, sympy.Not(taken))))
-        taken = sympy.Or(taken, condition)
-    return branches
-
-
-def _shown(choice: sympy.Piecewise) -> Element:
-    """A choice without the branches that hide."""
-    pairs = [(value, condition) for value, condition in choice.args if not hides(value)]
-    if len(pairs) == len(choice.args):
-        return choice
-    return piecewise([*pairs[:-1], (pairs[-1][0], sympy.true)]) if pairs else sympy.S.Zero
-
-
-def hides(value: Element) -> bool:
-    """Whether a score of this, or of this and something, is that of a hidden key."""
-    low = value.as_coeff_Add()[0] if isinstance(value, sympy.Add) else value
-    return bool(low.is_number and low.is_extended_real and low <= HIDDEN)
+    return [condition for each, condition in exclusive(value) if each.is_zero]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch.fx
 
-from lychee_compile.passes.detect.operands import free_axes
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
@@ -21,7 +20,7 @@ from lychee_compile.passes.graph.dataflow import (
     shape_of,
 )
 from lychee_compile.passes.graph.operator_facts import Family, View
-from lychee_compile.passes.symbolic.axes import Axes, Indices, with_finer_axes
+from lychee_compile.passes.symbolic.axes import Axes, Indices, free_axes, with_finer_axes
 from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 

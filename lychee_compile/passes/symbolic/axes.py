@@ -187,6 +187,11 @@ class Axes:
         return tuple(found) if _equal(stride, self.size(size)) else None
 
 
+def free_axes(indices: Iterable[Index]) -> frozenset[Axis]:
+    """Return the axes that occur in some indices."""
+    return frozenset(axis for index in indices for axis in index.atoms(Axis))
+
+
 def with_finer_axes(match: Callable[[Axes], Result]) -> Result | None:
     """Return `match` of axes fine enough for every view in the way; None if none are."""
     axes = Axes()
