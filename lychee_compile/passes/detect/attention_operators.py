@@ -1,4 +1,4 @@
-"""Attentions that are one operator: scaled dot-product attention, FlexAttention, whole modules."""
+"""Find attentions that are one operator: SDPA, FlexAttention, whole modules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_fused(scene: GraphContext) -> Iterator[Attention | Unread]:
-    """Every attention that is one operator, in order."""
+    """Yield every attention that is one operator, in order."""
     for node in scene.order.nodes:
         if is_operator(node, "scaled_dot_product_attention"):
             yield _read(node, "sdpa", lambda axes, node=node: _from_sdpa(node, axes, scene))  # type: ignore[misc]
@@ -48,7 +48,7 @@ def find_fused(scene: GraphContext) -> Iterator[Attention | Unread]:
 def _read(
     node: torch.fx.Node, form: str, match: Callable[[Axes], Attention | Rejected | None]
 ) -> Attention | Unread:
-    """What `match` makes of an operator; what its operands' shapes tell where that is nothing."""
+    """Return what `match` finds, or else what the shapes of the operands tell."""
     found: Attention | Rejected | None
     try:
         found = with_finer_axes(match)
@@ -121,7 +121,7 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
 def _operands(
     node: torch.fx.Node, output: torch.fx.Node, gqa: bool, axes: Axes
 ) -> tuple[Trace, dict[str, Any]]:
-    """Query, key and value [..., H, T, D] of an operator that computes `output`, with indices."""
+    """Return query, key and value [..., H, T, D] of an operator, with the indices of `output`."""
     query, key, value = (
         node.args[:3]
         if len(node.args) > 2
@@ -185,7 +185,7 @@ def _from_flex(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
 
 
 def _from_module(node: torch.fx.Node) -> Unread:
-    """A whole self-attention, or an encoder layer, with packed weights."""
+    """Return a whole self-attention, or an encoder layer, with packed weights."""
     width, heads = (
         argument(node, "embed_dim"),
         argument(node, "num_heads", argument(node, "num_head")),

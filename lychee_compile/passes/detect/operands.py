@@ -1,4 +1,4 @@
-"""Operands of an attention: which tensor really holds them, and what its dimensions are."""
+"""Find the tensors that really hold the operands of an attention, and read their dimensions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 Layout = tuple[tuple[Axis, ...], ...]
-"""For each dimension of a tensor the axes it holds, outermost first; none where its size is one."""
+"""Axes of each dimension of a tensor, outermost first; none for a dimension of size one."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Operand:
 
     @property
     def axes(self) -> frozenset[Axis]:
-        """Every axis it has."""
+        """Return all axes of the tensor."""
         return frozenset(axis for dimension in self.layout for axis in dimension)
 
 
@@ -39,10 +39,10 @@ class Place:
     node: torch.fx.Node
     indices: Indices
     factor: sympy.Expr
-    """What the operand is this tensor times."""
+    """Number that this tensor is multiplied by to give the operand."""
 
     def operand(self, axes: Axes) -> Operand | None:
-        """This place as an operand; None where its dimensions are not whole axes."""
+        """Return this place as an operand; None if its dimensions are not whole axes."""
         layout = []
         for index, size in zip(self.indices, shape_of(self.node), strict=True):
             held = axes.digits(index, size)
@@ -57,9 +57,9 @@ class Place:
 def places_behind(
     node: torch.fx.Node, indices: Indices, elements: Elements, casts: bool
 ) -> list[Place]:
-    """`node` and the tensors that it shows the elements of, times a constant, nearest first.
+    """Return `node` and the tensors whose elements, times a constant, it shows, nearest first.
 
-    With `casts` also behind changes of dtype that lose nothing.
+    With `casts`, changes of dtype that lose nothing are followed too.
     """
     found = [Place(node, indices, sympy.S.One)]
     while True:
@@ -108,7 +108,7 @@ def _factor_behind(place: Place, elements: Elements) -> Place | None:
 
 
 def widens(before: torch.dtype, after: torch.dtype) -> bool:
-    """Whether every number of one floating dtype is one of the other."""
+    """True if every number of the dtype `before` is a number of `after`."""
     floating = before.is_floating_point and after.is_floating_point
     if not floating or min(before.itemsize, after.itemsize) < 2:
         return before == after
@@ -116,7 +116,7 @@ def widens(before: torch.dtype, after: torch.dtype) -> bool:
 
 
 def reader_of(places: list[Place], place: Place, product: torch.fx.Node) -> torch.fx.Node:
-    """What first reads the memory of `place` on the way to `product`; mere views do not."""
+    """Return the operator that first reads the memory of `place` on the way to `product`."""
     behind = places[: places.index(place)]
     for each in reversed(behind):
         if not is_pure_view(each.node):
@@ -125,7 +125,7 @@ def reader_of(places: list[Place], place: Place, product: torch.fx.Node) -> torc
 
 
 def deepest(places: Iterable[Place], axes: Axes) -> tuple[Place, Operand] | None:
-    """The last place whose dimensions are whole axes, of the fewest axes: no head is repeated."""
+    """Return the last place with whole axes and the fewest of them, so that no head is repeated."""
     best = None
     for place in places:
         operand = place.operand(axes)

@@ -1,4 +1,4 @@
-"""What is known of the score and the mask of one attention."""
+"""Records of the score and the mask of one attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Mask:
     operand: Operand
     hidden_when: bool
     fill: float
-    """What takes the place of the score: -inf, or a low number."""
+    """Number in the place of a hidden score: -inf, or a low number."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,24 @@ class Bias:
     operand: Operand
     times: float
     element: Element
-    """What one element of it is."""
+    """An element of the tensor."""
 
     @property
     def hides(self) -> bool:
-        """Whether all it does is to hide keys, by low numbers."""
+        """True if it does nothing but hide keys, by low numbers."""
         if not isinstance(self.element, sympy.Piecewise):
             return False
         return all(value.is_zero or hides(value * self.times) for value, _ in self.element.args)
 
     @property
     def added(self) -> Element:
-        """What one element adds to the score of a key that it does not hide."""
+        """Return the number that is added to the score of a key that is not hidden."""
         value = self._value
         return without_hiding(value) if isinstance(value, sympy.Piecewise) else value
 
     @property
     def hidden(self) -> list[Boolean]:
-        """The conditions under which it hides a key."""
+        """Return the conditions under which it hides a key."""
         value = self._value
         branches = exclusive(value) if isinstance(value, sympy.Piecewise) else []
         return [condition for low, condition in branches if hides(low)]
@@ -61,36 +61,36 @@ class Bias:
 
 @dataclass(frozen=True)
 class Score:
-    """scores = softcap tanh(scale s / softcap) + biases, where no mask hides the key.
+    """The score of a visible key: softcap tanh(scale s / softcap) + biases.
 
     `factors` are tensors that multiply s too, one number for each query.
     """
 
     expression: sympy.Expr = S
-    """All of it, in s and the axes."""
+    """The whole score, in s and the axes."""
     scale: float = 1.0
     softcap: float | None = None
     factors: tuple[tuple[Operand, bool], ...] = ()
-    """Each with whether s is divided by it."""
+    """Each tensor, and True if s is divided by it."""
     biases: tuple[Bias, ...] = ()
     masks: tuple[Mask, ...] = ()
     visible: Boolean = sympy.true
-    """Which keys are visible, a predicate over the axes."""
+    """Condition over the axes under which a key is visible."""
     extra: Operand | None = None
     """Logits that take part in the softmax and have no value: attention sinks."""
     extra_times: float = 1.0
-    """What they are multiplied by."""
+    """Number that the extra logits are multiplied by."""
     unsupported: Reason | None = None
     """Why the score could not be expressed; None if it could."""
 
     @property
     def monotone(self) -> bool:
-        """Whether it is proved that a larger s gives a larger score, so that bounds survive it."""
+        """True if a larger s is proved to give a larger score, so that bounds hold for both."""
         return increases(self.expression)
 
 
 def increases(expression: sympy.Basic) -> bool:
-    """Whether an expression is proved to grow with s, all else equal."""
+    """True if an expression is proved to grow with s, all else equal."""
     if expression == S:
         return True
     parts = [each for each in expression.args if S in each.free_symbols]
@@ -106,7 +106,7 @@ def increases(expression: sympy.Basic) -> bool:
 
 
 def exclusive(choice: sympy.Piecewise) -> list[tuple[sympy.Expr, Boolean]]:
-    """The branches of a choice, each with the condition under which it is taken."""
+    """Return the branches of a choice, each with the condition under which it is taken."""
     taken, branches = sympy.false, []
     for value, condition in choice.args:
         branches.append((value, sympy.And(condition, sympy.Not(taken))))
@@ -115,7 +115,7 @@ def exclusive(choice: sympy.Piecewise) -> list[tuple[sympy.Expr, Boolean]]:
 
 
 def without_hiding(choice: sympy.Piecewise) -> Element:
-    """A choice without the branches that hide."""
+    """Return a choice without the branches that hide a key."""
     pairs = [(value, condition) for value, condition in choice.args if not hides(value)]
     if len(pairs) == len(choice.args):
         return choice
@@ -123,6 +123,6 @@ def without_hiding(choice: sympy.Piecewise) -> Element:
 
 
 def hides(value: Element) -> bool:
-    """Whether a score of this, or of this and something, is that of a hidden key."""
+    """True if a number, or the number in a sum, is that of a hidden key (`reference.hidden`)."""
     low = value.as_coeff_Add()[0] if isinstance(value, sympy.Add) else value
     return bool(low.is_number and low.is_extended_real and low <= HIDDEN)

@@ -29,7 +29,7 @@ from lychee_compile.passes.symbolic.products import Product, product_of
 from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 DEEPEST = 60
-"""Operators between the product and the softmax, at most."""
+"""Largest number of operators between the product and the softmax."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Step:
     other: Any = None
     """The other operand: a tensor node or a number."""
     indices: Indices = ()
-    """Of the other operand."""
+    """Indices of the other operand."""
     fill: Any = None
-    """What is filled in where the other operand, a bool tensor, says so."""
+    """Value that is filled in under the condition of `other`, a bool tensor."""
     when: bool = True
-    """At which truth value of the other operand it is filled in."""
+    """Truth value of `other` at which the value is filled in."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The product of queries and keys that scores come from, and the steps since."""
+    """The product of queries and keys that scores come from, with the steps after it."""
 
     product: Product
     query: Place
@@ -61,7 +61,7 @@ class Trace:
 
 
 class ScoreTracer:
-    """Walks from the argument of a softmax down to the product of queries and keys."""
+    """A walk from the argument of a softmax down to the product of queries and keys."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class ScoreTracer:
         self._visited = 0
 
     def trace(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
-        """The product behind `node`, read at `indices`; None where there is none."""
+        """Return the product behind `node`, read at `indices`; None if there is none."""
         self._visited += 1
         if node.op != "call_function" or node in self._failed or self._visited > DEEPEST:
             return None
@@ -150,7 +150,7 @@ class ScoreTracer:
         return None
 
     def _extra_logit(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
-        """Scores with more logits beside them along the keys."""
+        """Follow scores that have more logits beside them along the keys."""
         dim = argument(node, "dim", 0) % len(indices)
         parts = argument(node, "tensors")
         start = sympy.S.Zero
@@ -189,7 +189,7 @@ def _writes_scores(node: torch.fx.Node) -> bool:
 
 
 def _step_of(node: torch.fx.Node, place: int, indices: Indices) -> Step:
-    """The step that `node` is, where operand `place` carries the scores."""
+    """Return the step that `node` is if operand number `place` carries the scores."""
     kind = operator_of(node).step(place)
     plain = argument(node, "alpha", 1) == 1 and not argument(node, "rounding_mode")
     clamps = is_operator(node, "clamp")
@@ -212,7 +212,7 @@ def _step_of(node: torch.fx.Node, place: int, indices: Indices) -> Step:
 
 
 def _filled_by_index(node: torch.fx.Node, indices: Indices) -> Step:
-    """`scores[mask] = number` as a fill."""
+    """Return `scores[mask] = number` as a fill."""
     chosen, value = argument(node, "indices"), argument(node, "values")
     whole = len(chosen) == 1 and len(shape_of(chosen[0])) == len(indices)
     whole = whole and not argument(node, "accumulate", False)

@@ -1,8 +1,8 @@
-"""Sum up what stands between the product of queries and keys and the softmax.
+"""Sum up the steps between the product of queries and keys and the softmax.
 
-A scale, a soft-cap, biases, masks, an extra logit: from the steps that `score_trace` notes, taken
-from the product outwards. What depends on no key cancels in the softmax. Whatever else there is, is
-named and left alone.
+The steps that `score_trace` notes, taken from the product outwards, become a scale, a soft-cap,
+biases, masks and an extra logit. A number that is the same for all keys cancels in the softmax. Any
+other step is a reason to keep the attention.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from lychee_compile.passes.symbolic.elementwise import (
 
 @dataclass
 class _Sum:
-    """The steps so far, summed up."""
+    """The sum of the steps so far."""
 
     elements: Elements
     keys: frozenset[Axis]
     expression: Element = S
     scale: sympy.Expr = sympy.S.One
     outer: sympy.Expr = sympy.S.One
-    """Multiplies the soft-cap's tanh."""
+    """Factor of the soft-cap's tanh."""
     capped: bool = False
     shifted: bool = False
-    """Whether something was added that is the same for all keys, which only cancels at the end."""
+    """True if a number was added that is the same for all keys; it cancels only at the end."""
     factors: list[tuple[Operand, bool]] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     hidden: list[Boolean] = field(default_factory=list)
     zeroed: list[Boolean] = field(default_factory=list)
-    """Where scores were multiplied by zero: right only where they are hidden, too."""
+    """Conditions under which scores are multiplied by zero; they must be hidden then."""
     extra: Operand | None = None
     extra_times: sympy.Expr = sympy.S.One
     unsupported: Reason | None = None
@@ -82,7 +82,7 @@ class _Sum:
                 assert_never(step.kind)
 
     def _express(self, function: Callable[..., Element], *others: Element) -> None:
-        """Apply a step to the expression, as long as anybody could read it."""
+        """Apply a step to the expression, unless it becomes too large to read."""
         try:
             self.expression = choose(function, self.expression, *others)
         except TooLarge:
@@ -92,7 +92,7 @@ class _Sum:
         return self.elements.of(step.other, step.indices)
 
     def _amount(self, step: Step) -> Element:
-        """The other operand as a number; truth values count as 1 and 0."""
+        """Return the other operand as a number; truth values count as 1 and 0."""
         return choose(number, self._value(step))
 
     def _operand(self, step: Step) -> Operand | None:
@@ -101,7 +101,7 @@ class _Sum:
         return Place(step.other, step.indices, sympy.S.One).operand(self.elements.axes)
 
     def _differs_by_key(self, step: Step, value: Element) -> bool:
-        """Whether the other operand is not the same for all keys, as far as is known."""
+        """True unless the other operand is known to be the same for all keys."""
         by_key = bool(free_axes(step.indices) & self.keys)
         return by_key and not value.is_number
 
@@ -200,7 +200,7 @@ class _Sum:
 
 
 def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bool) -> Score:
-    """All steps of `trace` as one score."""
+    """Return all steps of `trace` as one score."""
     total = _Sum(elements, keys)
     number = trace.query.factor * trace.key.factor
     if number != 1:
@@ -230,7 +230,7 @@ def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bo
 
 
 def _zero_conditions(value: Element) -> list[Boolean] | None:
-    """Where a choice between 0 and 1 is 0; None for anything else."""
+    """Return the conditions under which a choice between 0 and 1 is 0; None for anything else."""
     if not isinstance(value, sympy.Piecewise):
         return None
     if not all(each.is_zero or (each - 1).is_zero for each, _ in value.args):

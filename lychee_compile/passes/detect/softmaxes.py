@@ -1,4 +1,4 @@
-"""Find every softmax of a graph, in whatever form it is written.
+"""Find every softmax of a graph, in all the forms in which it is written.
 
 softmax(x, d), log_softmax(x, d).exp()         exp(x - m) / exp(x - m).sum(d, keepdim=True)
 exp(x - logsumexp(x, d, keepdim=True))         (exp(x - m) @ v) / exp(x - m).sum(d)
@@ -26,27 +26,27 @@ from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 @dataclass(frozen=True)
 class Softmax:
-    """weights = exp(scores) / sum of exp(scores) over the dimensions `dims`."""
+    """A softmax: weights = exp(scores) / sum of exp(scores) over the dimensions `dims`."""
 
     node: torch.fx.Node
-    """What a reader of the graph would point at."""
+    """The node that stands for the softmax in reports."""
     weights: torch.fx.Node
-    """The weights; with `deferred` before they are divided by their sum."""
+    """The weights; if `deferred`, before they are divided by their sum."""
     scores: torch.fx.Node
     """Argument of the exponential."""
     dims: tuple[int, ...]
     base_two: bool = False
-    """Whether it is 2 that is raised to the scores."""
+    """True if the base of the exponential is 2."""
     total: torch.fx.Node | None = None
-    """The sum of exponentials, or its logarithm, where that is written out."""
+    """The sum of exponentials, or its logarithm, if that is written out."""
     reader: torch.fx.Node | None = None
-    """What divides by `total`, or subtracts it."""
+    """The node that divides by `total`, or subtracts it."""
     deferred: bool = False
-    """Whether `reader` divides the product with the values, not the weights."""
+    """True if `reader` divides the product with the values instead of the weights."""
 
 
 def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
-    """Every softmax, in order."""
+    """Yield every softmax, in order."""
     for node in graph.nodes:
         if is_operator(node, "softmax"):
             source = first_input(node)
@@ -58,7 +58,7 @@ def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
 
 
 def _exponent(node: torch.fx.Node) -> tuple[torch.fx.Node, bool] | None:
-    """The argument of an exponential, and whether it is 2 that is raised to it."""
+    """Return the argument of an exponential, and True if its base is 2; None for other nodes."""
     if operator_of(node).family is Family.EXPONENTIAL:
         return first_input(node), is_operator(node, "exp2")
     if is_operator(node, "pow") and node.args[0] == 2 and is_tensor(node.args[1]):
@@ -67,7 +67,7 @@ def _exponent(node: torch.fx.Node) -> tuple[torch.fx.Node, bool] | None:
 
 
 def _from_logarithm(node: torch.fx.Node) -> Softmax | None:
-    """exp(log_softmax(x)), exp(x - logsumexp(x)) and exp(x - log(sum(exp(x))))."""
+    """Read exp(log_softmax(x)), exp(x - logsumexp(x)) or exp(x - log(sum(exp(x))))."""
     if not is_operator(node, "exp"):
         return None
     source = _behind_copies(first_input(node))
@@ -95,7 +95,7 @@ def _log_form(
     total: torch.fx.Node,
     dims: int | Sequence[int],
 ) -> Softmax | None:
-    """exp(scores - ...), the `difference`, where `summing` takes the same scores into `total`."""
+    """Return exp(`difference`) as a softmax if `summing` takes the same scores into `total`."""
     scores = first_input(difference)
     if _behind_copies(first_input(summing)) is not _behind_copies(scores):
         return None
@@ -103,7 +103,7 @@ def _log_form(
 
 
 def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
-    """Exponentials divided by their sum, at once or after the product with the values."""
+    """Return exponentials divided by their sum, at once or after the product with the values."""
     exponent = _exponent(node)
     assert exponent is not None
     scores, base_two = exponent
@@ -137,7 +137,7 @@ def _dims_summed(total: torch.fx.Node, node: torch.fx.Node) -> tuple[int, ...] |
 def _dims_through_views(
     view: torch.fx.Node, dims: Sequence[int], node: torch.fx.Node, axes: Axes
 ) -> tuple[int, ...] | None:
-    """Return the dimensions of `node` that are `dims` of a view of it; None if they are no such."""
+    """Return the dimensions of `node` that are `dims` of a view of it; None if there are none."""
     at = tuple(axes.index(f"s{dim}", size) for dim, size in enumerate(shape_of(view)))
     summed = free_axes(at[dim] for dim in dims)
     while view is not node:
@@ -164,7 +164,7 @@ def summed_dims(node: torch.fx.Node) -> Sequence[int] | None:
 
 
 def _readers(total: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    """What divides by `total`."""
+    """Yield the nodes that divide by `total`."""
     for user in _users_behind_shapes(total):
         divisor = user.args[1] if is_operator(user, "div") else None
         if isinstance(divisor, torch.fx.Node) and _behind_shapes(divisor) is total:
@@ -182,7 +182,7 @@ def _users_behind_shapes(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
 
 
 def divisor_place(indices: Indices, softmax: Softmax, axes: Axes) -> Indices | None:
-    """Indices at which the reader of a total, whose own are `indices`, reads it."""
+    """Return the indices of a total that its reader reads at the reader's own `indices`."""
     reader = softmax.reader
     assert reader is not None
     if len(indices) != len(shape_of(reader)):

@@ -20,10 +20,10 @@ from lychee_compile.passes.symbolic.axes import size_expression
 
 
 def find_token_ids(graph: torch.fx.Graph) -> torch.fx.Node | None:
-    """The graph input that holds token ids, int [B, T], or None.
+    """Return the graph input that holds token ids, int [B, T]; None if there is none.
 
-    Of several embeddings that look up an input, as of words and of positions, the one with the
-    largest vocabulary counts.
+    If several embeddings look up an input, as of words and of positions, the one with the largest
+    vocabulary counts.
     """
     largest, found = 0, None
     for node in graph.nodes:
@@ -54,7 +54,7 @@ def _is_reshape(node: torch.fx.Node) -> bool:
 
 
 def covers(ids: torch.fx.Node | None, batch: sympy.Expr, tokens: torch.SymInt | int) -> bool:
-    """Whether `ids` [B, T] are `tokens` tokens of `batch` rows."""
+    """True if `ids` [B, T] are `tokens` tokens of `batch` rows."""
     if ids is None:
         return False
     rows, count = (size_expression(size) for size in shape_of(ids))

@@ -1,4 +1,4 @@
-"""Which memory a node shows, and which memory an operator writes to."""
+"""Tell which memory a node shows, and which memory an operator writes to."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Erase what a graph computes for nobody, writes among it.
+"""Erase from a graph everything that nobody reads, writes included.
 
-FX keeps every operator that writes. What an attention leaves behind may write too, as the blocks
-that FlexAttention reads do:
+FX keeps every operator that writes. A rewritten attention may leave such operators behind, as those
+that make the blocks of FlexAttention:
 
     blocks = new_zeros(...)
     index_put_(blocks, where, ones)
@@ -18,10 +18,10 @@ from lychee_compile.torch_private import is_foreign
 
 
 def erase_dead_code(gm: torch.fx.GraphModule) -> None:
-    """Erase all but the inputs, what the output comes from, and what has an effect outside.
+    """Keep only inputs, everything that outputs come from, and what has an effect outside.
 
-    A write lives where anything reads the memory it writes to, before or after. Constants that no
-    node reads go too: compilers take every one that a module holds as an input.
+    A write stays if anything reads the memory that it writes to, before or after. Constants that
+    no node reads go too: compilers take every one that a module holds as an input.
     """
     graph = gm.graph
     writes: dict[torch.fx.Node, list[torch.fx.Node]] = {}
@@ -47,7 +47,7 @@ def erase_dead_code(gm: torch.fx.GraphModule) -> None:
 
 
 def _has_effect(node: torch.fx.Node) -> bool:
-    """Whether a node that nobody reads must stay, as must all that are not PyTorch's own."""
+    """True if a node must stay though nobody reads it, as operators of others than PyTorch do."""
     if is_foreign(node):
         return True
     targets = [storage_of(each) for each in written_by(node)]

@@ -1,10 +1,10 @@
-"""Spell writes to intermediate tensors as new tensors, so that each keeps its value.
+"""Replace writes to intermediate tensors by new tensors, so that each tensor keeps its value.
 
     scores.masked_fill_(hidden, -inf)         scores_1 = masked_fill(scores, hidden, -inf)
     weights = softmax(scores, -1)        ->   weights = softmax(scores_1, -1)
 
-Writes to inputs, such as caches, stay as they are. So do writes through a view; what they write
-to is reported, for such a tensor does not keep its value.
+Writes to inputs, such as caches, stay as they are, and so do writes through a view. The tensor that
+is written to through a view is reported, because it does not keep its value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lychee_compile.torch_private import FakeTensorMode, is_foreign
 
 
 def normalise(gm: torch.fx.GraphModule, mode: FakeTensorMode) -> frozenset[torch.fx.Node]:
-    """Rewrite `gm` in place; the tensors made in the graph that are still written to."""
+    """Rewrite `gm` in place, and return the tensors made in the graph that are still written to."""
     erase_dead_code(gm)
     written = set()
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
@@ -43,7 +43,7 @@ def _made_functional(
     views: dict[torch.fx.Node, list[torch.fx.Node]],
     mode: FakeTensorMode,
 ) -> bool:
-    """Whether the write `node` could be replaced by a value that all later users read."""
+    """Replace the write `node` by a value that all later users read; True if that was possible."""
     target = first_input(node)
     functional = _functional(node)
     if functional is None or storage_of(target) is not target or _may_be_shared(target, views):
@@ -76,24 +76,24 @@ def _made_functional(
 
 
 def _may_be_shared(target: torch.fx.Node, views: dict[torch.fx.Node, list[torch.fx.Node]]) -> bool:
-    """Whether a tensor of another kind may show the memory of `target`, so that writes are seen."""
+    """True if an operator that is not PyTorch's may show the memory of `target`, and see writes."""
     readers = [user for view in (target, *views.get(target, ())) for user in view.users]
     return is_foreign(target) or any(map(is_foreign, readers))
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:
-    """Strides where they matter."""
+    """Return the strides of the dimensions that have more than one element."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
 def _value(functional: Any, node: torch.fx.Node, mode: FakeTensorMode) -> torch.Tensor | None:
-    """What `functional` gives for the operands of `node`; None where they cannot be run again."""
+    """Return what `functional` gives for the operands of `node`; None if it cannot be run."""
     args: Any = torch.fx.node.map_arg(node.args, value_of)
     kwargs: Any = torch.fx.node.map_arg(node.kwargs, value_of)
     try:
         with mode:
             return functional(*args, **kwargs)
-    except (RuntimeError, TypeError):  # values of a function mapped over a batch, for one
+    except (RuntimeError, TypeError):  # such as values of a function that is mapped over a batch
         return None
 
 

@@ -1,4 +1,4 @@
-"""What is said of an ATen operator in one row of the table in `operators`."""
+"""The columns of the table in `operators`: all that is known of one ATen operator."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sympy.logic.boolalg import Boolean
 
 
 class View(Enum):
-    """How an index of the output leads to one of the input; `symbolic.views` has the rules."""
+    """Kinds of views, by how an index of the output leads to the input (see `symbolic.views`)."""
 
     COPY = auto()
     """The same values in the same shape, perhaps in another dtype."""
     RESHAPE = auto()
     BROADCAST = auto()
     SWAP = auto()
-    """The two dimensions that the second and the third argument name change places."""
+    """The dimensions that the second and the third argument name are swapped."""
     SWAP_LAST = auto()
     PERMUTE = auto()
     MOVE = auto()
@@ -50,20 +50,20 @@ _KEEPING_ALL = {
 
 
 class Memory(Enum):
-    """Whose memory the output shows."""
+    """Owners of the memory that the output shows."""
 
     BY_SCHEMA = auto()
-    """Perhaps that of the input if the schema says so, and memory of its own otherwise."""
+    """The input, perhaps, if the schema says so; otherwise the output itself."""
     FRESH = auto()
-    """Always memory of its own."""
+    """The output itself, always."""
     OF_INPUT = auto()
-    """Always that of the input: nothing is read or copied."""
+    """The input, always: nothing is read or copied."""
     PERHAPS_OF_INPUT = auto()
-    """Perhaps that of the input, though the schema says nothing of it."""
+    """The input, perhaps, though the schema does not say so."""
 
 
 class Rule(Enum):
-    """How an element of the output is made; `symbolic.elements` has a function for each."""
+    """Rules that make an element of the output; `symbolic.elements` has a function for each."""
 
     DIVIDE = auto()
     WHERE = auto()
@@ -81,7 +81,7 @@ class Rule(Enum):
 
 
 class StepKind(Enum):
-    """What an operator does to scores that it is given."""
+    """Things that an operator does to scores."""
 
     TIMES = auto()
     """Multiplies them by the other operand."""
@@ -105,7 +105,7 @@ class StepKind(Enum):
 
 
 class ProductKind(Enum):
-    """How a product of two tensors is written; `detect.products` has a function for each."""
+    """Spellings of a product of two tensors; `symbolic.products` has a function for each."""
 
     MATMUL = auto()
     LINEAR = auto()
@@ -138,22 +138,22 @@ class AtenOperator:
     """One operator of ATen, with everything that the passes know about it."""
 
     name: str = ""
-    """Its first name, which stands for all its synonyms; empty for operators not in the table."""
+    """The first of its synonyms, without overload; empty for operators not in the table."""
     view: View | None = None
     memory: Memory = Memory.BY_SCHEMA
     rule: Rule | None = None
     numbers: Numbers | None = None
-    """The elementwise function that it is, of numbers."""
+    """Elementwise function of numbers, if it is one."""
     truths: Truths | None = None
-    """The elementwise function that it is, of truth values."""
+    """Elementwise function of truth values, if it is one."""
     bits: Truths | None = None
-    """The elementwise function that it is between truth values; other integers are not followed."""
+    """Bitwise function, if it is one; it is followed between truth values only."""
     steps: tuple[StepKind | None, ...] = ()
-    """What it does to scores, by the operand that they are; empty if scores are not followed."""
+    """Effect on scores, for each operand that they may be; empty if scores are not followed."""
     product: ProductKind | None = None
     family: Family | None = None
     carries: bool = False
-    """True if attention weights are followed through it, though it is no view."""
+    """True if attention weights are followed through it; always so for views."""
     reads_shape_only: bool = False
     """True if it reads the shape of its input and none of the values."""
     writes_nothing: bool = False
@@ -172,5 +172,5 @@ class AtenOperator:
         return any((self.numbers, self.truths, self.bits))
 
     def step(self, place: int) -> StepKind:
-        """Return what it does to scores that are its operand number `place`."""
+        """Return the effect on scores that are operand number `place`."""
         return (self.steps[place] if place < len(self.steps) else None) or StepKind.OTHER

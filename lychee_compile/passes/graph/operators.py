@@ -1,4 +1,4 @@
-"""The table of ATen operators: one row for each, and nothing about operators anywhere else.
+"""The table of ATen operators, the only place that says what an operator is.
 
 To add an operator, add its name to a row that describes it, or write a new row. In a row, words are
 operators that share the description, and names joined by `/` are synonyms of one operator. Only the
@@ -218,8 +218,8 @@ def _others() -> Iterator[tuple[str, AtenOperator]]:
 
 
 OPERATORS: Mapping[str, AtenOperator] = dict(_table())
-"""What is known of each ATen operator, by every name that it has; names are without overloads."""
+"""Rows of the table, by each of the names of an operator, without overload."""
 UNKNOWN = AtenOperator()
-"""What is known of any other operator: nothing."""
+"""Row of all operators that are not in the table."""
 PURE_CALLS = (operator.getitem, torch.ops.higher_order.flex_attention)
-"""Calls in a graph that are no operators of ATen and have no effect."""
+"""Calls in a graph that have no effect, though they are not operators of ATen."""

@@ -1,9 +1,9 @@
-"""What an element of a tensor is, as a sympy expression of axes and of elements of graph inputs.
+"""Tell what an element of a tensor is: an expression of axes and of elements of graph inputs.
 
     arange(kv_len) <= arange(query_len)[:, None] + length        kv <= q + length
 
 Numbers are expressions, bool tensors are sympy Booleans, and a choice is a `Piecewise` at the top.
-Whatever is not elementwise stays an element of its tensor: `name[b, q]`.
+An element that no rule describes stays an element of its tensor: `name[b, q]`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from lychee_compile.passes.symbolic.elementwise import (
 from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 DEEPEST = 40
-"""Operators up to which an element is followed, so that no chain through a model is."""
+"""Largest number of operators that an element is followed through."""
 
 
 class Elements:
-    """Evaluates elements of the tensors of one graph."""
+    """The elements of the tensors of one graph, as expressions."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Elements:
         self._depth = 0
 
     def of(self, value: Any, indices: Indices = ()) -> Element:
-        """The element of a tensor node, or a number, at `indices`."""
+        """Return the element of a tensor node at `indices`, or a number."""
         scalar = scalar_of(value)
         if scalar is not None:
             return scalar
@@ -88,11 +88,11 @@ class Elements:
             self._depth -= 1
 
     def is_opaque(self, node: torch.fx.Node) -> bool:
-        """Whether `node` shows memory that is written to behind its back."""
+        """True if `node` shows memory that is written to through another view."""
         return bool(self._opaque) and storage_of(node) in self._opaque
 
     def load(self, node: torch.fx.Node, indices: Indices) -> Element:
-        """An element that stays what it is, by name."""
+        """Return an element of `node` by name, without a look at what made it."""
         name = self.names.of(node)
         dtype = value_of(node).dtype if is_tensor(node) else torch.float32
         symbol = symbol_of(name, dtype)
@@ -146,7 +146,7 @@ class Elements:
 
 
 def symbol_of(name: str, dtype: torch.dtype) -> sympy.Symbol:
-    """What a tensor is called in expressions: the elements of some are known to be integers."""
+    """Return the symbol of a tensor; it is an integer if the dtype is one."""
     kind = {} if dtype.is_floating_point or dtype == torch.bool else {"integer": True}
     return sympy.Symbol(name, **kind)
 
@@ -191,7 +191,7 @@ def _masked_fill(elements: Elements, node: torch.fx.Node, indices: Indices) -> E
 
 
 def _of_one_kind(node: torch.fx.Node, *values: Element) -> list[Element]:
-    """Truth values for a tensor of truth values: scalars among them come as numbers."""
+    """Return `values` as truth values if `node` holds such, because scalars come as numbers."""
     if value_of(node).dtype != torch.bool:
         return list(values)
     return [choose(truth, value) for value in values]
@@ -234,7 +234,7 @@ def _full(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
 
 
 def _index(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-    """Indexing with tensors that are next to each other, as in `cache[rows, positions]`."""
+    """Return the element of indexing with neighbouring tensors, as in `cache[rows, positions]`."""
     source, chosen = first_input(node), list(argument(node, "indices"))
     places = [place for place, each in enumerate(chosen) if each is not None]
     bools = any(value_of(each).dtype == torch.bool for each in chosen if each is not None)
@@ -264,7 +264,7 @@ def _index(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element
 
 
 def _from_front(index: Index, size: Any, axes: Axes) -> Index:
-    """An index by numbers and axes that is negative, and so counts from the end, made positive."""
+    """Return an index that is negative, and so counts from the end, counted from the front."""
     ends = {axis: axes.sizes[axis] - 1 for axis in index.atoms(Axis)}
     known = index.is_number or (ends and index.free_symbols == set(ends))
     if known and index.xreplace(ends).is_negative:
@@ -279,7 +279,7 @@ def _index_select(elements: Elements, node: torch.fx.Node, indices: Indices) -> 
 
 
 def _embedding(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-    """Give the element of an embedding, which selects rows of its weight."""
+    """Return the element of an embedding, which selects rows of its weight."""
     chosen = argument(node, "indices")
     return _selected(elements, node, indices, argument(node, "weight"), 0, chosen)
 
@@ -303,7 +303,7 @@ def _selected(
 
 
 def _index_put(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-    """`x[mask] = number`."""
+    """Return the element after `x[mask] = number`."""
     chosen, value = argument(node, "indices"), argument(node, "values")
     whole = len(chosen) == 1 and value_of(chosen[0]).dtype == torch.bool
     whole = whole and not argument(node, "accumulate", False)

@@ -19,7 +19,7 @@ from lychee_compile.passes.graph.operator_facts import AtenOperator
 
 Element: TypeAlias = sympy.Expr | Boolean
 LONGEST_CHOICE = 6
-"""Branches up to which choices are followed; a tensor of more stays a tensor."""
+"""Largest number of branches of a choice; a tensor of more stays a tensor."""
 
 
 class Flag(BooleanFunction):
@@ -27,7 +27,7 @@ class Flag(BooleanFunction):
 
     @classmethod
     def eval(cls, *_: Any) -> None:
-        """Never evaluated: only a run knows it."""
+        """Leave the flag as it is: only a run knows its value."""
         return
 
     def _sympystr(self, printer: Any) -> str:
@@ -35,16 +35,16 @@ class Flag(BooleanFunction):
 
 
 class TooLarge(Exception):  # noqa: N818  the tensor stays a tensor
-    """An expression became larger than anybody wants to read."""
+    """An expression that is too large to read."""
 
 
 def is_truth(value: Element) -> bool:
-    """Whether an element is a truth value; symbols, which could be, are numbers here."""
+    """True if an element is a truth value; a bare symbol counts as a number."""
     return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
 
 
 def choose(function: Callable[..., Element], *operands: Element) -> Element:
-    """`function` of operands, any of which may be a choice: a choice of results."""
+    """Return `function` of operands, as a choice of results if any operand is a choice."""
     branches = [each.args if isinstance(each, sympy.Piecewise) else None for each in operands]
     if not any(branches):
         return function(*operands)
@@ -63,7 +63,7 @@ def choose(function: Callable[..., Element], *operands: Element) -> Element:
 
 
 def piecewise(branches: list[tuple[Element, Boolean]]) -> Element:
-    """The first value whose condition holds. Of truth values it is a truth value itself."""
+    """Return a choice of the first value whose condition holds, a truth value if all values are."""
     if all(is_truth(value) for value, _ in branches):
         result: Any = sympy.false
         for value, condition in reversed(branches):
@@ -73,7 +73,7 @@ def piecewise(branches: list[tuple[Element, Boolean]]) -> Element:
 
 
 def number(value: Element) -> sympy.Expr:
-    """A truth value as 1 or 0, as arithmetic takes it."""
+    """Return a truth value as 1 or 0, and a number as it is."""
     if value in (sympy.true, sympy.false):
         return sympy.Integer(int(bool(value)))
     if is_truth(value):
@@ -82,14 +82,14 @@ def number(value: Element) -> sympy.Expr:
 
 
 def truth(value: Element) -> Boolean:
-    """A number as whether it is not zero."""
+    """Return the condition that a number is not zero, and a truth value as it is."""
     if is_truth(value):
         return value
     return sympy.Ne(value, 0)
 
 
 def branch(condition: Boolean, yes: Element, no: Element) -> Element:
-    """A choice between two, either of which may be one already."""
+    """Return the choice between two values, either of which may be a choice itself."""
     branches = []
     for value, holds in ((yes, condition), (no, sympy.Not(condition))):
         pairs = value.args if isinstance(value, sympy.Piecewise) else [(value, sympy.true)]
@@ -101,7 +101,7 @@ def branch(condition: Boolean, yes: Element, no: Element) -> Element:
 
 
 def arithmetic(function: Callable[..., Any]) -> Callable[..., Element]:
-    """A function of numbers; truth values among its operands count as 1 and 0."""
+    """Return a function of numbers that takes truth values for 1 and 0."""
 
     def apply(*operands: Element) -> Element:
         numbers = [number(each) for each in operands]
@@ -117,7 +117,7 @@ def _logical(function: Callable[..., Any]) -> Callable[..., Element]:
 
 
 def _bitwise(logical: Callable[..., Any]) -> Callable[..., Element]:
-    """`&`, `|` and `~`, which are understood between truth values only."""
+    """Return a function of truth values that raises `TooLarge` for other integers."""
 
     def apply(*operands: Element) -> Element:
         if not all(is_truth(each) for each in operands):

@@ -1,6 +1,6 @@
-"""Where the elements of a view come from: indices, carried back through shape operators.
+"""Carry indices back through views and copies: tell where an element of a view comes from.
 
-One small function for each kind of operator. All say which tensor is the source and, given an index
+There is one small function for each kind of view. Each returns the source tensor and, from an index
 for each dimension of the output, the index for each dimension of the source.
 """
 
@@ -29,7 +29,7 @@ Source = tuple[torch.fx.Node, Indices]
 
 
 def source_of(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
-    """The tensor that `node` is a view or copy of, with indices; None where it is no such thing."""
+    """Return the tensor that `node` is a view or copy of, with indices; None if it is no view."""
     if node.target is operator.getitem:
         return _part_of_several(node, indices)
     view = operator_of(node).view
@@ -54,7 +54,7 @@ def _broadcast(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
 
 
 def broadcast(indices: Indices, sizes: Any, wide: Any) -> Indices:
-    """Indices into a tensor of `sizes` that broadcasts to `wide`, which `indices` are of."""
+    """Return indices into a tensor of `sizes` that broadcasts to `wide`, which `indices` have."""
     ours = indices[len(indices) - len(sizes) :]
     wide = wide[len(wide) - len(sizes) :]
     return tuple(
@@ -64,7 +64,7 @@ def broadcast(indices: Indices, sizes: Any, wide: Any) -> Indices:
 
 
 def _permuted(order: list[int]) -> Callable[[Indices], Indices]:
-    """The source's indices where output dimension i is source dimension `order[i]`."""
+    """Return a function to the source's indices if output dimension i is `order[i]` there."""
     return lambda indices: tuple(indices[order.index(place)] for place in range(len(order)))
 
 
@@ -74,7 +74,7 @@ def _permute(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
 
 
 def _swap(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
-    """Give the rule of operators that name two dimensions after their input."""
+    """Follow an operator that names two dimensions after its input."""
     formals = node.target._schema.arguments[1:3]  # type: ignore[union-attr]
     first, second = (int(argument(node, each.name)) for each in formals)
     return _swapped(node, indices, first, second)
@@ -92,7 +92,7 @@ def _swapped(node: torch.fx.Node, indices: Indices, first: int, second: int) -> 
 
 
 def _move(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
-    """`movedim`, which tells of source and destination dimensions."""
+    """Follow `movedim`, which names source and destination dimensions."""
     rank = len(indices)
     given = (argument(node, "source"), argument(node, "destination"))
     source, goal = (
@@ -129,7 +129,7 @@ def _slice(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
 
 
 def _bound(value: Any, size: Any) -> sympy.Expr | None:
-    """An index or start of a slice, counted from the front; None where a tensor holds it."""
+    """Return an index or start of a slice, counted from the front; None if a tensor holds it."""
     at = scalar_of(value)
     if at is None:
         return None
@@ -141,7 +141,7 @@ def _bound(value: Any, size: Any) -> sympy.Expr | None:
 
 
 def _part_of_several(node: torch.fx.Node, indices: Indices) -> Source | None:
-    """One of the outputs of `chunk`, `split`, `unbind` and their like."""
+    """Follow one of the outputs of `chunk`, `split`, `unbind` and the like."""
     several, which = first_input(node), node.args[1]
     if several.op != "call_function" or not isinstance(which, int):
         return None
@@ -157,7 +157,7 @@ def _part_of_several(node: torch.fx.Node, indices: Indices) -> Source | None:
 
 
 def _repeat(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
-    """`repeat` lays whole copies one after the other."""
+    """Follow `repeat`, which lays whole copies one after the other."""
     source = first_input(node)
     sizes = shape_of(source)
     ours = indices[len(indices) - len(sizes) :]
@@ -168,7 +168,7 @@ def _repeat(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
 
 
 def _repeat_interleave(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
-    """`repeat_interleave` lays the copies of one element side by side."""
+    """Follow `repeat_interleave`, which lays copies of one element side by side."""
     source, dim = first_input(node), argument(node, "dim")
     times = scalar_of(argument(node, "repeats"))
     if times is None or (dim is None and len(shape_of(source)) != 1):
@@ -203,7 +203,7 @@ _RULES: dict[View, Rule] = {
     View.INTERLEAVE: _repeat_interleave,
     View.FLIP: _flip,
 }
-"""The rule of each kind of view but `PARTS`, whose outputs are taken apart by `getitem`."""
+"""Rule of each kind of view but `PARTS`, whose outputs `getitem` takes."""
 
 
 def is_shape_operator(node: torch.fx.Node) -> bool:
