@@ -1,4 +1,4 @@
-"""Batched products, however they are spelled, as one thing: labelled operands and inner labels.
+"""Read batched products in every spelling, as labelled operands and inner labels.
 
 matmul(a, b), a @ b, bmm, mm, mv, dot     baddbmm, addmm (the product in them)
 einsum("bhqd,bhkd->bhqk", a, b)           (a[..., :, None, :] * b[..., None, :, :]).sum(-1)
@@ -7,25 +7,32 @@ linear(a, b)                              tensordot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch.fx
 
-from lychee_compile.passes.graph.dataflow import argument, operator_key, scalar_of, shape_of
-from lychee_compile.passes.symbolic.axes import ZERO, Axes, Indices, size_expression
-from lychee_compile.passes.symbolic.views import source_of
+from lychee_compile.passes.graph.dataflow import (
+    argument,
+    first_input,
+    is_operator,
+    operator_of,
+    scalar_of,
+    shape_of,
+)
+from lychee_compile.passes.graph.operator_facts import ProductKind, View
+from lychee_compile.passes.symbolic.axes import ZERO, Indices, size_expression
 
 Label = int | str
 Labels = tuple[Label | None, ...]
-"""A label for each dimension; None for one of size one that is in no other tensor."""
+"""A label for each dimension; None for a dimension of size one that no other tensor has."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """out[...] = sum over the inner labels of left[...] * right[...]."""
+    """A product: out[...] = sum over the inner labels of left[...] * right[...]."""
 
     node: torch.fx.Node
     left: torch.fx.Node
@@ -35,14 +42,14 @@ class Product:
     out_labels: Labels
     inner: tuple[Label, ...]
     added: torch.fx.Node | None = None
-    """What `baddbmm` and `addmm` add, broadcast to the output."""
+    """Tensor that `baddbmm` and `addmm` add, broadcast to the output."""
     alpha: sympy.Expr = sympy.S.One
-    """Multiplies the product."""
+    """Factor of the product."""
     beta: sympy.Expr = sympy.S.One
-    """Multiplies what is added."""
+    """Factor of the added tensor."""
 
     def inner_sizes(self) -> list[Any]:
-        """Size of each inner label."""
+        """Return the size of each inner label."""
         return [self._size(label) for label in self.inner]
 
     def _size(self, label: Label) -> Any:
@@ -52,7 +59,7 @@ class Product:
         return next((size for size in sizes if size_expression(size) != 1), sizes[0])
 
     def operand_indices(self, out: Indices, inner: Sequence[sympy.Expr]) -> tuple[Indices, Indices]:
-        """Indices of the left and the right operand, given those of the output and inner ones."""
+        """Return the indices of both operands, from those of the output and of the inner labels."""
         index: dict[Label | None, sympy.Expr] = dict(zip(self.inner, inner, strict=True))
         index |= {key: at for key, at in zip(self.out_labels, out, strict=True) if key is not None}
 
@@ -66,9 +73,9 @@ class Product:
 
 
 def product_of(node: torch.fx.Node) -> Product | None:
-    """`node` as a product of two tensors, or None."""
-    rule = _RULES.get(operator_key(node))
-    return None if rule is None else rule(node)
+    """Return `node` as a product of two tensors; None if it is none."""
+    kind = operator_of(node).product
+    return None if kind is None else _RULES[kind](node)
 
 
 def _tensors(node: torch.fx.Node, *names: str) -> list[torch.fx.Node] | None:
@@ -77,7 +84,7 @@ def _tensors(node: torch.fx.Node, *names: str) -> list[torch.fx.Node] | None:
 
 
 def _matmul(node: torch.fx.Node, left: torch.fx.Node, right: torch.fx.Node) -> Product | None:
-    """All of matmul's rules: vectors, matrices, batches that broadcast."""
+    """Return a product by the rules of matmul: vectors, matrices, batches that broadcast."""
     ranks = len(shape_of(left)), len(shape_of(right))
     if min(ranks) == 0:
         return None
@@ -114,7 +121,7 @@ def _linear(node: torch.fx.Node) -> Product | None:
     return Product(node, operands[0], operands[1], left, right, out, ("inner",), added)
 
 
-def _added(first: str, second: str) -> Any:
+def _added(first: str, second: str) -> Callable[[torch.fx.Node], Product | None]:
     def rule(node: torch.fx.Node) -> Product | None:
         operands = _tensors(node, first, second)
         made = None if operands is None else _matmul(node, *operands)
@@ -163,13 +170,11 @@ def _einsum(node: torch.fx.Node) -> Product | None:
 
 
 def _sum_of_products(node: torch.fx.Node) -> Product | None:
-    """`(a * b).sum(dims)`, the operands broadcast against each other."""
+    """Return `(a * b).sum(dims)`, with operands that broadcast, as a product."""
     times = argument(node, "self")
-    axes = Axes()
-    while operator_key(times) in ("to", "_to_copy", "clone", "contiguous"):
-        step = source_of(times, (ZERO,) * len(shape_of(times)), axes)
-        times = step[0] if step else times
-    if operator_key(times) != "mul":
+    while operator_of(times).view is View.COPY:
+        times = first_input(times)
+    if not is_operator(times, "mul"):
         return None
     operands = _tensors(times, "self", "other")
     dims = argument(node, "dim")
@@ -207,9 +212,13 @@ def _tensordot(node: torch.fx.Node) -> Product | None:
     return Product(node, operands[0], operands[1], left, right, out, inner)
 
 
-_RULES: dict[str, Any] = {
-    "matmul": _plain, "bmm": _plain, "mm": _plain, "mv": _plain, "dot": _plain, "inner": _linear,
-    "linear": _linear, "baddbmm": _added("batch1", "batch2"), "addmm": _added("mat1", "mat2"),
-    "addmv": _added("mat", "vec"), "einsum": _einsum, "sum": _sum_of_products,
-    "tensordot": _tensordot,
-}  # fmt: skip
+_RULES: dict[ProductKind, Callable[[torch.fx.Node], Product | None]] = {
+    ProductKind.MATMUL: _plain,
+    ProductKind.LINEAR: _linear,
+    ProductKind.ADD_BATCHES: _added("batch1", "batch2"),
+    ProductKind.ADD_MATRIX: _added("mat1", "mat2"),
+    ProductKind.ADD_VECTOR: _added("mat", "vec"),
+    ProductKind.EINSUM: _einsum,
+    ProductKind.SUM: _sum_of_products,
+    ProductKind.TENSORDOT: _tensordot,
+}
