@@ -33,6 +33,8 @@ from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.evaluate.models import read_on
 
 ANSWER_TOKENS = 6
+SPARE_SLOTS = 300
+"""Slots of a static cache beyond the text, for the fact, the question and the answer."""
 WAYS = ("dense", "generate, static", "compiled model, dynamic", "own loop, static")
 
 
@@ -48,16 +50,16 @@ def document(tokenizer: Any, length: int, depth: float) -> Tensor:
 class Answerer:
     """Model that answers a question in each of the ways."""
 
-    def __init__(self, model: Any, question: Tensor, budget: int) -> None:
-        """Compile `model`; `question` are token ids, int64 [1, T]."""
+    def __init__(self, model: Any, question: Tensor, budget: int, slots: int) -> None:
+        """Compile `model`; `question` are ids, int64 [1, T]; static caches have `slots` slots."""
+        self.slots = slots
         self.model, self.question, self.options = model, question, {"budget": budget}
         self.compiled = torch.compile(model, backend="lychee", options=self.options)
         self.argument = cache_argument(model)
 
     def answers(self, ids: Tensor) -> tuple[list[int], ...]:
         """Return the answers in all `WAYS` about the document `ids` [1, L]."""
-        room = ids.shape[1] + self.question.shape[1] + ANSWER_TOKENS + 1
-        static = StaticCache(self.model.config, max_cache_len=room)
+        static = StaticCache(self.model.config, max_cache_len=self.slots)
         dynamic = DynamicCache(config=self.model.config)
         for cache in (static, dynamic):
             read_on(self.model, cache, ids[0, :-1])
@@ -112,7 +114,7 @@ def main() -> int:
     _, tokenizer = models.load_tokenizer(folder)
     model = models.load_model(folder)
     question = tokenizer(QUESTION_FOR_FACT, add_special_tokens=False, return_tensors="pt").input_ids
-    answerer = Answerer(model, question, chosen.budget)
+    answerer = Answerer(model, question, chosen.budget, chosen.tokens + SPARE_SLOTS)
     hits: dict[str, list[bool]] = {way: [] for way in WAYS}
     for number in track(range(chosen.positions), "Pass keys"):
         ids = document(tokenizer, chosen.tokens, (number + 0.5) / chosen.positions)
