@@ -27,9 +27,9 @@ def flex_attention(
     near = (number == 0) | (number == torch.arange(tiles, device=chosen_keys.device)[:, None])
     rank = chosen_keys.float().masked_fill(near, torch.inf).masked_fill(~causal, -1)
     order = rank.argsort(dim=-1, descending=True, stable=True)
-    taken = number < room.clamp(min=2)[:, None]
+    best = number < room.clamp(min=2)[:, None]
     chosen = torch.zeros_like(causal.expand(heads, -1, -1)).scatter(
-        -1, order, taken.expand_as(order)
+        -1, order, best.expand_as(order)
     )
     chosen &= causal
     diagonal = number == torch.arange(tiles, device=chosen_keys.device)[:, None]

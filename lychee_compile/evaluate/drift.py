@@ -95,7 +95,7 @@ def drift(
     The prompt is what comes before the first query: it is indexed at once, as a prompt is, and all
     that follows token by token. Runs of neighbouring positions are the checkpoints; each gives a
     point. `advance` is called with 1 after each checkpoint of each site. Raises `EvaluationError`
-    where there is but one, and `OptionError` where a policy cannot have the budget.
+    if there is only one, and `OptionError` if a policy cannot have the budget.
     """
     groups = _groups(capture.positions.tolist())
     if len(groups) < 2:

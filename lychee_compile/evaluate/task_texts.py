@@ -62,14 +62,14 @@ class Filler:
 
     def take(self, tokens: int, chance: random.Random) -> list[str]:
         """Return neighbouring pieces of at most `tokens` in all, from a random one on."""
-        start, taken = chance.randrange(len(self.pieces)), list[str]()
+        start, pieces = chance.randrange(len(self.pieces)), list[str]()
         for number in range(len(self.pieces)):
             piece = (start + number) % len(self.pieces)
             tokens -= self.sizes[piece]
             if tokens < 0:
                 break
-            taken.append(self.pieces[piece])
-        return taken
+            pieces.append(self.pieces[piece])
+        return pieces
 
 
 def pass_key(chance: random.Random) -> _Planted:
@@ -156,18 +156,18 @@ def make_question(
     planted = TASKS[task][1](chance)
     joint = filler.joint
     room = tokens - sum(count([piece + joint for piece in planted.pieces]))
-    taken = filler.take(room, chance)
-    if len(taken) < 2 * len(planted.pieces):
+    text = filler.take(room, chance)
+    if len(text) < 2 * len(planted.pieces):
         raise EvaluationError(
             f"--length {tokens}: too short for {task}, which plants {len(planted.pieces)} facts "
             "between paragraphs"
         )
-    others = [place for place in range(len(planted.pieces)) if place != planted.asked]
-    spread = {place: (rank + 0.5) / len(others) for rank, place in enumerate(others)}
+    others = [number for number in range(len(planted.pieces)) if number != planted.asked]
+    spread = {number: (rank + 0.5) / len(others) for rank, number in enumerate(others)}
     depths = spread | {planted.asked: depth}
-    for place in sorted(depths, key=depths.__getitem__, reverse=True):
-        taken.insert(round(depths[place] * len(taken)), planted.pieces[place])
-    return Question(task, joint.join(taken), planted.question, planted.answer, depth)
+    for number in sorted(depths, key=depths.__getitem__, reverse=True):
+        text.insert(round(depths[number] * len(text)), planted.pieces[number])
+    return Question(task, joint.join(text), planted.question, planted.answer, depth)
 
 
 def _facts(chance: random.Random, many: int) -> tuple[list[str], list[str], int]:
