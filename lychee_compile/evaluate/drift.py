@@ -90,12 +90,12 @@ def drift(
     budget: int,
     advance: Callable[[int], object] = nothing,
 ) -> DriftResult:
-    """Replay every variant over a long capture, along and anew.
+    """Replay every variant over a long capture, with an index that follows and with new ones.
 
-    The prompt is what comes before the first query: it is indexed at once, as a prompt is, and all
-    that follows token by token. Runs of neighbouring positions are the checkpoints; each gives a
-    point. `advance` is called with 1 after each checkpoint of each site. Raises `EvaluationError`
-    if there is only one, and `OptionError` if a policy cannot have the budget.
+    The prompt is all tokens before the first query. It is indexed at once, and later tokens one by
+    one. Runs of neighbouring positions are the checkpoints, each of which gives a point. `advance`
+    is called with 1 after each checkpoint of each site. Raise `EvaluationError` if there is only
+    one checkpoint, and `OptionError` if a policy cannot have the budget.
     """
     groups = _groups(capture.positions.tolist())
     if len(groups) < 2:
