@@ -1,4 +1,4 @@
-"""The coverage table as people see it: rows on the terminal, and Markdown for the README."""
+"""The coverage table as people see it: rows on the terminal, and Markdown for docs/coverage.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.coverage.models import Architecture
 
 BEGIN, END = "<!-- coverage:begin -->", "<!-- coverage:end -->"
 NOTHING = "–"
-COMMAND = "python -m benchmarks.coverage --update-readme"
+COMMAND = "python -m benchmarks.coverage --update-docs"
 
 
 class MarkersError(ValueError):
