@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from showing import Decoded, console, decoder_options, show_decoded
@@ -26,8 +27,6 @@ from transformers import (
 )
 
 import lychee_compile
-
-TEXT = Path(__file__).parents[1] / "ARCHITECTURE.md"
 
 
 def random_llama(context: int) -> tuple[PreTrainedModel, Tensor]:
@@ -46,7 +45,8 @@ def random_llama(context: int) -> tuple[PreTrainedModel, Tensor]:
 
 def saved_model(folder: Path, context: int) -> tuple[PreTrainedModel, Tensor]:
     """A model of yours, and the first `context` tokens of a text."""
-    ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text("utf-8"), return_tensors="pt")
+    text = "\n".join(topics.values())  # of Python's language reference
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
     return AutoModelForCausalLM.from_pretrained(folder), ids.input_ids[:, :context]
 
 

@@ -50,17 +50,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let each relative link lead to a page of the site."""
+def on_page_markdown(markdown: str, page: Page, files: Files, **_: object) -> str:
+    """Return the page with links to published files outside docs/ leading to their pages."""
     uri = page.file.src_uri
-    source = uri.removeprefix(f"{FOLDER}/") if uri.startswith(f"{FOLDER}/") else f"docs/{uri}"
+    outside = uri.startswith(f"{FOLDER}/")
+    source = uri.removeprefix(f"{FOLDER}/") if outside else f"docs/{uri}"
 
     def on_site(target: str) -> str | None:
         path = resolve(target, source)
-        path = path.removeprefix("docs/") if path.startswith("docs/") else f"{FOLDER}/{path}"
-        if files.get_file_from_path(path) is None and not uri.startswith(f"{FOLDER}/"):
-            return None if path.startswith(FOLDER) else target
-        if files.get_file_from_path(path) is None:
+        in_docs = path.startswith("docs/")
+        path = path.removeprefix("docs/") if in_docs else f"{FOLDER}/{path}"
+        if not in_docs and files.get_file_from_path(path) is None:
             return None
         return posixpath.relpath(path, posixpath.dirname(uri))
 

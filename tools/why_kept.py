@@ -18,11 +18,11 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "why-kept.md"
 INTRODUCTION = """\
 # Why attention is kept
 
-<!-- Written by `python -m tools.why_kept` from lychee_compile/passes/reasons.py: edit that file. -->
+<!-- Written by `python -m tools.why_kept` from lychee_compile/passes/reasons.py. -->
 
-The report gives a reason for each attention that is not read sparsely, and for each softmax that belongs to no
-attention. A reason has a *code*, which stays the same over releases, *words*, and often a *remedy*. Words in italics are
-filled in for each attention.
+The report gives a reason for each attention that is not read sparsely, and for each softmax that
+belongs to no attention. A reason has a *code*, which stays the same over releases, *words*, and
+often a *remedy*. Words in italics are filled in for each attention.
 
 ```python
 report = lychee_compile.explain(model, *inputs)
@@ -30,9 +30,9 @@ for site in report.sites:
     print(site.name, site.decision, site.reason)
 ```
 
-"Kept" attention runs as the model has it. "Exact" attention reads everything by one operator or by a generated kernel.
-Both give the results of the model. `options={"strict": True}` turns kept attention into an error, unless it is meant
-to be exact.
+"Kept" attention runs as the model has it. "Exact" attention reads everything by one operator or by
+a generated kernel. Both give the results of the model. `options={"strict": True}` turns kept
+attention into an error, unless it is meant to be exact.
 
 """
 
