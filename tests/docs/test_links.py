@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tools.links import ROOT, relative_links, resolve, rewrite_links
@@ -23,6 +25,23 @@ def test_relative_links_lead_somewhere(page):
         if not (ROOT / resolve(target, name)).exists()
     ]
     assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_anchors_are_headings(page):
+    name = page.relative_to(ROOT).as_posix()
+    text = re.sub(
+        r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    for target, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", text):
+        other = ROOT / resolve(target, name) if target else page
+        assert anchor in slugs(other.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+def slugs(page):
+    """Return the anchors that headings of a page get."""
+    headings = re.findall(r"^#+ (.*)", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", each).strip().lower().replace(" ", "-") for each in headings}
 
 
 def test_links_in_code_are_none():

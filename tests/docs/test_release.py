@@ -44,3 +44,16 @@ def test_the_package_imports_without_torch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [lychee_compile.__version__, "False"]
+
+
+def test_the_wheel_has_every_file_of_the_package_and_no_other():
+    settings = project()["tool"]["setuptools"]
+    assert settings["packages"]["find"]["include"] == ["lychee_compile*"]
+    patterns = settings["package-data"]["lychee_compile"]
+    package = ROOT / "lychee_compile"
+    chosen = {path for pattern in patterns for path in package.glob(pattern)}
+    files = [path for path in package.rglob("*") if path.is_file()]
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} == chosen
+    assert package / "py.typed" in chosen
+    modules = [path for path in package.rglob("*.py") if "__pycache__" not in path.parts]
+    assert all((path.parent / "__init__.py").is_file() for path in modules)
