@@ -14,7 +14,9 @@ from torch import Tensor
 from lychee_compile import torch_private
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.policies.registry import has_index
+from lychee_compile.option_devices import OptionDevice, without_effect
 from lychee_compile.options import Options
+from lychee_compile.passes import reasons
 from lychee_compile.passes.decide import Plan, Planner
 from lychee_compile.passes.describe import describe_rejected
 from lychee_compile.passes.detect.attention import Attention, Rejected
@@ -26,8 +28,10 @@ from lychee_compile.passes.graph.dataflow import operator_name, value_of
 from lychee_compile.passes.graph.host_integers import take_out_integers
 from lychee_compile.passes.graph.normalise import normalise
 from lychee_compile.passes.lower.kernel_support import runs_kernels
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.rewrite import note_prefill, rewrite
 from lychee_compile.passes.site import RejectedSite
+from lychee_compile.report.grouping import reason_lines
 from lychee_compile.report.report import Report
 from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
@@ -51,11 +55,14 @@ class Analysis:
     mode: Any
     plans: list[Plan]
     rejected: list[RejectedSite]
+    notes: list[str]
+    """Remarks on options that have no effect on the device of the graph."""
 
     @property
     def report(self) -> Report:
         """What was found and decided."""
-        return Report([plan.site for plan in self.plans], rejected=list(self.rejected))
+        sites = [plan.site for plan in self.plans]
+        return Report(sites, notes=list(self.notes), rejected=list(self.rejected))
 
 
 def lychee(
@@ -118,7 +125,19 @@ def analyse(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Op
     )
     plans = [planner.plan(each) for each in found if not isinstance(each, Rejected)]
     rejected = [describe_rejected(each) for each in found if isinstance(each, Rejected)]
-    return Analysis(traced, fakes, mode, plans, rejected)
+    devices = set().union(*(_option_devices(plan, options) for plan in plans))
+    notes = list(without_effect(options, devices))
+    return Analysis(traced, fakes, mode, plans, rejected, notes)
+
+
+def _option_devices(plan: Plan, options: Options) -> set[OptionDevice]:
+    """Return the kinds of devices whose options an attention uses; none if it was not read."""
+    if not isinstance(plan.attention, Attention):
+        return set()
+    if runs_kernels(plan.attention, options):
+        return {"cuda"}
+    on_cpu = value_of(plan.attention.query.node).device.type == "cpu"
+    return {"cpu"} if on_cpu else {"cpu", "cuda"}
 
 
 def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., Any] | None:
@@ -131,7 +150,7 @@ def _compile_rewritten(analysis: Analysis, options: Options) -> Callable[..., An
     if table is not None and decodes_later and not _any_decodes(plans):
         note_prefill(gm, _worth_noting(plans, options), inputs, analysis.mode)
     for failure in rewrite(gm, plans, inputs, analysis.mode):
-        _keep(failure.plan, f"it could not be rewritten: {failure.reason}")
+        _keep(failure.plan, failure.reason)
     if not inputs.states and all(plan.site.decision == "kept" for plan in plans):
         return None
     append_in_place(gm, analysis.mode)
@@ -208,18 +227,23 @@ def _announce(report: Report, options: Options) -> None:
     torch_private.count("found", len(report.sites))
     for site in report.sites:
         torch_private.count(site.decision, 1)
+    for note in report.notes:
+        logger.info("%s", note)
     if not report.sites:
         logger.info("no attention in this graph: compiled by Inductor alone")
         return
     logger.info("%d attentions: %s", len(report.sites), report.counts())
     logger.debug("%s", report)
     torch_private.trace_artifact("lychee_report", report.to_dict())
-    unsupported = [s for s in report.sites if s.decision == "kept" and not s.by_design]
+    unsupported = report.unsupported()
+    lines = reason_lines(unsupported)
+    for line in lines:
+        logger.info("kept: %s", line)
     if options.strict and unsupported:
-        lines = "\n".join(f"  {site.name} ({site.source}): {site.reason}" for site in unsupported)
+        listed = "\n".join(f"  {line}" for line in lines)
         raise StrictError(
-            f"{len(unsupported)} attentions would stay as they are, and options['strict'] forbids "
-            f"it:\n{lines}"
+            f"options['strict'] is set, but some attention ({len(unsupported)} of "
+            f"{len(report.sites)}) would stay as it is:\n{listed}"
         )
 
 
@@ -233,20 +257,15 @@ def _take_back(report: Report) -> None:
 def _count_as_kept(plans: Sequence[Plan], error: Exception) -> None:
     for plan in plans:
         if plan.site.decision != "kept":
-            _keep(plan, f"the rewrite failed: {_brief(error)}")
+            _keep(plan, reasons.REWRITE_FAILED(error=reasons.brief(error)))
 
 
-def _keep(plan: Plan, reason: str) -> None:
+def _keep(plan: Plan, reason: Reason) -> None:
     """Take back the decision to rewrite an attention."""
     torch_private.count(plan.site.decision, -1)
     torch_private.count("kept", 1)
-    plan.site.decision, plan.site.reason = "kept", reason
+    plan.site.decision, plan.site.reason, plan.site.reads = "kept", reason, ""
     plan.site.kernel = operator_name(plan.node)
-
-
-def _brief(error: Exception) -> str:
-    """The first line: FX appends whole graphs to its messages."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _leave_to_inductor(
@@ -255,9 +274,8 @@ def _leave_to_inductor(
     if options.strict:
         raise StrictError(f"the graph could not be analysed or rewritten: {error}") from error
     logger.warning(
-        "a graph goes to Inductor unchanged, because lychee failed on it: %s: %s",
-        type(error).__name__,
-        _brief(error),
+        "a graph goes to Inductor unchanged, because lychee failed on it: %s",
+        reasons.brief(error),
         exc_info=logger.isEnabledFor(logging.DEBUG),
     )
     return torch_private.inductor(gm, example_inputs, options.mode, dict(options.inductor))

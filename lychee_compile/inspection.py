@@ -44,6 +44,7 @@ def explain(
         torch.compile(_unseen_call(), backend=inspect)(model, *args, **kwargs)
     sites = [site for report in found for site in report.sites]
     notes = [f"{len(found)} graphs: the model breaks the graph"] if len(found) > 1 else []
+    notes += dict.fromkeys(note for report in found for note in report.notes)
     rejected = [each for report in found for each in report.rejected]
     return Report(sites, notes=notes, rejected=rejected)
 

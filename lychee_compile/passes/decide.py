@@ -12,6 +12,7 @@ import torch.fx
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators.reference import DEVICES, DTYPES, LONGEST_QUERY
 from lychee_compile.kernels.policies.registry import has_index, index_class, policy_names
+from lychee_compile.passes import reasons
 from lychee_compile.passes.describe import describe, describe_unread
 from lychee_compile.passes.detect.attention import Attention, Unread
 from lychee_compile.passes.detect.caches import CacheBinding, Unbound, bind_cache, find_writes
@@ -28,6 +29,7 @@ from lychee_compile.passes.lower.patch_grids import find_grid
 from lychee_compile.passes.lower.prefill import WholeSequence
 from lychee_compile.passes.lower.prefill_site import TILE_KERNELS, tile_site
 from lychee_compile.passes.lower.rearrange import Emitter
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.site import Site
 
 
@@ -95,7 +97,7 @@ class Planner:
             return self._kept(plan, attention, reason, by_design=reason == exact)
         plan.site.decision = "sparse"
         plan.site.kernel = "lychee::sparse_attention (reference)"
-        plan.site.reason = _how_much(self._config, plan.site.kv_len)
+        plan.site.reads = _how_much(self._config, plan.site.kv_len)
         return plan
 
     def _is_whole(self, attention: Attention, cached: bool) -> bool:
@@ -119,16 +121,16 @@ class Planner:
             try:
                 tiles = tile_site(attention, config, self._emit, self._autotune)
             except NoKernel as error:
-                return self._kept(plan, attention, str(error), by_design=False)
+                return self._kept(plan, attention, error.reason, by_design=False)
             grid = grid if tiles.any_order else None
         elif reason := _unsupported_device(attention, config):
             return self._kept(plan, attention, reason, by_design=False)
         whole = WholeSequence(config, grid, tiles)
-        plan.site.decision, plan.site.reason = "sparse", whole.reads
+        plan.site.decision, plan.site.reads = "sparse", whole.reads
         plan.site.kernel = whole.operator
         return replace(plan, whole=whole)
 
-    def _kept(self, plan: Plan, attention: Attention, reason: str, by_design: bool) -> Plan:
+    def _kept(self, plan: Plan, attention: Attention, reason: Reason, by_design: bool) -> Plan:
         """Leave an attention to PyTorch: as it was, or as one operator of its."""
         site = plan.site
         site.reason, site.by_design, site.kernel = reason, by_design, _kept_kernel(attention)
@@ -138,23 +140,23 @@ class Planner:
         return plan
 
     def _with_kernel(
-        self, plan: Plan, attention: Attention, exact: str | None, unbound: str | None
+        self, plan: Plan, attention: Attention, exact: Reason | None, unbound: Reason | None
     ) -> Plan:
         """Let a generated kernel do it, which reads all keys where a reason for that is known."""
         site, config = plan.site, self._config
         if not _decodes_over_keys(attention, config):
-            reason = exact or f"how many queries ask, {attention.query_len}, only a call tells"
+            reason = exact or reasons.QUERY_LEN_SYMBOLIC(query_len=attention.query_len)
             return self._kept(plan, attention, reason, by_design=True)
         why = exact or no_sparse_kernel(config) or unbound
         try:
             binding = None if why else plan.binding
             made = kernel_site(attention, binding, config, self._emit, self._autotune)
         except NoKernel as error:
-            reason = f"{exact}; {error}" if exact else str(error)
+            reason = exact.and_also(error.reason) if exact else error.reason
             return self._kept(plan, attention, reason, by_design=bool(exact))
         site.kernel = made.kernel
         if made.cache is not None:
-            site.decision, site.reason = "sparse", _how_much(config, site.kv_len)
+            site.decision, site.reads = "sparse", _how_much(config, site.kv_len)
         else:
             site.decision, site.reason = "exact", why or made.refused
         return replace(plan, kernel=made)
@@ -166,13 +168,13 @@ def _kept_kernel(attention: Attention) -> str:
     return operator_name(attention.node) if attention.form == "sdpa" else "aten (as written)"
 
 
-def _unsupported_operands(attention: Attention, needs_gradients: bool) -> str | None:
+def _unsupported_operands(attention: Attention, needs_gradients: bool) -> Reason | None:
     if needs_gradients:
-        return "gradients are needed: call the model under torch.no_grad() for sparse attention"
+        return reasons.GRADIENTS()
     operands = (attention.query.node, attention.key.node, attention.value.node)
     for value in (value_of(node) for node in operands):
         if value.dtype not in DTYPES:
-            return f"dtype {str(value.dtype).removeprefix('torch.')} is not supported"
+            return reasons.DTYPE_UNSUPPORTED(dtype=str(value.dtype).removeprefix("torch."))
     return None
 
 
@@ -186,10 +188,10 @@ def _how_much(config: IndexConfig, kv_len: int | str) -> str:
     return words
 
 
-def _unsupported_device(attention: Attention, config: IndexConfig) -> str | None:
+def _unsupported_device(attention: Attention, config: IndexConfig) -> Reason | None:
     device = value_of(attention.query.node).device.type
     if device not in DEVICES and not config.reference:
-        return f"no kernels for device {device} yet: they would be slower than dense"
+        return reasons.DEVICE_UNSUPPORTED(device=device)
     return None
 
 
@@ -204,14 +206,14 @@ def _one_operator_does_it(attention: Attention, config: IndexConfig) -> bool:
     return attention.form == "eager" and plain and (not few or config.budget is None)
 
 
-def _unsupported_form(attention: Attention) -> str | None:
+def _unsupported_form(attention: Attention) -> Reason | None:
     if attention.dropout > 0:
-        return f"dropout {attention.dropout} on the attention weights"
+        return reasons.DROPOUT(probability=attention.dropout)
     if attention.score.unsupported:
         return attention.score.unsupported
     heads = attention.size(attention.roles.kv_heads + attention.roles.group)
     if not isinstance(heads, int):
-        return f"the number of heads, {heads}, is not known when compiling"
+        return reasons.SIZE_SYMBOLIC(name="the number of query heads", size=heads)
     return None
 
 
@@ -223,37 +225,37 @@ def _decodes_over_keys(attention: Attention, config: IndexConfig) -> bool:
     return decodes(attention) and not (short or whole)
 
 
-def _better_exact(attention: Attention, place: int, config: IndexConfig) -> str | None:
+def _better_exact(attention: Attention, place: int, config: IndexConfig) -> Reason | None:
     """Why this attention is meant to stay exact; None where sparse reading can win."""
     query_len, kv_len = attention.query_len, attention.kv_len
     if config.budget is None:
         return _exact_asked_for(config)
     if query_len == kv_len or (isinstance(query_len, int) and query_len > LONGEST_QUERY):
-        return f"{query_len} query positions: a prefill or an encoder, which stays exact"
+        return reasons.PREFILL(query_len=query_len)
     if attention.is_causal:
-        return "is_causal counts from the first key, which decoding over a cache does not mean"
+        return reasons.CAUSAL_FROM_FIRST_KEY()
     if isinstance(kv_len, int) and kv_len <= config.budget:
-        return f"key length {kv_len} is within the budget {config.budget}"
+        return reasons.WITHIN_BUDGET(kv_len=kv_len, budget=config.budget)
     if not has_index(config.policy):
         known = ", ".join(map(repr, policy_names()))
-        return f"option policy={config.policy!r} cannot decode, only whole sequences; {known} can"
+        return reasons.POLICY_CANNOT_DECODE(policy=config.policy, known=known)
     return _in_dense_layers(place, config)
 
 
-def _no_tile_kernel(config: IndexConfig) -> str | None:
-    return no_sparse_kernel(config, TILE_KERNELS, " for whole sequences")
+def _no_tile_kernel(config: IndexConfig) -> Reason | None:
+    return no_sparse_kernel(config, TILE_KERNELS, reasons.POLICY_NO_PREFILL_KERNEL)
 
 
-def _exact_asked_for(config: IndexConfig) -> str | None:
-    return "budget=None asks for exact attention" if config.budget is None else None
+def _exact_asked_for(config: IndexConfig) -> Reason | None:
+    return reasons.BUDGET_NONE() if config.budget is None else None
 
 
-def _in_dense_layers(place: int, config: IndexConfig) -> str | None:
+def _in_dense_layers(place: int, config: IndexConfig) -> Reason | None:
     """Why the first attentions of a graph stay exact."""
     dense_layers = config.dense_layers
     if dense_layers is None:
         known = has_index(config.policy)
         dense_layers = index_class(config.policy).dense_layers if known else 0
     if place < dense_layers:
-        return f"among the first attentions, {dense_layers} of which stay exact"
+        return reasons.DENSE_LAYERS(dense_layers=dense_layers)
     return None

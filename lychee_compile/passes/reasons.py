@@ -73,6 +73,12 @@ class ReasonedError(Exception):
         self.reason = reason
 
 
+def brief(error: Exception) -> str:
+    """Return the type and the first line of `error`: FX appends whole graphs to its messages."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 def _kind(group: Group, code: str, template: str, remedy: str = "") -> ReasonKind:
     return ReasonKind(code, template, remedy, group)
 
@@ -88,7 +94,7 @@ BUDGET_NONE = _kind(
 PREFILL = _kind(
     Group.BY_DESIGN,
     "prefill",
-    "{query_len} query positions are a prefill or an encoder, which stays exact",
+    "a query length of {query_len} is a prefill or an encoder, which stays exact",
     'set prefill="sparse" to prune long ones',
 )
 BELOW_PREFILL_FROM = _kind(
@@ -145,7 +151,7 @@ FUSED_MODULE = _kind(
 GRADIENTS = _kind(
     Group.OPERANDS,
     "gradients",
-    "the call needs gradients, and sparse attention has none",
+    "the call needs gradients, and sparse attention has no backward pass",
     "call the model under torch.no_grad()",
 )
 DTYPE_UNSUPPORTED = _kind(
@@ -307,8 +313,8 @@ FLEX_NO_MASK = _kind(
 WEIGHTS_RETURNED = _kind(
     Group.WEIGHTS,
     "weights-returned",
-    "the attention {what} are returned, so they must be computed in full",
-    "call the model with output_attentions=False or need_weights=False",
+    "the attention {what} are returned, so all of them must be computed",
+    "do not return them (output_attentions=False or need_weights=False)",
 )
 WEIGHTS_USED = _kind(
     Group.WEIGHTS,

@@ -52,6 +52,7 @@ from lychee_compile.passes.lower.decode_site import KernelSite
 from lychee_compile.passes.lower.patch_grids import Orders
 from lychee_compile.passes.lower.prefill import WholeSequence
 from lychee_compile.passes.lower.rearrange import Emitter
+from lychee_compile.passes.reasons import Reason
 
 StateInput = Callable[[CacheBinding, CacheUse | None], torch.fx.Node]
 """Gives the graph input that stands for the index of a cache: one by slot, or the reference's."""
@@ -62,7 +63,7 @@ class Failure:
     """A site that could not be rewritten after all."""
 
     plan: Plan
-    reason: str
+    reason: Reason
 
 
 def rewrite(
@@ -88,7 +89,7 @@ def rewrite(
                 else:
                     _rewrite_exact(plan, emit)
         except RewriteError as error:
-            failures.append(Failure(plan, str(error)))
+            failures.append(Failure(plan, error.reason))
         else:
             gm.graph.erase_node(plan.node)  # FX takes one that might drop out for impure
     erase_dead_code(gm)

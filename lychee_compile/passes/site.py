@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from lychee_compile.passes.reasons import Reason
+
+Decision = Literal["sparse", "exact", "kept"]
+""""sparse": index and pruned attention; "exact": another operator that reads all keys, a generated
+kernel or PyTorch's; "kept": the original."""
 
 
 @dataclass
@@ -38,11 +45,12 @@ class Site:
     """Keys that may be visible, "[0, cumulative_length + q + 1)"."""
     monotone: bool = False
     """Whether the score is proved to grow with q.k, so that bounds of q.k bound it."""
-    decision: str = "kept"
-    """"sparse": index and pruned attention; "exact": another operator that reads all keys, a
-    generated kernel or PyTorch's; "kept": the original."""
-    reason: str = ""
-    """Why, in words for the user."""
+    decision: Decision = "kept"
+    """Outcome, one of `Decision`."""
+    reason: Reason | None = None
+    """Why it is not sparse; None if it is."""
+    reads: str = ""
+    """How much of the keys a sparse attention reads, in words; empty if it is not sparse."""
     by_design: bool = False
     """Whether a kept site is meant to be exact, and not kept for want of support."""
     kernel: str = ""
@@ -57,5 +65,5 @@ class RejectedSite:
     """Module path."""
     source: str
     """The user's line."""
-    reason: str
-    """Why it is none, in words."""
+    reason: Reason
+    """Why it is none."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.graph.dataflow import same_shape, value_of
+from lychee_compile.passes.reasons import ReasonedError
 
 
-class RewriteError(RuntimeError):
+class RewriteError(ReasonedError):
     """A rewritten graph does not compute what the original did."""
 
 
@@ -16,11 +18,10 @@ def check_replacement(old: torch.Tensor, new: torch.fx.Node) -> None:
     """The output of a replaced attention has the shape, dtype and device that it had."""
     made = value_of(new)
     if not same_shape(tuple(made.shape), tuple(old.shape)):
-        raise RewriteError(f"{new} has shape {tuple(made.shape)} instead of {tuple(old.shape)}")
+        raise RewriteError(reasons.OUTPUT_SHAPE(found=tuple(made.shape), wanted=tuple(old.shape)))
     if made.dtype != old.dtype or made.device != old.device:
-        raise RewriteError(
-            f"{new} is {made.dtype} on {made.device}, not {old.dtype} on {old.device}"
-        )
+        found, wanted = (f"{each.dtype} on {each.device}" for each in (made, old))
+        raise RewriteError(reasons.OUTPUT_DTYPE(found=found, wanted=wanted))
 
 
 def check_graph(gm: torch.fx.GraphModule, outputs: int) -> None:
@@ -30,5 +31,5 @@ def check_graph(gm: torch.fx.GraphModule, outputs: int) -> None:
     given = node.args[0]
     count = len(given) if isinstance(given, (tuple, list)) else 1
     if count != outputs:
-        raise RewriteError(f"the graph gives {count} outputs instead of {outputs}")
+        raise RewriteError(reasons.OUTPUT_COUNT(found=count, wanted=outputs))
     gm.recompile()

@@ -22,6 +22,7 @@ from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.gpu.methods import GPU_METHODS
 from lychee_compile.kernels.gpu.trial_run import TensorForm, TrialCall, try_kernels
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caches import CacheBinding
 from lychee_compile.passes.detect.operands import Operand
@@ -31,6 +32,7 @@ from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
 from lychee_compile.passes.lower.kernel_support import NoKernel, check_supported, static
 from lychee_compile.passes.lower.rearrange import Emitter, Rearranger
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.torch_private import size_hint
 
 logger = logging.getLogger(__name__)
@@ -46,8 +48,8 @@ class KernelSite:
     captured: tuple[torch.fx.Node, ...]
     cache: CacheUse | None
     """The cache that it reads sparsely; None: all visible keys are read."""
-    refused: str = ""
-    """Why no sparse kernel could be made, where one was wanted."""
+    refused: Reason | None = None
+    """Why no sparse kernel could be generated, if one was wanted."""
 
 
 def kernel_site(
@@ -65,12 +67,12 @@ def kernel_site(
     terms, given = emit_operands(attention, emit)
     _check_not_copied(attention, given)
     exact = replace(specification(attention, terms, given), autotune=autotune)
-    refused = ""
+    refused = None
     if binding is not None:
         try:
             return _sparse(attention, binding, config, exact, terms, given, emit)
         except NoKernel as error:
-            refused = str(error)
+            refused = error.reason
     kernel = made(exact, terms, given)
     return KernelSite(kernel, given, terms.nodes, None, refused)
 
@@ -83,7 +85,7 @@ def emit_operands(attention: Attention, emit: Emitter) -> tuple[KernelExpression
         with emit.graph.inserting_before(attention.node):
             return kernel_expressions(attention, canonical), canonical.operands(masked=False)
     except RewriteError as error:
-        raise NoKernel(str(error)) from error
+        raise NoKernel(error.reason) from error
 
 
 def specification(
@@ -110,7 +112,7 @@ def _check_not_copied(attention: Attention, given: Canonical) -> None:
     ):
         before, after = value_of(operand.node), value_of(node)
         if before.untyped_storage()._cdata != after.untyped_storage()._cdata:
-            raise NoKernel(f"the layout of the {name} is not one that kernels read")
+            raise NoKernel(reasons.COPIED_OPERAND(name=name))
 
 
 def _sparse(
@@ -124,10 +126,7 @@ def _sparse(
 ) -> KernelSite:
     policy = GPU_METHODS[config.policy]
     if exact.head_dim % policy.multiple:
-        raise NoKernel(
-            f"the size of a key, {exact.head_dim}, is no multiple of {policy.multiple}: "
-            "there is no sparse kernel for it"
-        )
+        raise NoKernel(reasons.HEAD_NOT_A_MULTIPLE(size=exact.head_dim, multiple=policy.multiple))
     written = _tokens_written(binding, value_of(given.key).device)
     assert config.budget is not None
     chosen = SparseSpec(
@@ -152,9 +151,10 @@ def _tokens_written(binding: CacheBinding, device: torch.device) -> int:
     node, dim = binding.written
     count = static_size(shape_of(node)[dim])
     if count is None or count > LONGEST_QUERY:
-        raise NoKernel(f"{shape_of(node)[dim]} tokens are written at once: that is no decoding")
+        tokens = shape_of(node)[dim]
+        raise NoKernel(reasons.MANY_TOKENS_WRITTEN(count=tokens, limit=LONGEST_QUERY))
     if binding.positions is not None and value_of(binding.positions).device != device:
-        raise NoKernel("the positions that are written are not on the device of the cache")
+        raise NoKernel(reasons.POSITIONS_DEVICE())
     return count
 
 
@@ -172,7 +172,7 @@ def _shown_keys(
     try:
         shown = show(Operand(cache, form.layout), attention.roles.key_layout(), whole=True)
     except RewriteError as error:
-        raise NoKernel(f"the layout of the cache is not one that kernels read: {error}") from error
+        raise NoKernel(reasons.CACHE_LAYOUT(error=error.reason.words)) from error
     graph.output(shown)
     return torch.fx.GraphModule({}, graph), value_of(shown)
 
@@ -207,8 +207,8 @@ def made(spec: AttentionSpec, terms: KernelExpressions, given: Canonical, writte
     except Exception as error:  # whatever it is, the model must run
         logger.debug("no kernel for %s", spec, exc_info=True)
         kind = "exact" if spec.sparse is None and spec.tiles is None else "sparse"
-        first = next(iter(str(error).splitlines()), "")
-        raise NoKernel(f"no {kind} kernel for it: {type(error).__name__}: {first}") from error
+        brief = reasons.brief(error)
+        raise NoKernel(reasons.KERNEL_FAILED(kind=kind, error=brief)) from error
     return kernel
 
 

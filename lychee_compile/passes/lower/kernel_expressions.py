@@ -21,6 +21,7 @@ from lychee_compile.codegen.bounds import key_bound
 from lychee_compile.codegen.printer import Unprintable, print_expression
 from lychee_compile.codegen.specification import KV, KV_LEN, B, Captured, H, Q, S
 from lychee_compile.kernels.reference.visible import LOW
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import shape_of, value_of
@@ -98,7 +99,7 @@ def mask_terms(attention: Attention, canonical: Canonicaliser) -> KernelExpressi
     _check_supported(attention)
     score = attention.score
     if attention.form == "flex" and (score.unsupported or score.visible != sympy.true):
-        raise RewriteError("FlexAttention has no mask that another operator could read")
+        raise RewriteError(reasons.FLEX_NO_MASK())
     mask = canonical.mask()
     if mask is None:
         return KernelExpressions(_scaled(attention), _with_causal(attention, sympy.true), (), ())

@@ -12,9 +12,11 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 from lychee_compile.kernels.policies.prefill_registry import tile_policy_names
 from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.lower.patch_grids import Grid
 from lychee_compile.passes.lower.prefill_site import TileSite
+from lychee_compile.passes.reasons import Reason
 
 OPERATOR = "lychee::sparse_prefill (reference)"
 
@@ -60,15 +62,15 @@ def is_whole_sequence(attention: Attention, cached: bool) -> bool:
     return query_len > LONGEST_QUERY if isinstance(query_len, int) else not cached
 
 
-def better_exact(attention: Attention, config: IndexConfig) -> str | None:
+def better_exact(attention: Attention, config: IndexConfig) -> Reason | None:
     """Why a whole sequence stays exact though `prefill="sparse"` is asked for; None: it does not.
 
     Of keys whose number only a call tells, the operator finds out itself whether they are few.
     """
     kv_len = attention.kv_len
     if isinstance(kv_len, int) and kv_len < config.prefill_from:
-        return f"key length {kv_len} is below prefill_from={config.prefill_from}"
+        return reasons.BELOW_PREFILL_FROM(kv_len=kv_len, prefill_from=config.prefill_from)
     if config.policy not in tile_policy_names():
-        known = " and ".join(map(repr, tile_policy_names()))
-        return f"option policy={config.policy!r} has no form for whole sequences: {known} have one"
+        known = ", ".join(map(repr, tile_policy_names()))
+        return reasons.POLICY_CANNOT_PREFILL(policy=config.policy, known=known)
     return None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.operands import Layout, Operand
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import aten, value_of
@@ -59,7 +60,7 @@ class Rearranger:
         ]
         flat = [axis for axes in needed for axis in axes]
         if not set(present) <= set(flat):
-            raise RewriteError(f"{operand.node} has axes that are not wanted")
+            raise RewriteError(reasons.UNWANTED_AXES(tensor=operand.node))
         node = self._in_order(node, present, [axis for axis in flat if axis in present])
         node = self._with_missing(node, flat, present)
         return self._together(node, needed)
@@ -85,7 +86,7 @@ class Rearranger:
             size = self._axes.sizes[axis]
             sizes.append(int(size) if size.is_Integer else -1)
         if sizes.count(-1) > 1:
-            raise RewriteError("a dimension holds several axes of unknown size")
+            raise RewriteError(reasons.SEVERAL_SIZES_UNKNOWN())
         return sizes
 
     def _in_order(
@@ -108,7 +109,7 @@ class Rearranger:
             node = self._emit(aten.unsqueeze.default, node, dim)
             size = self._size_node(axis)
             if size is None:
-                raise RewriteError(f"the size of {axis} is not known in the graph")
+                raise RewriteError(reasons.SIZE_NOT_IN_GRAPH(axis=axis))
             sizes.append(size)
         return self._emit(aten.expand.default, node, sizes)
 
