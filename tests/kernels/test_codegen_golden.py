@@ -22,7 +22,7 @@ from lychee_compile.codegen.module import emit_module
 GOLDEN = Path(__file__).parents[1] / "golden" / "kernels"
 LAUNCHED = {
     "attend_all", "combine", "weigh", "scan_tokens", "scan_pages", "scan_chosen", "attend",
-    "encode", "ask", "scan", "choose",
+    "encode", "scan_boxes", "rank_boxes", "list_boxes", "ask", "scan", "choose",
 }  # fmt: skip
 FOR_THE_HOST = {"FLAT_TOKENS", "AUTOTUNE"}
 """Plain numbers that no kernel reads."""

@@ -336,6 +336,7 @@ def weigh(
     values = tl.load(value + line * value_stride_l + width[None, :] * value_stride_d)
     return total, tl.dot(weight.to(values.dtype), values, result)
 
+
 @triton.jit
 def read_listed(
     from_place, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,

@@ -1,24 +1,29 @@
-"""Kernels and functions that bring the sketches up to date with the keys."""
+"""Kernels and functions that bring sketches up to date with the keys."""
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts.attend import IndexUpdate
+from typing import TYPE_CHECKING
 
-UPKEEP = IndexUpdate(
-    "header, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr",
-    """encode_new(
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    header, fine, coarse, pages, axes, centre, step, spread,
-    positions, position_stride_b, position_stride_t, written,
-    b, kv_head, slots, kv_heads, blocks, BLOCK, kv_len,
-)""",
-)
-"""New keys get sketches."""
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from lychee_compile.codegen.triton_lib.names import (
+        COARSE_BYTES,
+        COARSE_COLUMNS,
+        DIM,
+        FINE_BYTES,
+        FINE_COLUMNS,
+        HEAD_DIM,
+        KEPT,
+        KEPT_COLUMNS,
+        KEPT_FINE,
+        PAGE,
+        encode_keys,
+    )
+    from lychee_compile.codegen.triton_lib.sketch import page_code
 
 
-def emit_encode() -> str:
-    """`encode`, over all keys of a cache, and `encode_new`, over those a step has written."""
-    return '''
 @triton.jit(do_not_specialize=["begin", "end"])
 def encode(
     key, stride_b, stride_h, stride_l, stride_d,
@@ -130,4 +135,3 @@ def encode_new(
         if kv_head == 0:
             tl.store(header + 1 + b, slot + 1)
         tl.debug_barrier()
-'''
