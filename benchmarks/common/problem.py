@@ -1,4 +1,4 @@
-"""What is attended to: shapes, keys with structure, and the exact answer in float64."""
+"""One decode attention to measure: shapes, keys with structure, the exact answer in float64."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 RUN = 24
-"""Neighbouring tokens whose keys have something in common."""
+"""Number of neighbouring tokens whose keys have something in common."""
 NOISE = 0.3
-"""Size of what in a key is outside of the principal axes."""
+"""Size of the part of a key outside of the principal axes."""
 SPREAD = 4.0
-"""Standard deviation of the scores, in nats: then the 1,024 best of 131,072 keys hold 0.94 of the
-softmax mass, and of 524,288 keys 0.87."""
+"""Standard deviation of the scores, in nats. With it the 1,024 best of 131,072 keys hold 0.94 of
+the softmax mass, and the 1,024 best of 524,288 keys 0.87."""
 SAMPLE = 4096
-"""Keys that the size of a query is found from."""
+"""Number of keys from which the size of a query is computed."""
 PASSES = 4
-"""The reads of all buffers together are at least so many L2 caches, where buffers suffice."""
+"""Least number of L2 caches that the reads of all buffers together fill, if buffers suffice."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One decode attention: a query token per row over a cache that is full."""
+    """One decode attention: a query token per row over a full cache."""
 
     batch: int
     context: int
@@ -36,11 +36,11 @@ class Problem:
 
     @property
     def group(self) -> int:
-        """Query heads that share a KV head."""
+        """Number of query heads that share a KV head."""
         return self.heads // self.kv_heads
 
     def cache_bytes(self, tokens: int | None = None) -> int:
-        """Bytes of `tokens` keys and values of every row and KV head; None: of all."""
+        """Return the bytes of `tokens` keys and values of every row and KV head; None means all."""
         length = self.context if tokens is None else min(tokens, self.context)
         numbers = 2 * self.batch * self.kv_heads * length * self.head_dim
         return numbers * self.dtype.itemsize
@@ -56,10 +56,10 @@ class Inputs:
 
 
 def make_inputs(problem: Problem, device: torch.device, seed: int) -> Inputs:
-    """Keys near a subspace of decaying axes, neighbours alike, and queries that look along it.
+    """Return keys near a subspace of decaying axes, neighbours alike, and queries along it.
 
-    Scores are about normal with `SPREAD`, so that attention is peaked and yet no few keys hold it
-    all. Values are normal.
+    Scores are about normal with `SPREAD`: attention is peaked, and yet no few keys hold all of it.
+    Values are normal.
     """
     generator = torch.Generator(device).manual_seed(seed)
     shape = (problem.batch, problem.kv_heads, problem.context, problem.head_dim)
@@ -81,7 +81,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _axes(problem: Problem, generator: torch.Generator) -> Tensor:
-    """A quarter of the dimensions, each axis less weighty than the one before: [Hkv, D/4, D]."""
+    """Return axes [Hkv, D/4, D], each less weighty than the one before."""
     rank = max(problem.head_dim // 4, 1)
     weight = torch.arange(1, rank + 1, device=generator.device).float().rsqrt()
     axes = _normal(generator, problem.kv_heads, rank, problem.head_dim)
@@ -89,7 +89,7 @@ def _axes(problem: Problem, generator: torch.Generator) -> Tensor:
 
 
 def _keys(problem: Problem, axes: Tensor, generator: torch.Generator) -> Tensor:
-    """Keys of one row, float32 [Hkv, L, D]: an offset, a run's share, the token's own, noise."""
+    """Return one row's keys, float32 [Hkv, L, D]: offset + run's part + token's part + noise."""
     heads, rank, head_dim = axes.shape
     runs = _normal(generator, heads, -(-problem.context // RUN), rank)
     coordinates = runs.repeat_interleave(RUN, 1)[:, : problem.context]
@@ -100,7 +100,7 @@ def _keys(problem: Problem, axes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _queries(problem: Problem, axes: Tensor, key: Tensor, generator: torch.Generator) -> Tensor:
-    """Queries of one row, float32 [Hq, 1, D]: what a group shares and what each head wants."""
+    """Return the queries of one row, float32 [Hq, 1, D]: the group's part and the head's own."""
     heads, rank, head_dim = axes.shape
     wanted = _normal(generator, heads, 1, rank) + _normal(generator, heads, problem.group, rank)
     query = wanted @ axes
@@ -110,12 +110,12 @@ def _queries(problem: Problem, axes: Tensor, key: Tensor, generator: torch.Gener
 
 
 def checked_rows(problem: Problem) -> list[int]:
-    """Rows of the batch that outputs are checked in."""
+    """Return the rows of the batch in which outputs are checked."""
     return sorted({0, problem.batch - 1})
 
 
 def reference(inputs: Inputs, rows: Sequence[int]) -> Tensor:
-    """Softmax attention over all keys in float64, of some rows: [R, Hq, 1, D]."""
+    """Return softmax attention over all keys in float64, for some rows: [R, Hq, 1, D]."""
     kv_heads, head_dim = inputs.key.shape[1], inputs.key.shape[3]
     outputs = []
     for row in rows:
@@ -127,15 +127,15 @@ def reference(inputs: Inputs, rows: Sequence[int]) -> Tensor:
 
 
 def relative_error(output: Tensor, exact: Tensor, rows: Sequence[int]) -> float:
-    """Norm of the difference over the norm of `exact` [R, Hq, 1, D], in float64."""
+    """Return the norm of the difference over the norm of `exact` [R, Hq, 1, D], in float64."""
     return ((output[list(rows)].double() - exact).norm() / exact.norm()).item()
 
 
 def buffer_count(kv_bytes: int, least_read: int, l2_bytes: int, free: float, most: int) -> int:
-    """How many caches to rotate, so that a call finds in L2 nothing that an earlier one left.
+    """Return how many caches to rotate so that a call finds nothing of an earlier call in L2.
 
-    `least_read` are the bytes that the thriftiest variant reads. At least two caches, at most
-    `most`, and one where half of the `free` bytes hold no more; 0 where not even one fits.
+    `least_read` are the bytes that the thriftiest variant reads. The number is at least two and at
+    most `most`; it is one if half of the `free` bytes hold no more, and 0 if not even one fits.
     """
     if kv_bytes > 0.9 * free:
         return 0

@@ -1,12 +1,11 @@
-"""Time of calls on a device, and the bandwidth of its memory.
+"""Time of calls on a device.
 
-On a GPU: the median over replays of a CUDA graph that holds several calls. On a CPU: the median
-over rounds of calls, by the clock, to try the benchmark out.
+On a GPU a time is the median over replays of a CUDA graph that holds several calls. On a CPU, which
+serves to try a benchmark out, it is the median over rounds of calls by the clock.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -17,21 +16,17 @@ import torch
 from torch import Tensor
 
 CALLS = 20
-"""Calls in one graph, at least, unless they are long."""
+"""Least number of calls in one graph, unless they are long."""
 LONG = 2e-3
-"""Seconds from which a call is long: a graph holds one for each buffer."""
+"""Seconds from which a call is long: a graph then holds one call for each buffer."""
 WARM_UP, LEAST_REPLAYS, MOST_REPLAYS = 3, 5, 1000
-BANDWIDTH_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}
-"""Size of the tensors that bandwidth is measured with: far more than a cache holds."""
-CPU_BYTES = 4 << 30
-"""Memory for a trial on a CPU."""
 LEAST_CALLS, MOST_CALLS, CALLS_MILLISECONDS = 3, 20, 500
-"""Of long calls, timed one by one."""
+"""Bounds for long calls, which are timed one by one: least calls, most calls, milliseconds."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one call takes."""
+    """Time of one call, in microseconds."""
 
     microseconds: float
     """Median over replays."""
@@ -40,26 +35,17 @@ class Timing:
     high: float
     """90th percentile."""
     calls: int
-    """In a graph, or a round."""
+    """Calls in a graph or a round."""
     replays: int
-
-
-@dataclass(frozen=True)
-class Bandwidth:
-    """Bytes per second of the device's memory."""
-
-    read: float
-    """By a sum: the share of bandwidth is a share of this."""
-    copy: float
-    """By a copy, what is read and what is written together."""
+    """Replays of the graph, or rounds."""
 
 
 def time_calls(
     calls: Sequence[Callable[[], Tensor]], device: torch.device, seconds: float
 ) -> tuple[Timing, Tensor]:
-    """Time of one of `calls`, measured for about `seconds`, and what the first returned.
+    """Return the time of one of `calls`, measured for about `seconds`, and the first one's output.
 
-    The output is that of a replay, not of the capture: it was overwritten by NaN in between.
+    On a GPU the output is that of a replay, not of the capture: NaN overwrites it in between.
     """
     if device.type != "cuda":
         return _time_rounds(calls, seconds)
@@ -78,7 +64,7 @@ def time_calls(
 
 
 def _warm_up(calls: Sequence[Callable[[], Tensor]]) -> float:
-    """Compile and tune whatever has to be, on a stream beside: seconds of a call, about."""
+    """Run the calls on another stream, so that all is compiled; return about seconds of a call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -96,7 +82,7 @@ def _warm_up(calls: Sequence[Callable[[], Tensor]]) -> float:
 
 
 def _replay(graph: torch.cuda.CUDAGraph, seconds: float) -> list[float]:
-    """Seconds of each replay."""
+    """Return the seconds of each replay."""
     begin, end = _events()
     graph.replay()
     begin.record()
@@ -137,7 +123,7 @@ def _timing(seconds: Sequence[float], calls: int) -> Timing:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a long call, outside of CUDA graphs; on a CPU that of one."""
+    """Return the median time of a long call outside of CUDA graphs; on a CPU the time of one."""
     call()
     if not torch.cuda.is_available():
         started = time.perf_counter()
@@ -153,39 +139,3 @@ def milliseconds(call: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times)
-
-
-def measure_bandwidth(device: torch.device, seconds: float) -> Bandwidth:
-    """What a large copy and the faster of two large sums reach."""
-    numbers = min(BANDWIDTH_BYTES[device.type], free_bytes(device) // 4) // 4
-    rows = max(numbers >> 16, 1)
-    source = torch.randn(rows, numbers // rows, device=device)
-    target = torch.empty_like(source)
-    moved = source.numel() * source.element_size()
-
-    def rate(call: Callable[[], Tensor], size: int) -> float:
-        timing, _ = time_calls([call], device, seconds)
-        return 1e6 * size / timing.microseconds
-
-    sums: tuple[Callable[[], Tensor], ...] = (source.sum, lambda: source.sum(1))
-    read = max(rate(call, moved) for call in sums)
-    copy = rate(lambda: target.copy_(source), 2 * moved)
-    return Bandwidth(read, copy)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU; on a CPU what a trial may take."""
-    return torch.cuda.mem_get_info()[0] if device.type == "cuda" else CPU_BYTES
-
-
-def l2_bytes(device: torch.device) -> int:
-    """Size of a GPU's L2 cache; a CPU's does not matter to a trial."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).L2_cache_size
-
-
-def release() -> None:
-    """Give back memory, also what the frames of failures hold. Too slow for every measurement."""
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing without a GPU
