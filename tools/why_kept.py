@@ -27,7 +27,8 @@ often a *remedy*. Words in italics are filled in for each attention.
 ```python
 report = lychee_compile.explain(model, *inputs)
 for site in report.sites:
-    print(site.name, site.decision, site.reason)
+    if site.reason is not None:
+        print(site.name, site.decision, site.reason.code, site.reason.words, site.reason.remedy)
 ```
 
 "Kept" attention runs as the model has it. "Exact" attention reads everything by one operator or by
