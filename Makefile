@@ -24,7 +24,7 @@ help: ## show the commands
 	@echo '  Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH), WORKERS=$(WORKERS), ARGS for the demo'
 
 demo: $(VENV)/demo.stamp ## answer a question from a long document, densely and sparsely; ARGS="--budget 512" passes options
-	@$(BIN)/python examples/long_document.py $(ARGS)
+	@$(BIN)/python -m examples.long_document $(ARGS)
 
 test: lint ## lint, then the tests
 	$(BIN)/python -m pytest -n $(WORKERS)

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from lychee_compile.evaluate.capture import Capture, SiteTensors
+from lychee_compile.evaluate.tensors import Capture, SiteTensors
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.adaptive import certified_attention

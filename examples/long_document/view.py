@@ -1,4 +1,4 @@
-"""The demo's terminal output."""
+"""Terminal output of the demo."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
-from long_document_run import Measured, Prompt, Recording
-from long_document_task import Task
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from examples.long_document.answers import Measured, Recording
+from examples.long_document.prompt import Prompt
+from examples.long_document.task import Task
 from lychee_compile.recorder import Call
 from lychee_compile.report.report import Report
 
 
 def make_console() -> Console:
-    """The terminal; wide enough for the tables where the output goes to a file."""
+    """Return a console as wide as the terminal; 120 columns if the output is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 @contextmanager
 def stage(console: Console, description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar over something slow; what it yields is called for each of `total` parts."""
+    """Show a progress bar, and yield a function to call for each of `total` parts."""
     columns = (
         TextColumn("{task.description:<44}"),
         BarColumn(),
@@ -44,7 +45,7 @@ def stage(console: Console, description: str, total: int) -> Iterator[Callable[[
 
 
 def show_task(console: Console, source: str, prompt: Prompt, task: Task) -> None:
-    """What is read, what is asked."""
+    """Print the document's length, the planted fact and the question."""
     length = prompt.document.shape[1]
     console.print(f"Document: {source}, {length:,} tokens", markup=False)
     if prompt.fact is not None:
@@ -54,7 +55,7 @@ def show_task(console: Console, source: str, prompt: Prompt, task: Task) -> None
 
 
 def show_reports(console: Console, reports: Sequence[Report]) -> None:
-    """What the backend made of each attention; graphs compiled alike are shown once."""
+    """Print the decision on each attention; graphs compiled alike are shown once."""
     _heading(console, "What lychee_compile found")
     tables = {str(report): report for report in reports}
     for report in tables.values():
@@ -65,7 +66,7 @@ def show_reports(console: Console, reports: Sequence[Report]) -> None:
 def show_answers(
     console: Console, tokenizer: Any, answers: dict[str, Measured], expected: str | None
 ) -> None:
-    """The answers, whether they hold the planted fact, and where they part."""
+    """Print the answers, if they hold the planted fact, and where their tokens part."""
     _heading(console, "Answers")
     for name, measured in answers.items():
         text = tokenizer.decode(measured.answer, skip_special_tokens=True)
@@ -80,7 +81,7 @@ def show_answers(
 
 
 def _parting(tokenizer: Any, dense: Sequence[int], sparse: Sequence[int]) -> str:
-    """Where two streams part, in words."""
+    """Return words on the first token in which two streams differ."""
     for index, (left, right) in enumerate(zip_longest(dense, sparse)):
         if left != right:
             words = (
@@ -92,7 +93,7 @@ def _parting(tokenizer: Any, dense: Sequence[int], sparse: Sequence[int]) -> str
 
 
 def show_steps(console: Console, recording: Recording, tokenizer: Any) -> None:
-    """For each decode step: the token it decodes, what it read, and the mass that this held."""
+    """Print for each decode step its token, the tokens it read, and the mass that these hold."""
     _heading(console, "What each decode step read")
     if not recording.steps:
         console.print("The whole cache: no attention was sparse, for the reasons above.\n")
@@ -129,17 +130,17 @@ def show_steps(console: Console, recording: Recording, tokenizer: Any) -> None:
 
 
 def mean_read(calls: Sequence[Call]) -> float:
-    """Tokens read, mean over layers and KV heads."""
+    """Return the tokens read, mean over layers and KV heads."""
     return fmean(call.tokens_read.float().mean().item() for call in calls)
 
 
 def mean_mass(calls: Sequence[Call]) -> float:
-    """Captured attention mass, mean over layers and query heads."""
+    """Return the captured attention mass, mean over layers and query heads."""
     return fmean(call.mass.mean().item() for call in calls if call.mass is not None)
 
 
 def _captured(calls: Sequence[Call]) -> tuple[float, float, str]:
-    """Mean captured mass of a step, its least, and the layer and query head of that."""
+    """Return mean and least captured mass of a step, and the layer and query head of the least."""
     masses = [(call, call.mass[0, :, 0]) for call in calls if call.mass is not None]
     call, mass = min(masses, key=lambda each: each[1].min().item())
     where = f"{layer_name(call.site)}, head {mass.argmin().item()}"
@@ -147,13 +148,13 @@ def _captured(calls: Sequence[Call]) -> tuple[float, float, str]:
 
 
 def layer_name(site: str) -> str:
-    """The layer of a module path, "layer 5" of "model.layers.5.self_attn"."""
+    """Return the layer in a module path: "layer 5" for "model.layers.5.self_attn"."""
     number = re.search(r"\.(\d+)\.", f".{site}.")
     return f"layer {number[1]}" if number else site
 
 
 def show_times(console: Console, answers: dict[str, Measured]) -> None:
-    """Time per token, measured apart from compiling and from the recorder."""
+    """Print the time per token, measured apart from compiling and from the recorder."""
     _heading(console, "Time")
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for name in ("", "time per token", "of dense"):
