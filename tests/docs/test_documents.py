@@ -8,8 +8,9 @@ from dataclasses import MISSING, fields
 import pytest
 
 import lychee_compile
-from lychee_compile.kernels.gpu.methods import GPU_METHODS
-from lychee_compile.kernels.policies.registry import policy_names
+from lychee_compile import extend
+from lychee_compile.kernels.gpu.methods import policies_with_kernels
+from lychee_compile.kernels.policies.registry import policy_names, prefill_policy_names
 from lychee_compile.option_devices import OPTION_DEVICES
 from lychee_compile.options import Options
 from tools import why_kept
@@ -86,29 +87,19 @@ def test_options_without_effect_on_a_gpu_are_those_of_the_readme():
     assert set(re.findall(r"`(\w+)`", sentence[1])) == silent
 
 
-@pytest.mark.parametrize("heading", ["Decoding", "Prefill"])
+NAMES = {"Decoding": policy_names(), "Prefill": prefill_policy_names()}
+
+
+@pytest.mark.parametrize("heading", list(NAMES))
 def test_every_policy_has_a_row(heading):
+    assert set(described(section("docs/policies.md", heading))) == set(NAMES[heading])
+
+
+@pytest.mark.parametrize("heading", list(NAMES))
+def test_the_kernel_column_of_policies_is_true(heading):
     table = described(section("docs/policies.md", heading))
-    names = policy_names() if heading == "Decoding" else prefill_policy_names()
-    assert set(table) == set(names)
-
-
-def prefill_policy_names():
-    from lychee_compile.kernels.policies.prefill_registry import tile_policy_names
-
-    return tile_policy_names()
-
-
-def test_the_kernel_column_of_decode_policies_is_true():
-    table = described(section("docs/policies.md", "Decoding"))
-    assert {name for name, cells in table.items() if cells[2] == "yes"} == set(GPU_METHODS)
-
-
-def test_the_kernel_column_of_prefill_policies_is_true():
-    from lychee_compile.passes.lower.prefill_site import TILE_KERNELS
-
-    table = described(section("docs/policies.md", "Prefill"))
-    assert {name for name, cells in table.items() if cells[2] == "yes"} == set(TILE_KERNELS)
+    with_kernels = policies_with_kernels(prefill=heading == "Prefill")
+    assert {name for name, cells in table.items() if cells[2] == "yes"} == set(with_kernels)
 
 
 def test_the_page_of_reasons_is_up_to_date():
@@ -171,8 +162,8 @@ def test_names_imported_in_code_blocks_exist():
 
 def test_public_names_are_on_the_page_of_the_api():
     page = text_of("docs/api.md")
-    missing = [name for name in lychee_compile.__all__ if not re.search(rf"\.{name}\b", page)]
-    assert missing == []
+    names = [*lychee_compile.__all__, *extend.__all__]
+    assert [name for name in names if not re.search(rf"\b{name}\b", page)] == []
 
 
 def test_the_readme_is_short_and_its_tables_are_full():
