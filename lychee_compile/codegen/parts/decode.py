@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lychee_compile.codegen.parts.common import emit_terms
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
@@ -10,17 +11,14 @@ from lychee_compile.kernels.gpu.common.launch_common import power_of_two
 LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
 _OWN_ITEMS = 2048
-"""Upper bound of the items that a program of `choose` has."""
-
-
-def emit_constants(spec: AttentionSpec) -> str:
-    """Return the sizes of a site of decoding."""
-    return fill("decode/constants.py.jinja", spec)
+"""Upper bound of the items that a program of `choose_by_bin` has."""
 
 
 def emit_exact(spec: AttentionSpec) -> list[str]:
-    """Return the kernels of exact attention: `attend_all` and `combine`, with what they call."""
+    """Return the constants and functions of decoding, and the kernels of exact attention."""
     return [
+        fill("decode/constants.py.jinja", spec),
+        *emit_terms(spec),
         *library("decode", "load_queries"),
         fill("decode/attend_to.py.jinja", spec),
         *library("decode", "store_part"),
@@ -35,7 +33,7 @@ def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
     return [
         *library("bins", "fresh_from", "denominators", "bins_of", "count_bins", "threshold"),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
-        *library("bins", "choose"),
+        *library("bins", "choose_by_bin"),
     ]
 
 

@@ -16,6 +16,7 @@ Numbers that change from prompt to prompt are not specialised on: nothing is com
 
 from __future__ import annotations
 
+from lychee_compile.codegen.parts.common import emit_terms
 from lychee_compile.codegen.parts.site import fill, sees_range
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec
@@ -25,28 +26,30 @@ from lychee_compile.kernels.reference.tiles import TILE
 
 
 def emit_prefill(spec: AttentionSpec) -> list[str]:
-    """Return the constants and the kernels of a prefill, but for its mask and score."""
+    """Return the constants, functions and kernels of a prefill."""
     return [
+        _constants(spec),
+        *emit_terms(spec),
         fill("prefill/edges.py.jinja", spec),
-        *library("prefill", "stretches"),
+        *library("prefill", "load_edges"),
         fill("prefill/seen_by.py.jinja", spec),
         fill("prefill/ask.py.jinja", spec),
         fill("prefill/scan.py.jinja", spec),
         *library("prefill", "bins_between", "room_for", "cut_of", "counted"),
         fill("prefill/choose.py.jinja", spec),
-        *([_weigh(spec)] if sees_range(spec) else []),
+        *([_attend_unmasked(spec)] if sees_range(spec) else []),
         fill("prefill/read_listed.py.jinja", spec),
         fill("prefill/attend.py.jinja", spec),
     ]
 
 
-def emit_constants(spec: AttentionSpec) -> str:
+def _constants(spec: AttentionSpec) -> str:
     """Return the sizes of a site of prefill, of tiles and of a histogram."""
     return fill(
         "prefill/constants.py.jinja", spec, tile=TILE, parts=PARTS, sample=SAMPLE, bins=BINS
     )
 
 
-def _weigh(spec: AttentionSpec) -> str:
-    """Return `weigh`; a sum of weights beyond 2**most could overflow."""
-    return fill("prefill/weigh.py.jinja", spec, most=15 if spec.dtype == "float16" else 100)
+def _attend_unmasked(spec: AttentionSpec) -> str:
+    most = 15 if spec.dtype == "float16" else 100  # far from overflow
+    return fill("prefill/attend_unmasked.py.jinja", spec, most=most)
