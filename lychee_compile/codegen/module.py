@@ -1,12 +1,17 @@
-"""Put a module together for one specification."""
+"""Put a module together for one specification: each policy has an emitter of its kernels."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from lychee_compile.codegen.parts import common, decode, lychee, prefill, quest
 from lychee_compile.codegen.specification import AttentionSpec
 
-_POLICIES = {"lychee": lychee.emit_lychee, "quest": quest.emit_quest}
-"""The emitter of each policy that has kernels for decoding."""
+Emit = Callable[[AttentionSpec], list[str]]
+"""A function that returns the parts of a module's text that are a policy's own, in order."""
+
+_decode_emitters: dict[str, Emit] = {"lychee": lychee.emit_lychee, "quest": quest.emit_quest}
+_prefill_emitters: dict[str, Emit] = {"lychee": prefill.emit_prefill}
 
 
 def emit_module(spec: AttentionSpec) -> str:
@@ -14,21 +19,35 @@ def emit_module(spec: AttentionSpec) -> str:
 
     Raises ValueError for a policy that has no kernels, or none for such a score or mask.
     """
+    parts = [common.emit_heading(spec)]
     if spec.tiles is not None:
-        parts = prefill.emit_prefill(spec)
+        parts += [prefill.emit_constants(spec), *common.emit_terms(spec)]
+        parts += _emitter(_prefill_emitters, spec.tiles.policy)(spec)
     else:
-        parts = [*decode.emit_exact(spec), *_selection(spec)]
-    parts = [common.emit_heading(spec), *parts]
+        parts += [decode.emit_constants(spec), *common.emit_terms(spec)]
+        parts += decode.emit_exact(spec)
+    if spec.sparse is not None:
+        parts += _emitter(_decode_emitters, spec.sparse.policy)(spec)
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _selection(spec: AttentionSpec) -> list[str]:
-    """Return the kernels of a decode policy; none if the site selects nothing."""
-    sparse = spec.sparse
-    if sparse is None:
-        return []
-    emit_policy = _POLICIES.get(sparse.policy)
-    if emit_policy is None:
-        known = ", ".join(_POLICIES)
-        raise ValueError(f"policy {sparse.policy!r} has no kernels; {known} have")
-    return emit_policy(spec, sparse)
+def register_emitter(policy: str, emit: Emit) -> None:
+    """Let modules for `policy` end with what `emit` returns, behind what all modules have.
+
+    Those are constants, score and mask, the kernels of exact attention and the steps of attention.
+    Raises ValueError if the policy has another emitter.
+    """
+    if _decode_emitters.get(policy, emit) is not emit:
+        raise ValueError(f"policy {policy!r} has an emitter of kernels already")
+    _decode_emitters[policy] = emit
+
+
+def policies_with_emitters(prefill: bool = False) -> tuple[str, ...]:
+    """Return the policies that have an emitter for decoding, or for prefill."""
+    return tuple(_prefill_emitters if prefill else _decode_emitters)
+
+
+def _emitter(emitters: dict[str, Emit], policy: str) -> Emit:
+    if policy not in emitters:
+        raise ValueError(f"policy {policy!r} has no kernels; {', '.join(emitters)} have")
+    return emitters[policy]

@@ -33,6 +33,7 @@ class SparseSpec:
     """The selection of a step of decoding. All lengths are in tokens."""
 
     policy: str
+    """Name of the policy that selects."""
     budget: int
     sinks: int
     recent: int
@@ -44,6 +45,8 @@ class SparseSpec:
 class TileSpec:
     """The choice of the tiles of a prefill. All lengths are in tokens."""
 
+    policy: str
+    """Name of the policy that chooses."""
     sinks: int
     recent: int
 
@@ -76,11 +79,15 @@ class AttentionSpec:
     """True if tile sizes are measured at the first call."""
 
     @property
+    def policy(self) -> str | None:
+        """Return the name of the policy that selects keys; None: all visible keys are read."""
+        chosen = self.sparse if self.tiles is None else self.tiles
+        return None if chosen is None else chosen.policy
+
+    @property
     def name(self) -> str:
-        """Return a readable key, such as "decode_lychee_bf16_g4_d128_b1024"."""
-        parts = ["decode", "exact" if self.sparse is None else self.sparse.policy]
-        if self.tiles is not None:
-            parts = ["prefill", "lychee"]
+        """Return a readable name, such as "decode_lychee_bf16_g4_d128_b1024"."""
+        parts = ["decode" if self.tiles is None else "prefill", self.policy or "exact"]
         parts += [SHORT_DTYPES[self.dtype], f"g{self.group}", f"d{self.head_dim}"]
         if self.value_dim != self.head_dim:
             parts.append(f"v{self.value_dim}")

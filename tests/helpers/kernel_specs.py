@@ -71,7 +71,7 @@ SPECS = {
         sparse=QUEST,
     ),
     "prefill_llama": AttentionSpec(
-        "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec(16, 64)
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("lychee", 16, 64)
     ),
     "prefill_mask_softcap_odd_sizes": AttentionSpec(
         "float16",
@@ -82,6 +82,6 @@ SPECS = {
         sympy.And(MASK, POSITION - 4096 < KV),
         (Captured("mask", "bool", 4), LENGTH),
         extra=True,
-        tiles=TileSpec(16, 64),
+        tiles=TileSpec("lychee", 16, 64),
     ),
 }

@@ -24,8 +24,8 @@ LAUNCHED = {
     "attend_all", "combine", "weigh", "scan_tokens", "scan_pages", "scan_chosen", "attend",
     "encode", "scan_boxes", "rank_boxes", "list_boxes", "ask", "scan", "choose",
 }  # fmt: skip
-FOR_THE_HOST = {"FLAT_TOKENS", "AUTOTUNE"}
-"""Plain numbers that no kernel reads."""
+FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE"}
+"""What launches look at, and no kernel."""
 
 
 @pytest.fixture(params=list(SPECS))

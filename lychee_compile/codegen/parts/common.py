@@ -21,6 +21,8 @@ def emit_heading(spec: AttentionSpec) -> str:
         name=spec.name.replace("_", " "),
         visible="all keys" if spec.visible == sympy.true else spec.visible,
         score=spec.score,
+        policy=repr(spec.policy).replace("'", '"'),
+        names=", ".join(f'"{each.name}"' for each in spec.captured),
     )
 
 

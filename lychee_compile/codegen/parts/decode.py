@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts.common import emit_terms
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
-from lychee_compile.kernels.gpu.common.launch_common import power_of_two
+from lychee_compile.kernels.sizes import power_of_two
 
 LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
@@ -14,11 +13,14 @@ _OWN_ITEMS = 2048
 """Upper bound of the items that a program of `choose_by_bin` has."""
 
 
+def emit_constants(spec: AttentionSpec) -> str:
+    """Return the sizes of a site of decoding."""
+    return fill("decode/constants.py.jinja", spec)
+
+
 def emit_exact(spec: AttentionSpec) -> list[str]:
-    """Return the constants and functions of decoding, and the kernels of exact attention."""
+    """Return the kernels of exact attention: `attend_all` and `combine`, with what they call."""
     return [
-        fill("decode/constants.py.jinja", spec),
-        *emit_terms(spec),
         *library("decode", "load_queries"),
         fill("decode/attend_to.py.jinja", spec),
         *library("decode", "store_part"),

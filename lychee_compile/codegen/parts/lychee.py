@@ -8,16 +8,9 @@ from lychee_compile.codegen.parts.decode import LARGEST, emit_always_read, emit_
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S, SparseSpec
-from lychee_compile.kernels.gpu.common.launch_common import BINS, power_of_two
-from lychee_compile.kernels.gpu.lychee.layout import (
-    PAGE,
-    PAGE_MIDDLE,
-    PAGE_STEP,
-    TILE,
-    Field,
-    planes,
-)
+from lychee_compile.kernels.gpu.lychee.layout import PAGE_MIDDLE, PAGE_STEP, Field, planes
 from lychee_compile.kernels.reference.sketch import STEPS
+from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
 
 TURN = 16
 """Chosen pages of one block whose tokens a program scores at a time."""
@@ -29,8 +22,10 @@ _VARIANCE = {bits: step**-2 for bits, step in STEPS.items()}
 """Variance of coordinates of so many bits over a block, in steps."""
 
 
-def emit_lychee(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
+def emit_lychee(spec: AttentionSpec) -> list[str]:
     """Return the kernels of a selection by sketches."""
+    assert spec.sparse is not None
+    sparse = spec.sparse
     paged = scans_pages(spec)
     return [
         _constants(spec, sparse, paged),
@@ -71,7 +66,7 @@ def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
         turn=TURN,
         bins=BINS,
         largest=LARGEST,
-        tile=TILE,
+        tile=SCAN_SLOTS,
         page=PAGE,
         kept=kept,
         kept_columns=power_of_two(kept, 16),

@@ -16,20 +16,16 @@ Numbers that change from prompt to prompt are not specialised on: nothing is com
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts.common import emit_terms
 from lychee_compile.codegen.parts.site import fill, sees_range
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec
-from lychee_compile.kernels.gpu.common.launch_common import BINS
-from lychee_compile.kernels.policies.prefill.lychee import PARTS, SAMPLE
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.policies.prefill.lychee import CENTRES_PER_TILE, SAMPLE
+from lychee_compile.kernels.sizes import BINS, QUERY_TILE
 
 
 def emit_prefill(spec: AttentionSpec) -> list[str]:
-    """Return the constants, functions and kernels of a prefill."""
+    """Return the functions and kernels of a prefill, but for its mask and score."""
     return [
-        _constants(spec),
-        *emit_terms(spec),
         fill("prefill/edges.py.jinja", spec),
         *library("prefill", "load_edges"),
         fill("prefill/seen_by.py.jinja", spec),
@@ -43,10 +39,15 @@ def emit_prefill(spec: AttentionSpec) -> list[str]:
     ]
 
 
-def _constants(spec: AttentionSpec) -> str:
+def emit_constants(spec: AttentionSpec) -> str:
     """Return the sizes of a site of prefill, of tiles and of a histogram."""
     return fill(
-        "prefill/constants.py.jinja", spec, tile=TILE, parts=PARTS, sample=SAMPLE, bins=BINS
+        "prefill/constants.py.jinja",
+        spec,
+        tile=QUERY_TILE,
+        parts=CENTRES_PER_TILE,
+        sample=SAMPLE,
+        bins=BINS,
     )
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from lychee_compile.codegen.bounds import visible_range
 from lychee_compile.codegen.rendering import render
 from lychee_compile.codegen.specification import AttentionSpec, Captured, H
-from lychee_compile.kernels.gpu.common.launch_common import power_of_two
+from lychee_compile.kernels.sizes import power_of_two
 
 
 def fill(template: str, spec: AttentionSpec, **values: object) -> str:

@@ -7,6 +7,9 @@ visible: kv <= q
 import triton
 import triton.language as tl
 
+POLICY = "lychee"  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ()  # tensors that score and mask read, in the order of a call
+
 
 GROUP = tl.constexpr(4)  # query heads that share a KV head
 HEAD_DIM = tl.constexpr(128)

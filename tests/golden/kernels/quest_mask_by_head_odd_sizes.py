@@ -7,6 +7,9 @@ visible: (length + q >= kv) & mask[b, h, q, kv]
 import triton
 import triton.language as tl
 
+POLICY = "quest"  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ("mask", "length")  # tensors that score and mask read, in the order of a call
+
 
 GROUP = tl.constexpr(3)  # query heads that share a KV head
 ROWS = tl.constexpr(16)

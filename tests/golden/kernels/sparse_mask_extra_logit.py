@@ -7,6 +7,9 @@ visible: mask[b, 0, q, kv]
 import triton
 import triton.language as tl
 
+POLICY = "lychee"  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ("mask",)  # tensors that score and mask read, in the order of a call
+
 
 GROUP = tl.constexpr(8)  # query heads that share a KV head
 ROWS = tl.constexpr(16)
@@ -197,6 +200,7 @@ PAGE_ZERO = tl.constexpr(101.625)  # zero of a page's codes, in steps of a coord
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no PTX
 
 
+RANKS_PAGES = True  # True if pages of a long context are ranked first
 SCALE = tl.constexpr(0.125)  # factor of s in the score
 
 

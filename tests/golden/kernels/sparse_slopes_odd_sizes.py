@@ -7,6 +7,9 @@ visible: length + q >= kv
 import triton
 import triton.language as tl
 
+POLICY = "lychee"  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ("length", "slopes")  # tensors that score and mask read, in the order of a call
+
 
 GROUP = tl.constexpr(3)  # query heads that share a KV head
 ROWS = tl.constexpr(16)
@@ -195,6 +198,7 @@ PAGE_STEP = tl.constexpr(0.75)  # step of a page's mean, in steps of a coordinat
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no PTX
 
 
+RANKS_PAGES = False  # True if pages of a long context are ranked first
 SCALE = tl.constexpr(0.11180339887498948)  # factor of s in the score
 
 
