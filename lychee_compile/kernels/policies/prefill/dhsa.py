@@ -1,4 +1,4 @@
-"""DHSA (arXiv 2510.24606) for whole sequences: chunks of queries against chunks of keys."""
+"""DHSA (arXiv 2510.24606) for prefill: chunks of queries against chunks of keys."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.sizes import QUERY_TILE
 
 CHUNK = (8, 16)
-"""Shortest and longest chunk, in tokens; longer ones did worse on keys of Gemma-3-270M."""
+"""Shortest and longest chunk, in tokens; longer chunks did worse on keys of Gemma-3-270M."""
 
 
 def choose_by_chunks(question: PrefillQuestion) -> Tensor:
-    """The chunks of keys that are most like any chunk of a tile's queries.
+    """Return the keys of the chunks that are most like any chunk of a tile's queries.
 
     As in the paper: chunks of varying length, each summarised by the sum of its vectors over the
     square root of their number; the similarity of two chunks stands for that of their tokens, and
@@ -25,7 +25,7 @@ def choose_by_chunks(question: PrefillQuestion) -> Tensor:
     Not as in the paper: its boundaries come from a predictor trained for each model; here they are
     where neighbouring vectors differ most, of the queries within their tile. A whole tile reads the
     same keys: equally many from the top of the list of each of its chunks, as many as the budget
-    has room for. What a mask adds to scores is not looked at.
+    has room for. Biases that a mask adds to scores are not looked at.
     """
     batch, heads = question.query.shape[:2]
     of_key, keys = chunk_vectors(question.key, question.key.new_ones(batch, question.key.shape[2]))
@@ -41,7 +41,7 @@ def choose_by_chunks(question: PrefillQuestion) -> Tensor:
 
 
 def chunk_vectors(vectors: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """The chunk of each token, int64 [B, T], and what stands for each, [B, H, N, D].
+    """Return the chunk of each token, int64 [B, T], and the vector of each chunk, [B, H, N, D].
 
     `vectors` is float32 [B, H, T, D]; `held`, float32 [B, T], 1 for tokens and 0 for the padding
     behind them.
@@ -59,7 +59,7 @@ def chunk_vectors(vectors: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _query_chunks(question: PrefillQuestion) -> Tensor:
-    """Chunks of each tile's queries, float32 [B, Hq, tiles * N, D]; unused ones are zero."""
+    """Return vectors of each tile's chunks, [B, Hq, tiles * N, D]; unused ones are 0."""
     tokens, tiles = question.query.shape[2], question.tiles
     padded = F.pad(question.query, (0, 0, 0, tiles * QUERY_TILE - tokens)).unflatten(
         2, (tiles, QUERY_TILE)
