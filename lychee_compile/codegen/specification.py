@@ -32,7 +32,7 @@ class Captured:
 
 @dataclass(frozen=True)
 class SparseSpec:
-    """How a step of decoding selects keys. All lengths are in tokens."""
+    """Selection of keys in a step of decoding. All lengths are in tokens."""
 
     policy: str
     """Name of the policy that selects."""
@@ -45,7 +45,7 @@ class SparseSpec:
 
 @dataclass(frozen=True)
 class TileSpec:
-    """How the tiles of a prefill choose the keys that they read. All lengths are in tokens."""
+    """Choice of the keys that the tiles of a prefill read. All lengths are in tokens."""
 
     policy: str
     """Name of the policy that chooses."""
@@ -74,9 +74,9 @@ class AttentionSpec:
     extra: bool = False
     """True if there is an extra logit without a value, an attention sink."""
     sparse: SparseSpec | None = None
-    """How a step of decoding selects keys; None: it reads all of them, or this is a prefill."""
+    """Selection in a step of decoding; None: all keys are read, or this is a prefill."""
     tiles: TileSpec | None = None
-    """How the tiles of a prefill choose keys; None: this is for decoding."""
+    """Choice of the tiles of a prefill; None: this is for decoding."""
     autotune: bool = False
     """True if tile sizes are measured at the first call."""
 
