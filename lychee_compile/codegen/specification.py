@@ -8,7 +8,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 S = sympy.Symbol("s", real=True)
-"""The raw score, a product of a query and a key."""
+"""The raw score: the product of a query and a key."""
 B, H, Q, KV, KV_LEN = (
     sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "kv", "kv_len")
 )
@@ -20,12 +20,12 @@ SHORT_DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
 @dataclass(frozen=True)
 class Captured:
-    """A tensor that the score or the mask reads."""
+    """A tensor whose elements the score or the mask reads."""
 
     name: str
     """Its name in expressions, `sympy.IndexedBase(name)`, and in kernels."""
     dtype: str
-    """"bool", "float32", "int64", ..."""
+    """Name of a dtype: "bool", "float32", "int64", ..."""
     rank: int
     """Number of dims."""
 

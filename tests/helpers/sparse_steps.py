@@ -10,8 +10,8 @@ import torch
 from decode_problems import Problem
 from torch import Tensor
 
-from lychee_compile.codegen.parts.scan import LARGEST
-from lychee_compile.codegen.parts.sketch import PROBES
+from lychee_compile.codegen.parts.decode import LARGEST
+from lychee_compile.codegen.parts.lychee import PROBES
 from lychee_compile.codegen.specification import KV
 from lychee_compile.kernels.gpu.common.launch_common import Scratch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands

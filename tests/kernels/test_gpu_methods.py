@@ -75,7 +75,7 @@ def test_kernels_of_a_policy_are_not_replaced() -> None:
     with pytest.raises(ValueError, match="there are kernels of a policy 'quest' already"):
         register_policy("quest", QuestIndex, gpu=BUILT_IN["lychee"])
     with pytest.raises(ValueError, match="policy 'quest' has an emitter"):
-        register_emitter("quest", emitters._lychee)
+        register_emitter("quest", emitters.lychee.emit_lychee)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class PagesMethod(QuestMethod):
 def pages_of_16(registries: None) -> GpuMethod:
     method = PagesMethod()
     register_policy("pages_of_16", QuestIndex, gpu=method, words="pages, as Quest has them")
-    register_emitter("pages_of_16", emitters._quest)
+    register_emitter("pages_of_16", emitters.quest.emit_quest)
     return method
 
 

@@ -11,7 +11,7 @@ import triton_interpreter
 from decode_problems import Sizes, element, make_problem
 
 from lychee_compile.codegen.module import emit_module
-from lychee_compile.codegen.parts import boxes
+from lychee_compile.codegen.parts import quest
 from lychee_compile.codegen.specification import KV, B, H, Q, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
@@ -104,8 +104,8 @@ CASES = {
 def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
     """But for ties; each of several programs rounds what is left for its ties down."""
     if lots > 1:
-        monkeypatch.setattr(boxes, "RANKED", 16)
-        monkeypatch.setattr(boxes, "BYTES_AT_ONCE", 0)
+        monkeypatch.setattr(quest, "RANKED", 16)
+        monkeypatch.setattr(quest, "BYTES_AT_ONCE", 0)
         monkeypatch.setattr(launch_quest, "PROGRAMS", 2)
     problem = make_quest(**CASES[name])
     positions = positions_of(problem)

@@ -1,24 +1,43 @@
-"""Kernels and functions that bring the sketches up to date with the keys."""
+"""Kernels and functions that bring sketches up to date with the keys.
+
+`encode`, grid (B * Hkv, programs of 64 slots), has these parameters:
+
+key, strides    [B, Hkv, L, D]
+fine, coarse    uint8 [B, Hkv, slots, bytes]        written: 4-bit and 2-bit codes of the keys
+pages           uint8 [B, Hkv, slots / PAGE, bytes] written: codes of the means of pages
+axes            half [B, Hkv, blocks, KEPT, D]      principal axes of each block
+centre          float32 [B, Hkv, blocks, D]         mean key of each block
+step            float32 [B, Hkv, blocks, KEPT]      quantisation steps
+begin, end      int                                 slots to sketch; begin is a multiple of 64
+slots, blocks   int                                 slots and blocks of the index
+kv_heads        int                                 Hkv
+BLOCK           constexpr int                       slots of a block
+"""
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts.attend import IndexUpdate
+from typing import TYPE_CHECKING
 
-UPKEEP = IndexUpdate(
-    "header, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr",
-    """encode_new(
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    header, fine, coarse, pages, axes, centre, step, spread,
-    positions, position_stride_b, position_stride_t, written,
-    b, kv_head, slots, kv_heads, blocks, BLOCK, kv_len,
-)""",
-)
-"""New keys get sketches."""
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from lychee_compile.codegen.triton_lib.names import (
+        COARSE_BYTES,
+        COARSE_COLUMNS,
+        DIM,
+        FINE_BYTES,
+        FINE_COLUMNS,
+        HEAD_DIM,
+        KEPT,
+        KEPT_COLUMNS,
+        KEPT_FINE,
+        PAGE,
+        encode_keys,
+    )
+    from lychee_compile.codegen.triton_lib.sketch import page_code
 
 
-def emit_encode() -> str:
-    """`encode`, over all keys of a cache, and `encode_new`, over those a step has written."""
-    return '''
 @triton.jit(do_not_specialize=["begin", "end"])
 def encode(
     key, stride_b, stride_h, stride_l, stride_d,
@@ -69,7 +88,7 @@ def encode_new(
 ):
     """Sketch the keys that this step has written, and sum up their pages anew.
 
-    A block that begins takes over the axes of the one before.
+    A block that begins takes over the axes of the block before it.
     """
     space = (b * kv_heads + kv_head).to(tl.int64)
     kept, d, row = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, PAGE)
@@ -103,7 +122,7 @@ def encode_new(
             tl.store(spread + block * KEPT_FINE + kept, spreads, mask=is_fine)
         level = tl.sum((newest - middle)[None, :] * axis.to(tl.float32), 1)
         level = level / tl.maximum(steps, 1e-30)
-        level = tl.where((steps > 0) & (level == level), level, 0.0)  # of a NaN, nothing
+        level = tl.where((steps > 0) & (level == level), level, 0.0)  # a NaN counts as 0
         half = tl.where(is_fine, 8.0, 2.0)
         code = tl.floor(tl.minimum(tl.maximum(level, -half), half)) + half
         code = tl.minimum(code, 2 * half - 1).to(tl.int32)
@@ -130,4 +149,3 @@ def encode_new(
         if kv_head == 0:
             tl.store(header + 1 + b, slot + 1)
         tl.debug_barrier()
-'''
