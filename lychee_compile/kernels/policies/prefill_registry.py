@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from lychee_compile.kernels.policies.prefill.compact import choose_block_union
 from lychee_compile.kernels.policies.prefill.dhsa import choose_by_chunks
 from lychee_compile.kernels.policies.prefill.lychee import choose_by_centres
 from lychee_compile.kernels.policies.prefill.s2o import choose_until_it_wanes
 from lychee_compile.kernels.policies.prefill.streaming import choose_last
-from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
-
-PrefillChoice = Callable[[PrefillQuestion], Tensor]
-"""Answers a question: the candidates that a tile reads, bool [B, Hq, tiles, L]."""
+from lychee_compile.kernels.reference.prefill_question import PrefillChoice
 
 _registered: dict[str, PrefillChoice] = {
     "lychee": choose_by_centres,

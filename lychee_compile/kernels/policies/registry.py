@@ -15,11 +15,11 @@ from lychee_compile.kernels.policies.decode.quest import QuestIndex
 from lychee_compile.kernels.policies.decode.streaming import StreamingIndex
 from lychee_compile.kernels.policies.decode.tokenselect import TokenSelectIndex
 from lychee_compile.kernels.policies.prefill_registry import (
-    PrefillChoice,
     register_tile_policy,
     tile_policy_names,
 )
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.prefill_question import PrefillChoice
 
 _registered: dict[str, type[KVIndex]] = {
     "lychee": LycheeIndex,
