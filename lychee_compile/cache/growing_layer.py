@@ -176,8 +176,10 @@ class GrowingLayer(StaticLayer):
 
 def mark_static(layer: Any) -> None:
     """Tell CUDA graphs that the buffers of `layer` stay where they are."""
+    from lychee_compile import torch_private  # loads the compiler: not before a cache is filled
+
     for tensor in (layer.keys, layer.values, layer.cumulative_length):
-        torch._dynamo.mark_static_address(tensor)
+        torch_private.mark_static_address(tensor)
 
 
 def rounded(slots: int) -> int:
