@@ -1,4 +1,4 @@
-"""How far an index is believed to describe the keys of its cache."""
+"""Trust: the degree to which an index describes the keys of its cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum, auto
 
 
 class Trust(Enum):
-    """How far an index is believed to describe the keys of its cache."""
+    """Degree to which an index is known to describe the keys of its cache."""
 
     DISTRUSTED = auto()
     """The keys may have changed, or the index is not built yet. It must be compared with the keys

@@ -47,7 +47,7 @@ interval has calls are refitted in different calls, unless 37 divides it."""
 
 @dataclass(frozen=True)
 class CacheUse:
-    """How one graph uses a key cache that has a GPU index."""
+    """Use that one graph makes of a key cache with a GPU index."""
 
     kernel: str
     """Name of the generated module that attends to the cache."""
@@ -60,7 +60,7 @@ class CacheUse:
 
     @property
     def kind(self) -> Layout | str:
-        """What graphs must agree on to share an index: the layout, or else the policy."""
+        """Layout, or else policy: graphs that share an index must have the same kind."""
         return policy_name(self.kernel) if self.layout is None else self.layout
 
 

@@ -25,7 +25,7 @@ Finds a write that left no trace in the tensor's version, as one through `.data`
 
 @dataclass(frozen=True)
 class CacheWrite:
-    """What one call wrote to a key cache."""
+    """A write of one call to a key cache."""
 
     first: Tensor
     """First valid slot of each row, int64 [B]."""

@@ -98,8 +98,8 @@ def _least_tokens(
     missed = (1 - through) + slack[..., None]
     enough = (missed <= epsilon).all(2)
     needed = (~enough).sum(-1, keepdim=True) + 1
-    place = torch.arange(order.shape[-1], device=order.device)
-    token = torch.zeros_like(enough).scatter(-1, order, place < needed)
+    number = torch.arange(order.shape[-1], device=order.device)
+    token = torch.zeros_like(enough).scatter(-1, order, number < needed)
     last = (needed - 1).clamp(max=order.shape[-1] - 1)[:, :, None].expand(*missed.shape[:-1], 1)
     left = torch.where((needed > order.shape[-1])[:, :, None], 0, missed.gather(-1, last))
     return token, left.squeeze(-1).flatten(1, 2).float()

@@ -11,7 +11,7 @@ from lychee_compile.kernels.reference.visible import Visible, visible_keys
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What the scores of one attention call depend on: all operands but values and extra logits."""
+    """Operands that the scores of one attention call depend on: no values, no extra logits."""
 
     query: Tensor
     """Queries [B, Hq, Tq, D]."""
@@ -67,5 +67,5 @@ class Operands:
 
     @property
     def score_inputs(self) -> ScoreInputs:
-        """Those of the operands that scores depend on."""
+        """Operands that scores depend on."""
         return ScoreInputs(self.query, self.key, self.kv_len, self.mask, self.scale, self.softcap)

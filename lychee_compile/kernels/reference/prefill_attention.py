@@ -23,7 +23,7 @@ AT_ONCE = 8
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Which keys a prefill reads, and how many. Lengths are in tokens."""
+    """Settings of a sparse prefill: which keys it reads, and how many. Lengths are in tokens."""
 
     choice: PrefillChoice
     """Chooses the keys that a tile reads beyond those it always reads."""
