@@ -96,7 +96,7 @@ class Options(IndexConfig):
         return cls(**{**named, "mode": mode if inner is None else inner})
 
     def index_config(self) -> IndexConfig:
-        """Return the options that are plain numbers and words, which compiled graphs depend on."""
+        """Return the settings of sparse attention alone: graphs share an index if they agree."""
         return IndexConfig(**{each.name: getattr(self, each.name) for each in fields(IndexConfig)})
 
     def boundary_table(self) -> BoundaryTable | None:

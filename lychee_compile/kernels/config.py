@@ -12,10 +12,12 @@ PREFILLS = ("exact", "sparse")
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """Parameters of the chunk index and of the selection from it (LycheeCluster, arXiv 2603.08453).
+    """Settings of sparse attention: of the index, of the selection from it, and of prefill.
 
-    All lengths are in tokens. A selection reads at most `budget` tokens per KV head and query
-    position. The `sinks` first and the `recent` last valid tokens count among them.
+    They are plain numbers and words, so that equal settings are equal and hashable: graphs with
+    equal settings share the index of a cache. All lengths are in tokens. A selection reads at most
+    `budget` tokens per KV head and query position; the `sinks` first and the `recent` last valid
+    tokens count among them. The names are those of LycheeCluster (arXiv 2603.08453).
     """
 
     budget: int | None = 1024
