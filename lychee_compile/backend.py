@@ -30,7 +30,7 @@ from lychee_compile.passes.rewrite import note_prefill, rewrite
 from lychee_compile.passes.site import RejectedSite
 from lychee_compile.report.report import Report
 from lychee_compile.runtime.cache_registry import registry
-from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
+from lychee_compile.runtime.stateful_graph import CacheArgument, StatefulGraph
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class _StateInputs:
         self._analysis = analysis
         self._placeholders = [node for node in analysis.gm.graph.nodes if node.op == "placeholder"]
         self._nodes: dict[object, torch.fx.Node] = {}
-        self.states: list[StateInput] = []
+        self.states: list[CacheArgument] = []
         self.fakes: list[Tensor] = []
 
     def __call__(self, binding: CacheBinding, slots: CacheUse | None) -> torch.fx.Node:
@@ -180,7 +180,7 @@ class _StateInputs:
         if known not in self._nodes:
             source = binding.source
             place = None if source is None else self._placeholders.index(source)
-            self.states.append(StateInput(place, binding.output, binding.token_dim, slots))
+            self.states.append(CacheArgument(place, binding.output, binding.token_dim, slots))
             self._nodes[known] = self._added(binding, slots)
         return self._nodes[known]
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.decode.clusterkv import ClusterKVIndex
@@ -24,10 +22,7 @@ from lychee_compile.kernels.policies.prefill.lychee import choose_by_centres
 from lychee_compile.kernels.policies.prefill.s2o import choose_until_it_wanes
 from lychee_compile.kernels.policies.prefill.streaming import choose_last
 from lychee_compile.kernels.reference.index import KVIndex
-from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
-
-PrefillChoice = Callable[[PrefillQuestion], Tensor]
-"""A function that answers a question: the candidates a tile reads, bool [B, Hq, tiles, L]."""
+from lychee_compile.kernels.reference.prefill_question import PrefillChoice
 
 
 class GpuKernels(Protocol):
