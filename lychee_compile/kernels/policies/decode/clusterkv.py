@@ -84,10 +84,10 @@ class ClusterKVIndex(KVIndex):
         """Return the tokens of the best clusters, as many as there is room for."""
         label, member = self._members(question)
         count = self.centroid.shape[2]
-        held = label.new_zeros(*label.shape[:3], count).scatter_add(-1, label, member.long())
+        tokens = label.new_zeros(*label.shape[:3], count).scatter_add(-1, label, member.long())
         score = question.scale * (question.query @ self.centroid.transpose(-1, -2))
         score = question.split(question.capped(score))
-        score = score.masked_fill(held[:, :, None] == 0, -torch.inf)
+        score = score.masked_fill(tokens[:, :, None] == 0, -torch.inf)
         order = question.share(score).argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(
             -1, order, torch.arange(count, device=self.device).expand_as(order)

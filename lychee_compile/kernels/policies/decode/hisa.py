@@ -103,29 +103,31 @@ class HISAIndex(KVIndex):
         count = int(number.max()) + 1
         place = torch.arange(count, device=self.device)
         start = self.start[:, None] + place * self.block
-        held = question.held(start, torch.full_like(start, self.block))[:, None]
-        rank = self._block_share(question, number, held)
-        edge = (held > 0) & ((place == _first(held)) | (place == count - 1 - _first(held.flip(-1))))
+        tokens = question.held(start, torch.full_like(start, self.block))[:, None]
+        rank = self._block_share(question, number, tokens)
+        edge = (tokens > 0) & (
+            (place == _first(tokens)) | (place == count - 1 - _first(tokens.flip(-1)))
+        )
         order = rank.masked_fill(edge, torch.inf).argsort(dim=-1, descending=True, stable=True)
         most = (CANDIDATES_PER_TOKEN * question.room).div(self.block, rounding_mode="floor")
         inside = place < most.clamp(min=self.candidate_blocks)[..., None]
         return torch.zeros_like(inside).scatter(-1, order, inside)
 
-    def _block_share(self, question: Question, number: Tensor, held: Tensor) -> Tensor:
+    def _block_share(self, question: Question, number: Tensor, tokens: Tensor) -> Tensor:
         """Return each block's log share of the softmax, by its mean key: [B, Hkv, Tq, N]."""
-        count = held.shape[-1]
+        count = tokens.shape[-1]
         mean = F.pad(self.mean, (0, 0, 0, max(count - self.mean.shape[2], 0)))[:, :, :count]
         score = question.scale * (question.query @ mean.transpose(-1, -2))
         score = question.split(question.capped(score))
         if question.visible.bias is not None:
             score = score + _largest_bias(question, number, count)
         known = torch.arange(count, device=self.device) < self.full[:, None, None, None]
-        return question.share(score.masked_fill(~(known & (held > 0))[:, :, None], -torch.inf))
+        return question.share(score.masked_fill(~(known & (tokens > 0))[:, :, None], -torch.inf))
 
 
-def _first(held: Tensor) -> Tensor:
+def _first(tokens: Tensor) -> Tensor:
     """Return the first block that holds a token, int64 [..., 1]."""
-    return (held > 0).to(torch.uint8).argmax(-1, keepdim=True)
+    return (tokens > 0).to(torch.uint8).argmax(-1, keepdim=True)
 
 
 def _largest_bias(question: Question, number: Tensor, count: int) -> Tensor:

@@ -52,8 +52,8 @@ class LycheeIndex(GroupedIndex):
     def chunks(self) -> Nodes:
         """The groups as nodes."""
         tokens = self.group_length[:, None].expand(-1, self.kv_heads, -1)
-        made = self.summaries
-        return Nodes(made["mean"], made["variance"], made["radius"], tokens)
+        summary = self.summaries
+        return Nodes(summary["mean"], summary["variance"], summary["radius"], tokens)
 
     def summarise(self, keys: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Return mean, variance and radius of each chunk."""
@@ -125,13 +125,16 @@ class LycheeIndex(GroupedIndex):
 
     def _candidates(self, question: Question) -> Tensor | None:
         """Return the tokens whose sketches are worth a look, bool [B, Hkv, Tq, N]; None: all."""
-        held = question.held(self.group_start, self.group_length)
-        if int(held.sum(-1).max()) <= self.config.flat_tokens or question.visible.bias is not None:
+        tokens = question.held(self.group_start, self.group_length)
+        if (
+            int(tokens.sum(-1).max()) <= self.config.flat_tokens
+            or question.visible.bias is not None
+        ):
             return None
         tree, chunks = self.tree, self.chunks
         labels = tree.labels_of(chunks)
         quota = self.config.overfetch * question.room
-        by_chunk = held[:, None].expand(-1, self.kv_heads, -1, -1)
+        by_chunk = tokens[:, None].expand(-1, self.kv_heads, -1, -1)
         by_cluster = _sum_into(by_chunk, labels, tree.clusters.count)
         by_unit = _sum_into(by_cluster, tree.cluster_unit, tree.units.count)
         unit = self._shortlist(question, tree.units, by_unit, 4 * quota)
@@ -139,39 +142,39 @@ class LycheeIndex(GroupedIndex):
         kept = self._shortlist(question, tree.clusters, by_cluster, 2 * quota)
         by_chunk = torch.where(_below(kept, labels), by_chunk, 0)
         chosen = self._shortlist(question, chunks, by_chunk, quota)
-        total = held.sum(-1)[:, None]
+        total = tokens.sum(-1)[:, None]
         short = (total <= self.config.flat_tokens) | (total <= question.room)
         return self.spread(chosen | short[..., None])
 
-    def _shortlist(self, question: Question, nodes: Nodes, held: Tensor, quota: Tensor) -> Tensor:
+    def _shortlist(self, question: Question, nodes: Nodes, tokens: Tensor, quota: Tensor) -> Tensor:
         """Return the nodes of most mass that hold `quota` tokens, bool [B, Hkv, Tq, N]."""
-        matters = _not_negligible(question, nodes, held)
+        matters = _not_negligible(question, nodes, tokens)
         estimate = nodes.log_estimate(question.query, question.scale)
         score = question.split(question.capped(estimate))
-        rank = question.share(group_mass(score, torch.where(matters, held, 0)))
-        order, inside = take_by_rank(rank, held, quota[..., None], whole=False)
+        rank = question.share(group_mass(score, torch.where(matters, tokens, 0)))
+        order, inside = take_by_rank(rank, tokens, quota[..., None], whole=False)
         return torch.zeros_like(matters).scatter(-1, order, inside) & matters
 
 
-def _not_negligible(question: Question, nodes: Nodes, held: Tensor) -> Tensor:
+def _not_negligible(question: Question, nodes: Nodes, tokens: Tensor) -> Tensor:
     """Return the nodes that may hold a share of the mass that matters to any head: bool.
 
-    `held`, int64 [B, Hkv, Tq, N], are the tokens of each node that may be chosen. Jensen's
+    `tokens`, int64 [B, Hkv, Tq, N], are the tokens of each node that may be chosen. Jensen's
     inequality bounds the whole mass from below, over nodes that are wholly visible. The inequality
     does not hold for soft-capped scores: there the lowest score stands for all.
     """
     query, scale = question.query, question.scale
     raw = nodes.score_bound(query, scale)
-    bound = question.split(question.capped(raw)) + log_count(held)[:, :, None]
+    bound = question.split(question.capped(raw)) + log_count(tokens)[:, :, None]
     if question.softcap is None:
         floor = nodes.log_mass_floor(query, scale)
     else:
         lowest = question.capped(-nodes.score_bound(-query, scale))
         floor = lowest + log_count(nodes.tokens)[:, :, None]
-    whole = (held == nodes.tokens[:, :, None]) & (held > 0)
+    whole = (tokens == nodes.tokens[:, :, None]) & (tokens > 0)
     floor = question.split(floor).masked_fill(~whole[:, :, None], -torch.inf)
     threshold = floor.logsumexp(-1, keepdim=True) + math.log(NEGLIGIBLE_SHARE / max(nodes.count, 1))
-    return (~(bound < threshold)).any(2) & (held > 0)  # a NaN proves nothing
+    return (~(bound < threshold)).any(2) & (tokens > 0)  # a NaN proves nothing
 
 
 def _below(chosen: Tensor, labels: Tensor) -> Tensor:

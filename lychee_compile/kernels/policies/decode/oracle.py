@@ -41,8 +41,8 @@ class OracleIndex(GroupedIndex):
         slot = (self.group_start[..., None] + offset).clamp(max=share.shape[-1] - 1)
         wide = slot.flatten(1)[:, None, None].expand(*share.shape[:3], -1)
         inside = offset < self.group_length[:, None, None, :, None]
-        held = share.gather(-1, wide).unflatten(-1, slot.shape[1:])
-        rank = held.masked_fill(~inside, -torch.inf).logsumexp(-1)
+        inside_shares = share.gather(-1, wide).unflatten(-1, slot.shape[1:])
+        rank = inside_shares.masked_fill(~inside, -torch.inf).logsumexp(-1)
         return question.take_groups(rank, self.group_start, self.group_length)
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:

@@ -40,21 +40,21 @@ def choose_by_chunks(question: PrefillQuestion) -> Tensor:
     return question.take(-place.gather(-1, label).float())
 
 
-def chunk_vectors(vectors: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+def chunk_vectors(vectors: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     """Return the chunk of each token, int64 [B, T], and the vector of each chunk, [B, H, N, D].
 
-    `vectors` is float32 [B, H, T, D]; `held`, float32 [B, T], 1 for tokens and 0 for the padding
+    `vectors` is float32 [B, H, T, D]; `used`, float32 [B, T], 1 for tokens and 0 for the padding
     behind them.
     """
     batch, heads, _, head_dim = vectors.shape
     strength = F.pad(similarity_strengths(vectors), (0, 1))
     first = torch.zeros(batch, dtype=torch.int64, device=vectors.device)
-    starts = follow_cuts(best_cuts(strength, held.sum(-1).long(), CHUNK), first)
+    starts = follow_cuts(best_cuts(strength, used.sum(-1).long(), CHUNK), first)
     label = starts.long().cumsum(-1) - 1
     count = int(label.max()) + 1
     wide = label[:, None, :, None].expand(-1, heads, -1, head_dim)
     total = vectors.new_zeros(batch, heads, count, head_dim).scatter_add(2, wide, vectors)
-    length = vectors.new_zeros(batch, count).scatter_add(1, label, held)
+    length = vectors.new_zeros(batch, count).scatter_add(1, label, used)
     return label, total / length.clamp(min=1).sqrt()[:, None, :, None]
 
 
@@ -64,8 +64,8 @@ def _query_chunks(question: PrefillQuestion) -> Tensor:
     padded = F.pad(question.query, (0, 0, 0, tiles * QUERY_TILE - tokens)).unflatten(
         2, (tiles, QUERY_TILE)
     )
-    held = (torch.arange(tiles * QUERY_TILE, device=padded.device) < tokens).to(padded.dtype)
-    held = held.view(1, tiles, QUERY_TILE).expand(len(padded), -1, -1)
+    used = (torch.arange(tiles * QUERY_TILE, device=padded.device) < tokens).to(padded.dtype)
+    used = used.view(1, tiles, QUERY_TILE).expand(len(padded), -1, -1)
     apart = padded.transpose(1, 2)  # [B, tiles, Hq, QUERY_TILE, D]: a tile's chunks are its own
-    _, chunks = chunk_vectors(apart.flatten(0, 1), held.flatten(0, 1))
+    _, chunks = chunk_vectors(apart.flatten(0, 1), used.flatten(0, 1))
     return chunks.unflatten(0, (-1, tiles)).transpose(1, 2).flatten(2, 3)

@@ -62,10 +62,10 @@ def _negligible(question: PrefillQuestion) -> Tensor:
         question.key_nodes(PAGE),
         question.scale,
     )
-    held = log_count(pages.tokens)[:, :, None]
-    most = pair_bound(parts, pages, scale) + held
+    log_tokens = log_count(pages.tokens)[:, :, None]
+    most = pair_bound(parts, pages, scale) + log_tokens
     means = replace(pages, radius=torch.zeros_like(pages.radius))
-    least = (held - pair_bound(parts, means, -scale)).unflatten(2, (question.tiles, -1))
+    least = (log_tokens - pair_bound(parts, means, -scale)).unflatten(2, (question.tiles, -1))
     missing = (-question.candidates.shape[-1]) % PAGE
     whole = F.pad(question.candidates, (0, missing)).unflatten(-1, (-1, PAGE)).all(-1)
     floor = least.masked_fill(~whole[:, :, :, None], -torch.inf).logsumexp(-1, keepdim=True)

@@ -15,7 +15,7 @@ def places(rank: Tensor, counts: Tensor) -> Tensor:
     from the top of every ranking.
     """
     order = rank.argsort(dim=-1, descending=True, stable=True)
-    held = counts[..., None, :].expand_as(order).gather(-1, order)
-    ahead = torch.zeros_like(order).scatter(-1, order, held.cumsum(-1) - held)
+    sizes = counts[..., None, :].expand_as(order).gather(-1, order)
+    ahead = torch.zeros_like(order).scatter(-1, order, sizes.cumsum(-1) - sizes)
     silent = (rank == -torch.inf).all(-1, keepdim=True)
     return ahead.masked_fill(silent, torch.iinfo(torch.int32).max).amin(-2)
