@@ -88,7 +88,9 @@ def _nothing_seen(collector: Collector, sites: Sequence[str]) -> str:
     reasons = [f"{name}: {reason}" for name, reason in collector.skipped.items()]
     if not reasons:
         found = [site for report in reports() for site in report.sites]
-        reasons = sorted({f"{site.name}: {site.decision}, {site.reason}" for site in found})
+        reasons = sorted(
+            {f"{site.name}: {site.decision}, {site.reason or site.reads}" for site in found}
+        )
     among = f" among those named {', '.join(sites)}" if sites else ""
     listed = "; ".join(reasons[:4]) or "the backend found no attention"
     return f"no attention over the whole sequence was captured{among}: {listed}"

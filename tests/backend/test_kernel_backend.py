@@ -218,5 +218,5 @@ def test_a_policy_with_kernels_of_its_own_keeps_an_index_of_its_own() -> None:
         assert torch.equal(middle.any(-1), middle.all(-1))
     (site,) = lychee_compile.reports()[-1].sites
     assert site.kernel.startswith("decode_quest_f32_g2_d16_v128_b60_")
-    assert "policy quest" in site.reason
+    assert "policy quest" in site.reads
     assert len(registry) == 1

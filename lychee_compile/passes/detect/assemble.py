@@ -8,7 +8,8 @@ import sympy
 import torch.fx
 
 from lychee_compile import torch_private
-from lychee_compile.passes.detect.attention import Attention, Rejected
+from lychee_compile.passes import reasons
+from lychee_compile.passes.detect.attention import Attention, Rejected, Stage
 from lychee_compile.passes.detect.axis_roles import Roles, assign, features_of
 from lychee_compile.passes.detect.operands import (
     Operand,
@@ -29,6 +30,7 @@ from lychee_compile.passes.graph.region import (
     region_between,
     used_elsewhere,
 )
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices
 from lychee_compile.passes.symbolic.elements import Elements
 
@@ -76,7 +78,7 @@ class MatchedParts:
     base_two: bool = False
     is_causal: bool = False
     dropout: float = 0.0
-    refused: str = ""
+    refused: Reason | None = None
     heads_first: bool = False
     """Whether dimensions are known to be batch, heads, tokens, features."""
 
@@ -98,16 +100,16 @@ def settle(pieces: MatchedParts, elements: Elements, scene: GraphContext) -> Att
     found = {name: deepest(chain, axes) for name, chain in chains.items()}
     rows = free_axes(pieces.score_dims)
     if any(each is None for each in found.values()):
-        return Rejected(pieces.node, "its operands are laid out in a way that is not understood")
+        return Rejected(pieces.node, reasons.OPERANDS_LAYOUT(), Stage.OPERANDS)
     places = {name: each[0] for name, each in found.items() if each}
     query, key, value = (each[1] for each in found.values() if each)
     shared = (key.axes | value.axes) & rows
     why = _misfit(pieces, query, key, value, shared, rows)
     if why:
-        return Rejected(pieces.node, why)
+        return Rejected(pieces.node, why, Stage.OPERANDS)
     features = _features(trace, axes, scene)
     if features is not None and pieces.keys & features[1]:
-        return Rejected(pieces.node, "its softmax runs over features, not over tokens")
+        return Rejected(pieces.node, reasons.OVER_FEATURES(), Stage.OPERANDS)
     score = sum_up(
         replace(trace, query=places["query"], key=places["key"]),
         elements,
@@ -149,19 +151,19 @@ def _forms(chain: list[Place], place: Place, key: Operand, axes: Axes) -> tuple[
 def _misfit(
     pieces: MatchedParts, query: Operand, key: Operand, value: Operand,
     shared: frozenset[Axis], rows: frozenset[Axis],
-) -> str:  # fmt: skip
-    """Why the operands are not those of an attention; empty where they are."""
+) -> Reason | None:  # fmt: skip
+    """Return why the operands are not those of an attention; None if they are."""
     inner = pieces.trace.inner
     out = free_axes(pieces.out)
     if not pieces.keys <= key.axes or not pieces.keys <= value.axes:
-        return "its keys or values do not extend over what the softmax runs over"
+        return reasons.NOT_OVER_KEYS()
     if not key.axes <= shared | pieces.keys | inner:
-        return "its keys differ in more than head, token and feature"
+        return reasons.KEYS_DIFFER()
     if not query.axes <= rows | inner or query.axes & pieces.keys:
-        return "its queries differ in more than head, token and feature"
+        return reasons.QUERIES_DIFFER()
     if not rows <= out or not value.axes <= pieces.keys | out:
-        return "its weights differ in more than the output has"
-    return ""
+        return reasons.WEIGHTS_SUMMED()
+    return None
 
 
 def _features(
@@ -221,11 +223,11 @@ def _entangled(
     chains: dict[str, list[Place]],
     places: dict[str, Place],
     scene: GraphContext,
-) -> str:
-    """What forbids to put another operator in the place of this dataflow; empty: nothing does."""
+) -> Reason | None:
+    """Return why no other operator can replace this dataflow; None if one can."""
     first: Product | None = pieces.trace.product
     if first is None:
-        return ""
+        return None
     region = region_between(first.node, pieces.node, scene.order)
     elsewhere = used_elsewhere(region, pieces.node, pieces.weights)
     if elsewhere:
@@ -241,5 +243,5 @@ def _entangled(
         if isinstance(step.other, torch.fx.Node)
     ]
     if overwritten_before(pieces.node, reads, scene.order):
-        return "the cache, or another operand, is written after it is read"
-    return ""
+        return reasons.OPERAND_OVERWRITTEN()
+    return None

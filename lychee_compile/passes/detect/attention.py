@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import sympy
 import torch.fx
@@ -12,6 +13,7 @@ from lychee_compile.passes.detect.axis_roles import Roles
 from lychee_compile.passes.detect.operands import Layout, Operand
 from lychee_compile.passes.detect.scores import Score
 from lychee_compile.passes.graph.names import Names
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axes, Axis
 
 
@@ -40,8 +42,8 @@ class Attention:
     """Whether PyTorch's own causal mask applies: query i sees keys 0 to i."""
     dropout: float = 0.0
     """Probability with which weights are dropped."""
-    refused: str = ""
-    """Why it must stay as it is, where its dataflow forbids to rewrite it."""
+    refused: Reason | None = None
+    """Why it must stay as it is, if its dataflow rules out a rewrite."""
 
     def size(self, axes: Iterable[Axis]) -> int | sympy.Expr:
         """How many values some of its axes have together."""
@@ -71,8 +73,21 @@ class Unread:
     query_len: int | sympy.Expr
     kv_len: int | sympy.Expr
     mask: str
-    reason: str
+    reason: Reason
     by_design: bool
+
+
+class Stage(IntEnum):
+    """Stages of a softmax on its way to an attention, the later the nearer."""
+
+    WEIGHTS = 0
+    """A softmax whose weights may go anywhere."""
+    PRODUCT = 1
+    """Its weights go into a product."""
+    SCORES = 2
+    """That product sums over the axis of the softmax; its scores are read."""
+    OPERANDS = 3
+    """Its scores are a product of queries and keys; the roles of the axes are read."""
 
 
 @dataclass(frozen=True)
@@ -80,4 +95,6 @@ class Rejected:
     """A softmax that belongs to no attention."""
 
     node: torch.fx.Node
-    reason: str
+    reason: Reason
+    stage: Stage
+    """How far it resembled an attention."""

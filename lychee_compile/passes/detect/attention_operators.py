@@ -11,8 +11,9 @@ import sympy
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
-from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
+from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.flex import flex_score
 from lychee_compile.passes.detect.operands import Place, free_axes
 from lychee_compile.passes.detect.products import Product
@@ -48,11 +49,11 @@ def _read(
         found = with_finer_axes(match)
     except Exception as error:
         logger.debug("%s could not be analysed", node, exc_info=True)
-        found = Rejected(node, f"it could not be analysed: {type(error).__name__}")
+        found = Rejected(node, reasons.NOT_ANALYSED(error=reasons.brief(error)), Stage.OPERANDS)
     if isinstance(found, Attention):
         return found
     query, key = ([_plain(size) for size in shape_of(each)] for each in node.all_input_nodes[:2])
-    reason = found.reason if found else "its operands are laid out in a way that is not understood"
+    reason = found.reason if found else reasons.OPERANDS_LAYOUT()
     return Unread(
         node=node,
         form=form,
@@ -180,7 +181,7 @@ def _from_flex(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
         value=pieces["value"],
         reader=node,
         keys=free_axes([pieces["kv"]]),
-        refused="its log-sum-exp is used too" if more else "",
+        refused=reasons.LSE_USED() if more else None,
         heads_first=True,
     )
     settled = settle(found, elements, scene)
@@ -208,6 +209,6 @@ def _from_module(node: torch.fx.Node) -> Unread:
         query_len=tokens,
         kv_len=tokens,
         mask="a mask inside" if masked else "none",
-        reason="one operator of PyTorch's computes the whole module, exactly",
+        reason=reasons.FUSED_MODULE(),
         by_design=True,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.graph.dataflow import (
     argument,
@@ -21,6 +22,7 @@ from lychee_compile.passes.graph.dataflow import (
     through_copies,
     value_of,
 )
+from lychee_compile.passes.reasons import Reason, ReasonedError
 from lychee_compile.passes.symbolic.views import storage_of, written_by
 
 Slot = int | torch.fx.Node
@@ -59,19 +61,13 @@ class Unbound:
 
     kind: str
     """"none", or "sliding": a cache that keeps a window of keys only."""
-    reason: str
+    reason: Reason
 
 
-class _NotBoundError(Exception):
-    def __init__(self, reason: str, kind: str = "none") -> None:
+class _NotBoundError(ReasonedError):
+    def __init__(self, reason: Reason, kind: str = "none") -> None:
         super().__init__(reason)
         self.unbound = Unbound(kind, reason)
-
-
-_ROLLING = ("the cache rolls: every key changes its slot at every step", "sliding")
-_PART_KEPT = ("the cache keeps only a part of these keys, as in a sliding window", "sliding")
-_NO_CACHE = "the keys are not read from a cache"
-_UNKNOWN_WRITE = "the form of the cache write is not known"
 
 
 Writes = Mapping[torch.fx.Node, list[torch.fx.Node]]
@@ -91,7 +87,7 @@ def bind_cache(
     attention: Attention, graph: torch.fx.Graph, writes: Writes
 ) -> CacheBinding | Unbound:
     """The cache that the keys of `attention` are read from, or why none was recognised."""
-    reasons = []
+    met = []
     for key in reversed(attention.key_forms):
         places = [
             dim for dim, axes in enumerate(key.layout) if set(axes) & set(attention.roles.key)
@@ -101,9 +97,9 @@ def bind_cache(
         try:
             return _Binder(key.node, attention.node, graph, writes, places[0]).bind()
         except _NotBoundError as error:
-            reasons.append(error.unbound)
-    telling = [each for each in reasons if each.reason != _NO_CACHE]
-    return next(iter(telling), Unbound("none", _NO_CACHE))
+            met.append(error.unbound)
+    nearer = [each for each in met if each.reason.code != reasons.NO_CACHE.code]
+    return next(iter(nearer), Unbound("none", reasons.NO_CACHE()))
 
 
 class _Binder:
@@ -128,14 +124,12 @@ class _Binder:
             return self._read(held)
         rewritten = calls(held, aten.copy_.default) and first_input(held).op == "placeholder"
         if rewritten or calls(held, aten.roll.default) or calls(*held.args[:1], aten.roll.default):
-            raise _NotBoundError(*_ROLLING)
+            raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         if calls(held, aten.slice.Tensor):
-            raise _NotBoundError(
-                "the keys are a slice of what the cache holds, as in a sliding window", "sliding"
-            )
+            raise _NotBoundError(reasons.CACHE_SLICED(), "sliding")
         output = self._output_index(held)
         if output is None:
-            raise _NotBoundError(_NO_CACHE)
+            raise _NotBoundError(reasons.NO_CACHE())
         return CacheBinding(
             self._key, self._dim, "dynamic", None, output, written=(held, self._dim)
         )
@@ -157,13 +151,11 @@ class _Binder:
         positions = self._positions(write)
         cache = through_copies(write.args[0])  # type: ignore[arg-type]
         if calls(cache, aten.roll.default):
-            raise _NotBoundError(*_ROLLING)
+            raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         if positions is None:
-            raise _NotBoundError("the cache is written at other indices than token positions")
+            raise _NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
         if cache.op != "placeholder" or self._writes.get(cache) != [write]:
-            raise _NotBoundError(
-                "the tensor written to is no input of the graph, or is written more than once"
-            )
+            raise _NotBoundError(reasons.CACHE_NOT_INPUT())
         return CacheBinding(
             self._key, self._dim, "static", cache, None, positions, written=(positions, 0)
         )
@@ -190,11 +182,11 @@ class _Binder:
         target, fresh = first_input(write), write.args[1]
         whole = target is cache and isinstance(fresh, torch.fx.Node)
         if whole and calls(write, aten.copy_.default):
-            raise _NotBoundError(*_ROLLING)
+            raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         if more or not calls(write, aten.copy_.default):
-            raise _NotBoundError(_UNKNOWN_WRITE)
+            raise _NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
         if self._reader < write:
-            raise _NotBoundError("the cache is written after it is read")
+            raise _NotBoundError(reasons.CACHE_WRITTEN_LATE())
         span = self._span(target, cache)
         return CacheBinding(
             self._key, self._dim, "static", cache, None, span=span, written=(target, self._dim)
@@ -207,30 +199,30 @@ class _Binder:
         while node is not cache:
             dim = argument(node, "dim", 0) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
             if not calls(node, aten.slice.Tensor) or argument(node, "step", 1) != 1:
-                raise _NotBoundError(_UNKNOWN_WRITE)
+                raise _NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
             start, end = argument(node, "start", 0), argument(node, "end")
             if dim == self._dim and span is None:
                 kv_len = shape_of(cache)[dim]
                 first, last = _slot(start, kv_len), _slot(end, kv_len)
                 if first is None or last is None:
-                    raise _NotBoundError(_UNKNOWN_WRITE)
+                    raise _NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
                 span = (first, last)
             elif start not in (0, None):
-                raise _NotBoundError("the cache is written along another axis than its tokens")
+                raise _NotBoundError(reasons.CACHE_OTHER_AXIS())
             node = node.args[0]  # type: ignore[assignment]
         if span is None:
-            raise _NotBoundError("the cache is written along another axis than its tokens")
+            raise _NotBoundError(reasons.CACHE_OTHER_AXIS())
         return span
 
     def _grown(self, key: torch.fx.Node) -> CacheBinding:
         parts = argument(key, "tensors")
         if argument(key, "dim", 0) % len(shape_of(key)) != self._dim:
-            raise _NotBoundError(_NO_CACHE)
+            raise _NotBoundError(reasons.NO_CACHE())
         output = self._output_index(key)
         if output is None:
-            raise _NotBoundError(*_PART_KEPT)
+            raise _NotBoundError(reasons.CACHE_KEEPS_PART(), "sliding")
         if len(parts) != 2:
-            raise _NotBoundError("the cache grows by more than one piece")
+            raise _NotBoundError(reasons.CACHE_GROWS_IN_PIECES())
         past = through_copies(parts[0])
         written = (parts[1], self._dim)
         if past.op == "placeholder":
@@ -238,7 +230,7 @@ class _Binder:
         empty = shape_of(past)
         if same(empty[0], 0) or (len(empty) == len(shape_of(key)) and same(empty[self._dim], 0)):
             return CacheBinding(self._key, self._dim, "dynamic", None, output, written=written)
-        raise _NotBoundError("the tensor that the cache grows from is no input of the graph")
+        raise _NotBoundError(reasons.CACHE_PAST_NOT_INPUT())
 
     def _output_index(self, key: torch.fx.Node) -> int | None:
         outputs = next(node for node in reversed(self._graph.nodes) if node.op == "output").args[0]

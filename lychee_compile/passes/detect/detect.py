@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
-from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
+from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.attention_operators import find_fused, with_finer_axes
 from lychee_compile.passes.detect.operands import Place, free_axes
 from lychee_compile.passes.detect.products import Product, product_of
@@ -35,6 +37,7 @@ from lychee_compile.passes.graph.dataflow import (
 )
 from lychee_compile.passes.graph.names import Names
 from lychee_compile.passes.graph.region import Order
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.views import (
@@ -67,18 +70,20 @@ def _from_softmax(softmax: Softmax, scene: GraphContext) -> Attention | Rejected
         return _attention_of(softmax, scene)
     except Exception as error:
         logger.debug("%s could not be analysed", softmax.node, exc_info=True)
-        brief = next(iter(str(error).splitlines()), "")
-        return Rejected(softmax.node, f"it could not be analysed: {type(error).__name__} {brief}")
+        why = reasons.NOT_ANALYSED(error=reasons.brief(error))
+        return Rejected(softmax.node, why, Stage.OPERANDS)
 
 
 def _attention_of(softmax: Softmax, scene: GraphContext) -> Attention | Rejected:
-    reason = "its weights are not multiplied with values"
+    """Return the attention, or the miss that came nearest to one: the first at the last stage."""
+    misses = [Rejected(softmax.node, reasons.WEIGHTS_WITHOUT_VALUES(), Stage.WEIGHTS)]
     for product in _products_with(softmax.weights):
         result = with_finer_axes(lambda axes, p=product: _match(softmax, p, axes, scene))  # type: ignore[misc]
         if isinstance(result, Attention):
             return result
-        reason = result.reason if result else reason
-    return Rejected(softmax.node, reason)
+        if result is not None:
+            misses.append(result)
+    return replace(max(misses, key=lambda miss: miss.stage), node=softmax.node)
 
 
 def _products_with(weights: torch.fx.Node) -> Iterator[Product]:
@@ -124,17 +129,17 @@ def _match(
             continue
         misfit = _misfit(softmax, at, keys)
         if misfit:
-            return Rejected(softmax.node, misfit)
+            return Rejected(softmax.node, misfit, Stage.PRODUCT)
         return _from_weights(softmax, product, node, at, walk, value, out, keys, elements, scene)
     return None
 
 
-def _misfit(softmax: Softmax, at: Indices, keys: frozenset[Axis]) -> str:
+def _misfit(softmax: Softmax, at: Indices, keys: frozenset[Axis]) -> Reason | None:
     along = free_axes(at[dim] for dim in softmax.dims)
     across = free_axes((index for dim, index in enumerate(at) if dim not in softmax.dims))
     if not keys or along != keys or across & keys:
-        return "its softmax runs over another axis than the one summed over"
-    return ""
+        return reasons.OTHER_AXIS_SUMMED()
+    return None
 
 
 def _from_weights(
@@ -144,12 +149,12 @@ def _from_weights(
     tracer = ScoreTracer(elements, keys, scene.is_parameter)
     trace = tracer.trace(softmax.scores, at)
     if trace is None:
-        return Rejected(softmax.node, tracer.why_not)
+        return Rejected(softmax.node, tracer.why_not, Stage.SCORES)
     if scene.is_parameter(value.node):
-        return Rejected(softmax.node, "its values are a parameter: a linear layer")
+        return Rejected(softmax.node, reasons.VALUES_LINEAR(), Stage.OPERANDS)
     refused = walk.refused
     if softmax.deferred and node is product.node:
-        refused = refused or "its sum of exponentials is used in an unknown way"
+        refused = refused or reasons.SUM_MISPLACED()
     dropped = _dropped_keys(softmax, keys, elements.axes, trace)
     total_misfit = _total_misfit(softmax, at, out, elements.axes)
     pieces = MatchedParts(
@@ -169,25 +174,27 @@ def _from_weights(
     return settle(pieces, elements, scene)
 
 
-def _dropped_keys(softmax: Softmax, keys: frozenset[Axis], axes: Axes, trace: Trace) -> str:
-    """Why the softmax must not be taken over the summed axes alone; empty where it may."""
+def _dropped_keys(
+    softmax: Softmax, keys: frozenset[Axis], axes: Axes, trace: Trace
+) -> Reason | None:
+    """Return why the softmax must not be taken over the summed axes alone; None if it may."""
     sizes = [axes.index(f"whole{dim}", shape_of(softmax.scores)[dim]) for dim in softmax.dims]
     there = axes.product(axis for size in sizes for axis in free_axes([size]))
     extra = sum(step.kind == "extra" for step in trace.steps)
     if extra > 1 or sympy.expand(there - axes.product(keys) - extra) != 0:
-        return "some of its weights are not used"
-    return ""
+        return reasons.WEIGHTS_PARTLY_USED()
+    return None
 
 
-def _total_misfit(softmax: Softmax, at: Indices, out: Indices, axes: Axes) -> str:
-    """Whether what the weights are divided by is the sum over the keys, of the same row."""
+def _total_misfit(softmax: Softmax, at: Indices, out: Indices, axes: Axes) -> Reason | None:
+    """Return a reason if the weights are not divided by the sum over the keys of their own row."""
     if softmax.total is None:
-        return ""
+        return None
     place = divisor_place(out if softmax.deferred else at, softmax, axes)
     rows = tuple(index for dim, index in enumerate(at) if dim not in softmax.dims)
     if place is not None and len(place) == len(at):  # keepdim
         place = tuple(index for dim, index in enumerate(place) if dim not in softmax.dims)
-    return "" if place == rows else "its weights are divided by the sum of another row"
+    return None if place == rows else reasons.WEIGHTS_WRONG_ROW()
 
 
 def _quotient(softmax: Softmax, product: torch.fx.Node) -> torch.fx.Node | None:
@@ -226,7 +233,7 @@ class _WeightWalk:
 
     def __init__(self, softmax: Softmax, elements: Elements) -> None:
         self.dropout = 0.0
-        self.refused = ""
+        self.refused: Reason | None = None
         self._softmax, self._elements = softmax, elements
         self._zeroed: list[torch.fx.Node] = []
         self._dead: set[torch.fx.Node] = set()
@@ -271,7 +278,7 @@ class _WeightWalk:
             if operator_key(condition) != "isnan":
                 self._zeroed.append(condition)
             return
-        self.refused = self.refused or f"its weights are changed after the softmax, by {key}"
+        self.refused = self.refused or reasons.WEIGHTS_CHANGED(operator=key)
 
     def _zeroes(self, node: torch.fx.Node, place: int) -> tuple[Any, Any]:
         """Condition under which a weight is replaced, and by what; None where it is not."""
@@ -281,7 +288,7 @@ class _WeightWalk:
             return node.args[0], self._elements.of(node.args[3 - place])
         return None, None
 
-    def unknown_mask(self, trace: Trace) -> str:
-        """Why setting weights to zero is no mask that the scores have as well; empty if it is."""
+    def unknown_mask(self, trace: Trace) -> Reason | None:
+        """Return a reason if weights are set to zero by a mask that the scores lack."""
         masks = {step.other for step in trace.steps if step.kind == "fill"}
-        return "" if masks.issuperset(self._zeroed) else "its weights are masked after the softmax"
+        return None if masks.issuperset(self._zeroed) else reasons.WEIGHTS_MASKED()

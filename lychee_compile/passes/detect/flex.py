@@ -10,6 +10,7 @@ import torch
 import torch.fx
 
 from lychee_compile.codegen.specification import S
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.scores import Score
@@ -41,9 +42,7 @@ def flex_score(
     score = replace(_simple_score(modified), expression=modified, visible=truth(visible))
     refused = attention.refused
     if not _unblocked(blocks):
-        refused = (
-            refused or "FlexAttention reads the blocks that its BlockMask lists, whatever they are"
-        )
+        refused = refused or reasons.FLEX_BLOCK_MASK()
     return replace(attention, score=score, refused=refused or score.unsupported)
 
 
@@ -70,7 +69,7 @@ def _call(
 def _simple_score(modified: Element) -> Score:
     """A scale and a soft-cap, where that is all there is to a score."""
     if not isinstance(modified, sympy.Expr) or isinstance(modified, sympy.Piecewise):
-        return Score(unsupported="its score_mod is a choice between scores")
+        return Score(unsupported=reasons.FLEX_CHOICE())
     scale = modified.coeff(S, 1)
     if scale.is_number and scale.is_positive and sympy.expand(modified - scale * S) == 0:
         return Score(scale=float(scale))
@@ -79,4 +78,4 @@ def _simple_score(modified: Element) -> Score:
         inside = curve.args[0].coeff(S, 1)
         if inside.is_positive and sympy.expand(curve.args[0] - inside * S) == 0:
             return Score(scale=float(inside * cap), softcap=float(cap))
-    return Score(unsupported="its score_mod is more than a scale and a soft-cap")
+    return Score(unsupported=reasons.FLEX_SCORE())

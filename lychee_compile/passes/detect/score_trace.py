@@ -10,6 +10,7 @@ import sympy
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.operands import Place, free_axes, widens
 from lychee_compile.passes.detect.products import Product, product_of
 from lychee_compile.passes.graph.dataflow import (
@@ -66,7 +67,7 @@ class ScoreTracer:
         is_parameter: Callable[[torch.fx.Node], bool],
     ) -> None:
         self.elements, self.keys = elements, keys
-        self.why_not = "its scores are no product of queries and keys"
+        self.why_not = reasons.SCORES_NO_PRODUCT()
         self._is_parameter = is_parameter
         self._failed: set[torch.fx.Node] = set()
         self._visited = 0
@@ -98,7 +99,7 @@ class ScoreTracer:
             return None
         query, key = sides if holds[1] else reversed(sides)
         if self._is_parameter(query.node) or self._is_parameter(key.node):
-            self.why_not = "one operand of its product is a parameter: a linear layer"
+            self.why_not = reasons.SCORES_LINEAR()
             return None
         steps: list[Step] = []
         if product.alpha != 1:

@@ -14,9 +14,11 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.specification import S
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.operands import Operand, Place, free_axes
 from lychee_compile.passes.detect.score_trace import Step, Trace
 from lychee_compile.passes.graph.dataflow import is_tensor, operator_key, shape_of
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axis
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.elementwise import (
@@ -98,8 +100,8 @@ class Score:
     """Logits that take part in the softmax and have no value: attention sinks."""
     extra_times: float = 1.0
     """What they are multiplied by."""
-    unsupported: str = ""
-    """What could not be expressed, in words."""
+    unsupported: Reason | None = None
+    """Why the score could not be expressed; None if it could."""
 
     @property
     def monotone(self) -> bool:
@@ -128,9 +130,9 @@ class _Sum:
     """Where scores were multiplied by zero: right only where they are hidden, too."""
     extra: Operand | None = None
     extra_times: sympy.Expr = sympy.S.One
-    unsupported: str = ""
+    unsupported: Reason | None = None
 
-    def refuse(self, why: str) -> None:
+    def refuse(self, why: Reason) -> None:
         self.unsupported = self.unsupported or why
 
     def apply(self, step: Step) -> None:
@@ -168,19 +170,19 @@ class _Sum:
         elif not inverse and _zero_conditions(value) is not None:
             self.zeroed += _zero_conditions(value) or []
         elif self._differs_by_key(step, value):
-            self.refuse("scores are multiplied by a tensor that differs from key to key")
+            self.refuse(reasons.SCORES_TIMES_PER_KEY())
         elif self.capped or self.biases or self.masks or self.extra:
-            self.refuse("scores are multiplied by a tensor after a bias, a mask or a soft-cap")
+            self.refuse(reasons.SCORES_TIMES_LATE())
         else:
             operand = self._operand(step)
             if operand is None:
-                self.refuse("scores are multiplied by a number known only at run time")
+                self.refuse(reasons.SCORES_TIMES_UNKNOWN())
             else:
                 self.factors.append((operand, inverse))
 
     def _times_number(self, value: sympy.Expr) -> None:
         if not value.is_positive and (self.masks or self.biases or self.extra or self.capped):
-            self.refuse(f"scores are multiplied by {value}, which turns their order around")
+            self.refuse(reasons.SCORES_REVERSED(value=value))
         self.extra_times *= value
         if self.capped:
             self.outer *= value
@@ -202,9 +204,7 @@ class _Sum:
         operand = self._operand(step)
         if operand is None or self.extra:
             self.refuse(
-                "a bias whose layout is not known"
-                if not self.extra
-                else "a bias after an extra logit"
+                reasons.BIAS_LAYOUT() if not self.extra else reasons.BIAS_AFTER_EXTRA_LOGIT()
             )
             return
         self.biases.append(Bias(operand, float(times), self._amount(step)))
@@ -221,7 +221,7 @@ class _Sum:
     def _tanh(self, _: Step) -> None:
         self._express(sympy.tanh)
         if self.capped or self.biases or self.masks or self.extra or self.shifted:
-            self.refuse("a soft-cap over a bias or a mask")
+            self.refuse(reasons.SOFTCAP_AFTER_BIAS())
         self.capped = True
 
     def _floor(self, step: Step) -> None:
@@ -232,11 +232,11 @@ class _Sum:
         fill = self.elements.of(step.fill, ()) if not is_tensor(step.fill) else self._filled(step)
         value = self._value(step)
         if not _hides(fill):
-            self.refuse("scores are replaced by others under a condition")
+            self.refuse(reasons.SCORES_REPLACED())
             return
         operand = self._operand(step)
         if operand is None:
-            self.refuse("a mask whose layout is not known")
+            self.refuse(reasons.MASK_LAYOUT())
             return
         self.masks.append(Mask(operand, step.when, float(fill)))
         condition = truth(value)
@@ -252,11 +252,11 @@ class _Sum:
         self.extra_times = sympy.S.One
         self.extra = self._operand(step)
         if self.extra is None or self.shifted:
-            self.refuse("an extra logit whose layout is not known")
+            self.refuse(reasons.EXTRA_LOGIT_LAYOUT())
 
     def _other(self, step: Step) -> None:
         what = step.other if step.kind == "other" else operator_key(step.node)
-        self.refuse(f"scores pass through {what}")
+        self.refuse(reasons.SCORES_OTHER(step=what))
 
 
 def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bool) -> Score:
@@ -272,9 +272,9 @@ def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bo
     cap = total.outer if total.capped else None
     scale = total.scale * (total.outer if total.capped else 1)
     if not scale.is_positive:
-        total.refuse(f"scores are multiplied by {scale}, which turns their order around")
+        total.refuse(reasons.SCORES_REVERSED(value=scale))
     if any(each not in total.hidden for each in total.zeroed):
-        total.refuse("scores of visible keys are set to zero")
+        total.refuse(reasons.SCORES_ZEROED())
     return Score(
         expression=total.expression,
         scale=float(scale) if scale.is_number else 1.0,

@@ -17,10 +17,10 @@ import torch.fx
 from lychee_compile.passes.graph.dataflow import aten, first_input, value_of
 from lychee_compile.passes.graph.dead_code import erase_dead_code
 from lychee_compile.passes.symbolic.views import storage_of, written_by
-from lychee_compile.torch_private import is_foreign
+from lychee_compile.torch_private import FakeTensorMode, is_foreign
 
 
-def normalise(gm: torch.fx.GraphModule, mode: Any) -> frozenset[torch.fx.Node]:
+def normalise(gm: torch.fx.GraphModule, mode: FakeTensorMode) -> frozenset[torch.fx.Node]:
     """Rewrite `gm` in place; the tensors made in the graph that are still written to."""
     erase_dead_code(gm)
     written = set()
@@ -41,7 +41,7 @@ def _made_functional(
     node: torch.fx.Node,
     order: dict[torch.fx.Node, int],
     views: dict[torch.fx.Node, list[torch.fx.Node]],
-    mode: Any,
+    mode: FakeTensorMode,
 ) -> bool:
     """Whether the write `node` could be replaced by a value that all later users read."""
     target = first_input(node)
@@ -86,7 +86,7 @@ def _strides(tensor: torch.Tensor) -> list[int]:
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
-def _value(functional: Any, node: torch.fx.Node, mode: Any) -> torch.Tensor | None:
+def _value(functional: Any, node: torch.fx.Node, mode: FakeTensorMode) -> torch.Tensor | None:
     """What `functional` gives for the operands of `node`; None where they cannot be run again."""
     args: Any = torch.fx.node.map_arg(node.args, value_of)
     kwargs: Any = torch.fx.node.map_arg(node.kwargs, value_of)

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import networkx as nx
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.graph.dataflow import operator_key
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.views import storage_of, written_by
 
 
@@ -39,17 +41,17 @@ def region_between(
 
 def used_elsewhere(
     region: frozenset[torch.fx.Node], last: torch.fx.Node, weights: torch.fx.Node
-) -> str:
-    """Who else uses an interior value of the region, in words; empty where nobody does."""
+) -> Reason | None:
+    """Return who else uses an interior value of the region; None if nobody does."""
     for node in sorted(region - {last}):
         for user in node.users:
             if user in region:
                 continue
             what = "weights" if _is_behind(node, weights, region) else "scores"
             if user.op == "output" or _only_returned(user):
-                return f"the attention {what} are returned"
-            return f"the attention {what} are used elsewhere, by {operator_key(user) or user.name}"
-    return ""
+                return reasons.WEIGHTS_RETURNED(what=what)
+            return reasons.WEIGHTS_USED(what=what, user=operator_key(user) or user.name)
+    return None
 
 
 def _only_returned(node: torch.fx.Node) -> bool:
