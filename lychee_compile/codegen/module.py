@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 from lychee_compile.codegen.parts import common, decode, lychee, prefill, quest
-from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
+from lychee_compile.codegen.specification import AttentionSpec
 
-Emit = Callable[[AttentionSpec, SparseSpec], list[str]]
-"""A function that returns the parts of a module's text that are a decode policy's own, in order."""
-
-E = TypeVar("E")
+Emit = Callable[[AttentionSpec], list[str]]
+"""A function that returns the parts of a module's text that are a policy's own, in order."""
 
 _decode_emitters: dict[str, Emit] = {"lychee": lychee.emit_lychee, "quest": quest.emit_quest}
-_prefill_emitters = {"lychee": prefill.emit_prefill}
+_prefill_emitters: dict[str, Emit] = {"lychee": prefill.emit_prefill}
 
 
 def emit_module(spec: AttentionSpec) -> str:
@@ -24,22 +21,21 @@ def emit_module(spec: AttentionSpec) -> str:
     """
     parts = [common.emit_heading(spec)]
     if spec.tiles is not None:
-        emit_prefill = _emitter(_prefill_emitters, spec.tiles.policy)
         parts += [prefill.emit_constants(spec), *common.emit_terms(spec)]
-        parts += emit_prefill(spec)
+        parts += _emitter(_prefill_emitters, spec.tiles.policy)(spec)
     else:
         parts += [decode.emit_constants(spec), *common.emit_terms(spec)]
         parts += decode.emit_exact(spec)
     if spec.sparse is not None:
-        parts += _emitter(_decode_emitters, spec.sparse.policy)(spec, spec.sparse)
+        parts += _emitter(_decode_emitters, spec.sparse.policy)(spec)
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def register_emitter(policy: str, emit: Emit) -> None:
-    """Let the decode modules of `policy` end with what `emit` returns.
+    """Let modules for `policy` end with what `emit` returns, behind what all modules have.
 
-    Before it all modules have their constants, `visible` and `score`, and the kernels of exact
-    attention. Raises ValueError if the policy has another emitter.
+    Those are constants, score and mask, the kernels of exact attention and the steps of attention.
+    Raises ValueError if the policy has another emitter.
     """
     if _decode_emitters.get(policy, emit) is not emit:
         raise ValueError(f"policy {policy!r} has an emitter of kernels already")
@@ -51,8 +47,7 @@ def policies_with_emitters(prefill: bool = False) -> tuple[str, ...]:
     return tuple(_prefill_emitters if prefill else _decode_emitters)
 
 
-def _emitter(emitters: dict[str, E], policy: str) -> E:
-    """Return the emitter of a policy. Raises ValueError if there is none."""
+def _emitter(emitters: dict[str, Emit], policy: str) -> Emit:
     if policy not in emitters:
         raise ValueError(f"policy {policy!r} has no kernels; {', '.join(emitters)} have")
     return emitters[policy]

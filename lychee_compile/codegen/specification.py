@@ -1,4 +1,4 @@
-"""The specification of a kernel: everything about one attention that its code depends on."""
+"""The specification of a module: everything about one attention site that its code depends on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ S = sympy.Symbol("s", real=True)
 B, H, Q, KV, KV_LEN = (
     sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "kv", "kv_len")
 )
-"""Row of the batch, query head, query position within the call, slot of the cache, kv_len."""
+"""Batch row, query head, query position within the call, slot of the cache, number of slots."""
 
 SHORT_DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
-"""Dtypes that kernels read, and what a kernel's name says for them."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +22,15 @@ class Captured:
     """A tensor whose elements the score or the mask reads."""
 
     name: str
-    """Its name in expressions, `sympy.IndexedBase(name)`, and in kernels."""
+    """Name of the tensor in expressions: `sympy.IndexedBase(name)`."""
     dtype: str
     """Name of a dtype: "bool", "float32", "int64", ..."""
     rank: int
-    """Number of dims."""
 
 
 @dataclass(frozen=True)
 class SparseSpec:
-    """Selection of keys in a step of decoding. All lengths are in tokens."""
+    """The selection of a step of decoding. All lengths are in tokens."""
 
     policy: str
     """Name of the policy that selects."""
@@ -45,7 +43,7 @@ class SparseSpec:
 
 @dataclass(frozen=True)
 class TileSpec:
-    """Choice of the keys that the tiles of a prefill read. All lengths are in tokens."""
+    """The choice of the tiles of a prefill. All lengths are in tokens."""
 
     policy: str
     """Name of the policy that chooses."""
@@ -57,38 +55,38 @@ class TileSpec:
 class AttentionSpec:
     """One attention: softmax(score(q.k)) v over the visible keys of a cache.
 
-    Batch, lengths, the number of heads and strides are arguments of the kernels, not part of it.
+    Batch, lengths, number of heads and strides are no part of it: kernels take them as arguments.
     """
 
     dtype: str
-    """The dtype of query, key and value: a key of `SHORT_DTYPES`."""
+    """Dtype of query, key and value: a key of `SHORT_DTYPES`."""
     group: int
-    """Number of query heads that share a KV head."""
+    """Query heads that share a KV head."""
     head_dim: int
     value_dim: int
     score: sympy.Expr
-    """The score, of S, B, H, Q, KV and elements of captured tensors."""
+    """Score before the softmax, of S, B, H, Q, KV and elements of captured tensors."""
     visible: Boolean = sympy.true
-    """True for a key that a query sees, of B, H, Q, KV, KV_LEN and elements of captured tensors."""
+    """Condition for a visible key, of B, H, Q, KV, KV_LEN and elements of captured tensors."""
     captured: tuple[Captured, ...] = ()
     extra: bool = False
-    """True if there is an extra logit without a value, an attention sink."""
+    """True if there is an extra logit without a value, as of an attention sink."""
     sparse: SparseSpec | None = None
-    """Selection in a step of decoding; None: all keys are read, or this is a prefill."""
+    """Selection of a step of decoding; None: it reads all keys."""
     tiles: TileSpec | None = None
-    """Choice of the tiles of a prefill; None: this is for decoding."""
+    """Choice of the tiles of a prefill; None: the site is for decoding."""
     autotune: bool = False
     """True if tile sizes are measured at the first call."""
 
     @property
     def policy(self) -> str | None:
-        """Name of the policy that selects keys; None: all visible keys are read."""
+        """Return the name of the policy that selects keys; None: all visible keys are read."""
         chosen = self.sparse if self.tiles is None else self.tiles
         return None if chosen is None else chosen.policy
 
     @property
     def name(self) -> str:
-        """A readable name for people, such as "decode_lychee_bf16_g4_d128_b1024"."""
+        """Return a readable name, such as "decode_lychee_bf16_g4_d128_b1024"."""
         parts = ["decode" if self.tiles is None else "prefill", self.policy or "exact"]
         parts += [SHORT_DTYPES[self.dtype], f"g{self.group}", f"d{self.head_dim}"]
         if self.value_dim != self.head_dim:

@@ -270,6 +270,11 @@ BIAS_AFTER_EXTRA_LOGIT = _kind(
     "a bias is added after an extra logit was appended to the scores",
     "add the bias first",
 )
+SCORES_HIDDEN = _kind(
+    Group.SCORE,
+    "scores-all-hidden",
+    "a number that is added to the scores hides every key",
+)
 MASK_LAYOUT = _kind(
     Group.SCORE,
     "mask-layout",

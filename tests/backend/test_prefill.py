@@ -386,6 +386,7 @@ def test_decoders_of_transformers_prefill(name: str, attention: str, padded: boo
 
 def test_a_llama_prefills_and_decodes_sparsely() -> None:
     transformers = pytest.importorskip("transformers")
+    from cache_names import CACHE
     from test_models import model_of
 
     model = model_of("llama")
@@ -394,8 +395,8 @@ def test_a_llama_prefills_and_decodes_sparsely() -> None:
     run = compiled(model, prefill_budget=0.9, budget=360)
     words = torch.randint(1, 128, (1, 304))
     for begin, end in [(0, 300), *((at, at + 1) for at in range(300, 304))]:
-        got = run(words[:, begin:end], past_key_values=cache, use_cache=True).logits
-        expected = model(words[:, begin:end], past_key_values=dense, use_cache=True).logits
+        got = run(words[:, begin:end], **{CACHE: cache}, use_cache=True).logits
+        expected = model(words[:, begin:end], **{CACHE: dense}, use_cache=True).logits
         error = (got - expected).norm() / expected.norm()
         assert error < 0.05
     assert not counters["graph_break"]

@@ -1,4 +1,4 @@
-"""Whole sequences of a model: what is captured, and what is measured over it."""
+"""Prefill of a model: what is captured, and what is measured over it."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_the_command_measures_a_model(tmp_path: Path, capsys):
     )
     printed = capsys.readouterr()
     assert status == 0, printed.err
-    assert "Whole sequences: model, code, 640 tokens, 2 tiles of queries, 1 att" in printed.out
+    assert "Prefill: model, code, 640 tokens, 2 tiles of queries, 1 att" in printed.out
     assert (tmp_path / "error_against_pairs.png").read_bytes().startswith(b"\x89PNG")
     (result,) = json.loads((tmp_path / "results.json").read_text())["prefill"]
     assert len(result["rows"]) == 2 * 2 * 2

@@ -16,6 +16,8 @@ from torch import Tensor
 import lychee_compile
 from lychee_compile.codegen import module as emitters
 from lychee_compile.codegen.module import policies_with_emitters, register_emitter
+from lychee_compile.codegen.parts.lychee import emit_lychee
+from lychee_compile.codegen.parts.quest import emit_quest
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.extend import GpuMethod, register_policy
 from lychee_compile.kernels.gpu.common.launch_common import launch
@@ -75,7 +77,7 @@ def test_kernels_of_a_policy_are_not_replaced() -> None:
     with pytest.raises(ValueError, match="there are kernels of a policy 'quest' already"):
         register_policy("quest", QuestIndex, gpu=BUILT_IN["lychee"])
     with pytest.raises(ValueError, match="policy 'quest' has an emitter"):
-        register_emitter("quest", emitters.lychee.emit_lychee)
+        register_emitter("quest", emit_lychee)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class PagesMethod(QuestMethod):
 def pages_of_16(registries: None) -> GpuMethod:
     method = PagesMethod()
     register_policy("pages_of_16", QuestIndex, gpu=method, words="pages, as Quest has them")
-    register_emitter("pages_of_16", emitters.quest.emit_quest)
+    register_emitter("pages_of_16", emit_quest)
     return method
 
 

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from cache_names import CACHE
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_steps import SMALL, compiled, grow
@@ -133,13 +134,13 @@ def decoded(model, ids):
     """Logits of 24 steps, of which five are taken back, and where the first layer's keys lay."""
     forward = torch.compile(model, backend="lychee", options={"budget": 48, "recent": 16})
     cache, logits, places, length = transformers.DynamicCache(config=model.config), [], [], 60
-    model(ids[:, :length], past_key_values=cache)
+    model(ids[:, :length], **{CACHE: cache})
     for step in range(24):
         if step == 16:
             cache.crop(-5)
             length -= 5
         token = ids[:, length : length + 1]
-        logits.append(forward(token, past_key_values=cache).logits)
+        logits.append(forward(token, **{CACHE: cache}).logits)
         length += 1
         places.append(storage(cache.layers[0].keys))
     return torch.stack(logits), places, cache.layers[1].values

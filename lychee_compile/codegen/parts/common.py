@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
 
 import sympy
 
@@ -15,7 +13,7 @@ from lychee_compile.codegen.specification import AttentionSpec
 
 
 def emit_heading(spec: AttentionSpec) -> str:
-    """Return the docstring and the imports of a module, and the facts that a launch needs."""
+    """Return the docstring and the imports of a module."""
     return fill(
         "common/heading.py.jinja",
         spec,
@@ -23,14 +21,9 @@ def emit_heading(spec: AttentionSpec) -> str:
         name=spec.name.replace("_", " "),
         visible="all keys" if spec.visible == sympy.true else spec.visible,
         score=spec.score,
-        policy=None if spec.policy is None else f'"{spec.policy}"',
-        names=_tuple_text([each.name for each in spec.captured]),
+        policy=repr(spec.policy).replace("'", '"'),
+        names=", ".join(f'"{each.name}"' for each in spec.captured),
     )
-
-
-def _tuple_text(names: Sequence[str]) -> str:
-    """Return the text of a tuple of names, as a formatter would write it."""
-    return f"({', '.join(json.dumps(name) for name in names)}{',' if len(names) == 1 else ''})"
 
 
 def emit_terms(spec: AttentionSpec) -> list[str]:

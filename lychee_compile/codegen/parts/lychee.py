@@ -22,8 +22,10 @@ _VARIANCE = {bits: step**-2 for bits, step in STEPS.items()}
 """Variance of coordinates of so many bits over a block, in steps."""
 
 
-def emit_lychee(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
+def emit_lychee(spec: AttentionSpec) -> list[str]:
     """Return the kernels of a selection by sketches."""
+    assert spec.sparse is not None
+    sparse = spec.sparse
     paged = scans_pages(spec)
     return [
         _constants(spec, sparse, paged),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from lychee_compile.codegen.parts.decode import LARGEST, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
-from lychee_compile.codegen.specification import KV, AttentionSpec, SparseSpec
+from lychee_compile.codegen.specification import KV, AttentionSpec
 from lychee_compile.kernels.sizes import BINS, PAGE, power_of_two
 
 RANKED = 512
@@ -17,11 +17,13 @@ BYTES_AT_ONCE = 32768
 """Bytes of boxes that a program of the scan loads at a time."""
 
 
-def emit_quest(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
+def emit_quest(spec: AttentionSpec) -> list[str]:
     """Return the kernels of Quest's selection.
 
     Raises ValueError if the score depends on a key's slot.
     """
+    assert spec.sparse is not None
+    sparse = spec.sparse
     if KV in spec.score.free_symbols:
         raise ValueError("quest has no kernels for scores that depend on a key's slot")
     return [

@@ -1,4 +1,4 @@
-"""Bind the keys of an attention to the cache they are kept in, and to the write of this call."""
+"""Bind the keys of an attention to their cache, and to the write of this call."""
 
 from __future__ import annotations
 
@@ -11,53 +11,56 @@ import torch.fx
 
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
     argument,
     aten,
     calls,
     first_input,
+    is_operator,
+    operator_of,
     same,
     shape_of,
     static_size,
     through_copies,
     value_of,
 )
+from lychee_compile.passes.graph.operator_facts import Family
 from lychee_compile.passes.reasons import Reason, ReasonedError
-from lychee_compile.passes.symbolic.views import storage_of, written_by
 
 Slot = int | torch.fx.Node
 
 
 @dataclass(frozen=True)
 class CacheBinding:
-    """A key cache as one graph sees it. Two sites that read the same keys have equal bindings."""
+    """A key cache as one graph sees it; sites that read the same keys have equal bindings."""
 
     key: torch.fx.Node
     """The tensor that holds the keys after this call's write."""
     token_dim: int
-    """Its dimension that runs over tokens."""
+    """Dimension of `key` that runs over tokens."""
     kind: str
     """"static": an input written in place; "dynamic": grown by concatenation, an output."""
     source: torch.fx.Node | None
-    """The input that held the cache before; None where a dynamic cache begins."""
+    """The input that holds the cache before the call; None if a dynamic cache begins."""
     output: int | None
-    """Which output of the graph is the grown cache; None for a static one."""
+    """Position of the grown cache among the outputs of the graph; None for a static cache."""
     positions: torch.fx.Node | None = None
-    """Slots written, int [T]; None: see `span`, or the last slots of a dynamic cache."""
+    """Slots written, int [T]; if None, `span` tells, or they are the last of a dynamic cache."""
     span: tuple[Slot, Slot] | None = None
-    """Slots [start, end) written where the graph names them as a slice."""
+    """Slots [start, end) written, if the graph names them as a slice."""
     written: tuple[torch.fx.Node, int] | None = None
-    """A tensor and the dimension of it that has as many entries as tokens are written."""
+    """A tensor, and its dimension that has as many entries as tokens are written."""
 
     @property
     def reads_only(self) -> bool:
-        """Whether the graph only reads the cache."""
+        """True if the graph only reads the cache."""
         return self.written is None
 
 
 @dataclass(frozen=True)
 class Unbound:
-    """Keys for which no cache was recognised."""
+    """Keys whose cache was not recognised."""
 
     kind: str
     """"none", or "sliding": a cache that keeps a window of keys only."""
@@ -71,11 +74,11 @@ class _NotBoundError(ReasonedError):
 
 
 Writes = Mapping[torch.fx.Node, list[torch.fx.Node]]
-"""Operators that write to a tensor or a view of it, by tensor."""
+"""For each tensor, the operators that write to it or to a view of it."""
 
 
 def find_writes(graph: torch.fx.Graph) -> Writes:
-    """All writes of a graph, in order."""
+    """Return all writes of a graph, in order."""
     found: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     for node in graph.nodes:
         for target in written_by(node):
@@ -86,7 +89,7 @@ def find_writes(graph: torch.fx.Graph) -> Writes:
 def bind_cache(
     attention: Attention, graph: torch.fx.Graph, writes: Writes
 ) -> CacheBinding | Unbound:
-    """The cache that the keys of `attention` are read from, or why none was recognised."""
+    """Return the cache that the keys of `attention` are read from, or why none was recognised."""
     met = []
     for key in reversed(attention.key_forms):
         places = [
@@ -116,9 +119,9 @@ class _Binder:
 
     def bind(self) -> CacheBinding:
         held = self._behind_prefixes(self._key)
-        if calls(held, aten.cat.default):
+        if is_operator(held, "cat"):
             return self._grown(held)
-        if calls(held, aten.index_copy_.default, aten.index_put_.default):
+        if _writes_tokens(held):
             return self._written(held)
         if held.op == "placeholder":
             return self._read(held)
@@ -135,7 +138,7 @@ class _Binder:
         )
 
     def _behind_prefixes(self, node: torch.fx.Node) -> torch.fx.Node:
-        """Behind slices that take the beginning of a dimension, as of the tokens so far."""
+        """Return the node behind slices that take the first entries of a dimension."""
         node = through_copies(node)
         while calls(node, aten.slice.Tensor):
             from_start = argument(node, "start", 0) in (0, None) and argument(node, "step", 1) == 1
@@ -147,7 +150,7 @@ class _Binder:
         return node
 
     def _written(self, write: torch.fx.Node) -> CacheBinding:
-        """A cache that this call writes whole tokens of, at positions."""
+        """Return the binding of a cache to which this call writes tokens at positions."""
         positions = self._positions(write)
         cache = through_copies(write.args[0])  # type: ignore[arg-type]
         if calls(cache, aten.roll.default):
@@ -161,7 +164,7 @@ class _Binder:
         )
 
     def _positions(self, write: torch.fx.Node) -> torch.fx.Node | None:
-        """The slots, int [T], that `index_copy_` or `index_put_` writes along the tokens."""
+        """Return the token slots, int [T], that an indexed write fills; None for others."""
         rank = len(shape_of(write))
         if calls(write, aten.index_copy_.default):
             along = argument(write, "dim") % rank == self._dim
@@ -174,7 +177,7 @@ class _Binder:
         return index if len(shape_of(index)) == 1 and value_of(index).dtype != torch.bool else None
 
     def _read(self, cache: torch.fx.Node) -> CacheBinding:
-        """A cache that is written through a view of it, or not at all."""
+        """Return the binding of a cache that is written through a view of it, or not at all."""
         writes = self._writes.get(cache, [])
         if not writes:
             return CacheBinding(self._key, self._dim, "static", cache, None)
@@ -193,7 +196,7 @@ class _Binder:
         )
 
     def _span(self, target: torch.fx.Node, cache: torch.fx.Node) -> tuple[Slot, Slot]:
-        """The slots of `cache` that its view `target` shows."""
+        """Return the slots of `cache` that its view `target` shows."""
         span: tuple[Slot, Slot] | None = None
         node = target
         while node is not cache:
@@ -246,15 +249,17 @@ def _holds_cache(node: torch.fx.Node) -> bool:
     node = through_copies(node)
     if calls(node, aten.slice.Tensor):
         return _holds_cache(node.args[0])  # type: ignore[arg-type]
-    return node.op == "placeholder" or calls(
-        node, aten.index_copy_.default, aten.index_put_.default
-    )
+    return node.op == "placeholder" or _writes_tokens(node)
+
+
+def _writes_tokens(node: torch.fx.Node) -> bool:
+    return operator_of(node).family is Family.TOKEN_WRITE
 
 
 def _slot(bound: Any, kv_len: int | torch.SymInt) -> Slot | None:
-    """The slot at a bound of a slice: negative and large ones mean what they do in Python.
+    """Return the slot at a bound of a slice, which means the same as in Python.
 
-    None where only a run can tell.
+    None if only a run can tell.
     """
     size = static_size(kv_len)
     if isinstance(bound, torch.fx.Node):

@@ -9,7 +9,7 @@ import torch.fx
 
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.operands import Operand
-from lychee_compile.passes.detect.scores import Mask
+from lychee_compile.passes.detect.score import Mask
 from lychee_compile.passes.graph.check import check_replacement
 from lychee_compile.passes.graph.dataflow import aten, value_of
 from lychee_compile.passes.graph.emitter import Emitter

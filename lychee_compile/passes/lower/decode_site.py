@@ -78,9 +78,8 @@ def emit_sparse_decode(
     written = tokens_written(binding)
     kernel = compile_kernels(spec, operands, written)
     fixed = binding.kind == "static" and _reads_all(value_of(operands.tensors.key), keys)
-    policy = context.config.policy
-    layout = gpu_method(policy).layout_of(keys) if fixed else None
-    use = CacheUse(kernel, keys_of, written, layout, policy)
+    layout = gpu_method(context.config.policy).layout_of(keys) if fixed else None
+    use = CacheUse(kernel, keys_of, written, layout, context.config.policy)
     index = context.index_inputs.node_for(binding, use)
     first = context.is_first_use(index)
     slots = _written_slots(binding, written, operands.tensors.key, emit) if first else None

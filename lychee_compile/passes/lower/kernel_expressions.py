@@ -20,7 +20,7 @@ from sympy.logic.boolalg import Boolean
 from lychee_compile.codegen.bounds import key_bound
 from lychee_compile.codegen.printer import Unprintable, print_expression
 from lychee_compile.codegen.specification import KV, KV_LEN, B, Captured, H, Q, S
-from lychee_compile.kernels.reference.visible import LOW
+from lychee_compile.kernels.reference.hidden import HIDDEN
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.graph.check import RewriteError
@@ -114,7 +114,7 @@ def mask_terms(attention: Attention, canonical: Canonicaliser) -> KernelExpressi
     if captured.dtype == "bool":
         terms = _scaled(attention), Flag(element)
     else:
-        terms = _scaled(attention) + element, element > -LOW
+        terms = _scaled(attention) + element, element > HIDDEN
     return KernelExpressions(terms[0], _with_causal(attention, terms[1]), (captured,), (mask,))
 
 
@@ -146,7 +146,7 @@ def _recovered(attention: Attention) -> tuple[sympy.Expr, Boolean]:
         conditions += [sympy.Not(each) for each in bias.hidden]
         total += bias.added
         if _may_hide(bias.added, frozenset(attention.roles.key)):
-            conditions.append(bias.added > -LOW)
+            conditions.append(bias.added > HIDDEN)
     return total, sympy.And(*conditions)
 
 
@@ -172,7 +172,7 @@ def _may_hide(added: Element, keys: frozenset[Axis]) -> bool:
     ALiBi, slopes times distances, is not meant to hide far keys.
     """
     per_key = any(each.free_symbols & keys for each in added.atoms(sympy.Indexed))
-    return per_key or any(abs(each) >= LOW for each in added.atoms(sympy.Number))
+    return per_key or any(abs(each) >= -HIDDEN for each in added.atoms(sympy.Number))
 
 
 def _check_printable(score: sympy.Expr, visible: Boolean, captured: tuple[Captured, ...]) -> None:

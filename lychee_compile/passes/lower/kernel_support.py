@@ -47,8 +47,7 @@ def no_decode_method(config: IndexConfig) -> Reason | None:
 
 def no_prefill_method(config: IndexConfig) -> Reason | None:
     """Return why no prefill kernel selects keys as the options ask for; None if one does."""
-    policies = policies_with_kernels(prefill=True)
-    return _no_method(config, policies, reasons.POLICY_NO_PREFILL_KERNEL)
+    return _no_method(config, policies_with_kernels(prefill=True), reasons.POLICY_NO_PREFILL_KERNEL)
 
 
 def _no_method(

@@ -24,14 +24,14 @@ from lychee_compile.codegen.specification import Q
 from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.mask_reading import Reading
-from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of
+from lychee_compile.passes.graph.dataflow import aten, operator_of, shape_of
 from lychee_compile.passes.graph.emitter import Emitter
+from lychee_compile.passes.graph.operator_facts import Family
 
 BLOCKS = {2: (16, 8), 3: (2, 8, 8)}
 """Sizes of the block of patches that makes a tile of queries, by the number of dimensions."""
 MOST_PREFIX = 16
 """Largest number of tokens before the patches, such as class and register tokens."""
-_CONVOLUTIONS = {"conv2d", "conv3d", "convolution", "_convolution"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _is_bound_to_order(attention: Attention) -> bool:
 def _patches(node: torch.fx.Node) -> tuple[int, ...] | None:
     """Return the sizes of a convolution's output [B, C, ...] in two or three dimensions."""
     sizes = shape_of(node)[2:]
-    if operator_key(node) not in _CONVOLUTIONS or len(sizes) not in BLOCKS:
+    if operator_of(node).family is not Family.CONVOLUTION or len(sizes) not in BLOCKS:
         return None
     known = tuple(size for size in sizes if isinstance(size, int))
     return known if len(known) == len(sizes) and min(known[-2:]) > 1 else None

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.fx
 
-from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of, value_of
+from lychee_compile.passes.graph.aliasing import is_pure_view, storage_of, written_by
+from lychee_compile.passes.graph.dataflow import aten, operator_of, shape_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
-from lychee_compile.passes.symbolic.views import is_pure_view, storage_of, written_by
 
 MOST_KEPT = 4096
 """Largest number of elements of a tensor that is copied before it is written."""
@@ -70,7 +70,7 @@ def _read_for(
     The memory of a view is read when `by` reads the view. An operator that may or may not give a
     view may have copied instead, and so counts as a reader too.
     """
-    if operator_key(tensor) in _SHAPE_ALONE:
+    if operator_of(tensor).reads_shape_only:
         return
     for source in tensor.all_input_nodes:
         if isinstance(value_of(source), (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -79,13 +79,6 @@ def _read_for(
             yield source, by
         if not is_pure_view(tensor):
             yield source, tensor
-
-
-_SHAPE_ALONE = {
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full",
-    "new_empty",
-}  # fmt: skip
-"""Operators that read only the shape of their operand."""
 
 
 def _writes(memory: torch.fx.Node) -> list[torch.fx.Node]:

@@ -7,7 +7,7 @@ visible: (length + q >= kv) & (length + q - 4096 < kv)
 import triton
 import triton.language as tl
 
-POLICY = None  # policy that selects keys; None: all visible keys are read
+POLICY = None  # the policy that selects keys; None: all visible keys are read
 CAPTURED = ("length",)  # tensors that score and mask read, in the order of a call
 
 

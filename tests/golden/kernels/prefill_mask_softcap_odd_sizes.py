@@ -7,7 +7,7 @@ visible: (length + q - 4096 < kv) & mask[b, 0, q, kv]
 import triton
 import triton.language as tl
 
-POLICY = "lychee"  # policy that selects keys; None: all visible keys are read
+POLICY = "lychee"  # the policy that selects keys; None: all visible keys are read
 CAPTURED = ("mask", "length")  # tensors that score and mask read, in the order of a call
 
 

@@ -36,7 +36,7 @@ class LycheeIndex(GroupedIndex):
 
     Not as in the paper: the paper chooses whole chunks, this chooses tokens. The best choice of
     chunks holds less of the mass than a choice of tokens by a sketch of 48 bits per 16 channels
-    (measured: see benchmarks/results/RESULTS.md), which takes fewer bytes than the moments of
+    (measured: see benchmarks/results/summaries.md), which takes fewer bytes than the moments of
     chunks. A context of up to `flat_tokens` is scanned by sketches alone. In a longer one units,
     clusters and chunks narrow the tokens down to `overfetch` times those that are read.
     """
