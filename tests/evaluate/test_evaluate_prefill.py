@@ -209,7 +209,7 @@ def test_a_larger_share_captures_more_and_rows_cover_every_site():
 def test_single_queries_are_no_tiles():
     with pytest.raises(EvaluationError, match="single queries, not whole tiles of 128"):
         prefill(synthetic_capture(300, 3), parse_variants("lychee"), SHARES)
-    with pytest.raises(OptionError, match="'quest' has no form for whole sequences"):
+    with pytest.raises(OptionError, match="'quest' has no form for prefill"):
         prefill(tiles_capture(), parse_variants("quest"), SHARES)
 
 
