@@ -56,11 +56,11 @@ class Elements:
         axes: Axes,
         names: Names,
         opaque: frozenset[torch.fx.Node] = frozenset(),
-        given: Mapping[torch.fx.Node, Element] | None = None,
+        known: Mapping[torch.fx.Node, Element] | None = None,
     ) -> None:
         self.axes, self.names = axes, names
         self._opaque = opaque
-        self._given = dict(given or {})
+        self._known = dict(known or {})
         self._memo: dict[tuple[Any, Indices], Element] = {}
         self._depth = 0
 
@@ -69,8 +69,8 @@ class Elements:
         scalar = scalar_of(value)
         if scalar is not None:
             return scalar
-        if value in self._given:
-            return self._given[value]
+        if value in self._known:
+            return self._known[value]
         key = (value, indices)
         if key not in self._memo:
             self._memo[key] = self._bounded(value, indices)
@@ -255,12 +255,12 @@ def _index(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element
         return elements.load(node, indices)
     sizes = [shape_of(source)[place] for place in places]
     at = [_from_front(each, size, elements.axes) for each, size in zip(at, sizes, strict=True)]
-    found = elements.of(source, (*before, *at, *after))
+    element = elements.of(source, (*before, *at, *after))
     # What a tensor holds may be negative: that names an element only of what stays a tensor.
     unsure = [each for each in at if not each.is_nonnegative]
-    whole = found.args[0] if isinstance(found, Flag) else found
+    whole = element.args[0] if isinstance(element, Flag) else element
     named = isinstance(whole, sympy.Indexed) and all(each in whole.indices for each in unsure)
-    return found if named or not unsure else elements.load(node, indices)
+    return element if named or not unsure else elements.load(node, indices)
 
 
 def _from_front(index: Index, size: Any, axes: Axes) -> Index:
