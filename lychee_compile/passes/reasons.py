@@ -124,7 +124,7 @@ CAUSAL_FROM_FIRST_KEY = _kind(
 POLICY_CANNOT_DECODE = _kind(
     Group.BY_DESIGN,
     "policy-cannot-decode",
-    "policy={policy!r} cannot decode, it chooses keys for prefill alone",
+    "policy={policy!r} cannot decode: it chooses keys for prefill alone",
     "set policy to one of {known}",
 )
 POLICY_CANNOT_PREFILL = _kind(
@@ -257,7 +257,7 @@ SCORES_ZEROED = _kind(
     Group.SCORE,
     "scores-zeroed",
     "scores of visible keys are set to zero",
-    "fill hidden scores with -inf, a score of zero has weight",
+    "fill hidden scores with -inf: a score of zero still has weight",
 )
 BIAS_LAYOUT = _kind(
     Group.SCORE,
@@ -295,7 +295,6 @@ FLEX_CHOICE = _kind(
     Group.SCORE,
     "flex-score-choice",
     "the score_mod of FlexAttention chooses between scores",
-    "hide keys by a mask_mod instead",
 )
 FLEX_SCORE = _kind(
     Group.SCORE,
@@ -470,7 +469,7 @@ NO_TRITON = _kind(
 GPU_VENDOR = _kind(
     Group.KERNEL,
     "gpu-vendor",
-    "there are no kernels for {name} yet, they are written for NVIDIA GPUs",
+    "there are no kernels for {name} yet: they are written for NVIDIA GPUs",
 )
 GPU_TOO_OLD = _kind(
     Group.KERNEL,
@@ -481,13 +480,13 @@ POLICY_NO_KERNEL = _kind(
     Group.KERNEL,
     "policy-no-kernel",
     "no GPU kernel supports policy={policy!r}",
-    "set policy to one of {known}, or reference=True for the slow PyTorch path",
+    "set policy to {known}, or reference=True for the slow PyTorch path",
 )
 POLICY_NO_PREFILL_KERNEL = _kind(
     Group.KERNEL,
     "policy-no-prefill-kernel",
     "no GPU kernel for prefill supports policy={policy!r}",
-    "set policy to one of {known}, or reference=True for the slow PyTorch path",
+    "set policy to {known}, or reference=True for the slow PyTorch path",
 )
 EPSILON_NO_KERNEL = _kind(
     Group.KERNEL,
@@ -499,7 +498,7 @@ KERNEL_FAILED = _kind(
     Group.KERNEL,
     "kernel-failed",
     "no {kind} kernel could be generated and run: {error}",
-    "log at level DEBUG to see where it failed",
+    "log lychee_compile at level DEBUG to see where it failed",
 )
 
 # Softmax without attention.
@@ -561,13 +560,13 @@ NOT_ANALYSED = _kind(
     Group.ANALYSIS,
     "not-analysed",
     "the analysis failed: {error}",
-    "log at level DEBUG to see where it failed",
+    "log lychee_compile at level DEBUG to see where it failed",
 )
 REWRITE_FAILED = _kind(
     Group.ANALYSIS,
     "rewrite-failed",
     "the rewrite failed: {error}",
-    "log at level DEBUG to see where it failed",
+    "log lychee_compile at level DEBUG to see where it failed",
 )
 OUTPUT_SHAPE = _kind(
     Group.ANALYSIS,

@@ -1,4 +1,4 @@
-"""A report as one HTML page."""
+"""Render a report as one HTML page that needs no other file."""
 
 from __future__ import annotations
 

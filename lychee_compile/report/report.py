@@ -1,4 +1,4 @@
-"""What became of every attention of a graph, for people: a table, a dictionary, a page."""
+"""Report on every attention of a graph, as a table, a dictionary or a page."""
 
 from __future__ import annotations
 
