@@ -25,10 +25,13 @@ from lychee_compile.codegen.specification import (
     SparseSpec,
     TileSpec,
 )
-from lychee_compile.kernels.gpu.lychee import launch as launch_sketch
+from lychee_compile.kernels.gpu.common.launch_exact import run_exact
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
+from lychee_compile.kernels.gpu.lychee.launch import run_lychee
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
-from lychee_compile.kernels.gpu.prefill.launch import run_tiles
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
 
 
 def main() -> None:
@@ -59,10 +62,9 @@ def decode() -> None:
         for step in range(length, length + 4):  # into a new block
             last.fill_(step)
             written = last[None].clone()
-            launch_sketch.run_exact(module, query, key, value, [last], None)
-            launch_sketch.run_sparse(
-                module, query, key, value, [last], None, written, index.layout, index.parts
-            )
+            operands = AttentionOperands(query, key, value, [last])
+            run_exact(module, operands)
+            run_lychee(module, operands, IndexOperands(index.layout, index.parts, written))
             if step == length:
                 index.build(module, key, [length + 1])
         torch.cuda.synchronize()
@@ -72,14 +74,14 @@ def decode() -> None:
 def prefill() -> None:
     """Prefill sequences whose length fills no tile."""
     for head_dim, group in ((128, 4), (80, 3)):
-        tiles = TileSpec(16, 64)
+        tiles = TileSpec("lychee", 16, 64)
         spec = AttentionSpec("bfloat16", group, head_dim, head_dim, S / 8, KV <= Q, tiles=tiles)
         module = load_module(spec)
         query, key, value = (
             torch.randn(1, heads, 2001, head_dim, dtype=torch.bfloat16, device="cuda")
             for heads in (2 * group, 2, 2)
         )
-        run_tiles(module, query, key, value, [], None, budget=0.2)
+        run_prefill(module, AttentionOperands(query, key, value), PrefillBudget(0.2))
         torch.cuda.synchronize()
         print("ran", spec.name)
 

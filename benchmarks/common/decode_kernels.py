@@ -14,8 +14,10 @@ from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
-from lychee_compile.kernels.gpu.lychee.launch import run_sparse
+from lychee_compile.kernels.gpu.lychee.launch import run_lychee
 
 
 def load_module(spec: AttentionSpec) -> ModuleType:
@@ -65,9 +67,9 @@ def sketch_step(
     """Return a step of decoding over a built index; without `writes` it sketches no key."""
     last = newest_slot(key)
     positions = last[None] if writes else None
-    return lambda: run_sparse(
-        module, query, key, value, [last], None, positions, index.layout, index.parts
-    )
+    operands = AttentionOperands(query, key, value, [last])
+    used = IndexOperands(index.layout, index.parts, positions)
+    return lambda: run_lychee(module, operands, used)
 
 
 def newest_slot(key: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Coverage table: attentions of transformers' models that the backend finds.
 
     python -m benchmarks.coverage [--only NAME ...] [--implementations sdpa eager flex] [--jobs 2]
-        [--json PATH] [--markdown PATH] [--update-readme [PATH]] [--verbose]
+        [--json PATH] [--markdown PATH] [--update-docs [PATH]] [--verbose]
 
 Each architecture is built with random weights, a few layers of width 64, in each attention
 implementation that its class has. It is called three times: a plain forward or prefill, a decoding
@@ -38,7 +38,7 @@ from benchmarks.coverage.measure import IMPLEMENTATIONS, Result, measure
 from benchmarks.coverage.models import ARCHITECTURES, Architecture
 from benchmarks.coverage.table import MarkersError, markdown, replace_table, row, total
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
 VERSIONS = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
 
 
@@ -66,19 +66,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes, 2 by default")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every result")
-    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the README's table")
-    parser.add_argument("--update-readme", type=Path, metavar="PATH", nargs="?", const=README)
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the table as Markdown")
+    parser.add_argument("--update-docs", type=Path, metavar="PATH", nargs="?", const=PAGE)
     parser.add_argument("--verbose", action="store_true", help="show what was there and found")
     chosen = parser.parse_args(arguments)
     if chosen.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {chosen.jobs}")
-    if chosen.update_readme:
+    if chosen.update_docs:
         if chosen.only or set(chosen.implementations) != set(IMPLEMENTATIONS):
-            parser.error("--update-readme needs the whole table: no --only, no --implementations")
+            parser.error("--update-docs needs the whole table: no --only, no --implementations")
         try:
-            replace_table(chosen.update_readme.read_text(encoding="utf-8"), "")
+            replace_table(chosen.update_docs.read_text(encoding="utf-8"), "")
         except (OSError, MarkersError) as error:
-            parser.error(f"--update-readme {chosen.update_readme}: {error}")
+            parser.error(f"--update-docs {chosen.update_docs}: {error}")
     return chosen
 
 
@@ -163,9 +163,9 @@ def _write(
         chosen.json.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
     if chosen.markdown:
         chosen.markdown.write_text(table + "\n", encoding="utf-8")
-    if chosen.update_readme:
-        page = chosen.update_readme.read_text(encoding="utf-8")
-        chosen.update_readme.write_text(replace_table(page, table), encoding="utf-8")
+    if chosen.update_docs:
+        page = chosen.update_docs.read_text(encoding="utf-8")
+        chosen.update_docs.write_text(replace_table(page, table), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from benchmarks.coverage.models import Architecture
 
 BEGIN, END = "<!-- coverage:begin -->", "<!-- coverage:end -->"
 NOTHING = "–"
-COMMAND = "python -m benchmarks.coverage --update-readme"
+COMMAND = "python -m benchmarks.coverage --update-docs"
 
 
 class MarkersError(ValueError):

@@ -16,13 +16,16 @@ from benchmarks.common.decode_kernels import (
 )
 from benchmarks.common.problem import Problem
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.gpu.common.launch_exact import run_exact
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
-from lychee_compile.kernels.gpu.lychee.launch import run_exact
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, SketchLayout, block_size, planes
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, block_size, planes
 from lychee_compile.kernels.gpu.quest.index import QuestIndex
 from lychee_compile.kernels.gpu.quest.launch import run_quest
 from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 from lychee_compile.kernels.policies.registry import make_index
+from lychee_compile.kernels.sizes import PAGE
 
 POLICIES = {"lychee-sparse": "lychee", "quest": "quest"}
 """Policy of each sparse variant; "lychee-exact" has none."""
@@ -48,7 +51,8 @@ def prepare(
 
 def _exact(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     module, last = decode_module(query, key, value, None), newest_slot(key)
-    return lambda: run_exact(module, query, key, value, [last], None)
+    operands = AttentionOperands(query, key, value, [last])
+    return lambda: run_exact(module, operands)
 
 
 def _sketch(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
@@ -65,10 +69,9 @@ def _quest(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[
     last = newest_slot(key)
     index = QuestIndex(QuestLayout.of(key), key.device)
     index.build(module, key, [key.shape[2]] * key.shape[0])
-    positions = last[None]
-    return lambda: run_quest(
-        module, query, key, value, [last], None, positions, index.layout, index.parts
-    )
+    operands = AttentionOperands(query, key, value, [last])
+    used = IndexOperands(index.layout, index.parts, last[None])
+    return lambda: run_quest(module, operands, used)
 
 
 def bytes_read(name: str, problem: Problem, budget: int) -> int:

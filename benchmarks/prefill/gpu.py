@@ -34,7 +34,8 @@ from benchmarks.prefill.flex import flex_attention
 from benchmarks.prefill.ours import breakdown, kernels, read_by_tiles, table_of_tunings
 from benchmarks.prefill.tensors import extended, random_tensors, read_tensors
 from benchmarks.prefill.truth import dense_at, error_at
-from lychee_compile.kernels.gpu.prefill.launch import run_tiles
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
 
 SAMPLED = 32
 """Number of queries of each head whose error is measured, spread over the sequence."""
@@ -101,7 +102,7 @@ def measure(
         with console.status(f"{length_name(context)}, share {share:g}"):
 
             def sparse(share: float = share) -> Tensor:
-                return run_tiles(module, query, key, value, [], None, share)[0]
+                return run_prefill(module, AttentionOperands(*operands), PrefillBudget(share))[0]
 
             took = milliseconds(sparse)
             blocks, pairs = read_by_tiles(module, operands, share)

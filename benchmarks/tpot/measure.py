@@ -21,7 +21,7 @@ from benchmarks.tpot.records import Record
 from benchmarks.tpot.ways import WAYS, Way
 from lychee_compile import backend, torch_private
 from lychee_compile.evaluate.cache_argument import cache_argument
-from lychee_compile.passes.lower import decode_site
+from lychee_compile.passes.lower import kernel_modules
 
 WARM_UP, STEPS, ROUNDS = 8, 16, 5
 ROOM = 256
@@ -137,7 +137,7 @@ def _timed_compilation() -> Iterator[dict[str, float]]:
         timed(torch_private, "inductor", "inductor"),
         timed(backend, "analyse", "lychee"),
         timed(backend, "_compile_rewritten", "lychee"),
-        timed(decode_site, "try_kernels", "kernels"),
+        timed(kernel_modules, "try_kernels", "kernels"),
     ):
         yield spent
 

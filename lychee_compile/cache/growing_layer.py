@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from lychee_compile.kernels.gpu.lychee.layout import TILE
+from lychee_compile.kernels.sizes import whole_scans
 
 ROOM = 1024
 """Slots that stay free, at least, where a cache chooses its capacity itself."""
@@ -182,7 +182,7 @@ def mark_static(layer: Any) -> None:
 
 def rounded(slots: int) -> int:
     """Slots, a whole number of tiles."""
-    return -(-slots // TILE) * TILE
+    return whole_scans(slots)
 
 
 def larger(slots: int, needed: int) -> int:

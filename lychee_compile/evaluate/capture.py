@@ -90,7 +90,9 @@ def _nothing_captured(collector: Collector, sites: Sequence[str]) -> str:
     reasons = [f"{name}: {reason}" for name, reason in collector.skipped.items()]
     if not reasons:
         reported = [site for report in reports() for site in report.sites]
-        reasons = sorted({f"{site.name}: {site.decision}, {site.reason}" for site in reported})
+        reasons = sorted(
+            {f"{site.name}: {site.decision}, {site.reason or site.reads}" for site in reported}
+        )
     among = f" among those named {', '.join(sites)}" if sites else ""
     listed = "; ".join(reasons[:4]) or "the backend found no attention"
     return f"no global attention was captured{among}: {listed}"

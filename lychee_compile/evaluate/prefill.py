@@ -17,7 +17,7 @@ from lychee_compile.evaluate.tensors import Capture, Columns, SiteTensors
 from lychee_compile.evaluate.variants import Variant, check_prefill, describe
 from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,17 @@ class Tile:
     """One tile of queries of a site, the keys up to its last query, and its dense attention."""
 
     query: Tensor
-    """Queries, float32 [1, Hq, TILE, D]."""
+    """Queries, float32 [1, Hq, QUERY_TILE, D]."""
     key: Tensor
     """Keys up to the last query, float32 [1, Hkv, n, D]."""
     value: Tensor
     """Values of those keys, float32 [1, Hkv, n, Dv]."""
     seen: Tensor
-    """True for keys that a query sees, bool [TILE, n]."""
+    """True for keys that a query sees, bool [QUERY_TILE, n]."""
     share: Tensor
-    """Softmax share of each key, float32 [Hq, TILE, n]."""
+    """Softmax share of each key, float32 [Hq, QUERY_TILE, n]."""
     output: Tensor
-    """Output of dense attention, float32 [Hq, TILE, Dv]."""
+    """Output of dense attention, float32 [Hq, QUERY_TILE, Dv]."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class Measured(Columns):
     dense_pairs: Tensor
     """Number of pairs that dense attention computes, float64 [N, Hq]."""
     mass: Tensor
-    """Share of the dense softmax mass that was read, float64 [N, Hq, TILE]."""
+    """Share of the dense softmax mass that was read, float64 [N, Hq, QUERY_TILE]."""
     error: Tensor
-    """|o - o_dense| / |o_dense|, float64 [N, Hq, TILE]."""
+    """|o - o_dense| / |o_dense|, float64 [N, Hq, QUERY_TILE]."""
 
 
 def prefill(
@@ -143,13 +143,13 @@ def prefill(
 
 
 def tiles_of(capture: Capture) -> Tensor:
-    """Return the queries' positions, a tile a row: int64 [N, TILE]. Raise `EvaluationError`."""
-    whole = len(capture.positions) % TILE == 0
-    positions = capture.positions.view(-1, TILE) if whole else capture.positions[None]
+    """Return positions of queries, a tile a row: int64 [N, QUERY_TILE]. Raise `EvaluationError`."""
+    whole = len(capture.positions) % QUERY_TILE == 0
+    positions = capture.positions.view(-1, QUERY_TILE) if whole else capture.positions[None]
     if not whole or bool((positions.diff(dim=1) != 1).any()):
         raise EvaluationError(
-            f"the capture of {capture.text} holds single queries, not whole tiles of {TILE}: take "
-            "one by `evaluate prefill --save-captures`"
+            f"the capture of {capture.text} holds single queries, not whole tiles of {QUERY_TILE}: "
+            "take one by `evaluate prefill --save-captures`"
         )
     return positions
 
@@ -161,10 +161,10 @@ def tile_config(variant: Variant, share: float) -> TileConfig:
 
 
 def dense_tiles(site: SiteTensors, positions: Tensor) -> Iterator[Tile]:
-    """Yield dense attention of each tile of queries, `positions` int64 [N, TILE], in order."""
+    """Yield dense attention of each tile of queries, `positions` int64 [N, QUERY_TILE]."""
     key, value = site.key.float(), site.value.float()
     for number, position in enumerate(positions.to(key.device)):
-        query = site.query[:, :, number * TILE : (number + 1) * TILE].float()
+        query = site.query[:, :, number * QUERY_TILE : (number + 1) * QUERY_TILE].float()
         end = int(position[-1]) + 1
         keys, values = key[:, :, :end], value[:, :, :end]
         seen = torch.arange(end, device=key.device) <= position[:, None]

@@ -19,7 +19,7 @@ from lychee_compile.evaluate.errors import EvaluationError
 from lychee_compile.evaluate.models import device_of, nothing
 from lychee_compile.evaluate.tensors import Capture, SiteTensors
 from lychee_compile.kernels.reference.attention import dense_attention
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 NAME = "lychee_capture"
 """Name of the capturing attention among those of transformers."""
@@ -33,11 +33,12 @@ def tile_positions(length: int, tiles: int) -> list[int]:
     The last whole tile is among them; no query sees the tokens behind it. Raise `EvaluationError`
     if the sequence is too short for a tile.
     """
-    first, last = -(-length // (3 * TILE)), length // TILE - 1
+    first, last = -(-length // (3 * QUERY_TILE)), length // QUERY_TILE - 1
     if last < first:
-        raise EvaluationError(f"--length {length}: expected at least {2 * TILE}, for whole tiles")
+        least = 2 * QUERY_TILE
+        raise EvaluationError(f"--length {length}: expected at least {least}, for whole tiles")
     numbers = torch.linspace(first, last, tiles).round().long().unique().tolist()
-    return [position for n in numbers for position in range(n * TILE, (n + 1) * TILE)]
+    return [position for n in numbers for position in range(n * QUERY_TILE, (n + 1) * QUERY_TILE)]
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies.prefill_registry import tile_choice
-from lychee_compile.kernels.policies.registry import index_class
+from lychee_compile.kernels.policies.registry import index_class, prefill_choice
 from lychee_compile.options import OptionError, Options
 
 NO_BOUNDARIES = torch.zeros(1, dtype=torch.uint8)
@@ -92,7 +91,7 @@ def check_prefill(variants: Sequence[Variant]) -> None:
     """Raise `OptionError` for a policy without a prefill form."""
     for variant in variants:
         try:
-            tile_choice(variant.policy)
+            prefill_choice(variant.policy)
         except ValueError as error:
             raise OptionError(str(error)) from error
 

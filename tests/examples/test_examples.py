@@ -126,7 +126,7 @@ def test_vit_reads_blocks_of_patches(share, error, capsys):
     printed = words(capsys)
     assert "2 attentions: 2 sparse" in printed
     assert "Logits: largest difference" in printed
-    assert "in blocks of 16 x 8 patches" in compared.report.sites[0].reason
+    assert "in blocks of 16 x 8 patches" in compared.report.sites[0].reads
 
 
 @pytest.mark.parametrize(("share", "error"), [("0.2", 0.1), ("0.999999", 1e-5)])

@@ -15,7 +15,7 @@ from lychee_compile.kernels.reference.prefill_attention import (
     TileResult,
     prefill_attention,
 )
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 SCALES = (1.0, 0.25, 0.02, -0.4)
 
@@ -88,7 +88,7 @@ class Whole:
     def read_rows(self, result: TileResult) -> Tensor:
         """What each query's tile reads, bool [B, Hq, T, L], queries in their own order."""
         length = self.query.shape[2]
-        rows = result.read.repeat_interleave(TILE, 2)[:, :, :length]
+        rows = result.read.repeat_interleave(QUERY_TILE, 2)[:, :, :length]
         return rows if self.order is None else rows.index_select(2, self.order.argsort())
 
 

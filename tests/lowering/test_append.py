@@ -14,10 +14,10 @@ from kernel_steps import SMALL, compiled, grow
 from test_models import model_of, transformers
 
 import lychee_compile
-from lychee_compile import backend
 from lychee_compile.kernels.operators import append as module
 from lychee_compile.kernels.reference.fingerprints import fingerprints
 from lychee_compile.options import Options
+from lychee_compile.passes import pipeline
 from lychee_compile.runtime.cache_registry import registry
 
 append = torch.ops.lychee.append.default
@@ -154,7 +154,7 @@ def test_a_dynamic_cache_of_transformers_is_not_copied(inductor, request, monkey
         request.getfixturevalue("without_inductor")
     model, ids = model_of("llama"), torch.randint(1, 128, (2, 90))
     with monkeypatch.context() as patched:
-        patched.setattr(backend, "append_in_place", lambda *_: 0)
+        patched.setattr(pipeline, "append_in_place", lambda *_: 0)
         expected, copied, values = decoded(model, ids)
     torch._dynamo.reset()
     got, places, same = decoded(model, ids)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
+from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
-from lychee_compile.kernels.gpu.methods import Layout, policy_name
 from lychee_compile.kernels.operators.cache_index import WORTH_LOGGING
 from lychee_compile.kernels.out_of_memory import warn_of_memory
 
@@ -40,13 +40,15 @@ class CacheUse:
     """Shows the cache as [B, Hkv, L, D]."""
     written: int
     """Tokens that a call writes; 0 where it only reads."""
-    layout: Layout | None
-    """Of the index, where the size of the cache is known when compiling and stays."""
+    layout: IndexLayout | None
+    """Layout of the index, if the size of the cache is known when compiling and stays."""
+    policy: str
+    """Name of the policy whose kernels read the index."""
 
     @property
-    def kind(self) -> Layout | str:
-        """What indexes have in common that graphs can share: their layout, or else the policy."""
-        return policy_name(self.kernel) if self.layout is None else self.layout
+    def kind(self) -> IndexLayout | str:
+        """Layout of the index, or its policy if the cache grows: graphs share indexes of a kind."""
+        return self.policy if self.layout is None else self.layout
 
 
 class IndexLifecycle:

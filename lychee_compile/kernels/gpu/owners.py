@@ -7,23 +7,23 @@ fixed size; of one that grows, the index has to grow too, and is found by a hand
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
+from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.lifecycle import CacheUse, IndexLifecycle
-from lychee_compile.kernels.gpu.lychee.layout import TILE
-from lychee_compile.kernels.gpu.methods import Layout, new_index, policy_of
+from lychee_compile.kernels.gpu.methods import gpu_method, new_index
 from lychee_compile.kernels.handles import HandleOwner
 from lychee_compile.kernels.out_of_memory import warn_of_memory
+from lychee_compile.kernels.sizes import whole_scans
 
 
 class StaticCacheIndex(IndexLifecycle):
     """The index of a cache of fixed size. Graphs are given its memory, uint8 [layout.size]."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: IndexLayout, device: torch.device) -> None:
         super().__init__()
         try:
             self.index: DeviceIndex = new_index(layout, device)
@@ -66,14 +66,14 @@ class GrowingCacheIndex(HandleOwner, IndexLifecycle):
         """Whether the index is one of such keys, and holds them or was made to."""
         now, wanted = index.layout, _roomy(index.layout.of(key))
         # The graph may use the first rows of the cache only.
-        fitting = replace(wanted, slots=now.slots, batch=now.batch) == now
+        fitting = wanted.resized(now.slots, now.batch) == now
         if not fitting or key.shape[0] > now.batch:
             return False
         if key.shape[2] > now.slots:
             if not now.grows_to(wanted.slots):
                 return False
             try:
-                self.index = _moved(index, replace(now, slots=wanted.slots))
+                self.index = _moved(index, now.resized(wanted.slots))
             except torch.OutOfMemoryError:
                 self.never_build()
                 warn_of_memory()
@@ -85,7 +85,7 @@ class GrowingCacheIndex(HandleOwner, IndexLifecycle):
         self.index = None
 
     def _index_for(self, key: Tensor, use: CacheUse) -> DeviceIndex:
-        return new_index(_roomy(policy_of(use.kernel).layout_of(key)), key.device)
+        return new_index(_roomy(gpu_method(use.policy).layout_of(key)), key.device)
 
     def _ends(self, key: Tensor) -> list[int]:
         written, self._written = self._written, None
@@ -95,12 +95,12 @@ class GrowingCacheIndex(HandleOwner, IndexLifecycle):
         return (last + 1).tolist()
 
 
-def _roomy(layout: Layout) -> Layout:
+def _roomy(layout: IndexLayout) -> IndexLayout:
     """The layout with half as many slots again."""
-    return replace(layout, slots=-(-(layout.slots * 3 // 2) // TILE) * TILE)
+    return layout.resized(whole_scans(layout.slots * 3 // 2))
 
 
-def _moved(index: DeviceIndex, layout: Layout) -> DeviceIndex:
+def _moved(index: DeviceIndex, layout: IndexLayout) -> DeviceIndex:
     """The same index with room for more slots."""
     larger = new_index(layout, index.state.device)
     larger.parts.header.copy_(index.parts.header)
@@ -109,7 +109,7 @@ def _moved(index: DeviceIndex, layout: Layout) -> DeviceIndex:
     return larger
 
 
-def _spare(layout: Layout, device: torch.device) -> DeviceIndex:
+def _spare(layout: IndexLayout, device: torch.device) -> DeviceIndex:
     """One index for all caches that there is no memory for: nobody trusts it."""
     spare = _spares.get((layout, device))
     if spare is None:
@@ -119,6 +119,6 @@ def _spare(layout: Layout, device: torch.device) -> DeviceIndex:
     return spare
 
 
-_spares: weakref.WeakValueDictionary[tuple[Layout, torch.device], DeviceIndex] = (
+_spares: weakref.WeakValueDictionary[tuple[IndexLayout, torch.device], DeviceIndex] = (
     weakref.WeakValueDictionary()
 )

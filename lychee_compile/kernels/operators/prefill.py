@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.autotune import autotune
 from lychee_compile.kernels.gpu.common.module_cache import load
-from lychee_compile.kernels.gpu.common.tuning import TILES
-from lychee_compile.kernels.gpu.prefill.launch import run_tiles
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.common.tuning import PREFILL
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
 from lychee_compile.kernels.operators.observe import TileCall, tile_observers, warn_of_recording
 from lychee_compile.kernels.reference.attention import dense_attention
 from lychee_compile.kernels.reference.prefill_attention import (
@@ -114,11 +115,11 @@ def tiled_prefill(
         query = query.index_select(2, order)
         extra = None if extra is None else in_order(extra, order)
     module = load(kernel)
-    run = partial(
-        run_tiles, module, query, key, value, captured, extra, budget, shortest, order is None
-    )
+    operands = AttentionOperands(query, key, value, captured, extra)
+    read = PrefillBudget(budget, shortest, own=order is None)
+    run = partial(run_prefill, module, operands, read)
     with torch.cuda.device_of(query):
-        autotune(module, TILES, run, query, key, value)
+        autotune(module, PREFILL, run, operands)
         output, _ = run()
     if order is not None:
         output = torch.empty_like(output).index_copy_(2, order, output)

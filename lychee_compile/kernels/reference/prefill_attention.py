@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.policies.prefill_registry import tile_choice
+from lychee_compile.kernels.policies.registry import prefill_choice
 from lychee_compile.kernels.reference.attention import rows_at
 from lychee_compile.kernels.reference.certificate import bounded_share
 from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.tiles import PAGE, TILE, Sight, tile_sight
+from lychee_compile.kernels.reference.tiles import Sight, tile_sight
+from lychee_compile.kernels.sizes import PAGE, QUERY_TILE
 
 AT_ONCE = 8
 """Tiles that a policy is asked about at a time, to bound the memory of its scores."""
@@ -83,9 +84,10 @@ def prefill_attention(
         extra = None if extra is None else in_order(extra, order)
     certify = certify or config.epsilon is not None
     attention = _Attention(query, key, value, sight, scale, softcap, extra, certify)
+    positions = AT_ONCE * QUERY_TILE
     slices = [
-        attention.some_tiles(begin, min(begin + AT_ONCE * TILE, query_len), config)[: 3 + keep_read]
-        for begin in range(0, query_len, AT_ONCE * TILE)
+        attention.some_tiles(begin, min(begin + positions, query_len), config)[: 3 + keep_read]
+        for begin in range(0, query_len, positions)
     ]
     output, log_sum, certificate, *kept = (torch.cat(part, 2) for part in zip(*slices, strict=True))
     if order is not None:
@@ -127,7 +129,7 @@ class _Attention:
         """Output, log-sum-exp, certificates and keys read of the queries [begin, end)."""
         question = self._question(begin, end, config)
         always = question.sight.always.expand_as(question.candidates)
-        choose, room = tile_choice(config.policy), question.room
+        choose, room = prefill_choice(config.policy), question.room
         while True:
             read = always | choose(replace(question, room=room))
             output, log_sum = self._attend(begin, end, read)
@@ -137,7 +139,7 @@ class _Attention:
             failing = _failing(share, config.epsilon) & (room < read.shape[-1])
             if not bool(failing.any()):
                 return output, log_sum, share, read
-            room = torch.where(failing, 2 * room + TILE, room)
+            room = torch.where(failing, 2 * room + QUERY_TILE, room)
 
     def _question(self, begin: int, end: int, config: TileConfig) -> PrefillQuestion:
         sight = tile_sight(self.sight, begin, end, config.sinks, config.recent)
@@ -154,8 +156,8 @@ class _Attention:
     def _attend(self, begin: int, end: int, read: Tensor) -> tuple[Tensor, Tensor]:
         """[B, Hq, end - begin, Dv] and the log-sum-exp [B, Hq, end - begin]."""
         parts = [
-            self._attend_tile(first, min(first + TILE, end), read[:, :, place])
-            for place, first in enumerate(range(begin, end, TILE))
+            self._attend_tile(first, min(first + QUERY_TILE, end), read[:, :, place])
+            for place, first in enumerate(range(begin, end, QUERY_TILE))
         ]
         outputs, sums = zip(*parts, strict=True)
         return torch.cat(outputs, 2), torch.cat(sums, 2)
@@ -201,7 +203,7 @@ class _Attention:
         """
         pages, unread = question.key_nodes(PAGE), unread & question.candidates
         padded = F.pad(unread, (0, (-unread.shape[-1]) % PAGE)).unflatten(-1, (-1, PAGE))
-        counts = padded.sum(-1).repeat_interleave(TILE, 2)[:, :, : end - begin]
+        counts = padded.sum(-1).repeat_interleave(QUERY_TILE, 2)[:, :, : end - begin]
         bound = capped(pages.score_bound(question.query, self.scale), self.softcap)
         bias = self.sight.bias(begin, end)
         if bias is not None:
@@ -219,5 +221,5 @@ class _Attention:
 def _failing(share: Tensor, epsilon: float | None) -> Tensor:
     """Tiles of which some query may miss more than `epsilon`: bool [B, Hq, tiles]."""
     over = share > (1 if epsilon is None else epsilon)
-    padded = F.pad(over, (0, (-over.shape[-1]) % TILE))
-    return padded.unflatten(-1, (-1, TILE)).any(-1)
+    padded = F.pad(over, (0, (-over.shape[-1]) % QUERY_TILE))
+    return padded.unflatten(-1, (-1, QUERY_TILE)).any(-1)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.nodes import Nodes
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.tiles import TILE, TileSight, summarise
+from lychee_compile.kernels.reference.tiles import TileSight, summarise
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class PrefillQuestion:
     """Some tiles of queries, one after another, and the keys that may be chosen for them."""
 
     query: Tensor
-    """float32 [B, Hq, T, D]; the last tile may have fewer than `TILE` positions."""
+    """float32 [B, Hq, T, D]; the last tile may have fewer than `QUERY_TILE` positions."""
     key: Tensor
     """float32 [B, Hkv, L, D]"""
     scale: float
@@ -40,11 +41,11 @@ class PrefillQuestion:
         return self.sight.candidates.expand(*self.room.shape, -1)
 
     def parts(self, positions: int) -> Nodes:
-        """Queries as nodes of so many positions, which divide `TILE`: [B, Hq, tiles * parts, D].
+        """Queries as nodes of so many positions, a divisor of `QUERY_TILE`.
 
-        Those behind the last query hold no tokens.
+        They are [B, Hq, tiles * parts, D]. Those behind the last query hold no tokens.
         """
-        count = self.tiles * TILE // positions
+        count = self.tiles * QUERY_TILE // positions
         return summarise(self.query, positions).resized(count)
 
     def key_nodes(self, size: int) -> Nodes:

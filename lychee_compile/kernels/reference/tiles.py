@@ -1,7 +1,8 @@
 """Whole sequences in tiles of queries: what each tile sees, and what it reads in any case.
 
-A tile is `TILE` neighbouring query positions of one head. What it sees in part it always reads, as
-it does sinks and what is near; which of the other tokens it reads is chosen for the whole tile.
+A tile is `QUERY_TILE` neighbouring query positions of one head. What it sees in part it always
+reads, as it does sinks and what is near; which of the other tokens it reads is chosen for the whole
+tile.
 """
 
 from __future__ import annotations
@@ -14,11 +15,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.nodes import Nodes, furthest, rounding_slack
 from lychee_compile.kernels.reference.visible import seen_and_bias, with_four_axes
-
-TILE = 128
-"""Query positions of a tile: what tensor cores multiply at once."""
-PAGE = 16
-"""Keys of a page, the nodes that bounds are taken of."""
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 
 def summarise(vectors: Tensor, size: int) -> Nodes:
@@ -134,15 +131,15 @@ class TileSight:
 
 
 def tile_sight(sight: Sight, begin: int, end: int, sinks: int, recent: int) -> TileSight:
-    """What the tiles of the queries [begin, end) see, `begin` a multiple of `TILE`.
+    """What the tiles of the queries [begin, end) see, `begin` a multiple of `QUERY_TILE`.
 
     Always read are what not all queries of a tile see, the first `sinks` and the last `recent`
     tokens that all do, and in self-attention those up to `recent` away from the tile's own. A query
     that sees no key at all does not count.
     """
     some, always, biases = [], [], []
-    for first in range(begin, end, TILE):
-        last = min(first + TILE, end)
+    for first in range(begin, end, QUERY_TILE):
+        last = min(first + QUERY_TILE, end)
         seen = sight.rows(first, last)
         any_sees = seen.any(-2)
         all_see = (seen | ~seen.any(-1, keepdim=True)).all(-2) & any_sees
