@@ -245,8 +245,8 @@ def test_the_command_measures_a_model(tmp_path: Path, capsys):
     ("command", "message"),
     [
         ("prefill", "--model is needed: a folder"),
-        ("prefill --policies quest", "policy 'quest' has no form for whole sequences"),
-        ("fidelity --policies dhsa", "policy 'dhsa' cannot decode, only whole sequences"),
+        ("prefill --policies quest", "policy 'quest' has no form for prefill"),
+        ("fidelity --policies dhsa", "policy 'dhsa' is for prefill alone"),
         ("prefill --shares 0.1,2", "argument --shares: '2': expected a number between 0 and 1"),
         ("prefill --shares few", "argument --shares: 'few': expected a number between 0 and 1"),
         ("prefill --tiles 0", "argument --tiles: '0': expected an integer of at least 1"),
