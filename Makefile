@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 # What pip does on one core.
 BYTECODE = @$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
-CHECKED := lychee_compile tests examples benchmarks
+CHECKED := lychee_compile tests examples benchmarks tools
 # Inductor looks for g++ alone, unless CXX names another compiler.
 ifeq ($(origin CXX),default)
   CXX := $(firstword $(foreach name,g++ c++ clang++,$(shell command -v $(name) 2>/dev/null)))
@@ -17,28 +17,33 @@ endif
 export CXX
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-thorough lint clean compiler
+.PHONY: help demo test test-thorough lint docs clean compiler
 
 help: ## show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH), WORKERS=$(WORKERS), ARGS for the demo'
 
 demo: $(VENV)/demo.stamp ## answer a question from a long document, densely and sparsely; ARGS="--budget 512" passes options
-	@$(BIN)/python examples/long_document.py $(ARGS)
+	@$(BIN)/python -m examples.long_document $(ARGS)
 
-test: lint ## ruff, mypy and the tests
+test: lint ## lint, then the tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-thorough: $(VENV)/dev.stamp $(VENV)/demo.stamp ## all tests, with thousands of cases for each property
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(WORKERS) -m ""
 
-lint: $(VENV)/dev.stamp ## ruff and mypy alone
+lint: $(VENV)/dev.stamp ## ruff, mypy and the import rules alone
 	$(BIN)/ruff check $(wildcard $(CHECKED))
 	$(BIN)/ruff format --check $(wildcard $(CHECKED))
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+
+docs: $(VENV)/docs.stamp ## build the documentation into site/, strictly
+	$(BIN)/python -m tools.why_kept --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
 
 clean: ## remove .venv and all caches
-	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 compiler:
@@ -70,5 +75,10 @@ $(VENV)/demo.stamp: pyproject.toml $(VENV)/torch.stamp
 
 $(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
 	$(PIP) -e ".[dev]"
+	$(BYTECODE)
+	@touch $@
+
+$(VENV)/docs.stamp: pyproject.toml $(VENV)/torch.stamp
+	$(PIP) -e ".[docs]"
 	$(BYTECODE)
 	@touch $@

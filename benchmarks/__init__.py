@@ -1,1 +1,1 @@
-"""What is measured, and how: see README.md for the commands."""
+"""Benchmarks, a folder or a module each: README.md lists the commands."""

@@ -1,87 +1,114 @@
-"""A policy of one's own: chunks ranked by their mean key, and how it compares.
+"""A policy of your own: chunks ranked by their mean key, and how it compares with others.
 
     python examples/custom_policy.py
 
-The policy is the class `MeanKeyIndex`: what summarises a chunk, and what estimates its share of the
-softmax. Caches, rewinds, masks, budgets and attention are those of every policy. On a GPU too it
-runs the plain PyTorch operators (`"reference": True`): kernels are generated for "lychee" alone.
+The policy is the class `MeanKeyIndex`. It says what summarises a chunk of keys, and how a query
+scores a chunk. Caches, rewinds, masks, budgets and attention work as with every policy.
+
+The file needs nothing but torch and lychee_compile. With `"reference": True` a GPU runs the plain
+PyTorch operators too: this policy has no kernels of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from statistics import fmean
 
 import torch
-from generate_llama import random_llama
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from showing import console, mean_mass, mean_read, options, show_reports
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 import lychee_compile
-from lychee_compile.kernels.reference.grouped import GroupedIndex
+from lychee_compile.extend import GroupedIndex, register_policy
+
+KV_HEADS, GROUP, HEAD_DIM, STEPS = 2, 4, 64, 4
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A step of decoding, such as `decode`."""
 
 
 class MeanKeyIndex(GroupedIndex):
-    """Boundary-aware chunks, summarised and ranked by the mean of their keys."""
+    """Chunks of neighbouring keys, summarised and ranked by the mean of their keys."""
 
     def summarise(self, keys: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """The mean key of each chunk, of `keys` [B, Hkv, M, T, D] where `valid`, bool [B, M, T]."""
-        chosen = torch.where(valid[:, None, :, :, None], keys, 0)
-        return {"mean": chosen.sum(3) / valid.sum(-1).clamp(min=1)[:, None, :, None]}
+        """Return the mean key of each chunk, [B, Hkv, M, D].
+
+        `keys` is float32 [B, Hkv, M, T, D]; `valid`, bool [B, M, T], is False for padding.
+        """
+        present = torch.where(valid[:, None, :, :, None], keys, 0)
+        return {"mean": present.sum(3) / valid.sum(-1).clamp(min=1)[:, None, :, None]}
 
     def log_estimate(self, query: Tensor, scale: float) -> Tensor:
-        """The score of the mean key stands for those of the chunk: [B, Hkv, R, C]."""
+        """Return the score of the mean key of each chunk, [B, Hkv, R, C].
+
+        It stands for the log of the mean of exp(score) over the keys of the chunk.
+        """
         return scale * query @ self.summaries["mean"].transpose(-1, -2)
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:  # noqa: ARG002
-        """One vector for each chunk, of twelve tokens on average."""
+        """Return the bytes read to choose among `tokens`: one vector for some twelve tokens."""
         return 2 * self.head_dim * tokens // 12
 
 
 def decode(
-    model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, tokens: Tensor
+    query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor, position: Tensor
 ) -> Tensor:
-    """Logits [steps, vocabulary] after each of `tokens` [steps], given the prompt `ids` [1, L]."""
-    cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
-    logits = [forward(token.view(1, 1), past_key_values=cache).logits for token in tokens]
-    return torch.cat(logits)[:, 0]
+    """Write the newest key and value to a static cache, and attend to all that it holds."""
+    keys.index_copy_(2, position, key)
+    values.index_copy_(2, position, value)
+    visible = torch.arange(keys.shape[2], device=keys.device) <= position[:, None]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True)
+
+
+def some_steps(step: Step, context: int, device: str) -> Tensor:
+    """Decode `STEPS` tokens over a cache of `context` tokens through `step`; [STEPS, Hq, D]."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(heads: int, tokens: int) -> Tensor:
+        return torch.randn(1, heads, tokens, HEAD_DIM, generator=random).to(device)
+
+    # Neighbouring keys are alike, as those of a text are, and queries attend to few of them.
+    topics = normal(KV_HEADS, context // 16 + 1).repeat_interleave(16, 2)[:, :, :context]
+    keys = F.pad(topics + normal(KV_HEADS, context), (0, 0, 0, STEPS))
+    values = F.pad(normal(KV_HEADS, context), (0, 0, 0, STEPS))
+    outputs = []
+    for position in range(context, context + STEPS):
+        query, key, value = (normal(heads, 1) for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS))
+        newest = torch.tensor([position], device=device)
+        outputs.append(step(2 * query, keys, values, key, value, newest))
+    return torch.cat(outputs)[:, :, 0]
 
 
 @torch.no_grad()
 def main(arguments: Sequence[str] = ()) -> dict[str, float]:
-    """Decode a few tokens of a random model; the mean share of the softmax each policy reads."""
-    parser = options(__doc__)
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("--context", type=int, default=2000, metavar="N", help=f"tokens of prompt {default}")
-    add("--budget", type=int, default=512, metavar="N", help=f"tokens read per step {default}")
-    given = parser.parse_args(arguments)
-    lychee_compile.register_policy("mean-key", MeanKeyIndex)
-    model, ids = random_llama(given.context)
-    model, ids = model.eval().to(given.device), ids.to(given.device)
-    tokens = torch.randint(1000, (4,), device=given.device)
-    dense = decode(model, model, ids, tokens)
+    """Compare policies; return the mean share of the softmax that each of them reads."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu, cuda (default: %(default)s)")
+    default = "(default: %(default)s)"
+    parser.add_argument("--context", type=int, default=2000, help=f"tokens in the cache {default}")
+    parser.add_argument("--budget", type=int, default=512, help=f"tokens read a step {default}")
+    chosen = parser.parse_args(arguments)
 
+    register_policy("mean-key", MeanKeyIndex, words="chunks, ranked by their mean key")
+
+    dense = some_steps(decode, chosen.context, chosen.device)
     shares = {}
-    table = Table("policy", "tokens read", "share of the softmax", "error", box=SIMPLE_HEAD)
+    print("policy     tokens read  share of the softmax  relative error")
     for policy in ("mean-key", "lychee", "streaming"):
-        chosen = {"policy": policy, "budget": given.budget, "reference": True}
-        compiled = torch.compile(model, backend="lychee", options=chosen)
+        options = {"policy": policy, "budget": chosen.budget, "reference": True}
+        compiled = torch.compile(decode, backend="lychee", options=options)
         with lychee_compile.record(mass=True) as recorder:
-            logits = decode(model, compiled, ids, tokens)
-        shares[policy] = mean_mass(recorder.calls)
-        error = ((logits - dense).norm() / dense.norm()).item()
-        read = mean_read(recorder.calls)
-        table.add_row(policy, f"{read:,.0f}", f"{shares[policy]:.3f}", f"{error:.3f}")
-
-    screen = console()
-    show_reports(screen, lychee_compile.reports()[:1])
-    screen.print(table)
-    screen.print("error: of the logits, relative to those of the uncompiled model")
+            output = some_steps(compiled, chosen.context, chosen.device)
+        masses = [call.mass.mean().item() for call in recorder.calls if call.mass is not None]
+        read = fmean(call.tokens_read.float().mean().item() for call in recorder.calls)
+        shares[policy] = fmean(masses)
+        error = ((output - dense).norm() / dense.norm()).item()
+        print(f"{policy:<10} {read:>11,.0f}  {shares[policy]:>20.3f}  {error:>14.3f}")
+    print()
+    print(lychee_compile.reports()[0])
     return shares
 
 

@@ -8,12 +8,15 @@ The model is a small random Llama, or any causal language model that transformer
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
+from statistics import fmean
 
 import torch
-from showing import Decoded, console, decoder_options, show_decoded
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -26,12 +29,35 @@ from transformers import (
 )
 
 import lychee_compile
+from lychee_compile.recorder import Call
+from lychee_compile.report.report import Report
 
-TEXT = Path(__file__).parents[1] / "ARCHITECTURE.md"
+
+@dataclass
+class Generated:
+    """Tokens of both runs, int64 [B, tokens], and what the sparse one read."""
+
+    dense: Tensor
+    sparse: Tensor
+    calls: list[Call]
+    reports: list[Report]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--model", type=Path, metavar="DIR", help="a model that transformers saved")
+    add("--device", default=device, help="cpu or cuda (%(default)s)")
+    add("--context", type=int, default=2000, metavar="N", help="tokens of prompt (%(default)s)")
+    add("--new-tokens", type=int, default=16, metavar="N", help="tokens to generate (%(default)s)")
+    add("--budget", type=int, default=512, metavar="N", help="tokens read per step (%(default)s)")
+    add("--reference", action="store_true", help="on a GPU, plain operators that tell what is read")
+    return parser.parse_args(arguments)
 
 
 def random_llama(context: int) -> tuple[PreTrainedModel, Tensor]:
-    """Two layers of grouped-query attention, and a prompt of `context` random tokens."""
+    """Return two layers of grouped-query attention, and a prompt of `context` random tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
@@ -45,38 +71,55 @@ def random_llama(context: int) -> tuple[PreTrainedModel, Tensor]:
 
 
 def saved_model(folder: Path, context: int) -> tuple[PreTrainedModel, Tensor]:
-    """A model of yours, and the first `context` tokens of a text."""
-    ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text("utf-8"), return_tensors="pt")
-    return AutoModelForCausalLM.from_pretrained(folder), ids.input_ids[:, :context]
+    """Return the model in `folder`, and `context` tokens of Python's language reference."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("\n\n".join(topics.values()), return_tensors="pt").input_ids
+    return AutoModelForCausalLM.from_pretrained(folder), ids[:, :context]
 
 
 @torch.no_grad()
-def main(arguments: Sequence[str] = ()) -> Decoded:
-    """Generate twice; the tokens of both, and what was read."""
-    parser = decoder_options(__doc__)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a model that transformers saved")
-    given = parser.parse_args(arguments)
+def main(arguments: Sequence[str] = ()) -> Generated:
+    """Generate densely and sparsely, and show what was read."""
+    chosen = parse(arguments)
     logging.set_verbosity_error()
-    if given.model is None:
-        model, ids = random_llama(given.context)
+    if chosen.model is None:
+        model, ids = random_llama(chosen.context)
     else:
-        model, ids = saved_model(given.model, given.context)
-    model, ids = model.eval().to(given.device), ids.to(given.device)
-    greedy = {"max_new_tokens": given.new_tokens, "do_sample": False, "eos_token_id": None}
+        model, ids = saved_model(chosen.model, chosen.context)
+    model, ids = model.eval().to(chosen.device), ids.to(chosen.device)
+    greedy = {"max_new_tokens": chosen.new_tokens, "do_sample": False, "eos_token_id": None}
 
     dense = model.generate(ids, **greedy)
 
     # On a GPU "mode": "reduce-overhead" among the options puts each step into a CUDA graph.
-    options = {"budget": given.budget, "reference": given.reference}
+    options = {"budget": chosen.budget, "reference": chosen.reference}
     config = CompileConfig(backend="lychee", mode=None, options=options)
     config._compile_all_devices = True  # generate() compiles on accelerators alone, unless asked
     with lychee_compile.record(mass=True) as recorder:  # only to see what is read
         sparse = model.generate(ids, **greedy, cache_implementation="static", compile_config=config)
 
     new = slice(ids.shape[1], None)
-    decoded = Decoded(dense[:, new], sparse[:, new], recorder.calls, lychee_compile.reports())
-    show_decoded(console(), decoded)
-    return decoded
+    result = Generated(dense[:, new], sparse[:, new], recorder.calls, lychee_compile.reports())
+    show(result)
+    return result
+
+
+def show(result: Generated) -> None:
+    """Print the reports, the tokens, and what each attention read, mean over steps and heads."""
+    print(*dict.fromkeys(map(str, result.reports)), sep="\n\n")
+    print("\ndense: ", *result.dense[0].tolist())
+    print("lychee:", *result.sparse[0].tolist())
+    agreeing = (result.dense == result.sparse).long().cumprod(1).sum(1).min()
+    print(f"The first {agreeing} of {result.dense.shape[1]} tokens are the same.")
+    for site in dict.fromkeys(call.site for call in result.calls):
+        calls = [call for call in result.calls if call.site == site]
+        read = fmean(call.tokens_read.float().mean().item() for call in calls)
+        length = fmean(call.kv_len for call in calls)
+        mass = fmean(call.mass.mean().item() for call in calls)
+        print(
+            f"{site}: {len(calls)} steps read {read:,.0f} of {length:,.0f} tokens, "
+            f"which hold {mass:.3f} of the softmax"
+        )
 
 
 if __name__ == "__main__":

@@ -3,19 +3,22 @@
     python examples/whisper.py
     python examples/whisper.py --model DIR
 
-Keys over the sound are computed once and read at every token, so cross-attention is sparse; the
-text is shorter than the budget, so self-attention stays. The model is small and random, or one
-that transformers saved; the sound is noise.
+Keys over the sound are computed once and read at every token, so that cross-attention is sparse.
+The text is shorter than the budget, so that self-attention stays. The model is small and random, or
+one that transformers saved; the sound is noise.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
-from showing import Decoded, console, decoder_options, show_decoded, show_reports
+from torch import Tensor
 from transformers import (
     CompileConfig,
     PreTrainedModel,
@@ -25,10 +28,35 @@ from transformers import (
 )
 
 import lychee_compile
+from lychee_compile.recorder import Call
+from lychee_compile.report.report import Report
+
+
+@dataclass
+class Generated:
+    """Tokens of both runs, int64 [B, tokens], and what the sparse one read."""
+
+    dense: Tensor
+    sparse: Tensor
+    calls: list[Call]
+    reports: list[Report]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--model", type=Path, metavar="DIR", help="a Whisper that transformers saved")
+    add("--device", default=device, help="cpu or cuda (%(default)s)")
+    add("--context", type=int, default=1500, metavar="N", help="frames of sound (%(default)s)")
+    add("--new-tokens", type=int, default=16, metavar="N", help="tokens to generate (%(default)s)")
+    add("--budget", type=int, default=256, metavar="N", help="tokens read per step (%(default)s)")
+    add("--reference", action="store_true", help="on a GPU, plain operators that tell what is read")
+    return parser.parse_args(arguments)
 
 
 def random_whisper(frames: int) -> PreTrainedModel:
-    """Two layers each of encoder and decoder, for sounds of `frames` hundredths of two seconds."""
+    """Return two layers each of encoder and decoder, for `frames` hundredths of two seconds."""
     config = WhisperConfig(
         d_model=128, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, vocab_size=1000,
@@ -43,24 +71,22 @@ def random_whisper(frames: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def main(arguments: Sequence[str] = ()) -> Decoded:
-    """Transcribe noise twice; the tokens of both, and what was read."""
-    parser = decoder_options(__doc__, context=1500, budget=256)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a Whisper that was saved")
-    given = parser.parse_args(arguments)
+def main(arguments: Sequence[str] = ()) -> Generated:
+    """Transcribe noise densely and sparsely, and show what was read."""
+    chosen = parse(arguments)
     logging.set_verbosity_error()
-    if given.model is None:
-        model = random_whisper(given.context)
+    if chosen.model is None:
+        model = random_whisper(chosen.context)
     else:
-        model = WhisperForConditionalGeneration.from_pretrained(given.model)
-    model = model.eval().to(given.device)
+        model = WhisperForConditionalGeneration.from_pretrained(chosen.model)
+    model = model.eval().to(chosen.device)
     frames = 2 * model.config.max_source_positions  # a convolution halves them
-    sound = torch.randn(1, model.config.num_mel_bins, frames, device=given.device)
-    greedy = {"max_new_tokens": given.new_tokens, "do_sample": False, "eos_token_id": None}
+    sound = torch.randn(1, model.config.num_mel_bins, frames, device=chosen.device)
+    greedy = {"max_new_tokens": chosen.new_tokens, "do_sample": False, "eos_token_id": None}
 
     dense = model.generate(sound, **greedy)
 
-    options = {"budget": given.budget, "reference": given.reference}
+    options = {"budget": chosen.budget, "reference": chosen.reference}
     config = CompileConfig(backend="lychee", mode=None, options=options)
     config._compile_all_devices = True  # generate() compiles on accelerators alone, unless asked
     with lychee_compile.record(mass=True) as recorder:  # only to see what is read
@@ -68,11 +94,29 @@ def main(arguments: Sequence[str] = ()) -> Decoded:
             sound, **greedy, cache_implementation="static", compile_config=config
         )
 
-    screen = console()
-    show_reports(screen, [lychee_compile.explain(model.model.encoder, sound)])
-    decoded = Decoded(dense, sparse, recorder.calls, lychee_compile.reports())
-    show_decoded(screen, decoded)
-    return decoded
+    print("The encoder:", lychee_compile.explain(model.model.encoder, sound))
+    print("\nThe decoder:", end=" ")
+    result = Generated(dense, sparse, recorder.calls, lychee_compile.reports())
+    show(result)
+    return result
+
+
+def show(result: Generated) -> None:
+    """Print the reports, the tokens, and what each attention read, mean over steps and heads."""
+    print(*dict.fromkeys(map(str, result.reports)), sep="\n\n")
+    print("\ndense: ", *result.dense[0].tolist())
+    print("lychee:", *result.sparse[0].tolist())
+    agreeing = (result.dense == result.sparse).long().cumprod(1).sum(1).min()
+    print(f"The first {agreeing} of {result.dense.shape[1]} tokens are the same.")
+    for site in dict.fromkeys(call.site for call in result.calls):
+        calls = [call for call in result.calls if call.site == site]
+        read = fmean(call.tokens_read.float().mean().item() for call in calls)
+        length = fmean(call.kv_len for call in calls)
+        mass = fmean(call.mass.mean().item() for call in calls)
+        print(
+            f"{site}: {len(calls)} steps read {read:,.0f} of {length:,.0f} tokens, "
+            f"which hold {mass:.3f} of the softmax"
+        )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lychee_compile.boundaries import BoundaryTable, boundary_table, is_tokenizer
 from lychee_compile.kernels.config import BOUNDARIES, PREFILLS, IndexConfig
-from lychee_compile.kernels.policies.prefill_registry import tile_policy_names
-from lychee_compile.kernels.policies.registry import policy_names
+from lychee_compile.kernels.policies.registry import policies
 
 LONGEST_CHUNK = 256
 _AT_LEAST = {
@@ -66,8 +65,7 @@ class Options(IndexConfig):
         self._set("seed", _integer("seed", self.seed, at_least=0, at_most=2**63 - 1))
         self._set("chunk", _chunk(self.chunk))
         _one_of("boundaries", self.boundaries, BOUNDARIES)
-        policies = tuple(dict.fromkeys((*policy_names(), *tile_policy_names())))
-        _one_of("policy", self.policy, policies)
+        _one_of("policy", self.policy, tuple(each.name for each in policies()))
         self._set("tokenizer", _token_source(self.tokenizer))
         _check_mode(self.mode)
         self._set("epsilon", _share("epsilon", self.epsilon))

@@ -17,6 +17,7 @@ from torch._guards import TracingContext
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 from torch._logging._internal import trace_structured
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -29,11 +30,14 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten
 
+FakeTensorMode = fake_tensor.FakeTensorMode
+"""Context in which operators give tensors without data, as while a graph is traced."""
+
 RestartAnalysis = torch._dynamo.exc.RestartAnalysis
 """What compilers raise to have Dynamo trace again, with fewer of its inputs symbolic."""
 
 
-def fake_inputs(example_inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     """The active fake mode, and the example inputs as its tensors, made as AOTAutograd makes them.
 
     Symbolic dimensions keep the symbols that Dynamo gave them, so that nothing is specialised.
@@ -56,7 +60,9 @@ def fake_inputs(example_inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
     return mode, [fake(value) for value in example_inputs]
 
 
-def retrace(gm: torch.fx.GraphModule, fakes: Sequence[Any], mode: Any) -> torch.fx.GraphModule:
+def retrace(
+    gm: torch.fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode
+) -> torch.fx.GraphModule:
     """Trace `gm` again to pre-dispatch ATen; `gm` itself stays as it is.
 
     Scaled dot-product attention stays one node, writes stay in place, views and products get one
@@ -166,6 +172,16 @@ def has_data(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
+def share_storage(one: Tensor, other: Tensor) -> bool:
+    """True if two tensors, fake ones too, show the same memory."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def operator_namespace(target: object) -> str:
+    """Return the namespace of an operator, "aten" for one; "" for any other function."""
+    return target.namespace if isinstance(target, torch._ops.OpOverload) else ""
+
+
 def symbols_of(value: Any) -> set[Any]:
     """The symbols in a tensor's sizes and strides, or in a number."""
     if isinstance(value, Tensor):
@@ -184,7 +200,7 @@ def add_state_input(
     size: int,
     dtype: torch.dtype,
     device: torch.device,
-    mode: Any,
+    mode: FakeTensorMode,
 ) -> tuple[torch.fx.Node, Tensor]:
     """Append an input [size] that the backend supplies: its node, and the fake to compile with.
 

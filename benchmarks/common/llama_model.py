@@ -1,4 +1,4 @@
-"""The shape of Llama that whole-model benchmarks decode with, and a cache that is full of keys."""
+"""The Llama that whole-model benchmarks decode with, and a cache full of random keys."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, StaticCache
 
+from lychee_compile.evaluate.cache_argument import cache_argument
+
 
 def llama_config(layers: int, hidden: int, least_kv_heads: int = 1) -> LlamaConfig:
-    """Hidden size 4,096 with 32 layers is Llama-3.1-8B; groups of four query heads."""
+    """Return a Llama with groups of four query heads; 32 layers of 4,096 are Llama-3.1-8B."""
     heads = hidden // 128
     return LlamaConfig(
         vocab_size=128256 if hidden >= 4096 else 1024,
@@ -25,13 +27,13 @@ def llama_config(layers: int, hidden: int, least_kv_heads: int = 1) -> LlamaConf
 
 
 @torch.no_grad()
-def filled_cache(model: Any, batch: int, held: int, slots: int) -> StaticCache:
-    """A cache of so many slots for `model`, `held` of which have random keys and values."""
+def filled_cache(model: Any, batch: int, filled: int, slots: int) -> StaticCache:
+    """Return a cache of `slots` slots for `model`, `filled` of them with random keys and values."""
     cache = StaticCache(model.config, max_cache_len=slots)
     token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-    model.model(token, past_key_values=cache)
+    model.model(token, **{cache_argument(model.model): cache})
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
-        layer.cumulative_length.fill_(held)
+        layer.cumulative_length.fill_(filled)
     return cache

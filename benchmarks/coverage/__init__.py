@@ -1,1 +1,1 @@
-"""Which attentions are found in transformers' architectures."""
+"""Benchmark of coverage: attentions that are found in transformers' architectures."""

@@ -1,14 +1,14 @@
-"""Which attentions of transformers' models does the backend find? The coverage table.
+"""Coverage table: attentions of transformers' models that the backend finds.
 
     python -m benchmarks.coverage [--only NAME ...] [--implementations sdpa eager flex] [--jobs 2]
-        [--json PATH] [--markdown PATH] [--update-readme [PATH]] [--verbose]
+        [--json PATH] [--markdown PATH] [--update-docs [PATH]] [--verbose]
 
-Builds each architecture with random weights, a few layers of width 64, in each attention
-implementation that its class has, and calls it: a plain forward or prefill, a decoding step over a
-static cache, one over a dynamic cache. The attentions that run are counted without our matcher
-(truth.py says how); `lychee_compile.explain` has to find as many. A dash stands for what
-transformers or Dynamo cannot do without us, either. Exits 1 where anything is missed. The whole
-table takes about 25 minutes of processor time.
+Each architecture is built with random weights, a few layers of width 64, in each attention
+implementation that its class has. It is called three times: a plain forward or prefill, a decoding
+step over a static cache, one over a dynamic cache. The attentions that run are counted without our
+matcher (truth.py says how); `lychee_compile.explain` has to find as many. A dash stands for calls
+that transformers or Dynamo cannot do without us, either. The exit status is 1 if an attention is
+missed. The whole table takes about 25 minutes of processor time.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from benchmarks.coverage.measure import IMPLEMENTATIONS, Result, measure
 from benchmarks.coverage.models import ARCHITECTURES, Architecture
 from benchmarks.coverage.table import MarkersError, markdown, replace_table, row, total
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
 VERSIONS = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    chosen = _parse(given)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    chosen = _parse(arguments)
     console = Console()
     known = [each for each in ARCHITECTURES if not chosen.only or each.name in chosen.only]
     architectures = [architecture for architecture in known if architecture.offered]
@@ -57,8 +57,8 @@ def main(given: Sequence[str] | None = None) -> int:
     return 0 if all(result.complete for result in results) else 1
 
 
-def _parse(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [architecture.name for architecture in ARCHITECTURES]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=[])
     parser.add_argument(
@@ -66,26 +66,26 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes, 2 by default")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every result")
-    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the README's table")
-    parser.add_argument("--update-readme", type=Path, metavar="PATH", nargs="?", const=README)
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the table as Markdown")
+    parser.add_argument("--update-docs", type=Path, metavar="PATH", nargs="?", const=PAGE)
     parser.add_argument("--verbose", action="store_true", help="show what was there and found")
-    chosen = parser.parse_args(given)
+    chosen = parser.parse_args(arguments)
     if chosen.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {chosen.jobs}")
-    if chosen.update_readme:
+    if chosen.update_docs:
         if chosen.only or set(chosen.implementations) != set(IMPLEMENTATIONS):
-            parser.error("--update-readme needs the whole table: no --only, no --implementations")
+            parser.error("--update-docs needs the whole table: no --only, no --implementations")
         try:
-            replace_table(chosen.update_readme.read_text(encoding="utf-8"), "")
+            replace_table(chosen.update_docs.read_text(encoding="utf-8"), "")
         except (OSError, MarkersError) as error:
-            parser.error(f"--update-readme {chosen.update_readme}: {error}")
+            parser.error(f"--update-docs {chosen.update_docs}: {error}")
     return chosen
 
 
 def _measure_all(
     architectures: Sequence[Architecture], chosen: argparse.Namespace, console: Console
 ) -> list[Result]:
-    """All results in the table's order, printed row by row as they come."""
+    """Return all results in the table's order, and print each row when it is complete."""
     tasks = [(each, name) for each in architectures for name in chosen.implementations]
     rows: defaultdict[str, list[Result]] = defaultdict(list)
     expected = {
@@ -106,7 +106,7 @@ def _measure_all(
 
 
 def _in_processes(tasks: Sequence[tuple[Architecture, str]], jobs: int) -> Iterator[list[Result]]:
-    """What `measure` says of each task, as it comes. A process that dies is a failed result."""
+    """Yield the results of each task as they come. A process that dies is a failed result."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, context, initializer=_quiet)
     try:
@@ -131,7 +131,7 @@ def _outcome(
 
 
 def _quiet() -> None:
-    """One thread a process, and no word from libraries: what matters comes back as a result."""
+    """Use one thread a process and silence libraries: results carry every message."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
@@ -140,7 +140,7 @@ def _quiet() -> None:
 
 
 def _print_remarks(results: Sequence[Result], console: Console, verbose: bool) -> None:
-    """What was missed; if `verbose` in detail, and also why calls are not offered."""
+    """Print what was missed; if `verbose`, also details and why calls are not offered."""
     phases_alike: defaultdict[tuple[str, str, bool, str], list[str]] = defaultdict(list)
     for each in results:
         remark = each.remark if verbose else each.failure
@@ -163,9 +163,9 @@ def _write(
         chosen.json.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
     if chosen.markdown:
         chosen.markdown.write_text(table + "\n", encoding="utf-8")
-    if chosen.update_readme:
-        page = chosen.update_readme.read_text(encoding="utf-8")
-        chosen.update_readme.write_text(replace_table(page, table), encoding="utf-8")
+    if chosen.update_docs:
+        page = chosen.update_docs.read_text(encoding="utf-8")
+        chosen.update_docs.write_text(replace_table(page, table), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,47 +11,48 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from benchmarks.coverage.models import Architecture
 from benchmarks.coverage.sizes import BATCH, IMAGE_SIZE
+from lychee_compile.evaluate.cache_argument import cache_argument
 
 PROMPT, CACHE = 24, 64
-"""Tokens of the prompt, and of a static cache."""
+"""Number of tokens of the prompt, and of slots of a static cache."""
 PHASES = ("forward", "static", "dynamic")
-"""A plain forward or prefill, and a decoding step over a cache of either kind."""
+"""Names of the calls: a plain forward or prefill, a decoding step over a cache of either kind."""
 
 Arguments = dict[str, Any]
 
 
 def phases(architecture: Architecture) -> tuple[str, ...]:
-    """The phases that the architecture has."""
+    """Return the phases that the architecture has."""
     return PHASES if architecture.inputs in DECODED else PHASES[:1]
 
 
 def arguments(model: Any, architecture: Architecture, phase: str) -> Arguments:
-    """What to call `model` with; a decoding step comes with a cache that holds a prompt.
+    """Return the arguments of a call of `model`; a decoding step has a cache that holds a prompt.
 
-    The same on every call of this, but with a new cache: what is called writes it. Raises whatever
-    the model raises on the prompt.
+    The arguments are the same at every call of this function, except for a new cache, which the
+    model writes. Raise whatever the model raises on the prompt.
     """
     torch.manual_seed(1)
     flex = model.config._attn_implementation == "flex_attention"
     batch = architecture.flex_batch if flex else BATCH
-    given = INPUTS[architecture.inputs](model.config, batch)
+    inputs = INPUTS[architecture.inputs](model.config, batch)
     if phase == "forward":
-        return given
+        return inputs
     if model.config.is_encoder_decoder:
-        return _encoder_decoder_step(model, given, phase, batch)
-    cache = _cache(model.config, phase, CACHE)
-    model(**given, past_key_values=cache)
-    return {"input_ids": _words(batch, 1), "past_key_values": cache}
+        return _encoder_decoder_step(model, inputs, phase, batch)
+    cache = {cache_argument(model): _cache(model.config, phase, CACHE)}
+    model(**inputs, **cache)
+    return {"input_ids": _words(batch, 1), **cache}
 
 
-def _encoder_decoder_step(model: Any, given: Arguments, phase: str, batch: int) -> Arguments:
-    start = given.pop("decoder_input_ids")
-    encoded = model.get_encoder()(**given)
+def _encoder_decoder_step(model: Any, inputs: Arguments, phase: str, batch: int) -> Arguments:
+    start = inputs.pop("decoder_input_ids")
+    encoded = model.get_encoder()(**inputs)
     source_len = encoded.last_hidden_state.shape[1]
     own, cross = _cache(model.config, phase, CACHE), _cache(model.config, phase, source_len)
-    step = {"encoder_outputs": encoded, "past_key_values": EncoderDecoderCache(own, cross)}
-    if "attention_mask" in given:
-        step["attention_mask"] = given["attention_mask"]
+    step = {"encoder_outputs": encoded, cache_argument(model): EncoderDecoderCache(own, cross)}
+    if "attention_mask" in inputs:
+        step["attention_mask"] = inputs["attention_mask"]
     model(decoder_input_ids=start, **step)
     return {"decoder_input_ids": _words(batch, 1), **step}
 
@@ -64,7 +65,7 @@ def _cache(config: Any, phase: str, length: int) -> Any:
 
 
 def _words(batch: int, count: int) -> Tensor:
-    """Ids [B, count] of ordinary words: none is special to any model here."""
+    """Return ids [B, count] of ordinary words, none of which is special to any model here."""
     return torch.randint(3, 96, (batch, count))
 
 

@@ -1,6 +1,6 @@
-"""Counts attentions by what becomes of products, at the level of ATen operators.
+"""Count of attentions by following products through ATen operators.
 
-A softmax counts when its scores come from a product of two activations, by operators other than
+A softmax counts if its scores come from a product of two activations by operators other than
 products, and its weights go, in the same way, into such a product. Fused operators count as one.
 """
 
@@ -22,7 +22,7 @@ PRODUCTS = {
     aten.addmm.default: (1, 2),
     aten.baddbmm.default: (1, 2),
 }
-"""Products, with the places of their operands."""
+"""Operators that are products, with the positions of their operands."""
 SOFTMAXES = {aten._softmax.default, aten._safe_softmax.default}
 FUSED = (
     "aten::_scaled_dot_product",
@@ -32,21 +32,21 @@ FUSED = (
 
 
 class Dataflow(TorchDispatchMode):
-    """Counts attentions while it is on, following what becomes of products storage by storage."""
+    """Counter of attentions while the mode is on, which follows products storage by storage."""
 
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.count = 0
-        """Attentions so far."""
+        """Number of attentions so far."""
         self._scores: set[int] = set()
-        """Storages of what was computed from a product of two activations."""
+        """Storages of tensors computed from a product of two activations."""
         self._weights: dict[int, set[int]] = {}
-        """Storages of what was computed from a softmax of scores, with the softmaxes' numbers."""
+        """Storages of tensors computed from a softmax of scores, with the softmaxes' numbers."""
         self._parameters = {_storage(each) for each in (*model.parameters(), *model.buffers())}
         self._alive: list[Tensor] = []
-        """Every tensor seen, lest another one gets the storage."""
+        """Every tensor seen, so that no other tensor gets its storage."""
         self._softmaxes = 0
         self._used: set[int] = set()
 
@@ -61,7 +61,7 @@ class Dataflow(TorchDispatchMode):
         elif function.name().startswith(FUSED):
             self.count += 1
         elif function in PRODUCTS:
-            self._product([args[place] for place in PRODUCTS[function]], outputs[0])
+            self._product([args[position] for position in PRODUCTS[function]], outputs[0])
         else:
             inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
             self._other(function in SOFTMAXES, inputs, outputs)

@@ -1,4 +1,4 @@
-"""One combination of the coverage table: attentions there, and attentions that we find."""
+"""One architecture and implementation: the attentions that run, and those that we find."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from benchmarks.coverage.models import Architecture
 from benchmarks.coverage.truth import Truth, count_attentions, count_in_graphs, uncompiled_flex
 
 IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
-"""Our names for transformers' attention implementations."""
+"""Names of transformers' attention implementations, by our names."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one phase of an architecture with one attention implementation."""
+    """Result of one phase of an architecture with one attention implementation."""
 
     architecture: str
     implementation: str
     phase: str
     there: int = 0
-    """Attentions that the call runs; 0 where it cannot be made without us, either."""
+    """Number of attentions that the call runs; 0 if it cannot be made without us, either."""
     unseen: int = 0
-    """Those of them in which Dynamo breaks the graph, so that no backend sees them."""
+    """Number of attentions within which Dynamo breaks the graph, so that no backend sees them."""
     found: int = 0
-    """Attentions that `explain` finds."""
+    """Number of attentions that `explain` finds."""
     note: str = ""
-    """Why the call cannot be made, or not be seen in whole."""
+    """Explanation if the call cannot be made, or a backend does not see all of it."""
     failure: str = ""
-    """What went wrong, other than a miss."""
+    """Error other than a miss."""
     details: str = ""
-    """For a miss: the names of the attentions there, and the report of those found."""
+    """Details of a miss: the names of attentions that run, and the report of those found."""
 
     @property
     def seen(self) -> int:
-        """How many attentions there are to find."""
+        """Number of attentions that a backend can find."""
         return self.there - self.unseen
 
     @property
     def complete(self) -> bool:
-        """Whether all that can be found is found, and no more."""
+        """True if all that can be found is found, and no more."""
         return self.found == self.seen and not self.failure
 
     @property
     def remark(self) -> str:
-        """In words, what there is to say beyond a full count."""
+        """Words on a miss, an error or a note; empty for a full count."""
         miss = f"{self.found} found of {self.seen}" if self.found != self.seen else ""
         return "; ".join(filter(None, (miss, self.failure, self.note)))
 
 
 @torch.no_grad()
 def measure(architecture: Architecture, implementation: str) -> list[Result]:
-    """The results of all phases, whatever goes wrong in one of them."""
+    """Return the results of all phases; an error in one of them becomes a result, too."""
     empty = [Result(architecture.name, implementation, phase) for phase in phases(architecture)]
     try:
         model = architecture.build(IMPLEMENTATIONS[implementation])
@@ -70,20 +70,20 @@ def measure(architecture: Architecture, implementation: str) -> list[Result]:
 
 
 def _measure_phase(model: nn.Module, architecture: Architecture, empty: Result) -> Result:
-    def given() -> Arguments:
+    def new_arguments() -> Arguments:
         torch._dynamo.reset()
         with uncompiled_flex():
             return arguments(model, architecture, empty.phase)
 
     try:
-        truth = count_attentions(model, **given())
+        truth = count_attentions(model, **new_arguments())
     except Exception as error:  # noqa: BLE001
         return replace(empty, note=_brief(error, architecture))
     result = replace(empty, there=len(truth.names), failure=truth.dispute)
     try:
-        report = lychee_compile.explain(model, **given())
+        report = lychee_compile.explain(model, **new_arguments())
     except Exception as error:  # noqa: BLE001
-        refusal = _why_dynamo_fails(model, given)
+        refusal = _why_dynamo_fails(model, new_arguments)
         if refusal is not None:
             return replace(empty, note=f"Dynamo: {_brief(refusal, architecture)}")
         trace = "".join(traceback.format_exception(_cause(error), limit=-6))
@@ -91,21 +91,23 @@ def _measure_phase(model: nn.Module, architecture: Architecture, empty: Result) 
     result = replace(result, found=len(report.sites))
     if result.complete:
         return result
-    return _with_unseen(replace(result, details=_details(truth, report)), model, given)
+    return _with_unseen(replace(result, details=_details(truth, report)), model, new_arguments)
 
 
-def _why_dynamo_fails(model: nn.Module, given: Callable[[], Arguments]) -> Exception | None:
-    """The error with a backend that does nothing; None where there is none, so that it is ours."""
+def _why_dynamo_fails(model: nn.Module, new_arguments: Callable[[], Arguments]) -> Exception | None:
+    """Return the error with a backend that does nothing; None if the error is our own."""
     try:
-        torch.compile(model, backend="eager")(**given())
+        torch.compile(model, backend="eager")(**new_arguments())
     except Exception as error:  # noqa: BLE001
         return error
     return None
 
 
-def _with_unseen(result: Result, model: nn.Module, given: Callable[[], Arguments]) -> Result:
-    """`result`, less what is not found because Dynamo gives it to no backend."""
-    unseen = result.there - max(result.found, count_in_graphs(model, **given()))
+def _with_unseen(
+    result: Result, model: nn.Module, new_arguments: Callable[[], Arguments]
+) -> Result:
+    """Return `result` less the attentions that Dynamo gives to no backend."""
+    unseen = result.there - max(result.found, count_in_graphs(model, **new_arguments()))
     if unseen <= 0:
         return result
     note = "Dynamo breaks the graph within the attention, so that no backend sees it"
@@ -119,12 +121,12 @@ def _details(truth: Truth, report: Any) -> str:
 
 
 def _cause(error: Exception) -> Exception:
-    """What a backend raised, where `error` is Dynamo's wrapping of it."""
+    """Return the error that a backend raised if `error` is Dynamo's wrapping of it, or `error`."""
     return getattr(error, "inner_exception", error)
 
 
 def _brief(error: Exception, architecture: Architecture) -> str:
-    """The first sentence, without the name of the class, so that equal reasons are equal."""
+    """Return the first sentence without the model class's name, so that equal reasons are equal."""
     cause = _cause(error)
     lines = str(cause).strip().splitlines() or [""]
     sentence = lines[0].split(". ")[0].rstrip(".") or type(cause).__name__

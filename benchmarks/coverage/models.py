@@ -1,4 +1,4 @@
-"""The architectures of the coverage table, each as a small configuration with random weights."""
+"""Architectures of the coverage table, each a small configuration with random weights."""
 
 from __future__ import annotations
 
@@ -38,25 +38,27 @@ from benchmarks.coverage.sizes import (
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model class of transformers, and the configuration it gets here."""
+    """Model class of transformers, and its small configuration."""
 
     name: str
     family: str
+    """Heading under which the table lists the architecture."""
     model_class: str
     inputs: str
-    """What it is called with: a key of `calls.INPUTS`."""
+    """Kind of the model's inputs: a key of `calls.INPUTS`."""
     config: Mapping[str, Any]
     flex_batch: int = BATCH
+    """Batch size for FlexAttention."""
 
     @property
     def offered(self) -> bool:
-        """Whether the installed transformers has it."""
+        """True if the installed transformers has the model class."""
         return hasattr(transformers, self.model_class)
 
     def build(self, implementation: str) -> nn.Module:
-        """The model in evaluation mode, with the same weights every time.
+        """Return the model in evaluation mode, with the same weights every time.
 
-        Raises what transformers raises where the class has no such attention implementation.
+        Raise whatever transformers raises if the class has no such attention implementation.
         """
         model_class = getattr(transformers, self.model_class)
         config = model_class.config_class(**self.config)

@@ -18,7 +18,7 @@ SIZES: dict[str, Any] = {
 WORDS: dict[str, Any] = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GROUPED = {"num_key_value_heads": 2}
 WINDOW = {"sliding_window": 16}
-"""Shorter than the prompt, so that the window moves while decoding."""
+"""Sliding window that is shorter than the prompt, so that it moves while decoding."""
 ONE_OF_EACH = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 TEXT = SIZES | WORDS

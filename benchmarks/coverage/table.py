@@ -1,4 +1,4 @@
-"""The coverage table as people see it: rows on the terminal, and Markdown for the README."""
+"""Coverage table for people: rows on the terminal, and Markdown for a page."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from benchmarks.coverage.models import Architecture
 
 BEGIN, END = "<!-- coverage:begin -->", "<!-- coverage:end -->"
 NOTHING = "–"
-COMMAND = "python -m benchmarks.coverage --update-readme"
+COMMAND = "python -m benchmarks.coverage --update-docs"
 
 
 class MarkersError(ValueError):
-    """A page has no place for the table."""
+    """A page lacks the markers between which the table belongs."""
 
 
 def tally(results: Iterable[Result]) -> str:
-    """Found and there, in sum: "6/6"; a dash where there is nothing to find."""
-    known = list(results)
-    found, seen = sum(each.found for each in known), sum(each.seen for each in known)
+    """Return the sums of attentions found and there, "6/6"; a dash if there are none."""
+    results = list(results)
+    found, seen = sum(each.found for each in results), sum(each.seen for each in results)
     return f"{found}/{seen}" if found or seen else NOTHING
 
 
 def row(name: str, results: Sequence[Result]) -> Text:
-    """A line for the terminal: for each implementation, a cell for each phase."""
+    """Return a line for the terminal: for each implementation, a cell for each phase."""
     line = Text(f"{name:<17}")
     for implementation, group in groupby(results, lambda result: result.implementation):
         line.append(f" {implementation} ", style="dim")
@@ -38,7 +38,7 @@ def row(name: str, results: Sequence[Result]) -> Text:
 
 
 def total(results: Sequence[Result], architectures: int) -> str:
-    """The last line for the terminal."""
+    """Return the last line for the terminal."""
     parts = [f"{name} {tally(_of(results, name))}" for name in IMPLEMENTATIONS]
     return f"{architectures} architectures: {', '.join(parts)}; in all {tally(results)}"
 
@@ -46,7 +46,7 @@ def total(results: Sequence[Result], architectures: int) -> str:
 def markdown(
     architectures: Sequence[Architecture], results: Sequence[Result], versions: str
 ) -> str:
-    """A table of families with the total, one of architectures, and why some cells are empty."""
+    """Return tables of families and of architectures, and notes on why some cells are empty."""
     notes = _Notes()
     families = [
         (family, list(members))
@@ -71,7 +71,7 @@ def markdown(
 
 
 def replace_table(page: str, table: str) -> str:
-    """`page` with `table` between the markers. Raises `MarkersError` where it lacks them."""
+    """Return `page` with `table` between the markers. Raise `MarkersError` if it lacks them."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -80,7 +80,7 @@ def replace_table(page: str, table: str) -> str:
 
 
 class _Notes:
-    """Numbers reasons in the order in which they come, equal ones alike."""
+    """Numbers of reasons in the order in which they come; equal reasons share a number."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}

@@ -1,14 +1,15 @@
-"""How many attentions a call runs: counted twice while it runs uncompiled, without our matcher.
+"""Count of the attentions that a call runs, taken twice while it runs uncompiled.
 
-By calls: every attention function is wrapped (those that transformers dispatches to, the
-`eager_attention_forward` of each model, and PyTorch's own), and each outermost call counts once. A
-model whose attention is written in its module's `forward` calls none of them: there, a module
-counts that is named an attention, holds no other such module, and ran without any such call inside.
+The count by calls wraps every attention function: those that transformers dispatches to, the
+`eager_attention_forward` of each model, and PyTorch's own. Each outermost call counts once. A model
+whose attention is written in its module's `forward` calls none of them. In such a model a module
+counts if it is named an attention, holds no other such module, and ran without such a call inside.
 
-By dataflow: dataflow.py follows products and softmaxes at the level of ATen operators,
-where names and spellings do not matter.
+The count by dataflow follows products and softmaxes through ATen operators (dataflow.py), for which
+names and spellings do not matter.
 
-The first says where the attentions are, the second asks for no names. They must agree.
+The first count says in which modules the attentions are, the second depends on no names. The two
+have to agree. Neither uses our matcher.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Truth:
-    """The attentions that a call ran."""
+    """Attentions that a call ran."""
 
     names: tuple[str, ...]
-    """Module path of each, in order, as counted by calls."""
+    """Module path of each attention, in order, as counted by calls."""
     by_dataflow: int
-    """How many there are by dataflow."""
+    """Number of attentions as counted by dataflow."""
 
     @property
     def dispute(self) -> str:
-        """In words, how the two counts disagree; empty where they agree."""
+        """Words on how the two counts disagree; empty if they agree."""
         called = len(self.names)
         if called == self.by_dataflow:
             return ""
@@ -61,9 +62,9 @@ def count_attentions(model: nn.Module, *args: Any, **kwargs: Any) -> Truth:
 
 
 def count_in_graphs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """How many attentions of a call lie in one graph of Dynamo's each, by dataflow.
+    """Return how many attentions of a call lie within a single graph of Dynamo, by dataflow.
 
-    No backend sees the others: Dynamo runs code uncompiled where it breaks a graph.
+    No backend sees the others: Dynamo breaks the graph within them and runs their code uncompiled.
     """
     counts = []
 
@@ -93,17 +94,17 @@ def uncompiled_flex() -> Iterator[None]:
 
 
 class _Calls:
-    """Counts attentions by the functions that are called and the modules that run."""
+    """Counter of attentions by the functions that are called and the modules that run."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self._modules: list[tuple[str, int]] = []
-        """Path of each module that runs, outermost first, and how many were counted before it."""
+        """Path of each module that runs, outermost first, and the count when it began."""
         self._inside = False
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Count what runs meanwhile."""
+        """Count the attentions that run inside the context."""
         with ExitStack() as undo:
             for owner, name in _attention_functions():
                 undo.enter_context(patch.object(owner, name, self._wrapped(getattr(owner, name))))
@@ -145,19 +146,19 @@ class _Calls:
 
 
 LINEAR = re.compile("Linear|Lightning")
-"""Modules that are named an attention and have no softmax: a recurrence over the tokens."""
+"""Names of modules that are called an attention but are a recurrence without a softmax."""
 
 
 def _attention_functions() -> list[tuple[Any, str]]:
-    """Whatever computes one attention, with the place where its callers look it up."""
-    found: list[tuple[Any, str]] = [
+    """Return the functions that compute one attention, as (owner, attribute) pairs."""
+    functions: list[tuple[Any, str]] = [
         (F, "scaled_dot_product_attention"),
         (F, "multi_head_attention_forward"),
         (flex, "flex_attention"),
     ]
     name = "eager_attention_forward"
     modules = [module for path, module in sys.modules.items() if path.startswith("transformers.")]
-    return found + [(module, name) for module in modules if name in vars(module)]
+    return functions + [(module, name) for module in modules if name in vars(module)]
 
 
 def _is_leaf_attention(module: nn.Module) -> bool:

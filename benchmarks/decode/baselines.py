@@ -1,7 +1,7 @@
-"""The strongest that a user has without us: one decode attention, in each of its forms.
+"""Decode attention without this package: what PyTorch offers, in each of its forms.
 
-Each function takes the buffers that are rotated, and returns for every form of the same attention
-one call per buffer.
+Each function takes the buffers that are rotated. It returns one call per buffer for every form of
+the same attention.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.decode.problem import Inputs
+from benchmarks.common.problem import Inputs
 
 Attention = Callable[[], Tensor]
-"""One decode attention over tensors of its own: [B, Hq, 1, D]."""
+"""One decode attention over tensors of its own, which returns [B, Hq, 1, D]."""
 Forms = dict[str, list[Attention]]
+"""Calls of equivalent forms of one attention, one call per buffer, by the name of the form."""
 
 
 def flash_forms(buffers: Sequence[Inputs]) -> Forms:
-    """The two ways to flash without a copy of keys and values; no mask."""
+    """Return the two ways to call flash without a copy of keys and values and without a mask."""
     return {
         "enable_gqa": [partial(_flash, each) for each in buffers],
         "group as positions": [partial(_flash_folded, each) for each in buffers],
@@ -31,19 +32,19 @@ def flash_forms(buffers: Sequence[Inputs]) -> Forms:
 
 
 def gqa_forms(buffers: Sequence[Inputs]) -> Forms:
-    """SDPA as one writes it, on whatever backend PyTorch chooses; no mask."""
+    """Return SDPA without a mask, on the backend that PyTorch chooses."""
     return {"default backend": [partial(_gqa, each) for each in buffers]}
 
 
 def flex_forms(buffers: Sequence[Inputs]) -> Forms:
-    """Compiled flex attention with a block mask over the valid lengths, a tensor."""
+    """Return compiled FlexAttention whose block mask depends on a tensor of valid lengths."""
     attend, mask = _compiled(_flex, buffers[0].key.device.type), _block_mask(buffers[0].key)
     calls = [partial(attend, each.query, each.key, each.value, mask) for each in buffers]
     return {"block mask": calls}
 
 
 def masked_forms(buffers: Sequence[Inputs]) -> Forms:
-    """What transformers compiles over a StaticCache: repeated heads, a mask over every slot."""
+    """Return attention as transformers compiles it over a StaticCache: repeated heads, a mask."""
     key = buffers[0].key
     attend = _compiled(_repeated, key.device.type)
     position = torch.full((key.shape[0], 1, 1, 1), key.shape[2] - 1, device=key.device)
@@ -58,7 +59,7 @@ def _flash(inputs: Inputs) -> Tensor:
 
 
 def _flash_folded(inputs: Inputs) -> Tensor:
-    """Query heads of a group are positions of one head: without a mask that is the same."""
+    """Attend with a group's query heads as positions of one head, the same without a mask."""
     query, kv_heads = inputs.query, inputs.key.shape[1]
     folded = query.view(query.shape[0], kv_heads, -1, query.shape[3])
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -82,7 +83,7 @@ def _repeated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor
 
 
 def _repeat(states: Tensor, group: int) -> Tensor:
-    """`repeat_kv` of transformers: [B, Hkv, L, D] to [B, Hkv * group, L, D]."""
+    """Repeat [B, Hkv, L, D] to [B, Hkv * group, L, D] as `repeat_kv` of transformers does."""
     batch, heads, length, head_dim = states.shape
     if group == 1:
         return states
@@ -91,7 +92,7 @@ def _repeat(states: Tensor, group: int) -> Tensor:
 
 
 def _block_mask(key: Tensor) -> BlockMask:
-    """All slots are valid, which only a tensor on the device says."""
+    """Return a block mask of all slots, whose lengths are known to a tensor on the device only."""
     lengths = torch.full((key.shape[0],), key.shape[2], device=key.device)
 
     def valid(row: Tensor, head: Tensor, query: Tensor, slot: Tensor) -> Tensor:  # noqa: ARG001
@@ -102,5 +103,5 @@ def _block_mask(key: Tensor) -> BlockMask:
 
 @cache
 def _compiled(attend: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
-    """Compiled for each shape on a GPU; on a CPU, where only numbers are checked, as it is."""
+    """Compile `attend` for each shape; on a CPU, which only checks numbers, leave it as it is."""
     return attend if device == "cpu" else torch.compile(attend, dynamic=False, fullgraph=True)

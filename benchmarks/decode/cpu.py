@@ -3,8 +3,8 @@
     python -m benchmarks.decode.cpu [--lengths 4096 8192 16384 32768] [--budget 1024]
 
 A 12-layer Llama with GQA and random weights in float32, over a StaticCache whose keys are random.
-Inductor's dense attention and the lychee backend decode the same tokens in the same run; the median
-of the steps counts. Quality cannot be judged on random keys: see `pass_key.py`.
+Inductor's dense attention and the lychee backend decode the same tokens in the same run, and the
+median of the steps counts. Random keys say nothing of quality: `benchmarks.quality` does.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from rich.progress import track
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from benchmarks.common.lengths import tokens
 from benchmarks.common.llama_model import filled_cache
+from lychee_compile.evaluate.cache_argument import cache_argument
 
 WARM_UP, STEPS = 4, 24
 
 
 def decoder() -> Any:
-    """A model of the shape that goals are set for: 12 layers, groups of four query heads."""
+    """Return a random Llama of 12 layers with groups of four query heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,
@@ -42,39 +44,49 @@ def decoder() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def seconds_per_token(forward: Callable[..., Any], cache: StaticCache) -> tuple[float, float]:
-    """Median of the steps after warm-up, and the longest step of the warm-up, in seconds."""
+def seconds_per_token(
+    forward: Callable[..., Any], cache: StaticCache, argument: str
+) -> tuple[float, float]:
+    """Return the median step after the warm-up and the longest step of the warm-up, in seconds.
+
+    `argument` is the name by which `forward` takes `cache`.
+    """
     token = torch.ones(1, 1, dtype=torch.int64)
     times = []
     for _ in range(WARM_UP + STEPS):
         started = time.perf_counter()
-        forward(token, past_key_values=cache)
+        forward(token, **{argument: cache})
         times.append(time.perf_counter() - started)
     return statistics.median(times[WARM_UP:]), max(times[:WARM_UP])
 
 
 @torch.no_grad()
 def main() -> int:
-    """Run the benchmark; the exit status."""
+    """Run the benchmark and return its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
-    parser.add_argument("--budget", type=int, default=1024)
+    parser.add_argument("--lengths", type=tokens, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--budget", type=tokens, default=1024)
     arguments = parser.parse_args()
     model = decoder()
     table = Table("context", "inductor, ms", "lychee, ms", "times faster", "first step, s")
-    room = WARM_UP + STEPS + 1
     for length in track(arguments.lengths, "Contexts"):
         torch.compiler.reset()
-        dense = torch.compile(model)
-        sparse = torch.compile(model, backend="lychee", options={"budget": arguments.budget})
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-            before, _ = seconds_per_token(dense, filled_cache(model, 1, length, length + room))
-            after, first = seconds_per_token(sparse, filled_cache(model, 1, length, length + room))
-        cells = (1e3 * before, 1e3 * after, before / after, first)
+        dense, _ = measured(model, torch.compile(model), length)
+        options = {"budget": arguments.budget}
+        lychee = torch.compile(model, backend="lychee", options=options)
+        sparse, first = measured(model, lychee, length)
+        cells = (1e3 * dense, 1e3 * sparse, dense / sparse, first)
         table.add_row(f"{length:,}", *(f"{cell:.2f}" for cell in cells))
     table.title = f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32"
     Console().print(table)
     return 0
+
+
+def measured(model: Any, forward: Callable[..., Any], length: int) -> tuple[float, float]:
+    """Return `seconds_per_token` of the compiled `forward` over a new cache of `length` keys."""
+    cache = filled_cache(model, 1, length, length + WARM_UP + STEPS + 1)
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        return seconds_per_token(forward, cache, cache_argument(model))
 
 
 if __name__ == "__main__":

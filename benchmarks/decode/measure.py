@@ -1,4 +1,4 @@
-"""All variants at one context length and batch: time, bytes and error, or why there is none."""
+"""Time, bytes and error of all variants at one context length and batch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.decode.baselines import Forms
-from benchmarks.decode.problem import (
+from benchmarks.common.memory import free_bytes, l2_bytes, release
+from benchmarks.common.problem import (
     Inputs,
     Problem,
     buffer_count,
@@ -19,30 +19,34 @@ from benchmarks.decode.problem import (
     reference,
     relative_error,
 )
-from benchmarks.decode.records import FAILED, SKIPPED, UNAVAILABLE, Record
-from benchmarks.decode.timing import Timing, free_bytes, l2_bytes, release, time_calls
+from benchmarks.common.status import FAILED, SKIPPED, UNAVAILABLE
+from benchmarks.common.timing import Timing, time_calls
+from benchmarks.decode.baselines import Forms
+from benchmarks.decode.records import Record
 from benchmarks.decode.variants import Variant
 
 TOLERANCE = 2e-2
-"""An exact variant that is further off is wrong, and its time says nothing."""
+"""Largest relative error of a right exact variant; the time of a wrong one says nothing."""
 NOTE = 160
-"""Characters that are kept of an error."""
+"""Number of characters of an error that a record keeps."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How to measure."""
+    """Settings of all measurements."""
 
     device: torch.device
     budget: int
+    """Tokens that sparse variants read."""
     most_buffers: int
+    """Largest number of caches to rotate."""
     seconds: float
-    """For the replays of each form of a variant."""
+    """Time for the replays of each form of a variant."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What the variants have in common at one context length and batch."""
+    """Inputs and the exact answer that variants share at one context length and batch."""
 
     problem: Problem
     setup: Setup
@@ -54,19 +58,19 @@ class Cell:
 
 
 class TooLargeError(RuntimeError):
-    """There is too little memory for what is to be measured."""
+    """There is too little memory for a measurement."""
 
 
 class UnavailableError(RuntimeError):
-    """There is no such variant."""
+    """There is no such variant on this device."""
 
 
 class WrongError(RuntimeError):
-    """The output is not what it should be."""
+    """The output of a variant is wrong."""
 
 
 def measure(problem: Problem, variants: Sequence[Variant], setup: Setup) -> list[Record]:
-    """One record for each variant; whatever goes wrong is a record, too."""
+    """Return one record for each variant; an error becomes a record, too."""
     try:
         cell = make_cell(problem, variants, setup)
     except Exception as error:  # noqa: BLE001  other cells are still to be measured
@@ -75,7 +79,7 @@ def measure(problem: Problem, variants: Sequence[Variant], setup: Setup) -> list
 
 
 def make_cell(problem: Problem, variants: Sequence[Variant], setup: Setup) -> Cell:
-    """Inputs and the exact answer. Raises `TooLargeError` where not even one cache fits."""
+    """Return inputs and the exact answer. Raise `TooLargeError` if not even one cache fits."""
     torch.compiler.reset()  # every shape is compiled for itself, without a limit of shapes
     release()
     least = min(variant.bytes_read(problem, setup.budget) for variant in variants)
@@ -128,7 +132,7 @@ def _measured(variant: Variant, cell: Cell) -> Record:
 
 
 def _time_forms(forms: Forms, setup: Setup) -> tuple[dict[str, Timing], dict[str, Tensor]]:
-    """Time and first output of each form that runs. Raises what the last one did if none does."""
+    """Return time and first output of each form that runs. Raise the last error if none runs."""
     timings, outputs = {}, {}
     failure: Exception | None = None
     for form, calls in forms.items():

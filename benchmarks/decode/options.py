@@ -1,18 +1,18 @@
-"""The command's options."""
+"""Options of `benchmarks.decode.gpu`."""
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.common.lengths import positive, tokens
 from benchmarks.decode.variants import VARIANTS
 
 SHAPE = ("heads", "kv_heads", "head_dim", "dtype", "budget")
-"""Options that say what is attended to, besides context and batch."""
+"""Options that shape the attention, besides context and batch."""
 DTYPES = ("bfloat16", "float16", "float32")
 CONTEXTS = {"cuda": [1024 << power for power in range(3, 10)], "cpu": [512, 1024]}
 QUICK_CONTEXTS = {"cuda": [8192, 32768, 131072], "cpu": [512]}
@@ -20,10 +20,13 @@ BATCHES = {"cuda": [1, 4, 16], "cpu": [1, 2]}
 SECONDS, QUICK_SECONDS = 0.15, 0.05
 
 
-def parse(given: Sequence[str], page: str | None) -> argparse.Namespace:
-    """Options with their defaults; leaves with a message where they make no sense."""
+def parse(arguments: Sequence[str], page: str | None) -> argparse.Namespace:
+    """Return the options with their defaults; exit with a message if they make no sense.
+
+    The first line of `page` describes the command.
+    """
     parser = _parser(page)
-    chosen = parser.parse_args(given)
+    chosen = parser.parse_args(arguments)
     if chosen.heads % chosen.kv_heads:
         parser.error(f"--heads {chosen.heads} is no multiple of --kv-heads {chosen.kv_heads}")
     if chosen.device == "cuda" and not torch.cuda.is_available():
@@ -54,21 +57,6 @@ def _parser(page: str | None) -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="PATH", help="write everything that was measured")
     add("--plot", type=Path, metavar="PATH", help="draw times and speed-ups")
     return parser
-
-
-def tokens(text: str) -> int:
-    """A number of tokens: "8192" or "8k"."""
-    match = re.fullmatch(r"([0-9]+)(k?)", text.lower())
-    if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, as 8192 or 8k")
-    return int(match[1]) * (1024 if match[2] else 1)
-
-
-def positive(text: str) -> int:
-    """A number from 1 on."""
-    if not re.fullmatch("[0-9]+", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

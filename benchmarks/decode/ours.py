@@ -1,126 +1,81 @@
-"""Our variants as the benchmark calls them, and the bytes that they have to read."""
+"""Our own variants: calls of the generated kernels, and the bytes that they have to read."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from types import ModuleType
 
-import sympy
 import torch
 from torch import Tensor
 
-from benchmarks.decode.problem import Problem
-from lychee_compile.codegen.module import emit_module
-from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
+from benchmarks.common.decode_kernels import (
+    decode_module,
+    newest_slot,
+    sketch_module,
+    sketch_step,
+    sparse_spec,
+)
+from benchmarks.common.problem import Problem
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.kernels.gpu.common.launch_exact import run_exact
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
-from lychee_compile.kernels.gpu.lychee.launch import run_exact, run_sparse
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, SketchLayout, block_size, planes
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, block_size, planes
 from lychee_compile.kernels.gpu.quest.index import QuestIndex
 from lychee_compile.kernels.gpu.quest.launch import run_quest
 from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 from lychee_compile.kernels.policies.registry import make_index
+from lychee_compile.kernels.sizes import PAGE
 
 POLICIES = {"lychee-sparse": "lychee", "quest": "quest"}
-"""Policies of the sparse variants; "lychee-exact" has none."""
+"""Policy of each sparse variant; "lychee-exact" has none."""
 
 
 def prepare(
     name: str, query: Tensor, key: Tensor, value: Tensor, budget: int
 ) -> Callable[[], Tensor]:
-    """One decode attention of `query` [B, Hq, 1, D] over `key`, `value` [B, Hkv, L, D], all valid.
+    """Return a decode attention of `query` [B, Hq, 1, D] over `key`, `value` [B, Hkv, L, D].
 
-    Whatever happens once per cache, as building an index, happens here; what is returned selects
-    and attends, may be captured in a CUDA graph, and returns [B, Hq, 1, D]. Raises
-    NotImplementedError where there is no such variant for these tensors.
+    All keys are valid. This function does whatever happens once per cache, as building an index.
+    The returned call selects, attends and returns [B, Hq, 1, D]; a CUDA graph may capture it. Raise
+    NotImplementedError if there is no such variant for these tensors.
     """
     if name == "lychee-exact":
         return _exact(query, key, value)
     if name == "lychee-sparse":
-        return _sparse(query, key, value, budget)
+        return _sketch(query, key, value, budget)
     if name == "quest":
         return _quest(query, key, value, budget)
     raise NotImplementedError(f"{name} has no kernel")
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
-    module, last = _module(query, key, value, None), _last(key)
-    return lambda: run_exact(module, query, key, value, [last], None)
+    module, last = decode_module(query, key, value, None), newest_slot(key)
+    operands = AttentionOperands(query, key, value, [last])
+    return lambda: run_exact(module, operands)
 
 
-def _sparse(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
-    """Every call sketches the newest key again, as a step of decoding does."""
-    module = sparse_module(query, key, value, budget)
+def _sketch(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
+    """Return a call of "lychee" that sketches the newest key again, as a decoding step does."""
+    module = sketch_module(query, key, value, budget)
     index = SketchIndex(SketchLayout.of(key), key.device)
     index.build(module, key, [key.shape[2]] * key.shape[0])
-    return sparse_step(module, index, query, key, value)
-
-
-def sparse_module(query: Tensor, key: Tensor, value: Tensor, budget: int) -> ModuleType:
-    """The kernels of the policy "lychee"."""
-    config = IndexConfig(budget=budget)
-    sparse = SparseSpec(
-        "lychee", budget, config.sinks, config.recent, config.overfetch, config.flat_tokens
-    )
-    return _module(query, key, value, sparse)
-
-
-def sparse_step(
-    module: ModuleType,
-    index: SketchIndex,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    writes: bool = True,
-) -> Callable[[], Tensor]:
-    """A step of decoding over an index that is built; without `writes` it sketches no key."""
-    last = _last(key)
-    positions = last[None] if writes else None
-    return lambda: run_sparse(
-        module, query, key, value, [last], None, positions, index.layout, index.parts
-    )
+    return sketch_step(module, index, query, key, value)
 
 
 def _quest(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
-    """Every call looks whether the newest key completes a page, as a step of decoding does."""
-    config = IndexConfig(budget=budget, policy="quest")
-    sparse = SparseSpec(
-        "quest", budget, config.sinks, config.recent, config.overfetch, config.flat_tokens
-    )
-    module, last = _module(query, key, value, sparse), _last(key)
+    """Return a call of "quest" that tests if the newest key completes a page, as a step does."""
+    module = decode_module(query, key, value, sparse_spec("quest", budget))
+    last = newest_slot(key)
     index = QuestIndex(QuestLayout.of(key), key.device)
     index.build(module, key, [key.shape[2]] * key.shape[0])
-    positions = last[None]
-    return lambda: run_quest(
-        module, query, key, value, [last], None, positions, index.layout, index.parts
-    )
-
-
-def _module(query: Tensor, key: Tensor, value: Tensor, sparse: SparseSpec | None) -> ModuleType:
-    """The kernels for a causal mask whose offset, the tokens so far, is a tensor."""
-    offset = sympy.Symbol("offset", integer=True)
-    spec = AttentionSpec(
-        str(query.dtype).removeprefix("torch."),
-        query.shape[1] // key.shape[1],
-        query.shape[-1],
-        value.shape[-1],
-        S / math.sqrt(query.shape[-1]),
-        Q + offset >= KV,
-        (Captured("offset", "int64", 0),),
-        sparse=sparse,
-    )
-    return module_cache.load(module_cache.store(emit_module(spec), spec.name).stem)
-
-
-def _last(key: Tensor) -> Tensor:
-    """The slot of the newest token, int64."""
-    return torch.tensor(key.shape[2] - 1, device=key.device)
+    operands = AttentionOperands(query, key, value, [last])
+    used = IndexOperands(index.layout, index.parts, last[None])
+    return lambda: run_quest(module, operands, used)
 
 
 def bytes_read(name: str, problem: Problem, budget: int) -> int:
-    """Bytes of the index that a call reads, and of the keys and values it then attends to."""
+    """Return the bytes of index, keys and values that one call of the variant `name` reads."""
     if name not in POLICIES or budget >= problem.context:
         return problem.cache_bytes()
     config = IndexConfig(budget=budget, policy=POLICIES[name])
@@ -133,7 +88,7 @@ def bytes_read(name: str, problem: Problem, budget: int) -> int:
 
 
 def _sketch_bytes(problem: Problem, config: IndexConfig) -> int:
-    """Axes of all blocks; the sketches of all tokens, or all pages and the tokens of the best."""
+    """Return the bytes of all axes, and of the sketches of all tokens or of pages and the best."""
     fine, coarse = planes(problem.head_dim)
     kept = sum(field.width for field in fine + coarse)
     axes = -(-problem.context // block_size(problem.context)) * (

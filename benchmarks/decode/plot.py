@@ -1,4 +1,4 @@
-"""The results as a picture: time against context, and times faster than flash."""
+"""Picture of the results: time against context, and times faster than flash."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from benchmarks.decode.records import Record, Report, length_name
+from benchmarks.common.lengths import length_name
+from benchmarks.decode.records import Record, Report
 from benchmarks.decode.variants import BASELINE, LABELS
 
 if TYPE_CHECKING:
@@ -15,12 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = (5.0, 3.8)
-"""Inches."""
+"""Width and height of a panel, in inches."""
 MARKERS = "osD^vP*Xhd"
 
 
 def draw(report: Report) -> Figure:
-    """A column for each batch: above microseconds, below times faster, all axes logarithmic."""
+    """Return a figure with a column for each batch: microseconds above, times faster below."""
     from matplotlib.figure import Figure
 
     columns = len(report.batches)
@@ -41,7 +42,7 @@ def draw(report: Report) -> Figure:
 
 
 def save_plot(report: Report, path: Path) -> None:
-    """Draw into `path`, in the format that its suffix names."""
+    """Draw `report` into `path`, in the format that its suffix names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(report).savefig(path, dpi=130)
 
@@ -49,7 +50,7 @@ def save_plot(report: Report, path: Path) -> None:
 def _lines(
     axes: Axes, report: Report, batch: int, height: Callable[[Record], float | None]
 ) -> None:
-    """One line for each variant that has numbers; a variant has the same colour everywhere."""
+    """Draw one line for each variant that has numbers, in the variant's own colour."""
     for variant in report.variants:
         records = [report.find(variant, batch, context) for context in report.contexts]
         points = [(each.context, height(each)) for each in records if each is not None]

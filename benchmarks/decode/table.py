@@ -1,4 +1,4 @@
-"""The results as tables for the terminal, one row a context length."""
+"""Tables of the results for the terminal, one row a context length."""
 
 from __future__ import annotations
 
@@ -9,24 +9,18 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.decode.records import (
-    FAILED,
-    MEASURED,
-    SKIPPED,
-    UNAVAILABLE,
-    Record,
-    Report,
-    length_name,
-)
+from benchmarks.common.lengths import length_name
+from benchmarks.common.status import FAILED, MEASURED, SKIPPED, UNAVAILABLE
+from benchmarks.decode.records import Record, Report
 from benchmarks.decode.variants import BASELINE, LABELS
 
 NO_NUMBER = {UNAVAILABLE: "not available", SKIPPED: "does not fit", FAILED: "failed"}
 L2_PASSES = 2
-"""Under so many passes over the L2 cache a time is marked: part of it may have come from there."""
+"""Passes over the L2 cache under which a time is marked, as L2 may have served part of it."""
 
 
 def heading(report: Report) -> str:
-    """What was measured, on what, with what, in two lines."""
+    """Return two lines that name the device, the versions, and the attention's shape."""
     shape, used = report.shape, report.versions
     return (
         f"{report.device}, torch {used['torch']}, triton {used['triton']}, commit {report.commit}; "
@@ -37,7 +31,7 @@ def heading(report: Report) -> str:
 
 
 def tables(report: Report, batch: int) -> Group:
-    """Times, and what they were reached with, for one batch."""
+    """Return the tables of one batch: times, then bytes, shares of bandwidth and errors."""
     against = f"times faster than {LABELS[BASELINE]}"
     parts = [
         Text(f"Batch {batch}: microseconds for one attention, {against}", "bold"),
@@ -49,7 +43,7 @@ def tables(report: Report, batch: int) -> Group:
 
 
 def time_cell(report: Report, record: Record) -> str:
-    """As "38.5  3.1x", marked where the L2 cache may have helped; or why there is no number."""
+    """Return "38.5  3.1x", with "~" if the L2 cache may have helped; or why there is no number."""
     if record.microseconds is None:
         return NO_NUMBER[record.status]
     digits = 1 if record.microseconds < 1000 else 0
@@ -60,7 +54,7 @@ def time_cell(report: Report, record: Record) -> str:
 
 
 def reading_cell(report: Report, record: Record) -> str:
-    """As "134  81%  2.1e-03"; or why there is no number."""
+    """Return "134  81%  2.1e-03": megabytes, share and error; or why there is no number."""
     share = record.share(report.bandwidth)
     if record.bytes_read is None or share is None:
         return NO_NUMBER[record.status]
@@ -71,7 +65,7 @@ def reading_cell(report: Report, record: Record) -> str:
 
 
 def notes(report: Report, batch: int) -> Iterable[str]:
-    """Why numbers are missing or marked: each reason once, with the contexts it is true of."""
+    """Yield why numbers are missing or marked: each reason once, with its contexts."""
     reasons: dict[str, list[str]] = {}
     for record in report.records:
         if record.batch == batch and record.status != MEASURED:

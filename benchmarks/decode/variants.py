@@ -1,32 +1,32 @@
-"""Every way of attending that is compared: its name, what it reads and how it is called."""
+"""Variants of attention that are compared: name, bytes read and calls of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.common.problem import Inputs, Problem
 from benchmarks.decode import baselines, ours
 from benchmarks.decode.baselines import Forms
-from benchmarks.decode.problem import Inputs, Problem
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the comparison."""
+    """A column of the comparison."""
 
     name: str
-    """As options spell it."""
+    """Name that options use."""
     label: str
-    """As people read it."""
+    """Name that tables show."""
     forms: Callable[[Sequence[Inputs]], Forms] | None = None
-    """Equivalent calls, of which the fastest counts, one per buffer; None: it is ours."""
+    """Equivalent calls, one per buffer, of which the fastest counts; None for our own variants."""
     copies: bool = False
-    """Whether a call writes keys and values out once for every query head."""
+    """True if a call writes keys and values out once for every query head."""
     exact: bool = True
-    """Whether all keys are attended to."""
+    """True if all keys are attended to."""
 
     def prepare(self, buffers: Sequence[Inputs], budget: int) -> Forms:
-        """The calls of each form. Raises NotImplementedError where there is none."""
+        """Return the calls of each form. Raise NotImplementedError if there is no such variant."""
         if self.forms is not None:
             return self.forms(buffers)
         calls = [
@@ -35,13 +35,13 @@ class Variant:
         return {"generated kernels": calls}
 
     def bytes_read(self, problem: Problem, budget: int) -> int:
-        """Bytes that a call cannot do without reading: dense attention, all keys and values."""
+        """Return the bytes that a call has to read; for dense attention all keys and values."""
         if self.forms is not None:
             return problem.cache_bytes()
         return ours.bytes_read(self.name, problem, budget)
 
     def extra_bytes(self, problem: Problem) -> int:
-        """Memory that a call needs besides its inputs."""
+        """Return the bytes of memory that a call needs besides its inputs."""
         return problem.group * problem.cache_bytes() if self.copies and problem.group > 1 else 0
 
 
@@ -56,4 +56,4 @@ VARIANTS = (
 )
 LABELS = {variant.name: variant.label for variant in VARIANTS}
 BASELINE = "sdpa-flash"
-"""What speed-ups are against."""
+"""Name of the variant that speed-ups are computed against."""

@@ -1,1 +1,1 @@
-"""Sparse prefill: time, error, and choices of tiles."""
+"""Benchmarks of prefill: time and error on a GPU, choices of tiles, attention by hand."""

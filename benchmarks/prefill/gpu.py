@@ -1,28 +1,23 @@
-"""Time and error of one causal attention over a whole sequence on a GPU, against PyTorch's best.
+"""Time and error of the causal attention of a prefill on a GPU, against PyTorch's best.
 
     python -m benchmarks.prefill.gpu --tensors FILE [--contexts 8k 32k 128k] [--shares 0.05 0.1 0.2]
         [--json PATH] [--breakdown] [--tune]
 
 Llama-3.1-8B's attention, 32 query heads and 8 KV heads of 128, on queries and keys of a real model
-(`prefill_tensors.py` makes the file); batch 1, bfloat16. Beside SDPA's flash kernel stands what
-FlexAttention makes of a BlockMask: as many pairs as lychee reads, in the blocks of 128 x 128 that
-hold most by lychee's own estimate. Times are medians of calls, choosing included; errors, relative
-to float64 attention over all keys, are means over sampled queries of every head. Without a file of
-tensors they are random, and errors mean nothing. `--device cpu --contexts 512` tries it out.
+(`benchmarks.prefill.tensors` writes the file); batch 1, bfloat16. It is compared with SDPA's flash
+kernel, and with FlexAttention over as many pairs as lychee reads, in the blocks of 128 x 128 that
+hold most by lychee's own estimate. Times are medians of calls, choosing included. Errors, relative
+to float64 attention over all keys, are means over sampled queries of every head. Without a file
+tensors are random, and errors mean nothing. `--device cpu --contexts 512` tries it out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,53 +26,43 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.decode.options import tokens
-from benchmarks.decode.records import commit, device_name, length_name, versions
-from benchmarks.decode.timing import milliseconds
-from benchmarks.prefill.tensors import (
-    HEAD_DIM,
-    HEADS,
-    KV_HEADS,
-    extended,
-    random_tensors,
-    read_tensors,
-)
-from lychee_compile.codegen.module import emit_module
-from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSpec
-from lychee_compile.kernels.gpu.common import module_cache
-from lychee_compile.kernels.gpu.common.tuning import TILES, TileTuning, candidates
-from lychee_compile.kernels.gpu.prefill.launch import TileLaunch, run_tiles
-from lychee_compile.kernels.reference.tiles import TILE
+from benchmarks.common.lengths import length_name, tokens
+from benchmarks.common.provenance import device_name, provenance, write_json
+from benchmarks.common.terminal import make_console
+from benchmarks.common.timing import milliseconds
+from benchmarks.prefill.flex import flex_attention
+from benchmarks.prefill.ours import breakdown, kernels, read_by_tiles, table_of_tunings
+from benchmarks.prefill.tensors import extended, random_tensors, read_tensors
+from benchmarks.prefill.truth import dense_at, error_at
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
 
-SINKS, RECENT = 16, 64
 SAMPLED = 32
-"""Queries of each head whose error is measured, spread over the sequence."""
-SCALE = HEAD_DIM**-0.5
+"""Number of queries of each head whose error is measured, spread over the sequence."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One way of attention at one length."""
+    """Figures of one way of attention at one length."""
 
     way: str
     context: int
     milliseconds: float
     speedup: float
-    """Over SDPA's flash kernel in the same run."""
+    """Times faster than SDPA's flash kernel in the same run."""
     error: float
     """Mean of |o - o_dense| / |o_dense| over sampled queries."""
     pairs: float
-    """Share of the pairs of a query and a key it sees that is computed."""
+    """Share of the pairs of a query and a visible key that is computed."""
     parts: dict[str, float] | None = None
-    """Milliseconds of each kernel."""
+    """Milliseconds of each kernel, by its name."""
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    given = sys.argv[1:] if given is None else given
-    chosen = parse(given)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    device = torch.device(chosen.device)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    chosen = parse(arguments)
+    device, console = torch.device(chosen.device), make_console()
     tensors = read_tensors(chosen.tensors) if chosen.tensors else random_tensors()
     console.print(f"{device_name(device)}, tensors: {chosen.tensors or 'random'}")
     results: list[Result] = []
@@ -89,14 +74,18 @@ def main(given: Sequence[str] | None = None) -> None:
         results += measure(operands, context, chosen, console)
         console.print(table_of([each for each in results if each.context == context]))
         if chosen.json:
-            save(chosen.json, results, given, device)
+            content = provenance("benchmarks.prefill.gpu", arguments, device)
+            write_json(chosen.json, content | {"results": [asdict(each) for each in results]})
 
 
 @torch.no_grad()
 def measure(
-    operands: tuple[Tensor, Tensor, Tensor], context: int, chosen: Any, console: Console
+    operands: tuple[Tensor, Tensor, Tensor],
+    context: int,
+    chosen: argparse.Namespace,
+    console: Console,
 ) -> list[Result]:
-    """All ways at one length, dense attention first."""
+    """Return the results of all ways at one length, dense attention first."""
     query, key, value = operands
     sample = torch.linspace(context // 8, context - 1, SAMPLED).long().to(query.device)
     truth = dense_at(query, key, value, sample)
@@ -113,7 +102,7 @@ def measure(
         with console.status(f"{length_name(context)}, share {share:g}"):
 
             def sparse(share: float = share) -> Tensor:
-                return run_tiles(module, query, key, value, [], None, share)[0]
+                return run_prefill(module, AttentionOperands(*operands), PrefillBudget(share))[0]
 
             took = milliseconds(sparse)
             blocks, pairs = read_by_tiles(module, operands, share)
@@ -129,127 +118,8 @@ def measure(
     return results
 
 
-def kernels(query: Tensor) -> ModuleType:
-    """The generated module for causal attention of this shape."""
-    dtype = str(query.dtype).removeprefix("torch.")
-    group, tiles = HEADS // KV_HEADS, TileSpec(SINKS, RECENT)
-    spec = AttentionSpec(dtype, group, HEAD_DIM, HEAD_DIM, SCALE * S, KV <= Q, tiles=tiles)
-    return module_cache.load(module_cache.store(emit_module(spec), spec.name).stem)
-
-
-def read_by_tiles(
-    module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
-) -> tuple[Tensor, float]:
-    """Keys that each tile chose in each block of 128, int32 [Hq, tiles, blocks]; share of pairs."""
-    query, key, value = operands
-    launch = TileLaunch(module, query, key, value, [], None, share)
-    context, heads = key.shape[2], query.shape[1]
-    tiles, blocks = launch.tiles, -(-context // TILE)
-    held = torch.zeros(heads * tiles, blocks, dtype=torch.int32, device=query.device)
-    read = 0
-    for first_row, count in launch.slices():
-        launch.select(first_row, count)
-        counts, edge = launch.made["counts"][:count].long(), launch.made["edge"][:count].long()
-        always = edge[:, 1] - edge[:, 0] + edge[:, 3] - edge[:, 2] + edge[:, 5] - edge[:, 4]
-        read += int((counts + always).sum())
-        for place in range(count):
-            slots = launch.made["chosen"][place, : int(counts[place])].long()
-            held[first_row + place].scatter_add_(0, slots // TILE, torch.ones_like(slots).int())
-    seen = heads * sum(min((tile + 1) * TILE, context) for tile in range(-(-context // TILE)))
-    return held.view(heads, tiles, blocks)[:, : -(-context // TILE)], read / seen
-
-
-def flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, held: Tensor, pairs: float
-) -> Callable[[], Tensor]:
-    """FlexAttention over as many pairs, in the blocks that hold most of lychee's keys."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    heads, tiles, blocks = held.shape
-    number = torch.arange(blocks, device=held.device)
-    causal = number <= torch.arange(tiles, device=held.device)[:, None]
-    room = (pairs * causal.sum(-1)).ceil().long()
-    near = (number == 0) | (number == torch.arange(tiles, device=held.device)[:, None])
-    rank = held.float().masked_fill(near, torch.inf).masked_fill(~causal, -1)
-    order = rank.argsort(dim=-1, descending=True, stable=True)
-    taken = number < room.clamp(min=2)[:, None]
-    chosen = torch.zeros_like(causal.expand(heads, -1, -1)).scatter(
-        -1, order, taken.expand_as(order)
-    )
-    chosen &= causal
-    diagonal = number == torch.arange(tiles, device=held.device)[:, None]
-
-    def listed(blocks_read: Tensor) -> tuple[Tensor, Tensor]:
-        counts = blocks_read.sum(-1, dtype=torch.int32)[None]
-        indices = blocks_read.int().argsort(dim=-1, descending=True, stable=True).int()[None]
-        return counts, indices
-
-    mask = BlockMask.from_kv_blocks(
-        *listed(chosen & diagonal), *listed(chosen & ~diagonal), BLOCK_SIZE=TILE,
-        mask_mod=lambda _b, _h, q, kv: q >= kv, seq_lengths=(query.shape[2], key.shape[2]),
-    )  # fmt: skip
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(query, key, value, block_mask=mask, enable_gqa=True)
-
-
-def breakdown(
-    module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
-) -> dict[str, float]:
-    """Milliseconds of each kernel, by a profile of one call; empty off a GPU."""
-    if operands[0].device.type != "cuda":
-        return {}
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        run_tiles(module, *operands, [], None, share)
-        torch.cuda.synchronize()
-    names = ("ask", "scan", "choose", "attend")
-    times = {each.key: each.device_time_total / 1e3 for each in found.key_averages()}
-    return {name: times[name] for name in names if name in times}
-
-
-def table_of_tunings(
-    module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
-) -> Table:
-    """Milliseconds of `attend` with each tuning, over the tiles that are done first."""
-    query, key, value = operands
-    table = Table(
-        "queries", "keys", "warps", "stages", "registers", "ms", title=f"attend, share {share:g}"
-    )
-    for tuning in candidates(TILES, key, value):
-        assert isinstance(tuning, TileTuning)
-        launch = TileLaunch(module, query, key, value, [], None, share, tuning=tuning)
-        first = next(launch.slices())
-        launch.select(*first)
-        try:
-            took = f"{milliseconds(partial(launch.attend, *first)):.2f}"
-        except Exception as error:  # noqa: BLE001  the device refuses such tiles
-            took = type(error).__name__
-        table.add_row(*map(str, astuple(tuning)), took)
-    return table
-
-
-def dense_at(query: Tensor, key: Tensor, value: Tensor, sample: Tensor) -> Tensor:
-    """Causal attention in float64 of the queries at `sample`, int64 [N]: [Hq, N, Dv]."""
-    outputs = []
-    group = query.shape[1] // key.shape[1]
-    slot = torch.arange(key.shape[2], device=key.device)
-    for head in range(query.shape[1]):
-        asking = query[0, head, sample].double()
-        score = SCALE * (asking @ key[0, head // group].double().T)
-        share = score.masked_fill(slot > sample[:, None], -torch.inf).softmax(-1)
-        outputs.append(share @ value[0, head // group].double())
-    return torch.stack(outputs)
-
-
-def error_at(output: Tensor, truth: Tensor, sample: Tensor) -> float:
-    """Mean relative error of the queries at `sample`."""
-    off = (output[0, :, sample].double() - truth).norm(dim=-1) / truth.norm(dim=-1)
-    return off.mean().item()
-
-
 def table_of(results: Sequence[Result]) -> Table:
-    """One length."""
+    """Return the table of one length."""
     title = f"{length_name(results[0].context)} tokens, causal, one layer"
     table = Table(
         "way", "ms", "times flash", "error", "pairs", "kernels", title=title, box=SIMPLE_HEAD
@@ -263,26 +133,13 @@ def table_of(results: Sequence[Result]) -> Table:
     return table
 
 
-def save(path: Path, results: Sequence[Result], given: Sequence[str], device: torch.device) -> None:
-    """All that was measured, and with what."""
-    made = {
-        "device": device_name(device),
-        "command": shlex.join(["python", "-m", "benchmarks.prefill.gpu", *given]),
-        "commit": commit(),
-        "versions": versions(),
-        "results": [asdict(each) for each in results],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-
-
-def parse(given: Sequence[str]) -> Any:
-    """The command line."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tensors", type=Path, metavar="FILE", help="made by prefill_tensors.py (random ones)")
+    add("--tensors", type=Path, metavar="FILE", help="from benchmarks.prefill.tensors (random)")
     add("--contexts", type=tokens, nargs="+", default=[8192, 32768, 131072], metavar="N")
     add("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2], metavar="SHARE")
     add("--device", default="cuda", choices=("cuda", "cpu"))
@@ -290,7 +147,7 @@ def parse(given: Sequence[str]) -> Any:
     add("--tune", action="store_true", help="also the time of attend with other tile sizes")
     add("--no-flex", dest="flex", action="store_false", help="leave out FlexAttention")
     add("--json", type=Path, metavar="PATH", help="write what was measured")
-    return parser.parse_args(given)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

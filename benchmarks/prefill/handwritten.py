@@ -2,10 +2,11 @@
 
     python -m benchmarks.prefill.handwritten [--device cuda] [--lengths 1024 4096 16384]
 
-Layers of a GQA Llama, random weights, attention as transformers' "eager" implementation: products,
-a mask tensor and a softmax. Inductor compiles it as it is written; the lychee backend finds the
-attention, sees that its mask is causal, and puts one scaled dot-product attention in its place. The
-same model with attn_implementation="sdpa" under Inductor stands beside: the best there is.
+Layers of a GQA Llama with random weights have the attention of transformers' "eager"
+implementation: products, a mask tensor and a softmax. Inductor compiles it as it is written. The
+lychee backend finds the attention, sees that its mask is causal, and puts one scaled dot-product
+attention in its place. The same model with attn_implementation="sdpa" under Inductor is measured
+in the same run: the best there is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
+from benchmarks.common.lengths import tokens
+from benchmarks.common.provenance import device_name
+
 WARM_UP, REPEATS = 5, 20
 SHAPES = {  # hidden size, layers, query heads, KV heads
     "cpu": (512, 4, 8, 2),
@@ -30,7 +34,7 @@ WAYS = (("eager", "inductor"), ("eager", "lychee"), ("sdpa", "inductor"))
 
 
 def model_of(attention: str, device: str) -> Any:
-    """A model of a few layers; bfloat16 on a GPU, float32 on a CPU."""
+    """Return a model of a few layers; bfloat16 on a GPU, float32 on a CPU."""
     torch.manual_seed(0)
     hidden, layers, heads, kv_heads = SHAPES[device]
     config = LlamaConfig(
@@ -48,7 +52,7 @@ def model_of(attention: str, device: str) -> Any:
 
 
 def measure(forward: Callable[..., Any], ids: Tensor) -> tuple[float, float, Tensor]:
-    """Median seconds, peak GiB beyond what was there (GPU alone), and the hidden states."""
+    """Return median seconds, GiB of GPU memory at the peak over those before, and hidden states."""
     on_gpu = ids.device.type == "cuda"
     output = forward(ids, use_cache=False).last_hidden_state
     for _ in range(WARM_UP):
@@ -71,13 +75,13 @@ def measure(forward: Callable[..., Any], ids: Tensor) -> tuple[float, float, Ten
 
 @torch.no_grad()
 def main() -> int:
-    """Run the benchmark; the exit status."""
+    """Run the benchmark and return its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=sorted(SHAPES), default=usual)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=sorted(SHAPES), default=default)
+    parser.add_argument("--lengths", type=tokens, nargs="+", default=[512, 2048, 8192])
     arguments = parser.parse_args()
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+    name = device_name(torch.device(arguments.device))
     print(f"{name}, torch {torch.__version__}, {SHAPES[arguments.device]}")
     print("tokens   attention  backend    ms         GiB     largest difference")
     for length in arguments.lengths:

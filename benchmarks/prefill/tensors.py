@@ -3,11 +3,11 @@
     python -m benchmarks.prefill.tensors --model DIR --out FILE [--tokens 32000]
         [--text code --text prose --text json]
 
-Takes what the global attentions of a small model see in several texts: of Gemma-3-270M three
-layers with four query heads over one KV head of 256, in each text. A KV head of the benchmark is a
-layer; its sequence is texts one after another, from the next text on in the next head, and begun
-anew with other texts ahead where it has to be longer. Keys and queries are turned onto the 128
-principal axes of a layer's keys, which changes few scores by much; values are cut to as many.
+The tensors are those of the global attentions of a small model in several texts: in Gemma-3-270M
+three layers with four query heads over one KV head of 256. A KV head of the benchmark is a layer.
+Its sequence is one text after another; the next head begins with the next text, and a sequence that
+has to be longer begins again in another order. Keys and queries are rotated onto the 128 principal
+axes of a layer's keys, which changes few scores by much. Values keep 128 of their components.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 GROUP = HEADS // KV_HEADS
 
 Tensors = dict[str, Tensor]
-"""By name, "query.<layer>.<text>" [G, L, D] and "key" and "value" [L, D] likewise."""
+"""Tensors by name: "query.<layer>.<text>" [G, L, D]; "key" and "value" [L, D] likewise."""
 
 
 def main() -> None:
-    """Take the tensors and write them."""
+    """Capture the tensors and write them into a file."""
     from safetensors.torch import save_file
 
     from lychee_compile.evaluate.models import load
@@ -43,38 +43,38 @@ def main() -> None:
     add("--tokens", type=int, default=32000, metavar="N", help="of each text (%(default)s)")
     add("--text", action="append", default=[], metavar="KIND[=FILE]", help="code, prose and json")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args()
-    model, tensors = load(given.model, given.device), {}
-    for number, source in enumerate(given.text or ["code", "prose", "json"]):
+    chosen = parser.parse_args()
+    model, tensors = load(chosen.model, chosen.device), {}
+    for number, source in enumerate(chosen.text or ["code", "prose", "json"]):
         kind, text = read_text(source)
-        ids = model.encode(text[: 16 * given.tokens])[: given.tokens]
-        taken = capture_prefill(model.model, ids, range(len(ids)), text=kind)
-        for layer, site in enumerate(taken.sites):
+        ids = model.encode(text[: 16 * chosen.tokens])[: chosen.tokens]
+        capture = capture_prefill(model.model, ids, range(len(ids)), text=kind)
+        for layer, site in enumerate(capture.sites):
             query, key = site.query[0].float(), site.key[0, 0].float()
             basis = principal_axes(key) if number == 0 else tensors[f"axes.{layer}"]
             tensors[f"axes.{layer}"] = basis
             tensors[f"query.{layer}.{number}"] = query @ basis * site.scale * HEAD_DIM**0.5
             tensors[f"key.{layer}.{number}"] = key @ basis
             tensors[f"value.{layer}.{number}"] = site.value[0, 0, :, :HEAD_DIM]
-        sys.stdout.write(f"{kind}: {len(ids):,} tokens, {len(taken.sites)} attentions\n")
+        sys.stdout.write(f"{kind}: {len(ids):,} tokens, {len(capture.sites)} attentions\n")
     kept = {name: each.bfloat16().contiguous().cpu() for name, each in tensors.items()}
-    save_file({name: each for name, each in kept.items() if name[:4] != "axes"}, given.out)
+    save_file({name: each for name, each in kept.items() if name[:4] != "axes"}, chosen.out)
 
 
 def principal_axes(key: Tensor) -> Tensor:
-    """The directions of most variance of keys [L, D'], their mean's among them: [D', 128]."""
+    """Return the directions of most variance of keys [L, D'], the mean's among them: [D', 128]."""
     return torch.linalg.svd(key, full_matrices=False).Vh[:HEAD_DIM].T
 
 
 def read_tensors(path: Path) -> Tensors:
-    """What `main` wrote."""
+    """Return the tensors that `main` wrote."""
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
 def random_tensors(layers: int = 2, texts: int = 2, tokens: int = 4096) -> Tensors:
-    """Tensors of no model, to try things out."""
+    """Return random tensors of the same shapes, to try benchmarks out."""
     random = torch.Generator().manual_seed(0)
     shapes = {
         "query": (GROUP, tokens, HEAD_DIM),
@@ -90,16 +90,16 @@ def random_tensors(layers: int = 2, texts: int = 2, tokens: int = 4096) -> Tenso
 
 
 def extended(tensors: Tensors, context: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [1, 32, L, 128], key and value [1, 8, L, 128] of `context` tokens, from `tensors`."""
+    """Return query [1, 32, L, 128], key and value [1, 8, L, 128] of `context` tokens."""
     layers = 1 + max(int(name.split(".")[1]) for name in tensors)
     texts = 1 + max(int(name.split(".")[2]) for name in tensors)
 
     def head(name: str, number: int) -> Tensor:
         parts: list[Tensor] = []
-        for place in range(context):
+        for count in range(context):
             if sum(part.shape[-2] for part in parts) >= context:
                 break
-            text = (number // layers + place + place // texts) % texts
+            text = (number // layers + count + count // texts) % texts
             parts.append(tensors[f"{name}.{number % layers}.{text}"])
         return torch.cat(parts, -2)[..., :context, :].to(device)
 

@@ -1,11 +1,12 @@
-"""What the choice of a tile costs: by the heads and positions in it, and by how keys are grouped.
+"""Error of what a tile reads: by the heads and positions in it, and by how keys are grouped.
 
     python -m benchmarks.prefill.tile_choices --tensors FILE [--tiles 6] [--parts 8]
 
-For some tiles of causal sequences (`prefill_tensors.py` makes the file): the relative output error
-where a tile reads a share of runs of keys that hold most of the softmax of its queries (oracle), or
-that its parts estimate to (parts, each of which asks with the mean of its queries). Sinks and the
-last 64 keys are read in any case, and not counted. Means over tiles, layers and texts.
+The table gives the relative output error of tiles of causal sequences, whose tensors
+`benchmarks.prefill.tensors` writes. A tile reads a share of all runs of keys: those that hold most
+of the softmax of its queries (oracle), or most by an estimate in which the mean of each part's
+queries stands for them (parts). Sinks and the last 64 keys are always read, and not counted.
+Errors are means over tiles, layers and texts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -25,60 +27,68 @@ from torch import Tensor
 from benchmarks.prefill.tensors import GROUP, HEAD_DIM, Tensors, read_tensors
 
 FORMS = ((1, 128), (1, 64), (4, 32), (4, 16))
-"""Heads and positions of a tile."""
+"""Numbers of heads and positions of a tile."""
 RUNS = (1, 4, 16)
-"""Neighbouring keys that are read together."""
+"""Numbers of neighbouring keys that are read together."""
 SHARES = (0.05, 0.1, 0.2, 0.3)
 SINKS, RECENT = 16, 64
 
 Row = tuple[int, int, int, str]
-"""Heads and positions of a tile, keys in a run, and how runs are ranked."""
+"""Heads and positions of a tile, keys in a run, and the way in which runs are ranked."""
 
 
 @torch.no_grad()
 def main() -> None:
-    """Measure and show."""
+    """Measure and show all ways to choose."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tensors", type=Path, required=True, metavar="FILE", help="made by prefill_tensors.py")
+    add(
+        "--tensors", type=Path, required=True, metavar="FILE", help="see benchmarks.prefill.tensors"
+    )
     add("--tiles", type=int, default=6, metavar="N", help="of each sequence (%(default)s)")
     add("--parts", type=int, default=8, metavar="N", help="of a tile (%(default)s)")
-    given = parser.parse_args()
-    tensors, errors = read_tensors(given.tensors), defaultdict[tuple[Row, float], list[float]](list)
+    chosen = parser.parse_args()
+    tensors = read_tensors(chosen.tensors)
+    errors = defaultdict[tuple[Row, float], list[float]](list)
     for name in (name for name in tensors if name.startswith("query")):
-        for (heads, positions), number in itertools.product(FORMS, range(given.tiles)):
+        for (heads, positions), number in itertools.product(FORMS, range(chosen.tiles)):
             tile = tile_of(
-                tensors, name.removeprefix("query"), heads, positions, number, given.tiles
+                tensors, name.removeprefix("query"), heads, positions, number, chosen.tiles
             )
-            for row, share, error in measured(tile, heads, positions, given.parts):
+            for row, share, error in measured(tile, heads, positions, chosen.parts):
                 errors[row, share].append(error)
+    Console().print(table_of(errors))
+
+
+def table_of(errors: Mapping[tuple[Row, float], list[float]]) -> Table:
+    """Return a table with one row for each tile form, run length and ranking."""
     table = Table("heads x positions", "keys in a run", "ranked by", box=SIMPLE_HEAD)
     for share in SHARES:
         table.add_column(f"error at {share:g}", justify="right")
     for row in dict.fromkeys(row for row, _ in errors):
         means = (f"{fmean(errors[row, share]):.3f}" for share in SHARES)
         table.add_row(f"{row[0]} x {row[1]}", str(row[2]), row[3], *means)
-    Console().print(table)
+    return table
 
 
 def tile_of(
     tensors: Tensors, name: str, heads: int, positions: int, number: int, tiles: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [heads, P, D] of a tile, and the keys and values [n, D] up to its last."""
+    """Return the queries [heads, P, D] of a tile, and the keys and values [n, D] up to its last."""
     query, key, value = (tensors[f"{each}{name}"].float() for each in ("query", "key", "value"))
     first = torch.linspace(key.shape[0] // 3, key.shape[0] - positions, tiles)[number]
     first = int(first) // positions * positions
     head = number % GROUP if heads == 1 else 0
-    asking = query[head : head + heads, first : first + positions]
-    return asking, key[: first + positions], value[: first + positions]
+    queries = query[head : head + heads, first : first + positions]
+    return queries, key[: first + positions], value[: first + positions]
 
 
 def measured(
     tile: tuple[Tensor, Tensor, Tensor], heads: int, positions: int, parts: int
 ) -> list[tuple[Row, float, float]]:
-    """Errors of all ways to choose for one tile."""
+    """Return the error of every way to choose and every share, for one tile."""
     query, key, value = tile
     rows, seen = query.flatten(0, 1), key.shape[0]
     scale = HEAD_DIM**-0.5
@@ -92,7 +102,7 @@ def measured(
         "oracle": share[:, candidates].mean(0),
         "parts": (scale * (centres @ key[candidates].T)).softmax(-1).mean(0),
     }
-    found = []
+    results = []
     for run, (name, rank) in itertools.product(RUNS, ranks.items()):
         of_runs = rank.view(-1, run).sum(-1)
         order = of_runs.argsort(descending=True)
@@ -107,8 +117,8 @@ def measured(
             kept = share * read
             output = (kept @ value) / kept.sum(-1, keepdim=True)
             error = ((output - dense).norm(dim=-1) / dense.norm(dim=-1)).mean().item()
-            found.append(((heads, positions, run, name), part, error))
-    return found
+            results.append(((heads, positions, run, name), part, error))
+    return results
 
 
 if __name__ == "__main__":

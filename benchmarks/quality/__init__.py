@@ -1,1 +1,1 @@
-"""What a choice of tokens costs: certificates, summaries, look-ups."""
+"""Benchmarks of quality: certificates, summaries of keys, answers of a real model."""

@@ -1,10 +1,11 @@
-"""Is a certificate ever wrong, and how often does it prove something?
+"""Truth of certificates on random keys, and how much they prove on a real model's keys.
 
     python -m benchmarks.quality.certificate [--cases 100000] [--captures CAPTURE ...]
 
-First over random and adversarial keys: the bound of the missed share against the one that is truly
-missed, in float64; exits 1 if one is too low. Then, on captured tensors of a real model, the share
-of queries and heads certified at 10 %, by budget, and what `epsilon=0.1` reads.
+The first table compares bounds of the missed share with the share that is truly missed, in float64,
+over random and adversarial keys; the exit status is 1 if a bound is too low. Another table for each
+capture shows the share of queries and heads certified at 10 %, by budget, and the tokens that
+`epsilon=0.1` reads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from lychee_compile.evaluate.capture import Capture, SiteTensors
+from lychee_compile.evaluate.tensors import Capture, SiteTensors
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.adaptive import certified_attention
@@ -62,7 +63,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def missed(query: Tensor, key: Tensor, selection: Selection) -> Tensor:
-    """Share of the softmax mass that is not read, in float64: [B, Hq, Tq]."""
+    """Return the share of the softmax mass that is not read, float64 [B, Hq, Tq]."""
     heads = key.shape[1]
     group = query.shape[1] // heads
     wide = key.double().repeat_interleave(group, 1)
@@ -72,14 +73,14 @@ def missed(query: Tensor, key: Tensor, selection: Selection) -> Tensor:
 
 
 def certify(index: KVIndex, query: Tensor, key: Tensor, selection: Selection) -> Tensor:
-    """The certificates of a selection: [B, Hq, Tq]."""
+    """Return the certificates of a selection: [B, Hq, Tq]."""
     _, log_read = attend(Operands(query, key, key, None, selection.scale), selection)
     bound = log_unread_bound(index, query, selection)
     return missed_share(key, query, replace(selection, log_unread_bound=bound), log_read)
 
 
 def random_case(seed: int, kind: str) -> tuple[int, int]:
-    """(certificates, of them violated) for one cache, read at a random budget."""
+    """Return (certificates, violated ones) for one cache that is read at a random budget."""
     generator = torch.Generator().manual_seed(seed)
     head_dim = (8, 64, 80)[seed % 3]
     dtype = (torch.float32, torch.float16, torch.bfloat16)[seed // 3 % 3]
@@ -103,7 +104,7 @@ def random_case(seed: int, kind: str) -> tuple[int, int]:
 
 
 def prove(cases: int, console: Console) -> int:
-    """Certificates over random keys; how many were violated."""
+    """Print certificates over random keys, and return how many were violated."""
     table = Table("keys", "certificates", "violated", title="Certificates against float64")
     rounds = -(-cases // (CASES_AT_ONCE * len(KINDS)))
     violated = 0
@@ -117,7 +118,7 @@ def prove(cases: int, console: Console) -> int:
 
 
 def by_budget(capture: Capture, budgets: list[int], console: Console) -> None:
-    """How much is certified at each budget, and what it takes to certify everything."""
+    """Print how much is certified at each budget, and the tokens that certify everything."""
     title = f"{capture.text}, {len(capture.token_ids):,} tokens"
     table = Table("budget", "certified at 10 %", "missed", "with epsilon: tokens", title=title)
     for budget in budgets:
@@ -128,31 +129,31 @@ def by_budget(capture: Capture, budgets: list[int], console: Console) -> None:
 
 
 def _at_budget(capture: Capture, site: SiteTensors, budget: int) -> tuple[float, float, float]:
-    """(certified share, mean missed share, mean tokens that epsilon reads) at one attention."""
+    """Return (certified share, mean missed share, mean tokens with epsilon) of one attention."""
     key, value = site.key.float(), site.value.float()
     config = IndexConfig(budget=budget)
     index = make_index(1, key.shape[1], key.shape[3], config, key.device)
     if capture.strengths is not None:
         slots = torch.arange(len(capture.strengths))[None]
         index.strengths.note(slots, capture.strengths[None])
-    seen = []
-    for place, length in enumerate(capture.lengths.tolist()):
-        query, now = site.query[:, :, place : place + 1].float(), key[:, :, :length]
-        index.extend(now, torch.tensor([length]))
-        operands = Operands(query, now, value[:, :, :length], None, site.scale)
+    rows = []
+    for step, length in enumerate(capture.lengths.tolist()):
+        query, keys = site.query[:, :, step : step + 1].float(), key[:, :, :length]
+        index.extend(keys, torch.tensor([length]))
+        operands = Operands(query, keys, value[:, :, :length], None, site.scale)
         selection = select(index, operands.score_inputs, budget)
-        share = certify(index, query, now, selection)
-        lost = missed(query, now, selection)
+        share = certify(index, query, keys, selection)
+        lost = missed(query, keys, selection)
         _, wider, _ = certified_attention(index, operands, budget, EPSILON)
         read = wider.token_mask().sum(-1).double().mean()
-        seen.append([(share <= EPSILON).double().mean(), lost.mean(), read])
-    certified, lost, read = torch.tensor(seen).mean(0).tolist()
+        rows.append([(share <= EPSILON).double().mean(), lost.mean(), read])
+    certified, lost, read = torch.tensor(rows).mean(0).tolist()
     return certified, lost, read
 
 
 def main() -> int:
-    """Run the benchmark; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Run the benchmark and return its exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--captures", type=Path, nargs="*", default=[])
     parser.add_argument(

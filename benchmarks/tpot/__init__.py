@@ -1,1 +1,1 @@
-"""Time per token of whole models."""
+"""Benchmark of the time per token of whole models."""

@@ -16,20 +16,25 @@ from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM, StaticCache
 
 from benchmarks.common.llama_model import filled_cache, llama_config
-from benchmarks.tpot.records import FAILED, SKIPPED, Record
+from benchmarks.common.status import FAILED, SKIPPED
+from benchmarks.tpot.records import Record
 from benchmarks.tpot.ways import WAYS, Way
 from lychee_compile import backend, torch_private
-from lychee_compile.passes.lower import decode_site
+from lychee_compile.evaluate.cache_argument import cache_argument
+from lychee_compile.passes.lower import kernel_modules
 
 WARM_UP, STEPS, ROUNDS = 8, 16, 5
 ROOM = 256
-"""Slots of a cache that are empty at first."""
+"""Number of slots of a cache that are empty at first."""
 SPARE = 6 << 30
 """Bytes that a model's activations, CUDA graphs and the index of its first layers may take."""
 
+Step = Callable[[Tensor], Tensor]
+"""One step of greedy decoding: the next token [B, 1] after a token [B, 1]."""
+
 
 def llama(layers: int, hidden: int, device: torch.device) -> Any:
-    """Random weights, bfloat16 on a GPU."""
+    """Return a Llama with random weights, bfloat16 on a GPU and float32 elsewhere."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
@@ -40,7 +45,7 @@ def llama(layers: int, hidden: int, device: torch.device) -> Any:
 
 
 def measure(model: Any, name: str, batch: int, context: int, budget: int) -> Record:
-    """One record; whatever goes wrong is a record, too."""
+    """Return the record of one cell; an error becomes a record, too."""
     way, record = WAYS[name], Record(name, batch, context)
     torch.compiler.reset()
     counters.clear()
@@ -65,28 +70,18 @@ def measure(model: Any, name: str, batch: int, context: int, budget: int) -> Rec
 
 def _measure(model: Any, way: Way, record: Record, budget: int) -> None:
     model.set_attn_implementation(way.attention)
-    held = max(record.context - ROOM, 1)
-    cache = filled_cache(model, record.batch, held, record.context)
-    forward = way.compiled(model.forward, budget)
+    filled = max(record.context - ROOM, 1)
+    cache = filled_cache(model, record.batch, filled, record.context)
+    step = _step(model, way.compiled(model.forward, budget), cache)
     token = torch.ones(record.batch, 1, dtype=torch.int64, device=model.device)
     with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         with _timed_compilation() as spent:
             started = time.perf_counter()
-            token = _step(forward, cache, token)
+            token = step(token)
             record.first_step_seconds = time.perf_counter() - started
         record.inductor_seconds, record.lychee_seconds = spent["inductor"], spent["lychee"]
         record.kernel_seconds = spent["kernels"]
-        for _ in range(WARM_UP):
-            token = _step(forward, cache, token)
-        times = []
-        for _ in range(ROUNDS):
-            _synchronise(token)
-            started = time.perf_counter()
-            for _ in range(STEPS):
-                token = _step(forward, cache, token)
-            _synchronise(token)
-            times.append((time.perf_counter() - started) / STEPS)
-    record.milliseconds = 1e3 * statistics.median(times)
+        record.milliseconds = 1e3 * _seconds_per_step(step, token)
     record.graph_skips = counters["inductor"]["cudagraph_skips"]
     record.sites = {
         kind: counters["lychee"][kind]
@@ -95,15 +90,34 @@ def _measure(model: Any, way: Way, record: Record, budget: int) -> None:
     }
 
 
-def _step(forward: Callable[..., Any], cache: StaticCache, token: Tensor) -> Tensor:
-    """The next token, greedily; nothing waits for it."""
-    logits = forward(token, past_key_values=cache, use_cache=True).logits
-    return logits[:, -1:].argmax(-1).clone()
+def _seconds_per_step(step: Step, token: Tensor) -> float:
+    """Return the median over rounds of the mean time of a step, after a warm-up."""
+    for _ in range(WARM_UP):
+        token = step(token)
+    times = []
+    for _ in range(ROUNDS):
+        _synchronise(token)
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            token = step(token)
+        _synchronise(token)
+        times.append((time.perf_counter() - started) / STEPS)
+    return statistics.median(times)
+
+
+def _step(model: Any, forward: Callable[..., Any], cache: StaticCache) -> Step:
+    """Return a step of `forward`, that of `model` compiled, over `cache`; it does not wait."""
+    arguments = {cache_argument(model): cache, "use_cache": True}
+
+    def step(token: Tensor) -> Tensor:
+        return forward(token, **arguments).logits[:, -1:].argmax(-1).clone()
+
+    return step
 
 
 @contextmanager
 def _timed_compilation() -> Iterator[dict[str, float]]:
-    """Seconds spent in Inductor, in our backend around it, and of these in trying kernels."""
+    """Yield the seconds spent in Inductor, in our backend around it, and in trying kernels."""
     spent = {"inductor": 0.0, "lychee": 0.0, "kernels": 0.0}
 
     def timed(owner: Any, name: str, kind: str) -> Any:
@@ -111,11 +125,11 @@ def _timed_compilation() -> Iterator[dict[str, float]]:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             started, before = time.perf_counter(), spent["inductor"]
-            made = call(*args, **kwargs)
+            result = call(*args, **kwargs)
             spent[kind] += time.perf_counter() - started
             if kind == "lychee":
                 spent[kind] -= spent["inductor"] - before
-            return made
+            return result
 
         return patch.object(owner, name, run)
 
@@ -123,7 +137,7 @@ def _timed_compilation() -> Iterator[dict[str, float]]:
         timed(torch_private, "inductor", "inductor"),
         timed(backend, "analyse", "lychee"),
         timed(backend, "_compile_rewritten", "lychee"),
-        timed(decode_site, "try_kernels", "kernels"),
+        timed(kernel_modules, "try_kernels", "kernels"),
     ):
         yield spent
 

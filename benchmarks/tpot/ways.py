@@ -1,4 +1,4 @@
-"""The ways to decode that are compared: what a user has, and ours."""
+"""Ways to decode that are compared: those that users have without this package, and ours."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 FLASH = "dense_gqa"
+"""Name by which transformers knows the baseline without `repeat_kv`."""
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,22 @@ class Way:
     """One way to call a model's forward for each token."""
 
     label: str
-    given: Mapping[str, Any] | None
-    """What `torch.compile` is given; None: not compiled."""
+    """Name that tables show."""
+    compile_arguments: Mapping[str, Any] | None
+    """Arguments of `torch.compile`; None if the model is not compiled."""
     attention: str = "sdpa"
-    """transformers' implementation of attention."""
+    """Name of transformers' implementation of attention."""
     sparse: bool = False
+    """True if the budget is among the options of the backend."""
 
     def compiled(self, forward: Callable[..., Any], budget: int) -> Callable[..., Any]:
-        """The forward to call; `budget` counts if it is sparse."""
-        if self.given is None:
+        """Return the forward to call; a sparse one reads `budget` tokens."""
+        if self.compile_arguments is None:
             return forward
-        given = dict(self.given)
+        arguments = dict(self.compile_arguments)
         if self.sparse:
-            given["options"] = {**given["options"], "budget": budget}
-        return torch.compile(forward, fullgraph=True, **given)
+            arguments["options"] = {**arguments["options"], "budget": budget}
+        return torch.compile(forward, fullgraph=True, **arguments)
 
 
 def _flash(
@@ -45,9 +48,9 @@ def _flash(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over the whole buffer, without copies of grouped keys and without a mask.
+    """Attend to the whole buffer, without copies of grouped keys and without a mask.
 
-    The fastest that dense attention gets: right only where the buffer is full.
+    This is the fastest that dense attention gets. It is right only if the buffer is full.
     """
     output = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2), None
@@ -69,4 +72,4 @@ WAYS = {
     "exact": Way("lychee exact", _LYCHEE),
     "sparse": Way("lychee sparse", _LYCHEE, sparse=True),
 }
-"""All compiled ones with mode="reduce-overhead"."""
+"""Ways by name; all that are compiled have mode="reduce-overhead"."""

@@ -2,8 +2,9 @@
 
     python examples/models/encoder_decoder.py
 
-In evaluation mode the encoder runs PyTorch's fused operators, a whole layer each; the decoder's
-self- and cross-attention are scaled dot-product attentions.
+In evaluation mode the encoder runs PyTorch's fused operators, a layer each. The decoder's self- and
+cross-attention are scaled dot-product attentions. This file is the input of a compilation, so it
+only shows what `explain` finds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ VOCABULARY, PADDING, WIDTH, HEADS, LAYERS = 100, 0, 64, 4, 2
 
 
 class Translator(nn.Module):
-    """Words of one language in, logits over those of another out."""
+    """Translator of token ids of one language to logits over those of another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +31,7 @@ class Translator(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Logits [B, T, vocabulary] after each of `target` [B, T], given all of `source` [B, S]."""
+        """Return logits [B, T, vocabulary] after each of `target` [B, T], given `source` [B, S]."""
         causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
         hidden = self.transformer(
             self._embed(source),
@@ -46,8 +47,8 @@ class Translator(nn.Module):
         position = torch.arange(ids.shape[1])[:, None]
         frequencies = torch.exp(torch.arange(0, WIDTH, 2) * (-math.log(10000.0) / WIDTH))
         angles = position * frequencies
-        places = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-        return self.words(ids) * math.sqrt(WIDTH) + places
+        positions = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        return self.words(ids) * math.sqrt(WIDTH) + positions
 
 
 @torch.no_grad()

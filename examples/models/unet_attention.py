@@ -3,7 +3,8 @@
     python examples/models/unet_attention.py
 
 Queries, keys and values come from 1 x 1 convolutions, channels before pixels. The single-head block
-is that of DDPM, the multi-head one that of guided diffusion; the prompt is attended to besides.
+is that of DDPM, the multi-head block that of guided diffusion; a third block attends to a prompt.
+This file is the input of a compilation, so it only shows what `explain` finds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import lychee_compile
 
 
 class SingleHeadAttention(nn.Module):
-    """All channels are one head; three convolutions."""
+    """Attention with all channels in one head, and three convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -25,7 +26,7 @@ class SingleHeadAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
+        """Map x [B, C, H, W] to the same shape."""
         B, C, H, W = x.shape
         h = self.norm(x)
         q = self.query(h).reshape(B, C, H * W).permute(0, 2, 1)
@@ -37,7 +38,7 @@ class SingleHeadAttention(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Heads side by side in the channels; one convolution, one einsum over batch and heads."""
+    """Attention with heads in the channels: one convolution, one einsum over batch and heads."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class MultiHeadAttention(nn.Module):
         self.project = nn.Conv1d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
+        """Map x [B, C, H, W] to the same shape."""
         B, C, *grid = x.shape
         x = x.reshape(B, C, -1)
         qkv = self.query_key_value(self.norm(x)).reshape(B * self.heads, 3 * C // self.heads, -1)
@@ -60,7 +61,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class PromptAttention(nn.Module):
-    """Pixels ask, the prompt's tokens answer; heads are folded into the batch."""
+    """Attention from pixels to the prompt's tokens, with heads folded into the batch."""
 
     def __init__(self, channels: int, prompt_width: int, heads: int) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ class PromptAttention(nn.Module):
         self.project = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
-        """Images [B, C, H, W] and a prompt [B, S, prompt_width] to images."""
+        """Map images [B, C, H, W] and a prompt [B, S, prompt_width] to images."""
         pixels = x.flatten(2).transpose(1, 2)
         q = self._heads_to_batch(self.query(self.norm(pixels)))
         k = self._heads_to_batch(self.key(prompt))
@@ -89,7 +90,7 @@ class PromptAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down, attention in the middle, up again beside what was there."""
+    """U-Net of one level: down, attention in the middle, up again with a skip connection."""
 
     def __init__(self, channels: int = 32, prompt_width: int = 24) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class UNet(nn.Module):
         self.leave = nn.Conv2d(2 * channels, 3, kernel_size=3, padding=1)
 
     def forward(self, image: Tensor, prompt: Tensor) -> Tensor:
-        """Images [B, 3, H, W] of even sides and a prompt [B, S, prompt_width] to images."""
+        """Map images [B, 3, H, W] of even sides and a prompt [B, S, prompt_width] to images."""
         beside = self.enter(image)
         x = self.single(self.down(beside))
         x = self.multi(self.prompt(x, prompt))

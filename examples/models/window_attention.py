@@ -2,8 +2,9 @@
 
     python examples/models/window_attention.py
 
-A table gives the bias of each head and distance; patches that the shift brought into one window,
-though they are no neighbours, do not see each other.
+A table gives the bias of each head and distance. The shift brings patches into one window that are
+no neighbours, and the mask hides them from each other. This file is the input of a compilation, so
+it only shows what `explain` finds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class ShiftedWindowAttention(nn.Module):
         self.register_buffer("relative_position_index", relative_positions(window).flatten())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] to the same; the window divides H and W."""
+        """Map x [B, H, W, C] to the same shape; the window size divides H and W."""
         B, H, W, C = x.shape
         if self.shift:
             x = torch.roll(x, shifts=(-self.shift, -self.shift), dims=(1, 2))
@@ -52,15 +53,15 @@ class ShiftedWindowAttention(nn.Module):
 
 
 def relative_positions(window: int) -> Tensor:
-    """Row of the bias table for each query and key of a window, int64 [N, N]."""
+    """Return the row of the bias table for each query and key of a window, int64 [N, N]."""
     grid = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-    places = torch.stack(grid).flatten(1)
-    vertical, horizontal = places[:, :, None] - places[:, None, :] + window - 1
+    positions = torch.stack(grid).flatten(1)
+    vertical, horizontal = positions[:, :, None] - positions[:, None, :] + window - 1
     return vertical * (2 * window - 1) + horizontal
 
 
 def shift_mask(height: int, width: int, window: int, shift: int) -> Tensor:
-    """0 where query and key were neighbours before the shift, -100 elsewhere: [windows, N, N]."""
+    """Return 0 for neighbours before the shift and -100 for others, [windows, N, N]."""
     regions = torch.zeros(height, width)
     slices = ((0, -window), (-window, -shift), (-shift, None))
     count = 0
@@ -74,21 +75,21 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> Tensor:
 
 
 def partition(x: Tensor, window: int) -> Tensor:
-    """[B, H, W, C] to windows [B * windows, N, C]."""
+    """Cut x [B, H, W, C] into windows [B * windows, N, C]."""
     B, H, W, C = x.shape
     x = x.view(B, H // window, window, W // window, window, C)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, window * window, C)
 
 
 def merge(windows: Tensor, shape: tuple[int, int, int, int], window: int) -> Tensor:
-    """Undo `partition`."""
+    """Undo `partition`: join windows to the `shape` (B, H, W, C)."""
     B, H, W, C = shape
     x = windows.view(B, H // window, W // window, window, window, C)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(shape)
 
 
 class SwinBlock(nn.Module):
-    """Window attention and a feed-forward layer, each after a norm and beside a residual."""
+    """Window attention and a feed-forward layer, each with a norm and a residual."""
 
     def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
         super().__init__()
@@ -99,13 +100,13 @@ class SwinBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] to the same."""
+        """Map x [B, H, W, C] to the same shape."""
         x = x + self.attention(self.norm_1(x))
         return x + self.feed_forward(self.norm_2(x))
 
 
 class Stage(nn.Module):
-    """A block on windows and a block on shifted ones, over the patches of an image."""
+    """Two blocks over the patches of an image: one on windows, one on shifted windows."""
 
     def __init__(self, width: int = 32, heads: int = 4, window: int = 4) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class Stage(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to features [B, H / 2, W / 2, width]."""
+        """Map images [B, 3, H, W] to features [B, H / 2, W / 2, width]."""
         return self.blocks(self.patches(image).permute(0, 2, 3, 1))
 
 

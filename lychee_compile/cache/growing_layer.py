@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from lychee_compile.kernels.gpu.lychee.layout import TILE
+from lychee_compile.kernels.sizes import whole_scans
 
 ROOM = 1024
 """Least number of free slots when a cache chooses its own capacity."""
@@ -185,8 +185,8 @@ def mark_static(layer: Any) -> None:
 
 
 def rounded(slots: int) -> int:
-    """Round `slots` up to a whole number of tiles."""
-    return -(-slots // TILE) * TILE
+    """Round `slots` up to a whole number of the blocks that kernels scan."""
+    return whole_scans(slots)
 
 
 def larger(slots: int, needed: int) -> int:

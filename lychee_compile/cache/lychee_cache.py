@@ -32,7 +32,7 @@ class LycheeCache(Cache):
         model.forward = torch.compile(model.forward, backend="lychee")
         model.generate(**inputs, cache=LycheeCache(model.config), disable_compile=True)
 
-    (The argument is called `past_key_values` in older releases of transformers, such as 5.17.)
+    Older releases of transformers call the argument `past_key_values`.
 
     To compiled graphs it is a static cache of its present capacity, with its length on the device,
     so that CUDA graphs work. It grows outside of graphs. `generate()` announces the tokens of each

@@ -1,1 +1,1 @@
-"""From the specification of an attention site to a self-contained Triton module."""
+"""Generation of a self-contained Triton module from the specification of an attention site."""

@@ -1,4 +1,4 @@
-"""Conditions on a key's slot that are bounds: of them comes the range of slots a query sees."""
+"""Conditions on a key's slot that are bounds, and the range of slots that they leave a query."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lychee_compile.codegen.specification import KV, KV_LEN, H
 
 @dataclass(frozen=True)
 class KeyBound:
-    """kv <= key, or kv >= key."""
+    """The bound kv <= key if `upper`, else kv >= key."""
 
     key: sympy.Expr
     upper: bool
@@ -22,7 +22,7 @@ class KeyBound:
 
 
 def key_bound(condition: Boolean) -> KeyBound | None:
-    """A condition as a bound on kv, None where it is none."""
+    """Return a condition as a bound on kv; None if it is no bound."""
     if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
         return None
     greater, less = condition.gts, condition.lts
@@ -38,9 +38,9 @@ def key_bound(condition: Boolean) -> KeyBound | None:
 
 
 def visible_range(visible: Boolean) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """First slot that a query sees and the one after the last, where it sees all between.
+    """Return the first slot that a query sees and the one after the last.
 
-    None where holes are possible, or heads see different slots.
+    The query sees all slots between them. None if holes are possible or heads see different slots.
     """
     if visible.has(H) or any(key_bound(condition) is None for condition in _conditions(visible)):
         return None
@@ -48,7 +48,10 @@ def visible_range(visible: Boolean) -> tuple[sympy.Expr, sympy.Expr] | None:
 
 
 def outer_range(visible: Boolean) -> tuple[sympy.Expr, sympy.Expr]:
-    """First slot that a query may see and the one after the last; it need not see all between."""
+    """Return bounds of the slots that a query sees: the first one and the one after the last.
+
+    The query need not see all slots between them.
+    """
     bounds = [key_bound(each) for each in _conditions(visible) if not each.has(H)]
     first = [bound.key for bound in bounds if bound and not bound.upper]
     ends = [bound.key + 1 for bound in bounds if bound and bound.upper]

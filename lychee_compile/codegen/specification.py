@@ -1,4 +1,4 @@
-"""What a kernel is generated for: everything about one attention site that its code depends on."""
+"""The specification of a module: everything about one attention site that its code depends on."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 S = sympy.Symbol("s", real=True)
-"""The raw score, a product of a query and a key."""
+"""The raw score: the product of a query and a key."""
 B, H, Q, KV, KV_LEN = (
     sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "kv", "kv_len")
 )
-"""Row of the batch, query head, query position within the call, slot of the cache, slots."""
+"""Batch row, query head, query position within the call, slot of the cache, number of slots."""
 
 SHORT_DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A tensor that the score or the mask reads."""
+    """A tensor whose elements the score or the mask reads."""
 
     name: str
-    """What expressions call it: `sympy.IndexedBase(name)`."""
+    """Name of the tensor in expressions: `sympy.IndexedBase(name)`."""
     dtype: str
-    """"bool", "float32", "int64", ..."""
+    """Name of a dtype: "bool", "float32", "int64", ..."""
     rank: int
 
 
 @dataclass(frozen=True)
 class SparseSpec:
-    """How a sparse site selects. All lengths are in tokens."""
+    """The selection of a step of decoding. All lengths are in tokens."""
 
     policy: str
+    """Name of the policy that selects."""
     budget: int
     sinks: int
     recent: int
@@ -42,8 +43,10 @@ class SparseSpec:
 
 @dataclass(frozen=True)
 class TileSpec:
-    """How tiles of a whole sequence choose what they read. All lengths are in tokens."""
+    """The choice of the tiles of a prefill. All lengths are in tokens."""
 
+    policy: str
+    """Name of the policy that chooses."""
     sinks: int
     recent: int
 
@@ -52,35 +55,39 @@ class TileSpec:
 class AttentionSpec:
     """One attention: softmax(score(q.k)) v over the visible keys of a cache.
 
-    Batch, lengths, the number of heads and strides are arguments of the kernels, not part of this.
+    Batch, lengths, number of heads and strides are no part of it: kernels take them as arguments.
     """
 
     dtype: str
-    """Of query, key and value: a key of `SHORT_DTYPES`."""
+    """Dtype of query, key and value: a key of `SHORT_DTYPES`."""
     group: int
     """Query heads that share a KV head."""
     head_dim: int
     value_dim: int
     score: sympy.Expr
-    """Of S, B, H, Q, KV and elements of captured tensors."""
+    """Score before the softmax, of S, B, H, Q, KV and elements of captured tensors."""
     visible: Boolean = sympy.true
-    """Which keys a query sees, of B, H, Q, KV, KV_LEN and elements of captured tensors."""
+    """Condition for a visible key, of B, H, Q, KV, KV_LEN and elements of captured tensors."""
     captured: tuple[Captured, ...] = ()
     extra: bool = False
-    """Whether there is an extra logit without a value, an attention sink."""
+    """True if there is an extra logit without a value, as of an attention sink."""
     sparse: SparseSpec | None = None
-    """How a step of decoding selects; None: it does not."""
+    """Selection of a step of decoding; None: it reads all keys."""
     tiles: TileSpec | None = None
-    """How tiles of a whole sequence do; None: this is for decoding."""
+    """Choice of the tiles of a prefill; None: the site is for decoding."""
     autotune: bool = False
-    """Whether tile sizes are measured at the first call."""
+    """True if tile sizes are measured at the first call."""
+
+    @property
+    def policy(self) -> str | None:
+        """Return the name of the policy that selects keys; None: all visible keys are read."""
+        chosen = self.sparse if self.tiles is None else self.tiles
+        return None if chosen is None else chosen.policy
 
     @property
     def name(self) -> str:
-        """A readable key, "decode_lychee_bf16_g4_d128_b1024"."""
-        parts = ["decode", "exact" if self.sparse is None else self.sparse.policy]
-        if self.tiles is not None:
-            parts = ["prefill", "lychee"]
+        """Return a readable name, such as "decode_lychee_bf16_g4_d128_b1024"."""
+        parts = ["decode" if self.tiles is None else "prefill", self.policy or "exact"]
         parts += [SHORT_DTYPES[self.dtype], f"g{self.group}", f"d{self.head_dim}"]
         if self.value_dim != self.head_dim:
             parts.append(f"v{self.value_dim}")

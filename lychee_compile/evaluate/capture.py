@@ -1,8 +1,8 @@
-"""What sparse attention works on, taken from a real model through the backend itself.
+"""Queries, keys and values of sparse attentions, captured from a model through the backend.
 
-A document is prefilled densely; at the positions asked for, single tokens are decoded through
-`torch.compile(model, backend="lychee")` under a policy that reads every key, so that the model's
-hidden states stay those of dense attention while each attention is one that the backend rewrote.
+A document is prefilled densely. At chosen positions single tokens are decoded through
+`torch.compile(model, backend="lychee")` under a policy that reads every key. The model's hidden
+states stay those of dense attention, while each attention is one that the backend rewrote.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.evaluate.collector import Collector
 from lychee_compile.evaluate.errors import EvaluationError
 from lychee_compile.evaluate.models import compiled, device_of, new_cache, nothing, read_on
@@ -27,7 +28,7 @@ __all__ = ["Capture", "SiteTensors", "capture", "last_positions"]
 
 
 def last_positions(length: int, steps: int) -> list[int]:
-    """The last `steps` positions of a sequence of `length` tokens."""
+    """Return the last `steps` positions of a sequence of `length` tokens."""
     return list(range(length - steps, length))
 
 
@@ -43,17 +44,18 @@ def capture(
     text: str = "",
     advance: Callable[[int], object] = nothing,
 ) -> Capture:
-    """Tensors of every attention of `model` over a whole sequence, at `positions`, ascending.
+    """Return tensors of every global attention of `model`, with the queries at `positions`.
 
-    `model` is a causal language model of transformers, `token_ids` int64 [L]; what follows the last
-    position is not read. `strengths`, uint8 [L], go into the capture; `sites` are patterns as in
-    file names, all where there are none. `advance` is called with how many tokens were read.
-    Raises `EvaluationError` where positions do not fit or the backend rewrites no attention.
+    `model` is a causal language model of transformers. `token_ids` are int64 [L]; tokens after the
+    last of the ascending `positions` are not read. `strengths`, uint8 [L], go into the capture.
+    `sites` are patterns of module paths as in file names; no patterns mean all attentions.
+    `advance` is called with the number of tokens that were read. Raise `EvaluationError` if
+    positions do not fit or the backend rewrites no attention.
     """
     token_ids = token_ids.flatten()
     _check_positions(positions, len(token_ids))
     length, device = positions[-1] + 1, device_of(model)
-    forward = compiled(model, read_all_options())
+    forward, argument = compiled(model, read_all_options()), cache_argument(model)
     collector, cache, read = Collector(sites), new_cache(model), 0
     observers.append(collector)
     try:
@@ -62,16 +64,16 @@ def capture(
                 read_on(model, cache, token_ids[read:position], advance)
                 collector.begin(position, final=position == positions[-1])
                 token = token_ids[None, position : position + 1].to(device)
-                forward(token, past_key_values=cache, logits_to_keep=1)
+                forward(token, **{argument: cache}, logits_to_keep=1)
                 advance(1)
                 read = position + 1
     finally:
         observers.remove(collector)
-    found = collector.tensors()
-    if not found:
-        raise EvaluationError(_nothing_seen(collector, sites))
-    known = None if strengths is None else strengths.flatten()[:length].cpu()
-    return Capture(found, torch.tensor(positions), token_ids[:length].cpu(), known, name, text)
+    captured = collector.tensors()
+    if not captured:
+        raise EvaluationError(_nothing_captured(collector, sites))
+    kept = None if strengths is None else strengths.flatten()[:length].cpu()
+    return Capture(captured, torch.tensor(positions), token_ids[:length].cpu(), kept, name, text)
 
 
 def _check_positions(positions: Sequence[int], length: int) -> None:
@@ -83,12 +85,14 @@ def _check_positions(positions: Sequence[int], length: int) -> None:
         )
 
 
-def _nothing_seen(collector: Collector, sites: Sequence[str]) -> str:
-    """Why no site was captured."""
+def _nothing_captured(collector: Collector, sites: Sequence[str]) -> str:
+    """Return a message on why no site was captured."""
     reasons = [f"{name}: {reason}" for name, reason in collector.skipped.items()]
     if not reasons:
-        found = [site for report in reports() for site in report.sites]
-        reasons = sorted({f"{site.name}: {site.decision}, {site.reason}" for site in found})
+        reported = [site for report in reports() for site in report.sites]
+        reasons = sorted(
+            {f"{site.name}: {site.decision}, {site.reason or site.reads}" for site in reported}
+        )
     among = f" among those named {', '.join(sites)}" if sites else ""
     listed = "; ".join(reasons[:4]) or "the backend found no attention"
-    return f"no attention over the whole sequence was captured{among}: {listed}"
+    return f"no global attention was captured{among}: {listed}"

@@ -1,4 +1,4 @@
-"""The command line: `python -m lychee_compile evaluate ...`."""
+"""Command line of `python -m lychee_compile evaluate`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, NoReturn
 from lychee_compile.evaluate.errors import EvaluationError, require
 from lychee_compile.evaluate.models import DTYPES, check_device
 from lychee_compile.evaluate.task_texts import TASKS
-from lychee_compile.evaluate.variants import check_budgets, check_whole, parse_variants
+from lychee_compile.evaluate.variants import check_budgets, check_prefill, parse_variants
 from lychee_compile.kernels.config import BOUNDARIES
 
 PEERS = "lychee,quest,clusterkv,tokenselect,hisa,streaming,oracle"
 CHUNKED = "lychee,oracle"
-WHOLE = "lychee,streaming,dhsa,s2o,compact"
+PREFILL = "lychee,streaming,dhsa,s2o,compact"
 DRIFTING = "lychee,lychee:repair=False,quest,clusterkv"
 SUBJECTS = {
     "fidelity": "captured softmax mass, output error, bytes read and certificates",
     "drift": "error against generated tokens, of an index that follows and of one built anew",
     "tasks": "pass keys, look-ups in JSON and code, and copying, by the model itself",
     "text": "chunks cut at boundaries against fixed ones, by kind of text",
-    "prefill": "whole sequences: captured mass and output error against query-key pairs computed",
+    "prefill": "prefill: captured mass and output error against query-key pairs computed",
     "all": "all of these, one after another",
 }
 READ = "tokens read per KV head and step"
@@ -36,21 +36,20 @@ examples:
   %(prog)s prefill --model DIR --length 12288 --shares 0.1,0.2,0.3
   %(prog)s tasks --model DIR --tasks pass-key,json-lookup --length 32000 --device cuda
 
-A policy is a name, with options of the backend where it is to run in a special form:
-lychee:recent=32:boundaries=fixed
+A policy is a name, or a name with options of the backend: lychee:recent=32:boundaries=fixed
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose errors are one line."""
+    """Parser of a command line whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse in one line, without the usage."""
+        """Raise `EvaluationError` with `message`, without the usage."""
         raise EvaluationError(message)
 
 
 def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
-    """Add the `evaluate` command to those of `python -m lychee_compile`."""
+    """Add the `evaluate` command to the commands of `python -m lychee_compile`."""
     evaluate = commands.add_parser(
         "evaluate",
         help="measure policies on a real model",
@@ -77,7 +76,7 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
 
 def _add_common(parser: argparse.ArgumentParser, subject: str) -> None:
     add = parser.add_argument
-    policies = {"text": CHUNKED, "drift": DRIFTING, "prefill": WHOLE}.get(subject, PEERS)
+    policies = {"text": CHUNKED, "drift": DRIFTING, "prefill": PREFILL}.get(subject, PEERS)
     _named(parser, "--model", "a causal language model: a folder or a name", metavar="DIR")
     _named(parser, "--device", "where it runs and policies are replayed", default="cpu")
     add("--dtype", choices=tuple(DTYPES), help="of the model (float32 on a CPU, else bfloat16)")
@@ -148,51 +147,51 @@ def _number(parser: argparse.ArgumentParser, name: str, default: int, summary: s
     parser.add_argument(name, type=_positive, default=default, metavar="N", help=shown)
 
 
-def run(given: argparse.Namespace, command_line: Sequence[str]) -> None:
-    """Run what was asked for. Raises `EvaluationError` or `OptionError` where that cannot be."""
-    given.command_line = shlex.join(["python", "-m", "lychee_compile", *command_line])
-    _complete(given)
-    # These need packages that only evaluations need.
+def run(settings: argparse.Namespace, command_line: Sequence[str]) -> None:
+    """Run the chosen subjects. Raise `EvaluationError` or `OptionError` if that is impossible."""
+    settings.command_line = shlex.join(["python", "-m", "lychee_compile", *command_line])
+    _complete(settings)
+    # Imported late, so that errors of the command line show at once.
     from lychee_compile.evaluate.progress import make_console
     from lychee_compile.evaluate.session import Session
 
-    session = Session(given, make_console())
-    subjects = list(SUBJECTS)[:-1] if given.subject == "all" else [given.subject]
+    session = Session(settings, make_console())
+    subjects = list(SUBJECTS)[:-1] if settings.subject == "all" else [settings.subject]
     for subject in subjects:
-        session.given = _for_subject(given, subject)
+        session.settings = _for_subject(settings, subject)
         getattr(session, subject)()
 
 
-def _complete(given: argparse.Namespace) -> None:
-    """Parse and check what argparse cannot, all that can be told at once."""
-    given.policies = parse_variants(given.policies)
-    if given.subject in ("drift", "all"):
-        check_budgets(given.policies, [given.budget])
-    if given.subject == "prefill":
-        check_whole(given.policies)
-    elif given.subject != "drift":
-        check_budgets(given.policies, given.budgets)
-    check_device(given.device)
+def _complete(settings: argparse.Namespace) -> None:
+    """Parse what argparse cannot, and check all that can be checked before anything slow."""
+    settings.policies = parse_variants(settings.policies)
+    if settings.subject in ("drift", "all"):
+        check_budgets(settings.policies, [settings.budget])
+    if settings.subject == "prefill":
+        check_prefill(settings.policies)
+    elif settings.subject != "drift":
+        check_budgets(settings.policies, settings.budgets)
+    check_device(settings.device)
     try:
-        given.out.mkdir(parents=True, exist_ok=True)
+        settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EvaluationError(f"--out {given.out}: {error.strerror}") from error
+        raise EvaluationError(f"--out {settings.out}: {error.strerror}") from error
     require("matplotlib", "drawing the results")
-    if not getattr(given, "capture", None):
+    if not getattr(settings, "capture", None):
         require("transformers", "running a model")
 
 
-def _for_subject(given: argparse.Namespace, subject: str) -> argparse.Namespace:
-    """The settings of one subject, where `all` gives those of several."""
-    chosen = argparse.Namespace(**{"capture": [], **vars(given)})
-    if subject != "tasks" and not given.text:
+def _for_subject(settings: argparse.Namespace, subject: str) -> argparse.Namespace:
+    """Return the settings of one subject, of those of several if the subject is `all`."""
+    chosen = argparse.Namespace(**{"capture": [], **vars(settings)})
+    if subject != "tasks" and not settings.text:
         chosen.text = ["code", "json", "prose"] if subject == "text" else ["code"]
-    if given.subject == "all" and subject == "drift":
-        chosen.length = given.drift_length
-    if given.subject == "all" and subject == "text":
+    if settings.subject == "all" and subject == "drift":
+        chosen.length = settings.drift_length
+    if settings.subject == "all" and subject == "text":
         chosen.policies = parse_variants(CHUNKED)
-    if given.subject == "all" and subject == "prefill":
-        chosen.policies = parse_variants(WHOLE)
+    if settings.subject == "all" and subject == "prefill":
+        chosen.policies = parse_variants(PREFILL)
     return chosen
 
 
@@ -221,7 +220,7 @@ def _share(text: str) -> float:
 
 
 def _listed(choices: Collection[str]) -> Callable[[str], list[str]]:
-    """A parser of names separated by commas."""
+    """Return a parser of names separated by commas, each of which is one of `choices`."""
 
     def listed(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",")]

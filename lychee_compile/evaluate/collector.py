@@ -1,4 +1,4 @@
-"""Listens to the sparse attentions of a model and keeps what they work on."""
+"""Observer of a model's sparse attentions that keeps their queries, keys and values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lychee_compile.kernels.operators.observe import SparseCall
 
 
 class Collector:
-    """Observes sparse attentions, one decoded token after another.
+    """Observer of sparse attentions, one decoded token after another.
 
-    It keeps those over a whole sequence, with a plain causal mask, whose module path fits one of
-    the patterns, as in file names, or all where there are none.
+    It keeps global attentions with a plain causal mask whose module path fits one of the patterns,
+    as in file names. Without patterns every path fits.
     """
 
     def __init__(self, sites: Sequence[str]) -> None:
@@ -25,19 +25,19 @@ class Collector:
         self.last: dict[str, SiteTensors] = {}
         self.skipped: dict[str, str] = {}
         self.keys_due = 0
-        """How many keys a site over the whole sequence sees now."""
+        """Number of keys that a global attention sees now."""
         self.final = False
-        """Whether this is the last token: keys and values are kept."""
+        """True at the last token, whose keys and values are kept."""
         self._patterns = sites
         self._steps = 0
 
     def begin(self, position: int, final: bool) -> None:
-        """The token at `position` is decoded next; `final`: no other one after it."""
+        """Prepare for the token at `position`, which is decoded next; the last one is `final`."""
         self.keys_due, self.final = position + 1, final
         self._steps += 1
 
     def __call__(self, call: SparseCall) -> None:
-        """Keep the query of `call`, and at the end its keys and values, copied."""
+        """Keep a copy of the query of `call`; at the last token also of its keys and values."""
         name = self._name(call.site)
         if self._patterns and not any(fnmatchcase(call.site, each) for each in self._patterns):
             return
@@ -54,14 +54,14 @@ class Collector:
             self.last[name] = SiteTensors(name, query, key, value, *scores)
 
     def tensors(self) -> tuple[SiteTensors, ...]:
-        """What was collected of the sites that were seen at every step."""
+        """Return the tensors of the sites that attended at every step."""
         whole = [name for name, seen in self.queries.items() if len(seen) == self._steps]
         return tuple(
             replace(self.last[name], query=torch.cat(self.queries[name], 2)) for name in whole
         )
 
     def _name(self, site: str) -> str:
-        """`site`, told apart where one module attends more than once in a step."""
+        """Return `site`, with a number if its module attended in this step before."""
         name, again = site, 2
         while len(self.queries.get(name, ())) == self._steps:
             name, again = f"{site}#{again}", again + 1

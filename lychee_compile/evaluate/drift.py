@@ -1,4 +1,4 @@
-"""Whether an index that follows the keys token by token stays as good as one built anew."""
+"""Drift: error of an index that follows the keys token by token, beside one built anew."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ FOLLOWED, ANEW = "followed", "built anew"
 
 @dataclass(frozen=True)
 class DriftPoint:
-    """The state of one index after some generated tokens, over all sites."""
+    """Quality of one index after some generated tokens, over all sites."""
 
     policy: str
     index: str
-    """Whether the index followed the keys since the prompt, or was built from them here."""
+    """`FOLLOWED` if the index followed the keys since the prompt, `ANEW` if it is built here."""
     generated: int
-    """Tokens since the prompt."""
+    """Number of tokens since the prompt."""
     error: float
     """Mean of |o - o_dense| / |o_dense|."""
     mass: float
     """Mean share of the dense softmax mass that was read."""
     violations: int
-    """How often more was missed than the certificate allows: must be 0."""
+    """Number of times that more was missed than the certificate allows; 0 if it is right."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class DriftResult:
     model: str
     text: str
     prompt: int
-    """Tokens indexed at once."""
+    """Number of tokens indexed at once."""
     budget: int
     configs: dict[str, dict[str, Any]]
-    """The options of each policy."""
+    """Options of each policy."""
     points: list[DriftPoint]
 
     def curve(self, policy: str, index: str = FOLLOWED) -> list[DriftPoint]:
-        """The points of one index, in order."""
+        """Return the points of one index, in order."""
         return [point for point in self.points if (point.policy, point.index) == (policy, index)]
 
     def ratio(self, policy: str, generated: int, reference: int = 2048) -> float | None:
-        """Error near `generated` tokens over that near `reference`.
+        """Return the error near `generated` tokens over the error near `reference`.
 
-        None where the curve does not go that far or was exact there.
+        Return None if the curve ends before or the earlier error is 0.
         """
         curve = self.curve(policy)
         if not curve or curve[-1].generated < 0.9 * generated:
@@ -65,14 +65,14 @@ class DriftResult:
         return error_near(generated) / earlier if earlier > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+        """Return the result as plain values, for JSON."""
         return {**vars(self), "points": [asdict(point) for point in self.points]}
 
 
 def checkpoint_positions(prompt: int, length: int, every: int, queries: int) -> list[int]:
-    """Positions to capture: `queries` in a row right after the prompt, then every so many tokens.
+    """Return positions to capture: `queries` in a row after the prompt, then at `every` tokens.
 
-    Raises `EvaluationError` where nothing is generated or the groups would overlap.
+    Raise `EvaluationError` if nothing is generated or the groups would overlap.
     """
     if not 0 < prompt < length:
         raise EvaluationError(f"a prompt of {prompt} tokens leaves nothing of {length} to generate")
@@ -90,12 +90,12 @@ def drift(
     budget: int,
     advance: Callable[[int], object] = nothing,
 ) -> DriftResult:
-    """Replay every variant over a long capture, along and anew.
+    """Replay every variant over a long capture, with an index that follows and with new ones.
 
-    The prompt is what comes before the first query: it is indexed at once, as a prompt is, and all
-    that follows token by token. Runs of neighbouring positions are the checkpoints; each gives a
-    point. `advance` is called with 1 after each checkpoint of each site. Raises `EvaluationError`
-    where there is but one, and `OptionError` where a policy cannot have the budget.
+    The prompt is all tokens before the first query. It is indexed at once, and later tokens one by
+    one. Runs of neighbouring positions are the checkpoints, each of which gives a point. `advance`
+    is called with 1 after each checkpoint of each site. Raise `EvaluationError` if there is only
+    one checkpoint, and `OptionError` if a policy cannot have the budget.
     """
     groups = _groups(capture.positions.tolist())
     if len(groups) < 2:
@@ -127,12 +127,12 @@ def drift(
 
 
 def count_checkpoints(capture: Capture) -> int:
-    """How many points each curve has."""
+    """Return the number of points of each curve."""
     return len(_groups(capture.positions.tolist()))
 
 
 def _groups(positions: Sequence[int]) -> list[int]:
-    """Sizes of the runs of neighbouring positions."""
+    """Return the sizes of the runs of neighbouring positions."""
     sizes: list[int] = []
     for number, position in enumerate(positions):
         if number and position == positions[number - 1] + 1:

@@ -1,4 +1,4 @@
-"""How much of dense attention a policy keeps, at several budgets, over captured tensors."""
+"""Fidelity: the part of dense attention that a policy keeps at each budget, on captured tensors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lychee_compile.evaluate.tensors import Capture
 from lychee_compile.evaluate.variants import Variant, check_budgets, describe
 
 CERTIFIED = 0.1
-"""A query head counts as certified where at most this share of its softmax can have been missed."""
+"""Largest share of its softmax that a certified query head can have missed."""
 ALL_SITES = "all"
 
 
 @dataclass(frozen=True)
 class FidelityRow:
-    """One policy at one budget, over one site or all of them."""
+    """Figures of one policy at one budget, over one site or all of them."""
 
     policy: str
     budget: int | None
@@ -30,24 +30,24 @@ class FidelityRow:
     mass: float
     """Mean share of the dense softmax mass that was read."""
     mass_p10: float
-    """A tenth of all (step, query head) captured less."""
+    """Captured mass that a tenth of all (step, query head) fall short of."""
     mass_worst_head: float
-    """Mean of the query head that captured least."""
+    """Mean captured mass of the query head that captured least."""
     error: float
     """Mean of |o - o_dense| / |o_dense|."""
     error_p90: float
     tokens: float
     """Mean number of tokens read per KV head and step."""
     index_bytes: float
-    """Read per KV head and step to choose them, numbers counted as 2 bytes."""
+    """Bytes of the index read per KV head and step to choose them, 2 bytes a number."""
     bytes: float
-    """The same with the keys and values attended to."""
+    """Bytes read per KV head and step, the keys and values attended to included."""
     certified: float
     """Share of (step, query head) proved to miss at most `CERTIFIED`."""
     violations: int
-    """How often more was missed than the certificate allows: must be 0."""
+    """Number of times that more was missed than the certificate allows; 0 if it is right."""
     choices: int
-    """How many (step, query head) that is out of."""
+    """Number of (step, query head) in all."""
     milliseconds: float
     """Median time of one choice by the plain PyTorch operators."""
     build_milliseconds: float
@@ -56,35 +56,35 @@ class FidelityRow:
     """Mean time to follow one more key."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the row as plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class FidelityResult:
-    """Every policy at every budget over one capture."""
+    """Figures of every policy at every budget over one capture."""
 
     model: str
     text: str
     length: int
-    """Keys that the last query sees."""
+    """Number of keys that the last query sees."""
     steps: int
-    """Queries per site."""
+    """Number of queries per site."""
     configs: dict[str, dict[str, Any]]
-    """The options of each policy."""
+    """Options of each policy."""
     rows: list[FidelityRow]
 
     def overall(self) -> list[FidelityRow]:
-        """The rows over all sites together."""
+        """Return the rows over all sites together."""
         return [row for row in self.rows if row.site == ALL_SITES]
 
     def row(self, policy: str, budget: int | None, site: str = ALL_SITES) -> FidelityRow:
-        """One of the rows."""
+        """Return the row of one policy, budget and site."""
         wanted = (policy, budget, site)
         return next(row for row in self.rows if (row.policy, row.budget, row.site) == wanted)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+        """Return the result as plain values, for JSON."""
         return {**vars(self), "rows": [row.to_dict() for row in self.rows]}
 
 
@@ -96,8 +96,8 @@ def fidelity(
 ) -> FidelityResult:
     """Replay every variant at every budget; an index serves all budgets of its variant.
 
-    The prompt is what comes before the first query; it is indexed at once and what follows token by
-    token, as decoding does. `advance` is called with 1 after each query of each site. Raises
+    The prompt is all tokens before the first query. It is indexed at once, and later tokens one by
+    one, as decoding does. `advance` is called with 1 after each query of each site. Raise
     `OptionError` for a budget that a policy cannot have.
     """
     check_budgets(variants, budgets)
@@ -124,8 +124,9 @@ def fidelity(
     for variant, budget in itertools.product(variants, budgets):
         label = variant.label
         for name, those in (*((name, [name]) for name in names), (ALL_SITES, names)):
-            seen = [measured[label, budget, each] for each in those]
-            rows.append(_row(label, budget, name, seen, [times[label, each] for each in those]))
+            parts_of_row = [measured[label, budget, each] for each in those]
+            times_of_row = [times[label, each] for each in those]
+            rows.append(_row(label, budget, name, parts_of_row, times_of_row))
     configs = {v.label: describe(v.backend_options(max(budgets))) for v in variants}
     length, steps = int(capture.lengths[-1]), len(capture.positions)
     return FidelityResult(capture.model, capture.text, length, steps, configs, rows)
@@ -138,7 +139,7 @@ def _row(
     sites: Sequence[Measured],
     times: Sequence[tuple[float, float]],
 ) -> FidelityRow:
-    """Sites may differ in their heads: everything is averaged over (site, step, head)."""
+    """Return averages over (site, step, head), as sites may differ in their heads."""
 
     def flat(name: str) -> torch.Tensor:
         return torch.cat([getattr(each, name).flatten() for each in sites])

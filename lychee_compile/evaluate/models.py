@@ -1,4 +1,4 @@
-"""A language model of transformers: loading, dense prefill, decoding through the backend."""
+"""Language models of transformers: loading, dense prefill, decoding through the backend."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from lychee_compile.boundaries import BoundaryTable, boundary_table
+from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.evaluate.errors import EvaluationError, require
 from lychee_compile.options import Options
 
 PREFILL_TOKENS = 512
-"""In one pass of a dense prefill."""
+"""Number of tokens in one pass of a dense prefill."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model and its tokenizer."""
+    """Causal language model and its tokenizer."""
 
     name: str
     model: Any
@@ -31,31 +32,31 @@ class LanguageModel:
 
     @cached_property
     def boundaries(self) -> BoundaryTable:
-        """The boundary strength of every token of the vocabulary."""
+        """Boundary strength of every token of the vocabulary."""
         return boundary_table(self.tokenizer)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return device_of(self.model)
 
     @property
     def longest(self) -> int | None:
-        """How many tokens the model was made for, None where it does not say."""
+        """Number of tokens the model was trained for; None if its configuration does not say."""
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
 
     def encode(self, text: str, special: bool = True) -> Tensor:
-        """Token ids, int64 [T], with a beginning-of-text token where the model has one."""
+        """Return token ids, int64 [T], with a beginning-of-text token if the model has one."""
         ids = self.tokenizer(text, add_special_tokens=special).input_ids
         return torch.tensor(ids, dtype=torch.int64)
 
 
 def load(name: str, device: str = "cpu", dtype: str | None = None) -> LanguageModel:
-    """The model `name`, a folder or a name that transformers knows.
+    """Return the model `name`, a folder or a name that transformers knows.
 
-    `dtype` is float32 on a CPU and bfloat16 elsewhere, unless given. Raises `EvaluationError` where
-    it cannot be loaded.
+    Without `dtype` it is float32 on a CPU and bfloat16 elsewhere. Raise `EvaluationError` if it
+    cannot be loaded.
     """
     require("transformers", "loading a model")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,7 +77,7 @@ def load(name: str, device: str = "cpu", dtype: str | None = None) -> LanguageMo
 
 
 def check_device(device: str) -> None:
-    """Raise `EvaluationError` where there is no such device here."""
+    """Raise `EvaluationError` if this machine has no such device."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -86,28 +87,28 @@ def check_device(device: str) -> None:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model is."""
+    """Return the device of a model."""
     return next(model.parameters()).device
 
 
 def compiled(model: Any, options: Options | Mapping[str, Any]) -> Callable[..., Any]:
-    """`model` compiled through the backend; off a CPU with the plain PyTorch operators."""
-    given = dict(vars(options) if isinstance(options, Options) else options)
-    given["reference"] = given.get("reference", False) or device_of(model).type != "cpu"
-    return torch.compile(model, backend="lychee", options=given)
+    """Return `model` compiled through the backend; off a CPU with the plain PyTorch operators."""
+    chosen = dict(vars(options) if isinstance(options, Options) else options)
+    chosen["reference"] = chosen.get("reference", False) or device_of(model).type != "cpu"
+    return torch.compile(model, backend="lychee", options=chosen)
 
 
 def new_cache(model: Any) -> Any:
-    """An empty growing cache."""
+    """Return an empty growing cache."""
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
 
 
 def fork(cache: Any) -> Any:
-    """A cache that goes on from `cache` without changing it.
+    """Return a cache that continues `cache` without changing it.
 
-    A growing cache writes no tensor: it joins old and new ones. So the tensors can be shared.
+    A growing cache writes into no tensor: it joins old and new ones. So both share tensors.
     """
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
@@ -115,12 +116,12 @@ def fork(cache: Any) -> Any:
 
 
 def nothing(_: int) -> None:
-    """Tell nobody how far it is."""
+    """Ignore the progress."""
 
 
 @torch.no_grad()
 def prefill(model: Any, token_ids: Tensor, advance: Callable[[int], object] = nothing) -> Any:
-    """A cache that holds `token_ids`, int64 [L], read densely. `advance` is told tokens read."""
+    """Return a cache of `token_ids`, int64 [L], read densely; `advance` gets numbers of tokens."""
     cache = new_cache(model)
     read_on(model, cache, token_ids, advance)
     return cache
@@ -129,17 +130,19 @@ def prefill(model: Any, token_ids: Tensor, advance: Callable[[int], object] = no
 def read_on(
     model: Any, cache: Any, token_ids: Tensor, advance: Callable[[int], object] = nothing
 ) -> None:
-    """Read `token_ids`, int64 [T], densely into `cache`, a block at a time; there may be none."""
+    """Read `token_ids`, int64 [T], densely into `cache`, a block at a time; T may be 0."""
     if len(token_ids) == 0:
         return
+    argument = cache_argument(model)
     for part in token_ids[None].to(device_of(model)).split(PREFILL_TOKENS, dim=1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, **{argument: cache}, logits_to_keep=1)
         advance(part.shape[1])
 
 
 @torch.no_grad()
 def prefill_at_once(forward: Callable[..., Any], model: Any, token_ids: Tensor) -> Any:
-    """A cache that holds `token_ids`, int64 [L], read in one pass by the compiled `forward`."""
+    """Return a cache of `token_ids`, int64 [L], read in one pass by the compiled `forward`."""
     cache = new_cache(model)
-    forward(token_ids[None].to(device_of(model)), past_key_values=cache, logits_to_keep=1)
+    ids = token_ids[None].to(device_of(model))
+    forward(ids, **{cache_argument(model): cache}, logits_to_keep=1)
     return cache

@@ -1,4 +1,4 @@
-"""Results as pictures."""
+"""Pictures of the results."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = (6.0, 4.4)
-"""Inches."""
+"""Width and height of a panel, in inches."""
 MARKERS = "osD^vP*Xhd"
 
 
 def plot_mass(path: Path, results: Sequence[FidelityResult]) -> None:
-    """Captured mass against budget for every policy, one panel a capture."""
+    """Draw captured mass against budget for every policy, one panel a capture."""
     figure, panels = _panels(len(results))
     for axes, result in zip(panels, results, strict=True):
         for number, (policy, rows) in enumerate(_by_policy(result.overall())):
@@ -35,7 +35,7 @@ def plot_mass(path: Path, results: Sequence[FidelityResult]) -> None:
 
 
 def plot_error(path: Path, results: Sequence[FidelityResult]) -> None:
-    """Output error against bytes read, index and attended keys together."""
+    """Draw output error against bytes read, index and attended keys together."""
     figure, panels = _panels(len(results))
     for axes, result in zip(panels, results, strict=True):
         for number, (policy, rows) in enumerate(_by_policy(result.overall())):
@@ -47,7 +47,7 @@ def plot_error(path: Path, results: Sequence[FidelityResult]) -> None:
 
 
 def plot_prefill(path: Path, results: Sequence[PrefillResult]) -> None:
-    """Output error against the share of query-key pairs computed, one panel a capture."""
+    """Draw output error against the share of query-key pairs computed, one panel a capture."""
     figure, panels = _panels(len(results))
     for axes, result in zip(panels, results, strict=True):
         rows = result.overall()
@@ -62,7 +62,7 @@ def plot_prefill(path: Path, results: Sequence[PrefillResult]) -> None:
 
 
 def plot_drift(path: Path, results: Sequence[DriftResult]) -> None:
-    """Error against generated tokens; dashed: of an index built anew."""
+    """Draw error against generated tokens; dashed lines are of an index built anew."""
     figure, panels = _panels(len(results))
     for axes, result in zip(panels, results, strict=True):
         for number, policy in enumerate(dict.fromkeys(point.policy for point in result.points)):
@@ -76,7 +76,7 @@ def plot_drift(path: Path, results: Sequence[DriftResult]) -> None:
 
 
 def plot_tasks(path: Path, result: TaskResult) -> None:
-    """Share of answers found against budget, one panel a task; black: dense attention."""
+    """Draw answers found against budget, one panel a task; black lines are dense attention."""
     rows = result.rows()
     tasks = list(dict.fromkeys(row.task for row in rows))
     figure, panels = _panels(len(tasks))
@@ -136,8 +136,8 @@ def _log_errors(axes: Axes) -> None:
 
 
 def _ticks(axes: Axes, budgets: Iterable[int]) -> None:
-    places = sorted(budgets)
-    axes.set_xticks(places, [f"{place:,}" for place in places])
+    ticks = sorted(budgets)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
 
 
 def _name(axes: Axes, title: str, x: str, y: str) -> None:

@@ -1,4 +1,4 @@
-"""How much of a whole sequence's dense attention a policy keeps, at several shares of its keys."""
+"""Prefill: the part of dense attention that a policy keeps at each share of the keys."""
 
 from __future__ import annotations
 
@@ -14,98 +14,99 @@ from lychee_compile.evaluate.errors import EvaluationError
 from lychee_compile.evaluate.fidelity import ALL_SITES
 from lychee_compile.evaluate.models import nothing
 from lychee_compile.evaluate.tensors import Capture, Columns, SiteTensors
-from lychee_compile.evaluate.variants import Variant, check_whole, describe
-from lychee_compile.kernels.policies.prefill_registry import tile_choice
+from lychee_compile.evaluate.variants import Variant, check_prefill, describe
+from lychee_compile.kernels.policies.registry import prefill_choice
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_attention import PrefillConfig, prefill_attention
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 
 @dataclass(frozen=True)
 class PrefillRow:
-    """One policy at one share of the keys, over one site or all of them."""
+    """Figures of one policy at one share of the keys, over one site or all of them."""
 
     policy: str
     share: float
-    """Of the keys that a tile sees, what it was to read."""
+    """Share of the keys it sees that a tile was to read."""
     site: str
     pairs: float
-    """Share of the (query, key) pairs that dense attention computes which were computed."""
+    """Number of (query, key) pairs computed over the number that dense attention computes."""
     mass: float
     """Mean share of the dense softmax mass that was read."""
     mass_p10: float
-    """A tenth of all (query, query head) captured less."""
+    """Captured mass that a tenth of all (query, query head) fall short of."""
     mass_worst_head: float
-    """Mean of the query head that captured least."""
+    """Mean captured mass of the query head that captured least."""
     error: float
     """Mean of |o - o_dense| / |o_dense|."""
     error_p90: float
     queries: int
-    """How many (query, query head) that is out of."""
+    """Number of (query, query head) in all."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the row as plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """Every policy at every share over one capture."""
+    """Figures of every policy at every share over one capture."""
 
     model: str
     text: str
     length: int
-    """Tokens of the sequence."""
+    """Number of tokens of the sequence."""
     tiles: int
-    """Tiles of queries measured, at each site."""
+    """Number of tiles of queries measured at each site."""
     configs: dict[str, dict[str, Any]]
-    """The options of each policy."""
+    """Options of each policy."""
     rows: list[PrefillRow]
 
     def overall(self) -> list[PrefillRow]:
-        """The rows over all sites together."""
+        """Return the rows over all sites together."""
         return [row for row in self.rows if row.site == ALL_SITES]
 
     def row(self, policy: str, share: float, site: str = ALL_SITES) -> PrefillRow:
-        """One of the rows."""
+        """Return the row of one policy, share and site."""
         wanted = (policy, share, site)
         return next(row for row in self.rows if (row.policy, row.share, row.site) == wanted)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+        """Return the result as plain values, for JSON."""
         return {**vars(self), "rows": [row.to_dict() for row in self.rows]}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of queries of a site over the keys up to its last, and its dense attention."""
+    """One tile of queries of a site, the keys up to its last query, and its dense attention."""
 
     query: Tensor
-    """float32 [1, Hq, TILE, D]"""
+    """Queries, float32 [1, Hq, QUERY_TILE, D]."""
     key: Tensor
+    """Keys up to the last query, float32 [1, Hkv, n, D]."""
     value: Tensor
-    """The keys and values before its end, float32 [1, Hkv, n, D]."""
+    """Values of those keys, float32 [1, Hkv, n, Dv]."""
     seen: Tensor
-    """Which of them each query sees, bool [TILE, n]."""
+    """True for keys that a query sees, bool [QUERY_TILE, n]."""
     share: Tensor
-    """Softmax share of each key, float32 [Hq, TILE, n]."""
+    """Softmax share of each key, float32 [Hq, QUERY_TILE, n]."""
     output: Tensor
-    """float32 [Hq, TILE, Dv]"""
+    """Output of dense attention, float32 [Hq, QUERY_TILE, Dv]."""
 
 
 @dataclass(frozen=True)
 class Measured(Columns):
-    """What one policy at one share made of tiles; a tile each along the first axis."""
+    """Figures of one policy at one share, with tiles along the first axis."""
 
     pairs: Tensor
-    """Pairs computed, float64 [N, Hq]."""
+    """Number of pairs computed, float64 [N, Hq]."""
     dense_pairs: Tensor
-    """Pairs that dense attention computes, float64 [N, Hq]."""
+    """Number of pairs that dense attention computes, float64 [N, Hq]."""
     mass: Tensor
-    """Share of the dense softmax mass that was read, float64 [N, Hq, TILE]."""
+    """Share of the dense softmax mass that was read, float64 [N, Hq, QUERY_TILE]."""
     error: Tensor
-    """|o - o_dense| / |o_dense|, float64 [N, Hq, TILE]."""
+    """|o - o_dense| / |o_dense|, float64 [N, Hq, QUERY_TILE]."""
 
 
 def prefill(
@@ -114,13 +115,12 @@ def prefill(
     shares: Sequence[float],
     advance: Callable[[int], object] = nothing,
 ) -> PrefillResult:
-    """Attend to what every variant reads at every share, tile by tile, and compare with dense.
+    """Attend to the keys that every variant reads at every share, and compare with dense attention.
 
-    `advance` is called with 1 after each tile of each site. Raises `EvaluationError` where the
-    queries of the capture are not those of whole tiles, `OptionError` for a policy that has no form
-    for whole sequences.
+    `advance` is called with 1 after each tile of each site. Raise `EvaluationError` if the queries
+    of the capture do not fill tiles, and `OptionError` for a policy without a prefill form.
     """
-    check_whole(variants)
+    check_prefill(variants)
     positions = tiles_of(capture)
     measured: dict[tuple[str, float, str], Measured] = {}
     for site in capture.sites:
@@ -129,7 +129,9 @@ def prefill(
         }
         for tile in dense_tiles(site, positions):
             for variant, share in itertools.product(variants, shares):
-                parts[variant.label, share].append(measure(tile, site, tile_config(variant, share)))
+                parts[variant.label, share].append(
+                    measure(tile, site, prefill_config(variant, share))
+                )
             advance(1)
         for (label, share), each in parts.items():
             measured[label, share, site.name] = Measured.joined(each)
@@ -139,35 +141,35 @@ def prefill(
         for variant, share in itertools.product(variants, shares)
         for name, those in (*((name, [name]) for name in names), (ALL_SITES, names))
     ]
-    configs = {v.label: describe(v.whole_options(max(shares))) for v in variants}
+    configs = {v.label: describe(v.prefill_options(max(shares))) for v in variants}
     length = len(capture.token_ids)
     return PrefillResult(capture.model, capture.text, length, len(positions), configs, rows)
 
 
 def tiles_of(capture: Capture) -> Tensor:
-    """Positions of the queries, a tile a row: int64 [N, TILE]. Raises `EvaluationError`."""
-    whole = len(capture.positions) % TILE == 0
-    positions = capture.positions.view(-1, TILE) if whole else capture.positions[None]
+    """Return positions of queries, a tile a row: int64 [N, QUERY_TILE]. Raise `EvaluationError`."""
+    whole = len(capture.positions) % QUERY_TILE == 0
+    positions = capture.positions.view(-1, QUERY_TILE) if whole else capture.positions[None]
     if not whole or bool((positions.diff(dim=1) != 1).any()):
         raise EvaluationError(
-            f"the capture of {capture.text} holds single queries, not whole tiles of {TILE}: take "
-            "one by `evaluate prefill --save-captures`"
+            f"the capture of {capture.text} holds single queries, not whole tiles of {QUERY_TILE}: "
+            "take one by `evaluate prefill --save-captures`"
         )
     return positions
 
 
-def tile_config(variant: Variant, share: float) -> PrefillConfig:
-    """What a policy is to read of a whole sequence. Raises `OptionError`."""
-    options = variant.whole_options(share)
-    choice = tile_choice(options.policy)
+def prefill_config(variant: Variant, share: float) -> PrefillConfig:
+    """Return what a policy is to read of a sequence. Raise `OptionError` if it has no such form."""
+    options = variant.prefill_options(share)
+    choice = prefill_choice(options.policy)
     return PrefillConfig(choice, share, options.sinks, options.recent, options.epsilon)
 
 
 def dense_tiles(site: SiteTensors, positions: Tensor) -> Iterator[Tile]:
-    """Dense attention of each tile of queries, `positions` int64 [N, TILE], in order."""
+    """Yield dense attention of each tile of queries, `positions` int64 [N, QUERY_TILE]."""
     key, value = site.key.float(), site.value.float()
     for number, position in enumerate(positions.to(key.device)):
-        query = site.query[:, :, number * TILE : (number + 1) * TILE].float()
+        query = site.query[:, :, number * QUERY_TILE : (number + 1) * QUERY_TILE].float()
         end = int(position[-1]) + 1
         keys, values = key[:, :, :end], value[:, :, :end]
         seen = torch.arange(end, device=key.device) <= position[:, None]
@@ -179,7 +181,7 @@ def dense_tiles(site: SiteTensors, positions: Tensor) -> Iterator[Tile]:
 
 
 def measure(tile: Tile, site: SiteTensors, config: PrefillConfig) -> Measured:
-    """Attend to what a policy reads, and compare."""
+    """Attend to the keys that a policy reads, and compare with dense attention."""
     operands = Operands(tile.query, tile.key, tile.value, tile.seen, site.scale, site.softcap)
     result = prefill_attention(operands, config)
     assert result.read is not None
@@ -187,15 +189,15 @@ def measure(tile: Tile, site: SiteTensors, config: PrefillConfig) -> Measured:
     missed = (tile.share @ (~read)[..., None].to(tile.share.dtype))[..., 0]
     length = tile.output.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     error = (result.output[0] - tile.output).norm(dim=-1) / length
-    asking = tile.seen.sum(0).double()
-    pairs = read.double() @ asking
-    dense_pairs = asking.sum().expand_as(pairs)
+    queries_of_key = tile.seen.sum(0).double()
+    pairs = read.double() @ queries_of_key
+    dense_pairs = queries_of_key.sum().expand_as(pairs)
     numbers = (pairs, dense_pairs, 1 - missed, error)
     return Measured(*(each.double().cpu()[None] for each in numbers))
 
 
 def _row(policy: str, share: float, site: str, sites: Sequence[Measured]) -> PrefillRow:
-    """Sites may differ in their heads: everything is averaged over (site, tile, head, query)."""
+    """Return averages over (site, tile, head, query), as sites may differ in their heads."""
 
     def flat(name: str) -> Tensor:
         return torch.cat([getattr(each, name).flatten() for each in sites])
@@ -216,6 +218,6 @@ def _row(policy: str, share: float, site: str, sites: Sequence[Measured]) -> Pre
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """As `Tensor.quantile`, which takes no more than 16 million values."""
+    """Return a quantile, also of more values than the 16 million that `Tensor.quantile` takes."""
     rank = min(max(round(share * (len(values) - 1)), 0), len(values) - 1)
     return values.kthvalue(rank + 1).values.item()

@@ -1,15 +1,16 @@
-"""What attention over a whole sequence works on, taken while a model reads it in one pass.
+"""Queries, keys and values of a prefill, captured while a model reads a sequence in one pass.
 
-The model's attentions are replaced by dense ones that take notes, through the registry in which
-transformers looks them up; no graph is traced, and what the model computes stays the same.
+The model's attentions are replaced by dense ones that keep their operands, through the registry in
+which transformers looks attentions up. No graph is traced, and the model's output stays the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,25 +20,26 @@ from lychee_compile.evaluate.models import device_of, nothing
 from lychee_compile.evaluate.tensors import Capture, SiteTensors
 from lychee_compile.kernels.reference.attention import dense_attention
 from lychee_compile.kernels.reference.operands import Operands
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 NAME = "lychee_capture"
-"""Of the attention that takes notes, among those of transformers."""
+"""Name of the capturing attention among those of transformers."""
 QUERIES_AT_ONCE = 512
-"""Of dense attention, to bound the memory of its mask."""
+"""Number of queries of one dense attention, which bounds the memory of its mask."""
 
 
 def tile_positions(length: int, tiles: int) -> list[int]:
-    """Positions of whole tiles of queries, spread over the later two thirds of a sequence.
+    """Return the positions of whole tiles of queries in the later two thirds of a sequence.
 
-    Its last whole tile is among them; tokens behind that one, none of them sees.
-    Raises `EvaluationError` where it is too short for one.
+    The last whole tile is among them; no query sees the tokens behind it. Raise `EvaluationError`
+    if the sequence is too short for a tile.
     """
-    first, last = -(-length // (3 * TILE)), length // TILE - 1
+    first, last = -(-length // (3 * QUERY_TILE)), length // QUERY_TILE - 1
     if last < first:
-        raise EvaluationError(f"--length {length}: expected at least {2 * TILE}, for whole tiles")
+        least = 2 * QUERY_TILE
+        raise EvaluationError(f"--length {length}: expected at least {least}, for whole tiles")
     numbers = torch.linspace(first, last, tiles).round().long().unique().tolist()
-    return [position for n in numbers for position in range(n * TILE, (n + 1) * TILE)]
+    return [position for n in numbers for position in range(n * QUERY_TILE, (n + 1) * QUERY_TILE)]
 
 
 @torch.no_grad()
@@ -52,26 +54,57 @@ def capture_prefill(
     text: str = "",
     advance: Callable[[int], object] = nothing,
 ) -> Capture:
-    """Tensors of the attentions of `model` over a whole sequence, with the queries at `positions`.
+    """Return tensors of the global attentions of `model`, with the queries at `positions`.
 
-    Arguments as of `capture`. Attentions with a sliding window are left out. Raises
-    `EvaluationError` where none is left.
+    The arguments are those of `capture`. Attentions with a sliding window are left out. Raise
+    `EvaluationError` if no other attention is left.
     """
     token_ids = token_ids.flatten()
-    notes = _Notes(model, torch.tensor(list(positions)), sites, advance)
-    with _attending(model, notes):
+    attention = _CapturingAttention(model, torch.tensor(list(positions)), sites, advance)
+    with _attending(model, attention):
         model(token_ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
-    if not notes.taken:
-        reasons = [f"{site}: {reason}" for site, reason in notes.skipped.items()][:4]
+    if not attention.captured:
+        reasons = [f"{site}: {reason}" for site, reason in attention.skipped.items()][:4]
         among = f" among those named {', '.join(sites)}" if sites else ""
         listed = "; ".join(reasons) or "the model has none that transformers can exchange"
-        raise EvaluationError(f"no attention over the whole sequence was captured{among}: {listed}")
-    known = None if strengths is None else strengths.flatten().cpu()
-    return Capture(tuple(notes.taken), notes.positions, token_ids.cpu(), known, name, text)
+        raise EvaluationError(f"no global attention was captured{among}: {listed}")
+    kept = None if strengths is None else strengths.flatten().cpu()
+    captured = tuple(attention.captured)
+    return Capture(captured, attention.positions, token_ids.cpu(), kept, name, text)
 
 
-class _Notes:
-    """A dense causal attention that keeps its operands, as transformers calls one."""
+@dataclass(frozen=True)
+class _Settings:
+    """Settings with which transformers calls an attention, besides its operands."""
+
+    scale: float
+    window: int | None
+    """Number of keys that a query sees at most; None if it sees all before it."""
+    softcap: float | None
+    sinks: Tensor | None
+    """Extra logits of each query head, [Hq]."""
+
+    @classmethod
+    def of(cls, query: Tensor, arguments: Mapping[str, Any]) -> Self:
+        """Return the settings in the keyword `arguments` of a call over `query` [1, Hq, L, D]."""
+        scale, window = arguments.get("scaling"), arguments.get("sliding_window")
+        return cls(
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            window=window if window and window < query.shape[2] else None,
+            softcap=arguments.get("softcap"),
+            sinks=arguments.get("s_aux"),
+        )
+
+    @property
+    def unfit(self) -> str | None:
+        """Reason why the operands are not kept; None if they are."""
+        if self.window is not None:
+            return "it does not see the whole sequence: a sliding window"
+        return None if self.sinks is None else "it has attention sinks as extra logits"
+
+
+class _CapturingAttention:
+    """Dense causal attention that keeps its operands, called as transformers calls attentions."""
 
     def __init__(
         self,
@@ -81,7 +114,7 @@ class _Notes:
         advance: Callable[[int], object],
     ) -> None:
         self.positions = positions
-        self.taken: list[SiteTensors] = []
+        self.captured: list[SiteTensors] = []
         self.skipped: dict[str, str] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._layers = model.config.get_text_config().num_hidden_layers
@@ -93,37 +126,36 @@ class _Notes:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,  # noqa: ARG002  # none is made for an attention unknown to transformers
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **_: Any,
+        _mask: Tensor | None,  # None for an attention that transformers does not know
+        **arguments: Any,
     ) -> tuple[Tensor, None]:
-        """Output [1, L, Hq, Dv] of `query` [1, Hq, L, D] over key and value [1, Hkv, L, D]."""
-        length, name = query.shape[2], self._names[id(module)]
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        window = sliding_window if sliding_window and sliding_window < length else None
+        """Return [1, L, Hq, Dv] for `query` [1, Hq, L, D] over key and value [1, Hkv, L, D]."""
+        settings, name = _Settings.of(query, arguments), self._names[id(module)]
         if not self._sites or any(fnmatchcase(name, each) for each in self._sites):
-            if window is not None:
-                self.skipped[name] = "it does not see the whole sequence: a sliding window"
-            elif s_aux is not None:
-                self.skipped[name] = "it has attention sinks as extra logits"
+            if settings.unfit is not None:
+                self.skipped[name] = settings.unfit
             else:
-                chosen = query[:, :, self.positions.to(query.device)].float().contiguous()
-                # Copies: the originals may be views of a projection of all heads together.
-                kept = key.clone(memory_format=torch.contiguous_format)
-                values = value.clone(memory_format=torch.contiguous_format)
-                self.taken.append(SiteTensors(name, chosen, kept, values, scale, softcap))
-        extra = None if s_aux is None else s_aux.view(1, -1, 1)
-        output = causal_attention(query, key, value, scale, window, softcap, extra)
-        self._advance(length // self._layers)
+                self._keep(name, query, key, value, settings)
+        extra = None if settings.sinks is None else settings.sinks.view(1, -1, 1)
+        options = (settings.scale, settings.window, settings.softcap, extra)
+        output = causal_attention(query, key, value, *options)
+        self._advance(query.shape[2] // self._layers)
         return output.transpose(1, 2).contiguous(), None
+
+    def _keep(
+        self, name: str, query: Tensor, key: Tensor, value: Tensor, settings: _Settings
+    ) -> None:
+        chosen = query[:, :, self.positions.to(query.device)].float().contiguous()
+        # Copies, as the originals may be views of a projection of all heads together.
+        keys = key.clone(memory_format=torch.contiguous_format)
+        values = value.clone(memory_format=torch.contiguous_format)
+        site = SiteTensors(name, chosen, keys, values, settings.scale, settings.softcap)
+        self.captured.append(site)
 
 
 @contextmanager
 def _attending(model: Any, attention: Callable[..., Any]) -> Iterator[None]:
-    """Let all of the model's attentions be `attention`."""
+    """Replace all of the model's attentions by `attention` inside the context."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = model.config._attn_implementation
@@ -145,9 +177,9 @@ def causal_attention(
     softcap: float | None = None,
     extra: Tensor | None = None,
 ) -> Tensor:
-    """Dense causal attention, [B, Hq, L, Dv], over the last `window` keys where there is one.
+    """Return dense causal attention, [B, Hq, L, Dv], over the last `window` keys or over all.
 
-    `softcap` and `extra` as in `attend`. Only keys that some query of a block sees are looked at.
+    `softcap` and `extra` are those of `attend`. A block of queries reads only keys that it sees.
     """
     length, parts = query.shape[2], []
     for begin in range(0, length, QUERIES_AT_ONCE):

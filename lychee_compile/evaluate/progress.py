@@ -1,4 +1,4 @@
-"""Progress bars over what takes long."""
+"""Console and progress bars of an evaluation."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from rich.progress import (
 
 
 def make_console() -> Console:
-    """The terminal; wide enough for the tables where the output goes to a file."""
+    """Return a console as wide as the terminal; 140 columns if the output is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 @contextmanager
 def stage(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over `total` parts; what it yields is called with how many are done."""
+    """Show a progress bar, and yield a function to call with the number of parts that are done."""
     columns = (
         TextColumn("{task.description:<52}", markup=False),
         BarColumn(),

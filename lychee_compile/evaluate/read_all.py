@@ -1,4 +1,4 @@
-"""A policy that reads every key: the backend's sparse path with the result of dense attention."""
+"""Policy that reads every key: the backend's sparse path with the result of dense attention."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from lychee_compile.kernels.reference.question import Question, Runs
 
 NAME = "read_all"
 SHORTEST = 2
-"""Keys that the backend may know to be within the budget, and then rewrites no attention."""
+"""Budget of the policy; the backend rewrites no attention over as many keys or fewer."""
 
 
 class ReadAllIndex(KVIndex):
-    """Every token counts as recent, whatever the budget; so nothing is ever chosen."""
+    """Index to which every token counts as recent, so that nothing is ever chosen."""
 
     @property
     def always_read(self) -> tuple[int, int]:
-        """All of them."""
+        """Number of sinks and of recent tokens: all tokens are recent."""
         return 0, 2**40
 
     def extend(self, key: Tensor, end: Tensor) -> None:
-        """Nothing is summarised."""
+        """Note the new `end` [B] and summarise nothing."""
         self.end = self.tail = end.clone()
 
     def choose(self, question: Question) -> Runs:
-        """No runs: `[B, Hkv, Tq, 0]`."""
+        """Return no runs: [B, Hkv, Tq, 0]."""
         none = torch.zeros(*question.room.shape, 0, dtype=torch.int64, device=self.device)
         return none, none
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:
-        """Nothing is looked at."""
+        """Return 0, as nothing is read to choose."""
         return 0
 
 
 def read_all_options() -> dict[str, Any]:
-    """Options under which attention over more than `SHORTEST` keys is rewritten and stays exact."""
+    """Return options under which attention over more than `SHORTEST` keys is sparse and exact."""
     register_policy(NAME, ReadAllIndex)
     return {"policy": NAME, "budget": SHORTEST, "sinks": 0, "recent": 1, "chunk": (1, 1)}

@@ -1,4 +1,4 @@
-"""One question asked of a model that has read its document: densely, or through the backend."""
+"""One question to a model that has read its document: densely, or through the backend."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.boundaries import BoundaryTable
+from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.evaluate.models import LanguageModel, fork
 from lychee_compile.evaluate.task_texts import Question
 from lychee_compile.kernels.config import IndexConfig
@@ -18,12 +19,12 @@ from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
 from lychee_compile.runtime.cache_registry import registry
 
 TOKEN_DIM = 2
-"""Of the keys in a cache of transformers, [B, Hkv, L, D]."""
+"""Axis of the tokens in keys of transformers' caches, [B, Hkv, L, D]."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A question's token ids, int64 [T] each."""
+    """Token ids of a document, a question and its answer, int64 [T] each."""
 
     document: Tensor
     question: Tensor
@@ -31,40 +32,40 @@ class Encoded:
 
     @property
     def decoded(self) -> Tensor:
-        """The tokens that are decoded: the last of the answer is predicted, not read."""
+        """Tokens that are decoded; the last of the answer is predicted only."""
         return torch.cat((self.question, self.answer[:-1]))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model made of a question and its answer, given the right tokens up to each."""
+    """Predictions for a question and its answer, each after the right tokens before it."""
 
     predicted: Tensor
-    """The likeliest token at each place of the answer, int64 [A]."""
+    """Likeliest token at each position of the answer, int64 [A]."""
     expected: Tensor
-    """The answer, int64 [A]."""
+    """Right answer, int64 [A]."""
     log_likelihood: float
-    """Of the whole answer."""
+    """Log-likelihood of the whole answer."""
     log_probs: Tensor
-    """float32 [T, vocabulary], of the token after each one decoded."""
+    """Log-probabilities of the token after each decoded one, float32 [T, vocabulary]."""
 
     @property
     def exact(self) -> bool:
-        """Whether greedy decoding gives the answer: its choices are these until it errs."""
+        """True if greedy decoding gives the answer: its choices are `predicted` until it errs."""
         return torch.equal(self.predicted, self.expected)
 
     def agreement(self, other: Reading) -> float:
-        """Share of the answer's places where both find the same token likeliest."""
+        """Return the share of the answer's positions at which both predict the same token."""
         return (self.predicted == other.predicted).double().mean().item()
 
     def divergence(self, other: Reading) -> float:
-        """Mean Kullback-Leibler divergence from `other` over question and answer, in nats."""
+        """Return the mean Kullback-Leibler divergence from `other` over all tokens, in nats."""
         p, q = other.log_probs, self.log_probs
         return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 def encode(question: Question, model: LanguageModel) -> Encoded:
-    """The tokens of a question; a token that spans question and answer counts to the answer."""
+    """Return the tokens of a question; a token across its end belongs to the answer."""
     document = model.encode(question.document)
     asked = model.encode(question.question, special=False)
     whole = model.encode(question.question + question.answer, special=False)
@@ -76,9 +77,12 @@ def encode(question: Question, model: LanguageModel) -> Encoded:
 
 @torch.no_grad()
 def read_densely(model: LanguageModel, cache: Any, encoded: Encoded) -> Reading:
-    """Question and answer in one dense pass over the document in `cache`, which stays as it is."""
+    """Read question and answer in one dense pass over the document in `cache`.
+
+    `cache` stays as it is.
+    """
     tokens = encoded.decoded[None].to(model.device)
-    logits = model.model(tokens, past_key_values=fork(cache)).logits[0]
+    logits = model.model(tokens, **{cache_argument(model.model): fork(cache)}).logits[0]
     return _reading(logits, encoded)
 
 
@@ -90,23 +94,22 @@ def read_sparsely(
     encoded: Encoded,
     config: IndexConfig,
 ) -> Reading:
-    """Question and answer decoded token by token through the compiled `forward`.
+    """Decode question and answer token by token through the compiled `forward`.
 
-    `config` is that of the options it was compiled with; `cache` stays as it is.
+    `config` is that of the options with which it was compiled; `cache` stays as it is.
     """
     note_document(cache, encoded.document, config, model.boundaries)
-    branch = fork(cache)
+    branch = {cache_argument(model.model): fork(cache)}
     logits = [
-        forward(token[None, None].to(model.device), past_key_values=branch).logits[0]
-        for token in encoded.decoded
+        forward(token[None, None].to(model.device), **branch).logits[0] for token in encoded.decoded
     ]
     return _reading(torch.cat(logits), encoded)
 
 
 def note_document(cache: Any, token_ids: Tensor, config: IndexConfig, table: BoundaryTable) -> None:
-    """Do for a cache that was filled eagerly what a prefill through the backend does.
+    """Note the boundaries of a document whose cache was filled eagerly.
 
-    It notes which boundaries the tokens make; an eager prefill shows them to nobody.
+    A prefill through the backend notes the boundaries of its tokens; an eager one does not.
     """
     for layer in cache.layers:
         keys = layer.keys
@@ -125,7 +128,7 @@ def note_document(cache: Any, token_ids: Tensor, config: IndexConfig, table: Bou
 
 
 def _reading(logits: Tensor, encoded: Encoded) -> Reading:
-    """`logits` [T, vocabulary] follow each decoded token."""
+    """Return the reading by `logits` [T, vocabulary] after each decoded token."""
     log_probs = logits.float().log_softmax(-1)
     answer = encoded.answer.to(logits.device)
     of_answer = log_probs[-len(answer) :]

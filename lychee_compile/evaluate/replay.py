@@ -1,4 +1,4 @@
-"""A policy run over the tensors of one captured attention, as decoding would run it."""
+"""Replay of a policy over the tensors of one captured attention, as decoding runs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lychee_compile.kernels.reference.selection import Selection, select
 from lychee_compile.kernels.reference.softcap import capped
 
 BYTES = 2
-"""Of a number, as keys and values are counted: bfloat16."""
+"""Bytes of a number of keys and values, counted as bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -30,40 +30,41 @@ class Truth:
     step: int
     """Number of the query in the capture."""
     query: Tensor
-    """float32 [1, Hq, 1, D]"""
+    """Query, float32 [1, Hq, 1, D]."""
     key: Tensor
+    """Keys that the query sees, [1, Hkv, n, D]."""
     value: Tensor
-    """The keys and values that it sees, [1, Hkv, n, D]."""
+    """Values of those keys, [1, Hkv, n, Dv]."""
     share: Tensor
     """Softmax share of each key, float64 [Hq, n]."""
     output: Tensor
-    """float64 [Hq, Dv]"""
+    """Output of dense attention, float64 [Hq, Dv]."""
 
 
 @dataclass(frozen=True)
 class Measured(Columns):
-    """What one choice of tokens, or many of them, came to; steps T along the first axis."""
+    """Figures of one or many choices of tokens, with steps T along the first axis."""
 
     mass: Tensor
     """Share of the dense softmax mass that was read, float64 [T, Hq]."""
     error: Tensor
     """|o - o_dense| / |o_dense|, float64 [T, Hq]."""
     bound: Tensor
-    """The certificate: upper bound of the share that was not read, float64 [T, Hq]."""
+    """Certificate, an upper bound of the share that was not read, float64 [T, Hq]."""
     violated: Tensor
-    """Whether more was missed than the certificate allows, bool [T, Hq]."""
+    """True if more was missed than the certificate allows, bool [T, Hq]."""
     tokens: Tensor
-    """Tokens read, float64 [T, Hkv]."""
+    """Number of tokens read, float64 [T, Hkv]."""
     index_bytes: Tensor
     """Bytes read per KV head to choose them, float64 [T]."""
     attended_bytes: Tensor
     """Bytes of the keys and values attended to, float64 [T, Hkv]."""
     seconds: Tensor
-    """Time of the choice, float64 [T]."""
+    """Time of the choice in seconds, float64 [T]."""
 
 
 def dense_truths(site: SiteTensors, capture: Capture) -> Iterator[Truth]:
-    """Dense attention of each query of a site, in order."""
+    """Yield dense attention of each query of a site, in order."""
     key, value = site.key.double(), site.value.double()
     for step, length in enumerate(capture.lengths.tolist()):
         query = site.query[:, :, step : step + 1]
@@ -74,32 +75,32 @@ def dense_truths(site: SiteTensors, capture: Capture) -> Iterator[Truth]:
 
 
 def _softmax(query: Tensor, key: Tensor, site: SiteTensors) -> Tensor:
-    """Shares of the keys [1, Hkv, n, D], all visible, for one query: float64 [Hq, n]."""
+    """Return the softmax shares of all keys [1, Hkv, n, D] for one query: float64 [Hq, n]."""
     grouped = query[0, :, 0].double().unflatten(0, (key.shape[1], -1))
     score = capped(site.scale * (grouped @ key[0].transpose(-1, -2)), site.softcap)
     return score.softmax(-1).flatten(0, 1)
 
 
 class Replay:
-    """An index over the keys of one site, brought forward token by token, and what it chooses."""
+    """Index over the keys of one site that follows them token by token, and its choices."""
 
     def __init__(self, site: SiteTensors, capture: Capture, config: IndexConfig) -> None:
         heads, head_dim, device = site.key.shape[1], site.key.shape[3], site.key.device
         self.site, self.config = site, config
         self.index = make_index(1, heads, head_dim, config, device)
         self.build_seconds = 0.0
-        """Time to index the prompt."""
+        """Time to index the prompt, in seconds."""
         self.follow_seconds = 0.0
-        """Time to follow the keys since."""
+        """Time to follow the keys since the prompt, in seconds."""
         self.followed = 0
-        """How many keys that is."""
+        """Number of keys since the prompt."""
         self._end = 0
         if capture.strengths is not None:
             slots = torch.arange(len(capture.strengths), device=device)[None]
             self.index.strengths.note(slots, capture.strengths[None].to(device))
 
     def follow(self, length: int) -> None:
-        """Index the first `length` keys: at once where there are none yet, then one by one."""
+        """Index the first `length` keys: at once in the first call, one by one in later calls."""
         started, fresh = self._now(), self._end == 0
         for end in (length,) if fresh else range(self._end + 1, length + 1):
             ends = torch.tensor([end], device=self.index.device)
@@ -155,7 +156,7 @@ class Replay:
         tokens = read.sum(-1).double()
         numbers = truth.key.shape[3] + truth.value.shape[3]
         seen = truth.key.shape[2]
-        index_bytes = 0  # where everything is read nothing is looked up
+        index_bytes = 0  # if everything is read, nothing is chosen
         if budget is not None and not bool(read.all()):
             index_bytes = self.index.bytes_per_step(seen, budget)
         return Measured(

@@ -1,4 +1,4 @@
-"""One run of the command: loads what is needed once, measures, shows and writes the results."""
+"""One run of the command: loading, measuring, showing and writing the results."""
 
 from __future__ import annotations
 
@@ -35,36 +35,36 @@ from lychee_compile.evaluate.texts import read_text
 from lychee_compile.evaluate.variants import Variant
 
 LONGEST_TOKEN = 16
-"""Characters of text that are enough for a token, on average."""
+"""Number of characters that make a token on average, at most."""
 PACKAGES = ("torch", "transformers", "lychee_compile")
 
 
 class Session:
-    """What the subcommands share."""
+    """Model, captures and results that the subjects of one run share."""
 
-    def __init__(self, given: argparse.Namespace, console: Console) -> None:
-        self.given = given
+    def __init__(self, settings: argparse.Namespace, console: Console) -> None:
+        self.settings = settings
         self._console = console
         self._taken: dict[tuple[str, tuple[int, ...]], Capture] = {}
         self._results: dict[str, Any] = {
-            "command": given.command_line,
-            "environment": environment(given.device),
+            "command": settings.command_line,
+            "environment": environment(settings.device),
         }
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The model, loaded when it is first needed. Raises `EvaluationError`."""
-        if self.given.model is None:
+        """Model, loaded when it is first needed. Raise `EvaluationError` if it cannot be loaded."""
+        if self.settings.model is None:
             raise EvaluationError(
                 "--model is needed: a folder in which transformers saved a causal language model "
                 "with its tokenizer, or the name of one"
             )
-        with self._stage(f"Loading {self.given.model}", 1):
-            return load(self.given.model, self.given.device, self.given.dtype)
+        with self._stage(f"Loading {self.settings.model}", 1):
+            return load(self.settings.model, self.settings.device, self.settings.dtype)
 
     def fidelity(self) -> None:
-        """Captured mass, error and certificates of every policy at every budget."""
-        results = [self._replay(each, self.given.policies) for each in self._captures()]
+        """Measure captured mass, error and certificates of every policy at every budget."""
+        results = [self._replay(each, self.settings.policies) for each in self._captures()]
         for result in results:
             self._console.print(tables.fidelity_table(result))
             self._console.print(tables.sites_table(result))
@@ -73,11 +73,11 @@ class Session:
         self._draw("error_against_bytes.png", plots.plot_error, results)
 
     def text(self) -> None:
-        """Boundary-aware against fixed chunks, by kind of text."""
+        """Compare boundary-aware with fixed chunks, by kind of text."""
         variants = [
             Variant(variant.policy, {**variant.options, "boundaries": boundaries})
-            for variant in self.given.policies
-            for boundaries in self.given.boundaries
+            for variant in self.settings.policies
+            for boundaries in self.settings.boundaries
         ]
         results = [self._replay(each, variants) for each in self._captures()]
         self._console.print(tables.text_table(results))
@@ -85,55 +85,58 @@ class Session:
         self._draw("mass_by_text.png", plots.plot_mass, results)
 
     def drift(self) -> None:
-        """Error against generated tokens."""
-        given = self.given
-        positions = checkpoint_positions(given.prompt, given.length, given.every, given.queries)
+        """Measure error against generated tokens."""
+        settings = self.settings
+        positions = checkpoint_positions(
+            settings.prompt, settings.length, settings.every, settings.queries
+        )
         results: list[DriftResult] = []
         for each in self._captures(positions):
             checkpoints = count_checkpoints(each) * len(each.sites)
             with self._stage(f"Following {each.text} ({len(each.token_ids):,})", checkpoints) as on:
-                results.append(drift(each.to(given.device), given.policies, given.budget, on))
+                results.append(
+                    drift(each.to(settings.device), settings.policies, settings.budget, on)
+                )
         for result in results:
             self._console.print(tables.drift_table(result))
         self._keep("drift", [result.to_dict() for result in results])
         self._draw("error_against_generated.png", plots.plot_drift, results)
 
     def tasks(self) -> None:
-        """Questions about long documents."""
-        given = self.given
-        ways = 1 + len(given.policies) * len(given.budgets)
-        total = len(given.tasks) * given.repeats * ways
+        """Ask questions about long documents."""
+        settings = self.settings
+        ways = 1 + len(settings.policies) * len(settings.budgets)
+        total = len(settings.tasks) * settings.repeats * ways
         model = self.model
-        with self._stage(f"Asking {len(given.tasks) * given.repeats} questions", total) as on:
+        with self._stage(f"Asking {len(settings.tasks) * settings.repeats} questions", total) as on:
             result = run_tasks(
                 model,
-                given.tasks,
-                given.policies,
-                given.budgets,
-                length=given.length,
-                repeats=given.repeats,
-                seed=given.seed,
+                settings.tasks,
+                settings.policies,
+                settings.budgets,
+                length=settings.length,
+                repeats=settings.repeats,
+                seed=settings.seed,
                 advance=on,
             )
         self._show_tasks(result)
 
     def prefill(self) -> None:
-        """Captured mass and error of whole sequences, against the share of pairs computed."""
-        positions = tile_positions(self.given.length, self.given.tiles)
-        taken = self._captures(positions, capture_prefill)
-        results = [self._read_whole(each) for each in taken]
+        """Measure captured mass and error of prefill, against the share of pairs computed."""
+        positions = tile_positions(self.settings.length, self.settings.tiles)
+        captures = self._captures(positions, capture_prefill)
+        results = [self._measure_prefill(each) for each in captures]
         for result in results:
             self._console.print(tables.prefill_table(result))
             self._console.print(tables.prefill_sites_table(result))
         self._keep("prefill", [result.to_dict() for result in results])
         self._draw("error_against_pairs.png", plots.plot_prefill, results)
 
-    def _read_whole(self, taken: Capture) -> PrefillResult:
-        tiles = len(tiles_of(taken)) * len(taken.sites)
-        label = f"Attending to {taken.text} ({len(taken.token_ids):,} tokens)"
+    def _measure_prefill(self, captured: Capture) -> PrefillResult:
+        tiles, chosen = len(tiles_of(captured)) * len(captured.sites), self.settings
+        label = f"Attending to {captured.text} ({len(captured.token_ids):,} tokens)"
         with self._stage(label, tiles) as on:
-            given = self.given
-            return prefill(taken.to(given.device), given.policies, given.shares, on)
+            return prefill(captured.to(chosen.device), chosen.policies, chosen.shares, on)
 
     def _show_tasks(self, result: TaskResult) -> None:
         self._console.print(tables.tasks_table(result))
@@ -143,18 +146,18 @@ class Session:
     def _captures(
         self, positions: Sequence[int] | None = None, take: Callable[..., Capture] = capture
     ) -> list[Capture]:
-        """Captures as files, or else of the texts asked for, at the last positions unless given."""
-        given = self.given
-        if given.capture:
-            return [Capture.load(path) for path in given.capture]
+        """Return captures from files or of the chosen texts, at `positions` or the last ones."""
+        settings = self.settings
+        if settings.capture:
+            return [Capture.load(path) for path in settings.capture]
         if positions is None:
-            positions = last_positions(given.length, given.steps)
-        return [self._capture_once(source, tuple(positions), take) for source in given.text]
+            positions = last_positions(settings.length, settings.steps)
+        return [self._capture_once(source, tuple(positions), take) for source in settings.text]
 
     def _capture_once(
         self, source: str, positions: tuple[int, ...], take: Callable[..., Capture]
     ) -> Capture:
-        """Subjects that ask for the same share a capture."""
+        """Return the capture of a text at `positions`, taken once for all subjects."""
         if (source, positions) not in self._taken:
             self._taken[source, positions] = self._capture(source, positions, take)
         return self._taken[source, positions]
@@ -172,52 +175,52 @@ class Session:
         if len(ids) < length:
             raise EvaluationError(f"--length {length}: the text {kind} has {len(ids):,} tokens")
         with self._stage(f"Capturing {kind}", length) as on:
-            taken = take(
+            captured = take(
                 model.model,
                 ids,
                 positions,
                 strengths=model.boundaries.lookup(ids),
-                sites=self.given.sites,
+                sites=self.settings.sites,
                 name=model.name,
                 text=kind,
                 advance=on,
             )
-        if self.given.save_captures:
-            whole = "-prefill" if take is capture_prefill else ""
-            taken.save(self.given.out / "captures" / f"{kind}-{length}{whole}.safetensors")
-        return taken
+        if self.settings.save_captures:
+            suffix = "-prefill" if take is capture_prefill else ""
+            captured.save(self.settings.out / "captures" / f"{kind}-{length}{suffix}.safetensors")
+        return captured
 
-    def _replay(self, taken: Capture, variants: Sequence[Variant]) -> FidelityResult:
-        queries = len(taken.positions) * len(taken.sites)
-        label = f"Replaying {taken.text} ({len(taken.token_ids):,} tokens)"
+    def _replay(self, captured: Capture, variants: Sequence[Variant]) -> FidelityResult:
+        queries = len(captured.positions) * len(captured.sites)
+        label = f"Replaying {captured.text} ({len(captured.token_ids):,} tokens)"
         with self._stage(label, queries) as on:
-            return fidelity(taken.to(self.given.device), variants, self.given.budgets, on)
+            return fidelity(captured.to(self.settings.device), variants, self.settings.budgets, on)
 
     def _stage(self, label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         return stage(self._console, label, total)
 
     def _keep(self, section: str, result: Any) -> None:
-        """Write all results so far: a long run that breaks off has not been for nothing."""
+        """Write all results so far, so that a long run that breaks off leaves some."""
         self._results[section] = result
-        path = self.given.out / "results.json"
+        path = self.settings.out / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self._results, indent=1) + "\n", encoding="utf-8")
         self._console.print(f"Results: {path}", markup=False)
 
     def _draw(self, name: str, plot: Callable[..., None], results: Any) -> None:
-        path: Path = self.given.out / name
+        path: Path = self.settings.out / name
         plot(path, results)
         self._console.print(f"Picture: {path}", markup=False)
 
 
 def environment(device: str) -> dict[str, str]:
-    """What a result depends on besides the command."""
-    found = {"python": platform.python_version(), "device": device}
+    """Return device and versions that a result depends on, by name."""
+    names = {"python": platform.python_version(), "device": device}
     if torch.device(device).type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
+        names["device"] = torch.cuda.get_device_name(device)
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            names[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return names

@@ -1,4 +1,4 @@
-"""Results as tables for the terminal."""
+"""Tables of the results for the terminal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lychee_compile.evaluate.tasks import TaskResult
 
 ORACLE = "oracle"
 DRIFT_MARKS = (8192, 16384, 30720)
-"""Generated tokens at which the error is compared with that at 2,048."""
+"""Numbers of generated tokens at which the error is compared with that at 2,048."""
 
 
 def fidelity_table(result: FidelityResult) -> Group:
-    """Every policy at every budget, over all sites together."""
+    """Return a table of every policy at every budget, over all sites together."""
     title = (
         f"Fidelity: {result.model}, {result.text}, {result.length:,} keys, "
         f"{result.steps} steps, {_site_count(result)} attentions"
@@ -54,7 +54,7 @@ def fidelity_table(result: FidelityResult) -> Group:
 
 
 def sites_table(result: FidelityResult) -> Group:
-    """Captured mass and error at each attention, at the largest budget."""
+    """Return a table of captured mass and error at each attention, at the largest budget."""
     largest = max(row.budget or 0 for row in result.rows)
     names = list(dict.fromkeys(row.site for row in result.rows))
     title = f"Captured mass / error at each attention, budget {largest:,}"
@@ -68,7 +68,7 @@ def sites_table(result: FidelityResult) -> Group:
 
 
 def text_table(results: Sequence[FidelityResult]) -> Group:
-    """Captured mass and error by kind of text."""
+    """Return a table of captured mass and error by kind of text."""
     budgets = sorted({row.budget or 0 for result in results for row in result.rows})
     table = _table(("text", "left"), ("policy", "left"))
     for budget in budgets:
@@ -83,7 +83,7 @@ def text_table(results: Sequence[FidelityResult]) -> Group:
 
 
 def drift_table(result: DriftResult) -> Group:
-    """Error against generated tokens, and against an index built anew."""
+    """Return a table of the error by generated tokens, beside an index built anew."""
     policies = list(dict.fromkeys(point.policy for point in result.points))
     title = (
         f"Drift: {result.model}, {result.text}, prompt {result.prompt:,}, budget "
@@ -112,7 +112,7 @@ def drift_table(result: DriftResult) -> Group:
 
 
 def tasks_table(result: TaskResult) -> Group:
-    """Answers found, by task and way."""
+    """Return a table of the answers found, by task, policy and budget."""
     title = (
         f"Tasks: {result.model}, documents of {result.length:,} tokens, question and answer "
         "decoded over them"
@@ -138,10 +138,10 @@ def tasks_table(result: TaskResult) -> Group:
 
 
 def prefill_table(result: PrefillResult) -> Group:
-    """Every policy at every share of the keys, over all sites together."""
+    """Return a table of every policy at every share of the keys, over all sites together."""
     sites = len({row.site for row in result.rows}) - 1
     title = (
-        f"Whole sequences: {result.model}, {result.text}, {result.length:,} tokens, "
+        f"Prefill: {result.model}, {result.text}, {result.length:,} tokens, "
         f"{result.tiles} tiles of queries, {sites} attentions"
     )
     table = _table(("policy", "left"))
@@ -159,7 +159,7 @@ def prefill_table(result: PrefillResult) -> Group:
 
 
 def prefill_sites_table(result: PrefillResult) -> Group:
-    """Captured mass and error at each attention, at the largest share."""
+    """Return a table of captured mass and error at each attention, at the largest share."""
     largest = max(row.share for row in result.rows)
     names = list(dict.fromkeys(row.site for row in result.rows))
     title = f"Captured mass / error at each attention, share {largest:g}"
@@ -180,7 +180,7 @@ def _table(*columns: tuple[str, JustifyMethod]) -> Table:
 
 
 def _titled(title: str, table: Table) -> Group:
-    """A title of its own: a table's would be wrapped to the table's width."""
+    """Return a title above a table; a table's own title wraps to the table's width."""
     return Group(Text(title, "bold"), table)
 
 

@@ -1,7 +1,7 @@
-"""Questions about long documents whose answers stand in them, planted at a known depth.
+"""Questions about long documents in which the answers are planted at a known depth.
 
-Models that were never tuned on instructions answer best by ending a sentence, so every question
-breaks off where its answer begins. Answers are random: nobody knows them by heart.
+Models that were not tuned on instructions answer best by ending a sentence. Therefore every
+question breaks off where its answer begins. Answers are random, so that no model knows them.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ WORDS = (
     "cobalt", "drizzle", "feather", "gravel", "hollow", "ivory", "jasper", "linen", "meadow",
 )  # fmt: skip
 MANY = 8
-"""Facts of the same form in one document, where one of them is asked for."""
+"""Number of facts of the same form in one document, one of which is asked for."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A document and a question about it."""
+    """Document and a question about it."""
 
     task: str
     document: str
     question: str
-    """Follows the document."""
+    """Text that follows the document."""
     answer: str
-    """Follows the question."""
+    """Text that follows the question."""
     depth: float
-    """Where in the document the answer stands, 0 to 1."""
+    """Position of the answer in the document, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class _Planted:
-    """What is put into a document, in this order, and what is asked about one piece of it."""
+    """Pieces to plant into a document, in order, and a question about one of them."""
 
     pieces: Sequence[str]
     asked: int
@@ -52,33 +52,33 @@ class _Planted:
 
 
 class Filler:
-    """Real text in pieces whose lengths in tokens are known."""
+    """Real text in pieces of known length in tokens."""
 
     def __init__(self, kind: str, count: Callable[[Sequence[str]], list[int]]) -> None:
-        """`count` gives the number of tokens of each of some texts."""
+        """Cut a built-in text of `kind`; `count` returns the number of tokens of each text."""
         self.joint = "\n" if kind == "json" else "\n\n"
         self.pieces = [piece for piece in BUILT_IN[kind]().split(self.joint) if piece.strip()]
         self.sizes = count([piece + self.joint for piece in self.pieces])
 
     def take(self, tokens: int, chance: random.Random) -> list[str]:
-        """Neighbouring pieces of together at most `tokens`, from a random place on."""
-        start, taken = chance.randrange(len(self.pieces)), list[str]()
+        """Return neighbouring pieces of at most `tokens` in all, from a random one on."""
+        start, pieces = chance.randrange(len(self.pieces)), list[str]()
         for number in range(len(self.pieces)):
             piece = (start + number) % len(self.pieces)
             tokens -= self.sizes[piece]
             if tokens < 0:
                 break
-            taken.append(self.pieces[piece])
-        return taken
+            pieces.append(self.pieces[piece])
+        return pieces
 
 
 def pass_key(chance: random.Random) -> _Planted:
-    """One fact, asked for."""
+    """Return one fact, which is asked for."""
     return _pass_keys(chance, 1)
 
 
 def pass_keys(chance: random.Random) -> _Planted:
-    """Several facts that differ in their place and number, one of them asked for."""
+    """Return several facts that differ in place and number, one of which is asked for."""
     return _pass_keys(chance, MANY)
 
 
@@ -96,7 +96,7 @@ def _pass_keys(chance: random.Random, many: int) -> _Planted:
 
 
 def json_lookup(chance: random.Random) -> _Planted:
-    """Entries of a JSON document, one of them looked up."""
+    """Return entries of a JSON document, one of which is asked for."""
     places, numbers, asked = _facts(chance, MANY)
     pieces = [
         f'    "{place}_pass_key": "{number}",'
@@ -110,7 +110,7 @@ def json_lookup(chance: random.Random) -> _Planted:
 
 
 def function_lookup(chance: random.Random) -> _Planted:
-    """Functions and constants in source code; what one of them gives."""
+    """Return functions and constants in source code, one of whose values is asked for."""
     places, numbers, asked = _facts(chance, MANY)
     pieces = [
         f"def {place}_pass_key():\n    return {number}"
@@ -125,7 +125,7 @@ def function_lookup(chance: random.Random) -> _Planted:
 
 
 def repeated_copy(chance: random.Random) -> _Planted:
-    """A line of random words; its beginning comes again, and the rest is to be copied."""
+    """Return a line of random words, whose rest is asked for after its beginning."""
     words = chance.sample(WORDS, 12)
     return _Planted([" ".join(words)], 0, "\n\n" + " ".join(words[:4]), " " + " ".join(words[4:8]))
 
@@ -148,29 +148,29 @@ def make_question(
     count: Callable[[Sequence[str]], list[int]],
     chance: random.Random,
 ) -> Question:
-    """A question of the given task about a document of at most `tokens` tokens.
+    """Return a question of the task about a document of at most `tokens` tokens.
 
-    What is asked for stands at `depth`, 0 to 1; other facts are spread over the document. Raises
-    `EvaluationError` where the document would be too short to hold them apart.
+    The answer is planted at `depth`, 0 to 1; other facts are spread over the document. Raise
+    `EvaluationError` if the document is too short to hold them apart.
     """
     planted = TASKS[task][1](chance)
     joint = filler.joint
     room = tokens - sum(count([piece + joint for piece in planted.pieces]))
-    taken = filler.take(room, chance)
-    if len(taken) < 2 * len(planted.pieces):
+    text = filler.take(room, chance)
+    if len(text) < 2 * len(planted.pieces):
         raise EvaluationError(
             f"--length {tokens}: too short for {task}, which plants {len(planted.pieces)} facts "
             "between paragraphs"
         )
-    others = [place for place in range(len(planted.pieces)) if place != planted.asked]
-    spread = {place: (rank + 0.5) / len(others) for rank, place in enumerate(others)}
+    others = [number for number in range(len(planted.pieces)) if number != planted.asked]
+    spread = {number: (rank + 0.5) / len(others) for rank, number in enumerate(others)}
     depths = spread | {planted.asked: depth}
-    for place in sorted(depths, key=depths.__getitem__, reverse=True):
-        taken.insert(round(depths[place] * len(taken)), planted.pieces[place])
-    return Question(task, joint.join(taken), planted.question, planted.answer, depth)
+    for number in sorted(depths, key=depths.__getitem__, reverse=True):
+        text.insert(round(depths[number] * len(text)), planted.pieces[number])
+    return Question(task, joint.join(text), planted.question, planted.answer, depth)
 
 
 def _facts(chance: random.Random, many: int) -> tuple[list[str], list[str], int]:
-    """Places, a number of five digits for each, and which one is asked for."""
+    """Return places, a number of five digits for each, and the one that is asked for."""
     numbers = [str(number) for number in chance.sample(range(10_000, 100_000), many)]
     return chance.sample(PLACES, many), numbers, chance.randrange(many)

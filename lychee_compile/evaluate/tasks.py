@@ -1,9 +1,9 @@
-"""What a model still finds in a long document that it reads sparsely.
+"""Answers that a model finds in a long document while it reads sparsely.
 
-The document is prefilled densely, once; question and answer are then decoded token by token over
-it, by dense attention and by every policy at every budget. With the question inside the dense
+The document is prefilled densely, once. Question and answer are then decoded token by token over
+it, by dense attention and by every policy at every budget. If the question were part of the dense
 prefill, the answer would already be in the cache. A variant with `prefill=sparse` reads the
-document sparsely as well, in one pass and for itself.
+document sparsely as well, in a pass of its own.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from lychee_compile.torch_private import unlimited_recompiles
 
 DENSE = "dense"
 RESERVED = 96
-"""Tokens left for question and answer."""
+"""Number of tokens kept free for question and answer."""
 SHORTEST = 512
-"""Tokens of a document, at least."""
+"""Least number of tokens of a document."""
 
 
 @dataclass(frozen=True)
 class TaskAnswer:
-    """One question, asked in one way."""
+    """Answer to one question under one policy and budget."""
 
     task: str
     policy: str
@@ -46,11 +46,11 @@ class TaskAnswer:
     document_tokens: int
     expected: str
     predicted: str
-    """The likeliest token at each place of the expected answer."""
+    """Text of the likeliest token at each position of the expected answer."""
     exact: bool
-    """Whether greedy decoding gives the expected answer."""
+    """True if greedy decoding gives the expected answer."""
     log_likelihood: float
-    """Of the expected answer."""
+    """Log-likelihood of the expected answer."""
     agreement: float
     """Share of the answer's tokens for which dense attention predicts the same."""
     divergence: float
@@ -59,7 +59,7 @@ class TaskAnswer:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """All questions of one task, asked in one way."""
+    """Averages over all questions of one task under one policy and budget."""
 
     task: str
     policy: str
@@ -73,17 +73,17 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Every task by dense attention and by every policy at every budget."""
+    """Answers of dense attention and of every policy at every budget."""
 
     model: str
     length: int
-    """Tokens of a document, at most."""
+    """Largest number of tokens of a document."""
     configs: dict[str, dict[str, Any]]
-    """The options of each policy."""
+    """Options of each policy."""
     answers: list[TaskAnswer]
 
     def rows(self) -> list[TaskRow]:
-        """The answers averaged over each task's questions; then over all, as task "all"."""
+        """Return averages over each task's questions, then over all questions as task "all"."""
         ways: dict[tuple[str, str, int | None], list[TaskAnswer]] = {}
         for answer in self.answers:
             for task in (answer.task, "all"):
@@ -92,7 +92,7 @@ class TaskResult:
         return [_row(*way, those) for way, those in ordered]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+        """Return the result as plain values, for JSON."""
         rows, answers = self.rows(), [asdict(answer) for answer in self.answers]
         return {**vars(self), "rows": [asdict(row) for row in rows], "answers": answers}
 
@@ -117,9 +117,8 @@ def run_tasks(
 ) -> TaskResult:
     """Ask `repeats` questions of each task, at depths spread over documents of `length` tokens.
 
-    `advance` is called with 1 after each question in each way. Raises `EvaluationError` for an
-    unknown task or a length that does not fit, `OptionError` for a budget that a policy cannot
-    have.
+    `advance` is called with 1 after each answer. Raise `EvaluationError` for an unknown task or a
+    length that does not fit, and `OptionError` for a budget that a policy cannot have.
     """
     check_tasks(names)
     check_budgets(variants, budgets)
@@ -135,9 +134,9 @@ def run_tasks(
 def make_questions(
     model: LanguageModel, names: Sequence[str], length: int, repeats: int, seed: int = 0
 ) -> list[Question]:
-    """`repeats` questions of each task, at depths spread over documents of `length` tokens.
+    """Return `repeats` questions of each task, at depths spread over documents of `length` tokens.
 
-    Raises `EvaluationError` for a length that does not fit.
+    Raise `EvaluationError` for a length that does not fit.
     """
     longest = model.longest
     if length < SHORTEST or (longest is not None and length > longest):
@@ -149,19 +148,20 @@ def make_questions(
         return [len(ids) for ids in encoded]
 
     fillers: dict[str, Filler] = {}
-    asked = []
+    questions = []
     for name, number in itertools.product(names, range(repeats)):
         kind = TASKS[name][0]
         if kind not in fillers:
             fillers[kind] = Filler(kind, count)
         chance = random.Random(f"{seed} {name} {number}")
         depth = (number + 0.5) / repeats
-        asked.append(make_question(name, fillers[kind], length - RESERVED, depth, count, chance))
-    return asked
+        room = length - RESERVED
+        questions.append(make_question(name, fillers[kind], room, depth, count, chance))
+    return questions
 
 
 class _Ways:
-    """A model under every policy at every budget, compiled when it is first asked."""
+    """Model under every policy at every budget, compiled at the first question."""
 
     def __init__(
         self, model: LanguageModel, variants: Sequence[Variant], budgets: Sequence[int]
@@ -171,7 +171,7 @@ class _Ways:
         self._compiled: dict[tuple[str, int], tuple[Callable[..., Any], Any]] = {}
 
     def ask(self, question: Question, advance: Callable[[int], object]) -> list[TaskAnswer]:
-        """The answers of dense attention and of every way to a question."""
+        """Return the answers to a question by dense attention and by every policy and budget."""
         encoded = encode(question, self._model)
         cache = prefill(self._model.model, encoded.document)
         dense = read_densely(self._model, cache, encoded)
@@ -191,7 +191,7 @@ class _Ways:
     def _compiled_for(self, variant: Variant, budget: int) -> tuple[Callable[..., Any], Any]:
         key = (variant.label, budget)
         if key not in self._compiled:
-            # The index is found by its options: they must be those of the compiled model.
+            # An index is looked up by its options: they have to be those of the compiled model.
             reference = self._model.device.type != "cpu"
             table = self._model.boundaries
             options = variant.backend_options(budget, tokenizer=table, reference=reference)

@@ -18,64 +18,64 @@ FORMAT = "lychee_compile capture 1"
 
 @dataclass(frozen=True)
 class Columns:
-    """Tensors of what was measured, each of them with the same things along the first axis."""
+    """Tensors of figures that share their first axis."""
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """One after another."""
+        """Return all parts joined along the first axis."""
         columns = {each.name: [getattr(part, each.name) for part in parts] for each in fields(cls)}
         return cls(**{name: torch.cat(values) for name, values in columns.items()})
 
 
 @dataclass(frozen=True)
 class SiteTensors:
-    """What one attention of a model worked on, at some positions of one sequence."""
+    """Queries, keys and values of one attention at some positions of one sequence."""
 
     name: str
-    """Module path."""
+    """Path of the module."""
     query: Tensor
-    """float32 [1, Hq, T, D]"""
+    """Queries, float32 [1, Hq, T, D]."""
     key: Tensor
-    """[1, Hkv, L, D], as cached."""
+    """Keys as cached, [1, Hkv, L, D]."""
     value: Tensor
-    """[1, Hkv, L, Dv], as cached."""
+    """Values as cached, [1, Hkv, L, Dv]."""
     scale: float
     softcap: float | None
 
     def to(self, device: torch.device | str) -> SiteTensors:
-        """The same on another device."""
+        """Return the tensors on `device`."""
         moved = {name: getattr(self, name).to(device) for name in ("query", "key", "value")}
         return replace(self, **moved)
 
 
 @dataclass(frozen=True)
 class Capture:
-    """One sequence through a model: what its attentions worked on."""
+    """Queries, keys and values of a model's attentions while it reads one sequence."""
 
     sites: tuple[SiteTensors, ...]
     positions: Tensor
     """Slot of each query's token, int64 [T], ascending: query t sees the slots 0 to positions[t].
     """
     token_ids: Tensor
-    """int64 [L]"""
+    """Token ids, int64 [L]."""
     strengths: Tensor | None
-    """Strength of the boundary after each token, uint8 [L]; None where no tokenizer was at hand."""
+    """Strength of the boundary after each token, uint8 [L]; None without a tokenizer."""
     model: str = ""
-    """What the tensors come from."""
+    """Name of the model."""
     text: str = ""
-    """What kind of text the sequence is."""
+    """Kind of the text."""
 
     @property
     def lengths(self) -> Tensor:
-        """How many keys each query sees, int64 [T]."""
+        """Number of keys that each query sees, int64 [T]."""
         return self.positions + 1
 
     def to(self, device: torch.device | str) -> Capture:
-        """The same with its sites on another device."""
+        """Return the capture with its sites on `device`."""
         return replace(self, sites=tuple(site.to(device) for site in self.sites))
 
     def save(self, path: Path) -> None:
-        """Write it as one safetensors file."""
+        """Write the capture as one safetensors file."""
         require("safetensors", "saving a capture")
         from safetensors.torch import save_file
 
@@ -93,7 +93,7 @@ class Capture:
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Capture:
-        """Read what `save` wrote. Raises `EvaluationError` for anything else."""
+        """Return the capture that `save` wrote. Raise `EvaluationError` for any other file."""
         require("safetensors", "reading a capture")
         from safetensors import SafetensorError, safe_open
 

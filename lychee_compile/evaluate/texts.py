@@ -1,4 +1,4 @@
-"""Real texts that are wherever Python is, and the user's own."""
+"""Real texts that come with Python, and the user's own."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ MODULES = (
     "pickletools",
     "turtle",
 )
-"""Of the standard library, as code to read."""
+"""Modules of the standard library whose code is read."""
 TOPICS_FIRST = ("execmodel", "objects", "import", "class", "exceptions", "types", "specialnames")
 
 
 def code() -> str:
-    """Modules of Python's standard library."""
+    """Return the code of modules of Python's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [root / f"{name}.py" for name in MODULES]
-    found = [file for file in files if file.is_file()] or sorted(root.glob("*.py"))
-    return "\n\n".join(file.read_text(encoding="utf-8").strip() for file in found)
+    present = [file for file in files if file.is_file()] or sorted(root.glob("*.py"))
+    return "\n\n".join(file.read_text(encoding="utf-8").strip() for file in present)
 
 
 def prose() -> str:
-    """Chapters of Python's language reference."""
+    """Return chapters of Python's language reference."""
     from pydoc_data.topics import topics
 
     names = [*TOPICS_FIRST, *sorted(set(topics) - set(TOPICS_FIRST))]
@@ -51,12 +51,12 @@ def prose() -> str:
 
 
 def json_text() -> str:
-    """Tables of the standard library as one JSON document, pretty-printed."""
+    """Return tables of the standard library as one pretty-printed JSON document."""
     return json.dumps(json_tables(), indent=2, ensure_ascii=False)
 
 
 def json_tables() -> dict[str, object]:
-    """Media types, HTML entities, locale names and characters of Unicode."""
+    """Return media types, HTML entities, locale names and characters of Unicode."""
     import html.entities
     import locale
     import mimetypes
@@ -93,9 +93,9 @@ BUILT_IN: dict[str, Callable[[], str]] = {"code": code, "json": json_text, "pros
 
 
 def read_text(source: str) -> tuple[str, str]:
-    """A kind and its text, of "code", "json", "prose" or KIND=FILE.
+    """Return a kind and its text, for "code", "json", "prose" or KIND=FILE.
 
-    Raises `EvaluationError` for another kind, or a file that cannot be read, is empty or not UTF-8.
+    Raise `EvaluationError` for another kind, or a file that is unreadable, empty or not UTF-8.
     """
     kind, separator, name = source.partition("=")
     if not separator:

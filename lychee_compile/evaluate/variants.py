@@ -1,4 +1,4 @@
-"""Which policies are compared: a name, with options where one is to run in a special form."""
+"""Policies that are compared: a name each, and options for policies in a special form."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 import torch
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.policies.prefill_registry import tile_choice
-from lychee_compile.kernels.policies.registry import index_class
+from lychee_compile.kernels.policies.registry import index_class, prefill_choice
 from lychee_compile.options import OptionError, Options
 
 NO_BOUNDARIES = torch.zeros(1, dtype=torch.uint8)
-"""Stands for a tokenizer where strengths come from elsewhere."""
+"""Tokenizer table for captures, whose boundary strengths come from their file."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy as it is to be measured."""
+    """Policy and the options with which it is measured."""
 
     policy: str
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -28,14 +27,14 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """What tables and plots call it, and what `parse` reads."""
+        """Name in tables and plots, which `parse` reads."""
         return ":".join((self.policy, *(f"{name}={value}" for name, value in self.options.items())))
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """A policy's name, then options: "lychee", "lychee:recent=32:boundaries=fixed".
+        """Return the variant that `text` names: "lychee", "lychee:recent=32:boundaries=fixed".
 
-        Raises `OptionError` where the text is no such thing or the backend refuses it.
+        Raise `OptionError` if `text` has another form or the backend refuses it.
         """
         policy, *settings = text.strip().split(":")
         options = {}
@@ -51,23 +50,23 @@ class Variant:
         return variant
 
     def config(self, budget: int | None) -> IndexConfig:
-        """What an index needs of it. Raises `OptionError` where the budget does not fit."""
+        """Return the configuration of an index. Raise `OptionError` if the budget does not fit."""
         return self.backend_options(budget).index_config()
 
     def backend_options(self, budget: int | None, **more: Any) -> Options:
-        """The options to compile with, `more` of them given. Raises `OptionError`."""
-        given = {**self.options, **more, "policy": self.policy, "budget": budget}
-        if given.get("boundaries") == "tokens":
-            given.setdefault("tokenizer", NO_BOUNDARIES)
-        return Options.parse(None, given)
+        """Return the options to compile with, `more` among them. Raise `OptionError` if wrong."""
+        chosen = {**self.options, **more, "policy": self.policy, "budget": budget}
+        if chosen.get("boundaries") == "tokens":
+            chosen.setdefault("tokenizer", NO_BOUNDARIES)
+        return Options.parse(None, chosen)
 
-    def whole_options(self, share: float) -> Options:
-        """The options for whole sequences, which read that share of the keys. `OptionError`."""
+    def prefill_options(self, share: float) -> Options:
+        """Return options for a prefill that reads a `share` of the keys. Raise `OptionError`."""
         return self.backend_options(None, prefill="sparse", prefill_budget=share)
 
 
 def parse_variants(text: str) -> list[Variant]:
-    """Policies separated by commas. Raises `OptionError` for a wrong one, or one named twice."""
+    """Return the policies that commas separate. Raise `OptionError` for wrong or repeated ones."""
     variants = [Variant.parse(part) for part in _split(text) if part.strip()]
     labels = [variant.label for variant in variants]
     if not labels:
@@ -78,7 +77,7 @@ def parse_variants(text: str) -> list[Variant]:
 
 
 def check_budgets(variants: Sequence[Variant], budgets: Sequence[int]) -> None:
-    """Raise `OptionError` for a policy that cannot decode, or a budget that it cannot have."""
+    """Raise `OptionError` for a policy that cannot decode, or a budget that does not fit it."""
     for variant in variants:
         try:
             index_class(variant.policy)
@@ -88,17 +87,17 @@ def check_budgets(variants: Sequence[Variant], budgets: Sequence[int]) -> None:
             variant.config(budget)
 
 
-def check_whole(variants: Sequence[Variant]) -> None:
-    """Raise `OptionError` for a policy that has no form for whole sequences."""
+def check_prefill(variants: Sequence[Variant]) -> None:
+    """Raise `OptionError` for a policy without a prefill form."""
     for variant in variants:
         try:
-            tile_choice(variant.policy)
+            prefill_choice(variant.policy)
         except ValueError as error:
             raise OptionError(str(error)) from error
 
 
 def describe(options: Options) -> dict[str, Any]:
-    """Options as plain values, for a record of a run; those that hold objects are left out."""
+    """Return the options of an index as plain values, for a record of a run."""
     kept = {each.name: getattr(options, each.name) for each in fields(IndexConfig)}
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()

@@ -1,259 +1,166 @@
-"""Decide what becomes of each attention, with the reason where it stays as it is."""
+"""Decide what becomes of each attention of a graph, from facts alone.
+
+Nothing is emitted, generated, written or run here: an outcome says what to do, and `rewrite` does
+it. Facts are those of the attention, of its cache, of the options and of the device.
+"""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.operators.reference import DEVICES, DTYPES, LONGEST_QUERY
-from lychee_compile.kernels.policies.registry import has_index, index_class, policy_names
+from lychee_compile.passes import reasons, rules
 from lychee_compile.passes.describe import describe, describe_unread
 from lychee_compile.passes.detect.attention import Attention, Unread
 from lychee_compile.passes.detect.caches import CacheBinding, Unbound, bind_cache, find_writes
-from lychee_compile.passes.graph.dataflow import operator_name, value_of
-from lychee_compile.passes.lower import prefill
-from lychee_compile.passes.lower.decode_site import KernelSite, kernel_site
 from lychee_compile.passes.lower.kernel_support import (
-    NoKernel,
-    decodes,
-    no_sparse_kernel,
+    no_decode_method,
+    no_gpu_index,
+    no_kernel,
+    no_prefill_method,
     runs_kernels,
 )
 from lychee_compile.passes.lower.patch_grids import find_grid
-from lychee_compile.passes.lower.prefill import WholeSequence
-from lychee_compile.passes.lower.prefill_site import TILE_KERNELS, tile_site
-from lychee_compile.passes.lower.rearrange import Emitter
+from lychee_compile.passes.outcomes import (
+    ExactDecodeKernel,
+    KeepAsIs,
+    OneSdpa,
+    Outcome,
+    PrefillKernels,
+    PrefillReference,
+    ReferenceSparse,
+    SparseDecodeKernel,
+    how_much,
+)
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.site import Site
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An attention, what is known of it for the report, and its cache where it has one."""
+    """An attention, what the report says of it, its cache if it has one, and its outcome."""
 
     attention: Attention | Unread
-    site: Site
+    description: Site
+    """Facts for the report, before anything was decided."""
     binding: CacheBinding | None
-    kernel: KernelSite | None = None
-    """The generated kernel that takes its place; None where PyTorch's or the reference's does."""
-    whole: WholeSequence | None = None
-    """How a whole sequence is read that is "sparse", without an index that is kept."""
+    outcome: Outcome
 
     @property
-    def node(self) -> torch.fx.Node:
-        """What computes the output."""
-        return self.attention.node
+    def site(self) -> Site:
+        """A new entry of the report: the facts, and what became of the attention."""
+        outcome = self.outcome
+        return replace(
+            self.description,
+            decision=outcome.decision,
+            reason=outcome.reason,
+            reads=outcome.reads,
+            by_design=outcome.by_design,
+            kernel=outcome.kernel,
+        )
+
+    def kept(self, reason: Reason) -> Plan:
+        """Return the plan to leave the attention as it is, since rewriting it failed."""
+        return replace(self, outcome=KeepAsIs(self.attention, reason, by_design=False))
 
 
-class Planner:
-    """Decides about the attentions of one graph, in their order."""
-
-    def __init__(
-        self,
-        graph: torch.fx.Graph,
-        mode: Any,
-        config: IndexConfig,
-        needs_gradients: bool,
-        autotune: bool = False,
-    ) -> None:
-        self._graph, self._config, self._needs_gradients = graph, config, needs_gradients
-        self._autotune = autotune
-        self._writes = find_writes(graph)
-        self._emit = Emitter(graph, mode)
-        self._places = itertools.count()
-
-    def plan(self, attention: Attention | Unread) -> Plan:
-        """Decide about one attention.
-
-        `site.decision` is "sparse" or, with a reason, "exact" or "kept".
-        """
-        place = next(self._places)
+def decide(
+    graph: torch.fx.Graph,
+    attentions: Sequence[Attention | Unread],
+    config: IndexConfig,
+    needs_gradients: bool,
+) -> list[Plan]:
+    """Decide about the attentions of one graph, given in their order."""
+    writes = find_writes(graph)
+    plans = []
+    for place, attention in enumerate(attentions):
         if isinstance(attention, Unread):
-            return Plan(attention, describe_unread(attention), None)
-        bound = bind_cache(attention, self._graph, self._writes)
-        binding = bound if isinstance(bound, CacheBinding) else None
-        unbound = bound.reason if isinstance(bound, Unbound) else None
-        plan = Plan(attention, describe(attention, bound.kind), binding)
-        unsupported = (
-            _unsupported_operands(attention, self._needs_gradients)
-            or attention.refused
-            or _unsupported_form(attention)
-        )
-        if unsupported:
-            return self._kept(plan, attention, unsupported, by_design=False)
-        if self._is_whole(attention, cached=binding is not None):
-            return self._whole(plan, attention, place)
-        exact = _better_exact(attention, place, self._config)
-        if runs_kernels(attention, self._config):
-            return self._with_kernel(plan, attention, exact, unbound)
-        reason = exact or _unsupported_device(attention, self._config) or unbound
-        if reason:
-            return self._kept(plan, attention, reason, by_design=reason == exact)
-        plan.site.decision = "sparse"
-        plan.site.kernel = "lychee::sparse_attention (reference)"
-        plan.site.reason = _how_much(self._config, plan.site.kv_len)
-        return plan
-
-    def _is_whole(self, attention: Attention, cached: bool) -> bool:
-        sparse = self._config.prefill == "sparse"
-        return sparse and prefill.is_whole_sequence(attention, cached)
-
-    def _whole(self, plan: Plan, attention: Attention, place: int) -> Plan:
-        """Let every tile of a whole sequence read what matters to it."""
-        config = self._config
-        exact = (
-            _exact_asked_for(config)
-            or _in_dense_layers(place, config)
-            or prefill.better_exact(attention, config)
-        )
-        kernels = runs_kernels(attention, config)
-        exact = exact or (_no_tile_kernel(config) if kernels else None)
-        if exact:
-            return self._kept(plan, attention, exact, by_design=True)
-        grid, tiles = find_grid(attention), None
-        if kernels:
-            try:
-                tiles = tile_site(attention, config, self._emit, self._autotune)
-            except NoKernel as error:
-                return self._kept(plan, attention, str(error), by_design=False)
-            grid = grid if tiles.any_order else None
-        elif reason := _unsupported_device(attention, config):
-            return self._kept(plan, attention, reason, by_design=False)
-        whole = WholeSequence(config, grid, tiles)
-        plan.site.decision, plan.site.reason = "sparse", whole.reads
-        plan.site.kernel = whole.operator
-        return replace(plan, whole=whole)
-
-    def _kept(self, plan: Plan, attention: Attention, reason: str, by_design: bool) -> Plan:
-        """Leave an attention to PyTorch: as it was, or as one operator of its."""
-        site = plan.site
-        site.reason, site.by_design, site.kernel = reason, by_design, _kept_kernel(attention)
-        if by_design and _one_operator_does_it(attention, self._config):
-            site.decision = "exact"
-            site.kernel = "aten.scaled_dot_product_attention"
-        return plan
-
-    def _with_kernel(
-        self, plan: Plan, attention: Attention, exact: str | None, unbound: str | None
-    ) -> Plan:
-        """Let a generated kernel do it, which reads all keys where a reason for that is known."""
-        site, config = plan.site, self._config
-        if not _decodes_over_keys(attention, config):
-            reason = exact or f"how many queries ask, {attention.query_len}, only a call tells"
-            return self._kept(plan, attention, reason, by_design=True)
-        why = exact or no_sparse_kernel(config) or unbound
-        try:
-            binding = None if why else plan.binding
-            made = kernel_site(attention, binding, config, self._emit, self._autotune)
-        except NoKernel as error:
-            reason = f"{exact}; {error}" if exact else str(error)
-            return self._kept(plan, attention, reason, by_design=bool(exact))
-        site.kernel = made.kernel
-        if made.cache is not None:
-            site.decision, site.reason = "sparse", _how_much(config, site.kv_len)
+            keep = KeepAsIs(attention, attention.reason, attention.by_design)
+            plans.append(Plan(attention, describe_unread(attention), None, keep))
+            continue
+        cache = bind_cache(attention, graph, writes)
+        facts = _Facts(attention, place, cache, config)
+        if reason := rules.unsupported(attention, needs_gradients):
+            outcome: Outcome = facts.keep(reason)
         else:
-            site.decision, site.reason = "exact", why or made.refused
-        return replace(plan, kernel=made)
+            outcome = facts.outcome()
+        plans.append(Plan(attention, describe(attention, cache.kind), facts.binding, outcome))
+    return plans
 
 
-def _kept_kernel(attention: Attention) -> str:
-    if attention.form == "flex":
-        return "flex_attention"
-    return operator_name(attention.node) if attention.form == "sdpa" else "aten (as written)"
+@dataclass(frozen=True)
+class _Facts:
+    """What the outcome of one attention is decided from."""
 
+    attention: Attention
+    place: int
+    """Number of attentions of the graph before this one."""
+    cache: CacheBinding | Unbound
+    config: IndexConfig
 
-def _unsupported_operands(attention: Attention, needs_gradients: bool) -> str | None:
-    if needs_gradients:
-        return "gradients are needed: call the model under torch.no_grad() for sparse attention"
-    operands = (attention.query.node, attention.key.node, attention.value.node)
-    for value in (value_of(node) for node in operands):
-        if value.dtype not in DTYPES:
-            return f"dtype {str(value.dtype).removeprefix('torch.')} is not supported"
-    return None
+    @property
+    def binding(self) -> CacheBinding | None:
+        return self.cache if isinstance(self.cache, CacheBinding) else None
 
+    def outcome(self) -> Outcome:
+        """Decide about an attention that is supported."""
+        attention, config = self.attention, self.config
+        if config.prefill == "sparse" and rules.is_prefill(attention, self.binding is not None):
+            return self._sparse_prefill()
+        if runs_kernels(attention, config):
+            return self._kernel()
+        if exact := rules.exact_decoding(attention, self.place, config):
+            return self._exact(exact)
+        if reason := rules.unsupported_device(attention, config):
+            return self.keep(reason)
+        if isinstance(self.cache, Unbound):
+            return self.keep(self.cache.reason)
+        return ReferenceSparse(attention, self.cache, self._how_much())
 
-def _how_much(config: IndexConfig, kv_len: int | str) -> str:
-    """What a sparse attention reads."""
-    words = f"budget {config.budget} of up to {kv_len} tokens"
-    if config.policy != IndexConfig.policy:
-        words += f", policy {config.policy}"
-    if config.epsilon is not None:
-        words += f", more where over {config.epsilon:.3g} of the softmax might be missed"
-    return words
+    def keep(self, reason: Reason) -> KeepAsIs:
+        """Keep the attention for want of support."""
+        return KeepAsIs(self.attention, reason, by_design=False)
 
+    def _exact(self, reason: Reason) -> KeepAsIs | OneSdpa:
+        """Leave the attention to PyTorch by design: as it is, or as one operator."""
+        if rules.better_as_one_operator(self.attention, self.config):
+            return OneSdpa(self.attention, reason)
+        return KeepAsIs(self.attention, reason, by_design=True)
 
-def _unsupported_device(attention: Attention, config: IndexConfig) -> str | None:
-    device = value_of(attention.query.node).device.type
-    if device not in DEVICES and not config.reference:
-        return f"no kernels for device {device} yet: they would be slower than dense"
-    return None
+    def _sparse_prefill(self) -> Outcome:
+        attention, config = self.attention, self.config
+        kernels = runs_kernels(attention, config)
+        exact = rules.exact_prefill(attention, self.place, config)
+        exact = exact or (no_prefill_method(config) if kernels else None)
+        if exact:
+            return self._exact(exact)
+        missing = no_kernel(attention) if kernels else rules.unsupported_device(attention, config)
+        if missing:
+            return self.keep(missing)
+        kind = PrefillKernels if kernels else PrefillReference
+        return kind(attention, config, find_grid(attention))
 
+    def _kernel(self) -> Outcome:
+        """Let a generated kernel decode, over all keys if there is a reason for that."""
+        attention, config = self.attention, self.config
+        exact = rules.exact_decoding(attention, self.place, config)
+        if not rules.decodes_many_keys(attention, config):
+            return self._exact(exact or reasons.QUERY_LEN_SYMBOLIC(query_len=attention.query_len))
+        if missing := no_kernel(attention):
+            return self._exact(exact.and_also(missing)) if exact else self.keep(missing)
+        if exact:
+            return ExactDecodeKernel(attention, exact, self._exact(exact))
+        if reason := no_decode_method(config):
+            return ExactDecodeKernel(attention, reason)
+        if isinstance(self.cache, Unbound):
+            return ExactDecodeKernel(attention, self.cache.reason)
+        if reason := no_gpu_index(attention, self.cache, config):
+            return ExactDecodeKernel(attention, reason)
+        return SparseDecodeKernel(attention, self.cache, config.policy, self._how_much())
 
-def _one_operator_does_it(attention: Attention, config: IndexConfig) -> bool:
-    """Whether products and softmax written out are better one operator, without a score matrix.
-
-    Not so for few queries, whose score matrix is small, unless exact attention was asked for.
-    """
-    query_len = attention.query_len
-    few = isinstance(query_len, int) and query_len <= LONGEST_QUERY
-    plain = attention.score.softcap is None and attention.score.extra is None
-    return attention.form == "eager" and plain and (not few or config.budget is None)
-
-
-def _unsupported_form(attention: Attention) -> str | None:
-    if attention.dropout > 0:
-        return f"dropout {attention.dropout} on the attention weights"
-    if attention.score.unsupported:
-        return attention.score.unsupported
-    heads = attention.size(attention.roles.kv_heads + attention.roles.group)
-    if not isinstance(heads, int):
-        return f"the number of heads, {heads}, is not known when compiling"
-    return None
-
-
-def _decodes_over_keys(attention: Attention, config: IndexConfig) -> bool:
-    """Whether a few queries ask more keys than it takes for a kernel to pay."""
-    kv_len, budget = attention.kv_len, config.budget
-    short = isinstance(kv_len, int) and budget is not None and kv_len <= budget
-    whole = attention.query_len == kv_len or attention.is_causal
-    return decodes(attention) and not (short or whole)
-
-
-def _better_exact(attention: Attention, place: int, config: IndexConfig) -> str | None:
-    """Why this attention is meant to stay exact; None where sparse reading can win."""
-    query_len, kv_len = attention.query_len, attention.kv_len
-    if config.budget is None:
-        return _exact_asked_for(config)
-    if query_len == kv_len or (isinstance(query_len, int) and query_len > LONGEST_QUERY):
-        return f"{query_len} query positions: a prefill or an encoder, which stays exact"
-    if attention.is_causal:
-        return "is_causal counts from the first key, which decoding over a cache does not mean"
-    if isinstance(kv_len, int) and kv_len <= config.budget:
-        return f"key length {kv_len} is within the budget {config.budget}"
-    if not has_index(config.policy):
-        known = ", ".join(map(repr, policy_names()))
-        return f"option policy={config.policy!r} cannot decode, only whole sequences; {known} can"
-    return _in_dense_layers(place, config)
-
-
-def _no_tile_kernel(config: IndexConfig) -> str | None:
-    return no_sparse_kernel(config, TILE_KERNELS, " for whole sequences")
-
-
-def _exact_asked_for(config: IndexConfig) -> str | None:
-    return "budget=None asks for exact attention" if config.budget is None else None
-
-
-def _in_dense_layers(place: int, config: IndexConfig) -> str | None:
-    """Why the first attentions of a graph stay exact."""
-    dense_layers = config.dense_layers
-    if dense_layers is None:
-        known = has_index(config.policy)
-        dense_layers = index_class(config.policy).dense_layers if known else 0
-    if place < dense_layers:
-        return f"among the first attentions, {dense_layers} of which stay exact"
-    return None
+    def _how_much(self) -> str:
+        kv_len = self.attention.kv_len
+        return how_much(self.config, kv_len if isinstance(kv_len, int) else str(kv_len))

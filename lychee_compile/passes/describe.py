@@ -1,4 +1,4 @@
-"""What is known of an attention, in words and expressions for the report."""
+"""Describe attentions and softmaxes for the report, in words and formulas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lychee_compile.passes.symbolic.axes import Axis
 
 
 def describe(attention: Attention, cache: str) -> Site:
-    """What is known of an attention whose keys are in a `cache` of this kind."""
+    """Return the site of an attention whose keys are in a cache of kind `cache`, undecided."""
     roles, reading = attention.roles, Reading(attention)
     first, end = reading.key_range
 
@@ -40,7 +40,7 @@ def describe(attention: Attention, cache: str) -> Site:
 
 
 def _rounded(expression: sympy.Basic) -> str:
-    """Numbers to four digits: a report is for reading."""
+    """Return a formula as text, with its numbers rounded to four digits."""
     short = {
         each: sympy.Integer(int(each)) if float(each).is_integer() else sympy.Float(each, 4)
         for each in expression.atoms(sympy.Float)
@@ -50,7 +50,7 @@ def _rounded(expression: sympy.Basic) -> str:
 
 
 def describe_unread(unread: Unread) -> Site:
-    """What is known of an operator that was not looked into."""
+    """Return the site of an operator that was not analysed, kept for its reason."""
 
     def size(value: int | sympy.Expr) -> int | str:
         return value if isinstance(value, int) else str(value)
@@ -75,6 +75,6 @@ def describe_unread(unread: Unread) -> Site:
 
 
 def describe_rejected(rejected: Rejected) -> RejectedSite:
-    """A softmax that is no attention, for the report."""
+    """Return the record of a softmax that belongs to no attention."""
     node = rejected.node
     return RejectedSite(module_path(node), source_line(node), rejected.reason)

@@ -1,52 +1,64 @@
-"""What is known of one attention in a graph, and what became of it."""
+"""Records for the report: one attention with its outcome, and one softmax that is none."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from lychee_compile.passes.reasons import Reason
+
+Decision = Literal["sparse", "exact", "kept"]
+""""sparse": index and pruned attention; "exact": another operator that reads all keys, a generated
+kernel or PyTorch's; "kept": the original."""
 
 
 @dataclass
 class Site:
-    """One attention found. Sizes are symbolic expressions (str) where shapes are dynamic."""
+    """One attention of a graph. Sizes are symbolic expressions (str) if shapes are dynamic."""
 
     name: str
-    """Module path, "model.layers.3.self_attn"."""
+    """Path of the module that attends, "model.layers.3.self_attn"."""
     source: str
-    """The user's line, "modeling_llama.py:275, in forward"."""
+    """Line of the user's code, "modeling_llama.py:275, in forward"."""
     form: str
-    """How it was written: "sdpa"; "eager", products and a softmax in any spelling; "flex"; "fused",
-    a whole module in one operator of PyTorch's."""
+    """Spelling of the attention: "sdpa"; "eager", two products and a softmax however written;
+    "flex"; or "fused", a whole module in one operator of PyTorch."""
     query_heads: int | str
+    """Number of query heads, Hq."""
     kv_heads: int | str
+    """Number of key and value heads, Hkv."""
     head_dim: int | str
+    """Size of a query and of a key, D."""
     query_len: int | str
-    """Tokens that ask, Tq."""
+    """Number of query positions, Tq."""
     kv_len: int | str
-    """Tokens of K and V, whole buffer of a static cache."""
+    """Number of keys, L; for a static cache that of its whole buffer."""
     mask: str
-    """Class in words: "none", "causal, window 512", "bool tensor [1, 1, 1, 6000]"."""
+    """Mask in words: "none", "causal, window 512", "bool tensor [1, 1, 1, 6000]"."""
     cache: str
-    """"none", "static", "dynamic" or "sliding"."""
+    """Kind of cache that keys are read from: "none", "static", "dynamic" or "sliding"."""
     value_head_dim: int | str = ""
     """Size of a value, Dv."""
     score: str = "s"
-    """What goes into the softmax, in s = q.k, batch b, head h, query q and key kv; empty where that
-    could not be read."""
+    """Argument of the softmax as a formula of s = q.k, batch b, head h, query q and key kv; empty
+    if it could not be read."""
     predicate: str = ""
-    """Which keys are visible, likewise; empty where all are."""
+    """Condition under which a key is visible, a formula of b, h, q and kv; empty if all are."""
     key_range: str = ""
     """Keys that may be visible, "[0, cumulative_length + q + 1)"."""
     monotone: bool = False
-    """Whether the score is proved to grow with q.k, so that bounds of q.k bound it."""
-    decision: str = "kept"
-    """"sparse": index and pruned attention; "exact": another operator that reads all keys, a
-    generated kernel or PyTorch's; "kept": the original."""
-    reason: str = ""
-    """Why, in words for the user."""
+    """True if the score is proved to grow with q.k, so that bounds of q.k bound the score."""
+    decision: Decision = "kept"
+    """Outcome, one of `Decision`."""
+    reason: Reason | None = None
+    """Why the attention is not sparse; None if it is sparse."""
+    reads: str = ""
+    """How much of the keys a sparse attention reads, in words; empty if it is not sparse."""
     by_design: bool = False
-    """Whether a kept site is meant to be exact, and not kept for want of support."""
+    """True if a kept site is meant to be exact, False if it is kept for want of support."""
     kernel: str = ""
-    """Operator that runs, or the generated kernel: `Report.sources` has its source."""
+    """Name of the operator or the generated kernel that runs. `Report.sources` has the source of a
+    generated one."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +66,8 @@ class RejectedSite:
     """A softmax that belongs to no attention."""
 
     name: str
-    """Module path."""
+    """Path of the module that computes the softmax."""
     source: str
-    """The user's line."""
-    reason: str
-    """Why it is none, in words."""
+    """Line of the user's code, as in `Site`."""
+    reason: Reason
+    """Why the softmax belongs to no attention."""

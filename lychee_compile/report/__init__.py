@@ -1,1 +1,1 @@
-"""What users are shown: the report of a graph, in text, as data and as a page."""
+"""Reports of compiled graphs for users: as text, as data and as an HTML page."""

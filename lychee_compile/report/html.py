@@ -1,13 +1,11 @@
-"""A report as one HTML page."""
+"""Render a report as one HTML page that needs no other file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lychee_compile.passes.site import Site
-    from lychee_compile.report.report import Report
+from lychee_compile.passes.site import Site
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #888; --sparse: #1a7f37; --exact: #0969da;
@@ -24,6 +22,7 @@ th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); ver
 td.number { white-space: nowrap; }
 code { font: 13px/1.45 ui-monospace, monospace; }
 .soft { color: var(--soft); font-size: 13px; }
+.why { min-width: 20rem; }
 .sparse, .exact, .kept { font-weight: 600; }
 .sparse { color: var(--sparse); } .exact { color: var(--exact); } .kept { color: var(--kept); }
 """
@@ -37,36 +36,47 @@ HEADINGS = (
     "mask",
     "cache",
     "decision",
-    "why",
+    "why, and what to do",
     "kernel",
 )
+"""Columns of the table of sites."""
 
 
-def render(report: Report) -> str:
-    """The page as text: summary, notes, a row for every site, and their generated kernels."""
-    title = escape(report.summary())
-    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+def render(
+    summary: str,
+    notes: Sequence[str],
+    sites: Sequence[Site],
+    rejections: Sequence[str],
+    sources: Mapping[str, str],
+) -> str:
+    """Return the page: summary, notes, a row for every site, rejections and generated kernels.
+
+    `rejections` has a line for each kind of softmax that is no attention, `sources` the source of
+    each generated kernel by name.
+    """
+    title = escape(summary)
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        + (f"<ul>{notes}</ul>\n" if notes else "")
-        + (_table(report.sites) if report.sites else "")
-        + "".join(f'<p class="soft">{escape(line)}</p>\n' for line in report.rejections())
-        + "".join(_kernel(*each) for each in report.sources().items())
+        + (f"<ul>{listed}</ul>\n" if listed else "")
+        + (_table(sites) if sites else "")
+        + "".join(f'<p class="soft">{escape(line)}</p>\n' for line in rejections)
+        + "".join(_kernel(*each) for each in sources.items())
         + "</body>\n</html>\n"
     )
 
 
 def _kernel(name: str, source: str) -> str:
-    """A generated kernel, to be unfolded."""
+    """Return a generated kernel that is shown when its name is clicked."""
     return (
         f"<details><summary><code>{escape(name)}</code></summary>"
         f"<pre><code>{escape(source)}</code></pre></details>\n"
     )
 
 
-def _table(sites: list[Site]) -> str:
+def _table(sites: Sequence[Site]) -> str:
     head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
     rows = "".join(_row(site) for site in sites)
     return (
@@ -76,9 +86,18 @@ def _table(sites: list[Site]) -> str:
 
 
 def _mask(site: Site) -> str:
-    """The mask in words, and below what it says of each key."""
+    """Return the mask in words, and below them its condition on each key."""
     detail = f'<br><code class="soft">{escape(site.predicate)}</code>' if site.predicate else ""
     return f"{escape(site.mask)}{detail}"
+
+
+def _why(site: Site) -> str:
+    """Return the reason of a site with its code and remedy, or how much a sparse one reads."""
+    if site.reason is None:
+        return escape(site.reads)
+    remedy = f"<br>&rarr; {escape(site.reason.remedy)}" if site.reason.remedy else ""
+    code = f'<code class="soft">{escape(site.reason.code)}</code>'
+    return f"{escape(site.reason.words)}{remedy}<br>{code}"
 
 
 def _row(site: Site) -> str:
@@ -87,6 +106,7 @@ def _row(site: Site) -> str:
         f"<br>of {escape(str(site.head_dim))}"
     )
     tokens = f"{escape(str(site.query_len))} query<br>{escape(str(site.kv_len))} KV"
+    by_design = " by design" if site.decision == "kept" and site.by_design else ""
     name = escape(site.name) or "(unnamed)"
     source = f'<span class="soft">{escape(site.source)}</span>'
     cells = (
@@ -97,8 +117,8 @@ def _row(site: Site) -> str:
         f"<td><code>{escape(site.score)}</code></td>",
         f"<td>{_mask(site)}</td>",
         f"<td>{escape(site.cache)}</td>",
-        f'<td class="{escape(site.decision)}">{escape(site.decision)}</td>',
-        f"<td>{escape(site.reason)}</td>",
+        f'<td class="{site.decision}">{site.decision}{by_design}</td>',
+        f'<td class="why">{_why(site)}</td>',
         f"<td><code>{escape(site.kernel)}</code></td>",
     )
     return f"<tr>{''.join(cells)}</tr>\n"

@@ -1,4 +1,4 @@
-"""Many numbered module paths in one line: "model.layers.{0-4,6-10}.self_attn"."""
+"""Write many numbered module paths as one pattern: "model.layers.{0-4,6-10}.self_attn"."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def collapse(names: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """Patterns that stand for the names between them, each with the indices of its names.
+    """Return patterns that together stand for `names`, each with the indices of its names.
 
-    Names whose paths differ in numbers alone share a pattern, as long as it stands for no other
-    name: where two numbers vary and not every pair occurs, the first gets a pattern of each value.
+    Names that differ in numbers alone share a pattern, if that pattern stands for no other name.
+    If two numbers vary and some pair of them does not occur, each value of the first number gets
+    a pattern of its own.
     """
     shapes: dict[str, list[int]] = {}
     for index, name in enumerate(names):
@@ -45,7 +46,7 @@ def _split(shape: str, numbers: dict[int, tuple[int, ...]]) -> list[tuple[str, l
 
 
 def _ranges(values: Iterable[int]) -> str:
-    """Sorted distinct integers: "7", or "{0-4,6-10}"."""
+    """Return sorted, distinct integers as text: "7", or "{0-4,6-10}"."""
     runs: list[list[int]] = []
     for value in values:
         if runs and runs[-1][-1] == value - 1:

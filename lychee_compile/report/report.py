@@ -1,26 +1,22 @@
-"""What became of every attention of a graph, for people: a table, a dictionary, a page."""
+"""Report on every attention of a graph, as a table, a dictionary or a page."""
 
 from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from lychee_compile.kernels.gpu.common.module_cache import source_of
-from lychee_compile.passes.site import RejectedSite, Site
-from lychee_compile.report.name_patterns import collapse
-
-DECISIONS = ("sparse", "exact", "kept")
-STYLES = {"sparse": "green", "exact": "cyan", "kept": "yellow"}
+from lychee_compile.passes.site import Decision, RejectedSite, Site
+from lychee_compile.report.grouping import rejection_lines
+from lychee_compile.report.html import render
+from lychee_compile.report.table import site_table
 
 
 @dataclass
@@ -29,19 +25,20 @@ class Report:
 
     sites: list[Site]
     graph_name: str = ""
-    """Which graph this is about, in words."""
+    """Name of the graph that this report is about, in words."""
     notes: list[str] = field(default_factory=list)
-    """Remarks on the graph as a whole, "no attention found"."""
+    """Remarks on the graph as a whole: "2 graphs: the model breaks the graph", or which options
+    have no effect on the device at hand."""
     rejected: list[RejectedSite] = field(default_factory=list)
     """Softmaxes that belong to no attention: a router's, a classifier's."""
 
     def counts(self) -> dict[str, int]:
-        """How many sites there are, in all ("found") and by decision."""
+        """Return the number of sites, in all ("found") and by decision."""
         decided = [site.decision for site in self.sites]
-        return {"found": len(decided)} | {each: decided.count(each) for each in DECISIONS}
+        return {"found": len(decided)} | {each: decided.count(each) for each in get_args(Decision)}
 
     def summary(self) -> str:
-        """The counts in a line, "18 attentions: 3 sparse, 15 kept"."""
+        """Return the counts in a line, "18 attentions: 3 sparse, 15 kept"."""
         counts = self.counts()
         found = counts.pop("found")
         noun = "attention" if found == 1 else "attentions"
@@ -50,18 +47,21 @@ class Report:
         return f"{self.graph_name}: {line}" if self.graph_name else line
 
     def rejections(self) -> list[str]:
-        """A line for each kind of softmax that is no attention, with its reason."""
-        alike: dict[tuple[str, str], list[str]] = {}
-        for each in self.rejected:
-            alike.setdefault((each.source, each.reason), []).append(each.name)
-        return [
-            f"- no attention: {pattern} ({source}): {reason}"
-            for (source, reason), names in alike.items()
-            for pattern, _ in collapse(names)
-        ]
+        """Return a line for each kind of softmax that is no attention, with its reason."""
+        return rejection_lines(self.rejected)
+
+    def unsupported(self) -> list[Site]:
+        """Return the sites that are kept, but not by design."""
+        return [site for site in self.sites if site.decision == "kept" and not site.by_design]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, in types that JSON knows."""
+        """Return the report in types that JSON knows.
+
+        Keys are `graph_name`, `counts` (of `counts`), `notes`, `sites` and `rejected`. A site is a
+        dictionary of the fields of `Site`, a softmax in `rejected` of those of `RejectedSite`.
+        Their `reason` is a dictionary of `code`, `words` and `remedy`, all of them str, or None for
+        a site that is sparse: compare codes, which are stable, and show words and remedies.
+        """
         return {
             "graph_name": self.graph_name,
             "counts": self.counts(),
@@ -71,20 +71,19 @@ class Report:
         }
 
     def sources(self) -> dict[str, str]:
-        """The source of every generated kernel, by the name that sites have it under."""
+        """Return the source of every generated kernel, by the name that sites give as `kernel`."""
         found = {site.kernel: source_of(site.kernel) for site in self.sites}
         return {kernel: source for kernel, source in found.items() if source is not None}
 
     def to_html(self, path: str | Path) -> Path:
         """Write a page that needs no other file, with every site in a row of its own."""
-        from lychee_compile.report.html import render
-
         target = Path(path)
-        target.write_text(render(self), encoding="utf-8")
+        page = render(self.summary(), self.notes, self.sites, self.rejections(), self.sources())
+        target.write_text(page, encoding="utf-8")
         return target
 
     def __str__(self) -> str:
-        """The table as plain text, as wide as the terminal, within reason."""
+        """Return the table as plain text, as wide as the terminal but from 100 to 160 columns."""
         columns = shutil.get_terminal_size(fallback=(120, 24)).columns
         page = io.StringIO()
         console = Console(file=page, width=min(max(columns, 100), 160), color_system=None)
@@ -92,63 +91,10 @@ class Report:
         return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
     def __rich__(self) -> Group:
-        """The table, with sites that differ in nothing but their name in one row."""
-        parts: list[Any] = [Text(self.summary(), style="bold")]
+        """Return the table, with sites that differ in nothing but their name in one row."""
+        parts: list[RenderableType] = [Text(self.summary(), style="bold")]
         if self.sites:
-            parts.append(_table(self.sites))
+            parts.append(site_table(self.sites))
         parts.extend(Padding(Text(line, style="dim"), (0, 0, 0, 2)) for line in self.rejections())
         parts.extend(Padding(Text(f"- {note}"), (0, 0, 0, 2)) for note in self.notes)
         return Group(*parts)
-
-
-def group_sites(sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
-    """Sites equal but for their names, in order of appearance, each group with its name pattern."""
-    alike: dict[tuple[object, ...], list[Site]] = {}
-    for site in sites:
-        facts = tuple(value for name, value in vars(site).items() if name != "name")
-        alike.setdefault(facts, []).append(site)
-    groups = []
-    for members in alike.values():
-        for pattern, indices in collapse([site.name for site in members]):
-            groups.append((pattern, [members[index] for index in indices]))
-    return groups
-
-
-def _table(sites: Sequence[Site]) -> Table:
-    groups = group_sites(sites)
-    # Names and operators stay in one piece where they can; masks and reasons are prose and wrap.
-    name_width = max(*(len(pattern) for pattern, _ in groups), 16)
-    kernel_width = max(*(len(site.kernel) for site in sites), 28)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), leading=1)
-    table.add_column("attention", overflow="fold", width=min(name_width, 40))
-    table.add_column("form, heads", overflow="fold")
-    table.add_column("tokens", overflow="fold")
-    table.add_column("score, mask, cache", overflow="fold")
-    table.add_column("decision", overflow="fold", width=min(kernel_width, 48))
-    for pattern, members in groups:
-        table.add_row(*_cells(pattern, members))
-    return table
-
-
-def _cells(pattern: str, members: Sequence[Site]) -> list[Text]:
-    site = members[0]
-    count = f"×{len(members)} " if len(members) > 1 else ""
-    decision = Text(site.decision, style=f"bold {STYLES.get(site.decision, '')}")
-    return [
-        _lines(Text(pattern or "(unnamed)"), Text(f"{count}{site.source}", style="dim")),
-        Text(f"{site.form}\n{site.query_heads} q, {site.kv_heads} kv\n× {site.head_dim}"),
-        Text(f"{site.query_len} q\n{site.kv_len} kv"),
-        Text(f"{site.score}\n{_named(site.mask, 'mask')}\n{_named(site.cache, 'cache')}"),
-        _lines(decision, Text(site.kernel), Text(site.reason, style="dim")),
-    ]
-
-
-def _lines(*parts: Text) -> Text:
-    return Text("\n").join(part for part in parts if part.plain)
-
-
-def _named(kind: str, noun: str) -> str:
-    """No cache, static cache; a mask that is described in several words needs no noun."""
-    if kind == "none":
-        return f"no {noun}"
-    return f"{kind} {noun}" if kind.isalpha() else kind

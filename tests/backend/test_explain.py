@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile.options import OptionError, Options
+from lychee_compile.passes import reasons
 
 SIZE = 160
 SPARSE = {"budget": 32, "sinks": 2, "recent": 8, "chunk": (2, 4)}
@@ -52,7 +53,7 @@ def test_a_prefill_and_the_cache_it_begins() -> None:
     assert [(site.cache, site.decision, site.by_design) for site in sites] == [
         ("dynamic", "kept", True)
     ] * LAYERS
-    assert all("prefill" in site.reason for site in sites)
+    assert all(site.reason == reasons.PREFILL(query_len=50) for site in sites)
 
 
 class Attention(torch.nn.Module):
@@ -142,15 +143,15 @@ def test_a_compiled_module_brings_its_options() -> None:
     assert [site.decision for site in other.sites] == ["kept"] * LAYERS
     elsewhere = torch.compile(TinyDecoder().eval(), backend="eager")
     report = lychee_compile.explain(elsewhere, tokens(1), **given)
-    assert "within the budget 1024" in report.sites[0].reason
+    assert report.sites[0].reason == reasons.WITHIN_BUDGET(kv_len=SIZE, budget=1024)
 
 
 def test_the_policy_and_the_certificate_are_told() -> None:
     options = {**SPARSE, "policy": "quest", "dense_layers": 1, "epsilon": 0.1}
     given = {"cache": StaticKV.empty(1, SIZE)}
     sites = lychee_compile.explain(TinyDecoder().eval(), tokens(1), options=options, **given).sites
-    assert sites[0].reason == "among the first attentions, 1 of which stay exact"
-    assert sites[1].reason == (
+    assert sites[0].reason == reasons.DENSE_LAYERS(dense_layers=1)
+    assert sites[1].reads == (
         f"budget 32 of up to {SIZE} tokens, policy quest, "
         "more where over 0.1 of the softmax might be missed"
     )

@@ -19,7 +19,8 @@ import lychee_compile
 from benchmarks.coverage import calls as coverage_calls
 from benchmarks.coverage import models as coverage_models
 from lychee_compile.passes.site import Site
-from lychee_compile.report.report import Report, group_sites
+from lychee_compile.report.grouping import group_sites
+from lychee_compile.report.report import Report
 
 pytest.importorskip("transformers")
 
@@ -84,7 +85,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"\n{pattern} ({len(sites)})" if len(sites) > 1 else f"\n{pattern}"
         yield from (f"    {name:<9} {value}" for name, value in _facts(sites[0]))
     for each in dict.fromkeys((_unnumbered(each.source), each.reason) for each in report.rejected):
-        yield "\nno attention: {}\n    {}".format(*each)
+        source, reason = each
+        yield f"\nno attention: {source}\n    {reason.code}: {reason}"
     yield from (f"\nnote: {note}" for note in report.notes)
 
 
@@ -101,7 +103,12 @@ def _facts(site: Site) -> Iterator[tuple[str, object]]:
     yield "visible", site.predicate or "all"
     yield "keys", site.key_range
     yield "cache", site.cache
-    yield "decision", f"{site.decision}{', by design' * site.by_design}: {site.reason}"
+    yield "decision", f"{site.decision}{', by design' * site.by_design}"
+    if site.reason is None:
+        yield "reads", site.reads
+    else:
+        yield "why", f"{site.reason.code}: {site.reason.words}"
+        yield "remedy", site.reason.remedy or "none"
     yield "kernel", site.kernel
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lychee_compile
-from lychee_compile.kernels.gpu.lychee.spec import select_slots
+from lychee_compile.kernels.gpu.lychee.spec import SelectionSizes, select_slots
 from lychee_compile.runtime.cache_registry import registry
 
 triton_interpreter.use()
@@ -97,7 +97,7 @@ def test_it_selects_what_the_reference_selects() -> None:
         always, rank, room = select_slots(
             given[0].unflatten(1, (KV_HEADS, GROUP)), parts, visible, fresh,
             lambda score: score * DIM**-0.5, DIM**-0.5,
-            SMALL["budget"], SMALL["sinks"], SMALL["recent"], None,
+            SelectionSizes(SMALL["budget"], SMALL["sinks"], SMALL["recent"]),
         )  # fmt: skip
         best = rank.argsort(-1, descending=True).argsort(-1) < room[..., None]
         differs = read_by(got, cache) != (always | best)
@@ -218,5 +218,5 @@ def test_a_policy_with_kernels_of_its_own_keeps_an_index_of_its_own() -> None:
         assert torch.equal(middle.any(-1), middle.all(-1))
     (site,) = lychee_compile.reports()[-1].sites
     assert site.kernel.startswith("decode_quest_f32_g2_d16_v128_b60_")
-    assert "policy quest" in site.reason
+    assert "policy quest" in site.reads
     assert len(registry) == 1

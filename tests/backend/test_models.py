@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cache_names import CACHE
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -95,7 +96,7 @@ def decode(model: Any, forward: Callable[..., Any], kind: str, padding: list[int
                 room = SLOTS if kind == "static" else end
                 given = {"attention_mask": F.pad(mask[:, :end], (0, room - end), value=1)}
         call = model if begin == 0 else forward
-        output = call(ids[:, begin:end], past_key_values=cache, use_cache=True, **given)
+        output = call(ids[:, begin:end], **{CACHE: cache}, use_cache=True, **given)
         logits.append(output.logits[:, -1])
     return torch.stack(logits[1:], 1)
 

@@ -14,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lychee_compile.passes.site import Site
+from lychee_compile.passes import reasons
+from lychee_compile.passes.reasons import Reason
+from lychee_compile.passes.site import RejectedSite, Site
+from lychee_compile.report.grouping import group_sites, reason_lines
 from lychee_compile.report.name_patterns import collapse
-from lychee_compile.report.report import Report, group_sites
+from lychee_compile.report.report import Report
 
 KEPT = Site(
     name="model.layers.0.self_attn",
@@ -29,12 +32,21 @@ KEPT = Site(
     kv_len=512,
     mask="bool tensor [1, 1, 1, 512]",
     cache="static",
-    reason="kv_len 512 is within the budget of 1024, so there is nothing to skip",
+    reason=reasons.WITHIN_BUDGET(kv_len=512, budget=1024),
+    by_design=True,
     kernel="aten.scaled_dot_product_attention",
 )
 SPARSE = replace(
-    KEPT, kv_len="s44 + 1", mask="none", decision="sparse", reason="", kernel="lychee::decode"
+    KEPT,
+    kv_len="s44 + 1",
+    mask="none",
+    decision="sparse",
+    reason=None,
+    by_design=False,
+    reads="budget 1024 of up to s44 + 1 tokens",
+    kernel="lychee::decode",
 )
+ODD = Reason("odd-one", 'a & b < "c"', "write [red]less[/]")
 
 
 def gemma():
@@ -83,14 +95,44 @@ def test_text_is_plain_and_fits(columns, monkeypatch):
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= min(max(columns, 100), 160)
     words = set(text.split())
-    assert set(KEPT.reason.split()) <= words
-    assert {"lychee::decode", "s44"} <= words
+    assert set(KEPT.reason.words.split()) <= words
+    assert set(KEPT.reason.remedy.split()) <= words
+    assert set(SPARSE.reads.split()) <= words
+    assert {"lychee::decode", "s44", "[within-budget]"} <= words
     assert "cache written in 18 places" in text
 
 
 def test_markup_in_a_name_is_text():
-    assert "[bold]x[/]" in str(Report([replace(KEPT, name="[bold]x[/]", reason="[red]why")]))
-    assert "[red]why" in str(Report([replace(KEPT, reason="[red]why")]))
+    assert "[bold]x[/]" in str(Report([replace(KEPT, name="[bold]x[/]", reason=ODD)]))
+    assert "-> write [red]less[/]" in str(Report([replace(KEPT, reason=ODD)]))
+
+
+def test_a_site_kept_for_two_reasons_tells_both():
+    both = reasons.WITHIN_BUDGET(kv_len=9, budget=32).and_also(reasons.NO_TRITON())
+    assert both.code == "within-budget"
+    text = " ".join(str(Report([replace(KEPT, reason=both)])).split())
+    for part in (reasons.NO_TRITON().words, reasons.NO_TRITON().remedy, "set budget below 9"):
+        assert set(part.split()) <= set(text.replace(";", "").split())
+
+
+def test_what_is_kept_by_design_is_told_from_what_is_not_supported():
+    assert "kept by design [within-budget]" in str(Report([KEPT]))
+    unsupported = replace(KEPT, by_design=False, reason=reasons.GRADIENTS())
+    assert "kept [gradients]" in str(Report([unsupported]))
+    assert Report([KEPT, unsupported, SPARSE]).unsupported() == [unsupported]
+    assert reason_lines([SPARSE, unsupported, replace(unsupported, name="x")]) == [
+        f"{name} (modeling_gemma3.py:275, in forward): {reasons.GRADIENTS()} [gradients]"
+        for name in ("model.layers.0.self_attn", "x")
+    ]
+
+
+def test_a_softmax_that_is_no_attention_is_told_with_its_code():
+    reason = reasons.WEIGHTS_WITHOUT_VALUES()
+    rejected = [RejectedSite(f"mlp.{layer}.gate", "m.py:3, in gate", reason) for layer in (0, 1)]
+    report = Report([], rejected=rejected)
+    (line,) = report.rejections()
+    assert line == f"- no attention: mlp.{{0-1}}.gate (m.py:3, in gate): {reason.words} [no-values]"
+    assert report.to_dict()["rejected"][0]["reason"]["code"] == "no-values"
 
 
 def test_rich_prints_it_with_colour():
@@ -112,7 +154,15 @@ def test_a_report_of_nothing_says_so():
 def test_dictionary_survives_json():
     report = Report(gemma(), "graph 1", ["a note"])
     loaded = json.loads(json.dumps(report.to_dict()))
-    assert [Site(**each) for each in loaded["sites"]] == report.sites
+    told = [each.pop("reason") for each in loaded["sites"]]
+    assert [reason and Reason(**reason) for reason in told] == [s.reason for s in report.sites]
+    unreasoned = [replace(site, reason=None) for site in report.sites]
+    assert [Site(**each) for each in loaded["sites"]] == unreasoned
+    assert told[0] == {
+        "code": "within-budget",
+        "words": "the key length 512 is within the budget of 1024 tokens",
+        "remedy": "set budget below 512",
+    }
     assert loaded["counts"] == report.counts()
     assert (loaded["graph_name"], loaded["notes"]) == ("graph 1", ["a note"])
 
@@ -144,7 +194,7 @@ class Page(HTMLParser):
 
 
 def test_page_has_every_site(tmp_path):
-    odd = replace(KEPT, name="<script>alert(1)</script>", reason='a & b < "c"')
+    odd = replace(KEPT, name="<script>alert(1)</script>", reason=ODD)
     report = Report([*gemma(), odd], "graph <1>", ["note & more"])
     path = report.to_html(tmp_path / "report.html")
     written = path.read_text(encoding="utf-8")
@@ -153,7 +203,8 @@ def test_page_has_every_site(tmp_path):
     assert page.addresses == []
     assert "<script" not in written
     assert page.rows == 1 + len(report.sites)
-    shown = [site.name for site in report.sites] + [odd.reason, "graph <1>", "note & more"]
+    shown = [site.name for site in report.sites] + ["graph <1>", "note & more"]
+    shown += [ODD.code, ODD.words, ODD.remedy, SPARSE.reads, KEPT.reason.remedy]
     assert [each for each in shown if each not in page.text] == []
 
 

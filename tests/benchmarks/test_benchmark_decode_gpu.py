@@ -12,25 +12,21 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from benchmarks.decode import baselines as decode_gpu_baselines
-from benchmarks.decode import gpu as decode_gpu
-from benchmarks.decode import measure as decode_gpu_measure
-from benchmarks.decode import options as decode_gpu_options
-from benchmarks.decode import ours as decode_gpu_ours
-from benchmarks.decode import plot as decode_gpu_plot
-from benchmarks.decode import problem as decode_gpu_problem
-from benchmarks.decode import records as decode_gpu_records
-from benchmarks.decode import table as decode_gpu_table
-from benchmarks.decode import timing as decode_gpu_timing
-from benchmarks.decode.problem import Problem
-from benchmarks.decode.records import FAILED, SKIPPED, UNAVAILABLE, Record, Report
-from benchmarks.decode.timing import Bandwidth, Timing
+from benchmarks.common import memory, timing
+from benchmarks.common import problem as problems
+from benchmarks.common.lengths import length_name
+from benchmarks.common.memory import Bandwidth
+from benchmarks.common.problem import Problem
+from benchmarks.common.status import FAILED, SKIPPED, UNAVAILABLE
+from benchmarks.common.timing import Timing
+from benchmarks.decode import baselines, gpu, measure, options, ours, plot, table
+from benchmarks.decode.records import Record, Report
 from benchmarks.decode.variants import VARIANTS, Variant
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 CPU = torch.device("cpu")
-SETUP = decode_gpu_measure.Setup(CPU, budget=16, most_buffers=3, seconds=0.001)
+SETUP = measure.Setup(CPU, budget=16, most_buffers=3, seconds=0.001)
 BASELINES = [variant for variant in VARIANTS if variant.forms is not None]
 LLAMA = Problem(1, 131072, 32, 8, 128, torch.bfloat16)
 
@@ -40,19 +36,19 @@ def small(batch=2, heads=4, kv_heads=2, context=200, dtype=torch.float32):
 
 
 def parse(line):
-    return decode_gpu_options.parse(["--device", "cpu", *line.split()], "A benchmark.")
+    return options.parse(["--device", "cpu", *line.split()], "A benchmark.")
 
 
 # Options
 
 
-def test_defaults_are_the_shape_that_goals_are_set_for():
+def test_defaults_are_the_shape_of_llama_8b():
     chosen = parse("")
-    shape = [getattr(chosen, name) for name in decode_gpu_options.SHAPE]
+    shape = [getattr(chosen, name) for name in options.SHAPE]
     assert shape == [32, 8, 128, "bfloat16", 1024]
     assert chosen.variants == [variant.name for variant in VARIANTS]
-    on_gpu = decode_gpu_options.CONTEXTS["cuda"]
-    assert [decode_gpu_records.length_name(each) for each in on_gpu] == [
+    on_gpu = options.CONTEXTS["cuda"]
+    assert [length_name(each) for each in on_gpu] == [
         "8k", "16k", "32k", "64k", "128k", "256k", "512k",
     ]  # fmt: skip
 
@@ -93,7 +89,7 @@ def test_options_that_make_no_sense(line, words, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     with pytest.raises(SystemExit):
-        decode_gpu.main([])
+        gpu.main([])
     assert "--device cpu" in capsys.readouterr().err
 
 
@@ -103,17 +99,17 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_spread_and_attention_is_neither_flat_nor_one_token(dtype):
     problem = Problem(2, 4096, 8, 2, 64, dtype)
-    inputs = decode_gpu_problem.make_inputs(problem, CPU, 0)
+    inputs = problems.make_inputs(problem, CPU, 0)
     wide = inputs.key.double().repeat_interleave(problem.group, 1)
     scores = inputs.query.double() @ wide.mT / math.sqrt(problem.head_dim)
-    assert scores.std(-1).sub(decode_gpu_problem.SPREAD).abs().max() < 0.1
+    assert scores.std(-1).sub(problems.SPREAD).abs().max() < 0.1
     best = scores.softmax(-1).sort(-1, descending=True).values
     assert 0.5 < best[..., :128].sum(-1).mean() < 0.98
     assert best[..., 0].mean() < 0.5
 
 
 def test_buffers_differ_and_come_again():
-    first, again, other = (decode_gpu_problem.make_inputs(small(), CPU, seed) for seed in (0, 0, 1))
+    first, again, other = (problems.make_inputs(small(), CPU, seed) for seed in (0, 0, 1))
     for name in ("query", "key", "value"):
         mine = getattr(first, name)
         assert torch.equal(mine, getattr(again, name))
@@ -123,23 +119,23 @@ def test_buffers_differ_and_come_again():
 
 def test_the_reference_is_attention_in_float64():
     problem = small(batch=3)
-    inputs = decode_gpu_problem.make_inputs(problem, CPU, 0)
+    inputs = problems.make_inputs(problem, CPU, 0)
     double = (getattr(inputs, name).double() for name in ("query", "key", "value"))
     expected = F.scaled_dot_product_attention(*double, enable_gqa=True)
-    rows = decode_gpu_problem.checked_rows(problem)
+    rows = problems.checked_rows(problem)
     assert rows == [0, 2]
-    exact = decode_gpu_problem.reference(inputs, rows)
+    exact = problems.reference(inputs, rows)
     torch.testing.assert_close(exact, expected[rows])
-    assert decode_gpu_problem.relative_error(expected, exact, rows) < 1e-12
-    assert decode_gpu_problem.relative_error(2 * expected, exact, rows) == pytest.approx(1)
+    assert problems.relative_error(expected, exact, rows) < 1e-12
+    assert problems.relative_error(2 * expected, exact, rows) == pytest.approx(1)
     expected[1] = math.nan
-    assert decode_gpu_problem.relative_error(expected, exact, rows) < 1e-12
+    assert problems.relative_error(expected, exact, rows) < 1e-12
     expected[2] = math.nan
-    assert math.isnan(decode_gpu_problem.relative_error(expected, exact, rows))
+    assert math.isnan(problems.relative_error(expected, exact, rows))
 
 
 def test_as_many_buffers_as_flush_l2_and_fit():
-    count = decode_gpu_problem.buffer_count
+    count = problems.buffer_count
     l2, free = 50 << 20, 80e9
     assert count(33 << 20, 10 << 20, l2, free, 32) == 20  # 20 x 10 MB are four times 50 MB
     assert count(33 << 20, 10 << 20, l2, free, 8) == 8
@@ -157,13 +153,13 @@ def test_as_many_buffers_as_flush_l2_and_fit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_form_of_a_baseline_is_exact(variant, heads, dtype):
     problem = small(heads=heads[0], kv_heads=heads[1], dtype=dtype)
-    buffers = [decode_gpu_problem.make_inputs(problem, CPU, seed) for seed in range(2)]
+    buffers = [problems.make_inputs(problem, CPU, seed) for seed in range(2)]
     forms = variant.prepare(buffers, 16)
     assert forms
     for calls in forms.values():
         for call, inputs in zip(calls, buffers, strict=True):
-            exact = decode_gpu_problem.reference(inputs, [0, 1])
-            error = decode_gpu_problem.relative_error(call(), exact, [0, 1])
+            exact = problems.reference(inputs, [0, 1])
+            error = problems.relative_error(call(), exact, [0, 1])
             assert error < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
@@ -172,17 +168,15 @@ def test_compiled_baselines_trace_whole_and_anew_for_each_shape(forms, monkeypat
     def compiled(attend, _):
         return torch.compile(attend, backend="aot_eager", dynamic=False, fullgraph=True)
 
-    monkeypatch.setattr(decode_gpu_baselines, "_compiled", compiled)
+    monkeypatch.setattr(baselines, "_compiled", compiled)
     for context in (128, 200, 256):
-        buffers = [
-            decode_gpu_problem.make_inputs(small(context=context), CPU, seed) for seed in range(3)
-        ]
+        buffers = [problems.make_inputs(small(context=context), CPU, seed) for seed in range(3)]
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        (calls,) = getattr(decode_gpu_baselines, forms)(buffers).values()
+        (calls,) = getattr(baselines, forms)(buffers).values()
         for call, inputs in zip(calls, buffers, strict=True):
-            exact = decode_gpu_problem.reference(inputs, [0])
-            assert decode_gpu_problem.relative_error(call(), exact, [0]) < 1e-5
+            exact = problems.reference(inputs, [0])
+            assert problems.relative_error(call(), exact, [0]) < 1e-5
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -194,10 +188,10 @@ def test_bytes_read():
     attended = 2 * 1024 * 8 * 128 * 2
     assert attended < read["lychee-sparse"] < everything / 8
     assert attended < read["quest"] < everything / 8
-    assert decode_gpu_ours.bytes_read("lychee-sparse", replace(LLAMA, batch=3), 1024) == (
+    assert ours.bytes_read("lychee-sparse", replace(LLAMA, batch=3), 1024) == (
         3 * read["lychee-sparse"]
     )
-    assert decode_gpu_ours.bytes_read("quest", LLAMA, 131072) == everything
+    assert ours.bytes_read("quest", LLAMA, 131072) == everything
 
 
 def test_repeating_heads_takes_memory():
@@ -210,22 +204,22 @@ def test_repeating_heads_takes_memory():
 
 
 def test_measured_variants():
-    records = decode_gpu_measure.measure(small(), BASELINES, SETUP)
+    records = measure.measure(small(), BASELINES, SETUP)
     assert [record.variant for record in records] == [variant.name for variant in BASELINES]
     for record in records:
         assert record.status == "measured"
         assert record.microseconds == record.timings[record.form].microseconds > 0
         assert record.error < 1e-5
         assert record.bytes_read == small().cache_bytes()
-        timing = record.timings[record.form]
-        assert timing.low <= timing.microseconds <= timing.high
-        assert timing.replays >= decode_gpu_timing.LEAST_REPLAYS
+        took = record.timings[record.form]
+        assert took.low <= took.microseconds <= took.high
+        assert took.replays >= timing.LEAST_REPLAYS
 
 
 def outcome(forms=None, setup=SETUP, problem=None, **fields):
     """The record of a made-up variant measured beside a baseline, which it must not disturb."""
     odd = Variant("flex", "odd", forms, **fields)
-    record, beside = decode_gpu_measure.measure(problem or small(), [odd, BASELINES[1]], setup)
+    record, beside = measure.measure(problem or small(), [odd, BASELINES[1]], setup)
     assert beside.status == "measured"
     return record
 
@@ -259,7 +253,7 @@ def test_a_form_that_fails_leaves_the_other():
     def forms(buffers):
         return {
             **raising(RuntimeError("no kernel"))(buffers),
-            **decode_gpu_baselines.gqa_forms(buffers),
+            **baselines.gqa_forms(buffers),
         }
 
     record = outcome(forms)
@@ -271,12 +265,12 @@ def test_the_fastest_form_counts(monkeypatch):
         return calls[0]()
 
     def forms(buffers):
-        exact = decode_gpu_problem.reference(buffers[0], [0, 1])
+        exact = problems.reference(buffers[0], [0, 1])
         slow, fast = (Timing(time, time, time, 1, 5) for time in (9.0, 3.0))
         return {"slow": [lambda: (slow, 0 * exact)], "fast": [lambda: (fast, exact)]}
 
-    monkeypatch.setattr(decode_gpu_measure, "time_calls", timed)
-    (record,) = decode_gpu_measure.measure(small(), [Variant("flex", "odd", forms)], SETUP)
+    monkeypatch.setattr(measure, "time_calls", timed)
+    (record,) = measure.measure(small(), [Variant("flex", "odd", forms)], SETUP)
     assert (record.form, record.microseconds, record.error) == ("fast", 3.0, 0.0)
     assert set(record.timings) == {"slow", "fast"}
 
@@ -285,7 +279,7 @@ def test_variants_of_ours_that_do_not_exist(monkeypatch):
     def prepare(name, query, key, value, budget):
         raise NotImplementedError(f"{name} has no kernel")
 
-    monkeypatch.setattr(decode_gpu_ours, "prepare", prepare)
+    monkeypatch.setattr(ours, "prepare", prepare)
     record = outcome()
     assert (record.status, record.note) == (UNAVAILABLE, "flex has no kernel")
 
@@ -297,7 +291,7 @@ def test_variants_of_ours_are_given_their_buffers(monkeypatch):
         given.append((name, key, budget))
         return lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
-    monkeypatch.setattr(decode_gpu_ours, "prepare", prepare)
+    monkeypatch.setattr(ours, "prepare", prepare)
     record = outcome(exact=False)
     assert (record.status, record.form) == ("measured", "generated kernels")
     assert [(name, budget) for name, _, budget in given] == [("flex", 16)] * record.buffers
@@ -306,21 +300,21 @@ def test_variants_of_ours_are_given_their_buffers(monkeypatch):
 
 def test_what_does_not_fit_is_skipped(monkeypatch):
     def leave(size):
-        monkeypatch.setattr(decode_gpu_measure, "free_bytes", lambda device: size)
+        monkeypatch.setattr(measure, "free_bytes", lambda device: size)
 
     size, masked = small().cache_bytes(), BASELINES[3]
     leave(size)
-    for record in decode_gpu_measure.measure(small(), BASELINES, SETUP):
+    for record in measure.measure(small(), BASELINES, SETUP):
         assert (record.status, record.microseconds) == (SKIPPED, None)
         assert "are free" in record.note
     leave(int(1.5 * size))
-    flash, copying = decode_gpu_measure.measure(small(), [BASELINES[0], masked], SETUP)
+    flash, copying = measure.measure(small(), [BASELINES[0], masked], SETUP)
     assert (flash.status, copying.status) == ("measured", SKIPPED)
     assert "copies of keys and values" in copying.note
 
 
 def test_bandwidth_is_of_this_world():
-    measured = decode_gpu_timing.measure_bandwidth(CPU, 0.01)
+    measured = memory.measure_bandwidth(CPU, 0.01)
     assert 1e7 < measured.read < 1e13
     assert 1e7 < measured.copy < 1e13
 
@@ -374,7 +368,7 @@ def test_speedups_and_shares():
 
 
 def test_tables():
-    lines = printed(decode_gpu_table.tables(fabricated(), 1)).splitlines()
+    lines = printed(table.tables(fabricated(), 1)).splitlines()
     times, readings = [line.split() for line in lines if line.strip().startswith("128k")]
     missing = ["does", "not", "fit"]
     absent = ["not", "available"]
@@ -391,7 +385,7 @@ def test_tables():
 
 
 def test_the_heading_names_device_and_versions():
-    text = decode_gpu_table.heading(fabricated())
+    text = table.heading(fabricated())
     for words in ("A GPU", "torch 2.11.0", "triton 3.6.0", "0123456789ab", "3,000 GB/s", "1,024"):
         assert words in text
 
@@ -399,7 +393,7 @@ def test_the_heading_names_device_and_versions():
 def test_the_plot_has_two_panels_a_batch(tmp_path):
     pytest.importorskip("matplotlib")
     report = fabricated()
-    figure = decode_gpu_plot.draw(report)
+    figure = plot.draw(report)
     assert len(figure.axes) == 4
     for axes in figure.axes:
         assert [line.get_label() for line in axes.lines] == ["sdpa flash", "lychee sparse"]
@@ -410,7 +404,7 @@ def test_the_plot_has_two_panels_a_batch(tmp_path):
     expected = [4096 * context / 2e6 / 10 for context in (1000, 8192, 131072)]
     assert list(faster.get_ydata()) == pytest.approx(expected)
     path = tmp_path / "made" / "decode.png"
-    decode_gpu_plot.save_plot(report, path)
+    plot.save_plot(report, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -418,7 +412,7 @@ def test_a_plot_without_numbers(tmp_path):
     pytest.importorskip("matplotlib")
     report = fabricated()
     report.records = [each for each in report.records if each.variant == "quest"]
-    decode_gpu_plot.save_plot(report, tmp_path / "none.svg")
+    plot.save_plot(report, tmp_path / "none.svg")
     assert (tmp_path / "none.svg").exists()
 
 
@@ -437,7 +431,7 @@ def test_json_holds_everything(tmp_path):
 
 
 def test_lengths_have_names():
-    names = [decode_gpu_records.length_name(length) for length in (1000, 1024, 1536, 524288)]
+    names = [length_name(length) for length in (1000, 1024, 1536, 524288)]
     assert names == ["1,000", "1k", "1,536", "512k"]
 
 
@@ -450,11 +444,11 @@ def test_the_command_on_a_cpu(tmp_path, capsys, monkeypatch):
     def prepare(name, query, key, value, budget):
         raise NotImplementedError(f"{name} has no kernel here")
 
-    monkeypatch.setattr(decode_gpu_ours, "prepare", prepare)
-    options = ["--device", "cpu", "--contexts", "64", "100", "--batches", "2", "--seconds", "0.001"]
-    options += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--buffers", "2"]
+    monkeypatch.setattr(ours, "prepare", prepare)
+    line = ["--device", "cpu", "--contexts", "64", "100", "--batches", "2", "--seconds", "0.001"]
+    line += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--buffers", "2"]
     written = ["--json", str(tmp_path / "d.json"), "--plot", str(tmp_path / "d.png")]
-    assert decode_gpu.main(options + written) == 0
+    assert gpu.main(line + written) == 0
     text = capsys.readouterr().out
     assert "4 query heads, 2 KV heads, head_dim 16, bfloat16" in text
     assert "quest (ours) not available: quest has no kernel here (64, 100)" in text
@@ -470,7 +464,7 @@ def test_a_failure_is_the_exit_status(monkeypatch, capsys):
     def prepare(name, query, key, value, budget):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(decode_gpu_ours, "prepare", prepare)
-    options = "--device cpu --contexts 64 --batches 1 --heads 2 --kv-heads 1 --head-dim 16"
-    assert decode_gpu.main([*options.split(), "--variants", "sdpa-gqa", "quest"]) == 1
+    monkeypatch.setattr(ours, "prepare", prepare)
+    line = "--device cpu --contexts 64 --batches 1 --heads 2 --kv-heads 1 --head-dim 16"
+    assert gpu.main([*line.split(), "--variants", "sdpa-gqa", "quest"]) == 1
     assert "quest (ours) failed: ValueError: a bug (64)" in capsys.readouterr().out

@@ -230,8 +230,8 @@ def command():
         (["--only", "lama"], "lama"),
         (["--implementations", "flash"], "flash"),
         (["--jobs", "0"], "--jobs must be at least 1"),
-        (["--only", "llama", "--update-readme"], "needs the whole table"),
-        (["--update-readme", "nowhere.md"], "nowhere.md"),
+        (["--only", "llama", "--update-docs"], "needs the whole table"),
+        (["--update-docs", "nowhere.md"], "nowhere.md"),
     ],
 )
 def test_wrong_arguments_are_named(command, capsys, arguments, words):

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+import lychee_compile
+from lychee_compile.passes import reasons
+
 SIZE = 40
 EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
 
@@ -91,3 +94,36 @@ def test_dense_attention_hides_no_nan(softcap: float | None, sink: bool) -> None
     output = dense_attention(Operands(query, key, value, seen, 0.3, softcap, extra))
     assert output[0, 0].isfinite().all()
     assert output[0, 1, 4:].isnan().all()
+
+
+class TwoProducts(torch.nn.Module):
+    """Weights go into a product with a parameter and into one that sums over the queries."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(SIZE, 8))
+        self.order = order
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        weights = (query @ key.mT).softmax(-1)
+        products = {
+            "looked up": lambda: weights @ self.table,
+            "other axis": lambda: weights.mT @ query,
+        }
+        return tuple(products[each]() for each in self.order.split(", "))
+
+
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        ("looked up, other axis", reasons.VALUES_LINEAR()),
+        ("other axis, looked up", reasons.VALUES_LINEAR()),
+        ("other axis", reasons.OTHER_AXIS_SUMMED()),
+    ],
+)
+@torch.no_grad()
+def test_the_nearest_miss_is_told(order: str, reason: reasons.Reason) -> None:
+    query, key = torch.randn(1, 2, 30, 8), torch.randn(1, 2, SIZE, 8)
+    report = lychee_compile.explain(TwoProducts(order), query, key)
+    assert report.sites == []
+    assert [each.reason for each in report.rejected] == [reason]

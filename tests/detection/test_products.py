@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from tracing import Traced
 
-from lychee_compile.passes.detect.operands import free_axes
-from lychee_compile.passes.detect.products import Product, product_of
 from lychee_compile.passes.graph.dataflow import shape_of
-from lychee_compile.passes.symbolic.axes import Axes
+from lychee_compile.passes.symbolic.axes import Axes, free_axes
+from lychee_compile.passes.symbolic.products import Product, product_of
 
 A, B, C, D, E = 2, 3, 4, 5, 6
 

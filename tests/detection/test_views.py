@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from tracing import Traced, places, whole, with_finer_axes
 
+from lychee_compile.passes.graph.aliasing import storage_of
 from lychee_compile.passes.graph.dataflow import shape_of
 from lychee_compile.passes.symbolic.axes import Axes, size_expression
-from lychee_compile.passes.symbolic.views import source_of, storage_of
+from lychee_compile.passes.symbolic.views import source_of
 
 Operator = Callable[[Tensor], Tensor]
 LARGEST = 400

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,8 @@ pytest.importorskip("transformers")
 from evaluated import HEAD_DIM, KV_HEADS, LAYERS, QUERY_HEADS, byte_tokenizer, tiny_llama
 
 from lychee_compile import boundary_table
+from lychee_compile.__main__ import main
+from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.evaluate.capture import Capture, capture, last_positions
 from lychee_compile.evaluate.errors import EvaluationError, require
 from lychee_compile.evaluate.synthetic import synthetic_capture
@@ -68,7 +71,9 @@ def test_sites_can_be_picked_by_pattern():
 
 
 def test_a_pattern_that_fits_nothing_is_refused():
-    with pytest.raises(EvaluationError, match=r"no attention .* captured among those named nix"):
+    with pytest.raises(
+        EvaluationError, match="no global attention was captured among those named nix"
+    ):
         capture(tiny_llama(), torch.randint(256, (40,)), [39], sites=["nix"])
 
 
@@ -107,6 +112,33 @@ def test_other_files_are_refused(tmp_path):
 def test_a_missing_package_names_the_extra():
     with pytest.raises(EvaluationError, match=r"needs nosuchpackage.*lychee_compile\[evaluate\]"):
         require("nosuchpackage", "this")
+
+
+@pytest.mark.parametrize("package", ["transformers", "matplotlib"])
+def test_the_command_names_the_extra(package, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["evaluate", "fidelity", "--model", "any", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"needs {package}, not installed here: pip install 'lychee_compile[evaluate]'" in line
+
+
+def test_a_cache_is_passed_by_the_name_that_a_model_knows():
+    class Newer:
+        def forward(self, input_ids, cache=None):
+            """As newer models of transformers."""
+
+    class Older:
+        def forward(self, input_ids, past_key_values=None):
+            """As older models of transformers."""
+
+    class Wrapping:
+        def forward(self, *arguments, **more):
+            """As models that wrap others."""
+
+    names = [cache_argument(model()) for model in (Newer, Older, Wrapping)]
+    assert names == ["cache", "past_key_values", "past_key_values"]
+    model = tiny_llama()
+    assert cache_argument(model) in inspect.signature(type(model).forward).parameters
 
 
 def test_importing_the_package_loads_no_evaluation():

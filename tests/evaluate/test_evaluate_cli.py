@@ -48,7 +48,7 @@ def test_every_subject_measures_a_model(folder, tmp_path, capsys):
     )
     printed = capsys.readouterr()
     assert status == 0, printed.err
-    for heading in ("Fidelity:", "Drift:", "Tasks:", "Where chunks are cut", "Whole sequences:"):
+    for heading in ("Fidelity:", "Drift:", "Tasks:", "Where chunks are cut", "Prefill:"):
         assert heading in printed.out
     pictures = ("mass_against_budget", "error_against_bytes", "error_against_generated")
     pictures += ("answers_against_budget", "mass_by_text", "error_against_pairs")

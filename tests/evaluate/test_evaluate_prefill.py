@@ -1,4 +1,4 @@
-"""Whole sequences of a model: what is captured, and what is measured over it."""
+"""Prefill of a model: what is captured, and what is measured over it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lychee_compile.evaluate.prefill_capture import (
 )
 from lychee_compile.evaluate.synthetic import synthetic_capture
 from lychee_compile.evaluate.variants import parse_variants
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.options import OptionError
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -65,10 +65,10 @@ def some_ids(length: int = LENGTH) -> torch.Tensor:
 
 
 def test_tiles_are_spread_over_the_later_two_thirds():
-    positions = torch.tensor(tile_positions(12 * TILE + 50, 5)).view(-1, TILE)
+    positions = torch.tensor(tile_positions(12 * QUERY_TILE + 50, 5)).view(-1, QUERY_TILE)
     assert bool((positions.diff(dim=1) == 1).all())
-    assert (positions[:, 0] // TILE).tolist() == [5, 6, 8, 10, 11]
-    assert len(tile_positions(12 * TILE, 100)) == 8 * TILE
+    assert (positions[:, 0] // QUERY_TILE).tolist() == [5, 6, 8, 10, 11]
+    assert len(tile_positions(12 * QUERY_TILE, 100)) == 8 * QUERY_TILE
     with pytest.raises(EvaluationError, match="--length 200: expected at least 256"):
         tile_positions(200, 3)
 
@@ -89,7 +89,7 @@ def test_what_is_captured_is_what_the_model_attends_to():
     torch.testing.assert_close(model(ids[None]).logits, expected)
     # The second layer's input went through the first one's attention.
     last = taken.sites[-1]
-    assert last.query.shape == (1, QUERY_HEADS, 2 * TILE, HEAD_DIM)
+    assert last.query.shape == (1, QUERY_HEADS, 2 * QUERY_TILE, HEAD_DIM)
     assert last.key.shape == last.value.shape == (1, KV_HEADS, LENGTH, HEAD_DIM)
     outputs = []
     projection = model.model.layers[-1].self_attn.o_proj
@@ -97,7 +97,7 @@ def test_what_is_captured_is_what_the_model_attends_to():
     model(ids[None])
     hook.remove()
     for number, tile in enumerate(dense_tiles(last, tiles_of(taken))):
-        place = taken.positions[number * TILE : (number + 1) * TILE]
+        place = taken.positions[number * QUERY_TILE : (number + 1) * QUERY_TILE]
         ours = tile.output.transpose(0, 1).flatten(1)
         torch.testing.assert_close(ours, outputs[0][0, place], rtol=1e-3, atol=1e-4)
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_captured_is_named():
 def tiles_capture(tiles: int = 2, length: int = 1000, **more):
     """A synthetic capture of whole tiles, the last ones of a sequence."""
     taken = synthetic_capture(length, length, **more)
-    at = taken.positions[length - tiles * TILE :]
+    at = taken.positions[length - tiles * QUERY_TILE :]
     sites = tuple(replace(site, query=site.query[:, :, at]) for site in taken.sites)
     return replace(taken, sites=sites, positions=at)
 
@@ -199,7 +199,7 @@ def test_a_larger_share_captures_more_and_rows_cover_every_site():
         assert less.mass == pytest.approx(sum(site.mass for site in sites) / 2)
         assert less.error < less.error_p90
         assert less.mass_worst_head <= less.mass
-        assert less.queries == 2 * 4 * 2 * TILE
+        assert less.queries == 2 * 4 * 2 * QUERY_TILE
     best, floor = (result.row(policy, 0.3) for policy in ("lychee", "streaming:recent=32"))
     assert best.mass > floor.mass + 0.05
     assert result.configs["streaming:recent=32"]["recent"] == 32
@@ -225,7 +225,7 @@ def test_the_command_measures_a_model(tmp_path: Path, capsys):
     )
     printed = capsys.readouterr()
     assert status == 0, printed.err
-    assert "Whole sequences: model, code, 640 tokens, 2 tiles of queries, 1 att" in printed.out
+    assert "Prefill: model, code, 640 tokens, 2 tiles of queries, 1 att" in printed.out
     assert (tmp_path / "error_against_pairs.png").read_bytes().startswith(b"\x89PNG")
     (result,) = json.loads((tmp_path / "results.json").read_text())["prefill"]
     assert len(result["rows"]) == 2 * 2 * 2

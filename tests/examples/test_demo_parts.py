@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import io
 import random
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from examples.long_document.__main__ import main
+from examples.long_document.answers import Measured, Recording, decode_steps
+from examples.long_document.picture import draw
+from examples.long_document.prompt import Prompt
+from examples.long_document.reading import Reading
+from examples.long_document.task import first_paragraphs, plant
+from examples.long_document.view import show_answers, show_steps
 from lychee_compile import Options
 from lychee_compile.recorder import Call
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(autouse=True)
-def siblings(monkeypatch):
-    """The examples import each other as scripts do."""
-    monkeypatch.syspath_prepend(EXAMPLES)
 
 
 class Letters:
@@ -52,8 +51,6 @@ def call(site, kv_len, *read):
 
 @pytest.mark.parametrize("separator", ["\n\n", "\n", " "])
 def test_fact_is_planted_at_the_break_nearest_to_the_middle(separator):
-    from long_document_task import plant
-
     document = separator.join(["one", "two", "three", "four"])
     planted, start = plant(document, "FACT")
     assert planted == f"one{separator}two\n\nFACT\n\nthree{separator}four"
@@ -61,28 +58,20 @@ def test_fact_is_planted_at_the_break_nearest_to_the_middle(separator):
 
 
 def test_fact_is_planted_in_a_single_word():
-    from long_document_task import plant
-
     assert plant("abcd", "FACT") == ("ab\n\nFACT\n\ncd", 4)
 
 
 def test_a_break_far_from_the_middle_is_not_the_middle():
-    from long_document_task import plant
-
     document = "title\n\n" + "word " * 50
     _, start = plant(document, "FACT")
     assert abs(start - len(document) / 2) < 10
 
 
 def test_default_document_is_cut_between_paragraphs():
-    from long_document_task import first_paragraphs
-
     assert first_paragraphs("one\n\ntwo\n\nthree", Letters(), 5 + 5 + 6) == "one\n\ntwo"
 
 
 def test_calls_are_grouped_by_step():
-    from long_document_run import decode_steps
-
     calls = [call(site, 8, 0) for site in ("a", "b", "a", "b", "a")]
     steps = decode_steps(calls)
     assert [[each.site for each in step] for step in steps] == [["a", "b"], ["a", "b"], ["a"]]
@@ -90,8 +79,6 @@ def test_calls_are_grouped_by_step():
 
 
 def test_reading_counts_the_heads_that_read_a_chunk():
-    from long_document_picture import Reading
-
     steps = [[call("a", 11, 0, 1, 5), call("b", 11, 1, 2)], [call("a", 12, 11), call("b", 12, 0)]]
     reading = Reading.of(steps)
     assert reading.edges.tolist() == [0, 4, 8, 12]
@@ -106,8 +93,6 @@ def test_reading_counts_the_heads_that_read_a_chunk():
 @pytest.fixture
 def recording():
     """Two steps over a document of 96 letters, some of which mean something to matplotlib."""
-    from long_document_run import Prompt, Recording
-
     document = torch.tensor([[ord("$"), *range(33, 128)]])
     prompt = Prompt(document, torch.tensor([[ord("?")]]), range(40, 44))
     steps = [[call("layers.0", 97, 0, 41, 96)], [call("layers.0", 98, 0, 20, 97)]]
@@ -115,8 +100,6 @@ def recording():
 
 
 def test_picture_is_a_png(tmp_path, recording):
-    from long_document_picture import draw
-
     draw(tmp_path / "picture", recording, Letters(), Options())
     assert (tmp_path / "picture").read_bytes().startswith(PNG)
 
@@ -129,8 +112,6 @@ def shown(show, *arguments):
 
 
 def test_steps_show_tokens_read_and_mass(recording):
-    from long_document_view import show_steps
-
     page = shown(show_steps, recording, Letters())
     assert "0 '?' 3 97 3.1% 0.625 0.500 layer 0, head 1" in page
     assert "1 '4' 3 98 3.1%" in page
@@ -145,9 +126,6 @@ def test_steps_show_tokens_read_and_mass(recording):
     ],
 )
 def test_answers_show_where_they_part(sparse, expected):
-    from long_document_run import Measured
-    from long_document_view import show_answers
-
     answers = {
         name: Measured(list(map(ord, text)), 0.1, 5)
         for name, text in (("dense", "48213."), ("sparse", sparse))
@@ -185,8 +163,6 @@ def model(tmp_path):
 @pytest.mark.parametrize("budget", [pytest.param(96, marks=pytest.mark.thorough), 2048])
 def test_all_of_it(tmp_path, capsys, model, budget):
     """A random model finds nothing, but with a budget that covers all it says what dense says."""
-    from long_document import main
-
     rng = random.Random(0)
     document = tmp_path / "document.txt"
     document.write_text(" ".join(f"w{rng.randrange(1, 100)}" for _ in range(500)))

@@ -1,4 +1,4 @@
-"""The models of examples/models: found completely, and right when everything is read."""
+"""The models of the examples: found completely, and right when everything is read."""
 
 from __future__ import annotations
 
@@ -23,13 +23,8 @@ PROMPT, STEPS = 60, 12
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
-@pytest.fixture(autouse=True)
-def siblings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(MODELS)
-
-
 def example(name: str) -> ModuleType:
-    return importlib.import_module(name)
+    return importlib.import_module(f"examples.{name}")
 
 
 def sites_of(model: nn.Module, *inputs: Any, options: dict[str, Any] = SPARSE) -> list[Site]:
@@ -41,12 +36,10 @@ def sites_of(model: nn.Module, *inputs: Any, options: dict[str, Any] = SPARSE) -
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in MODELS.glob("*.py")))
 def test_it_runs_and_shows_what_was_found(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    example(name).main()
+    example(f"models.{name}").main()
     printed = capsys.readouterr().out
     found = {"encoder_decoder": 6, "window_attention": 2}.get(name, 3)
     assert f"{found} attentions: {found} " in printed
-    if hasattr(example(name), "generate"):
-        assert "tokens agree" in printed
 
 
 # Decoders.
@@ -70,7 +63,7 @@ def decoded(model: nn.Module, forward: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.thorough), 3])
 @pytest.mark.parametrize("name", ["NanoGPT", "Transformer"])
 def test_decoding_with_everything_read_is_dense(name: str, batch: int) -> None:
-    model = getattr(example("nano_gpt" if name == "NanoGPT" else "gpt_fast"), name)().eval()
+    model = getattr(example("nanogpt" if name == "NanoGPT" else "gpt_fast"), name)().eval()
     ids = torch.randint(0, 256, (batch, PROMPT + STEPS))
     expected = decoded(model, model, ids)
     options = {**SPARSE, "budget": PROMPT + STEPS}
@@ -81,7 +74,7 @@ def test_decoding_with_everything_read_is_dense(name: str, batch: int) -> None:
 
 
 def test_nano_gpt_decodes_over_a_growing_cache() -> None:
-    model = example("nano_gpt").NanoGPT().eval()
+    model = example("nanogpt").NanoGPT().eval()
     ids = torch.randint(0, 256, (2, PROMPT))
     _, past = model(ids)
     sites = sites_of(model, ids[:, :1], past)
@@ -95,7 +88,7 @@ def test_nano_gpt_decodes_over_a_growing_cache() -> None:
 
 
 def test_nano_gpt_prefills_exactly() -> None:
-    model = example("nano_gpt").NanoGPT().eval()
+    model = example("nanogpt").NanoGPT().eval()
     sites = sites_of(model, torch.randint(0, 256, (2, PROMPT)))
     assert all(site.by_design and site.decision in ("kept", "exact") for site in sites)
     assert len(sites) == LAYERS
@@ -140,7 +133,7 @@ def test_vit(qk_norm: bool) -> None:
 
 
 def test_unet_attention() -> None:
-    model = example("unet_attention").UNet().eval()
+    model = example("models.unet_attention").UNet().eval()
     single, prompt, multi = exact(model, torch.randn(2, 3, 16, 16), torch.randn(2, 7, 24))
     assert [single.name, prompt.name, multi.name] == ["single", "prompt", "multi"]
     assert {site.form for site in (single, prompt, multi)} == {"eager"}
@@ -152,7 +145,7 @@ def test_unet_attention() -> None:
 
 
 def test_encoder_decoder() -> None:
-    module = example("encoder_decoder")
+    module = example("models.encoder_decoder")
     source, target = torch.randint(1, 100, (2, 20)), torch.randint(1, 100, (2, 12))
     source[1, 15:] = 0
     sites = exact(module.Translator().eval(), source, target)
@@ -166,7 +159,7 @@ def test_encoder_decoder() -> None:
 
 @pytest.mark.parametrize("window", [4, 7])
 def test_window_attention(window: int) -> None:
-    model = example("window_attention").Stage(window=window).eval()
+    model = example("models.window_attention").Stage(window=window).eval()
     plain, shifted = exact(model, torch.randn(2, 3, 4 * window, 4 * window))
     for site in (plain, shifted):
         assert (site.form, site.query_heads, site.head_dim) == ("eager", 4, 8)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import ast
+import importlib
 import re
 from pathlib import Path
 from types import ModuleType
@@ -20,18 +21,8 @@ ALL = CONTEXT + NEW_TOKENS - 1  # tokens that the last step sees
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
-@pytest.fixture(autouse=True)
-def siblings(monkeypatch):
-    """The examples import each other as scripts do."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-
-
 def example(name: str) -> ModuleType:
-    """By its path: some in `models` have the same names."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"examples.{name}")
 
 
 def decode(name, budget, *more):
@@ -47,7 +38,7 @@ def words(capsys):
 
 # transformers' cache has no room to spare, and one within the budget would not be read sparsely.
 @pytest.mark.parametrize(
-    ("name", "budget"), [("generate_llama", ALL - 1), ("gpt_fast_loop", ALL), ("nanogpt", ALL)]
+    ("name", "budget"), [("generate_llama", ALL - 1), ("gpt_fast", ALL), ("nanogpt", ALL)]
 )
 def test_sparse_steps_that_read_all_decode_the_same_tokens(name, budget, capsys):
     decoded = decode(name, budget)
@@ -71,7 +62,7 @@ def check_reading(decoded, site):
     ("name", "site"),
     [
         ("generate_llama", "model.layers.{}.self_attn"),
-        ("gpt_fast_loop", "model.layers.{}.attention"),
+        ("gpt_fast", "model.layers.{}.attention"),
     ],
 )
 def test_steps_over_a_static_cache_read_the_budget(name, site, capsys):
@@ -79,7 +70,8 @@ def test_steps_over_a_static_cache_read_the_budget(name, site, capsys):
     assert [report.counts()["sparse"] for report in decoded.reports] == [LAYERS]
     check_reading(decoded, site)
     printed = words(capsys)
-    assert re.search(rf"layers\.0\.\w+ {NEW_TOKENS - 1} {BUDGET} {CONTEXT + 3} 0\.", printed)
+    reading = f"{NEW_TOKENS - 1} steps read {BUDGET} of {CONTEXT + 3} tokens, which hold 0\\."
+    assert re.search(rf"layers\.0\.\w+: {reading}", printed)
     assert f"budget {BUDGET} of up to" in printed
 
 
@@ -108,7 +100,7 @@ def test_bert_keeps_the_bits_of_sdpa_and_fuses_what_is_written_out(capsys):
     printed = words(capsys)
     assert "2 attentions: 2 kept" in printed
     assert "2 attentions: 2 exact" in printed
-    assert "same bits as aot_eager" in printed
+    assert "sdpa: the same bits as aot_eager" in printed
 
 
 def test_vit_makes_no_score_matrix(capsys):
@@ -134,7 +126,7 @@ def test_vit_reads_blocks_of_patches(share, error, capsys):
     printed = words(capsys)
     assert "2 attentions: 2 sparse" in printed
     assert "Logits: largest difference" in printed
-    assert "in blocks of 16 x 8 patches" in compared.report.sites[0].reason
+    assert "in blocks of 16 x 8 patches" in compared.report.sites[0].reads
 
 
 @pytest.mark.parametrize(("share", "error"), [("0.2", 0.1), ("0.999999", 1e-5)])
@@ -160,7 +152,7 @@ def test_whisper_reads_few_frames_of_sound(capsys):
     assert {call.kv_len for call in decoded.calls} == {CONTEXT}
     assert all(call.tokens_read.eq(BUDGET).all() for call in decoded.calls)
     assert min(call.mass.mean() for call in decoded.calls) > BUDGET / CONTEXT
-    assert decoded.agreeing == NEW_TOKENS
+    assert torch.equal(decoded.dense, decoded.sparse)
     printed = words(capsys)
     assert "2 attentions: 2 kept" in printed  # the encoder
     assert "4 attentions: 2 sparse, 2 kept" in printed
@@ -176,8 +168,24 @@ def test_custom_policy_takes_sizes(monkeypatch, capsys):
 
 
 def test_the_table_has_every_example():
-    named = set(
-        re.findall(r"^\| \[(\w+\.py)\]", (EXAMPLES / "README.md").read_text("utf-8"), re.MULTILINE)
-    )
-    scripts = {path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text("utf-8")}
-    assert named == scripts
+    page = (EXAMPLES / "README.md").read_text("utf-8")
+    named = set(re.findall(r"^\| \[([\w/]+\.py)\]", page, re.MULTILINE))
+    scripts = {*EXAMPLES.glob("*.py"), *EXAMPLES.glob("models/*.py")}
+    scripts = {path for path in scripts if "__main__" in path.read_text("utf-8")}
+    assert named == {path.relative_to(EXAMPLES).as_posix() for path in scripts}
+    for command in re.findall(r"`python (examples/\S+\.py)", page):
+        assert (EXAMPLES.parent / command).is_file()
+
+
+@pytest.mark.parametrize(
+    "path", [*EXAMPLES.glob("[a-z]*.py"), *EXAMPLES.glob("models/*.py")], ids=lambda path: path.stem
+)
+def test_an_example_can_be_copied_alone(path):
+    """It imports no other file of the examples, the tests or the benchmarks."""
+    here = {each.stem for each in EXAMPLES.rglob("*.py")} | {"examples", "tests", "benchmarks"}
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            assert node.module.partition(".")[0] not in here
+        elif isinstance(node, ast.Import):
+            assert not {name.name.partition(".")[0] for name in node.names} & here

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_names import CACHE
 from generating import EVERYTHING, PROMPT, decoder, empty, entered, greedy, tokens
 from torch._dynamo.utils import counters
 
@@ -33,19 +34,19 @@ def test_a_copy_of_a_compiled_model_has_weights_and_caches_of_its_own(again: Any
     model = decoder()
     compiled = torch.compile(model, backend="lychee", options=EVERYTHING)
     cache, ids = empty(model, "static"), tokens(1, PROMPT)
-    model(ids, past_key_values=cache)
-    compiled(ids[:, -1:], past_key_values=cache)
+    model(ids, **{CACHE: cache})
+    compiled(ids[:, -1:], **{CACHE: cache})
     copied, other = again(compiled), decoder(seed=1)
     copied.load_state_dict({f"_orig_mod.{k}": v for k, v in other.state_dict().items()})
     sparse = counters["lychee"]["sparse"]
     for step, plain in ((compiled, model), (copied, other)):
         caches = [empty(plain, "static") for _ in range(2)]
         for each in caches:
-            plain(ids, past_key_values=each)
+            plain(ids, **{CACHE: each})
         for token in range(1, 4):
             fresh = torch.full((1, 1), token)
-            got = step(fresh, past_key_values=caches[0]).logits
-            expected = plain(fresh, past_key_values=caches[1]).logits
+            got = step(fresh, **{CACHE: caches[0]}).logits
+            expected = plain(fresh, **{CACHE: caches[1]}).logits
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert counters["lychee"]["sparse"] > sparse
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_names import CACHE
 from generating import (
     EVERYTHING,
     LAYERS,
@@ -66,7 +67,7 @@ def test_a_cache_shorter_than_the_budget_stays_exact() -> None:
     for size in (90, 128, 91):
         cache = transformers.StaticCache(model.config, max_cache_len=size)
         with lychee_compile.record() as recorder:
-            got = generate(model, None, ids, past_key_values=cache, **given)
+            got = generate(model, None, ids, **{CACHE: cache}, **given)
         assert torch.equal(got, dense(ids))
         assert_everything_read(recorder, 0 if size == 90 else NEW - 1)
     first, second = lychee_compile.reports()
@@ -115,7 +116,7 @@ def test_a_cancelled_generation_leaves_model_and_cache_fit_for_use(kind: str) ->
     for error, cancelled in ways:
         cache = empty(model, kind)
         with pytest.raises(error):
-            generate(model, None, ids, past_key_values=cache, **cancelled, **given)
+            generate(model, None, ids, **{CACHE: cache}, **cancelled, **given)
         written = int(cache.get_seq_length())
         assert PROMPT < written < expected.shape[1] - 1
         # A new cache, and the same one from where it was.
@@ -123,7 +124,7 @@ def test_a_cancelled_generation_leaves_model_and_cache_fit_for_use(kind: str) ->
         rest = expected.shape[1] - written - 1
         begun = expected[:, : written + 1]
         with lychee_compile.record() as recorder:
-            got = generate(model, None, begun, past_key_values=cache, max_new_tokens=rest, **given)
+            got = generate(model, None, begun, **{CACHE: cache}, max_new_tokens=rest, **given)
         assert torch.equal(got, expected)
         assert recorder.calls
 
@@ -143,10 +144,10 @@ def test_a_step_that_breaks_off_within_the_graph(monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patched:
         patched.setattr(reference_operators, "select", broken)
         with pytest.raises(KeyboardInterrupt):
-            generate(model, None, ids, past_key_values=cache, **given)
+            generate(model, None, ids, **{CACHE: cache}, **given)
     assert len(registry) == 0
     cache.reset()
-    assert torch.equal(generate(model, None, ids, past_key_values=cache, **given), dense(ids))
+    assert torch.equal(generate(model, None, ids, **{CACHE: cache}, **given), dense(ids))
     assert len(registry) == LAYERS
 
 

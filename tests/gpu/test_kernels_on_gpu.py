@@ -12,10 +12,15 @@ from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
 from lychee_compile.kernels.gpu.common import module_cache
 from lychee_compile.kernels.gpu.common.compile_together import compile_together
-from lychee_compile.kernels.gpu.lychee import launch as launch_sketch
+from lychee_compile.kernels.gpu.common.launch_common import Scratch
+from lychee_compile.kernels.gpu.common.launch_exact import run_exact
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, SketchLayout
-from lychee_compile.kernels.gpu.lychee.spec import select_slots
+from lychee_compile.kernels.gpu.lychee.launch import run_encode, run_lychee
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+from lychee_compile.kernels.gpu.lychee.spec import SelectionSizes, select_slots
+from lychee_compile.kernels.sizes import PAGE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -82,16 +87,15 @@ class Problem:
         weight = score.softmax(-1)[..., : self.key.shape[2]]
         return (weight @ self.value.to(dtype)[:, :, None]).flatten(1, 2)
 
+    def operands(self):
+        return AttentionOperands(self.query, self.key, self.value, [self.last], self.extra)
+
     def exact(self, module):
-        return launch_sketch.run_exact(
-            module, self.query, self.key, self.value, [self.last], self.extra
-        )
+        return run_exact(module, self.operands())
 
     def sparse(self, module, index):
-        return launch_sketch.run_sparse(
-            module, self.query, self.key, self.value, [self.last], self.extra, self.positions,
-            index.layout, index.parts,
-        )  # fmt: skip
+        used = IndexOperands(index.layout, index.parts, self.positions)
+        return run_lychee(module, self.operands(), used)
 
 
 def assert_as_good_as_eager(output, problem):
@@ -190,19 +194,19 @@ def slots_read(monkeypatch, problem, call):
     Slots are bool [B, Hkv, T, L].
     """
     kept = {}
-    allocate = launch_sketch.Scratch.allocate
+    allocate = Scratch.allocate
 
     def keep(scratch, device):
         made = allocate(scratch, device)
-        made["chosen"].fill_(-1)
+        made["chosen_list"].fill_(-1)
         kept.update(made)
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch_sketch.Scratch, "allocate", keep)
+        patch.setattr(Scratch, "allocate", keep)
         output = call()
     batch, heads, slots, _ = problem.key.shape
-    lists = kept["chosen"].flatten(1).long()
+    lists = kept["chosen_list"].flatten(1).long()
     mask = torch.zeros(len(lists), slots + 1, dtype=torch.bool, device="cuda")
     mask.scatter_(1, torch.where(lists < 0, slots, lists), True)
     assert ((lists >= 0).sum(1) == mask[:, :-1].sum(1)).all()  # none twice
@@ -216,7 +220,7 @@ def in_listed_pages(problem, made):
     pages = -(-slots // PAGE)
     listed = torch.zeros(len(made["candidates"]), pages + 1, dtype=torch.bool, device="cuda")
     number = torch.arange(made["candidates"].shape[1], device="cuda")
-    inside = number < made["count"][:, None]
+    inside = number < made["candidate_count"][:, None]
     listed.scatter_(1, torch.where(inside, made["candidates"] // PAGE, pages).long(), True)
     rows = listed[:, :-1].repeat_interleave(PAGE, 1)[:, :slots]
     return rows.view(batch, problem.query_len, heads, slots).transpose(1, 2)
@@ -230,7 +234,7 @@ def assert_selected(problem, index, read, made):
     fresh = torch.full((len(query),), problem.length, device="cuda")
     always, rank, room = select_slots(
         query, index.parts, visible, fresh, problem.finish, problem.spec.head_dim**-0.5,
-        sparse.budget, sparse.sinks, sparse.recent, None,
+        SelectionSizes(sparse.budget, sparse.sinks, sparse.recent),
     )  # fmt: skip
     if "candidates" in made:
         rank = rank.masked_fill(~in_listed_pages(problem, made), -torch.inf)
@@ -300,7 +304,7 @@ def test_a_step_sketches_keys_as_the_build_does():
     problem.sparse(module, index)
     whole = SketchIndex(index.layout, problem.key.device)
     whole.state.copy_(index.state)
-    launch_sketch.run_encode(module, problem.key, whole.layout, whole.parts, 0, 2008)
+    run_encode(module, problem.key, whole.layout, whole.parts, 0, 2008)
     for name in ("fine", "coarse"):
         stepped, built = (getattr(each.parts, name)[:, :, :2008] for each in (index, whole))
         assert (stepped != built).float().mean() < 0.01, name

@@ -12,7 +12,8 @@ from prefill_problems import prefill_config
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSpec
 from lychee_compile.kernels.gpu.common import module_cache
-from lychee_compile.kernels.gpu.prefill.launch import run_tiles
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_attention import prefill_attention
 
@@ -33,7 +34,7 @@ class Problem:
     def __init__(self, dtype, heads, kv_heads, head_dim, value_dim, tokens, seed=0):
         self.generator = torch.Generator("cuda").manual_seed(seed)
         group, self.scale = heads // kv_heads, 1 / math.sqrt(head_dim)
-        tiles = TileSpec(sinks=16, recent=64)
+        tiles = TileSpec("lychee", sinks=16, recent=64)
         spec = AttentionSpec(
             dtype, group, head_dim, value_dim, self.scale * S, KV <= Q, tiles=tiles
         )
@@ -50,7 +51,8 @@ class Problem:
         return torch.randn(*shape, generator=self.generator, device="cuda").to(self.dtype)
 
     def sparse(self, budget):
-        return run_tiles(self.module, self.query, self.key, self.value, [], None, budget)
+        operands = AttentionOperands(self.query, self.key, self.value)
+        return run_prefill(self.module, operands, PrefillBudget(budget))
 
     def log_sums(self):
         """Of all scores, in float64."""

@@ -26,6 +26,9 @@ KERNELS = {
     "scan_chosen": {"BLOCK": 8192, "TILES": 16, "kv_heads": 8},
     "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192},
     "encode": {"BLOCK": 8192},
+    "scan_boxes": {"STEPS": 4},
+    "rank_boxes": {"TILES": 16},
+    "list_boxes": {"TILES": 16, "LOTS": 16},
 }
 """And what is fixed when they are launched."""
 TILE_KERNELS = {
@@ -42,7 +45,7 @@ POINTERS = {
     "*i64": "positions",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
-    "partial_sum log_sums",
+    "partial_sum log_sums scores",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}
@@ -54,7 +57,9 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
     from triton.backends.compiler import GPUTarget
 
     own = dict.fromkeys(("query", "key", "value", "extra", "output"), f"*{SHORT[spec.dtype]}")
-    own["centres"] = own["query"]
+    own |= dict.fromkeys(("centres", "least", "greatest"), own["query"])
+    if spec.sparse is not None and spec.sparse.policy == "quest":
+        own["pages"] = "i32"  # their number, not their codes
     own["share"] = "fp32"
     own["axes"] = "*bf16" if spec.dtype == "bfloat16" else "*fp16"
     types = TYPES | own | {each.name: f"*{SHORT[each.dtype]}" for each in spec.captured}
@@ -92,7 +97,7 @@ def main(*names: str) -> None:
                 continue
             for capability in (80, 90) if ampere and "attend" in kernel else (90,):
                 hopper = capability == 90
-                paged = hopper and hasattr(module, "scan_pages")
+                paged = (hopper and hasattr(module, "scan_pages")) or hasattr(module, "scan_boxes")
                 more = constants | {"EARLY": hopper, "PAGED": paged}
                 made = compiled(getattr(module, kernel), spec, more, capability)
                 shared[f"{name}.{kernel}.{capability}"] = made.metadata.shared

@@ -24,6 +24,7 @@ from lychee_compile.codegen.specification import (
     SparseSpec,
 )
 from lychee_compile.kernels.gpu.common import module_cache
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.passes.symbolic.elementwise import Flag
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -69,6 +70,10 @@ class Problem:
     def module(self) -> ModuleType:
         """The generated module."""
         return module_cache.load(module_cache.store(emit_module(self.spec), self.spec.name).stem)
+
+    def operands(self) -> AttentionOperands:
+        """Return what a launch is given."""
+        return AttentionOperands(self.query, self.key, self.value, self.captured, self.extra)
 
     def finish(self, products: Tensor, slots: Tensor) -> Tensor:
         """`score`, of products [B, Hkv, G, T, N]."""

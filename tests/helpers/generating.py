@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_models
 import torch
+from cache_names import CACHE
 from torch import Tensor
 
 import lychee_compile
@@ -97,7 +98,7 @@ def conversation(model: Any, kind: str, given: Given) -> Tensor:
     cache, ids = empty(model, kind), tokens(2, PROMPT - 30, 5)
     for turn in range(3):
         ids = torch.cat((ids, tokens(2, 7, turn)), 1)
-        ids = generate(model, None, ids, past_key_values=cache, max_new_tokens=NEW // 2, **given)
+        ids = generate(model, None, ids, **{CACHE: cache}, max_new_tokens=NEW // 2, **given)
     return ids
 
 

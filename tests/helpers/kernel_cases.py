@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.codegen.specification import KV, B, H, Q, S
+from lychee_compile.kernels.reference.hidden import HIDDEN
 from lychee_compile.passes.symbolic.elementwise import Flag
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS, DIM = 2, 4, 2, 3, 12, 8
@@ -85,13 +86,13 @@ CASES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], Any, Any]] = {
         sdpa,
         {"bias": torch.zeros(BATCH, 1, QUERIES, KEYS).masked_fill(~random_mask(), -torch.inf)},
         scaled + bias_bhqk,
-        bias_bhqk > -9999.0,
+        bias_bhqk > HIDDEN,
     ),
     "bias for each head": (
         sdpa,
         {"bias": bias_of((HEADS, QUERIES, KEYS))},
         scaled + head_bias,
-        head_bias > -9999.0,
+        head_bias > HIDDEN,
     ),
     "bounds that no key exceeds": (
         lambda q, k, v, at: sdpa(q, k, v, (slots() < rows(at * 0 + KEYS)) & (slots() >= -1 - at)),
@@ -115,7 +116,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], Any, Any]] = {
         lambda q, k, v, pad: sdpa(q, k, v, (1 - pad[:, None, None]) * -1e9),
         {"pad": (slots() >= torch.tensor([[3], [0]])).float()},
         scaled - 1e9 * (1 - given_pad),
-        -1e9 * (1 - given_pad) > -9999.0,
+        -1e9 * (1 - given_pad) > HIDDEN,
     ),
     "alibi": (
         lambda q, k, v, slopes, at: sdpa(
@@ -203,7 +204,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], Any, Any]] = {
         ),
         {"tau": torch.rand(HEADS) + 0.5, "bias": bias_of((HEADS, QUERIES, KEYS))},
         S + head_bias,
-        head_bias > -9999.0,
+        head_bias > HIDDEN,
     ),
     "sink": (
         lambda q, k, v, sinks: (

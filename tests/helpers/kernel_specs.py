@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import sympy
 
@@ -22,8 +23,10 @@ from lychee_compile.passes.symbolic.elementwise import Flag
 LENGTH = Captured("length", "int64", 0)
 POSITION = Q + sympy.Symbol("length", integer=True)
 MASK = Flag(sympy.Indexed(sympy.IndexedBase("mask"), B, 0, Q, KV))
+MASK_BY_HEAD = Flag(sympy.Indexed(sympy.IndexedBase("mask"), B, H, Q, KV))
 SLOPE = sympy.Indexed(sympy.IndexedBase("slopes"), H)
 SPARSE = SparseSpec("lychee", 1024, sinks=16, recent=64, overfetch=16, flat_tokens=65536)
+QUEST = replace(SPARSE, policy="quest")
 
 SPECS = {
     "exact_causal": AttentionSpec(
@@ -54,8 +57,21 @@ SPECS = {
         captured=(LENGTH, Captured("slopes", "float32", 1)),
         sparse=SPARSE,
     ),
+    "quest_llama": AttentionSpec(
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,), sparse=QUEST
+    ),
+    "quest_mask_by_head_odd_sizes": AttentionSpec(
+        "float32",
+        3,
+        80,
+        64,
+        S / math.sqrt(80),
+        sympy.And(MASK_BY_HEAD, POSITION >= KV),
+        (Captured("mask", "bool", 4), LENGTH),
+        sparse=QUEST,
+    ),
     "prefill_llama": AttentionSpec(
-        "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec(16, 64)
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("lychee", 16, 64)
     ),
     "prefill_mask_softcap_odd_sizes": AttentionSpec(
         "float16",
@@ -66,6 +82,6 @@ SPECS = {
         sympy.And(MASK, POSITION - 4096 < KV),
         (Captured("mask", "bool", 4), LENGTH),
         extra=True,
-        tiles=TileSpec(16, 64),
+        tiles=TileSpec("lychee", 16, 64),
     ),
 }

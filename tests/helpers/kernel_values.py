@@ -14,16 +14,16 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from tracing import Traced
 
-from lychee_compile.backend import analyse
 from lychee_compile.codegen.printer import print_expression
 from lychee_compile.options import Options
 from lychee_compile.passes.detect import detect
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.graph.dataflow import aten
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.graph.normalise import normalise
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
-from lychee_compile.passes.lower.rearrange import Emitter
+from lychee_compile.passes.pipeline import analyse
 from lychee_compile.passes.symbolic.elementwise import Flag
 
 How = Callable[[Attention, Canonicaliser], KernelExpressions]

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from strategies import DTYPES, KINDS, Heads, masks, random, seeds
 from torch import Tensor
 
-from lychee_compile.kernels.policies.prefill_registry import tile_choice
+from lychee_compile.kernels.policies.registry import prefill_choice
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_attention import (
     PrefillConfig,
     PrefillResult,
     prefill_attention,
 )
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 SCALES = (1.0, 0.25, 0.02, -0.4)
 
@@ -32,7 +32,7 @@ shapes = st.builds(
 
 def prefill_config(policy: str = "lychee", *given: Any, **more: Any) -> PrefillConfig:
     """The settings of a prefill whose keys a registered policy chooses."""
-    return PrefillConfig(tile_choice(policy), *given, **more)
+    return PrefillConfig(prefill_choice(policy), *given, **more)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Whole:
     def read_rows(self, result: PrefillResult) -> Tensor:
         """What each query's tile reads, bool [B, Hq, T, L], queries in their own order."""
         length = self.query.shape[2]
-        rows = result.read.repeat_interleave(TILE, 2)[:, :, :length]
+        rows = result.read.repeat_interleave(QUERY_TILE, 2)[:, :, :length]
         return rows if self.order is None else rows.index_select(2, self.order.argsort())
 
 

@@ -10,21 +10,23 @@ import torch
 from decode_problems import Problem
 from torch import Tensor
 
-from lychee_compile.codegen.parts.scan import LARGEST
-from lychee_compile.codegen.parts.sketch import PROBES
+from lychee_compile.codegen.parts.decode import LARGEST
+from lychee_compile.codegen.parts.lychee import PROBES
 from lychee_compile.codegen.specification import KV
-from lychee_compile.kernels.gpu.common.launch_common import BINS
+from lychee_compile.kernels.gpu.common.launch_common import Scratch
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning
-from lychee_compile.kernels.gpu.lychee import launch as launch_sketch
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
-from lychee_compile.kernels.gpu.lychee.launch import run_sparse
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, SketchLayout, SketchState
+from lychee_compile.kernels.gpu.lychee.launch import run_lychee
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
 from lychee_compile.kernels.gpu.lychee.spec import (
+    SelectionSizes,
     log_denominator,
     page_scores,
     select_slots,
     token_scores,
 )
+from lychee_compile.kernels.sizes import BINS, PAGE
 
 SMALLEST = 100
 """Minus log2 of shares that may be lost to underflow."""
@@ -71,11 +73,9 @@ class Step:
         """Decode, out of scratch memory that holds nothing but NaN."""
         state, kept = copied(index.parts), {}
         batch, kv_len = problem.key.shape[0], problem.key.shape[2]
-        allocate = launch_sketch.Scratch.allocate
+        allocate = Scratch.allocate
 
-        def allocate_and_keep(
-            self: launch_sketch.Scratch, device: torch.device
-        ) -> dict[str, Tensor]:
+        def allocate_and_keep(self: Scratch, device: torch.device) -> dict[str, Tensor]:
             made = allocate(self, device)
             for each in made.values():
                 each.view(torch.uint8).fill_(255)
@@ -83,11 +83,9 @@ class Step:
             return made
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch_sketch.Scratch, "allocate", allocate_and_keep)
-            output = run_sparse(
-                problem.module(), problem.query, problem.key, problem.value, problem.captured,
-                problem.extra, positions, index.layout, index.parts, tuning,
-            )  # fmt: skip
+            patch.setattr(Scratch, "allocate", allocate_and_keep)
+            used = IndexOperands(index.layout, index.parts, positions)
+            output = run_lychee(problem.module(), problem.operands(), used, tuning)
         if positions is None:
             fresh = state.header[1 : 1 + batch].long()
         else:
@@ -102,7 +100,7 @@ class Step:
     @property
     def reads_everything(self) -> bool:
         """Whether no program has selected anything."""
-        return bool((self.scratch["chosen"] == -1).all())
+        return bool((self.scratch["chosen_list"] == -1).all())
 
     @property
     def paged(self) -> bool:
@@ -111,7 +109,7 @@ class Step:
     def slots_read(self) -> Tensor:
         """bool [B, Hkv, T, L], and no slot twice."""
         batch, heads, kv_len, _ = self.problem.key.shape
-        chosen = self.scratch["chosen"].flatten(1).long()
+        chosen = self.scratch["chosen_list"].flatten(1).long()
         counts = torch.zeros(len(chosen), kv_len + 1).int()
         assert chosen.max() < kv_len
         counts.scatter_add_(1, chosen % (kv_len + 1), torch.ones_like(chosen).int())
@@ -139,7 +137,7 @@ class Step:
         count, due = selected.sum(-1), torch.minimum(room, possible.sum(-1))
         assert (count <= room).all(), "more than the budget"
         # Every program takes its part of those at the cut, rounded down.
-        turns = self.scratch["chosen"].shape[1] * -(-rank.shape[-1] // 256)
+        turns = self.scratch["chosen_list"].shape[1] * -(-rank.shape[-1] // 256)
         assert (count > due - turns).all(), "less than the budget"
         assert ((count == due) | (due < room) | (cut[..., 0] > 0)).all(), "less than there is"
         return read
@@ -151,7 +149,7 @@ class Step:
         page_bins = page_bins.masked_fill(~held, 0)
         assert_near(page_bins[held], share[held])
         candidates, bins = self.scratch["candidates"].long(), self.scratch["bins"].long()
-        count, nothing = self.scratch["count"][:, None], share.shape[-1] * PAGE
+        count, nothing = self.scratch["candidate_count"][:, None], share.shape[-1] * PAGE
         slots = torch.where(torch.arange(candidates.shape[-1]) < count, candidates, nothing)
         by_slot = torch.full((len(slots), nothing + 1), -1).scatter(1, slots, bins)
         by_slot = self._by_row(by_slot[:, :-1])
@@ -229,7 +227,7 @@ class Step:
         assert sparse is not None
         return select_slots(
             self._query(), self.state, self._visible(), self.fresh, self._finish, self._scale,
-            sparse.budget, sparse.sinks, sparse.recent, None,
+            SelectionSizes(sparse.budget, sparse.sinks, sparse.recent),
         )  # fmt: skip
 
 

@@ -94,13 +94,14 @@ def greedy(prefill: Step, step: Step) -> tuple[Tensor, Tensor]:
 
 def decode_llama(model: Any, forward: Callable[..., Any], kind: str) -> tuple[Tensor, Tensor]:
     """Greedy decoding over a cache of transformers, after an eager prefill."""
+    from cache_names import CACHE
     from transformers import DynamicCache, StaticCache
 
     static = kind == "static"
     cache = StaticCache(model.config, max_cache_len=SLOTS) if static else DynamicCache()
     return greedy(
-        lambda ids: model(ids, past_key_values=cache).logits,
-        lambda ids: forward(ids, past_key_values=cache).logits,
+        lambda ids: model(ids, **{CACHE: cache}).logits,
+        lambda ids: forward(ids, **{CACHE: cache}).logits,
     )
 
 
@@ -183,13 +184,14 @@ def inductors_llama(folder: Path) -> dict[str, Outcome]:
 
 def _collectives_of_a_step(model: Any, forward: Callable[..., Any]) -> Counter[str]:
     """How often each collective of gloo's runs in a decoding step."""
+    from cache_names import CACHE
     from torch.profiler import ProfilerActivity, profile
     from transformers import StaticCache
 
     cache = StaticCache(model.config, max_cache_len=SLOTS)
-    model(prompt(), past_key_values=cache)
+    model(prompt(), **{CACHE: cache})
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        forward(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache)
+        forward(torch.zeros(1, 1, dtype=torch.int64), **{CACHE: cache})
     names = [event.name for event in seen.events() or ()]
     return Counter(name for name in names if name.startswith("gloo:"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import AttentionSpec, S, TileSpec
 from lychee_compile.kernels.gpu.common import autotune, tuning
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import candidates, tuning_for
 
 
@@ -21,14 +23,14 @@ def nothing_tuned(monkeypatch):
 def operands():
     query = torch.zeros(1, 8, 1, 128, dtype=torch.bfloat16)
     key = torch.zeros(1, 2, 1000, 128, dtype=torch.bfloat16)
-    return query, key, key
+    return AttentionOperands(query, key, key)
 
 
 def test_the_fastest_that_runs_is_remembered(monkeypatch):
     module = SimpleNamespace(__name__="tuned", AUTOTUNE=True)
     monkeypatch.setattr(tuning, "_multiprocessors", lambda _: 132)
-    query, key, value = operands()
-    fast = candidates("exact", key, value)[2]
+    given = operands()
+    fast = candidates("exact", given)[2]
     ran = []
     header = torch.zeros(2, dtype=torch.int32)
 
@@ -36,21 +38,22 @@ def test_the_fastest_that_runs_is_remembered(monkeypatch):
         call()
         return 1.0 if ran[-1] == fast else 2.0
 
-    def run(given):
-        if given.keys == 128:
+    def run(tuning):
+        if tuning.keys == 128:
             raise RuntimeError("out of resource: shared memory")
         assert header[0] == 1
-        ran.append(given)
+        ran.append(tuning)
 
     monkeypatch.setattr("triton.testing.do_bench", bench)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    on_gpu = SimpleNamespace(shape=query.shape, device=SimpleNamespace(type="cuda"))
-    autotune.autotune(module, "exact", run, on_gpu, key, value, header)
+    shown = SimpleNamespace(shape=given.query.shape, device=SimpleNamespace(type="cuda"))
+    on_gpu = replace(given, query=shown)
+    autotune.autotune(module, "exact", run, on_gpu, header)
     assert header[0] == 0
-    assert tuning_for(module, "exact", query, key, value) == fast
-    assert any(each.keys == 128 for each in candidates("exact", key, value))
+    assert tuning_for(module, "exact", given) == fast
+    assert any(each.keys == 128 for each in candidates("exact", given))
     count = len(ran)
-    autotune.autotune(module, "exact", run, on_gpu, key, value)  # once is enough
+    autotune.autotune(module, "exact", run, on_gpu)  # once is enough
     assert len(ran) == count
 
 
@@ -60,10 +63,10 @@ def test_nothing_is_measured_unasked_or_on_a_cpu(asked):
         raise AssertionError
 
     module = SimpleNamespace(__name__="plain", AUTOTUNE=asked)
-    autotune.autotune(module, "exact", never, *operands())
+    autotune.autotune(module, "exact", never, operands())
 
 
-@pytest.mark.parametrize("tiles", [None, TileSpec(4, 8)], ids=["decoding", "whole sequences"])
+@pytest.mark.parametrize("tiles", [None, TileSpec("lychee", 4, 8)], ids=["decode", "prefill"])
 def test_modules_say_whether_to_measure(tiles):
     for asked in (True, False):
         spec = AttentionSpec("float16", 1, 64, 64, S / 8, tiles=tiles, autotune=asked)

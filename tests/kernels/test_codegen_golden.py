@@ -1,4 +1,4 @@
-"""Generated modules as text, in tests/golden/kernels: what a change does to them is seen.
+"""Generated modules as text, in tests/golden/kernels, so that a change to them is seen.
 
     UPDATE_GOLDEN=1 python -m pytest tests/kernels/test_codegen_golden.py
 
@@ -22,10 +22,10 @@ from lychee_compile.codegen.module import emit_module
 GOLDEN = Path(__file__).parents[1] / "golden" / "kernels"
 LAUNCHED = {
     "attend_all", "combine", "weigh", "scan_tokens", "scan_pages", "scan_chosen", "attend",
-    "encode", "ask", "scan", "choose",
+    "encode", "scan_boxes", "rank_boxes", "list_boxes", "ask", "scan", "choose",
 }  # fmt: skip
-FOR_THE_HOST = {"FLAT_TOKENS", "AUTOTUNE"}
-"""Plain numbers that no kernel reads."""
+FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE"}
+"""What launches look at, and no kernel."""
 
 
 @pytest.fixture(params=list(SPECS))

@@ -101,7 +101,7 @@ def test_fixed_and_growing_indexes_give_the_same() -> None:
     index = SketchIndex(SketchLayout.of(key), key.device)
     index.build(load(name), key, [LENGTH + 1] * key.shape[0])
     owner.index_for(key, positions)
-    owner.after_call(key, CacheUse(name, lambda cache: cache, 2, None))
+    owner.after_call(key, CacheUse(name, lambda cache: cache, 2, None, "lychee"))
     rest = (captured, sink, positions)
     fixed = decode_operators.sparse_decode(query, key, value, *rest, index.state, name)
     growing = decode_operators.growing_sparse_decode(query, key, value, *rest, owner.tensor, name)

@@ -9,8 +9,8 @@ from decode_problems import DTYPES, LAYOUTS, MASKS, SCORES, Sizes, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lychee_compile.kernels.gpu.common.launch_exact import run_exact
 from lychee_compile.kernels.gpu.common.tuning import Tuning
-from lychee_compile.kernels.gpu.lychee.launch import run_exact
 
 triton_interpreter.use()
 pytestmark = [
@@ -60,8 +60,7 @@ tunings = st.builds(
 
 
 def run(problem, tuning=None):
-    operands = problem.query, problem.key, problem.value
-    return run_exact(problem.module(), *operands, problem.captured, problem.extra, tuning)
+    return run_exact(problem.module(), problem.operands(), tuning)
 
 
 @SEVERAL

@@ -18,16 +18,19 @@ from lychee_compile.codegen.specification import KV, B, Captured, Q, TileSpec
 from lychee_compile.kernels.gpu.common import (
     module_cache,
 )
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.common.tuning import TileTuning
 from lychee_compile.kernels.gpu.prefill import (
     launch as launch_prefill,
 )
-from lychee_compile.kernels.gpu.prefill.launch import TileLaunch, TileTuning, run_tiles
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, PrefillLaunch, run_prefill
 from lychee_compile.kernels.operators import (  # noqa: F401  registers
     prefill as prefill_operators,
 )
 from lychee_compile.kernels.policies.prefill.lychee import log_shares
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
-from lychee_compile.kernels.reference.tiles import TILE, Sight, tile_sight
+from lychee_compile.kernels.reference.tiles import Sight, tile_sight
+from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.symbolic.elementwise import Flag
 
 triton_interpreter.use()
@@ -37,7 +40,7 @@ pytestmark = [
 ]
 
 FEW = settings(max_examples=max(settings().max_examples // 6, 1))
-SINKS, RECENT, EVERYTHING = 4, 16, 1e6
+SINKS, RECENT, EVERYTHING = 4, 16, PrefillBudget(1e6)
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +52,8 @@ def few_tiles_together(monkeypatch):
 def tiled(**given):
     """A problem whose specification is that of a whole sequence."""
     problem = make_problem(**given)
-    problem.spec = replace(problem.spec, tiles=TileSpec(SINKS, RECENT))
+    problem.spec = replace(problem.spec, tiles=TileSpec("lychee", SINKS, RECENT))
     return problem
-
-
-def operands(problem):
-    return problem.query, problem.key, problem.value, problem.captured, problem.extra
 
 
 def give_mask(problem, mask, query=Q):
@@ -93,7 +92,7 @@ def problems(draw):
 @FEW
 @given(problems(), st.sampled_from([TileTuning(128, 64, 8, 2), TileTuning(32, 16, 4, 2)]))
 def test_everything_read_is_as_good_as_eager_attention(problem, tuning):
-    output, _ = run_tiles(problem.module(), *operands(problem), EVERYTHING, tuning=tuning)
+    output, _ = run_prefill(problem.module(), problem.operands(), EVERYTHING, tuning)
     problem.assert_as_good_as_eager(output)
     blind = ~problem.visible.any(-1)
     assert torch.equal(output[blind], torch.zeros_like(output[blind]))
@@ -101,20 +100,20 @@ def test_everything_read_is_as_good_as_eager_attention(problem, tuning):
 
 def chosen_by_kernels(problem, budget):
     """Keys that tiles chose, bool [B, Hq, tiles, L], the output, and log-sum-exps."""
-    launch = TileLaunch(problem.module(), *operands(problem), budget)
+    launch = PrefillLaunch(problem.module(), problem.operands(), PrefillBudget(budget))
     batch, heads, query_len, _ = problem.query.shape
     kv_len = problem.key.shape[2]
     chosen = torch.zeros(batch * heads * launch.tiles, kv_len, dtype=torch.bool)
     for first_row, count in launch.slices():
         launch.select(first_row, count)
         for place in range(count):
-            number = int(launch.made["counts"][place])
-            slots = launch.made["chosen"][place, :number].long()
+            number = int(launch.scratch["counts"][place])
+            slots = launch.scratch["chosen"][place, :number].long()
             assert len(set(slots.tolist())) == number
             chosen[first_row + place, slots] = True
         launch.attend(first_row, count)
     chosen = chosen.view(batch, heads, launch.tiles, kv_len)
-    used = -(-query_len // TILE)
+    used = -(-query_len // QUERY_TILE)
     assert not chosen[:, :, used:].any()
     return chosen[:, :, :used], launch.output, launch.log_sums
 
@@ -163,7 +162,7 @@ def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch)
     chosen, output, log_sums = chosen_by_kernels(problem, budget)
     question = specified(problem, budget)
     assert_best(chosen, question)
-    read = (chosen | question.sight.always).repeat_interleave(TILE, 2)[:, :, :300]
+    read = (chosen | question.sight.always).repeat_interleave(QUERY_TILE, 2)[:, :, :300]
     seen = read & problem.visible
     score = problem.finish_scores().masked_fill(~seen, -torch.inf)
     expected = score.softmax(-1).nan_to_num() @ problem.value.double().repeat_interleave(2, 1)
@@ -203,7 +202,7 @@ def test_keys_may_outweigh_what_is_read_first_by_far(dtype, times):
     first = torch.cat((score[..., :SINKS], score[..., 64:]), -1).amax(-1)
     assert (score.amax(-1) - first).max() > (15 if dtype == "float16" else 100)
     small = TileTuning(128, 16, 4, 2)
-    output, log_sums = run_tiles(problem.module(), *operands(problem), EVERYTHING, tuning=small)
+    output, log_sums = run_prefill(problem.module(), problem.operands(), EVERYTHING, small)
     problem.assert_as_good_as_eager(output)
     expected = (score * math.log(2)).logsumexp(-1)
     torch.testing.assert_close(log_sums.double(), expected, atol=0.02, rtol=1e-2)
@@ -212,16 +211,16 @@ def test_keys_may_outweigh_what_is_read_first_by_far(dtype, times):
 def test_a_base_of_what_is_read_first_is_as_good_as_online_softmax(monkeypatch):
     problem = tiled(sizes=Sizes(1, 1, 1, 300, 300, 16, 16), length=0)
     module, small = problem.module(), TileTuning(128, 16, 4, 2)
-    usual = run_tiles(module, *operands(problem), 0.7, tuning=small)
+    usual = run_prefill(module, problem.operands(), PrefillBudget(0.7), tuning=small)
     monkeypatch.setattr(module, "MOST", triton.language.constexpr(0.0))  # always too much
-    again = run_tiles(module, *operands(problem), 0.7, tuning=small)
+    again = run_prefill(module, problem.operands(), PrefillBudget(0.7), tuning=small)
     for each in zip(usual, again, strict=True):
         torch.testing.assert_close(*each, atol=1e-5, rtol=1e-5)
 
 
 def test_tiles_that_see_few_keys_read_all_of_them():
     problem = tiled(sizes=Sizes(1, 1, 1, 400, 400, 16, 16), length=0)
-    launch = TileLaunch(problem.module(), *operands(problem), 0.1, shortest=257)
+    launch = PrefillLaunch(problem.module(), problem.operands(), PrefillBudget(0.1, shortest=257))
     ((first_row, count),) = launch.slices()
     launch.select(first_row, count)
     launch.attend(first_row, count)
@@ -237,7 +236,7 @@ def test_tiles_that_see_few_keys_read_what_no_part_of_them_votes_on_too():
     mask[..., :20] = mask[..., 200:300] = mask[..., 380:] = mask[:, :, 5] = True
     give_mask(problem, mask)
     problem.visible = mask
-    output, _ = run_tiles(problem.module(), *operands(problem), 0.2, shortest=401)
+    output, _ = run_prefill(problem.module(), problem.operands(), PrefillBudget(0.2, shortest=401))
     problem.assert_as_good_as_eager(output)
 
 
@@ -246,7 +245,7 @@ def test_a_mask_that_is_the_same_for_all_queries():
     mask = torch.rand(2, 1, 1, 300, generator=torch.Generator().manual_seed(0)) > 0.3
     give_mask(problem, mask, query=0)
     problem.visible = mask.expand(2, 2, 140, 300)
-    output, _ = run_tiles(problem.module(), *operands(problem), EVERYTHING)
+    output, _ = run_prefill(problem.module(), problem.operands(), EVERYTHING)
     problem.assert_as_good_as_eager(output)
     chosen, output, _ = chosen_by_kernels(problem, 0.5)
     assert not (chosen & ~mask).any()
@@ -271,7 +270,7 @@ def test_a_mask_as_a_tensor_leaves_out_no_query_of_a_chunk():
     give_mask(problem, mask)
     chosen, output, _ = chosen_by_kernels(problem, 0.7)
     query = torch.arange(200)
-    own = chosen.repeat_interleave(TILE, 2)[0, 0, query, query + 200]
+    own = chosen.repeat_interleave(QUERY_TILE, 2)[0, 0, query, query + 200]
     assert own[1 : 200 - RECENT].all()  # there is none before the first
     assert output.isfinite().all()
 
@@ -286,18 +285,19 @@ def test_queries_in_another_order_have_no_keys_of_their_own():
     got = tiled_prefill(*operands_of, [], logits, order, "", 1.0, 1e6, 0, module)
     expected = tiled_prefill(*operands_of, [], logits, None, "", 1.0, 1e6, 0, module)
     torch.testing.assert_close(got, expected)
-    launch = TileLaunch(problem.module(), *operands_of, [], logits, 0.1, own=False)
+    given = AttentionOperands(*operands_of, [], logits)
+    launch = PrefillLaunch(problem.module(), given, PrefillBudget(0.1, own=False))
     launch.select(*next(launch.slices()))
-    edge = launch.made["edge"][0]
+    edge = launch.scratch["edge"][0]
     assert int(edge[3] - edge[2]) == 0
 
 
 def test_little_scratch_memory_gives_the_same(monkeypatch):
     problem = tiled(sizes=Sizes(2, 1, 1, 140, 140, 16, 16), length=0)
-    expected = run_tiles(problem.module(), *operands(problem), 0.4)
+    expected = run_prefill(problem.module(), problem.operands(), PrefillBudget(0.4))
     monkeypatch.setattr(launch_prefill, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(launch_prefill, "SCANNED", 32)
-    launch = TileLaunch(problem.module(), *operands(problem), 0.4)
+    launch = PrefillLaunch(problem.module(), problem.operands(), PrefillBudget(0.4))
     assert len(list(launch.slices())) == 2
-    got = run_tiles(problem.module(), *operands(problem), 0.4)
+    got = run_prefill(problem.module(), problem.operands(), PrefillBudget(0.4))
     assert all(torch.equal(*each) for each in zip(got, expected, strict=True))

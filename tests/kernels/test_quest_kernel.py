@@ -11,16 +11,18 @@ import triton_interpreter
 from decode_problems import Sizes, element, make_problem
 
 from lychee_compile.codegen.module import emit_module
-from lychee_compile.codegen.parts import boxes
+from lychee_compile.codegen.parts import quest
 from lychee_compile.codegen.specification import KV, B, H, Q, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.quest import launch as launch_quest
 from lychee_compile.kernels.gpu.quest.index import QuestIndex as QuestDeviceIndex
 from lychee_compile.kernels.gpu.quest.layout import QuestLayout
-from lychee_compile.kernels.policies.decode.quest import PAGE, QuestIndex
+from lychee_compile.kernels.policies.decode.quest import QuestIndex
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.question import query_rows
 from lychee_compile.kernels.reference.selection import select
+from lychee_compile.kernels.sizes import PAGE
 from lychee_compile.passes.symbolic.elementwise import Flag
 
 triton_interpreter.use()
@@ -58,8 +60,8 @@ def index_up_to(problem, end):
 
 
 def run(problem, index, positions):
-    operands = problem.query, problem.key, problem.value, problem.captured, problem.extra
-    return launch_quest.run_quest(problem.module(), *operands, positions, index.layout, index.parts)
+    used = IndexOperands(index.layout, index.parts, positions)
+    return launch_quest.run_quest(problem.module(), problem.operands(), used)
 
 
 def by_page(slots):
@@ -103,8 +105,8 @@ CASES = {
 def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
     """But for ties; each of several programs rounds what is left for its ties down."""
     if lots > 1:
-        monkeypatch.setattr(boxes, "RANKED", 16)
-        monkeypatch.setattr(boxes, "BYTES_AT_ONCE", 0)
+        monkeypatch.setattr(quest, "RANKED", 16)
+        monkeypatch.setattr(quest, "BYTES_AT_ONCE", 0)
         monkeypatch.setattr(launch_quest, "PROGRAMS", 2)
     problem = make_quest(**CASES[name])
     positions = positions_of(problem)

@@ -15,9 +15,10 @@ from lychee_compile.kernels.gpu.lychee import index as sketch_index
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_encode
-from lychee_compile.kernels.gpu.lychee.layout import BLOCK, PAGE, SketchLayout, planes
+from lychee_compile.kernels.gpu.lychee.layout import BLOCK, SketchLayout, planes
 from lychee_compile.kernels.gpu.lychee.spec import _unpacked
 from lychee_compile.kernels.reference.sketch import KeySketches
+from lychee_compile.kernels.sizes import PAGE
 
 triton_interpreter.use()
 pytestmark = [

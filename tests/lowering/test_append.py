@@ -7,16 +7,17 @@ import weakref
 
 import pytest
 import torch
+from cache_names import CACHE
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_steps import SMALL, compiled, grow
 from test_models import model_of, transformers
 
 import lychee_compile
-from lychee_compile import backend
 from lychee_compile.kernels.operators import append as module
 from lychee_compile.kernels.reference.fingerprints import fingerprints
 from lychee_compile.options import Options
+from lychee_compile.passes import pipeline
 from lychee_compile.runtime.cache_registry import registry
 
 append = torch.ops.lychee.append.default
@@ -133,13 +134,13 @@ def decoded(model, ids):
     """Logits of 24 steps, of which five are taken back, and where the first layer's keys lay."""
     forward = torch.compile(model, backend="lychee", options={"budget": 48, "recent": 16})
     cache, logits, places, length = transformers.DynamicCache(config=model.config), [], [], 60
-    model(ids[:, :length], past_key_values=cache)
+    model(ids[:, :length], **{CACHE: cache})
     for step in range(24):
         if step == 16:
             cache.crop(-5)
             length -= 5
         token = ids[:, length : length + 1]
-        logits.append(forward(token, past_key_values=cache).logits)
+        logits.append(forward(token, **{CACHE: cache}).logits)
         length += 1
         places.append(storage(cache.layers[0].keys))
     return torch.stack(logits), places, cache.layers[1].values
@@ -153,7 +154,7 @@ def test_a_dynamic_cache_of_transformers_is_not_copied(inductor, request, monkey
         request.getfixturevalue("without_inductor")
     model, ids = model_of("llama"), torch.randint(1, 128, (2, 90))
     with monkeypatch.context() as patched:
-        patched.setattr(backend, "append_in_place", lambda *_: 0)
+        patched.setattr(pipeline, "append_in_place", lambda *_: 0)
         expected, copied, values = decoded(model, ids)
     torch._dynamo.reset()
     got, places, same = decoded(model, ids)

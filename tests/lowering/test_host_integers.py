@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_names import CACHE
 from test_models import model_of, transformers
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
@@ -43,14 +44,14 @@ def decode(model: Any, forward: Callable[..., Any]) -> list[Tensor]:
     """Logits after an eager prefill, step by step, with the masks that `generate()` makes."""
     ids = torch.randint(1, 128, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(2))
     cache = transformers.StaticCache(model.config, max_cache_len=64)
-    model(ids[:, :PROMPT], past_key_values=cache)
+    model(ids[:, :PROMPT], **{CACHE: cache})
     logits = []
     for step in range(PROMPT, PROMPT + STEPS):
         position = torch.tensor([[step]])
         given = model.prepare_inputs_for_generation(
             ids[:, : step + 1],
             next_sequence_length=1,
-            past_key_values=cache,
+            **{CACHE: cache},
             attention_mask=torch.ones(1, step + 1, dtype=torch.int64),
             position_ids=position,
         )

@@ -30,6 +30,7 @@ from kernel_values import How, assert_right, compiled, traced
 from torch import Tensor
 
 from lychee_compile.codegen.specification import KV, B, Captured, Q, S
+from lychee_compile.kernels.reference.hidden import HIDDEN
 from lychee_compile.passes.lower.kernel_expressions import fused_terms, mask_terms
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -113,7 +114,7 @@ def test_the_mask_is_indexed_where_it_is_not_broadcast() -> None:
 
     (outcome,) = traced(attend, *operands(), torch.rand(BATCH, 2, 1, KEYS) - 0.5, how=mask_terms)
     assert outcome.terms.score == scaled + element("mask", B, 0, 0, KV)
-    assert outcome.terms.visible == (element("mask", B, 0, 0, KV) > -9999.0)
+    assert outcome.terms.visible == (element("mask", B, 0, 0, KV) > HIDDEN)
     assert_right(outcome)
 
 

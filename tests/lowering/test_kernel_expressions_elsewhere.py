@@ -28,6 +28,7 @@ from tracing import Traced
 from lychee_compile.codegen.specification import KV, KV_LEN, Captured, H, Q, S
 from lychee_compile.passes.detect.detect import find_attention
 from lychee_compile.passes.graph.check import RewriteError
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonicaliser
 from lychee_compile.passes.lower.kernel_expressions import (
     NotExpressible,
@@ -36,7 +37,6 @@ from lychee_compile.passes.lower.kernel_expressions import (
     mask_terms,
 )
 from lychee_compile.passes.lower.read_time import NotCapturable
-from lychee_compile.passes.lower.rearrange import Emitter
 from lychee_compile.passes.symbolic.elementwise import Flag
 
 pytestmark = pytest.mark.usefixtures("seeded")

@@ -15,9 +15,9 @@ from torch._subclasses import FakeTensorMode
 
 import lychee_compile
 from lychee_compile.kernels.reference.prefill_attention import prefill_attention
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.patch_grids import Grid, Orders
-from lychee_compile.passes.lower.rearrange import Emitter
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
@@ -40,7 +40,7 @@ def order_of(sizes: tuple[int, ...], prefix: int) -> list[int]:
 )
 def test_an_order_is_that_of_blocks(sizes: tuple[int, ...], prefix: int) -> None:
     block = Grid(sizes, prefix).block
-    assert math.prod(block) == TILE
+    assert math.prod(block) == QUERY_TILE
     wanted = []
     starts = itertools.product(*map(range, (0,) * len(sizes), sizes, block))
     for start in starts:
@@ -87,7 +87,7 @@ def test_tiles_are_blocks_of_patches(sizes: tuple[int, ...], prefix: int, words:
     model, pixels = Patches(prefix, len(sizes)), torch.randn(2, 1, *sizes)
     with recorded() as calls:
         got = compiled(model)(pixels)
-    assert only_site().reason.endswith(words)
+    assert only_site().reads.endswith(words)
     (call,) = calls
     assert call.order.tolist() == order_of(tuple(size // 2 for size in sizes), prefix)
     config = prefill_config(sinks=SINKS, recent=RECENT)
@@ -113,7 +113,7 @@ def test_other_sequences_keep_their_order(
         compiled(Patches(prefix, causal=causal))(torch.randn(1, 1, *pixels))
     assert [call.order for call in calls] == [None]
     assert only_site().decision == "sparse"
-    assert "blocks" not in only_site().reason
+    assert "blocks" not in only_site().reads
 
 
 class Ambiguous(Patches):
@@ -126,7 +126,7 @@ class Ambiguous(Patches):
 def test_patches_of_two_shapes_keep_their_order() -> None:
     compiled(Ambiguous(1))(torch.randn(1, 1, 40, 42))
     assert only_site().decision == "sparse"
-    assert "blocks" not in only_site().reason
+    assert "blocks" not in only_site().reads
 
 
 def test_a_vision_transformer_of_transformers() -> None:
@@ -140,7 +140,7 @@ def test_a_vision_transformer_of_transformers() -> None:
     torch.testing.assert_close(got, model(pixels).last_hidden_state, atol=1e-4, rtol=1e-4)
     assert [call.order.tolist() for call in calls] == [order_of((18, 18), 1)] * 2
     (report,) = lychee_compile.reports()
-    assert all("blocks of 16 x 8" in site.reason for site in report.sites)
+    assert all("blocks of 16 x 8" in site.reads for site in report.sites)
 
 
 def test_patches_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,4 +148,4 @@ def test_patches_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pixels = Patches(1), torch.randn(2, 1, 40, 42)
     got = compiled(model, prefill_budget=10**9)(pixels)
     torch.testing.assert_close(got, model(pixels), atol=1e-5, rtol=1e-5)
-    assert only_site().reason.endswith("in blocks of 16 x 8 patches")
+    assert only_site().reads.endswith("in blocks of 16 x 8 patches")

@@ -16,7 +16,7 @@ from strategies import greedy_chunks
 from torch import Tensor
 
 import lychee_compile
-from lychee_compile.kernels.policies import prefill_registry, registry
+from lychee_compile.kernels.policies import registry
 from lychee_compile.kernels.policies.decode.quest import QuestIndex
 from lychee_compile.kernels.policies.prefill import compact, dhsa, lychee, s2o
 from lychee_compile.kernels.policies.prefill.positions import places
@@ -24,9 +24,10 @@ from lychee_compile.kernels.reference.chunking import similarity_strengths
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_attention import prefill_attention
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
-from lychee_compile.kernels.reference.tiles import PAGE, TILE, Sight, tile_sight
+from lychee_compile.kernels.reference.tiles import Sight, tile_sight
+from lychee_compile.kernels.sizes import PAGE, QUERY_TILE
 
-POLICIES = prefill_registry.tile_policy_names()
+POLICIES = registry.prefill_policy_names()
 
 
 def question_of(whole: Whole, room: int, sinks: int = 2, recent: int = 3) -> PrefillQuestion:
@@ -36,7 +37,7 @@ def question_of(whole: Whole, room: int, sinks: int = 2, recent: int = 3) -> Pre
     sight = Sight(whole.mask, whole.causal, batch, query_len, kv_len, device, whole.order)
     query = whole.query if whole.order is None else whole.query.index_select(2, whole.order)
     tiles = tile_sight(sight, 0, query_len, sinks, recent)
-    rooms = torch.full((batch, heads, -(-query_len // TILE)), room)
+    rooms = torch.full((batch, heads, -(-query_len // QUERY_TILE)), room)
     key = whole.key.float()
     return PrefillQuestion(query.float(), key, whole.scale, whole.softcap, tiles, rooms)
 
@@ -54,7 +55,7 @@ plain_questions = st.builds(
 @pytest.mark.parametrize("policy", POLICIES)
 @given(question=questions)
 def test_candidates_are_chosen_at_most_the_room(policy: str, question: PrefillQuestion):
-    chosen = prefill_registry.tile_choice(policy)(question)
+    chosen = registry.prefill_choice(policy)(question)
     assert chosen.shape == question.candidates.shape
     assert chosen.dtype == torch.bool
     assert not bool((chosen & ~question.candidates).any())
@@ -63,7 +64,7 @@ def test_candidates_are_chosen_at_most_the_room(policy: str, question: PrefillQu
     if policy != "s2o":
         assert torch.equal(count, torch.minimum(question.room, there))
     assert bool((count == there)[question.room >= there].all())
-    assert torch.equal(chosen, prefill_registry.tile_choice(policy)(question))
+    assert torch.equal(chosen, registry.prefill_choice(policy)(question))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -72,7 +73,7 @@ def test_equal_keys_are_taken_in_their_order(policy: str):
     query = torch.randn(1, 2, 130, 4, generator=torch.Generator().manual_seed(0))
     sight = tile_sight(Sight(None, False, 1, 130, 300, key.device), 0, 130, 2, 5)
     question = PrefillQuestion(query, key, 1.0, None, sight, torch.full((1, 2, 2), 70))
-    chosen = prefill_registry.tile_choice(policy)(question)
+    chosen = registry.prefill_choice(policy)(question)
     expected = range(225, 295) if policy == "streaming" else range(2, 72)
     for row in chosen.flatten(0, 2):
         assert row.nonzero().flatten().tolist() == list(expected)
@@ -85,7 +86,7 @@ def each_tile(question: PrefillQuestion) -> list[tuple[int, int, int]]:
 
 def queries_of(question: PrefillQuestion, row: int, head: int, tile: int) -> Tensor:
     """The queries of one tile, float64 [T, D]."""
-    return question.query[row, head, tile * TILE : (tile + 1) * TILE].double()
+    return question.query[row, head, tile * QUERY_TILE : (tile + 1) * QUERY_TILE].double()
 
 
 def keys_of(question: PrefillQuestion, row: int, head: int) -> Tensor:
@@ -119,7 +120,7 @@ def test_lychee_ranks_by_the_largest_log_share(question: PrefillQuestion):
     for row, head, tile in each_tile(question):
         queries = queries_of(question, row, head, tile)
         expected = torch.full((question.key.shape[2],), -torch.inf, dtype=torch.float64)
-        for part in queries.split(TILE // lychee.PARTS):
+        for part in queries.split(QUERY_TILE // lychee.CENTRES_PER_TILE):
             score = score_of(question, row, head, tile, part.mean(0))
             total = math.log(16) + score[::16].logsumexp(-1)
             share = score - total if total > -torch.inf else score
@@ -129,7 +130,7 @@ def test_lychee_ranks_by_the_largest_log_share(question: PrefillQuestion):
 
 @given(question=plain_questions)
 def test_streaming_takes_the_last(question: PrefillQuestion):
-    chosen = prefill_registry.tile_choice("streaming")(question)
+    chosen = registry.prefill_choice("streaming")(question)
     for row, head, tile in each_tile(question):
         wanted = best(question, row, head, tile, [float(n) for n in range(chosen.shape[-1])])
         assert chosen[row, head, tile].nonzero().flatten().tolist() == wanted
@@ -161,7 +162,7 @@ def test_dhsa_takes_the_most_similar_chunks(question: PrefillQuestion):
     for row, head, tile in each_tile(question):
         keys, there = keys_of(question, row, head), question.candidates[row, head, tile].tolist()
         groups = chunks_of(question.key[row])
-        of_all_heads = question.query[row, :, tile * TILE : (tile + 1) * TILE]
+        of_all_heads = question.query[row, :, tile * QUERY_TILE : (tile + 1) * QUERY_TILE]
         lists = []
         for asker in chunks_of(of_all_heads):
             query = of_all_heads[head, asker].double().sum(0) / len(asker) ** 0.5
@@ -192,7 +193,7 @@ def test_compact_takes_the_union_of_a_group(question: PrefillQuestion):
         lists = []
         for other in range(first, first + group):
             queries = queries_of(question, row, other, tile)
-            for part in queries.split(TILE // compact.PARTS):
+            for part in queries.split(QUERY_TILE // compact.QUERY_BLOCKS_PER_TILE):
                 mean = question.scale * part.mean(0)
                 score = [float(mean @ keys[block].mean(0)) for block in blocks]
                 order = sorted(range(len(blocks)), key=lambda n: -score[n])
@@ -243,7 +244,7 @@ def test_s2o_reads_less_than_its_budget_where_few_keys_matter():
     mask = torch.ones(1000, 1000, dtype=torch.bool)
     operands = Operands(query, key, key, mask, 1.0)
     result = prefill_attention(operands, prefill_config("s2o", 0.8))
-    assert result.read.sum(-1).max() <= 16 + 64 + (64 + TILE + 64) + s2o.BLOCK
+    assert result.read.sum(-1).max() <= 16 + 64 + (64 + QUERY_TILE + 64) + s2o.BLOCK
     assert bool(result.read[..., 100:110].all())
 
 
@@ -287,18 +288,17 @@ def test_a_policy_for_whole_sequences_alone_is_an_option_but_cannot_decode():
     for name in ("dhsa", "s2o", "compact"):
         assert lychee_compile.Options(policy=name).policy == name
         assert not registry.has_index(name)
-        with pytest.raises(ValueError, match=f"policy '{name}' cannot decode, only whole sequ"):
+        with pytest.raises(ValueError, match=f"policy '{name}' is for prefill alone"):
             registry.index_class(name)
     assert registry.has_index("lychee")
-    with pytest.raises(ValueError, match="policy 'quest' has no form for whole sequences"):
-        prefill_registry.tile_choice("quest")
+    with pytest.raises(ValueError, match="policy 'quest' has no form for prefill"):
+        registry.prefill_choice("quest")
 
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered, as it was when the test is over."""
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    monkeypatch.setattr(prefill_registry, "_registered", dict(prefill_registry._registered))
+    monkeypatch.setattr(registry, "_policies", dict(registry._policies))
 
 
 def choose_first(question: PrefillQuestion) -> Tensor:
@@ -324,16 +324,16 @@ def test_a_policy_of_ones_own_chooses_for_whole_sequences(index: type[QuestIndex
     ("name", "index", "tiles", "error", "message"),
     [
         ("mine", None, None, TypeError, "a policy is a subclass of KVIndex, got None"),
-        ("mine", None, "first", TypeError, "chooses for whole sequences by a function"),
+        ("mine", None, "first", TypeError, "chooses for prefill by a function"),
         ("mine", dict, choose_first, TypeError, "a policy is a subclass of KVIndex"),
-        ("lychee", None, choose_first, ValueError, "policy 'lychee' for whole sequences already"),
+        ("lychee", None, choose_first, ValueError, "policy 'lychee' for prefill already"),
         ("lychee", QuestIndex, choose_first, ValueError, "there is a policy 'lychee' already"),
     ],
 )
 def test_what_is_no_policy_is_refused_whole(
     name: str, index: type | None, tiles: Callable | None, error: type[Exception], message: str
 ):
-    before = registry.policy_names(), prefill_registry.tile_policy_names()
+    before = registry.policy_names(), registry.prefill_policy_names()
     with pytest.raises(error, match=message):
         lychee_compile.register_policy(name, index, tiles=tiles)
-    assert (registry.policy_names(), prefill_registry.tile_policy_names()) == before
+    assert (registry.policy_names(), registry.prefill_policy_names()) == before

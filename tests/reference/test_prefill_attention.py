@@ -15,22 +15,17 @@ from torch import Tensor
 
 from lychee_compile.kernels.operators.observe import prefill_observers
 from lychee_compile.kernels.operators.prefill import sparse_prefill
-from lychee_compile.kernels.policies.prefill_registry import tile_policy_names
+from lychee_compile.kernels.policies.registry import prefill_policy_names
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_attention import (
     PrefillConfig,
     PrefillResult,
     prefill_attention,
 )
-from lychee_compile.kernels.reference.tiles import (
-    TILE,
-    Sight,
-    pair_bound,
-    summarise,
-    tile_sight,
-)
+from lychee_compile.kernels.reference.tiles import Sight, pair_bound, summarise, tile_sight
+from lychee_compile.kernels.sizes import QUERY_TILE
 
-POLICIES = tile_policy_names()
+POLICIES = prefill_policy_names()
 policies = st.sampled_from(POLICIES)
 
 
@@ -106,7 +101,7 @@ def test_what_a_tile_sees_is_what_its_queries_see(whole: Whole, config: PrefillC
         return
     place = torch.arange(query_len) if whole.order is None else whole.order
     wide = got.bias.expand_as(some).double()
-    for number, rows in enumerate(place.split(TILE)):
+    for number, rows in enumerate(place.split(QUERY_TILE)):
         seen = whole.seen[:, :, rows]
         mean = (whole.bias[:, :, rows] * seen).sum(2) / seen.sum(2).clamp(min=1)
         torch.testing.assert_close(wide[:, :, number], mean, rtol=1e-4, atol=1e-4)
@@ -116,7 +111,7 @@ def plain_sight(whole: Whole, config: PrefillConfig) -> tuple[Tensor, Tensor]:
     """What tiles see and what they read in any case, by the definition: bool [B, Hq, tiles, L]."""
     batch, heads, query_len, kv_len = whole.seen.shape
     place = list(range(query_len)) if whole.order is None else whole.order.tolist()
-    tiles = [place[first : first + TILE] for first in range(0, query_len, TILE)]
+    tiles = [place[first : first + QUERY_TILE] for first in range(0, query_len, QUERY_TILE)]
     some = torch.zeros(batch, heads, len(tiles), kv_len, dtype=torch.bool)
     always = some.clone()
     for row, head, number in itertools.product(range(batch), range(heads), range(len(tiles))):

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lychee_compile.kernels.gpu import lifecycle, owners
-from lychee_compile.kernels.gpu import methods as gpu_methods
 from lychee_compile.kernels.gpu.common.index import REFIT
 from lychee_compile.kernels.gpu.lifecycle import MOST_CALLS_TO_WAIT, WORTHWHILE, CacheUse
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
+from lychee_compile.kernels.gpu.lychee import method
 from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import BLOCK, SketchLayout
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
@@ -30,7 +30,7 @@ LAYOUT = SketchLayout.of(KEY)
 
 
 def use(written: int = 1, layout: SketchLayout | None = LAYOUT) -> CacheUse:
-    return CacheUse("decode_lychee_f32", lambda cache: cache, written, layout)
+    return CacheUse("decode_lychee_f32", lambda cache: cache, written, layout, "lychee")
 
 
 class Calls(list[tuple[str, int]]):
@@ -244,7 +244,7 @@ def test_where_the_index_finds_no_memory_attention_stays_exact(
         return next(tries)(*given)
 
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "lychee_compile"):
-        patched.setattr(gpu_methods, "SketchIndex", sometimes)
+        patched.setattr(method, "SketchIndex", sometimes)
         layers = [StaticCacheIndex(LAYOUT, KEY.device) for _ in range(3)]
     assert len({id(each.tensor) for each in layers}) == 1
     for layer in layers:
@@ -345,7 +345,7 @@ def test_where_a_growing_index_finds_no_memory_it_is_given_up(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upkeep, longer = grown(), torch.empty(2, 3, 9000, 16)
-    monkeypatch.setattr(gpu_methods, "SketchIndex", full)
+    monkeypatch.setattr(method, "SketchIndex", full)
     assert upkeep.index_for(longer, None) is None
     upkeep.after_call(longer, use(1, None))
     assert not upkeep.trusted

@@ -48,7 +48,7 @@ def test_an_owner_takes_the_arguments_of_the_protocol(owner: IndexOwner, name: s
 def test_a_new_owner_may_be_distrusted_and_delayed(owner: IndexOwner) -> None:
     owner.distrust()
     owner.delay_build()
-    owner.after_call(KEY, CacheUse("decode_lychee_f32", lambda cache: cache, 1, LAYOUT))
+    owner.after_call(KEY, CacheUse("decode_lychee_f32", lambda cache: cache, 1, LAYOUT, "lychee"))
 
 
 def test_a_lifecycle_alone_cannot_be_used() -> None:
@@ -60,7 +60,7 @@ def test_what_was_given_up_is_never_trusted_again() -> None:
     out_of_memory.warn_of_memory.cache_clear()
     given_up = GrowingCacheIndex()
     given_up.give_up()
-    use = CacheUse("decode_lychee_f32", lambda cache: cache, 1, None)
+    use = CacheUse("decode_lychee_f32", lambda cache: cache, 1, None, "lychee")
     for _ in range(5):
         given_up.distrust()
         given_up.after_call(KEY, use)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import triton_interpreter
+from cache_names import CACHE
 from test_models import SMALL, model_of, transformers
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -45,7 +46,7 @@ def feed(
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, done : done + count]
             given = {"attention_mask": mask[:, : done + count], "position_ids": positions}
-        yield model(ids[:, done : done + count], past_key_values=cache, **given).logits
+        yield model(ids[:, done : done + count], **{CACHE: cache}, **given).logits
         done += count
 
 
@@ -235,7 +236,7 @@ def test_generate_gives_the_dense_tokens(
     cache = LycheeCache(model.config, capacity=512)
     options = {**SHAPE, "budget": 600}
     given.update(through(way, model, options))
-    tokens = model.generate(ids, past_key_values=cache, max_new_tokens=26, **given)
+    tokens = model.generate(ids, **{CACHE: cache}, max_new_tokens=26, **given)
     assert torch.equal(tokens, dense)
     assert cache.get_seq_length() == 525
     assert cache.capacity == 2048
@@ -258,12 +259,12 @@ def test_a_conversation_goes_on_and_a_cache_serves_again() -> None:
     given.update(through("forward", model, EVERYTHING))
     cache = LycheeCache(model.config)
     for _ in range(2):
-        assert torch.equal(model.generate(ids, past_key_values=cache, **given), first)
-        assert torch.equal(model.generate(longer, past_key_values=cache, **given), second)
+        assert torch.equal(model.generate(ids, **{CACHE: cache}, **given), first)
+        assert torch.equal(model.generate(longer, **{CACHE: cache}, **given), second)
         cache.reset()
     graphs = counters["stats"]["unique_graphs"]
     fresh = LycheeCache(model.config)
-    assert torch.equal(model.generate(ids, past_key_values=fresh, **given), first)
+    assert torch.equal(model.generate(ids, **{CACHE: fresh}, **given), first)
     assert counters["stats"]["unique_graphs"] == graphs
 
 
@@ -285,7 +286,7 @@ def test_beams_and_drafts(kind: str, way: str) -> None:
     dense = model.generate(ids, **given)
     given.update(through(way, model, EVERYTHING))
     cache = LycheeCache(model.config)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **given), dense)
+    assert torch.equal(model.generate(ids, **{CACHE: cache}, **given), dense)
 
 
 @pytest.mark.parametrize("dynamic_sizes", [None, pytest.param(False, marks=pytest.mark.thorough)])
@@ -315,8 +316,8 @@ def test_a_loop_reserves_step_by_step(device_reads: list[int]) -> None:
     addresses = set()
     for at in range(500, 530):
         cache.reserve(1)
-        got = step(ids[:, at : at + 1], past_key_values=cache).logits
-        expected = model(ids[:, at : at + 1], past_key_values=other).logits
+        got = step(ids[:, at : at + 1], **{CACHE: cache}).logits
+        expected = model(ids[:, at : at + 1], **{CACHE: other}).logits
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
         addresses.add(cache.layers[0].keys.data_ptr())
     assert len(addresses) == 2
@@ -330,7 +331,7 @@ def test_steps_that_nobody_announced_do_not_overwrite_the_past() -> None:
     cache = LycheeCache(model.config, capacity=512)
     for _ in feed(model, cache, ids, [509]):
         pass
-    outputs = [step(ids[:, at : at + 1], past_key_values=cache).logits for at in range(509, 515)]
+    outputs = [step(ids[:, at : at + 1], **{CACHE: cache}).logits for at in range(509, 515)]
     assert [bool(each.isnan().any()) for each in outputs] == [False] * 3 + [True] * 3
     with pytest.raises(RuntimeError, match="wrote 515 tokens to a LycheeCache with room for 512"):
         cache.get_seq_length()
@@ -376,7 +377,7 @@ def test_kernels_read_it_before_and_after_a_growth() -> None:
 
     def forward(call: Any, held: Any, begin: int, end: int) -> Tensor:
         given = {"attention_mask": mask, "position_ids": torch.arange(begin, end)[None]}
-        return call(ids[:, begin:end], past_key_values=held, **given).logits[:, -1]
+        return call(ids[:, begin:end], **{CACHE: held}, **given).logits[:, -1]
 
     torch.testing.assert_close(forward(model, cache, 0, 511), forward(model, other, 0, 511))
     for at in (511, 512):

@@ -1,1 +1,1 @@
-"""The parts that generated modules are put together from, each a piece of Triton source."""
+"""Emitters of the parts of a module: each says which templates are filled, with which values."""

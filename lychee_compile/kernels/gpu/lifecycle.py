@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
+from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
-from lychee_compile.kernels.gpu.methods import Layout, policy_name
 from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
 from lychee_compile.kernels.trust import Trust
@@ -55,13 +55,15 @@ class CacheUse:
     """Views the cache as keys [B, Hkv, L, D]."""
     written: int
     """Number of tokens that a call writes; 0 if the graph only reads."""
-    layout: Layout | None
+    layout: IndexLayout | None
     """Layout of the index; None if the size of the cache is known only when the graph is called."""
+    policy: str
+    """Name of the policy whose kernels read the index."""
 
     @property
-    def kind(self) -> Layout | str:
+    def kind(self) -> IndexLayout | str:
         """Layout, or else policy: graphs that share an index must have the same kind."""
-        return policy_name(self.kernel) if self.layout is None else self.layout
+        return self.policy if self.layout is None else self.layout
 
 
 class IndexLifecycle(ABC):

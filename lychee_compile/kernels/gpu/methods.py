@@ -1,55 +1,57 @@
-"""The policies that have kernels, each with an index of its own in the memory of the device."""
+"""Which policies have kernels on a GPU, and how those of a generated module are run.
+
+A method is a folder beside this file; its record is attached to the policy of the same name when
+this module is imported. `codegen/module.py` puts the text of its kernels together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
-from lychee_compile.kernels.gpu.lychee.index import SketchIndex
-from lychee_compile.kernels.gpu.lychee.launch import run_sparse
-from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
-from lychee_compile.kernels.gpu.quest.index import QuestIndex
-from lychee_compile.kernels.gpu.quest.launch import run_quest
-from lychee_compile.kernels.gpu.quest.layout import QuestLayout
+from lychee_compile.kernels.gpu.common.layout import IndexLayout
+from lychee_compile.kernels.gpu.common.method import GpuMethod
+from lychee_compile.kernels.gpu.common.module_cache import load
+from lychee_compile.kernels.gpu.lychee.method import LycheeMethod
+from lychee_compile.kernels.gpu.quest.method import QuestMethod
+from lychee_compile.kernels.policies.registry import attach_kernels, find_policy, policies
 
-Layout = SketchLayout | QuestLayout
+BUILT_IN: dict[str, GpuMethod] = {"lychee": LycheeMethod(), "quest": QuestMethod()}
+"""The methods of this package, by the name of their policy."""
 
-
-@dataclass(frozen=True)
-class GpuMethod:
-    """How one policy's kernels are run, and where its index lies."""
-
-    layout_of: Callable[[Tensor], Layout]
-    """The layout of an index for a cache [B, Hkv, L, D]."""
-    run: Callable[..., Tensor]
-    """Attends, with the arguments of `run_sparse`."""
-    multiple: int = 1
-    """What divides the size of a key that the index can hold."""
+for _name, _method in BUILT_IN.items():
+    attach_kernels(_name, _method)
 
 
-def policy_name(kernel: str) -> str:
-    """The policy of a generated module, "lychee" that of "decode_lychee_bf16_..."."""
-    return kernel.split("_")[1]
+def policies_with_kernels(prefill: bool = False) -> tuple[str, ...]:
+    """Return the policies that have kernels for decoding, or for prefill."""
+    return tuple(
+        each.name
+        for each in policies()
+        if each.gpu is not None and (each.gpu.prefill or not prefill)
+    )
 
 
-def policy_of(kernel: str) -> GpuMethod:
-    """How the kernels of a generated module are run."""
-    return GPU_METHODS[policy_name(kernel)]
+def gpu_method(policy: str) -> GpuMethod:
+    """Return how a policy's kernels are run.
+
+    Raises ValueError for a policy without kernels, TypeError for a record that is no `GpuMethod`.
+    """
+    record = find_policy(policy)
+    if record is None or record.gpu is None:
+        known = ", ".join(policies_with_kernels())
+        raise ValueError(f"policy {policy!r} has no GPU kernels; those that have are {known}")
+    if not isinstance(record.gpu, GpuMethod):
+        raise TypeError(f"policy {policy!r}: {record.gpu!r} is no GpuMethod")
+    return record.gpu
 
 
-def new_index(layout: Layout, device: torch.device) -> DeviceIndex:
-    """An empty index, which nobody may trust."""
+def method_of_kernel(kernel: str) -> GpuMethod:
+    """Return how the kernels of a generated module are run: the module names its policy."""
+    return gpu_method(load(kernel).POLICY)
+
+
+def new_index(layout: IndexLayout, device: torch.device) -> DeviceIndex:
+    """Return an empty index, which is not trusted."""
     with torch.inference_mode(False):  # graphs write to it in every mode
-        if isinstance(layout, QuestLayout):
-            return QuestIndex(layout, device)
-        return SketchIndex(layout, device)
-
-
-GPU_METHODS = {
-    "lychee": GpuMethod(SketchLayout.of, run_sparse, multiple=8),
-    "quest": GpuMethod(QuestLayout.of, run_quest),
-}
+        return gpu_method(layout.policy).new_index(layout, device)

@@ -8,22 +8,22 @@ handle, and finds the index by it at every call.
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
+from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.lifecycle import CacheUse, IndexLifecycle
-from lychee_compile.kernels.gpu.lychee.layout import TILE
-from lychee_compile.kernels.gpu.methods import Layout, new_index, policy_of
+from lychee_compile.kernels.gpu.methods import gpu_method, new_index
 from lychee_compile.kernels.handles import new_handle
+from lychee_compile.kernels.sizes import whole_scans
 
 
 class StaticCacheIndex(IndexLifecycle):
     """The index of a cache of fixed size. Graphs take its memory, uint8 [layout.size]."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: IndexLayout, device: torch.device) -> None:
         super().__init__()
         self.index: DeviceIndex
         try:
@@ -68,14 +68,14 @@ class GrowingCacheIndex(IndexLifecycle):
         """True if the index fits the keys. An index that is too small is moved to a larger one."""
         now, wanted = index.layout, _roomy(index.layout.of(key))
         # The graph may use the first rows of the cache only.
-        fitting = replace(wanted, slots=now.slots, batch=now.batch) == now
+        fitting = wanted.resized(now.slots, now.batch) == now
         if not fitting or key.shape[0] > now.batch:
             return False
         if key.shape[2] > now.slots:
             if not now.grows_to(wanted.slots):
                 return False
             try:
-                self.index = _moved(index, replace(now, slots=wanted.slots))
+                self.index = _moved(index, now.resized(wanted.slots))
             except torch.OutOfMemoryError:
                 self.give_up()
                 return False
@@ -86,7 +86,7 @@ class GrowingCacheIndex(IndexLifecycle):
         self.index = None
 
     def _index_for(self, key: Tensor, use: CacheUse) -> DeviceIndex:
-        return new_index(_roomy(policy_of(use.kernel).layout_of(key)), key.device)
+        return new_index(_roomy(gpu_method(use.policy).layout_of(key)), key.device)
 
     def _ends(self, key: Tensor) -> list[int]:
         written, self._written = self._written, None
@@ -96,12 +96,12 @@ class GrowingCacheIndex(IndexLifecycle):
         return (last + 1).tolist()
 
 
-def _roomy(layout: Layout) -> Layout:
+def _roomy(layout: IndexLayout) -> IndexLayout:
     """Return the layout with half as many slots again."""
-    return replace(layout, slots=-(-(layout.slots * 3 // 2) // TILE) * TILE)
+    return layout.resized(whole_scans(layout.slots * 3 // 2))
 
 
-def _moved(index: DeviceIndex, layout: Layout) -> DeviceIndex:
+def _moved(index: DeviceIndex, layout: IndexLayout) -> DeviceIndex:
     """Return a copy of the index in a layout with more slots."""
     larger = new_index(layout, index.state.device)
     larger.parts.header.copy_(index.parts.header)
@@ -110,7 +110,7 @@ def _moved(index: DeviceIndex, layout: Layout) -> DeviceIndex:
     return larger
 
 
-def _spare(layout: Layout, device: torch.device) -> DeviceIndex:
+def _spare(layout: IndexLayout, device: torch.device) -> DeviceIndex:
     """Return the index shared by all caches without memory for one: nobody trusts it."""
     spare = _spares.get((layout, device))
     if spare is None:
@@ -120,7 +120,7 @@ def _spare(layout: Layout, device: torch.device) -> DeviceIndex:
     return spare
 
 
-_spares: weakref.WeakValueDictionary[tuple[Layout, torch.device], DeviceIndex] = (
+_spares: weakref.WeakValueDictionary[tuple[IndexLayout, torch.device], DeviceIndex] = (
     weakref.WeakValueDictionary()
 )
 """Indexes of caches without memory for one, while such caches live."""

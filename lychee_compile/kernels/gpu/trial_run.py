@@ -1,13 +1,13 @@
-"""Run a kernel once while its graph is compiled, so that no call ever finds out that it cannot run.
+"""Run a kernel once while its graph is compiled, so that no later call finds that it cannot run.
 
-It compiles what the first call would compile, and shows what only a device knows: that shared
-memory is too small, say.
+The trial compiles what the first call would compile. It also shows what only a device knows: that
+shared memory is too small, for example.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 
@@ -15,19 +15,20 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.compile_together import compile_together
+from lychee_compile.kernels.gpu.common.launch_exact import run_exact
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
-from lychee_compile.kernels.gpu.common.tuning import tuning_for
-from lychee_compile.kernels.gpu.lychee.launch import run_exact
-from lychee_compile.kernels.gpu.methods import new_index, policy_of
-from lychee_compile.kernels.gpu.prefill.launch import run_tiles
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.methods import method_of_kernel, new_index
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
 
 ENOUGH = 4096
-"""Keys, and queries, of a whole sequence that show what all would: kernels know no lengths."""
+"""Most keys, and most queries, of a trial prefill: kernels are compiled for any length."""
 
 
 @dataclass(frozen=True)
 class TensorForm:
-    """What a kernel is compiled for of a tensor."""
+    """The facts of a tensor that a kernel is compiled for."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -35,11 +36,11 @@ class TensorForm:
     device: torch.device
 
     def stand_in(self) -> Tensor:
-        """A tensor of zeros that takes hardly any memory: strides other than one are zero."""
-        held = [
+        """Return a tensor of zeros that takes hardly any memory: strides but 1 become 0."""
+        stored = [
             size if stride == 1 else 1 for size, stride in zip(self.shape, self.stride, strict=True)
         ]
-        return torch.zeros(held, dtype=self.dtype, device=self.device).expand(self.shape)
+        return torch.zeros(stored, dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,35 @@ class TrialCall:
     """The operands of an attention, by their form."""
 
     kernel: str
+    """Name of the generated module."""
     query: TensorForm
     key: TensorForm
     value: TensorForm
     captured: tuple[TensorForm, ...]
     extra: TensorForm | None
     sparse: bool
+    """True if a step of decoding selects keys."""
     written: int
-    """Tokens written by the call; 0: none."""
+    """Number of tokens that the call writes."""
     tiles: bool = False
-    """Whether it is a whole sequence."""
+    """True if it is a prefill whose tiles select keys."""
+
+    def operands(self) -> AttentionOperands:
+        """Return operands of this form, full of zeros."""
+        return AttentionOperands(
+            self.query.stand_in(),
+            self.key.stand_in(),
+            self.value.stand_in(),
+            [each.stand_in() for each in self.captured],
+            None if self.extra is None else self.extra.stand_in(),
+        )
 
 
 def try_kernels(call: TrialCall) -> None:
-    """Run the kernels of `call` on zeros. Raises what a real call would."""
+    """Run the kernels of `call` on zeros. Raises what a real call would raise.
+
+    A trial that finds no memory proves nothing, and raises nothing.
+    """
     if call in _tried:
         return
     try:
@@ -75,27 +91,36 @@ def try_kernels(call: TrialCall) -> None:
 
 
 def _run(call: TrialCall, module: ModuleType) -> None:
-    query, key, value = (each.stand_in() for each in (call.query, call.key, call.value))
-    captured = [each.stand_in() for each in call.captured]
-    extra = None if call.extra is None else call.extra.stand_in()
+    operands = call.operands()
     if call.tiles:
-        few = ENOUGH if query.shape[2] == key.shape[2] else ENOUGH // 2
-        query, key, value = query[:, :, :few], key[:, :, :ENOUGH], value[:, :, :ENOUGH]
-        extra = extra if extra is None or extra.shape[-1] == 1 else extra[..., :few]
-        run_tiles(module, query, key, value, captured, extra, budget=0.5)
-        return
-    if not call.sparse:
-        tuning = tuning_for(module, "exact", query, key, value)
-        run_exact(module, query, key, value, captured, extra, tuning)
-        return
-    policy = policy_of(call.kernel)
-    index = new_index(policy.layout_of(key), key.device)
+        run_prefill(module, _shortened(operands), PrefillBudget(0.5))
+    elif call.sparse:
+        _run_sparse(call, module, operands)
+    else:
+        run_exact(module, operands)
+
+
+def _shortened(operands: AttentionOperands) -> AttentionOperands:
+    """Return the first `ENOUGH` keys, and as many queries or half as many if they are not those."""
+    count = ENOUGH if operands.query_len == operands.kv_len else ENOUGH // 2
+    extra = operands.extra
+    return replace(
+        operands,
+        query=operands.query[:, :, :count],
+        key=operands.key[:, :, :ENOUGH],
+        value=operands.value[:, :, :ENOUGH],
+        extra=extra if extra is None or extra.shape[-1] == 1 else extra[..., :count],
+    )
+
+
+def _run_sparse(call: TrialCall, module: ModuleType, operands: AttentionOperands) -> None:
+    """Run one step of decoding over an index of the first key of each row."""
+    method, key = method_of_kernel(call.kernel), operands.key
+    index = new_index(method.layout_of(key), key.device)
     index.build(module, key, [1] * key.shape[0])
-    last = torch.arange(key.shape[2] - call.written, key.shape[2], device=key.device)
-    positions = last if call.written else None
-    tuning = tuning_for(module, "sparse", query, key, value)
-    state = index.layout, index.parts
-    policy.run(module, query, key, value, captured, extra, positions, *state, tuning)
+    written = torch.arange(key.shape[2] - call.written, key.shape[2], device=key.device)
+    positions = written if call.written else None
+    method.run(module, operands, IndexOperands(index.layout, index.parts, positions))
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

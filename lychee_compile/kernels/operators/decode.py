@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lychee_compile.kernels import handles
 from lychee_compile.kernels.gpu.common.autotune import autotune
+from lychee_compile.kernels.gpu.common.launch_exact import run_exact
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
-from lychee_compile.kernels.gpu.lychee.launch import run_exact
-from lychee_compile.kernels.gpu.lychee.layout import SketchState
-from lychee_compile.kernels.gpu.methods import Layout, policy_of
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.methods import method_of_kernel
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex
-from lychee_compile.kernels.gpu.quest.layout import QuestState
 from lychee_compile.kernels.operators.fakes import fake_output
 
 KERNEL_DEVICES = {"cuda"}
@@ -40,7 +40,7 @@ def exact_decode(
     `value` is [B, Hkv, L, Dv]; `extra`, broadcastable to [B, Hq, T], is the logit of a key without
     a value.
     """
-    return _exact(kernel, query, key, value, captured, extra)
+    return _exact(kernel, AttentionOperands(query, key, value, captured, extra))
 
 
 exact_decode.register_fake(fake_output)
@@ -64,9 +64,9 @@ def sparse_decode(
     their keys are added to the index. Fit for CUDA graphs: it waits for nothing, and reads and
     writes its own tensors alone.
     """
-    layout = policy_of(kernel).layout_of(key)
-    parts = layout.views(state)
-    return _sparse(kernel, query, key, value, captured, extra, positions, layout, parts)
+    layout = method_of_kernel(kernel).layout_of(key)
+    index = IndexOperands(layout, layout.views(state), positions)
+    return _sparse(kernel, AttentionOperands(query, key, value, captured, extra), index)
 
 
 sparse_decode.register_fake(fake_output)
@@ -93,42 +93,26 @@ def growing_sparse_decode(
     """
     index = handles.find(handle, GrowingCacheIndex).index_for(key, positions)
     handle[1] += 1
+    operands = AttentionOperands(query, key, value, captured, extra)
     if index is None:
-        return _exact(kernel, query, key, value, captured, extra)
-    return _sparse(kernel, query, key, value, captured, extra, positions, index.layout, index.parts)
+        return _exact(kernel, operands)
+    return _sparse(kernel, operands, IndexOperands(index.layout, index.parts, positions))
 
 
 growing_sparse_decode.register_fake(fake_output)
 
 
-def _exact(
-    kernel: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captured: list[Tensor],
-    extra: Tensor | None,
-) -> Tensor:
+def _exact(kernel: str, operands: AttentionOperands) -> Tensor:
     module = load(kernel)
-    run = partial(run_exact, module, query, key, value, captured, extra)
-    with torch.cuda.device_of(query):
-        autotune(module, "exact", run, query, key, value)
+    run = partial(run_exact, module, operands)
+    with torch.cuda.device_of(operands.query):
+        autotune(module, "exact", run, operands)
         return run()
 
 
-def _sparse(
-    kernel: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captured: list[Tensor],
-    extra: Tensor | None,
-    positions: Tensor | None,
-    layout: Layout,
-    parts: SketchState | QuestState,
-) -> Tensor:
-    module, attend = load(kernel), policy_of(kernel).run
-    run = partial(attend, module, query, key, value, captured, extra, positions, layout, parts)
-    with torch.cuda.device_of(query):
-        autotune(module, "sparse", run, query, key, value, parts.header)
+def _sparse(kernel: str, operands: AttentionOperands, index: IndexOperands) -> Tensor:
+    module = load(kernel)
+    run = partial(method_of_kernel(kernel).run, module, operands, index)
+    with torch.cuda.device_of(operands.query):
+        autotune(module, "sparse", run, operands, index.state.header)
         return run()

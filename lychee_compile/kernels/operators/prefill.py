@@ -11,15 +11,16 @@ from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.autotune import autotune
 from lychee_compile.kernels.gpu.common.module_cache import load
-from lychee_compile.kernels.gpu.common.tuning import TILES
-from lychee_compile.kernels.gpu.prefill.launch import run_tiles
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.common.tuning import PREFILL
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
 from lychee_compile.kernels.operators.fakes import fake_output
 from lychee_compile.kernels.operators.observe import (
     PrefillCall,
     prefill_observers,
     warn_of_recording,
 )
-from lychee_compile.kernels.policies.prefill_registry import tile_choice
+from lychee_compile.kernels.policies.registry import prefill_choice
 from lychee_compile.kernels.reference.attention import dense_attention
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_attention import (
@@ -61,7 +62,7 @@ def sparse_prefill(
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     if operands.kv_len < shortest:
         return _dense(operands, causal).contiguous()
-    config = PrefillConfig(tile_choice(policy), budget, sinks, recent, epsilon, shortest)
+    config = PrefillConfig(prefill_choice(policy), budget, sinks, recent, epsilon, shortest)
     result = prefill_attention(operands, config, causal, order, keep_read=bool(prefill_observers))
     for observer in prefill_observers:
         observer(PrefillCall(site, operands, causal, order, result))
@@ -101,11 +102,11 @@ def tiled_prefill(
         query = query.index_select(2, order)
         extra = None if extra is None else in_order(extra, order)
     module = load(kernel)
-    run = partial(
-        run_tiles, module, query, key, value, captured, extra, budget, shortest, order is None
-    )
+    operands = AttentionOperands(query, key, value, captured, extra)
+    read = PrefillBudget(budget, shortest, own=order is None)
+    run = partial(run_prefill, module, operands, read)
     with torch.cuda.device_of(query):
-        autotune(module, TILES, run, query, key, value)
+        autotune(module, PREFILL, run, operands)
         output, _ = run()
     if order is not None:
         output = torch.empty_like(output).index_copy_(2, order, output)

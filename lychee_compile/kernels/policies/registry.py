@@ -1,8 +1,10 @@
-"""Policies: methods of choosing what a query reads, one file each."""
+"""The policies: one record a name. A policy is a method of choosing the keys that a query reads."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -14,74 +16,184 @@ from lychee_compile.kernels.policies.decode.oracle import OracleIndex
 from lychee_compile.kernels.policies.decode.quest import QuestIndex
 from lychee_compile.kernels.policies.decode.streaming import StreamingIndex
 from lychee_compile.kernels.policies.decode.tokenselect import TokenSelectIndex
-from lychee_compile.kernels.policies.prefill_registry import (
-    register_tile_policy,
-    tile_policy_names,
-)
+from lychee_compile.kernels.policies.prefill.compact import choose_block_union
+from lychee_compile.kernels.policies.prefill.dhsa import choose_by_chunks
+from lychee_compile.kernels.policies.prefill.lychee import choose_by_centres
+from lychee_compile.kernels.policies.prefill.s2o import choose_until_it_wanes
+from lychee_compile.kernels.policies.prefill.streaming import choose_last
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.prefill_question import PrefillChoice
 
-_registered: dict[str, type[KVIndex]] = {
-    "lychee": LycheeIndex,
-    "quest": QuestIndex,
-    "clusterkv": ClusterKVIndex,
-    "tokenselect": TokenSelectIndex,
-    "hisa": HISAIndex,
-    "streaming": StreamingIndex,
-    "oracle": OracleIndex,
-}
+
+class GpuKernels(Protocol):
+    """What is said of a policy's GPU kernels here; `kernels/gpu/methods.py` knows how they run."""
+
+    @property
+    def multiple(self) -> int:
+        """A number that must divide the head_dim."""
+
+    @property
+    def limits(self) -> str:
+        """What the kernels do not do, in words; empty if there is nothing to say."""
+
+    @property
+    def prefill(self) -> bool:
+        """True if the policy has kernels for prefill too."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Everything that is known of one policy."""
+
+    name: str
+    """The value of the option `policy`."""
+    words: str
+    """What it does, in one line."""
+    index: type[KVIndex] | None = None
+    """How it decodes, in plain PyTorch; None: it cannot decode."""
+    prefill: PrefillChoice | None = None
+    """How it chooses for a prefill, in plain PyTorch; None: it has no form for prefill."""
+    gpu: GpuKernels | None = None
+    """Its kernels on a GPU; None: it has none. `kernels/gpu/methods.py` attaches those it has."""
+
+    @property
+    def dense_layers(self) -> int:
+        """Number of first attentions that its paper leaves dense."""
+        return 0 if self.index is None else self.index.dense_layers
+
+
+_policies = {
+    each.name: each
+    for each in (
+        Policy(
+            "lychee",
+            "single tokens, ranked by sketches of their keys (LycheeCluster, extended)",
+            LycheeIndex,
+            choose_by_centres,
+        ),
+        Policy("quest", "pages of 16, ranked by the box around their keys (Quest)", QuestIndex),
+        Policy("clusterkv", "clusters of keys, ranked by their centroid", ClusterKVIndex),
+        Policy("tokenselect", "single tokens, ranked by their true scores", TokenSelectIndex),
+        Policy("hisa", "blocks of keys first, then the tokens in the best of them", HISAIndex),
+        Policy(
+            "streaming",
+            "the first and the last tokens, whatever the query (StreamingLLM)",
+            StreamingIndex,
+            choose_last,
+        ),
+        Policy("oracle", "chunks, ranked by the softmax mass that they really hold", OracleIndex),
+        Policy("dhsa", "prefill alone: chunks of queries against chunks of keys",
+               prefill=choose_by_chunks),
+        Policy("s2o", "prefill alone: keys in order of importance, until the rest adds little",
+               prefill=choose_until_it_wanes),
+        Policy("compact", "prefill alone: a union of the blocks that query heads choose",
+               prefill=choose_block_union),
+    )
+}  # fmt: skip
+
+
+def policies() -> tuple[Policy, ...]:
+    """Return all policies, the built-in ones first."""
+    return tuple(_policies.values())
 
 
 def policy_names() -> tuple[str, ...]:
-    """Every policy that can decode."""
-    return tuple(_registered)
+    """Return the names of all policies that can decode."""
+    return tuple(each.name for each in policies() if each.index is not None)
+
+
+def prefill_policy_names() -> tuple[str, ...]:
+    """Return the names of all policies that have a form for prefill."""
+    return tuple(each.name for each in policies() if each.prefill is not None)
+
+
+def find_policy(name: str) -> Policy | None:
+    """Return the policy of that name; None if there is none."""
+    return _policies.get(name)
 
 
 def has_index(name: str) -> bool:
-    """Whether a policy can decode; others choose for whole sequences alone."""
-    return name in _registered
-
-
-def register_policy(
-    name: str, index: type[KVIndex] | None, *, tiles: PrefillChoice | None = None
-) -> None:
-    """Let `options={"policy": name}` choose tokens as `index`, a class of indexes, does.
-
-    `tiles` is how it chooses for whole sequences, under `options={"prefill": "sparse"}`; None: it
-    has no form for them. `index` is None for a policy that cannot decode. Raises ValueError where
-    there is another of that name, and TypeError for what is no such class or function, or leaves
-    abstract methods undefined.
-    """
-    if index is not None or tiles is None:
-        _check_index(name, index)
-    if tiles is not None:
-        register_tile_policy(name, tiles)
-    if index is not None:
-        _registered[name] = index
-
-
-def _check_index(name: str, index: object) -> None:
-    if not (inspect.isclass(index) and issubclass(index, KVIndex)):
-        raise TypeError(f"a policy is a subclass of KVIndex, got {index!r}")
-    missing = ", ".join(sorted(index.__abstractmethods__))
-    if missing:
-        raise TypeError(f"policy {name!r}: {index.__qualname__} does not define {missing}")
-    if _registered.get(name, index) is not index:
-        raise ValueError(f"there is a policy {name!r} already: {_registered[name].__qualname__}")
+    """Return True if there is a policy of that name and it can decode."""
+    return name in policy_names()
 
 
 def index_class(name: str) -> type[KVIndex]:
-    """The indexes of a policy. Raises ValueError for an unknown one, or one that cannot decode."""
-    if name in _registered:
-        return _registered[name]
-    known = ", ".join(_registered)
-    if name in tile_policy_names():
-        raise ValueError(f"policy {name!r} cannot decode, only whole sequences; those can: {known}")
-    raise ValueError(f"unknown policy {name!r}; known are {known}")
+    """Return the class of a policy's indexes.
+
+    Raises ValueError for a policy that is unknown or cannot decode.
+    """
+    policy, known = _policies.get(name), ", ".join(policy_names())
+    if policy is None:
+        raise ValueError(f"unknown policy {name!r}; known are {known}")
+    if policy.index is None:
+        raise ValueError(f"policy {name!r} is for prefill alone; those that decode are {known}")
+    return policy.index
+
+
+def prefill_choice(name: str) -> PrefillChoice:
+    """Return how a policy chooses for a prefill. Raises ValueError if it has no form for that."""
+    policy = _policies.get(name)
+    if policy is None or policy.prefill is None:
+        known = ", ".join(prefill_policy_names())
+        raise ValueError(f"policy {name!r} has no form for prefill; those that have are {known}")
+    return policy.prefill
 
 
 def make_index(
     batch: int, kv_heads: int, head_dim: int, config: IndexConfig, device: torch.device
 ) -> KVIndex:
-    """An empty index over keys [B, Hkv, L, D] for the policy of `config`."""
+    """Return an empty index over keys [B, Hkv, L, D] for the policy of `config`."""
     return index_class(config.policy)(batch, kv_heads, head_dim, config, device)
+
+
+def register_policy(
+    name: str,
+    index: type[KVIndex] | None,
+    *,
+    tiles: PrefillChoice | None = None,
+    gpu: GpuKernels | None = None,
+    words: str = "",
+) -> None:
+    """Let `options={"policy": name}` choose tokens as `index`, a class of indexes, does.
+
+    `index` is None for a policy that cannot decode. `tiles` is how it chooses for a prefill, under
+    `options={"prefill": "sparse"}`; None: it has no form for that. `gpu` is a
+    `lychee_compile.extend.GpuMethod`, whose kernels `register_emitter` gives; None: on a GPU it
+    runs under `reference=True` alone. `words` say in a line what it does.
+
+    Registering the same again changes nothing. Raises ValueError if there is another policy of that
+    name; TypeError for an `index` that is no class of indexes or leaves abstract methods undefined,
+    and for a `tiles` that cannot be called.
+    """
+    if index is not None or tiles is None:
+        _check_index(name, index)
+    if tiles is not None and not callable(tiles):
+        raise TypeError(f"policy {name!r} chooses for prefill by a function, got {tiles!r}")
+    before = _policies.get(name, Policy(name, words))
+    if before.index not in (None, index) and index is not None:
+        raise ValueError(f"there is a policy {name!r} already: {before.index.__qualname__}")
+    if before.prefill not in (None, tiles) and tiles is not None:
+        raise ValueError(f"there is a policy {name!r} for prefill already")
+    if before.gpu not in (None, gpu) and gpu is not None:
+        raise ValueError(f"there are kernels of a policy {name!r} already")
+    _policies[name] = Policy(
+        name,
+        words or before.words,
+        index or before.index,
+        tiles or before.prefill,
+        gpu or before.gpu,
+    )
+
+
+def attach_kernels(name: str, gpu: GpuKernels) -> None:
+    """Note that the policy `name` has these kernels. Raises KeyError for an unknown policy."""
+    _policies[name] = replace(_policies[name], gpu=gpu)
+
+
+def _check_index(name: str, index: object) -> None:
+    """Raise TypeError unless `index` is a class of indexes without abstract methods."""
+    if not (inspect.isclass(index) and issubclass(index, KVIndex)):
+        raise TypeError(f"a policy is a subclass of KVIndex, got {index!r}")
+    missing = ", ".join(sorted(index.__abstractmethods__))
+    if missing:
+        raise TypeError(f"policy {name!r}: {index.__qualname__} does not define {missing}")

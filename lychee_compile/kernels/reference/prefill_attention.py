@@ -15,7 +15,8 @@ from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_question import PrefillChoice, PrefillQuestion
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.tiles import PAGE, TILE, Sight, tile_sight
+from lychee_compile.kernels.reference.tiles import Sight, tile_sight
+from lychee_compile.kernels.sizes import PAGE, QUERY_TILE
 
 AT_ONCE = 8
 """Number of tiles in one question to a policy, to bound the memory of its scores."""
@@ -82,8 +83,8 @@ def prefill_attention(
         certify or config.epsilon is not None,
     )
     slices = [
-        attention.some_tiles(begin, min(begin + AT_ONCE * TILE, query_len))[: 3 + keep_read]
-        for begin in range(0, query_len, AT_ONCE * TILE)
+        attention.some_tiles(begin, min(begin + AT_ONCE * QUERY_TILE, query_len))[: 3 + keep_read]
+        for begin in range(0, query_len, AT_ONCE * QUERY_TILE)
     ]
     output, log_sum, certificate, *kept = (torch.cat(part, 2) for part in zip(*slices, strict=True))
     if order is not None:
@@ -134,7 +135,7 @@ class _Attention:
             failing = _failing(share, self.config.epsilon) & (room < read.shape[-1])
             if not bool(failing.any()):
                 return output, log_sum, share, read
-            room = torch.where(failing, 2 * room + TILE, room)
+            room = torch.where(failing, 2 * room + QUERY_TILE, room)
 
     def _question(self, begin: int, end: int) -> PrefillQuestion:
         operands, config = self.operands, self.config
@@ -158,8 +159,8 @@ class _Attention:
     def _attend(self, begin: int, end: int, read: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output [B, Hq, end - begin, Dv] and its log-sum-exp [B, Hq, end - begin]."""
         parts = [
-            self._attend_tile(first, min(first + TILE, end), read[:, :, tile])
-            for tile, first in enumerate(range(begin, end, TILE))
+            self._attend_tile(first, min(first + QUERY_TILE, end), read[:, :, tile])
+            for tile, first in enumerate(range(begin, end, QUERY_TILE))
         ]
         outputs, sums = zip(*parts, strict=True)
         return torch.cat(outputs, 2), torch.cat(sums, 2)
@@ -207,7 +208,7 @@ class _Attention:
         scale, softcap = self.operands.scale, self.operands.softcap
         pages, unread = question.key_nodes(PAGE), unread & question.candidates
         padded = F.pad(unread, (0, (-unread.shape[-1]) % PAGE)).unflatten(-1, (-1, PAGE))
-        counts = padded.sum(-1).repeat_interleave(TILE, 2)[:, :, : end - begin]
+        counts = padded.sum(-1).repeat_interleave(QUERY_TILE, 2)[:, :, : end - begin]
         bound = capped(pages.score_bound(question.query, scale), softcap)
         bias = self.sight.bias(begin, end)
         if bias is not None:
@@ -225,5 +226,5 @@ class _Attention:
 def _failing(share: Tensor, epsilon: float | None) -> Tensor:
     """Return which tiles have a query that may miss more than `epsilon`: bool [B, Hq, tiles]."""
     over = share > (1 if epsilon is None else epsilon)
-    padded = F.pad(over, (0, (-over.shape[-1]) % TILE))
-    return padded.unflatten(-1, (-1, TILE)).any(-1)
+    padded = F.pad(over, (0, (-over.shape[-1]) % QUERY_TILE))
+    return padded.unflatten(-1, (-1, QUERY_TILE)).any(-1)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.nodes import Nodes
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.tiles import TILE, TileSight, summarise
+from lychee_compile.kernels.reference.tiles import TileSight, summarise
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class PrefillQuestion:
     """Consecutive tiles of queries, and the keys that may be chosen for them."""
 
     query: Tensor
-    """Queries, float32 [B, Hq, T, D]; the last tile may have fewer than `TILE` positions."""
+    """Queries, float32 [B, Hq, T, D]; the last tile may have fewer than `QUERY_TILE` positions."""
     key: Tensor
     """Keys, float32 [B, Hkv, L, D]."""
     scale: float
@@ -41,11 +42,11 @@ class PrefillQuestion:
         return self.sight.candidates.expand(*self.room.shape, -1)
 
     def parts(self, positions: int) -> Nodes:
-        """Summarise every `positions` queries, a divisor of `TILE`: [B, Hq, tiles * parts, D].
+        """Summarise every `positions` queries, a divisor of `QUERY_TILE`, as a node.
 
-        Nodes behind the last query hold no tokens.
+        Nodes are [B, Hq, tiles * parts, D]. Those behind the last query hold no tokens.
         """
-        count = self.tiles * TILE // positions
+        count = self.tiles * QUERY_TILE // positions
         return summarise(self.query, positions).resized(count)
 
     def key_nodes(self, size: int) -> Nodes:

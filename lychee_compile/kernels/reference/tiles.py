@@ -1,8 +1,8 @@
 """Tiles of queries in a prefill: which keys a tile sees, and which keys it always reads.
 
-A tile is `TILE` neighbouring query positions of one head. It always reads the keys that only some
-of its queries see, the sinks, and the keys near its own positions. A policy chooses which of the
-other keys the tile reads.
+A tile is `QUERY_TILE` neighbouring query positions of one head. It always reads the keys that only
+some of its queries see, the sinks, and the keys near its own positions. A policy chooses which of
+the other keys the tile reads.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.nodes import Nodes, furthest, rounding_slack
 from lychee_compile.kernels.reference.visible import seen_and_bias, with_four_axes
-
-TILE = 128
-"""Number of query positions of a tile: tensor cores multiply so many at once."""
-PAGE = 16
-"""Number of keys of a page. Bounds are those of pages."""
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 
 def summarise(vectors: Tensor, size: int) -> Nodes:
@@ -142,15 +138,15 @@ class TileSight:
 
 
 def tile_sight(sight: Sight, begin: int, end: int, sinks: int, recent: int) -> TileSight:
-    """Return what the tiles of the queries [begin, end) see; `begin` is a multiple of `TILE`.
+    """Return what the tiles of the queries [begin, end) see; `begin` is a whole number of tiles.
 
     A tile always reads the keys that only some of its queries see. Of the keys that all of them
     see it always reads the first `sinks`, the last `recent`, and in self-attention those up to
     `recent` away from its own positions. A query that sees no key does not count.
     """
     some, always, biases = [], [], []
-    for first in range(begin, end, TILE):
-        last = min(first + TILE, end)
+    for first in range(begin, end, QUERY_TILE):
+        last = min(first + QUERY_TILE, end)
         seen = sight.rows(first, last)
         any_sees = seen.any(-2)
         all_see = (seen | ~seen.any(-1, keepdim=True)).all(-2) & any_sees

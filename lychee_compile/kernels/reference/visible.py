@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOW = 9999.0
-"""A key whose bias is this far below another's has no weight that a float32 can hold."""
+from lychee_compile.kernels.reference.hidden import shown
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,8 @@ def visible_keys(
 ) -> Visible:
     """Read an SDPA mask: None, bool or additive float, broadcastable to [B, Hq, Tq, L].
 
-    A float mask hides a key where it is at or below half the lowest finite number of its dtype, as
-    -inf and `torch.finfo(dtype).min` are, or lies `LOW` below the row's highest, as -10000 and -1e9
-    do; elsewhere it is a bias. A key is a candidate where any head sees it; `mask` and `bias` keep
-    the heads apart.
+    `hidden.shown` says which keys a float mask hides; it is a bias for all others. A key is a
+    candidate if any head sees it; `mask` and `bias` keep the heads apart.
     """
     if mask is None:
         full = torch.full((batch, query_len), kv_len, dtype=torch.int64, device=device)
@@ -69,11 +66,10 @@ def visible_keys(
 
 
 def seen_and_bias(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What an SDPA mask shows, bool, and what it adds to scores, None where nothing."""
+    """Return what an SDPA mask shows, bool, and what it adds to scores, None if nothing."""
     if mask.dtype == torch.bool:
         return mask, None
-    seen = mask > torch.finfo(mask.dtype).min / 2
-    seen &= mask.float() > mask.float().amax(-1, keepdim=True) - LOW
+    seen = shown(mask)
     return seen, mask if bool(((mask != 0) & seen).any()) else None
 
 

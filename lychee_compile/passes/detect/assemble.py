@@ -1,4 +1,4 @@
-"""From the pieces of an attention, however they were found, to all that is known of it."""
+"""Put together all that is known of an attention from the parts that were matched."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ import sympy
 import torch.fx
 
 from lychee_compile import torch_private
-from lychee_compile.passes.detect.attention import Attention, Rejected
-from lychee_compile.passes.detect.axis_roles import Roles, assign, features_of
-from lychee_compile.passes.detect.operands import (
-    Operand,
-    Place,
-    deepest,
-    free_axes,
-    places_behind,
-    reader_of,
-)
-from lychee_compile.passes.detect.products import Product
+from lychee_compile.passes import reasons
+from lychee_compile.passes.detect.attention import Attention, Rejected, Stage
+from lychee_compile.passes.detect.axis_roles import AxisFacts, Roles, assign, features_of
+from lychee_compile.passes.detect.operands import Operand, Place, deepest, places_behind, reader_of
+from lychee_compile.passes.detect.score import Score
 from lychee_compile.passes.detect.score_trace import Trace
-from lychee_compile.passes.detect.scores import Score, sum_up
+from lychee_compile.passes.detect.scores import sum_up
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.names import Names
 from lychee_compile.passes.graph.region import (
@@ -29,23 +23,25 @@ from lychee_compile.passes.graph.region import (
     region_between,
     used_elsewhere,
 )
-from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices
+from lychee_compile.passes.reasons import Reason
+from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices, free_axes
 from lychee_compile.passes.symbolic.elements import Elements
+from lychee_compile.passes.symbolic.products import Product
 
 
 @dataclass(frozen=True)
 class GraphContext:
-    """A graph, and what all its attentions share."""
+    """A graph, with everything that its attentions share."""
 
     gm: torch.fx.GraphModule
     order: Order
     names: Names
     written: frozenset[torch.fx.Node]
-    """Memory made in the graph and written to behind the back of its node."""
+    """Nodes that make memory of which a part is later overwritten through a view."""
     parameters: dict[torch.fx.Node, bool] = field(default_factory=dict)
 
     def is_parameter(self, node: torch.fx.Node) -> bool:
-        """Whether `node` is a parameter of a module, in whatever shape."""
+        """True if `node` is a parameter of a module, perhaps in another shape."""
         if node not in self.parameters:
             self.parameters[node] = self._shows_parameter(node)
         return self.parameters[node]
@@ -59,15 +55,15 @@ class GraphContext:
 
 @dataclass(frozen=True)
 class MatchedParts:
-    """An attention as it was found: nodes, and their indices in axes of the output."""
+    """The nodes of an attention, with the indices at which the output reads them."""
 
     node: torch.fx.Node
     form: str
     weights: torch.fx.Node
-    """Whatever holds the weights; the node itself where they have no node."""
+    """The node that holds the weights; `node` if they have none of their own."""
     out: Indices
     score_dims: Indices
-    """Index of each dimension of the scores but that of the keys."""
+    """Index of each dimension of the scores, without that of the keys."""
     trace: Trace
     value: Place
     reader: torch.fx.Node
@@ -76,51 +72,49 @@ class MatchedParts:
     base_two: bool = False
     is_causal: bool = False
     dropout: float = 0.0
-    refused: str = ""
+    refused: Reason | None = None
     heads_first: bool = False
-    """Whether dimensions are known to be batch, heads, tokens, features."""
+    """True if the dimensions are known to be batch, heads, tokens, features."""
 
 
-def settle(pieces: MatchedParts, elements: Elements, scene: GraphContext) -> Attention | Rejected:
-    """Put the pieces together. Raises `SplitAxis` where an axis must be taken apart first."""
-    axes, trace = elements.axes, pieces.trace
+def settle(parts: MatchedParts, elements: Elements, context: GraphContext) -> Attention | Rejected:
+    """Return the attention that the parts make, or why they make none.
+
+    Raises `SplitAxis` if an axis must be taken apart first.
+    """
+    axes, trace = elements.axes, parts.trace
     chains = {
         "query": places_behind(trace.query.node, trace.query.indices, elements, casts=False),
         "key": places_behind(trace.key.node, trace.key.indices, elements, casts=True),
         "value": [
             place
-            for place in places_behind(
-                pieces.value.node, pieces.value.indices, elements, casts=True
-            )
+            for place in places_behind(parts.value.node, parts.value.indices, elements, casts=True)
             if place.factor == 1
         ],
     }
-    found = {name: deepest(chain, axes) for name, chain in chains.items()}
-    rows = free_axes(pieces.score_dims)
-    if any(each is None for each in found.values()):
-        return Rejected(pieces.node, "its operands are laid out in a way that is not understood")
-    places = {name: each[0] for name, each in found.items() if each}
-    query, key, value = (each[1] for each in found.values() if each)
-    shared = (key.axes | value.axes) & rows
-    why = _misfit(pieces, query, key, value, shared, rows)
+    deep = {name: deepest(chain, axes) for name, chain in chains.items()}
+    if any(each is None for each in deep.values()):
+        return Rejected(parts.node, reasons.OPERANDS_LAYOUT(), Stage.OPERANDS)
+    places = {name: each[0] for name, each in deep.items() if each}
+    query, key, value = operands = tuple(each[1] for each in deep.values() if each)
+    why = _misfit(parts, query, key, value)
     if why:
-        return Rejected(pieces.node, why)
-    features = _features(trace, axes, scene)
-    if features is not None and pieces.keys & features[1]:
-        return Rejected(pieces.node, "its softmax runs over features, not over tokens")
+        return Rejected(parts.node, why, Stage.OPERANDS)
+    features = _features(trace, axes, context)
+    if features is not None and parts.keys & features[1]:
+        return Rejected(parts.node, reasons.OVER_FEATURES(), Stage.OPERANDS)
     score = sum_up(
         replace(trace, query=places["query"], key=places["key"]),
         elements,
-        pieces.keys,
-        pieces.base_two,
+        parts.keys,
+        parts.base_two,
     )
-    made = None if features is None else features[0]
-    roles = _roles(pieces, shared, rows, made, (query, key, value), score)
-    output = Place(pieces.node, pieces.out, sympy.S.One).operand(axes)
+    roles = _roles(parts, None if features is None else features[0], operands, score)
+    output = Place(parts.node, parts.out, sympy.S.One).operand(axes)
     assert output is not None
     return Attention(
-        node=pieces.node,
-        form=pieces.form,
+        node=parts.node,
+        form=parts.form,
         axes=axes,
         roles=roles,
         query=query,
@@ -128,16 +122,16 @@ def settle(pieces: MatchedParts, elements: Elements, scene: GraphContext) -> Att
         value=value,
         output=output.layout,
         score=score,
-        names=scene.names,
+        names=context.names,
         key_forms=_forms(chains["key"], places["key"], key, axes),
-        is_causal=pieces.is_causal,
-        dropout=pieces.dropout,
-        refused=pieces.refused or _entangled(pieces, chains, places, scene),
+        is_causal=parts.is_causal,
+        dropout=parts.dropout,
+        refused=parts.refused or _entangled(parts, chains, places, context),
     )
 
 
 def _forms(chain: list[Place], place: Place, key: Operand, axes: Axes) -> tuple[Operand, ...]:
-    """What shows the keys before they are repeated or changed, `key` last."""
+    """Return the tensors that show the keys before they are repeated or changed, `key` last."""
     forms = [
         each.operand(axes)
         for each in chain[: chain.index(place)]
@@ -146,30 +140,28 @@ def _forms(chain: list[Place], place: Place, key: Operand, axes: Axes) -> tuple[
     return (*(form for form in forms if form is not None and form.axes == key.axes), key)
 
 
-def _misfit(
-    pieces: MatchedParts, query: Operand, key: Operand, value: Operand,
-    shared: frozenset[Axis], rows: frozenset[Axis],
-) -> str:  # fmt: skip
-    """Why the operands are not those of an attention; empty where they are."""
-    inner = pieces.trace.inner
-    out = free_axes(pieces.out)
-    if not pieces.keys <= key.axes or not pieces.keys <= value.axes:
-        return "its keys or values do not extend over what the softmax runs over"
-    if not key.axes <= shared | pieces.keys | inner:
-        return "its keys differ in more than head, token and feature"
-    if not query.axes <= rows | inner or query.axes & pieces.keys:
-        return "its queries differ in more than head, token and feature"
-    if not rows <= out or not value.axes <= pieces.keys | out:
-        return "its weights differ in more than the output has"
-    return ""
+def _misfit(parts: MatchedParts, query: Operand, key: Operand, value: Operand) -> Reason | None:
+    """Return why the operands are not those of an attention; None if they are."""
+    inner = parts.trace.inner
+    rows, out = free_axes(parts.score_dims), free_axes(parts.out)
+    shared = (key.axes | value.axes) & rows
+    if not parts.keys <= key.axes or not parts.keys <= value.axes:
+        return reasons.NOT_OVER_KEYS()
+    if not key.axes <= shared | parts.keys | inner:
+        return reasons.KEYS_DIFFER()
+    if not query.axes <= rows | inner or query.axes & parts.keys:
+        return reasons.QUERIES_DIFFER()
+    if not rows <= out or not value.axes <= parts.keys | out:
+        return reasons.WEIGHTS_SUMMED()
+    return None
 
 
 def _features(
-    trace: Trace, axes: Axes, scene: GraphContext
+    trace: Trace, axes: Axes, context: GraphContext
 ) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
-    """Axes that projections of queries or keys make, and those that projections of keys make."""
+    """Return the axes that projections make of queries or keys, and those made of keys alone."""
     query, key = (
-        features_of(place.node, place.indices, axes, trace.inner, scene.is_parameter)
+        features_of(place.node, place.indices, axes, trace.inner, context.is_parameter)
         for place in (trace.query, trace.key)
     )
     if query is None and key is None:
@@ -178,68 +170,71 @@ def _features(
 
 
 def _roles(
-    pieces: MatchedParts, shared: frozenset[Axis], rows: frozenset[Axis],
-    features: frozenset[Axis] | None, operands: tuple[Operand, Operand, Operand], score: Score,
-) -> Roles:  # fmt: skip
+    parts: MatchedParts,
+    features: frozenset[Axis] | None,
+    operands: tuple[Operand, ...],
+    score: Score,
+) -> Roles:
+    """Return the role of each axis; `operands` are query, key and value."""
     query, key, value = operands
-    dims = [_axes_of(index) for index in pieces.score_dims]
-    if pieces.heads_first:  # [..., heads, query positions]
+    rows = free_axes(parts.score_dims)
+    dims = tuple(_axes_of(index) for index in parts.score_dims)
+    if parts.heads_first:  # [..., heads, query positions]
         features = frozenset(dims[-2]) if len(dims) > 1 else frozenset()
     hiding = [bias.operand for bias in score.biases if bias.hides]
     hiding += [mask.operand for mask in score.masks]
-    masked = frozenset(axis for operand in hiding for axis in operand.axes)
-    order = [axis for index in pieces.out for axis in _axes_of(index)]
-    value_dim = [axis for axis in order if axis not in rows]
-    return assign(
-        shared,
-        rows - shared,
-        features,
-        key,
-        value,
-        query,
-        dims,
-        pieces.keys,
-        pieces.trace.inner,
-        value_dim,
-        masked,
+    facts = AxisFacts(
+        query=query,
+        key=key,
+        value=value,
+        rows=rows,
+        keys=parts.keys,
+        head_dim=parts.trace.inner,
+        value_dim=tuple(
+            axis for index in parts.out for axis in _axes_of(index) if axis not in rows
+        ),
+        score_dims=dims,
+        masked=frozenset(axis for operand in hiding for axis in operand.axes),
+        features=features,
     )
+    return assign(facts)
 
 
 def _axes_of(index: sympy.Expr) -> tuple[Axis, ...]:
-    """The axes of an index, outermost first."""
+    """Return the axes of an index, outermost first."""
     strides = [(_magnitude(index.coeff(axis)), str(axis), axis) for axis in index.atoms(Axis)]
     return tuple(axis for *_, axis in sorted(strides, reverse=True))
 
 
 def _magnitude(stride: sympy.Expr) -> float:
-    """How large a stride is when symbolic sizes are."""
+    """Return a stride with all symbolic sizes taken to be large."""
     return float(stride.subs(dict.fromkeys(stride.free_symbols, 1009)))
 
 
 def _entangled(
-    pieces: MatchedParts,
+    parts: MatchedParts,
     chains: dict[str, list[Place]],
     places: dict[str, Place],
-    scene: GraphContext,
-) -> str:
-    """What forbids to put another operator in the place of this dataflow; empty: nothing does."""
-    first: Product | None = pieces.trace.product
+    context: GraphContext,
+) -> Reason | None:
+    """Return why no other operator can replace this dataflow; None if one can."""
+    first: Product | None = parts.trace.product
     if first is None:
-        return ""
-    region = region_between(first.node, pieces.node, scene.order)
-    elsewhere = used_elsewhere(region, pieces.node, pieces.weights)
+        return None
+    region = region_between(first.node, parts.node, context.order)
+    elsewhere = used_elsewhere(region, parts.node, parts.weights)
     if elsewhere:
         return elsewhere
-    readers = {"query": first.node, "key": first.node, "value": pieces.reader}
+    readers = {"query": first.node, "key": first.node, "value": parts.reader}
     reads = [
         (places[name].node, reader_of(chains[name], places[name], reader))
         for name, reader in readers.items()
     ]
     reads += [
         (step.other, step.node)
-        for step in pieces.trace.steps
+        for step in parts.trace.steps
         if isinstance(step.other, torch.fx.Node)
     ]
-    if overwritten_before(pieces.node, reads, scene.order):
-        return "the cache, or another operand, is written after it is read"
-    return ""
+    if overwritten_before(parts.node, reads, context.order):
+        return reasons.OPERAND_OVERWRITTEN()
+    return None

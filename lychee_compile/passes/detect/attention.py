@@ -1,17 +1,19 @@
-"""What is known of one attention in a graph, and of a softmax that is none."""
+"""Records of an attention in a graph, and of a softmax that belongs to none."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import sympy
 import torch.fx
 
 from lychee_compile.passes.detect.axis_roles import Roles
 from lychee_compile.passes.detect.operands import Layout, Operand
-from lychee_compile.passes.detect.scores import Score
+from lychee_compile.passes.detect.score import Score
 from lychee_compile.passes.graph.names import Names
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axes, Axis
 
 
@@ -20,48 +22,48 @@ class Attention:
     """One attention: softmax(score(Q K^T)) V."""
 
     node: torch.fx.Node
-    """What computes the output."""
+    """The node that computes the output."""
     form: str
-    """How it was written: "sdpa", "eager", "flex" or "fused"."""
+    """Form in which it is written: "sdpa", "eager", "flex" or "fused"."""
     axes: Axes
     roles: Roles
     query: Operand
     key: Operand
-    """Before it was repeated for the query heads."""
+    """The keys before they are repeated for the query heads."""
     value: Operand
     output: Layout
-    """Which axes the dimensions of `node` hold."""
+    """Axes that the dimensions of `node` hold."""
     score: Score
     names: Names = field(compare=False)
-    """What its tensors are called."""
+    """Names of its tensors."""
     key_forms: tuple[Operand, ...] = ()
-    """All tensors that show the keys, `key` among them: one of them may be a cache."""
+    """All tensors that show the keys, `key` included; one of them may be a cache."""
     is_causal: bool = False
-    """Whether PyTorch's own causal mask applies: query i sees keys 0 to i."""
+    """True if PyTorch's own causal mask applies: query i sees keys 0 to i."""
     dropout: float = 0.0
     """Probability with which weights are dropped."""
-    refused: str = ""
-    """Why it must stay as it is, where its dataflow forbids to rewrite it."""
+    refused: Reason | None = None
+    """Reason to keep it, if its dataflow rules out a rewrite."""
 
     def size(self, axes: Iterable[Axis]) -> int | sympy.Expr:
-        """How many values some of its axes have together."""
+        """Return the number of values that some of its axes have together."""
         product = self.axes.product(axes)
         return int(product) if product.is_Integer else product
 
     @property
     def query_len(self) -> int | sympy.Expr:
-        """Positions that ask, Tq."""
+        """Number of query positions, Tq."""
         return self.size(self.roles.query)
 
     @property
     def kv_len(self) -> int | sympy.Expr:
-        """Keys there are, L."""
+        """Number of keys, L."""
         return self.size(self.roles.key)
 
 
 @dataclass(frozen=True)
 class Unread:
-    """One operator that is an attention or holds one, of which no more than this is known."""
+    """An operator that is or holds an attention and cannot be read in full."""
 
     node: torch.fx.Node
     form: str
@@ -71,8 +73,21 @@ class Unread:
     query_len: int | sympy.Expr
     kv_len: int | sympy.Expr
     mask: str
-    reason: str
+    reason: Reason
     by_design: bool
+
+
+class Stage(IntEnum):
+    """Stages of a softmax on its way to an attention, the later the nearer."""
+
+    WEIGHTS = 0
+    """A softmax whose weights may go anywhere."""
+    PRODUCT = 1
+    """A softmax whose weights go into a product."""
+    SCORES = 2
+    """The product sums over the axis of the softmax, whose scores are read."""
+    OPERANDS = 3
+    """The scores are a product of queries and keys, and the roles of the axes are read."""
 
 
 @dataclass(frozen=True)
@@ -80,4 +95,6 @@ class Rejected:
     """A softmax that belongs to no attention."""
 
     node: torch.fx.Node
-    reason: str
+    reason: Reason
+    stage: Stage
+    """The stage at which it turned out to be none."""

@@ -1,4 +1,4 @@
-"""Attentions that are one operator: scaled dot-product attention, FlexAttention, whole modules."""
+"""Find attentions that are one operator: SDPA, FlexAttention, whole modules."""
 
 from __future__ import annotations
 
@@ -11,48 +11,54 @@ import sympy
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
-from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
+from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.flex import flex_score
-from lychee_compile.passes.detect.operands import Place, free_axes
-from lychee_compile.passes.detect.products import Product
+from lychee_compile.passes.detect.operands import Place
 from lychee_compile.passes.detect.score_trace import Step, Trace
-from lychee_compile.passes.graph.dataflow import argument, operator_key, shape_of, value_of
-from lychee_compile.passes.symbolic.axes import Axes, SplitAxis, size_expression
+from lychee_compile.passes.graph.dataflow import (
+    argument,
+    is_operator,
+    operator_key,
+    operator_of,
+    shape_of,
+    value_of,
+)
+from lychee_compile.passes.graph.operator_facts import Family, StepKind
+from lychee_compile.passes.symbolic.axes import Axes, free_axes, size_expression, with_finer_axes
 from lychee_compile.passes.symbolic.elements import Elements
+from lychee_compile.passes.symbolic.products import Product
 from lychee_compile.passes.symbolic.views import broadcast
 
 logger = logging.getLogger(__name__)
 
-FINEST = 12
-"""How often the axes of one attention may be taken apart."""
-
 
 def find_fused(scene: GraphContext) -> Iterator[Attention | Unread]:
-    """Every attention that is one operator, in order."""
+    """Yield every attention that is one operator, in order."""
     for node in scene.order.nodes:
-        key = operator_key(node)
-        if key == "scaled_dot_product_attention":
+        if is_operator(node, "scaled_dot_product_attention"):
             yield _read(node, "sdpa", lambda axes, node=node: _from_sdpa(node, axes, scene))  # type: ignore[misc]
         elif node.target is torch.ops.higher_order.flex_attention:
             yield _read(node, "flex", lambda axes, node=node: _from_flex(node, axes, scene))  # type: ignore[misc]
-        elif key in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention"):
+        elif operator_of(node).family is Family.ATTENTION_MODULE:
             yield _from_module(node)
 
 
 def _read(
     node: torch.fx.Node, form: str, match: Callable[[Axes], Attention | Rejected | None]
 ) -> Attention | Unread:
-    """What `match` makes of an operator; what its operands' shapes tell where that is nothing."""
+    """Return what `match` finds, or else what the shapes of the operands tell."""
+    found: Attention | Rejected | None
     try:
         found = with_finer_axes(match)
     except Exception as error:
         logger.debug("%s could not be analysed", node, exc_info=True)
-        found = Rejected(node, f"it could not be analysed: {type(error).__name__}")
+        found = Rejected(node, reasons.NOT_ANALYSED(error=reasons.brief(error)), Stage.OPERANDS)
     if isinstance(found, Attention):
         return found
     query, key = ([_plain(size) for size in shape_of(each)] for each in node.all_input_nodes[:2])
-    reason = found.reason if found else "its operands are laid out in a way that is not understood"
+    reason = found.reason if found else reasons.OPERANDS_LAYOUT()
     return Unread(
         node=node,
         form=form,
@@ -72,17 +78,6 @@ def _plain(size: Any) -> int | sympy.Expr:
     return int(expression) if expression.is_Integer else expression
 
 
-def with_finer_axes(match: Callable[[Axes], Any]) -> Any:
-    """`match` with axes fine enough for every view in the way; None where none are."""
-    axes = Axes()
-    for _ in range(FINEST):
-        try:
-            return match(axes)
-        except SplitAxis as request:
-            axes.split(request)
-    return None
-
-
 def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attention | Rejected:
     mask = argument(node, "attn_mask")
     scale = argument(node, "scale")
@@ -90,7 +85,7 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
         scale = float(shape_of(argument(node, "query"))[-1]) ** -0.5
     gqa = bool(argument(node, "enable_gqa", False))
     trace, pieces = _operands(node, node, gqa, axes)
-    steps = [Step("times", node, scale)]
+    steps = [Step(StepKind.TIMES, node, scale)]
     if mask is not None:
         wide = (*pieces["out"][:-1], pieces["kv"])
         at = wide[len(wide) - len(shape_of(mask)) :]
@@ -100,9 +95,9 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
         )
         hides = value_of(mask).dtype == torch.bool
         step = (
-            Step("fill", node, mask, at, -torch.inf, when=False)
+            Step(StepKind.FILL, node, mask, at, -torch.inf, when=False)
             if hides
-            else Step("plus", node, mask, at)
+            else Step(StepKind.PLUS, node, mask, at)
         )
         steps.append(step)
     elements = Elements(axes, scene.names, scene.written)
@@ -126,7 +121,7 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
 def _operands(
     node: torch.fx.Node, output: torch.fx.Node, gqa: bool, axes: Axes
 ) -> tuple[Trace, dict[str, Any]]:
-    """Query, key and value [..., H, T, D] of an operator that computes `output`, with indices."""
+    """Return query, key and value [..., H, T, D] of an operator, with the indices of `output`."""
     query, key, value = (
         node.args[:3]
         if len(node.args) > 2
@@ -180,7 +175,7 @@ def _from_flex(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
         value=pieces["value"],
         reader=node,
         keys=free_axes([pieces["kv"]]),
-        refused="its log-sum-exp is used too" if more else "",
+        refused=reasons.LSE_USED() if more else None,
         heads_first=True,
     )
     settled = settle(found, elements, scene)
@@ -190,7 +185,7 @@ def _from_flex(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
 
 
 def _from_module(node: torch.fx.Node) -> Unread:
-    """A whole self-attention, or an encoder layer, with packed weights."""
+    """Return a whole self-attention, or an encoder layer, with packed weights."""
     width, heads = (
         argument(node, "embed_dim"),
         argument(node, "num_heads", argument(node, "num_head")),
@@ -208,6 +203,6 @@ def _from_module(node: torch.fx.Node) -> Unread:
         query_len=tokens,
         kv_len=tokens,
         mask="a mask inside" if masked else "none",
-        reason="one operator of PyTorch's computes the whole module, exactly",
+        reason=reasons.FUSED_MODULE(),
         by_design=True,
     )

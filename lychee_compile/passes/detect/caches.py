@@ -1,4 +1,4 @@
-"""Bind the keys of an attention to the cache they are kept in, and to the write of this call."""
+"""Bind the keys of an attention to their cache, and to the write of this call."""
 
 from __future__ import annotations
 
@@ -9,77 +9,76 @@ from typing import Any
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
     argument,
     aten,
     calls,
     first_input,
+    is_operator,
+    operator_of,
     same,
     shape_of,
     static_size,
     through_copies,
     value_of,
 )
-from lychee_compile.passes.symbolic.views import storage_of, written_by
+from lychee_compile.passes.graph.operator_facts import Family
+from lychee_compile.passes.reasons import Reason, ReasonedError
 
 Slot = int | torch.fx.Node
 
 
 @dataclass(frozen=True)
 class CacheBinding:
-    """A key cache as one graph sees it. Two sites that read the same keys have equal bindings."""
+    """A key cache as one graph sees it; sites that read the same keys have equal bindings."""
 
     key: torch.fx.Node
     """The tensor that holds the keys after this call's write."""
     token_dim: int
-    """Its dimension that runs over tokens."""
+    """Dimension of `key` that runs over tokens."""
     kind: str
     """"static": an input written in place; "dynamic": grown by concatenation, an output."""
     source: torch.fx.Node | None
-    """The input that held the cache before; None where a dynamic cache begins."""
+    """The input that holds the cache before the call; None if a dynamic cache begins."""
     output: int | None
-    """Which output of the graph is the grown cache; None for a static one."""
+    """Position of the grown cache among the outputs of the graph; None for a static cache."""
     positions: torch.fx.Node | None = None
-    """Slots written, int [T]; None: see `span`, or the last slots of a dynamic cache."""
+    """Slots written, int [T]; if None, `span` tells, or they are the last of a dynamic cache."""
     span: tuple[Slot, Slot] | None = None
-    """Slots [start, end) written where the graph names them as a slice."""
+    """Slots [start, end) written, if the graph names them as a slice."""
     written: tuple[torch.fx.Node, int] | None = None
-    """A tensor and the dimension of it that has as many entries as tokens are written."""
+    """A tensor, and its dimension that has as many entries as tokens are written."""
 
     @property
     def reads_only(self) -> bool:
-        """Whether the graph only reads the cache."""
+        """True if the graph only reads the cache."""
         return self.written is None
 
 
 @dataclass(frozen=True)
 class Unbound:
-    """Keys for which no cache was recognised."""
+    """Keys whose cache was not recognised."""
 
     kind: str
     """"none", or "sliding": a cache that keeps a window of keys only."""
-    reason: str
+    reason: Reason
 
 
-class _NotBoundError(Exception):
-    def __init__(self, reason: str, kind: str = "none") -> None:
+class _NotBoundError(ReasonedError):
+    def __init__(self, reason: Reason, kind: str = "none") -> None:
         super().__init__(reason)
         self.unbound = Unbound(kind, reason)
 
 
-_ROLLING = ("the cache rolls: every key changes its slot at every step", "sliding")
-_PART_KEPT = ("the cache keeps only a part of these keys, as in a sliding window", "sliding")
-_NO_CACHE = "the keys are not read from a cache"
-_UNKNOWN_WRITE = "the form of the cache write is not known"
-
-
 Writes = Mapping[torch.fx.Node, list[torch.fx.Node]]
-"""Operators that write to a tensor or a view of it, by tensor."""
+"""For each tensor, the operators that write to it or to a view of it."""
 
 
 def find_writes(graph: torch.fx.Graph) -> Writes:
-    """All writes of a graph, in order."""
+    """Return all writes of a graph, in order."""
     found: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     for node in graph.nodes:
         for target in written_by(node):
@@ -90,8 +89,8 @@ def find_writes(graph: torch.fx.Graph) -> Writes:
 def bind_cache(
     attention: Attention, graph: torch.fx.Graph, writes: Writes
 ) -> CacheBinding | Unbound:
-    """The cache that the keys of `attention` are read from, or why none was recognised."""
-    reasons = []
+    """Return the cache that the keys of `attention` are read from, or why none was recognised."""
+    met = []
     for key in reversed(attention.key_forms):
         places = [
             dim for dim, axes in enumerate(key.layout) if set(axes) & set(attention.roles.key)
@@ -101,9 +100,9 @@ def bind_cache(
         try:
             return _Binder(key.node, attention.node, graph, writes, places[0]).bind()
         except _NotBoundError as error:
-            reasons.append(error.unbound)
-    telling = [each for each in reasons if each.reason != _NO_CACHE]
-    return next(iter(telling), Unbound("none", _NO_CACHE))
+            met.append(error.unbound)
+    nearer = [each for each in met if each.reason.code != reasons.NO_CACHE.code]
+    return next(iter(nearer), Unbound("none", reasons.NO_CACHE()))
 
 
 class _Binder:
@@ -120,28 +119,26 @@ class _Binder:
 
     def bind(self) -> CacheBinding:
         held = self._behind_prefixes(self._key)
-        if calls(held, aten.cat.default):
+        if is_operator(held, "cat"):
             return self._grown(held)
-        if calls(held, aten.index_copy_.default, aten.index_put_.default):
+        if _writes_tokens(held):
             return self._written(held)
         if held.op == "placeholder":
             return self._read(held)
         rewritten = calls(held, aten.copy_.default) and first_input(held).op == "placeholder"
         if rewritten or calls(held, aten.roll.default) or calls(*held.args[:1], aten.roll.default):
-            raise _NotBoundError(*_ROLLING)
+            raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         if calls(held, aten.slice.Tensor):
-            raise _NotBoundError(
-                "the keys are a slice of what the cache holds, as in a sliding window", "sliding"
-            )
+            raise _NotBoundError(reasons.CACHE_SLICED(), "sliding")
         output = self._output_index(held)
         if output is None:
-            raise _NotBoundError(_NO_CACHE)
+            raise _NotBoundError(reasons.NO_CACHE())
         return CacheBinding(
             self._key, self._dim, "dynamic", None, output, written=(held, self._dim)
         )
 
     def _behind_prefixes(self, node: torch.fx.Node) -> torch.fx.Node:
-        """Behind slices that take the beginning of a dimension, as of the tokens so far."""
+        """Return the node behind slices that take the first entries of a dimension."""
         node = through_copies(node)
         while calls(node, aten.slice.Tensor):
             from_start = argument(node, "start", 0) in (0, None) and argument(node, "step", 1) == 1
@@ -153,23 +150,21 @@ class _Binder:
         return node
 
     def _written(self, write: torch.fx.Node) -> CacheBinding:
-        """A cache that this call writes whole tokens of, at positions."""
+        """Return the binding of a cache to which this call writes tokens at positions."""
         positions = self._positions(write)
         cache = through_copies(write.args[0])  # type: ignore[arg-type]
         if calls(cache, aten.roll.default):
-            raise _NotBoundError(*_ROLLING)
+            raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         if positions is None:
-            raise _NotBoundError("the cache is written at other indices than token positions")
+            raise _NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
         if cache.op != "placeholder" or self._writes.get(cache) != [write]:
-            raise _NotBoundError(
-                "the tensor written to is no input of the graph, or is written more than once"
-            )
+            raise _NotBoundError(reasons.CACHE_NOT_INPUT())
         return CacheBinding(
             self._key, self._dim, "static", cache, None, positions, written=(positions, 0)
         )
 
     def _positions(self, write: torch.fx.Node) -> torch.fx.Node | None:
-        """The slots, int [T], that `index_copy_` or `index_put_` writes along the tokens."""
+        """Return the token slots, int [T], that an indexed write fills; None for others."""
         rank = len(shape_of(write))
         if calls(write, aten.index_copy_.default):
             along = argument(write, "dim") % rank == self._dim
@@ -182,7 +177,7 @@ class _Binder:
         return index if len(shape_of(index)) == 1 and value_of(index).dtype != torch.bool else None
 
     def _read(self, cache: torch.fx.Node) -> CacheBinding:
-        """A cache that is written through a view of it, or not at all."""
+        """Return the binding of a cache that is written through a view of it, or not at all."""
         writes = self._writes.get(cache, [])
         if not writes:
             return CacheBinding(self._key, self._dim, "static", cache, None)
@@ -190,47 +185,47 @@ class _Binder:
         target, fresh = first_input(write), write.args[1]
         whole = target is cache and isinstance(fresh, torch.fx.Node)
         if whole and calls(write, aten.copy_.default):
-            raise _NotBoundError(*_ROLLING)
+            raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         if more or not calls(write, aten.copy_.default):
-            raise _NotBoundError(_UNKNOWN_WRITE)
+            raise _NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
         if self._reader < write:
-            raise _NotBoundError("the cache is written after it is read")
+            raise _NotBoundError(reasons.CACHE_WRITTEN_LATE())
         span = self._span(target, cache)
         return CacheBinding(
             self._key, self._dim, "static", cache, None, span=span, written=(target, self._dim)
         )
 
     def _span(self, target: torch.fx.Node, cache: torch.fx.Node) -> tuple[Slot, Slot]:
-        """The slots of `cache` that its view `target` shows."""
+        """Return the slots of `cache` that its view `target` shows."""
         span: tuple[Slot, Slot] | None = None
         node = target
         while node is not cache:
             dim = argument(node, "dim", 0) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
             if not calls(node, aten.slice.Tensor) or argument(node, "step", 1) != 1:
-                raise _NotBoundError(_UNKNOWN_WRITE)
+                raise _NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
             start, end = argument(node, "start", 0), argument(node, "end")
             if dim == self._dim and span is None:
                 kv_len = shape_of(cache)[dim]
                 first, last = _slot(start, kv_len), _slot(end, kv_len)
                 if first is None or last is None:
-                    raise _NotBoundError(_UNKNOWN_WRITE)
+                    raise _NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
                 span = (first, last)
             elif start not in (0, None):
-                raise _NotBoundError("the cache is written along another axis than its tokens")
+                raise _NotBoundError(reasons.CACHE_OTHER_AXIS())
             node = node.args[0]  # type: ignore[assignment]
         if span is None:
-            raise _NotBoundError("the cache is written along another axis than its tokens")
+            raise _NotBoundError(reasons.CACHE_OTHER_AXIS())
         return span
 
     def _grown(self, key: torch.fx.Node) -> CacheBinding:
         parts = argument(key, "tensors")
         if argument(key, "dim", 0) % len(shape_of(key)) != self._dim:
-            raise _NotBoundError(_NO_CACHE)
+            raise _NotBoundError(reasons.NO_CACHE())
         output = self._output_index(key)
         if output is None:
-            raise _NotBoundError(*_PART_KEPT)
+            raise _NotBoundError(reasons.CACHE_KEEPS_PART(), "sliding")
         if len(parts) != 2:
-            raise _NotBoundError("the cache grows by more than one piece")
+            raise _NotBoundError(reasons.CACHE_GROWS_IN_PIECES())
         past = through_copies(parts[0])
         written = (parts[1], self._dim)
         if past.op == "placeholder":
@@ -238,7 +233,7 @@ class _Binder:
         empty = shape_of(past)
         if same(empty[0], 0) or (len(empty) == len(shape_of(key)) and same(empty[self._dim], 0)):
             return CacheBinding(self._key, self._dim, "dynamic", None, output, written=written)
-        raise _NotBoundError("the tensor that the cache grows from is no input of the graph")
+        raise _NotBoundError(reasons.CACHE_PAST_NOT_INPUT())
 
     def _output_index(self, key: torch.fx.Node) -> int | None:
         outputs = next(node for node in reversed(self._graph.nodes) if node.op == "output").args[0]
@@ -254,15 +249,17 @@ def _holds_cache(node: torch.fx.Node) -> bool:
     node = through_copies(node)
     if calls(node, aten.slice.Tensor):
         return _holds_cache(node.args[0])  # type: ignore[arg-type]
-    return node.op == "placeholder" or calls(
-        node, aten.index_copy_.default, aten.index_put_.default
-    )
+    return node.op == "placeholder" or _writes_tokens(node)
+
+
+def _writes_tokens(node: torch.fx.Node) -> bool:
+    return operator_of(node).family is Family.TOKEN_WRITE
 
 
 def _slot(bound: Any, kv_len: int | torch.SymInt) -> Slot | None:
-    """The slot at a bound of a slice: negative and large ones mean what they do in Python.
+    """Return the slot at a bound of a slice, which means the same as in Python.
 
-    None where only a run can tell.
+    None if only a run can tell.
     """
     size = static_size(kv_len)
     if isinstance(bound, torch.fx.Node):

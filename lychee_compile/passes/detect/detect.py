@@ -14,36 +14,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import sympy
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
-from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
-from lychee_compile.passes.detect.attention_operators import find_fused, with_finer_axes
-from lychee_compile.passes.detect.operands import Place, free_axes
-from lychee_compile.passes.detect.products import Product, product_of
+from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
+from lychee_compile.passes.detect.attention_operators import find_fused
+from lychee_compile.passes.detect.operands import Place
 from lychee_compile.passes.detect.score_trace import ScoreTracer, Trace
 from lychee_compile.passes.detect.softmaxes import Softmax, divisor_place, find_softmaxes
+from lychee_compile.passes.graph.aliasing import is_view_of_part
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
+    is_operator,
     operator_key,
+    operator_of,
     shape_of,
     value_of,
 )
 from lychee_compile.passes.graph.names import Names
+from lychee_compile.passes.graph.operator_facts import Family, StepKind
 from lychee_compile.passes.graph.region import Order
-from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices
+from lychee_compile.passes.reasons import Reason
+from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices, free_axes, with_finer_axes
 from lychee_compile.passes.symbolic.elements import Elements
-from lychee_compile.passes.symbolic.views import (
-    CARRIERS,
-    broadcast,
-    is_shape_operator,
-    is_view_of_part,
-    source_of,
-)
+from lychee_compile.passes.symbolic.products import Product, product_of
+from lychee_compile.passes.symbolic.views import broadcast, is_shape_operator, source_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,38 +53,42 @@ Found = Attention | Unread | Rejected
 
 
 def find_attention(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) -> list[Found]:
-    """All attentions of `gm`, and all softmaxes that belong to none, in order.
+    """Return all attentions of `gm`, and all softmaxes that belong to none, in order.
 
-    `written` is what `normalise` could not give values of their own.
+    `written` holds the nodes to which `normalise` could not give values of their own.
     """
-    scene = GraphContext(gm, Order(gm.graph), Names(gm), written)
-    found: list[Found] = list(find_fused(scene))
-    found.extend(_from_softmax(softmax, scene) for softmax in find_softmaxes(gm.graph))
-    return sorted(found, key=lambda each: scene.order.place[each.node])
+    context = GraphContext(gm, Order(gm.graph), Names(gm), written)
+    found: list[Found] = list(find_fused(context))
+    found.extend(_from_softmax(softmax, context) for softmax in find_softmaxes(gm.graph))
+    return sorted(found, key=lambda each: context.order.place[each.node])
 
 
-def _from_softmax(softmax: Softmax, scene: GraphContext) -> Attention | Rejected:
-    """The attention that a softmax belongs to, or why it belongs to none."""
+def _from_softmax(softmax: Softmax, context: GraphContext) -> Attention | Rejected:
+    """Return the attention that a softmax belongs to, or why it belongs to none."""
     try:
-        return _attention_of(softmax, scene)
+        return _attention_of(softmax, context)
     except Exception as error:
         logger.debug("%s could not be analysed", softmax.node, exc_info=True)
-        brief = next(iter(str(error).splitlines()), "")
-        return Rejected(softmax.node, f"it could not be analysed: {type(error).__name__} {brief}")
+        why = reasons.NOT_ANALYSED(error=reasons.brief(error))
+        return Rejected(softmax.node, why, Stage.OPERANDS)
 
 
-def _attention_of(softmax: Softmax, scene: GraphContext) -> Attention | Rejected:
-    reason = "its weights are not multiplied with values"
+def _attention_of(softmax: Softmax, context: GraphContext) -> Attention | Rejected:
+    """Return the attention, or the miss that came nearest to one: the first at the last stage."""
+    misses = [Rejected(softmax.node, reasons.WEIGHTS_WITHOUT_VALUES(), Stage.WEIGHTS)]
     for product in _products_with(softmax.weights):
-        result = with_finer_axes(lambda axes, p=product: _match(softmax, p, axes, scene))  # type: ignore[misc]
+        result: Attention | Rejected | None = with_finer_axes(
+            partial(_match, softmax, product, context)
+        )
         if isinstance(result, Attention):
             return result
-        reason = result.reason if result else reason
-    return Rejected(softmax.node, reason)
+        if result is not None:
+            misses.append(result)
+    return replace(max(misses, key=lambda miss: miss.stage), node=softmax.node)
 
 
 def _products_with(weights: torch.fx.Node) -> Iterator[Product]:
-    """Products that the weights go into, through shapes, casts and elementwise operators."""
+    """Yield the products that read the weights, through views, casts and elementwise operators."""
     waiting, reached = [weights], {weights}
     while waiting and len(reached) < 64:
         node = waiting.pop(0)
@@ -101,97 +107,122 @@ def _holds_floats(node: torch.fx.Node) -> bool:
 
 
 def _carries(node: torch.fx.Node) -> bool:
-    return operator_key(node) in CARRIERS or is_view_of_part(node)
+    return operator_of(node).carries_weights or is_view_of_part(node)
+
+
+@dataclass(frozen=True)
+class _WeightedSum:
+    """A softmax, and a product that may sum up values with its weights."""
+
+    softmax: Softmax
+    product: Product
+    node: torch.fx.Node
+    """The node that computes the output: the product, or a division after it."""
+    out: Indices
+    keys: frozenset[Axis]
+    """Axes that the product sums over."""
 
 
 def _match(
-    softmax: Softmax, product: Product, axes: Axes, scene: GraphContext
+    softmax: Softmax, product: Product, context: GraphContext, axes: Axes
 ) -> Attention | Rejected | None:
-    """The attention whose values `product` sums up; None where the softmax is not summed over."""
-    elements = Elements(axes, scene.names, scene.written)
+    """Return the attention whose values `product` sums up.
+
+    None if the softmax is no operand of the product.
+    """
+    elements = Elements(axes, context.names, context.written)
     quotient = _quotient(softmax, product.node)
     node = quotient or product.node
-    out = tuple(axes.index(f"o{place}", size) for place, size in enumerate(shape_of(node)))
-    made = out if quotient is None else _behind_views(quotient, out, product.node, axes)
-    inner = [axes.index(f"kv{place}", size) for place, size in enumerate(product.inner_sizes())]
-    keys = free_axes(inner)
-    left, right = product.operand_indices(made, inner)
+    out = tuple(axes.index(f"o{dim}", size) for dim, size in enumerate(shape_of(node)))
+    summed = out if quotient is None else _behind_views(quotient, out, product.node, axes)
+    inner = [axes.index(f"kv{dim}", size) for dim, size in enumerate(product.inner_sizes())]
+    attention = _WeightedSum(softmax, product, node, out, free_axes(inner))
+    left, right = product.operand_indices(summed, inner)
     sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
     for weights, value in (sides, reversed(sides)):
         walk = _WeightWalk(softmax, elements)
         at = walk.back(weights.node, weights.indices)
         if at is None:
             continue
-        misfit = _misfit(softmax, at, keys)
+        misfit = _misfit(softmax, at, attention.keys)
         if misfit:
-            return Rejected(softmax.node, misfit)
-        return _from_weights(softmax, product, node, at, walk, value, out, keys, elements, scene)
+            return Rejected(softmax.node, misfit, Stage.PRODUCT)
+        return _from_weights(attention, at, walk, value, elements, context)
     return None
 
 
-def _misfit(softmax: Softmax, at: Indices, keys: frozenset[Axis]) -> str:
+def _misfit(softmax: Softmax, at: Indices, keys: frozenset[Axis]) -> Reason | None:
+    """Return a reason if the softmax, read at `at`, runs over anything but the keys."""
     along = free_axes(at[dim] for dim in softmax.dims)
     across = free_axes((index for dim, index in enumerate(at) if dim not in softmax.dims))
     if not keys or along != keys or across & keys:
-        return "its softmax runs over another axis than the one summed over"
-    return ""
+        return reasons.OTHER_AXIS_SUMMED()
+    return None
 
 
 def _from_weights(
-    softmax: Softmax, product: Product, node: torch.fx.Node, at: Indices, walk: _WeightWalk,
-    value: Place, out: Indices, keys: frozenset[Axis], elements: Elements, scene: GraphContext,
-) -> Attention | Rejected:  # fmt: skip
-    tracer = ScoreTracer(elements, keys, scene.is_parameter)
+    attention: _WeightedSum,
+    at: Indices,
+    walk: _WeightWalk,
+    value: Place,
+    elements: Elements,
+    context: GraphContext,
+) -> Attention | Rejected:
+    """Return the attention whose weights are read at `at`, or why it is none."""
+    softmax, axes = attention.softmax, elements.axes
+    tracer = ScoreTracer(elements, attention.keys, context.is_parameter)
     trace = tracer.trace(softmax.scores, at)
     if trace is None:
-        return Rejected(softmax.node, tracer.why_not)
-    if scene.is_parameter(value.node):
-        return Rejected(softmax.node, "its values are a parameter: a linear layer")
+        return Rejected(softmax.node, tracer.why_not, Stage.SCORES)
+    if context.is_parameter(value.node):
+        return Rejected(softmax.node, reasons.VALUES_LINEAR(), Stage.OPERANDS)
     refused = walk.refused
-    if softmax.deferred and node is product.node:
-        refused = refused or "its sum of exponentials is used in an unknown way"
-    dropped = _dropped_keys(softmax, keys, elements.axes, trace)
-    total_misfit = _total_misfit(softmax, at, out, elements.axes)
-    pieces = MatchedParts(
-        node=node,
+    if softmax.deferred and attention.node is attention.product.node:
+        refused = refused or reasons.SUM_MISPLACED()
+    dropped = _dropped_keys(softmax, attention.keys, axes, trace)
+    total_misfit = _total_misfit(softmax, at, attention.out, axes)
+    parts = MatchedParts(
+        node=attention.node,
         form="eager",
         weights=softmax.weights,
-        out=out,
+        out=attention.out,
         score_dims=tuple(index for dim, index in enumerate(at) if dim not in softmax.dims),
         trace=trace,
         value=value,
-        reader=product.node,
-        keys=keys,
+        reader=attention.product.node,
+        keys=attention.keys,
         base_two=softmax.base_two,
         dropout=walk.dropout,
         refused=refused or dropped or total_misfit or walk.unknown_mask(trace),
     )
-    return settle(pieces, elements, scene)
+    return settle(parts, elements, context)
 
 
-def _dropped_keys(softmax: Softmax, keys: frozenset[Axis], axes: Axes, trace: Trace) -> str:
-    """Why the softmax must not be taken over the summed axes alone; empty where it may."""
+def _dropped_keys(
+    softmax: Softmax, keys: frozenset[Axis], axes: Axes, trace: Trace
+) -> Reason | None:
+    """Return why the softmax must not be taken over the summed axes alone; None if it may."""
     sizes = [axes.index(f"whole{dim}", shape_of(softmax.scores)[dim]) for dim in softmax.dims]
     there = axes.product(axis for size in sizes for axis in free_axes([size]))
-    extra = sum(step.kind == "extra" for step in trace.steps)
+    extra = sum(step.kind is StepKind.EXTRA for step in trace.steps)
     if extra > 1 or sympy.expand(there - axes.product(keys) - extra) != 0:
-        return "some of its weights are not used"
-    return ""
+        return reasons.WEIGHTS_PARTLY_USED()
+    return None
 
 
-def _total_misfit(softmax: Softmax, at: Indices, out: Indices, axes: Axes) -> str:
-    """Whether what the weights are divided by is the sum over the keys, of the same row."""
+def _total_misfit(softmax: Softmax, at: Indices, out: Indices, axes: Axes) -> Reason | None:
+    """Return a reason if the weights are not divided by the sum over the keys of their own row."""
     if softmax.total is None:
-        return ""
+        return None
     place = divisor_place(out if softmax.deferred else at, softmax, axes)
     rows = tuple(index for dim, index in enumerate(at) if dim not in softmax.dims)
     if place is not None and len(place) == len(at):  # keepdim
         place = tuple(index for dim, index in enumerate(place) if dim not in softmax.dims)
-    return "" if place == rows else "its weights are divided by the sum of another row"
+    return None if place == rows else reasons.WEIGHTS_WRONG_ROW()
 
 
 def _quotient(softmax: Softmax, product: torch.fx.Node) -> torch.fx.Node | None:
-    """The division by the sum, where it follows `product`, shaped anyhow, and nothing else does."""
+    """Return the division by the sum if views of `product` lead to it and to nothing else."""
     node = product
     while softmax.deferred and len(node.users) == 1:
         (user,) = node.users
@@ -206,7 +237,7 @@ def _quotient(softmax: Softmax, product: torch.fx.Node) -> torch.fx.Node | None:
 def _behind_views(
     quotient: torch.fx.Node, indices: Indices, product: torch.fx.Node, axes: Axes
 ) -> Indices:
-    """Indices of `product` that `quotient` reads, at its own `indices`."""
+    """Return the indices of `product` that `quotient` reads at its own `indices`."""
     node = next(each for each in quotient.all_input_nodes if _comes_from(each, product))
     while node is not product:
         viewed = source_of(node, indices, axes)
@@ -222,66 +253,64 @@ def _comes_from(node: torch.fx.Node, product: torch.fx.Node) -> bool:
 
 
 class _WeightWalk:
-    """Walks from the product with the values back to the softmax, and notes what is in between."""
+    """A walk from the product with the values back to the softmax, noting what is in between."""
 
     def __init__(self, softmax: Softmax, elements: Elements) -> None:
         self.dropout = 0.0
-        self.refused = ""
+        self.refused: Reason | None = None
         self._softmax, self._elements = softmax, elements
         self._zeroed: list[torch.fx.Node] = []
         self._dead: set[torch.fx.Node] = set()
 
     def back(self, node: torch.fx.Node, indices: Indices) -> Indices | None:
-        """Indices into the weights; None where `node` does not come from them."""
+        """Return the indices into the weights; None if `node` does not come from them."""
         if node is self._softmax.weights:
             return indices
         if node.op != "call_function" or node in self._dead or len(self._dead) > 64:
             return None
         viewed = source_of(node, indices, self._elements.axes)
+        at = None
         if viewed is not None:
-            found = self.back(*viewed)
-        elif operator_key(node) in CARRIERS:
-            found = self._through(node, indices)
-        else:
-            found = None
-        if found is None:
+            at = self.back(*viewed)
+        elif operator_of(node).carries_weights:
+            at = self._through(node, indices)
+        if at is None:
             self._dead.add(node)
-        return found
+        return at
 
     def _through(self, node: torch.fx.Node, indices: Indices) -> Indices | None:
         for place, operand in enumerate(node.args):
             if not isinstance(operand, torch.fx.Node) or not shape_of(operand):
                 continue
-            found = self.back(operand, broadcast(indices, shape_of(operand), shape_of(node)))
-            if found is not None:
+            at = self.back(operand, broadcast(indices, shape_of(operand), shape_of(node)))
+            if at is not None:
                 self._note(node, place)
-                return found
+                return at
         return None
 
     def _note(self, node: torch.fx.Node, place: int) -> None:
-        key = operator_key(node)
-        if key in ("dropout", "native_dropout"):
+        if operator_of(node).family is Family.DROPOUT:
             if argument(node, "train"):
                 self.dropout = max(self.dropout, float(argument(node, "p")))
             return
-        if key == "nan_to_num":
+        if is_operator(node, "nan_to_num"):
             return
         condition, zero = self._zeroes(node, place)
         if zero is not None and zero.is_zero:
-            if operator_key(condition) != "isnan":
+            if not is_operator(condition, "isnan"):
                 self._zeroed.append(condition)
             return
-        self.refused = self.refused or f"its weights are changed after the softmax, by {key}"
+        self.refused = self.refused or reasons.WEIGHTS_CHANGED(operator=operator_key(node))
 
     def _zeroes(self, node: torch.fx.Node, place: int) -> tuple[Any, Any]:
-        """Condition under which a weight is replaced, and by what; None where it is not."""
-        if operator_key(node) == "masked_fill" and place == 0:
+        """Return the condition under which a weight is replaced, and by what; None if it is not."""
+        if is_operator(node, "masked_fill") and place == 0:
             return node.args[1], self._elements.of(node.args[2])
-        if operator_key(node) == "where" and place > 0:
+        if is_operator(node, "where") and place > 0:
             return node.args[0], self._elements.of(node.args[3 - place])
         return None, None
 
-    def unknown_mask(self, trace: Trace) -> str:
-        """Why setting weights to zero is no mask that the scores have as well; empty if it is."""
-        masks = {step.other for step in trace.steps if step.kind == "fill"}
-        return "" if masks.issuperset(self._zeroed) else "its weights are masked after the softmax"
+    def unknown_mask(self, trace: Trace) -> Reason | None:
+        """Return a reason if weights are set to zero by a mask that the scores lack."""
+        masks = {step.other for step in trace.steps if step.kind is StepKind.FILL}
+        return None if masks.issuperset(self._zeroed) else reasons.WEIGHTS_MASKED()

@@ -1,4 +1,4 @@
-"""The score and the mask of FlexAttention, from the functions that its graph holds."""
+"""Read the score and the mask of FlexAttention from the functions that its graph holds."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ import torch
 import torch.fx
 
 from lychee_compile.codegen.specification import S
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.scores import Score
+from lychee_compile.passes.detect.score import Score
 from lychee_compile.passes.graph.dataflow import scalar_of
 from lychee_compile.passes.symbolic.axes import Axes, Indices
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.elementwise import Element, truth
 
 NO_BLOCKS = 1 << 30
-"""Block size of the mask that FlexAttention makes up where it is given none."""
+"""Block size of the mask that FlexAttention makes up if the caller has none."""
 
 
 def flex_score(
     node: torch.fx.Node, attention: Attention, indices: Indices, scene: GraphContext
 ) -> Attention:
-    """`attention` with the score and the mask of the FlexAttention `node`.
+    """Return `attention` with the score and the mask of the FlexAttention `node`.
 
-    `indices` are those of batch, head, query and key.
+    `indices` are the indices of batch, head, query and key.
     """
     score_mod, blocks, scale = node.args[3:6]
     score_others, mask_others = (*node.args[7:9], (), ())[:2]
     factor = scalar_of(scale)
     factor = sympy.S.One if factor is None else factor
-    raw = S * factor * attention.score.scale  # which queries and keys were multiplied by before
+    raw = S * factor * attention.score.scale  # by which queries or keys were multiplied before
     modified = _call(score_mod, (raw, *indices), score_others, attention.axes, scene)
     visible: Any = sympy.true
     if not _unblocked(blocks):
@@ -41,14 +42,12 @@ def flex_score(
     score = replace(_simple_score(modified), expression=modified, visible=truth(visible))
     refused = attention.refused
     if not _unblocked(blocks):
-        refused = (
-            refused or "FlexAttention reads the blocks that its BlockMask lists, whatever they are"
-        )
+        refused = refused or reasons.FLEX_BLOCK_MASK()
     return replace(attention, score=score, refused=refused or score.unsupported)
 
 
 def _unblocked(blocks: Any) -> bool:
-    """Whether no BlockMask was given: its sizes come last but for the mask function."""
+    """True if the caller gave no BlockMask: its sizes come before the mask function."""
     sizes = [size for size in blocks[:-1] if isinstance(size, int)]
     return bool(sizes) and sizes[-1] == NO_BLOCKS
 
@@ -56,7 +55,7 @@ def _unblocked(blocks: Any) -> bool:
 def _call(
     function: Any, given: tuple[Element, ...], others: Any, axes: Axes, scene: GraphContext
 ) -> Element:
-    """The value of one of the graph's functions, whose captured tensors are `others`."""
+    """Return the value of one of the graph's functions, whose captured tensors are `others`."""
     inner = getattr(scene.gm, function.target)
     inputs = [each for each in inner.graph.nodes if each.op == "placeholder"]
     for place, captured in zip(inputs[len(given) :], others or (), strict=False):
@@ -68,9 +67,9 @@ def _call(
 
 
 def _simple_score(modified: Element) -> Score:
-    """A scale and a soft-cap, where that is all there is to a score."""
+    """Return the scale and the soft-cap of a score that consists of nothing else."""
     if not isinstance(modified, sympy.Expr) or isinstance(modified, sympy.Piecewise):
-        return Score(unsupported="its score_mod is a choice between scores")
+        return Score(unsupported=reasons.FLEX_CHOICE())
     scale = modified.coeff(S, 1)
     if scale.is_number and scale.is_positive and sympy.expand(modified - scale * S) == 0:
         return Score(scale=float(scale))
@@ -79,4 +78,4 @@ def _simple_score(modified: Element) -> Score:
         inside = curve.args[0].coeff(S, 1)
         if inside.is_positive and sympy.expand(curve.args[0] - inside * S) == 0:
             return Score(scale=float(inside * cap), softcap=float(cap))
-    return Score(unsupported="its score_mod is more than a scale and a soft-cap")
+    return Score(unsupported=reasons.FLEX_SCORE())

@@ -15,15 +15,16 @@ from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.bounds import KeyBound, key_bound
 from lychee_compile.codegen.specification import KV, B, H, Q
+from lychee_compile.kernels.reference.hidden import HIDDEN
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.operands import Operand
-from lychee_compile.passes.detect.scores import HIDDEN_BELOW, Bias
+from lychee_compile.passes.detect.score import Bias
 from lychee_compile.passes.graph.dataflow import shape_of, value_of
 from lychee_compile.passes.symbolic.elementwise import Flag
 
 
 class Reading:
-    """The mask and the score of one attention, over batch b, head h, query q and key kv."""
+    """The mask and the score of one attention, in batch b, head h, query q and key kv."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
@@ -54,14 +55,14 @@ class Reading:
 
     @cached_property
     def conditions(self) -> tuple[Boolean, ...]:
-        """What must hold together for a key to be visible."""
+        """Conditions that must all hold for a key to be visible."""
         if self.visible == sympy.true:
             return ()
         return tuple(sorted(sympy.And.make_args(self.visible), key=_bounds_first))
 
     @cached_property
     def bounds(self) -> tuple[list[sympy.Expr], list[sympy.Expr]]:
-        """First keys and last keys that the conditions allow."""
+        """Lower and upper bounds of the visible keys, both inclusive."""
         first: list[sympy.Expr] = []
         last: list[sympy.Expr] = []
         for condition in self.conditions:
@@ -72,7 +73,7 @@ class Reading:
 
     @property
     def predicate(self) -> str:
-        """Which keys are visible, "(kv <= q) & (kv >= q - 15)"; empty where all are."""
+        """Condition of the visible keys, "(kv <= q) & (kv >= q - 15)"; empty if all are visible."""
         parts = []
         for condition in self.conditions:
             bound = key_bound(condition)
@@ -81,14 +82,14 @@ class Reading:
 
     @property
     def key_range(self) -> tuple[sympy.Expr, sympy.Expr]:
-        """No key before the first or from the second on is visible; within, holes may be."""
+        """Range [start, end) outside of which no key is visible; it may have holes."""
         first, last = self.bounds
         ends = [each + 1 for each in last] + [sympy.sympify(self._attention.kv_len)]
         return sympy.Max(*first, 0), ends[0] if len(ends) == 2 else sympy.Min(*ends)
 
     @property
     def is_plainly_causal(self) -> bool:
-        """Whether query i sees keys 0 to i, of as many keys as queries, without a bias."""
+        """True if query i sees keys 0 to i, there are as many keys as queries, and no bias."""
         attention = self._attention
         square = attention.query_len == attention.kv_len
         bare = all(bias.hides for bias in attention.score.biases)
@@ -96,7 +97,7 @@ class Reading:
         return square and bare and bounds == [KeyBound(Q, upper=True)]
 
     def words(self) -> str:
-        """Class of the mask: "none", "causal, window 32", or the tensor it is."""
+        """Return the class of the mask: "none", "causal, window 32", or its tensor."""
         said = list(dict.fromkeys(filter(None, (self._say(each) for each in self.conditions))))
         if self.conditions:
             order = {"causal": 0, "window": 1, "prefix": 2}
@@ -156,19 +157,19 @@ class Reading:
         return operand or f"by {condition}"
 
     def _operand_named(self, condition: Boolean) -> str:
-        """The mask tensor, where the condition is nothing but an element of it."""
+        """Describe the mask tensor if the condition is nothing but an element of it."""
         masks = self._attention.score.masks
         if len(masks) == 1 and isinstance(condition, (Flag, sympy.Not)):
             return _tensor_words(masks[0].operand, "bool")
         return ""
 
     def _padding(self, bias: Bias) -> str:
-        """The tensor that, times a large number, hides the same keys from all queries."""
+        """Return the name of a tensor that, times a large number, hides keys from all queries."""
         element = sympy.expand(self._readable(bias.element) * bias.times)
         for term in sympy.Add.make_args(element):
             times, tensor = term.as_coeff_Mul()
             by_key = isinstance(tensor, sympy.Indexed) and tensor.has(KV) and not tensor.has(Q)
-            if by_key and abs(times) >= -HIDDEN_BELOW:
+            if by_key and abs(times) >= -HIDDEN:
                 return str(tensor.base)
         return ""
 
@@ -186,7 +187,7 @@ class Reading:
 
 
 def _bounds_first(condition: Boolean) -> tuple[int, str]:
-    """Upper bounds, lower bounds, then the rest: sympy's own order changes from run to run."""
+    """Return a sort key: upper bounds, lower bounds, then the rest, the same in every run."""
     bound = key_bound(condition)
     return (2 if bound is None else int(not bound.upper), str(condition))
 
@@ -197,13 +198,13 @@ def _is_causal(condition: Boolean) -> bool:
 
 
 def _alike(condition: Relational) -> bool:
-    """Whether both sides are the same of query and key."""
+    """True if both sides are the same function, one of the query and one of the key."""
     left, right = condition.args
     return bool(left.xreplace({Q: KV}) == right or right.xreplace({Q: KV}) == left)
 
 
 def _short_names(attention: Attention, *expressions: sympy.Basic) -> dict[sympy.Basic, sympy.Basic]:
-    """Tensors by shorter names, as long as they are not mixed up."""
+    """Return shorter names for tensors, as long as they stay unique."""
     leaves = {
         str(leaf): leaf
         for expression in expressions

@@ -1,4 +1,4 @@
-"""Operands of an attention: which tensor really holds them, and what its dimensions are."""
+"""Find the tensors that really hold the operands of an attention, and read their dimensions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import sympy
 import torch
 import torch.fx
 
-from lychee_compile.passes.graph.dataflow import is_tensor, operator_key, shape_of, value_of
+from lychee_compile.passes.graph.aliasing import is_pure_view
+from lychee_compile.passes.graph.dataflow import is_operator, is_tensor, shape_of, value_of
 from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices
 from lychee_compile.passes.symbolic.elements import Elements
-from lychee_compile.passes.symbolic.views import broadcast, is_pure_view, source_of
+from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 Layout = tuple[tuple[Axis, ...], ...]
-"""For each dimension of a tensor the axes it holds, outermost first; none where its size is one."""
+"""Axes of each dimension of a tensor, outermost first; none for a dimension of size one."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Operand:
 
     @property
     def axes(self) -> frozenset[Axis]:
-        """Every axis it has."""
+        """Return all axes of the tensor."""
         return frozenset(axis for dimension in self.layout for axis in dimension)
 
 
@@ -38,10 +39,10 @@ class Place:
     node: torch.fx.Node
     indices: Indices
     factor: sympy.Expr
-    """What the operand is this tensor times."""
+    """Number that this tensor is multiplied by to give the operand."""
 
     def operand(self, axes: Axes) -> Operand | None:
-        """This place as an operand; None where its dimensions are not whole axes."""
+        """Return this place as an operand; None if its dimensions are not whole axes."""
         layout = []
         for index, size in zip(self.indices, shape_of(self.node), strict=True):
             held = axes.digits(index, size)
@@ -56,9 +57,9 @@ class Place:
 def places_behind(
     node: torch.fx.Node, indices: Indices, elements: Elements, casts: bool
 ) -> list[Place]:
-    """`node` and the tensors that it shows the elements of, times a constant, nearest first.
+    """Return `node` and the tensors whose elements, times a constant, it shows, nearest first.
 
-    With `casts` also behind changes of dtype that lose nothing.
+    With `casts`, changes of dtype that lose nothing are followed too.
     """
     found = [Place(node, indices, sympy.S.One)]
     while True:
@@ -84,14 +85,14 @@ def _view_behind(place: Place, elements: Elements, casts: bool) -> Place | None:
 
 
 def _factor_behind(place: Place, elements: Elements) -> Place | None:
-    key = operator_key(place.node)
-    if key not in ("mul", "div") or place.node.kwargs.get("rounding_mode"):
+    multiplies, divides = is_operator(place.node, "mul"), is_operator(place.node, "div")
+    if not (multiplies or divides) or place.node.kwargs.get("rounding_mode"):
         return None
     operands = list(place.node.args[:2])
-    if key == "mul" and not is_tensor(operands[0]):
+    if multiplies and not is_tensor(operands[0]):
         operands.reverse()
     source, other = operands
-    if key == "mul" and is_tensor(other) and not shape_of(source):  # type: ignore[arg-type]
+    if multiplies and is_tensor(other) and not shape_of(source):  # type: ignore[arg-type]
         source, other = other, source
     if not is_tensor(source):
         return None
@@ -103,11 +104,11 @@ def _factor_behind(place: Place, elements: Elements) -> Place | None:
     if not same_kind or not value.is_number or not value.is_finite or value == 0:
         return None
     inside = broadcast(place.indices, shape_of(source), shape_of(place.node))
-    return Place(source, inside, place.factor * (value if key == "mul" else 1 / value))
+    return Place(source, inside, place.factor * (value if multiplies else 1 / value))
 
 
 def widens(before: torch.dtype, after: torch.dtype) -> bool:
-    """Whether every number of one floating dtype is one of the other."""
+    """True if every number of the dtype `before` is a number of `after`."""
     floating = before.is_floating_point and after.is_floating_point
     if not floating or min(before.itemsize, after.itemsize) < 2:
         return before == after
@@ -115,7 +116,7 @@ def widens(before: torch.dtype, after: torch.dtype) -> bool:
 
 
 def reader_of(places: list[Place], place: Place, product: torch.fx.Node) -> torch.fx.Node:
-    """What first reads the memory of `place` on the way to `product`; mere views do not."""
+    """Return the operator that first reads the memory of `place` on the way to `product`."""
     behind = places[: places.index(place)]
     for each in reversed(behind):
         if not is_pure_view(each.node):
@@ -124,15 +125,10 @@ def reader_of(places: list[Place], place: Place, product: torch.fx.Node) -> torc
 
 
 def deepest(places: Iterable[Place], axes: Axes) -> tuple[Place, Operand] | None:
-    """The last place whose dimensions are whole axes, of the fewest axes: no head is repeated."""
+    """Return the last place with whole axes and the fewest of them, so that no head is repeated."""
     best = None
     for place in places:
         operand = place.operand(axes)
         if operand is not None and (best is None or len(operand.axes) <= len(best[1].axes)):
             best = place, operand
     return best
-
-
-def free_axes(indices: Iterable[sympy.Expr]) -> frozenset[Axis]:
-    """The axes that occur in some indices."""
-    return frozenset(axis for index in indices for axis in index.atoms(Axis))

@@ -10,43 +10,47 @@ import sympy
 import torch
 import torch.fx
 
-from lychee_compile.passes.detect.operands import Place, free_axes, widens
-from lychee_compile.passes.detect.products import Product, product_of
+from lychee_compile.passes import reasons
+from lychee_compile.passes.detect.operands import Place, widens
 from lychee_compile.passes.graph.dataflow import (
     argument,
+    is_operator,
     is_tensor,
     operator_key,
+    operator_of,
     shape_of,
     value_of,
 )
-from lychee_compile.passes.symbolic.axes import Axis, Indices, size_expression
+from lychee_compile.passes.graph.operator_facts import Family, StepKind
+from lychee_compile.passes.graph.operators import OPERATORS, UNKNOWN
+from lychee_compile.passes.symbolic.axes import Axis, Indices, free_axes, size_expression
 from lychee_compile.passes.symbolic.elements import Elements
+from lychee_compile.passes.symbolic.products import Product, product_of
 from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 DEEPEST = 60
-"""Operators between the product and the softmax, at most."""
+"""Largest number of operators between the product and the softmax."""
 
 
 @dataclass(frozen=True)
 class Step:
     """One operator on the way from the product to the softmax."""
 
-    kind: str
-    """"times", "over", "plus", "minus", "from", "tanh", "floor", "fill", "extra" or "other"."""
+    kind: StepKind
     node: torch.fx.Node
     other: Any = None
     """The other operand: a tensor node or a number."""
     indices: Indices = ()
-    """Of the other operand."""
+    """Indices of the other operand."""
     fill: Any = None
-    """What is filled in where the other operand, a bool tensor, says so."""
+    """Value that is filled in under the condition of `other`, a bool tensor."""
     when: bool = True
-    """At which truth value of the other operand it is filled in."""
+    """Truth value of `other` at which the value is filled in."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The product of queries and keys that scores come from, and the steps since."""
+    """The product of queries and keys that scores come from, with the steps after it."""
 
     product: Product
     query: Place
@@ -57,7 +61,7 @@ class Trace:
 
 
 class ScoreTracer:
-    """Walks from the argument of a softmax down to the product of queries and keys."""
+    """A walk from the argument of a softmax down to the product of queries and keys."""
 
     def __init__(
         self,
@@ -66,13 +70,13 @@ class ScoreTracer:
         is_parameter: Callable[[torch.fx.Node], bool],
     ) -> None:
         self.elements, self.keys = elements, keys
-        self.why_not = "its scores are no product of queries and keys"
+        self.why_not = reasons.SCORES_NO_PRODUCT()
         self._is_parameter = is_parameter
         self._failed: set[torch.fx.Node] = set()
         self._visited = 0
 
     def trace(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
-        """The product behind `node`, read at `indices`; None where there is none."""
+        """Return the product behind `node`, read at `indices`; None if there is none."""
         self._visited += 1
         if node.op != "call_function" or node in self._failed or self._visited > DEEPEST:
             return None
@@ -82,7 +86,7 @@ class ScoreTracer:
         if found is None:
             self._failed.add(node)
         elif self.elements.is_opaque(node):
-            return _after(found, Step("other", node, "a write through a view"))
+            return _after(found, Step(StepKind.OTHER, node, "a write through a view"))
         return found
 
     def _product(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
@@ -98,14 +102,14 @@ class ScoreTracer:
             return None
         query, key = sides if holds[1] else reversed(sides)
         if self._is_parameter(query.node) or self._is_parameter(key.node):
-            self.why_not = "one operand of its product is a parameter: a linear layer"
+            self.why_not = reasons.SCORES_LINEAR()
             return None
         steps: list[Step] = []
         if product.alpha != 1:
-            steps.append(Step("times", node, product.alpha))
+            steps.append(Step(StepKind.TIMES, node, product.alpha))
         if product.added is not None:
             wide = broadcast(indices, shape_of(product.added), shape_of(node))
-            steps.append(Step("plus", node, product.added, wide, fill=product.beta))
+            steps.append(Step(StepKind.PLUS, node, product.added, wide, fill=product.beta))
         return Trace(product, query, key, free_axes(inner), tuple(steps))
 
     def _view(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
@@ -116,18 +120,21 @@ class ScoreTracer:
         before, after = value_of(viewed[0]).dtype, value_of(node).dtype
         if found is None or widens(before, after) or widens(after, before):
             return found
-        return _after(found, Step("other", node, f"a cast to {str(after).removeprefix('torch.')}"))
+        return _after(
+            found, Step(StepKind.OTHER, node, f"a cast to {str(after).removeprefix('torch.')}")
+        )
 
     def _step(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
-        key = operator_key(node)
-        if key in ("dropout", "feature_dropout", "alpha_dropout"):
+        described = operator_of(node)
+        if described.family is Family.DROPOUT:
             found = self.trace(node.args[0], indices)  # type: ignore[arg-type]
             active = argument(node, "train") and argument(node, "p")
-            return _after(found, Step("other", node, "dropout")) if found and active else found
-        if key == "cat":
+            return (
+                _after(found, Step(StepKind.OTHER, node, "dropout")) if found and active else found
+            )
+        if is_operator(node, "cat"):
             return self._extra_logit(node, indices)
-        written = key.endswith("_") and key[:-1] in _ELEMENTWISE  # see `normalise`
-        if key not in _ELEMENTWISE and not written:
+        if not described.steps and not _writes_scores(node):
             return None
         for place, operand in enumerate(node.args):
             if not isinstance(operand, torch.fx.Node) or not isinstance(
@@ -143,7 +150,7 @@ class ScoreTracer:
         return None
 
     def _extra_logit(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
-        """Scores with more logits beside them along the keys."""
+        """Follow scores that have more logits beside them along the keys."""
         dim = argument(node, "dim", 0) % len(indices)
         parts = argument(node, "tensors")
         start = sympy.S.Zero
@@ -157,11 +164,15 @@ class ScoreTracer:
                 found = self.trace(part, (*indices[:dim], at - start, *indices[dim + 1 :]))
                 others = [each for each in parts if each is not part]
                 if found is None or len(others) != 1 or place not in (0, 1):
-                    return found and _after(found, Step("other", node, "cat"))
+                    return found and _after(found, Step(StepKind.OTHER, node, "cat"))
                 (other,) = others
                 zero = (*indices[:dim], sympy.S.Zero, *indices[dim + 1 :])
                 single = size_expression(shape_of(other)[dim]) == 1
-                kind = Step("extra", node, other, zero) if single else Step("other", node, "cat")
+                kind = (
+                    Step(StepKind.EXTRA, node, other, zero)
+                    if single
+                    else Step(StepKind.OTHER, node, "cat")
+                )
                 return _after(found, kind)
             start += size
         return None
@@ -171,51 +182,40 @@ def _after(trace: Trace, step: Step) -> Trace:
     return Trace(trace.product, trace.query, trace.key, trace.inner, (*trace.steps, step))
 
 
+def _writes_scores(node: torch.fx.Node) -> bool:
+    """True for a write to scores that `normalise` left in the graph."""
+    key = operator_key(node)
+    return key.endswith("_") and bool(OPERATORS.get(key[:-1], UNKNOWN).steps)
+
+
 def _step_of(node: torch.fx.Node, place: int, indices: Indices) -> Step:
-    """The step that `node` is, where operand `place` carries the scores."""
-    key = _SYNONYMS.get(operator_key(node), operator_key(node))
-    kind = _KINDS.get((key, place)) or _KINDS.get((key, None))
+    """Return the step that `node` is if operand number `place` carries the scores."""
+    kind = operator_of(node).step(place)
     plain = argument(node, "alpha", 1) == 1 and not argument(node, "rounding_mode")
-    if kind is None or not plain or (key == "clamp" and argument(node, "max") is not None):
-        return Step("other", node, key)
-    if key == "index_put":
+    clamps = is_operator(node, "clamp")
+    if kind is StepKind.OTHER or not plain or (clamps and argument(node, "max") is not None):
+        return Step(StepKind.OTHER, node, operator_key(node))
+    if is_operator(node, "index_put"):
         return _filled_by_index(node, indices)
-    if kind == "fill":
-        hidden, fill = (1, 2) if key == "masked_fill" else (0, 3 - place)
-        step = Step("fill", node, node.args[hidden], fill=node.args[fill], when=place != 1)
-    elif key == "neg":
-        step = Step("times", node, -1)
-    elif key == "clamp":
-        step = Step("floor", node, argument(node, "min"))
+    if kind is StepKind.FILL:
+        hidden, fill = (1, 2) if is_operator(node, "masked_fill") else (0, 3 - place)
+        step = Step(kind, node, node.args[hidden], fill=node.args[fill], when=place != 1)
+    elif is_operator(node, "neg"):
+        step = Step(kind, node, -1)
+    elif clamps:
+        step = Step(kind, node, argument(node, "min"))
     else:
-        step = Step(kind, node, None if kind == "tanh" else node.args[1 - place])
+        step = Step(kind, node, None if kind is StepKind.TANH else node.args[1 - place])
     if not is_tensor(step.other):
         return step
     return replace(step, indices=broadcast(indices, shape_of(step.other), shape_of(node)))
 
 
 def _filled_by_index(node: torch.fx.Node, indices: Indices) -> Step:
-    """`scores[mask] = number` as a fill."""
+    """Return `scores[mask] = number` as a fill."""
     chosen, value = argument(node, "indices"), argument(node, "values")
     whole = len(chosen) == 1 and len(shape_of(chosen[0])) == len(indices)
     whole = whole and not argument(node, "accumulate", False)
     if not whole or value_of(chosen[0]).dtype != torch.bool or shape_of(value):
-        return Step("other", node, "index_put")
-    return Step("fill", node, chosen[0], indices, fill=value)
-
-
-_SYNONYMS = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"}
-_KINDS: dict[tuple[str, int | None], str] = {
-    ("add", None): "plus", ("sub", 0): "minus", ("sub", 1): "from", ("rsub", 0): "from",
-    ("rsub", 1): "minus", ("mul", None): "times", ("div", 0): "over", ("neg", 0): "times",
-    ("tanh", 0): "tanh", ("maximum", None): "floor", ("max", None): "floor",
-    ("clamp_min", 0): "floor", ("clamp", 0): "floor", ("masked_fill", 0): "fill",
-    ("where", 1): "fill", ("where", 2): "fill", ("index_put", 0): "fill",
-}  # fmt: skip
-"""Kind of step by operator and by which operand carries the scores."""
-_ELEMENTWISE = {
-    "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "neg",
-    "tanh", "maximum", "max", "clamp_min", "clamp", "masked_fill", "where", "minimum",
-    "clamp_max", "relu", "sigmoid", "pow", "exp", "abs", "sqrt", "leaky_relu", "nan_to_num",
-    "gelu", "silu", "square", "index_put", "sin", "cos", "softplus", "elu", "hardtanh",
-}  # fmt: skip
+        return Step(StepKind.OTHER, node, "index_put")
+    return Step(StepKind.FILL, node, chosen[0], indices, fill=value)

@@ -1,4 +1,4 @@
-"""Find every softmax of a graph, in whatever form it is written.
+"""Find every softmax of a graph, in all the forms in which it is written.
 
 softmax(x, d), log_softmax(x, d).exp()         exp(x - m) / exp(x - m).sum(d, keepdim=True)
 exp(x - logsumexp(x, d, keepdim=True))         (exp(x - m) @ v) / exp(x - m).sum(d)
@@ -14,52 +14,41 @@ import torch.fx
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
+    is_operator,
     is_tensor,
-    operator_key,
+    operator_of,
     shape_of,
 )
-from lychee_compile.passes.symbolic.axes import Axes, Indices
-from lychee_compile.passes.symbolic.views import MERE_COPIES, broadcast, source_of
-
-DIVISIONS = {"div", "divide", "true_divide"}
-_SOFTMAXES = {"softmax", "_softmax", "special_softmax", "_safe_softmax"}
-_SHAPES = {
-    *MERE_COPIES,
-    "unsqueeze",
-    "squeeze",
-    "view",
-    "reshape",
-    "expand",
-    "expand_as",
-    "transpose",
-}
+from lychee_compile.passes.graph.operator_facts import Family, View
+from lychee_compile.passes.symbolic.axes import Axes, Indices, free_axes, with_finer_axes
+from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """weights = exp(scores) / sum of exp(scores) over the dimensions `dims`."""
+    """A softmax: weights = exp(scores) / sum of exp(scores) over the dimensions `dims`."""
 
     node: torch.fx.Node
-    """What a reader of the graph would point at."""
+    """The node that stands for the softmax in reports."""
     weights: torch.fx.Node
-    """The weights; with `deferred` before they are divided by their sum."""
+    """The weights; if `deferred`, before they are divided by their sum."""
     scores: torch.fx.Node
     """Argument of the exponential."""
     dims: tuple[int, ...]
     base_two: bool = False
-    """Whether it is 2 that is raised to the scores."""
+    """True if the base of the exponential is 2."""
     total: torch.fx.Node | None = None
-    """The sum of exponentials, or its logarithm, where that is written out."""
+    """The sum of exponentials, or its logarithm, if that is written out."""
     reader: torch.fx.Node | None = None
-    """What divides by `total`, or subtracts it."""
+    """The node that divides by `total`, or subtracts it."""
     deferred: bool = False
-    """Whether `reader` divides the product with the values, not the weights."""
+    """True if `reader` divides the product with the values instead of the weights."""
 
 
 def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
-    """Every softmax, in order."""
+    """Yield every softmax, in order."""
     for node in graph.nodes:
-        if operator_key(node) in _SOFTMAXES:
+        if is_operator(node, "softmax"):
             source = first_input(node)
             yield Softmax(node, node, source, (_dim(argument(node, "dim"), source),))
         elif _exponent(node) is not None:
@@ -69,33 +58,32 @@ def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
 
 
 def _exponent(node: torch.fx.Node) -> tuple[torch.fx.Node, bool] | None:
-    """The argument of an exponential, and whether it is 2 that is raised to it."""
-    key = operator_key(node)
-    if key in ("exp", "exp2"):
-        return first_input(node), key == "exp2"
-    if key == "pow" and node.args[0] == 2 and is_tensor(node.args[1]):
+    """Return the argument of an exponential, and True if its base is 2; None for other nodes."""
+    if operator_of(node).family is Family.EXPONENTIAL:
+        return first_input(node), is_operator(node, "exp2")
+    if is_operator(node, "pow") and node.args[0] == 2 and is_tensor(node.args[1]):
         return node.all_input_nodes[0], True
     return None
 
 
 def _from_logarithm(node: torch.fx.Node) -> Softmax | None:
-    """exp(log_softmax(x)), exp(x - logsumexp(x)) and exp(x - log(sum(exp(x))))."""
-    if operator_key(node) != "exp":
+    """Read exp(log_softmax(x)), exp(x - logsumexp(x)) or exp(x - log(sum(exp(x))))."""
+    if not is_operator(node, "exp"):
         return None
     source = _behind_copies(first_input(node))
-    if operator_key(source) in ("log_softmax", "_log_softmax", "special_log_softmax"):
+    if is_operator(source, "log_softmax"):
         scores = first_input(source)
         return Softmax(source, node, scores, (_dim(argument(source, "dim"), scores),))
-    if operator_key(source) != "sub" or not all(map(is_tensor, source.args)):
+    if not is_operator(source, "sub") or not all(map(is_tensor, source.args)):
         return None
     total = _behind_shapes(source.all_input_nodes[-1])
-    if operator_key(total) == "log":
+    if is_operator(total, "log"):
         summed = _behind_shapes(first_input(total))
         dims, inner = summed_dims(summed), _behind_copies(first_input(summed))
-        if dims is None or operator_key(inner) != "exp":
+        if dims is None or not is_operator(inner, "exp"):
             return None
         return _log_form(node, source, inner, summed, dims)
-    if operator_key(total) not in ("logsumexp", "special_logsumexp"):
+    if not is_operator(total, "logsumexp"):
         return None
     return _log_form(node, source, total, total, argument(total, "dim"))
 
@@ -107,7 +95,7 @@ def _log_form(
     total: torch.fx.Node,
     dims: int | Sequence[int],
 ) -> Softmax | None:
-    """exp(scores - ...), the `difference`, where `summing` takes the same scores into `total`."""
+    """Return exp(`difference`) as a softmax if `summing` takes the same scores into `total`."""
     scores = first_input(difference)
     if _behind_copies(first_input(summing)) is not _behind_copies(scores):
         return None
@@ -115,28 +103,59 @@ def _log_form(
 
 
 def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
-    """Exponentials divided by their sum, at once or after the product with the values."""
+    """Return exponentials divided by their sum, at once or after the product with the values."""
     exponent = _exponent(node)
     assert exponent is not None
     scores, base_two = exponent
     for total in _users_behind_shapes(node):
-        dims = summed_dims(total)
-        if dims is None:
+        where = _dims_summed(total, node)
+        if where is None:
             continue
         for reader in _readers(total):
             normalised = any(_behind_copies(each) is node for each in reader.all_input_nodes)
             weights = reader if normalised else node
-            where = _dims(dims, node)
             return Softmax(node, weights, scores, where, base_two, total, reader, not normalised)
     return None
 
 
+def _dims_summed(total: torch.fx.Node, node: torch.fx.Node) -> tuple[int, ...] | None:
+    """Return the dimensions of `node` that `total` sums over, perhaps of a view of it.
+
+    None if `total` is no sum, or sums over anything but whole dimensions of `node`.
+    """
+    dims = summed_dims(total)
+    if dims is None:
+        return None
+    source = argument(total, "tensors")[0] if is_operator(total, "einsum") else first_input(total)
+    if _behind_copies(source) is node:
+        return _dims(dims, node)
+    return with_finer_axes(
+        lambda axes: _dims_through_views(source, _dims(dims, source), node, axes)
+    )
+
+
+def _dims_through_views(
+    view: torch.fx.Node, dims: Sequence[int], node: torch.fx.Node, axes: Axes
+) -> tuple[int, ...] | None:
+    """Return the dimensions of `node` that are `dims` of a view of it; None if there are none."""
+    at = tuple(axes.index(f"s{dim}", size) for dim, size in enumerate(shape_of(view)))
+    summed = free_axes(at[dim] for dim in dims)
+    while view is not node:
+        behind = source_of(view, at, axes)
+        if behind is None:
+            return None
+        view, at = behind
+    held = [axes.digits(index, size) for index, size in zip(at, shape_of(node), strict=True)]
+    where = tuple(dim for dim, digits in enumerate(held) if digits and set(digits) & summed)
+    return where if free_axes(at[dim] for dim in where) == summed else None
+
+
 def summed_dims(node: torch.fx.Node) -> Sequence[int] | None:
-    """The dimensions that a sum, or an einsum of one operand, sums over; None for others."""
-    if operator_key(node) == "sum":
+    """Return the dimensions that a sum, or an einsum of one operand, sums over; None for others."""
+    if is_operator(node, "sum"):
         dims = argument(node, "dim")
         return [dims] if isinstance(dims, int) else dims or None
-    if operator_key(node) == "einsum" and len(argument(node, "tensors")) == 1:
+    if is_operator(node, "einsum") and len(argument(node, "tensors")) == 1:
         taken, _, given = argument(node, "equation").replace(" ", "").partition("->")
         plain = given and "." not in taken and [each for each in taken if each in given]
         if plain == list(given):
@@ -145,36 +164,36 @@ def summed_dims(node: torch.fx.Node) -> Sequence[int] | None:
 
 
 def _readers(total: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    """What divides by `total`."""
+    """Yield the nodes that divide by `total`."""
     for user in _users_behind_shapes(total):
-        divisor = user.args[1] if operator_key(user) in DIVISIONS else None
+        divisor = user.args[1] if is_operator(user, "div") else None
         if isinstance(divisor, torch.fx.Node) and _behind_shapes(divisor) is total:
             yield user
-        elif operator_key(user) == "reciprocal":
-            yield from (each for each in _users_behind_shapes(user) if operator_key(each) == "mul")
+        elif is_operator(user, "reciprocal"):
+            yield from (each for each in _users_behind_shapes(user) if is_operator(each, "mul"))
 
 
 def _users_behind_shapes(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     for user in node.users:
-        if operator_key(user) in _SHAPES:
+        if _is_shape(user):
             yield from _users_behind_shapes(user)
         else:
             yield user
 
 
 def divisor_place(indices: Indices, softmax: Softmax, axes: Axes) -> Indices | None:
-    """Indices at which the reader of a total, whose own are `indices`, reads it."""
+    """Return the indices of a total that its reader reads at the reader's own `indices`."""
     reader = softmax.reader
     assert reader is not None
     if len(indices) != len(shape_of(reader)):
         return None
-    for operand in reader.args[1:2] if operator_key(reader) in DIVISIONS else reader.args[:2]:
+    for operand in reader.args[1:2] if is_operator(reader, "div") else reader.args[:2]:
         if not isinstance(operand, torch.fx.Node):
             continue
         node, at = operand, broadcast(indices, shape_of(operand), shape_of(reader))
         while node is not softmax.total:
-            inverse = operator_key(node) in ("reciprocal", "log")
-            behind = (first_input(node), at) if inverse else source_of(node, at, axes)
+            is_function = operator_of(node).is_elementwise and len(node.args) == 1
+            behind = (first_input(node), at) if is_function else source_of(node, at, axes)
             if behind is None:
                 break
             node, at = behind
@@ -183,14 +202,20 @@ def divisor_place(indices: Indices, softmax: Softmax, axes: Axes) -> Indices | N
     return None
 
 
+def _is_shape(node: torch.fx.Node) -> bool:
+    """True if a node shows what another holds, in another shape or broadcast."""
+    view = operator_of(node).view
+    return view is not None and (view.keeps_all or view.keeps_order)
+
+
 def _behind_shapes(node: torch.fx.Node) -> torch.fx.Node:
-    while operator_key(node) in _SHAPES:
+    while _is_shape(node):
         node = first_input(node)
     return node
 
 
 def _behind_copies(node: torch.fx.Node) -> torch.fx.Node:
-    while operator_key(node) in MERE_COPIES:
+    while operator_of(node).view is View.COPY:
         node = first_input(node)
     return node
 

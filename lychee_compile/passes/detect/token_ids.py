@@ -7,10 +7,11 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.graph.dataflow import (
-    VIEWS,
     argument,
     aten,
     calls,
+    first_input,
+    operator_of,
     shape_of,
     through_copies,
     value_of,
@@ -19,10 +20,10 @@ from lychee_compile.passes.symbolic.axes import size_expression
 
 
 def find_token_ids(graph: torch.fx.Graph) -> torch.fx.Node | None:
-    """The graph input that holds token ids, int [B, T], or None.
+    """Return the graph input that holds token ids, int [B, T]; None if there is none.
 
-    Of several embeddings that look up an input, as of words and of positions, the one with the
-    largest vocabulary counts.
+    If several embeddings look up an input, as of words and of positions, the one with the largest
+    vocabulary counts.
     """
     largest, found = 0, None
     for node in graph.nodes:
@@ -36,10 +37,8 @@ def find_token_ids(graph: torch.fx.Graph) -> torch.fx.Node | None:
 
 
 def _input_behind(node: torch.fx.Node) -> torch.fx.Node | None:
-    while calls(node, *VIEWS):
-        source = node.args[0]
-        assert isinstance(source, torch.fx.Node)
-        node = source
+    while _is_reshape(node):
+        node = first_input(node)
     node = through_copies(node)
     value = value_of(node)
     if node.op != "placeholder" or not isinstance(value, torch.Tensor):
@@ -48,8 +47,14 @@ def _input_behind(node: torch.fx.Node) -> torch.fx.Node | None:
     return node if integral and value.dim() == 2 else None
 
 
+def _is_reshape(node: torch.fx.Node) -> bool:
+    """True if a node lays the same ids out in another shape."""
+    view = operator_of(node).view
+    return view is not None and view.keeps_order and node.target is not aten.view.dtype
+
+
 def covers(ids: torch.fx.Node | None, batch: sympy.Expr, tokens: torch.SymInt | int) -> bool:
-    """Whether `ids` [B, T] are `tokens` tokens of `batch` rows."""
+    """True if `ids` [B, T] are `tokens` tokens of `batch` rows."""
     if ids is None:
         return False
     rows, count = (size_expression(size) for size in shape_of(ids))

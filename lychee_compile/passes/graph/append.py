@@ -1,16 +1,15 @@
-"""Caches that grow by concatenation keep room behind them, so that no step copies the past.
+"""Let caches that grow by concatenation keep room behind them, so that no step copies the past.
 
     keys = cat((past, new), -2)    becomes    keys = append(past, new, 2)
 
-where `past` is an input that nothing else reads, and `keys` an output that otherwise only operators
-of ours read: their kernels take any strides, and what they read has other ones now. A cache of any
-length whose strides depend on that length is in another layout: it stays in it, since Dynamo would
-have to compile once more for the new one.
+Here `past` is an input that nothing else reads. `keys` is an output that only operators of this
+package read besides: `append` changes its strides, and their kernels take any strides.
+
+A cache of symbolic length can have strides that depend on the length. Such a cache keeps its
+layout, since Dynamo would have to compile once more for the new one.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.fx
@@ -19,25 +18,26 @@ from lychee_compile.kernels.operators import (  # noqa: F401  registers the oper
     append,
 )
 from lychee_compile.passes.graph.dataflow import aten, calls, is_tensor, shape_of, value_of
-from lychee_compile.passes.lower.rearrange import Emitter
+from lychee_compile.passes.graph.emitter import Emitter
+from lychee_compile.torch_private import FakeTensorMode, operator_namespace
 
 
-def append_in_place(gm: torch.fx.GraphModule, mode: Any) -> None:
-    """Let caches keep room behind them where the graph allows it."""
+def append_in_place(gm: torch.fx.GraphModule, mode: FakeTensorMode) -> None:
+    """Replace each concatenation that grows a cache, if the graph allows it, by `append`."""
     emit = Emitter(gm.graph, mode)
     for node in list(gm.graph.nodes):
         grown = _growth(node)
         if grown is None:
             continue
         with gm.graph.inserting_before(node):
-            made = emit(torch.ops.lychee.append.default, *grown, _dim(node))
-        made.meta = {**node.meta, **made.meta}
-        node.replace_all_uses_with(made)
+            appended = emit(torch.ops.lychee.append.default, *grown, _dim(node))
+        appended.meta = {**node.meta, **appended.meta}
+        node.replace_all_uses_with(appended)
         gm.graph.erase_node(node)
 
 
 def _growth(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
-    """The cache before and what is put behind it, where a node grows a cache and no more."""
+    """Return the cache and the tensor put behind it if `node` only grows a cache, else None."""
     if not calls(node, aten.cat.default) or not any(user.op == "output" for user in node.users):
         return None
     parts = list(node.args[0]) if isinstance(node.args[0], (list, tuple)) else []
@@ -54,12 +54,13 @@ def _growth(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
 
 
 def _takes_any_strides(user: torch.fx.Node) -> bool:
-    target = user.target
-    is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "lychee"
+    """True if `user` gives the same result for a tensor of other strides."""
+    is_ours = operator_namespace(user.target) == "lychee"
     return is_ours or calls(user, aten.sym_size.int)
 
 
 def _dim(node: torch.fx.Node) -> int:
+    """Return the dimension that a concatenation runs along, counted from the front."""
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     assert isinstance(dim, int)
     return dim % len(shape_of(node))

@@ -5,30 +5,35 @@ from __future__ import annotations
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.graph.dataflow import same_shape, value_of
+from lychee_compile.passes.reasons import ReasonedError
 
 
-class RewriteError(RuntimeError):
+class RewriteError(ReasonedError):
     """A rewritten graph does not compute what the original did."""
 
 
 def check_replacement(old: torch.Tensor, new: torch.fx.Node) -> None:
-    """The output of a replaced attention has the shape, dtype and device that it had."""
-    made = value_of(new)
-    if not same_shape(tuple(made.shape), tuple(old.shape)):
-        raise RewriteError(f"{new} has shape {tuple(made.shape)} instead of {tuple(old.shape)}")
-    if made.dtype != old.dtype or made.device != old.device:
-        raise RewriteError(
-            f"{new} is {made.dtype} on {made.device}, not {old.dtype} on {old.device}"
-        )
+    """Raise `RewriteError` unless `new` has the shape, dtype and device of `old`."""
+    value = value_of(new)
+    if not same_shape(tuple(value.shape), tuple(old.shape)):
+        raise RewriteError(reasons.OUTPUT_SHAPE(found=tuple(value.shape), wanted=tuple(old.shape)))
+    if value.dtype != old.dtype or value.device != old.device:
+        found, wanted = (f"{each.dtype} on {each.device}" for each in (value, old))
+        raise RewriteError(reasons.OUTPUT_DTYPE(found=found, wanted=wanted))
 
 
 def check_graph(gm: torch.fx.GraphModule, outputs: int) -> None:
-    """The graph is well formed, in order, and gives as many outputs as before."""
+    """Raise unless the graph is well formed, in order, and gives as many `outputs` as before."""
     gm.graph.lint()
-    node = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
-    given = node.args[0]
-    count = len(given) if isinstance(given, (tuple, list)) else 1
+    count = output_count(gm)
     if count != outputs:
-        raise RewriteError(f"the graph gives {count} outputs instead of {outputs}")
+        raise RewriteError(reasons.OUTPUT_COUNT(found=count, wanted=outputs))
     gm.recompile()
+
+
+def output_count(gm: torch.fx.GraphModule) -> int:
+    """Return how many values a graph gives."""
+    outputs = next(node for node in reversed(gm.graph.nodes) if node.op == "output").args[0]
+    return len(outputs) if isinstance(outputs, (tuple, list)) else 1

@@ -1,7 +1,7 @@
-"""Erase what a graph computes for nobody, writes among it.
+"""Erase from a graph everything that nobody reads, writes included.
 
-FX keeps every operator that writes. What an attention leaves behind may write too, as the blocks
-that FlexAttention reads do:
+FX keeps every operator that writes. A rewritten attention may leave such operators behind, as those
+that make the blocks of FlexAttention:
 
     blocks = new_zeros(...)
     index_put_(blocks, where, ones)
@@ -9,21 +9,19 @@ that FlexAttention reads do:
 
 from __future__ import annotations
 
-import operator
-
-import torch
 import torch.fx
 
+from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import operator_key
-from lychee_compile.passes.symbolic.views import storage_of, written_by
+from lychee_compile.passes.graph.operators import PURE_CALLS
 from lychee_compile.torch_private import is_foreign
 
 
 def erase_dead_code(gm: torch.fx.GraphModule) -> None:
-    """Erase all but the inputs, what the output comes from, and what has an effect outside.
+    """Keep only inputs, everything that outputs come from, and what has an effect outside.
 
-    A write lives where anything reads the memory it writes to, before or after. Constants that no
-    node reads go too: compilers take every one that a module holds as an input.
+    A write stays if anything reads the memory that it writes to, before or after. Constants that
+    no node reads go too: compilers take every one that a module holds as an input.
     """
     graph = gm.graph
     writes: dict[torch.fx.Node, list[torch.fx.Node]] = {}
@@ -49,15 +47,11 @@ def erase_dead_code(gm: torch.fx.GraphModule) -> None:
 
 
 def _has_effect(node: torch.fx.Node) -> bool:
-    """Whether a node that nobody reads must stay, as must all that are not PyTorch's own."""
+    """True if a node must stay though nobody reads it, as operators of others than PyTorch do."""
     if is_foreign(node):
         return True
     targets = [storage_of(each) for each in written_by(node)]
     if targets and all(each.op == "call_function" and not is_foreign(each) for each in targets):
         return False
-    known = operator_key(node) or node.target in _PURE
+    known = operator_key(node) or node.target in PURE_CALLS
     return bool(node.is_impure()) or (node.op == "call_function" and not known)
-
-
-_PURE = (operator.getitem, torch.ops.higher_order.flex_attention)
-"""What has no effect, though it is not an operator of ATen's."""

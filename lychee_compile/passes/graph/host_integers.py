@@ -1,4 +1,4 @@
-"""Numbers that a graph only counts up, such as a cache's own length, are counted on the host.
+"""Let the host count the numbers that a graph only counts up, such as the length of a cache.
 
 A window layer of transformers' static cache keeps a Python int besides its tensors:
 
@@ -22,17 +22,17 @@ from lychee_compile.torch_private import symbols_of
 
 @dataclass(frozen=True)
 class HostIntegers:
-    """What was taken out of a graph: integer inputs, and outputs made of them alone."""
+    """Integer inputs, and outputs made of them alone, that were taken out of a graph."""
 
     kept: list[int]
-    """Which inputs the graph still takes."""
+    """Positions of the inputs that the graph still takes."""
     outputs: list[int]
-    """Places, among the graph's outputs as they were, that it leaves to the host."""
+    """Positions, among the former outputs, of those that the host computes."""
     count: torch.fx.GraphModule
-    """From the inputs that the graph took before, all of them: those outputs."""
+    """A graph from all former inputs to the outputs that the host computes."""
 
     def around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """A call of what was compiled, with the inputs and outputs that there were before."""
+        """Return a function with the former inputs and outputs that calls `compiled`."""
 
         def run(*args: Any) -> Any:
             made = list(compiled(*(args[place] for place in self.kept)))
@@ -44,7 +44,7 @@ class HostIntegers:
 
 
 def take_out_integers(gm: torch.fx.GraphModule) -> HostIntegers | None:
-    """Leave to the host what no tensor of `gm` depends on; None where there is nothing such."""
+    """Take integers that no tensor of `gm` depends on out of it; None if there are none."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
     results = output.args[0]
@@ -79,7 +79,7 @@ def _int(node: torch.fx.Node) -> bool:
 
 
 def _counts_only(placeholder: torch.fx.Node) -> bool:
-    """Whether nothing but integers comes of it, and every one of them is an output or leads on."""
+    """True if nothing but integers is made of a placeholder."""
     waiting, seen = [placeholder], set()
     while waiting:
         node = waiting.pop()
@@ -95,7 +95,7 @@ def _counts_only(placeholder: torch.fx.Node) -> bool:
 
 
 def _inputs_of(node: torch.fx.Node) -> set[torch.fx.Node]:
-    """The placeholders that an integer is made of; none for what is no integer."""
+    """Return the placeholders that an integer is made of; none if `node` is no integer."""
     if not _int(node):
         return set()
     if node.op == "placeholder":
@@ -106,7 +106,7 @@ def _inputs_of(node: torch.fx.Node) -> set[torch.fx.Node]:
 def _counting(
     placeholders: Sequence[torch.fx.Node], results: Sequence[torch.fx.Node]
 ) -> torch.fx.GraphModule:
-    """A graph of the integers alone."""
+    """Return a graph that computes nothing but the integers `results`."""
     graph = torch.fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in placeholders}
 

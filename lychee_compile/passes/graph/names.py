@@ -1,4 +1,4 @@
-"""Short names for the tensors of a graph, as a user would call them, and values of constants."""
+"""Name the tensors of a graph as a user would call them, and read the values of constants."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _MEANINGLESS = {"L", "self", "fn", "args", "kwargs", "G", "_orig_mod"}
 
 
 class Names:
-    """Gives each tensor of a graph a name of its own, the same at every call."""
+    """Short names, one for each tensor of a graph, the same at every call."""
 
     def __init__(self, gm: torch.fx.GraphModule) -> None:
         self._gm = gm
         self._of: dict[torch.fx.Node, str] = {}
         self._short: dict[str, str] = {}
-        """The names given, with what they would be if no other tensor had the same."""
+        """Each name in use, with the name it would be if no other tensor had that name."""
 
     def of(self, node: torch.fx.Node) -> str:
-        """A name: the last word of where an input comes from, "attention_mask", or the node's."""
+        """Return the last word of an input's source, "attention_mask", or the node's name."""
         if node not in self._of:
             base = self.base(node)
             name, count = base, 1
@@ -36,7 +36,7 @@ class Names:
         return self._of[node]
 
     def shortened(self, names: Iterable[str]) -> dict[str, str]:
-        """`names` as short as they can be among themselves: layer 7's "bias_7" is its "bias"."""
+        """Return shorter names for some of `names`, unique among them: "bias" for "bias_7"."""
         known = [name for name in names if name in self._short]
         bases = [self._short[name] for name in known]
         return {
@@ -44,15 +44,15 @@ class Names:
         }
 
     def tensors(self) -> dict[str, torch.fx.Node]:
-        """The tensors of the graph that have a name so far, by name."""
+        """Return the tensors of the graph that have been named so far, by name."""
         return {name: node for node, name in self._of.items() if node.graph is self._gm.graph}
 
     def call(self, node: torch.fx.Node, other: torch.fx.Node) -> None:
-        """Give `node`, of a function inside the graph, the name of the tensor passed to it."""
+        """Give `node`, an input of a function in the graph, the name of the tensor passed to it."""
         self._of[node] = self.of(other)
 
     def base(self, node: torch.fx.Node) -> str:
-        """The name of a tensor if no other had the same: that of its likes in every layer."""
+        """Return the name of a tensor if no other had the same: the same in every layer."""
         if node.op != "placeholder":
             return re.sub(r"(_default)?(_\d+)?$", "", node.name)
         words = re.findall(r"[A-Za-z_]\w*", torch_private.source_name(node))
@@ -60,7 +60,7 @@ class Names:
         return words[-1] if words else node.name
 
     def constant(self, node: torch.fx.Node) -> sympy.Expr | None:
-        """The value of a tensor of one element that the graph holds as a constant."""
+        """Return the value of a constant of the graph with one element; None for other nodes."""
         if node.op != "get_attr" or not isinstance(node.target, str):
             return None
         tensor = getattr(self._gm, node.target, None)

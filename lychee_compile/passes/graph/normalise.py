@@ -1,10 +1,10 @@
-"""Spell writes to intermediate tensors as new tensors, so that each keeps its value.
+"""Replace writes to intermediate tensors by new tensors, so that each tensor keeps its value.
 
     scores.masked_fill_(hidden, -inf)         scores_1 = masked_fill(scores, hidden, -inf)
     weights = softmax(scores, -1)        ->   weights = softmax(scores_1, -1)
 
-Writes to inputs, such as caches, stay as they are. So do writes through a view; what they write
-to is reported, for such a tensor does not keep its value.
+Writes to inputs, such as caches, stay as they are, and so do writes through a view. The tensor that
+is written to through a view is reported, because it does not keep its value.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import torch.fx
 
-from lychee_compile.passes.graph.dataflow import aten, first_input, value_of
+from lychee_compile.passes.graph.aliasing import storage_of, written_by
+from lychee_compile.passes.graph.dataflow import aten, first_input, operator_of, value_of
 from lychee_compile.passes.graph.dead_code import erase_dead_code
-from lychee_compile.passes.symbolic.views import storage_of, written_by
-from lychee_compile.torch_private import is_foreign
+from lychee_compile.torch_private import FakeTensorMode, is_foreign
 
 
-def normalise(gm: torch.fx.GraphModule, mode: Any) -> frozenset[torch.fx.Node]:
-    """Rewrite `gm` in place; the tensors made in the graph that are still written to."""
+def normalise(gm: torch.fx.GraphModule, mode: FakeTensorMode) -> frozenset[torch.fx.Node]:
+    """Rewrite `gm` in place, and return the tensors made in the graph that are still written to."""
     erase_dead_code(gm)
     written = set()
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
@@ -41,11 +41,11 @@ def _made_functional(
     node: torch.fx.Node,
     order: dict[torch.fx.Node, int],
     views: dict[torch.fx.Node, list[torch.fx.Node]],
-    mode: Any,
+    mode: FakeTensorMode,
 ) -> bool:
-    """Whether the write `node` could be replaced by a value that all later users read."""
+    """Replace the write `node` by a value that all later users read; True if that was possible."""
     target = first_input(node)
-    functional = _functional(node.target)
+    functional = _functional(node)
     if functional is None or storage_of(target) is not target or _may_be_shared(target, views):
         return False
     place = order[node]
@@ -76,29 +76,31 @@ def _made_functional(
 
 
 def _may_be_shared(target: torch.fx.Node, views: dict[torch.fx.Node, list[torch.fx.Node]]) -> bool:
-    """Whether a tensor of another kind may show the memory of `target`, so that writes are seen."""
+    """True if an operator that is not PyTorch's may show the memory of `target`, and see writes."""
     readers = [user for view in (target, *views.get(target, ())) for user in view.users]
     return is_foreign(target) or any(map(is_foreign, readers))
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:
-    """Strides where they matter."""
+    """Return the strides of the dimensions that have more than one element."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
-def _value(functional: Any, node: torch.fx.Node, mode: Any) -> torch.Tensor | None:
-    """What `functional` gives for the operands of `node`; None where they cannot be run again."""
+def _value(functional: Any, node: torch.fx.Node, mode: FakeTensorMode) -> torch.Tensor | None:
+    """Return what `functional` gives for the operands of `node`; None if it cannot be run."""
     args: Any = torch.fx.node.map_arg(node.args, value_of)
     kwargs: Any = torch.fx.node.map_arg(node.kwargs, value_of)
     try:
         with mode:
             return functional(*args, **kwargs)
-    except (RuntimeError, TypeError):  # values of a function mapped over a batch, for one
+    except (RuntimeError, TypeError):  # such as values of a function that is mapped over a batch
         return None
 
 
-def _functional(target: Any) -> Any:
+def _functional(node: torch.fx.Node) -> Any:
+    """Return the operator that gives what `node` writes as a new tensor; None if there is none."""
+    target: Any = node.target
     name, overload = target._schema.name.partition("::")[2], target._overloadname
-    if not name.endswith("_") or name.endswith("__") or name in ("dropout_", "set_", "resize_"):
+    if not name.endswith("_") or name.endswith("__") or operator_of(node).only_in_place:
         return None
     return getattr(getattr(aten, name[:-1], None), overload, None)

@@ -1,4 +1,4 @@
-"""The part of a graph that one attention is: from the product of queries and keys to its output."""
+"""Find the part of a graph that is one attention, from its first product to its output."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterable
 import networkx as nx
 import torch.fx
 
+from lychee_compile.passes import reasons
+from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import operator_key
-from lychee_compile.passes.symbolic.views import storage_of, written_by
+from lychee_compile.passes.reasons import Reason
 
 
 class Order:
-    """Nodes of a graph in order, for looking at a stretch of it."""
+    """The nodes of a graph in order, with the place of each."""
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.nodes = list(graph.nodes)
@@ -22,7 +24,7 @@ class Order:
 def region_between(
     first: torch.fx.Node, last: torch.fx.Node, order: Order
 ) -> frozenset[torch.fx.Node]:
-    """Every node on a path from `first` to `last`, both included. Such a region is convex."""
+    """Return every node on a path from `first` to `last`, both included: a convex region."""
     flow = nx.DiGraph()
     flow.add_nodes_from((first, last))
     end = order.place[last]
@@ -39,21 +41,21 @@ def region_between(
 
 def used_elsewhere(
     region: frozenset[torch.fx.Node], last: torch.fx.Node, weights: torch.fx.Node
-) -> str:
-    """Who else uses an interior value of the region, in words; empty where nobody does."""
+) -> Reason | None:
+    """Return who else uses an interior value of the region; None if nobody does."""
     for node in sorted(region - {last}):
         for user in node.users:
             if user in region:
                 continue
             what = "weights" if _is_behind(node, weights, region) else "scores"
             if user.op == "output" or _only_returned(user):
-                return f"the attention {what} are returned"
-            return f"the attention {what} are used elsewhere, by {operator_key(user) or user.name}"
-    return ""
+                return reasons.WEIGHTS_RETURNED(what=what)
+            return reasons.WEIGHTS_USED(what=what, user=operator_key(user) or user.name)
+    return None
 
 
 def _only_returned(node: torch.fx.Node) -> bool:
-    """Whether all that becomes of `node` is an output of the graph."""
+    """True if an output of the graph is near behind `node`."""
     seen = 0
     waiting = [node]
     while waiting and seen < 8:
@@ -68,7 +70,7 @@ def _only_returned(node: torch.fx.Node) -> bool:
 def _is_behind(
     node: torch.fx.Node, weights: torch.fx.Node, region: frozenset[torch.fx.Node]
 ) -> bool:
-    """Whether `node` is computed from `weights`."""
+    """True if `node` is computed from `weights`."""
     waiting, seen = [node], set()
     while waiting:
         each = waiting.pop()
@@ -85,7 +87,7 @@ def _is_behind(
 def overwritten_before(
     last: torch.fx.Node, reads: Iterable[tuple[torch.fx.Node, torch.fx.Node]], order: Order
 ) -> bool:
-    """Whether memory is written between a read and `last`, where the rewritten graph would read it.
+    """True if memory is written between a read and `last`, where a rewritten graph would read it.
 
     `reads` are tensors, each with the node that reads it now.
     """

@@ -1,24 +1,25 @@
-"""The operands of an attention as operators take them: [B, H, T, D], one mask, one extra logit."""
+"""Emit the operands of an attention as operators take them: [B, H, T, D], one mask, one logit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.fx
 
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.operands import Operand
-from lychee_compile.passes.detect.scores import Mask
+from lychee_compile.passes.detect.score import Mask
+from lychee_compile.passes.graph.check import check_replacement
 from lychee_compile.passes.graph.dataflow import aten, value_of
-from lychee_compile.passes.lower.rearrange import Emitter, Rearranger, Size
+from lychee_compile.passes.graph.emitter import Emitter
+from lychee_compile.passes.lower.rearrange import Rearranger, Size
 from lychee_compile.passes.symbolic.axes import Axis
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """Nodes that hold the operands of one attention."""
+    """Operands of one attention."""
 
     query: torch.fx.Node
     """[B, Hq, Tq, D]."""
@@ -27,7 +28,7 @@ class Canonical:
     value: torch.fx.Node
     """[B, Hkv, L, Dv]."""
     mask: torch.fx.Node | None
-    """bool, True where visible, or additive; broadcastable to [B, Hq, Tq, L], L whole."""
+    """bool, True where visible, or additive; broadcastable to [B, Hq, Tq, L], L not broadcast."""
     extra: torch.fx.Node | None
     """Logit of a key without value, broadcastable to [B, Hq, Tq]."""
 
@@ -40,10 +41,10 @@ class Canonicaliser:
         self._rearrange = Rearranger(emit, attention.axes, self._size_node)
 
     def operands(self, *, repeated: bool = False, masked: bool = True) -> Canonical:
-        """Emit all operands. Raises `RewriteError` where the graph does not tell a size.
+        """Emit all operands. Raises `RewriteError` if the graph does not tell a size.
 
-        With `repeated` all have one dtype and as many heads as the query; without `masked` there is
-        no mask.
+        With `repeated`, all have one dtype and as many heads as the query. Without `masked`, there
+        is no mask.
         """
         attention, roles = self._attention, self._attention.roles
         query, mask = self._query(), self.mask() if masked else None
@@ -66,7 +67,7 @@ class Canonicaliser:
         return node if value_of(node).dtype == dtype else self.emit(aten.to.dtype, node, dtype)
 
     def _repeated(self, node: torch.fx.Node) -> torch.fx.Node:
-        """Each head [B, Hkv, L, D] once for every query head that reads it."""
+        """Repeat each head [B, Hkv, L, D] for every query head that reads it."""
         group = self._attention.size(self._attention.roles.group)
         if group == 1:
             return node
@@ -75,12 +76,24 @@ class Canonicaliser:
         return self.emit(aten.flatten.using_ints, node, 1, 2)
 
     def output(self, result: torch.fx.Node) -> torch.fx.Node:
-        """`result` [B, Hq, Tq, Dv] in the layout and dtype that the graph goes on with."""
+        """Return `result` [B, Hq, Tq, Dv] in the layout and dtype that the graph goes on with."""
         attention = self._attention
         operand = self._spread(result)
         wanted = value_of(attention.node)
         node = self._rearrange(operand, attention.output, whole=True)
         return self._cast(node, wanted.dtype)
+
+    def replacement(self, result: torch.fx.Node) -> torch.fx.Node:
+        """Emit what the graph goes on with instead of the attention, made of `result`.
+
+        `result` [B, Hq, Tq, Dv] is the output of an operator. Raises `RewriteError` if that gives
+        another shape, dtype or device than the attention has.
+        """
+        old = self._attention.node
+        result.meta = {**old.meta, **result.meta}
+        output = with_layout(self.emit, self.output(result), value_of(old))
+        check_replacement(value_of(old), output)
+        return output
 
     def _spread(self, result: torch.fx.Node) -> Operand:
         return Operand(result, self._attention.roles.output_layout())
@@ -103,7 +116,7 @@ class Canonicaliser:
         return node if times == 1 else self.emit(aten.mul.Scalar, node, times)
 
     def mask(self) -> torch.fx.Node | None:
-        """What hides keys and is added to scores, as `Canonical.mask`; None where nothing is."""
+        """Emit what hides keys and is added to scores, as `Canonical.mask`; None if nothing is."""
         score = self._attention.score
         if not score.masks and not score.biases:
             return None
@@ -117,7 +130,7 @@ class Canonicaliser:
         return node
 
     def _visible(self, masks: tuple[Mask, ...]) -> torch.fx.Node:
-        """Where no mask hides the key."""
+        """Emit a bool tensor that is True if no mask hides the key."""
         node = None
         for mask in masks:
             part = self._rearrange(mask.operand, self._attention.roles.score_layout(), whole=False)
@@ -127,9 +140,10 @@ class Canonicaliser:
         return node
 
     def _additive(self) -> torch.fx.Node:
-        """The biases, and what masks fill in, as one tensor to add.
+        """Emit one tensor to add: the biases, and what masks fill in.
 
-        A low number fills in as the lowest there is: where all keys are hidden, all count the same.
+        A low number is replaced by the lowest of the dtype: if all keys of a query are hidden, all
+        then count the same.
         """
         score, layout = self._attention.score, self._attention.roles.score_layout()
         node = None
@@ -156,7 +170,7 @@ class Canonicaliser:
         return node
 
     def _size_node(self, axis: Axis) -> Size | None:
-        """The size of an axis, as a number or a node."""
+        """Return the size of an axis as a number or a node; None if the graph does not tell it."""
         size = self._attention.axes.sizes[axis]
         if size.is_Integer:
             return int(size)
@@ -169,23 +183,23 @@ class Canonicaliser:
 
 
 def with_layout(emit: Emitter, node: torch.fx.Node, wanted: torch.Tensor) -> torch.fx.Node:
-    """`node`, laid out in memory as `wanted`, which later views may rely on."""
-    made = value_of(node)
-    order, now = _memory_order(wanted), _memory_order(made)
-    if order == now and made.is_contiguous() == wanted.is_contiguous():
+    """Return `node`, laid out in memory as `wanted`: later views may rely on that."""
+    value = value_of(node)
+    order, now = _memory_order(wanted), _memory_order(value)
+    if order == now and value.is_contiguous() == wanted.is_contiguous():
         return node
-    order += [place for place in range(wanted.dim()) if place not in order]
-    back = [order.index(place) for place in range(wanted.dim())]
+    order += [dim for dim in range(wanted.dim()) if dim not in order]
+    back = [order.index(dim) for dim in range(wanted.dim())]
     node = emit(aten.permute.default, node, order)
     node = emit(aten.contiguous.default, node)
     return emit(aten.permute.default, node, back)
 
 
-def _memory_order(tensor: Any) -> list[int]:
-    """Dimensions of more than one element, from the slowest to the fastest in memory."""
+def _memory_order(tensor: torch.Tensor) -> list[int]:
+    """Return the dimensions of more than one element, from the slowest to the fastest in memory."""
     strides = [
-        (stride, -place)
-        for place, (stride, size) in enumerate(zip(tensor.stride(), tensor.shape, strict=True))
+        (stride, -dim)
+        for dim, (stride, size) in enumerate(zip(tensor.stride(), tensor.shape, strict=True))
         if size != 1
     ]
-    return [-place for _, place in sorted(strides, reverse=True)]
+    return [-dim for _, dim in sorted(strides, reverse=True)]

@@ -1,136 +1,98 @@
-"""The generated kernel of one attention: its specification, its operands, and its cache.
+"""Emit a generated decode kernel in the place of one attention.
+
+Before, one decoding step over a static cache:
+
+    k = index_copy_(k_cache, 2, positions, k_new)
+    out = scaled_dot_product_attention(q, k, v, mask)
+
+After, with a sparse kernel or with an exact one; `index` is the memory of the index of `k_cache`:
+
+    out = sparse_decode(q, k, v, [length], None, positions, index, "decode_lychee_bf16_g4_d128_...")
+    out = exact_decode(q, k, v, [length], None, "decode_exact_bf16_g4_d128_...")
 
 Everything that a launch needs is checked here, while the graph is compiled.
 """
 
 from __future__ import annotations
 
-import logging
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 
 import torch
 import torch.fx
 from torch import Tensor
 
-from lychee_compile.codegen.module import emit_module
-from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
+from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.common.module_cache import store
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
-from lychee_compile.kernels.gpu.methods import GPU_METHODS
-from lychee_compile.kernels.gpu.trial_run import TensorForm, TrialCall, try_kernels
-from lychee_compile.kernels.operators.reference import LONGEST_QUERY
+from lychee_compile.kernels.gpu.methods import gpu_method
+from lychee_compile.kernels.operators import decode  # noqa: F401  registers the operators
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caches import CacheBinding
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.graph.check import RewriteError
-from lychee_compile.passes.graph.dataflow import shape_of, static_size, value_of
-from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
-from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
-from lychee_compile.passes.lower.kernel_support import NoKernel, check_supported, static
-from lychee_compile.passes.lower.rearrange import Emitter, Rearranger
-from lychee_compile.torch_private import size_hint
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class KernelSite:
-    """What takes the place of one attention."""
-
-    kernel: str
-    """The generated module."""
-    given: Canonical
-    captured: tuple[torch.fx.Node, ...]
-    cache: CacheUse | None
-    """The cache that it reads sparsely; None: all visible keys are read."""
-    refused: str = ""
-    """Why no sparse kernel could be made, where one was wanted."""
+from lychee_compile.passes.graph.dataflow import static_size, value_of
+from lychee_compile.passes.graph.emitter import Emitter
+from lychee_compile.passes.lower.canonical import Canonicaliser
+from lychee_compile.passes.lower.context import LoweringContext
+from lychee_compile.passes.lower.kernel_modules import compile_kernels
+from lychee_compile.passes.lower.kernel_operands import (
+    KernelOperands,
+    emit_kernel_operands,
+    kernel_specification,
+)
+from lychee_compile.passes.lower.kernel_support import NoKernel, tokens_written
+from lychee_compile.passes.lower.rearrange import Rearranger
+from lychee_compile.passes.lower.written_slots import named_slots
+from lychee_compile.torch_private import share_storage
 
 
-def kernel_site(
-    attention: Attention,
-    binding: CacheBinding | None,
-    config: IndexConfig,
-    emit: Emitter,
-    autotune: bool = False,
-) -> KernelSite:
-    """The kernel for `attention`: a sparse one where its cache is given, if one can be made.
+def emit_exact_decode(attention: Attention, context: LoweringContext) -> tuple[torch.fx.Node, str]:
+    """Emit a kernel that reads all visible keys; return the output and the kernel's name.
 
-    Emits its operands, before the attention. With `autotune` its tile sizes are measured at its
-    first call. Raises `NoKernel`.
+    Raises `NoKernel` and `RewriteError`.
     """
-    terms, given = emit_operands(attention, emit)
-    _check_not_copied(attention, given)
-    exact = replace(specification(attention, terms, given), autotune=autotune)
-    refused = ""
-    if binding is not None:
-        try:
-            return _sparse(attention, binding, config, exact, terms, given, emit)
-        except NoKernel as error:
-            refused = str(error)
-    kernel = made(exact, terms, given)
-    return KernelSite(kernel, given, terms.nodes, None, refused)
+    emit = context.emit
+    operands = _operands(attention, emit)
+    spec = kernel_specification(attention, operands, context.autotune)
+    kernel = compile_kernels(spec, operands)
+    attended = emit(torch.ops.lychee.exact_decode.default, *operands.arguments, kernel)
+    return Canonicaliser(attention, emit).replacement(attended), kernel
 
 
-def emit_operands(attention: Attention, emit: Emitter) -> tuple[KernelExpressions, Canonical]:
-    """What a kernel for `attention` reads, emitted before it. Raises `NoKernel`."""
-    check_supported(attention)
-    canonical = Canonicaliser(attention, emit)
-    try:
-        with emit.graph.inserting_before(attention.node):
-            return kernel_expressions(attention, canonical), canonical.operands(masked=False)
-    except RewriteError as error:
-        raise NoKernel(str(error)) from error
+def emit_sparse_decode(
+    attention: Attention, binding: CacheBinding, context: LoweringContext
+) -> tuple[torch.fx.Node, str]:
+    """Emit a kernel that reads a cache through its index; return the output and the kernel's name.
+
+    The first attention over a cache also adds the keys that this call writes to the index. Raises
+    `NoKernel` and `RewriteError`.
+    """
+    emit = context.emit
+    operands = _operands(attention, emit)
+    exact = kernel_specification(attention, operands, context.autotune)
+    spec = replace(exact, sparse=_selection(context.config))
+    keys_of, keys = _shown_keys(attention, binding, emit)
+    written = tokens_written(binding)
+    kernel = compile_kernels(spec, operands, written)
+    fixed = binding.kind == "static" and _reads_all(value_of(operands.tensors.key), keys)
+    layout = gpu_method(context.config.policy).layout_of(keys) if fixed else None
+    use = CacheUse(kernel, keys_of, written, layout, context.config.policy)
+    index = context.index_inputs.node_for(binding, use)
+    first = context.is_first_use(index)
+    slots = _written_slots(binding, written, operands.tensors.key, emit) if first else None
+    ops = torch.ops.lychee
+    target = ops.growing_sparse_decode if layout is None else ops.sparse_decode
+    attended = emit(target.default, *operands.arguments, slots, index, kernel)
+    return Canonicaliser(attention, emit).replacement(attended), kernel
 
 
-def specification(
-    attention: Attention, terms: KernelExpressions, given: Canonical
-) -> AttentionSpec:
-    """What an exact kernel for `attention` is generated from."""
-    return AttentionSpec(
-        dtype=str(value_of(given.query).dtype).removeprefix("torch."),
-        group=static(attention.size(attention.roles.group), "the number of query heads"),
-        head_dim=static(attention.size(attention.roles.head_dim), "the size of a key"),
-        value_dim=static(attention.size(attention.roles.value_dim), "the size of a value"),
-        score=terms.score,
-        visible=terms.visible,
-        captured=terms.captured,
-        extra=given.extra is not None,
-    )
-
-
-def _check_not_copied(attention: Attention, given: Canonical) -> None:
-    """To bring a cache into another layout at every step would cost more than a kernel wins."""
-    for name, operand, node in (
-        ("keys", attention.key, given.key),
-        ("values", attention.value, given.value),
-    ):
-        before, after = value_of(operand.node), value_of(node)
-        if before.untyped_storage()._cdata != after.untyped_storage()._cdata:
-            raise NoKernel(f"the layout of the {name} is not one that kernels read")
-
-
-def _sparse(
-    attention: Attention,
-    binding: CacheBinding,
-    config: IndexConfig,
-    exact: AttentionSpec,
-    terms: KernelExpressions,
-    given: Canonical,
-    emit: Emitter,
-) -> KernelSite:
-    policy = GPU_METHODS[config.policy]
-    if exact.head_dim % policy.multiple:
-        raise NoKernel(
-            f"the size of a key, {exact.head_dim}, is no multiple of {policy.multiple}: "
-            "there is no sparse kernel for it"
-        )
-    written = _tokens_written(binding, value_of(given.key).device)
+def _selection(config: IndexConfig) -> SparseSpec:
+    """Return the part of a specification that says which keys are read."""
     assert config.budget is not None
-    chosen = SparseSpec(
+    return SparseSpec(
         policy=config.policy,
         budget=config.budget,
         sinks=config.sinks,
@@ -138,90 +100,63 @@ def _sparse(
         overfetch=config.overfetch,
         flat_tokens=config.flat_tokens,
     )
-    shows, cache = _shown_keys(attention, binding, emit)
-    kernel = made(replace(exact, sparse=chosen), terms, given, written)
-    fixed = binding.kind == "static" and _is_whole(value_of(given.key), cache)
-    layout = policy.layout_of(cache) if fixed else None
-    return KernelSite(kernel, given, terms.nodes, CacheUse(kernel, shows, written, layout))
 
 
-def _tokens_written(binding: CacheBinding, device: torch.device) -> int:
-    """Tokens that a call writes to the cache; 0 where it only reads."""
-    if binding.written is None:
-        return 0
-    node, dim = binding.written
-    count = static_size(shape_of(node)[dim])
-    if count is None or count > LONGEST_QUERY:
-        raise NoKernel(f"{shape_of(node)[dim]} tokens are written at once: that is no decoding")
-    if binding.positions is not None and value_of(binding.positions).device != device:
-        raise NoKernel("the positions that are written are not on the device of the cache")
-    return count
+def _operands(attention: Attention, emit: Emitter) -> KernelOperands:
+    """Emit the operands of a decode kernel, which must not be copies of a cache.
+
+    To bring a cache into another layout at every step would cost more than a kernel wins. Raises
+    `NoKernel`.
+    """
+    operands = emit_kernel_operands(attention, emit)
+    for name, operand, node in (
+        ("keys", attention.key, operands.tensors.key),
+        ("values", attention.value, operands.tensors.value),
+    ):
+        if not share_storage(value_of(operand.node), value_of(node)):
+            raise NoKernel(reasons.COPIED_OPERAND(name=name))
+    return operands
 
 
 def _shown_keys(
     attention: Attention, binding: CacheBinding, emit: Emitter
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """What shows a cache as [B, Hkv, L, D], and what it makes of the fake cache of this graph."""
+    """Return a function that views a cache as [B, Hkv, L, D], and its result for the fake cache.
+
+    Raises `NoKernel` if no view does that.
+    """
     (form,) = [each for each in attention.key_forms if each.node is binding.key][:1]
     graph = torch.fx.Graph()
     cache = graph.placeholder("cache")
-    cache.meta["val"] = value_of(binding.key if binding.source is None else binding.source)
-    if binding.kind == "dynamic":
-        cache.meta["val"] = value_of(binding.key)
+    in_place = binding.source if binding.kind == "static" else None
+    cache.meta["val"] = value_of(binding.key if in_place is None else in_place)
     show = Rearranger(Emitter(graph, emit.mode), attention.axes, lambda _: None)
     try:
         shown = show(Operand(cache, form.layout), attention.roles.key_layout(), whole=True)
     except RewriteError as error:
-        raise NoKernel(f"the layout of the cache is not one that kernels read: {error}") from error
+        raise NoKernel(reasons.CACHE_LAYOUT(error=error.reason.words)) from error
     graph.output(shown)
     return torch.fx.GraphModule({}, graph), value_of(shown)
 
 
-def _is_whole(key: Tensor, cache: Tensor) -> bool:
-    """Whether the graph reads all of a cache, whose size is known when compiling."""
+def _reads_all(key: Tensor, cache: Tensor) -> bool:
+    """True if the graph reads all of a cache, whose size is known when compiling."""
     return all(
         static_size(size) is not None and size == other
         for size, other in zip(cache.shape, key.shape, strict=True)
     )
 
 
-def made(spec: AttentionSpec, terms: KernelExpressions, given: Canonical, written: int = 0) -> str:
-    """Generate the kernels of `spec`, or find them, and run them once. Raises `NoKernel`.
+def _written_slots(
+    binding: CacheBinding, written: int, key: torch.fx.Node, emit: Emitter
+) -> torch.fx.Node | None:
+    """Emit the slots that this call writes, int64 [T]; None if it writes none.
 
-    `written` are the tokens that a call writes to the cache.
+    Those of a cache that grows are the last ones of `key` [B, Hkv, L, D].
     """
-    try:
-        kernel = _stored(spec)
-        call = TrialCall(
-            kernel=kernel,
-            query=_form(given.query),
-            key=_form(given.key),
-            value=_form(given.value),
-            captured=tuple(map(_form, terms.nodes)),
-            extra=None if given.extra is None else _form(given.extra),
-            sparse=spec.sparse is not None,
-            written=written,
-            tiles=spec.tiles is not None,
-        )
-        try_kernels(call)
-    except Exception as error:  # whatever it is, the model must run
-        logger.debug("no kernel for %s", spec, exc_info=True)
-        kind = "exact" if spec.sparse is None and spec.tiles is None else "sparse"
-        first = next(iter(str(error).splitlines()), "")
-        raise NoKernel(f"no {kind} kernel for it: {type(error).__name__}: {first}") from error
-    return kernel
-
-
-@lru_cache(maxsize=256)
-def _stored(spec: AttentionSpec) -> str:
-    return store(emit_module(spec), spec.name).stem
-
-
-def _form(node: torch.fx.Node) -> TensorForm:
-    value = value_of(node)
-    return TensorForm(
-        tuple(map(size_hint, value.shape)),
-        tuple(map(size_hint, value.stride())),
-        value.dtype,
-        value.device,
-    )
+    if binding.reads_only or binding.kind == "static":
+        return named_slots(binding, emit)
+    kv_len = emit(torch.ops.aten.sym_size.int, key, 2)
+    first = emit(operator.sub, kv_len, written)
+    device = value_of(key).device
+    return emit(torch.ops.aten.arange.start, first, kv_len, device=device, dtype=torch.int64)

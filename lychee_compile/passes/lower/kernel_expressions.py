@@ -1,11 +1,11 @@
-"""The score and the mask of one attention as a generated kernel computes them.
+"""Derive the score and the mask of one attention as a generated kernel computes them.
 
     mask = arange(L) <= arange(T)[:, None] + length         visible = kv <= q + given_length
     mask = mask & padding[:, None, None, :]                           & given_padding[b, kv]
     scores = q @ k.mT / 8 + slopes[:, None, None] * ...     score = s/8 + given_slopes[h]*...
 
-A mask made in the graph is thus never in memory: the kernel reads what it is made from. Where that
-takes a long expression, or one without a Triton form, the kernel reads the mask itself.
+A mask that is made in the graph is thus never in memory: the kernel reads what it is made from. If
+that takes a long expression, or one without a Triton form, the kernel reads the mask itself.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from sympy.logic.boolalg import Boolean
 from lychee_compile.codegen.bounds import key_bound
 from lychee_compile.codegen.printer import Unprintable, print_expression
 from lychee_compile.codegen.specification import KV, KV_LEN, B, Captured, H, Q, S
-from lychee_compile.kernels.reference.visible import LOW
+from lychee_compile.kernels.reference.hidden import HIDDEN
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import shape_of, value_of
 from lychee_compile.passes.lower.canonical import Canonicaliser
-from lychee_compile.passes.lower.kernel_symbols import KernelWords, captured_as
+from lychee_compile.passes.lower.kernel_symbols import KernelSymbols, captured_as
 from lychee_compile.passes.lower.read_time import NotCapturable, Reads
 from lychee_compile.passes.symbolic.axes import Axis, size_expression
 from lychee_compile.passes.symbolic.elementwise import Element, Flag
@@ -33,86 +34,88 @@ from lychee_compile.passes.symbolic.elementwise import Element, Flag
 logger = logging.getLogger(__name__)
 
 LONGEST = 150
-"""Symbols, numbers and operators up to which score and mask are expressions."""
+"""Largest number of symbols, numbers and operators in score and mask together."""
 MOST_CAPTURED = 8
-"""Tensors that a kernel reads at most for them."""
+"""Largest number of tensors that a kernel reads for score and mask."""
 
 
 class NotExpressible(Exception):  # noqa: N818  the mask is read instead
-    """Score or mask cannot be computed in the kernel; the message says why, in words."""
+    """Score or mask cannot be computed in the kernel; the message says why."""
 
 
 @dataclass(frozen=True)
 class KernelExpressions:
-    """What a generated kernel needs to know of a score and a mask, in symbols of a specification.
+    """Score and mask of one attention, in symbols of a specification.
 
-    A captured tensor without dimensions is a symbol, of others there are `sympy.Indexed` elements.
+    A captured tensor without dimensions is a symbol. Other captured tensors are read through
+    `sympy.Indexed` elements.
     """
 
     score: sympy.Expr
-    """Of S, B, H, Q, KV and captured tensors, without the mask."""
+    """Expression of S, B, H, Q, KV and captured tensors, without the mask."""
     visible: Boolean
-    """Of B, H, Q, KV, KV_LEN and captured tensors: a key where it is false has no weight."""
+    """Condition on B, H, Q, KV, KV_LEN and captured tensors; a key without it has no weight."""
     captured: tuple[Captured, ...]
     nodes: tuple[torch.fx.Node, ...]
-    """The captured tensors, in the same order."""
+    """Tensors of the graph for `captured`, in the same order."""
 
 
 def kernel_expressions(attention: Attention, canonical: Canonicaliser) -> KernelExpressions:
-    """The score and the mask of `attention`, from what they are made of or from the mask tensor.
+    """Return score and mask of `attention`, from what they are made of or from the mask tensor.
 
     S is the product of the query and the key that `canonical` emits: tensors that multiply scores
     are part of that query. The nodes are for an operator in the attention's place. Raises
-    `RewriteError` where neither way is open.
+    `RewriteError` if neither way is open.
     """
     try:
-        return fused_terms(attention, canonical)
+        with canonical.emit.attempt():
+            return fused_terms(attention, canonical)
     except (NotExpressible, NotCapturable) as why:
         logger.debug("%s reads its mask: %s", attention.node, why)
         return mask_terms(attention, canonical)
 
 
 def fused_terms(attention: Attention, canonical: Canonicaliser) -> KernelExpressions:
-    """Terms that read what score and mask are made of.
+    """Return expressions that read what score and mask are made of.
 
-    Raises `NotExpressible` where they would be long, or have no Triton form, and `NotCapturable`
-    where a tensor is written meanwhile.
+    Raises `NotExpressible` if they would be long or have no Triton form, and `NotCapturable` if a
+    tensor is written meanwhile.
     """
     _check_supported(attention)
     score, visible = _recovered(attention)
-    say = KernelWords(attention, score, visible)
-    score, visible = say(score), _with_causal(attention, say(visible))
-    visible = _without_the_obvious(visible, say(sympy.sympify(attention.kv_len)))
-    _check_printable(score, visible, say.captured)
+    symbols = KernelSymbols(attention, score, visible)
+    score, visible = symbols(score), _with_causal(attention, symbols(visible))
+    visible = _without_the_obvious(visible, symbols(sympy.sympify(attention.kv_len)))
+    _check_printable(score, visible, symbols.captured)
     return KernelExpressions(
-        score, visible, say.captured, _as_read(attention, say.nodes, canonical)
+        score, visible, symbols.captured, _as_read(attention, symbols.nodes, canonical)
     )
 
 
 def mask_terms(attention: Attention, canonical: Canonicaliser) -> KernelExpressions:
-    """Terms that read the mask of the graph as `canonical` emits it, `mask` [B, Hq, T, L].
+    """Return expressions that read the mask as `canonical` emits it, `mask` [B, Hq, T, L].
 
-    It is indexed by 0 where it is broadcast. A bias that leaves no weight hides its key. Raises
-    `RewriteError` where there is no such tensor, as in FlexAttention.
+    A dimension that is broadcast is indexed by 0. A bias that leaves no weight hides its key.
+    Raises `RewriteError` if there is no such tensor, as in FlexAttention.
     """
     _check_supported(attention)
     score = attention.score
     if attention.form == "flex" and (score.unsupported or score.visible != sympy.true):
-        raise RewriteError("FlexAttention has no mask that another operator could read")
+        raise RewriteError(reasons.FLEX_NO_MASK())
     mask = canonical.mask()
     if mask is None:
         return KernelExpressions(_scaled(attention), _with_causal(attention, sympy.true), (), ())
-    held = captured_as("mask", mask)
+    captured = captured_as("mask", mask)
     at = [
         sympy.S.Zero if size_expression(size) == 1 else index
         for index, size in zip((B, H, Q, KV), shape_of(mask), strict=True)
     ]
-    element = sympy.Indexed(sympy.IndexedBase(held.name), *at)
-    if held.dtype == "bool":
+    element = sympy.Indexed(sympy.IndexedBase(captured.name), *at)
+    if captured.dtype == "bool":
         terms = _scaled(attention), Flag(element)
     else:
-        terms = _scaled(attention) + element, element > -LOW
-    return KernelExpressions(terms[0], _with_causal(attention, terms[1]), (held,), (mask,))
+        terms = _scaled(attention) + element, element > HIDDEN
+    return KernelExpressions(terms[0], _with_causal(attention, terms[1]), (captured,), (mask,))
 
 
 def _check_supported(attention: Attention) -> None:
@@ -121,12 +124,12 @@ def _check_supported(attention: Attention) -> None:
 
 
 def _with_causal(attention: Attention, visible: Boolean) -> Boolean:
-    """PyTorch's own causal mask counts queries and keys from the first."""
+    """Return `visible` with PyTorch's own causal mask if that applies: query i sees keys 0 to i."""
     return sympy.And(visible, KV <= Q) if attention.is_causal else visible
 
 
 def _scaled(attention: Attention) -> sympy.Expr:
-    """What becomes of S before anything is added: softcap tanh(scale s / softcap)."""
+    """Return what becomes of S before anything is added: softcap * tanh(scale * S / softcap)."""
     scale, cap = attention.score.scale, attention.score.softcap
     if cap is not None:
         return cap * sympy.tanh(scale / cap * S)
@@ -134,7 +137,7 @@ def _scaled(attention: Attention) -> sympy.Expr:
 
 
 def _recovered(attention: Attention) -> tuple[sympy.Expr, Boolean]:
-    """Score and mask in the axes of the attention and the names of the graph."""
+    """Return score and mask in the axes of the attention and the names of the graph."""
     score = attention.score
     if attention.form == "flex":
         return score.expression, score.visible
@@ -143,12 +146,15 @@ def _recovered(attention: Attention) -> tuple[sympy.Expr, Boolean]:
         conditions += [sympy.Not(each) for each in bias.hidden]
         total += bias.added
         if _may_hide(bias.added, frozenset(attention.roles.key)):
-            conditions.append(bias.added > -LOW)
+            conditions.append(bias.added > HIDDEN)
     return total, sympy.And(*conditions)
 
 
 def _without_the_obvious(visible: Boolean, kv_len: sympy.Expr) -> Boolean:
-    """Without bounds that no key exceeds, as that of a query at the end of a growing cache."""
+    """Return `visible` without bounds that no key exceeds.
+
+    The causal bound of a query at the end of a growing cache is one of them.
+    """
 
     def exceeded(condition: Boolean) -> bool:
         bound = key_bound(condition)
@@ -161,12 +167,12 @@ def _without_the_obvious(visible: Boolean, kv_len: sympy.Expr) -> Boolean:
 
 
 def _may_hide(added: Element, keys: frozenset[Axis]) -> bool:
-    """Whether a bias could be a mask: it is a tensor with a number per key, or has large numbers.
+    """True if a bias could be a mask: it is a tensor with a number per key, or has large numbers.
 
     ALiBi, slopes times distances, is not meant to hide far keys.
     """
     per_key = any(each.free_symbols & keys for each in added.atoms(sympy.Indexed))
-    return per_key or any(abs(each) >= LOW for each in added.atoms(sympy.Number))
+    return per_key or any(abs(each) >= -HIDDEN for each in added.atoms(sympy.Number))
 
 
 def _check_printable(score: sympy.Expr, visible: Boolean, captured: tuple[Captured, ...]) -> None:
@@ -186,7 +192,7 @@ def _check_printable(score: sympy.Expr, visible: Boolean, captured: tuple[Captur
 def _as_read(
     attention: Attention, tensors: tuple[torch.fx.Node, ...], canonical: Canonicaliser
 ) -> tuple[torch.fx.Node, ...]:
-    """`tensors` as they were when score and mask were made."""
+    """Return `tensors` as they were when score and mask were made. Raises `NotCapturable`."""
     device = value_of(attention.query.node).device
     for each in tensors:
         if value_of(each).device != device:

@@ -1,4 +1,4 @@
-"""Whether generated kernels can run on the operands of an attention, in words for the user."""
+"""Facts that tell if generated kernels can run on an attention, and the reasons if they cannot."""
 
 from __future__ import annotations
 
@@ -9,89 +9,147 @@ from importlib.util import find_spec
 import torch
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.methods import GPU_METHODS
+from lychee_compile.kernels.gpu.methods import gpu_method, policies_with_kernels
 from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.graph.dataflow import value_of
+from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.graph.dataflow import shape_of, static_size, value_of
+from lychee_compile.passes.reasons import Reason, ReasonedError, ReasonKind
 
 LARGEST_HEAD = 256
 """Largest size of a key or a value."""
 OLDEST_CAPABILITY = (8, 0)
-"""Of an NVIDIA GPU: the first with bfloat16."""
-
-_REFERENCE = "reference=True runs it slowly, in plain PyTorch"
+"""Lowest compute capability of an NVIDIA GPU that has kernels: the first with bfloat16."""
 
 
-class NoKernel(Exception):  # noqa: N818  the attention stays as it is
-    """There is no kernel for an attention; the message says why, in words."""
+class NoKernel(ReasonedError):  # noqa: N818  the attention stays as it is
+    """No kernel can be generated for an attention."""
 
 
 def runs_kernels(attention: Attention, config: IndexConfig) -> bool:
-    """Whether decoding runs generated kernels where this attention is."""
+    """True if generated kernels, and not the reference, run on the device of this attention."""
     device = value_of(attention.query.node).device.type
     return device in KERNEL_DEVICES and not config.reference
 
 
 def decodes(attention: Attention) -> bool:
-    """Whether few enough queries ask, as kernels for decoding expect."""
+    """True if there are few enough query positions for the kernels that decode."""
     query_len = attention.query_len
     return isinstance(query_len, int) and query_len <= LONGEST_QUERY
 
 
-def no_sparse_kernel(
-    config: IndexConfig, policies: Collection[str] = GPU_METHODS, what: str = ""
-) -> str | None:
-    """Why no kernel selects as the options ask for; `policies` have one for `what`."""
-    lacks = f"has no kernel{what}"
+def no_decode_method(config: IndexConfig) -> Reason | None:
+    """Return why no decode kernel selects keys as the options ask for; None if one does."""
+    return _no_method(config, policies_with_kernels(), reasons.POLICY_NO_KERNEL)
+
+
+def no_prefill_method(config: IndexConfig) -> Reason | None:
+    """Return why no prefill kernel selects keys as the options ask for; None if one does."""
+    return _no_method(config, policies_with_kernels(prefill=True), reasons.POLICY_NO_PREFILL_KERNEL)
+
+
+def _no_method(
+    config: IndexConfig, policies: Collection[str], lacking: ReasonKind
+) -> Reason | None:
+    """Return why no kernel of these `policies` does as the options ask for; None if one does.
+
+    `lacking` is the reason for any other policy.
+    """
     if config.policy not in policies:
-        known = " and ".join(map(repr, policies))
-        have = "have" if len(policies) > 1 else "has"
-        return f"option policy={config.policy!r} {lacks}: {known} {have} one; {_REFERENCE}"
+        return lacking(policy=config.policy, known=" or ".join(map(repr, policies)))
     if config.epsilon is not None:
-        return f"option epsilon={config.epsilon:g} {lacks}: None does; {_REFERENCE}"
+        return reasons.EPSILON_NO_KERNEL(epsilon=config.epsilon)
     return None
 
 
-def check_supported(attention: Attention) -> None:
-    """Raises `NoKernel` where neither an exact nor a sparse kernel can run."""
+def no_kernel(attention: Attention) -> Reason | None:
+    """Return why neither an exact nor a sparse kernel can run; None if nothing speaks against it.
+
+    Device, dtypes and sizes are looked at. Only an attempt tells if their layout can be read.
+    """
     query, key, value = (
         value_of(each.node) for each in (attention.query, attention.key, attention.value)
     )
     reason = no_kernels_on(query.device)
     if reason is not None:
-        raise NoKernel(reason)
+        return reason
     for name, operand in (("keys", key), ("values", value)):
         if operand.dtype != query.dtype:
-            raise NoKernel(f"{name} are {operand.dtype} and queries {query.dtype}: no kernel")
+            return reasons.MIXED_DTYPES(name=name, dtype=operand.dtype, query_dtype=query.dtype)
         if operand.device != query.device:
-            raise NoKernel(f"{name} are on {operand.device} and queries on {query.device}")
+            return reasons.MIXED_DEVICES(
+                name=name, device=operand.device, query_device=query.device
+            )
+    return _no_kernel_of_size(attention)
+
+
+def _no_kernel_of_size(attention: Attention) -> Reason | None:
     roles = attention.roles
     for name, axes in (("key", roles.head_dim), ("value", roles.value_dim)):
-        size = static(attention.size(axes), f"the size of a {name}")
+        try:
+            size = static(attention.size(axes), f"the size of a {name}")
+        except NoKernel as error:
+            return error.reason
         if size > LARGEST_HEAD:
-            raise NoKernel(f"the size of a {name}, {size}, is over {LARGEST_HEAD}: no kernel")
+            return reasons.HEAD_TOO_LARGE(name=name, size=size, limit=LARGEST_HEAD)
+    return None
+
+
+def no_gpu_index(attention: Attention, binding: CacheBinding, config: IndexConfig) -> Reason | None:
+    """Return why the policy's index cannot be kept for a cache; None if nothing speaks against it.
+
+    The policy has a decode kernel, and `no_kernel` found nothing.
+    """
+    head_dim = static(attention.size(attention.roles.head_dim), "the size of a key")
+    multiple = gpu_method(config.policy).multiple
+    if head_dim % multiple:
+        return reasons.HEAD_NOT_A_MULTIPLE(size=head_dim, multiple=multiple)
+    try:
+        tokens_written(binding)
+    except NoKernel as error:
+        return error.reason
+    device = value_of(attention.key.node).device
+    if binding.positions is not None and value_of(binding.positions).device != device:
+        return reasons.POSITIONS_DEVICE()
+    return None
+
+
+def tokens_written(binding: CacheBinding) -> int:
+    """Return how many tokens a call writes to the cache; 0 if it only reads.
+
+    Raises `NoKernel` if they are unknown when compiling, or more than a decoding step writes.
+    """
+    if binding.written is None:
+        return 0
+    node, dim = binding.written
+    count = static_size(shape_of(node)[dim])
+    if count is None or count > LONGEST_QUERY:
+        tokens = shape_of(node)[dim]
+        raise NoKernel(reasons.MANY_TOKENS_WRITTEN(count=tokens, limit=LONGEST_QUERY))
+    return count
 
 
 @lru_cache(maxsize=16)
-def no_kernels_on(device: torch.device) -> str | None:
-    """Why kernels cannot run on a device; None where they can."""
+def no_kernels_on(device: torch.device) -> Reason | None:
+    """Return why kernels cannot run on a device; None if they can."""
     if find_spec("triton") is None:
-        return "Triton is not installed: there are no kernels without it"
+        return reasons.NO_TRITON()
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     if torch.version.hip is not None:
-        return f"no kernels for {name} yet: they are made for NVIDIA GPUs"
+        return reasons.GPU_VENDOR(name=name)
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         have, need = (".".join(map(str, each)) for each in (capability, OLDEST_CAPABILITY))
-        return f"{name} has compute capability {have}: kernels need {need}"
+        return reasons.GPU_TOO_OLD(name=name, have=have, need=need)
     return None
 
 
 def static(size: object, name: str) -> int:
-    """A size that a kernel is generated for. Raises `NoKernel` where only a call tells it."""
+    """Return a size that a kernel is generated for. Raises `NoKernel` if it is symbolic."""
     if not isinstance(size, int):
-        raise NoKernel(f"{name}, {size}, is not known when compiling")
+        raise NoKernel(reasons.SIZE_SYMBOLIC(name=name, size=size))
     return size

@@ -1,4 +1,4 @@
-"""Expressions of an attention's axes and of tensors of its graph, in the words of a kernel.
+"""Translate expressions of an attention's axes and of tensors into the symbols of a kernel.
 
 axes (b, kv_head, group, kv), `length`, `slopes`        b, h, kv, `given_length`, `given_slopes`
 slopes[4*kv_head + group]                               given_slopes[h]
@@ -21,37 +21,40 @@ from lychee_compile.passes.symbolic.elements import symbol_of
 Expression = TypeVar("Expression", bound=sympy.Basic)
 
 
-class KernelWords:
-    """Words for everything in some expressions of one attention."""
+class KernelSymbols:
+    """Symbols of a kernel for all axes and tensors in some expressions of one attention."""
 
     def __init__(self, attention: Attention, *expressions: sympy.Basic) -> None:
         symbols = set().union(*(each.atoms(sympy.Symbol) for each in expressions))
-        found = _tensors(attention, symbols)
-        self.nodes: tuple[torch.fx.Node, ...] = tuple(sorted(found))
-        """The tensors, in the order of the graph."""
+        tensors = _tensors(attention, symbols)
+        self.nodes: tuple[torch.fx.Node, ...] = tuple(sorted(tensors))
+        """Tensors that the expressions read, in the order of the graph."""
         names = _names(attention, self.nodes)
         self.captured: tuple[Captured, ...] = tuple(map(captured_as, names, self.nodes))
-        """How the kernel knows them, in the same order."""
-        self._sizes = {found[node]: shape_of(node) for node in self.nodes}
+        """Parameters of the kernel for these tensors, in the same order."""
+        self._sizes = {tensors[node]: shape_of(node) for node in self.nodes}
         self._tensor_names = {
-            found[node]: symbol_of(name, value_of(node).dtype)
+            tensors[node]: symbol_of(name, value_of(node).dtype)
             for node, name in zip(self.nodes, names, strict=True)
         }
         self._digits = _digits(attention)
         self._kv_len = _kv_len(attention)
 
     def __call__(self, expression: Expression) -> Expression:
-        """`expression` as far as these words can say it; other sizes stay what they are."""
+        """Return `expression` in symbols of the kernel; sizes without a symbol stay as they are."""
         element = expression.replace(lambda each: isinstance(each, sympy.Indexed), self._from_front)
         digits = {axis: digit for axis, (digit, _) in self._digits.items()}
-        said = element.xreplace(self._tensor_names).xreplace(digits)
+        translated = element.xreplace(self._tensor_names).xreplace(digits)
         for digit, alone in self._digits.values():
             if digit != alone:
-                said = said.subs(digit, alone)
-        return said.xreplace(self._kv_len)
+                translated = translated.subs(digit, alone)
+        return translated.xreplace(self._kv_len)
 
     def _from_front(self, element: sympy.Indexed) -> sympy.Indexed:
-        """With indices that may be negative, and so count from the end, as remainders."""
+        """Return `element` with every index that may be negative as a remainder.
+
+        A negative index counts from the end.
+        """
         base, *indices = element.args
         counted = (
             index if index.is_nonnegative else sympy.Mod(index, size_expression(size))
@@ -61,26 +64,26 @@ class KernelWords:
 
 
 def captured_as(name: str, node: torch.fx.Node) -> Captured:
-    """A tensor of the graph as a kernel knows it."""
+    """Return the parameter of a kernel for a tensor of the graph."""
     dtype = str(value_of(node).dtype).removeprefix("torch.")
     return Captured(name, dtype, len(shape_of(node)))
 
 
 def _tensors(attention: Attention, symbols: set[sympy.Symbol]) -> dict[torch.fx.Node, sympy.Symbol]:
-    """Those symbols that are tensors; the others are axes and sizes."""
+    """Return the symbols that stand for tensors; the others are axes and sizes."""
     known = attention.names.tensors()
-    found = {}
+    tensors = {}
     for symbol in symbols:
         node = known.get(symbol.name)
         if node is not None and symbol == symbol_of(symbol.name, value_of(node).dtype):
-            found[node] = symbol
-    return found
+            tensors[node] = symbol
+    return tensors
 
 
 def _names(attention: Attention, nodes: tuple[torch.fx.Node, ...]) -> list[str]:
-    """Names that are the same in every layer, so that layers share a kernel.
+    """Return names that are the same in every layer, so that layers share a kernel.
 
-    None is one of a kernel's own.
+    No name is one of a kernel's own: they begin with "given_".
     """
     names: list[str] = []
     for node in nodes:
@@ -94,9 +97,10 @@ def _names(attention: Attention, nodes: tuple[torch.fx.Node, ...]) -> list[str]:
 
 
 def _digits(attention: Attention) -> dict[Axis, tuple[sympy.Expr, sympy.Expr]]:
-    """The axes as digits of b, h, q and kv: as they add up with the others, and as they are alone.
+    """Return each axis as a digit of b, h, q or kv, in two forms.
 
-    Two axes of sizes 2 and 4 are floor(h/4) and h - 4*floor(h/4), so that 4*a + c becomes h.
+    The first form adds up with the other digits, the second is for a digit that is left alone. Two
+    axes of sizes 2 and 4 are floor(h/4) and h - 4*floor(h/4), so that 4*a + c becomes h.
     """
     digits: dict[Axis, tuple[sympy.Expr, sympy.Expr]] = {}
     for symbol, axes in zip((B, H, Q, KV), attention.roles.score_layout(), strict=True):
@@ -111,7 +115,7 @@ def _digits(attention: Attention) -> dict[Axis, tuple[sympy.Expr, sympy.Expr]]:
 
 
 def _kv_len(attention: Attention) -> dict[sympy.Symbol, sympy.Expr]:
-    """A symbolic size, of a growing cache say, as what it is of KV_LEN."""
+    """Return the symbol in the number of keys, as of a growing cache, in terms of KV_LEN."""
     kv_len = sympy.sympify(attention.kv_len)
     for symbol in sorted(kv_len.free_symbols, key=str):
         rest = sympy.expand(kv_len - symbol)

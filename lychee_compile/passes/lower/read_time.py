@@ -1,10 +1,10 @@
-"""Tensors for a kernel to read that does itself what operators before it did.
+"""Keep tensors as they were when operators read them, for a kernel that reads them later.
 
     hidden = arange(L) > length         before, `hidden` is computed from `length`...
     length.add_(1)
     out = attention(q, k, v, hidden)    after, the kernel would read `length` here: too late
 
-A tensor that is written in between is kept as it was, where that costs next to nothing.
+A tensor that is written in between is copied before the write if it is small.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.fx
 
-from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of, value_of
-from lychee_compile.passes.lower.rearrange import Emitter
-from lychee_compile.passes.symbolic.views import is_pure_view, storage_of, written_by
+from lychee_compile.passes.graph.aliasing import is_pure_view, storage_of, written_by
+from lychee_compile.passes.graph.dataflow import aten, operator_of, shape_of, value_of
+from lychee_compile.passes.graph.emitter import Emitter
 
 MOST_KEPT = 4096
-"""Elements up to which a tensor is copied before it is written."""
+"""Largest number of elements of a tensor that is copied before it is written."""
 
 
 class NotCapturable(Exception):  # noqa: N818  the mask is read instead
-    """A tensor is no more what it was; the message says why, in words."""
+    """A tensor is no longer what it was when it was read; the message says why."""
 
 
 class Reads:
-    """All that is read on the way to some tensors, and by whom."""
+    """All tensors that are read on the way to some others, with the operators that read them."""
 
     def __init__(self, roots: Sequence[torch.fx.Node], reader: torch.fx.Node) -> None:
-        """The way to `roots`, which `reader` reads."""
+        """Follow what `reader` reads back from `roots`."""
         self._readers: dict[torch.fx.Node, set[torch.fx.Node]] = {}
         waiting = [(root, reader) for root in roots]
         while waiting:
@@ -42,9 +42,9 @@ class Reads:
                 waiting += _read_for(tensor, by)
 
     def as_read(self, tensor: torch.fx.Node, last: torch.fx.Node, emit: Emitter) -> torch.fx.Node:
-        """`tensor` as it was when it was read on that way, for an operator put at `last` to read.
+        """Return `tensor` as it was when it was read, for an operator at `last` to read.
 
-        Raises `NotCapturable` where it has changed since and cannot be kept.
+        Raises `NotCapturable` if it has changed since and cannot be copied.
         """
         readers = self._readers.get(tensor)
         if not readers:
@@ -65,11 +65,12 @@ class Reads:
 def _read_for(
     tensor: torch.fx.Node, by: torch.fx.Node
 ) -> Iterator[tuple[torch.fx.Node, torch.fx.Node]]:
-    """What `by` reads when it reads `tensor`: tensors that it is made of, each with its reader.
+    """Yield the tensors that `tensor` is made of, each with the operator that reads it.
 
-    A view is made of memory that is read when the view is; what may be one may have copied too.
+    The memory of a view is read when `by` reads the view. An operator that may or may not give a
+    view may have copied instead, and so counts as a reader too.
     """
-    if operator_key(tensor) in _SHAPE_ALONE:
+    if operator_of(tensor).reads_shape_only:
         return
     for source in tensor.all_input_nodes:
         if isinstance(value_of(source), (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -80,15 +81,8 @@ def _read_for(
             yield source, tensor
 
 
-_SHAPE_ALONE = {
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full",
-    "new_empty",
-}  # fmt: skip
-"""Operators that read the shape of their operand only."""
-
-
 def _writes(memory: torch.fx.Node) -> list[torch.fx.Node]:
-    """Operators that write to it, or to what may be a view of it."""
+    """Return the operators that write to `memory`, or to what may be a view of it."""
     writes, views = [], [memory]
     for view in views:
         for user in view.users:

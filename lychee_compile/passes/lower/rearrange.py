@@ -7,43 +7,30 @@ layout ((b,), (t,), (h,), (d,))  ->  wanted ((b,), (h,), (t,), (d,))  permute
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.operands import Layout, Operand
 from lychee_compile.passes.graph.check import RewriteError
-from lychee_compile.passes.graph.dataflow import aten, value_of
+from lychee_compile.passes.graph.dataflow import aten
+from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.symbolic.axes import Axes, Axis
 
 Size = int | torch.fx.Node
 
 
-class Emitter:
-    """Adds nodes to a graph, each with its fake value."""
-
-    def __init__(self, graph: torch.fx.Graph, mode: Any) -> None:
-        self.graph, self.mode = graph, mode
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
-        """A call of `target`, at the graph's insert point."""
-        node = self.graph.call_function(target, args, kwargs)
-        with self.mode:
-            values = torch.fx.node.map_arg(args, value_of), torch.fx.node.map_arg(kwargs, value_of)
-            node.meta["val"] = target(*values[0], **values[1])
-        return node
-
-
 class Rearranger:
-    """Rearranges operands of one attention. Raises `RewriteError` where sizes are not known."""
+    """Rearranges operands of one attention. Raises `RewriteError` if a size is not known."""
 
     def __init__(self, emit: Emitter, axes: Axes, size_node: Callable[[Axis], Size | None]) -> None:
         self._emit, self._axes, self._size_node = emit, axes, size_node
 
     def __call__(self, operand: Operand, wanted: Layout, *, whole: bool) -> torch.fx.Node:
-        """`operand` laid out as `wanted`.
+        """Return `operand`, laid out as `wanted`.
 
-        With `whole` axes it lacks are expanded; without, a dimension it has none of is of size one.
+        With `whole`, axes that `operand` lacks are expanded. Without it, a dimension none of whose
+        axes `operand` has is of size one.
         """
         if _is_already(operand.layout, wanted, whole):
             return operand.node
@@ -59,7 +46,7 @@ class Rearranger:
         ]
         flat = [axis for axes in needed for axis in axes]
         if not set(present) <= set(flat):
-            raise RewriteError(f"{operand.node} has axes that are not wanted")
+            raise RewriteError(reasons.UNWANTED_AXES(tensor=operand.node))
         node = self._in_order(node, present, [axis for axis in flat if axis in present])
         node = self._with_missing(node, flat, present)
         return self._together(node, needed)
@@ -67,25 +54,25 @@ class Rearranger:
     def _apart(
         self, node: torch.fx.Node, layout: Layout
     ) -> tuple[torch.fx.Node, list[tuple[Axis, ...]]]:
-        """One dimension per axis, none of size one."""
+        """Return `node` with one dimension per axis and none of size one, and its layout."""
         result: list[tuple[Axis, ...]] = []
         for dim in reversed(range(len(layout))):
-            held = layout[dim]
-            if not held:
+            axes = layout[dim]
+            if not axes:
                 node = self._emit(aten.squeeze.dim, node, dim)
-            elif len(held) > 1:
-                node = self._emit(aten.unflatten.int, node, dim, self._sizes(held))
-            result = [(axis,) for axis in held] + result
+            elif len(axes) > 1:
+                node = self._emit(aten.unflatten.int, node, dim, self._sizes(axes))
+            result = [(axis,) for axis in axes] + result
         return node, result
 
-    def _sizes(self, axes: tuple[Axis, ...]) -> list[Any]:
-        """Sizes for `unflatten`, of which it can find out one."""
-        sizes: list[Any] = []
+    def _sizes(self, axes: tuple[Axis, ...]) -> list[int]:
+        """Return sizes for `unflatten`; -1 stands for the only one that may be symbolic."""
+        sizes: list[int] = []
         for axis in axes:
             size = self._axes.sizes[axis]
             sizes.append(int(size) if size.is_Integer else -1)
         if sizes.count(-1) > 1:
-            raise RewriteError("a dimension holds several axes of unknown size")
+            raise RewriteError(reasons.SEVERAL_SIZES_UNKNOWN())
         return sizes
 
     def _in_order(
@@ -100,7 +87,7 @@ class Rearranger:
         missing = [axis for axis in flat if axis not in present]
         if not missing:
             return node
-        sizes: list[Any] = []
+        sizes: list[Size] = []
         for dim, axis in enumerate(flat):
             if axis in present:
                 sizes.append(-1)
@@ -108,7 +95,7 @@ class Rearranger:
             node = self._emit(aten.unsqueeze.default, node, dim)
             size = self._size_node(axis)
             if size is None:
-                raise RewriteError(f"the size of {axis} is not known in the graph")
+                raise RewriteError(reasons.SIZE_NOT_IN_GRAPH(axis=axis))
             sizes.append(size)
         return self._emit(aten.expand.default, node, sizes)
 
@@ -123,5 +110,6 @@ class Rearranger:
 
 def _is_already(layout: Layout, wanted: Layout, whole: bool) -> bool:
     return len(layout) == len(wanted) and all(
-        held == axes or (not held and not whole) for held, axes in zip(layout, wanted, strict=True)
+        present == axes or (not present and not whole)
+        for present, axes in zip(layout, wanted, strict=True)
     )

@@ -1,17 +1,17 @@
 """The axes of one attention, and index arithmetic over them.
 
 An element of a tensor is named by one index per dimension, a sympy expression of axes: "b", "q", or
-"4*b + h" where batch and heads share a dimension. Going back through a `view` divides such indices;
-where a division cuts through an axis, the axis is really two, and `SplitAxis` says so: the caller
-starts over with the finer axes (`Axes.split`), until all are atomic.
+"4*b + h" if batch and heads share a dimension. Going back through a `view` divides such indices. If
+a division cuts through an axis, the axis is really two, and `SplitAxis` is raised. The caller then
+splits the axis and starts over (`with_finer_axes`), until no axis is cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import sympy
 import torch
@@ -19,14 +19,17 @@ import torch
 Index: TypeAlias = sympy.Expr
 Indices: TypeAlias = tuple[Index, ...]
 ZERO: Index = sympy.S.Zero
+FINEST = 12
+"""Largest number of times that the axes of one attention are split."""
+Result = TypeVar("Result")
 
 
 class Axis(sympy.Symbol):
-    """A symbol that runs over a dimension or a part of one, apart from those of symbolic sizes."""
+    """A symbol that runs over a dimension or a part of one, unlike the symbols of sizes."""
 
 
 class SplitAxis(Exception):  # noqa: N818  a request to start over, no failure
-    """`axis` must be taken apart: its inner part has `inner` values."""
+    """A request to split `axis` in two, of which the inner one has `inner` values."""
 
     def __init__(self, axis: Axis, inner: sympy.Expr) -> None:
         super().__init__(f"{axis} by {inner}")
@@ -41,14 +44,14 @@ class _Parts:
 
 
 def size_expression(size: Any) -> sympy.Expr:
-    """A size of a tensor, int or SymInt, as sympy has it."""
+    """Return a size of a tensor, int or SymInt, as a sympy expression."""
     if isinstance(size, torch.SymInt):
         return size.node.expr
     return sympy.Integer(size)
 
 
 class Axes:
-    """The axes seen so far, each with its size, and how coarse ones were taken apart."""
+    """The axes seen so far, each with its size and the parts it was split into."""
 
     def __init__(self) -> None:
         self.sizes: dict[Axis, sympy.Expr] = {}
@@ -56,7 +59,7 @@ class Axes:
         self._equal_sizes: dict[sympy.Symbol, sympy.Expr] = {}
 
     def assume_equal(self, left: Any, right: Any) -> None:
-        """Two sizes are equal, or the graph would not run: Dynamo names equal lengths apart."""
+        """Note that two sizes, which Dynamo may name apart, are equal in every run."""
         difference = sympy.expand(self.size(left) - self.size(right))
         for symbol in sorted(difference.free_symbols, key=str):
             if difference.coeff(symbol, 1) in (1, -1) and difference.diff(symbol, 2) == 0:
@@ -65,12 +68,12 @@ class Axes:
                 return
 
     def size(self, size: Any) -> sympy.Expr:
-        """A size as an expression, equal ones in the same symbols."""
+        """Return a size as an expression; equal sizes are written in the same symbols."""
         expression = size_expression(size)
         return expression.xreplace(self._equal_sizes) if self._equal_sizes else expression
 
     def index(self, name: str, size: Any) -> Index:
-        """The index that runs over a whole dimension called `name`: an axis, its parts, or 0."""
+        """Return the index that runs over a whole dimension `name`: an axis, its parts, or 0."""
         expression = self.size(size)
         if expression == 1:
             return ZERO
@@ -85,7 +88,7 @@ class Axes:
         return self._refined(parts.outer) * parts.inner_size + self._refined(parts.inner)
 
     def split(self, request: SplitAxis) -> None:
-        """Take an axis apart."""
+        """Split an axis in two."""
         axis, inner_size = request.axis, request.inner
         outer, inner = _symbol(f"{axis}_0"), _symbol(f"{axis}_1")
         self.sizes[outer] = _divide_exactly(self.sizes[axis], inner_size) or ZERO
@@ -93,11 +96,14 @@ class Axes:
         self._parts[axis] = _Parts(outer, inner, inner_size)
 
     def product(self, axes: Iterable[Axis]) -> sympy.Expr:
-        """How many values the axes have together."""
+        """Return the number of values that the axes have together."""
         return sympy.Mul(*(self.sizes[axis] for axis in axes))
 
     def divide(self, index: Index, size: sympy.Expr) -> tuple[Index, Index]:
-        """Quotient and remainder of an index by a size. Raises `SplitAxis` where that is due."""
+        """Return quotient and remainder of an index by a size.
+
+        Raises `SplitAxis` if the size cuts an axis in two.
+        """
         if size == 1:
             return index, ZERO
         if self._below(index, size):
@@ -115,7 +121,7 @@ class Axes:
         return sympy.floor(index / size), sympy.Mod(index, size)
 
     def _split_across(self, term: Index, size: sympy.Expr) -> None:
-        """Raise where `term` is a multiple of an axis that `size` cuts in two."""
+        """Raise `SplitAxis` if `term` is a multiple of an axis that `size` cuts in two."""
         stride, axis = _stride(term)
         inner = None if axis is None else _divide_exactly(size, stride)
         if axis is None or inner is None or inner in (1, self.sizes[axis]) or stride.is_negative:
@@ -124,7 +130,7 @@ class Axes:
             raise SplitAxis(axis, inner)
 
     def _below(self, index: Index, size: sympy.Expr) -> bool:
-        """Whether 0 <= index < size is proved."""
+        """True if 0 <= index < size is proved."""
         if index.is_Integer and size.is_Integer:
             return bool(0 <= index < size)
         largest = ZERO
@@ -141,7 +147,7 @@ class Axes:
     def reshape(
         self, indices: Sequence[Index], sizes: Sequence[Any], source: Sequence[Any]
     ) -> Indices:
-        """Indices into `source`, the sizes before a reshape to `sizes`, of which `indices` are."""
+        """Return the indices before a reshape from the sizes `source` to `sizes`."""
         result: list[Index] = []
         for outer, inner in _groups(tuple(map(self.size, sizes)), tuple(map(self.size, source))):
             flat = ZERO
@@ -156,9 +162,9 @@ class Axes:
         return tuple(result)
 
     def digits(self, index: Index, size: Any) -> tuple[Axis, ...] | None:
-        """The axes that make up an index over a whole dimension, outermost first.
+        """Return the axes that make up an index over a whole dimension, outermost first.
 
-        None where the index is anything but those axes side by side: a part of a dimension, say.
+        None if the index is anything but axes side by side, such as a part of a dimension.
         """
         if isinstance(index, Axis):
             return (index,) if _equal(self.sizes[index], self.size(size)) else None
@@ -184,6 +190,22 @@ class Axes:
         return tuple(found) if _equal(stride, self.size(size)) else None
 
 
+def free_axes(indices: Iterable[Index]) -> frozenset[Axis]:
+    """Return the axes that occur in some indices."""
+    return frozenset(axis for index in indices for axis in index.atoms(Axis))
+
+
+def with_finer_axes(match: Callable[[Axes], Result]) -> Result | None:
+    """Return `match` of axes fine enough for every view in the way; None if none are."""
+    axes = Axes()
+    for _ in range(FINEST):
+        try:
+            return match(axes)
+        except SplitAxis as request:
+            axes.split(request)
+    return None
+
+
 @lru_cache(maxsize=4096)
 def _symbol(name: str) -> Axis:
     return Axis(name, integer=True, nonnegative=True)
@@ -191,7 +213,7 @@ def _symbol(name: str) -> Axis:
 
 @lru_cache(maxsize=4096)
 def _stride(term: Index) -> tuple[sympy.Expr, Axis | None]:
-    """A term as a number times an axis; times None where it is no such thing."""
+    """Return a term as a number times an axis; the axis is None if there is none."""
     factors = sympy.Mul.make_args(term)
     axes = [factor for factor in factors if isinstance(factor, Axis)]
     rest = [factor for factor in factors if not isinstance(factor, Axis)]
@@ -205,7 +227,7 @@ def _equal(left: sympy.Expr, right: sympy.Expr) -> bool:
 
 
 def _divide_exactly(value: sympy.Expr, by: sympy.Expr) -> sympy.Expr | None:
-    """`value / by` where that is a whole number whatever the symbols are, None elsewhere."""
+    """Return `value / by` if that is a whole number whatever the symbols are, else None."""
     if value.is_Integer and by.is_Integer:
         return sympy.Integer(value // by) if by != 0 and value % by == 0 else None
     ratio = sympy.cancel(value / by)
@@ -217,7 +239,7 @@ def _divide_exactly(value: sympy.Expr, by: sympy.Expr) -> sympy.Expr | None:
 def _groups(
     sizes: tuple[sympy.Expr, ...], source: tuple[sympy.Expr, ...]
 ) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    """Which dimensions of a reshaped tensor hold which of its source: the finest such pairs."""
+    """Return the finest pairs of dimensions of a reshaped tensor, and of its source, that match."""
     groups = []
     left, right = 0, 0
     while left < len(sizes) or right < len(source):

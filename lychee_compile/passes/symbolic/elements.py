@@ -1,9 +1,9 @@
-"""What an element of a tensor is, as a sympy expression of axes and of elements of graph inputs.
+"""Tell what an element of a tensor is: an expression of axes and of elements of graph inputs.
 
     arange(kv_len) <= arange(query_len)[:, None] + length        kv <= q + length
 
 Numbers are expressions, bool tensors are sympy Booleans, and a choice is a `Piecewise` at the top.
-Whatever is not elementwise stays an element of its tensor: `name[b, q]`.
+An element that no rule describes stays an element of its tensor: `name[b, q]`.
 """
 
 from __future__ import annotations
@@ -16,37 +16,40 @@ import torch
 import torch.fx
 from sympy.logic.boolalg import Boolean
 
+from lychee_compile.passes.graph.aliasing import storage_of
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
+    is_operator,
     is_tensor,
-    operator_key,
+    operator_of,
     scalar_of,
     shape_of,
     value_of,
 )
 from lychee_compile.passes.graph.names import Names
+from lychee_compile.passes.graph.operator_facts import Rule, View
 from lychee_compile.passes.symbolic.axes import ZERO, Axes, Axis, Index, Indices, size_expression
 from lychee_compile.passes.symbolic.elementwise import (
-    FUNCTIONS,
     Element,
     Flag,
     TooLarge,
     arithmetic,
     branch,
     choose,
+    function_of,
     is_truth,
     number,
     truth,
 )
-from lychee_compile.passes.symbolic.views import broadcast, source_of, storage_of
+from lychee_compile.passes.symbolic.views import broadcast, source_of
 
 DEEPEST = 40
-"""Operators up to which an element is followed, so that no chain through a model is."""
+"""Largest number of operators that an element is followed through."""
 
 
 class Elements:
-    """Evaluates elements of the tensors of one graph."""
+    """The elements of the tensors of one graph, as expressions."""
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class Elements:
         self._depth = 0
 
     def of(self, value: Any, indices: Indices = ()) -> Element:
-        """The element of a tensor node, or a number, at `indices`."""
+        """Return the element of a tensor node at `indices`, or a number."""
         scalar = scalar_of(value)
         if scalar is not None:
             return scalar
@@ -85,11 +88,11 @@ class Elements:
             self._depth -= 1
 
     def is_opaque(self, node: torch.fx.Node) -> bool:
-        """Whether `node` shows memory that is written to behind its back."""
+        """True if `node` shows memory that is written to through another view."""
         return bool(self._opaque) and storage_of(node) in self._opaque
 
     def load(self, node: torch.fx.Node, indices: Indices) -> Element:
-        """An element that stays what it is, by name."""
+        """Return an element of `node` by name, without a look at what made it."""
         name = self.names.of(node)
         dtype = value_of(node).dtype if is_tensor(node) else torch.float32
         symbol = symbol_of(name, dtype)
@@ -100,16 +103,15 @@ class Elements:
         if self.is_opaque(node) or node.op != "call_function":
             constant = self.names.constant(node)
             return self.load(node, indices) if constant is None else constant
-        key = operator_key(node)
-        if key in ("to", "_to_copy", "type_as", "view") and _changes_kind(node):
+        described = operator_of(node)
+        if _changes_kind(node):
             return self._converted(node, indices)
         viewed = source_of(node, indices, self.axes)
         if viewed is not None:
             return self.of(*viewed)
-        special = _SPECIAL.get(key)
-        if special is not None:
-            return special(self, node, indices)
-        function = FUNCTIONS.get(key)
+        if described.rule is not None:
+            return _RULES[described.rule](self, node, indices)
+        function = function_of(described)
         if function is None or len(shape_of(node)) != len(indices):
             return self.load(node, indices)
         return self._elementwise(function, node, indices)
@@ -127,7 +129,7 @@ class Elements:
         if alpha is None:
             return self.load(node, indices)
         if alpha != 1:
-            scaled = 0 if operator_key(node) == "rsub" else 1
+            scaled = 0 if is_operator(node, "rsub") else 1
             operands = operands[:2]
             operands[scaled] = choose(arithmetic(lambda value: value * alpha), operands[scaled])
         result = choose(function, *operands)
@@ -144,15 +146,21 @@ class Elements:
 
 
 def symbol_of(name: str, dtype: torch.dtype) -> sympy.Symbol:
-    """What a tensor is called in expressions: the elements of some are known to be integers."""
+    """Return the symbol of a tensor; it is an integer if the dtype is one."""
     kind = {} if dtype.is_floating_point or dtype == torch.bool else {"integer": True}
     return sympy.Symbol(name, **kind)
 
 
 def _changes_kind(node: torch.fx.Node) -> bool:
-    """Whether a cast goes to truth values, or from them, or cuts off fractions."""
+    """True if a copy goes to truth values, or from them, or cuts off fractions.
+
+    `view` with a dtype reads the bits of truth values as the numbers 1 and 0.
+    """
+    reads_bits = node.target is torch.ops.aten.view.dtype
+    if operator_of(node).view is not View.COPY and not reads_bits:
+        return False
     before, after = value_of(first_input(node)).dtype, value_of(node).dtype
-    cuts = before.is_floating_point and not after.is_floating_point
+    cuts = before.is_floating_point and not after.is_floating_point and not reads_bits
     return cuts or (before == torch.bool) != (after == torch.bool)
 
 
@@ -183,7 +191,7 @@ def _masked_fill(elements: Elements, node: torch.fx.Node, indices: Indices) -> E
 
 
 def _of_one_kind(node: torch.fx.Node, *values: Element) -> list[Element]:
-    """Truth values for a tensor of truth values: scalars among them come as numbers."""
+    """Return `values` as truth values if `node` holds such, because scalars come as numbers."""
     if value_of(node).dtype != torch.bool:
         return list(values)
     return [choose(truth, value) for value in values]
@@ -220,13 +228,13 @@ def _constant(value: int) -> Callable[..., Element]:
 
 
 def _full(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-    name = "s" if operator_key(node) == "scalar_tensor" else "fill_value"
+    name = "s" if is_operator(node, "scalar_tensor") else "fill_value"
     value = elements.of(argument(node, name))
     return truth(value) if value_of(node).dtype == torch.bool else value
 
 
 def _index(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-    """Indexing with tensors that are next to each other, as in `cache[rows, positions]`."""
+    """Return the element of indexing with neighbouring tensors, as in `cache[rows, positions]`."""
     source, chosen = first_input(node), list(argument(node, "indices"))
     places = [place for place, each in enumerate(chosen) if each is not None]
     bools = any(value_of(each).dtype == torch.bool for each in chosen if each is not None)
@@ -256,7 +264,7 @@ def _index(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element
 
 
 def _from_front(index: Index, size: Any, axes: Axes) -> Index:
-    """An index by numbers and axes that is negative, and so counts from the end, made positive."""
+    """Return an index that is negative, and so counts from the end, counted from the front."""
     ends = {axis: axes.sizes[axis] - 1 for axis in index.atoms(Axis)}
     known = index.is_number or (ends and index.free_symbols == set(ends))
     if known and index.xreplace(ends).is_negative:
@@ -265,12 +273,26 @@ def _from_front(index: Index, size: Any, axes: Axes) -> Index:
 
 
 def _index_select(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-    """`index_select`, and `embedding`, which selects rows."""
-    if operator_key(node) == "embedding":
-        source, dim, chosen = argument(node, "weight"), 0, argument(node, "indices")
-    else:
-        source, chosen = argument(node, "self"), argument(node, "index")
-        dim = argument(node, "dim") % len(shape_of(source))
+    source = argument(node, "self")
+    dim = argument(node, "dim") % len(shape_of(source))
+    return _selected(elements, node, indices, source, dim, argument(node, "index"))
+
+
+def _embedding(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
+    """Return the element of an embedding, which selects rows of its weight."""
+    chosen = argument(node, "indices")
+    return _selected(elements, node, indices, argument(node, "weight"), 0, chosen)
+
+
+def _selected(
+    elements: Elements,
+    node: torch.fx.Node,
+    indices: Indices,
+    source: torch.fx.Node,
+    dim: int,
+    chosen: torch.fx.Node,
+) -> Element:
+    """Return the element of `source` that the tensor `chosen` selects along `dim`."""
     rank = len(shape_of(chosen))
     at = elements.of(chosen, indices[dim : dim + rank])
     if isinstance(at, sympy.Piecewise) or is_truth(at):
@@ -281,7 +303,7 @@ def _index_select(elements: Elements, node: torch.fx.Node, indices: Indices) -> 
 
 
 def _index_put(elements: Elements, node: torch.fx.Node, indices: Indices) -> Element:
-    """`x[mask] = number`."""
+    """Return the element after `x[mask] = number`."""
     chosen, value = argument(node, "indices"), argument(node, "values")
     whole = len(chosen) == 1 and value_of(chosen[0]).dtype == torch.bool
     whole = whole and not argument(node, "accumulate", False)
@@ -292,27 +314,18 @@ def _index_put(elements: Elements, node: torch.fx.Node, indices: Indices) -> Ele
     return branch(hidden, *_of_one_kind(node, filled, before))
 
 
-_SPECIAL: dict[str, Callable[[Elements, torch.fx.Node, Indices], Element]] = {
-    "div": _divide,
-    "divide": _divide,
-    "true_divide": _divide,
-    "where": _where,
-    "masked_fill": _masked_fill,
-    "tril": _triangle(lambda row, column, diagonal: sympy.Le(column, row + diagonal)),
-    "triu": _triangle(lambda row, column, diagonal: sympy.Ge(column, row + diagonal)),
-    "arange": _arange,
-    "ones": _constant(1),
-    "ones_like": _constant(1),
-    "new_ones": _constant(1),
-    "zeros": _constant(0),
-    "zeros_like": _constant(0),
-    "new_zeros": _constant(0),
-    "full": _full,
-    "full_like": _full,
-    "new_full": _full,
-    "scalar_tensor": _full,
-    "index": _index,
-    "index_select": _index_select,
-    "embedding": _index_select,
-    "index_put": _index_put,
+_RULES: dict[Rule, Callable[[Elements, torch.fx.Node, Indices], Element]] = {
+    Rule.DIVIDE: _divide,
+    Rule.WHERE: _where,
+    Rule.MASKED_FILL: _masked_fill,
+    Rule.LOWER_TRIANGLE: _triangle(lambda row, column, diagonal: sympy.Le(column, row + diagonal)),
+    Rule.UPPER_TRIANGLE: _triangle(lambda row, column, diagonal: sympy.Ge(column, row + diagonal)),
+    Rule.ARANGE: _arange,
+    Rule.ONES: _constant(1),
+    Rule.ZEROS: _constant(0),
+    Rule.FULL: _full,
+    Rule.INDEX: _index,
+    Rule.INDEX_SELECT: _index_select,
+    Rule.EMBEDDING: _embedding,
+    Rule.INDEX_PUT: _index_put,
 }

@@ -1,7 +1,7 @@
 """Elements of tensors as sympy expressions: numbers, truth values, and choices between them.
 
 A choice is a `Piecewise` at the top of an expression, never inside: `choose` applies a function to
-each of its branches. `FUNCTIONS` has the elementwise operators of ATen.
+each of its branches. `function_of` gives the elementwise operators of ATen.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias
 
 import sympy
 from sympy.logic.boolalg import Boolean, BooleanFunction
 
+from lychee_compile.passes.graph.operator_facts import AtenOperator
+
 Element: TypeAlias = sympy.Expr | Boolean
 LONGEST_CHOICE = 6
-"""Branches up to which choices are followed; a tensor of more stays a tensor."""
+"""Largest number of branches of a choice; a tensor of more stays a tensor."""
 
 
 class Flag(BooleanFunction):
@@ -24,7 +27,7 @@ class Flag(BooleanFunction):
 
     @classmethod
     def eval(cls, *_: Any) -> None:
-        """Never evaluated: only a run knows it."""
+        """Leave the flag as it is: only a run knows its value."""
         return
 
     def _sympystr(self, printer: Any) -> str:
@@ -32,16 +35,16 @@ class Flag(BooleanFunction):
 
 
 class TooLarge(Exception):  # noqa: N818  the tensor stays a tensor
-    """An expression became larger than anybody wants to read."""
+    """An expression that is too large to read."""
 
 
 def is_truth(value: Element) -> bool:
-    """Whether an element is a truth value; symbols, which could be, are numbers here."""
+    """True if an element is a truth value; a bare symbol counts as a number."""
     return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
 
 
 def choose(function: Callable[..., Element], *operands: Element) -> Element:
-    """`function` of operands, any of which may be a choice: a choice of results."""
+    """Return `function` of operands, as a choice of results if any operand is a choice."""
     branches = [each.args if isinstance(each, sympy.Piecewise) else None for each in operands]
     if not any(branches):
         return function(*operands)
@@ -60,7 +63,7 @@ def choose(function: Callable[..., Element], *operands: Element) -> Element:
 
 
 def piecewise(branches: list[tuple[Element, Boolean]]) -> Element:
-    """The first value whose condition holds. Of truth values it is a truth value itself."""
+    """Return a choice of the first value whose condition holds, a truth value if all values are."""
     if all(is_truth(value) for value, _ in branches):
         result: Any = sympy.false
         for value, condition in reversed(branches):
@@ -70,7 +73,7 @@ def piecewise(branches: list[tuple[Element, Boolean]]) -> Element:
 
 
 def number(value: Element) -> sympy.Expr:
-    """A truth value as 1 or 0, as arithmetic takes it."""
+    """Return a truth value as 1 or 0, and a number as it is."""
     if value in (sympy.true, sympy.false):
         return sympy.Integer(int(bool(value)))
     if is_truth(value):
@@ -79,14 +82,14 @@ def number(value: Element) -> sympy.Expr:
 
 
 def truth(value: Element) -> Boolean:
-    """A number as whether it is not zero."""
+    """Return the condition that a number is not zero, and a truth value as it is."""
     if is_truth(value):
         return value
     return sympy.Ne(value, 0)
 
 
 def branch(condition: Boolean, yes: Element, no: Element) -> Element:
-    """A choice between two, either of which may be one already."""
+    """Return the choice between two values, either of which may be a choice itself."""
     branches = []
     for value, holds in ((yes, condition), (no, sympy.Not(condition))):
         pairs = value.args if isinstance(value, sympy.Piecewise) else [(value, sympy.true)]
@@ -98,7 +101,7 @@ def branch(condition: Boolean, yes: Element, no: Element) -> Element:
 
 
 def arithmetic(function: Callable[..., Any]) -> Callable[..., Element]:
-    """A function of numbers; truth values among its operands count as 1 and 0."""
+    """Return a function of numbers that takes truth values for 1 and 0."""
 
     def apply(*operands: Element) -> Element:
         numbers = [number(each) for each in operands]
@@ -114,7 +117,7 @@ def _logical(function: Callable[..., Any]) -> Callable[..., Element]:
 
 
 def _bitwise(logical: Callable[..., Any]) -> Callable[..., Element]:
-    """`&`, `|` and `~`, which are understood between truth values only."""
+    """Return a function of truth values that raises `TooLarge` for other integers."""
 
     def apply(*operands: Element) -> Element:
         if not all(is_truth(each) for each in operands):
@@ -124,58 +127,11 @@ def _bitwise(logical: Callable[..., Any]) -> Callable[..., Element]:
     return apply
 
 
-def _exclusive_or(left: Boolean, right: Boolean) -> Boolean:
-    """One of two; where the one implies the other, as a narrow band does a wide one, their gap."""
-    parts = [set(sympy.And.make_args(each)) for each in (left, right)]
-    if parts[0] <= parts[1]:
-        return sympy.And(left, sympy.Not(sympy.And(*(parts[1] - parts[0]))))
-    if parts[1] <= parts[0]:
-        return sympy.And(right, sympy.Not(sympy.And(*(parts[0] - parts[1]))))
-    return sympy.Xor(left, right)
-
-
-FUNCTIONS: dict[str, Callable[..., Element]] = {
-    "add": arithmetic(lambda a, b: a + b),
-    "sub": arithmetic(lambda a, b: a - b),
-    "subtract": arithmetic(lambda a, b: a - b),
-    "rsub": arithmetic(lambda a, b: b - a),
-    "mul": arithmetic(lambda a, b: a * b),
-    "multiply": arithmetic(lambda a, b: a * b),
-    "neg": arithmetic(lambda a: -a),
-    "abs": arithmetic(sympy.Abs),
-    "exp": arithmetic(sympy.exp),
-    "log": arithmetic(lambda a: -sympy.oo if a.is_zero else sympy.log(a)),
-    "sqrt": arithmetic(sympy.sqrt),
-    "rsqrt": arithmetic(lambda a: 1 / sympy.sqrt(a)),
-    "reciprocal": arithmetic(lambda a: 1 / a),
-    "tanh": arithmetic(sympy.tanh),
-    "sigmoid": arithmetic(lambda a: 1 / (1 + sympy.exp(-a))),
-    "pow": arithmetic(lambda a, b: a**b),
-    "square": arithmetic(lambda a: a**2),
-    "floor_divide": arithmetic(lambda a, b: sympy.floor(a / b)),
-    "remainder": arithmetic(sympy.Mod),
-    "maximum": arithmetic(sympy.Max),
-    "minimum": arithmetic(sympy.Min),
-    "le": arithmetic(sympy.Le),
-    "lt": arithmetic(sympy.Lt),
-    "ge": arithmetic(sympy.Ge),
-    "gt": arithmetic(sympy.Gt),
-    "eq": arithmetic(sympy.Eq),
-    "ne": arithmetic(sympy.Ne),
-    "less_equal": arithmetic(sympy.Le),
-    "less": arithmetic(sympy.Lt),
-    "greater_equal": arithmetic(sympy.Ge),
-    "greater": arithmetic(sympy.Gt),
-    "not_equal": arithmetic(sympy.Ne),
-    "logical_not": _logical(sympy.Not),
-    "logical_and": _logical(sympy.And),
-    "logical_or": _logical(sympy.Or),
-    "logical_xor": _logical(_exclusive_or),
-    "bitwise_not": _bitwise(sympy.Not),
-    "bitwise_and": _bitwise(sympy.And),
-    "bitwise_or": _bitwise(sympy.Or),
-    "bitwise_xor": _bitwise(_exclusive_or),
-    "__and__": _bitwise(sympy.And),
-    "__or__": _bitwise(sympy.Or),
-}
-"""Elementwise operators as functions of their elements."""
+@cache
+def function_of(described: AtenOperator) -> Callable[..., Element] | None:
+    """Return an elementwise operator as a function of its elements; None if it is not known."""
+    if described.numbers is not None:
+        return arithmetic(described.numbers)
+    if described.truths is not None:
+        return _logical(described.truths)
+    return None if described.bits is None else _bitwise(described.bits)

@@ -1,6 +1,6 @@
-"""Where the elements of a view come from: indices, carried back through shape operators.
+"""Carry indices back through views and copies: tell where an element of a view comes from.
 
-One small function for each kind of operator. All say which tensor is the source and, given an index
+There is one small function for each kind of view. Each returns the source tensor and, from an index
 for each dimension of the output, the index for each dimension of the source.
 """
 
@@ -17,20 +17,23 @@ import torch.fx
 from lychee_compile.passes.graph.dataflow import (
     argument,
     first_input,
-    operator_key,
+    is_operator,
+    operator_of,
     scalar_of,
     shape_of,
 )
+from lychee_compile.passes.graph.operator_facts import View
 from lychee_compile.passes.symbolic.axes import ZERO, Axes, Indices, size_expression
 
 Source = tuple[torch.fx.Node, Indices]
 
 
 def source_of(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
-    """The tensor that `node` is a view or copy of, with indices; None where it is no such thing."""
+    """Return the tensor that `node` is a view or copy of, with indices; None if it is no view."""
     if node.target is operator.getitem:
         return _part_of_several(node, indices)
-    rule = _RULES.get(operator_key(node))
+    view = operator_of(node).view
+    rule = None if view is None else _RULES.get(view)
     return None if rule is None else rule(node, indices, axes)
 
 
@@ -51,7 +54,7 @@ def _broadcast(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
 
 
 def broadcast(indices: Indices, sizes: Any, wide: Any) -> Indices:
-    """Indices into a tensor of `sizes` that broadcasts to `wide`, which `indices` are of."""
+    """Return indices into a tensor of `sizes` that broadcasts to `wide`, which `indices` have."""
     ours = indices[len(indices) - len(sizes) :]
     wide = wide[len(wide) - len(sizes) :]
     return tuple(
@@ -61,7 +64,7 @@ def broadcast(indices: Indices, sizes: Any, wide: Any) -> Indices:
 
 
 def _permuted(order: list[int]) -> Callable[[Indices], Indices]:
-    """The source's indices where output dimension i is source dimension `order[i]`."""
+    """Return a function to the source's indices if output dimension i is `order[i]` there."""
     return lambda indices: tuple(indices[order.index(place)] for place in range(len(order)))
 
 
@@ -70,21 +73,26 @@ def _permute(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
     return first_input(node), _permuted(order)(indices)
 
 
-def _swap(first: str | int, second: str | int) -> Callable[..., Source]:
-    def rule(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
-        dims = [each if isinstance(each, int) else argument(node, each) for each in (first, second)]
-        if len(indices) < 2:
-            return first_input(node), indices
-        order = list(range(len(indices)))
-        one, other = (int(dim) % len(order) for dim in dims)
-        order[one], order[other] = order[other], order[one]
-        return first_input(node), _permuted(order)(indices)
+def _swap(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    """Follow an operator that names two dimensions after its input."""
+    formals = node.target._schema.arguments[1:3]  # type: ignore[union-attr]
+    first, second = (int(argument(node, each.name)) for each in formals)
+    return _swapped(node, indices, first, second)
 
-    return rule
+
+def _swap_last(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
+    return _swapped(node, indices, -2, -1)
+
+
+def _swapped(node: torch.fx.Node, indices: Indices, first: int, second: int) -> Source:
+    order = list(range(len(indices)))
+    if len(order) > 1:
+        order[first], order[second] = order[second], order[first]
+    return first_input(node), _permuted(order)(indices)
 
 
 def _move(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
-    """`movedim`, which tells of source and destination dimensions."""
+    """Follow `movedim`, which names source and destination dimensions."""
     rank = len(indices)
     given = (argument(node, "source"), argument(node, "destination"))
     source, goal = (
@@ -121,7 +129,7 @@ def _slice(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
 
 
 def _bound(value: Any, size: Any) -> sympy.Expr | None:
-    """An index or start of a slice, counted from the front; None where a tensor holds it."""
+    """Return an index or start of a slice, counted from the front; None if a tensor holds it."""
     at = scalar_of(value)
     if at is None:
         return None
@@ -133,16 +141,15 @@ def _bound(value: Any, size: Any) -> sympy.Expr | None:
 
 
 def _part_of_several(node: torch.fx.Node, indices: Indices) -> Source | None:
-    """One of the outputs of `chunk`, `split`, `unbind` and their like."""
+    """Follow one of the outputs of `chunk`, `split`, `unbind` and the like."""
     several, which = first_input(node), node.args[1]
     if several.op != "call_function" or not isinstance(which, int):
         return None
-    key = operator_key(several)
-    if key not in _SEVERAL:
+    if operator_of(several).view is not View.PARTS:
         return None
     source = first_input(several)
     dim = argument(several, "dim", 0) % len(shape_of(source))
-    if key == "unbind":
+    if is_operator(several, "unbind"):
         return source, (*indices[:dim], sympy.Integer(which), *indices[dim:])
     parts = several.meta["val"]
     start = sum((size_expression(part.shape[dim]) for part in parts[:which]), ZERO)
@@ -150,7 +157,7 @@ def _part_of_several(node: torch.fx.Node, indices: Indices) -> Source | None:
 
 
 def _repeat(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
-    """`repeat` lays whole copies one after the other."""
+    """Follow `repeat`, which lays whole copies one after the other."""
     source = first_input(node)
     sizes = shape_of(source)
     ours = indices[len(indices) - len(sizes) :]
@@ -161,7 +168,7 @@ def _repeat(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
 
 
 def _repeat_interleave(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source | None:
-    """`repeat_interleave` lays the copies of one element side by side."""
+    """Follow `repeat_interleave`, which lays copies of one element side by side."""
     source, dim = first_input(node), argument(node, "dim")
     times = scalar_of(argument(node, "repeats"))
     if times is None or (dim is None and len(shape_of(source)) != 1):
@@ -180,113 +187,26 @@ def _flip(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
     )
 
 
-def _rule_names() -> dict[str, Callable[..., Source | None]]:
-    copies = (
-        "alias", "clone", "contiguous", "detach", "detach_", "to", "_to_copy", "lift_fresh_copy",
-        "lift_fresh", "type_as", "positive", "float", "double", "half", "bfloat16",
-    )  # fmt: skip
-    reshapes = (
-        "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze",
-        "view_as", "reshape_as", "ravel", "atleast_2d", "atleast_3d",
-    )  # fmt: skip
-    rules: dict[str, Callable[..., Source | None]] = dict.fromkeys(copies, _copy)
-    rules |= dict.fromkeys(reshapes, _reshape)
-    rules |= dict.fromkeys(("expand", "expand_as", "broadcast_to"), _broadcast)
-    rules |= dict.fromkeys(("t", "mT", "mH", "adjoint", "matrix_H"), _swap(-2, -1))
-    rules |= {"transpose": _swap("dim0", "dim1"), "swapaxes": _swap("axis0", "axis1")}
-    rules |= {"swapdims": _swap("dim0", "dim1"), "permute": _permute}
-    rules |= {"movedim": _move, "moveaxis": _move, "numpy_T": _reverse}
-    rules |= {"select": _select, "slice": _slice, "narrow": _slice, "flip": _flip}
-    rules |= {"repeat": _repeat, "tile": _repeat, "repeat_interleave": _repeat_interleave}
-    return rules
-
-
-_SEVERAL = {
-    "chunk", "split", "split_with_sizes", "unbind", "unsafe_chunk", "unsafe_split",
-    "tensor_split", "unsafe_split_with_sizes",
-}  # fmt: skip
-_RULES = _rule_names()
-_ONE_TO_ONE = {
-    key for key, rule in _RULES.items() if rule in (_copy, _reshape, _permute, _move, _reverse)
-} | {"transpose", "swapaxes", "swapdims", "t", "mT", "mH", "adjoint"}
-MERE_COPIES = {key for key, rule in _RULES.items() if rule is _copy}
-"""Operators whose output has the values and the shape of their input, but for the dtype."""
-
-
-def storage_of(node: torch.fx.Node) -> torch.fx.Node:
-    """The node whose memory `node` shows, or may show: itself where it has its own."""
-    while node.op == "call_function" and node.args:
-        several = node.target is operator.getitem
-        maker = first_input(node) if several else node
-        if not _may_share(maker) or not isinstance(maker.args[0], (torch.fx.Node, list, tuple)):
-            return node
-        source: Any = maker.args[0]
-        if not isinstance(source, torch.fx.Node):  # broadcast_tensors and meshgrid take a list
-            source = source[node.args[1] if several else 0]
-        node = source
-    return node
-
-
-def _may_share(node: torch.fx.Node) -> bool:
-    """Whether an operator may give its input's memory, changed in place or not."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or operator_key(node) in _FRESH:
-        return False
-    annotated = any(each.alias_info is not None for each in schema.returns)
-    return annotated or operator_key(node) in _UNANNOTATED
-
-
-_FRESH = {"clone", "_to_copy", "lift_fresh_copy", "repeat", "tile", "repeat_interleave", "flip"}
-_UNANNOTATED = {
-    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "atleast_1d",
-    "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "type_as",
-    "hsplit", "vsplit", "dsplit", "rrelu", "lift_fresh",
-}  # fmt: skip
-"""Operators that may return a view of an input without saying so."""
-
-
-def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """The tensors that an operator writes to."""
-    schema = getattr(node.target, "_schema", None)
-    if (
-        schema is None
-        or not schema.is_mutable
-        or operator_key(node) in ("detach_", "requires_grad_")
-    ):
-        return []
-    written = []
-    for formal in schema.arguments:
-        if formal.alias_info is not None and formal.alias_info.is_write:
-            given = argument(node, formal.name)
-            given = given if isinstance(given, (list, tuple)) else [given]
-            written += [each for each in given if isinstance(each, torch.fx.Node)]
-    return written
+Rule = Callable[[torch.fx.Node, Indices, Axes], Source | None]
+_RULES: dict[View, Rule] = {
+    View.COPY: _copy,
+    View.RESHAPE: _reshape,
+    View.BROADCAST: _broadcast,
+    View.SWAP: _swap,
+    View.SWAP_LAST: _swap_last,
+    View.PERMUTE: _permute,
+    View.MOVE: _move,
+    View.REVERSE: _reverse,
+    View.SELECT: _select,
+    View.SLICE: _slice,
+    View.REPEAT: _repeat,
+    View.INTERLEAVE: _repeat_interleave,
+    View.FLIP: _flip,
+}
+"""Rule of each kind of view but `PARTS`, whose outputs `getitem` takes."""
 
 
 def is_shape_operator(node: torch.fx.Node) -> bool:
-    """Whether the output of `node` shows all elements of its input, each once."""
-    return operator_key(node) in _ONE_TO_ONE
-
-
-def is_view_of_part(node: torch.fx.Node) -> bool:
-    """Whether `node` is one output of `chunk`, `split` or `unbind`."""
-    return node.target is operator.getitem and operator_key(node.args[0]) in _SEVERAL
-
-
-CARRIERS = {
-    *_RULES, *_SEVERAL, "dropout", "native_dropout", "nan_to_num", "masked_fill", "where", "mul",
-    "multiply", "div", "add", "sub", "pow", "relu", "clamp", "clamp_min",
-}  # fmt: skip
-"""Operators through which the elements of a tensor go on, one by one."""
-
-
-_PURE_VIEWS = {
-    "alias", "detach", "view", "expand", "expand_as", "unsqueeze", "squeeze", "transpose",
-    "permute", "t", "mT", "mH", "select", "slice", "narrow", "swapaxes", "swapdims",
-    "movedim", "unflatten",
-}  # fmt: skip
-
-
-def is_pure_view(node: torch.fx.Node) -> bool:
-    """Whether `node` shows the memory of its input and copies nothing, in any case."""
-    return operator_key(node) in _PURE_VIEWS or is_view_of_part(node)
+    """True if the output of `node` shows all elements of its input, each once."""
+    view = operator_of(node).view
+    return view is not None and view.keeps_all

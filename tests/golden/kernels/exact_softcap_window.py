@@ -7,6 +7,9 @@ visible: (length + q >= kv) & (length + q - 4096 < kv)
 import triton
 import triton.language as tl
 
+POLICY = None  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ("length",)  # tensors that score and mask read, in the order of a call
+
 
 GROUP = tl.constexpr(2)  # query heads that share a KV head
 ROWS = tl.constexpr(16)
@@ -14,24 +17,24 @@ HEAD_DIM = tl.constexpr(256)
 DIM = tl.constexpr(256)
 VALUE_DIM = tl.constexpr(256)
 WIDTH = tl.constexpr(256)
-AUTOTUNE = False  # whether tile sizes are measured at the first call
+AUTOTUNE = False  # if True, the first call measures tile sizes
 
 
 @triton.jit
 def visible(b, h, q, kv, kv_len, inside, length):
-    """Which keys of the slots kv [1, N] the query heads h [ROWS, 1] see, of those `inside`."""
+    """True for slots kv [1, N] that are `inside` and whose keys the heads h [ROWS, 1] see."""
     return inside & ((tl.load(length) + q >= kv) & (tl.load(length) + q - 4096 < kv))
 
 
 @triton.jit
 def score(s, b, h, q, kv, inside, length):
-    """What a product s [ROWS, N] of query and key is to the softmax, in bits."""
+    """Return the scores, in bits, for products s [ROWS, N] of queries and keys."""
     return 72.13475204444816 * (1 - 2 / (tl.exp(s / 400) + 1))
 
 
 @triton.jit
 def seen_range(b, q, kv_len, length):
-    """First slot that query q sees, and the one after its last: it sees all between."""
+    """Return the first slot that query q sees and the one after the last; it sees all between."""
     first = tl.maximum(tl.load(length) + q - 4095, 0)
     end = tl.minimum(kv_len, tl.load(length) + q + 1)
     return first.to(tl.int32), tl.maximum(first, end).to(tl.int32)
@@ -39,7 +42,7 @@ def seen_range(b, q, kv_len, length):
 
 @triton.jit
 def load_queries(query, b, kv_head, t, stride_b, stride_h, stride_t, stride_d):
-    """Queries [ROWS, DIM] of a group at position t, and their heads; the last one fills up."""
+    """Return the queries [ROWS, DIM] of a group at position t, and their heads, padded."""
     h = kv_head * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1)
     d = tl.arange(0, DIM)
     place = query + b.to(tl.int64) * stride_b + t * stride_t
@@ -52,7 +55,7 @@ def attend_to(
     slot, inside, queries, heads, top, total, result, b, t, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
 ):
-    """One step of online softmax over the keys in the slots [N] that are `inside`."""
+    """Do one step of online softmax over the keys in the slots [N] that are `inside`."""
     seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], length)
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
@@ -78,7 +81,7 @@ def attend_to(
 
 @triton.jit
 def store_part(top, total, result, head_row, split, splits, partial, partial_top, partial_sum):
-    """Leave what one program has of a group's attention for `combine`."""
+    """Store one program's part of a group's attention for `combine`."""
     g, width = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     row = (head_row.to(tl.int64) * splits + split) * GROUP + g
     tl.store(partial_top + row, top, mask=g < GROUP)
@@ -129,7 +132,7 @@ def read_all(
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
     KEYS: tl.constexpr,
 ):
-    """Every splits-th tile of KEYS keys; a tile of hidden keys is not read."""
+    """Attend to every splits-th run of KEYS keys; a run of hidden keys is not read."""
     first, end = seen_range(b, t, kv_len, length)
     for start in range(first // KEYS * KEYS + split * KEYS, end, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
@@ -150,7 +153,7 @@ def attend_all(
     kv_len, kv_heads, query_len, splits, length,
     KEYS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Attention over all visible keys, for the heads of one group at one position."""
+    """Attend from the heads of one group at one position to all visible keys."""
     head_row, split = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len

@@ -1,4 +1,4 @@
-"""Attention of whole sequences: prefill lychee bf16 g4 d128.
+"""Prefill attention: prefill lychee bf16 g4 d128.
 
 score(s) = 0.0883883476483184*s
 visible: kv <= q
@@ -7,38 +7,41 @@ visible: kv <= q
 import triton
 import triton.language as tl
 
+POLICY = "lychee"  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ()  # tensors that score and mask read, in the order of a call
+
 
 GROUP = tl.constexpr(4)  # query heads that share a KV head
 HEAD_DIM = tl.constexpr(128)
 DIM = tl.constexpr(128)
 VALUE_DIM = tl.constexpr(128)
 WIDTH = tl.constexpr(128)
-AUTOTUNE = False  # whether tile sizes are measured at the first call
+AUTOTUNE = False  # if True, the first call measures tile sizes
 TILE = tl.constexpr(128)  # query positions that read the same keys
-PARTS = tl.constexpr(8)  # parts of a tile, each of which asks with its centre
+PARTS = tl.constexpr(8)  # parts of a tile, each of which votes with its mean query
 PART = tl.constexpr(16)
 SAMPLE = tl.constexpr(16)  # one key in so many stands for all in a denominator
 SINKS = tl.constexpr(16)  # first tokens, always read
-RECENT = tl.constexpr(64)  # last tokens, and those near the tile's own: likewise
-BINS = tl.constexpr(256)  # of a histogram of shares; 0: not to choose from, 1: no part sees it
+RECENT = tl.constexpr(64)  # last tokens and tokens near the tile's own, always read
+BINS = tl.constexpr(256)  # bins of a histogram of shares; 0: not to be chosen, 1: no part sees it
 LAST_BIN = tl.constexpr(248)  # a share of 1, in eighths of an octave
 
 
 @triton.jit
 def visible(b, h, q, kv, kv_len, inside):
-    """Which keys of the slots kv [1, N] the query heads h [ROWS, 1] see, of those `inside`."""
+    """True for slots kv [1, N] that are `inside` and whose keys the heads h [ROWS, 1] see."""
     return inside & (kv <= q)
 
 
 @triton.jit
 def score(s, b, h, q, kv, inside):
-    """What a product s [ROWS, N] of query and key is to the softmax, in bits."""
+    """Return the scores, in bits, for products s [ROWS, N] of queries and keys."""
     return 0.12751743082459868 * s
 
 
 @triton.jit
 def seen_range(b, q, kv_len):
-    """First slot that query q sees, and the one after its last: it sees all between."""
+    """Return the first slot that query q sees and the one after the last; it sees all between."""
     first = tl.full([], 0, tl.int32)
     end = tl.minimum(kv_len, q + 1)
     return first.to(tl.int32), tl.maximum(first, end).to(tl.int32)
@@ -46,10 +49,11 @@ def seen_range(b, q, kv_len):
 
 @triton.jit
 def edges(b, tile, query_len, kv_len, SELF: tl.constexpr):
-    """Slots [first, begin), [own, own_end) and [stop, end) that a tile reads in any case.
+    """Return first, begin, own, own_end, stop and end of the slots that a tile always reads.
 
-    Between them all of its queries see all keys, if the mask has no holes. Queries that see no key
-    do not count. With SELF, queries and keys are the same tokens.
+    These are the slots [first, begin), [own, own_end) and [stop, end). If the mask has no holes,
+    all queries of the tile see all keys between them. Queries that see no key do not count. With
+    SELF, queries and keys are the same tokens.
     """
     q = tile * TILE + tl.arange(0, TILE)
     last = tl.minimum(tile * TILE + TILE, query_len)
@@ -71,7 +75,7 @@ def edges(b, tile, query_len, kv_len, SELF: tl.constexpr):
 
 @triton.jit
 def stretches(edge, place):
-    """What `ask` has left of `edges` for one tile."""
+    """Return what `ask` has stored of `edges` for one tile."""
     edge += place * 8
     own, own_end = tl.load(edge + 2), tl.load(edge + 3)
     return tl.load(edge), tl.load(edge + 1), own, own_end, tl.load(edge + 4), tl.load(edge + 5)
@@ -79,11 +83,7 @@ def stretches(edge, place):
 
 @triton.jit
 def seen_by(b, h, begin, query_len, slot, kv_len, inside):
-    """Which of the slots that are `inside` parts see that begin at queries `begin`.
-
-    And which of them no query before the part sees, but its last does. One of slots and parts is a
-    row, the other a column.
-    """
+    """Return the slots that are `inside`, for all parts; the second result means nothing."""
     seen = inside & (begin >= 0)
     return seen, seen
 
@@ -95,9 +95,9 @@ def ask(
     centres, totals, edge, first_row, heads, tiles, query_len, kv_len,
     KEYS: tl.constexpr, TILES: tl.constexpr, SELF: tl.constexpr,
 ):
-    """The mean query of each part of TILES tiles of one head, and log2 of its denominator.
+    """Store the mean query of each part of TILES tiles of one head, and log2 of its denominator.
 
-    A tile that fills up the last of its head sees nothing.
+    A tile after the last query of its head sees nothing.
     """
     place = tl.program_id(0) * TILES
     row = first_row + place
@@ -168,10 +168,10 @@ def scan(
     first_row, heads, tiles, query_len, kv_len, splits,
     KEYS: tl.constexpr, TILES: tl.constexpr,
 ):
-    """Bins [TILES, kv_len] of the largest share that any part of a tile gives a key.
+    """Store bins [TILES, kv_len] of the largest share that any part of a tile gives a key.
 
-    TILES tiles of one head share what is read of the keys, the splits-th part of them. The parts of
-    a tile are so far apart in a product that one thread has them all.
+    A program reads every splits-th run of KEYS keys, once for TILES tiles of one head. Columns of
+    its products are ordered so that one thread has all parts of a tile.
     """
     place, split = tl.program_id(0) * TILES, tl.program_id(1)
     row = first_row + place
@@ -218,8 +218,8 @@ def scan(
 
 @triton.jit
 def bins_between(bins, bin_room, slot, begin, stop):
-    """The bins of the slots [N] that are in [begin, stop); of others 0."""
-    # Whole runs of 16 are loaded, also what was never written: masks by slot would take one by one.
+    """Return the bins of the slots [N] that are in [begin, stop), and 0 for others."""
+    # Runs of 16 are loaded whole, even bins never written: a mask by slot would load one by one.
     entry = tl.load(bins + slot, mask=slot < bin_room, other=0).to(tl.int32)
     inside = (slot - begin).to(tl.uint32) < (stop - begin).to(tl.uint32)
     return tl.where(inside, entry, 0)
@@ -227,7 +227,7 @@ def bins_between(bins, bin_room, slot, begin, stop):
 
 @triton.jit
 def room_for(seen, always, share, most, shortest, capacity):
-    """How many keys may be chosen, where so many are seen beside those that are always read."""
+    """Return how many keys may be chosen, if `seen` are seen beside the `always` read."""
     allowed = tl.minimum(tl.ceil((always + seen) * share).to(tl.int32), most)
     allowed = tl.where(always + seen < shortest, 2**30, allowed)
     return tl.minimum(tl.maximum(allowed - always, 0), capacity)
@@ -235,7 +235,7 @@ def room_for(seen, always, share, most, shortest, capacity):
 
 @triton.jit
 def cut_of(held, level, room):
-    """The highest level at or above which are more than `room`, or 0, and how many are above it."""
+    """Return the highest level with more than `room` at or above it, or 0, and the number above."""
     through = tl.cumsum(held, 0, reverse=True)
     cut = tl.max(tl.where(through > room, level, 0), 0)
     return cut, tl.max(tl.where(level > cut, through, 0), 0)
@@ -243,7 +243,7 @@ def cut_of(held, level, room):
 
 @triton.jit
 def counted(bins, bin_room, begin, stop, LANES: tl.constexpr):
-    """How many of the slots [begin, stop) are in each bin: [BINS]."""
+    """Count the slots [begin, stop) in each bin but the first: int32 [BINS]."""
     held = tl.zeros([BINS], tl.int32)
     for start in range(begin // 16 * 16, stop, LANES):
         slot = start + tl.arange(0, LANES)
@@ -256,11 +256,11 @@ def choose(
     edge, bins, bin_room, chosen, counts, capacity, share, most, shortest,
     LANES: tl.constexpr,
 ):
-    """The list of the keys that a tile reads, beside those it reads in any case.
+    """List the keys that a tile reads beside those that it always reads.
 
-    Of those it sees the given share, or at most so many where that is less; all of them where they
-    are fewer than `shortest`. A histogram takes long: one of a sample of runs of 16 keys says which
-    bins the budget may end in, and these alone are counted.
+    A tile reads a `share` of the keys that it sees, but at most `most`. It reads all if it sees
+    fewer than `shortest`. A histogram of all keys takes long. One of a sample, in runs of 16 keys,
+    says which bins the budget may end in, and these alone are counted.
     """
     row = tl.program_id(0)
     first, begin, own, own_end, stop, end = stretches(edge, row)
@@ -277,7 +277,7 @@ def choose(
     sampled = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
     cut, _ = cut_of(held, level, sampled)
     low = tl.minimum(tl.maximum(cut - 4, 0), BINS - 9)
-    # A byte for each of the eight bins above: how many of 16 keys are in it; in the last or above.
+    # A byte for each of eight bins from low + 1 on counts 16 keys; the last has all above, too.
     byte, near = tl.arange(0, 8), tl.zeros([8], tl.int32)
     for start in range(begin // 16 * 16, stop, LANES):
         entry = bins_between(bins, bin_room, start + lane, begin, stop)
@@ -299,8 +299,8 @@ def choose(
     for start in range(begin // 16 * 16, stop, LANES):
         slot = start + lane
         entry = bins_between(bins, bin_room, slot, begin, stop)
-        # In one sum, those above the cut in the high half and those at it, which come until none
-        # is left to take, in the low.
+        # One sum counts both: keys above the cut in its high half, keys at the cut in its low
+        # half. Keys at the cut are taken until none is left.
         kind = tl.where(entry > cut, 65536, (entry == cut).to(tl.int32))
         order = tl.cumsum(kind, 0)
         ties = tl.minimum(order & 65535, left)
@@ -314,7 +314,7 @@ def choose(
     tl.store(counts + row, count)
 
 
-MOST = tl.constexpr(2.0**100)  # of what a query's keys weigh in all: far from overflow
+MOST = tl.constexpr(2.0**100)  # largest sum of a query's weights: far from overflow
 
 
 @triton.jit
@@ -322,10 +322,10 @@ def weigh(
     slot, base, asking, total, result, b, h, q,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
 ):
-    """One step of softmax over the keys in the slots [N], all of which all queries see.
+    """Do one step of softmax over the keys in the slots [N], all of which all queries see.
 
-    Weights are relative to `base`, the largest score [ROWS] of what was read first: sinks and what
-    is near. No larger one has to be looked for, and nothing that was summed up is scaled again.
+    Weights are relative to `base` [ROWS], the largest scores of the keys read first, sinks and near
+    keys. So no larger score has to be looked for, and no sum is scaled again.
     """
     d, width, line = tl.arange(0, DIM), tl.arange(0, WIDTH), slot.to(tl.int64)[:, None]
     keys = tl.load(key + line * key_stride_l + d[None, :] * key_stride_d)
@@ -336,15 +336,16 @@ def weigh(
     values = tl.load(value + line * value_stride_l + width[None, :] * value_stride_d)
     return total, tl.dot(weight.to(values.dtype), values, result)
 
+
 @triton.jit
 def read_listed(
     from_place, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
-    """Online softmax over the chosen keys from a place in their list on, and all read in any case.
+    """Do online softmax over the list of chosen keys, from a place on, and what is always read.
 
-    Those are the three stretches [first, begin), [own, own_end) and [stop, end).
+    Always read are the three stretches [first, begin), [own, own_end) and [stop, end).
     """
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -362,8 +363,8 @@ def read_listed(
         )
         inside = (place < items)[None, :]
         seen = visible(b, h, q[:, None], slot[None, :], kv_len, inside)
-        seen = seen & (q >= 0)[:, None]  # a row for each query, also where all see the same
-        held = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]  # what nobody sees may hold anything
+        seen = seen & (q >= 0)[:, None]  # a row for each query, even if all see the same
+        held = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]  # unseen slots may hold anything
         line = slot.to(tl.int64)[:, None]
         keys = tl.load(
             key + line * key_stride_l + d[None, :] * key_stride_d,
@@ -381,7 +382,7 @@ def read_listed(
 
 @triton.jit
 def softmax_step(bits, seen, values, top, total, result):
-    """One step of online softmax: the scores `bits` [ROWS, N], where `seen`, weigh `values`."""
+    """Do one step of online softmax over `values`, by their scores `bits` [ROWS, N] if `seen`."""
     bits = tl.where(seen, bits, float("-inf"))
     most = tl.maximum(top, tl.max(bits, 1))
     base = tl.where(most == float("-inf"), 0.0, most)
@@ -402,7 +403,7 @@ def attend(
     edge, chosen, counts, capacity, first_row, heads, tiles, query_len, kv_len,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
-    """Attention of ROWS queries of a tile over the keys that the tile reads."""
+    """Attend from ROWS queries of a tile to the keys that the tile reads."""
     # The last tiles of a causal sequence take longest: they go first.
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     row = first_row + number

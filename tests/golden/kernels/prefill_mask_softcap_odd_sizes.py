@@ -1,4 +1,4 @@
-"""Attention of whole sequences: prefill lychee f16 g3 d80 v64.
+"""Prefill attention: prefill lychee f16 g3 d80 v64.
 
 score(s) = 30*tanh(s/240)
 visible: (length + q - 4096 < kv) & mask[b, 0, q, kv]
@@ -7,39 +7,42 @@ visible: (length + q - 4096 < kv) & mask[b, 0, q, kv]
 import triton
 import triton.language as tl
 
+POLICY = "lychee"  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ("mask", "length")  # tensors that score and mask read, in the order of a call
+
 
 GROUP = tl.constexpr(3)  # query heads that share a KV head
 HEAD_DIM = tl.constexpr(80)
 DIM = tl.constexpr(128)
 VALUE_DIM = tl.constexpr(64)
 WIDTH = tl.constexpr(64)
-AUTOTUNE = False  # whether tile sizes are measured at the first call
+AUTOTUNE = False  # if True, the first call measures tile sizes
 TILE = tl.constexpr(128)  # query positions that read the same keys
-PARTS = tl.constexpr(8)  # parts of a tile, each of which asks with its centre
+PARTS = tl.constexpr(8)  # parts of a tile, each of which votes with its mean query
 PART = tl.constexpr(16)
 SAMPLE = tl.constexpr(16)  # one key in so many stands for all in a denominator
 SINKS = tl.constexpr(16)  # first tokens, always read
-RECENT = tl.constexpr(64)  # last tokens, and those near the tile's own: likewise
-BINS = tl.constexpr(256)  # of a histogram of shares; 0: not to choose from, 1: no part sees it
+RECENT = tl.constexpr(64)  # last tokens and tokens near the tile's own, always read
+BINS = tl.constexpr(256)  # bins of a histogram of shares; 0: not to be chosen, 1: no part sees it
 LAST_BIN = tl.constexpr(248)  # a share of 1, in eighths of an octave
-LOG2E = tl.constexpr(1.4426950408889634)  # of extra logits
+LOG2E = tl.constexpr(1.4426950408889634)  # converts extra logits to bits
 
 
 @triton.jit
 def visible(b, h, q, kv, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
-    """Which keys of the slots kv [1, N] the query heads h [ROWS, 1] see, of those `inside`."""
+    """True for slots kv [1, N] that are `inside` and whose keys the heads h [ROWS, 1] see."""
     return inside & ((tl.load(mask + b * mask_stride_0 + q * mask_stride_2 + kv * mask_stride_3, mask=inside, other=0) != 0) & (tl.load(length) + q - 4096 < kv))
 
 
 @triton.jit
 def score(s, b, h, q, kv, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
-    """What a product s [ROWS, N] of query and key is to the softmax, in bits."""
+    """Return the scores, in bits, for products s [ROWS, N] of queries and keys."""
     return 43.2808512266689 * (1 - 2 / (tl.exp(s / 120) + 1))
 
 
 @triton.jit
 def seen_range(b, q, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
-    """First slot that query q may see, and the one after its last."""
+    """Return the first slot that query q may see and the one after the last."""
     first = tl.maximum(tl.load(length) + q - 4095, 0)
     end = kv_len
     return first.to(tl.int32), tl.maximum(first, end).to(tl.int32)
@@ -47,10 +50,11 @@ def seen_range(b, q, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, 
 
 @triton.jit
 def edges(b, tile, query_len, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, SELF: tl.constexpr):
-    """Slots [first, begin), [own, own_end) and [stop, end) that a tile reads in any case.
+    """Return first, begin, own, own_end, stop and end of the slots that a tile always reads.
 
-    Between them all of its queries see all keys, if the mask has no holes. Queries that see no key
-    do not count. With SELF, queries and keys are the same tokens.
+    These are the slots [first, begin), [own, own_end) and [stop, end). If the mask has no holes,
+    all queries of the tile see all keys between them. Queries that see no key do not count. With
+    SELF, queries and keys are the same tokens.
     """
     q = tile * TILE + tl.arange(0, TILE)
     last = tl.minimum(tile * TILE + TILE, query_len)
@@ -72,7 +76,7 @@ def edges(b, tile, query_len, kv_len, mask, mask_stride_0, mask_stride_1, mask_s
 
 @triton.jit
 def stretches(edge, place):
-    """What `ask` has left of `edges` for one tile."""
+    """Return what `ask` has stored of `edges` for one tile."""
     edge += place * 8
     own, own_end = tl.load(edge + 2), tl.load(edge + 3)
     return tl.load(edge), tl.load(edge + 1), own, own_end, tl.load(edge + 4), tl.load(edge + 5)
@@ -80,10 +84,11 @@ def stretches(edge, place):
 
 @triton.jit
 def seen_by(b, h, begin, query_len, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
-    """Which of the slots that are `inside` parts see that begin at queries `begin`.
+    """Return the slots `inside` that a part sees, and the slots that are new to it.
 
-    And which of them no query before the part sees, but its last does. One of slots and parts is a
-    row, the other a column.
+    A part starts at query `begin`. It sees a slot if its first, middle or last query does. A slot
+    is new if its last query sees it, but not the query before the part. One of slots and parts is
+    a row, the other a column.
     """
     before = visible(b, h, tl.minimum(tl.maximum(begin - 1, 0), query_len - 1).to(tl.int64), slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
     first = visible(b, h, tl.minimum(begin, query_len - 1).to(tl.int64), slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
@@ -100,9 +105,9 @@ def ask(
     centres, totals, edge, first_row, heads, tiles, query_len, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     KEYS: tl.constexpr, TILES: tl.constexpr, SELF: tl.constexpr,
 ):
-    """The mean query of each part of TILES tiles of one head, and log2 of its denominator.
+    """Store the mean query of each part of TILES tiles of one head, and log2 of its denominator.
 
-    A tile that fills up the last of its head sees nothing.
+    A tile after the last query of its head sees nothing.
     """
     place = tl.program_id(0) * TILES
     row = first_row + place
@@ -173,10 +178,10 @@ def scan(
     first_row, heads, tiles, query_len, kv_len, splits, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     KEYS: tl.constexpr, TILES: tl.constexpr,
 ):
-    """Bins [TILES, kv_len] of the largest share that any part of a tile gives a key.
+    """Store bins [TILES, kv_len] of the largest share that any part of a tile gives a key.
 
-    TILES tiles of one head share what is read of the keys, the splits-th part of them. The parts of
-    a tile are so far apart in a product that one thread has them all.
+    A program reads every splits-th run of KEYS keys, once for TILES tiles of one head. Columns of
+    its products are ordered so that one thread has all parts of a tile.
     """
     place, split = tl.program_id(0) * TILES, tl.program_id(1)
     row = first_row + place
@@ -225,8 +230,8 @@ def scan(
 
 @triton.jit
 def bins_between(bins, bin_room, slot, begin, stop):
-    """The bins of the slots [N] that are in [begin, stop); of others 0."""
-    # Whole runs of 16 are loaded, also what was never written: masks by slot would take one by one.
+    """Return the bins of the slots [N] that are in [begin, stop), and 0 for others."""
+    # Runs of 16 are loaded whole, even bins never written: a mask by slot would load one by one.
     entry = tl.load(bins + slot, mask=slot < bin_room, other=0).to(tl.int32)
     inside = (slot - begin).to(tl.uint32) < (stop - begin).to(tl.uint32)
     return tl.where(inside, entry, 0)
@@ -234,7 +239,7 @@ def bins_between(bins, bin_room, slot, begin, stop):
 
 @triton.jit
 def room_for(seen, always, share, most, shortest, capacity):
-    """How many keys may be chosen, where so many are seen beside those that are always read."""
+    """Return how many keys may be chosen, if `seen` are seen beside the `always` read."""
     allowed = tl.minimum(tl.ceil((always + seen) * share).to(tl.int32), most)
     allowed = tl.where(always + seen < shortest, 2**30, allowed)
     return tl.minimum(tl.maximum(allowed - always, 0), capacity)
@@ -242,7 +247,7 @@ def room_for(seen, always, share, most, shortest, capacity):
 
 @triton.jit
 def cut_of(held, level, room):
-    """The highest level at or above which are more than `room`, or 0, and how many are above it."""
+    """Return the highest level with more than `room` at or above it, or 0, and the number above."""
     through = tl.cumsum(held, 0, reverse=True)
     cut = tl.max(tl.where(through > room, level, 0), 0)
     return cut, tl.max(tl.where(level > cut, through, 0), 0)
@@ -250,7 +255,7 @@ def cut_of(held, level, room):
 
 @triton.jit
 def counted(bins, bin_room, begin, stop, LANES: tl.constexpr):
-    """How many of the slots [begin, stop) are in each bin: [BINS]."""
+    """Count the slots [begin, stop) in each bin but the first: int32 [BINS]."""
     held = tl.zeros([BINS], tl.int32)
     for start in range(begin // 16 * 16, stop, LANES):
         slot = start + tl.arange(0, LANES)
@@ -263,11 +268,11 @@ def choose(
     edge, bins, bin_room, chosen, counts, capacity, share, most, shortest,
     LANES: tl.constexpr,
 ):
-    """The list of the keys that a tile reads, beside those it reads in any case.
+    """List the keys that a tile reads beside those that it always reads.
 
-    Of those it sees the given share, or at most so many where that is less; all of them where they
-    are fewer than `shortest`. A histogram takes long: one of a sample of runs of 16 keys says which
-    bins the budget may end in, and these alone are counted.
+    A tile reads a `share` of the keys that it sees, but at most `most`. It reads all if it sees
+    fewer than `shortest`. A histogram of all keys takes long. One of a sample, in runs of 16 keys,
+    says which bins the budget may end in, and these alone are counted.
     """
     row = tl.program_id(0)
     first, begin, own, own_end, stop, end = stretches(edge, row)
@@ -275,7 +280,7 @@ def choose(
     chosen += row.to(tl.int64) * capacity
     always = begin - first + own_end - own + end - stop
     among = stop - begin - (own_end - own)  # those that may be chosen
-    blind = 0  # of these no part sees
+    blind = 0  # keys among these that no part sees
     lane, level = tl.arange(0, LANES), tl.arange(0, BINS)
     skip = tl.maximum((stop - begin) // LANES, 1)
     slot = begin // 16 * 16 + lane // 16 * (16 * skip) + lane % 16
@@ -285,7 +290,7 @@ def choose(
     sampled = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
     cut, _ = cut_of(held, level, sampled)
     low = tl.minimum(tl.maximum(cut - 4, 0), BINS - 9)
-    # A byte for each of the eight bins above: how many of 16 keys are in it; in the last or above.
+    # A byte for each of eight bins from low + 1 on counts 16 keys; the last has all above, too.
     byte, near = tl.arange(0, 8), tl.zeros([8], tl.int32)
     for start in range(begin // 16 * 16, stop, LANES):
         entry = bins_between(bins, bin_room, start + lane, begin, stop)
@@ -308,8 +313,8 @@ def choose(
     for start in range(begin // 16 * 16, stop, LANES):
         slot = start + lane
         entry = bins_between(bins, bin_room, slot, begin, stop)
-        # In one sum, those above the cut in the high half and those at it, which come until none
-        # is left to take, in the low.
+        # One sum counts both: keys above the cut in its high half, keys at the cut in its low
+        # half. Keys at the cut are taken until none is left.
         kind = tl.where(entry > cut, 65536, (entry == cut).to(tl.int32))
         order = tl.cumsum(kind, 0)
         ties = tl.minimum(order & 65535, left)
@@ -329,9 +334,9 @@ def read_listed(
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
-    """Online softmax over the chosen keys from a place in their list on, and all read in any case.
+    """Do online softmax over the list of chosen keys, from a place on, and what is always read.
 
-    Those are the three stretches [first, begin), [own, own_end) and [stop, end).
+    Always read are the three stretches [first, begin), [own, own_end) and [stop, end).
     """
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -349,8 +354,8 @@ def read_listed(
         )
         inside = (place < items)[None, :]
         seen = visible(b, h, q[:, None], slot[None, :].to(tl.int64), kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
-        seen = seen & (q >= 0)[:, None]  # a row for each query, also where all see the same
-        held = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]  # what nobody sees may hold anything
+        seen = seen & (q >= 0)[:, None]  # a row for each query, even if all see the same
+        held = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]  # unseen slots may hold anything
         line = slot.to(tl.int64)[:, None]
         keys = tl.load(
             key + line * key_stride_l + d[None, :] * key_stride_d,
@@ -368,7 +373,7 @@ def read_listed(
 
 @triton.jit
 def softmax_step(bits, seen, values, top, total, result):
-    """One step of online softmax: the scores `bits` [ROWS, N], where `seen`, weigh `values`."""
+    """Do one step of online softmax over `values`, by their scores `bits` [ROWS, N] if `seen`."""
     bits = tl.where(seen, bits, float("-inf"))
     most = tl.maximum(top, tl.max(bits, 1))
     base = tl.where(most == float("-inf"), 0.0, most)
@@ -389,7 +394,7 @@ def attend(
     edge, chosen, counts, capacity, first_row, heads, tiles, query_len, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
-    """Attention of ROWS queries of a tile over the keys that the tile reads."""
+    """Attend from ROWS queries of a tile to the keys that the tile reads."""
     # The last tiles of a causal sequence take longest: they go first.
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     row = first_row + number

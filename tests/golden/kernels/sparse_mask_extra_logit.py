@@ -7,6 +7,9 @@ visible: mask[b, 0, q, kv]
 import triton
 import triton.language as tl
 
+POLICY = "lychee"  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ("mask",)  # tensors that score and mask read, in the order of a call
+
 
 GROUP = tl.constexpr(8)  # query heads that share a KV head
 ROWS = tl.constexpr(16)
@@ -14,25 +17,25 @@ HEAD_DIM = tl.constexpr(64)
 DIM = tl.constexpr(64)
 VALUE_DIM = tl.constexpr(64)
 WIDTH = tl.constexpr(64)
-AUTOTUNE = False  # whether tile sizes are measured at the first call
-LOG2E = tl.constexpr(1.4426950408889634)  # of extra logits
+AUTOTUNE = False  # if True, the first call measures tile sizes
+LOG2E = tl.constexpr(1.4426950408889634)  # converts extra logits to bits
 
 
 @triton.jit
 def visible(b, h, q, kv, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3):
-    """Which keys of the slots kv [1, N] the query heads h [ROWS, 1] see, of those `inside`."""
+    """True for slots kv [1, N] that are `inside` and whose keys the heads h [ROWS, 1] see."""
     return inside & (tl.load(mask + b * mask_stride_0 + q * mask_stride_2 + kv * mask_stride_3, mask=inside, other=0) != 0)
 
 
 @triton.jit
 def score(s, b, h, q, kv, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3):
-    """What a product s [ROWS, N] of query and key is to the softmax, in bits."""
+    """Return the scores, in bits, for products s [ROWS, N] of queries and keys."""
     return 0.18033688011112042 * s
 
 
 @triton.jit
 def load_queries(query, b, kv_head, t, stride_b, stride_h, stride_t, stride_d):
-    """Queries [ROWS, DIM] of a group at position t, and their heads; the last one fills up."""
+    """Return the queries [ROWS, DIM] of a group at position t, and their heads, padded."""
     h = kv_head * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1)
     d = tl.arange(0, DIM)
     place = query + b.to(tl.int64) * stride_b + t * stride_t
@@ -45,7 +48,7 @@ def attend_to(
     slot, inside, queries, heads, top, total, result, b, t, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
 ):
-    """One step of online softmax over the keys in the slots [N] that are `inside`."""
+    """Do one step of online softmax over the keys in the slots [N] that are `inside`."""
     seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
@@ -71,7 +74,7 @@ def attend_to(
 
 @triton.jit
 def store_part(top, total, result, head_row, split, splits, partial, partial_top, partial_sum):
-    """Leave what one program has of a group's attention for `combine`."""
+    """Store one program's part of a group's attention for `combine`."""
     g, width = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     row = (head_row.to(tl.int64) * splits + split) * GROUP + g
     tl.store(partial_top + row, top, mask=g < GROUP)
@@ -127,7 +130,7 @@ def read_all(
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
     KEYS: tl.constexpr,
 ):
-    """Every splits-th tile of KEYS keys; a tile of hidden keys is not read."""
+    """Attend to every splits-th run of KEYS keys; a run of hidden keys is not read."""
     for start in range(split * KEYS, kv_len, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = slot < kv_len
@@ -149,7 +152,7 @@ def attend_all(
     kv_len, kv_heads, query_len, splits, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
     KEYS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Attention over all visible keys, for the heads of one group at one position."""
+    """Attend from the heads of one group at one position to all visible keys."""
     head_row, split = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
@@ -173,13 +176,13 @@ def attend_all(
     )
 
 
-FLAT_TOKENS = 65536  # slots up to which every token is scanned; pages beyond
+FLAT_TOKENS = 65536  # slots up to which every token is scanned; beyond, pages are ranked
 BUDGET = tl.constexpr(1024)  # tokens read per KV head and query position
 SINKS = tl.constexpr(16)  # first tokens, always read
 RECENT = tl.constexpr(64)  # last tokens, always read
-PAGE_ROOM = tl.constexpr(1024)  # pages looked into
-TURN = tl.constexpr(16)  # of them in one block, whose tokens are scored at a time
-BINS = tl.constexpr(256)  # of a histogram of shares; the first is for what cannot be chosen
+PAGE_ROOM = tl.constexpr(1024)  # pages whose tokens are scored
+TURN = tl.constexpr(16)  # pages of one block whose tokens are scored at a time
+BINS = tl.constexpr(256)  # bins of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
 
 
@@ -187,25 +190,26 @@ TILE = tl.constexpr(512)  # slots that a program of the scan takes
 PAGE = tl.constexpr(16)  # slots summarised together
 KEPT = tl.constexpr(32)  # coordinates of a sketch
 KEPT_COLUMNS = tl.constexpr(32)
-KEPT_FINE = tl.constexpr(16)  # those of 4 bits
+KEPT_FINE = tl.constexpr(16)  # coordinates of 4 bits
 FINE_BYTES = tl.constexpr(8)
 FINE_COLUMNS = tl.constexpr(16)
 COARSE_BYTES = tl.constexpr(4)
 COARSE_COLUMNS = tl.constexpr(16)
-PAGE_STEP = tl.constexpr(0.75)  # of a page's mean, in steps of a coordinate
-PAGE_ZERO = tl.constexpr(101.625)  # of its codes, in steps
-IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
+PAGE_STEP = tl.constexpr(0.75)  # step of a page's mean, in steps of a coordinate
+PAGE_ZERO = tl.constexpr(101.625)  # zero of a page's codes, in steps of a coordinate
+IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no PTX
 
 
-SCALE = tl.constexpr(0.125)  # of s in the score
+RANKS_PAGES = True  # True if pages of a long context are ranked first
+SCALE = tl.constexpr(0.125)  # factor of s in the score
 
 
-HEADS = tl.constexpr(8)  # of a group, padded
+HEADS = tl.constexpr(8)  # query heads of a group, up to a power of two
 
 
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
-    """First slot that this step has written: it and what follows have no sketch yet."""
+    """Return the first slot that this step has written: no index knows it or later ones yet."""
     fresh = tl.load(header + 1 + b)
     if written > 0:
         number = tl.arange(0, 16)
@@ -218,7 +222,7 @@ def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
 
 @triton.jit
 def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
-    """log2 of the softmax's denominator for the heads of a group, as blocks estimate it: [ROWS]."""
+    """Return log2 of the softmax's denominators [ROWS] of a group, as its blocks estimate it."""
     block, g = tl.arange(0, BLOCKS), tl.arange(0, HEADS)
     parts = tl.load(
         totals + (head_row.to(tl.int64) * blocks + block)[:, None] * ROWS + g[None, :],
@@ -231,14 +235,14 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
 
 @triton.jit
 def bins_of(value, total, possible):
-    """The bin of each item's share [N], from the scores [ROWS, N] of a group's heads, in bits.
+    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits.
 
-    Eight bins to a factor of two: a float's exponent and the first bits of its mantissa; the first
-    bin where an item is not `possible` [N].
+    There are eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
+    An item that is not `possible` [N] is in the first bin.
     """
     real = (tl.arange(0, ROWS) < GROUP)[:, None]
     share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # Out of a product, eight threads have the same; gathered, every thread has items of its own.
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
     share = tl.gather(share, tl.arange(0, value.shape[1]), 0)
     place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
     return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
@@ -246,7 +250,10 @@ def bins_of(value, total, possible):
 
 @triton.jit
 def count_bins(histogram, entry):
-    """Count the bins `entry` [N], but for the first, in a histogram, and return the counts."""
+    """Add the number of items in each bin but the first to a histogram, and return it.
+
+    `entry` [N] are the bins of the items.
+    """
     counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
@@ -256,14 +263,14 @@ def count_bins(histogram, entry):
 
 @triton.jit
 def threshold(histogram, room, read=0):
-    """The bin that `room` items end in, what is left for that bin, and how many are in it.
+    """Return the bin that `room` items end in, the room left for it, and how many are in it.
 
-    `read` of those in each bin do not count.
+    `read` items of each bin do not count.
     """
     place = tl.arange(0, BINS)
     counts = tl.load(histogram + place) - read
     through = tl.cumsum(counts, 0, reverse=True)
-    # One search for all three: the bin, how many are in bins above it, and in itself.
+    # One search finds all three: the bin, the number of items above it, and of those in it.
     all_three = (place.to(tl.int64) << 24 | through - counts) << 24 | counts
     found = tl.max(tl.where(through > room, all_three, 0), 0)
     above = (found >> 24 & 0xFFFFFF).to(tl.int32)
@@ -272,15 +279,16 @@ def threshold(histogram, room, read=0):
 
 @triton.jit
 def due(left, own, at_cut):
-    """How many of our `own` items at the cut are chosen, where `left` of all `at_cut` are."""
+    """Return how many of our `own` items at the cut are chosen, if `left` of all `at_cut` are."""
     return (left * own // tl.maximum(at_cut, 1)).to(tl.int32)
 
 
 @triton.jit
 def choose(entry, cut, left, at_cut):
-    """Which items are chosen, where each goes in a list of them, and how many there are.
+    """Return which items are chosen, the place of each in a list of them, and their number.
 
-    Those in bins above the cut, and of those at the cut the first, as many as are due to us.
+    Chosen are all items in bins above the cut, and the first of those at the cut: as many as are
+    due to us.
     """
     kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
     through = tl.cumsum(kind, 0)
@@ -294,7 +302,7 @@ def choose(entry, cut, left, at_cut):
 def always_read(
     tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES: tl.constexpr
 ):
-    """Slots [first, sinks_end) and [recent_start, end), which are read whatever they hold."""
+    """Return the bounds of the slots [first, sinks_end) and [recent_start, end), always read."""
     tile = tl.arange(0, TILES)
     inside = tile < tiles
     first = tl.min(tl.load(tile_first + head_row * tiles + tile, mask=inside, other=2**30), 0)
@@ -306,7 +314,7 @@ def always_read(
 
 @triton.jit
 def bins_read(bins, first, begin, stop, known):
-    """How many of the slots [first, begin) and [stop, known) are in each of the bins."""
+    """Count the slots [first, begin) and [stop, known) in each bin: int32 [BINS]."""
     number = tl.arange(0, 128)
     slot = tl.where(number < begin - first, first + number, stop + number - (begin - first))
     inside = slot < tl.maximum(known, begin)
@@ -321,11 +329,11 @@ def weigh(
     kv_len, blocks, kv_heads: tl.constexpr, query_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
     BLOCK: tl.constexpr, PAGED: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Weights of the codes of a block in q.k, and what is left of it.
+    """Store the weights of a block's codes in q.k, and the rest of q.k, which no code changes.
 
-    By second-order cumulants the log of the mean of exp(score) over keys of variance v is that of
-    their mean and scale / 2 sum w^2 v: over a whole block it stands for its part of the softmax's
-    denominator. Clears what later kernels count.
+    By second-order cumulants the log of the mean of exp(score) over keys of variance v is the score
+    of their mean plus scale / 2 sum w^2 v. Over a whole block it gives the block's part of the
+    softmax's denominator. Counters of later kernels are cleared here.
     """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -341,8 +349,8 @@ def weigh(
     variance = tl.zeros([KEPT_COLUMNS], tl.float32)
     if PAGED:
         variance = tl.load(spread + block * KEPT_FINE + kept, mask=kept < KEPT_FINE, other=0.0)
-    # All above was written long ago. What follows may be of the very kernel before this one, and
-    # the next, which read it too, must not begin while that still runs.
+    # The loads above are of old data; those below may be of data that the kernel before writes.
+    # The kernels after this one read it too: they must not begin while that kernel still runs.
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -354,7 +362,7 @@ def weigh(
     rounded = weight.to(tl.float32)
     constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
     if PAGED:
-        # Of a page, whose variance is the usual one, the same by second-order cumulants.
+        # The same cumulants for a page whose variance is the usual one.
         zero = PAGE_ZERO * tl.sum(tl.where((kept < KEPT_FINE)[None, :], rounded, 0.0), 1)
         of_page = constant + 0.5 * SCALE * tl.sum(exact * exact * variance[None, :], 1) - zero
         tl.store(page_constants + (head_row.to(tl.int64) * blocks + tile) * ROWS + g, of_page)
@@ -381,7 +389,7 @@ def weigh(
 
 @triton.jit
 def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """The weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
+    """Return the weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
     column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     place = weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + FIRST + column[None, :]
     return tl.load(place, mask=(column < WIDE)[None, :], other=0.0)
@@ -389,9 +397,9 @@ def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS
 
 @triton.jit
 def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """The codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
+    """Return the codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
 
-    They are put into the mantissa of 128.0, two at a time: that spares converting them.
+    They are put into the mantissa of 128.0, two at a time: no code has to be converted.
     """
     if IN_REGISTERS:
         made = tl.inline_asm_elementwise(
@@ -412,7 +420,7 @@ def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def load_codes(fine, coarse, slot, inside):
-    """Packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
+    """Return packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
     byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
     packed = tl.load(
         fine + slot[None, :] * FINE_BYTES + byte[:, None],
@@ -427,7 +435,7 @@ def load_codes(fine, coarse, slot, inside):
 
 @triton.jit
 def sketch_scores(packed, packed_coarse, weights, constants, mine):
-    """Estimates [ROWS, N] of q.k from packed codes of the block whose weights are `mine`."""
+    """Estimate q.k, [ROWS, N], from packed codes of the block whose weights are `mine`."""
     constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS))
     w0 = load_weights(weights, mine, 0, 8, FINE_COLUMNS)
     w1 = load_weights(weights, mine, 8, 8, FINE_COLUMNS)
@@ -453,7 +461,7 @@ def scan_tokens(
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Bins, uint8, of the shares of TILE tokens, by their sketches."""
+    """Store bins, uint8, of the shares of TILE tokens, estimated from their sketches."""
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
@@ -486,9 +494,9 @@ def scan_tokens(
 
 @triton.jit
 def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
-    """How many pages are chosen of each tile: [TILES].
+    """Return how many pages of each tile are chosen: int32 [TILES].
 
-    `ranks` has, for each tile, how many of its pages are in each bin or above.
+    `ranks` has, for each tile, the number of its pages in each bin or above.
     """
     tile = tl.arange(0, TILES)
     ranks += tile * BINS + cut
@@ -499,7 +507,7 @@ def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
 
 @triton.jit
 def load_pages(pages, page, inside):
-    """Packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
+    """Return packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
     byte = tl.arange(0, FINE_COLUMNS)
     return tl.load(
         pages + page[None, :] * FINE_BYTES + byte[:, None],
@@ -509,7 +517,7 @@ def load_pages(pages, page, inside):
 
 @triton.jit
 def page_scores(packed, weights, constants, mine):
-    """Scores [ROWS, N], as products q.k, that stand for the keys of pages of the block `mine`."""
+    """Return products q.k, [ROWS, N], that stand for the keys of pages of the block `mine`."""
     constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS))
     total = tl.zeros([ROWS, packed.shape[1]], tl.float32)
     weight = load_weights(weights, mine, 0, 8, FINE_COLUMNS)
@@ -523,10 +531,11 @@ def page_scores(packed, weights, constants, mine):
 def plan_turns(
     histogram, ranks, plan, limits, candidate_count, tiles, turns, TILES: tl.constexpr
 ):
-    """Deal the best pages of a row out in turns of up to TURN of one block.
+    """Deal the best pages of a row out in turns. A turn has up to TURN pages of one block.
 
-    For each turn: its block, how many chosen pages are in blocks and turns before it, how many of
-    the latter are of its block, and how many it has. And what `choose` has to know.
+    Store in `plan` for each turn: its block, the number of chosen pages in all blocks and turns
+    before it, the number of those in turns of its own block, and the number of its own pages. Store
+    in `limits` the cut, what is left for it, and how many pages are at it: `choose` needs these.
     """
     cut, left, at_cut = threshold(histogram, PAGE_ROOM)
     of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)
@@ -558,9 +567,9 @@ def scan_pages(
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Bins, uint8, of the shares of the pages of one block, and how many are in each or above.
+    """Store bins, uint8, of the shares of the pages of one block, and counts of each or above.
 
-    The last program of a row plans what `scan_chosen` does.
+    The last program of a row plans the work of `scan_chosen`.
     """
     PER_BLOCK: tl.constexpr = BLOCK // PAGE
     head_row, tile = tl.program_id(0), tl.program_id(1)
@@ -594,7 +603,7 @@ def scan_pages(
     counts = count_bins(histogram + head_row * (2 * BINS), entry)
     tl.store(mine + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
     if EARLY:
-        tl.extra.cuda.gdc_wait()  # also where nothing is seen: `arrivals` are cleared before
+        tl.extra.cuda.gdc_wait()  # even if nothing is seen: `arrivals` are cleared before
     tl.debug_barrier()
     if tl.atomic_add(arrivals + head_row, 1) == tiles - 1:
         plan_turns(
@@ -612,7 +621,7 @@ def scan_chosen(
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
     BLOCK: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """The tokens of the best pages of all blocks in a row, and their bins."""
+    """Store the tokens of the best pages, one block after the other, and their bins."""
     PER_BLOCK: tl.constexpr = BLOCK // PAGE
     head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -642,7 +651,7 @@ def scan_chosen(
         if count > 0:
             entry = tl.load(page_bins + block * PER_BLOCK + number)
             _, place, _ = choose(entry.to(tl.int32), cut, left, at_cut)
-            # The chosen page of a rank comes after all up to which there are no more than that.
+            # `place` grows along the pages: the page of a rank is the first that is not below it.
             rank = skipped + tl.arange(0, TURN)
             page = tl.sum((place[None, :] < rank[:, None]).to(tl.int32), 1)
             slot = ((block * PER_BLOCK + page) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
@@ -669,13 +678,13 @@ def field_codes(
     centred, axes, step,
     FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr,
 ):
-    """Codes, int32 [N, COLUMNS], of the coordinates from FIRST on."""
+    """Return the codes, int32 [N, COLUMNS], of the coordinates from FIRST on."""
     column, d = tl.arange(0, COLUMNS), tl.arange(0, DIM)
     inside = (column < WIDE)[None, :] & (d < HEAD_DIM)[:, None]
     axis = tl.load(axes + (FIRST + column)[None, :] * HEAD_DIM + d[:, None], mask=inside, other=0.0)
     steps = tl.load(step + FIRST + column, mask=column < WIDE, other=0.0)[None, :]
     level = tl.dot(centred.to(axis.dtype), axis) / tl.maximum(steps, 1e-30)
-    level = tl.where((steps > 0) & (level == level), level, 0.0)  # of a NaN, nothing
+    level = tl.where((steps > 0) & (level == level), level, 0.0)  # a NaN counts as 0
     code = tl.floor(tl.minimum(tl.maximum(level, -1.0 * (LEVELS // 2)), 1.0 * LEVELS)) + LEVELS // 2
     code = tl.minimum(code, LEVELS - 1).to(tl.int32)
     return tl.where((column < WIDE)[None, :], code, 0)
@@ -683,7 +692,7 @@ def field_codes(
 
 @triton.jit
 def encode_keys(keys, axes, centre, step):
-    """Packed codes, uint8 [N, FINE_COLUMNS] and [N, COARSE_COLUMNS], of keys [N, DIM]."""
+    """Return packed codes, uint8 [N, FINE_COLUMNS] and [N, COARSE_COLUMNS], of keys [N, DIM]."""
     d = tl.arange(0, DIM)
     middle = tl.load(centre + d, mask=d < HEAD_DIM, other=0.0)
     centred = keys - middle[None, :]
@@ -698,7 +707,7 @@ def encode_keys(keys, axes, centre, step):
 
 @triton.jit
 def page_code(mean):
-    """The 4-bit code of a page's mean code, float32."""
+    """Return the 4-bit code, int32, of a page's mean code, float32."""
     code = tl.floor((mean - 7.5) / PAGE_STEP + 8.0)
     return tl.minimum(tl.maximum(code, 0.0), 15.0).to(tl.int32)
 
@@ -753,7 +762,7 @@ def encode_new(
 ):
     """Sketch the keys that this step has written, and sum up their pages anew.
 
-    A block that begins takes over the axes of the one before.
+    A block that begins takes over the axes of the block before it.
     """
     space = (b * kv_heads + kv_head).to(tl.int64)
     kept, d, row = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, PAGE)
@@ -787,7 +796,7 @@ def encode_new(
             tl.store(spread + block * KEPT_FINE + kept, spreads, mask=is_fine)
         level = tl.sum((newest - middle)[None, :] * axis.to(tl.float32), 1)
         level = level / tl.maximum(steps, 1e-30)
-        level = tl.where((steps > 0) & (level == level), level, 0.0)  # of a NaN, nothing
+        level = tl.where((steps > 0) & (level == level), level, 0.0)  # a NaN counts as 0
         half = tl.where(is_fine, 8.0, 2.0)
         code = tl.floor(tl.minimum(tl.maximum(level, -half), half)) + half
         code = tl.minimum(code, 2 * half - 1).to(tl.int32)
@@ -829,10 +838,10 @@ def attend(
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attention over the selected keys, for the heads of one group at one position.
+    """Attend from the heads of one group at one position to the selected keys.
 
     Every program finds the threshold itself, and the tokens above it in its share of the slots.
-    One program more sketches the newest keys, which nothing selects from yet.
+    One more program adds the newest keys to the index: nothing selects from these yet.
     """
     head_row, split = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -869,8 +878,8 @@ def attend(
         sinks = begin - first
         always = sinks + end - stop
         if trusted & (end > 0) & (always <= capacity):
-            # Slots that are examined: candidates, or all between those that are always read.
-            # Sixteen at a time go to each program in turn.
+            # The programs examine candidates, or all slots between those that are always read.
+            # They take sixteen at a time, in turn.
             lane = tl.arange(0, LANES)
             item = (lane // 16 * splits + split) * 16 + lane % 16
             origin, items = begin // 16 * 16, stop - begin // 16 * 16

@@ -1,14 +1,14 @@
 """Compile the kernels of a module at the same time, each in a thread, before any of them runs.
 
-Triton compiles a kernel when it is launched, so that the kernels of one attention would wait for
-each other; most of that time is spent outside of Python.
+Triton compiles a kernel when it is launched. Without this, the kernels of one attention would wait
+for each other; most of the time of compiling is spent outside of Python.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from types import ModuleType
@@ -17,16 +17,16 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 THREADS = 8
-"""At most: a module has no more kernels."""
+"""Most threads that compile: a module has no more kernels."""
 
 
 def compile_together(module: ModuleType, launch: Callable[[Any], object]) -> None:
-    """Compile what `launch` launches of the module that it is given; nothing runs on the device.
+    """Compile the kernels that `launch` launches of its argument; nothing runs on the device.
 
-    Whatever fails here is left to the launches themselves: they compile what is missing, or raise.
+    A failure is logged and not raised: the launches themselves compile what is missing, or raise.
     """
     try:
-        # In a context of its own: Triton's mode may outlive an interruption.
+        # Triton's mode may outlive an interruption: it gets a context of its own.
         copy_context().run(_compile, module, launch)
     except Exception:
         logger.debug("%s is not compiled in threads", module.__name__, exc_info=True)
@@ -44,19 +44,22 @@ def _compile(module: ModuleType, launch: Callable[[Any], object]) -> None:
 
 
 class _Unlaunched:
-    """A module whose kernels, launched, are compiled for their arguments and not run."""
+    """A module whose kernels are compiled for their arguments when launched, and not run."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._module, name)
-        return _Kernel(found) if hasattr(found, "warmup") else found
+        attribute = getattr(self._module, name)
+        return _Kernel(attribute) if hasattr(attribute, "warmup") else attribute
 
 
 class _Kernel:
+    """A kernel of such a module."""
+
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
+        self.arg_names: Sequence[str] = kernel.arg_names
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def compiled(*arguments: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the indexes that kernels read have in common."""
+"""The base of all indexes that kernels read."""
 
 from __future__ import annotations
 
@@ -9,35 +9,34 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
-from lychee_compile.kernels.gpu.quest.layout import QuestLayout, QuestState
+from lychee_compile.kernels.gpu.common.layout import IndexLayout
 
 REFIT = 256
-"""Keys after which the newest part of an index is fitted anew to those it holds, at least."""
+"""Least number of keys after which the newest part of an index is fitted anew."""
 
 
 class DeviceIndex(ABC):
     """The index of the keys of one cache [B, Hkv, L, D], in one flat tensor that kernels read.
 
-    Steps keep it up to date; it is built here, from the keys that a prefill left. While the first
-    number of its header is 0 it may not be trusted, and attention reads every key.
+    It is built here from the keys that a prefill left; the kernels of each step keep it up to date.
+    While the first number of its header is 0 the index is not trusted: attention reads every key.
     """
 
-    parts: SketchState | QuestState
-
-    def __init__(self, layout: SketchLayout | QuestLayout, device: torch.device) -> None:
+    def __init__(self, layout: IndexLayout, device: torch.device) -> None:
         self.layout = layout
         self.state = torch.zeros(layout.size, dtype=torch.uint8, device=device)
+        """The memory of the index, uint8 [layout.size]; it never moves."""
         self.parts = layout.views(self.state)
+        """Views of the memory."""
 
     def distrust(self) -> None:
-        """The keys may have changed: read all of them until the index is built anew."""
+        """Let attention read every key until the index is built anew: the keys may have changed."""
         self.parts.header[0].zero_()
 
     def _trust(self, ends: Sequence[int]) -> None:
-        """The keys in the slots [0, ends[b]) of each row are indexed."""
-        told = torch.tensor([1, *ends], dtype=torch.int32)
-        self.parts.header[: len(told)] = told.to(self.state.device, non_blocking=True)
+        """Note that the keys in the slots [0, ends[b]) of each row are indexed."""
+        header = torch.tensor([1, *ends], dtype=torch.int32)
+        self.parts.header[: len(header)] = header.to(self.state.device, non_blocking=True)
 
     @abstractmethod
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
@@ -47,9 +46,9 @@ class DeviceIndex(ABC):
         """
 
     def refit_after(self, end: int) -> int:
-        """How many keys may follow those in the slots [0, end) before the next `refit`."""
+        """Return how many keys may follow those in the slots [0, end) before the next `refit`."""
         return REFIT
 
     @abstractmethod
     def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
-        """Bring the newest part up to what the keys in the slots [0, ends[b]) have become."""
+        """Fit the newest part anew to the keys in the slots [0, ends[b]) of each row."""

@@ -1,4 +1,4 @@
-"""The index of one key cache on a device: sketches by slot, built and refitted in place."""
+"""The sketches of the keys of one cache on a device, built and refitted in place."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import REFIT, DeviceIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_encode
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, SketchLayout, SketchState
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
 from lychee_compile.kernels.reference.sketch import fit_axes
+from lychee_compile.kernels.sizes import PAGE
 
 WELL_FITTED = 512
-"""A block of fewer keys takes over the axes of the one before."""
+"""Least number of keys that a block has axes of its own for; one with fewer takes those before."""
 FITTED_AT_ONCE = 65536
-"""Slots of blocks fitted together: in float32 their keys take four times what a cache's do."""
+"""Slots of the blocks that are fitted together, to bound the memory of their keys in float32."""
 LEAST_REFIT = 32
-"""Keys that follow the first few, before they are fitted anew."""
+"""Least number of keys that follow the first few before these are fitted anew."""
 
 
 class SketchIndex(DeviceIndex):
-    """Sketches of the keys of one cache, by slot."""
+    """Sketches of the keys of one cache."""
 
     layout: SketchLayout
     parts: SketchState
@@ -47,15 +48,16 @@ class SketchIndex(DeviceIndex):
             rows = [row for row, mine in enumerate(newest) if mine == block]
             begin, last = block * size, max(ends[row] for row in rows)
             self._fit(key, ends, rows, block, 1, last - begin)
-            # As far as any row goes: rows that are further get the sketches and pages they have.
+            # Up to the longest row: rows that are longer get the sketches that they have already.
             end = min(begin + size, max(ends))
             run_encode(module, key, self.layout, self.parts, begin, end)
 
     def refit_after(self, end: int) -> int:
-        """As many keys as the newest block has, or all that fill it and some of the next.
+        """Return how many keys may follow those in the slots [0, end) before the next `refit`.
 
-        So a block is fitted each time its keys double: from few on where it is the first, for the
-        next take over what its axes are.
+        They are as many as the newest block has, or those that fill it and some of the next block.
+        A block is thus fitted each time its keys double. The first is fitted from few keys on, as
+        later blocks begin with its axes.
         """
         if end < REFIT:
             return max(end, LEAST_REFIT)
@@ -72,38 +74,39 @@ class SketchIndex(DeviceIndex):
         blocks: int,
         count: int,
     ) -> None:
-        """Centre, axes, steps and spread of blocks of some rows, from at most `count` keys of each.
+        """Find centre, axes, steps and spread of blocks of some rows.
 
-        Where a row has few keys in a block, it takes over those of the block before.
+        `blocks` follow each other from `first` on; at most `count` keys of each are looked at. A
+        row with few keys in a block takes over what the block before has.
         """
         parts, size = self.parts, self.layout.block
-        held = [
+        counts = [
             [min(max(ends[row] - block * size, 0), count) for block in range(first, first + blocks)]
             for row in rows
         ]
-        if first == 0 or max(map(max, held)) >= WELL_FITTED:
+        if first == 0 or max(map(max, counts)) >= WELL_FITTED:
             keys = key[:, :, first * size : (first + blocks - 1) * size + count]
             if len(rows) < key.shape[0]:
                 keys = torch.stack([keys[row] for row in rows])
-            self._find_axes(keys.float().unflatten(2, (blocks, count)), rows, first, held)
-        for row, counts in zip(rows, held, strict=True):
-            for block, number in enumerate(counts, first):
+            self._find_axes(keys.float().unflatten(2, (blocks, count)), rows, first, counts)
+        for row, of_row in zip(rows, counts, strict=True):
+            for block, number in enumerate(of_row, first):
                 if block > 0 and 0 < number < WELL_FITTED:
                     for part in (parts.axes, parts.centre, parts.step, parts.spread):
                         part[row, :, block] = part[row, :, block - 1]
 
     def _find_axes(
-        self, keys: Tensor, rows: Sequence[int], first: int, held: Sequence[Sequence[int]]
+        self, keys: Tensor, rows: Sequence[int], first: int, counts: Sequence[Sequence[int]]
     ) -> None:
-        """Fit blocks of `keys` [R, Hkv, S, T, D], of which a row holds the first `held` [R][S]."""
+        """Fit the S blocks `keys` [R, Hkv, S, T, D]; the first `counts` [R][S] of each are keys."""
         blocks, count = keys.shape[2], keys.shape[3]
         numbers = mask = None
-        if min(map(min, held)) < count:
-            numbers = torch.tensor(held).to(keys.device, non_blocking=True)[:, None, :, None]
+        if min(map(min, counts)) < count:
+            numbers = torch.tensor(counts).to(keys.device, non_blocking=True)[:, None, :, None]
             mask = (torch.arange(count, device=keys.device) < numbers)[..., None]
         centre, axes, step, coordinates = fit_axes(keys, mask)
         parts, fine, pages = self.parts, self.parts.spread.shape[-1], count // PAGE
-        found = [(parts.centre, centre), (parts.axes, axes.mT), (parts.step, step)]
+        fitted = [(parts.centre, centre), (parts.axes, axes.mT), (parts.step, step)]
         if pages:
             level = coordinates[..., : pages * PAGE, :fine] / step[..., None, :fine].clamp(1e-30)
             spread = level.clamp(-8, 8).unflatten(-2, (-1, PAGE)).var(-2, correction=0)
@@ -112,7 +115,7 @@ class SketchIndex(DeviceIndex):
             else:
                 full = (torch.arange(pages, device=keys.device) < numbers // PAGE)[..., None]
                 mean = torch.where(full, spread, 0).sum(-2) / full.sum(-2).clamp(min=1)
-            found.append((parts.spread, mean))
-        for part, values in found:
+            fitted.append((parts.spread, mean))
+        for part, values in fitted:
             for row, value in zip(rows, values, strict=True):
                 part[row, :, first : first + blocks] = value

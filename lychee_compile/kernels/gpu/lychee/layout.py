@@ -1,35 +1,28 @@
-"""Where the index of one key cache lies in a flat device tensor.
-
-The index is addressed by cache slot: what belongs to a key lies at a place that its slot alone
-decides. So a rewind forgets nothing and needs nothing, and a write only touches its own slots.
-"""
+"""Where the sketches of the keys of one cache lie in the memory of an index."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.launch_common import power_of_two
+from lychee_compile.kernels.gpu.common.layout import aligned_bytes, header_size
 from lychee_compile.kernels.reference.sketch import sketch_bits
+from lychee_compile.kernels.sizes import PAGE, power_of_two, whole_scans
 
 BLOCK, LARGEST_BLOCK, BLOCKS = 8192, 32768, 32
-"""Slots that share one set of principal axes: more where an index would have more than 32 blocks.
+"""Least and greatest number of slots that share one set of principal axes; blocks to aim at.
 
-For a step reads all axes, and scans each block apart.
+A step reads the axes of all blocks and scans each block apart. Blocks therefore have more slots in
+an index that would have more than 32 of them.
 """
-PAGE = 16
-"""Slots summarised together, to narrow a long context down."""
 PAGE_STEP, PAGE_MIDDLE = 0.75, 5.625
-"""A page's mean is coded in steps of 0.75 of a coordinate's, around the middle of 0 to 15."""
-TILE = 512
-"""Slots are reserved in multiples of this; a program of the scan takes as many."""
-_ALIGNMENT = 256
+"""A page's mean is coded in steps of 0.75 of a coordinate's step, around the middle of 0 to 15."""
 
 
 class Field(NamedTuple):
@@ -38,20 +31,21 @@ class Field(NamedTuple):
     first: int
     """First coordinate."""
     width: int
-    """Coordinates, one in each byte."""
+    """Number of coordinates, one in each byte."""
     shift: int
-    """Place of their bits in the byte."""
+    """Lowest bit of a coordinate in its byte."""
     bits: int
+    """Number of bits of a coordinate."""
 
     @property
     def offset(self) -> float:
-        """What a code stands for, in steps, is code + 0.5 - 2^(bits - 1): code - offset."""
+        """What to subtract from a code: it stands for code + 0.5 - 2^(bits - 1) steps."""
         return 2 ** (self.bits - 1) - 0.5
 
 
 @lru_cache(maxsize=64)
 def planes(head_dim: int) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
-    """The fields of the 4-bit and of the 2-bit coordinates of a sketch."""
+    """Return the fields of the 4-bit and of the 2-bit coordinates of a sketch."""
     bits = sketch_bits(head_dim)
     fine = bits.count(4)
     return _fields(0, fine, 4), _fields(fine, len(bits) - fine, 2)
@@ -61,21 +55,21 @@ def _fields(first: int, count: int, bits: int) -> tuple[Field, ...]:
     columns = -(-count * bits // 8)
     starts = range(0, count, max(columns, 1))
     return tuple(
-        Field(first + start, min(columns, count - start), bits * place, bits)
-        for place, start in enumerate(starts)
+        Field(first + start, min(columns, count - start), bits * number, bits)
+        for number, start in enumerate(starts)
     )
 
 
 def block_size(slots: int) -> int:
-    """Slots that share one set of axes, in an index of so many."""
+    """Return how many slots share one set of axes in an index of `slots`."""
     return max(BLOCK, min(power_of_two(-(-slots // BLOCKS)), LARGEST_BLOCK))
 
 
 class SketchState(NamedTuple):
-    """The parts of an index, views of its tensor."""
+    """The parts of an index, views of its memory. Kernels take them by these names."""
 
     header: Tensor
-    """int32 [1 + B]: 1 where the index may be trusted, then each row's last written slot plus 1."""
+    """int32 [1 + B]: 1 if the index may be trusted, then the last written slot + 1 of each row."""
     fine: Tensor
     """4-bit coordinates, two in a byte, uint8 [B, Hkv, slots, bytes]."""
     coarse: Tensor
@@ -94,56 +88,62 @@ class SketchState(NamedTuple):
 
 @dataclass(frozen=True)
 class SketchLayout:
-    """Sizes and places of the parts of an index over `slots` slots."""
+    """Sizes of the parts of an index over `slots` slots, and where they lie."""
 
     batch: int
     kv_heads: int
     head_dim: int
     slots: int
     axes_dtype: torch.dtype = torch.float16
+    policy: str = "lychee"
 
     @classmethod
     def of(cls, key: Tensor) -> SketchLayout:
-        """The layout for a cache `key` [B, Hkv, L, D]."""
+        """Return the layout for a cache `key` [B, Hkv, L, D]."""
         batch, heads, length, head_dim = key.shape
         # Products of axes and queries, or keys, take one dtype.
         dtype = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float16
-        return cls(batch, heads, head_dim, -(-length // TILE) * TILE, dtype)
+        return cls(batch, heads, head_dim, whole_scans(length), dtype)
 
     @property
     def block(self) -> int:
-        """Slots of a block."""
+        """Number of slots of a block."""
         return block_size(self.slots)
 
     @property
     def blocks(self) -> int:
-        """Blocks of slots that share their axes."""
+        """Number of blocks."""
         return -(-self.slots // self.block)
 
+    def resized(self, slots: int, batch: int | None = None) -> SketchLayout:
+        """Return the layout with other `slots`, and another `batch` if one is given."""
+        return replace(self, slots=slots, batch=self.batch if batch is None else batch)
+
     def grows_to(self, slots: int) -> bool:
-        """Whether what lies in it may be copied into an index of so many slots."""
+        """Return True if blocks have as many slots in an index of `slots`."""
         return self.block == block_size(slots)
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
-        return sum(aligned(math.prod(shape), dtype) for _, shape, dtype in self._parts())
+        """Number of bytes in all."""
+        return sum(aligned_bytes(math.prod(shape), dtype) for _, shape, dtype in self._parts())
 
-    def views(self, state: Tensor) -> SketchState:
-        """The parts of `state`, uint8 [size]."""
-        made, start = {}, 0
+    def views(self, memory: Tensor) -> SketchState:
+        """Return the parts of `memory`, uint8 [size]."""
+        parts, start = {}, 0
         for name, shape, dtype in self._parts():
             count = math.prod(shape) * dtype.itemsize
-            made[name] = state[start : start + count].view(dtype).view(shape)
-            start += aligned(math.prod(shape), dtype)
-        return SketchState(**made)
+            parts[name] = memory[start : start + count].view(dtype).view(shape)
+            start += aligned_bytes(math.prod(shape), dtype)
+        return SketchState(**parts)
 
     def _parts(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Yield name, shape and dtype of each part, in order."""
         each, fields = (self.batch, self.kv_heads), planes(self.head_dim)
         fine, coarse = (plane[0].width if plane else 0 for plane in fields)
         kept = len(sketch_bits(self.head_dim))
         kept_fine = sum(field.width for field in fields[0])
-        yield "header", (1 + self.batch,), torch.int32
+        yield "header", (header_size(self.batch),), torch.int32
         yield "fine", (*each, self.slots, fine), torch.uint8
         yield "coarse", (*each, self.slots, coarse), torch.uint8
         yield "pages", (*each, self.slots // PAGE, fine), torch.uint8
@@ -151,8 +151,3 @@ class SketchLayout:
         yield "centre", (*each, self.blocks, self.head_dim), torch.float32
         yield "step", (*each, self.blocks, kept), torch.float32
         yield "spread", (*each, self.blocks, kept_fine), torch.float32
-
-
-def aligned(count: int, dtype: torch.dtype) -> int:
-    """Bytes of so many numbers, and of what keeps the next ones aligned."""
-    return -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -1,156 +1,179 @@
-"""Launch the kernels of a module for whole sequences: grids, scratch memory, arguments."""
+"""Launch the kernels of a module for prefill: grids, scratch memory, arguments. No host sync."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.launch_common import (
-    Scratch,
-    captured_arguments,
-    power_of_two,
-)
+from lychee_compile.kernels.gpu.common.launch_common import Scratch, launch
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands, strided
 from lychee_compile.kernels.gpu.common.tuning import TileTuning, tile_tuning_for
-from lychee_compile.kernels.policies.prefill.lychee import PARTS
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.policies.prefill.lychee import CENTRES_PER_TILE
+from lychee_compile.kernels.sizes import QUERY_TILE, power_of_two
 
 SCRATCH_BYTES = 2**29
-"""Scratch memory that the tiles at work at the same time may take, about."""
+"""About how much scratch memory the tiles at work at the same time may take."""
 TOGETHER = 16
 """Tiles of one head that read keys together, at most."""
-ASK_BYTES, ASKING_BYTES = 2**14, 2**15
-"""Of the centres of those of a program, in `ask` and in `scan`."""
+ASK_BYTES, SCAN_CENTRE_BYTES = 2**14, 2**15
+"""Most bytes of the centres that a program of `ask`, and one of `scan`, works on."""
 SCANNED = 4096
 """Keys that a program of `scan` reads, at least."""
-LANES, CHOOSE_REGISTERS = 4096, 128
-"""Bins that `choose` looks at at a time; numbers of a thread, so that two programs fit together."""
-SCAN_BYTES = 2**14
-"""Of keys that `ask` and `scan` read at a time, about."""
+LANES = 4096
+"""Bins that `choose` looks at at a time."""
+CHOOSE_REGISTERS = 128
+"""Most registers of a thread of `choose`: two programs fit on a multiprocessor."""
+KEY_BYTES = 2**14
+"""About how many bytes of keys `ask` and `scan` read at a time."""
+EDGE_NUMBERS = 8
+"""Numbers that `ask` leaves of the slots that a tile always reads."""
 ALL = 2**30
-"""More keys than there are."""
+"""A number of keys greater than any cache has."""
 
 
-def run_tiles(
+@dataclass(frozen=True)
+class PrefillBudget:
+    """How much each tile of queries reads."""
+
+    keys: float
+    """From 1 on the number of keys that a tile reads; below 1 their share of those it sees."""
+    shortest: int = 0
+    """Tiles that see fewer keys read all of them."""
+    own: bool = True
+    """True if query i is the token of key i, when there are as many queries as keys.
+
+    A tile then always reads the keys near its own tokens.
+    """
+
+
+def run_prefill(
     module: ModuleType,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captured: Sequence[Tensor],
-    extra: Tensor | None,
-    budget: float,
-    shortest: int = 0,
-    own: bool = True,
+    operands: AttentionOperands,
+    budget: PrefillBudget,
     tuning: TileTuning | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `query` [B, Hq, T, D] over part of `key` [B, Hkv, L, D].
+    """Return attention of a prefill, each tile over the keys that matter to it.
 
-    `value` is [B, Hkv, L, Dv]; a tile reads `budget` keys, below 1 that share of those it sees, and
-    all of them where it sees less than `shortest`. With `own`, query i of as many queries as keys
-    is the token of key i, and reads what is near it. Returns the output [B, Hq, T, Dv] and the
-    log-sum-exp of the scores read, float32 [B, Hq, T].
+    The output is [B, Hq, T, Dv]; the log-sum-exp of the scores read is float32 [B, Hq, T].
     """
-    launch = TileLaunch(module, query, key, value, captured, extra, budget, shortest, own, tuning)
-    for first_row, count in launch.slices():
-        launch.select(first_row, count)
-        launch.attend(first_row, count)
-    return launch.output, launch.log_sums
+    prefill = PrefillLaunch(module, operands, budget, tuning)
+    for first_row, count in prefill.slices():
+        prefill.select(first_row, count)
+        prefill.attend(first_row, count)
+    return prefill.output, prefill.log_sums
 
 
-class TileLaunch:
-    """One attention of a whole sequence: what its kernels read and write.
+class PrefillLaunch:
+    """The launches of one prefill, and the tensors that they read and write.
 
-    A row is a tile of one head, in the order of heads. Where scratch memory for all would be large,
-    some rows are done after others.
+    A row is a tile of one head, in the order of heads. Rows are done in slices if the scratch
+    memory for all of them would be large.
     """
 
     def __init__(
         self,
         module: ModuleType,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captured: Sequence[Tensor],
-        extra: Tensor | None,
-        budget: float,
-        shortest: int = 0,
-        own: bool = True,
+        operands: AttentionOperands,
+        budget: PrefillBudget,
         tuning: TileTuning | None = None,
     ) -> None:
-        batch, heads, query_len, head_dim = query.shape
-        kv_len, value_dim = key.shape[2], value.shape[-1]
-        self._module = module
-        self._tuning = tuning or tile_tuning_for(module, query, key, value)
-        self._shortest = shortest
-        self._share, self._most = (budget, ALL) if budget < 1 else (2.0, min(int(budget), ALL))
+        self._module, self._operands, self._budget = module, operands, budget
+        self._tuning = tuning or tile_tuning_for(module, operands)
+        query, kv_len = operands.query, operands.kv_len
+        batch, heads, query_len, _ = query.shape
+        value_dim = operands.value.shape[-1]
         self.output = query.new_empty(batch, query_len, heads, value_dim).transpose(1, 2)
         self.log_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
-        logits = self.log_sums[:1, :1, :1] if extra is None else extra
-        logits = logits.expand(batch, heads, query_len)
-        self.tiles = -(-query_len // (TILE * TOGETHER)) * TOGETHER
+        self.tiles = -(-query_len // (QUERY_TILE * TOGETHER)) * TOGETHER
         """Tiles of one head, filled up with empty ones."""
+        most = int(budget.keys * kv_len) + 1 if budget.keys < 1 else self._most
+        self.capacity = min(max(most, budget.shortest), kv_len)
+        """Number of keys that a tile can choose."""
         self._rows = batch * heads * self.tiles
-        most = int(budget * kv_len) + 1 if budget < 1 else self._most
-        self.capacity = min(max(most, shortest), kv_len)
-        """Keys that a tile can choose."""
-        at_once = SCRATCH_BYTES // ((kv_len + 4 * self.capacity) * TOGETHER) * TOGETHER
+        row_bytes = kv_len + torch.int32.itemsize * self.capacity
+        at_once = SCRATCH_BYTES // (row_bytes * TOGETHER) * TOGETHER
         self._at_once = max(TOGETHER, min(at_once, self._rows))
         self._splits = max(1, kv_len // SCANNED)
-        wide = power_of_two(head_dim) * key.element_size()
-        self._scanned_at_once = max(16, min(SCAN_BYTES // wide, 64))
-        self._ask_together, self._together = (
-            max(2, min(size // (PARTS * wide), TOGETHER)) for size in (ASK_BYTES, ASKING_BYTES)
-        )
         self._bin_room = -(-kv_len // 16) * 16  # rows of bins that can be read 16 at a time
+        self.scratch = self._scratch().allocate(query.device)
+        self._arguments = self._named()
+
+    @property
+    def _most(self) -> int:
+        """Number of keys that a tile reads at most; `ALL` if a share of them is asked for."""
+        return ALL if self._budget.keys < 1 else min(int(self._budget.keys), ALL)
+
+    @property
+    def _key_bytes(self) -> int:
+        """Bytes of a key, padded as products need it."""
+        key = self._operands.key
+        return power_of_two(key.shape[-1]) * key.element_size()
+
+    def _scratch(self) -> Scratch:
+        query, rows = self._operands.query, self._at_once
         scratch = Scratch()
-        scratch.want("centres", query.dtype, self._at_once, PARTS, head_dim)
-        scratch.want("totals", torch.float32, self._at_once, PARTS)
-        scratch.want("edge", torch.int32, self._at_once, 8)
-        scratch.want("bins", torch.uint8, self._at_once, self._bin_room)
-        scratch.want("chosen", torch.int32, self._at_once, self.capacity)
-        scratch.want("counts", torch.int32, self._at_once)
-        self.made = scratch.allocate(query.device)
-        self._query, self._key = (query, *query.stride()), (key, *key.stride())
-        self._value, self._logits = (value, *value.stride()), (logits, *logits.stride())
-        self._sizes = (heads, self.tiles, query_len, kv_len)
-        self._more, self._self = captured_arguments(captured), own and query_len == kv_len
+        scratch.want("centres", query.dtype, rows, CENTRES_PER_TILE, query.shape[-1])
+        scratch.want("totals", torch.float32, rows, CENTRES_PER_TILE)
+        scratch.want("edge", torch.int32, rows, EDGE_NUMBERS)
+        scratch.want("bins", torch.uint8, rows, self._bin_room)
+        scratch.want("chosen", torch.int32, rows, self.capacity)
+        scratch.want("counts", torch.int32, rows)
+        return scratch
+
+    def _named(self) -> dict[str, object]:
+        """Return the arguments of all kernels by name, but for the first row."""
+        operands, budget = self._operands, self._budget
+        # Without extra logits the kernel reads none: any tensor stands for them.
+        logits = self.log_sums[:1, :1, :1] if operands.extra is None else operands.extra
+        return {
+            **operands.arguments(self._module),
+            **strided("extra", logits.expand(self.log_sums.shape), "bht"),
+            **strided("output", self.output, "bhtd"),
+            "log_sums": self.log_sums,
+            **self.scratch,
+            "tiles": self.tiles,
+            "splits": self._splits,
+            "bin_room": self._bin_room,
+            "capacity": self.capacity,
+            "share": budget.keys if budget.keys < 1 else 2.0,
+            "most": self._most,
+            "shortest": budget.shortest,
+            "SELF": budget.own and operands.query_len == operands.kv_len,
+            "LANES": LANES,
+        }
 
     def slices(self) -> Iterator[tuple[int, int]]:
-        """First row and number of rows that are done together."""
+        """Yield the first row and the number of the rows that are done together."""
         for first_row in range(0, self._rows, self._at_once):
             yield first_row, min(self._at_once, self._rows - first_row)
 
     def select(self, first_row: int, count: int) -> None:
-        """Find what these rows read, besides what they read in any case."""
-        module, made, where = self._module, self.made, (first_row, *self._sizes)
-        module.ask[(count // self._ask_together,)](
-            *self._query, *self._key, made["centres"], made["totals"], made["edge"],
-            *where, *self._more,
-            KEYS=self._scanned_at_once, TILES=self._ask_together, SELF=self._self,
-            num_warps=4, num_stages=2,
-        )  # fmt: skip
-        module.scan[(count // self._together, self._splits)](
-            *self._key, made["centres"], made["totals"], made["edge"], made["bins"],
-            self._bin_room, *where, self._splits, *self._more,
-            KEYS=self._scanned_at_once, TILES=self._together, num_warps=4, num_stages=2,
-        )  # fmt: skip
-        module.choose[(count,)](
-            made["edge"], made["bins"], self._bin_room, made["chosen"], made["counts"],
-            self.capacity, self._share, self._most, self._shortest,
-            LANES=LANES, num_warps=8, num_stages=1, maxnreg=CHOOSE_REGISTERS,
-        )  # fmt: skip
+        """Choose the keys of these rows, besides those that a tile always reads."""
+        module, keys = self._module, max(16, min(KEY_BYTES // self._key_bytes, 64))
+        asking, scanning = (
+            max(2, min(size // (CENTRES_PER_TILE * self._key_bytes), TOGETHER))
+            for size in (ASK_BYTES, SCAN_CENTRE_BYTES)
+        )
+        named = {**self._arguments, "first_row": first_row, "KEYS": keys}
+        ask, scan = {**named, "TILES": asking}, {**named, "TILES": scanning}
+        launch(module.ask, (count // asking,), ask, num_warps=4, num_stages=2)
+        launch(module.scan, (count // scanning, self._splits), scan, num_warps=4, num_stages=2)
+        launch(module.choose, (count,), named, num_warps=8, num_stages=1, maxnreg=CHOOSE_REGISTERS)
 
     def attend(self, first_row: int, count: int) -> None:
-        """Attention of these rows over what they read."""
-        made, tuning, output = self.made, self._tuning, self.output
+        """Attend from the queries of these rows to the keys that their tiles read."""
+        tuning = self._tuning
         limit = {"maxnreg": tuning.registers} if tuning.registers else {}
-        self._module.attend[(count, TILE // tuning.rows)](
-            *self._query, *self._key, *self._value, *self._logits,
-            output, *output.stride(), self.log_sums,
-            made["edge"], made["chosen"], made["counts"], self.capacity,
-            first_row, *self._sizes, *self._more,
-            ROWS=tuning.rows, KEYS=tuning.keys,
-            num_warps=tuning.warps, num_stages=tuning.stages, **limit,
-        )  # fmt: skip
+        own = {"first_row": first_row, "ROWS": tuning.rows, "KEYS": tuning.keys}
+        launch(
+            self._module.attend,
+            (count, QUERY_TILE // tuning.rows),
+            {**self._arguments, **own},
+            num_warps=tuning.warps,
+            num_stages=tuning.stages,
+            **limit,
+        )

@@ -8,8 +8,8 @@ from types import ModuleType
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
-from lychee_compile.kernels.gpu.lychee.layout import PAGE
 from lychee_compile.kernels.gpu.quest.layout import QuestLayout, QuestState
+from lychee_compile.kernels.sizes import PAGE
 
 
 class QuestIndex(DeviceIndex):
@@ -20,7 +20,7 @@ class QuestIndex(DeviceIndex):
 
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Put a box around each full page in the slots [0, ends[b]) of `key` [B, Hkv, L, D]."""
-        full = max(ends) // PAGE  # a row that ends before gets its own as it fills its pages
+        full = max(ends) // PAGE  # a row that ends earlier gets its boxes as it fills its pages
         if full:
             pages = key[:, :, : full * PAGE].unflatten(2, (full, PAGE))
             self.parts.least[:, :, :full] = pages.amin(3)
@@ -28,4 +28,4 @@ class QuestIndex(DeviceIndex):
         self._trust(ends)
 
     def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
-        """A box is what its page's keys make it, from the first."""
+        """Do nothing: the keys of a page alone decide its box."""

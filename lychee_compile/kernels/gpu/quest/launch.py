@@ -2,109 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.launch_common import (
-    BINS,
-    Scratch,
-    captured_arguments,
-    combine,
-    list_size,
-    overlapping,
-    overlaps,
-    power_of_two,
-    written_arguments,
-)
-from lychee_compile.kernels.gpu.common.tuning import Tuning, tuning_for
-from lychee_compile.kernels.gpu.lychee.launch import lanes
-from lychee_compile.kernels.gpu.lychee.layout import PAGE
-from lychee_compile.kernels.gpu.quest.layout import QuestLayout, QuestState
+from lychee_compile.kernels.gpu.common.launch_common import launch
+from lychee_compile.kernels.gpu.common.launch_sparse import SparseStep
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout
+from lychee_compile.kernels.sizes import BINS, PAGE, power_of_two
 
 PROGRAMS = 512
-"""Of the scan, about."""
+"""About how many programs the scan of the boxes has."""
 MOST_STEPS = 8
 """Times that a program of the scan goes on to further pages, at most."""
 
 
 def run_quest(
     module: ModuleType,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captured: Sequence[Tensor],
-    extra: Tensor | None,
-    positions: Tensor | None,
-    layout: QuestLayout,
-    state: QuestState,
+    operands: AttentionOperands,
+    index: IndexOperands,
     tuning: Tuning | None = None,
 ) -> Tensor:
-    """Attention of `query` [B, Hq, T, D] over the best pages of `key` [B, Hkv, L, D].
+    """Return attention over the best pages, [B, Hq, T, Dv].
 
-    `positions`, int [T] or [B, T], are the slots that were just written, whose pages get their
-    boxes here once they are full; None: none were. Returns [B, Hq, T, Dv].
+    Pages that the slots just written have filled get their boxes. Raises TypeError for an index of
+    another method.
     """
-    batch, query_heads, query_len, _ = query.shape
-    heads, kv_len = key.shape[1], key.shape[2]
-    rows, pages, budget = batch * heads * query_len, layout.pages, module.BUDGET.value
-    tuning = tuning or tuning_for(module, "sparse", query, key, value)
-    splits = max(1, min(tuning.programs // rows, 32))
-    parts = -(-pages // module.SCANNED.value)
-    steps = min(power_of_two(-(-rows * parts // PROGRAMS)), MOST_STEPS)
-    tiles, lots = -(-parts // steps), -(-pages // module.RANKED.value)
-    examined = min(budget, pages * PAGE)
-    scratch = Scratch()
-    scratch.want_parts(rows, splits, query_heads // heads, value.shape[-1])
-    scratch.want("scores", torch.float32, rows, query_heads // heads, pages)
-    scratch.want("totals", torch.float32, rows, tiles, module.ROWS.value)
-    scratch.want("histogram", torch.int32, rows, 2, BINS)
-    scratch.want("first", torch.int32, rows, tiles)
-    scratch.want("end", torch.int32, rows, tiles)
-    scratch.want("page_bins", torch.uint8, rows, lots * module.RANKED.value)
-    scratch.want("page_ranks", torch.int32, rows, lots, BINS)
-    scratch.want("candidates", torch.int32, rows, pages * PAGE)
-    scratch.want("bins", torch.uint8, rows, pages * PAGE)
-    scratch.want("count", torch.int32, rows)
-    scratch.want("chosen", torch.int32, rows, splits, list_size(module))
-    made = scratch.allocate(query.device)
-    written = written_arguments(positions, batch, made["first"])
-    more, early = captured_arguments(captured), overlaps(query.device)
-    waits, ends = overlapping(early), (made["first"], made["end"])
-    module.scan_boxes[(rows, tiles)](
-        query, *query.stride(),
-        state.least, state.greatest, made["scores"], made["totals"], made["histogram"],
-        *written, state.header, *ends,
-        kv_len, pages, heads, query_len, tiles,
-        *more,
-        STEPS=steps, EARLY=early, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    module.rank_boxes[(rows, lots)](
-        made["scores"], made["totals"], made["page_bins"], made["page_ranks"], made["histogram"],
-        pages, tiles,
-        TILES=power_of_two(tiles), **waits, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    module.list_boxes[(rows, lots)](
-        made["page_bins"], made["page_ranks"], made["histogram"],
-        made["candidates"], made["bins"], pages * PAGE, made["count"],
-        *written, state.header, *ends,
-        kv_len, heads, query_len, tiles,
-        *more,
-        TILES=power_of_two(tiles), LOTS=power_of_two(lots), **waits, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    module.attend[(rows, splits + 1)](
-        query, *query.stride(),
-        key, *key.stride(),
-        value, *value.stride(),
-        made["partial"], made["partial_top"], made["partial_sum"],
-        kv_len, heads, query_len, splits,
-        *state, layout.slots, *ends, tiles, *written,
-        made["histogram"], made["bins"], pages * PAGE, made["candidates"], made["count"],
-        made["chosen"], list_size(module),
-        *more,
-        KEYS=tuning.keys, TILES=power_of_two(tiles), LANES=lanes(examined, splits),
-        PAGED=True, **waits, num_warps=tuning.warps, num_stages=tuning.stages,
-    )  # fmt: skip
-    return combine(module, made, extra, query, heads, splits, early)
+    layout = index.layout
+    if not isinstance(layout, QuestLayout):
+        raise TypeError(f"Quest's kernels read the index of a QuestLayout, got {layout!r}")
+    step = SparseStep(module, operands, index, tuning)
+    sizes = _Sizes.of(module, layout, step.rows)
+    arguments = _arguments(step, sizes)
+    _rank_pages(step, sizes, arguments)
+    return step.attend(arguments, min(module.BUDGET.value, layout.pages * PAGE), paged=True)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """How the pages of a row are shared out among programs."""
+
+    pages: int
+    """Pages of a row."""
+    steps: int
+    """Times that a program of the scan takes `SCANNED` pages."""
+    tiles: int
+    """Programs of the scan."""
+    lots: int
+    """Programs that rank `RANKED` pages each."""
+
+    @classmethod
+    def of(cls, module: ModuleType, layout: QuestLayout, rows: int) -> _Sizes:
+        scans = -(-layout.pages // module.SCANNED.value)
+        steps = min(power_of_two(-(-rows * scans // PROGRAMS)), MOST_STEPS)
+        lots = -(-layout.pages // module.RANKED.value)
+        return cls(layout.pages, steps, -(-scans // steps), lots)
+
+
+def _arguments(step: SparseStep, sizes: _Sizes) -> dict[str, object]:
+    """Return the arguments of all kernels by name."""
+    rows, module, slots = step.rows, step.module, sizes.pages * PAGE
+    want = step.wanted.want
+    want("scores", torch.float32, rows, step.operands.group, sizes.pages)
+    want("totals", torch.float32, rows, sizes.tiles, module.ROWS.value)
+    want("page_bins", torch.uint8, rows, sizes.lots * module.RANKED.value)
+    want("ranks", torch.int32, rows, sizes.lots, BINS)
+    want("candidates", torch.int32, rows, slots)
+    want("bins", torch.uint8, rows, slots)
+    want("candidate_count", torch.int32, rows)
+    return {
+        **step.arguments(sizes.tiles),
+        "pages": sizes.pages,
+        "candidate_room": slots,
+        "bin_room": slots,
+        "STEPS": sizes.steps,
+        "LOTS": power_of_two(sizes.lots),
+    }
+
+
+def _rank_pages(step: SparseStep, sizes: _Sizes, arguments: dict[str, object]) -> None:
+    """Score all pages, find the bins of their shares, and list the slots of the best pages."""
+    module, rows = step.module, step.rows
+    launch(module.scan_boxes, (rows, sizes.tiles), arguments, num_warps=4, num_stages=3)
+    for kernel in (module.rank_boxes, module.list_boxes):
+        launch(kernel, (rows, sizes.lots), arguments, num_warps=4, num_stages=1, **step.waits)

@@ -1,66 +1,72 @@
-"""Where the boxes around the keys of pages lie in a flat device tensor, addressed by slot."""
+"""Where the boxes around the keys of pages lie in the memory of an index."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.lychee.layout import PAGE, TILE, aligned
+from lychee_compile.kernels.gpu.common.layout import aligned_bytes, header_size
+from lychee_compile.kernels.sizes import PAGE, whole_scans
 
 
 class QuestState(NamedTuple):
-    """The parts of an index, views of its tensor."""
+    """The parts of an index, views of its memory. Kernels take them by these names."""
 
     header: Tensor
-    """int32 [1 + B]: 1 where the index may be trusted, then each row's last written slot plus 1."""
+    """int32 [1 + B]: 1 if the index may be trusted, then the last written slot + 1 of each row."""
     least: Tensor
     """Least key of each page, channel by channel, in the keys' dtype [B, Hkv, pages, D]."""
     greatest: Tensor
-    """Greatest key of each page, likewise."""
+    """Greatest key of each page, channel by channel, in the keys' dtype [B, Hkv, pages, D]."""
 
 
 @dataclass(frozen=True)
 class QuestLayout:
-    """Sizes and places of the parts of an index over `slots` slots."""
+    """Sizes of the parts of an index over `slots` slots, and where they lie."""
 
     batch: int
     kv_heads: int
     head_dim: int
     slots: int
     dtype: torch.dtype
+    policy: str = "quest"
 
     @classmethod
     def of(cls, key: Tensor) -> QuestLayout:
-        """The layout for a cache `key` [B, Hkv, L, D]."""
+        """Return the layout for a cache `key` [B, Hkv, L, D]."""
         batch, heads, length, head_dim = key.shape
-        return cls(batch, heads, head_dim, -(-length // TILE) * TILE, key.dtype)
+        return cls(batch, heads, head_dim, whole_scans(length), key.dtype)
 
     @property
     def pages(self) -> int:
-        """Pages of every KV head, full or not."""
+        """Number of pages of every KV head, full or not."""
         return self.slots // PAGE
 
+    def resized(self, slots: int, batch: int | None = None) -> QuestLayout:
+        """Return the layout with other `slots`, and another `batch` if one is given."""
+        return replace(self, slots=slots, batch=self.batch if batch is None else batch)
+
     def grows_to(self, slots: int) -> bool:
-        """Whether what lies in it may be copied into an index of so many slots."""
+        """Return True: the boxes stay as they are in an index of any size."""
         return True
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Number of bytes in all."""
         numbers = 2 * self.batch * self.kv_heads * self.pages * self.head_dim
-        return self._header_size + numbers * self.dtype.itemsize
+        return self._header_bytes + numbers * self.dtype.itemsize
 
     @property
-    def _header_size(self) -> int:
-        return aligned(1 + self.batch, torch.int32)
+    def _header_bytes(self) -> int:
+        return aligned_bytes(header_size(self.batch), torch.int32)
 
-    def views(self, state: Tensor) -> QuestState:
-        """The parts of `state`, uint8 [size]."""
-        header = state[: (1 + self.batch) * torch.int32.itemsize]
-        boxes = state[self._header_size :].view(self.dtype)
+    def views(self, memory: Tensor) -> QuestState:
+        """Return the parts of `memory`, uint8 [size]."""
+        header = memory[: header_size(self.batch) * torch.int32.itemsize]
+        boxes = memory[self._header_bytes :].view(self.dtype)
         shape = (2, self.batch, self.kv_heads, self.pages, self.head_dim)
         least, greatest = boxes.view(shape).unbind()
         return QuestState(header.view(torch.int32), least, greatest)

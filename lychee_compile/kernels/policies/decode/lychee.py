@@ -33,7 +33,7 @@ class LycheeIndex(GroupedIndex):
 
     Beyond the paper: it chooses whole chunks, this chooses tokens. The best choice of chunks holds
     less of the mass than a choice of tokens by a sketch of 48 bits per 16 channels (measured: see
-    benchmarks/results/RESULTS.md), at fewer bytes than the moments of chunks. A context of up to
+    benchmarks/results/summaries.md), at fewer bytes than the moments of chunks. A context of up to
     `flat_tokens` is scanned by sketches alone; in a longer one units, clusters and chunks narrow
     what may be chosen down to `overfetch` times what is read; a kernel need not look at the rest.
     """

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.grouped import GroupedIndex
 from lychee_compile.kernels.reference.nodes import rounding_slack
-
-PAGE = 16
-"""Tokens of a page, as in the paper."""
+from lychee_compile.kernels.sizes import PAGE
 
 
 class QuestIndex(GroupedIndex):

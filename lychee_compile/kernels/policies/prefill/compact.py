@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lychee_compile.kernels.policies.prefill.positions import places
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
-from lychee_compile.kernels.reference.tiles import PAGE, TILE, summarise
+from lychee_compile.kernels.reference.tiles import summarise
+from lychee_compile.kernels.sizes import PAGE, QUERY_TILE
 
 BLOCK = PAGE
 """Keys of a block; larger ones did worse on keys of Gemma-3-270M."""
-PARTS = 4
+QUERY_BLOCKS_PER_TILE = 4
 """Blocks of queries in a tile, each of which chooses for itself."""
 
 
@@ -28,7 +29,7 @@ def choose_block_union(question: PrefillQuestion) -> Tensor:
     as their union has room for in the budget. The queries are those of one tile, not a whole chunk
     of a prefill. What a mask adds to scores is not looked at.
     """
-    parts = question.parts(TILE // PARTS)
+    parts = question.parts(QUERY_TILE // QUERY_BLOCKS_PER_TILE)
     blocks = question.per_query_head(summarise(question.key, BLOCK).mean)
     score = question.scale * (parts.mean @ blocks.transpose(-1, -2))
     rank = score.masked_fill((parts.tokens == 0)[..., None], -torch.inf)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lychee_compile.kernels.policies.prefill.positions import places
 from lychee_compile.kernels.reference.chunking import best_cuts, follow_cuts, similarity_strengths
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 CHUNK = (8, 16)
 """Shortest and longest chunk, in tokens; longer ones did worse on keys of Gemma-3-270M."""
@@ -61,9 +61,11 @@ def chunk_vectors(vectors: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
 def _query_chunks(question: PrefillQuestion) -> Tensor:
     """Chunks of each tile's queries, float32 [B, Hq, tiles * N, D]; unused ones are zero."""
     tokens, tiles = question.query.shape[2], question.tiles
-    padded = F.pad(question.query, (0, 0, 0, tiles * TILE - tokens)).unflatten(2, (tiles, TILE))
-    held = (torch.arange(tiles * TILE, device=padded.device) < tokens).to(padded.dtype)
-    held = held.view(1, tiles, TILE).expand(len(padded), -1, -1)
-    apart = padded.transpose(1, 2)  # [B, tiles, Hq, TILE, D]: a tile's chunks are its own
+    padded = F.pad(question.query, (0, 0, 0, tiles * QUERY_TILE - tokens)).unflatten(
+        2, (tiles, QUERY_TILE)
+    )
+    held = (torch.arange(tiles * QUERY_TILE, device=padded.device) < tokens).to(padded.dtype)
+    held = held.view(1, tiles, QUERY_TILE).expand(len(padded), -1, -1)
+    apart = padded.transpose(1, 2)  # [B, tiles, Hq, QUERY_TILE, D]: a tile's chunks are its own
     _, chunks = chunk_vectors(apart.flatten(0, 1), held.flatten(0, 1))
     return chunks.unflatten(0, (-1, tiles)).transpose(1, 2).flatten(2, 3)

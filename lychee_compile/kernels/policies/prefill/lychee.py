@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
-from lychee_compile.kernels.reference.tiles import PAGE, TILE, pair_bound
+from lychee_compile.kernels.reference.tiles import pair_bound
+from lychee_compile.kernels.sizes import PAGE, QUERY_TILE
 
-PARTS = 8
+CENTRES_PER_TILE = 8
 """Parts of a tile, each of which asks with the mean of its queries."""
 SAMPLE = 16
 """One key in so many stands for all of them in the denominator of a part's softmax."""
@@ -37,11 +38,11 @@ def choose_by_centres(question: PrefillQuestion) -> Tensor:
 
 def log_shares(question: PrefillQuestion) -> Tensor:
     """The largest log share that any part of a tile gives each key: [B, Hq, tiles, L]."""
-    parts = question.parts(TILE // PARTS)
+    parts = question.parts(QUERY_TILE // CENTRES_PER_TILE)
     scores = question.scores(parts.mean)
     total = scores[..., ::SAMPLE].logsumexp(-1, keepdim=True) + math.log(SAMPLE)
     shares = scores - total.masked_fill(total == -torch.inf, 0)
-    unused = (parts.tokens == 0).unflatten(2, (question.tiles, PARTS))
+    unused = (parts.tokens == 0).unflatten(2, (question.tiles, CENTRES_PER_TILE))
     return shares.masked_fill(unused[..., None], -torch.inf).amax(3)
 
 
@@ -54,7 +55,11 @@ def _negligible(question: PrefillQuestion) -> Tensor:
     """
     if question.sight.bias is not None or question.softcap is not None:
         return torch.zeros_like(question.candidates)
-    parts, pages, scale = question.parts(TILE // PARTS), question.key_nodes(PAGE), question.scale
+    parts, pages, scale = (
+        question.parts(QUERY_TILE // CENTRES_PER_TILE),
+        question.key_nodes(PAGE),
+        question.scale,
+    )
     held = log_count(pages.tokens)[:, :, None]
     most = pair_bound(parts, pages, scale) + held
     means = replace(pages, radius=torch.zeros_like(pages.radius))

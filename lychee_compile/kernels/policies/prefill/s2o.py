@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 BLOCK = 64
 """Keys read at a time."""
@@ -29,7 +29,7 @@ def choose_until_it_wanes(question: PrefillQuestion) -> Tensor:
     kernel stops while it runs, by the scores of the queries themselves, which a mean can belie.
     Where there is room for all keys, all are read.
     """
-    importance = question.scores(question.parts(TILE).mean)[:, :, :, 0]
+    importance = question.scores(question.parts(QUERY_TILE).mean)[:, :, :, 0]
     enough = keys_before_waning(question, importance)
     all_fit = question.room >= question.candidates.sum(-1)
     room = torch.where(all_fit, question.room, torch.minimum(question.room, enough))

@@ -1,0 +1,92 @@
+"""Generated prefill kernels: the module, the keys that tiles choose, times of each kernel."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from functools import partial
+from types import ModuleType
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.common.decode_kernels import load_module
+from benchmarks.common.timing import milliseconds
+from benchmarks.prefill.tensors import HEAD_DIM, HEADS, KV_HEADS
+from benchmarks.prefill.truth import SCALE
+from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSpec
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.common.tuning import PREFILL, TileTuning, candidates
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, PrefillLaunch, run_prefill
+from lychee_compile.kernels.sizes import QUERY_TILE
+
+SINKS, RECENT = 16, 64
+
+
+def kernels(query: Tensor) -> ModuleType:
+    """Return the generated module for causal attention of this shape."""
+    dtype = str(query.dtype).removeprefix("torch.")
+    group, tiles = HEADS // KV_HEADS, TileSpec("lychee", SINKS, RECENT)
+    spec = AttentionSpec(dtype, group, HEAD_DIM, HEAD_DIM, SCALE * S, KV <= Q, tiles=tiles)
+    return load_module(spec)
+
+
+def read_by_tiles(
+    module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
+) -> tuple[Tensor, float]:
+    """Return keys that tiles chose by block of 128, int32 [Hq, tiles, blocks]; share of pairs."""
+    query, key, _ = operands
+    launch = PrefillLaunch(module, AttentionOperands(*operands), PrefillBudget(share))
+    context, heads = key.shape[2], query.shape[1]
+    tiles, blocks = launch.tiles, -(-context // QUERY_TILE)
+    counts_by_block = torch.zeros(heads * tiles, blocks, dtype=torch.int32, device=query.device)
+    read = 0
+    for first, count in launch.slices():
+        launch.select(first, count)
+        counts, edge = (launch.scratch[name][:count].long() for name in ("counts", "edge"))
+        always = edge[:, 1] - edge[:, 0] + edge[:, 3] - edge[:, 2] + edge[:, 5] - edge[:, 4]
+        read += int((counts + always).sum())
+        for row in range(count):
+            slots = launch.scratch["chosen"][row, : int(counts[row])].long()
+            counts_by_block[first + row].scatter_add_(
+                0, slots // QUERY_TILE, torch.ones_like(slots).int()
+            )
+    seen = heads * sum(min((tile + 1) * QUERY_TILE, context) for tile in range(blocks))
+    return counts_by_block.view(heads, tiles, blocks)[:, :blocks], read / seen
+
+
+def breakdown(
+    module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
+) -> dict[str, float]:
+    """Return the milliseconds of each kernel, by a profile of one call; empty off a GPU."""
+    if operands[0].device.type != "cuda":
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run_prefill(module, AttentionOperands(*operands), PrefillBudget(share))
+        torch.cuda.synchronize()
+    names = ("ask", "scan", "choose", "attend")
+    times = {each.key: each.device_time_total / 1e3 for each in profiler.key_averages()}
+    return {name: times[name] for name in names if name in times}
+
+
+def table_of_tunings(
+    module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
+) -> Table:
+    """Return a table of milliseconds of `attend` by tuning, over the tiles that run first."""
+    given, budget = AttentionOperands(*operands), PrefillBudget(share)
+    table = Table(
+        "queries", "keys", "warps", "stages", "registers", "ms", title=f"attend, share {share:g}"
+    )
+    for tuning in candidates(PREFILL, given):
+        assert isinstance(tuning, TileTuning)
+        launch = PrefillLaunch(module, given, budget, tuning)
+        first = next(launch.slices())
+        launch.select(*first)
+        try:
+            took = f"{milliseconds(partial(launch.attend, *first)):.2f}"
+        except Exception as error:  # noqa: BLE001  the device refuses such tiles
+            took = type(error).__name__
+        table.add_row(*map(str, astuple(tuning)), took)
+    return table

@@ -1,0 +1,3 @@
+"""Demo: a question about a long document, answered with dense and with sparse attention."""
+
+from __future__ import annotations

@@ -1,0 +1,45 @@
+"""The functions and kernels that decoding needs, whatever the policy."""
+
+from __future__ import annotations
+
+from lychee_compile.codegen.parts.site import fill
+from lychee_compile.codegen.rendering import library
+from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
+from lychee_compile.kernels.sizes import power_of_two
+
+LARGEST = 12
+"""log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
+_OWN_ITEMS = 2048
+"""Upper bound of the items that a program of `choose` has."""
+
+
+def emit_constants(spec: AttentionSpec) -> str:
+    """Return the sizes of a site of decoding."""
+    return fill("decode/constants.py.jinja", spec)
+
+
+def emit_exact(spec: AttentionSpec) -> list[str]:
+    """Return the kernels of exact attention: `attend_all` and `combine`, with what they call."""
+    return [
+        *library("decode", "load_queries"),
+        fill("decode/attend_to.py.jinja", spec),
+        *library("decode", "store_part"),
+        fill("decode/combine.py.jinja", spec),
+        fill("decode/attend_all.py.jinja", spec),
+    ]
+
+
+def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
+    """Return functions that put shares of the softmax into bins, and choose by these."""
+    fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
+    return [
+        *library("bins", "fresh_from", "denominators", "bins_of", "count_bins", "threshold"),
+        fill("decode/due.py.jinja", spec, fits_32=fits_32),
+        *library("bins", "choose"),
+    ]
+
+
+def emit_always_read(spec: AttentionSpec, sparse: SparseSpec, unread: str) -> str:
+    """Return `always_read`: sinks and recent tokens, and all from the slot `unread` on."""
+    most = power_of_two(sparse.sinks + sparse.recent)
+    return fill("decode/always_read.py.jinja", spec, unread=unread, most=most)

@@ -1,0 +1,110 @@
+"""The kernels that select tokens by sketches of their keys, and in long contexts pages first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lychee_compile.codegen.parts.decode import LARGEST, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.site import fill
+from lychee_compile.codegen.rendering import library
+from lychee_compile.codegen.specification import KV, AttentionSpec, H, S, SparseSpec
+from lychee_compile.kernels.gpu.lychee.layout import PAGE_MIDDLE, PAGE_STEP, Field, planes
+from lychee_compile.kernels.reference.sketch import STEPS
+from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
+
+TURN = 16
+"""Chosen pages of one block whose tokens a program scores at a time."""
+PROBES = 16
+"""Number of slots of a block at which a score that depends on the slot is evaluated."""
+_BASE = 128
+"""The number that `codes` adds: a bfloat16 of this size has a code in its last bits."""
+_VARIANCE = {bits: step**-2 for bits, step in STEPS.items()}
+"""Variance of coordinates of so many bits over a block, in steps."""
+
+
+def emit_lychee(spec: AttentionSpec) -> list[str]:
+    """Return the kernels of a selection by sketches."""
+    assert spec.sparse is not None
+    sparse = spec.sparse
+    paged = scans_pages(spec)
+    return [
+        _constants(spec, sparse, paged),
+        *emit_bins(spec, sparse),
+        emit_always_read(spec, sparse, unread="fresh"),
+        _weigh(spec, paged),
+        *library("sketch", "load_weights", "codes", "load_codes"),
+        _fill("sketch_scores", spec),
+        _fill("scan_tokens", spec),
+        *(_page_scans(spec) if paged else []),
+        *library("sketch", "field_codes"),
+        _fill("encode_keys", spec),
+        *library("sketch", "page_code"),
+        *library("encode", "encode", "encode_new"),
+        _fill("attend", spec),
+    ]
+
+
+def scans_pages(spec: AttentionSpec) -> bool:
+    """True if whole pages can be scored: their keys differ in nothing but themselves."""
+    return KV not in spec.score.free_symbols and H not in spec.visible.free_symbols
+
+
+def _fill(name: str, spec: AttentionSpec, **values: object) -> str:
+    """Return a kernel; its template may also read the fields of a sketch, `fine` and `coarse`."""
+    fine, coarse = planes(spec.head_dim)
+    return fill(f"lychee/{name}.py.jinja", spec, fine=fine, coarse=coarse, **values)
+
+
+def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
+    fine, coarse = planes(spec.head_dim)
+    kept = sum(field.width for field in fine + coarse)
+    return _fill(
+        "constants",
+        spec,
+        paged=paged,
+        page_room=-(-sparse.overfetch * sparse.budget // PAGE),
+        turn=TURN,
+        bins=BINS,
+        largest=LARGEST,
+        tile=SCAN_SLOTS,
+        page=PAGE,
+        kept=kept,
+        kept_columns=power_of_two(kept, 16),
+        kept_fine=sum(field.width for field in fine),
+        fine_bytes=fine[0].width,
+        fine_columns=power_of_two(fine[0].width, 16),
+        coarse_bytes=coarse[0].width,
+        coarse_columns=power_of_two(coarse[0].width, 16),
+        page_step=PAGE_STEP,
+        page_zero=PAGE_MIDDLE + PAGE_STEP * _BASE,
+        scale=float(spec.score.diff(S).subs(S, 0)),
+    )
+
+
+def _weigh(spec: AttentionSpec, paged: bool) -> str:
+    return _fill(
+        "weigh",
+        spec,
+        paged=paged,
+        by_slot=KV in spec.score.free_symbols,
+        planes=[_zeros(fields) for fields in planes(spec.head_dim) if fields],
+        fine_variance=_VARIANCE[4],
+        coarse_variance=_VARIANCE[2],
+        probes=PROBES,
+    )
+
+
+def _zeros(fields: Sequence[Field]) -> tuple[float, int, int]:
+    """Return what `codes` adds to each coordinate of a plane, its first coordinate and its end."""
+    return _BASE + fields[0].offset, fields[0].first, fields[-1].first + fields[-1].width
+
+
+def _page_scans(spec: AttentionSpec) -> list[str]:
+    return [
+        *library("bins", "chosen_of_tiles"),
+        *library("pages", "load_pages"),
+        _fill("page_scores", spec),
+        *library("pages", "plan_turns"),
+        _fill("scan_pages", spec),
+        _fill("scan_chosen", spec),
+    ]

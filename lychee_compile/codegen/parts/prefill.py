@@ -1,0 +1,56 @@
+"""Kernels for a prefill: every tile of queries looks for the keys that matter to it.
+
+`ask`      the keys that a tile always reads, centres of its parts, denominators of their softmaxes
+`scan`     the largest share that a part of a tile gives each key, as a bin of a histogram
+`choose`   the bin that a tile's budget ends in, and the list of its keys
+`attend`   attention of a tile over that list and over the keys that it always reads
+
+`kernels/reference/tiles.py` and `kernels/policies/prefill/lychee.py` specify what a tile reads,
+which keys it may choose from and how shares are estimated. If a mask has holes, three things
+differ. A part votes for the keys that its first, middle or last query sees. Of the keys that a tile
+always reads, only those at the ends remain. Keys that the last query of a part sees, and none
+before the part, are chosen before all others.
+
+Numbers that change from prompt to prompt are not specialised on: nothing is compiled for a length.
+"""
+
+from __future__ import annotations
+
+from lychee_compile.codegen.parts.site import fill, sees_range
+from lychee_compile.codegen.rendering import library
+from lychee_compile.codegen.specification import AttentionSpec
+from lychee_compile.kernels.policies.prefill.lychee import CENTRES_PER_TILE, SAMPLE
+from lychee_compile.kernels.sizes import BINS, QUERY_TILE
+
+
+def emit_prefill(spec: AttentionSpec) -> list[str]:
+    """Return the constants and the kernels of a prefill, but for its mask and score."""
+    return [
+        fill("prefill/edges.py.jinja", spec),
+        *library("prefill", "stretches"),
+        fill("prefill/seen_by.py.jinja", spec),
+        fill("prefill/ask.py.jinja", spec),
+        fill("prefill/scan.py.jinja", spec),
+        *library("prefill", "bins_between", "room_for", "cut_of", "counted"),
+        fill("prefill/choose.py.jinja", spec),
+        *([_weigh(spec)] if sees_range(spec) else []),
+        fill("prefill/read_listed.py.jinja", spec),
+        fill("prefill/attend.py.jinja", spec),
+    ]
+
+
+def emit_constants(spec: AttentionSpec) -> str:
+    """Return the sizes of a site of prefill, of tiles and of a histogram."""
+    return fill(
+        "prefill/constants.py.jinja",
+        spec,
+        tile=QUERY_TILE,
+        parts=CENTRES_PER_TILE,
+        sample=SAMPLE,
+        bins=BINS,
+    )
+
+
+def _weigh(spec: AttentionSpec) -> str:
+    """Return `weigh`; a sum of weights beyond 2**most could overflow."""
+    return fill("prefill/weigh.py.jinja", spec, most=15 if spec.dtype == "float16" else 100)

@@ -1,0 +1,54 @@
+"""Names that every template can read, for one site."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from lychee_compile.codegen.bounds import visible_range
+from lychee_compile.codegen.rendering import render
+from lychee_compile.codegen.specification import AttentionSpec, Captured, H
+from lychee_compile.kernels.sizes import power_of_two
+
+
+def fill(template: str, spec: AttentionSpec, **values: object) -> str:
+    """Return the text of a template for a site. `values` are the holes of this template alone."""
+    return render(template, _site_values(spec) | values)
+
+
+def sees_range(spec: AttentionSpec) -> bool:
+    """True if the keys that a query sees are a range of slots, the same for all heads."""
+    return visible_range(spec.visible) is not None
+
+
+@lru_cache(maxsize=16)
+def _site_values(spec: AttentionSpec) -> dict[str, object]:
+    """Return the holes that every template has.
+
+    spec        the specification
+    captured    ", name" for each parameter of the captured tensors: the end of a list of parameters
+                or arguments
+    precision   the last argument of a product: tensor cores round float32 unless told not to
+    is_range    True if the keys that a query sees are a range of slots, the same for all heads
+    by_head     True if query heads of one group can see different keys
+    wide        a cast to 64 bits, if a mask can have more elements than 32 bits count; else ""
+    rows        query heads of a group, padded to what a tensor core's product takes
+    heads       query heads of a group, up to a power of two
+    dim, width  head_dim and value_dim, padded to what a tensor core's product takes
+    """
+    return {
+        "spec": spec,
+        "captured": "".join(f", {name}" for each in spec.captured for name in _parameters(each)),
+        "precision": ', input_precision="ieee"' if spec.dtype == "float32" else "",
+        "is_range": sees_range(spec),
+        "by_head": spec.visible.has(H),
+        "wide": ".to(tl.int64)" if any(each.rank > 1 for each in spec.captured) else "",
+        "rows": power_of_two(spec.group, 16),
+        "heads": power_of_two(spec.group),
+        "dim": power_of_two(spec.head_dim, 16),
+        "width": power_of_two(spec.value_dim, 16),
+    }
+
+
+def _parameters(tensor: Captured) -> list[str]:
+    """Return the names of a captured tensor's parameters: a pointer and its strides."""
+    return [tensor.name, *(f"{tensor.name}_stride_{dim}" for dim in range(tensor.rank))]

@@ -1,0 +1,59 @@
+"""Codes of pages, and the plan by which chosen pages are dealt out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from lychee_compile.codegen.triton_lib.bins import chosen_of_tiles, threshold
+    from lychee_compile.codegen.triton_lib.names import (
+        FINE_BYTES,
+        FINE_COLUMNS,
+        PAGE,
+        PAGE_ROOM,
+        TURN,
+    )
+
+
+@triton.jit
+def load_pages(pages, page, inside):
+    """Return packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
+    byte = tl.arange(0, FINE_COLUMNS)
+    return tl.load(
+        pages + page[None, :] * FINE_BYTES + byte[:, None],
+        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
+    )
+
+
+@triton.jit
+def plan_turns(
+    histogram, ranks, plan, limits, candidate_count, tiles, turns, TILES: tl.constexpr
+):
+    """Deal the best pages of a row out in turns. A turn has up to TURN pages of one block.
+
+    Store in `plan` for each turn: its block, the number of chosen pages in all blocks and turns
+    before it, the number of those in turns of its own block, and the number of its own pages. Store
+    in `limits` the cut, what is left for it, and how many pages are at it: `choose` needs these.
+    """
+    cut, left, at_cut = threshold(histogram, PAGE_ROOM)
+    of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)
+    tl.store(candidate_count, tl.sum(of_tile, 0) * PAGE)
+    tl.store(limits, cut)
+    tl.store(limits + 1, left)
+    tl.store(limits + 2, at_cut)
+    own = (of_tile + TURN - 1) // TURN
+    through, before = tl.cumsum(own, 0), tl.cumsum(of_tile, 0) - of_tile
+    for start in range(0, turns, 64):
+        number = start + tl.arange(0, 64)
+        block = tl.sum((through[None, :] <= number[:, None]).to(tl.int32), 1)
+        place = tl.minimum(block, TILES - 1)
+        skipped = (number - tl.gather(through - own, place, 0)) * TURN
+        count = tl.minimum(tl.gather(of_tile, place, 0) - skipped, TURN)
+        entry, inside = plan + number * 4, number < turns
+        tl.store(entry, block, mask=inside)
+        tl.store(entry + 1, tl.gather(before, place, 0) + skipped, mask=inside)
+        tl.store(entry + 2, skipped, mask=inside)
+        tl.store(entry + 3, tl.where(block < tiles, count, 0), mask=inside)

@@ -1,0 +1,54 @@
+"""The list of the keys that a tile of queries reads, from their bins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from lychee_compile.codegen.triton_lib.names import BINS
+
+
+@triton.jit
+def stretches(edge, place):
+    """Return what `ask` has stored of `edges` for one tile."""
+    edge += place * 8
+    own, own_end = tl.load(edge + 2), tl.load(edge + 3)
+    return tl.load(edge), tl.load(edge + 1), own, own_end, tl.load(edge + 4), tl.load(edge + 5)
+
+
+@triton.jit
+def bins_between(bins, bin_room, slot, begin, stop):
+    """Return the bins of the slots [N] that are in [begin, stop), and 0 for others."""
+    # Runs of 16 are loaded whole, even bins never written: a mask by slot would load one by one.
+    entry = tl.load(bins + slot, mask=slot < bin_room, other=0).to(tl.int32)
+    inside = (slot - begin).to(tl.uint32) < (stop - begin).to(tl.uint32)
+    return tl.where(inside, entry, 0)
+
+
+@triton.jit
+def room_for(seen, always, share, most, shortest, capacity):
+    """Return how many keys may be chosen, if `seen` are seen beside the `always` read."""
+    allowed = tl.minimum(tl.ceil((always + seen) * share).to(tl.int32), most)
+    allowed = tl.where(always + seen < shortest, 2**30, allowed)
+    return tl.minimum(tl.maximum(allowed - always, 0), capacity)
+
+
+@triton.jit
+def cut_of(held, level, room):
+    """Return the highest level with more than `room` at or above it, or 0, and the number above."""
+    through = tl.cumsum(held, 0, reverse=True)
+    cut = tl.max(tl.where(through > room, level, 0), 0)
+    return cut, tl.max(tl.where(level > cut, through, 0), 0)
+
+
+@triton.jit
+def counted(bins, bin_room, begin, stop, LANES: tl.constexpr):
+    """Count the slots [begin, stop) in each bin but the first: int32 [BINS]."""
+    held = tl.zeros([BINS], tl.int32)
+    for start in range(begin // 16 * 16, stop, LANES):
+        slot = start + tl.arange(0, LANES)
+        held += tl.histogram(bins_between(bins, bin_room, slot, begin, stop), BINS)
+    return tl.where(tl.arange(0, BINS) > 0, held, 0)

@@ -1,0 +1,113 @@
+"""What the sparse steps of all methods share: the beginning of a launch, and its end.
+
+In between a method ranks the tokens, by kernels of its own. It leaves, for each row, bins of the
+tokens' shares and a histogram of them; `attend` finds the threshold and reads the best tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.gpu.common.device import overlapping, overlaps
+from lychee_compile.kernels.gpu.common.launch_common import Scratch, combine, launch
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.common.tuning import Tuning, tuning_for
+from lychee_compile.kernels.sizes import BINS, power_of_two
+
+MOST_SPARSE_SPLITS = 32
+"""Programs that may share one row of a sparse step, at most."""
+
+
+class SparseStep:
+    """One step of decoding over an index: its operands, scratch memory and arguments by name.
+
+    A method asks for scratch memory of its own (`wanted`), takes the arguments (`arguments`),
+    launches what ranks the tokens, and ends with `attend`.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        operands: AttentionOperands,
+        index: IndexOperands,
+        tuning: Tuning | None = None,
+    ) -> None:
+        self.module, self.operands, self.index = module, operands, index
+        self.tuning = tuning or tuning_for(module, "sparse", operands)
+        self.rows = operands.rows
+        self.splits = max(1, min(self.tuning.programs // self.rows, MOST_SPARSE_SPLITS))
+        """Programs of `attend` that share a row."""
+        self.early = overlaps(operands.query.device)
+        self.waits = overlapping(self.early)
+        """Options of kernels that begin before the one before them has ended."""
+        self.wanted = Scratch()
+        self.scratch: Mapping[str, Tensor] = {}
+
+    def arguments(self, tiles: int) -> dict[str, object]:
+        """Allocate the scratch memory and return the arguments that all methods have, by name.
+
+        `tiles` are the programs that the scan has for each row; each notes the first and the last
+        slot that it saw.
+        """
+        capacity = list_size(self.module)
+        self.wanted.want_parts(self.operands, self.splits)
+        self.wanted.want("histogram", torch.int32, self.rows, 2, BINS)
+        self.wanted.want("tile_first", torch.int32, self.rows, tiles)
+        self.wanted.want("tile_end", torch.int32, self.rows, tiles)
+        self.wanted.want("chosen_list", torch.int32, self.rows, self.splits, capacity)
+        self.scratch = self.wanted.allocate(self.operands.query.device)
+        return {
+            **self.operands.arguments(self.module),
+            **self.index.state._asdict(),
+            **self.scratch,
+            **self._written(),
+            "slots": self.index.layout.slots,
+            "tiles": tiles,
+            "splits": self.splits,
+            "capacity": capacity,
+            "TILES": power_of_two(tiles),
+            "EARLY": self.early,
+        }
+
+    def attend(self, arguments: Mapping[str, object], examined: int, paged: bool) -> Tensor:
+        """Return attention [B, Hq, T, Dv] over the best tokens.
+
+        `examined` are the slots whose bins each row has. They are those of a list of candidates if
+        `paged`, else all slots in order.
+        """
+        tuning = self.tuning
+        own = {"KEYS": tuning.keys, "LANES": lanes(examined, self.splits), "PAGED": paged}
+        launch(
+            self.module.attend,
+            (self.rows, self.splits + 1),
+            {**arguments, **own},
+            num_warps=tuning.warps,
+            num_stages=tuning.stages,
+            **self.waits,
+        )
+        return combine(self.module, self.operands, self.scratch, self.splits, self.early)
+
+    def _written(self) -> dict[str, object]:
+        """Return the slots just written, with strides and number; a stand-in if none were."""
+        positions, names = self.index.positions, ("position_stride_b", "position_stride_t")
+        if positions is None:
+            unused = self.scratch["tile_first"]
+            return {"positions": unused, **dict.fromkeys(names, 0), "written": 0}
+        wide = positions.expand(self.operands.query.shape[0], -1)
+        strides = dict(zip(names, wide.stride(), strict=True))
+        return {"positions": wide, **strides, "written": wide.shape[1]}
+
+
+def lanes(examined: int, splits: int) -> int:
+    """Return how many slots a program of `attend` examines at a time."""
+    return max(256, min(power_of_two(-(-examined // splits)), 1024))
+
+
+def list_size(module: ModuleType) -> int:
+    """Return how many slots the list of a program of `attend` has room for."""
+    return -(-(module.BUDGET.value + 64) // 64) * 64

@@ -1,0 +1,43 @@
+"""The policy "lychee" on a GPU, as `gpu/methods.py` knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.gpu.common.layout import IndexLayout, IndexOperands
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
+from lychee_compile.kernels.gpu.lychee.launch import run_lychee
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+
+
+@dataclass(frozen=True)
+class LycheeMethod:
+    """Tokens ranked by sketches of their keys; in a long context pages are ranked first."""
+
+    multiple: int = 8
+    limits: str = ""
+    prefill: bool = True
+
+    def layout_of(self, key: Tensor) -> SketchLayout:
+        """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
+        return SketchLayout.of(key)
+
+    def new_index(self, layout: IndexLayout, device: torch.device) -> SketchIndex:
+        """Return an empty index, which is not trusted."""
+        return SketchIndex(layout, device)
+
+    def run(
+        self,
+        module: ModuleType,
+        operands: AttentionOperands,
+        index: IndexOperands,
+        tuning: Tuning | None = None,
+    ) -> Tensor:
+        """Return attention over the best keys, [B, Hq, T, Dv], and sketch the keys just written."""
+        return run_lychee(module, operands, index, tuning)

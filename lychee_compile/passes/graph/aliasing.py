@@ -1,0 +1,59 @@
+"""Tell which memory a node shows, and which memory an operator writes to."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch.fx
+
+from lychee_compile.passes.graph.dataflow import argument, first_input, operator_of
+from lychee_compile.passes.graph.operator_facts import Memory, View
+
+
+def storage_of(node: torch.fx.Node) -> torch.fx.Node:
+    """Return the node whose memory `node` may show, or `node` if it has memory of its own."""
+    while node.op == "call_function" and node.args:
+        is_part = node.target is operator.getitem
+        maker = first_input(node) if is_part else node
+        if not _may_share(maker) or not isinstance(maker.args[0], (torch.fx.Node, list, tuple)):
+            return node
+        source: Any = maker.args[0]
+        if not isinstance(source, torch.fx.Node):  # broadcast_tensors and meshgrid take a list
+            source = source[node.args[1] if is_part else 0]
+        node = source
+    return node
+
+
+def _may_share(node: torch.fx.Node) -> bool:
+    """True if an operator may give its input's memory, changed in place or not."""
+    schema = getattr(node.target, "_schema", None)
+    memory = operator_of(node).memory
+    if schema is None or memory is Memory.FRESH:
+        return False
+    annotated = any(each.alias_info is not None for each in schema.returns)
+    return annotated or memory in (Memory.OF_INPUT, Memory.PERHAPS_OF_INPUT)
+
+
+def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Return the tensors that an operator writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or operator_of(node).writes_nothing:
+        return []
+    written = []
+    for formal in schema.arguments:
+        if formal.alias_info is not None and formal.alias_info.is_write:
+            value = argument(node, formal.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            written += [each for each in values if isinstance(each, torch.fx.Node)]
+    return written
+
+
+def is_view_of_part(node: torch.fx.Node) -> bool:
+    """True if `node` is one output of `chunk`, `split`, `unbind` or the like."""
+    return node.target is operator.getitem and operator_of(node.args[0]).view is View.PARTS
+
+
+def is_pure_view(node: torch.fx.Node) -> bool:
+    """True if `node` always shows the memory of its input, and copies nothing."""
+    return operator_of(node).memory is Memory.OF_INPUT or is_view_of_part(node)

@@ -1,0 +1,75 @@
+"""Graph inputs that stand for the indexes of key caches.
+
+graph(keys, values, query)                      before
+graph(keys, values, query, lychee_index_0)      after, the index of `keys`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from lychee_compile import torch_private
+from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.graph.dataflow import value_of
+from lychee_compile.passes.graph.emitter import Emitter
+
+
+@dataclass(frozen=True)
+class IndexInput:
+    """A graph input that stands for the index of one key cache."""
+
+    node: torch.fx.Node
+    fake: Tensor
+    """uint8 [size], the memory of a GPU index; or int64 [2] on the CPU, a handle to an index."""
+    source: int | None
+    """Position of the graph input that is the cache before a call; None if the cache begins here"""
+    output: int | None
+    """Position of the output that is the grown cache; None if the cache is written in place."""
+    token_dim: int
+    """Dimension of the cache that runs over tokens."""
+    use: CacheUse | None
+    """Use that generated kernels make of the cache; None: the index is the reference's."""
+
+
+class IndexInputs:
+    """Adds one input per key cache to a graph, in the order in which they are asked for."""
+
+    def __init__(self, gm: torch.fx.GraphModule, emit: Emitter) -> None:
+        self._gm, self._emit = gm, emit
+        self._own = gm.graph.find_nodes(op="placeholder")
+        self._added: dict[object, IndexInput] = {}
+
+    @property
+    def added(self) -> list[IndexInput]:
+        """All inputs that were added."""
+        return list(self._added.values())
+
+    def node_for(self, binding: CacheBinding, use: CacheUse | None = None) -> torch.fx.Node:
+        """Return the input for the index of a cache, and add it for the first to ask.
+
+        Attentions share an input if they read the same cache through indexes of the same layout.
+        """
+        key = binding if use is None else (binding.source, binding.output, use.layout)
+        if key not in self._added:
+            self._added[key] = self._new(binding, use)
+            self._emit.on_undo(lambda: self._remove(key))
+        return self._added[key].node
+
+    def _new(self, binding: CacheBinding, use: CacheUse | None) -> IndexInput:
+        name = f"lychee_index_{len(self._added)}"
+        if use is None or use.layout is None:
+            size, dtype, device = 2, torch.int64, torch.device("cpu")
+        else:
+            size, dtype, device = use.layout.size, torch.uint8, value_of(binding.key).device
+        mode = self._emit.mode
+        node, fake = torch_private.add_state_input(self._gm, name, size, dtype, device, mode)
+        source = None if binding.source is None else self._own.index(binding.source)
+        return IndexInput(node, fake, source, binding.output, binding.token_dim, use)
+
+    def _remove(self, key: object) -> None:
+        self._gm.graph.erase_node(self._added.pop(key).node)

@@ -1,0 +1,70 @@
+"""Generate the kernels of a specification, store their module, and run it once as a trial."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch.fx
+
+from lychee_compile.codegen.module import emit_module
+from lychee_compile.codegen.specification import AttentionSpec
+from lychee_compile.kernels.gpu.common.module_cache import store
+from lychee_compile.kernels.gpu.trial_run import TensorForm, TrialCall, try_kernels
+from lychee_compile.passes import reasons
+from lychee_compile.passes.graph.dataflow import value_of
+from lychee_compile.passes.lower.kernel_operands import KernelOperands
+from lychee_compile.passes.lower.kernel_support import NoKernel
+from lychee_compile.torch_private import size_hint
+
+logger = logging.getLogger(__name__)
+
+
+def compile_kernels(spec: AttentionSpec, operands: KernelOperands, written: int = 0) -> str:
+    """Return the name of the module of `spec`, once its kernels have run on such operands.
+
+    A module that is stored already is not generated again. `written` is the number of tokens that
+    a call writes to the cache. Raises `NoKernel`.
+    """
+    try:
+        kernel = _stored(spec)
+        try_kernels(_trial_call(kernel, spec, operands, written))
+    except Exception as error:  # whatever it is, the model must run
+        logger.debug("no kernel for %s", spec, exc_info=True)
+        kind = "exact" if spec.sparse is None and spec.tiles is None else "sparse"
+        failed = reasons.KERNEL_FAILED(kind=kind, error=reasons.brief(error))
+        raise NoKernel(failed) from error
+    return kernel
+
+
+@lru_cache(maxsize=256)
+def _stored(spec: AttentionSpec) -> str:
+    return store(emit_module(spec), spec.name).stem
+
+
+def _trial_call(
+    kernel: str, spec: AttentionSpec, operands: KernelOperands, written: int
+) -> TrialCall:
+    tensors = operands.tensors
+    return TrialCall(
+        kernel=kernel,
+        query=_form(tensors.query),
+        key=_form(tensors.key),
+        value=_form(tensors.value),
+        captured=tuple(map(_form, operands.expressions.nodes)),
+        extra=None if tensors.extra is None else _form(tensors.extra),
+        sparse=spec.sparse is not None,
+        written=written,
+        tiles=spec.tiles is not None,
+    )
+
+
+def _form(node: torch.fx.Node) -> TensorForm:
+    """Return shape, strides, dtype and device of a tensor; symbolic sizes are those traced with."""
+    value = value_of(node)
+    return TensorForm(
+        tuple(map(size_hint, value.shape)),
+        tuple(map(size_hint, value.stride())),
+        value.dtype,
+        value.device,
+    )

@@ -1,0 +1,56 @@
+"""Operands of a generated kernel for one attention, and the specification of the kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lychee_compile.codegen.specification import AttentionSpec
+from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.graph.check import RewriteError
+from lychee_compile.passes.graph.dataflow import value_of
+from lychee_compile.passes.graph.emitter import Emitter
+from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
+from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
+from lychee_compile.passes.lower.kernel_support import NoKernel, static
+
+
+@dataclass(frozen=True)
+class KernelOperands:
+    """Everything that a generated kernel reads, and the expressions it computes."""
+
+    expressions: KernelExpressions
+    tensors: Canonical
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        """The leading arguments of an operator that runs a generated kernel."""
+        tensors, captured = self.tensors, list(self.expressions.nodes)
+        return tensors.query, tensors.key, tensors.value, captured, tensors.extra
+
+
+def emit_kernel_operands(attention: Attention, emit: Emitter) -> KernelOperands:
+    """Emit what a kernel for `attention` reads. Raises `NoKernel`."""
+    canonical = Canonicaliser(attention, emit)
+    try:
+        expressions = kernel_expressions(attention, canonical)
+        return KernelOperands(expressions, canonical.operands(masked=False))
+    except RewriteError as error:
+        raise NoKernel(error.reason) from error
+
+
+def kernel_specification(
+    attention: Attention, operands: KernelOperands, autotune: bool
+) -> AttentionSpec:
+    """Return what an exact kernel for `attention` is generated from. Raises `NoKernel`."""
+    expressions, tensors = operands.expressions, operands.tensors
+    return AttentionSpec(
+        dtype=str(value_of(tensors.query).dtype).removeprefix("torch."),
+        group=static(attention.size(attention.roles.group), "the number of query heads"),
+        head_dim=static(attention.size(attention.roles.head_dim), "the size of a key"),
+        value_dim=static(attention.size(attention.roles.value_dim), "the size of a value"),
+        score=expressions.score,
+        visible=expressions.visible,
+        captured=expressions.captured,
+        extra=tensors.extra is not None,
+        autotune=autotune,
+    )

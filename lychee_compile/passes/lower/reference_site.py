@@ -1,0 +1,95 @@
+"""Emit an index and sparse attention, both by the reference, in the place of one attention.
+
+Before, one decoding step over a static cache:
+
+    k = index_copy_(k_cache, 2, positions, k_new)
+    k_wide = reshape(expand(unsqueeze(k, 2), ...), ...)
+    out = scaled_dot_product_attention(q, k_wide, v_wide, mask)
+
+After; `index` is a new input of the graph, which stands for the index of `k_cache`:
+
+    k = index_copy_(k_cache, 2, positions, k_new)
+    update_index(k, mask, positions, token_ids, index, 1)
+    out = sparse_attention(q, k, v, mask, None, index, scale, None, "layers.0.self_attn")
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.fx
+
+from lychee_compile.kernels.operators import reference  # noqa: F401  registers the operators
+from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.detect.token_ids import covers
+from lychee_compile.passes.graph.dataflow import (
+    aten,
+    module_path,
+    shape_of,
+    static_size,
+)
+from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
+from lychee_compile.passes.lower.context import LoweringContext
+from lychee_compile.passes.lower.written_slots import named_slots
+
+OPERATOR = "lychee::sparse_attention (reference)"
+
+
+def emit_reference_sparse(
+    attention: Attention, binding: CacheBinding, context: LoweringContext
+) -> torch.fx.Node:
+    """Emit sparse attention and return its output. Raises `RewriteError`.
+
+    The first attention over a cache also updates the index.
+    """
+    canonical = Canonicaliser(attention, context.emit)
+    operands, score = canonical.operands(), attention.score
+    index = context.index_inputs.node_for(binding)
+    if context.is_first_use(index):
+        _update(attention, binding, operands, context)
+    attended = context.emit(
+        torch.ops.lychee.sparse_attention.default,
+        operands.query, operands.key, operands.value, operands.mask, operands.extra, index,
+        score.scale, score.softcap, module_path(attention.node),
+    )  # fmt: skip
+    return canonical.replacement(attended)
+
+
+def knows_tokens(attention: Attention, binding: CacheBinding, context: LoweringContext) -> bool:
+    """True if the token ids of the graph are those of the tokens written to the cache."""
+    if binding.written is None:
+        return False
+    node, dim = binding.written
+    batch = attention.axes.product(attention.roles.batch)
+    return covers(context.token_ids, batch, shape_of(node)[dim])
+
+
+def emit_token_note(attention: Attention, binding: CacheBinding, context: LoweringContext) -> None:
+    """Let an index note the tokens that a prefill writes, which reads no index itself.
+
+    All that the index needs of the mask is the row of the last query: the mask of a prefill is
+    large. Raises `RewriteError`.
+    """
+    operands = Canonicaliser(attention, context.emit).operands()
+    mask = operands.mask
+    last = None if mask is None else context.emit(aten.slice.Tensor, mask, 2, -1)
+    _update(attention, binding, replace(operands, mask=last), context)
+
+
+def _update(
+    attention: Attention, binding: CacheBinding, operands: Canonical, context: LoweringContext
+) -> None:
+    """Let the index follow what this call writes to the cache."""
+    emit = context.emit
+    index = context.index_inputs.node_for(binding)
+    positions = named_slots(binding, emit)
+    ids = context.token_ids if knows_tokens(attention, binding, context) else None
+    written: int | torch.fx.Node = 0
+    if binding.written is not None:
+        node, dim = binding.written
+        count = static_size(shape_of(node)[dim])
+        written = emit(aten.sym_size.int, node, dim) if count is None else count
+    update = torch.ops.lychee.update_index.default
+    emit(update, operands.key, operands.mask, positions, ids, index, written)

@@ -1,0 +1,267 @@
+"""Outcomes: all that can become of an attention, each with one way to emit it.
+
+    KeepAsIs            the operators of the graph stay
+    OneSdpa             one scaled_dot_product_attention for products and a softmax written out
+    ReferenceSparse     decoding through an index, in plain PyTorch
+    SparseDecodeKernel  decoding through an index, by a generated kernel
+    ExactDecodeKernel   decoding over all visible keys, by a generated kernel
+    PrefillReference    sparse prefill, in plain PyTorch
+    PrefillKernels      sparse prefill, by generated kernels
+
+An outcome is decided from facts alone, and only `emit` acts. It raises `NoKernel` or `RewriteError`
+if it cannot do what was decided; `instead` then gives the outcome to try next. An outcome is told
+in a report by its `decision`, `kernel`, `reason` (None if it is sparse), `reads` ("" if it is not)
+and `by_design`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch.fx
+
+from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.sizes import QUERY_TILE
+from lychee_compile.passes.detect.attention import Attention, Unread
+from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.graph.dataflow import operator_name
+from lychee_compile.passes.lower import prefill_site, reference_site, sdpa_site
+from lychee_compile.passes.lower.context import LoweringContext
+from lychee_compile.passes.lower.decode_site import emit_exact_decode, emit_sparse_decode
+from lychee_compile.passes.lower.patch_grids import Grid
+from lychee_compile.passes.reasons import Reason
+from lychee_compile.passes.site import Decision
+
+NOT_GENERATED = "{} kernel (not generated yet)"
+"""Stands for the name of a generated module until there is one."""
+
+
+@dataclass(frozen=True)
+class KeepAsIs:
+    """The attention stays as the graph has it."""
+
+    attention: Attention | Unread
+    reason: Reason
+    by_design: bool
+    """Whether it is meant to be exact, and not kept for want of support."""
+    decision: ClassVar[Decision] = "kept"
+    reads: ClassVar[str] = ""
+
+    @property
+    def kernel(self) -> str:
+        """The operator that runs, in words."""
+        attention = self.attention
+        if isinstance(attention, Attention) and attention.form == "flex":
+            return "flex_attention"
+        one = isinstance(attention, Unread) or attention.form == "sdpa"
+        return operator_name(attention.node) if one else "aten (as written)"
+
+    def emit(self, context: LoweringContext) -> Emitted:  # noqa: ARG002  nothing is emitted
+        """Emit nothing; the output is the one there is."""
+        return self.attention.node, self
+
+    def instead(self, failure: Reason) -> Outcome:
+        """Keep the attention for another reason."""
+        return replace(self, reason=failure)
+
+
+@dataclass(frozen=True)
+class OneSdpa:
+    """PyTorch's one operator takes the place of an attention that is meant to be exact."""
+
+    attention: Attention
+    reason: Reason
+    by_design: ClassVar[bool] = True
+    decision: ClassVar[Decision] = "exact"
+    reads: ClassVar[str] = ""
+    kernel: ClassVar[str] = sdpa_site.OPERATOR
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Emit scaled dot-product attention."""
+        return sdpa_site.emit_one_sdpa(self.attention, context), self
+
+    def instead(self, failure: Reason) -> Outcome:
+        """Keep the attention."""
+        return KeepAsIs(self.attention, failure, by_design=True)
+
+
+@dataclass(frozen=True)
+class ReferenceSparse:
+    """The reference decodes through the index of a cache, on any device."""
+
+    attention: Attention
+    binding: CacheBinding
+    reads: str
+    """How much is read, in words."""
+    by_design: ClassVar[bool] = False
+    decision: ClassVar[Decision] = "sparse"
+    reason: ClassVar[None] = None
+    kernel: ClassVar[str] = reference_site.OPERATOR
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Emit an update of the index, and sparse attention."""
+        return reference_site.emit_reference_sparse(self.attention, self.binding, context), self
+
+    def instead(self, failure: Reason) -> Outcome:
+        """Keep the attention."""
+        return KeepAsIs(self.attention, failure, by_design=False)
+
+
+@dataclass(frozen=True)
+class SparseDecodeKernel:
+    """A generated kernel decodes through the index of a cache."""
+
+    attention: Attention
+    binding: CacheBinding
+    policy: str
+    """Name of the policy that selects keys."""
+    reads: str
+    """How much is read, in words."""
+    module: str = ""
+    """Name of the generated module, once there is one."""
+    by_design: ClassVar[bool] = False
+    decision: ClassVar[Decision] = "sparse"
+    reason: ClassVar[None] = None
+
+    @property
+    def kernel(self) -> str:
+        """The generated module, or words that stand for it."""
+        return self.module or NOT_GENERATED.format(f"decode_{self.policy}")
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Generate the kernel, try it, and emit its operator."""
+        output, module = emit_sparse_decode(self.attention, self.binding, context)
+        return output, replace(self, module=module)
+
+    def instead(self, failure: Reason) -> Outcome:
+        """Read all keys."""
+        return ExactDecodeKernel(self.attention, failure)
+
+
+@dataclass(frozen=True)
+class ExactDecodeKernel:
+    """A generated kernel decodes over all visible keys."""
+
+    attention: Attention
+    reason: Reason
+    by_pytorch: KeepAsIs | OneSdpa | None = None
+    """What PyTorch does if there is no such kernel and the attention is meant to be exact."""
+    module: str = ""
+    """Name of the generated module, once there is one."""
+    by_design: ClassVar[bool] = False
+    decision: ClassVar[Decision] = "exact"
+    reads: ClassVar[str] = ""
+
+    @property
+    def kernel(self) -> str:
+        """The generated module, or words that stand for it."""
+        return self.module or NOT_GENERATED.format("decode_exact")
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Generate the kernel, try it, and emit its operator."""
+        output, module = emit_exact_decode(self.attention, context)
+        return output, replace(self, module=module)
+
+    def instead(self, failure: Reason) -> Outcome:
+        """Leave the attention to PyTorch."""
+        if self.by_pytorch is None:
+            return KeepAsIs(self.attention, failure, by_design=False)
+        return replace(self.by_pytorch, reason=self.reason.and_also(failure))
+
+
+@dataclass(frozen=True)
+class PrefillReference:
+    """The reference lets every tile of a prefill's queries read what matters to it."""
+
+    attention: Attention
+    config: IndexConfig
+    grid: Grid | None
+    """How the queries lie if they are patches."""
+    by_design: ClassVar[bool] = False
+    decision: ClassVar[Decision] = "sparse"
+    reason: ClassVar[None] = None
+    kernel: ClassVar[str] = prefill_site.REFERENCE_OPERATOR
+
+    @property
+    def reads(self) -> str:
+        """How much is read, in words."""
+        return _how_much_of_a_prefill(self.config, self.grid)
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Emit the reference's sparse attention."""
+        return prefill_site.emit_prefill_reference(self.attention, self.grid, context), self
+
+    def instead(self, failure: Reason) -> Outcome:
+        """Keep the attention."""
+        return KeepAsIs(self.attention, failure, by_design=False)
+
+
+@dataclass(frozen=True)
+class PrefillKernels:
+    """Generated kernels let every tile of a prefill's queries read what matters to it."""
+
+    attention: Attention
+    config: IndexConfig
+    grid: Grid | None
+    """How the queries lie if they are patches, and if they may be taken in another order."""
+    module: str = ""
+    """Name of the generated module, once there is one."""
+    by_design: ClassVar[bool] = False
+    decision: ClassVar[Decision] = "sparse"
+    reason: ClassVar[None] = None
+
+    @property
+    def reads(self) -> str:
+        """How much is read, in words."""
+        return _how_much_of_a_prefill(self.config, self.grid)
+
+    @property
+    def kernel(self) -> str:
+        """The generated module, or words that stand for it."""
+        return self.module or NOT_GENERATED.format(f"prefill_{self.config.policy}")
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Generate the kernels, try them, and emit their operator."""
+        emitted = prefill_site.emit_prefill_kernels(self.attention, self.grid, context)
+        output, module, grid = emitted
+        return output, replace(self, module=module, grid=grid)
+
+    def instead(self, failure: Reason) -> Outcome:
+        """Keep the attention."""
+        return KeepAsIs(self.attention, failure, by_design=False)
+
+
+Outcome = (
+    KeepAsIs
+    | OneSdpa
+    | ReferenceSparse
+    | SparseDecodeKernel
+    | ExactDecodeKernel
+    | PrefillReference
+    | PrefillKernels
+)
+Generated = SparseDecodeKernel | ExactDecodeKernel | PrefillKernels
+"""Outcomes that generate a module, and have its name once they have."""
+Emitted = tuple[torch.fx.Node, Outcome]
+"""What the graph goes on with, and the outcome with the module that was generated for it."""
+
+
+def how_much(config: IndexConfig, kv_len: int | str) -> str:
+    """Return how much sparse decoding reads of `kv_len` keys, in words."""
+    return f"budget {config.budget} of up to {kv_len} tokens" + _choice(config)
+
+
+def _how_much_of_a_prefill(config: IndexConfig, grid: Grid | None) -> str:
+    budget = config.prefill_budget
+    keys = f"{100 * budget:.4g} % of the keys it sees" if budget < 1 else f"up to {budget} keys"
+    blocks = "" if grid is None else f", in {grid.words()}"
+    return f"each tile of {QUERY_TILE} queries reads {keys}{blocks}" + _choice(config)
+
+
+def _choice(config: IndexConfig) -> str:
+    """Return the options that change what is read, in words; "" if all are the default."""
+    words = "" if config.policy == IndexConfig.policy else f", policy {config.policy}"
+    if config.epsilon is not None:
+        words += f", more where over {config.epsilon:.3g} of the softmax might be missed"
+    return words

@@ -1,0 +1,124 @@
+"""Rewrites that fail after they were planned, and graphs that Dynamo compiles anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
+from torch._dynamo.utils import counters
+
+import lychee_compile
+from lychee_compile import backend, torch_private
+from lychee_compile.passes import reasons
+from lychee_compile.passes.graph.check import RewriteError
+from lychee_compile.passes.lower import canonical
+from lychee_compile.runtime.cache_registry import registry
+
+SIZE = 160
+SPARSE = {"budget": 32, "sinks": 2, "recent": 8, "chunk": (2, 4), "overfetch": 1}
+EVERYTHING = {**SPARSE, "budget": SIZE - 1}
+
+pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Hides one key, so that a budget for all others is one for all."""
+    visible = torch.arange(key.shape[2]) != 7
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible[None])
+
+
+def operands() -> tuple[Tensor, Tensor, Tensor]:
+    """A query, and a key and value cache that the graph only reads."""
+    return torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, SIZE, 8)
+
+
+RESISTS = RewriteError(reasons.REWRITE_FAILED(error="it resists"))
+
+
+@pytest.mark.parametrize(
+    "error", [RESISTS, ZeroDivisionError("it resists")], ids=["reasoned", "a bug"]
+)
+def test_an_attention_that_resists_is_kept_and_refused_when_strict(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resist(*given: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(canonical, "check_replacement", resist)
+    inputs = operands()
+    got = torch.compile(attend, backend="lychee", options=SPARSE)(*inputs)
+    assert torch.equal(got, attend(*inputs))
+    (site,) = lychee_compile.reports()[-1].sites
+    assert (site.decision, site.by_design) == ("kept", False)
+    assert "it resists" in str(site.reason)
+    assert "scaled_dot_product_attention" in site.kernel
+    assert counters["lychee"]["kept"] == counters["lychee"]["found"] == 1
+    assert counters["lychee"]["sparse"] == len(registry) == 0
+    torch._dynamo.reset()
+    strict = torch.compile(attend, backend="lychee", options={**SPARSE, "strict": True})
+    with pytest.raises(BackendCompilerFailed, match="it resists") as caught:
+        strict(*inputs)
+    assert isinstance(caught.value.inner_exception, backend.StrictError)
+
+
+def test_the_others_are_rewritten_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left of the attempt: no operator, and no input for an index."""
+
+    def both(query: Tensor, key: Tensor, value: Tensor, other: Tensor) -> Tensor:
+        return attend(query, key, value) + attend(query, other, value)
+
+    check, graphs = canonical.check_replacement, []
+
+    def resist(old: Any, new: torch.fx.Node) -> None:
+        if not graphs:
+            graphs.append(new.graph)
+            raise RESISTS
+        check(old, new)
+
+    monkeypatch.setattr(canonical, "check_replacement", resist)
+    inputs = *operands(), torch.randn(1, 2, SIZE, 8)
+    compiled = torch.compile(both, backend="lychee", options=EVERYTHING)
+    torch.testing.assert_close(compiled(*inputs), both(*inputs), atol=1e-5, rtol=1e-5)
+    decisions = [site.decision for site in lychee_compile.reports()[-1].sites]
+    assert decisions == ["kept", "sparse"]
+    targets = [str(node.target) for node in graphs[0].nodes]
+    assert sum("sparse_attention" in target for target in targets) == 1
+    assert sum("update_index" in target for target in targets) == 1
+    assert sum(target.startswith("lychee_index") for target in targets) == 1
+
+
+def test_an_attention_over_the_output_of_another_is_rewritten_too() -> None:
+    def twice(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(attend(query, key, value), key, value)
+
+    inputs = operands()
+    compiled = torch.compile(twice, backend="lychee", options=EVERYTHING)
+    torch.testing.assert_close(compiled(*inputs), twice(*inputs), atol=1e-5, rtol=1e-5)
+    assert counters["lychee"]["sparse"] == 2
+    assert len(registry) == 1
+
+
+@pytest.mark.parametrize("options", [SPARSE, {**SPARSE, "budget": SIZE}], ids=["sparse", "kept"])
+def test_a_graph_that_is_compiled_anew_counts_once(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_graph, attempts = torch_private.inductor, []
+
+    def restart_once(*given: Any) -> Any:
+        attempts.append(given)
+        if len(attempts) == 1:
+            raise TensorifyScalarRestartAnalysis("once more")
+        return compile_graph(*given)
+
+    monkeypatch.setattr(torch_private, "inductor", restart_once)
+    torch.compile(attend, backend="lychee", options=options)(*operands())
+    assert len(attempts) == 2
+    decision = "sparse" if options is SPARSE else "kept"
+    assert [site.decision for report in lychee_compile.reports() for site in report.sites] == [
+        decision
+    ]
+    assert counters["lychee"]["found"] == counters["lychee"][decision] == 1

@@ -1,0 +1,81 @@
+"""Folders stay small, signatures stay short, and imports run one way.
+
+Counted are the Python files that lie directly in a folder, not those in folders below, and without
+`__init__.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.links import ROOT
+
+PACKAGE = ROOT / "lychee_compile"
+MOST_FILES, MOST_FILES_ELSEWHERE = 14, 12
+MOST_PARAMETERS = 9
+LIBRARIES = {"kernels/reference"}
+"""Folders of many small files that depend on each other and on nothing else: a flat library."""
+
+
+def python_files(folder):
+    return [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+
+
+def folders_below(folder):
+    return [path.parent for path in sorted(folder.glob("**/__init__.py"))]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [PACKAGE, *folders_below(PACKAGE / "passes"), *folders_below(PACKAGE / "kernels")],
+    ids=lambda folder: folder.relative_to(ROOT).as_posix(),
+)
+def test_few_files_lie_flat_in_a_folder(folder):
+    if folder.relative_to(PACKAGE).as_posix() in LIBRARIES:
+        pytest.skip("a flat library")
+    assert len(python_files(folder)) <= MOST_FILES
+
+
+@pytest.mark.parametrize("name", ["tests", "benchmarks"])
+def test_few_files_lie_flat_in_tests_and_benchmarks(name):
+    assert len(python_files(ROOT / name)) <= MOST_FILES_ELSEWHERE
+
+
+def test_signatures_are_short():
+    long = []
+    for path in PACKAGE.glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and not is_kernel_or_operator(node):
+                count = parameters(node)
+                if count > MOST_PARAMETERS:
+                    long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {count}")
+    assert long == []
+
+
+def parameters(function):
+    """Count the parameters of a function, without self and cls."""
+    arguments = function.args
+    names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def is_kernel_or_operator(function):
+    """True for Triton kernels, registered operators, and the fakes of such."""
+    words = " ".join(ast.unparse(each) for each in function.decorator_list)
+    return any(word in words for word in ("triton.jit", "custom_op", "register_fake"))
+
+
+def test_imports_keep_the_contracts():
+    linter = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    if linter is None:
+        pytest.skip("import-linter is not installed: it is in the extra dev")
+    done = subprocess.run(
+        [linter, "--no-logo", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,585 @@
+"""Decode attention: decode quest f32 g3 d80 v64 b1024.
+
+score(s) = 0.111803398874989*s
+visible: (length + q >= kv) & mask[b, h, q, kv]
+"""
+
+import triton
+import triton.language as tl
+
+POLICY = "quest"  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ("mask", "length")  # tensors that score and mask read, in the order of a call
+
+
+GROUP = tl.constexpr(3)  # query heads that share a KV head
+ROWS = tl.constexpr(16)
+HEAD_DIM = tl.constexpr(80)
+DIM = tl.constexpr(128)
+VALUE_DIM = tl.constexpr(64)
+WIDTH = tl.constexpr(64)
+AUTOTUNE = False  # if True, the first call measures tile sizes
+
+
+@triton.jit
+def visible(b, h, q, kv, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
+    """True for slots kv [1, N] that are `inside` and whose keys the heads h [ROWS, 1] see."""
+    return inside & ((tl.load(mask + b * mask_stride_0 + h * mask_stride_1 + q * mask_stride_2 + kv * mask_stride_3, mask=inside, other=0) != 0) & (tl.load(length) + q >= kv))
+
+
+@triton.jit
+def score(s, b, h, q, kv, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
+    """Return the scores, in bits, for products s [ROWS, N] of queries and keys."""
+    return 0.16129820911147805 * s
+
+
+@triton.jit
+def load_queries(query, b, kv_head, t, stride_b, stride_h, stride_t, stride_d):
+    """Return the queries [ROWS, DIM] of a group at position t, and their heads, padded."""
+    h = kv_head * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1)
+    d = tl.arange(0, DIM)
+    place = query + b.to(tl.int64) * stride_b + t * stride_t
+    place = place + h[:, None] * stride_h + d[None, :] * stride_d
+    return tl.load(place, mask=d[None, :] < HEAD_DIM, other=0.0), h
+
+
+@triton.jit
+def attend_to(
+    slot, inside, queries, heads, top, total, result, b, t, kv_len,
+    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+):
+    """Do one step of online softmax over the keys in the slots [N] that are `inside`."""
+    seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
+    place = slot.to(tl.int64)[:, None]
+    keys = tl.load(
+        key + place * key_stride_l + d[None, :] * key_stride_d,
+        mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+    )
+    values = tl.load(
+        value + place * value_stride_l + width[None, :] * value_stride_d,
+        mask=inside[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
+    )
+    s = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    bits = score(s, b, heads[:, None], t, slot[None, :], inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    bits = tl.where(seen, bits, float("-inf"))
+    most = tl.maximum(top, tl.max(bits, 1))
+    base = tl.where(most == float("-inf"), 0.0, most)
+    weight = tl.exp2(bits - base[:, None])
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(weight, 1)
+    result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+    return most, total, result
+
+
+@triton.jit
+def store_part(top, total, result, head_row, split, splits, partial, partial_top, partial_sum):
+    """Store one program's part of a group's attention for `combine`."""
+    g, width = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    row = (head_row.to(tl.int64) * splits + split) * GROUP + g
+    tl.store(partial_top + row, top, mask=g < GROUP)
+    tl.store(partial_sum + row, total, mask=g < GROUP)
+    tl.store(
+        partial + row[:, None] * VALUE_DIM + width[None, :], result,
+        mask=(g < GROUP)[:, None] & (width < VALUE_DIM)[None, :],
+    )
+
+
+@triton.jit
+def combine(
+    partial, partial_top, partial_sum, extra, extra_stride_b, extra_stride_h, extra_stride_t,
+    output, output_stride_b, output_stride_h, output_stride_t, output_stride_d,
+    kv_heads, query_len, splits, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Sum up the parts of one query head at one position."""
+    head_row, g = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    part, width = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    source = (head_row.to(tl.int64) * splits + part) * GROUP + g
+    inside = part < splits
+    h = kv_head * GROUP + g
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    tops = tl.load(partial_top + source, mask=inside, other=float("-inf"))
+    totals = tl.load(partial_sum + source, mask=inside, other=0.0)
+    parts = tl.load(
+        partial + source[:, None] * VALUE_DIM + width[None, :],
+        mask=inside[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
+    )
+    most = tl.max(tops, 0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    fade = tl.exp2(tops - most)
+    whole = tl.sum(totals * fade, 0)
+    mean = tl.sum(parts * fade[:, None], 0)
+    # A query that sees nothing gets zeros, as from PyTorch's own attention.
+    mean = mean / tl.where(whole > 0, whole, 1.0)
+    place = output + b.to(tl.int64) * output_stride_b + h * output_stride_h
+    place = place + t * output_stride_t + width * output_stride_d
+    tl.store(place, mean.to(output.dtype.element_ty), mask=width < VALUE_DIM)
+
+
+@triton.jit
+def read_all(
+    queries, heads, top, total, result, b, t, kv_len, split, splits,
+    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    KEYS: tl.constexpr,
+):
+    """Attend to every splits-th run of KEYS keys; a run of hidden keys is not read."""
+    for start in range(split * KEYS, kv_len, splits * KEYS):
+        slot = start + tl.arange(0, KEYS)
+        inside = slot < kv_len
+        seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        if tl.max(seen.to(tl.int32)) > 0:
+            top, total, result = attend_to(
+                slot, inside, queries, heads, top, total, result, b, t, kv_len,
+                key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+            )
+    return top, total, result
+
+
+@triton.jit
+def attend_all(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    partial, partial_top, partial_sum,
+    kv_len, kv_heads, query_len, splits, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    KEYS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Attend from the heads of one group at one position to all visible keys."""
+    head_row, split = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    top, total, result = read_all(
+        queries, heads, top, total, result, b, t, kv_len, split, splits,
+        key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+        KEYS,
+    )
+    store_part(
+        top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+    )
+
+
+BUDGET = tl.constexpr(1024)  # tokens read per KV head and query position
+SINKS = tl.constexpr(0)  # first tokens, always read: none
+RECENT = tl.constexpr(1)  # last tokens, always read, besides the page being written
+PAGE = tl.constexpr(16)  # slots summarised together
+SCANNED = tl.constexpr(32)  # pages scored at a time
+RANKED = tl.constexpr(512)  # pages that a program ranks
+BINS = tl.constexpr(256)  # bins of a histogram of shares; the first is for what cannot be chosen
+LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
+
+
+HEADS = tl.constexpr(4)  # query heads of a group, up to a power of two
+
+
+@triton.jit
+def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
+    """Return the first slot that this step has written: no index knows it or later ones yet."""
+    fresh = tl.load(header + 1 + b)
+    if written > 0:
+        number = tl.arange(0, 16)
+        slot = tl.load(
+            positions + b * stride_b + number * stride_t, mask=number < written, other=2**30
+        ).to(tl.int32)
+        fresh = tl.min(tl.where(slot < 0, slot + kv_len, slot), 0)
+    return fresh
+
+
+@triton.jit
+def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
+    """Return log2 of the softmax's denominators [ROWS] of a group, as its blocks estimate it."""
+    block, g = tl.arange(0, BLOCKS), tl.arange(0, HEADS)
+    parts = tl.load(
+        totals + (head_row.to(tl.int64) * blocks + block)[:, None] * ROWS + g[None, :],
+        mask=(block < blocks)[:, None], other=-1e30,
+    )
+    most = tl.max(parts, 0)
+    total = most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
+    return tl.gather(total, tl.minimum(tl.arange(0, ROWS), HEADS - 1), 0)
+
+
+@triton.jit
+def bins_of(value, total, possible):
+    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits.
+
+    There are eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
+    An item that is not `possible` [N] is in the first bin.
+    """
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    share = tl.gather(share, tl.arange(0, value.shape[1]), 0)
+    place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
+    return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
+
+
+@triton.jit
+def count_bins(histogram, entry):
+    """Add the number of items in each bin but the first to a histogram, and return it.
+
+    `entry` [N] are the bins of the items.
+    """
+    counts = tl.histogram(entry, BINS)
+    place = tl.arange(0, BINS)
+    counts = tl.where(place > 0, counts, 0)
+    tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
+    return counts
+
+
+@triton.jit
+def threshold(histogram, room, read=0):
+    """Return the bin that `room` items end in, the room left for it, and how many are in it.
+
+    `read` items of each bin do not count.
+    """
+    place = tl.arange(0, BINS)
+    counts = tl.load(histogram + place) - read
+    through = tl.cumsum(counts, 0, reverse=True)
+    # One search finds all three: the bin, the number of items above it, and of those in it.
+    all_three = (place.to(tl.int64) << 24 | through - counts) << 24 | counts
+    found = tl.max(tl.where(through > room, all_three, 0), 0)
+    above = (found >> 24 & 0xFFFFFF).to(tl.int32)
+    return (found >> 48).to(tl.int32), -(above - room), (found & 0xFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def due(left, own, at_cut):
+    """Return how many of our `own` items at the cut are chosen, if `left` of all `at_cut` are."""
+    return (left * own // tl.maximum(at_cut, 1)).to(tl.int32)
+
+
+@triton.jit
+def choose(entry, cut, left, at_cut):
+    """Return which items are chosen, the place of each in a list of them, and their number.
+
+    Chosen are all items in bins above the cut, and the first of those at the cut: as many as are
+    due to us.
+    """
+    kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
+    through = tl.cumsum(kind, 0)
+    total = tl.max(through, 0)
+    ours = due(left, total & 65535, at_cut)
+    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
+    return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
+
+
+@triton.jit
+def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
+    """Return how many pages of each tile are chosen: int32 [TILES].
+
+    `ranks` has, for each tile, the number of its pages in each bin or above.
+    """
+    tile = tl.arange(0, TILES)
+    ranks += tile * BINS + cut
+    above = tl.load(ranks + 1, mask=tile < tl.where(cut < BINS - 1, tiles, 0), other=0)
+    through = tl.load(ranks, mask=tile < tl.where(cut > 0, tiles, 0), other=0)
+    return above + due(left, tl.maximum(through - above, 0), at_cut)
+
+
+@triton.jit
+def always_read(
+    tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES: tl.constexpr
+):
+    """Return the bounds of the slots [first, sinks_end) and [recent_start, end), always read."""
+    tile = tl.arange(0, TILES)
+    inside = tile < tiles
+    first = tl.min(tl.load(tile_first + head_row * tiles + tile, mask=inside, other=2**30), 0)
+    end = tl.max(tl.load(tile_end + head_row * tiles + tile, mask=inside, other=0), 0)
+    sinks_end = tl.minimum(first + SINKS, end)
+    recent_start = tl.maximum(tl.minimum(end - RECENT, fresh // PAGE * PAGE), sinks_end)
+    return first, sinks_end, recent_start, end
+
+
+@triton.jit
+def bins_read(bins, first, begin, stop, known):
+    """Count the slots [first, begin) and [stop, known) in each bin: int32 [BINS]."""
+    number = tl.arange(0, 128)
+    slot = tl.where(number < begin - first, first + number, stop + number - (begin - first))
+    inside = slot < tl.maximum(known, begin)
+    return tl.histogram(tl.load(bins + slot, mask=inside, other=0).to(tl.int32), BINS)
+
+
+@triton.jit
+def corner_scores(above, below, least, greatest, page, held):
+    """Return q.k in the best corner of the box of each page [N]: [ROWS, N].
+
+    It is the sum over channels of max(q least, q greatest). `above` and `below` are the positive
+    and the negative part of the queries [ROWS, DIM].
+    """
+    d = tl.arange(0, DIM)
+    place = page[:, None] * HEAD_DIM + d[None, :]
+    inside = held[:, None] & (d < HEAD_DIM)[None, :]
+    high = tl.load(greatest + place, mask=inside, other=0.0)
+    low = tl.load(least + place, mask=inside, other=0.0)
+    s = tl.dot(above, tl.trans(high), input_precision="ieee")
+    return tl.dot(below, tl.trans(low), s, input_precision="ieee")
+
+
+@triton.jit
+def scan_boxes(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    least, greatest, scores, totals, histogram,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, pages, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    STEPS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store log2 of the estimated mass of STEPS * SCANNED pages for each head, and of its sum.
+
+    A page's score stands for every token of it that some head sees. Pages that may not be chosen
+    have no mass. Counters of later kernels are cleared here.
+    """
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    wide = queries.to(tl.float32)
+    above = tl.maximum(wide, 0.0).to(queries.dtype)
+    below = tl.minimum(wide, 0.0).to(queries.dtype)
+    space = (b * kv_heads + kv_head).to(tl.int64) * pages * HEAD_DIM
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = fresh // PAGE * PAGE
+    first, end = tl.full([], 2**30, tl.int32), tl.full([], 0, tl.int32)
+    g = tl.arange(0, ROWS)
+    scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * pages
+    top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+    for number in range(STEPS):
+        page = (tile * STEPS + number) * SCANNED + tl.arange(0, SCANNED)
+        slot = page[None, :] * PAGE + tl.arange(0, PAGE)[:, None]
+        seen = visible(b, kv_head * GROUP, t, slot, kv_len, slot < kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        for other in tl.static_range(1, GROUP):
+            seen |= visible(b, kv_head * GROUP + other, t, slot, kv_len, slot < kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        shown = tl.sum((seen & (slot < fresh)).to(tl.int32), 0)
+        held = page * PAGE < fresh
+        first = tl.minimum(first, tl.min(tl.min(tl.where(seen, slot, 2**30), 0), 0))
+        end = tl.maximum(end, tl.max(tl.max(tl.where(seen, slot + 1, 0), 0), 0))
+        s = corner_scores(above, below, least + space, greatest + space, page, held)
+        mass = score(s, b, heads[:, None], t, (page * PAGE)[None, :], held[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        mass += tl.log2(tl.maximum(shown, 1).to(tl.float32))[None, :]
+        mass = tl.where((shown > 0)[None, :], mass, float("-inf"))
+        tl.store(scores + page[None, :], mass, mask=(g < GROUP)[:, None] & (page < pages)[None, :])
+        most = tl.maximum(top, tl.max(mass, 1))
+        total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
+        top = most
+    whole = tl.where(total > 0, top + tl.log2(total), -1e30)
+    tl.store(totals + (head_row.to(tl.int64) * tiles + tile) * ROWS + g, whole)
+    tl.store(tile_first + head_row * tiles + tile, first)
+    tl.store(tile_end + head_row * tiles + tile, end)
+    if tile == 0:
+        entry = tl.arange(0, 2 * BINS)
+        tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
+
+
+@triton.jit
+def rank_boxes(
+    scores, totals, page_bins, ranks, histogram, pages, tiles,
+    TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store bins, uint8, of the shares of RANKED pages, and counts of each bin or above.
+
+    No page that may be chosen is in the first bin.
+    """
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    g, page = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    value = tl.load(
+        scores + (head_row.to(tl.int64) * GROUP + g) * pages + page[None, :],
+        mask=(g < GROUP) & (page < pages)[None, :], other=float("-inf"),
+    )
+    possible = tl.max(value, 0) > float("-inf")
+    entry = bins_of(value, denominators(totals, head_row, tiles, TILES), possible)
+    entry = tl.maximum(entry, possible.to(tl.int32))
+    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
+    tl.store(page_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+    counts = count_bins(histogram + head_row * (2 * BINS), entry)
+    tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
+
+
+@triton.jit
+def list_boxes(
+    page_bins, ranks, histogram, candidates, bins, candidate_room, candidate_count,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """List the slots of the best of RANKED pages, as candidates that `attend` reads for certain.
+
+    As many pages are chosen as fit into the budget whole: `attend` has no token to leave out.
+    """
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    _, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
+    )
+    room = tl.maximum(BUDGET - (end - stop), 0)
+    room = tl.where(stop - begin <= room, 2**30, room // PAGE)
+    lots, number = tl.num_programs(1), tl.arange(0, RANKED)
+    mine = head_row.to(tl.int64) * lots + lot
+    entry = tl.load(page_bins + mine * RANKED + number).to(tl.int32)
+    cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room)
+    of_lot = chosen_of_tiles(ranks + (mine - lot) * BINS, cut, left, at_cut, lots, LOTS)
+    before = tl.sum(tl.where(tl.arange(0, LOTS) < lot, of_lot, 0), 0)
+    chosen, place, _ = choose(entry, cut, left, at_cut)
+    slot = ((lot * RANKED + number) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
+    into = head_row.to(tl.int64) * candidate_room
+    into += ((before + place) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
+    within = (slot >= begin) & (slot < stop)
+    tl.store(candidates + into, slot, mask=chosen[:, None])
+    tl.store(bins + into, tl.where(within, BINS - 1, 0).to(tl.uint8), mask=chosen[:, None])
+    if lot == 0:
+        tl.store(candidate_count + head_row, tl.sum(of_lot, 0) * PAGE)
+
+
+@triton.jit
+def box_new(
+    key, stride_b, stride_h, stride_l, stride_d,
+    header, least, greatest, positions, position_stride_b, position_stride_t, written,
+    b, kv_head, slots, kv_heads, kv_len,
+):
+    """Put a box around the keys of every page whose last slot this step has written."""
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    d, inner = tl.arange(0, DIM), tl.arange(0, PAGE)
+    key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    for number in range(written):
+        slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
+        slot = tl.where(slot < 0, slot + kv_len, slot)
+        page = slot // PAGE
+        if slot % PAGE == PAGE - 1:
+            place = (page * PAGE + inner).to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d
+            keys = tl.load(key + place, mask=(d < HEAD_DIM)[None, :], other=0.0)
+            into = (space * (slots // PAGE) + page) * HEAD_DIM + d
+            kind = least.dtype.element_ty
+            tl.store(least + into, tl.min(keys, 0).to(kind), mask=d < HEAD_DIM)
+            tl.store(greatest + into, tl.max(keys, 0).to(kind), mask=d < HEAD_DIM)
+        if kv_head == 0:
+            tl.store(header + 1 + b, slot + 1)
+
+
+@triton.jit
+def attend(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    partial, partial_top, partial_sum,
+    kv_len, kv_heads, query_len, splits,
+    header, least, greatest, slots,
+    tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Attend from the heads of one group at one position to the selected keys.
+
+    Every program finds the threshold itself, and the tokens above it in its share of the slots.
+    One more program adds the newest keys to the index: nothing selects from these yet.
+    """
+    head_row, split = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if split == splits:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        if t == 0:
+            box_new(
+                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+                header, least, greatest, positions, position_stride_b, position_stride_t, written,
+                b, kv_head, slots, kv_heads, kv_len,
+            )
+    else:
+        queries, heads = load_queries(
+            query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+        )
+        key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+        value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        result = tl.zeros([ROWS, WIDTH], tl.float32)
+        trusted = tl.load(header) != 0
+        fresh = fresh_from(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_len
+        )
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        first, begin, stop, end = always_read(
+            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
+        )
+        sinks = begin - first
+        always = sinks + end - stop
+        if trusted & (end > 0) & (always <= capacity):
+            # The programs examine candidates, or all slots between those that are always read.
+            # They take sixteen at a time, in turn.
+            lane = tl.arange(0, LANES)
+            item = (lane // 16 * splits + split) * 16 + lane % 16
+            origin, items = begin // 16 * 16, stop - begin // 16 * 16
+            bins += head_row.to(tl.int64) * bin_room
+            candidates += head_row.to(tl.int64) * bin_room
+            if PAGED:
+                origin, items = origin * 0, tl.load(candidate_count + head_row)
+            inside = (item < bin_room) if PAGED else (origin + item < stop)
+            entry = tl.load(bins + origin + item, mask=inside, other=0)
+            room = tl.maximum(-(always - BUDGET), 0)
+            if PAGED:
+                cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
+            else:
+                known = tl.minimum(end, fresh)
+                read = bins_read(bins, first, begin, stop, known)
+                cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room, read)
+            chosen_list += (head_row.to(tl.int64) * splits + split) * capacity
+            count = tl.maximum(always - split + splits - 1, 0) // splits
+            for start in range(0, count, 32):
+                own = start + tl.arange(0, 32)
+                which = split + own * splits
+                slot = tl.where(which < sinks, first + which, stop + which - sinks)
+                tl.store(chosen_list + own, slot, mask=own < count)
+            for start in range(0, items, splits * LANES):
+                slot = origin + item
+                inside = item < items
+                if PAGED:
+                    slot = tl.load(candidates + item, mask=inside, other=0)
+                else:
+                    inside &= slot >= begin
+                entry = tl.where(inside, entry, 0)
+                chosen, place, more = choose(entry.to(tl.int32), cut, left, at_cut)
+                tl.store(chosen_list + count + place, slot, mask=chosen)
+                count += more
+                item += splits * LANES
+                entry = tl.load(bins + origin + item, mask=item < items, other=0)
+            tl.debug_barrier()
+            for start in range(0, count, KEYS):
+                number = start + tl.arange(0, KEYS)
+                slot = tl.load(chosen_list + number, mask=number < count, other=0)
+                top, total, result = attend_to(
+                    slot, number < count, queries, heads, top, total, result, b, t, kv_len,
+                    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+                )
+        else:
+            top, total, result = read_all(
+                queries, heads, top, total, result, b, t, kv_len, split, splits,
+                key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+                KEYS,
+            )
+        store_part(
+            top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+        )

@@ -1,0 +1,169 @@
+"""GPU methods: which policies have kernels, how modules name them, how launches find arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton_interpreter
+from decode_problems import Sizes, make_problem
+from kernel_steps import Cache, assert_exact, assert_sparse, compiled, read_by
+from torch import Tensor
+
+import lychee_compile
+from lychee_compile.codegen import module as emitters
+from lychee_compile.codegen.module import policies_with_emitters, register_emitter
+from lychee_compile.codegen.parts.lychee import emit_lychee
+from lychee_compile.codegen.parts.quest import emit_quest
+from lychee_compile.codegen.specification import SparseSpec
+from lychee_compile.extend import GpuMethod, register_policy
+from lychee_compile.kernels.gpu.common.launch_common import launch
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.lychee.index import SketchIndex
+from lychee_compile.kernels.gpu.lychee.launch import run_lychee
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+from lychee_compile.kernels.gpu.methods import (
+    BUILT_IN,
+    gpu_method,
+    method_of_kernel,
+    policies_with_kernels,
+)
+from lychee_compile.kernels.gpu.quest.index import QuestIndex as QuestDeviceIndex
+from lychee_compile.kernels.gpu.quest.launch import run_quest
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout
+from lychee_compile.kernels.gpu.quest.method import QuestMethod
+from lychee_compile.kernels.policies import registry as policies
+from lychee_compile.kernels.policies.decode.quest import QuestIndex
+
+triton_interpreter.use()
+pytestmark = [
+    pytest.mark.usefixtures("kernel_folder"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies and emitters are as they were when the test is over."""
+    monkeypatch.setattr(policies, "_policies", dict(policies._policies))
+    monkeypatch.setattr(emitters, "_decode_emitters", dict(emitters._decode_emitters))
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+def test_every_method_has_an_emitter_and_every_emitter_a_method(prefill: bool) -> None:
+    assert policies_with_emitters(prefill) == policies_with_kernels(prefill)
+    assert policies_with_kernels() == tuple(BUILT_IN)
+
+
+def test_a_policy_without_kernels_is_named() -> None:
+    with pytest.raises(ValueError, match=r"policy 'hisa' has no GPU kernels; .* lychee, quest"):
+        gpu_method("hisa")
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_method_that_lacks_something_is_refused() -> None:
+    half = SimpleNamespace(multiple=1, limits="", prefill=False)
+    register_policy("half", QuestIndex, gpu=half)
+    with pytest.raises(TypeError, match=r"policy 'half': .* is no GpuMethod"):
+        gpu_method("half")
+
+
+@pytest.mark.usefixtures("registries")
+def test_kernels_of_a_policy_are_not_replaced() -> None:
+    register_policy("quest", QuestIndex, gpu=BUILT_IN["quest"])
+    with pytest.raises(ValueError, match="there are kernels of a policy 'quest' already"):
+        register_policy("quest", QuestIndex, gpu=BUILT_IN["lychee"])
+    with pytest.raises(ValueError, match="policy 'quest' has an emitter"):
+        register_emitter("quest", emit_lychee)
+
+
+@dataclass(frozen=True)
+class PagesMethod(QuestMethod):
+    """Quest's kernels, for a policy of another name."""
+
+    def layout_of(self, key: Tensor) -> QuestLayout:
+        return replace(super().layout_of(key), policy="pages_of_16")
+
+
+@pytest.fixture
+def pages_of_16(registries: None) -> GpuMethod:
+    method = PagesMethod()
+    register_policy("pages_of_16", QuestIndex, gpu=method, words="pages, as Quest has them")
+    register_emitter("pages_of_16", emit_quest)
+    return method
+
+
+def test_a_module_names_a_policy_with_an_underscore(pages_of_16: GpuMethod) -> None:
+    sparse = SparseSpec("pages_of_16", 64, 4, 16, 2, 65536)
+    problem = make_problem(sizes=Sizes(kv_len=200), sparse=sparse)
+    assert problem.spec.policy == problem.module().POLICY == "pages_of_16"
+    assert method_of_kernel(problem.module().__name__.rpartition(".")[2]) is pages_of_16
+    exact = make_problem(sizes=Sizes(kv_len=200))
+    assert exact.spec.policy is exact.module().POLICY is None
+
+
+@pytest.mark.usefixtures("kernels_on_cpu", "seeded", "pages_of_16")
+def test_a_policy_of_ones_own_with_an_underscore_runs_its_kernels() -> None:
+    cache = Cache().fill(100)
+    step = compiled(policy="pages_of_16", dense_layers=0, budget=60)
+    assert_exact(cache.step(step))
+    got, dense = cache.step(step)
+    assert_sparse((got, dense), cache, budget=60)
+    middle = read_by(got, cache)[..., 16:80].unflatten(-1, (4, 16))
+    assert torch.equal(middle.any(-1), middle.all(-1))
+    (site,) = lychee_compile.reports()[-1].sites
+    assert site.kernel.startswith("decode_pages_of_16_f32_")
+
+
+class Shuffled(NamedTuple):
+    """The fields of a `QuestState` in another order."""
+
+    greatest: Tensor
+    least: Tensor
+    header: Tensor
+
+
+def test_the_fields_of_a_state_are_matched_by_name() -> None:
+    """Parts of an index in another order are the same parts."""
+    problem = make_problem(
+        sizes=Sizes(1, 1, 2, 1, 200, 32), sparse=SparseSpec("quest", 64, 4, 16, 2, 65536)
+    )
+    index = QuestDeviceIndex(QuestLayout.of(problem.key), torch.device("cpu"))
+    index.build(problem.module(), problem.key, [200])
+    other = Shuffled(**index.parts._asdict())
+    assert [*map(id, other)] == [*map(id, index.parts)][::-1]
+    outputs = [
+        run_quest(problem.module(), problem.operands(), IndexOperands(index.layout, state))
+        for state in (index.parts, other)
+    ]
+    assert torch.equal(*outputs)
+    problem.captured = [*problem.captured, problem.key]
+    with pytest.raises(ValueError, match="argument"):
+        run_quest(problem.module(), problem.operands(), IndexOperands(index.layout, index.parts))
+
+
+def test_a_method_refuses_the_index_of_another() -> None:
+    problem = make_problem(sizes=Sizes(kv_len=200))
+    sketches = SketchIndex(SketchLayout.of(problem.key), torch.device("cpu"))
+    boxes = QuestDeviceIndex(QuestLayout.of(problem.key), torch.device("cpu"))
+    for run, index in ((run_quest, sketches), (run_lychee, boxes)):
+        with pytest.raises(TypeError, match="kernels read the index of a"):
+            run(problem.module(), problem.operands(), IndexOperands(index.layout, index.parts))
+
+
+def test_a_kernel_gets_the_arguments_that_it_names() -> None:
+    calls: list[Any] = []
+
+    class Kernel:
+        arg_names = ("first", "SECOND")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda **given: calls.append((grid, given))
+
+    launch(Kernel(), (2, 3), {"SECOND": 2, "third": 3, "first": 1}, num_warps=4)
+    assert calls == [((2, 3), {"first": 1, "SECOND": 2, "num_warps": 4})]
+    with pytest.raises(TypeError, match="lacks the argument 'first'"):
+        launch(Kernel(), (1,), {"SECOND": 2})
