@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.reference.tiles import TILE
+from lychee_compile.kernels.sizes import QUERY_TILE
 
 
 def flex_attention(
@@ -40,7 +40,7 @@ def flex_attention(
         return counts, indices
 
     mask = BlockMask.from_kv_blocks(
-        *listed(chosen & diagonal), *listed(chosen & ~diagonal), BLOCK_SIZE=TILE,
+        *listed(chosen & diagonal), *listed(chosen & ~diagonal), BLOCK_SIZE=QUERY_TILE,
         mask_mod=lambda _b, _h, q, kv: q >= kv, seq_lengths=(query.shape[2], key.shape[2]),
     )  # fmt: skip
     compiled = torch.compile(flex_attention, dynamic=False)

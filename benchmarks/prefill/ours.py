@@ -75,13 +75,13 @@ def table_of_tunings(
     module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
 ) -> Table:
     """Return a table of milliseconds of `attend` by tuning, over the tiles that run first."""
-    given, budget = AttentionOperands(*operands), PrefillBudget(share)
+    attended, budget = AttentionOperands(*operands), PrefillBudget(share)
     table = Table(
         "queries", "keys", "warps", "stages", "registers", "ms", title=f"attend, share {share:g}"
     )
-    for tuning in candidates(PREFILL, given):
+    for tuning in candidates(PREFILL, attended):
         assert isinstance(tuning, TileTuning)
-        launch = PrefillLaunch(module, given, budget, tuning)
+        launch = PrefillLaunch(module, attended, budget, tuning)
         first = next(launch.slices())
         launch.select(*first)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import shlex
@@ -86,6 +87,12 @@ def test_a_command_has_help(module):
     shown = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
     assert shown.returncode == 0, shown.stderr
     assert "--help" in shown.stdout
+
+
+def test_every_module_can_be_imported():
+    """Without a GPU: what they take from the package is still there."""
+    for path in BENCHMARKS.rglob("*.py"):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
 def test_modules_and_files_on_the_page_exist():

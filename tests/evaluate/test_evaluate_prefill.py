@@ -209,7 +209,7 @@ def test_a_larger_share_captures_more_and_rows_cover_every_site():
 def test_single_queries_are_no_tiles():
     with pytest.raises(EvaluationError, match="single queries, not whole tiles of 128"):
         prefill(synthetic_capture(300, 3), parse_variants("lychee"), SHARES)
-    with pytest.raises(OptionError, match="'quest' has no form for whole sequences"):
+    with pytest.raises(OptionError, match="'quest' has no form for prefill"):
         prefill(tiles_capture(), parse_variants("quest"), SHARES)
 
 
@@ -245,8 +245,8 @@ def test_the_command_measures_a_model(tmp_path: Path, capsys):
     ("command", "message"),
     [
         ("prefill", "--model is needed: a folder"),
-        ("prefill --policies quest", "policy 'quest' has no form for whole sequences"),
-        ("fidelity --policies dhsa", "policy 'dhsa' cannot decode, only whole sequences"),
+        ("prefill --policies quest", "policy 'quest' has no form for prefill"),
+        ("fidelity --policies dhsa", "policy 'dhsa' is for prefill alone"),
         ("prefill --shares 0.1,2", "argument --shares: '2': expected a number between 0 and 1"),
         ("prefill --shares few", "argument --shares: 'few': expected a number between 0 and 1"),
         ("prefill --tiles 0", "argument --tiles: '0': expected an integer of at least 1"),

@@ -26,7 +26,7 @@ from lychee_compile.kernels.reference.prefill_question import PrefillChoice
 
 
 class GpuKernels(Protocol):
-    """What is said of a policy's GPU kernels here; `kernels/gpu/methods.py` knows how they run."""
+    """Facts of a policy's GPU kernels; `kernels/gpu/methods.py` knows how they run."""
 
     @property
     def multiple(self) -> int:
@@ -34,7 +34,7 @@ class GpuKernels(Protocol):
 
     @property
     def limits(self) -> str:
-        """What the kernels do not do, in words; empty if there is nothing to say."""
+        """Things that the kernels do not do, in words; empty if there are none."""
 
     @property
     def prefill(self) -> bool:
@@ -48,11 +48,11 @@ class Policy:
     name: str
     """The value of the option `policy`."""
     words: str
-    """What it does, in one line."""
+    """One line that says what the policy does."""
     index: type[KVIndex] | None = None
-    """How it decodes, in plain PyTorch; None: it cannot decode."""
+    """Class of its indexes for decoding, in plain PyTorch; None: it cannot decode."""
     prefill: PrefillChoice | None = None
-    """How it chooses for a prefill, in plain PyTorch; None: it has no form for prefill."""
+    """Its choice for a prefill, in plain PyTorch; None: it has no form for prefill."""
     gpu: GpuKernels | None = None
     """Its kernels on a GPU; None: it has none. `kernels/gpu/methods.py` attaches those it has."""
 

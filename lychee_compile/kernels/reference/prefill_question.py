@@ -42,9 +42,9 @@ class PrefillQuestion:
         return self.sight.candidates.expand(*self.room.shape, -1)
 
     def parts(self, positions: int) -> Nodes:
-        """Summarise every `positions` queries, a divisor of `QUERY_TILE`, as a node.
+        """Summarise every `positions` queries, a divisor of `QUERY_TILE`.
 
-        Nodes are [B, Hq, tiles * parts, D]. Those behind the last query hold no tokens.
+        The nodes are [B, Hq, tiles * parts, D]; those behind the last query hold no tokens.
         """
         count = self.tiles * QUERY_TILE // positions
         return summarise(self.query, positions).resized(count)
