@@ -51,9 +51,9 @@ class Options(IndexConfig):
     inductor: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
     """Options of Inductor, for compilations of this backend alone."""
 
-    def __new__(cls, *_: object, **given: object) -> Self:
+    def __new__(cls, *_: object, **named: object) -> Self:
         """Refuse unknown names here: the generated `__init__` would not name the nearest one."""
-        _check_names(given)
+        _check_names(named)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -136,18 +136,18 @@ class Options(IndexConfig):
             )
 
 
-def _check_names(given: Collection[str]) -> None:
+def _check_names(names: Collection[str]) -> None:
     known = [each.name for each in fields(Options)]
-    for name in given:
+    for name in names:
         if name not in known:
             raise OptionError(
                 f"unknown option {name!r}{_did_you_mean(name, known)}; known are {', '.join(known)}"
             )
 
 
-def _did_you_mean(given: object, known: Collection[str]) -> str:
+def _did_you_mean(value: object, known: Collection[str]) -> str:
     """Return a guess to append to a message, empty if no name is near."""
-    near = difflib.get_close_matches(str(given), known, n=1)
+    near = difflib.get_close_matches(str(value), known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

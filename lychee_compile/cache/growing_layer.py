@@ -185,7 +185,7 @@ def mark_static(layer: Any) -> None:
 
 
 def rounded(slots: int) -> int:
-    """Round `slots` up to a whole number of scans."""
+    """Round `slots` up to a whole number of the blocks that kernels scan."""
     return whole_scans(slots)
 
 

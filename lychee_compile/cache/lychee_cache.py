@@ -27,10 +27,12 @@ class LycheeCache(Cache):
 
         cache = LycheeCache(model.config)
         compile_config = CompileConfig(backend="lychee", mode=None, options={"budget": 1024})
-        model.generate(**inputs, past_key_values=cache, compile_config=compile_config)
+        model.generate(**inputs, cache=cache, compile_config=compile_config)
 
         model.forward = torch.compile(model.forward, backend="lychee")
-        model.generate(**inputs, past_key_values=LycheeCache(model.config), disable_compile=True)
+        model.generate(**inputs, cache=LycheeCache(model.config), disable_compile=True)
+
+    Older releases of transformers call the argument `past_key_values`.
 
     To compiled graphs it is a static cache of its present capacity, with its length on the device,
     so that CUDA graphs work. It grows outside of graphs. `generate()` announces the tokens of each
@@ -38,10 +40,10 @@ class LycheeCache(Cache):
     sum reaches the capacity. A loop of your own that calls a compiled model has to announce its
     tokens, all at once or step by step:
 
-        model(prompt, past_key_values=cache)          # eagerly: this makes room for itself
+        model(prompt, cache=cache)          # eagerly: this makes room for itself
         cache.reserve(new_tokens)
         for _ in range(new_tokens):
-            logits = compiled(token, past_key_values=cache).logits
+            logits = compiled(token, cache=cache).logits
 
     In steps that nobody announced, tokens beyond the capacity give NaN, and the next call of the
     cache outside of the graph raises `RuntimeError`. After the first growth Dynamo compiles once

@@ -129,7 +129,9 @@ def prefill(
         }
         for tile in dense_tiles(site, positions):
             for variant, share in itertools.product(variants, shares):
-                parts[variant.label, share].append(measure(tile, site, tile_config(variant, share)))
+                parts[variant.label, share].append(
+                    measure(tile, site, prefill_config(variant, share))
+                )
             advance(1)
         for (label, share), each in parts.items():
             measured[label, share, site.name] = Measured.joined(each)
@@ -156,7 +158,7 @@ def tiles_of(capture: Capture) -> Tensor:
     return positions
 
 
-def tile_config(variant: Variant, share: float) -> PrefillConfig:
+def prefill_config(variant: Variant, share: float) -> PrefillConfig:
     """Return what a policy is to read of a sequence. Raise `OptionError` if it has no such form."""
     options = variant.prefill_options(share)
     choice = prefill_choice(options.policy)

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache as only_once
-from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -37,10 +36,18 @@ class CacheArgument:
     use: CacheUse | None = None
     """Use of the cache by generated kernels; None: the index is the reference's."""
 
-    def after(self, cache: Tensor | None, outputs: Sequence[Any]) -> Tensor:
-        """Return the cache as a call leaves it: an output, or the input itself."""
-        after: Tensor | None = cache if self.output is None else outputs[self.output]
-        assert after is not None, "a cache is an input or an output of its graph"
+    def before(self, inputs: Sequence[object]) -> Tensor | None:
+        """Return the cache as a call begins with it; None if a growing cache begins."""
+        if self.source is None:
+            return None
+        cache = inputs[self.source]
+        assert isinstance(cache, Tensor)
+        return cache
+
+    def after(self, cache: Tensor | None, outputs: Sequence[object]) -> Tensor:
+        """Return the cache as a call leaves it: an output, or `cache`, which it began with."""
+        after = cache if self.output is None else outputs[self.output]
+        assert isinstance(after, Tensor)
         return after
 
 
@@ -49,7 +56,7 @@ class StatefulGraph:
 
     def __init__(
         self,
-        compiled: Callable[..., Sequence[Any]],
+        compiled: Callable[..., Sequence[object]],
         arguments: Sequence[CacheArgument],
         config: IndexConfig,
         strength_of: StrengthLookup | None,
@@ -65,11 +72,9 @@ class StatefulGraph:
         self._new_storages: list[StorageWeakRef | None] = []
         """Storages of the caches that the last call was the first to see."""
 
-    def __call__(self, *args: Any) -> Sequence[Any]:
+    def __call__(self, *args: object) -> Sequence[object]:
         """Run the graph on the inputs that Dynamo passes, and follow the caches it wrote."""
-        caches: list[Tensor | None] = [
-            None if each.source is None else args[each.source] for each in self._arguments
-        ]
+        caches = [each.before(args) for each in self._arguments]
         last = self._last if self._last is not None and self._last.was_on(caches) else None
         entries = self._acquire(caches) if last is None else last.entries
         new = self._delay_short_lived(entries)
@@ -135,7 +140,7 @@ class StatefulGraph:
                 registry.drop(cache, kind, argument.token_dim)
 
     def _release(
-        self, caches: Sequence[Tensor | None], outputs: Sequence[Any], entries: Sequence[Entry]
+        self, caches: Sequence[Tensor | None], outputs: Sequence[object], entries: Sequence[Entry]
     ) -> None:
         """Register the entries under the caches that the call has left."""
         for argument, kind, cache, entry in zip(
@@ -149,7 +154,7 @@ class StatefulGraph:
             self._last = _LastCall(in_place, entries)
 
     def _keep_up(
-        self, caches: Sequence[Tensor | None], outputs: Sequence[Any], entries: Sequence[Entry]
+        self, caches: Sequence[Tensor | None], outputs: Sequence[object], entries: Sequence[Entry]
     ) -> None:
         """Build and refit GPU indexes that are due. The reference's operators do so themselves."""
         for argument, cache, entry in zip(self._arguments, caches, entries, strict=True):

@@ -87,10 +87,10 @@ class KeySketches:
             low = block * self.block
             slots = torch.arange(low, min(low + self.block, last), device=key.device)
             keys = key[:, :, low : low + len(slots)].float()
-            held = (slots >= start[:, None]) & (slots < end[:, None])
+            valid = (slots >= start[:, None]) & (slots < end[:, None])
             bare = begin <= start.clamp(min=low)
-            due = self._inherit_or_fit(block, keys, held, bare, begin <= start)
-            fresh = held & (due[:, None] | (slots >= begin[:, None]))
+            due = self._inherit_or_fit(block, keys, valid, bare, begin <= start)
+            fresh = valid & (due[:, None] | (slots >= begin[:, None]))
             self._store(block, keys, fresh)
 
     def forget(self, start: Tensor, keep: Tensor) -> None:
@@ -144,14 +144,14 @@ class KeySketches:
         return bound.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def _inherit_or_fit(
-        self, block: int, keys: Tensor, held: Tensor, bare: Tensor, first: Tensor
+        self, block: int, keys: Tensor, valid: Tensor, bare: Tensor, first: Tensor
     ) -> Tensor:
         """Give a block its axes, and return the rows that got new ones, bool [B].
 
-        `keys` [B, Hkv, T, D] are valid where `held`, bool [B, T]. In the rows `bare`, bool [B], no
+        `keys` [B, Hkv, T, D] are valid where `valid`, bool [B, T]. In the rows `bare`, bool [B], no
         key of the block is encoded yet; in the rows `first`, bool [B], no key at all.
         """
-        count, fitted = held.sum(1), self.fitted[:, block]
+        count, fitted = valid.sum(1), self.fitted[:, block]
         waiting = torch.zeros_like(bare)
         if block:
             enough = self.block // FIRST_FIT
@@ -165,7 +165,7 @@ class KeySketches:
         due = (count > 0) & ~waiting & ((count >= GROWTH * fitted) | full)
         due = due if self._repair else due & first
         if bool(due.any()):
-            centre, axes, step = self._fit(keys, held)
+            centre, axes, step = self._fit(keys, valid)
             rows = due.nonzero().flatten()
             self.centre[rows, :, block] = centre[rows]
             self.axes[rows, :, block] = axes[rows]
@@ -174,9 +174,9 @@ class KeySketches:
             self.fitted[:, block] = torch.where(due, count, fitted)
         return due
 
-    def _fit(self, keys: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return centre, axes and steps for the keys [B, Hkv, T, D] where `held`, bool [B, T]."""
-        centre, axes, step, _ = fit_axes(keys, held[:, None, :, None])
+    def _fit(self, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return centre, axes and steps for the keys [B, Hkv, T, D] where `valid`, bool [B, T]."""
+        centre, axes, step, _ = fit_axes(keys, valid[:, None, :, None])
         return centre, axes, step
 
     def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
@@ -213,14 +213,14 @@ class KeySketches:
         self.error = F.pad(self.error, (0, 0, 0, more * self.block))
 
 
-def fit_axes(keys: Tensor, held: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fit_axes(keys: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fit a centre [..., D], axes [..., D, r] and steps [..., r] to `keys`, float32 [..., T, D].
 
-    Keys that are not `held`, bool [..., T, 1], or not finite do not count. Also returns the
+    Keys that are not `valid`, bool [..., T, 1], or not finite do not count. Also returns the
     coordinates of the keys along the axes, [..., T, r], which are 0 for keys that do not count.
     """
     usable = keys.isfinite().all(-1, keepdim=True)
-    usable = usable if held is None else usable & held
+    usable = usable if valid is None else usable & valid
     keys = torch.where(usable, keys, 0)
     size = keys.abs().amax((-1, -2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     keys, count = keys / size, usable.sum(-2, keepdim=True).clamp(min=1)

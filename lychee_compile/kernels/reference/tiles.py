@@ -138,7 +138,7 @@ class TileSight:
 
 
 def tile_sight(sight: Sight, begin: int, end: int, sinks: int, recent: int) -> TileSight:
-    """Return what the tiles of the queries [begin, end) see; `begin` is a multiple of `QUERY_TILE`.
+    """Return what the tiles of the queries [begin, end) see; `begin` is a whole number of tiles.
 
     A tile always reads the keys that only some of its queries see. Of the keys that all of them
     see it always reads the first `sinks`, the last `recent`, and in self-attention those up to
