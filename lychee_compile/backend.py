@@ -22,7 +22,7 @@ from lychee_compile.passes.pipeline import FINISHING, REWRITING, Compilation, an
 from lychee_compile.report.grouping import reason_lines
 from lychee_compile.report.report import Report
 from lychee_compile.runtime.cache_registry import registry
-from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
+from lychee_compile.runtime.stateful_graph import CacheArgument, StatefulGraph
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,9 @@ def _compile_rewritten(compilation: Compilation) -> Callable[..., Any]:
     if not indexes:
         return compiled
     table = options.boundary_table()
-    arguments = [StateInput(each.source, each.output, each.token_dim, each.use) for each in indexes]
+    arguments = [
+        CacheArgument(each.source, each.output, each.token_dim, each.use) for each in indexes
+    ]
     lookup = None if table is None else table.lookup
     return StatefulGraph(compiled, arguments, compilation.context.config, lookup)
 

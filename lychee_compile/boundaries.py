@@ -1,9 +1,9 @@
-"""How strongly each token of a vocabulary ends a piece of meaning: where chunks may be cut.
+"""Boundary strengths: how strongly each token of a vocabulary ends a piece of meaning.
 
 LycheeCluster (arXiv 2603.08453) cuts the sequence at its natural boundaries, paragraph before line
-before sentence before clause. A model sees token ids alone, so the text is read once per
-vocabulary, not per token generated: `boundary_table` makes a table id -> strength of the cut
-*after* that token.
+before sentence before clause. A model sees token ids alone. So the text is read once per
+vocabulary, not per token generated: `boundary_table` returns a table from token id to the strength
+of the cut *after* that token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Boundary(IntEnum):
-    """Strength of the cut after a token; the stronger, the larger."""
+    """Strength of the cut after a token; a larger number is a stronger cut."""
 
     NONE = 0
     CLAUSE = 1
@@ -43,7 +43,7 @@ _CLAUSE = re.compile(f"(?:(?<!:):|[{CLAUSE_MARKS.replace(':', '')}{re.escape(BRA
 
 
 def token_boundary(text: str) -> Boundary:
-    """Strength of the cut after a token that stands for `text`."""
+    """Return the strength of the cut after a token that stands for `text`."""
     stem = text.rstrip()
     tail = text[len(stem) :]
     breaks = len(_LINE_BREAK.findall(tail)) + 2 * len(_PAGE_BREAK.findall(tail))
@@ -61,7 +61,7 @@ def token_boundary(text: str) -> Boundary:
 
 
 class BoundaryTable:
-    """Boundary strength of every token of a vocabulary; immutable, equal where the contents are.
+    """Boundary strength of every token of a vocabulary; immutable, equal if the contents are.
 
     `strengths` is uint8 [vocab]; larger values are stronger, 0 is no boundary. Raises TypeError for
     another dtype, ValueError for another shape or an empty vocabulary.
@@ -100,7 +100,7 @@ class BoundaryTable:
         return f"BoundaryTable(vocab={len(self)}, {named})"
 
     def on(self, device: torch.device) -> Tensor:
-        """The strengths, uint8 [vocab], on `device`; copied there once."""
+        """Return the strengths, uint8 [vocab], on `device`; they are copied there once."""
         if device == self.strengths.device:
             return self.strengths
         if device not in self._copies:
@@ -109,10 +109,10 @@ class BoundaryTable:
         return self._copies[device]
 
     def lookup(self, token_ids: Tensor) -> Tensor:
-        """Strength of the cut after each token: integer ids of any shape -> uint8, same shape.
+        """Look up the strength of the cut after each token: integer ids -> uint8, same shape.
 
-        Ids outside the vocabulary, negative ones too, have none: models pad their embeddings, and
-        batches pad with -1 or -100. Takes no host sync.
+        Ids outside the vocabulary, negative ones too, have strength 0: models pad their embeddings,
+        and batches pad with -1 or -100. The host does not wait for the device.
         """
         table = self.on(token_ids.device)
         inside = (token_ids >= 0) & (token_ids < len(table))
@@ -120,7 +120,7 @@ class BoundaryTable:
 
 
 def boundary_table(tokenizer: object) -> BoundaryTable:
-    """The boundary strengths of a tokenizer's vocabulary.
+    """Return the boundary strengths of a tokenizer's vocabulary.
 
     Takes a transformers tokenizer, fast or slow, a `tokenizers.Tokenizer`, or anything else with
     `get_vocab()` (token -> id) or `convert_ids_to_tokens(ids)` and a length. Byte-level, byte
@@ -143,14 +143,14 @@ def boundary_table(tokenizer: object) -> BoundaryTable:
 
 
 def is_tokenizer(candidate: object) -> bool:
-    """Whether `boundary_table` can read the vocabulary of `candidate`."""
+    """True if `boundary_table` can read the vocabulary of `candidate`."""
     return callable(getattr(candidate, "get_vocab", None)) or callable(
         getattr(candidate, "convert_ids_to_tokens", None)
     )
 
 
 def _vocabulary(tokenizer: Any) -> list[tuple[str, int]]:
-    """Tokens as the vocabulary spells them, with their ids."""
+    """Return the tokens as the vocabulary spells them, with their ids."""
     if not is_tokenizer(tokenizer):
         raise TypeError(
             "a tokenizer needs get_vocab() or convert_ids_to_tokens(), "
@@ -163,12 +163,12 @@ def _vocabulary(tokenizer: Any) -> list[tuple[str, int]]:
 
 
 def _as_text(token: str | bytes) -> str:
-    """Vocabularies in tiktoken's manner hold bytes."""
+    """Return a token as text: the vocabularies of tiktoken hold bytes."""
     return token.decode("utf-8", "replace") if isinstance(token, bytes) else token
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """Ids of special tokens, but for an unknown-word token: it can stand in mid-sentence."""
+    """Return the ids of special tokens, except one for unknown words, which may be mid-sentence."""
     added: Mapping[int, Any] = {}
     if hasattr(tokenizer, "added_tokens_decoder"):
         added = tokenizer.added_tokens_decoder
@@ -182,7 +182,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def _byte_alphabet() -> dict[str, str]:
-    """GPT-2's printable stand-in of each byte -> the character with that code point."""
+    """Return GPT-2's alphabet: printable stand-in of a byte -> character of that code point."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in printable]
     stand_ins = {chr(256 + rank): chr(byte) for rank, byte in enumerate(hidden)}
@@ -195,12 +195,12 @@ _BYTE_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def _speller(tokens: Collection[str]) -> Callable[[str], str]:
-    """The function from a vocabulary's spelling of a token to the token's text."""
+    """Return the function from the spelling of a token in the vocabulary to its text."""
     return _spell_byte_level if _is_byte_level(tokens) else _spell_sentencepiece
 
 
 def _is_byte_level(tokens: Collection[str]) -> bool:
-    """GPT-2's spelling: leading spaces are Ġ, and nearly all tokens keep to the 256 characters.
+    """True for GPT-2's spelling: leading spaces are Ġ, and the 256 stand-ins spell most tokens.
 
     Ġ alone proves nothing: it is a Maltese letter, which a large sentencepiece vocabulary has too.
     """
@@ -223,7 +223,10 @@ def _spell_byte_level(token: str) -> str:
 
 
 def _spell_sentencepiece(token: str) -> str:
-    """Also right for plain spellings, which have no ▁ and no byte fallback."""
+    """Return the text of a token in sentencepiece's spelling, or in a plain one.
+
+    A plain spelling has no ▁ and no byte fallback.
+    """
     fallback = _BYTE_FALLBACK.fullmatch(token)
     if fallback:
         return bytes.fromhex(fallback[1]).decode("utf-8", "replace")

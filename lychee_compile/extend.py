@@ -32,15 +32,10 @@ from lychee_compile.kernels.gpu.common.launch_sparse import SparseStep
 from lychee_compile.kernels.gpu.common.layout import IndexLayout, IndexOperands, IndexState
 from lychee_compile.kernels.gpu.common.method import GpuMethod
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.policies.registry import (
-    Policy,
-    PrefillChoice,
-    policies,
-    register_policy,
-)
+from lychee_compile.kernels.policies.registry import Policy, policies, register_policy
 from lychee_compile.kernels.reference.grouped import GroupedIndex
 from lychee_compile.kernels.reference.index import KVIndex
-from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
+from lychee_compile.kernels.reference.prefill_question import PrefillChoice, PrefillQuestion
 from lychee_compile.kernels.reference.question import Question, Runs
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The index and the sparse attention by hand, without a compiler.
+"""Functions to build an index and run sparse attention by hand, without a compiler.
 
 index = build_index(key)                       # key: [B, Hkv, L, D]
 selection = select(index, query)               # query: [B, Hq, Tq, D]
@@ -19,6 +19,7 @@ from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.attention import attend
 from lychee_compile.kernels.reference.certificate import log_unread_bound, missed_share
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.operands import Operands, ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection
 from lychee_compile.kernels.reference.selection import select as _select
 from lychee_compile.options import Options
@@ -35,9 +36,9 @@ def build_index(
 ) -> KVIndex:
     """Index the keys `k` [B, Hkv, L, D].
 
-    `boundaries`, uint8 [B, L], is the strength of the cut after each token (`boundary_table` looks
-    it up for token ids); without it chunks are cut where neighbouring keys differ. `lengths`, int
-    [B], are the rows' lengths where they differ. Raises ValueError for shapes that do not fit.
+    `boundaries`, uint8 [B, L], is the strength of the cut after each token, which `boundary_table`
+    looks up for token ids. Without it chunks are cut between keys that differ most. `lengths`, int
+    [B], are the lengths of the rows; None: all are L. Raises ValueError for shapes that do not fit.
     """
     _expect(k.dim() == 4, "k must be [B, Hkv, L, D]", k)
     chosen = options if isinstance(options, Options) else Options.parse(None, options)
@@ -56,9 +57,10 @@ def build_index(
 
 
 def update_index(index: KVIndex, k: Tensor, *, lengths: Tensor | None = None) -> KVIndex:
-    """Index what is new in `k` [B, Hkv, L, D], the whole cache so far; `index` itself, updated.
+    """Index the keys of `k` [B, Hkv, L, D] that are new, and return `index` itself.
 
-    Keys that were indexed before must be unchanged. `lengths`, int [B], as in `build_index`.
+    `k` is the whole cache so far. Keys that were indexed before must be unchanged. `lengths`, int
+    [B], are the lengths of the rows; None: all are L. Raises ValueError for shapes that do not fit.
     """
     fits = (index.batch, index.kv_heads, index.head_dim) == (*k.shape[:2], *k.shape[3:])
     _expect(fits, f"k must be [{index.batch}, {index.kv_heads}, L, {index.head_dim}]", k)
@@ -83,28 +85,20 @@ def select(
 ) -> Selection:
     """Choose the tokens that each position of `q` [B, Hq, Tq, D] reads, per KV head.
 
-    `budget` overrides the index's own; `scale` multiplies q.k, 1 / sqrt(D) by default; `mask` is an
-    SDPA mask over the cache, bool or additive. Without one every query sees every key, so a causal
-    mask must be given for several query positions. `k` [B, Hkv, L, D] are the keys that were
-    indexed, which policies that read them need.
+    `budget` overrides that of the index; `scale` multiplies q.k, 1 / sqrt(D) by default; `mask` is
+    an SDPA mask over the cache, bool or additive. Without a mask every query sees every key, so
+    that several query positions need a causal mask. `k` [B, Hkv, L, D] are the keys that were
+    indexed, for policies that read them. Raises ValueError for arguments that do not fit.
     """
-    _expect(q.dim() == 4, "q must be [B, Hq, Tq, D]", q)
-    fits = q.shape[0] == index.batch and q.shape[3] == index.head_dim
-    _expect(fits, f"q must be [{index.batch}, Hq, Tq, {index.head_dim}]", q)
-    if index.reads_keys:
-        fits = k is not None and k.shape[:2] == (index.batch, index.kv_heads)
-        what = f"policy {index.config.policy!r} reads keys: k must be [{index.batch}, "
-        _expect(fits, f"{what}{index.kv_heads}, L, {index.head_dim}]", k)
-    _expect(q.shape[1] % index.kv_heads == 0, f"Hq must be a multiple of {index.kv_heads}", q)
+    _expect_queries(index, q, k)
     if budget is not None and budget < 1:
         raise ValueError(f"budget must be at least 1, got {budget}")
     kv_len = int(index.end.max()) if mask is None else mask.shape[-1]
     if mask is None and bool((index.end != kv_len).any()):
         slots = torch.arange(kv_len, device=q.device)
         mask = (slots < index.end[:, None])[:, None, None]
-    chosen = index.config.budget if budget is None else budget
-    factor = q.shape[3] ** -0.5 if scale is None else scale
-    selection = _select(index, k, q, factor, kv_len, mask, chosen)
+    inputs = ScoreInputs(q, k, kv_len, mask, q.shape[3] ** -0.5 if scale is None else scale)
+    selection = _select(index, inputs, index.config.budget if budget is None else budget)
     return replace(selection, log_unread_bound=log_unread_bound(index, q, selection))
 
 
@@ -117,17 +111,17 @@ def sparse_attention(
     scale: float | None = None,
     return_certificate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of `q` [B, Hq, Tq, D] over the selected tokens of `k`, `v` [B, Hkv, L, D or Dv].
+    """Attend from `q` [B, Hq, Tq, D] to the selected tokens of `k`, `v` [B, Hkv, L, D or Dv].
 
-    Returns [B, Hq, Tq, Dv], and with `return_certificate` an upper bound of the share of the dense
-    softmax mass that was not read, float32 [B, Hq, Tq]. `scale` is the selection's, unless given;
-    a certificate holds for the selection's alone. Raises ValueError otherwise, and for shapes that
-    do not fit the selection.
+    Returns [B, Hq, Tq, Dv], and with `return_certificate` also an upper bound of the share of the
+    dense softmax mass that was not read, float32 [B, Hq, Tq]. `scale` multiplies q.k, by default as
+    in the selection. Raises ValueError for shapes that do not fit the selection, and for a
+    certificate with another scale, which would prove nothing.
     """
     _expect_operands(q, k, v, selection)
     factor = selection.scale if scale is None else scale
-    mask = selection.visible.attention_mask
-    output, log_read = attend(q, k, v, selection, mask, factor)
+    operands = Operands(q, k, v, selection.visible.attention_mask, factor)
+    output, log_read = attend(operands, selection)
     if not return_certificate:
         return output
     if factor != selection.scale:
@@ -137,7 +131,20 @@ def sparse_attention(
     return output, missed_share(k, q, selection, log_read)
 
 
+def _expect_queries(index: KVIndex, q: Tensor, k: Tensor | None) -> None:
+    """Raise ValueError if queries, or keys that the policy reads, do not fit the index."""
+    _expect(q.dim() == 4, "q must be [B, Hq, Tq, D]", q)
+    fits = q.shape[0] == index.batch and q.shape[3] == index.head_dim
+    _expect(fits, f"q must be [{index.batch}, Hq, Tq, {index.head_dim}]", q)
+    if index.reads_keys:
+        fits = k is not None and k.shape[:2] == (index.batch, index.kv_heads)
+        what = f"policy {index.config.policy!r} reads keys: k must be [{index.batch}, "
+        _expect(fits, f"{what}{index.kv_heads}, L, {index.head_dim}]", k)
+    _expect(q.shape[1] % index.kv_heads == 0, f"Hq must be a multiple of {index.kv_heads}", q)
+
+
 def _expect_operands(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> None:
+    """Raise ValueError if queries, keys and values do not fit the selection."""
     batch, heads, query_len, _ = selection.run_start.shape
     slots = selection.visible.kv_len
     fits = k.dim() == 4 and k.shape[:2] == (batch, heads) and k.shape[2] >= slots
@@ -153,6 +160,7 @@ def _expect_operands(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> N
 
 
 def _expect(holds: bool, what: str, got: Tensor | None) -> None:
+    """Raise ValueError, saying what was expected and what was passed, unless `holds`."""
     if holds:
         return
     if got is None:

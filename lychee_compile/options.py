@@ -1,4 +1,4 @@
-"""The options of the backend: typed, validated, with errors that say what to write instead."""
+"""Options of the backend: typed and validated, with errors that say what to write instead."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ class OptionError(ValueError):
 class Options(IndexConfig):
     """Every option of `torch.compile(model, backend="lychee", options={...})`.
 
-    Those of `IndexConfig`, and the ones below. Raises `OptionError` (a ValueError) for an unknown
-    name, and for a value of the wrong type or out of range.
+    They are those of `IndexConfig` and the ones below. Raises `OptionError` (a ValueError) for an
+    unknown name, and for a value of the wrong type or out of range.
     """
 
     tokenizer: object = field(default=None, kw_only=True, hash=False, repr=False)
-    """What the token boundaries come from: a tokenizer, a `BoundaryTable`, or its strengths as a
-    uint8 tensor [vocab]."""
+    """Source of the token boundaries: a tokenizer, a `BoundaryTable`, or the strengths of all
+    tokens as a uint8 tensor [vocab]."""
     mode: str | None = field(default=None, kw_only=True)
-    """One of Inductor's modes, "reduce-overhead" for one."""
+    """Mode of Inductor, such as "reduce-overhead"."""
     strict: bool = field(default=False, kw_only=True)
-    """Raise an error where an attention would be left as it is."""
+    """Raise an error if an attention would be left as it is."""
     inductor: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
-    """Inductor's own options, for this backend's compilations alone."""
+    """Options of Inductor, for compilations of this backend alone."""
 
-    def __new__(cls, *_: object, **given: object) -> Self:
+    def __new__(cls, *_: object, **named: object) -> Self:
         """Refuse unknown names here: the generated `__init__` would not name the nearest one."""
-        _check_names(given)
+        _check_names(named)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -85,20 +85,20 @@ class Options(IndexConfig):
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
-        """Options from the keyword arguments that torch.compile gives a backend."""
-        given = dict(options or {})
-        _check_names(given)
-        inner = given.get("mode")
+        """Return the options in the keyword arguments that torch.compile passes to a backend."""
+        named = dict(options or {})
+        _check_names(named)
+        inner = named.get("mode")
         if mode is not None and inner is not None and mode != inner:
             raise OptionError(f"mode={mode!r} and options['mode']={inner!r} contradict each other")
-        return cls(**{**given, "mode": mode if inner is None else inner})
+        return cls(**{**named, "mode": mode if inner is None else inner})
 
     def index_config(self) -> IndexConfig:
-        """What the index and the selection need of these options: plain numbers."""
+        """Return the settings of sparse attention alone: graphs share an index if they agree."""
         return IndexConfig(**{each.name: getattr(self, each.name) for each in fields(IndexConfig)})
 
     def boundary_table(self) -> BoundaryTable | None:
-        """The token boundaries, None without a tokenizer. Built once per tokenizer object."""
+        """Return the token boundaries; None without a tokenizer."""
         if self.tokenizer is None or isinstance(self.tokenizer, BoundaryTable):
             return self.tokenizer
         try:
@@ -136,18 +136,18 @@ class Options(IndexConfig):
             )
 
 
-def _check_names(given: Collection[str]) -> None:
+def _check_names(names: Collection[str]) -> None:
     known = [each.name for each in fields(Options)]
-    for name in given:
+    for name in names:
         if name not in known:
             raise OptionError(
                 f"unknown option {name!r}{_did_you_mean(name, known)}; known are {', '.join(known)}"
             )
 
 
-def _did_you_mean(given: object, known: Collection[str]) -> str:
-    """A guess to append to a message, empty where nothing is near."""
-    near = difflib.get_close_matches(str(given), known, n=1)
+def _did_you_mean(value: object, known: Collection[str]) -> str:
+    """Return a guess to append to a message, empty if no name is near."""
+    near = difflib.get_close_matches(str(value), known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -210,19 +210,22 @@ def _chunk(value: object) -> tuple[int, int]:
 def _check_mode(mode: object) -> None:
     if mode is None:
         return
-    from torch._inductor import list_mode_options
+    from lychee_compile import torch_private  # loads the compiler, which few options need
 
-    _one_of("mode", mode, tuple(list_mode_options()))
+    _one_of("mode", mode, torch_private.inductor_modes())
 
 
 def _inductor_patches(patches: object) -> dict[str, Any]:
-    """A copy of the patches. Values are Inductor's to check; a misspelt name is caught here."""
+    """Return a copy of the patches. Raises OptionError for a name that Inductor does not have.
+
+    Inductor itself checks the values.
+    """
     if not isinstance(patches, Mapping):
         raise _wrong("inductor", patches, "a mapping from Inductor's options to their values")
     if patches:
-        from torch._inductor import list_options
+        from lychee_compile import torch_private  # loads the compiler, which few options need
 
-        known = list_options()
+        known = torch_private.inductor_options()
         for name in patches:
             if name not in known:
                 raise OptionError(
@@ -233,7 +236,7 @@ def _inductor_patches(patches: object) -> dict[str, Any]:
 
 
 def _token_source(tokenizer: object) -> object:
-    """`tokenizer`, with a tensor made into a table: tensors compare element by element."""
+    """Return `tokenizer`, or a table of a tensor, as tensors compare element by element."""
     if tokenizer is None or isinstance(tokenizer, BoundaryTable) or is_tokenizer(tokenizer):
         return tokenizer
     if isinstance(tokenizer, Tensor):

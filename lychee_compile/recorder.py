@@ -9,77 +9,89 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.operators.observe import SparseCall, TileCall, observers, tile_observers
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
+from lychee_compile.kernels.operators.observe import (
+    PrefillCall,
+    SparseCall,
+    observers,
+    prefill_observers,
+)
+from lychee_compile.kernels.reference.prefill_attention import PrefillConfig, prefill_attention
+from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
+from lychee_compile.kernels.reference.question import query_rows
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.visible import visible_keys
 
 
 @dataclass(frozen=True)
 class Call:
-    """One sparse attention of one step."""
+    """One sparse attention of one decoding step."""
 
     site: str
-    """Module path."""
+    """Module path of the attention."""
     kv_len: int
-    """Keys that the longest row of the batch could have read."""
+    """Number of keys that the longest row of the batch could have read."""
     tokens: Tensor
-    """Slots read, int64 [B, Hkv, Tq, S], -1 where a head reads fewer."""
+    """Slots read, int64 [B, Hkv, Tq, S]; -1 pads heads that read fewer than S."""
     chunk_starts: Tensor
-    """First slot of every chunk of the index then, int64 [B, C], the undecided tail among them."""
+    """First slot of every chunk of the index at that step, int64 [B, C]. The tail of a row, which
+    is not cut yet, counts as a chunk."""
     chunk_lengths: Tensor
-    """Their lengths, int64 [B, C]; 0: no chunk."""
+    """Number of tokens of every chunk, int64 [B, C]; 0: no chunk."""
     mass: Tensor | None
-    """Share of the dense softmax mass on the slots read, float32 [B, Hq, Tq]."""
+    """Share of the dense softmax mass on the slots read, float32 [B, Hq, Tq]; None if not asked
+    for."""
     certificate: Tensor | None = None
-    """Upper bound of the share of the softmax mass not read, float32 [B, Hq, Tq], where the option
-    `epsilon` asks for one."""
+    """Upper bound of the share of the softmax mass not read, float32 [B, Hq, Tq]; None without the
+    option `epsilon`."""
 
     @property
     def tokens_read(self) -> Tensor:
-        """Slots read per row, KV head and query position, int64 [B, Hkv, Tq]."""
+        """Number of slots read per row, KV head and query position, int64 [B, Hkv, Tq]."""
         return (self.tokens >= 0).sum(-1)
 
 
 @dataclass(frozen=True)
-class WholeCall:
-    """One attention of a whole sequence that read part of its keys."""
+class RecordedPrefill:
+    """One sparse attention of a prefill, which left keys out."""
 
     site: str
-    """Module path."""
+    """Module path of the attention."""
     query_len: int
+    """Number of queries, T."""
     kv_len: int
+    """Number of keys, L."""
     tokens_read: Tensor
-    """Keys that each tile of 128 queries read, int64 [B, Hq, tiles]."""
+    """Number of keys that each tile of 128 queries read, int64 [B, Hq, tiles]."""
     mass: Tensor | None
-    """Share of the dense softmax mass on them, float32 [B, Hq, T]."""
+    """Share of the dense softmax mass on the keys read, float32 [B, Hq, T]; None if not asked
+    for."""
     certificate: Tensor
-    """Upper bound of the share not read, float32 [B, Hq, T]; 1 where no `epsilon` asks for one."""
+    """Upper bound of the share not read, float32 [B, Hq, T]; 1 without the option `epsilon`."""
 
 
 class Recorder:
-    """Collects a `Call` for each sparse attention of decoding, a `WholeCall` for each other."""
+    """Collects a record of each sparse attention: decoding in `calls`, prefill in `whole`."""
 
     def __init__(self, mass: bool) -> None:
         self.calls: list[Call] = []
-        self.whole: list[WholeCall] = []
+        self.whole: list[RecordedPrefill] = []
         self._mass = mass
 
-    def observe_whole(self, call: TileCall) -> None:
-        """Keep how much `call` read; its operands are not held."""
+    def observe_prefill(self, call: PrefillCall) -> None:
+        """Record how much `call` read, without keeping its operands."""
+        assert call.result.read is not None, "the operator keeps it while somebody observes"
         self.whole.append(
-            WholeCall(
+            RecordedPrefill(
                 site=call.site,
-                query_len=call.query.shape[2],
-                kv_len=call.key.shape[2],
-                tokens_read=_read(call).sum(-1),
-                mass=whole_mass(call) if self._mass else None,
+                query_len=call.operands.query.shape[2],
+                kv_len=call.operands.kv_len,
+                tokens_read=call.result.read.sum(-1),
+                mass=prefill_mass(call) if self._mass else None,
                 certificate=call.result.certificate,
             )
         )
 
     def observe(self, call: SparseCall) -> None:
-        """Keep what `call` read; its operands are not held."""
+        """Record what `call` read, without keeping its operands."""
         visible = call.selection.visible
         starts, lengths = call.index.partition()
         tokens = call.selection.tokens()
@@ -96,55 +108,57 @@ class Recorder:
         )
 
 
-def _read(call: TileCall) -> Tensor:
-    """The keys that a call read, kept as somebody listens."""
-    assert call.result.read is not None
-    return call.result.read
-
-
 @contextmanager
 def record(*, mass: bool = False) -> Iterator[Recorder]:
     """Record every sparse attention that runs within the context.
 
-    With `mass` each call also scores all keys, to say what share of the dense softmax mass was
-    read: slow, for study alone. Generated kernels tell nothing, with a warning; the option
-    `reference` has the plain operators run on a GPU, too.
+    With `mass` each call also scores all keys, to tell what share of the dense softmax mass was
+    read: this is slow, for study alone. Generated kernels report nothing, with a warning. The
+    option `reference` makes the plain PyTorch operators run on a GPU too.
     """
     recorder = Recorder(mass)
     observers.append(recorder.observe)
-    tile_observers.append(recorder.observe_whole)
+    prefill_observers.append(recorder.observe_prefill)
     try:
         yield recorder
     finally:
         observers.remove(recorder.observe)
-        tile_observers.remove(recorder.observe_whole)
+        prefill_observers.remove(recorder.observe_prefill)
 
 
-def whole_mass(call: TileCall) -> Tensor:
-    """Share of the dense softmax on the keys that `call` read: float32 [B, Hq, T]."""
-    everything = prefill_attention(
-        call.query, call.key, call.value, call.mask, call.causal, call.scale,
-        TileConfig("streaming", budget=call.key.shape[2]), call.softcap, call.extra, call.order,
-    )  # fmt: skip
-    read, dense = call.result.log_sum, everything.log_sum
-    if call.extra is not None:  # the logit of a key without a value is no key
-        read, dense = (_without(each, call.extra) for each in (read, dense))
+def prefill_mass(call: PrefillCall) -> Tensor:
+    """Return the share of the dense softmax on the keys that `call` read: float32 [B, Hq, T]."""
+    config = PrefillConfig(_all_candidates, budget=call.operands.kv_len)
+    everything = prefill_attention(call.operands, config, call.causal, call.order)
+    read, dense, extra = call.result.log_sum, everything.log_sum, call.operands.extra
+    if extra is not None:  # an extra logit belongs to no key
+        read, dense = (_without(each, extra) for each in (read, dense))
     return (read - dense).exp().nan_to_num(nan=1.0).clamp(max=1)  # who sees nothing misses nothing
 
 
+def _all_candidates(question: PrefillQuestion) -> Tensor:
+    """Choose every key that may be chosen."""
+    return question.candidates
+
+
 def _without(log_sum: Tensor, extra: Tensor) -> Tensor:
-    """`log_sum` of scores of which `extra` is one, without it."""
+    """Return the log-sum-exp `log_sum` without one of its scores, `extra`."""
     return log_sum + (-(extra.float() - log_sum).exp()).log1p()
 
 
 def captured_mass(call: SparseCall, tokens: Tensor) -> Tensor:
-    """Share of dense softmax mass on the slots `tokens` [B, Hkv, Tq, S]: float32 [B, Hq, Tq]."""
-    batch, query_heads, query_len, _ = call.query.shape
-    heads, kv_len = call.key.shape[1], call.key.shape[2]
-    grouped = call.query.float().unflatten(1, (heads, -1)).flatten(2, 3)
-    score = capped((grouped @ call.key.float().transpose(-1, -2)) * call.scale, call.softcap)
+    """Return the share of dense softmax mass on the slots `tokens` [B, Hkv, Tq, S].
+
+    The result is float32 [B, Hq, Tq].
+    """
+    operands = call.operands
+    batch, query_heads, query_len, _ = operands.query.shape
+    heads, kv_len = operands.key.shape[1], operands.kv_len
+    grouped = query_rows(operands.query, heads)
+    score = grouped @ operands.key.float().transpose(-1, -2)
+    score = capped(score * operands.scale, operands.softcap)
     score = score.view(batch, query_heads, query_len, kv_len)
-    visible = visible_keys(call.mask, batch, query_len, kv_len, call.key.device)
+    visible = operands.score_inputs.visible()
     if visible.bias is not None:
         score = score + visible.bias.float()
     if visible.mask is not None:

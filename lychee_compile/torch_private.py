@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.source import LocalSource
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
-from torch._inductor import list_mode_options
+from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 from torch._logging._internal import trace_structured
 from torch._subclasses import fake_tensor
@@ -261,3 +261,28 @@ def trace_artifact(name: str, payload: Any) -> None:
 def unlimited_recompiles() -> AbstractContextManager[None]:
     """Within this context, compiling the same code once more never hits the recompile limit."""
     return torch._dynamo.config.patch(recompile_limit=2**30, accumulated_recompile_limit=2**30)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written; None for inference tensors, which count nothing."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Return the address of the record that PyTorch keeps of the storage of a tensor."""
+    return tensor.untyped_storage()._cdata
+
+
+def mark_static_address(tensor: Tensor) -> None:
+    """Tell CUDA graphs that the memory of a tensor stays where it is."""
+    torch._dynamo.mark_static_address(tensor)
+
+
+def inductor_modes() -> tuple[str, ...]:
+    """Return the modes of Inductor, "reduce-overhead" for one."""
+    return tuple(list_mode_options())
+
+
+def inductor_options() -> tuple[str, ...]:
+    """Return the names of all options of Inductor."""
+    return tuple(list_options())

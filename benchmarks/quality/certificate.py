@@ -29,6 +29,7 @@ from lychee_compile.kernels.reference.adaptive import certified_attention
 from lychee_compile.kernels.reference.attention import attend
 from lychee_compile.kernels.reference.certificate import log_unread_bound, missed_share
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.operands import Operands, ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection, select
 
 BATCH, KV_HEADS, GROUP, QUERIES = 8, 4, 4, 8
@@ -73,7 +74,7 @@ def missed(query: Tensor, key: Tensor, selection: Selection) -> Tensor:
 
 def certify(index: KVIndex, query: Tensor, key: Tensor, selection: Selection) -> Tensor:
     """Return the certificates of a selection: [B, Hq, Tq]."""
-    _, log_read = attend(query, key, key, selection, None, selection.scale)
+    _, log_read = attend(Operands(query, key, key, None, selection.scale), selection)
     bound = log_unread_bound(index, query, selection)
     return missed_share(key, query, replace(selection, log_unread_bound=bound), log_read)
 
@@ -96,7 +97,8 @@ def random_case(seed: int, kind: str) -> tuple[int, int]:
     index = make_index(BATCH, KV_HEADS, head_dim, config, key.device)
     for end in (150, 171, 200):  # a prompt, then chunks that are grafted
         index.extend(key, torch.full((BATCH,), end))
-    selection = select(index, key, query, head_dim**-0.5, 200, None, budget)
+    inputs = ScoreInputs(query, key, 200, None, head_dim**-0.5)
+    selection = select(index, inputs, budget)
     wrong = missed(query, key, selection) > certify(index, query, key, selection).double()
     return wrong.numel(), int(wrong.sum())
 
@@ -138,12 +140,11 @@ def _at_budget(capture: Capture, site: SiteTensors, budget: int) -> tuple[float,
     for step, length in enumerate(capture.lengths.tolist()):
         query, keys = site.query[:, :, step : step + 1].float(), key[:, :, :length]
         index.extend(keys, torch.tensor([length]))
-        selection = select(index, keys, query, site.scale, length, None, budget)
+        operands = Operands(query, keys, value[:, :, :length], None, site.scale)
+        selection = select(index, operands.score_inputs, budget)
         share = certify(index, query, keys, selection)
         lost = missed(query, keys, selection)
-        _, wider, _ = certified_attention(
-            index, query, keys, value[:, :, :length], None, site.scale, budget, EPSILON
-        )
+        _, wider, _ = certified_attention(index, operands, budget, EPSILON)
         read = wider.token_mask().sum(-1).double().mean()
         rows.append([(share <= EPSILON).double().mean(), lost.mean(), read])
     certified, lost, read = torch.tensor(rows).mean(0).tolist()

@@ -1,4 +1,4 @@
-"""One layer of a cache that grows in place: a static layer to graphs, views outside of them."""
+"""One layer of a cache that grows in place: static to compiled graphs, views outside of them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from transformers.cache_utils import StaticLayer
 from lychee_compile.kernels.sizes import whole_scans
 
 ROOM = 1024
-"""Slots that stay free, at least, where a cache chooses its capacity itself."""
+"""Least number of free slots when a cache chooses its own capacity."""
 
 
 @dataclass
 class Shared:
-    """What the growing layers of one cache have in common, all of it known to the host."""
+    """State that the growing layers of one cache share, all of it known to the host."""
 
     slots: int
     """Capacity of every layer."""
     at_most: int = 0
-    """Tokens in the cache, at most: what was read last, and every token announced since."""
+    """Upper bound of the number of tokens: those counted last and all announced since."""
     shown: int | None = None
-    """Slots that the mask of the coming forward covers; None: all."""
+    """Number of slots that the mask of the next forward covers; None: all."""
     eager_steps: int = 0
-    """Single tokens decoded eagerly since the last compiled step."""
+    """Number of single tokens decoded eagerly since the last compiled step."""
     graph_made: bool = False
-    """Whether buffers were allocated inside a compiled graph, whose memory may be reused."""
+    """True if buffers were allocated inside a compiled graph, which may reuse their memory."""
 
 
 class GrowingLayer(StaticLayer):
     """Keys and values [B, Hkv, slots, D] of one layer: a `StaticLayer` that can get more slots.
 
     In a compiled graph it is a `StaticLayer`: whole buffers, written at positions that a device
-    tensor counts. Outside it hands out views of what is filled.
+    tensor counts. Outside of graphs it returns views of the filled slots.
     """
 
     is_croppable = True
@@ -46,10 +46,10 @@ class GrowingLayer(StaticLayer):
         super().__init__(max_cache_len=shared.slots)
         self.shared, self.last = shared, last
         self.length: int | None = 0
-        """Tokens held; None where compiled steps have run, which only the device counts."""
+        """Number of tokens; None after compiled steps, which only the device counts."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffers; nothing where they are."""
+        """Allocate the buffers."""
         self.cumulative_length = torch.zeros((), dtype=torch.int64, device=key_states.device)
         self.max_cache_len = self.shared.slots
         super().lazy_initialization(key_states, value_states)
@@ -59,7 +59,7 @@ class GrowingLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, Hkv, T, D] behind those held, and show what attention reads."""
+        """Append keys and values [B, Hkv, T, D], and return what attention reads."""
         if torch.compiler.is_compiling():
             self._write_in_graph(key_states, value_states)
         else:
@@ -72,13 +72,13 @@ class GrowingLayer(StaticLayer):
         return keys[:, :, :shown], values[:, :, :shown]
 
     def _write_in_graph(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Write at device positions. Python runs here while tracing only, so nothing is counted."""
+        """Write at positions on the device; Python runs here while tracing, so it cannot count."""
         if not self.is_initialized:
             self.shared.slots = max(self.shared.slots, rounded(key_states.shape[2]))
             self.lazy_initialization(key_states, value_states)
         slots, count = self.keys.shape[2], key_states.shape[2]
         positions = torch.arange(count, device=self.keys.device) + self.cumulative_length
-        # A step that nobody made room for must neither fault on the device nor go unnoticed.
+        # A step without room must neither fault on the device nor go unnoticed: it gives NaN.
         value_states = value_states.masked_fill((positions >= slots)[:, None], torch.nan)
         positions = positions.clamp(max=slots - 1)
         self.cumulative_length.add_(count)
@@ -88,25 +88,27 @@ class GrowingLayer(StaticLayer):
         self.shared.eager_steps = 0
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
-        count, held = key_states.shape[2], self.count()
-        if held + count > self.shared.slots:
-            self.shared.slots = larger(self.shared.slots, held + count)
+        """Write eagerly, into larger buffers if the present ones are full."""
+        count, begin = key_states.shape[2], self.count()
+        end = begin + count
+        if end > self.shared.slots:
+            self.shared.slots = larger(self.shared.slots, end)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[2] < self.shared.slots:
             self.move()
-        self.keys[:, :, held : held + count] = key_states
-        self.values[:, :, held : held + count] = value_states
-        self.length = held + count
+        self.keys[:, :, begin:end] = key_states
+        self.values[:, :, begin:end] = value_states
+        self.length = end
         self.cumulative_length.fill_(self.length)
         self.shared.at_most = max(self.shared.at_most, self.length)
-        if self.last and count == 1 and held > 0:
+        if self.last and count == 1 and begin > 0:
             self.shared.eager_steps += 1
 
     def count(self) -> int:
-        """Tokens held. Waits for the device where compiled steps have run since the last time.
+        """Return the number of tokens; waits for the device if compiled steps have run.
 
-        Raises `RuntimeError` where those wrote more tokens than there was room for.
+        Raises `RuntimeError` if those wrote more tokens than there was room for.
         """
         if self.length is None:
             self.length = int(self.cumulative_length)
@@ -121,11 +123,11 @@ class GrowingLayer(StaticLayer):
 
     @property
     def used(self) -> int:
-        """Slots that may hold tokens: all of them where only the device knows."""
+        """Number of slots that may be filled: all of them if only the device knows."""
         return int(self.keys.shape[2]) if self.length is None else self.length
 
     def move(self) -> None:
-        """Move to new buffers, of the capacity that all layers shall have."""
+        """Move to new buffers, of the capacity that all layers are to have."""
         used, slots = self.used, self.shared.slots
         for name in ("keys", "values"):
             old = getattr(self, name)
@@ -137,7 +139,7 @@ class GrowingLayer(StaticLayer):
         mark_static(self)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
-        """How many slots attention reads, and the first: 0."""
+        """Return the number of slots that attention reads, and the first slot, 0."""
         if torch.compiler.is_compiling():
             self.shared.shown = None
             return (self.keys.shape[2] if self.is_initialized else self.shared.slots), 0
@@ -145,13 +147,13 @@ class GrowingLayer(StaticLayer):
         return (self.shared.slots if shown is None else shown), 0
 
     def get_seq_length(self) -> Any:
-        """Tokens held: an int, and in a compiled graph a tensor."""
+        """Return the number of tokens: an int, or in a compiled graph a tensor."""
         if torch.compiler.is_compiling():
             return super().get_seq_length()
         return self.count()
 
     def get_max_length(self) -> int:
-        """-1: there is no maximum."""
+        """Return -1, as there is no maximum."""
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -176,15 +178,17 @@ class GrowingLayer(StaticLayer):
 
 def mark_static(layer: Any) -> None:
     """Tell CUDA graphs that the buffers of `layer` stay where they are."""
+    from lychee_compile import torch_private  # loads the compiler: not before a cache is filled
+
     for tensor in (layer.keys, layer.values, layer.cumulative_length):
-        torch._dynamo.mark_static_address(tensor)
+        torch_private.mark_static_address(tensor)
 
 
 def rounded(slots: int) -> int:
-    """Slots, a whole number of tiles."""
+    """Round `slots` up to a whole number of the blocks that kernels scan."""
     return whole_scans(slots)
 
 
 def larger(slots: int, needed: int) -> int:
-    """The capacity to grow to: no token is copied often, and CUDA graphs are not made often."""
+    """Return the capacity to grow to. It doubles, so that copies and new CUDA graphs are rare."""
     return rounded(max(2 * slots, needed + max(needed // 2, ROOM)))

@@ -13,47 +13,48 @@ from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlid
 from lychee_compile.cache.growing_layer import GrowingLayer, Shared, larger, mark_static, rounded
 
 EAGER_STEPS = 2
-"""Single tokens decoded eagerly, one after the other, before a cache is taken for an eager one."""
+"""Number of single tokens decoded eagerly in a row after which a cache counts as eager."""
 _UNBOUNDED = 2**40
 
 
 class LycheeCache(Cache):
     """A key-value cache that grows in place, for `generate()` and for loops of your own.
 
-    A `DynamicCache` copies the whole past at every eager step; a `StaticCache` needs to know the
-    longest context beforehand. This one writes in place into buffers [B, Hkv, slots, D],
-    contiguous, and moves to larger ones when they are full: each token is copied about once,
-    however many follow.
-    Layers with a sliding window are those of transformers.
+    A `DynamicCache` copies the whole past at every eager step. A `StaticCache` needs to know the
+    longest context beforehand. This cache writes in place into contiguous buffers
+    [B, Hkv, slots, D], and moves to larger ones when they are full. Each token is copied about
+    once, however many follow. Layers with a sliding window are those of transformers.
 
         cache = LycheeCache(model.config)
         compile_config = CompileConfig(backend="lychee", mode=None, options={"budget": 1024})
-        model.generate(**inputs, past_key_values=cache, compile_config=compile_config)
+        model.generate(**inputs, cache=cache, compile_config=compile_config)
 
         model.forward = torch.compile(model.forward, backend="lychee")
-        model.generate(**inputs, past_key_values=LycheeCache(model.config), disable_compile=True)
+        model.generate(**inputs, cache=LycheeCache(model.config), disable_compile=True)
+
+    Older releases of transformers call the argument `past_key_values`.
 
     To compiled graphs it is a static cache of its present capacity, with its length on the device,
-    so that CUDA graphs work. Growing happens outside of them: `generate()` announces the tokens of
-    each step, and the host compares the sum with the capacity; it waits for the device only when
-    that sum reaches the capacity. A loop of your own that calls a compiled model says itself how
-    many tokens come, all at once or step by step:
+    so that CUDA graphs work. It grows outside of graphs. `generate()` announces the tokens of each
+    step, and the host compares their sum with the capacity. It waits for the device only when the
+    sum reaches the capacity. A loop of your own that calls a compiled model has to announce its
+    tokens, all at once or step by step:
 
-        model(prompt, past_key_values=cache)          # eagerly: this makes room for itself
+        model(prompt, cache=cache)          # eagerly: this makes room for itself
         cache.reserve(new_tokens)
         for _ in range(new_tokens):
-            logits = compiled(token, past_key_values=cache).logits
+            logits = compiled(token, cache=cache).logits
 
     In steps that nobody announced, tokens beyond the capacity give NaN, and the next call of the
     cache outside of the graph raises `RuntimeError`. After the first growth Dynamo compiles once
-    more, for any capacity; with `torch.compile(dynamic=False)` after each, for that capacity, which
-    lets CUDA graphs hold the index too. Without compilation attention reads views of what is
-    filled, like that of a `DynamicCache`.
+    more, for any capacity. With `torch.compile(dynamic=False)` it compiles after each growth, for
+    the new capacity, which lets CUDA graphs keep the index too. Without compilation attention reads
+    views of the filled slots, as it does with a `DynamicCache`.
 
-    `config` is the model's; `capacity` the slots to begin with, rounded up to a multiple of 512
-    (default: what the first forward needs, and half as much or 1024 again). Raises `ValueError` for
-    models with layers that hold anything else than keys and values of full or sliding-window
-    attention, such as indexers.
+    `config` is the model's. `capacity` is the number of slots to begin with, rounded up to a
+    multiple of 512; by default it is what the first forward needs, and half as much or 1024 again.
+    Raises `ValueError` for models with layers that hold anything but keys and values of full or
+    sliding-window attention, such as indexers.
     """
 
     layers: list[Any]
@@ -63,38 +64,39 @@ class LycheeCache(Cache):
             raise ValueError(f"capacity must be at least 1 slot, not {capacity}")
         self._shared = Shared(0 if capacity is None else rounded(capacity))
         layers: list[Any] = StaticCache(config, max_cache_len=_UNBOUNDED).layers
-        growing = [place for place, layer in enumerate(layers) if type(layer) is StaticLayer]
-        for place, layer in enumerate(layers):
-            if place in growing:
-                layers[place] = GrowingLayer(self._shared, last=place == growing[-1])
+        growing = [number for number, layer in enumerate(layers) if type(layer) is StaticLayer]
+        for number, layer in enumerate(layers):
+            if number in growing:
+                layers[number] = GrowingLayer(self._shared, last=number == growing[-1])
             elif isinstance(layer, StaticLayer) and type(layer) is not StaticSlidingWindowLayer:
                 raise ValueError(
-                    f"layer {place} of this model needs a {type(layer).__name__}, which "
+                    f"layer {number} of this model needs a {type(layer).__name__}, which "
                     "LycheeCache cannot grow: use a StaticCache or a DynamicCache"
                 )
-        self._growing: list[GrowingLayer] = [layers[place] for place in growing]
+        self._growing: list[GrowingLayer] = [layers[number] for number in growing]
         super().__init__(layers=layers)
 
     @property
     def capacity(self) -> int:
-        """Slots of each growing layer, a multiple of 512; 0 where none is allocated yet."""
+        """Number of slots of each growing layer, a multiple of 512; 0 before the first forward."""
         return self._shared.slots
 
     @property
     def is_compileable(self) -> bool:
-        """Whether forwards are expected to be compiled, which makes masks cover whole buffers.
+        """True if forwards are expected to be compiled, which makes masks cover whole buffers.
 
-        So it is until two tokens in a row were decoded eagerly, and from the next compiled step on.
+        It turns false when two tokens in a row were decoded eagerly, and true again at the next
+        compiled step.
         """
         if torch.compiler.is_compiling():
             return True
         return self._shared.eager_steps < EAGER_STEPS
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more: for compiled steps that `generate()` does not make.
+        """Make room for `tokens` more, for compiled steps outside of `generate()`.
 
-        Tokens announced add up until they reach the capacity: only then is the length read from the
-        device, and only where that leaves too little room do buffers grow.
+        Announced tokens add up until they reach the capacity. Only then is the length read from the
+        device, and only if that leaves too little room do buffers grow.
         """
         if not self._growing:
             return
@@ -116,9 +118,9 @@ class LycheeCache(Cache):
         self._shared.graph_made = False
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """How many keys attention will read, and the position of the first.
+        """Return the number of keys that attention will read, and the position of the first.
 
-        Outside of graphs this announces `query_length` tokens, and makes room for them.
+        Outside of graphs this announces `query_length` tokens and makes room for them.
         """
         growing = isinstance(self.layers[layer_idx], GrowingLayer)
         if growing and not torch.compiler.is_compiling():
@@ -129,13 +131,13 @@ class LycheeCache(Cache):
         return super().get_mask_sizes(query_length, layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Tokens held: an int, and in a compiled graph a tensor."""
+        """Return the number of tokens: an int, or in a compiled graph a tensor."""
         if layer_idx == 0 and self._growing:
             return self._growing[0].get_seq_length()
         return super().get_seq_length(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
-        """Position of the next token: a tensor wherever the host does not know it."""
+        """Return the position of the next token: a tensor if the host does not know it."""
         if not self._growing:
             return super().get_query_offset(layer_idx)
         first = self._growing[0]
@@ -145,14 +147,14 @@ class LycheeCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether every layer holds all tokens: a sliding window forgets what it has left."""
+        """True if every layer still has all tokens: a sliding window forgets tokens it has left."""
         return all(_croppable(layer) for layer in self.layers)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; the sign is transformers'.
+        """Forget the last `-tokens_to_remove` tokens, with the sign that transformers uses.
 
-        Raises `ValueError` for positive numbers, and `RuntimeError` where a sliding window has
-        moved on, or a layer cannot forget.
+        Raises `ValueError` for positive numbers, and `RuntimeError` if a sliding window has moved
+        on or a layer cannot forget.
         """
         if tokens_to_remove > 0:
             raise ValueError(

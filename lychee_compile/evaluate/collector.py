@@ -45,11 +45,13 @@ class Collector:
         if reason is not None:
             self.skipped[name] = reason
             return
-        query = call.query.detach().float().clone()
+        operands = call.operands
+        query = operands.query.detach().float().clone()
         self.queries.setdefault(name, []).append(query)
         if self.final:
-            key, value = call.key.detach().clone(), call.value.detach().clone()
-            self.last[name] = SiteTensors(name, query, key, value, call.scale, call.softcap)
+            key, value = operands.key.detach().clone(), operands.value.detach().clone()
+            scores = operands.scale, operands.softcap
+            self.last[name] = SiteTensors(name, query, key, value, *scores)
 
     def tensors(self) -> tuple[SiteTensors, ...]:
         """Return the tensors of the sites that attended at every step."""
@@ -67,7 +69,8 @@ class Collector:
 
     def _unfit(self, call: SparseCall) -> str | None:
         visible = call.selection.visible
-        if call.query.shape[0] != 1 or call.query.shape[2] != 1:
+        query = call.operands.query
+        if query.shape[0] != 1 or query.shape[2] != 1:
             return "it does not decode one token of one row"
         if int(visible.first.min()) > 0 or int(visible.end.min()) != self.keys_due:
             return "it does not see the whole sequence: a sliding window"

@@ -15,7 +15,9 @@ from lychee_compile.evaluate.fidelity import ALL_SITES
 from lychee_compile.evaluate.models import nothing
 from lychee_compile.evaluate.tensors import Capture, Columns, SiteTensors
 from lychee_compile.evaluate.variants import Variant, check_prefill, describe
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
+from lychee_compile.kernels.policies.registry import prefill_choice
+from lychee_compile.kernels.reference.operands import Operands
+from lychee_compile.kernels.reference.prefill_attention import PrefillConfig, prefill_attention
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.sizes import QUERY_TILE
 
@@ -127,7 +129,9 @@ def prefill(
         }
         for tile in dense_tiles(site, positions):
             for variant, share in itertools.product(variants, shares):
-                parts[variant.label, share].append(measure(tile, site, tile_config(variant, share)))
+                parts[variant.label, share].append(
+                    measure(tile, site, prefill_config(variant, share))
+                )
             advance(1)
         for (label, share), each in parts.items():
             measured[label, share, site.name] = Measured.joined(each)
@@ -154,10 +158,11 @@ def tiles_of(capture: Capture) -> Tensor:
     return positions
 
 
-def tile_config(variant: Variant, share: float) -> TileConfig:
+def prefill_config(variant: Variant, share: float) -> PrefillConfig:
     """Return what a policy is to read of a sequence. Raise `OptionError` if it has no such form."""
     options = variant.prefill_options(share)
-    return TileConfig(options.policy, share, options.sinks, options.recent, options.epsilon)
+    choice = prefill_choice(options.policy)
+    return PrefillConfig(choice, share, options.sinks, options.recent, options.epsilon)
 
 
 def dense_tiles(site: SiteTensors, positions: Tensor) -> Iterator[Tile]:
@@ -175,10 +180,10 @@ def dense_tiles(site: SiteTensors, positions: Tensor) -> Iterator[Tile]:
         yield Tile(query, keys, values, seen, share[0].flatten(0, 1), output)
 
 
-def measure(tile: Tile, site: SiteTensors, config: TileConfig) -> Measured:
+def measure(tile: Tile, site: SiteTensors, config: PrefillConfig) -> Measured:
     """Attend to the keys that a policy reads, and compare with dense attention."""
-    operands = (tile.query, tile.key, tile.value, tile.seen)
-    result = prefill_attention(*operands, False, site.scale, config, site.softcap)
+    operands = Operands(tile.query, tile.key, tile.value, tile.seen, site.scale, site.softcap)
+    result = prefill_attention(operands, config)
     assert result.read is not None
     read = result.read[0, :, 0]
     missed = (tile.share @ (~read)[..., None].to(tile.share.dtype))[..., 0]

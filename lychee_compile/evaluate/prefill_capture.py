@@ -19,6 +19,7 @@ from lychee_compile.evaluate.errors import EvaluationError
 from lychee_compile.evaluate.models import device_of, nothing
 from lychee_compile.evaluate.tensors import Capture, SiteTensors
 from lychee_compile.kernels.reference.attention import dense_attention
+from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.sizes import QUERY_TILE
 
 NAME = "lychee_capture"
@@ -189,6 +190,6 @@ def causal_attention(
         seen = slot <= position
         if window is not None:
             seen = seen & (slot > position - window)
-        operands = (query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end])
-        parts.append(dense_attention(*operands, seen, scale, softcap, extra))
+        tensors = (query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end])
+        parts.append(dense_attention(Operands(*tensors, seen, scale, softcap, extra)))
     return torch.cat(parts, 2)

@@ -14,7 +14,8 @@ from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.evaluate.models import LanguageModel, fork
 from lychee_compile.evaluate.task_texts import Question
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.handles import Handle
+from lychee_compile.kernels.operators.cache_index import CacheWrite
+from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
 from lychee_compile.runtime.cache_registry import registry
 
 TOKEN_DIM = 2
@@ -114,12 +115,15 @@ def note_document(cache: Any, token_ids: Tensor, config: IndexConfig, table: Bou
         keys = layer.keys
         if keys is None or keys.dim() != 4 or keys.shape[TOKEN_DIM] != len(token_ids):
             continue  # a sliding window, or a layer without keys
-        entry = registry.acquire(keys, config, TOKEN_DIM, lambda: Handle(config))
-        entry.owner.strength_of = table.lookup
+        entry = registry.acquire(keys, config, TOKEN_DIM, lambda: ReferenceCacheIndex(config))
+        owner = entry.owner
+        assert isinstance(owner, ReferenceCacheIndex)
+        owner.strength_of = table.lookup
         slots = torch.arange(len(token_ids), device=keys.device)[None]
         strengths = table.lookup(token_ids[None].to(keys.device))
         first = torch.zeros(1, dtype=torch.int64, device=keys.device)
-        entry.owner.index_for(keys).update(keys, first, slots, strengths, build=False)
+        write = CacheWrite(first, slots, strengths)
+        owner.index_for(keys).update(keys, write, build=False)
         registry.release(keys, config, entry, TOKEN_DIM)
 
 

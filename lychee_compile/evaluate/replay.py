@@ -15,6 +15,7 @@ from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.adaptive import certified_attention
 from lychee_compile.kernels.reference.attention import attend
 from lychee_compile.kernels.reference.certificate import log_unread_bound, missed_share
+from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import Selection, select
 from lychee_compile.kernels.reference.softcap import capped
 
@@ -117,33 +118,17 @@ class Replay:
         site, config = self.site, self.config
         # A policy may remember what it chose at a site: budgets must not share that.
         name = f"{site.name} at {budget}"
-        operands = (truth.query, truth.key, truth.value)
+        operands = Operands(truth.query, truth.key, truth.value, None, site.scale, site.softcap)
         started = self._now()
         if config.epsilon is not None and budget is not None:
             output, selection, bound = certified_attention(
-                self.index,
-                *operands,
-                None,
-                site.scale,
-                budget,
-                config.epsilon,
-                site.softcap,
-                site=name,
+                self.index, operands, budget, config.epsilon, name
             )
             seconds = self._now() - started
         else:
-            selection = select(
-                self.index,
-                truth.key,
-                truth.query,
-                site.scale,
-                truth.key.shape[2],
-                budget=budget,
-                softcap=site.softcap,
-                site=name,
-            )
+            selection = select(self.index, operands.score_inputs, budget, name)
             seconds = self._now() - started
-            output, log_read = attend(*operands, selection, None, site.scale, site.softcap)
+            output, log_read = attend(operands, selection)
             bound = self._certificate(truth, selection, log_read)
         return self._compare(truth, selection, output, bound, budget, seconds)
 

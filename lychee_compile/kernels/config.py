@@ -1,65 +1,71 @@
-"""What an index and a selection are parametrised by: plain numbers, no tensors."""
+"""Parameters of sparse attention: plain numbers, no tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 BOUNDARIES = ("auto", "tokens", "similarity", "fixed")
+"""Values of the option `boundaries`."""
 PREFILLS = ("exact", "sparse")
+"""Values of the option `prefill`."""
 
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """Parameters of the chunk index and of the selection from it (LycheeCluster, arXiv 2603.08453).
+    """Settings of sparse attention: of the index, of the selection from it, and of prefill.
 
-    All lengths are in tokens. A selection reads at most `budget` tokens per KV head and query
-    position, the `sinks` first and the `recent` last valid tokens among them.
+    They are plain numbers and words, so that equal settings are equal and hashable: graphs with
+    equal settings share the index of a cache. All lengths are in tokens. A selection reads at most
+    `budget` tokens per KV head and query position; the `sinks` first and the `recent` last valid
+    tokens count among them. The names are those of LycheeCluster (arXiv 2603.08453).
     """
 
     budget: int | None = 1024
-    """Tokens read per KV head and step, sinks and recent included; None reads all of them."""
+    """Number of tokens read per KV head and step, sinks and recent included; None reads all."""
     sinks: int = 16
-    """First valid tokens of each row, always read."""
+    """Number of first valid tokens of each row, which are always read."""
     recent: int = 64
-    """Last tokens of each row, always read."""
+    """Number of last tokens of each row, which are always read."""
     chunk: tuple[int, int] = (8, 16)
-    """Shortest and longest chunk."""
+    """Lengths of the shortest and the longest chunk."""
     cluster_chunks: int = 4
-    """Chunks that a fine cluster holds on average."""
+    """Mean number of chunks in a fine cluster."""
     coarse_units: int = 64
-    """At most this many coarse units above the fine clusters."""
+    """Largest number of coarse units above the fine clusters."""
     overfetch: int = 16
-    """In a context longer than `flat_tokens`, units, clusters and chunks are narrowed down to this
-    many tokens for each that is read; then come the sketches of single tokens."""
+    """Number of candidate tokens for each token that is read, in a context longer than
+    `flat_tokens`. Units, clusters and chunks narrow the context down to the candidates, whose
+    sketches are then ranked."""
     flat_tokens: int = 65536
-    """Up to this many tokens the sketches of all are ranked: better than to descend through units,
-    clusters and chunks, and faster as long as one scan reads them quickly."""
+    """Longest context in which the sketches of all tokens are ranked. That is a better choice than
+    one through units, clusters and chunks, and faster as long as one scan is fast."""
     boundaries: str = "auto"
-    """Where chunks are cut: see `BOUNDARIES`. "auto" cuts by token strengths where they are known
-    and by the similarity of neighbouring keys elsewhere."""
+    """Cuts of chunks, one of `BOUNDARIES`: "tokens" cuts by boundary strengths of token ids,
+    "similarity" where neighbouring keys differ, "fixed" at one length, and "auto" by token ids if
+    their strengths are known and by similarity elsewhere."""
     policy: str = "lychee"
-    """How tokens are chosen, a name in `kernels/policies/decode`: "lychee", "quest",
-    "clusterkv", "tokenselect", "hisa", "streaming", "oracle", or one of your own. Whole sequences
-    can have those in `kernels/policies/prefill`: "lychee", "streaming", "dhsa", "s2o",
-    "compact"; the last three cannot decode."""
+    """Method of choosing tokens. To decode: "lychee", "quest", "clusterkv", "tokenselect", "hisa",
+    "streaming", "oracle", or one of your own. For prefill: "lychee", "streaming", "dhsa", "s2o",
+    "compact", or one of your own; the last three cannot decode."""
     epsilon: float | None = None
-    """Largest share of the softmax mass that may be missed: the budget widens, up to all tokens,
-    until a certificate proves it. None: the budget holds, and nothing is proved."""
+    """Largest share of the softmax mass that may be missed. The budget widens, up to all tokens,
+    until a certificate proves it. None: the budget is kept and nothing is proved."""
     seed: int = 0
-    """Seed of the k-means."""
+    """Seed of the k-means clustering."""
     repair: bool = True
-    """Split clusters and units that grow too full or too wide, and find the axes of sketches anew
-    as tokens arrive. Off, an index decays as more is generated: to see what repair is for."""
+    """Split clusters and units that grow too full or too wide, and fit the axes of sketches anew
+    as tokens arrive. Without repair an index gets worse the more is generated."""
     dense_layers: int | None = None
-    """First attentions of each graph that stay exact; None: as many as the policy's paper says."""
+    """Number of first attentions of each graph that stay exact; None: as in the policy's paper."""
     prefill: str = "exact"
-    """What attention over whole sequences does, prefill, encoders and vision: "exact", or "sparse":
-    every tile of queries reads the keys that matter to it."""
+    """Attention of prefill, encoders and vision: "exact", or "sparse", where every tile of queries
+    reads the keys that matter to it."""
     prefill_budget: int | float = 0.2
-    """Keys that a tile of a whole sequence reads: a share of those it sees, below 1, or their
-    number. Sinks, recent tokens and what it sees in part are among them, and read in any case."""
+    """Number of keys that a tile of a sparse prefill reads, or below 1 their share of the keys that
+    it sees. Sinks, recent tokens and keys that only some of its queries see count among them, and
+    are always read."""
     prefill_from: int = 16384
-    """Whole sequences of fewer keys stay exact, and tiles that see fewer read all of them: there
-    sparse attention wins no time."""
+    """Number of keys from which on a prefill is sparse. A tile that sees fewer keys reads all of
+    them: below, sparse attention saves no time."""
     reference: bool = False
-    """Run the plain PyTorch operators on any device, to study quality where they win no time."""
+    """Run the plain PyTorch operators on any device, to study quality. They are slow on a GPU."""

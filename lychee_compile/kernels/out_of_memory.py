@@ -1,4 +1,4 @@
-"""What happens where an index finds no memory: attention over its cache reads all keys."""
+"""Out-of-memory errors of an index: attention over its cache then reads all keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out. On a CPU nothing but its words does."""
+    """True if `error` says that memory ran out.
+
+    A CPU allocator raises a plain RuntimeError, which only its message tells from others.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -19,8 +22,8 @@ def ran_out(error: BaseException) -> bool:
 
 @cache
 def warn_of_memory() -> None:
-    """Say once that memory is short."""
+    """Warn, once per process, that there is no memory for an index."""
     logger.warning(
-        "Not enough memory for the index of a key cache: attention over it reads all keys. "
-        "A smaller cache, or fewer of them, leaves room."
+        "Not enough memory for the index of a key cache: attention over this cache reads all keys. "
+        "Use a smaller cache, or fewer caches, to leave room."
     )

@@ -1,1 +1,1 @@
-"""What happens at each call: which index belongs to the caches that a graph is given."""
+"""The layer that runs at each call of a compiled graph and finds the indexes of its caches."""

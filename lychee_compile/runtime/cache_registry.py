@@ -1,7 +1,7 @@
-"""Index state follows the cache: which index belongs to the key cache a compiled graph is given.
+"""Registry that finds the index of the key cache which a compiled graph was called with.
 
-State belongs to the storage of a key cache, never to a graph, a call site or an address: a new
-cache gets a new index, a dropped cache drops it, two caches through one graph never mix.
+An index belongs to the storage of a key cache, never to a graph, a call site or an address. A new
+cache gets a new index, a dropped cache drops it, and two caches through one graph never mix.
 """
 
 from __future__ import annotations
@@ -9,43 +9,41 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lychee_compile import torch_private
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators.cache_index import CacheIndex
-
-
-class Owner(Protocol):
-    """The index of one key cache, of whatever kind."""
-
-    tensor: Tensor
-    """What graphs are given for it."""
-
-    def distrust(self) -> None:
-        """Somebody else may have written the cache."""
+from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
+from lychee_compile.runtime.index_owner import IndexOwner
 
 
 @dataclass(eq=False)
 class Entry:
-    """An index and the cache it belongs to, if it belongs to one yet."""
+    """An index and the cache that it belongs to, if it belongs to one yet."""
 
-    owner: Any
+    owner: IndexOwner
     storage: StorageWeakRef | None = None
+    """Storage of the cache; None before the first call on the cache has ended."""
     version: int | None = None
-    """Version of the cache tensor when we last left it; None where versions are not counted."""
+    """Version of the cache tensor after the last call; None if PyTorch counts no versions of it."""
+
+    def check(self, cache: Tensor) -> None:
+        """Distrust the index if somebody else may have written the cache since the last call."""
+        if self.version is None or self.version != torch_private.version_of(cache):
+            self.owner.distrust()
 
 
 class CacheRegistry:
     """The indexes of all key caches alive. Threads may share it, each with caches of its own."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[Any, ...], Entry] = {}
+        self._entries: dict[Hashable, Entry] = {}
         self._lock = threading.Lock()
         self.removals = 0
-        """How often an entry was taken out: while that stays, entries seen once are in here."""
+        """Number of entries taken out so far. While it stays the same, no entry is gone."""
 
     def __len__(self) -> int:
         self.sweep()
@@ -69,39 +67,40 @@ class CacheRegistry:
                 del self._entries[key]
             self.removals += len(gone)
 
-    def owner_of(self, cache: Tensor, kind: Hashable, token_dim: int = 2) -> Any:
-        """What holds the index of `cache`, for looking into; None where it has none.
+    def owner_of(self, cache: Tensor, kind: Hashable, token_dim: int = 2) -> IndexOwner | None:
+        """Return the owner of the index of `cache`, to look into; None if the cache has no index.
 
-        `kind` is an `IndexConfig` for the reference's; for one by slot, its layout, or the name of
-        its policy where the cache grows.
+        `kind` is an `IndexConfig` for the reference's index. For a GPU index it is the layout, or
+        the name of the policy if the cache grows.
         """
         with self._lock:
             entry = self._entries.get(_identity(cache, kind, token_dim))
         return None if entry is None else entry.owner
 
     def index_of(self, cache: Tensor, config: IndexConfig, token_dim: int = 2) -> CacheIndex | None:
-        """The reference's index of `cache`, for looking into; None where it has none."""
-        handle = self.owner_of(cache, config, token_dim)
-        return None if handle is None else handle.cache
+        """Return the reference's index of `cache`, to look into; None if the cache has none."""
+        owner = self.owner_of(cache, config, token_dim)
+        return owner.cache if isinstance(owner, ReferenceCacheIndex) else None
 
     def acquire(
-        self, cache: Tensor, kind: Hashable, token_dim: int, make: Callable[[], Owner]
+        self, cache: Tensor, kind: Hashable, token_dim: int, make: Callable[[], IndexOwner]
     ) -> Entry:
-        """The entry of `cache`, a new one where it has none.
+        """Return the entry of `cache`, a new one if it has none.
 
-        Its index is distrusted where the cache may have been written since we left it.
+        The index is distrusted if the cache may have been written since the last `release`.
         """
         key = _identity(cache, kind, token_dim)
         with self._lock:
             entry = self._entries.get(key)
         if entry is None or entry.storage is None or entry.storage.expired():
             return Entry(make())
-        check(entry, cache)
+        entry.check(cache)
         return entry
 
     def release(self, cache: Tensor, kind: Hashable, entry: Entry, token_dim: int) -> None:
-        """`cache` is as the index of `entry` knows it, now that a graph has run."""
-        entry.storage, entry.version = StorageWeakRef(cache.untyped_storage()), version_of(cache)
+        """Note that the index of `entry` describes `cache` as it is, now that a graph has run."""
+        entry.storage = StorageWeakRef(cache.untyped_storage())
+        entry.version = torch_private.version_of(cache)
         with self._lock:
             self._entries[_identity(cache, kind, token_dim)] = entry
 
@@ -116,25 +115,15 @@ registry = CacheRegistry()
 """The indexes of this process."""
 
 
-def check(entry: Entry, cache: Tensor) -> None:
-    """Distrust the index where somebody else may have written the cache."""
-    if entry.version is None or entry.version != version_of(cache):
-        entry.owner.distrust()
+def _identity(cache: Tensor, kind: Hashable, token_dim: int) -> Hashable:
+    """Return what two tensors have in common if they are the same cache, whatever its length.
 
-
-def version_of(cache: Tensor) -> int | None:
-    """How often a tensor was written; None where that is not counted."""
-    return None if cache.is_inference() else cache._version
-
-
-def _identity(cache: Tensor, kind: Hashable, token_dim: int) -> tuple[Any, ...]:
-    """What two tensors share that are the same cache, whatever its length.
-
-    A storage's record stays allocated while an entry refers to it weakly: its address names it.
+    The record of a storage stays allocated while an entry refers to it weakly, so that its address
+    names the storage.
     """
     sizes = tuple(size for dim, size in enumerate(cache.shape) if dim != token_dim)
     return (
-        cache.untyped_storage()._cdata,
+        torch_private.storage_address(cache),
         cache.storage_offset(),
         sizes,
         token_dim,

@@ -1,4 +1,4 @@
-"""A compiled graph that is given, beside its inputs, the indexes of the key caches among them."""
+"""A compiled graph that takes, beside its own inputs, the indexes of the key caches among them."""
 
 from __future__ import annotations
 
@@ -7,35 +7,48 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache as only_once
-from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lychee_compile import torch_private
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
-from lychee_compile.kernels.handles import Handle
 from lychee_compile.kernels.operators.observe import observers, warn_of_recording
-from lychee_compile.runtime.cache_registry import Entry, Owner, check, registry, version_of
+from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
+from lychee_compile.runtime.cache_registry import Entry, registry
+from lychee_compile.runtime.index_owner import IndexOwner
 
 logger = logging.getLogger(__name__)
 
-Lookup = Callable[[Tensor], Tensor] | None
-
 
 @dataclass(frozen=True)
-class StateInput:
-    """Where a compiled graph takes and leaves one key cache."""
+class CacheArgument:
+    """Position of one key cache among the inputs and outputs of a compiled graph."""
 
     source: int | None
-    """Which input is the cache before the call; None where a growing cache begins."""
+    """Number of the input that is the cache before the call; None if a growing cache begins."""
     output: int | None
-    """Which output is the grown cache; None where the cache is written in place."""
+    """Number of the output that is the grown cache; None if the cache is written in place."""
     token_dim: int = 2
     """Dimension of the cache that runs over tokens."""
-    slots: CacheUse | None = None
-    """How generated kernels use it; None: the index is the reference's."""
+    use: CacheUse | None = None
+    """Use of the cache by generated kernels; None: the index is the reference's."""
+
+    def before(self, inputs: Sequence[object]) -> Tensor | None:
+        """Return the cache as a call begins with it; None if a growing cache begins."""
+        if self.source is None:
+            return None
+        cache = inputs[self.source]
+        assert isinstance(cache, Tensor)
+        return cache
+
+    def after(self, cache: Tensor | None, outputs: Sequence[object]) -> Tensor:
+        """Return the cache as a call leaves it: an output, or `cache`, which it began with."""
+        after = cache if self.output is None else outputs[self.output]
+        assert isinstance(after, Tensor)
+        return after
 
 
 class StatefulGraph:
@@ -43,131 +56,154 @@ class StatefulGraph:
 
     def __init__(
         self,
-        compiled: Callable[..., Any],
-        states: Sequence[StateInput],
+        compiled: Callable[..., Sequence[object]],
+        arguments: Sequence[CacheArgument],
         config: IndexConfig,
-        lookup: Lookup,
+        strength_of: StrengthLookup | None,
     ) -> None:
         self._compiled = compiled
-        self._states = tuple(states)
-        self._kinds = tuple(config if each.slots is None else each.slots.kind for each in states)
+        self._arguments = tuple(arguments)
+        self._kinds: tuple[Hashable, ...] = tuple(
+            config if each.use is None else each.use.kind for each in arguments
+        )
         self._config = config
-        self._lookup = lookup
+        self._strength_of = strength_of
         self._last: _LastCall | None = None
-        self._newcomers: list[StorageWeakRef | None] = []
-        """Caches that the last call was the first to see."""
+        self._new_storages: list[StorageWeakRef | None] = []
+        """Storages of the caches that the last call was the first to see."""
 
-    def __call__(self, *args: Any) -> Any:
-        """Run the graph on the inputs Dynamo gives it, and follow the caches it wrote."""
-        caches: list[Any] = [
-            None if each.source is None else args[each.source] for each in self._states
-        ]
-        last = self._last
-        again = last is not None and last.was_on(caches)
-        entries = last.entries if again and last is not None else self._acquire(caches)
-        new = self._note_newcomers(entries)
+    def __call__(self, *args: object) -> Sequence[object]:
+        """Run the graph on the inputs that Dynamo passes, and follow the caches it wrote."""
+        caches = [each.before(args) for each in self._arguments]
+        last = self._last if self._last is not None and self._last.was_on(caches) else None
+        entries = self._acquire(caches) if last is None else last.entries
+        new = self._delay_short_lived(entries)
         try:
             outputs = self._compiled(*args, *[entry.owner.tensor for entry in entries])
         except BaseException:
             self._drop(caches)
             raise
-        if again:
-            for cache, entry in zip(caches, entries, strict=True):
-                entry.version = version_of(cache)
-        else:
+        if last is None:
             self._release(caches, outputs, entries)
-        self._newcomers = [entry.storage for entry in new]
+        else:
+            last.update_versions(caches)
+        self._new_storages = [entry.storage for entry in new]
         self._keep_up(caches, outputs, entries)
         return outputs
 
-    def _acquire(self, caches: Sequence[Any]) -> list[Entry]:
+    def _acquire(self, caches: Sequence[Tensor | None]) -> list[Entry]:
+        """Return an entry for each cache, from the registry or new."""
         registry.sweep()
         return [
-            self._entry(state, kind, cache)
-            for state, kind, cache in zip(self._states, self._kinds, caches, strict=True)
+            self._entry(argument, kind, cache)
+            for argument, kind, cache in zip(self._arguments, self._kinds, caches, strict=True)
         ]
 
-    def _note_newcomers(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Which caches are new: their indexes wait for a second call where others got no second.
+    def _delay_short_lived(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Return the entries of new caches; delay their indexes if the last new caches are gone.
 
-        Beam search copies its caches at every step: indexes of them would never be read.
+        Beam search copies its caches at every step: nobody would ever read indexes of the copies.
         """
-        slots = (entry for state, entry in zip(self._states, entries, strict=True) if state.slots)
-        new = [entry for entry in slots if entry.storage is None]
-        if new and any(cache is not None and cache.expired() for cache in self._newcomers):
+        kernels = (
+            entry
+            for argument, entry in zip(self._arguments, entries, strict=True)
+            if argument.use is not None
+        )
+        new = [entry for entry in kernels if entry.storage is None]
+        if new and any(each is not None and each.expired() for each in self._new_storages):
             for entry in new:
                 entry.owner.delay_build()
         return new
 
-    def _entry(self, state: StateInput, kind: Hashable, cache: Tensor | None) -> Entry:
+    def _entry(self, argument: CacheArgument, kind: Hashable, cache: Tensor | None) -> Entry:
         if cache is None:
-            return Entry(self._new(state, None))
-        entry = registry.acquire(cache, kind, state.token_dim, lambda: self._new(state, cache))
-        if state.slots is None:
-            entry.owner.strength_of = self._lookup
+            return Entry(self._new_owner(argument, None))
+        entry = registry.acquire(
+            cache, kind, argument.token_dim, lambda: self._new_owner(argument, cache)
+        )
+        if isinstance(entry.owner, ReferenceCacheIndex):  # GPU indexes have no token boundaries
+            entry.owner.strength_of = self._strength_of
         return entry
 
-    def _new(self, state: StateInput, cache: Tensor | None) -> Owner:
-        """An index for a cache that has none."""
-        if state.slots is None:
-            return Handle(self._config, self._lookup)
-        if state.slots.layout is None or cache is None:
+    def _new_owner(self, argument: CacheArgument, cache: Tensor | None) -> IndexOwner:
+        """Return the owner of an index for a cache that has none."""
+        if argument.use is None:
+            return ReferenceCacheIndex(self._config, self._strength_of)
+        if argument.use.layout is None or cache is None:
             return GrowingCacheIndex()
-        return StaticCacheIndex(state.slots.layout, cache.device)
+        return StaticCacheIndex(argument.use.layout, cache.device)
 
-    def _drop(self, caches: Sequence[Any]) -> None:
-        for state, kind, cache in zip(self._states, self._kinds, caches, strict=True):
+    def _drop(self, caches: Sequence[Tensor | None]) -> None:
+        """Forget the indexes of all caches, after a call that broke off."""
+        for argument, kind, cache in zip(self._arguments, self._kinds, caches, strict=True):
             if cache is not None:
-                registry.drop(cache, kind, state.token_dim)
+                registry.drop(cache, kind, argument.token_dim)
 
-    def _release(self, caches: Sequence[Any], outputs: Any, entries: Sequence[Entry]) -> None:
-        for state, kind, cache, entry in zip(
-            self._states, self._kinds, caches, entries, strict=True
+    def _release(
+        self, caches: Sequence[Tensor | None], outputs: Sequence[object], entries: Sequence[Entry]
+    ) -> None:
+        """Register the entries under the caches that the call has left."""
+        for argument, kind, cache, entry in zip(
+            self._arguments, self._kinds, caches, entries, strict=True
         ):
-            if state.output is not None and cache is not None:
-                registry.drop(cache, kind, state.token_dim)
-            left = cache if state.output is None else outputs[state.output]
-            registry.release(left, kind, entry, state.token_dim)
-        if all(state.output is None and state.slots is not None for state in self._states):
-            self._last = _LastCall(caches, entries)
+            if argument.output is not None and cache is not None:
+                registry.drop(cache, kind, argument.token_dim)
+            registry.release(argument.after(cache, outputs), kind, entry, argument.token_dim)
+        in_place = [cache for cache in caches if cache is not None]
+        if all(each.output is None and each.use is not None for each in self._arguments):
+            self._last = _LastCall(in_place, entries)
 
-    def _keep_up(self, caches: Sequence[Any], outputs: Any, entries: Sequence[Entry]) -> None:
-        """Build and refit indexes by slot where that is due; the reference's do so themselves."""
-        for state, cache, entry in zip(self._states, caches, entries, strict=True):
-            if state.slots is None:
+    def _keep_up(
+        self, caches: Sequence[Tensor | None], outputs: Sequence[object], entries: Sequence[Entry]
+    ) -> None:
+        """Build and refit GPU indexes that are due. The reference's operators do so themselves."""
+        for argument, cache, entry in zip(self._arguments, caches, entries, strict=True):
+            if argument.use is None:
                 continue
             if observers:
                 warn_of_recording()
             if entry.version is None:
                 _warn_of_inference_mode()
                 continue
-            left = cache if state.output is None else outputs[state.output]
-            entry.owner.after_call(left, state.slots)
+            entry.owner.after_call(argument.after(cache, outputs), argument.use)
 
 
 class _LastCall:
-    """The caches of the last call. It is the usual one that gets the same: that is quickly seen."""
+    """The caches of the last call, to recognise quickly a call on the same caches.
 
-    def __init__(self, caches: Sequence[Any], entries: Sequence[Entry]) -> None:
+    Only for caches that are written in place and have GPU indexes, as in steady decoding.
+    """
+
+    def __init__(self, caches: Sequence[Tensor], entries: Sequence[Entry]) -> None:
         self.entries = list(entries)
         self._removals = registry.removals
         self._caches = [(weakref.ref(cache), cache.data_ptr()) for cache in caches]
 
-    def was_on(self, caches: Sequence[Any]) -> bool:
-        """Whether these are the same, with the same entries, that are checked then."""
+    def was_on(self, caches: Sequence[Tensor | None]) -> bool:
+        """True if these are the same caches and their entries are still registered.
+
+        If so, an index is distrusted whose cache somebody else may have written.
+        """
         if self._removals != registry.removals:
             return False
         for cache, (known, address) in zip(caches, self._caches, strict=True):
-            if cache.data_ptr() != address or known() is not cache:
+            if cache is None or cache.data_ptr() != address or known() is not cache:
                 return False
         for cache, entry in zip(caches, self.entries, strict=True):
-            check(entry, cache)
+            if cache is not None:
+                entry.check(cache)
         return True
+
+    def update_versions(self, caches: Sequence[Tensor | None]) -> None:
+        """Note the versions of the caches, now that a graph has run on them."""
+        for cache, entry in zip(caches, self.entries, strict=True):
+            if cache is not None:
+                entry.version = torch_private.version_of(cache)
 
 
 @only_once
 def _warn_of_inference_mode() -> None:
     logger.warning(
-        "A key cache was made under torch.inference_mode(), where nothing tells who has written "
-        "it: attention over it reads all keys. Make it under torch.no_grad() instead."
+        "A key cache was created under torch.inference_mode(), where PyTorch does not tell who has "
+        "written it: attention over it reads all keys. Create it under torch.no_grad() instead."
     )

@@ -31,13 +31,15 @@ from prefill_cases import (
     sdpa,
     sdpa_causal,
 )
+from prefill_problems import prefill_config
 from tiny_models import LAYERS, VOCABULARY, StaticKV, TinyDecoder
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile.boundaries import BoundaryTable
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
+from lychee_compile.kernels.reference.operands import Operands
+from lychee_compile.kernels.reference.prefill_attention import PrefillConfig, prefill_attention
 from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes import reasons
 
@@ -50,12 +52,12 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_tile_reads_what_the_specification_says(case: Case) -> None:
     with recorded() as calls:
         got = compiled(case.function)(*case.inputs)
-    expected = case.sparse(TileConfig(sinks=SINKS, recent=RECENT))
+    expected = case.sparse(prefill_config(sinks=SINKS, recent=RECENT))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(got, case.dense(), atol=1e-3)
     (call,) = calls
     assert call.causal == case.given.get("causal", False)
-    assert (call.mask is None) == ("mask" not in case.given)
+    assert (call.operands.mask is None) == ("mask" not in case.given)
     site = only_site()
     assert (site.form, site.decision, site.kernel) == (case.form, "sparse", KERNEL)
     assert site.reads == "each tile of 128 queries reads 20 % of the keys it sees"
@@ -76,19 +78,27 @@ def test_all_that_is_there_is_dense(case: Case) -> None:
 @pytest.mark.parametrize(
     ("options", "config", "words"),
     [
-        ({"prefill_budget": 96}, TileConfig(budget=96), "reads up to 96 keys"),
-        ({"prefill_budget": 0.125}, TileConfig(budget=0.125), "reads 12.5 % of the keys it sees"),
-        ({"policy": "streaming"}, TileConfig("streaming"), "it sees, policy streaming"),
-        ({"epsilon": 0.3}, TileConfig(epsilon=0.3), "more where over 0.3 of the softmax might"),
-        ({"sinks": 0, "recent": 40}, TileConfig(sinks=0, recent=40), "reads 20 %"),
+        ({"prefill_budget": 96}, prefill_config(budget=96), "reads up to 96 keys"),
+        (
+            {"prefill_budget": 0.125},
+            prefill_config(budget=0.125),
+            "reads 12.5 % of the keys it sees",
+        ),
+        ({"policy": "streaming"}, prefill_config("streaming"), "it sees, policy streaming"),
+        (
+            {"epsilon": 0.3},
+            prefill_config(epsilon=0.3),
+            "more where over 0.3 of the softmax might",
+        ),
+        ({"sinks": 0, "recent": 40}, prefill_config(sinks=0, recent=40), "reads 20 %"),
     ],
 )
 def test_options_reach_the_operator(
-    options: dict[str, Any], config: TileConfig, words: str
+    options: dict[str, Any], config: PrefillConfig, words: str
 ) -> None:
     given = {"sinks": 16, "recent": 64} | options
     got = compiled(sdpa, **given)(*GROUPED)
-    expected = prefill_attention(*GROUPED, None, False, SCALE, config).output
+    expected = prefill_attention(Operands(*GROUPED, None, SCALE), config).output
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert words in only_site().reads
 
@@ -192,8 +202,9 @@ def test_lengths_that_only_a_call_tells(function: Function) -> None:
         torch._dynamo.mark_dynamic(x, 2)
         with recorded() as calls:
             got = run(x)
-        config = TileConfig(budget=0.3, sinks=SINKS, recent=RECENT)
-        expected = prefill_attention(*inputs, None, function is not sdpa, SCALE, config).output
+        config = prefill_config(budget=0.3, sinks=SINKS, recent=RECENT)
+        causal = function is not sdpa
+        expected = prefill_attention(Operands(*inputs, None, SCALE), config, causal).output
         if length < 64:
             expected = function(*inputs)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
@@ -240,8 +251,9 @@ def test_cross_attention_from_any_number_of_positions() -> None:
         torch._dynamo.mark_dynamic(query, 2)
         with recorded() as calls:
             got = run(query, memory)
-        config = TileConfig(sinks=SINKS, recent=RECENT)
-        result = prefill_attention(query, model.keys(memory), memory, None, False, SCALE, config)
+        config = prefill_config(sinks=SINKS, recent=RECENT)
+        tensors = query, model.keys(memory), memory
+        result = prefill_attention(Operands(*tensors, None, SCALE), config)
         torch.testing.assert_close(got, result.output, atol=1e-5, rtol=1e-5)
         assert len(calls) == 1
     assert counters["stats"]["unique_graphs"] == 1

@@ -85,12 +85,13 @@ def test_the_output_is_eagers(attend: Callable[..., Tensor], query_len: int) -> 
 @pytest.mark.parametrize("sink", [False, True])
 def test_dense_attention_hides_no_nan(softcap: float | None, sink: bool) -> None:
     from lychee_compile.kernels.reference.attention import dense_attention
+    from lychee_compile.kernels.reference.operands import Operands
 
     query, key, value = torch.randn(3, 1, 2, 20, 8)
     key[0, 1, 4] = torch.nan
     seen = torch.ones(20, 20, dtype=torch.bool).tril()
     extra = torch.zeros(2, 1) if sink else None
-    output = dense_attention(query, key, value, seen, 0.3, softcap, extra)
+    output = dense_attention(Operands(query, key, value, seen, 0.3, softcap, extra))
     assert output[0, 0].isfinite().all()
     assert output[0, 1, 4:].isnan().all()
 

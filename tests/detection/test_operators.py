@@ -23,7 +23,7 @@ from lychee_compile.passes.graph.dataflow import is_operator, operator_of
 from lychee_compile.passes.graph.normalise import normalise
 from lychee_compile.passes.graph.operator_facts import Memory, ProductKind, Rule, View
 from lychee_compile.passes.graph.operators import OPERATORS, UNKNOWN
-from lychee_compile.passes.symbolic import elements, products, views
+from lychee_compile.passes.symbolic import element_rules, products, views
 
 SOURCES = sorted(Path(lychee_compile.passes.__path__[0]).rglob("*.py"))
 TABLE = "operators.py"
@@ -60,7 +60,7 @@ def test_no_row_says_nothing_of_the_memory_that_a_schema_denies() -> None:
 
 def test_every_kind_has_a_function() -> None:
     assert set(views._RULES) == set(View) - {View.PARTS}
-    assert set(elements._RULES) == set(Rule)
+    assert set(element_rules.RULES) == set(Rule)
     assert set(products._RULES) == set(ProductKind)
 
 

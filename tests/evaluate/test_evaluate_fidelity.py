@@ -16,6 +16,7 @@ from lychee_compile.evaluate.synthetic import synthetic_capture
 from lychee_compile.evaluate.variants import Variant, parse_variants
 from lychee_compile.kernels.policies import registry
 from lychee_compile.kernels.reference.grouped import GroupedIndex
+from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import select
 from lychee_compile.options import OptionError
 
@@ -76,7 +77,8 @@ def test_measures_are_those_of_the_selection():
     (truth,) = dense_truths(site, taken)
     replay.follow(500)
     measured = replay.measure(truth, 128)
-    read = select(replay.index, site.key, site.query, site.scale, 500, budget=128).token_mask()
+    inputs = ScoreInputs(site.query, site.key, 500, None, site.scale)
+    read = select(replay.index, inputs, 128).token_mask()
     score = site.scale * site.query @ site.key.repeat_interleave(2, 1).transpose(-1, -2)
     share = score.softmax(-1)[0, :, 0]
     wide = read[0, :, 0].repeat_interleave(2, 0)

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from evaluated import HEAD_DIM, KV_HEADS, LAYERS, QUERY_HEADS, saved_tiny_model, tiny_llama
+from prefill_problems import prefill_config
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,7 +30,6 @@ from lychee_compile.evaluate.prefill_capture import (
 )
 from lychee_compile.evaluate.synthetic import synthetic_capture
 from lychee_compile.evaluate.variants import parse_variants
-from lychee_compile.kernels.reference.prefill_attention import TileConfig
 from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.options import OptionError
 
@@ -156,7 +156,7 @@ def test_reading_nearly_everything_loses_nothing(policy: str):
     taken = tiles_capture(softcap=5.0)
     (site,) = taken.sites
     for tile in dense_tiles(site, tiles_of(taken)):
-        measured = measure(tile, site, TileConfig(policy, tile.key.shape[2]))
+        measured = measure(tile, site, prefill_config(policy, tile.key.shape[2]))
         assert bool((measured.mass == 1).all())
         assert measured.error.max() < 1e-5
         assert torch.equal(measured.pairs, measured.dense_pairs)
@@ -166,7 +166,7 @@ def test_measures_are_those_of_what_is_read():
     taken = tiles_capture(1)
     (site,) = taken.sites
     (tile,) = dense_tiles(site, tiles_of(taken))
-    measured = measure(tile, site, TileConfig("streaming", 0.4, 8, 16))
+    measured = measure(tile, site, prefill_config("streaming", 0.4, 8, 16))
     # Read: sinks, the own tile, and the last keys that fill the budget before it.
     slot, position = torch.arange(1000), taken.positions[:, None]
     kept = (slot < 8) | (slot >= 1000 - 400 + 8)

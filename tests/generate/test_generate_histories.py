@@ -26,6 +26,7 @@ from generating import (
     transformers,
 )
 
+from lychee_compile.kernels import index_log
 from lychee_compile.kernels.operators import cache_index
 from lychee_compile.kernels.policies.decode.lychee import LycheeIndex
 
@@ -91,7 +92,7 @@ def test_a_prompt_is_indexed_in_one_pass_and_the_log_says_how_long_it_took(
     entry: str, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its keys are there before the backend sees the cache; the first sparse step finds them."""
-    monkeypatch.setattr(cache_index, "WORTH_LOGGING", PROMPT // 2)
+    monkeypatch.setattr(index_log, "WORTH_LOGGING", PROMPT // 2)
     added, extend = [], LycheeIndex.extend
 
     def spied(index: LycheeIndex, key: torch.Tensor, end: torch.Tensor) -> None:

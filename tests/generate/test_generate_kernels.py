@@ -12,7 +12,7 @@ import torch
 import triton_interpreter
 from generating import EVERYTHING, LAYERS, beams, conversation, decoder, entered, lookup
 
-from lychee_compile.kernels.gpu import lifecycle
+from lychee_compile.kernels import index_log
 from lychee_compile.kernels.gpu.lifecycle import IndexLifecycle
 
 triton_interpreter.use()
@@ -55,7 +55,7 @@ def test_turns_of_a_conversation_are_indexed_in_one_pass_each(
 ) -> None:
     """The first turn after one step, later ones after two and four: turns this short do not pay."""
     monkeypatch.setattr(generating, "NEW", 12)
-    monkeypatch.setattr(lifecycle, "WORTH_LOGGING", 20)
+    monkeypatch.setattr(index_log, "WORTH_LOGGING", 20)
     model = decoder()
     given = entered("compile_config", model, EVERYTHING)
     with caplog.at_level(logging.INFO, "lychee_compile"):

@@ -7,13 +7,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from prefill_problems import prefill_config
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSpec
 from lychee_compile.kernels.gpu.common import module_cache
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
+from lychee_compile.kernels.reference.operands import Operands
+from lychee_compile.kernels.reference.prefill_attention import prefill_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -80,9 +82,9 @@ def test_everything_read_is_as_good_as_scaled_dot_product_attention(shape):
 def test_what_is_chosen_is_as_good_as_what_the_specification_chooses(shape):
     problem = Problem(*shape)
     truth = problem.dense(torch.float64)
-    operands = problem.query, problem.key, problem.value
-    config = TileConfig(budget=0.2)
-    specified = prefill_attention(*operands, None, True, problem.scale, config)
+    operands = Operands(problem.query, problem.key, problem.value, None, problem.scale)
+    config = prefill_config(budget=0.2)
+    specified = prefill_attention(operands, config, causal=True)
     output, log_sums = problem.sparse(0.2)
     error, expected = ((each - truth).norm() / truth.norm() for each in (output, specified.output))
     assert error <= 1.03 * expected + 0.01

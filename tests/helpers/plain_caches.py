@@ -14,6 +14,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.decode.clusterkv import ClusterKVIndex
 from lychee_compile.kernels.policies.decode.hisa import HISAIndex
 from lychee_compile.kernels.policies.decode.tokenselect import TokenSelectIndex
+from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import select
 
 SCALE = 0.3
@@ -53,8 +54,8 @@ class Plain:
     def read_from(self, index, site: str = "") -> Tensor:
         slot = torch.arange(self.key.shape[2])
         mask = (slot >= self.start[:, None]) & (slot < self.end[:, None])
-        arguments = (SCALE, len(slot), mask[:, None, None], self.config.budget, None, site)
-        return select(index, self.key, self.query, *arguments).token_mask()
+        inputs = ScoreInputs(self.query, self.key, len(slot), mask[:, None, None], SCALE)
+        return select(index, inputs, self.config.budget, site).token_mask()
 
     def check(self, read: Tensor, method) -> None:
         """`method` says for one row and query what each KV head reads, and how clear that is."""

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import lychee_compile
-from lychee_compile.kernels.operators.observe import TileCall, tile_observers
+from lychee_compile.kernels.operators.observe import PrefillCall, prefill_observers
 from lychee_compile.kernels.reference.attention import dense_attention
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
+from lychee_compile.kernels.reference.operands import Operands
+from lychee_compile.kernels.reference.prefill_attention import PrefillConfig, prefill_attention
 from lychee_compile.passes.site import Site
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 16, 400
@@ -28,14 +29,14 @@ Function = Callable[..., Tensor]
 
 
 @contextmanager
-def recorded() -> Iterator[list[TileCall]]:
+def recorded() -> Iterator[list[PrefillCall]]:
     """Every call of the operator that reads sparsely."""
-    calls: list[TileCall] = []
-    tile_observers.append(calls.append)
+    calls: list[PrefillCall] = []
+    prefill_observers.append(calls.append)
     try:
         yield calls
     finally:
-        tile_observers.remove(calls.append)
+        prefill_observers.remove(calls.append)
 
 
 def only_site() -> Site:
@@ -124,17 +125,17 @@ class Case:
     form: str = "sdpa"
     mask: str = "none"
 
-    def sparse(self, config: TileConfig) -> Tensor:
+    def sparse(self, config: PrefillConfig) -> Tensor:
         """What tiles give, by the specification."""
         mask, causal = self.given.get("mask"), self.given.get("causal", False)
-        others = {name: self.given[name] for name in ("softcap",) if name in self.given}
-        result = prefill_attention(*self.inputs[:3], mask, causal, SCALE, config, **others)
-        return result.output
+        operands = Operands(*self.inputs[:3], mask, SCALE, self.given.get("softcap"))
+        return prefill_attention(operands, config, causal).output
 
     def dense(self) -> Tensor:
         """What all keys give."""
         mask = CAUSAL if self.given.get("causal") else self.given.get("mask")
-        return dense_attention(*self.inputs[:3], mask, SCALE, self.given.get("softcap"))
+        operands = Operands(*self.inputs[:3], mask, SCALE, self.given.get("softcap"))
+        return dense_attention(operands)
 
 
 GROUPED = operands(kv_heads=KV_HEADS)

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from strategies import DTYPES, KINDS, Heads, masks, random, seeds
 from torch import Tensor
 
+from lychee_compile.kernels.policies.registry import prefill_choice
+from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_attention import (
-    TileConfig,
-    TileResult,
+    PrefillConfig,
+    PrefillResult,
     prefill_attention,
 )
 from lychee_compile.kernels.sizes import QUERY_TILE
@@ -26,6 +28,11 @@ shapes = st.builds(
     group=st.integers(1, 4),
     head_dim=st.sampled_from([1, 4, 16, 33]),
 )
+
+
+def prefill_config(policy: str = "lychee", *given: Any, **more: Any) -> PrefillConfig:
+    """The settings of a prefill whose keys a registered policy chooses."""
+    return PrefillConfig(prefill_choice(policy), *given, **more)
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,11 @@ class Whole:
     bias: Tensor
     """float64 [B, Hq, T, L], what is added to its scores."""
 
-    def attend(self, config: TileConfig, **more: Any) -> TileResult:
+    def attend(self, config: PrefillConfig, **more: Any) -> PrefillResult:
         """As the specification does."""
-        operands = (self.query, self.key, self.value, self.mask, self.causal, self.scale)
-        return prefill_attention(*operands, config, self.softcap, self.extra, self.order, **more)
+        tensors = (self.query, self.key, self.value, self.mask)
+        operands = Operands(*tensors, self.scale, self.softcap, self.extra)
+        return prefill_attention(operands, config, self.causal, self.order, **more)
 
     def scores(self) -> Tensor:
         """float64 [B, Hq, T, L], -inf for what is not seen."""
@@ -85,7 +93,7 @@ class Whole:
         last = torch.finfo(self.query.dtype).eps
         return (2 * score + last + 1e-6).item() * max(self.value.double().abs().max().item(), 1)
 
-    def read_rows(self, result: TileResult) -> Tensor:
+    def read_rows(self, result: PrefillResult) -> Tensor:
         """What each query's tile reads, bool [B, Hq, T, L], queries in their own order."""
         length = self.query.shape[2]
         rows = result.read.repeat_interleave(QUERY_TILE, 2)[:, :, :length]
@@ -147,7 +155,7 @@ def _mask(
 
 
 @st.composite
-def tile_configs(draw, policies, **fixed) -> TileConfig:
+def prefill_configs(draw, policies, **fixed) -> PrefillConfig:
     """Few sinks and recent tokens, so that much of a short sequence is left to choose from."""
     drawn = {
         "policy": draw(st.sampled_from(sorted(policies))),
@@ -156,4 +164,4 @@ def tile_configs(draw, policies, **fixed) -> TileConfig:
         "recent": draw(st.integers(0, 9)),
         "shortest": draw(st.sampled_from([0, 0, 50, 200])),
     }
-    return TileConfig(**{**drawn, **fixed})
+    return prefill_config(**{**drawn, **fixed})

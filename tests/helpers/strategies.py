@@ -13,6 +13,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.certificate import log_unread_bound
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection, select
 
 CPU = torch.device("cpu")
@@ -77,10 +78,10 @@ class Heads:
         return make_index(self.batch, self.kv_heads, self.head_dim, config, CPU)
 
 
-def bounded_select(index: KVIndex, key: Tensor, query: Tensor, *given, softcap=None) -> Selection:
-    """A selection that carries the bound of what it leaves out. Arguments as of `select`."""
-    selection = select(index, key, query, *given, softcap=softcap)
-    bound = log_unread_bound(index, query, selection, softcap)
+def bounded_select(index: KVIndex, inputs: ScoreInputs, budget: int | None) -> Selection:
+    """A selection that carries the bound of what it leaves out."""
+    selection = select(index, inputs, budget)
+    bound = log_unread_bound(index, inputs.query, selection, inputs.softcap)
     return dataclasses.replace(selection, log_unread_bound=bound)
 
 

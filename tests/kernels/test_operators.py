@@ -18,10 +18,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lychee_compile.kernels import handles, reference
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.handles import Handle
+from lychee_compile.kernels.gpu.owners import GrowingCacheIndex
 from lychee_compile.kernels.operators import reference as reference_operators
 from lychee_compile.kernels.operators.observe import observers
 from lychee_compile.kernels.operators.reference import sparse_attention, update_index
+from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
+from lychee_compile.kernels.reference.operands import ScoreInputs
 
 SHAPE = Heads(2, 2, 2, 8)
 CONFIG = IndexConfig(sinks=2, recent=8, chunk=(2, 4), cluster_chunks=2, budget=24)
@@ -30,7 +32,7 @@ HIDDEN = torch.zeros(1, 1, 1, 60, dtype=torch.bool)
 
 @pytest.fixture
 def handle():
-    return Handle(CONFIG)
+    return ReferenceCacheIndex(CONFIG)
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_sparse_attention_is_a_proper_operator(operands, handle):
 def test_soft_caps_and_extra_logits_are_what_they_say(group, query_len, softcap, sink):
     """Against the formula in float64, with all keys read; 20 queries take the dense way."""
     heads, kv_len = 2, 50
-    owner = Handle(IndexConfig(sinks=2, recent=8, chunk=(2, 4), budget=kv_len))
+    owner = ReferenceCacheIndex(IndexConfig(sinks=2, recent=8, chunk=(2, 4), budget=kv_len))
     query = torch.randn(2, heads * group, query_len, 8)
     key, value = torch.randn(2, 2, heads, kv_len, 8)
     extra = torch.randn(heads * group, 1) if sink else None
@@ -94,10 +96,10 @@ def test_soft_caps_and_extra_logits_are_what_they_say(group, query_len, softcap,
 def test_bounds_of_soft_capped_scores_hold(seed, softcap):
     """What was not read holds no more mass than the bound says, the cap applied to both."""
     key, query = SHAPE.keys("gaussian", seed, 60), 3 * SHAPE.queries(seed, 2)
-    owner = Handle(CONFIG)
+    owner = ReferenceCacheIndex(CONFIG)
     update_index(key, None, None, None, owner.tensor, 1)
     index = owner.index_for(key).index
-    chosen = bounded_select(index, key, query, 0.5, 60, None, 24, softcap=softcap)
+    chosen = bounded_select(index, ScoreInputs(query, key, 60, None, 0.5, softcap), 24)
     wide = key.repeat_interleave(SHAPE.group, 1)
     score = softcap * torch.tanh(0.5 * query @ wide.mT / softcap)
     read = chosen.token_mask().repeat_interleave(SHAPE.group, 1)
@@ -114,7 +116,7 @@ def test_bounds_of_soft_capped_scores_hold(seed, softcap):
     ],
 )
 def test_update_index_is_a_proper_operator(positions, token_ids, mask):
-    owner = Handle(CONFIG, lambda ids: ids.to(torch.uint8))
+    owner = ReferenceCacheIndex(CONFIG, lambda ids: ids.to(torch.uint8))
     key = SHAPE.keys("gaussian", 0, 60)
     operands = (key, mask, positions, token_ids, owner.tensor, 3)
     torch.library.opcheck(update_index, operands)
@@ -129,7 +131,7 @@ def test_the_operators_attend_as_sdpa_does(shape, config, dtype, seed, data):
     query_len = data.draw(st.integers(1, min(4, tokens)))
     key, query = shape.keys("gaussian", seed, tokens, dtype), shape.queries(seed, query_len, dtype)
     mask = data.draw(masks(shape, query_len, tokens, dtype)).tensor
-    owner = Handle(IndexConfig(**{**vars(config), "budget": tokens}))
+    owner = ReferenceCacheIndex(IndexConfig(**{**vars(config), "budget": tokens}))
     if data.draw(st.booleans()):
         update_index(key, mask, None, None, owner.tensor, query_len)
     output = sparse_attention(query, key, key, mask, None, owner.tensor, 0.2, None, "")
@@ -162,7 +164,7 @@ def test_an_update_may_see_nothing(written, handle):
     key = SHAPE.keys("gaussian", 0, 60)
     update_index(key, HIDDEN, None, None, handle.tensor, written)
     update_index(key, None, None, None, handle.tensor, 0)
-    whole = Handle(CONFIG)
+    whole = ReferenceCacheIndex(CONFIG)
     update_index(key, None, None, None, whole.tensor, 1)
     assert row_chunks(handle.cache.index, 0) == row_chunks(whole.cache.index, 0)
 
@@ -170,7 +172,7 @@ def test_an_update_may_see_nothing(written, handle):
 def test_token_ids_give_the_strengths():
     """Those of a dense prefill too, which is indexed when decoding begins."""
     key = SHAPE.keys("gaussian", 0, 61)
-    owner = Handle(CONFIG, lambda ids: (ids == 7).to(torch.uint8))
+    owner = ReferenceCacheIndex(CONFIG, lambda ids: (ids == 7).to(torch.uint8))
     ids = torch.zeros(1, 61, dtype=torch.int64)
     ids[:, 2::3] = 7
     update_index(key, None, torch.arange(60), ids[:, :60], owner.tensor, 60)
@@ -228,14 +230,15 @@ def test_a_graph_keeps_updates_and_reads_in_order(compiler, calls):
     results = []
     for function in (decode, torch.compile(decode, backend=compiler, fullgraph=True)):
         key, query, new = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, 1), random(3, 2, 2, 1, 8)
-        owner = Handle(CONFIG)
+        owner = ReferenceCacheIndex(CONFIG)
         update_index(key[:, :, :50], None, torch.arange(50), None, owner.tensor, 50)
         ends, count = [], owner.tensor[1].item()
         observers.append(lambda call, ends=ends: ends.append(int(call.index.end.max())))
         outputs = function(key, query, new, torch.tensor([50]), owner.tensor)
         observers.pop()
         assert ends == [51, 52]
-        assert owner.tensor.tolist() == [owner.number, count + 2]
+        assert owner.tensor[1].item() == count + 2
+        assert handles.find(owner.tensor, ReferenceCacheIndex) is owner
         results.append((*outputs, key))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled)
@@ -249,7 +252,7 @@ def test_an_update_alone_is_not_dead_code():
         update_index(key, None, None, None, handle, 60)
         return key + 1
 
-    owner, key = Handle(CONFIG), SHAPE.keys("gaussian", 0, 60)
+    owner, key = ReferenceCacheIndex(CONFIG), SHAPE.keys("gaussian", 0, 60)
     torch.compile(note, backend="aot_eager", fullgraph=True)(key, owner.tensor)
     assert owner.cache.known.tolist() == [60, 60]
 
@@ -259,20 +262,23 @@ def test_observers_see_the_operands(handle, calls):
     update_index(key, None, None, None, handle.tensor, 1)
     sparse_attention(query, key, key, None, None, handle.tensor, 0.3, None, "layer")
     (call,) = calls
-    assert (call.site, call.scale, call.mask) == ("layer", 0.3, None)
+    assert (call.site, call.operands.scale, call.operands.mask) == ("layer", 0.3, None)
     assert call.index is handle.cache.index
     assert call.selection.token_mask().sum(-1).max() <= CONFIG.budget
 
 
 def test_a_handle_is_found_by_a_copy_and_gone_with_its_owner():
-    owner = Handle(CONFIG)
+    owner = ReferenceCacheIndex(CONFIG)
     copy = owner.tensor.clone()
-    assert handles.find(copy) is owner
-    assert owner.number not in (Handle(CONFIG).number, Handle(CONFIG).number)
+    others = [ReferenceCacheIndex(CONFIG) for _ in range(2)]
+    assert handles.find(copy, ReferenceCacheIndex) is owner
+    assert owner.tensor[0] not in [other.tensor[0] for other in others]
+    with pytest.raises(TypeError, match="handle of a GrowingCacheIndex, not a ReferenceCacheIndex"):
+        handles.find(copy, GrowingCacheIndex)
     del owner
     gc.collect()
     with pytest.raises(KeyError):
-        handles.find(copy)
+        handles.find(copy, ReferenceCacheIndex)
 
 
 @pytest.mark.parametrize("other", [Heads(3, 2, 1, 8), Heads(2, 1, 1, 8), Heads(2, 2, 1, 4)])
@@ -288,7 +294,12 @@ def test_the_operators_do_not_take_float64():
 
 
 REFERENCE = Path(reference.__file__).parent
-ALLOWED = ("torch", "lychee_compile.kernels")
+ALLOWED = (
+    "torch",
+    "lychee_compile.kernels.config",
+    "lychee_compile.kernels.reference",
+    "lychee_compile.kernels.sizes",
+)
 
 
 @pytest.mark.parametrize("path", sorted(REFERENCE.glob("*.py")), ids=lambda path: path.name)
@@ -318,12 +329,12 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.registry import make_index
-from lychee_compile.kernels.reference import attention, selection
+from lychee_compile.kernels.reference import attention, operands, selection
 key = torch.ones(1, 1, 99, 4)
 built = make_index(1, 1, 4, IndexConfig(), key.device)
 built.extend(key, torch.tensor([99]))
-chosen = selection.select(built, key, key[:, :, :1], 0.5, 99, None, 90)
-attention.attend(key[:, :, :1], key, key, chosen, None, 0.5)
+given = operands.Operands(key[:, :, :1], key, key, None, 0.5)
+attention.attend(given, selection.select(built, given.score_inputs, 90))
 assert not {name for name in blocked if name in sys.modules} - loaded
 """
     done = subprocess.run(

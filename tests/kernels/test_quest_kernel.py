@@ -19,6 +19,7 @@ from lychee_compile.kernels.gpu.quest import launch as launch_quest
 from lychee_compile.kernels.gpu.quest.index import QuestIndex as QuestDeviceIndex
 from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 from lychee_compile.kernels.policies.decode.quest import QuestIndex
+from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.question import query_rows
 from lychee_compile.kernels.reference.selection import select
 from lychee_compile.kernels.sizes import PAGE
@@ -138,7 +139,8 @@ def test_the_policy_itself_chooses_as_many_of_the_same_rank():
     """What the test above compares with is what the policy would read."""
     problem = make_quest(Sizes(1, 1, 4, 1, 400, 64))
     index, scale = policy_index(problem, torch.tensor([400])), 64**-0.5
-    read = select(index, problem.key, problem.query, scale, 400, budget=BUDGET).token_mask()
+    inputs = ScoreInputs(problem.query, problem.key, 400, None, scale)
+    read = select(index, inputs, BUDGET).token_mask()
     chosen = by_page(read)[..., :-1, :].all(-1)
     shown = torch.full((1, 1, 1, 24), PAGE)
     best = policy_ranks(problem, shown, torch.tensor([400])).topk((BUDGET - 16) // PAGE).indices

@@ -8,12 +8,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from prefill_cases import DIM, HEADS, RECENT, SCALE, SINKS, compiled, only_site, recorded
+from prefill_cases import DIM, HEADS, RECENT, SINKS, compiled, only_site, recorded
+from prefill_problems import prefill_config
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import lychee_compile
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
+from lychee_compile.kernels.reference.prefill_attention import prefill_attention
 from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.patch_grids import Grid, Orders
@@ -89,11 +90,10 @@ def test_tiles_are_blocks_of_patches(sizes: tuple[int, ...], prefix: int, words:
     assert only_site().reads.endswith(words)
     (call,) = calls
     assert call.order.tolist() == order_of(tuple(size // 2 for size in sizes), prefix)
-    config = TileConfig(sinks=SINKS, recent=RECENT)
-    operands = (call.query, call.key, call.value)
-    expected = prefill_attention(*operands, None, False, SCALE, config, order=call.order).output
+    config = prefill_config(sinks=SINKS, recent=RECENT)
+    expected = prefill_attention(call.operands, config, order=call.order).output
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    in_rows = prefill_attention(*operands, None, False, SCALE, config).output
+    in_rows = prefill_attention(call.operands, config).output
     assert not torch.allclose(got, in_rows, atol=1e-3)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.registry import index_class, policy_names
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection, select
 
 SMALL = {"hisa": SmallHISA, "clusterkv": SmallClusterKV}
@@ -73,7 +74,8 @@ class Case:
 
     def select(self, index: KVIndex, budget: int | None, key: Tensor | None = None) -> Selection:
         key = self.key if key is None else key
-        return select(index, key, self.query, 0.3, key.shape[2], self.mask.tensor, budget)
+        inputs = ScoreInputs(self.query, key, key.shape[2], self.mask.tensor, 0.3)
+        return select(index, inputs, budget)
 
     def check(self, index: KVIndex, read: Tensor) -> None:
         """What the mask shows, all that is always read, and no more than the budget."""
@@ -175,10 +177,10 @@ def test_a_policy_chooses_after_any_history_as_a_fresh_one(policy, shape, config
         fresh.extend(cache.key, cache.end)
         slot = torch.arange(cache.key.shape[2])
         mask = (slot >= cache.index.start[:, None]) & (slot < cache.end[:, None])
-        arguments = (cache.key, query, 0.3, len(slot), mask[:, None, None], 30)
+        inputs = ScoreInputs(query, cache.key, len(slot), mask[:, None, None], 0.3)
         cache.index.extend(cache.key, cache.end)
-        read = select(cache.index, *arguments).token_mask()
-        assert torch.equal(read, select(fresh, *arguments).token_mask())
+        read = select(cache.index, inputs, 30).token_mask()
+        assert torch.equal(read, select(fresh, inputs, 30).token_mask())
 
 
 @given(shape=heads, config=configs, data=st.data())

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity as cosine
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.registry import index_class
+from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import select
 
 
@@ -96,7 +97,8 @@ def test_hisa_looks_into_64_blocks_of_128_tokens():
     index = index_class("hisa")(1, 1, 8, IndexConfig(), CPU)
     key = random(0, 1, 1, 80 * 128, 8)
     index.extend(key, torch.tensor([80 * 128]))
-    read = select(index, key, random(1, 1, 1, 1, 8), SCALE, 80 * 128, None, 2048).token_mask()
+    inputs = ScoreInputs(random(1, 1, 1, 1, 8), key, 80 * 128, None, SCALE)
+    read = select(index, inputs, 2048).token_mask()
     assert read.sum() == 2048
     blocks = read.view(80, 128).any(1)
     assert blocks.sum() == 64
@@ -148,7 +150,8 @@ def test_tokenselect_keeps_a_choice_while_queries_are_alike(events):
             slot = torch.arange(120)
             mask = ((slot >= start[:, None]) & (slot < end[:, None]))[:, None, None]
             site, budget = which
-            read = select(index, key, query, SCALE, 120, mask, budget, None, site).token_mask()
+            inputs = ScoreInputs(query, key, 120, mask, SCALE)
+            read = select(index, inputs, budget, site).token_mask()
             for row in range(2):
                 begin, stop = int(start[row]), int(end[row])
                 always, middle, room = between(stop - begin, SINKS, RECENT, budget)
@@ -184,8 +187,9 @@ def test_tokenselect_reads_the_new_best_token_only_where_it_does_not_keep_a_choi
     index.config = IndexConfig(budget=budget, sinks=2, recent=2)
     index.extend(key, torch.tensor([60]))
     mask = (torch.arange(64) < 60)[None, None, None]
-    select(index, key, query, SCALE, 64, mask, 10, None, site)
+    select(index, ScoreInputs(query, key, 64, mask, SCALE), 10, site)
     key[:, :, 60] = 50 * query[:, :, 0]
     index.extend(key, torch.tensor([64]))
-    read = select(index, key, 1.1 * query, SCALE, 64, None, 10, None, site).token_mask()
+    inputs = ScoreInputs(1.1 * query, key, 64, None, SCALE)
+    read = select(index, inputs, 10, site).token_mask()
     assert bool(read[0, 0, 0, 60]) == (site == "")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from prefill_problems import Whole, wholes
+from prefill_problems import Whole, prefill_config, wholes
 from strategies import greedy_chunks
 from torch import Tensor
 
@@ -21,7 +21,8 @@ from lychee_compile.kernels.policies.decode.quest import QuestIndex
 from lychee_compile.kernels.policies.prefill import compact, dhsa, lychee, s2o
 from lychee_compile.kernels.policies.prefill.positions import places
 from lychee_compile.kernels.reference.chunking import similarity_strengths
-from lychee_compile.kernels.reference.prefill_attention import TileConfig, prefill_attention
+from lychee_compile.kernels.reference.operands import Operands
+from lychee_compile.kernels.reference.prefill_attention import prefill_attention
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import Sight, tile_sight
 from lychee_compile.kernels.sizes import PAGE, QUERY_TILE
@@ -206,8 +207,8 @@ def test_compact_takes_the_union_of_a_group(question: PrefillQuestion):
 def test_compact_reads_one_table_of_blocks_for_a_group():
     torch.manual_seed(0)
     query, key = torch.randn(1, 4, 900, 8), torch.randn(1, 2, 900, 8)
-    config = TileConfig("compact", 0.4)
-    read = prefill_attention(query, key, key, None, True, 0.5, config).read
+    config = prefill_config("compact", 0.4)
+    read = prefill_attention(Operands(query, key, key, None, 0.5), config, causal=True).read
     for head in range(0, 4, 2):
         assert torch.equal(read[:, head], read[:, head + 1])
     assert not torch.equal(read[:, 0], read[:, 2])
@@ -241,7 +242,8 @@ def test_s2o_reads_less_than_its_budget_where_few_keys_matter():
     key[:, :, 100:110] += 8
     query = torch.ones(1, 1, 1000, 8) + 0.1 * torch.randn(1, 1, 1000, 8)
     mask = torch.ones(1000, 1000, dtype=torch.bool)
-    result = prefill_attention(query, key, key, mask, False, 1.0, TileConfig("s2o", 0.8))
+    operands = Operands(query, key, key, mask, 1.0)
+    result = prefill_attention(operands, prefill_config("s2o", 0.8))
     assert result.read.sum(-1).max() <= 16 + 64 + (64 + QUERY_TILE + 64) + s2o.BLOCK
     assert bool(result.read[..., 100:110].all())
 
@@ -312,8 +314,8 @@ def test_a_policy_of_ones_own_chooses_for_whole_sequences(index: type[QuestIndex
     assert lychee_compile.Options(policy="first").policy == "first"
     assert registry.has_index("first") == (index is not None)
     query = torch.randn(1, 1, 100, 4)
-    operands = (query, torch.randn(1, 1, 500, 4), torch.randn(1, 1, 500, 4), None, False, 1.0)
-    read = prefill_attention(*operands, TileConfig("first", 100, 0, 10)).read
+    operands = Operands(query, torch.randn(1, 1, 500, 4), torch.randn(1, 1, 500, 4), None, 1.0)
+    read = prefill_attention(operands, prefill_config("first", 100, 0, 10)).read
     assert read.nonzero()[:, -1].tolist() == [*range(90), *range(490, 500)]
 
 

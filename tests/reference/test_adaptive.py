@@ -12,6 +12,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.adaptive import certified_attention
 from lychee_compile.kernels.reference.attention import dense_attention
+from lychee_compile.kernels.reference.operands import Operands
 
 EPSILONS = (0.01, 0.1, 0.5)
 NARROW = IndexConfig(budget=64, sinks=4, recent=16)
@@ -45,9 +46,8 @@ def test_no_head_misses_more_than_it_may(
     mask = data.draw(masks(shape, query_len, tokens, dtype))
     index = shape.index(config)
     index.extend(key, torch.full((shape.batch,), tokens))
-    output, selection, share = certified_attention(
-        index, query, key, value, mask.tensor, scale, config.budget, epsilon
-    )
+    operands = Operands(query, key, value, mask.tensor, scale)
+    output, selection, share = certified_attention(index, operands, config.budget, epsilon)
     assert output.isfinite().all()
     assert (share <= epsilon).all()
     true = missed(query, key, mask, scale, selection)
@@ -65,7 +65,7 @@ def peaked(tokens):
 def test_a_peaked_attention_is_certified_within_its_budget():
     key, query = peaked(2000)
     index = index_of(key)
-    _, selection, share = certified_attention(index, query, key, key, None, 1.0, 64, 0.1)
+    _, selection, share = certified_attention(index, Operands(query, key, key, None, 1.0), 64, 0.1)
     assert selection.token_mask()[..., 300].all()
     assert int(selection.token_mask().sum()) <= 64
     assert float(share.max()) < 0.01
@@ -74,7 +74,7 @@ def test_a_peaked_attention_is_certified_within_its_budget():
 def test_a_flat_attention_reads_as_much_as_it_takes_and_no_more():
     key, query = random(0, 1, 1, 2000, 16), torch.zeros(1, 1, 1, 16)
     index = index_of(key)
-    _, selection, share = certified_attention(index, query, key, key, None, 1.0, 64, 0.25)
+    _, selection, share = certified_attention(index, Operands(query, key, key, None, 1.0), 64, 0.25)
     assert 1500 <= int(selection.token_mask().sum()) <= 1500 + 20
     assert float(share.max()) <= 0.25
 
@@ -84,6 +84,6 @@ def test_keys_that_are_not_finite_give_the_dense_answer(bad):
     key, query = peaked(500)
     key[0, 0, 100, 3] = bad
     index = index_of(key)
-    output, _, _ = certified_attention(index, query, key, key, None, 1.0, 64, 0.1)
-    dense = dense_attention(query, key, key, None, 1.0)
+    output, _, _ = certified_attention(index, Operands(query, key, key, None, 1.0), 64, 0.1)
+    dense = dense_attention(Operands(query, key, key, None, 1.0))
     assert torch.equal(output.isnan(), dense.isnan())

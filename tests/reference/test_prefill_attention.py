@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from prefill_problems import Whole, tile_configs, wholes
+from prefill_problems import Whole, prefill_config, prefill_configs, wholes
 from strategies import DTYPES, KINDS, make_keys
 from torch import Tensor
 
-from lychee_compile.kernels.operators.observe import tile_observers
+from lychee_compile.kernels.operators.observe import prefill_observers
 from lychee_compile.kernels.operators.prefill import sparse_prefill
 from lychee_compile.kernels.policies.registry import prefill_policy_names
+from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_attention import (
-    TileConfig,
-    TileResult,
+    PrefillConfig,
+    PrefillResult,
     prefill_attention,
 )
 from lychee_compile.kernels.reference.tiles import Sight, pair_bound, summarise, tile_sight
@@ -30,7 +31,7 @@ policies = st.sampled_from(POLICIES)
 
 @given(whole=wholes(), policy=policies)
 def test_reading_everything_is_dense_attention(whole: Whole, policy: str):
-    result = whole.attend(TileConfig(policy, whole.key.shape[2]), certify=True)
+    result = whole.attend(prefill_config(policy, whole.key.shape[2]), certify=True)
     assert bool((whole.read_rows(result) | ~whole.seen).all())
     assert result.output.dtype == whole.query.dtype
     far = (result.output.double() - whole.output()).abs().max().item()
@@ -48,13 +49,13 @@ def test_pytorch_agrees(policy: str, query_len: int, kv_len: int):
         expected = F.scaled_dot_product_attention(
             query, key, value, is_causal=causal, scale=0.5, enable_gqa=True
         )
-        config = TileConfig(policy, kv_len)
-        result = prefill_attention(query, key, value, None, causal, 0.5, config)
+        config = prefill_config(policy, kv_len)
+        result = prefill_attention(Operands(query, key, value, None, 0.5), config, causal)
         torch.testing.assert_close(result.output, expected, rtol=1e-4, atol=1e-5)
 
 
-@given(whole=wholes(), config=tile_configs(POLICIES))
-def test_what_is_left_out_does_not_count(whole: Whole, config: TileConfig):
+@given(whole=wholes(), config=prefill_configs(POLICIES))
+def test_what_is_left_out_does_not_count(whole: Whole, config: PrefillConfig):
     result = whole.attend(config)
     read = whole.scores().masked_fill(~whole.read_rows(result), -torch.inf)
     total = read.logsumexp(-1)
@@ -72,8 +73,8 @@ def test_what_is_left_out_does_not_count(whole: Whole, config: TileConfig):
     assert bool((result.log_sum[nothing] == -torch.inf).all())
 
 
-@given(whole=wholes(), config=tile_configs(POLICIES))
-def test_budgets_are_kept(whole: Whole, config: TileConfig):
+@given(whole=wholes(), config=prefill_configs(POLICIES))
+def test_budgets_are_kept(whole: Whole, config: PrefillConfig):
     result = whole.attend(config)
     some, always = plain_sight(whole, config)
     assert not bool((always & ~result.read).any())
@@ -86,8 +87,8 @@ def test_budgets_are_kept(whole: Whole, config: TileConfig):
     assert bool((result.read.sum(-1) <= torch.maximum(always.sum(-1), allowed)).all())
 
 
-@given(whole=wholes(), config=tile_configs(POLICIES))
-def test_what_a_tile_sees_is_what_its_queries_see(whole: Whole, config: TileConfig):
+@given(whole=wholes(), config=prefill_configs(POLICIES))
+def test_what_a_tile_sees_is_what_its_queries_see(whole: Whole, config: PrefillConfig):
     batch, _, query_len, _ = whole.query.shape
     device, kv_len = whole.query.device, whole.key.shape[2]
     sight = Sight(whole.mask, whole.causal, batch, query_len, kv_len, device, whole.order)
@@ -106,7 +107,7 @@ def test_what_a_tile_sees_is_what_its_queries_see(whole: Whole, config: TileConf
         torch.testing.assert_close(wide[:, :, number], mean, rtol=1e-4, atol=1e-4)
 
 
-def plain_sight(whole: Whole, config: TileConfig) -> tuple[Tensor, Tensor]:
+def plain_sight(whole: Whole, config: PrefillConfig) -> tuple[Tensor, Tensor]:
     """What tiles see and what they read in any case, by the definition: bool [B, Hq, tiles, L]."""
     batch, heads, query_len, kv_len = whole.seen.shape
     place = list(range(query_len)) if whole.order is None else whole.order.tolist()
@@ -131,14 +132,14 @@ def plain_sight(whole: Whole, config: TileConfig) -> tuple[Tensor, Tensor]:
     return some, always
 
 
-def missed_share(whole: Whole, result: TileResult) -> Tensor:
+def missed_share(whole: Whole, result: PrefillResult) -> Tensor:
     """What each query's softmax holds in keys that were not read, float64 [B, Hq, T]."""
     missed = whole.weights().masked_fill(whole.read_rows(result), 0).sum(-1)
     return missed.clamp(max=1)  # shares add up to 1 within rounding
 
 
-@given(whole=wholes(), config=tile_configs(POLICIES))
-def test_the_certificate_holds(whole: Whole, config: TileConfig):
+@given(whole=wholes(), config=prefill_configs(POLICIES))
+def test_the_certificate_holds(whole: Whole, config: PrefillConfig):
     result = whole.attend(config, certify=True)
     missed = missed_share(whole, result)
     assert bool((missed <= result.certificate.double()).all())
@@ -147,7 +148,7 @@ def test_the_certificate_holds(whole: Whole, config: TileConfig):
 
 @given(whole=wholes(), policy=policies, epsilon=st.sampled_from([0.5, 0.1, 1e-3]))
 def test_epsilon_is_proved_everywhere(whole: Whole, policy: str, epsilon: float):
-    result = whole.attend(TileConfig(policy, 0.05, 2, 4, epsilon))
+    result = whole.attend(prefill_config(policy, 0.05, 2, 4, epsilon))
     missed = missed_share(whole, result)
     assert result.certificate.max().item() <= epsilon
     assert missed.max().item() <= epsilon
@@ -160,8 +161,8 @@ def test_epsilon_does_not_read_everything():
     query, key = 20 * about.expand(1, 1, 512, 8), 0.05 * torch.randn(1, 1, 512, 8)
     key = key + torch.where(torch.arange(512) % 256 < 32, 1.0, -1.0)[:, None] * about
     mask = (torch.arange(512) >= 5)[:, None].expand(-1, 512)
-    config = TileConfig("lychee", 0.2, 2, 4, epsilon=0.05)
-    result = prefill_attention(query, key, key, mask, False, 1.0, config)
+    config = prefill_config("lychee", 0.2, 2, 4, epsilon=0.05)
+    result = prefill_attention(Operands(query, key, key, mask, 1.0), config)
     assert result.certificate.max() <= 0.05
     assert result.read.sum(-1).max() < 300
 
@@ -200,15 +201,16 @@ def test_the_operator_is_the_specification_and_dense_below_the_shortest():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 300, 8) for heads in (4, 2, 2))
     calls = []
-    tile_observers.append(calls.append)
+    prefill_observers.append(calls.append)
     try:
         rest = (None, None, None, True, 0.3, None, *ARGUMENTS.values())
         sparse = sparse_prefill(query, key, value, *rest, 300, "here")
         dense = sparse_prefill(query, key, value, *rest, 301, "here")
     finally:
-        tile_observers.remove(calls.append)
-    config = TileConfig(**ARGUMENTS, shortest=300)
-    expected = prefill_attention(query, key, value, None, True, 0.3, config)
+        prefill_observers.remove(calls.append)
+    config = prefill_config(**ARGUMENTS, shortest=300)
+    operands = Operands(query, key, value, None, 0.3)
+    expected = prefill_attention(operands, config, causal=True)
     assert torch.equal(sparse, expected.output)
     (call,) = calls
     assert (call.site, call.causal) == ("here", True)
@@ -227,5 +229,6 @@ def test_what_nobody_sees_may_hold_anything():
     mask = (torch.arange(300) < 250).expand(300, -1)
     key[:, :, 250:], value[:, :, 250:] = torch.nan, torch.nan
     for policy in POLICIES:
-        result = prefill_attention(query, key, value, mask, True, 1.0, TileConfig(policy), 3.0)
+        operands = Operands(query, key, value, mask, 1.0, softcap=3.0)
+        result = prefill_attention(operands, prefill_config(policy), causal=True)
         assert bool(result.output.isfinite().all())

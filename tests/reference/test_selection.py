@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection, select
 from lychee_compile.kernels.reference.visible import visible_keys
 
@@ -59,10 +60,8 @@ class Case:
 
     def select(self, **given_: object) -> Selection:
         budget = given_.get("budget", self.budget)
-        kv_len = self.key.shape[2]
-        return bounded_select(
-            self.index, self.key, self.query, 0.3, kv_len, self.mask.tensor, budget
-        )
+        inputs = ScoreInputs(self.query, self.key, self.key.shape[2], self.mask.tensor, 0.3)
+        return bounded_select(self.index, inputs, budget)
 
     def seen(self):
         """Slots that some head of a group or another may see: bool [B, Tq, L]."""
@@ -153,7 +152,8 @@ def test_a_row_that_fits_the_budget_reads_everything_whatever_the_others_need(
     key, index = shape.keys(kind, seed, 130), shape.index(config)
     index.extend(key, end)
     mask = (torch.arange(130) < end[:, None])[:, None, None]
-    selection = select(index, key, 10 * shape.queries(seed, 1), 1.0, 130, mask, length)
+    inputs = ScoreInputs(10 * shape.queries(seed, 1), key, 130, mask, 1.0)
+    selection = select(index, inputs, length)
     assert selection.token_mask()[1, ..., :length].all()
 
 
@@ -190,7 +190,8 @@ def test_the_topic_asked_for_is_found(seed):
     config, key, query = oracle_case(120, seed)
     index = dataclasses.replace(SINGLE, head_dim=32).index(config)
     index.extend(key, torch.tensor([600]))
-    read = select(index, None, query, 32**-0.5, 600, None, config.budget).token_mask()[0, 0, 0]
+    inputs = ScoreInputs(query, None, 600, None, 32**-0.5)
+    read = select(index, inputs, config.budget).token_mask()[0, 0, 0]
     share = (query @ key.transpose(-1, -2))[0, 0, 0].mul(32**-0.5).softmax(-1)
     best = share.topk(120).values.sum()
     assert share[read].sum() >= 0.8 * best
@@ -229,7 +230,8 @@ def test_a_query_that_sees_nothing():
     key = make_keys("gaussian", 0, (1, 1, 100, 4), torch.float32)
     index.extend(key, torch.tensor([100]))
     hidden = torch.zeros(1, 1, 1, 100, dtype=torch.bool)
-    selection = bounded_select(index, key, key[:, :, :1], 1.0, 100, hidden, 90)
+    inputs = ScoreInputs(key[:, :, :1], key, 100, hidden, 1.0)
+    selection = bounded_select(index, inputs, 90)
     assert not selection.token_mask().any()
     assert (selection.log_unread_bound == -torch.inf).all()
 
@@ -247,6 +249,7 @@ def test_a_key_that_is_not_finite_is_read(flat_tokens, place, bad, seed):
     key[0, 0, place, seed % 4] = bad
     index = SINGLE.index(config)
     index.extend(key, torch.tensor([400]))
-    selection = select(index, key, random(seed + 1, 1, 1, 1, 4), 1.0, 400, None, 60)
+    inputs = ScoreInputs(random(seed + 1, 1, 1, 1, 4), key, 400, None, 1.0)
+    selection = select(index, inputs, 60)
     assert selection.token_mask()[..., place].all()
     assert int(selection.token_mask().sum()) <= 60

@@ -27,6 +27,7 @@ from torch import Tensor
 from lychee_compile.functional import sparse_attention
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.reference.attention import attend, dense_attention, rows_at
+from lychee_compile.kernels.reference.operands import Operands, ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection, select
 
 FACTORS = (1.0, 0.125, 0.02, -0.4)
@@ -69,7 +70,8 @@ def cases(draw, everything=False, dtypes=DTYPES):
     index.extend(key, draw(lengths(shape.batch, tokens)))
     scale = draw(st.sampled_from(FACTORS))
     budget = draw(st.integers(tokens, tokens + 9) | st.none()) if everything else config.budget
-    selection = bounded_select(index, key, query, scale, tokens, mask.tensor, budget)
+    inputs = ScoreInputs(query, key, tokens, mask.tensor, scale)
+    selection = bounded_select(index, inputs, budget)
     return Case(shape, query, key, value, mask, scale, selection)
 
 
@@ -103,7 +105,7 @@ def test_reading_everything_is_dense_attention(case):
     band = rounding_band(case)
     eager = (eager_attention(*operands, case.mask.bias, case.scale).double() - exact).abs()
     assert (wrong <= torch.maximum(eager.nan_to_num(0.0), band)).all()
-    dense = dense_attention(*operands, case.mask.tensor, case.scale).double()
+    dense = dense_attention(Operands(*operands, case.mask.tensor, case.scale)).double()
     assert ((output.double() - dense).abs() <= (dense - exact).abs() + band).all()
 
 
@@ -111,7 +113,8 @@ def test_reading_everything_is_dense_attention(case):
 def test_sparse_attention_is_attention_over_what_is_read(case):
     """The selection as a mask of dense attention in float64."""
     operands = (case.query, case.key, case.value)
-    output, log_total = attend(*operands, case.selection, case.mask.tensor, case.scale)
+    given_ = Operands(*operands, case.mask.tensor, case.scale)
+    output, log_total = attend(given_, case.selection)
     bias = case.mask.bias.masked_fill(~case.read(), -torch.inf)
     exact = eager_attention(*(each.double() for each in operands), bias, case.scale)
     reads_some = case.read().any(-1)
@@ -159,8 +162,9 @@ def test_a_larger_budget_misses_no_more(shape, seed, tokens, size):
     index = shape.index(config)
     index.extend(key, torch.full((shape.batch,), tokens))
     query = size * shape.queries(seed, 1)
+    operands = Operands(query, key, key, None, 1.0)
     log_read = [
-        attend(query, key, key, select(index, key, query, 1.0, tokens, None, budget), None, 1.0)[1]
+        attend(operands, select(index, operands.score_inputs, budget))[1]
         for budget in (12, tokens // 2 + 12, tokens + 12)
     ]
     assert (log_read[0] <= log_read[2] + 1e-4 * (1 + log_read[2].abs())).all()
@@ -175,8 +179,8 @@ def test_ragged_rows_equal_each_row_alone(shape, seed, tokens, data):
     index = shape.index(IndexConfig(sinks=1, recent=4, chunk=(2, 4)))
     index.extend(key, end)
     mask = (torch.arange(tokens) < end[:, None])[:, None, None]
-    selection = select(index, key, query, 0.5, tokens, mask, tokens)
-    output = attend(query, key, key, selection, mask, 0.5)[0]
+    operands = Operands(query, key, key, mask, 0.5)
+    output = attend(operands, select(index, operands.score_inputs, tokens))[0]
     for row, length in enumerate(end.tolist()):
         own = key[row : row + 1, :, :length]
         dense = F.scaled_dot_product_attention(
@@ -213,7 +217,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_misses_nothing(hidden):
     index.extend(key, torch.tensor([100, 100]))
     mask = torch.zeros(2, 1, 1, 100) if hidden else torch.ones(2, 1, 1, 100, dtype=torch.bool)
     mask[1] = hidden
-    selection = bounded_select(index, key, query, 0.5, 100, mask, 90)
+    selection = bounded_select(index, ScoreInputs(query, key, 100, mask, 0.5), 90)
     output, certificate = sparse_attention(query, key, key, selection, return_certificate=True)
     assert not output[1].any()
     assert not certificate[1].any()

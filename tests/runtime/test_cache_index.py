@@ -18,7 +18,8 @@ from strategies import (
 )
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.operators.cache_index import SAMPLES, CacheIndex
+from lychee_compile.kernels.operators.cache_index import SAMPLES, CacheIndex, CacheWrite
+from lychee_compile.kernels.trust import Trust
 
 CAPACITY = 320
 """More than the longest history writes."""
@@ -61,7 +62,7 @@ class Rig:
         self.end = begin + count
         self.fill(begin, self.end, seed)
         positions = span(begin, self.end, self.shape.batch)
-        self.cache.update(self.key, self.first, positions, None, build)
+        self.cache.update(self.key, CacheWrite(self.first, positions, None), build)
 
     def fill(self, begin, end, seed):
         self.key[:, :, begin:end] = self.shape.keys(self.kind, seed, end - begin, self.dtype)
@@ -90,12 +91,12 @@ def test_the_index_describes_the_cache_after_anything(rig, steps, prompt):
             rig.write(max(rig.end - number, 0), 1, seed)
         elif event == "foreign":  # reorder, restored prefix: somebody else wrote the cache
             rig.fill(max(rig.end - number, 0), rig.end, seed)
-            rig.cache.suspect = True
+            rig.cache.distrust()
             rig.write(rig.end, 1, seed)
         elif event == "prompt":  # reset and prefilled eagerly, then decoded on
             rig.end = number
             rig.fill(0, number, seed)
-            rig.cache.suspect = True
+            rig.cache.distrust()
             rig.write(number, 1, seed)
         elif event == "prefill":  # a dense prefill notes, a later step builds
             rig.write(rig.end, number, seed, build=False)
@@ -110,18 +111,19 @@ def test_the_index_describes_the_cache_after_anything(rig, steps, prompt):
         first = torch.minimum(rig.first, rig.cache.index.start)
         assert (rig.cache.index.start <= rig.first).all(), "visible tokens before the index"
         assert_describes(rig.cache.index, rig.key, first, torch.full_like(first, rig.end))
-        assert not rig.cache.suspect
+        assert rig.cache.trust is Trust.TRUSTED
 
 
 @given(rigs(), st.integers(2, 119), seeds, st.data())
-def test_a_suspect_cache_is_compared_key_by_key(rig, tokens, seed, data):
+def test_a_distrusted_cache_is_compared_key_by_key(rig, tokens, seed, data):
     """One changed number anywhere is found, though no version moved."""
     rig.write(0, tokens, seed)
     place = [data.draw(st.integers(0, size - 1)) for size in (*rig.key.shape[:2], tokens)]
     channel = data.draw(st.integers(0, rig.key.shape[3] - 1))
     rig.key.data[(*place, channel)] += 1e3
-    rig.cache.suspect = True
-    rig.cache.update(rig.key, rig.first, span(tokens, tokens + 1, rig.shape.batch), None, True)
+    rig.cache.distrust()
+    write = CacheWrite(rig.first, span(tokens, tokens + 1, rig.shape.batch), None)
+    rig.cache.update(rig.key, write, True)
     assert_describes(rig.cache.index, rig.key, rig.first, torch.full_like(rig.first, tokens + 1))
 
 
@@ -146,11 +148,12 @@ def test_noted_strengths_survive_until_their_token_is_rewritten(shape, config, s
         5, (shape.batch, CAPACITY), generator=torch.Generator().manual_seed(seed)
     ).to(torch.uint8)
     cache, first = CacheIndex(key, config), torch.zeros(shape.batch, dtype=torch.int64)
-    cache.update(key, first, span(0, tokens, shape.batch), strength[:, :tokens], False)
+    write = CacheWrite(first, span(0, tokens, shape.batch), strength[:, :tokens])
+    cache.update(key, write, False)
     assert not cache.index.group_count.any()
     again = strength.flip(1)
     written = span(keep, keep + 25, shape.batch)
-    cache.update(key, first, written, again[:, keep : keep + 25], True)
+    cache.update(key, CacheWrite(first, written, again[:, keep : keep + 25]), True)
     for row in range(shape.batch):
         known = [*strength[row, :keep].tolist(), *again[row, keep : keep + 25].tolist()]
         chunks, tail = greedy_chunks(known, 0, keep + 25, config.chunk)
@@ -163,9 +166,9 @@ def test_a_rewritten_token_without_a_strength_has_that_of_its_key():
     strengths = torch.zeros(1, 40, dtype=torch.uint8)
     strengths[:, 18] = 4
     cache = CacheIndex(key, IndexConfig(chunk=(17, 30), recent=30))
-    cache.update(key, ORIGIN[:1], span(0, 40, 1), strengths, True)
+    cache.update(key, CacheWrite(ORIGIN[:1], span(0, 40, 1), strengths), True)
     assert row_chunks(cache.index, 0)[0] == (0, 19)
-    cache.update(key, ORIGIN[:1], span(10, 40, 1), None, True)
+    cache.update(key, CacheWrite(ORIGIN[:1], span(10, 40, 1), None), True)
     assert row_chunks(cache.index, 0)[0] == (0, 21)
 
 
@@ -181,10 +184,10 @@ def test_ragged_rows_are_indexed_as_each_would_be_alone(config, seed, data):
     for chunk in (torch.arange(steps), torch.arange(steps, steps + 1)):
         # The keys before `begin` were there already, as after an eager prefill.
         positions = begin[:, None] + chunk
-        together.update(key, first, positions, None, True)
+        together.update(key, CacheWrite(first, positions, None), True)
         for row, cache in enumerate(alone):
             part = slice(row, row + 1)
-            cache.update(key[part], first[part], positions[part], None, True)
+            cache.update(key[part], CacheWrite(first[part], positions[part], None), True)
     for row, cache in enumerate(alone):
         assert row_chunks(together.index, row) == row_chunks(cache.index, 0)
     assert_describes(together.index, key, first, begin + steps + 1)
@@ -194,10 +197,10 @@ def test_the_index_begins_again_when_earlier_slots_become_visible():
     key = SHAPE.keys("gaussian", 0, 60)
     cache = CacheIndex(key, CONFIG)
     padded = torch.tensor([0, 12])
-    cache.update(key, padded, span(0, 50, 2), None, True)
+    cache.update(key, CacheWrite(padded, span(0, 50, 2), None), True)
     assert cache.index.start.tolist() == [0, 12]
     kept = row_chunks(cache.index, 0)
-    cache.update(key, ORIGIN + 5, span(50, 51, 2), None, True)
+    cache.update(key, CacheWrite(ORIGIN + 5, span(50, 51, 2), None), True)
     assert cache.index.start.tolist() == [0, 5]
     assert_describes(cache.index, key, torch.tensor([0, 5]), ORIGIN + 51)
     assert row_chunks(cache.index, 0)[: len(kept) - 1] == kept[:-1]
@@ -207,10 +210,10 @@ def test_a_cache_that_was_cropped_is_followed():
     """A dynamic cache cut back is a shorter tensor, with other tokens from there on."""
     key = SHAPE.keys("gaussian", 0, 80)
     cache = CacheIndex(key, CONFIG)
-    cache.update(key, ORIGIN, span(0, 80, 2), None, True)
+    cache.update(key, CacheWrite(ORIGIN, span(0, 80, 2), None), True)
     cropped = torch.cat((key[:, :, :40], SHAPE.keys("common", 1, 1)), 2)
-    cache.suspect = True
-    cache.update(cropped, ORIGIN, span(40, 41, 2), None, True)
+    cache.distrust()
+    cache.update(cropped, CacheWrite(ORIGIN, span(40, 41, 2), None), True)
     assert_describes(cache.index, cropped, ORIGIN, ORIGIN + 41)
 
 
@@ -218,11 +221,11 @@ def test_rows_that_were_reordered_are_told_apart():
     """Beam search: row 1 goes on from row 0, whose own index is kept."""
     key = SHAPE.keys("gaussian", 0, 80)
     cache = CacheIndex(key, CONFIG)
-    cache.update(key, ORIGIN, span(0, 60, 2), None, True)
+    cache.update(key, CacheWrite(ORIGIN, span(0, 60, 2), None), True)
     known = cache.index.chunks.mean[0].clone()
     key[1] = key[0]
-    cache.suspect = True
-    cache.update(key, ORIGIN, span(60, 61, 2), None, True)
+    cache.distrust()
+    cache.update(key, CacheWrite(ORIGIN, span(60, 61, 2), None), True)
     assert_describes(cache.index, key, ORIGIN, ORIGIN + 61)
     assert torch.equal(cache.index.chunks.mean[0, :, : known.shape[1]], known)
 
@@ -230,11 +233,11 @@ def test_rows_that_were_reordered_are_told_apart():
 def test_untouched_keys_are_not_indexed_again():
     key = SHAPE.keys("gaussian", 0, 100)
     cache = CacheIndex(key, CONFIG)
-    cache.update(key, ORIGIN, span(0, 60, 2), None, True)
+    cache.update(key, CacheWrite(ORIGIN, span(0, 60, 2), None), True)
     before = cache.index.chunks.mean.clone()
     for position in range(60, 70):
-        cache.suspect = True
-        cache.update(key, ORIGIN, span(position, position + 1, 2), None, True)
+        cache.distrust()
+        cache.update(key, CacheWrite(ORIGIN, span(position, position + 1, 2), None), True)
     count = int(cache.index.group_count.min())
     assert count > 10
     assert torch.equal(cache.index.chunks.mean[:, :, :14], before[:, :, :14])

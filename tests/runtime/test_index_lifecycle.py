@@ -23,7 +23,7 @@ from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import BLOCK, SketchLayout
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.runtime.cache_registry import registry
-from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
+from lychee_compile.runtime.stateful_graph import CacheArgument, StatefulGraph
 
 KEY = torch.randn(2, 3, 2000, 16)
 LAYOUT = SketchLayout.of(KEY)
@@ -358,7 +358,7 @@ def test_in_steady_decoding_nothing_is_looked_up(
     registry.clear()
     given: list[Tensor] = []
     graph = StatefulGraph(
-        lambda cache, state: given.append(state), [StateInput(0, None, 2, use())], None, None
+        lambda cache, state: given.append(state), [CacheArgument(0, None, 2, use())], None, None
     )
     caches = [torch.zeros(2, 3, 2000, 16) for _ in range(2)]
     graph(caches[0])

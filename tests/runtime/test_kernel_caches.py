@@ -30,6 +30,7 @@ from lychee_compile.kernels.gpu import owners
 from lychee_compile.kernels.gpu.lifecycle import WORTHWHILE
 from lychee_compile.kernels.operators import decode as decode_operators
 from lychee_compile.kernels.operators.observe import warn_of_recording
+from lychee_compile.kernels.trust import Trust
 from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.stateful_graph import _warn_of_inference_mode
 
@@ -104,7 +105,7 @@ def test_an_index_that_keeps_being_lost_is_not_built_over_and_over(
         assert_exact(cache.step(step))
     assert not built
     upkeep._calls = WORTHWHILE
-    upkeep._calls_to_wait, upkeep.trusted = 0, True  # as after many steps
+    upkeep._calls_to_wait, upkeep.trust = 0, Trust.TRUSTED  # as after many steps
     cache.keys[:, :, 0] += 0
     assert_exact(cache.step(step))
     assert_sparse(cache.step(step), cache)

@@ -18,7 +18,7 @@ from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 from lychee_compile.runtime.cache_registry import registry
-from lychee_compile.runtime.stateful_graph import StatefulGraph, StateInput
+from lychee_compile.runtime.stateful_graph import CacheArgument, StatefulGraph
 
 LITTLE = 64 << 10
 """Bytes that counters and caches of Python itself may take."""
@@ -56,10 +56,9 @@ def test_many_calls_of_a_graph_leave_nothing_behind(
     monkeypatch.setattr(SketchIndex, "refit", refit)
     monkeypatch.setattr("lychee_compile.kernels.gpu.lifecycle.load", lambda _: None)
     keys = torch.zeros(1, 2, 512, 16)
-    use = CacheUse(
-        "decode_lychee_f32_g2_d16_b40", lambda cache: cache, 1, SketchLayout.of(keys), "lychee"
-    )
-    graph = StatefulGraph(lambda *_: (), [StateInput(0, None, slots=use)], IndexConfig(), None)
+    layout = SketchLayout.of(keys)
+    use = CacheUse("decode_lychee_f32_g2_d16_b40", lambda cache: cache, 1, layout, "lychee")
+    graph = StatefulGraph(lambda *_: (), [CacheArgument(0, None, use=use)], IndexConfig(), None)
     assert growth(lambda: graph(keys), 1000, calls) < LITTLE
     assert len(registry) == 1
     made = 1000 + calls

@@ -10,7 +10,7 @@ from lychee_compile.kernels.sizes import power_of_two
 LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
 _OWN_ITEMS = 2048
-"""Upper bound of the items that a program of `choose` has."""
+"""Upper bound of the items that a program of `choose_by_bin` has."""
 
 
 def emit_constants(spec: AttentionSpec) -> str:
@@ -35,7 +35,7 @@ def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
     return [
         *library("bins", "fresh_from", "denominators", "bins_of", "count_bins", "threshold"),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
-        *library("bins", "choose"),
+        *library("bins", "choose_by_bin"),
     ]
 
 

@@ -24,16 +24,16 @@ from lychee_compile.kernels.sizes import BINS, QUERY_TILE
 
 
 def emit_prefill(spec: AttentionSpec) -> list[str]:
-    """Return the constants and the kernels of a prefill, but for its mask and score."""
+    """Return the functions and kernels of a prefill, but for its mask and score."""
     return [
         fill("prefill/edges.py.jinja", spec),
-        *library("prefill", "stretches"),
+        *library("prefill", "load_edges"),
         fill("prefill/seen_by.py.jinja", spec),
         fill("prefill/ask.py.jinja", spec),
         fill("prefill/scan.py.jinja", spec),
         *library("prefill", "bins_between", "room_for", "cut_of", "counted"),
         fill("prefill/choose.py.jinja", spec),
-        *([_weigh(spec)] if sees_range(spec) else []),
+        *([_attend_unmasked(spec)] if sees_range(spec) else []),
         fill("prefill/read_listed.py.jinja", spec),
         fill("prefill/attend.py.jinja", spec),
     ]
@@ -51,6 +51,6 @@ def emit_constants(spec: AttentionSpec) -> str:
     )
 
 
-def _weigh(spec: AttentionSpec) -> str:
-    """Return `weigh`; a sum of weights beyond 2**most could overflow."""
-    return fill("prefill/weigh.py.jinja", spec, most=15 if spec.dtype == "float16" else 100)
+def _attend_unmasked(spec: AttentionSpec) -> str:
+    most = 15 if spec.dtype == "float16" else 100  # far from overflow
+    return fill("prefill/attend_unmasked.py.jinja", spec, most=most)

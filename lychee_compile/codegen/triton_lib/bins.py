@@ -82,7 +82,7 @@ def threshold(histogram, room, read=0):
 
 
 @triton.jit
-def choose(entry, cut, left, at_cut):
+def choose_by_bin(entry, cut, left, at_cut):
     """Return which items are chosen, the place of each in a list of them, and their number.
 
     Chosen are all items in bins above the cut, and the first of those at the cut: as many as are

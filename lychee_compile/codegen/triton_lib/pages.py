@@ -36,7 +36,7 @@ def plan_turns(
 
     Store in `plan` for each turn: its block, the number of chosen pages in all blocks and turns
     before it, the number of those in turns of its own block, and the number of its own pages. Store
-    in `limits` the cut, what is left for it, and how many pages are at it: `choose` needs these.
+    in `limits` what `choose_by_bin` needs: the cut, what is left for it, and its number of pages.
     """
     cut, left, at_cut = threshold(histogram, PAGE_ROOM)
     of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)

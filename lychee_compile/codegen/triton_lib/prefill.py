@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def stretches(edge, place):
+def load_edges(edge, place):
     """Return what `ask` has stored of `edges` for one tile."""
     edge += place * 8
     own, own_end = tl.load(edge + 2), tl.load(edge + 3)

@@ -1,15 +1,27 @@
-"""When an index by slot is built, trusted and refitted; what happens between is up to the kernels.
+"""When the GPU index of a key cache is built, trusted, refitted, distrusted and given up.
 
-A cache that is new, or that somebody else has written, is read in full by the next call. Then its
-index is built, and from the next call on attention is sparse.
+            first calls: every key is read
+        +--------------------------------------+
+        v                                      |
+    DISTRUSTED --- waited long enough: build ---> TRUSTED ---+  attention is sparse; the newest
+        ^                                          |  ^      |  block is refitted now and then
+        +------ another writer, or an error -------+  +------+
+        |                                          |
+        +---- out of memory ----> GIVEN_UP <-------+  every key is read from then on
+
+A new index begins as DISTRUSTED. It is built after the first call on its cache, so that attention
+is sparse from the second call on. An index that was distrusted soon after it was built waits longer
+the next time: building it did not pay.
+
+`IndexLifecycle.trust` is the only record of trust. Two numbers follow it: the first number in the
+header of a `DeviceIndex`, which is what kernels see, is 1 only while the index is TRUSTED; and the
+registry keeps the version of each cache tensor, as the evidence by which it calls `distrust`.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-import math
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,69 +31,83 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
-from lychee_compile.kernels.operators.cache_index import WORTH_LOGGING
+from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
-
-logger = logging.getLogger(__name__)
+from lychee_compile.kernels.trust import Trust
 
 WORTHWHILE = 32
-"""Sparse calls that pay for building an index: one that lived shorter makes us wait longer."""
+"""Number of sparse calls that pay for building an index: one lost sooner waits longer next time."""
 MOST_CALLS_TO_WAIT = 1023
-"""Calls that a cache has to stay ours before its index is built, at most."""
+"""Largest number of calls that a cache has to stay ours before its index is built."""
+REFIT_STRIDE = 37
+"""Distance, in calls, between the first refits of caches that were created one after the other,
+modulo half an interval between refits. The number is prime, so that caches as many as half an
+interval has calls are refitted in different calls, unless 37 divides it."""
 
 
 @dataclass(frozen=True)
 class CacheUse:
-    """How one graph uses a key cache whose index is addressed by slot."""
+    """Use that one graph makes of a key cache with a GPU index."""
 
     kernel: str
-    """The module that attends to it."""
+    """Name of the generated module that attends to the cache."""
     keys: Callable[[Tensor], Tensor]
-    """Shows the cache as [B, Hkv, L, D]."""
+    """Views the cache as keys [B, Hkv, L, D]."""
     written: int
-    """Tokens that a call writes; 0 where it only reads."""
+    """Number of tokens that a call writes; 0 if the graph only reads."""
     layout: IndexLayout | None
-    """Layout of the index, if the size of the cache is known when compiling and stays."""
+    """Layout of the index; None if the size of the cache is known only when the graph is called."""
     policy: str
     """Name of the policy whose kernels read the index."""
 
     @property
     def kind(self) -> IndexLayout | str:
-        """Layout of the index, or its policy if the cache grows: graphs share indexes of a kind."""
+        """Layout, or else policy: graphs that share an index must have the same kind."""
         return self.policy if self.layout is None else self.layout
 
 
-class IndexLifecycle:
-    """Whether the index of one key cache may be trusted, and what it takes to get there."""
+class IndexLifecycle(ABC):
+    """Decides, for one key cache, when its GPU index is built, refitted and used."""
 
+    tensor: Tensor
+    """The tensor that graphs take for the index."""
     index: DeviceIndex | None
+    """The index; None while there is no memory for one."""
 
     def __init__(self) -> None:
-        self.trusted = False
-        """Whether the index describes the keys: attention over the cache is sparse."""
-        self._calls = 0  # since trust was won, or the cache was last written by somebody else
-        self._calls_to_wait: float = 0
+        self.trust = Trust.DISTRUSTED
+        """Trust in the index; attention over the cache is sparse only while it is TRUSTED."""
+        self._calls = 0
+        """Number of calls since the index was built, or since another writer was noticed."""
+        self._calls_to_wait = 0
+        """Number of calls that a distrusted index waits before it is built."""
         self._turn = next(_turns)
         self._next_refit = 0
-        self._fitted: Sequence[int] = ()  # ends of rows at the last fit
-        self._peek: _AsyncRead | None = None
+        self._fitted: Sequence[int] = ()
+        """Number of slots of each row that held keys at the last fit."""
+        self._ends_read: _AsyncRead | None = None
+        """Ends of the rows on their way from the device, for a refit that is due."""
+
+    @property
+    def trusted(self) -> bool:
+        """True if attention over the cache is sparse."""
+        return self.trust is Trust.TRUSTED
 
     def distrust(self) -> None:
-        """Somebody else may have written the cache: read all of it until the index is rebuilt."""
+        """Read all keys until the index is built anew: somebody else may have written the cache."""
         if self.trusted:
-            soon = self._calls < WORTHWHILE
-            self._calls_to_wait = (
-                min(2 * self._calls_to_wait + 1, MOST_CALLS_TO_WAIT) if soon else 0
-            )
+            lost_soon = self._calls < WORTHWHILE
+            longer = min(2 * self._calls_to_wait + 1, MOST_CALLS_TO_WAIT)
+            self._calls_to_wait = longer if lost_soon else 0
             self._revoke()
         self._calls = 0
 
     def after_call(self, cache: Tensor, use: CacheUse) -> None:
-        """A graph has run on `cache`: build or refit the index where that is due."""
+        """Build or refit the index if that is due, now that a graph has run on `cache`."""
         self._calls += 1
-        building = not self.trusted and self._calls > self._calls_to_wait
-        refitting = self.trusted and (self._calls == self._next_refit or self._peek is not None)
-        if building or refitting:
+        building = self.trust is Trust.DISTRUSTED and self._calls > self._calls_to_wait
+        due = self._calls == self._next_refit or self._ends_read is not None
+        if building or (self.trusted and due):
             with torch.cuda.device_of(cache):
                 self._work(cache, use)
 
@@ -89,20 +115,24 @@ class IndexLifecycle:
         """Build the index only if a second call comes."""
         self._calls_to_wait = max(self._calls_to_wait, 1)
 
-    def never_build(self) -> None:
-        """Stay exact from now on."""
-        self._calls_to_wait = math.inf
+    def give_up(self) -> None:
+        """Read all keys from now on, with a warning: memory ran out."""
+        self._revoke()
+        self.trust = Trust.GIVEN_UP
+        warn_of_memory()
 
+    @abstractmethod
     def _index_for(self, key: Tensor, use: CacheUse) -> DeviceIndex:
-        """The index to build over `key` [B, Hkv, L, D]."""
-        raise NotImplementedError
+        """Return the index to build over `key` [B, Hkv, L, D]."""
 
+    @abstractmethod
     def _ends(self, key: Tensor) -> list[int]:
-        """Slots of each row of `key` that hold keys; waits for the device."""
-        raise NotImplementedError
+        """Return the number of slots of each row of `key` that hold keys; waits for the device."""
 
     def _revoke(self) -> None:
-        self.trusted, self._peek = False, None
+        if self.trusted:
+            self.trust = Trust.DISTRUSTED
+        self._ends_read = None
         if self.index is not None:
             self.index.distrust()
 
@@ -110,74 +140,69 @@ class IndexLifecycle:
         try:
             if not self.trusted:
                 self._build(use.keys(cache), use)
-            elif self._peek is not None:
-                self._refit(cache, use, self._peek)
+            elif self._ends_read is not None:
+                self._refit(cache, use, self._ends_read)
             elif self.index is not None:
-                self._peek = _AsyncRead(self.index.parts.header[1:])
+                self._ends_read = _AsyncRead(self.index.parts.header[1:])
         except torch.OutOfMemoryError:
-            self._revoke()
-            self.never_build()
-            warn_of_memory()
+            self.give_up()
         except BaseException:
             self._revoke()
             raise
 
     def _build(self, key: Tensor, use: CacheUse) -> None:
-        # A graph that only reads cannot say how far the keys go; slots without one do no harm.
+        # A graph that only reads does not know which slots hold keys. Indexing all does no harm.
         ends = self._ends(key) if use.written else [key.shape[2]] * key.shape[0]
-        started = time.perf_counter()
-        self.index = self._index_for(key, use)
-        self.index.build(load(use.kernel), key, ends)
-        self.trusted, self._calls = True, 0
+        with indexing(key, max(ends)):
+            self.index = self._index_for(key, use)
+            self.index.build(load(use.kernel), key, ends)
+        self.trust, self._calls = Trust.TRUSTED, 0
         self._fitted = ends
-        after = self._refit_after(ends, use)  # layers are not all refitted in one step
-        self._next_refit = after + self._turn * 37 % max(after // 2, 1)
-        end = max(ends)
-        if end > WORTH_LOGGING and logger.isEnabledFor(logging.INFO):
-            if key.is_cuda:
-                torch.cuda.synchronize(key.device)
-            took = 1e3 * (time.perf_counter() - started)
-            logger.info("indexed %d tokens of %d KV heads in %.0f ms", end, key.shape[1], took)
+        after = self._refit_after(ends, use)
+        # The layers of a model are built in the same call, and refitted in different ones.
+        self._next_refit = after + self._turn * REFIT_STRIDE % max(after // 2, 1)
 
-    def _refit(self, cache: Tensor, use: CacheUse, peek: _AsyncRead) -> None:
-        """Fit the newest block anew, once it is known which that is."""
+    def _refit(self, cache: Tensor, use: CacheUse, ends_read: _AsyncRead) -> None:
+        """Fit the newest block anew, once the host knows which block that is."""
         assert self.index is not None
-        peek.written += use.written
-        if peek.is_there():
-            self._peek, key = None, use.keys(cache)
-            seen = peek.values()[: key.shape[0]]
-            ends = [min(end + peek.written, key.shape[2]) for end in seen]
+        ends_read.written += use.written
+        if ends_read.has_arrived():
+            self._ends_read, key = None, use.keys(cache)
+            seen = ends_read.values()[: key.shape[0]]
+            ends = [min(end + ends_read.written, key.shape[2]) for end in seen]
             if max(ends) > 0:
                 self.index.refit(load(use.kernel), key, ends)
-            # A row that stands still, whose text has ended, calls for nothing.
+            # A row that did not move, because its text has ended, needs no refit.
             before = zip(seen, self._fitted, strict=False)
             moved = [ends[row] for row, (now, then) in enumerate(before) if now != then]
             self._fitted = seen
             self._next_refit = self._calls + self._refit_after(moved or ends, use)
 
     def _refit_after(self, ends: Sequence[int], use: CacheUse) -> int:
-        """Calls until the next refit, where so many slots of each row hold keys."""
+        """Return the number of calls until the next refit, for rows that end at `ends`."""
         assert self.index is not None
         soonest = min(self.index.refit_after(max(end, 1)) for end in ends)
         return -(-soonest // max(use.written, 1))
 
 
 class _AsyncRead:
-    """Numbers on their way from the device, for which nobody waits."""
+    """A copy of numbers from the device to the host that nobody waits for."""
 
     def __init__(self, numbers: Tensor) -> None:
         self.written = 0
-        """Tokens written since, at most."""
+        """Largest number of tokens written since the copy began."""
         self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
         self._host.copy_(numbers, non_blocking=True)
         self._event = torch.cuda.Event() if numbers.is_cuda else None
         if self._event is not None:
             self._event.record()
 
-    def is_there(self) -> bool:
+    def has_arrived(self) -> bool:
+        """True if the numbers can be read."""
         return self._event is None or self._event.query()
 
     def values(self) -> list[int]:
+        """Return the numbers."""
         return self._host.tolist()
 
 

@@ -1,4 +1,4 @@
-"""Which policies have kernels on a GPU, and how those of a generated module are run.
+"""The policies that have kernels on a GPU, and the method that runs each generated module.
 
 A method is a folder beside this file; its record is attached to the policy of the same name when
 this module is imported. `codegen/module.py` puts the text of its kernels together.

@@ -1,7 +1,8 @@
-"""What graphs are given for an index by slot: its memory itself, or a number that finds it.
+"""Owners of GPU indexes: what holds the index of one key cache, and what graphs take for it.
 
-The memory of an index never moves, so that CUDA graphs can hold on to it. That takes a cache of
-fixed size; of one that grows, the index has to grow too, and is found by a handle at every call.
+For a cache of fixed size a graph takes the memory of the index itself. That memory never moves, so
+that CUDA graphs can keep its address. The index of a growing cache has to grow too: a graph takes a
+handle, and finds the index by it at every call.
 """
 
 from __future__ import annotations
@@ -15,22 +16,21 @@ from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.lifecycle import CacheUse, IndexLifecycle
 from lychee_compile.kernels.gpu.methods import gpu_method, new_index
-from lychee_compile.kernels.handles import HandleOwner
-from lychee_compile.kernels.out_of_memory import warn_of_memory
+from lychee_compile.kernels.handles import new_handle
 from lychee_compile.kernels.sizes import whole_scans
 
 
 class StaticCacheIndex(IndexLifecycle):
-    """The index of a cache of fixed size. Graphs are given its memory, uint8 [layout.size]."""
+    """The index of a cache of fixed size. Graphs take its memory, uint8 [layout.size]."""
 
     def __init__(self, layout: IndexLayout, device: torch.device) -> None:
         super().__init__()
+        self.index: DeviceIndex
         try:
-            self.index: DeviceIndex = new_index(layout, device)
+            self.index = new_index(layout, device)
         except torch.OutOfMemoryError:
-            warn_of_memory()
-            self.never_build()
             self.index = _spare(layout, device)
+            self.give_up()
         self.tensor = self.index.state
 
     def _index_for(self, key: Tensor, use: CacheUse) -> DeviceIndex:
@@ -41,19 +41,21 @@ class StaticCacheIndex(IndexLifecycle):
         return [min(end, key.shape[2]) for end in written]
 
 
-class GrowingCacheIndex(HandleOwner, IndexLifecycle):
-    """The index of a cache whose size is known at each call. Graphs are given a handle's tensor."""
+class GrowingCacheIndex(IndexLifecycle):
+    """The index of a cache that grows. Graphs take a handle, int64 [2]."""
 
     def __init__(self) -> None:
-        HandleOwner.__init__(self)
-        IndexLifecycle.__init__(self)
+        super().__init__()
+        self.tensor = new_handle(self)
         self.index: DeviceIndex | None = None
         self._written: Tensor | None = None
+        """Slots written by the last call, while the index is distrusted."""
 
     def index_for(self, key: Tensor, positions: Tensor | None) -> DeviceIndex | None:
-        """The index of `key` [B, Hkv, L, D], with room for all its slots; None: read all keys.
+        """Return the index of `key` [B, Hkv, L, D], with room for all its slots.
 
-        `positions`, int [T] or [B, T], are the slots that were just written.
+        `positions`, int [T] or [B, T], are the slots that were just written. None means that the
+        call must read all keys.
         """
         if self.trusted and self.index is not None and not self._has_room(self.index, key):
             self._revoke()
@@ -63,7 +65,7 @@ class GrowingCacheIndex(HandleOwner, IndexLifecycle):
         return self.index
 
     def _has_room(self, index: DeviceIndex, key: Tensor) -> bool:
-        """Whether the index is one of such keys, and holds them or was made to."""
+        """True if the index fits the keys. An index that is too small is moved to a larger one."""
         now, wanted = index.layout, _roomy(index.layout.of(key))
         # The graph may use the first rows of the cache only.
         fitting = wanted.resized(now.slots, now.batch) == now
@@ -75,8 +77,7 @@ class GrowingCacheIndex(HandleOwner, IndexLifecycle):
             try:
                 self.index = _moved(index, now.resized(wanted.slots))
             except torch.OutOfMemoryError:
-                self.never_build()
-                warn_of_memory()
+                self.give_up()
                 return False
         return True
 
@@ -96,12 +97,12 @@ class GrowingCacheIndex(HandleOwner, IndexLifecycle):
 
 
 def _roomy(layout: IndexLayout) -> IndexLayout:
-    """The layout with half as many slots again."""
+    """Return the layout with half as many slots again."""
     return layout.resized(whole_scans(layout.slots * 3 // 2))
 
 
 def _moved(index: DeviceIndex, layout: IndexLayout) -> DeviceIndex:
-    """The same index with room for more slots."""
+    """Return a copy of the index in a layout with more slots."""
     larger = new_index(layout, index.state.device)
     larger.parts.header.copy_(index.parts.header)
     for old, new in zip(index.parts[1:], larger.parts[1:], strict=True):
@@ -110,7 +111,7 @@ def _moved(index: DeviceIndex, layout: IndexLayout) -> DeviceIndex:
 
 
 def _spare(layout: IndexLayout, device: torch.device) -> DeviceIndex:
-    """One index for all caches that there is no memory for: nobody trusts it."""
+    """Return the index shared by all caches without memory for one: nobody trusts it."""
     spare = _spares.get((layout, device))
     if spare is None:
         if device.type == "cuda":
@@ -122,3 +123,4 @@ def _spare(layout: IndexLayout, device: torch.device) -> DeviceIndex:
 _spares: weakref.WeakValueDictionary[tuple[IndexLayout, torch.device], DeviceIndex] = (
     weakref.WeakValueDictionary()
 )
+"""Indexes of caches without memory for one, while such caches live."""

@@ -1,1 +1,1 @@
-"""The operators that rewritten graphs call."""
+"""Operators that rewritten graphs call."""

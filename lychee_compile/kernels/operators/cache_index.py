@@ -1,43 +1,54 @@
-"""The index of one key cache, kept true while the cache is written, rewound and reused."""
+"""The reference's index of one key cache, kept true while the cache is written and rewound."""
 
 from __future__ import annotations
 
 import logging
-import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import ran_out, warn_of_memory
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.fingerprints import fingerprints
+from lychee_compile.kernels.trust import Trust
 
 logger = logging.getLogger(__name__)
 
-WORTH_LOGGING = 512
-"""Tokens that an update of a prompt indexes, at least."""
 SAMPLES = 16
-"""Indexed keys compared with their fingerprints at every step, a different set each time: finds a
-write that left no trace in the tensor's version, such as one through `.data` or a raw kernel."""
+"""Number of indexed keys that every step compares with their fingerprints, other keys each time.
+Finds a write that left no trace in the tensor's version, as one through `.data` or a raw kernel."""
+
+
+@dataclass(frozen=True)
+class CacheWrite:
+    """A write of one call to a key cache."""
+
+    first: Tensor
+    """First valid slot of each row, int64 [B]."""
+    positions: Tensor
+    """Slots written, int64 [B, T]."""
+    strengths: Tensor | None
+    """Strength of the boundary after each token written, uint8 [B, T]; None if not known."""
 
 
 class CacheIndex:
-    """Index over one key cache [B, Hkv, L, D], and what proves that it still describes it.
+    """The index of one key cache [B, Hkv, L, D], and the evidence that it describes the cache.
 
-    Every indexed key has a fingerprint. A write at a position forgets what lies behind it; a cache
-    whose version moved without us (`suspect`) is compared key by key before it is used again, and
-    what differs is indexed anew.
+    Every indexed key has a fingerprint. A write at a position forgets all keys from there on. A
+    distrusted index is compared with the cache key by key before it is used again, and keys that
+    differ are indexed anew.
     """
 
     def __init__(self, key: Tensor, config: IndexConfig) -> None:
         self.config = config
-        self.suspect = False
-        """Whether somebody else may have written the cache since the last update."""
-        self.given_up = False
-        """Whether memory ran out: the index stays empty, so that every visible key is read."""
+        self.trust = Trust.TRUSTED
+        """Trust in the index, which is empty at first and so describes every cache."""
         self.updates = 0
+        """Number of updates so far."""
         self._empty(key)
 
     def _empty(self, key: Tensor) -> None:
@@ -45,80 +56,63 @@ class CacheIndex:
         batch, heads, _, head_dim = key.shape
         self.index = make_index(batch, heads, head_dim, self.config, key.device)
         self.known = torch.zeros(batch, dtype=torch.int64, device=key.device)
-        """Keys of each row that have a fingerprint, int64 [B]."""
+        """Number of keys of each row that have a fingerprint, int64 [B]."""
         self.fingerprint = torch.zeros(batch, 0, dtype=torch.int64, device=key.device)
+        """Fingerprints of the keys in the first slots, int64 [B, N]."""
 
-    def update(
-        self,
-        key: Tensor,
-        first: Tensor,
-        positions: Tensor,
-        strengths: Tensor | None,
-        build: bool,
-    ) -> None:
-        """Follow the keys just written to `key` [B, Hkv, L, D] at `positions`, int64 [B, T].
+    def distrust(self) -> None:
+        """Compare all known keys at the next update: somebody else may have written the cache."""
+        if self.trust is Trust.TRUSTED:
+            self.trust = Trust.DISTRUSTED
 
-        `first` is the first valid slot of each row, int64 [B]; `strengths`, uint8 [B, T], the
-        boundary after each token written, where known. With `build` the index is brought up to
-        date; without, as in a dense prefill, only what cannot be learnt later is noted. Where
-        memory runs out, the index is given up, with a warning.
+    def update(self, key: Tensor, write: CacheWrite, build: bool) -> None:
+        """Follow a write to the cache `key` [B, Hkv, L, D].
+
+        With `build` the index is brought up to date. Without, as in a dense prefill, only what
+        cannot be learnt later is noted. If memory runs out, the index is given up, with a warning:
+        it stays empty, so that attention reads every visible key.
         """
-        if self.given_up:
+        if self.trust is Trust.GIVEN_UP:
             return
         try:
-            self._follow(key, first, positions, strengths, build)
+            self._follow(key, write, build)
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            self.given_up = True
+            self.trust = Trust.GIVEN_UP
             self._empty(key)
             warn_of_memory()
 
-    def _follow(
-        self,
-        key: Tensor,
-        first: Tensor,
-        positions: Tensor,
-        strengths: Tensor | None,
-        build: bool,
-    ) -> None:
+    def _follow(self, key: Tensor, write: CacheWrite, build: bool) -> None:
         self.updates += 1
-        written = positions.min(1).values
-        end = positions.max(1).values + 1
-        self._forget(written)
-        if self.suspect or self._sample_differs(key):
+        end = write.positions.max(1).values + 1
+        self._forget(write.positions.min(1).values)
+        if self.trust is Trust.DISTRUSTED or self._sample_differs(key):
             self._compare(key)
-        self.suspect = False
+        self.trust = Trust.TRUSTED
+        self._restart(write.first)
+        if write.strengths is not None:
+            self.index.strengths.note(write.positions, write.strengths)
+        self._fingerprint(key, end)
+        if build:
+            with indexing(key, int((end - self.index.tail).max())):
+                self.index.extend(key, end)
+
+    def _restart(self, first: Tensor) -> None:
+        """Empty the rows that begin before their index does, or begin elsewhere and are empty."""
         earlier = first < self.index.start
         fresh = self.index.tail == self.index.start
         if bool((earlier | (fresh & (first != self.index.start))).any()):
             self.index.restart(earlier | fresh, first)
-        if strengths is not None:
-            self.index.strengths.note(positions, strengths)
-        self._fingerprint(key, end)
-        if build:
-            self._extend(key, end)
-
-    def _extend(self, key: Tensor, end: Tensor) -> None:
-        waiting = int((end - self.index.tail).max())
-        started = time.perf_counter()
-        self.index.extend(key, end)
-        if waiting > WORTH_LOGGING:
-            logger.info(
-                "indexed %d tokens of %d KV heads in %.0f ms",
-                waiting,
-                self.index.kv_heads,
-                1e3 * (time.perf_counter() - started),
-            )
 
     def _forget(self, keep: Tensor) -> None:
-        """Keys from position `keep`, int64 [B], on are not those that were indexed."""
+        """Forget the keys from position `keep`, int64 [B], on: they are not those indexed."""
         if bool((keep < self.known).any()):
             self.known = torch.minimum(self.known, keep)
             self.index.truncate(self.known)
 
     def _fingerprint(self, key: Tensor, end: Tensor) -> None:
-        """Take the fingerprints of the keys between the known ones and `end`, int64 [B]."""
+        """Take the fingerprints of the keys from the last known one to `end`, int64 [B]."""
         due = self.known < end
         if not bool(due.any()):
             return
@@ -135,7 +129,7 @@ class CacheIndex:
         self.known = torch.maximum(self.known, end)
 
     def _sample_differs(self, key: Tensor) -> bool:
-        """Compare a few keys, spread over the known ones and different at every update."""
+        """True if one of a few known keys differs from its fingerprint."""
         known = int(self.known.min())
         if known == 0:
             return False
@@ -146,7 +140,7 @@ class CacheIndex:
         )
 
     def _compare(self, key: Tensor) -> None:
-        """Compare every known key and forget those from the first difference on, row by row."""
+        """Compare every known key. Each row forgets its keys from the first difference on."""
         last = min(int(self.known.max()), key.shape[2])
         if last == 0:
             return

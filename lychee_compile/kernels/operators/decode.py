@@ -1,7 +1,8 @@
-"""The operators that run generated kernels, registered with PyTorch.
+"""The operators for decoding by generated kernels, registered with PyTorch.
 
-Each call names the module that holds its kernels (see `generated`), which fixes everything about
-the attention but its tensors. `captured` are those that score and mask read, in the module's order.
+Each call names the generated module of its kernels (see `module_cache`). The module fixes
+everything about the attention but its tensors. `captured` are the tensors that score and mask read,
+in the module's order.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.methods import method_of_kernel
+from lychee_compile.kernels.gpu.owners import GrowingCacheIndex
+from lychee_compile.kernels.operators.fakes import fake_output
 
 KERNEL_DEVICES = {"cuda"}
-"""Types of devices on which decoding runs generated kernels."""
+"""Types of devices on which generated kernels decode."""
 
 
 @torch.library.custom_op("lychee::exact_decode", mutates_args=())
@@ -32,7 +35,7 @@ def exact_decode(
     extra: Tensor | None,
     kernel: str,
 ) -> Tensor:
-    """Attention of `query` [B, Hq, T, D] over all visible `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
+    """Attend from `query` [B, Hq, T, D] to all visible `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
 
     `value` is [B, Hkv, L, Dv]; `extra`, broadcastable to [B, Hq, T], is the logit of a key without
     a value.
@@ -40,16 +43,7 @@ def exact_decode(
     return _exact(kernel, AttentionOperands(query, key, value, captured, extra))
 
 
-@exact_decode.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captured: list[Tensor],
-    extra: Tensor | None,
-    kernel: str,
-) -> Tensor:
-    return _empty_output(query, value)
+exact_decode.register_fake(fake_output)
 
 
 @torch.library.custom_op("lychee::sparse_decode", mutates_args=("state",))
@@ -63,29 +57,19 @@ def sparse_decode(
     state: Tensor,
     kernel: str,
 ) -> Tensor:
-    """Attention of `query` [B, Hq, T, D] over the best of `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
+    """Attend from `query` [B, Hq, T, D] to the best of `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
 
-    `state`, uint8, is the memory of an index laid out for `key`; while it may not be trusted, all
+    `state`, uint8, is the memory of an index laid out for `key`. While the index is distrusted, all
     visible keys are read. `positions`, int [T] or [B, T], are the slots that were just written:
-    their keys are added to it. Waits for nothing and keeps to its tensors: fit for CUDA graphs.
+    their keys are added to the index. Fit for CUDA graphs: it waits for nothing, and reads and
+    writes its own tensors alone.
     """
     layout = method_of_kernel(kernel).layout_of(key)
     index = IndexOperands(layout, layout.views(state), positions)
     return _sparse(kernel, AttentionOperands(query, key, value, captured, extra), index)
 
 
-@sparse_decode.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captured: list[Tensor],
-    extra: Tensor | None,
-    positions: Tensor | None,
-    state: Tensor,
-    kernel: str,
-) -> Tensor:
-    return _empty_output(query, value)
+sparse_decode.register_fake(fake_output)
 
 
 @torch.library.custom_op(
@@ -103,11 +87,11 @@ def growing_sparse_decode(
     handle: Tensor,
     kernel: str,
 ) -> Tensor:
-    """`sparse_decode` over a cache whose size only a call tells: `handle` finds its index.
+    """Run `sparse_decode` over a cache that grows, whose index is found by `handle`.
 
-    CUDA graphs must leave it out, as they would replay with the index of their first call.
+    CUDA graphs must leave it out: they would replay it with the index of their first call.
     """
-    index = handles.find(handle).index_for(key, positions)
+    index = handles.find(handle, GrowingCacheIndex).index_for(key, positions)
     handle[1] += 1
     operands = AttentionOperands(query, key, value, captured, extra)
     if index is None:
@@ -115,18 +99,7 @@ def growing_sparse_decode(
     return _sparse(kernel, operands, IndexOperands(index.layout, index.parts, positions))
 
 
-@growing_sparse_decode.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captured: list[Tensor],
-    extra: Tensor | None,
-    positions: Tensor | None,
-    handle: Tensor,
-    kernel: str,
-) -> Tensor:
-    return _empty_output(query, value)
+growing_sparse_decode.register_fake(fake_output)
 
 
 def _exact(kernel: str, operands: AttentionOperands) -> Tensor:
@@ -143,7 +116,3 @@ def _sparse(kernel: str, operands: AttentionOperands, index: IndexOperands) -> T
     with torch.cuda.device_of(operands.query):
         autotune(module, "sparse", run, operands, index.state.header)
         return run()
-
-
-def _empty_output(query: Tensor, value: Tensor) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])

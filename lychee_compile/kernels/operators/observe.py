@@ -1,4 +1,4 @@
-"""Where a recorder listens to what the operators read."""
+"""Observers: functions that the operators call with what they read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from functools import cache
 from torch import Tensor
 
 from lychee_compile.kernels.reference.index import KVIndex
-from lychee_compile.kernels.reference.prefill_attention import TileResult
+from lychee_compile.kernels.reference.operands import Operands
+from lychee_compile.kernels.reference.prefill_attention import PrefillResult
 from lychee_compile.kernels.reference.selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -18,51 +19,49 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SparseCall:
-    """One run of the sparse attention operator, with its operands. Hold on to none of them."""
+    """One run of the sparse decode operator. An observer must not keep the operands."""
 
     site: str
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    scale: float
-    softcap: float | None
+    """Module path of the attention."""
+    operands: Operands
+    """Operands of the attention, over all keys of the cache."""
     index: KVIndex
+    """The index that the selection was made from."""
     selection: Selection
+    """The tokens read."""
     certificate: Tensor | None
-    """Upper bound of the share of the softmax mass not read, float32 [B, Hq, Tq], where `epsilon`
-    asks for one."""
+    """Upper bound of the share of the softmax mass not read, float32 [B, Hq, Tq]; None without the
+    option `epsilon`."""
 
 
 observers: list[Callable[[SparseCall], None]] = []
-"""Called with each sparse attention call, in order."""
+"""Functions called with each run of the sparse decode operator, in order."""
 
 
 @dataclass(frozen=True)
-class TileCall:
-    """One run of the operator for whole sequences, with its operands. Hold on to none of them."""
+class PrefillCall:
+    """One run of the sparse prefill operator. An observer must not keep the operands."""
 
     site: str
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
+    """Module path of the attention."""
+    operands: Operands
+    """Operands of the attention, without the causal mask."""
     causal: bool
-    scale: float
-    softcap: float | None
-    extra: Tensor | None
+    """True if PyTorch's own causal mask, aligned to the first key, applies as well."""
     order: Tensor | None
-    result: TileResult
+    """Permutation of the queries, int64 [T], that decides which share a tile; None: none."""
+    result: PrefillResult
+    """Output of the attention, and what it read."""
 
 
-tile_observers: list[Callable[[TileCall], None]] = []
-"""Called with each attention of a whole sequence that read part of it, in order."""
+prefill_observers: list[Callable[[PrefillCall], None]] = []
+"""Functions called with each run of the sparse prefill operator that left keys out, in order."""
 
 
 @cache
 def warn_of_recording() -> None:
-    """Say, once, that what kernels read is not seen."""
+    """Warn, once per process, that nobody sees what generated kernels read."""
     logger.warning(
-        "Generated kernels do not tell which keys they read, so that nothing of them is recorded: "
+        "Generated kernels do not report which keys they read, so nothing of them is recorded: "
         'compile with options={"reference": True} to study what is read.'
     )

@@ -1,7 +1,8 @@
-"""The operators for whole sequences: a prefill, an encoder, cross-attention. They keep no state."""
+"""The operators for sparse prefill, encoders and cross-attention. They keep no state."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,16 +14,23 @@ from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import PREFILL
 from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
-from lychee_compile.kernels.operators.observe import TileCall, tile_observers, warn_of_recording
+from lychee_compile.kernels.operators.fakes import fake_output
+from lychee_compile.kernels.operators.observe import (
+    PrefillCall,
+    prefill_observers,
+    warn_of_recording,
+)
+from lychee_compile.kernels.policies.registry import prefill_choice
 from lychee_compile.kernels.reference.attention import dense_attention
+from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_attention import (
-    TileConfig,
+    PrefillConfig,
     in_order,
     prefill_attention,
 )
 
 
-# The reference looks at how much it reads.
+# CUDA graphs must leave it out: the reference looks at how much it reads.
 @torch.library.custom_op(
     "lychee::sparse_prefill", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
 )
@@ -44,46 +52,24 @@ def sparse_prefill(
     shortest: int,
     site: str,
 ) -> Tensor:
-    """Attention of `query` [B, Hq, T, D] over part of `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
+    """Attend from `query` [B, Hq, T, D] to part of `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
 
-    Operands, mask and `order` as in `prefill_attention`, the settings those of `TileConfig`. With
-    less than `shortest` keys in all it is dense.
+    The operands are those of `Operands`, `causal` and `order` as in `prefill_attention`, and the
+    settings those of `PrefillConfig`. With fewer than `shortest` keys the attention is dense.
     """
-    if query.numel() == 0 or key.shape[2] == 0:
+    operands = Operands(query, key, value, mask, scale, softcap, extra)
+    if query.numel() == 0 or operands.kv_len == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
-    if key.shape[2] < shortest:
-        return _dense(query, key, value, mask, causal, scale, softcap, extra).contiguous()
-    config = TileConfig(policy, budget, sinks, recent, epsilon, shortest)
-    result = prefill_attention(
-        query, key, value, mask, causal, scale, config, softcap, extra, order,
-        keep_read=bool(tile_observers),
-    )  # fmt: skip
-    for observer in tile_observers:
-        call = TileCall(site, query, key, value, mask, causal, scale, softcap, extra, order, result)
-        observer(call)
+    if operands.kv_len < shortest:
+        return _dense(operands, causal).contiguous()
+    config = PrefillConfig(prefill_choice(policy), budget, sinks, recent, epsilon, shortest)
+    result = prefill_attention(operands, config, causal, order, keep_read=bool(prefill_observers))
+    for observer in prefill_observers:
+        observer(PrefillCall(site, operands, causal, order, result))
     return result.output.contiguous()
 
 
-@sparse_prefill.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    extra: Tensor | None,
-    order: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-    policy: str,
-    budget: float,
-    sinks: int,
-    recent: int,
-    epsilon: float | None,
-    shortest: int,
-    site: str,
-) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])
+sparse_prefill.register_fake(fake_output)
 
 
 @torch.library.custom_op("lychee::tiled_prefill", mutates_args=())
@@ -100,12 +86,13 @@ def tiled_prefill(
     shortest: int,
     kernel: str,
 ) -> Tensor:
-    """`sparse_prefill` by the generated module `kernel`; `captured` are what score and mask read.
+    """Run `sparse_prefill` by the generated module `kernel`.
 
-    With less than `shortest` keys in all it is PyTorch's own kernel where `plain` says that scores
-    are only scaled, and that every query sees "all" or those up to it ("causal").
+    `captured` are the tensors that score and mask read, in the module's order. `plain` is not empty
+    if scores are only scaled and every query sees "all" keys, or those up to its own ("causal").
+    Then a call with fewer than `shortest` keys goes to PyTorch's own kernel.
     """
-    if tile_observers:
+    if prefill_observers:
         warn_of_recording()
     if query.numel() == 0 or key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
@@ -126,25 +113,14 @@ def tiled_prefill(
     return output.contiguous()
 
 
-@tiled_prefill.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captured: list[Tensor],
-    extra: Tensor | None,
-    order: Tensor | None,
-    plain: str,
-    scale: float,
-    budget: float,
-    shortest: int,
-    kernel: str,
-) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])
+tiled_prefill.register_fake(fake_output)
 
 
 def _short(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Tensor:
-    """Attention that is only scaled, by a fused kernel of PyTorch's: not all take grouped heads."""
+    """Attend with scores that are only scaled, by PyTorch's own fused kernel.
+
+    KV heads are repeated for kernels that do not take grouped heads.
+    """
     group = query.shape[1] // key.shape[1]
     if query.dtype == torch.float32 or value.shape[-1] != key.shape[-1]:
         key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
@@ -153,23 +129,17 @@ def _short(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
     )
 
 
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-    extra: Tensor | None,
-) -> Tensor:
-    """What `prefill_attention` gives where all keys are read."""
-    if causal:
-        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
-        if mask is None:
-            mask = seen
-        elif mask.dtype == torch.bool:
-            mask = mask & seen
-        else:
-            mask = mask.masked_fill(~seen, -torch.inf)
-    return dense_attention(query, key, value, mask, scale, softcap, extra)
+def _dense(operands: Operands, causal: bool) -> Tensor:
+    """Return what `prefill_attention` gives if all keys are read."""
+    if not causal:
+        return dense_attention(operands)
+    key, mask = operands.key, operands.mask
+    shape = operands.query.shape[2], operands.kv_len
+    seen = torch.ones(*shape, dtype=torch.bool, device=key.device).tril()
+    if mask is None:
+        mask = seen
+    elif mask.dtype == torch.bool:
+        mask = mask & seen
+    else:
+        mask = mask.masked_fill(~seen, -torch.inf)
+    return dense_attention(replace(operands, mask=mask))

@@ -1,8 +1,8 @@
-"""The operators that rewritten graphs call, registered with PyTorch.
+"""The operators for decoding in plain PyTorch, registered with PyTorch.
 
-`update_index` brings the index of a key cache up to date with the keys just written to it;
-`sparse_attention` selects from the index and attends. Both find the index through a handle (see
-`handles`), which `update_index` declares to mutate: that orders them in a functional graph.
+`update_index` brings the index of a key cache up to date with the keys just written to the cache.
+`sparse_attention` selects from the index and attends. Both find the index by a handle. They are
+ordered in a functional graph because `update_index` declares that it mutates the handle.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels import handles
+from lychee_compile.kernels.operators.cache_index import CacheWrite
+from lychee_compile.kernels.operators.fakes import fake_output
 from lychee_compile.kernels.operators.observe import SparseCall, observers
+from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
 from lychee_compile.kernels.reference.adaptive import certified_attention
 from lychee_compile.kernels.reference.attention import attend, dense_attention
+from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import select
 from lychee_compile.kernels.reference.visible import visible_keys
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Key, query and value dtypes that the operators take."""
+"""Dtypes of query, key and value that the operators take."""
 DEVICES = ("cpu",)
-"""Devices on which the operators are faster than dense attention over a long context."""
+"""Types of devices on which the operators are faster than dense attention over a long context."""
 LONGEST_QUERY = 16
-"""Query positions of one call that count as decoding: a token, or a draft of some."""
+"""Largest number of query positions that count as decoding: a token, or a draft of some tokens."""
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
@@ -36,19 +40,18 @@ def update_index(
     handle: Tensor,
     written: int,
 ) -> None:
-    """Follow what was just written to `key` [B, Hkv, L, D], a cache or the keys grown by `cat`.
+    """Follow a write to `key` [B, Hkv, L, D], a cache or the keys grown by `cat`.
 
-    `positions`, int [T] or [B, T], are the slots written; without them the last `written` slots.
-    `token_ids`, int [B, T], are the tokens there, where the graph knows them. `mask` is the SDPA
-    mask of the attention that reads the cache. A write of more than `LONGEST_QUERY` tokens, as in a
-    dense prefill, only notes what a later build needs.
+    `positions`, int [T] or [B, T], are the slots written; None: the last `written` slots.
+    `token_ids`, int [B, T], are the tokens there; None: the graph does not know them. `mask` is the
+    SDPA mask of the attention that reads the cache. A write of more than `LONGEST_QUERY` tokens, as
+    in a dense prefill, only notes what a later build needs.
     """
-    owner = handles.find(handle)
+    owner = handles.find(handle, ReferenceCacheIndex)
     cache = owner.index_for(key)
     batch, _, kv_len, _ = key.shape
-    visible = visible_keys(
-        None if mask is None else mask[..., -1:, :], batch, 1, kv_len, key.device
-    )
+    last_row = None if mask is None else mask[..., -1:, :]
+    visible = visible_keys(last_row, batch, 1, kv_len, key.device)
     if positions is None:
         stop = kv_len if written else max(int(visible.end.max()), 1)
         positions = torch.arange(max(stop - max(written, 1), 0), stop, device=key.device)
@@ -57,20 +60,13 @@ def update_index(
     strengths = None
     if token_ids is not None and owner.strength_of is not None:
         strengths = owner.strength_of(token_ids).expand(batch, -1)
-    build = written <= LONGEST_QUERY
-    cache.update(key, visible.first[:, 0], positions, strengths, build)
+    write = CacheWrite(visible.first[:, 0], positions, strengths)
+    cache.update(key, write, build=written <= LONGEST_QUERY)
     handle[1] += 1
 
 
 @update_index.register_fake
-def _(
-    key: Tensor,
-    mask: Tensor | None,
-    positions: Tensor | None,
-    token_ids: Tensor | None,
-    handle: Tensor,
-    written: int,
-) -> None:
+def _(*_: object, **__: object) -> None:
     return None
 
 
@@ -86,45 +82,27 @@ def sparse_attention(
     softcap: float | None,
     site: str,
 ) -> Tensor:
-    """Attention of `query` [B, Hq, Tq, D] over the best of `key` [B, Hkv, L, D]: [B, Hq, Tq, Dv].
+    """Attend from `query` [B, Hq, Tq, D] to the best of `key` [B, Hkv, L, D]: [B, Hq, Tq, Dv].
 
-    `value` is [B, Hkv, L, Dv], `mask` an SDPA mask or None; `softcap` and `extra` as in `attend`.
-    `update_index` has run on `key`. The budget is the handle's. More than `LONGEST_QUERY` positions
-    are a prefill, which is dense; so is a call where a query sees no key, so that its value stays
-    what PyTorch's operator makes of it.
+    The operands are those of `Operands`. `update_index` has run on `key`, and the budget is that of
+    the handle's index. More than `LONGEST_QUERY` positions are a prefill, which is dense. A call is
+    dense too if a query sees no key, so that its output stays what PyTorch's operator gives.
     """
+    operands = Operands(query, key, value, mask, scale, softcap, extra)
     if query.shape[2] > LONGEST_QUERY:
-        return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()
-    index = handles.find(handle).index_for(key).index
-    kv_len, budget, epsilon = key.shape[2], index.config.budget, index.config.epsilon
-    certificate = None
+        return dense_attention(operands).contiguous()
+    index = handles.find(handle, ReferenceCacheIndex).index_for(key).index
+    budget, epsilon, certificate = index.config.budget, index.config.epsilon, None
     if epsilon is None or budget is None:
-        selection = select(index, key, query, scale, kv_len, mask, budget, softcap, site)
-        output, _ = attend(query, key, value, selection, mask, scale, softcap, extra)
+        selection = select(index, operands.score_inputs, budget, site)
+        output, _ = attend(operands, selection)
     else:
-        output, selection, certificate = certified_attention(
-            index, query, key, value, mask, scale, budget, epsilon, softcap, extra, site
-        )
+        output, selection, certificate = certified_attention(index, operands, budget, epsilon, site)
     if bool((selection.visible.end == 0).any()):
-        return dense_attention(query, key, value, mask, scale, softcap, extra).contiguous()
+        return dense_attention(operands).contiguous()
     for observer in observers:
-        call = SparseCall(
-            site, query, key, value, mask, scale, softcap, index, selection, certificate
-        )
-        observer(call)
+        observer(SparseCall(site, operands, index, selection, certificate))
     return output.contiguous()
 
 
-@sparse_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    extra: Tensor | None,
-    handle: Tensor,
-    scale: float,
-    softcap: float | None,
-    site: str,
-) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])
+sparse_attention.register_fake(fake_output)

@@ -1,1 +1,1 @@
-"""How tokens are chosen: one method a file, for decoding and for prefill."""
+"""Methods of choosing tokens, one a file, for decoding and for prefill; and their registry."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.decode.clusterkv import ClusterKVIndex
@@ -24,14 +22,11 @@ from lychee_compile.kernels.policies.prefill.lychee import choose_by_centres
 from lychee_compile.kernels.policies.prefill.s2o import choose_until_it_wanes
 from lychee_compile.kernels.policies.prefill.streaming import choose_last
 from lychee_compile.kernels.reference.index import KVIndex
-from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
-
-PrefillChoice = Callable[[PrefillQuestion], Tensor]
-"""A function that answers a question: the candidates a tile reads, bool [B, Hq, tiles, L]."""
+from lychee_compile.kernels.reference.prefill_question import PrefillChoice
 
 
 class GpuKernels(Protocol):
-    """What is said of a policy's GPU kernels here; `kernels/gpu/methods.py` knows how they run."""
+    """Facts of a policy's GPU kernels; `kernels/gpu/methods.py` knows how they run."""
 
     @property
     def multiple(self) -> int:
@@ -39,7 +34,7 @@ class GpuKernels(Protocol):
 
     @property
     def limits(self) -> str:
-        """What the kernels do not do, in words; empty if there is nothing to say."""
+        """Things that the kernels do not do, in words; empty if there are none."""
 
     @property
     def prefill(self) -> bool:
@@ -53,11 +48,11 @@ class Policy:
     name: str
     """The value of the option `policy`."""
     words: str
-    """What it does, in one line."""
+    """One line that says what the policy does."""
     index: type[KVIndex] | None = None
-    """How it decodes, in plain PyTorch; None: it cannot decode."""
+    """Class of its indexes for decoding, in plain PyTorch; None: it cannot decode."""
     prefill: PrefillChoice | None = None
-    """How it chooses for a prefill, in plain PyTorch; None: it has no form for prefill."""
+    """Its choice for a prefill, in plain PyTorch; None: it has no form for prefill."""
     gpu: GpuKernels | None = None
     """Its kernels on a GPU; None: it has none. `kernels/gpu/methods.py` attaches those it has."""
 

@@ -6,79 +6,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import Selection
 from lychee_compile.kernels.reference.softcap import capped
 
 
-def dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    extra: Tensor | None = None,
-) -> Tensor:
-    """Attention over every key, [B, Hq, Tq, Dv] in the query's dtype.
-
-    Key and value have Hkv heads, Hkv dividing Hq. `softcap` and `extra` as in `attend`.
-    """
-    group = query.shape[1] // key.shape[1]
-    if group > 1:  # repeated, not `enable_gqa`: that has no fused kernel on a CPU
-        key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
+def dense_attention(operands: Operands) -> Tensor:
+    """Return attention over every key, [B, Hq, Tq, Dv] in the query's dtype."""
+    query, mask, scale = operands.query, operands.mask, operands.scale
+    key, value = operands.key, operands.value
+    if operands.group > 1:  # repeated, not `enable_gqa`: that has no fused kernel on a CPU
+        key, value = (each.repeat_interleave(operands.group, dim=1) for each in (key, value))
     key, value = key.to(query.dtype), value.to(query.dtype)
-    if softcap is None and extra is None:
+    if operands.softcap is None and operands.extra is None:
         mask = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    score = capped((query @ key.transpose(-1, -2)).float() * scale, softcap)
+    score = capped((query @ key.transpose(-1, -2)).float() * scale, operands.softcap)
     if mask is not None:
         score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
-    if extra is not None:
-        column = extra.float().expand(*score.shape[:-1])[..., None]
+    if operands.extra is not None:
+        column = operands.extra.float().expand(*score.shape[:-1])[..., None]
         score = torch.cat((score, column), -1)
     nothing = (score == -torch.inf).all(-1, keepdim=True)
-    weight = score.softmax(-1).masked_fill(nothing, 0)[..., : key.shape[2]]
+    weight = score.softmax(-1).masked_fill(nothing, 0)[..., : operands.kv_len]
     return weight.to(query.dtype) @ value
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    selection: Selection,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    extra: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention over the selected keys alone, with the mask and bias of the original call.
+def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
+    """Attend to the selected keys alone, with the mask and bias of the original call.
 
-    `query` [B, Hq, Tq, D], `key` [B, Hkv, L, D], `value` [B, Hkv, L, Dv]. Returns the output
-    [B, Hq, Tq, Dv] in the query's dtype and the log-sum-exp of its scores, float32 [B, Hq, Tq]. A
-    query that may see nothing gets zeros, as PyTorch's own attention gives. Computed in float32, or
-    in float64 for float64 queries.
-
-    `softcap` bends scores to softcap tanh(score / softcap) before mask and bias. `extra`,
-    broadcastable to [B, Hq, Tq], is the logit of a key without a value, an attention sink: it takes
-    its share of the softmax and gives nothing.
+    Returns the output [B, Hq, Tq, Dv] in the query's dtype and the log-sum-exp of its scores,
+    float32 [B, Hq, Tq]. A query that may see nothing gets zeros, as PyTorch's own attention gives.
+    Computed in float32, or in float64 for float64 queries.
     """
+    query, value = operands.query, operands.value
     batch, query_heads, query_len, _ = query.shape
-    heads = key.shape[1]
+    heads = operands.key.shape[1]
     slot, padding = slots_read(selection)
     work = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.unflatten(1, (heads, query_heads // heads)).transpose(2, 3).to(work)
-    score = capped(grouped @ rows_at(key, slot).to(work).transpose(-1, -2) * scale, softcap)
-    hidden = padding[..., None, :]
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            score = score + _mask_at(mask, slot, query_heads).to(work)
-        seen = selection.visible.mask if mask.dtype != torch.bool else mask
-        if seen is not None:
-            hidden = hidden | ~_mask_at(seen, slot, query_heads)
-    score = score.masked_fill(hidden, -torch.inf)
+    score = _scores_at(operands, selection, slot, padding, work)
     log_total = score.logsumexp(-1)
-    if extra is not None:
-        wide = extra.to(work).expand(batch, query_heads, query_len)
+    if operands.extra is not None:
+        wide = operands.extra.to(work).expand(batch, query_heads, query_len)
         log_total = torch.logaddexp(log_total, wide.unflatten(1, (heads, -1)).transpose(2, 3))
     nothing = log_total == -torch.inf
     weight = (score - log_total.masked_fill(nothing, 0)[..., None]).exp()
@@ -87,10 +56,32 @@ def attend(
     return output.to(query.dtype), log_total.transpose(2, 3).flatten(1, 2).float()
 
 
-def slots_read(selection: Selection) -> tuple[Tensor, Tensor]:
-    """Slots read, int64 [B, Hkv, Tq, S], and which of them are padding, bool of the same shape.
+def _scores_at(
+    operands: Operands, selection: Selection, slot: Tensor, padding: Tensor, work: torch.dtype
+) -> Tensor:
+    """Return the scores of the slots [B, Hkv, Tq, S] in the dtype `work`: [B, Hkv, Tq, G, S].
 
-    Padding names the last slot that the query sees: a hidden one may hold anything, NaN for one.
+    Padding and keys that the mask hides score -inf.
+    """
+    query, mask = operands.query, operands.mask
+    query_heads, heads = query.shape[1], operands.key.shape[1]
+    grouped = query.unflatten(1, (heads, operands.group)).transpose(2, 3).to(work)
+    raw = grouped @ rows_at(operands.key, slot).to(work).transpose(-1, -2)
+    score = capped(raw * operands.scale, operands.softcap)
+    hidden = padding[..., None, :]
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            score = score + _mask_at(mask, slot, query_heads).to(work)
+        seen = selection.visible.mask if mask.dtype != torch.bool else mask
+        if seen is not None:
+            hidden = hidden | ~_mask_at(seen, slot, query_heads)
+    return score.masked_fill(hidden, -torch.inf)
+
+
+def slots_read(selection: Selection) -> tuple[Tensor, Tensor]:
+    """Return the slots read, int64 [B, Hkv, Tq, S], and which of them are padding, bool.
+
+    Padding names the last slot that the query sees: a hidden slot may hold anything, even NaN.
     """
     token = selection.tokens()
     padding = token < 0
@@ -99,7 +90,7 @@ def slots_read(selection: Selection) -> tuple[Tensor, Tensor]:
 
 
 def rows_at(tensor: Tensor, slot: Tensor) -> Tensor:
-    """`tensor` [B, H, L, D] at the slots int64 [B, H, Tq, S]: [B, H, Tq, S, D]."""
+    """Return the rows of `tensor` [B, H, L, D] at slots int64 [B, H, Tq, S]: [B, H, Tq, S, D]."""
     batch, heads, length, head_dim = tensor.shape
     if tensor.is_contiguous():
         base = torch.arange(batch * heads, device=slot.device).view(batch, heads, 1, 1) * length
@@ -111,7 +102,7 @@ def rows_at(tensor: Tensor, slot: Tensor) -> Tensor:
 
 
 def _mask_at(mask: Tensor, slot: Tensor, query_heads: int) -> Tensor:
-    """An SDPA mask at the slots [B, Hkv, Tq, S], laid out as scores: [B, Hkv, Tq, 1 or G, S]."""
+    """Return an SDPA mask at the slots [B, Hkv, Tq, S], as scores lie: [B, Hkv, Tq, 1 or G, S]."""
     batch, heads, query_len, _ = slot.shape
     mask = mask[(None,) * (4 - mask.dim())]
     if mask.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""How much of the softmax a selection may have missed, at most."""
+"""Certificates: upper bounds of the share of the softmax that a selection misses."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lychee_compile.kernels.reference.visible import per_kv_head
 def log_unread_bound(
     index: KVIndex, query: Tensor, selection: Selection, softcap: float | None = None
 ) -> Tensor:
-    """Upper bound of log sum of exp(score) over what is not read: float32 [B, Hq, Tq].
+    """Bound log sum of exp(score) over the unread keys from above: float32 [B, Hq, Tq].
 
-    `query` is [B, Hq, Tq, D], `softcap` as in `attend`. Infinite where something is not read that
-    the index bounds nothing of.
+    `query` is [B, Hq, Tq, D]; `softcap` bends scores to softcap tanh(score / softcap). The bound is
+    infinite if the index has no bound for an unread key.
     """
     heads, visible = index.kv_heads, selection.visible
     group, query_len = query.shape[1] // heads, query.shape[2]
@@ -47,10 +47,11 @@ def log_unread_bound(
 
 
 def missed_share(key: Tensor, query: Tensor, selection: Selection, log_read: Tensor) -> Tensor:
-    """Upper bound of the share of the softmax mass that was not read: float32 [B, Hq, Tq].
+    """Bound the share of the softmax mass that was not read from above: float32 [B, Hq, Tq].
 
-    M / (1 + M), M the bound of the unread mass over what was read, rounded up. `log_read` is the
-    log-sum-exp that `attend` returns, `key` [B, Hkv, L, D]; the selection carries its bound.
+    The bound is M / (1 + M), rounded up, where M is the bound of the unread mass relative to the
+    mass read. `key` is [B, Hkv, L, D], `log_read` the log-sum-exp that `attend` returns. The
+    selection must carry its `log_unread_bound`.
     """
     assert selection.log_unread_bound is not None
     slot, _ = slots_read(selection)
@@ -66,10 +67,10 @@ def missed_share(key: Tensor, query: Tensor, selection: Selection, log_read: Ten
 def bounded_share(
     log_unread: Tensor, log_read: Tensor, scale: float, reach: Tensor, head_dim: int
 ) -> Tensor:
-    """Upper bound of the share of a softmax in its unread part: float32.
+    """Bound the share of a softmax in its unread part from above, float32.
 
-    `log_unread` bounds the log of its mass from above, `log_read` is the log-sum-exp of what was
-    read, computed in float32 from scores that `scale` times `reach`, the largest |q| |k|, bounds.
+    `log_unread` bounds the log of the unread mass. `log_read` is the log-sum-exp of the scores
+    read, in float32. `reach` is the largest |q| |k|, so that `scale` times it bounds those scores.
     """
     slack = rounding_slack(head_dim)
     log_floor = log_read - slack * abs(scale) * reach - slack * log_read.abs() - slack

@@ -1,4 +1,4 @@
-"""Cutting a sequence into chunks at its strongest boundaries, without a loop over tokens."""
+"""Cut a sequence into chunks at its strongest boundaries, without a loop over tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def similarity_strengths(key: Tensor) -> Tensor:
-    """Strength of the cut after each token, from how little neighbouring keys resemble each other.
+    """Rate the cut after each token by how little its key resembles the next one.
 
-    `key` is [B, Hkv, T, D]. The result is uint8 [B, T - 1]: 0 where a key and its successor point
-    the same way in every head, 255 where they point in opposite directions.
+    `key` is [B, Hkv, T, D]. The result is uint8 [B, T - 1]: 0 if a key and its successor point the
+    same way in every head, 255 if they point in opposite directions.
     """
     direction = F.normalize(key.float(), dim=-1)
     cosine = (direction[:, :, :-1] * direction[:, :, 1:]).sum(-1).mean(1)
@@ -21,12 +21,12 @@ def similarity_strengths(key: Tensor) -> Tensor:
 
 
 def best_cuts(strength: Tensor, end: Tensor, chunk: tuple[int, int]) -> Tensor:
-    """Where a chunk starting at each token would end: int64 [B, T], exclusive, T + 1 = undecided.
+    """Return the end of the chunk that would start at each token: int64 [B, T], exclusive.
 
-    `strength` is uint8 [B, T], `end` int64 [B] the tokens there are in each row. Among the lengths
-    that `chunk` = (shortest, longest) allows, the cut with the strongest boundary wins, the longest
-    among equals. A chunk that could reach `end` stays undecided: the strength of a cut after the
-    last token depends on a token that is still to come.
+    `strength` is uint8 [B, T]; `end`, int64 [B], is the number of tokens in each row. `chunk` is
+    the (shortest, longest) length allowed. The cut with the strongest boundary wins, and among
+    equals the longest chunk. An end of T + 1 means undecided. A chunk that could reach `end` is
+    undecided: the strength of a cut after the last token depends on the token that comes next.
     """
     shortest, longest = chunk
     batch, tokens = strength.shape
@@ -45,11 +45,11 @@ def best_cuts(strength: Tensor, end: Tensor, chunk: tuple[int, int]) -> Tensor:
 
 
 def follow_cuts(cuts: Tensor, first: Tensor) -> Tensor:
-    """Tokens that start a chunk when cutting greedily from `first`: bool [B, T].
+    """Mark the tokens that start a chunk when cutting greedily from `first`: bool [B, T].
 
-    `cuts` comes from `best_cuts`, `first` is int64 [B] (T or more starts nothing). Pointers double:
-    after n rounds all chunks within 2^n - 1 jumps are known, so log2(T) rounds suffice. The last
-    marked token is where the undecided tail starts.
+    `cuts` comes from `best_cuts`; `first` is int64 [B], and T or more starts nothing. Pointers
+    double: n rounds reach all chunks within 2^n - 1 jumps, so log2(T) rounds suffice. The undecided
+    tail starts at the last marked token.
     """
     batch, tokens = cuts.shape
     undecided = tokens + 1
@@ -66,12 +66,12 @@ def follow_cuts(cuts: Tensor, first: Tensor) -> Tensor:
 def cut_chunks(
     strength: Tensor, first: Tensor, end: Tensor, chunk: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Chunks decided by the strengths seen so far: (starts, lengths), int64 [B, C].
+    """Return the chunks that the strengths seen so far decide: (starts, lengths), int64 [B, C].
 
     `strength` is uint8 [B, T]; `first` and `end`, int64 [B], delimit the tokens to cut in each row.
-    Rows with fewer chunks than others end in zero lengths. What is left after a row's last chunk,
-    at most the longest chunk, is its tail. Cutting in one go and cutting as tokens arrive give the
-    same chunks.
+    Rows with fewer chunks than others end in zero lengths. The tokens after the last chunk of a row
+    are its tail, which is no longer than the longest chunk. Cutting all tokens at once gives the
+    same chunks as cutting them while they arrive.
     """
     cuts = best_cuts(strength, end, chunk)
     closed = follow_cuts(cuts, first) & (cuts <= strength.shape[1])

@@ -9,18 +9,18 @@ from torch import Tensor
 from lychee_compile.kernels.reference.nodes import Nodes
 
 ITERATIONS = 10
-"""Lloyd steps: assignments of real keys stop moving before this many (measured on Gemma-3)."""
+"""Number of Lloyd steps. Labels of real keys stop changing earlier (measured on Gemma-3)."""
 SPLIT_ITERATIONS = 3
-"""The same for the few members of one group."""
+"""Number of Lloyd steps when one group is split: it has few members."""
 
 
 def cluster(children: Nodes, per_group: int, most: int | None, seed: int) -> tuple[Tensor, int]:
-    """Group nodes by direction: (labels int64 [B, Hkv, N], number of groups).
+    """Group nodes by direction, and return labels, int64 [B, Hkv, N], and the number of groups.
 
-    Means are centred first, since keys share a large common component, then compared by cosine, as
-    LycheeCluster does (arXiv 2603.08453). A group has `per_group` members on average and at most
-    twice as many; where `most` is given, there are at most `most` groups, of any size. Labels are
-    consecutive in each row and head; unused nodes get label 0.
+    Means are compared by cosine, as LycheeCluster does (arXiv 2603.08453). They are centred first,
+    since keys share a large common component. A group has `per_group` members on average. Without
+    `most` it has at most twice as many; with `most` there are at most so many groups, of any size.
+    Labels are consecutive in each row and head. Unused nodes get label 0.
     """
     used = children.tokens > 0
     weight = children.tokens.float()[..., None]
@@ -37,9 +37,10 @@ def cluster(children: Nodes, per_group: int, most: int | None, seed: int) -> tup
 
 
 def halves(children: Nodes) -> Tensor:
-    """Two groups of near means, neither empty where two nodes or more are used: [B, Hkv, N].
+    """Split nodes into two groups of near means, and return labels 0 and 1: [B, Hkv, N].
 
-    2-means from the node furthest from the mean and the one furthest from that.
+    Neither group is empty if two nodes or more are used. 2-means begins with the node furthest from
+    the common mean, and with the node furthest from that one.
     """
     used = children.tokens > 0
     mean, weight = children.mean, children.tokens.float()[..., None]
@@ -47,8 +48,8 @@ def halves(children: Nodes) -> Tensor:
 
     def furthest_from(centre: Tensor) -> Tensor:
         distance = (mean - centre).square().sum(-1).masked_fill(~used, -1)
-        place = distance.nan_to_num(nan=torch.inf).argmax(-1, keepdim=True)
-        return mean.gather(2, place[..., None].expand(*place.shape, mean.shape[-1]))
+        chosen = distance.nan_to_num(nan=torch.inf).argmax(-1, keepdim=True)
+        return mean.gather(2, chosen[..., None].expand(*chosen.shape, mean.shape[-1]))
 
     first = furthest_from(common)
     second = furthest_from(first)
@@ -66,6 +67,10 @@ def halves(children: Nodes) -> Tensor:
 
 
 def _lloyd(direction: Tensor, used: Tensor, members: Tensor, groups: Tensor, seed: int) -> Tensor:
+    """Return labels, int64 [B, Hkv, N], of unit vectors `direction` [B, Hkv, N, D] by k-means.
+
+    `members` and `groups`, int64 [B, Hkv], are the numbers of used nodes and of groups.
+    """
     count = int(groups.max())
     slot = torch.arange(count, device=direction.device)
     jitter = torch.rand(count, generator=torch.Generator().manual_seed(seed)).to(direction.device)
@@ -89,7 +94,7 @@ def _lloyd(direction: Tensor, used: Tensor, members: Tensor, groups: Tensor, see
 
 
 def _consecutive(labels: Tensor, used: Tensor, fullest: int | None) -> tuple[Tensor, int]:
-    """Renumber labels without gaps, splitting groups of more than `fullest` members in order."""
+    """Renumber labels without gaps; split groups of more than `fullest` members in order."""
     unused = int(labels.max()) + 1
     ordered, order = torch.where(used, labels, unused).sort(dim=-1, stable=True)
     position = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)

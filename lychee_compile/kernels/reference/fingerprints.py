@@ -1,4 +1,4 @@
-"""Fingerprints of cached keys: whether a key is still the one that was indexed."""
+"""Fingerprints of cached keys, which tell if a key is still the one that was indexed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _BLOCK_BYTES = 1 << 19
 
 
 def fingerprints(key: Tensor, seed: int = 0x5EED) -> Tensor:
-    """Hash of each token's keys over all heads and channels: `key` [B, Hkv, T, D] -> int64 [B, T].
+    """Hash the keys of each token over all heads and channels: [B, Hkv, T, D] -> int64 [B, T].
 
-    A sum of the keys' bit patterns with random odd 64-bit weights, modulo 2^64: exact in any order
-    of summation, so the same on every device; two different tokens agree with a probability below
-    2^-30. NaNs compare by their bits.
+    The hash is a sum of bit patterns with random odd 64-bit weights, modulo 2^64. It is exact in
+    any order of summation, and so the same on every device. Two different tokens agree with a
+    probability below 2^-30. NaNs compare by their bits.
     """
     batch, heads, tokens, _ = key.shape
     size = max(1, _BLOCK_BYTES // (key.element_size() * key.shape[3] * heads * batch))
@@ -35,9 +35,10 @@ def fingerprints(key: Tensor, seed: int = 0x5EED) -> Tensor:
 
 
 def _as_int64(block: Tensor) -> Tensor:
-    """Bit patterns as int64, several channels in one where they fill it, high bits folded down.
+    """Return bit patterns as int64, with several channels in one number if they fill it.
 
-    Without the fold a difference in the sign bits alone could cancel in the sum.
+    High bits are folded down. Without the fold, differences in sign bits alone could cancel in the
+    sum.
     """
     size = block.element_size()
     block = block.contiguous()
@@ -51,6 +52,7 @@ def _as_int64(block: Tensor) -> Tensor:
 
 @cache
 def _weights(heads: int, words: int, seed: int) -> Tensor:
+    """Return random odd weights, int64 [heads, 1, words]."""
     generator = torch.Generator().manual_seed(seed)
     low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     return torch.randint(low, high, (heads, 1, words), generator=generator) | 1

@@ -1,4 +1,4 @@
-"""Indexes whose groups are runs of neighbouring tokens, each with a summary of its keys."""
+"""Base of the indexes that cut tokens into groups of neighbours and summarise each group."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.question import Question, Runs, group_mass
 
 GATHER_GROUPS = 2048
-"""Groups whose keys are gathered at a time, to bound the memory of building."""
+"""Number of groups whose keys are gathered at a time, to bound the memory of building."""
 
 
 class GroupedIndex(KVIndex):
     """Cuts each row into groups from `start` to `tail`, shared by its heads, as tokens arrive.
 
-    A policy of this kind says what summarises a group (`summarise`) and what mass it is estimated
-    to hold (`log_estimate`), maybe a bound of its scores (`group_bound`), and where to cut
-    (`group_range`): at the strongest boundary within a range, or at a fixed length.
+    A policy of this kind defines the summary of a group (`summarise`) and an estimate of its mass
+    (`log_estimate`). It may define a bound of the group's scores (`group_bound`) and the lengths of
+    groups (`group_range`). Groups of a range of lengths end at the strongest boundary.
     """
 
     def __init__(
@@ -30,77 +30,78 @@ class GroupedIndex(KVIndex):
     ) -> None:
         super().__init__(batch, kv_heads, head_dim, config, device)
         self.compared = self.start.clone()
-        """Tokens of each row whose keys the strengths have seen, int64 [B]."""
+        """Number of tokens of each row whose keys have been compared for boundaries, int64 [B]."""
         self.group_start = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         self.group_length = self.group_start.clone()
         """First token and length of each group, int64 [B, C]; length 0: unused slot."""
         self.summaries: dict[str, Tensor] = {}
-        """What `summarise` made of each group, [B, Hkv, C, ...]."""
+        """Summaries of all groups by name, each [B, Hkv, C, ...]."""
         no_keys = torch.zeros(batch, kv_heads, 0, 1, head_dim, device=device)
         no_tokens = torch.zeros(batch, 0, 1, dtype=torch.bool, device=device)
         self.summaries = self.summarise(no_keys, no_tokens)
 
     @abc.abstractmethod
     def summarise(self, keys: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """Summaries of M groups, each [B, Hkv, M, ...].
+        """Return named summaries of M groups, each [B, Hkv, M, ...].
 
-        `keys` is float32 [B, Hkv, M, T, D], padded with any numbers; `valid`, bool [B, M, T].
+        `keys` is float32 [B, Hkv, M, T, D]. `valid`, bool [B, M, T], is False for padding, which
+        may be any number.
         """
 
     @abc.abstractmethod
     def log_estimate(self, query: Tensor, scale: float) -> Tensor:
-        """Estimated mean of exp(scale q.k) over each group, in logs: [B, Hkv, R, C].
+        """Return the log of the estimated mean of exp(scale q.k) over each group: [B, Hkv, R, C].
 
         `query` is float32 [B, Hkv, R, D].
         """
 
     def group_bound(self, query: Tensor, scale: float) -> Tensor | None:
-        """Upper bound of scale q.k over the keys of each group, [B, Hkv, R, C]; None: no bound."""
+        """Return an upper bound of scale q.k over each group, [B, Hkv, R, C]; None: no bound."""
         return None
 
     @property
     def group_range(self) -> tuple[int, int]:
-        """Shortest and longest group."""
+        """Lengths of the shortest and the longest group, in tokens."""
         return self.config.chunk
 
     @property
     def group_count(self) -> Tensor:
-        """Groups of each row, int64 [B]."""
+        """Number of groups of each row, int64 [B]."""
         return (self.group_length > 0).sum(1)
 
     def choose(self, question: Question) -> Runs:
-        """Whole groups of most estimated mass."""
-        held = question.held(self.group_start, self.group_length)[:, None]
+        """Choose the groups of most estimated mass, as whole groups."""
+        sizes = question.held(self.group_start, self.group_length)[:, None]
         mean = question.split(question.capped(self.log_estimate(question.query, question.scale)))
         if question.visible.bias is not None:
             mean = mean + self._group_bias(question)
-        rank = question.share(group_mass(mean, held))
+        rank = question.share(group_mass(mean, sizes))
         return question.take_groups(rank, self.group_start, self.group_length)
 
     def score_bound(self, query: Tensor, scale: float) -> Tensor | None:
-        """For each slot the bound of its group."""
+        """Return the bound of its group for each slot: [B, Hkv, R, N]."""
         bound = self.group_bound(query, scale)
         if bound is None or bound.shape[-1] == 0:
             return None
         return self.spread(bound)
 
     def spread(self, per_group: Tensor) -> Tensor:
-        """What each group has, [B, Hkv, R, C], for each slot up to the last tail."""
+        """Repeat values of groups, [B, Hkv, R, C], for each slot up to the last tail."""
         column = self.columns()[:, None, None].expand(-1, *per_group.shape[1:3], -1)
         return per_group.gather(-1, column)
 
     def columns(self) -> Tensor:
-        """The group that each slot up to the last tail is in, int64 [B, N]; any outside a row."""
+        """Return the group of each slot up to the last tail, int64 [B, N]; any outside a row."""
         slots = int(self.tail.max())
         begins = torch.zeros(self.batch, slots + 1, dtype=torch.int64, device=self.device)
-        place = torch.where(self.group_length > 0, self.group_start, slots)
-        begins.scatter_(1, place, 1)
+        first = torch.where(self.group_length > 0, self.group_start, slots)
+        begins.scatter_(1, first, 1)
         return (begins[:, :slots].cumsum(1) - 1).clamp(min=0)
 
     def partition(self) -> tuple[Tensor, Tensor]:
-        """Every token indexed, as groups in order: (starts, lengths), int64 [B, C + 1].
+        """Return all indexed tokens as groups in order: (starts, lengths), int64 [B, C + 1].
 
-        A row's last group is its tail, whose end is not decided yet. Length 0: no group.
+        The last group of a row is its tail, whose end is not decided yet. Length 0: no group.
         """
         rest = (self.end - self.tail).clamp(min=0)
         starts = torch.cat((self.group_start, self.tail[:, None]), 1)
@@ -110,7 +111,7 @@ class GroupedIndex(KVIndex):
         return torch.where(lengths > 0, starts.gather(1, order), 0), lengths
 
     def extend(self, key: Tensor, end: Tensor) -> None:
-        """Cut what is new into groups, as far as it is decided, and summarise them."""
+        """Cut new tokens into groups, as far as cuts are decided, and summarise the groups."""
         self.end = end.clone()
         due = self.tail + self.group_range[1] < end
         if not bool(due.any()):
@@ -129,8 +130,8 @@ class GroupedIndex(KVIndex):
     def truncate(self, keep: Tensor) -> None:
         """Forget the tokens from position `keep`, int64 [B], on.
 
-        Groups whose cut a forgotten token took part in go too, so that what follows is cut as if
-        the forgotten tokens had never been there.
+        A group is also dropped if a forgotten token took part in its cut. So later tokens are cut
+        as if the forgotten ones had never been there.
         """
         self.strengths.forget(keep)
         self.compared = torch.minimum(self.compared, keep)
@@ -138,14 +139,14 @@ class GroupedIndex(KVIndex):
         self._drop(self.group_start + self.group_range[1] >= keep[:, None])
 
     def restart(self, rows: Tensor, start: Tensor) -> None:
-        """Empty the rows where `rows`, bool [B], is set; they begin at `start`, int64 [B]."""
+        """Empty the rows where `rows`, bool [B], is set; they then begin at `start`, int64 [B]."""
         self._drop(rows[:, None])
         super().restart(rows, start)
 
     def group_keys(self, key: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys of the groups in `columns` [B, M], padded to the longest group, T tokens.
+        """Return the keys of the groups in `columns` [B, M], padded to the longest group.
 
-        Float32 [B, Hkv, M, T, D], and which of them are in the group, bool [B, M, T].
+        The keys are float32 [B, Hkv, M, T, D]. A mask, bool [B, M, T], is False for padding.
         """
         offset = torch.arange(self.group_range[1], device=key.device)
         valid = offset < self.group_length.gather(1, columns)[..., None]
@@ -155,13 +156,13 @@ class GroupedIndex(KVIndex):
         return key[row, :, position].permute(0, 3, 1, 2, 4).float(), valid
 
     def on_append(self, key: Tensor, columns: Tensor, used: Tensor) -> None:
-        """Groups were added: at `columns`, int64 [B, M], where `used`, bool [B, M]."""
+        """Follow new groups: at `columns`, int64 [B, M], where `used`, bool [B, M]."""
 
     def on_drop(self) -> None:
-        """Groups were dropped."""
+        """Follow a loss of groups."""
 
     def _find_boundaries(self, key: Tensor, due: Tensor, last: int) -> None:
-        """Learn the strengths of the rows `due`, bool [B], from their keys up to `last`."""
+        """Learn boundary strengths of the rows `due`, bool [B], from their keys up to `last`."""
         self.strengths.reserve(last)
         if self.group_range[0] == self.group_range[1]:
             return  # of one length, groups end where they must
@@ -169,7 +170,7 @@ class GroupedIndex(KVIndex):
         self.compared = torch.where(due, torch.maximum(self.compared, self.end), self.compared)
 
     def _append(self, key: Tensor, starts: Tensor, lengths: Tensor) -> None:
-        """Add groups, [B, M]; those of length 0 are none."""
+        """Add the groups [B, M] whose length is not 0."""
         used = lengths > 0
         columns = self.group_count[:, None] + used.long().cumsum(1) - 1
         needed = int(columns.max()) + 1
@@ -189,6 +190,7 @@ class GroupedIndex(KVIndex):
         self.on_append(key, columns, used)
 
     def _reserve(self, count: int) -> None:
+        """Make room for `count` groups in each row."""
         more = count - self.group_start.shape[1]
         self.group_start = F.pad(self.group_start, (0, more))
         self.group_length = F.pad(self.group_length, (0, more))
@@ -197,7 +199,7 @@ class GroupedIndex(KVIndex):
             self.summaries[name] = torch.cat((value, room), 2)
 
     def _drop(self, which: Tensor) -> None:
-        """Drop the groups `which`, bool [B, 1 or C], none of them before one that is kept."""
+        """Drop the groups `which`, bool [B, 1 or C]; no kept group may follow a dropped one."""
         dropped = (self.group_length > 0) & which
         if not bool(dropped.any()):
             return
@@ -207,7 +209,7 @@ class GroupedIndex(KVIndex):
         self.on_drop()
 
     def _group_bias(self, question: Question) -> Tensor:
-        """Largest bias within each group: [B, 1 or Hkv, 1 or G, Tq, C]."""
+        """Return the largest bias within each group: [B, 1 or Hkv, 1 or G, Tq, C]."""
         bias = question.finish(
             torch.zeros_like(question.query[..., :1]).expand(-1, -1, -1, question.visible.kv_len)
         )

@@ -1,4 +1,4 @@
-"""What a policy knows of one key cache: the base of all indexes."""
+"""Base of all indexes: what a decode policy knows of one key cache."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lychee_compile.kernels.reference.strengths import StrengthTrack
 
 
 class KVIndex(abc.ABC):
-    """Index over keys [B, Hkv, L, D], rows of any length, and how a policy chooses from it.
+    """An index over keys [B, Hkv, L, D] with rows of any length, and a policy to choose from it.
 
-    A policy is a subclass: it follows the keys as they are written (`extend`, `truncate`,
-    `restart`) and answers questions (`choose`). Everything else, from the compiler to the state
-    that follows caches, is the same for all. A query always reads the first and the last tokens
-    (`always_read`) and those the index does not hold yet, from `tail` on.
+    A policy is a subclass. It follows the keys as they are written (`extend`, `truncate`,
+    `restart`) and answers questions (`choose`). Everything else is the same for all policies. A
+    query always reads the first and the last tokens (`always_read`), and the tokens from `tail` on,
+    which the index does not hold yet.
     """
 
     reads_keys: ClassVar[bool] = False
-    """Whether `choose` reads the cache itself."""
+    """True if `choose` reads the keys of the cache itself."""
     dense_layers: ClassVar[int] = 0
-    """First attention layers that the paper leaves dense."""
+    """Number of first attention layers that the paper leaves dense."""
 
     def __init__(
         self, batch: int, kv_heads: int, head_dim: int, config: IndexConfig, device: torch.device
@@ -38,36 +38,37 @@ class KVIndex(abc.ABC):
         self.tail = self.start.clone()
         """First token of each row that cannot be chosen yet, int64 [B]."""
         self.end = self.start.clone()
-        """Tokens of each row that the last update saw, int64 [B]."""
+        """Number of tokens of each row at the last update, int64 [B]."""
 
     @abc.abstractmethod
     def extend(self, key: Tensor, end: Tensor) -> None:
         """Index the tokens up to `end`, int64 [B], of the whole cache `key` [B, Hkv, L, D].
 
-        Keys before `tail` are those that were indexed. Sets `end` and moves `tail`.
+        Keys before `tail` are unchanged since they were indexed. Sets `end` and moves `tail`.
         """
 
     @abc.abstractmethod
     def choose(self, question: Question) -> Runs:
-        """The tokens that matter most to each query, as runs of slots."""
+        """Return the tokens that matter most to each query, as runs of slots."""
 
     @abc.abstractmethod
     def bytes_per_step(self, tokens: int, budget: int) -> int:
-        """Bytes that choosing among `tokens` reads, per row and KV head, at 2 bytes a number.
+        """Return the bytes that choosing among `tokens` reads, per row and KV head.
 
-        Summaries and keys, besides the keys and values that are then attended to.
+        It reads summaries and keys, at 2 bytes a number. The keys and values that attention then
+        reads do not count.
         """
 
     @property
     def always_read(self) -> tuple[int, int]:
-        """First and last tokens of a row that every query reads."""
+        """Numbers of first and of last tokens of a row that every query reads."""
         return self.config.sinks, self.config.recent
 
     def score_bound(self, query: Tensor, scale: float) -> Tensor | None:
-        """Upper bound of scale q.k for the keys in the slots from 0 on: [B, Hkv, R, N].
+        """Return an upper bound of scale q.k for the keys in the first N slots: [B, Hkv, R, N].
 
-        `query` is float32 [B, Hkv, R, D]. Bounds hold for the slots in [start, tail). None where
-        the method bounds nothing.
+        `query` is float32 [B, Hkv, R, D]. Bounds hold for the slots in [start, tail). None: the
+        policy bounds nothing.
         """
         return None
 
@@ -78,14 +79,14 @@ class KVIndex(abc.ABC):
         self.tail = torch.maximum(torch.minimum(self.tail, keep), self.start)
 
     def restart(self, rows: Tensor, start: Tensor) -> None:
-        """Empty the rows where `rows`, bool [B], is set; they begin at `start`, int64 [B]."""
+        """Empty the rows where `rows`, bool [B], is set; they then begin at `start`, int64 [B]."""
         self.start = torch.where(rows, start, self.start)
         self.tail = torch.where(rows, start, self.tail)
 
     def partition(self) -> tuple[Tensor, Tensor]:
-        """Every token indexed, as groups in order: (starts, lengths), int64 [B, C].
+        """Return all tokens as groups in order: (starts, lengths), int64 [B, C].
 
-        A row's last group is what is not indexed yet. Length 0: no group.
+        The last group of a row holds the tokens that are not indexed yet. Length 0: no group.
         """
         starts = torch.stack((self.start, self.tail), 1)
         lengths = torch.stack((self.tail - self.start, self.end - self.tail), 1)

@@ -1,4 +1,4 @@
-"""Groups of keys as nodes: what mass they are estimated to hold, and what mass at most."""
+"""Groups of keys as nodes, with an estimate and an upper bound of their softmax mass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def rounding_slack(head_dim: int) -> float:
-    """Relative error that a float32 inner product or norm over `head_dim` terms stays within."""
+    """Bound the relative error of a float32 inner product or norm over `head_dim` terms."""
     return (head_dim + 8) * torch.finfo(torch.float32).eps
 
 
@@ -19,17 +19,17 @@ class Nodes:
     """N groups of keys per row and KV head. A node without tokens is an unused slot."""
 
     mean: Tensor
-    """float32 [B, Hkv, N, D], mean key of the group and centre of its ball."""
+    """Mean key of the group and centre of its ball, float32 [B, Hkv, N, D]."""
     variance: Tensor
-    """float32 [B, Hkv, N, D], variance of each key channel within the group."""
+    """Variance of each key channel within the group, float32 [B, Hkv, N, D]."""
     radius: Tensor
-    """float32 [B, Hkv, N], no key of the group is further from `mean`."""
+    """Radius of the ball, float32 [B, Hkv, N]: no key of the group is further from `mean`."""
     tokens: Tensor
-    """int64 [B, Hkv, N], keys in the group."""
+    """Number of keys in the group, int64 [B, Hkv, N]."""
 
     @staticmethod
     def empty(batch: int, heads: int, head_dim: int, device: torch.device) -> Nodes:
-        """No nodes yet."""
+        """Return a record of no nodes."""
         vectors = torch.zeros(batch, heads, 0, head_dim, device=device)
         return Nodes(
             vectors,
@@ -40,11 +40,11 @@ class Nodes:
 
     @property
     def count(self) -> int:
-        """Node slots per row and head, unused ones included."""
+        """Number of node slots per row and head, unused ones included."""
         return self.mean.shape[2]
 
     def resized(self, count: int) -> Nodes:
-        """The same nodes with room for `count`, new slots empty, or only the first `count`."""
+        """Return the nodes with room for `count`, new slots empty, or only the first `count`."""
         if count <= self.count:
             parts = (self.mean, self.variance, self.radius, self.tokens)
             return Nodes(*(part[:, :, :count] for part in parts))
@@ -57,7 +57,7 @@ class Nodes:
         )
 
     def gather(self, chosen: Tensor) -> Nodes:
-        """The nodes `chosen`, int64 [B, Hkv, M]."""
+        """Return the nodes `chosen`, int64 [B, Hkv, M]."""
         vectors = chosen[..., None].expand(*chosen.shape, self.mean.shape[-1])
         return Nodes(
             self.mean.gather(2, vectors),
@@ -77,20 +77,21 @@ class Nodes:
         self.tokens.scatter_(2, chosen, torch.where(where, nodes.tokens, old.tokens))
 
     def log_estimate(self, query: Tensor, scale: float) -> Tensor:
-        """Estimated mean of exp(scale q.k) over each node, in logs: [B, Hkv, R, N].
+        """Return the log of the estimated mean of exp(scale q.k) over each node: [B, Hkv, R, N].
 
-        `query` is float32 [B, Hkv, R, D]. The second-order cumulant expansion with a diagonal
-        covariance, scale q.m + scale^2 / 2 sum_i q_i^2 v_i: exact for Gaussian keys.
+        `query` is float32 [B, Hkv, R, D]. The estimate is the second-order cumulant expansion with
+        a diagonal covariance, scale q.m + scale^2 / 2 sum_i q_i^2 v_i. It is exact for Gaussian
+        keys.
         """
         first = query @ self.mean.transpose(-1, -2)
         second = query.square() @ self.variance.transpose(-1, -2)
         return scale * first + (0.5 * scale * scale) * second
 
     def score_bound(self, query: Tensor, scale: float) -> Tensor:
-        """Upper bound of scale q.k over the keys of each node: [B, Hkv, R, N].
+        """Return an upper bound of scale q.k over the keys of each node: [B, Hkv, R, N].
 
-        `query` is float32 [B, Hkv, R, D]. Triangle inequality: q.k <= q.c + |q| r, widened by what
-        float32 rounding can hide. A negative scale bounds with -q.
+        `query` is float32 [B, Hkv, R, D]. The triangle inequality gives q.k <= q.c + |q| r. The
+        bound is widened by what float32 rounding can hide. A negative scale bounds with -q.
         """
         norm = torch.linalg.vector_norm(query, dim=-1)[..., None]
         centre = scale * (query @ self.mean.transpose(-1, -2))
@@ -107,17 +108,17 @@ class Nodes:
         )
 
     def log_mass_floor(self, query: Tensor, scale: float) -> Tensor:
-        """Lower bound of the sum of exp(scale q.k) over each node, in logs: [B, Hkv, R, N].
+        """Return the log of a lower bound of the sum of exp(scale q.k): [B, Hkv, R, N].
 
-        Jensen's inequality, n exp(scale q.mean), with `query` as in `log_estimate`.
+        By Jensen's inequality the bound is n exp(scale q.mean). `query` is float32 [B, Hkv, R, D].
         """
         return scale * (query @ self.mean.transpose(-1, -2)) + log_count(self.tokens)[:, :, None]
 
 
 def furthest(keys: Tensor, valid: Tensor, centre: Tensor) -> Tensor:
-    """Distance from `centre` [B, Hkv, M, D] that no key exceeds: [B, Hkv, M].
+    """Return the distance from `centre` [B, Hkv, M, D] that no key exceeds: [B, Hkv, M].
 
-    `keys` is [B, Hkv, M, T, D]; those that are not `valid`, bool [B, M, T], do not count.
+    `keys` is [B, Hkv, M, T, D]; keys that are not `valid`, bool [B, M, T], do not count.
     """
     distance = torch.linalg.vector_norm(keys - centre[:, :, :, None], dim=-1)
     reach = F.pad(distance.masked_fill(~valid[:, None], 0), (0, 1)).amax(-1)
@@ -126,15 +127,15 @@ def furthest(keys: Tensor, valid: Tensor, centre: Tensor) -> Tensor:
 
 
 def log_count(tokens: Tensor) -> Tensor:
-    """Logarithm of a token count, -inf for none."""
+    """Return the logarithm of a token count, -inf for no tokens."""
     return tokens.float().log()
 
 
 def merge(children: Nodes, labels: Tensor, count: int) -> Nodes:
-    """Parents of `children`, `labels` int64 [B, Hkv, N] naming the parent of each among `count`.
+    """Return `count` parents of `children`; `labels`, int64 [B, Hkv, N], are their numbers.
 
-    Means and variances follow the law of total variance. The radius reaches over the children's
-    balls, which covers every key but is not the tightest: see `KVIndex` for one taken from keys.
+    Means and variances follow the law of total variance. The radius reaches over the balls of the
+    children: it covers every key, but one taken from the keys themselves would be smaller.
     """
     weight = children.tokens.float()
     tokens = _sum_by_label(weight[..., None], labels, count)
@@ -150,16 +151,17 @@ def merge(children: Nodes, labels: Tensor, count: int) -> Nodes:
 
 
 def take_rows(vectors: Tensor, labels: Tensor) -> Tensor:
-    """`vectors` [B, Hkv, N, D] at `labels` [B, Hkv, M]: [B, Hkv, M, D]."""
+    """Return the rows of `vectors` [B, Hkv, N, D] at `labels` [B, Hkv, M]: [B, Hkv, M, D]."""
     return vectors.gather(2, labels[..., None].expand(*labels.shape, vectors.shape[-1]))
 
 
 def max_by_label(values: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Largest of the non-negative `values` [B, Hkv, N] under each label: [B, Hkv, count]."""
+    """Return the largest of non-negative `values` [B, Hkv, N] by label: [B, Hkv, count]."""
     floor = values.new_zeros(*values.shape[:2], count)
     return floor.scatter_reduce(2, labels, values, "amax")
 
 
 def _sum_by_label(values: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Return the sum of `values` [B, Hkv, N, D] by label: [B, Hkv, count, D]."""
     total = values.new_zeros(*values.shape[:2], count, values.shape[-1])
     return total.scatter_add(2, labels[..., None].expand_as(values), values)

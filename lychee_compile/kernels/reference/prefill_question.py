@@ -1,7 +1,8 @@
-"""What a policy is asked about a whole sequence: which keys does each tile of queries read?"""
+"""The question to a prefill policy: which keys does each tile of queries read?"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,24 +16,24 @@ from lychee_compile.kernels.sizes import QUERY_TILE
 
 @dataclass(frozen=True)
 class PrefillQuestion:
-    """Some tiles of queries, one after another, and the keys that may be chosen for them."""
+    """Consecutive tiles of queries, and the keys that may be chosen for them."""
 
     query: Tensor
-    """float32 [B, Hq, T, D]; the last tile may have fewer than `QUERY_TILE` positions."""
+    """Queries, float32 [B, Hq, T, D]; the last tile may have fewer than `QUERY_TILE` positions."""
     key: Tensor
-    """float32 [B, Hkv, L, D]"""
+    """Keys, float32 [B, Hkv, L, D]."""
     scale: float
-    """What q.k is multiplied by."""
+    """Softmax scale: the factor of q.k."""
     softcap: float | None
-    """As in `attend`."""
+    """Bound that scores are bent to, softcap tanh(score / softcap); None: no bound."""
     sight: TileSight
-    """What the tiles see."""
+    """Keys that the tiles see."""
     room: Tensor
-    """Keys that may be chosen, int64 [B, Hq, tiles]."""
+    """Number of keys that may be chosen, int64 [B, Hq, tiles]."""
 
     @property
     def tiles(self) -> int:
-        """How many tiles there are."""
+        """Number of tiles."""
         return self.room.shape[2]
 
     @property
@@ -41,26 +42,27 @@ class PrefillQuestion:
         return self.sight.candidates.expand(*self.room.shape, -1)
 
     def parts(self, positions: int) -> Nodes:
-        """Queries as nodes of so many positions, a divisor of `QUERY_TILE`.
+        """Summarise every `positions` queries, a divisor of `QUERY_TILE`.
 
-        They are [B, Hq, tiles * parts, D]. Those behind the last query hold no tokens.
+        The nodes are [B, Hq, tiles * parts, D]; those behind the last query hold no tokens.
         """
         count = self.tiles * QUERY_TILE // positions
         return summarise(self.query, positions).resized(count)
 
     def key_nodes(self, size: int) -> Nodes:
-        """Every `size` keys as a node, for every query head: [B, Hq, N, D]."""
+        """Summarise every `size` keys as a node, for every query head: [B, Hq, N, D]."""
         nodes = summarise(self.key, size)
         return Nodes(*(self.per_query_head(getattr(nodes, each.name)) for each in fields(Nodes)))
 
     def per_query_head(self, of_keys: Tensor) -> Tensor:
-        """[B, Hkv, ...] once for every query head that reads it: [B, Hq, ...]."""
+        """Repeat values [B, Hkv, ...] for every query head that reads them: [B, Hq, ...]."""
         return of_keys.repeat_interleave(self.room.shape[1] // of_keys.shape[1], dim=1)
 
     def scores(self, vectors: Tensor) -> Tensor:
-        """Scores of vectors [B, Hq, tiles * parts, D] as the softmax sees them.
+        """Score vectors [B, Hq, tiles * parts, D] against all keys: [B, Hq, tiles, parts, L].
 
-        Soft-capped, biased, -inf for keys that the tile does not see: [B, Hq, tiles, parts, L].
+        Scores are as the softmax sees them: soft-capped, biased, and -inf for keys that the tile
+        does not see.
         """
         raw = self.scale * (vectors @ self.per_query_head(self.key).transpose(-1, -2))
         split = capped(raw, self.softcap).unflatten(2, (self.tiles, -1))
@@ -69,16 +71,23 @@ class PrefillQuestion:
         return split.masked_fill(~self.sight.some[:, :, :, None], -torch.inf)
 
     def take(self, rank: Tensor) -> Tensor:
-        """The best `room` candidates by `rank` [B, Hq, tiles, L], the first of equals: bool."""
+        """Return the best `room` candidates by `rank` [B, Hq, tiles, L], bool.
+
+        Of candidates of equal rank the first are taken.
+        """
         rank = rank.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo(rank.dtype).min)
         rank = rank.masked_fill(~self.candidates, -torch.inf)
         most = min(int(self.room.max()), rank.shape[-1])
         order = rank.argsort(dim=-1, descending=True, stable=True)[..., :most]
-        place = torch.arange(most, device=rank.device)
+        position = torch.arange(most, device=rank.device)
         taken = torch.zeros_like(self.candidates, memory_format=torch.contiguous_format)
-        taken.scatter_(-1, order, place < self.room[..., None])
+        taken.scatter_(-1, order, position < self.room[..., None])
         return taken & self.candidates
 
     def spread(self, of_groups: Tensor, size: int) -> Tensor:
-        """Values [..., groups] for every `size` keys in order, as values [..., L] of the keys."""
+        """Repeat values [..., groups], one for every `size` keys in order: [..., L]."""
         return of_groups.repeat_interleave(size, dim=-1)[..., : self.key.shape[2]]
+
+
+PrefillChoice = Callable[[PrefillQuestion], Tensor]
+"""Policy of a prefill: returns the candidates that each tile reads, bool [B, Hq, tiles, L]."""

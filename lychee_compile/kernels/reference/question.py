@@ -1,4 +1,4 @@
-"""What a policy is asked at each attention: which tokens does this query read?"""
+"""The question to a decode policy: which tokens does each query read?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import Visible, per_kv_head
 
 Runs = tuple[Tensor, Tensor]
-"""First slot and length of runs of slots, int64 [B, Hkv, Tq, R], that do not overlap; length 0:
+"""First slots and lengths of runs of slots that do not overlap, int64 [B, Hkv, Tq, R]. Length 0:
 no run."""
 
 
@@ -21,72 +21,73 @@ class Question:
     """The queries of one attention, and the tokens that may be chosen for them."""
 
     query: Tensor
-    """float32 [B, Hkv, G * Tq, D]; the row of head g of its group at position t is g * Tq + t."""
+    """Queries, float32 [B, Hkv, G * Tq, D]. Row g * Tq + t is head g of the group at position t."""
     key: Tensor | None
-    """The cache [B, Hkv, L, D], for policies that read it; None where it is not at hand."""
+    """Keys of the cache [B, Hkv, L, D], for policies that read them; None if not at hand."""
     query_len: int
-    """Query positions Tq."""
+    """Number of query positions, Tq."""
     scale: float
-    """What q.k is multiplied by."""
+    """Softmax scale: the factor of q.k."""
     softcap: float | None
-    """As in `attend`."""
+    """Bound that scores are bent to, softcap tanh(score / softcap); None: no bound."""
     visible: Visible
-    """Which slots each position may see."""
+    """Slots that each position may see."""
     begin: Tensor
     end: Tensor
-    """Tokens are chosen from the slots [begin, end), each int64 [B, Tq]: behind the sinks, before
-    what is read in any case."""
+    """Range [begin, end) of slots to choose from, each int64 [B, Tq]. It lies between the sinks and
+    the recent tokens, which are always read."""
     room: Tensor
-    """Tokens that may be chosen, int64 [B, Hkv, Tq]."""
+    """Number of tokens that may be chosen, int64 [B, Hkv, Tq]."""
     site: str = ""
-    """Module path of the attention, for what a policy remembers of each."""
+    """Module path of the attention, for policies that remember earlier choices."""
 
     @property
     def group(self) -> int:
-        """Query heads that share a KV head, G."""
+        """Number of query heads that share a KV head, G."""
         return self.query.shape[2] // self.query_len
 
     def candidates(self) -> Tensor:
-        """Slots that may be chosen, seen by some head: bool [B, Tq, L]."""
+        """Return the slots that may be chosen and that some head sees: bool [B, Tq, L]."""
         slot = torch.arange(self.visible.kv_len, device=self.query.device)
         inside = (slot >= self.begin[..., None]) & (slot < self.end[..., None])
         return inside if self.visible.mask is None else inside & self.visible.mask.any(1)
 
     def split(self, rows: Tensor) -> Tensor:
-        """[B, Hkv, G * Tq, N] as [B, Hkv, G, Tq, N]."""
+        """Split the rows of [B, Hkv, G * Tq, N] by head and position: [B, Hkv, G, Tq, N]."""
         return rows.unflatten(2, (self.group, self.query_len))
 
     def capped(self, scores: Tensor) -> Tensor:
-        """Scores under the soft-cap, where there is one."""
+        """Return the scores under the soft-cap, if there is one."""
         return capped(scores, self.softcap)
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Raw scores [B, Hkv, G * Tq, N], N <= L, as the softmax sees them.
+        """Return raw scores [B, Hkv, G * Tq, N], N <= L, as the softmax sees them.
 
-        Soft-capped and biased, -inf where a head may not see the slot: [B, Hkv, G, Tq, N].
+        They are soft-capped, biased, and -inf for slots that a head may not see:
+        [B, Hkv, G, Tq, N].
         """
         return self._biased(raw, None)
 
     def token_scores(self) -> Tensor:
-        """The exact scores of every slot, from the cache itself: float32 [B, Hkv, G, Tq, L]."""
+        """Return the exact scores of every slot, from its key: float32 [B, Hkv, G, Tq, L]."""
         return self.finish(self.scale * (self.query @ self.keys().float().transpose(-1, -2)))
 
     def keys(self) -> Tensor:
-        """The cache. Raises ValueError where the question came without."""
+        """Return the keys. Raises ValueError if the question came without keys."""
         if self.key is None:
             raise ValueError("this policy reads the keys themselves: give select() the keys too")
         return self.key[:, :, : self.visible.kv_len]
 
     def held(self, start: Tensor, length: Tensor) -> Tensor:
-        """Visible tokens to choose from in groups of slots, each int64 [B, C]: int64 [B, Tq, C]."""
+        """Count the tokens to choose from in groups of slots [B, C]: int64 [B, Tq, C]."""
         begin, end = self._clip(start, length)
         return torch.where(end > begin, self.visible.tokens_within(begin, end), 0)
 
     def share(self, log_mass: Tensor) -> Tensor:
-        """Log of the softmax share of each node, summed over a group: [B, Hkv, Tq, N].
+        """Return the log of the softmax share of each node, summed over a group: [B, Hkv, Tq, N].
 
-        `log_mass` [B, Hkv, G, Tq, N] is the log of what each node adds to the softmax's
-        denominator. Every head has the same say, however large its scores.
+        `log_mass` [B, Hkv, G, Tq, N] is the log of what each node adds to the denominator of the
+        softmax. Every head has the same weight, however large its scores.
         """
         mass = log_mass.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         usable = mass.amax(-1, keepdim=True).isfinite()
@@ -94,15 +95,15 @@ class Question:
         return (share if bool(usable.all()) else torch.where(usable, share, mass)).logsumexp(2)
 
     def token_share(self, raw: Tensor) -> Tensor:
-        """`share` of the tokens to choose from, of raw scores [B, Hkv, G * Tq, N], N <= L."""
+        """Return `share` of the candidates, for raw scores [B, Hkv, G * Tq, N], N <= L."""
         candidate = self.candidates()[:, None, None, :, : raw.shape[-1]]
         return self.share(self._biased(raw, candidate))
 
     def take_tokens(self, rank: Tensor, within: Tensor | None = None) -> Runs:
-        """The best `room` tokens by `rank` [B, Hkv, Tq, N], N <= L, each a run, in order.
+        """Return the best `room` tokens by `rank` [B, Hkv, Tq, N], N <= L, each a run, in order.
 
-        Slots that may not be chosen are left out whatever their rank, and so are those not
-        `within`, bool of the same shape; a token whose rank is NaN comes first.
+        Slots that may not be chosen, or are not `within`, bool of the same shape, are left out
+        whatever their rank. A token whose rank is NaN comes first.
         """
         candidate = self.candidates()[:, None, :, : rank.shape[-1]]
         candidate = candidate if within is None else candidate & within
@@ -111,22 +112,22 @@ class Question:
         rank = rank.masked_fill(~candidate, -torch.inf)
         count = min(int(self.room.max()), rank.shape[-1])
         best = rank.topk(max(count, 0), dim=-1)
-        place = torch.arange(best.values.shape[-1], device=rank.device)
-        taken = (best.values > -torch.inf) & (place < self.room[..., None])
+        number = torch.arange(best.values.shape[-1], device=rank.device)
+        taken = (best.values > -torch.inf) & (number < self.room[..., None])
         slot = torch.where(taken, best.indices, self.visible.kv_len).sort(-1).values
         taken = slot < self.visible.kv_len
         return torch.where(taken, slot, 0), taken.long()
 
     def take_groups(self, rank: Tensor, start: Tensor, length: Tensor) -> Runs:
-        """Whole groups by `rank` [B, Hkv, Tq, C], best first, as many as fit into `room` tokens.
+        """Return the best whole groups by `rank` [B, Hkv, Tq, C] that fit into `room` tokens.
 
-        The groups are the slots from `start`, each int64 [B, C], `length` many, cut to those that
-        may be chosen.
+        A group is `length` slots from `start`, each int64 [B, C]. Slots of a group that may not be
+        chosen are left out.
         """
-        held = self.held(start, length)[:, None].expand_as(rank)
+        sizes = self.held(start, length)[:, None].expand_as(rank)
         rank = rank.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        rank = rank.masked_fill(held == 0, -torch.inf)
-        order, inside = take_by_rank(rank, held, self.room[..., None], whole=True)
+        rank = rank.masked_fill(sizes == 0, -torch.inf)
+        order, inside = take_by_rank(rank, sizes, self.room[..., None], whole=True)
         order = order[..., : int(inside.sum(-1).max()) if inside.numel() else 0]
         begin, end = self._clip(start, length)
 
@@ -136,12 +137,12 @@ class Question:
         return pick(begin), torch.where(inside[..., : order.shape[-1]], pick(end - begin), 0)
 
     def _biased(self, raw: Tensor, within: Tensor | None) -> Tensor:
-        """`finish`, and -inf for what is not `within`, bool [B, 1, 1, Tq, N]."""
+        """Return `finish(raw)`, and -inf for slots not `within`, bool [B, 1, 1, Tq, N]."""
         scores, slots, seen = self.split(self.capped(raw)), raw.shape[-1], within
         if self.visible.bias is not None:
             scores = scores + self._per_head(self.visible.bias)[..., :slots].float()
         mask = self.visible.mask
-        # What some head may see, all may where the mask has one head: then `within` says it all.
+        # With a mask of one head, all heads see the same slots, and `within` tells which.
         if mask is not None and (within is None or mask.shape[1] > 1):
             seen = self._per_head(mask)[..., :slots]
             seen = seen if within is None else seen & within
@@ -157,7 +158,7 @@ class Question:
 
 
 def query_rows(query: Tensor, heads: int) -> Tensor:
-    """Queries [B, Hq, Tq, D] as a question has them: float32 [B, Hkv, G * Tq, D]."""
+    """Return queries [B, Hq, Tq, D] as the rows of a question: float32 [B, Hkv, G * Tq, D]."""
     return query.float().unflatten(1, (heads, -1)).flatten(2, 3)
 
 
@@ -166,9 +167,9 @@ def take_by_rank(
 ) -> tuple[Tensor, Tensor]:
     """Order nodes by `rank` [..., N], best first, and take a prefix within `quota` tokens.
 
-    Returns the order, int64 [..., N], and whether each place in it is taken, bool [..., N]. With
-    `whole` the prefix holds at most `quota` tokens, else it ends with the node that reaches it.
-    Equal ranks keep their order, so that a choice is repeatable.
+    Returns the order, int64 [..., N], and a mask of the prefix in that order, bool [..., N]. With
+    `whole` the prefix has at most `quota` tokens; without, it ends with the node that reaches
+    `quota`. Equal ranks keep their order, so that a choice is repeatable.
     """
     order = rank.argsort(dim=-1, descending=True, stable=True)
     size = tokens.gather(-1, order)
@@ -178,7 +179,7 @@ def take_by_rank(
 
 
 def group_mass(mean_score: Tensor, tokens: Tensor) -> Tensor:
-    """Log mass of nodes from the log of their mean exp(score) and the tokens they hold.
+    """Return the log mass of nodes from the log of their mean exp(score) and their token counts.
 
     `mean_score` is [B, Hkv, G, Tq, N], `tokens` int64 broadcastable to [B, Hkv, Tq, N].
     """

@@ -1,4 +1,4 @@
-"""Choosing what a query reads: sinks, recent tokens, and what a policy finds between them."""
+"""Selection of the tokens that a query reads: sinks, recent tokens, and a policy's choice."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.question import Question, query_rows
-from lychee_compile.kernels.reference.visible import Visible, visible_keys
+from lychee_compile.kernels.reference.visible import Visible
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,18 @@ class Selection:
 
     run_start: Tensor
     run_length: Tensor
-    """First slot and length of each run, int64 [B, Hkv, Tq, R]. Runs do not overlap: the first
-    holds the sinks, the last the recent tokens, those between what the policy chose."""
+    """First slot and length of each run, int64 [B, Hkv, Tq, R]. Runs do not overlap. The first run
+    holds the sinks, the last the recent tokens, and the runs between them the policy's choice."""
     visible: Visible
+    """Keys that each query position may see."""
     scale: float
-    """What q.k was multiplied by."""
+    """Softmax scale that the tokens were chosen with."""
     log_unread_bound: Tensor | None = None
-    """Upper bound of log sum of exp(score) over the unread keys, float32 [B, Hq, Tq]; None where
-    it was not asked for."""
+    """Upper bound of log sum of exp(score) over the unread keys, float32 [B, Hq, Tq]; None if
+    nobody computed it."""
 
     def tokens(self) -> Tensor:
-        """Slots read, int64 [B, Hkv, Tq, S], -1 where a row, head or query reads fewer than S.
+        """Return the slots read, int64 [B, Hkv, Tq, S]; -1 pads queries that read fewer than S.
 
         Slots that the mask hides from every head are left out.
         """
@@ -46,7 +48,7 @@ class Selection:
         return token
 
     def token_mask(self) -> Tensor:
-        """Whether each slot is read, sinks and recent tokens included: bool [B, Hkv, Tq, L]."""
+        """Return a mask of the slots read, sinks and recent ones included: bool [B, Hkv, Tq, L]."""
         token = self.tokens()
         read = torch.zeros(
             *token.shape[:3], self.visible.kv_len + 1, dtype=torch.bool, device=token.device
@@ -56,63 +58,91 @@ class Selection:
 
 
 def select(
-    index: KVIndex,
-    key: Tensor | None,
-    query: Tensor,
-    scale: float,
-    kv_len: int,
-    mask: Tensor | None = None,
-    budget: int | Tensor | None = None,
-    softcap: float | None = None,
-    site: str = "",
+    index: KVIndex, inputs: ScoreInputs, budget: int | Tensor | None = None, site: str = ""
 ) -> Selection:
-    """Choose at most `budget` tokens per KV head for each position of `query` [B, Hq, Tq, D].
+    """Choose at most `budget` tokens per KV head and query position.
 
     Sinks, recent tokens and every visible token that the index does not hold are always read, even
-    beyond the budget. `mask` is an SDPA mask over `kv_len` slots or None; `scale` multiplies q.k;
-    `budget` may differ between heads, int64 [B, Hkv, Tq], and None reads all visible tokens.
-    `softcap` as in `attend`; `key`, the cache, and `site` are for policies that want to know.
+    beyond the budget. `budget` may differ between heads, int64 [B, Hkv, Tq], and None reads all
+    visible tokens. `site`, the module path of the attention, is for policies that remember.
     """
-    batch, _, query_len, _ = query.shape
-    visible = visible_keys(mask, batch, query_len, kv_len, query.device)
+    visible, heads = inputs.visible(), index.kv_heads
+    always = _always_read(index, visible)
+    choosable = always.choosable(visible)
+    shape = (inputs.query.shape[0], heads, inputs.query.shape[2])
+    if budget is None:
+        room = choosable[:, None].expand(shape)
+    else:
+        count = always.count(visible)
+        room = (torch.as_tensor(budget, device=inputs.query.device) - count[:, None]).expand(shape)
+        room = room.clamp(min=0)
+    if bool((choosable[:, None] <= room).all()):
+        length = (always.recent_start - always.sinks_end).clamp(min=0)
+        chosen = _per_head(always.sinks_end, heads), _per_head(length, heads)
+    else:
+        chosen = index.choose(_question(inputs, visible, always, room, site))
+    starts = _per_head(visible.first, heads), chosen[0], _per_head(always.recent_start, heads)
+    sinks, recent = always.sinks_length(visible), always.recent_length(visible)
+    lengths = _per_head(sinks, heads), chosen[1], _per_head(recent, heads)
+    return Selection(torch.cat(starts, -1), torch.cat(lengths, -1), visible, inputs.scale)
+
+
+@dataclass(frozen=True)
+class _AlwaysRead:
+    """Slots that each query position always reads, int64 [B, Tq]: sinks and recent tokens."""
+
+    sinks_end: Tensor
+    """One past the last sink."""
+    recent_start: Tensor
+    """First recent token, or first token that the index does not hold."""
+
+    def sinks_length(self, visible: Visible) -> Tensor:
+        """Return the number of slots of the sinks, int64 [B, Tq]."""
+        return (self.sinks_end - visible.first).clamp(min=0)
+
+    def recent_length(self, visible: Visible) -> Tensor:
+        """Return the number of slots from `recent_start` on, int64 [B, Tq]."""
+        return (visible.end - self.recent_start).clamp(min=0)
+
+    def count(self, visible: Visible) -> Tensor:
+        """Return the number of slots always read, int64 [B, Tq]."""
+        return self.sinks_length(visible) + self.recent_length(visible)
+
+    def choosable(self, visible: Visible) -> Tensor:
+        """Return the number of visible tokens between sinks and recent ones, int64 [B, Tq]."""
+        begin, end = self.sinks_end[..., None], self.recent_start[..., None]
+        inner = visible.tokens_within(begin, end)[..., 0]
+        return torch.where(self.recent_start > self.sinks_end, inner, 0)
+
+
+def _always_read(index: KVIndex, visible: Visible) -> _AlwaysRead:
+    """Return what is always read. A row that begins before its index does is read in full."""
     sinks, recent = index.always_read
     sinks_end = torch.minimum(visible.first + sinks, visible.end)
     recent_start = torch.minimum(visible.end - recent, index.tail[:, None])
     recent_start = torch.maximum(recent_start, sinks_end)
     uncovered = visible.first < index.start[:, None]
-    recent_start = torch.where(uncovered, sinks_end, recent_start)
-    recent_length = (visible.end - recent_start).clamp(min=0)
-    between = recent_start > sinks_end
-    inner = visible.tokens_within(sinks_end[..., None], recent_start[..., None])[..., 0]
-    inner = torch.where(between, inner, 0)
-    always = (sinks_end - visible.first).clamp(min=0) + recent_length
-    shape = (batch, index.kv_heads, query_len)
-    if budget is None:
-        room = inner[:, None].expand(shape)
-    else:
-        room = (torch.as_tensor(budget, device=query.device) - always[:, None]).expand(shape)
-        room = room.clamp(min=0)
-    if bool((inner[:, None] <= room).all()):
-        length = torch.where(between, recent_start - sinks_end, 0)
-        chosen = _per_head(sinks_end, index.kv_heads), _per_head(length, index.kv_heads)
-    else:
-        rows = query_rows(query, index.kv_heads)
-        chosen = index.choose(
-            Question(
-                rows, key, query_len, scale, softcap, visible, sinks_end, recent_start, room, site
-            )
-        )
+    return _AlwaysRead(sinks_end, torch.where(uncovered, sinks_end, recent_start))
 
-    def joined(first: Tensor, chosen: Tensor, last: Tensor) -> Tensor:
-        parts = _per_head(first, index.kv_heads), chosen, _per_head(last, index.kv_heads)
-        return torch.cat(parts, -1)
 
-    sinks_length = (sinks_end - visible.first).clamp(min=0)
-    run_start = joined(visible.first, chosen[0], recent_start)
-    run_length = joined(sinks_length, chosen[1], recent_length)
-    return Selection(run_start, run_length, visible, scale)
+def _question(
+    inputs: ScoreInputs, visible: Visible, always: _AlwaysRead, room: Tensor, site: str
+) -> Question:
+    """Return the question that the policy is to answer: `room` is int64 [B, Hkv, Tq]."""
+    return Question(
+        query=query_rows(inputs.query, room.shape[1]),
+        key=inputs.key,
+        query_len=inputs.query.shape[2],
+        scale=inputs.scale,
+        softcap=inputs.softcap,
+        visible=visible,
+        begin=always.sinks_end,
+        end=always.recent_start,
+        room=room,
+        site=site,
+    )
 
 
 def _per_head(value: Tensor, heads: int) -> Tensor:
-    """[B, Tq] as [B, Hkv, Tq, 1]."""
+    """Return a value [B, Tq] once for each KV head: [B, Hkv, Tq, 1]."""
     return value[:, None, :, None].expand(-1, heads, -1, 1)

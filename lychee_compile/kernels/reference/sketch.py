@@ -1,10 +1,10 @@
-"""Small approximations of single keys: principal coordinates in four and two bits.
+"""Sketches of keys: their principal coordinates in four and two bits.
 
-Keys of one head over a few thousand tokens lie near a low-dimensional affine subspace (Loki, arXiv
-2406.02542, has the measurements). A sketch holds a key's coordinates along the principal axes of
-its block of tokens, the first quarter of the dimensions in 4 bits, the second in 2 bits: 3/16 of a
-byte per channel, against 4 bytes of key and value. Coordinates are quantised uniformly with
-the step that is best for a Gaussian (Max, "Quantizing for minimum distortion", 1960).
+Keys of one head over a few thousand tokens lie near a low-dimensional affine subspace (measured in
+Loki, arXiv 2406.02542). A sketch is the coordinates of a key along the principal axes of its block
+of tokens. The first quarter of the dimensions takes 4 bits each, the second quarter 2 bits: 3/16 of
+a byte per channel, against 4 bytes of key and value. Coordinates are quantised uniformly, with the
+step that is best for a Gaussian (Max, "Quantizing for minimum distortion", 1960).
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from torch import Tensor
 from lychee_compile.kernels.reference.nodes import rounding_slack
 
 BLOCK = 4096
-"""Slots that share one set of axes: block s is the slots from s * BLOCK on."""
+"""Number of slots that share one set of axes: block s begins at slot s * BLOCK."""
 ITERATIONS = 8
-"""Steps towards the principal axes: more find none that describe keys better (Gemma-3)."""
+"""Number of steps of orthogonal iteration: more give no better axes (measured on Gemma-3)."""
 STEPS = {4: 0.3352, 2: 0.9957}
-"""Best step of a quantiser of so many bits, in standard deviations."""
+"""Best step of a Gaussian quantiser by its number of bits, in standard deviations."""
 FIRST_FIT, GROWTH = 16, 2
-"""A block takes over the axes of the one before until it holds 1/16 of its keys; then its own are
-found, and again each time its keys have doubled."""
+"""A block uses the axes of the block before until it has 1/16 of its keys. Then it gets axes of its
+own, and new ones each time its number of keys has doubled."""
 
 
 def sketch_bits(head_dim: int) -> list[int]:
-    """Bits of each coordinate that a sketch keeps."""
+    """Return the number of bits of each coordinate of a sketch."""
     quarter = (head_dim + 3) // 4
     return [4] * quarter + [2] * min(quarter, head_dim - quarter)
 
 
 class KeySketches:
-    """Sketches of the keys of one cache, and how far each is from its key.
+    """Sketches of the keys of one cache, and the distance of each sketch from its key.
 
-    Any axes give true bounds: those of a block change only when it is encoded anew as a whole.
+    Bounds are true for any axes. The axes of a block change only when all of its keys are encoded
+    anew.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class KeySketches:
         repair: bool = True,
     ) -> None:
         self.block, self._repair = block, repair
-        self._any_lost = False  # whether a key that is not finite was ever met
+        self._any_lost = False  # true once a key was not finite
         bits = torch.tensor(sketch_bits(head_dim), device=device)
         self._half = 2.0 ** (bits - 1)
         self._step = torch.tensor([STEPS[each] for each in bits.tolist()], device=device)
@@ -64,9 +65,9 @@ class KeySketches:
         self.step = zeros(0, kept)
         """Quantisation steps [B, Hkv, S, r]."""
         self.longest = zeros(0)
-        """No encoded key of a block is further from its centre: [B, Hkv, S]."""
+        """Largest distance of an encoded key of a block from its centre, [B, Hkv, S]."""
         self.fitted = torch.zeros(batch, 0, dtype=torch.int64, device=device)
-        """Keys that the axes of each block were found from, int64 [B, S]."""
+        """Number of keys that the axes of each block were fitted to, int64 [B, S]."""
         self.codes = zeros(0, kept).to(torch.int8)
         """Quantised coordinates, int8 [B, Hkv, S * block, r]."""
         self.error = zeros(0, 2)
@@ -76,8 +77,9 @@ class KeySketches:
     def encode(self, key: Tensor, start: Tensor, begin: Tensor, end: Tensor) -> None:
         """Sketch the keys in the slots [begin, end) of `key` [B, Hkv, L, D], each int64 [B].
 
-        Rows hold keys from `start`, int64 [B], on. A block whose axes come from far fewer keys than
-        it has now gets new ones; a block just begun takes over those of the one before.
+        The keys of a row begin at `start`, int64 [B]. A block gets new axes if its axes were fitted
+        to far fewer keys than it has now. A block that just begins takes the axes of the block
+        before.
         """
         last = int(end.max())
         self._reserve((last + self.block - 1) // self.block)
@@ -85,22 +87,22 @@ class KeySketches:
             low = block * self.block
             slots = torch.arange(low, min(low + self.block, last), device=key.device)
             keys = key[:, :, low : low + len(slots)].float()
-            held = (slots >= start[:, None]) & (slots < end[:, None])
+            valid = (slots >= start[:, None]) & (slots < end[:, None])
             bare = begin <= start.clamp(min=low)
-            due = self._inherit_or_fit(block, keys, held, bare, begin <= start)
-            fresh = held & (due[:, None] | (slots >= begin[:, None]))
+            due = self._inherit_or_fit(block, keys, valid, bare, begin <= start)
+            fresh = valid & (due[:, None] | (slots >= begin[:, None]))
             self._store(block, keys, fresh)
 
     def forget(self, start: Tensor, keep: Tensor) -> None:
-        """The keys from slot `keep`, int64 [B], on are gone; rows begin at `start`."""
+        """Forget the keys from slot `keep`, int64 [B], on; rows begin at `start`, int64 [B]."""
         low = torch.arange(self.fitted.shape[1], device=keep.device) * self.block
         left = torch.minimum(keep[:, None], low + self.block) - torch.maximum(start[:, None], low)
         self.fitted = torch.minimum(self.fitted, left.clamp(min=0))
 
     def scores(self, query: Tensor, scale: float, slots: int) -> Tensor:
-        """Estimates of scale q.k for the first `slots` keys: float32 [B, Hkv, R, N].
+        """Estimate scale q.k for the first `slots` keys: float32 [B, Hkv, R, N].
 
-        `query` is float32 [B, Hkv, R, D]. Infinite where a key is not finite.
+        `query` is float32 [B, Hkv, R, D]. The estimate is infinite for a key that is not finite.
         """
         blocks = (slots + self.block - 1) // self.block
         inside = query[:, :, None] @ self.axes[:, :, :blocks]  # [B, Hkv, S, R, r]
@@ -108,7 +110,7 @@ class KeySketches:
         weight = inside * self.step[:, :, :blocks, None]
         constant = constant + 0.5 * weight.sum(-1)
         weight, constant = scale * weight, scale * constant[..., None]
-        parts = [  # block by block, so that what is unpacked stays in a CPU's cache
+        parts = [  # block by block, so that unpacked codes stay in the cache of a CPU
             weight[:, :, number] @ codes.float().transpose(-1, -2) + constant[:, :, number]
             for number, codes in enumerate(self.codes[:, :, :slots].split(self.block, 2)[:blocks])
         ]
@@ -118,10 +120,11 @@ class KeySketches:
         return score.masked_fill(self.error[:, :, None, :slots, 0].isinf(), torch.inf)
 
     def score_bound(self, query: Tensor, scale: float, slots: int) -> Tensor:
-        """Upper bound of scale q.k for the first `slots` keys: [B, Hkv, R, N].
+        """Bound scale q.k for the first `slots` keys from above: [B, Hkv, R, N].
 
-        Cauchy-Schwarz on what the sketch leaves out, within the subspace and orthogonal to it
-        apart: q.k <= q.k~ + |q_in| |e_in| + |q_out| |e_out|, widened by what rounding can hide.
+        Cauchy-Schwarz bounds the error of a sketch, within the subspace and orthogonal to it:
+        q.k <= q.k~ + |q_in| |e_in| + |q_out| |e_out|. The bound is widened by what rounding can
+        hide.
         """
         blocks = (slots + self.block - 1) // self.block
         axes = self.axes[:, :, :blocks]
@@ -141,14 +144,14 @@ class KeySketches:
         return bound.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def _inherit_or_fit(
-        self, block: int, keys: Tensor, held: Tensor, bare: Tensor, first: Tensor
+        self, block: int, keys: Tensor, valid: Tensor, bare: Tensor, first: Tensor
     ) -> Tensor:
-        """Give a block its axes; the rows that got new ones, bool [B].
+        """Give a block its axes, and return the rows that got new ones, bool [B].
 
-        `keys` [B, Hkv, T, D] where `held`, bool [B, T]; in the rows `bare`, bool [B], none of them
-        is encoded yet, in the rows `first` none of any block.
+        `keys` [B, Hkv, T, D] are valid where `valid`, bool [B, T]. In the rows `bare`, bool [B], no
+        key of the block is encoded yet; in the rows `first`, bool [B], no key at all.
         """
-        count, fitted = held.sum(1), self.fitted[:, block]
+        count, fitted = valid.sum(1), self.fitted[:, block]
         waiting = torch.zeros_like(bare)
         if block:
             enough = self.block // FIRST_FIT
@@ -162,7 +165,7 @@ class KeySketches:
         due = (count > 0) & ~waiting & ((count >= GROWTH * fitted) | full)
         due = due if self._repair else due & first
         if bool(due.any()):
-            centre, axes, step = self._fit(keys, held)
+            centre, axes, step = self._fit(keys, valid)
             rows = due.nonzero().flatten()
             self.centre[rows, :, block] = centre[rows]
             self.axes[rows, :, block] = axes[rows]
@@ -171,13 +174,13 @@ class KeySketches:
             self.fitted[:, block] = torch.where(due, count, fitted)
         return due
 
-    def _fit(self, keys: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Centre, axes and steps for the keys [B, Hkv, T, D] where `held`, bool [B, T]."""
-        centre, axes, step, _ = fit_axes(keys, held[:, None, :, None])
+    def _fit(self, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return centre, axes and steps for the keys [B, Hkv, T, D] where `valid`, bool [B, T]."""
+        centre, axes, step, _ = fit_axes(keys, valid[:, None, :, None])
         return centre, axes, step
 
     def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
-        """Encode the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
+        """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
         finite = keys.isfinite().all(-1)
         self._any_lost |= bool((~finite & fresh[:, None]).any())
         centred = torch.where(finite[..., None], keys, 0) - self.centre[:, :, block, None]
@@ -196,7 +199,7 @@ class KeySketches:
         self.longest[:, :, block] = torch.maximum(self.longest[:, :, block], reach)
 
     def _reserve(self, blocks: int) -> None:
-        """Room for so many blocks, in amortised constant time per key."""
+        """Make room for `blocks` blocks, in amortised constant time per key."""
         known = self.fitted.shape[1]
         if blocks <= known:
             return
@@ -210,14 +213,14 @@ class KeySketches:
         self.error = F.pad(self.error, (0, 0, 0, more * self.block))
 
 
-def fit_axes(keys: Tensor, held: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centre [..., D], axes [..., D, r] and steps [..., r] for `keys`, float32 [..., T, D].
+def fit_axes(keys: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fit a centre [..., D], axes [..., D, r] and steps [..., r] to `keys`, float32 [..., T, D].
 
-    Those that are not `held`, bool [..., T, 1], or not finite do not count. Also returns the
-    coordinates of all of them along the axes, [..., T, r], 0 for those.
+    Keys that are not `valid`, bool [..., T, 1], or not finite do not count. Also returns the
+    coordinates of the keys along the axes, [..., T, r], which are 0 for keys that do not count.
     """
     usable = keys.isfinite().all(-1, keepdim=True)
-    usable = usable if held is None else usable & held
+    usable = usable if valid is None else usable & valid
     keys = torch.where(usable, keys, 0)
     size = keys.abs().amax((-1, -2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     keys, count = keys / size, usable.sum(-2, keepdim=True).clamp(min=1)
@@ -233,9 +236,9 @@ def fit_axes(keys: Tensor, held: Tensor | None = None) -> tuple[Tensor, Tensor, 
 
 
 def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
-    """The `kept` leading eigenvectors of matrices [..., D, D], best first: [..., D, kept].
+    """Return the `kept` leading eigenvectors of matrices [..., D, D], best first: [..., D, kept].
 
-    Orthogonal iteration: near enough for axes, and unlike an eigensolver it neither fails nor waits
+    Orthogonal iteration is near enough for axes. Unlike an eigensolver it neither fails nor waits
     for the device. Directions without variance may come out as zero.
     """
     generator = torch.Generator().manual_seed(0)
@@ -249,9 +252,10 @@ def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the columns [..., D, r], in their order, by Cholesky's QR.
+    """Return an orthonormal basis of the columns [..., D, r], in their order, by Cholesky's QR.
 
-    In double precision; but for what rounding makes of a bad condition, which a second call mends.
+    Columns are in double precision. If they are badly conditioned, rounding leaves the basis not
+    quite orthonormal, and a second call corrects that.
     """
     columns = columns / _norm(columns.mT)[..., None, :].clamp(min=1e-30)
     gram = columns.mT @ columns
@@ -262,4 +266,5 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _norm(vectors: Tensor) -> Tensor:
+    """Return the Euclidean length of vectors [..., D]: [...]."""
     return torch.linalg.vector_norm(vectors, dim=-1)

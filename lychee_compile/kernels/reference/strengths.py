@@ -1,4 +1,4 @@
-"""How strong the boundary after each cached token is, as tokens arrive and are rewritten."""
+"""Strengths of the boundaries between cached tokens, while tokens arrive and are rewritten."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lychee_compile.kernels.reference.chunking import similarity_strengths
 
 
 class StrengthTrack:
-    """Boundary strength after each token of a batch of rows, uint8, larger is stronger.
+    """Boundary strength after each token of a batch of rows, uint8; larger is stronger.
 
-    Strengths that tokens give are noted when they are seen; the others come from the similarity of
-    neighbouring keys, or stay zero where `mode` is "fixed" or "tokens".
+    Strengths that token ids give are noted when the tokens are written. The others come from the
+    similarity of neighbouring keys, or stay zero if `mode` is "fixed" or "tokens".
     """
 
     def __init__(self, batch: int, mode: str, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class StrengthTrack:
             self.noted = F.pad(self.noted, (0, more))
 
     def note(self, positions: Tensor, strength: Tensor) -> None:
-        """After the tokens at `positions`, int64 [B, T], are boundaries of `strength`, uint8."""
+        """Note boundaries of `strength`, uint8, after the tokens at `positions`, int64 [B, T]."""
         if self.mode not in ("auto", "tokens"):
             return
         self.reserve(int(positions.max()) + 1)
@@ -38,14 +38,14 @@ class StrengthTrack:
         self.noted.scatter_(1, positions, True)
 
     def forget(self, keep: Tensor) -> None:
-        """Drop what was noted from position `keep`, int64 [B], on."""
+        """Drop the noted strengths from position `keep`, int64 [B], on."""
         position = torch.arange(self.noted.shape[1], device=keep.device)
         self.noted &= position < keep[:, None]
 
     def compare_keys(self, key: Tensor, begin: int, end: int) -> None:
-        """Fill in strengths from keys, for tokens in [begin, end) whose successor is before `end`.
+        """Fill in strengths of the tokens [begin, end - 1) from `key` [B, Hkv, L, D], L >= end.
 
-        `key` is [B, Hkv, L, D] with L >= end.
+        A strength compares a key with the next one. Noted strengths stay.
         """
         self.reserve(end)
         if self.mode in ("auto", "similarity") and end - begin > 1:

@@ -1,8 +1,8 @@
-"""Whole sequences in tiles of queries: what each tile sees, and what it reads in any case.
+"""Tiles of queries in a prefill: which keys a tile sees, and which keys it always reads.
 
-A tile is `QUERY_TILE` neighbouring query positions of one head. What it sees in part it always
-reads, as it does sinks and what is near; which of the other tokens it reads is chosen for the whole
-tile.
+A tile is `QUERY_TILE` neighbouring query positions of one head. It always reads the keys that only
+some of its queries see, the sinks, and the keys near its own positions. A policy chooses which of
+the other keys the tile reads.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from lychee_compile.kernels.sizes import QUERY_TILE
 
 
 def summarise(vectors: Tensor, size: int) -> Nodes:
-    """Every `size` neighbours of float32 [B, H, T, D] as a node; the last may hold fewer."""
+    """Summarise every `size` neighbours of float32 [B, H, T, D]; the last node may have fewer."""
     batch, heads, tokens, _ = vectors.shape
     count = -(-tokens // size)
     blocks = F.pad(vectors, (0, 0, 0, count * size - tokens)).unflatten(2, (count, size))
     slot = torch.arange(count * size, device=vectors.device).view(count, size)
     valid = (slot < tokens).expand(batch, -1, -1)
-    held = valid.sum(-1)[:, None].expand(-1, heads, -1)
-    mean = blocks.sum(3) / held[..., None]
+    tokens_of = valid.sum(-1)[:, None].expand(-1, heads, -1)
+    mean = blocks.sum(3) / tokens_of[..., None]
     apart = (blocks - mean[:, :, :, None]).square() * valid[:, None, :, :, None]
-    return Nodes(mean, apart.sum(3) / held[..., None], furthest(blocks, valid, mean), held)
+    variance = apart.sum(3) / tokens_of[..., None]
+    return Nodes(mean, variance, furthest(blocks, valid, mean), tokens_of)
 
 
 def pair_bound(queries: Nodes, keys: Nodes, scale: float) -> Tensor:
-    """Upper bound of scale q.k over the pairs of two nodes: [B, H, N, M].
+    """Return an upper bound of scale q.k over all pairs from two nodes: [B, H, N, M].
 
-    With centres c and radii r of balls around both, the triangle inequality and Cauchy-Schwarz give
-    q.k <= c_q.c_k + |c_q| r_k + |c_k| r_q + r_q r_k, here widened by what float32 rounding can
-    hide. A negative scale bounds with -q.
+    For balls of centres c and radii r, the triangle inequality and Cauchy-Schwarz give
+    q.k <= c_q.c_k + |c_q| r_k + |c_k| r_q + r_q r_k. The bound is widened by what float32 rounding
+    can hide. A negative scale bounds with -q.
     """
     centre = scale * (queries.mean @ keys.mean.transpose(-1, -2))
     query_length = torch.linalg.vector_norm(queries.mean, dim=-1)[..., None]
@@ -50,7 +51,7 @@ def pair_bound(queries: Nodes, keys: Nodes, scale: float) -> Tensor:
 
 
 class Sight:
-    """Which keys each query of a whole sequence sees, and what is added to their scores."""
+    """The keys that each query of a prefill sees, and the biases of their scores."""
 
     def __init__(
         self,
@@ -62,9 +63,9 @@ class Sight:
         device: torch.device,
         order: Tensor | None = None,
     ) -> None:
-        """`mask` is an SDPA mask, bool or additive; `causal` asks for PyTorch's own as well.
+        """Take an SDPA `mask`, bool or additive, or None, and with `causal` PyTorch's own too.
 
-        `order`, int64 [T], is the query at each place; None: they are in order.
+        `order`, int64 [T], are the positions of the queries, if they are not 0, 1, 2, ...
         """
         self.query_len, self.kv_len, self._causal = query_len, kv_len, causal
         self.slot = torch.arange(kv_len, device=device)
@@ -77,13 +78,13 @@ class Sight:
             self._bias = None if bias is None else bias.expand_as(self._mask)
 
     def positions(self, begin: int, end: int) -> Tensor:
-        """Where in the sequence the queries at the places [begin, end) are: int64."""
+        """Return the positions of the queries [begin, end) in the sequence, int64."""
         if self.order is not None:
             return self.order[begin:end]
         return torch.arange(begin, end, device=self.slot.device)
 
     def rows(self, begin: int, end: int) -> Tensor:
-        """What those queries see: bool [B or 1, Hq or 1, end - begin, L]."""
+        """Return what the queries [begin, end) see: bool [B or 1, Hq or 1, end - begin, L]."""
         position = self.positions(begin, end)
         seen = torch.ones(1, 1, len(position), 1, dtype=torch.bool, device=position.device)
         if self._mask is not None:
@@ -93,11 +94,17 @@ class Sight:
         return seen.expand(-1, -1, -1, self.kv_len)
 
     def bias(self, begin: int, end: int) -> Tensor | None:
-        """What is added to their scores, float [B, Hq or 1, end - begin, L]; None: nothing."""
+        """Return the biases of the queries [begin, end): [B, Hq or 1, end - begin, L].
+
+        None: there is no bias.
+        """
         return None if self._bias is None else _rows_of(self._bias, self.positions(begin, end))
 
     def near(self, begin: int, end: int, recent: int) -> Tensor:
-        """Keys of those queries' own positions, and `recent` to either side: bool [L]."""
+        """Return the keys up to `recent` away from the queries [begin, end): bool [L].
+
+        With an order these are the keys at the positions of the queries alone.
+        """
         position = self.positions(begin, end)
         near = torch.zeros_like(self.slot, dtype=torch.bool)
         if self.order is not None:
@@ -106,7 +113,7 @@ class Sight:
 
 
 def _rows_of(mask: Tensor, position: Tensor) -> Tensor:
-    """The rows of a mask [B, H, T, L] at some positions, a view where they are neighbours."""
+    """Return the rows of a mask [B, H, T, L] at some positions, as a view if possible."""
     first = int(position[0])
     if len(position) == int(position[-1]) - first + 1 and bool((position.diff() == 1).all()):
         return mask[:, :, first : first + len(position)]
@@ -115,14 +122,14 @@ def _rows_of(mask: Tensor, position: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TileSight:
-    """What some tiles see, each [B or 1, Hq or 1, tiles, L]."""
+    """Keys that some tiles see; every field is [B or 1, Hq or 1, tiles, L]."""
 
     some: Tensor
-    """Whether any query of the tile sees the key, bool."""
+    """Keys that at least one query of the tile sees, bool."""
     always: Tensor
-    """Whether the tile reads it in any case, bool."""
+    """Keys that the tile always reads, bool."""
     bias: Tensor | None
-    """Mean over its queries of what is added to the score, float32; None: nothing."""
+    """Mean bias over the queries of the tile, float32; None: no bias."""
 
     @property
     def candidates(self) -> Tensor:
@@ -131,11 +138,11 @@ class TileSight:
 
 
 def tile_sight(sight: Sight, begin: int, end: int, sinks: int, recent: int) -> TileSight:
-    """What the tiles of the queries [begin, end) see, `begin` a multiple of `QUERY_TILE`.
+    """Return what the tiles of the queries [begin, end) see; `begin` is a whole number of tiles.
 
-    Always read are what not all queries of a tile see, the first `sinks` and the last `recent`
-    tokens that all do, and in self-attention those up to `recent` away from the tile's own. A query
-    that sees no key at all does not count.
+    A tile always reads the keys that only some of its queries see. Of the keys that all of them
+    see it always reads the first `sinks`, the last `recent`, and in self-attention those up to
+    `recent` away from its own positions. A query that sees no key does not count.
     """
     some, always, biases = [], [], []
     for first in range(begin, end, QUERY_TILE):

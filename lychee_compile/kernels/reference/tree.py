@@ -1,4 +1,4 @@
-"""Fine clusters of chunks and coarse units of clusters, kept balanced as chunks arrive."""
+"""Fine clusters of chunks and coarse units of clusters, kept balanced while chunks arrive."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lychee_compile.kernels.reference.nodes import (
 )
 
 GroupKeys = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Keys of the chunks at columns int64 [B, M]: see `GroupedIndex.group_keys`."""
+"""Gives the keys of the chunks at columns int64 [B, M], as `GroupedIndex.group_keys` does."""
 WIDE = 2.0
-"""A cluster whose radius is so many times the root mean square of all is split."""
+"""Ratio of radii that splits a cluster: its own to the root mean square of all."""
 _BLOCK = 2048
-"""Chunks whose keys are gathered at a time, to bound the memory of building."""
+"""Number of chunks whose keys are gathered at a time, to bound the memory of building."""
 
 
 class ClusterTree:
     """Two levels of nodes above the chunks of each row and KV head.
 
-    A prompt is clustered at once (`build`); chunks that decoding closes are grafted one by one onto
-    their nearest cluster. A cluster that has become too full or too wide is split in two, and so is
-    a unit of too many clusters, as in a B-tree: work per chunk stays bounded by the size of one
+    A prompt is clustered at once (`build`). Chunks that decoding completes are grafted one by one
+    onto their nearest cluster. As in a B-tree, a cluster that is too full or too wide is split in
+    two, and so is a unit of too many clusters. So the work per chunk is bounded by the size of one
     cluster and one unit, and nodes stay as tight as those of a prompt.
     """
 
@@ -71,21 +71,21 @@ class ClusterTree:
         self.units.radius = max_by_label(reach_unit, chunk_unit, unit_count)
 
     def drop(self, chunks: Nodes) -> None:
-        """Some of the chunks are gone: they hold no tokens any more."""
+        """Follow a loss of chunks: those of `chunks` that have no tokens are gone."""
         self.clusters = merge(chunks, self.labels_of(chunks), self.clusters.count)
         self.units = merge(self.clusters, self.cluster_unit, self.units.count)
 
     def labels_of(self, chunks: Nodes) -> Tensor:
-        """`chunk_cluster` with room for all `chunks`."""
+        """Return `chunk_cluster`, with room for all `chunks`."""
         more = chunks.count - self.chunk_cluster.shape[2]
         if more > 0:
             self.chunk_cluster = F.pad(self.chunk_cluster, (0, more))
         return self.chunk_cluster[:, :, : chunks.count]
 
     def graft(self, chunks: Nodes, keys_of: GroupKeys, column: Tensor, rows: Tensor) -> None:
-        """Attach the chunk at `column`, int64 [B], to its nearest cluster where `rows`, bool [B].
+        """Attach the chunk at `column`, int64 [B], to its nearest cluster, in the rows bool [B].
 
-        Chunks behind it are not attached yet.
+        Chunks behind `column` are not attached yet.
         """
         labels = self.labels_of(chunks)
         column = torch.where(rows, column, 0)
@@ -105,7 +105,7 @@ class ClusterTree:
             self._split_units(self.cluster_unit.gather(2, label), applied)
 
     def _nearest_cluster(self, chunk: Nodes) -> Tensor:
-        """Cluster whose centred mean is most like the chunk's: int64 [B, Hkv, 1]."""
+        """Return the cluster whose centred mean is most like that of `chunk`: int64 [B, Hkv, 1]."""
         weight = self.clusters.tokens.float()[..., None]
         common = (weight * self.clusters.mean).sum(2, keepdim=True)
         common = common / weight.sum(2, keepdim=True).clamp(min=1)
@@ -117,6 +117,7 @@ class ClusterTree:
     def _split_clusters(
         self, chunks: Nodes, labels: Tensor, attached: Tensor, label: Tensor, applied: Tensor
     ) -> None:
+        """Split the cluster `label`, int64 [B, Hkv, 1], if it is too full or too wide."""
         members = ((labels == label) & attached).sum(-1, keepdim=True)
         usual = self.clusters.radius.square().sum(-1, keepdim=True)
         usual = usual / (self.clusters.tokens > 0).sum(-1, keepdim=True).clamp(min=1)
@@ -136,7 +137,7 @@ class ClusterTree:
         )
 
     def _split_units(self, unit: Tensor, applied: Tensor) -> None:
-        """Split the unit int64 [B, Hkv, 1] where it has far more clusters than others have."""
+        """Split the unit, int64 [B, Hkv, 1], if it has far more clusters than others have."""
         used = self.clusters.tokens > 0
         if self.units.count < self.config.coarse_units:
             self.units = self.units.resized(self.config.coarse_units)
@@ -153,32 +154,32 @@ def _split(
 ) -> Tensor:
     """Split the parents `label`, int64 [B, Hkv, 1], in two where `due`, bool [B, Hkv, 1].
 
-    Changes `labels`, int64 [B, Hkv, N], and `parents` in place; one half goes to an unused parent,
-    which there must be, returned as int64 [B, Hkv, 1].
+    Changes `labels`, int64 [B, Hkv, N], and `parents` in place. One half goes to an unused parent,
+    which must exist. Returns that parent, int64 [B, Hkv, 1].
     """
     member = (labels == label) & attached
     most = int(member.sum(-1).max())
-    held, place = member.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
-    held, place = held[..., :most].bool(), place[..., :most]
-    mine = children.gather(place)
-    mine.tokens = torch.where(held, mine.tokens, 0)
+    used, column = member.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
+    used, column = used[..., :most].bool(), column[..., :most]
+    mine = children.gather(column)
+    mine.tokens = torch.where(used, mine.tokens, 0)
     side = halves(mine)
     fresh = (parents.tokens == 0).long().argmax(-1, keepdim=True)
     parts = merge(mine, side, 2)
     for half, where in ((0, label), (1, fresh)):
         parents.put(where, parts.gather(torch.full_like(where, half)), due)
-    moved = held & (side == 1) & due
-    labels.scatter_(2, place, torch.where(moved, fresh, labels.gather(2, place)))
+    moved = used & (side == 1) & due
+    labels.scatter_(2, column, torch.where(moved, fresh, labels.gather(2, column)))
     return fresh
 
 
 def _absorb(
     nodes: Nodes, label: Tensor, chunk: Nodes, keys: Tensor, valid: Tensor, rows: Tensor
 ) -> None:
-    """Add a chunk's keys to the nodes `label`, int64 [B, Hkv, 1], in place, where `rows`.
+    """Add the keys of a chunk to the nodes `label`, int64 [B, Hkv, 1], in place, where `rows`.
 
-    The centre moves to the new mean; the radius grows by the way it moved, so that the old keys
-    stay within it, or to the furthest new key.
+    The centre moves to the new mean. The radius grows by the distance that the centre moved, which
+    keeps the old keys within it, or to the furthest new key.
     """
     old = nodes.gather(label)
     size, added = old.tokens.float()[..., None], chunk.tokens.float()[..., None]

@@ -1,4 +1,4 @@
-"""Which keys a query may see: an attention mask of any form, reduced to what selection needs."""
+"""Visible keys: an attention mask of any form, reduced to what a selection needs."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ class Visible:
     """The keys each query position may attend to, over slots 0 to L - 1 of a cache."""
 
     first: Tensor
-    """First visible slot, int64 [B, Tq]; L where none is."""
+    """First visible slot, int64 [B, Tq]; L if no slot is visible."""
     end: Tensor
-    """One past the last visible slot, int64 [B, Tq]; 0 where none is."""
+    """One past the last visible slot, int64 [B, Tq]; 0 if no slot is visible."""
     counts: Tensor | None
-    """Visible slots before each slot, int64 [B, Tq, L + 1]; None where [first, end) has no hole."""
+    """Number of visible slots before each slot, int64 [B, Tq, L + 1]; None: no holes."""
     bias: Tensor | None
-    """What is added to the scaled scores, float [B, 1 or Hq, Tq, L]; None where nothing is."""
+    """Biases added to the scaled scores, float [B, 1 or Hq, Tq, L]; None: no bias."""
     mask: Tensor | None
-    """bool [B, 1 or Hq, Tq, L], None where every key is visible."""
+    """Visible slots, bool [B, 1 or Hq, Tq, L]; None: every slot is visible."""
     kv_len: int
-    """Slots, L."""
+    """Number of slots, L."""
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """The mask as SDPA takes it: additive where it holds a bias, else bool, else None."""
+        """The mask as SDPA takes it: the bias if there is one, else the bool mask, else None."""
         return self.mask if self.bias is None else self.bias
 
     def tokens_within(self, begin: Tensor, end: Tensor) -> Tensor:
-        """Visible tokens in the slots [begin, end), each int64 [B, Tq, N]: int64 [B, Tq, N]."""
+        """Count the visible tokens in the slots [begin, end), each int64 [B, Tq, N]."""
         if self.counts is None:
             begin = torch.maximum(begin, self.first[..., None])
             end = torch.minimum(end, self.end[..., None])
@@ -74,10 +74,10 @@ def seen_and_bias(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def per_kv_head(mask: Tensor, heads: int, group: int) -> Tensor:
-    """A mask or bias [B, 1 or Hq, Tq, L] as [B, 1 or Hkv, 1 or G, Tq, L]."""
+    """Split the heads of a mask or bias [B, 1 or Hq, Tq, L]: [B, 1 or Hkv, 1 or G, Tq, L]."""
     return mask.unflatten(1, (1, 1) if mask.shape[1] == 1 else (heads, group))
 
 
 def with_four_axes(mask: Tensor) -> Tensor:
-    """A mask broadcastable to [B, Hq, Tq, L] with as many dimensions."""
+    """Return a mask broadcastable to [B, Hq, Tq, L] with four dimensions."""
     return mask[(None,) * (4 - mask.dim())]

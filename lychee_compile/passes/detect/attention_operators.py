@@ -34,13 +34,13 @@ from lychee_compile.passes.symbolic.views import broadcast
 logger = logging.getLogger(__name__)
 
 
-def find_fused(scene: GraphContext) -> Iterator[Attention | Unread]:
+def find_fused(context: GraphContext) -> Iterator[Attention | Unread]:
     """Yield every attention that is one operator, in order."""
-    for node in scene.order.nodes:
+    for node in context.order.nodes:
         if is_operator(node, "scaled_dot_product_attention"):
-            yield _read(node, "sdpa", lambda axes, node=node: _from_sdpa(node, axes, scene))  # type: ignore[misc]
+            yield _read(node, "sdpa", lambda axes, node=node: _from_sdpa(node, axes, context))  # type: ignore[misc]
         elif node.target is torch.ops.higher_order.flex_attention:
-            yield _read(node, "flex", lambda axes, node=node: _from_flex(node, axes, scene))  # type: ignore[misc]
+            yield _read(node, "flex", lambda axes, node=node: _from_flex(node, axes, context))  # type: ignore[misc]
         elif operator_of(node).family is Family.ATTENTION_MODULE:
             yield _from_module(node)
 
@@ -78,16 +78,16 @@ def _plain(size: Any) -> int | sympy.Expr:
     return int(expression) if expression.is_Integer else expression
 
 
-def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attention | Rejected:
+def _from_sdpa(node: torch.fx.Node, axes: Axes, context: GraphContext) -> Attention | Rejected:
     mask = argument(node, "attn_mask")
     scale = argument(node, "scale")
     if scale is None:
         scale = float(shape_of(argument(node, "query"))[-1]) ** -0.5
     gqa = bool(argument(node, "enable_gqa", False))
-    trace, pieces = _operands(node, node, gqa, axes)
+    trace, operands = _operands(node, node, gqa, axes)
     steps = [Step(StepKind.TIMES, node, scale)]
     if mask is not None:
-        wide = (*pieces["out"][:-1], pieces["kv"])
+        wide = (*operands["out"][:-1], operands["kv"])
         at = wide[len(wide) - len(shape_of(mask)) :]
         at = tuple(
             sympy.S.Zero if size_expression(size) == 1 else index
@@ -100,22 +100,22 @@ def _from_sdpa(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attentio
             else Step(StepKind.PLUS, node, mask, at)
         )
         steps.append(step)
-    elements = Elements(axes, scene.names, scene.written)
-    found = MatchedParts(
+    elements = Elements(axes, context.names, context.written)
+    parts = MatchedParts(
         node=node,
         form="sdpa",
         weights=node,
-        out=pieces["out"],
-        score_dims=pieces["out"][:-1],
+        out=operands["out"],
+        score_dims=operands["out"][:-1],
         trace=Trace(trace.product, trace.query, trace.key, trace.inner, tuple(steps)),
-        value=pieces["value"],
+        value=operands["value"],
         reader=node,
-        keys=free_axes([pieces["kv"]]),
+        keys=free_axes([operands["kv"]]),
         is_causal=bool(argument(node, "is_causal", False)),
         dropout=float(argument(node, "dropout_p", 0.0)),
-        heads_first=len(pieces["out"]) > 3,
+        heads_first=len(operands["out"]) > 3,
     )
-    return settle(found, elements, scene)
+    return settle(parts, elements, context)
 
 
 def _operands(
@@ -156,32 +156,34 @@ def _operands(
     return trace, {"out": out, "kv": kv, "value": place(value, kv, out[-1])}
 
 
-def _from_flex(node: torch.fx.Node, axes: Axes, scene: GraphContext) -> Attention | Rejected | None:
+def _from_flex(
+    node: torch.fx.Node, axes: Axes, context: GraphContext
+) -> Attention | Rejected | None:
     output = next(
         (user for user in node.users if user.target is operator.getitem and user.args[1] == 0), None
     )
     if output is None:
         return None
-    trace, pieces = _operands(node, output, True, axes)
-    elements = Elements(axes, scene.names, scene.written)
+    trace, operands = _operands(node, output, True, axes)
+    elements = Elements(axes, context.names, context.written)
     more = any(user is not output and user.users for user in node.users)
-    found = MatchedParts(
+    parts = MatchedParts(
         node=output,
         form="flex",
         weights=node,
-        out=pieces["out"],
-        score_dims=pieces["out"][:-1],
+        out=operands["out"],
+        score_dims=operands["out"][:-1],
         trace=trace,
-        value=pieces["value"],
+        value=operands["value"],
         reader=node,
-        keys=free_axes([pieces["kv"]]),
+        keys=free_axes([operands["kv"]]),
         refused=reasons.LSE_USED() if more else None,
         heads_first=True,
     )
-    settled = settle(found, elements, scene)
+    settled = settle(parts, elements, context)
     if isinstance(settled, Rejected):
         return settled
-    return flex_score(node, settled, (*pieces["out"][:-1], pieces["kv"]), scene)
+    return flex_score(node, settled, (*operands["out"][:-1], operands["kv"]), context)
 
 
 def _from_module(node: torch.fx.Node) -> Unread:

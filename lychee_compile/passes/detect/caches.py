@@ -118,23 +118,24 @@ class _Binder:
         self._writes = writes
 
     def bind(self) -> CacheBinding:
-        held = self._behind_prefixes(self._key)
-        if is_operator(held, "cat"):
-            return self._grown(held)
-        if _writes_tokens(held):
-            return self._written(held)
-        if held.op == "placeholder":
-            return self._read(held)
-        rewritten = calls(held, aten.copy_.default) and first_input(held).op == "placeholder"
-        if rewritten or calls(held, aten.roll.default) or calls(*held.args[:1], aten.roll.default):
+        holder = self._behind_prefixes(self._key)
+        if is_operator(holder, "cat"):
+            return self._grown(holder)
+        if _writes_tokens(holder):
+            return self._written(holder)
+        if holder.op == "placeholder":
+            return self._read(holder)
+        rewritten = calls(holder, aten.copy_.default) and first_input(holder).op == "placeholder"
+        rolled = any(is_operator(each, "roll") for each in (holder, *holder.args[:1]))
+        if rewritten or rolled:
             raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
-        if calls(held, aten.slice.Tensor):
+        if calls(holder, aten.slice.Tensor):
             raise _NotBoundError(reasons.CACHE_SLICED(), "sliding")
-        output = self._output_index(held)
+        output = self._output_index(holder)
         if output is None:
             raise _NotBoundError(reasons.NO_CACHE())
         return CacheBinding(
-            self._key, self._dim, "dynamic", None, output, written=(held, self._dim)
+            self._key, self._dim, "dynamic", None, output, written=(holder, self._dim)
         )
 
     def _behind_prefixes(self, node: torch.fx.Node) -> torch.fx.Node:
@@ -153,7 +154,7 @@ class _Binder:
         """Return the binding of a cache to which this call writes tokens at positions."""
         positions = self._positions(write)
         cache = through_copies(write.args[0])  # type: ignore[arg-type]
-        if calls(cache, aten.roll.default):
+        if is_operator(cache, "roll"):
             raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         if positions is None:
             raise _NotBoundError(reasons.CACHE_NOT_BY_TOKEN())

@@ -58,9 +58,9 @@ def find_attention(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) 
     `written` holds the nodes to which `normalise` could not give values of their own.
     """
     context = GraphContext(gm, Order(gm.graph), Names(gm), written)
-    found: list[Found] = list(find_fused(context))
-    found.extend(_from_softmax(softmax, context) for softmax in find_softmaxes(gm.graph))
-    return sorted(found, key=lambda each: context.order.place[each.node])
+    results: list[Found] = list(find_fused(context))
+    results.extend(_from_softmax(softmax, context) for softmax in find_softmaxes(gm.graph))
+    return sorted(results, key=lambda each: context.order.place[each.node])
 
 
 def _from_softmax(softmax: Softmax, context: GraphContext) -> Attention | Rejected:

@@ -24,7 +24,7 @@ NO_BLOCKS = 1 << 30
 
 
 def flex_score(
-    node: torch.fx.Node, attention: Attention, indices: Indices, scene: GraphContext
+    node: torch.fx.Node, attention: Attention, indices: Indices, context: GraphContext
 ) -> Attention:
     """Return `attention` with the score and the mask of the FlexAttention `node`.
 
@@ -35,10 +35,10 @@ def flex_score(
     factor = scalar_of(scale)
     factor = sympy.S.One if factor is None else factor
     raw = S * factor * attention.score.scale  # by which queries or keys were multiplied before
-    modified = _call(score_mod, (raw, *indices), score_others, attention.axes, scene)
+    modified = _call(score_mod, (raw, *indices), score_others, attention.axes, context)
     visible: Any = sympy.true
     if not _unblocked(blocks):
-        visible = _call(blocks[-1], indices, mask_others, attention.axes, scene)  # type: ignore[index]
+        visible = _call(blocks[-1], indices, mask_others, attention.axes, context)  # type: ignore[index]
     score = replace(_simple_score(modified), expression=modified, visible=truth(visible))
     refused = attention.refused
     if not _unblocked(blocks):
@@ -53,15 +53,15 @@ def _unblocked(blocks: Any) -> bool:
 
 
 def _call(
-    function: Any, given: tuple[Element, ...], others: Any, axes: Axes, scene: GraphContext
+    function: Any, arguments: tuple[Element, ...], others: Any, axes: Axes, context: GraphContext
 ) -> Element:
     """Return the value of one of the graph's functions, whose captured tensors are `others`."""
-    inner = getattr(scene.gm, function.target)
+    inner = getattr(context.gm, function.target)
     inputs = [each for each in inner.graph.nodes if each.op == "placeholder"]
-    for place, captured in zip(inputs[len(given) :], others or (), strict=False):
-        scene.names.call(place, captured)
-    values = dict(zip(inputs, given, strict=False))
-    elements = Elements(axes, scene.names, given=values)
+    for place, captured in zip(inputs[len(arguments) :], others or (), strict=False):
+        context.names.call(place, captured)
+    values = dict(zip(inputs, arguments, strict=False))
+    elements = Elements(axes, context.names, known=values)
     result = next(each for each in inner.graph.nodes if each.op == "output").args[0]
     return elements.of(result[0] if isinstance(result, (tuple, list)) else result)
 

@@ -45,11 +45,11 @@ class Place:
         """Return this place as an operand; None if its dimensions are not whole axes."""
         layout = []
         for index, size in zip(self.indices, shape_of(self.node), strict=True):
-            held = axes.digits(index, size)
-            if held is None:
+            digits = axes.digits(index, size)
+            if digits is None:
                 return None
-            layout.append(held)
-        axes_held = [axis for held in layout for axis in held]
+            layout.append(digits)
+        axes_held = [axis for digits in layout for axis in digits]
         repeats = len(set(axes_held)) < len(axes_held)  # a diagonal
         return None if repeats else Operand(self.node, tuple(layout))
 
@@ -61,15 +61,15 @@ def places_behind(
 
     With `casts`, changes of dtype that lose nothing are followed too.
     """
-    found = [Place(node, indices, sympy.S.One)]
+    places = [Place(node, indices, sympy.S.One)]
     while True:
-        place = found[-1]
+        place = places[-1]
         if elements.is_opaque(place.node):
-            return found
+            return places
         behind = _view_behind(place, elements, casts) or _factor_behind(place, elements)
         if behind is None:
-            return found
-        found.append(behind)
+            return places
+        places.append(behind)
 
 
 def _view_behind(place: Place, elements: Elements, casts: bool) -> Place | None:

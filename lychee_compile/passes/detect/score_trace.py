@@ -80,14 +80,14 @@ class ScoreTracer:
         self._visited += 1
         if node.op != "call_function" or node in self._failed or self._visited > DEEPEST:
             return None
-        found = (
+        trace = (
             self._product(node, indices) or self._view(node, indices) or self._step(node, indices)
         )
-        if found is None:
+        if trace is None:
             self._failed.add(node)
         elif self.elements.is_opaque(node):
-            return _after(found, Step(StepKind.OTHER, node, "a write through a view"))
-        return found
+            return _after(trace, Step(StepKind.OTHER, node, "a write through a view"))
+        return trace
 
     def _product(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
         product = product_of(node)
@@ -116,21 +116,21 @@ class ScoreTracer:
         viewed = source_of(node, indices, self.elements.axes)
         if viewed is None:
             return None
-        found = self.trace(*viewed)
+        trace = self.trace(*viewed)
         before, after = value_of(viewed[0]).dtype, value_of(node).dtype
-        if found is None or widens(before, after) or widens(after, before):
-            return found
+        if trace is None or widens(before, after) or widens(after, before):
+            return trace
         return _after(
-            found, Step(StepKind.OTHER, node, f"a cast to {str(after).removeprefix('torch.')}")
+            trace, Step(StepKind.OTHER, node, f"a cast to {str(after).removeprefix('torch.')}")
         )
 
     def _step(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
         described = operator_of(node)
         if described.family is Family.DROPOUT:
-            found = self.trace(node.args[0], indices)  # type: ignore[arg-type]
+            trace = self.trace(node.args[0], indices)  # type: ignore[arg-type]
             active = argument(node, "train") and argument(node, "p")
             return (
-                _after(found, Step(StepKind.OTHER, node, "dropout")) if found and active else found
+                _after(trace, Step(StepKind.OTHER, node, "dropout")) if trace and active else trace
             )
         if is_operator(node, "cat"):
             return self._extra_logit(node, indices)
@@ -144,9 +144,9 @@ class ScoreTracer:
             if not value_of(operand).dtype.is_floating_point:
                 continue
             inside = broadcast(indices, shape_of(operand), shape_of(node))
-            found = self.trace(operand, inside) if len(inside) == len(shape_of(operand)) else None
-            if found is not None:
-                return _after(found, _step_of(node, place, indices))
+            trace = self.trace(operand, inside) if len(inside) == len(shape_of(operand)) else None
+            if trace is not None:
+                return _after(trace, _step_of(node, place, indices))
         return None
 
     def _extra_logit(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
@@ -161,10 +161,10 @@ class ScoreTracer:
         for place, part in enumerate(parts):
             size = size_expression(shape_of(part)[dim])
             if offset == start:
-                found = self.trace(part, (*indices[:dim], at - start, *indices[dim + 1 :]))
+                trace = self.trace(part, (*indices[:dim], at - start, *indices[dim + 1 :]))
                 others = [each for each in parts if each is not part]
-                if found is None or len(others) != 1 or place not in (0, 1):
-                    return found and _after(found, Step(StepKind.OTHER, node, "cat"))
+                if trace is None or len(others) != 1 or place not in (0, 1):
+                    return trace and _after(trace, Step(StepKind.OTHER, node, "cat"))
                 (other,) = others
                 zero = (*indices[:dim], sympy.S.Zero, *indices[dim + 1 :])
                 single = size_expression(shape_of(other)[dim]) == 1
@@ -173,7 +173,7 @@ class ScoreTracer:
                     if single
                     else Step(StepKind.OTHER, node, "cat")
                 )
-                return _after(found, kind)
+                return _after(trace, kind)
             start += size
         return None
 

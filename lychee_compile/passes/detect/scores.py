@@ -136,7 +136,7 @@ class _Sum:
     def _plus(self, step: Step, sign: int = 1) -> None:
         times = sign * (1 if step.fill is None else step.fill)
         value = choose(lambda a: a * times, self._amount(step))
-        if hides(value):
+        if value.is_number and hides(value):
             self.hidden.append(sympy.true)
             self.refuse(reasons.SCORES_HIDDEN())
         if not self._differs_by_key(step, value):

@@ -52,9 +52,9 @@ def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
             source = first_input(node)
             yield Softmax(node, node, source, (_dim(argument(node, "dim"), source),))
         elif _exponent(node) is not None:
-            found = _from_logarithm(node) or _from_exponentials(node)
-            if found is not None:
-                yield found
+            softmax = _from_logarithm(node) or _from_exponentials(node)
+            if softmax is not None:
+                yield softmax
 
 
 def _exponent(node: torch.fx.Node) -> tuple[torch.fx.Node, bool] | None:
@@ -145,8 +145,8 @@ def _dims_through_views(
         if behind is None:
             return None
         view, at = behind
-    held = [axes.digits(index, size) for index, size in zip(at, shape_of(node), strict=True)]
-    where = tuple(dim for dim, digits in enumerate(held) if digits and set(digits) & summed)
+    digits = [axes.digits(index, size) for index, size in zip(at, shape_of(node), strict=True)]
+    where = tuple(dim for dim, each in enumerate(digits) if each and set(each) & summed)
     return where if free_axes(at[dim] for dim in where) == summed else None
 
 
@@ -156,10 +156,10 @@ def summed_dims(node: torch.fx.Node) -> Sequence[int] | None:
         dims = argument(node, "dim")
         return [dims] if isinstance(dims, int) else dims or None
     if is_operator(node, "einsum") and len(argument(node, "tensors")) == 1:
-        taken, _, given = argument(node, "equation").replace(" ", "").partition("->")
-        plain = given and "." not in taken and [each for each in taken if each in given]
-        if plain == list(given):
-            return [place for place, each in enumerate(taken) if each not in given]
+        taken, _, kept = argument(node, "equation").replace(" ", "").partition("->")
+        plain = kept and "." not in taken and [each for each in taken if each in kept]
+        if plain == list(kept):
+            return [place for place, each in enumerate(taken) if each not in kept]
     return None
 
 

@@ -25,15 +25,15 @@ def find_token_ids(graph: torch.fx.Graph) -> torch.fx.Node | None:
     If several embeddings look up an input, as of words and of positions, the one with the largest
     vocabulary counts.
     """
-    largest, found = 0, None
+    largest, token_ids = 0, None
     for node in graph.nodes:
         if not calls(node, aten.embedding.default):
             continue
         ids = _input_behind(argument(node, "indices"))
         rows = shape_of(argument(node, "weight"))[0]
         if ids is not None and isinstance(rows, int) and rows > largest:
-            largest, found = rows, ids
-    return found
+            largest, token_ids = rows, ids
+    return token_ids
 
 
 def _input_behind(node: torch.fx.Node) -> torch.fx.Node | None:

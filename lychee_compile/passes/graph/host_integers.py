@@ -35,10 +35,10 @@ class HostIntegers:
         """Return a function with the former inputs and outputs that calls `compiled`."""
 
         def run(*args: Any) -> Any:
-            made = list(compiled(*(args[place] for place in self.kept)))
+            results = list(compiled(*(args[place] for place in self.kept)))
             for place, value in zip(self.outputs, self.count(*args), strict=True):
-                made.insert(place, value)
-            return made
+                results.insert(place, value)
+            return results
 
         return run
 

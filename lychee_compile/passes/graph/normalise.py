@@ -64,12 +64,12 @@ def _made_functional(
         return False
     graph = node.graph
     with graph.inserting_before(node):
-        made = graph.call_function(functional, node.args, node.kwargs)
-    made.meta.update(node.meta)
-    made.meta["val"] = value
-    order[made] = place
-    node.replace_all_uses_with(made)
-    target.replace_all_uses_with(made, delete_user_cb=lambda user: order[user] > place)
+        replacement = graph.call_function(functional, node.args, node.kwargs)
+    replacement.meta.update(node.meta)
+    replacement.meta["val"] = value
+    order[replacement] = place
+    node.replace_all_uses_with(replacement)
+    target.replace_all_uses_with(replacement, delete_user_cb=lambda user: order[user] > place)
     views.get(target, []).remove(node)
     graph.erase_node(node)
     return True

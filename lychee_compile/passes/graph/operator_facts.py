@@ -63,7 +63,7 @@ class Memory(Enum):
 
 
 class Rule(Enum):
-    """Rules that make an element of the output; `symbolic.elements` has a function for each."""
+    """Rules that make an element of the output; `symbolic.element_rules` has the functions."""
 
     DIVIDE = auto()
     WHERE = auto()

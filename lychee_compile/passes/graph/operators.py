@@ -2,13 +2,13 @@
 
 To add an operator, add its name to a row that describes it, or write a new row. In a row, words are
 operators that share the description, and names joined by `/` are synonyms of one operator. Only the
-first of the synonyms is ever compared in code (`operator_of(node).name`).
+first of the synonyms is ever written in code (`is_operator(node, "div")`).
 
 To teach detection a new form of mask, say which of these the operators that make it are:
 
 - an elementwise function: give `numbers`, `truths` or `bits`, a function of sympy;
 - a view, copy or repetition: give `view`, one of the rules in `symbolic.views`;
-- something else whose elements can be told: give `rule`, and write it in `symbolic.elements`;
+- something else whose elements can be told: give `rule`, and write it in `symbolic.element_rules`;
 - something that meets the scores: give `steps`, a `StepKind` for each operand that scores may be;
   what a kind does to a score is in `detect.scores`.
 

@@ -176,18 +176,18 @@ class Axes:
             if axis is None:
                 return None
             terms.append((stride, axis))
-        found: list[Axis] = []
+        digits: list[Axis] = []
         stride = sympy.S.One
         while terms:
             following = next((each for each in terms if _equal(each[0], stride)), None)
             if following is None:
                 return None
-            if following[1] in found:
+            if following[1] in digits:
                 return None
             terms.remove(following)
-            found.insert(0, following[1])
+            digits.insert(0, following[1])
             stride *= self.sizes[following[1]]
-        return tuple(found) if _equal(stride, self.size(size)) else None
+        return tuple(digits) if _equal(stride, self.size(size)) else None
 
 
 def free_axes(indices: Iterable[Index]) -> frozenset[Axis]:
@@ -248,9 +248,9 @@ def _groups(
             list(range(right, min(right + 1, len(source)))),
         )
         while True:
-            made = sympy.Mul(*(sizes[place] for place in outer))
-            held = sympy.Mul(*(source[place] for place in inner))
-            if _equal(made, held):
+            reshaped = sympy.Mul(*(sizes[place] for place in outer))
+            original = sympy.Mul(*(source[place] for place in inner))
+            if _equal(reshaped, original):
                 break
             more_outer, more_inner = (
                 left + len(outer) < len(sizes),
@@ -258,8 +258,8 @@ def _groups(
             )
             if more_outer and (
                 not more_inner
-                or _divide_exactly(held, made) is not None
-                or (made - held).is_negative
+                or _divide_exactly(original, reshaped) is not None
+                or (reshaped - original).is_negative
             ):
                 outer.append(left + len(outer))
             elif more_inner:

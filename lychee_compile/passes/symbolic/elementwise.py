@@ -54,12 +54,12 @@ def choose(function: Callable[..., Element], *operands: Element) -> Element:
     ]
     if math.prod(len(each) for each in options) > LONGEST_CHOICE:
         raise TooLarge
-    made = []
+    branches_of_result = []
     for combination in itertools.product(*options):
         condition = sympy.And(*(pair[1] for pair in combination))
         if condition != sympy.false:
-            made.append((function(*(pair[0] for pair in combination)), condition))
-    return piecewise(made)
+            branches_of_result.append((function(*(pair[0] for pair in combination)), condition))
+    return piecewise(branches_of_result)
 
 
 def piecewise(branches: list[tuple[Element, Boolean]]) -> Element:

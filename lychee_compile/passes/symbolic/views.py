@@ -94,10 +94,10 @@ def _swapped(node: torch.fx.Node, indices: Indices, first: int, second: int) -> 
 def _move(node: torch.fx.Node, indices: Indices, axes: Axes) -> Source:
     """Follow `movedim`, which names source and destination dimensions."""
     rank = len(indices)
-    given = (argument(node, "source"), argument(node, "destination"))
+    named = (argument(node, "source"), argument(node, "destination"))
     source, goal = (
         [dim % rank for dim in (each if isinstance(each, (list, tuple)) else [each])]
-        for each in given
+        for each in named
     )
     rest = [place for place in range(rank) if place not in source]
     order = [source[goal.index(place)] if place in goal else rest.pop(0) for place in range(rank)]

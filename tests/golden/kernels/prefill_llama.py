@@ -74,7 +74,7 @@ def edges(b, tile, query_len, kv_len, SELF: tl.constexpr):
 
 
 @triton.jit
-def stretches(edge, place):
+def load_edges(edge, place):
     """Return what `ask` has stored of `edges` for one tile."""
     edge += place * 8
     own, own_end = tl.load(edge + 2), tl.load(edge + 3)
@@ -263,7 +263,7 @@ def choose(
     says which bins the budget may end in, and these alone are counted.
     """
     row = tl.program_id(0)
-    first, begin, own, own_end, stop, end = stretches(edge, row)
+    first, begin, own, own_end, stop, end = load_edges(edge, row)
     bins += row.to(tl.int64) * bin_room
     chosen += row.to(tl.int64) * capacity
     always = begin - first + own_end - own + end - stop
@@ -318,7 +318,7 @@ MOST = tl.constexpr(2.0**100)  # largest sum of a query's weights: far from over
 
 
 @triton.jit
-def weigh(
+def attend_unmasked(
     slot, base, asking, total, result, b, h, q,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
 ):
@@ -418,7 +418,7 @@ def attend(
     )
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
     value += b.to(tl.int64) * value_stride_b + (h // GROUP).to(tl.int64) * value_stride_h
-    first, begin, own, own_end, stop, end = stretches(edge, number)
+    first, begin, own, own_end, stop, end = load_edges(edge, number)
     chosen += number.to(tl.int64) * capacity
     count = tl.load(counts + number)
     full = count // KEYS * KEYS
@@ -430,7 +430,7 @@ def attend(
     base = tl.where(top == float("-inf"), 0.0, top)
     for start in range(0, full, KEYS):
         slot = tl.load(chosen + start + tl.arange(0, KEYS))
-        total, result = weigh(
+        total, result = attend_unmasked(
             slot, base, asking, total, result, b, h, q,
             key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
         )

@@ -75,7 +75,7 @@ def edges(b, tile, query_len, kv_len, mask, mask_stride_0, mask_stride_1, mask_s
 
 
 @triton.jit
-def stretches(edge, place):
+def load_edges(edge, place):
     """Return what `ask` has stored of `edges` for one tile."""
     edge += place * 8
     own, own_end = tl.load(edge + 2), tl.load(edge + 3)
@@ -275,7 +275,7 @@ def choose(
     says which bins the budget may end in, and these alone are counted.
     """
     row = tl.program_id(0)
-    first, begin, own, own_end, stop, end = stretches(edge, row)
+    first, begin, own, own_end, stop, end = load_edges(edge, row)
     bins += row.to(tl.int64) * bin_room
     chosen += row.to(tl.int64) * capacity
     always = begin - first + own_end - own + end - stop
@@ -409,7 +409,7 @@ def attend(
     )
     key += b.to(tl.int64) * key_stride_b + (h // GROUP).to(tl.int64) * key_stride_h
     value += b.to(tl.int64) * value_stride_b + (h // GROUP).to(tl.int64) * value_stride_h
-    first, begin, own, own_end, stop, end = stretches(edge, number)
+    first, begin, own, own_end, stop, end = load_edges(edge, number)
     chosen += number.to(tl.int64) * capacity
     count = tl.load(counts + number)
     top, total, result = read_listed(

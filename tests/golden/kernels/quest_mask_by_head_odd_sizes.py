@@ -260,7 +260,7 @@ def due(left, own, at_cut):
 
 
 @triton.jit
-def choose(entry, cut, left, at_cut):
+def choose_by_bin(entry, cut, left, at_cut):
     """Return which items are chosen, the place of each in a list of them, and their number.
 
     Chosen are all items in bins above the cut, and the first of those at the cut: as many as are
@@ -440,7 +440,7 @@ def list_boxes(
     cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room)
     of_lot = chosen_of_tiles(ranks + (mine - lot) * BINS, cut, left, at_cut, lots, LOTS)
     before = tl.sum(tl.where(tl.arange(0, LOTS) < lot, of_lot, 0), 0)
-    chosen, place, _ = choose(entry, cut, left, at_cut)
+    chosen, place, _ = choose_by_bin(entry, cut, left, at_cut)
     slot = ((lot * RANKED + number) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
     into = head_row.to(tl.int64) * candidate_room
     into += ((before + place) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
@@ -561,7 +561,7 @@ def attend(
                 else:
                     inside &= slot >= begin
                 entry = tl.where(inside, entry, 0)
-                chosen, place, more = choose(entry.to(tl.int32), cut, left, at_cut)
+                chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
                 tl.store(chosen_list + count + place, slot, mask=chosen)
                 count += more
                 item += splits * LANES

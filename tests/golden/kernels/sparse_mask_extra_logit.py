@@ -284,7 +284,7 @@ def due(left, own, at_cut):
 
 
 @triton.jit
-def choose(entry, cut, left, at_cut):
+def choose_by_bin(entry, cut, left, at_cut):
     """Return which items are chosen, the place of each in a list of them, and their number.
 
     Chosen are all items in bins above the cut, and the first of those at the cut: as many as are
@@ -535,7 +535,7 @@ def plan_turns(
 
     Store in `plan` for each turn: its block, the number of chosen pages in all blocks and turns
     before it, the number of those in turns of its own block, and the number of its own pages. Store
-    in `limits` the cut, what is left for it, and how many pages are at it: `choose` needs these.
+    in `limits` what `choose_by_bin` needs: the cut, what is left for it, and its number of pages.
     """
     cut, left, at_cut = threshold(histogram, PAGE_ROOM)
     of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)
@@ -650,7 +650,7 @@ def scan_chosen(
         skipped, count = tl.load(plan + turn * 4 + 2), tl.load(plan + turn * 4 + 3)
         if count > 0:
             entry = tl.load(page_bins + block * PER_BLOCK + number)
-            _, place, _ = choose(entry.to(tl.int32), cut, left, at_cut)
+            _, place, _ = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
             # `place` grows along the pages: the page of a rank is the first that is not below it.
             rank = skipped + tl.arange(0, TURN)
             page = tl.sum((place[None, :] < rank[:, None]).to(tl.int32), 1)
@@ -911,7 +911,7 @@ def attend(
                 else:
                     inside &= slot >= begin
                 entry = tl.where(inside, entry, 0)
-                chosen, place, more = choose(entry.to(tl.int32), cut, left, at_cut)
+                chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
                 tl.store(chosen_list + count + place, slot, mask=chosen)
                 count += more
                 item += splits * LANES

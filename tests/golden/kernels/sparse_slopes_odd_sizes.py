@@ -282,7 +282,7 @@ def due(left, own, at_cut):
 
 
 @triton.jit
-def choose(entry, cut, left, at_cut):
+def choose_by_bin(entry, cut, left, at_cut):
     """Return which items are chosen, the place of each in a list of them, and their number.
 
     Chosen are all items in bins above the cut, and the first of those at the cut: as many as are
@@ -705,7 +705,7 @@ def attend(
                 else:
                     inside &= slot >= begin
                 entry = tl.where(inside, entry, 0)
-                chosen, place, more = choose(entry.to(tl.int32), cut, left, at_cut)
+                chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
                 tl.store(chosen_list + count + place, slot, mask=chosen)
                 count += more
                 item += splits * LANES

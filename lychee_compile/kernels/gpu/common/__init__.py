@@ -1,1 +1,1 @@
-"""What the GPU methods share: the base of an index, launches, tile sizes, generated modules."""
+"""Parts that the GPU methods share: base of an index, launches, tunings, generated modules."""

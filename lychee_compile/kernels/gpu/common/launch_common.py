@@ -1,4 +1,4 @@
-"""What launches of all kernels share: arguments by name, scratch memory, sums of partial results.
+"""Arguments by name, scratch memory and sums of partial results, for launches of all kernels.
 
 A launch puts every argument into one dictionary, under the name that kernels have for it; `launch`
 gives each kernel those that it names. No launch waits for the device.
@@ -24,7 +24,7 @@ COMBINED_BY_WARP = 4096
 
 
 class Kernel(Protocol):
-    """What a launch needs of a Triton kernel."""
+    """A Triton kernel, as far as a launch needs to know it."""
 
     @property
     def arg_names(self) -> Sequence[str]:

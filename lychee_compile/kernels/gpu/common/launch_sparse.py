@@ -1,4 +1,4 @@
-"""What the sparse steps of all methods share: the beginning of a launch, and its end.
+"""The beginning and the end of a sparse step, which all methods share.
 
 In between a method ranks the tokens, by kernels of its own. It leaves, for each row, bins of the
 tokens' shares and a histogram of them; `attend` finds the threshold and reads the best tokens.

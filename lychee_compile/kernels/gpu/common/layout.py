@@ -1,4 +1,4 @@
-"""How an index lies in one flat device tensor, whatever the method that it belongs to.
+"""The memory layout of an index in one flat device tensor, for any method.
 
 A GPU index is a slot index: the slot of a key alone decides which bytes belong to it. A rewind of
 the cache therefore changes nothing in the index, and a write only touches the slots it writes.

@@ -1,4 +1,4 @@
-"""What a policy needs to run generated kernels on a GPU."""
+"""The protocol of a policy that runs generated kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lychee_compile.kernels.policies.registry import GpuKernels
 
 @runtime_checkable
 class GpuMethod(GpuKernels, Protocol):
-    """How the kernels of one policy are run, and where their index lies.
+    """A policy on a GPU: it runs the policy's kernels and knows where their index lies.
 
     The kernels themselves are text that `codegen/module.py` puts together, under the same name.
     """

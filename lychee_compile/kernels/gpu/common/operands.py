@@ -1,4 +1,4 @@
-"""What a launch is given: the tensors of one attention, and the names kernels have for them."""
+"""The operands of a launch: tensors of one attention, under the names kernels have for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many keys an attention kernel reads at a time, and how many programs share its work.
+"""Tunings: keys that an attention kernel reads at a time, and programs that share its work.
 
 Measured on one H100 (benchmarks/results). A rule covers what was not measured: a fixed number of
 programs for each multiprocessor, and keys that leave room in shared memory for three programs.

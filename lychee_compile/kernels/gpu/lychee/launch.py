@@ -55,7 +55,7 @@ def run_lychee(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """How the tokens of a row are shared out among programs."""
+    """Shares of the tokens of a row among programs."""
 
     paged: bool
     """True if pages are ranked first, and then the tokens of the best pages alone."""
@@ -70,6 +70,7 @@ class _Sizes:
 
     @classmethod
     def of(cls, module: ModuleType, layout: SketchLayout, kv_len: int) -> _Sizes:
+        """Return the shares of `kv_len` tokens in an index of this layout."""
         blocks = layout.blocks
         if not (module.RANKS_PAGES and kv_len > module.FLAT_TOKENS):
             return cls(False, blocks, -(-kv_len // SCAN_SLOTS), kv_len, 0)

@@ -1,4 +1,4 @@
-"""Where the sketches of the keys of one cache lie in the memory of an index."""
+"""The memory layout of an index of sketches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Field(NamedTuple):
 
     @property
     def offset(self) -> float:
-        """What to subtract from a code: it stands for code + 0.5 - 2^(bits - 1) steps."""
+        """Number to subtract from a code, which stands for code + 0.5 - 2^(bits - 1) steps."""
         return 2 ** (self.bits - 1) - 0.5
 
 

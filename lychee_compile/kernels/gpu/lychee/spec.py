@@ -36,7 +36,7 @@ Finish = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SelectionSizes:
-    """How much is selected, in tokens."""
+    """Numbers of tokens to select."""
 
     budget: int
     sinks: int

@@ -37,10 +37,10 @@ ALL = 2**30
 
 @dataclass(frozen=True)
 class PrefillBudget:
-    """How much each tile of queries reads."""
+    """Numbers of keys that the tiles of a prefill read."""
 
     keys: float
-    """From 1 on the number of keys that a tile reads; below 1 their share of those it sees."""
+    """Number of keys that a tile reads; if below 1, their share of the keys it sees."""
     shortest: int = 0
     """Tiles that see fewer keys read all of them."""
     own: bool = True

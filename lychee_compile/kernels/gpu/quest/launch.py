@@ -45,7 +45,7 @@ def run_quest(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """How the pages of a row are shared out among programs."""
+    """Shares of the pages of a row among programs."""
 
     pages: int
     """Pages of a row."""
@@ -58,6 +58,7 @@ class _Sizes:
 
     @classmethod
     def of(cls, module: ModuleType, layout: QuestLayout, rows: int) -> _Sizes:
+        """Return the shares for an index of this layout; `rows` are scanned at the same time."""
         scans = -(-layout.pages // module.SCANNED.value)
         steps = min(power_of_two(-(-rows * scans // PROGRAMS)), MOST_STEPS)
         lots = -(-layout.pages // module.RANKED.value)

@@ -1,4 +1,4 @@
-"""Where the boxes around the keys of pages lie in the memory of an index."""
+"""The memory layout of an index for Quest: boxes around the keys of pages."""
 
 from __future__ import annotations
 

@@ -11,23 +11,23 @@ from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.question import Question, Runs
 
 TOKENS_PER_CLUSTER = 80
-"""Tokens that a cluster of the prompt holds on average, as in the paper."""
+"""Mean number of tokens in a cluster of the prompt, as in the paper."""
 WINDOW = 320
-"""New tokens that wait until they are clustered, as in the paper."""
+"""Number of new tokens that are clustered together, as in the paper."""
 ITERATIONS = 10
-"""Steps of the k-means, which the paper runs until nothing moves."""
+"""Most steps of the k-means, which the paper runs until nothing moves."""
 AT_A_TIME = 8192
-"""Tokens compared with all centroids at a time, to bound the memory of clustering."""
+"""Number of tokens compared with all centroids at a time, to bound the memory of clustering."""
 
 
 class ClusterKVIndex(KVIndex):
     """ClusterKV (arXiv 2412.03213): clusters of tokens by cosine, ranked by their centroid.
 
     Each KV head clusters the tokens behind the first 16 (`sinks`) by k-means, one cluster per 80
-    tokens, comparing keys by cosine; the centroid is the mean of the keys. Clusters are ranked by
-    q.centroid and read whole, best first; the last is cut to the budget, its first tokens kept. New
-    tokens wait, always read, until there are 320; then they become 4 clusters of their own, and
-    what was clustered before never moves. The first two layers stay dense.
+    tokens. Keys are compared by cosine; the centroid is the mean of the keys. Clusters are ranked
+    by q.centroid and read whole, best first; the last is cut to the budget, its first tokens kept.
+    New tokens are always read until there are 320. Then they become 4 clusters of their own; older
+    clusters never change. The first two layers stay dense.
 
     Not as in the paper: query heads that share a KV head choose together, by the mean of their
     softmax shares over clusters (one head ranks as the paper does). Waiting tokens count towards
@@ -52,7 +52,7 @@ class ClusterKVIndex(KVIndex):
 
     @property
     def always_read(self) -> tuple[int, int]:
-        """Sinks, and of the last tokens the query's own; with it all that wait."""
+        """Sinks, and the query's own token; tokens in no cluster yet are read besides."""
         return self.config.sinks, 1
 
     def extend(self, key: Tensor, end: Tensor) -> None:
@@ -81,13 +81,13 @@ class ClusterKVIndex(KVIndex):
         super().restart(rows, start)
 
     def choose(self, question: Question) -> Runs:
-        """The tokens of the best clusters, as far as there is room."""
+        """Return the tokens of the best clusters, as many as there is room for."""
         label, member = self._members(question)
         count = self.centroid.shape[2]
-        held = label.new_zeros(*label.shape[:3], count).scatter_add(-1, label, member.long())
+        tokens = label.new_zeros(*label.shape[:3], count).scatter_add(-1, label, member.long())
         score = question.scale * (question.query @ self.centroid.transpose(-1, -2))
         score = question.split(question.capped(score))
-        score = score.masked_fill(held[:, :, None] == 0, -torch.inf)
+        score = score.masked_fill(tokens[:, :, None] == 0, -torch.inf)
         order = question.share(score).argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(
             -1, order, torch.arange(count, device=self.device).expand_as(order)
@@ -96,11 +96,11 @@ class ClusterKVIndex(KVIndex):
         return _first_tokens(place, member, question.room)
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:
-        """A centroid for each cluster, and the numbers of the tokens it names (4 bytes each)."""
+        """Count a centroid for each cluster, and 4 bytes for the number of each token read."""
         return 2 * self.head_dim * (tokens // self.tokens_per_cluster) + 4 * min(tokens, budget)
 
     def _members(self, question: Question) -> tuple[Tensor, Tensor]:
-        """Clusters of the slots, 0 for none, and whether each may be chosen: [B, Hkv, Tq, N]."""
+        """Return the cluster of each slot, 0 for none, and if it may be chosen: [B, Hkv, Tq, N]."""
         slots = min(self.cluster.shape[2], question.visible.kv_len)
         label = self.cluster[:, :, None, :slots].expand(-1, -1, question.query_len, -1)
         member = (label >= 0) & question.candidates()[:, None, :, :slots]
@@ -143,10 +143,10 @@ class ClusterKVIndex(KVIndex):
 
 
 def _spherical_kmeans(keys: Tensor, used: Tensor, groups: Tensor) -> Tensor:
-    """Cluster of each of the keys [B, Hkv, W, D], below `groups`, int64 [B]: int64 [B, Hkv, W].
+    """Return the cluster, below `groups` int64 [B], of each key [B, Hkv, W, D]: int64 [B, Hkv, W].
 
-    Only those `used`, bool [B, 1, W], take part; they come first. Keys that are not finite have no
-    direction, and go to the first cluster.
+    Keys that are `used`, bool [B, 1, W], come first, and they alone take part. Keys that are not
+    finite have no direction: they go to the first cluster.
     """
     keys = keys.masked_fill(~(keys.isfinite().all(-1, keepdim=True) & used[..., None]), 0)
     direction = F.normalize(keys, dim=-1)
@@ -169,7 +169,7 @@ def _spherical_kmeans(keys: Tensor, used: Tensor, groups: Tensor) -> Tensor:
 
 
 def _means(keys: Tensor, label: Tensor, count: int) -> Tensor:
-    """Mean of the keys [B, Hkv, W, D] under each label below `count`, -1 left out."""
+    """Return the mean of the keys [B, Hkv, W, D] under each label below `count`; -1 is no label."""
     place = torch.where(label < 0, count, label)[..., None].expand_as(keys)
     total = keys.new_zeros(*keys.shape[:2], count + 1, keys.shape[3]).scatter_add(2, place, keys)
     size = torch.zeros_like(total[..., :1]).scatter_add(
@@ -179,13 +179,13 @@ def _means(keys: Tensor, label: Tensor, count: int) -> Tensor:
 
 
 def _at(vectors: Tensor, slot: Tensor) -> Tensor:
-    """`vectors` [B, Hkv, L, D] at the slots int64 [B, W]: [B, Hkv, W, D]."""
+    """Return `vectors` [B, Hkv, L, D] at the slots int64 [B, W]: [B, Hkv, W, D]."""
     wide = slot[:, None, :, None].expand(-1, vectors.shape[1], -1, vectors.shape[3])
     return vectors.gather(2, wide)
 
 
 def _first_tokens(place: Tensor, member: Tensor, room: Tensor) -> Runs:
-    """The first `room` members by `place`, then by slot, each a run: int64 [B, Hkv, Tq, R]."""
+    """Return the first `room` members by `place`, then by slot, each as a run of one token."""
     order = place.argsort(dim=-1, stable=True)[..., : int(room.max())]
     inside = torch.arange(order.shape[-1], device=order.device) < room[..., None]
     return order, (inside & member.gather(-1, order)).long()

@@ -11,11 +11,11 @@ from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.question import Question, Runs
 
 BLOCK = 128
-"""Tokens of a block, as in the paper."""
+"""Number of tokens of a block, as in the paper."""
 CANDIDATE_BLOCKS = 64
-"""Blocks whose tokens are scored one by one, as in the paper: 8192 tokens."""
+"""Number of blocks whose tokens are scored one by one, as in the paper: 8192 tokens."""
 CANDIDATES_PER_TOKEN = 4
-"""More blocks are taken where the budget asks for it: the paper takes 8192 for 2048 tokens."""
+"""Least number of tokens scored for each that is read: the paper scores 8192 to read 2048."""
 
 
 class HISAIndex(KVIndex):
@@ -23,9 +23,9 @@ class HISAIndex(KVIndex):
 
     A block of 128 neighbouring tokens is summarised by the mean of its keys and ranked by the score
     of that mean. The first and the last block that a query sees are always candidates, then the
-    best ones, 64 in all; within them every key is read and the tokens of largest score taken, in
-    any number per block. Nothing is read unasked but the query's own token. A block is summarised
-    when it is full; the one being written is the last and needs no summary.
+    best ones, 64 in all. Within them every key is read, and the tokens of largest score are taken,
+    in any number per block. Nothing but the query's own token is always read. A block is summarised
+    when it is full; the block being written is the last one and needs no summary.
 
     Not as in the paper: it speeds up the indexer of DeepSeek's sparse attention, which has keys of
     its own and sums weighted ReLU of their scores over its heads. Other models have no indexer, so
@@ -53,7 +53,7 @@ class HISAIndex(KVIndex):
         return 0, 1
 
     def extend(self, key: Tensor, end: Tensor) -> None:
-        """Average the blocks that have become full; every token may be chosen at once."""
+        """Average the blocks that have become full. Every token may be chosen at once."""
         self.end, self.tail = end.clone(), torch.maximum(end, self.start)
         full = (self.tail - self.start).div(self.block, rounding_mode="floor")
         begin, last = int(self.full.min()), int(full.max())
@@ -81,7 +81,7 @@ class HISAIndex(KVIndex):
         self.full = torch.where(rows, 0, self.full)
 
     def choose(self, question: Question) -> Runs:
-        """The best tokens of the candidate blocks."""
+        """Return the best tokens of the candidate blocks."""
         number = self._block_of_slot(question.visible.kv_len)
         chosen = self._candidate_blocks(question, number)
         wide = number[:, None, None].expand(-1, *chosen.shape[1:3], -1)
@@ -89,47 +89,49 @@ class HISAIndex(KVIndex):
         return question.take_tokens(question.token_share(raw), chosen.gather(-1, wide))
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:
-        """A mean for each block, and the keys of the candidate blocks."""
+        """Count a mean for each block, and the keys of the candidate blocks."""
         blocks = max(self.candidate_blocks, CANDIDATES_PER_TOKEN * budget // self.block)
         return 2 * self.head_dim * (tokens // self.block + min(blocks * self.block, tokens))
 
     def _block_of_slot(self, slots: int) -> Tensor:
-        """Number of the block that each slot is in, int64 [B, L]."""
+        """Return the number of the block that each slot is in, int64 [B, L]."""
         offset = torch.arange(slots, device=self.device) - self.start[:, None]
         return offset.clamp(min=0).div(self.block, rounding_mode="floor")
 
     def _candidate_blocks(self, question: Question, number: Tensor) -> Tensor:
-        """Blocks whose tokens are scored: bool [B, Hkv, Tq, N]."""
+        """Return the blocks whose tokens are scored: bool [B, Hkv, Tq, N]."""
         count = int(number.max()) + 1
         place = torch.arange(count, device=self.device)
         start = self.start[:, None] + place * self.block
-        held = question.held(start, torch.full_like(start, self.block))[:, None]
-        rank = self._block_share(question, number, held)
-        edge = (held > 0) & ((place == _first(held)) | (place == count - 1 - _first(held.flip(-1))))
+        tokens = question.held(start, torch.full_like(start, self.block))[:, None]
+        rank = self._block_share(question, number, tokens)
+        edge = (tokens > 0) & (
+            (place == _first(tokens)) | (place == count - 1 - _first(tokens.flip(-1)))
+        )
         order = rank.masked_fill(edge, torch.inf).argsort(dim=-1, descending=True, stable=True)
         most = (CANDIDATES_PER_TOKEN * question.room).div(self.block, rounding_mode="floor")
         inside = place < most.clamp(min=self.candidate_blocks)[..., None]
         return torch.zeros_like(inside).scatter(-1, order, inside)
 
-    def _block_share(self, question: Question, number: Tensor, held: Tensor) -> Tensor:
-        """How large a share of the softmax the mean keys say: [B, Hkv, Tq, N]; -inf without."""
-        count = held.shape[-1]
+    def _block_share(self, question: Question, number: Tensor, tokens: Tensor) -> Tensor:
+        """Return each block's log share of the softmax, by its mean key: [B, Hkv, Tq, N]."""
+        count = tokens.shape[-1]
         mean = F.pad(self.mean, (0, 0, 0, max(count - self.mean.shape[2], 0)))[:, :, :count]
         score = question.scale * (question.query @ mean.transpose(-1, -2))
         score = question.split(question.capped(score))
         if question.visible.bias is not None:
             score = score + _largest_bias(question, number, count)
         known = torch.arange(count, device=self.device) < self.full[:, None, None, None]
-        return question.share(score.masked_fill(~(known & (held > 0))[:, :, None], -torch.inf))
+        return question.share(score.masked_fill(~(known & (tokens > 0))[:, :, None], -torch.inf))
 
 
-def _first(held: Tensor) -> Tensor:
-    """First block that holds something, int64 [..., 1]."""
-    return (held > 0).to(torch.uint8).argmax(-1, keepdim=True)
+def _first(tokens: Tensor) -> Tensor:
+    """Return the first block that holds a token, int64 [..., 1]."""
+    return (tokens > 0).to(torch.uint8).argmax(-1, keepdim=True)
 
 
 def _largest_bias(question: Question, number: Tensor, count: int) -> Tensor:
-    """Largest bias of a visible token in each block: [B, Hkv, G, Tq, N]."""
+    """Return the largest bias of a visible token in each block: [B, Hkv, G, Tq, N]."""
     zeros = question.query.new_zeros(1).expand(*question.query.shape[:3], number.shape[-1])
     bias = question.finish(zeros)
     floor = bias.new_full((*bias.shape[:4], count), -torch.inf)

@@ -1,4 +1,4 @@
-"""StreamingLLM: the first and the last tokens, whatever is asked."""
+"""StreamingLLM: the first and the last tokens, whatever the query."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lychee_compile.kernels.reference.question import Question, Runs
 class StreamingIndex(KVIndex):
     """StreamingLLM (arXiv 2309.17453): attention sinks and a window that fills the budget.
 
-    Nothing is summarised and nothing ranked: the `sinks` first tokens are read and as many of the
-    last as the budget holds, `recent` of them even where the budget is smaller. The window moves
-    with every token. This is the floor that a choice by content must beat.
+    Nothing is summarised and nothing is ranked. The `sinks` first tokens are read, and as many of
+    the last as the budget allows; `recent` of them even if the budget is smaller. The window moves
+    with every token. A choice by content must beat this policy.
 
     Not as in the paper: tokens keep the positions they were encoded with, as the cache holds them
     rotated, and what leaves the window stays in the cache.
     """
 
     def extend(self, key: Tensor, end: Tensor) -> None:
-        """Every token may be chosen as soon as it is there."""
+        """Let every token be chosen as soon as it is there."""
         self.end, self.tail = end.clone(), torch.maximum(end, self.start)
 
     def choose(self, question: Question) -> Runs:
-        """One run of the last tokens that a query sees."""
+        """Return one run of the last tokens that a query sees."""
         candidate = question.candidates()
         behind = candidate.flip(-1).cumsum(-1).flip(-1)[:, None]
         taken = candidate[:, None] & (behind <= question.room[..., None])
@@ -34,5 +34,5 @@ class StreamingIndex(KVIndex):
         return start, torch.where(taken.any(-1, keepdim=True), end - start, 0)
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:
-        """Nothing is looked at."""
+        """Return 0: nothing is looked at."""
         return 0

@@ -13,30 +13,30 @@ from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.question import Question, Runs
 
 SIMILAR = 0.9
-"""Cosine between queries from which on a choice is kept, as in the paper."""
+"""Least cosine between two queries at which the choice of one is kept for the other."""
 
 
 @dataclass
 class _Choice:
-    """What the last query of a site chose."""
+    """The tokens that the last query of a site chose."""
 
     query: Tensor
     """float32 [B, Hq * D], the query that chose."""
     slot: Tensor
-    """int64 [B, Hkv, K], -1 for none."""
+    """Slots of the tokens, int64 [B, Hkv, K], -1 for none."""
     valid: Tensor
-    """bool [B]: rows whose tokens are still those that were chosen from, and that left some out."""
+    """bool [B]: True if the row still has the tokens chosen from, and the choice left some out."""
 
 
 class TokenSelectIndex(KVIndex):
     """TokenSelect (arXiv 2411.02886): exact scores of all tokens, a soft vote, a selection cache.
 
-    There are no groups and no summaries. Each query head's scores become shares by a softmax over
-    the tokens to choose from, all heads of the layer add theirs up ("soft vote"), and the tokens of
-    most votes are read by every KV head, beside `sinks` first and `recent` last tokens. A choice is
-    kept for the next queries while their cosine with the one that made it, over all heads together,
-    is at least 0.9 (`similar`; above 1 every query votes); tokens that leave the window meanwhile
-    are then not read until the next vote.
+    There are no groups and no summaries. A softmax over the tokens to choose from makes shares of
+    each query head's scores. All heads of the layer add up their shares ("soft vote"). Every KV
+    head reads the tokens of most votes, beside the `sinks` first and the `recent` last tokens. A
+    choice is kept for the next queries as long as their cosine with the query that made it, over
+    all heads together, is at least 0.9 (`similar`; above 1 every query votes). Tokens that leave
+    the window meanwhile are not read until the next vote.
 
     Not as in the paper: scores are scaled, capped and biased as the attention's own are. Several
     query positions count as that many steps, where the paper votes once for a chunk of them. Its
@@ -70,7 +70,7 @@ class TokenSelectIndex(KVIndex):
         super().restart(rows, start)
 
     def choose(self, question: Question) -> Runs:
-        """The tokens of most votes, or those of an earlier query that was much the same."""
+        """Return the tokens of most votes, or an earlier choice for a query much alike."""
         candidate = question.candidates()
         queries = question.split(question.query).permute(0, 3, 1, 2, 4).flatten(2)
         choice = self.choices.get(question.site) if question.site else None
@@ -94,13 +94,13 @@ class TokenSelectIndex(KVIndex):
         return _as_runs(slots)
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:
-        """Every key, where a choice is made; next to nothing where one is kept."""
+        """Count every key, which a vote reads; a choice that is kept reads next to none."""
         return 2 * self.head_dim * tokens
 
     def _still_good(
         self, choice: _Choice, query: Tensor, candidate: Tensor, room: Tensor
     ) -> Tensor:
-        """Rows for which `choice` may be kept: bool [B].
+        """Return the rows for which `choice` may be kept, bool [B].
 
         `candidate` is bool [B, L], `room` int64 [B, Hkv].
         """
@@ -118,7 +118,7 @@ class TokenSelectIndex(KVIndex):
 
 
 def _vote(question: Question) -> Tensor:
-    """The tokens of most votes for each position: int64 [B, Hkv, Tq, K], -1 for none."""
+    """Return the tokens of most votes of each position, int64 [B, Hkv, Tq, K], -1 for none."""
     raw = question.scale * (question.query @ question.keys().float().transpose(-1, -2))
     votes = question.token_share(raw).logsumexp(1, keepdim=True)
     start, length = question.take_tokens(votes.expand(-1, question.query.shape[1], -1, -1))
@@ -126,7 +126,7 @@ def _vote(question: Question) -> Tensor:
 
 
 def _update(choice: _Choice | None, kept: Tensor, query: Tensor, voted: Tensor) -> _Choice:
-    """`choice` where `kept`, bool [B], and what was `voted`, int64 [B, Hkv, K], elsewhere."""
+    """Return `choice` for the rows `kept`, bool [B], else `voted`, int64 [B, Hkv, K]."""
     if choice is None:
         return _Choice(query, voted, kept)
     old, new = _same_width([choice.slot, voted])
@@ -135,12 +135,12 @@ def _update(choice: _Choice | None, kept: Tensor, query: Tensor, voted: Tensor) 
 
 
 def _same_width(slots: list[Tensor]) -> list[Tensor]:
-    """Slots [B, Hkv, K] padded with -1 to the widest."""
+    """Return slots [B, Hkv, K], padded with -1 to the widest."""
     width = max(each.shape[-1] for each in slots)
     return [F.pad(each, (0, width - each.shape[-1]), value=-1) for each in slots]
 
 
 def _as_runs(slots: list[Tensor]) -> Runs:
-    """Slots of each position, int64 [B, Hkv, K], -1 for none, as runs of one token."""
+    """Return the slots of each position, int64 [B, Hkv, K], -1 for none, as runs of one token."""
     slot = torch.stack(_same_width(slots), 2)
     return slot.clamp(min=0), (slot >= 0).long()

@@ -1,4 +1,4 @@
-"""CompactAttention (arXiv 2605.16839) for whole sequences: a union of blocks chosen by heads."""
+"""CompactAttention (arXiv 2605.16839) for prefill: a union of blocks that heads choose."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lychee_compile.kernels.reference.tiles import summarise
 from lychee_compile.kernels.sizes import PAGE, QUERY_TILE
 
 BLOCK = PAGE
-"""Keys of a block; larger ones did worse on keys of Gemma-3-270M."""
+"""Number of keys of a block; larger blocks did worse on keys of Gemma-3-270M."""
 QUERY_BLOCKS_PER_TILE = 4
-"""Blocks of queries in a tile, each of which chooses for itself."""
+"""Number of blocks of queries in a tile, each of which chooses for itself."""
 
 
 def choose_block_union(question: PrefillQuestion) -> Tensor:
-    """The union of the blocks of keys that a KV head's query heads choose, block of queries by one.
+    """Return the union of the blocks of keys that the query heads of a KV head choose.
 
     As in the paper: a mask over blocks says which blocks of keys each block of queries of each
-    query head wants, and what is read is the union over the blocks of queries and over the query
-    heads that share a KV head: one table of blocks for the group, read in place.
+    query head wants. The union over blocks of queries, and over the query heads that share a KV
+    head, is read: one table of blocks for the group.
 
-    Not as in the paper: it takes its masks from another sparse method, here they come from the
-    means of both blocks; it keeps all of the union, here every mask has equally many keys, as many
-    as their union has room for in the budget. The queries are those of one tile, not a whole chunk
-    of a prefill. What a mask adds to scores is not looked at.
+    Not as in the paper: the paper takes its masks from another sparse method; here they come from
+    the means of both blocks. The paper keeps all of the union; here every mask has equally many
+    keys, so many that their union fits the budget. The queries are those of one tile, not of a
+    whole chunk of a prefill. Biases that a mask adds to scores are not looked at.
     """
     parts = question.parts(QUERY_TILE // QUERY_BLOCKS_PER_TILE)
     blocks = question.per_query_head(summarise(question.key, BLOCK).mean)

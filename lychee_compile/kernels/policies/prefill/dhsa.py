@@ -1,4 +1,4 @@
-"""DHSA (arXiv 2510.24606) for whole sequences: chunks of queries against chunks of keys."""
+"""DHSA (arXiv 2510.24606) for prefill: chunks of queries against chunks of keys."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.sizes import QUERY_TILE
 
 CHUNK = (8, 16)
-"""Shortest and longest chunk, in tokens; longer ones did worse on keys of Gemma-3-270M."""
+"""Shortest and longest chunk, in tokens; longer chunks did worse on keys of Gemma-3-270M."""
 
 
 def choose_by_chunks(question: PrefillQuestion) -> Tensor:
-    """The chunks of keys that are most like any chunk of a tile's queries.
+    """Return the keys of the chunks that are most like any chunk of a tile's queries.
 
     As in the paper: chunks of varying length, each summarised by the sum of its vectors over the
     square root of their number; the similarity of two chunks stands for that of their tokens, and
@@ -25,7 +25,7 @@ def choose_by_chunks(question: PrefillQuestion) -> Tensor:
     Not as in the paper: its boundaries come from a predictor trained for each model; here they are
     where neighbouring vectors differ most, of the queries within their tile. A whole tile reads the
     same keys: equally many from the top of the list of each of its chunks, as many as the budget
-    has room for. What a mask adds to scores is not looked at.
+    has room for. Biases that a mask adds to scores are not looked at.
     """
     batch, heads = question.query.shape[:2]
     of_key, keys = chunk_vectors(question.key, question.key.new_ones(batch, question.key.shape[2]))
@@ -40,32 +40,32 @@ def choose_by_chunks(question: PrefillQuestion) -> Tensor:
     return question.take(-place.gather(-1, label).float())
 
 
-def chunk_vectors(vectors: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """The chunk of each token, int64 [B, T], and what stands for each, [B, H, N, D].
+def chunk_vectors(vectors: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the chunk of each token, int64 [B, T], and the vector of each chunk, [B, H, N, D].
 
-    `vectors` is float32 [B, H, T, D]; `held`, float32 [B, T], 1 for tokens and 0 for the padding
+    `vectors` is float32 [B, H, T, D]; `used`, float32 [B, T], 1 for tokens and 0 for the padding
     behind them.
     """
     batch, heads, _, head_dim = vectors.shape
     strength = F.pad(similarity_strengths(vectors), (0, 1))
     first = torch.zeros(batch, dtype=torch.int64, device=vectors.device)
-    starts = follow_cuts(best_cuts(strength, held.sum(-1).long(), CHUNK), first)
+    starts = follow_cuts(best_cuts(strength, used.sum(-1).long(), CHUNK), first)
     label = starts.long().cumsum(-1) - 1
     count = int(label.max()) + 1
     wide = label[:, None, :, None].expand(-1, heads, -1, head_dim)
     total = vectors.new_zeros(batch, heads, count, head_dim).scatter_add(2, wide, vectors)
-    length = vectors.new_zeros(batch, count).scatter_add(1, label, held)
+    length = vectors.new_zeros(batch, count).scatter_add(1, label, used)
     return label, total / length.clamp(min=1).sqrt()[:, None, :, None]
 
 
 def _query_chunks(question: PrefillQuestion) -> Tensor:
-    """Chunks of each tile's queries, float32 [B, Hq, tiles * N, D]; unused ones are zero."""
+    """Return vectors of each tile's chunks, [B, Hq, tiles * N, D]; unused ones are 0."""
     tokens, tiles = question.query.shape[2], question.tiles
     padded = F.pad(question.query, (0, 0, 0, tiles * QUERY_TILE - tokens)).unflatten(
         2, (tiles, QUERY_TILE)
     )
-    held = (torch.arange(tiles * QUERY_TILE, device=padded.device) < tokens).to(padded.dtype)
-    held = held.view(1, tiles, QUERY_TILE).expand(len(padded), -1, -1)
+    used = (torch.arange(tiles * QUERY_TILE, device=padded.device) < tokens).to(padded.dtype)
+    used = used.view(1, tiles, QUERY_TILE).expand(len(padded), -1, -1)
     apart = padded.transpose(1, 2)  # [B, tiles, Hq, QUERY_TILE, D]: a tile's chunks are its own
-    _, chunks = chunk_vectors(apart.flatten(0, 1), held.flatten(0, 1))
+    _, chunks = chunk_vectors(apart.flatten(0, 1), used.flatten(0, 1))
     return chunks.unflatten(0, (-1, tiles)).transpose(1, 2).flatten(2, 3)

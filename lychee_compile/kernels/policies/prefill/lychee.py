@@ -1,4 +1,4 @@
-"""LycheeCluster for whole sequences: centres of queries, pruned by a bound on both sides."""
+"""LycheeCluster for prefill: centres of queries, pruned by a bound on both sides."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from lychee_compile.kernels.reference.tiles import pair_bound
 from lychee_compile.kernels.sizes import PAGE, QUERY_TILE
 
 CENTRES_PER_TILE = 8
-"""Parts of a tile, each of which asks with the mean of its queries."""
+"""Number of parts of a tile; the mean of a part's queries, its centre, stands for all of them."""
 SAMPLE = 16
-"""One key in so many stands for all of them in the denominator of a part's softmax."""
+"""Number of keys of which one stands for all in the denominator of a part's softmax."""
 NEGLIGIBLE_SHARE = 1e-4
-"""Pages proved to hold together less than this share of the softmax are never looked into."""
+"""Share of the softmax: pages proved to hold less than it together are never looked into."""
 
 
 def choose_by_centres(question: PrefillQuestion) -> Tensor:
-    """The keys that matter most to any part of a tile.
+    """Return the keys that matter most to any part of a tile.
 
-    A part asks with the mean c of its queries; a key counts by its largest log share of the softmax
-    of a part, s c.k less the log of the denominator, which every sixteenth key is enough for: it
-    only weighs the parts against each other. Pages that provably hold next to nothing are left out.
+    The mean c of a part's queries stands for them. A key counts by its largest log share of the
+    softmax of a part: s c.k less the log of the denominator. The denominator only weighs the parts
+    against each other, so every sixteenth key is enough for it. Pages that provably hold next to
+    nothing are left out.
 
-    Single keys and not nodes of them, for one head and not those that share its keys: with a fifth
-    of 32k keys the output is off by 0.055 so, by 0.090 with pages of sixteen, and by 0.068 where a
-    tile is 32 positions of four heads (benchmarks/prefill/tile_choices.py).
+    Single keys are ranked and not nodes of them, for one head and not for those that share its
+    keys. With a fifth of 32k keys the output is then off by 0.055. It is off by 0.090 with pages of
+    sixteen, and by 0.068 if a tile is 32 positions of four heads
+    (benchmarks/prefill/tile_choices.py).
     """
     return question.take(log_shares(question).masked_fill(_negligible(question), -torch.inf))
 
 
 def log_shares(question: PrefillQuestion) -> Tensor:
-    """The largest log share that any part of a tile gives each key: [B, Hq, tiles, L]."""
+    """Return the largest log share that any part of a tile gives each key: [B, Hq, tiles, L]."""
     parts = question.parts(QUERY_TILE // CENTRES_PER_TILE)
     scores = question.scores(parts.mean)
     total = scores[..., ::SAMPLE].logsumexp(-1, keepdim=True) + math.log(SAMPLE)
@@ -47,11 +49,11 @@ def log_shares(question: PrefillQuestion) -> Tensor:
 
 
 def _negligible(question: PrefillQuestion) -> Tensor:
-    """Keys in pages that hold next to nothing of any query's softmax: bool [B, Hq, tiles, L].
+    """Return the keys in pages that hold next to nothing of any query's softmax: bool.
 
-    The most that a page may add is bounded by the triangle inequality on both sides. What all add
-    at least is, by Jensen's inequality, n exp(s q.m) for a page of n keys with the mean m; the
-    least s q.m of the queries of a part comes from the same bound.
+    The triangle inequality on both sides bounds the most that a page may add. By Jensen's
+    inequality a page of n keys with the mean m adds n exp(s q.m) at least; the least s q.m of the
+    queries of a part comes from the same bound. The result is [B, Hq, tiles, L].
     """
     if question.sight.bias is not None or question.softcap is not None:
         return torch.zeros_like(question.candidates)
@@ -60,10 +62,10 @@ def _negligible(question: PrefillQuestion) -> Tensor:
         question.key_nodes(PAGE),
         question.scale,
     )
-    held = log_count(pages.tokens)[:, :, None]
-    most = pair_bound(parts, pages, scale) + held
+    log_tokens = log_count(pages.tokens)[:, :, None]
+    most = pair_bound(parts, pages, scale) + log_tokens
     means = replace(pages, radius=torch.zeros_like(pages.radius))
-    least = (held - pair_bound(parts, means, -scale)).unflatten(2, (question.tiles, -1))
+    least = (log_tokens - pair_bound(parts, means, -scale)).unflatten(2, (question.tiles, -1))
     missing = (-question.candidates.shape[-1]) % PAGE
     whole = F.pad(question.candidates, (0, missing)).unflatten(-1, (-1, PAGE)).all(-1)
     floor = least.masked_fill(~whole[:, :, :, None], -torch.inf).logsumexp(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Several askers of one tile, each with an order of its own, and the union of what they choose."""
+"""A union of choices: several rankings for one tile, and the groups that come first in any."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from torch import Tensor
 
 
 def places(rank: Tensor, counts: Tensor) -> Tensor:
-    """Where each group of keys stands in the list of the asker that places it best.
+    """Return the best place that each group of keys has in any of several rankings.
 
-    `rank` is float [..., askers, N], -inf for askers that do not ask; `counts`, int64 [..., N], the
-    keys of a group that may be chosen. A place is how many of those stand ahead, int64 [..., N]:
-    taking groups in that order takes equally many keys from the top of every list.
+    `rank` is float [..., rankings, N], -inf throughout for a ranking that does not count; `counts`,
+    int64 [..., N], are the keys of a group that may be chosen. A place is how many of those keys
+    stand ahead, int64 [..., N]. Groups taken in the order of their places take equally many keys
+    from the top of every ranking.
     """
     order = rank.argsort(dim=-1, descending=True, stable=True)
-    held = counts[..., None, :].expand_as(order).gather(-1, order)
-    ahead = torch.zeros_like(order).scatter(-1, order, held.cumsum(-1) - held)
+    sizes = counts[..., None, :].expand_as(order).gather(-1, order)
+    ahead = torch.zeros_like(order).scatter(-1, order, sizes.cumsum(-1) - sizes)
     silent = (rank == -torch.inf).all(-1, keepdim=True)
     return ahead.masked_fill(silent, torch.iinfo(torch.int32).max).amin(-2)

@@ -1,4 +1,4 @@
-"""S2O (arXiv 2602.22575) for whole sequences: keys in order of importance, read until it wanes."""
+"""S2O (arXiv 2602.22575) for prefill: keys in order of importance, until the rest adds little."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.sizes import QUERY_TILE
 
 BLOCK = 64
-"""Keys read at a time."""
+"""Number of keys read at a time."""
 LEAST_SHARE = 1e-4
-"""Reading stops where the next block would add less than this share of the softmax sum so far."""
+"""Least share of the softmax sum so far that the next block must add to be read."""
 
 
 def choose_until_it_wanes(question: PrefillQuestion) -> Tensor:
-    """The most important keys of a tile, at most the budget, fewer where the rest adds little.
+    """Return the most important keys of a tile: the budget, or fewer if the rest adds little.
 
     As in the paper: single keys are put in order of importance, wherever they stand, and read in
-    blocks of that order, which ends early where a block's score falls below a threshold.
+    blocks of that order. Reading ends early at a block whose score falls below a threshold.
 
     Not as in the paper: importance is the score of the mean of a tile's queries, and the softmax
-    sum is that of the same mean, so that what is read is known before anything is; the paper's
-    kernel stops while it runs, by the scores of the queries themselves, which a mean can belie.
-    Where there is room for all keys, all are read.
+    sum is that of the same mean, so that all choices are made before any key is read. The paper's
+    kernel stops while it runs, by the scores of the queries themselves, from which those of a mean
+    can differ. If there is room for all keys, all are read.
     """
     importance = question.scores(question.parts(QUERY_TILE).mean)[:, :, :, 0]
     enough = keys_before_waning(question, importance)
@@ -37,7 +37,7 @@ def choose_until_it_wanes(question: PrefillQuestion) -> Tensor:
 
 
 def keys_before_waning(question: PrefillQuestion, importance: Tensor) -> Tensor:
-    """How many keys, in whole blocks, add enough: int64 [B, Hq, tiles].
+    """Return how many keys, in whole blocks, add enough: int64 [B, Hq, tiles].
 
     `importance`, [B, Hq, tiles, L], is the score of each key.
     """

@@ -1,0 +1,26 @@
+"""The protocol between compiled graphs and whatever owns the index of a key cache."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lychee_compile.kernels.gpu.lifecycle import CacheUse
+
+
+@runtime_checkable
+class IndexOwner(Protocol):
+    """Owner of the index of one key cache, of whatever kind the index is."""
+
+    tensor: Tensor
+    """The tensor that graphs take for the index: its memory, or a handle."""
+
+    def distrust(self) -> None:
+        """Check the index, or read all keys, at the next call: the cache may have been written."""
+
+    def delay_build(self) -> None:
+        """Build the index of a new cache only if a second call comes."""
+
+    def after_call(self, cache: Tensor, use: CacheUse) -> None:
+        """Bring the index up to date, now that a graph has run on `cache`."""
