@@ -22,6 +22,14 @@ def render(template: str, values: Mapping[str, object]) -> str:
     return _environment().get_template(template).render(values)
 
 
+def render_text(text: str, values: Mapping[str, object]) -> str:
+    """Return `text`, a template that may extend and import those of `templates/`, filled.
+
+    Raises jinja2.UndefinedError if `values` lack a name that the text reads.
+    """
+    return _environment().from_string(text).render(values)
+
+
 def library(file: str, *names: str) -> list[str]:
     """Return the source of functions of one file of `triton_lib`, with their decorators."""
     functions = _functions(file)

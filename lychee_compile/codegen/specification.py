@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import sympy
@@ -87,7 +88,8 @@ class AttentionSpec:
     @property
     def name(self) -> str:
         """Return a readable name, such as "decode_lychee_bf16_g4_d128_b1024"."""
-        parts = ["decode" if self.tiles is None else "prefill", self.policy or "exact"]
+        policy = re.sub(r"\W", "_", self.policy or "exact", flags=re.ASCII)
+        parts = ["decode" if self.tiles is None else "prefill", policy]
         parts += [SHORT_DTYPES[self.dtype], f"g{self.group}", f"d{self.head_dim}"]
         if self.value_dim != self.head_dim:
             parts.append(f"v{self.value_dim}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
-from lychee_compile.kernels.sizes import power_of_two
+from lychee_compile.kernels.sizes import BINS, PAGE, power_of_two
 
 LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
@@ -43,3 +43,19 @@ def emit_always_read(spec: AttentionSpec, sparse: SparseSpec, unread: str) -> st
     """Return `always_read`: sinks and recent tokens, and all from the slot `unread` on."""
     most = power_of_two(sparse.sinks + sparse.recent)
     return fill("decode/always_read.py.jinja", spec, unread=unread, most=most)
+
+
+def emit_selection(spec: AttentionSpec, unread: str = "fresh") -> list[str]:
+    """Return what a policy needs around kernels of its own, but for `attend` itself.
+
+    These are the constants BUDGET, SINKS, RECENT, PAGE, BINS, LAST_BIN and HEADS, the functions of
+    `triton_lib/bins.py` that make bins, and `always_read`. All slots from `unread` on are always
+    read: a formula of `fresh`, the first slot that the index does not hold.
+    """
+    assert spec.sparse is not None
+    sizes = {"page": PAGE, "bins": BINS, "largest": LARGEST}
+    return [
+        fill("decode/selection.py.jinja", spec, **sizes),
+        *emit_bins(spec, spec.sparse),
+        emit_always_read(spec, spec.sparse, unread),
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from lychee_compile.codegen.bounds import visible_range
-from lychee_compile.codegen.rendering import render
+from lychee_compile.codegen.rendering import render, render_text
 from lychee_compile.codegen.specification import AttentionSpec, Captured, H
 from lychee_compile.kernels.sizes import power_of_two
 
@@ -13,6 +13,15 @@ from lychee_compile.kernels.sizes import power_of_two
 def fill(template: str, spec: AttentionSpec, **values: object) -> str:
     """Return the text of a template for a site. `values` are the holes of this template alone."""
     return render(template, _site_values(spec) | values)
+
+
+def fill_text(text: str, spec: AttentionSpec, **values: object) -> str:
+    """Return `text`, a Jinja template of your own, filled for a site as `fill` fills a file.
+
+    `values` are the holes of this text alone. It may import the fragments of this package and
+    extend its templates, above all "decode/attend.py.jinja".
+    """
+    return render_text(text, _site_values(spec) | values)
 
 
 def sees_range(spec: AttentionSpec) -> bool:

@@ -33,8 +33,8 @@ class DeviceIndex(ABC):
         """Let attention read every key until the index is built anew: the keys may have changed."""
         self.parts.header[0].zero_()
 
-    def _trust(self, ends: Sequence[int]) -> None:
-        """Note that the keys in the slots [0, ends[b]) of each row are indexed."""
+    def trust(self, ends: Sequence[int]) -> None:
+        """Note that the keys in the slots [0, ends[b]) of each row are indexed: `build` ends so."""
         header = torch.tensor([1, *ends], dtype=torch.int32)
         self.parts.header[: len(header)] = header.to(self.state.device, non_blocking=True)
 
@@ -42,7 +42,7 @@ class DeviceIndex(ABC):
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Index the keys in the slots [0, ends[b]) of each row of `key` [B, Hkv, L, D].
 
-        From then on the index is trusted.
+        It ends with `self.trust(ends)`: from then on the index is trusted.
         """
 
     def refit_after(self, end: int) -> int:

@@ -6,7 +6,8 @@ the cache therefore changes nothing in the index, and a write only touches the s
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import math
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -17,8 +18,16 @@ _ALIGNMENT = 256
 """Bytes of which every part of an index begins at a multiple."""
 
 
+Part = tuple[str, tuple[int, ...], torch.dtype]
+"""Name, shape and dtype of one part of an index."""
+
+
 class IndexState(Protocol):
-    """The parts of an index, a named tuple of views of its memory; kernels take them by name."""
+    """The parts of an index, a named tuple of views of its memory; kernels take them by name.
+
+    The first is `header`. The others are [B, Hkv, n, ...], in the order of slots, so that an index
+    that grows can be copied into a larger one.
+    """
 
     @property
     def header(self) -> Tensor:
@@ -71,11 +80,26 @@ class IndexOperands:
     """Slots that the step has just written, int [T] or [B, T]; None: it wrote none."""
 
 
-def aligned_bytes(count: int, dtype: torch.dtype) -> int:
-    """Return the bytes of `count` numbers, rounded up so that the next part is aligned."""
-    return -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+def header_part(batch: int) -> Part:
+    """Return the first part of every index: the trust flag, then one number a row."""
+    return "header", (1 + batch,), torch.int32
 
 
-def header_size(batch: int) -> int:
-    """Return how many int32 the header has: the trust flag, then one number a row."""
-    return 1 + batch
+def bytes_of(parts: Iterable[Part]) -> int:
+    """Return the bytes that `parts` take, one behind the other, each of them aligned."""
+    return sum(_aligned_bytes(shape, dtype) for _, shape, dtype in parts)
+
+
+def views_of(memory: Tensor, parts: Iterable[Part]) -> dict[str, Tensor]:
+    """Return the views of `memory`, uint8 [bytes_of(parts)], that are the parts, by name."""
+    views, start = {}, 0
+    for name, shape, dtype in parts:
+        end = start + math.prod(shape) * dtype.itemsize
+        views[name] = memory[start:end].view(dtype).view(shape)
+        start += _aligned_bytes(shape, dtype)
+    return views
+
+
+def _aligned_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Return the bytes of a part, rounded up so that the next part is aligned."""
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

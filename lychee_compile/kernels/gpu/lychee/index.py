@@ -38,7 +38,7 @@ class SketchIndex(DeviceIndex):
         if end % size:
             self._fit(key, ends, rows, whole, 1, end % size)
         run_encode(module, key, self.layout, self.parts, 0, end)
-        self._trust(ends)
+        self.trust(ends)
 
     def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Find the axes of each row's newest block anew, and sketch its keys again."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.layout import aligned_bytes, header_size
+from lychee_compile.kernels.gpu.common.layout import Part, bytes_of, header_part, views_of
 from lychee_compile.kernels.reference.sketch import sketch_bits
 from lychee_compile.kernels.sizes import PAGE, power_of_two, whole_scans
 
@@ -126,24 +125,19 @@ class SketchLayout:
     @property
     def size(self) -> int:
         """Number of bytes in all."""
-        return sum(aligned_bytes(math.prod(shape), dtype) for _, shape, dtype in self._parts())
+        return bytes_of(self._parts())
 
     def views(self, memory: Tensor) -> SketchState:
         """Return the parts of `memory`, uint8 [size]."""
-        parts, start = {}, 0
-        for name, shape, dtype in self._parts():
-            count = math.prod(shape) * dtype.itemsize
-            parts[name] = memory[start : start + count].view(dtype).view(shape)
-            start += aligned_bytes(math.prod(shape), dtype)
-        return SketchState(**parts)
+        return SketchState(**views_of(memory, self._parts()))
 
-    def _parts(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    def _parts(self) -> Iterator[Part]:
         """Yield name, shape and dtype of each part, in order."""
         each, fields = (self.batch, self.kv_heads), planes(self.head_dim)
         fine, coarse = (plane[0].width if plane else 0 for plane in fields)
         kept = len(sketch_bits(self.head_dim))
         kept_fine = sum(field.width for field in fields[0])
-        yield "header", (header_size(self.batch),), torch.int32
+        yield header_part(self.batch)
         yield "fine", (*each, self.slots, fine), torch.uint8
         yield "coarse", (*each, self.slots, coarse), torch.uint8
         yield "pages", (*each, self.slots // PAGE, fine), torch.uint8

@@ -25,7 +25,7 @@ class QuestIndex(DeviceIndex):
             pages = key[:, :, : full * PAGE].unflatten(2, (full, PAGE))
             self.parts.least[:, :, :full] = pages.amin(3)
             self.parts.greatest[:, :, :full] = pages.amax(3)
-        self._trust(ends)
+        self.trust(ends)
 
     def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Do nothing: the keys of a page alone decide its box."""

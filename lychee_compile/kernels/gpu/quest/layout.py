@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.layout import aligned_bytes, header_size
+from lychee_compile.kernels.gpu.common.layout import Part, bytes_of, header_part, views_of
 from lychee_compile.kernels.sizes import PAGE, whole_scans
 
 
@@ -56,17 +56,13 @@ class QuestLayout:
     @property
     def size(self) -> int:
         """Number of bytes in all."""
-        numbers = 2 * self.batch * self.kv_heads * self.pages * self.head_dim
-        return self._header_bytes + numbers * self.dtype.itemsize
-
-    @property
-    def _header_bytes(self) -> int:
-        return aligned_bytes(header_size(self.batch), torch.int32)
+        return bytes_of(self._parts())
 
     def views(self, memory: Tensor) -> QuestState:
         """Return the parts of `memory`, uint8 [size]."""
-        header = memory[: header_size(self.batch) * torch.int32.itemsize]
-        boxes = memory[self._header_bytes :].view(self.dtype)
-        shape = (2, self.batch, self.kv_heads, self.pages, self.head_dim)
-        least, greatest = boxes.view(shape).unbind()
-        return QuestState(header.view(torch.int32), least, greatest)
+        return QuestState(**views_of(memory, self._parts()))
+
+    def _parts(self) -> tuple[Part, ...]:
+        shape = (self.batch, self.kv_heads, self.pages, self.head_dim)
+        corners = (("least", shape, self.dtype), ("greatest", shape, self.dtype))
+        return header_part(self.batch), *corners
