@@ -34,7 +34,7 @@ FakeTensorMode = fake_tensor.FakeTensorMode
 """Context in which operators give tensors without data, as while a graph is traced."""
 
 RestartAnalysis = torch._dynamo.exc.RestartAnalysis
-"""What compilers raise to have Dynamo trace again, with fewer of its inputs symbolic."""
+"""Exception by which a compiler has Dynamo trace again, with fewer inputs symbolic."""
 
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -124,7 +124,7 @@ class _Retracing(torch.fx.Interpreter):
         return any(is_traceable_wrapper_subclass(each) for each in leaves)
 
     def _proxy(self, n: torch.fx.Node, tracer: Any) -> Any:
-        """What stands for the value of a node of the old graph in the new one."""
+        """Return the proxy in the new graph for the value of a node of the old graph."""
         value = self.env[n]
         if isinstance(value, Tensor):
             tracked = get_proxy_slot(value, tracer)
@@ -141,15 +141,18 @@ _FOREIGN = "lychee_foreign"
 
 
 def is_foreign(node: torch.fx.Node) -> bool:
-    """Whether `retrace` left a call as Dynamo has it, since it has to do with DTensors or the like.
+    """True if `retrace` left a call as Dynamo has it, since it has to do with DTensors or the like.
 
-    What such a call gives may show the memory of what it takes.
+    The result of such a call may show the memory of its arguments.
     """
     return _FOREIGN in node.meta
 
 
 def source_name(node: torch.fx.Node) -> str:
-    """Where Dynamo found an input, "L['self']._modules['layer']._buffers['mask']", or nothing."""
+    """Return where Dynamo found an input; "" if that is not known.
+
+    A buffer of a module, for one, is at "L['self']._modules['layer']._buffers['mask']".
+    """
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return ""
@@ -158,7 +161,7 @@ def source_name(node: torch.fx.Node) -> str:
 
 
 def is_parameter(node: torch.fx.Node) -> bool:
-    """Whether an input or attribute of the graph is a parameter of a module."""
+    """True if an input or attribute of the graph is a parameter of a module."""
     source = getattr(node, "_dynamo_source", None)
     while source is not None:
         if getattr(source, "member", None) == "_parameters":
@@ -168,7 +171,7 @@ def is_parameter(node: torch.fx.Node) -> bool:
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers, unlike a fake one."""
+    """True if a tensor holds numbers, unlike a fake one."""
     return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
