@@ -1,4 +1,4 @@
-"""What `explain` leaves undone unless kernels are asked for: files, and launches on the device."""
+"""Without kernels asked for, `explain` writes no files and launches nothing on the device."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ OFTEN = {
     ("gemma3", "dynamic"),
     ("bloom", "dynamic"),
 }
-"""Those tried in every run."""
+"""Models and kinds of cache that are tried in every run."""
 EVERYTHING = {"budget": 127, "sinks": 2, "recent": 16, "chunk": (4, 8)}
 
 

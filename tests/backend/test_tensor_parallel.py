@@ -46,7 +46,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama_folder(shared_folder: Path) -> Path:
-    """Where a small random Llama is saved."""
+    """Save a small random Llama, and return its folder."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -77,13 +77,13 @@ def llama(llama_folder: Path) -> Any:
     params=["sharded_llama", pytest.param("inductors_llama", marks=pytest.mark.thorough)],
 )
 def llama_ranks(request: pytest.FixtureRequest, llama_folder: Path) -> list[dict[str, Outcome]]:
-    """What two ranks made of the saved model."""
+    """Return the outcomes of two ranks that decode with the saved model."""
     return run_on_ranks(request.param, llama_folder)
 
 
 @pytest.fixture(scope="module")
 def attention_ranks(shared_folder: Path) -> list[dict[str, Outcome]]:
-    """What two ranks made of an attention by hand."""
+    """Return the outcomes of two ranks that decode with an attention written by hand."""
     return run_on_ranks("sharded_attention", shared_folder)
 
 

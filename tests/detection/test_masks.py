@@ -108,7 +108,7 @@ def inputs() -> list[Tensor]:
 
 
 def recovered(spell: Callable[..., Tensor], mask: Mask) -> tuple[Reading, Attention, dict]:
-    """What is read of attention under a mask, and the values of the tensors in it by name."""
+    """Return the reading of a mask, the attention found, and the values of its tensors by name."""
 
     def function(query, key, value, *others):
         q, kv = torch.arange(QUERIES)[:, None], torch.arange(KEYS)

@@ -58,7 +58,7 @@ def check(function: Callable[..., Tensor], *inputs: Tensor, dynamic: tuple[int, 
 
 
 def _values(traced: Traced, inputs: tuple[Tensor, ...]) -> dict[Any, Any]:
-    """What every node of the graph computes."""
+    """Return the value of every node of the graph."""
     found: dict[Any, Any] = {}
 
     class Recorder(torch.fx.Interpreter):

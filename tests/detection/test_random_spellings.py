@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def constants(sizes: Sizes) -> Given:
-    """What a recipe may need besides operands and positions."""
+    """Return the tensors that a recipe may need besides operands and positions."""
     slot, row = torch.arange(sizes.kv_len), torch.arange(sizes.batch)[:, None]
     return {
         "padding": (~((slot > 0) & (slot <= 2 * row + 1))).long(),
@@ -55,7 +55,7 @@ def caches(recipe: Recipe) -> list[Tensor]:
 
 
 def assert_as_right_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """In low precision the error against float64 decides: eager makes one as well."""
+    """Check that the error against float64 is about that of eager attention; float32 is near eager."""
     if got.dtype == torch.float32:
         torch.testing.assert_close(got, eager, atol=2e-5, rtol=2e-5)
         return

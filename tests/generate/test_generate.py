@@ -61,7 +61,7 @@ def test_with_everything_read_tokens_are_dense(entry: str, kind: str) -> None:
 
 @pytest.mark.parametrize("entry", ["compile_config", "model.forward"])
 def test_below_the_length_the_keys_that_matter_are_read(entry: str) -> None:
-    """Of 61 to 73 keys 48 hold nearly all of the softmax here, and give the dense tokens."""
+    """48 of 61 to 73 keys hold nearly all of the softmax here, and give the dense tokens."""
     model = decoder()
     given = entered(entry, model, SPARSE)
     for way in (greedy, sampled):
