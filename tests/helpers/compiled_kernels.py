@@ -30,14 +30,14 @@ KERNELS = {
     "rank_boxes": {"TILES": 16},
     "list_boxes": {"TILES": 16, "LOTS": 16},
 }
-"""And what is fixed when they are launched."""
+"""Kernels of decoding, with the constants that are fixed when they are launched."""
 TILE_KERNELS = {
     "ask": {"KEYS": 64, "TILES": 8, "SELF": True},
     "scan": {"KEYS": 64, "TILES": 16},
     "choose": {"LANES": 4096},
     "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8},
 }
-"""Those of whole sequences, likewise."""
+"""Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
     "*u8": "fine coarse pages page_bins bins",
     "*i32": "header tile_first tile_end histogram ranks plan limits arrivals candidates "

@@ -37,7 +37,7 @@ CAP, WINDOW, LOW = 3.0, 20, -9999.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of queries [B, Hkv * G, T, D], keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]."""
+    """Sizes of queries [B, Hkv * G, T, D], keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]."""
 
     batch: int = 1
     kv_heads: int = 1
@@ -59,7 +59,7 @@ class Problem:
     captured: list[Tensor]
     extra: Tensor | None
     score: Callable[[Tensor, Tensor], Tensor]
-    """From products [B, Hq, T, N], of queries and the keys in slots [N]."""
+    """Function from products [B, Hq, T, N], of queries and the keys in slots [N], to scores."""
     visible: Tensor
     """bool [B, Hq, T, L]."""
 
@@ -84,7 +84,7 @@ class Problem:
         return self._score(torch.float64)
 
     def attention(self, dtype: torch.dtype = torch.float64, read: Tensor | None = None) -> Tensor:
-        """As eager models compute it, in `dtype`, of the slots `read`, bool [B, Hkv, T, L]."""
+        """Return eager attention in `dtype` over the slots in `read`, bool [B, Hkv, T, L]."""
         visible, group = self.visible, self.spec.group
         if read is not None:
             visible = visible & read.repeat_interleave(group, 1)
@@ -201,7 +201,7 @@ def _whole(name: str, *indices: Any) -> sympy.Expr:
 def _score(
     kind: str, sizes: Sizes, random: torch.Generator
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], sympy.Expr, dict[str, Tensor]]:
-    """Of products and slots; the same as an expression; the tensors it reads."""
+    """Return scores as a function of products and slots, as an expression, and its tensors."""
     scale, heads = 1 / math.sqrt(sizes.head_dim), sizes.kv_heads * sizes.group
     scaled = S * scale
     if kind == "soft-cap":
@@ -230,7 +230,7 @@ def _score(
 def _mask(
     kind: str, sizes: Sizes, length: int, random: torch.Generator
 ) -> tuple[Tensor, Any, dict[str, Tensor]]:
-    """What is visible; the same as an expression; the tensors it reads."""
+    """Return what is visible as a tensor, as an expression, and the tensors of the expression."""
     shape = (sizes.batch, sizes.kv_heads * sizes.group, sizes.query_len, sizes.kv_len)
     slot, late = torch.arange(sizes.kv_len), torch.arange(sizes.query_len)[:, None]
     last = sympy.Symbol("length", integer=True)

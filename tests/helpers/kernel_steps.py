@@ -40,7 +40,7 @@ class Cache:
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def fill(self, length: int) -> Cache:
-        """As an eager prefill would, behind the backend's back."""
+        """Write keys and values as an eager prefill does, which the backend does not see."""
         self.keys[:, :, :length] = self.fresh(length)
         self.values[:, :, :length] = torch.eye(SIZE)[:length]
         self.length = length
@@ -94,7 +94,7 @@ def compiled(function: Callable[..., Any] = decode, **options: Any) -> Callable[
 
 
 def upkeep_of(keys: Tensor, growing: bool = False) -> Any:
-    """What keeps the index of a cache [B, Hkv, L, D]; None where it has none."""
+    """Return the owner of the index of a cache [B, Hkv, L, D]; None if the cache has no index."""
     return registry.owner_of(keys, "lychee" if growing else SketchLayout.of(keys))
 
 

@@ -1,4 +1,4 @@
-"""What the terms of a kernel are worth, beside what the graph they come from computes."""
+"""Values of the terms of a kernel, beside those of the graph that the terms come from."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Outcome:
 
     @property
     def weights(self) -> Tensor:
-        """Of the keys that a query sees: float64 [B, Hq, T, L]."""
+        """Weights of the keys that a query sees: float64 [B, Hq, T, L]."""
         logits = self.score.masked_fill(~self.visible, -torch.inf)
         if self.extra is None:
             return logits.softmax(-1)

@@ -44,7 +44,7 @@ class Plain:
     end: Tensor
 
     def read(self, index_type) -> Tensor:
-        """What is read of one build: bool [B, Hkv, Tq, L]."""
+        """Return what is read of an index that is built at once: bool [B, Hkv, Tq, L]."""
         shape = self.shape
         index = index_type(shape.batch, shape.kv_heads, shape.head_dim, self.config, CPU)
         index.restart(self.start > 0, self.start)
@@ -94,7 +94,7 @@ def shares(scores: Tensor) -> Tensor:
 
 
 def cut(ranks: list[float], count: int) -> float:
-    """How far the last of the `count` best is from the next."""
+    """Return by how much the last of the `count` best ranks above the next; inf if there is none."""
     ordered = sorted(ranks, reverse=True)
     return ordered[count - 1] - ordered[count] if 0 < count < len(ranks) else torch.inf
 

@@ -1,4 +1,4 @@
-"""Whole sequences for the tests: operands and masks of any kind, and what attention means there."""
+"""Prefill problems for the tests: operands, masks of any kind, and what attention means there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prefill_config(policy: str = "lychee", *given: Any, **more: Any) -> PrefillC
 
 @dataclass(frozen=True)
 class Whole:
-    """The operands of an attention over a whole sequence."""
+    """The operands of an attention of prefill."""
 
     query: Tensor
     key: Tensor
@@ -54,7 +54,7 @@ class Whole:
     """float64 [B, Hq, T, L], what is added to its scores."""
 
     def attend(self, config: PrefillConfig, **more: Any) -> PrefillResult:
-        """As the specification does."""
+        """Attend sparsely by the specification."""
         tensors = (self.query, self.key, self.value, self.mask)
         operands = Operands(*tensors, self.scale, self.softcap, self.extra)
         return prefill_attention(operands, config, self.causal, self.order, **more)
@@ -83,7 +83,7 @@ class Whole:
         return self.weights() @ self.value.double().repeat_interleave(group, 1)
 
     def slack(self) -> float:
-        """How far from `output` rounding may lead."""
+        """Return how far from `output` rounding may lead."""
         eps = torch.finfo(torch.float32).eps
         group = self.query.shape[1] // self.key.shape[1]
         longest = self.key.double().norm(dim=-1).amax(-1).repeat_interleave(group, 1)
@@ -94,7 +94,7 @@ class Whole:
         return (2 * score + last + 1e-6).item() * max(self.value.double().abs().max().item(), 1)
 
     def read_rows(self, result: PrefillResult) -> Tensor:
-        """What each query's tile reads, bool [B, Hq, T, L], queries in their own order."""
+        """Return what each query's tile reads: bool [B, Hq, T, L], queries in their own order."""
         length = self.query.shape[2]
         rows = result.read.repeat_interleave(QUERY_TILE, 2)[:, :, :length]
         return rows if self.order is None else rows.index_select(2, self.order.argsort())

@@ -35,7 +35,7 @@ TENSORS = {
     "bytes": torch.tensor([255, 0, 7], dtype=torch.uint8),
     "ids": torch.arange(BATCH * KEYS, dtype=torch.int32).view(BATCH, KEYS) % 5 - 2,
 }
-"""What expressions read: all dtypes, from none to two dimensions, strides as they come."""
+"""Tensors that expressions read: many dtypes and strides, with no, one or two dimensions."""
 CAPTURED = {
     name: Captured(name, str(tensor.dtype).removeprefix("torch."), tensor.ndim)
     for name, tensor in TENSORS.items()
@@ -170,7 +170,7 @@ def _is_leaf(draw, depth: int) -> bool:
 
 @st.composite
 def ints(draw, depth: int = 3) -> Term:
-    """What is made of integers, and exact."""
+    """Draw a term of integers, which is exact."""
     if _is_leaf(draw, depth):
         leaves = st.sampled_from([*AXES, LENGTH]) | st.integers(-9, 9).map(_constant)
         if depth > 0:
@@ -189,7 +189,7 @@ def ints(draw, depth: int = 3) -> Term:
 
 @st.composite
 def floats(draw, depth: int = 3) -> Term:
-    """What is made of scores and floats too."""
+    """Draw a term of scores, floats and integers."""
     if _is_leaf(draw, depth):
         leaves = st.just(SCORE) | st.floats(-4, 4, allow_subnormal=False).map(_number)
         if depth > 0:

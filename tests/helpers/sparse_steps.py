@@ -99,7 +99,7 @@ class Step:
 
     @property
     def reads_everything(self) -> bool:
-        """Whether no program has selected anything."""
+        """True if no program has selected anything."""
         return bool((self.scratch["chosen_list"] == -1).all())
 
     @property

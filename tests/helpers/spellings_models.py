@@ -112,7 +112,7 @@ WINDOWS, SHIFT = 4, 1
 _region = torch.arange(4)[:, None].expand(4, 9) * 3 + torch.arange(9) // 3
 SHIFT_MASK = torch.where(_region[:, :, None] == _region[:, None], 0.0, -100.0)
 SHIFT_MASK[:3] = 0.0
-"""Which patches of a window were neighbours before the shift, float [windows, 9, 9]."""
+"""Additive mask, float [windows, 9, 9]: 0 for patches that were neighbours before the shift."""
 
 
 def _windows(bias: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def attend(scores: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 
 def distance(given: Given) -> Tensor:
-    """From each key to each query, int [Tq, L]."""
+    """Return the distance from each key to each query, int [Tq, L]."""
     return given["positions"][:, None] - torch.arange(given["seen"].shape[-1])
 
 

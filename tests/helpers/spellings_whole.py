@@ -27,7 +27,7 @@ class Whole:
     head_dim: int = 16
     sites: int = 1
     mask: str = "none"
-    """What the report says of the mask, or a part of that."""
+    """Words of the report on the mask, or a part of them."""
 
     @property
     def name(self) -> str:

@@ -121,7 +121,7 @@ class Mask:
     """An SDPA mask, and what it means, worked out apart from it."""
 
     tensor: Tensor | None
-    """As an SDPA call takes it."""
+    """Mask as an SDPA call takes it."""
     seen: Tensor
     """bool [B, Hq, Tq, L]."""
     bias: Tensor
@@ -192,7 +192,7 @@ def lengths(batch: int, most: int, least: int = 0) -> st.SearchStrategy[Tensor]:
 
 @st.composite
 def histories(draw, batch: int, longest: int = 160) -> list[tuple[str, Tensor]]:
-    """What happens to the rows of a cache: ("grow" | "rewind" | "restart", int64 [B]).
+    """Draw steps in the life of a cache's rows: ("grow" | "rewind" | "restart", int64 [B]).
 
     The numbers are new tokens, tokens taken back, and a first token or -1 for rows left alone.
     """

@@ -1,4 +1,4 @@
-"""What each of two processes does in the tests of tensor parallelism: decode, and say what it saw.
+"""Work of each of two processes in the tests of tensor parallelism: decode, and say what it saw.
 
 The processes meet in a file, so that no port is taken.
 """
@@ -112,7 +112,7 @@ def compile_for(kind: str, model: nn.Module, options: dict[str, Any]) -> Callabl
 
 
 def _observed(decode: Callable[[], tuple[Tensor, Tensor]]) -> Outcome:
-    """What decoding gave, what the backend said of it and how many keys each head read."""
+    """Return what decoding gave, what the backend said of it and how many keys each head read."""
     import lychee_compile
 
     torch.compiler.reset()
@@ -183,7 +183,7 @@ def inductors_llama(folder: Path) -> dict[str, Outcome]:
 
 
 def _collectives_of_a_step(model: Any, forward: Callable[..., Any]) -> Counter[str]:
-    """How often each collective of gloo's runs in a decoding step."""
+    """Return how often each collective of gloo runs in a decoding step."""
     from cache_names import CACHE
     from torch.profiler import ProfilerActivity, profile
     from transformers import StaticCache

@@ -97,7 +97,7 @@ def places(shape: tuple[int, ...], most: int, seed: int = 0) -> Iterator[tuple[i
 
 
 def loads(traced: Traced, names: Names, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """What every node of the graph computes, by the name its elements go by."""
+    """Return the value of every node of the graph, by the name of the node's elements."""
     found: dict[str, Tensor] = {}
 
     class Recorder(torch.fx.Interpreter):
