@@ -65,7 +65,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, captured: list[Tensor], sin
 
 
 def arguments(kind: str) -> tuple[Any, ...]:
-    """Of one operator; what stands for the index is kept alive by the caller."""
+    """Return the arguments of one operator; the caller keeps alive what stands for the index."""
     given, positions = operands(), torch.tensor([LENGTH - 1, LENGTH])
     if kind == "exact":
         return (*given, kernel(sparse=False))
@@ -200,7 +200,7 @@ def test_heads_repeated_by_hand_and_tokens_before_heads_are_read_where_they_lie(
 
 
 def test_copies_are_seen() -> None:
-    """What the tests above rely on."""
+    """The search for copies, which the tests above rely on, finds them."""
     graph = torch.fx.Graph()
     given = graph.placeholder("keys")
     aten = torch.ops.aten

@@ -136,7 +136,7 @@ def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
 
 
 def test_the_policy_itself_chooses_as_many_of_the_same_rank():
-    """What the test above compares with is what the policy would read."""
+    """The ranks that the test above compares with are those of the policy."""
     problem = make_quest(Sizes(1, 1, 4, 1, 400, 64))
     index, scale = policy_index(problem, torch.tensor([400])), 64**-0.5
     inputs = ScoreInputs(problem.query, problem.key, 400, None, scale)
@@ -191,7 +191,7 @@ def test_a_box_far_too_large_hides_no_page():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_leaves_the_index_as_building_it_does(dtype):
-    """Of two pages that are written to, one becomes full."""
+    """A step that writes to two pages, and fills one, leaves the index as building does."""
     problem = make_quest(Sizes(2, 2, 1, 5, 179, 48), dtype=dtype, layout="channels first")
     index, anew = index_up_to(problem, 174), index_up_to(problem, 179)
     assert not torch.equal(index.state, anew.state)

@@ -31,7 +31,7 @@ MOVED = {"float16": 0.01, "bfloat16": 0.1, "float32": 0.01}
 
 
 def codes(index):
-    """Of all slots, [B, Hkv, slots, r]."""
+    """Return the codes of all slots, [B, Hkv, slots, r]."""
     fine, coarse = planes(index.layout.head_dim)
     parts = index.parts
     kinds = (parts.fine, fine), (parts.coarse, coarse)
@@ -72,7 +72,7 @@ def test_keys_are_quantised_as_the_reference_does(dtype, head_dim):
 
 
 def assert_as_if_built(index, problem, ends):
-    """What steps have left for the first `ends`, one for each row, is what one build leaves."""
+    """Check that steps left of the first `ends` slots, one for each row, what one build leaves."""
     again = SketchIndex(index.layout, torch.device("cpu"))
     again.state.copy_(index.state)
     for part in (again.parts.fine, again.parts.coarse, again.parts.pages):
@@ -168,7 +168,7 @@ def alone(problem, row, end):
 
 
 def assert_row_is(index, row, other, slots):
-    """What is known of these slots of a row is what an index of that row alone says."""
+    """Check that these slots of a row are known as in an index of that row alone."""
     blocks = slice(slots.start // 512, -(-slots.stop // 512))
     for name in ("axes", "centre", "step", "spread"):
         found, expected = (getattr(each.parts, name) for each in (index, other))

@@ -155,7 +155,7 @@ def test_more_unknown_keys_than_the_budget_are_all_read(mask, sparse):
 
 @BOTH
 def test_an_index_may_have_room_for_more(sparse):
-    """As that of a cache that grows."""
+    """An index may have more slots than the cache, like the index of a growing cache."""
     problem = make_problem(sizes=Sizes(kv_len=200), sparse=sparse)
     positions = newest(problem)
     index = built(problem, int(positions[0]), slots=BLOCK + 512)
