@@ -1,4 +1,4 @@
-"""Where generated kernels run, where they do not, and what the report says of it."""
+"""Attentions for which generated kernels run, those for which none do, and the reports on them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ WAYS = {"recovered": fused_terms, "read": mask_terms}
 
 @cache
 def terms_of(dtype: torch.dtype, way: str) -> KernelExpressions:
-    """What a kernel computes of scaled dot-product attention with an additive mask [1, 1, 1, L]."""
+    """Return the terms of a kernel for SDPA with an additive mask [1, 1, 1, L]."""
     query, key = torch.ones(1, 1, 1, DIM, dtype=dtype), torch.ones(1, 1, KEYS, DIM, dtype=dtype)
     mask = torch.zeros(1, 1, 1, KEYS, dtype=dtype)
 
@@ -127,5 +127,5 @@ def test_a_row_without_any_key_shows_none(low: float) -> None:
 
 @pytest.mark.parametrize("low", [-1e4, -1e9])
 def test_a_row_of_equal_low_numbers_shows_all(low: float) -> None:
-    """As in a row that is all padding: equal biases take no key's weight away."""
+    """Equal biases take no key's weight away, so that a row that is all padding shows all keys."""
     assert shown(torch.full((2, KEYS), low)).all()

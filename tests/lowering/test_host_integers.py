@@ -72,7 +72,7 @@ def test_the_length_that_a_window_layer_counts_is_no_input(name: str, integers: 
 
 
 def graph_of(function: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
-    """What Dynamo and the retrace make of a function whose integers are symbolic."""
+    """Return the graph of a function with symbolic integers, after Dynamo and the retrace."""
     graphs = []
 
     def keep(gm: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:

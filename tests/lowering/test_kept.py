@@ -39,7 +39,7 @@ def compiled(model: Any) -> Any:
 
 
 def sites() -> list[Site]:
-    """What was found in all that has been compiled."""
+    """Return the attentions that were found in all that has been compiled."""
     found = [site for report in lychee_compile.reports() for site in report.sites]
     assert counters["lychee"]["found"] == len(found) > 0
     return found

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def static_cache_step(query, key, value, key_new, value_new, length):
-    """As transformers has it: the mask first, then for each layer the cache moves on."""
+    """Step in the order of transformers: the mask first, then for each layer the cache moves on."""
     mask = (slots() <= rows(length))[None, None].expand(BATCH, 1, -1, -1)
     positions = torch.arange(QUERIES) + length
     length.add_(QUERIES)

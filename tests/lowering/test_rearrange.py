@@ -57,7 +57,7 @@ def rearranged(
     tensor: Tensor, layout: Any, wanted: Any, *, whole: bool, dynamic: tuple[int, ...] = (),
     unknown: bool = False,
 ) -> Tensor:  # fmt: skip
-    """What the rearranger's nodes compute of `tensor`."""
+    """Return the value of the nodes that rearrange `tensor`."""
     traced = Traced(lambda x: x + 0, tensor, dynamic=dynamic)
     (node,) = traced.outputs
     axes = Axes()
