@@ -55,7 +55,7 @@ def caches(recipe: Recipe) -> list[Tensor]:
 
 
 def assert_as_right_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Check that the error against float64 is about that of eager attention; float32 is near eager."""
+    """Check that the error is about that of eager attention, against float64 in low precision."""
     if got.dtype == torch.float32:
         torch.testing.assert_close(got, eager, atol=2e-5, rtol=2e-5)
         return

@@ -263,5 +263,5 @@ def test_errors_are_one_line(command: str, message: str, capsys):
 
 @pytest.fixture
 def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where results go that no test looks at."""
+    """Run a test in a folder of its own, for results that the test does not look at."""
     monkeypatch.chdir(tmp_path)

@@ -105,7 +105,7 @@ def test_picture_is_a_png(tmp_path, recording):
 
 
 def shown(show, *arguments):
-    """What a function of the view writes."""
+    """Return the text that a function of the view writes."""
     page = io.StringIO()
     show(Console(file=page, width=120), *arguments)
     return " ".join(page.getvalue().split())

@@ -26,13 +26,13 @@ def example(name: str) -> ModuleType:
 
 
 def decode(name, budget, *more):
-    """What an example generated with steps that read `budget` tokens."""
+    """Return what an example generates in steps that read `budget` tokens."""
     sizes = ("--context", CONTEXT, "--new-tokens", NEW_TOKENS, "--budget", budget)
     return example(name).main([*map(str, sizes), "--device", "cpu", *more])
 
 
 def words(capsys):
-    """What was printed, as one line."""
+    """Return the printed text as one line."""
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -112,7 +112,7 @@ def test_vit_makes_no_score_matrix(capsys):
 
 
 SPARSE = ["--from", "64", "--device", "cpu"]
-"""Whole sequences are read in part; shares below 1 may still be all keys."""
+"""Arguments for a sparse prefill from 64 tokens on; shares below 1 may still be all keys."""
 
 
 @pytest.mark.parametrize(("share", "error"), [("0.2", 0.5), ("0.999999", 1e-5)])

@@ -215,7 +215,7 @@ def slots_read(monkeypatch, problem, call):
 
 
 def in_listed_pages(problem, made):
-    """Which slots are in the pages that were looked into: bool [B, Hkv, T, L]."""
+    """Return which slots are in the listed pages: bool [B, Hkv, T, L]."""
     batch, heads, slots, _ = problem.key.shape
     pages = -(-slots // PAGE)
     listed = torch.zeros(len(made["candidates"]), pages + 1, dtype=torch.bool, device="cuda")

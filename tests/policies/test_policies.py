@@ -1,4 +1,4 @@
-"""What holds for every policy, whatever the cache, the mask, the budget and the history."""
+"""Properties of every policy, whatever the cache, the mask, the budget and the history."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Case:
         return select(index, inputs, budget)
 
     def check(self, index: KVIndex, read: Tensor) -> None:
-        """What the mask shows, all that is always read, and no more than the budget."""
+        """Check that visible keys are read: those always read, and others within the budget."""
         seen = self.mask.seen.any(1)
         slot, tokens = torch.arange(seen.shape[-1]), seen.shape[-1]
         first = seen.long().argmax(-1, keepdim=True)

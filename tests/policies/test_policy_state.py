@@ -1,4 +1,4 @@
-"""What policies keep from step to step: clusters that never move, a choice that is kept."""
+"""State that policies keep from step to step: clusters that never move, a choice that is kept."""
 
 from __future__ import annotations
 

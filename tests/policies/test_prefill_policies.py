@@ -1,4 +1,4 @@
-"""Policies for whole sequences: what each chooses, worked out again by plain loops."""
+"""Policies for prefill: what each chooses, worked out again by plain loops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ POLICIES = registry.prefill_policy_names()
 
 
 def question_of(whole: Whole, room: int, sinks: int = 2, recent: int = 3) -> PrefillQuestion:
-    """What a policy is asked about all tiles of a sequence, with the same room in each."""
+    """Return the question to a policy about all tiles of a prefill, with the same room in each."""
     batch, heads, query_len, _ = whole.query.shape
     device, kv_len = whole.query.device, whole.key.shape[2]
     sight = Sight(whole.mask, whole.causal, batch, query_len, kv_len, device, whole.order)
@@ -43,13 +43,13 @@ def question_of(whole: Whole, room: int, sinks: int = 2, recent: int = 3) -> Pre
 
 
 questions = st.builds(question_of, wholes(), st.integers(0, 200))
-"""Of every mask and distribution."""
+"""Questions with every mask and distribution."""
 plain_questions = st.builds(
     question_of,
     wholes(dtypes=(torch.float32,), kinds=("gaussian", "topics"), longest=260),
     st.integers(1, 120),
 )
-"""Of keys among which no rounding decides."""
+"""Questions about keys among which no rounding decides."""
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -297,7 +297,7 @@ def test_a_policy_for_whole_sequences_alone_is_an_option_but_cannot_decode():
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is registered, as it was when the test is over."""
+    """Restore the registered policies when the test is over."""
     monkeypatch.setattr(registry, "_policies", dict(registry._policies))
 
 

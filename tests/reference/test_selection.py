@@ -1,4 +1,4 @@
-"""What a selection must and must not hold, for any index, mask and budget."""
+"""Selections hold what they must and nothing that they must not, for any index, mask and budget."""
 
 from __future__ import annotations
 

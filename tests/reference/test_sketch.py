@@ -106,7 +106,7 @@ def test_sketches_taken_step_by_step_are_nearly_as_good(seed, steps):
 
 
 def test_keys_that_change_their_subspace_get_other_axes():
-    """What came before has other axes, which do not suit what comes after."""
+    """Axes are computed anew for keys that the axes of earlier keys do not suit."""
     key = torch.cat((low_rank_keys(0, 256), low_rank_keys(9, 256)), 2)
     query = random(3, 1, 1, 20, 32)
     fresh = relative_error(sketched(key, 256, 128), key, query)

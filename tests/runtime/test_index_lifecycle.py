@@ -34,7 +34,7 @@ def use(written: int = 1, layout: SketchLayout | None = LAYOUT) -> CacheUse:
 
 
 class Calls(list[tuple[str, int]]):
-    """What was done to indexes: ("build" or "refit", end of the longest row)."""
+    """Work done on indexes: ("build" or "refit", end of the longest row)."""
 
     def __init__(self) -> None:
         super().__init__()
