@@ -94,7 +94,7 @@ def shares(scores: Tensor) -> Tensor:
 
 
 def cut(ranks: list[float], count: int) -> float:
-    """Return by how much the last of the `count` best ranks above the next; inf if there is none."""
+    """Return how far the last of the `count` best ranks is above the next; inf if there is none."""
     ordered = sorted(ranks, reverse=True)
     return ordered[count - 1] - ordered[count] if 0 < count < len(ranks) else torch.inf
 

@@ -135,7 +135,7 @@ def specified(problem, budget):
 
 
 def assert_best(chosen, question):
-    """Check that all room is used, and that no key left out lies in a better bin than a chosen one."""
+    """Check that all room is used, and that no key left out is in a better bin than one chosen."""
     candidates = question.candidates
     assert not (chosen & ~candidates).any()
     assert torch.equal(chosen.sum(-1), torch.minimum(question.room, candidates.sum(-1)))
@@ -156,7 +156,7 @@ def assert_best(chosen, question):
     ],
 )
 def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch):
-    """As many keys are read as specified, and none of less weight than one that is left out."""
+    """The specified number of keys is read, and no key left out weighs more than one of them."""
     monkeypatch.setattr(launch_prefill, "TOGETHER", together)
     problem = tiled(sizes=Sizes(1, 1, 2, 300, 300, 32, 16), mask=mask, length=0, seed=1)
     chosen, output, log_sums = chosen_by_kernels(problem, budget)

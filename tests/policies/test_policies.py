@@ -78,7 +78,7 @@ class Case:
         return select(index, inputs, budget)
 
     def check(self, index: KVIndex, read: Tensor) -> None:
-        """Check that visible keys are read: those always read, and others within the budget."""
+        """Check that only visible keys are read, those always read included, within the budget."""
         seen = self.mask.seen.any(1)
         slot, tokens = torch.arange(seen.shape[-1]), seen.shape[-1]
         first = seen.long().argmax(-1, keepdim=True)
