@@ -38,7 +38,7 @@ RestartAnalysis = torch._dynamo.exc.RestartAnalysis
 
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
-    """The active fake mode, and the example inputs as its tensors, made as AOTAutograd makes them.
+    """Return the active fake mode, and the example inputs as its tensors, as AOTAutograd makes them.
 
     Symbolic dimensions keep the symbols that Dynamo gave them, so that nothing is specialised.
     """
@@ -103,7 +103,7 @@ class _Retracing(torch.fx.Interpreter):
     """
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        """The value of a node, which the tracer has recorded."""
+        """Return the value of a node, which the tracer has recorded."""
         if n.op not in ("call_function", "call_method") or not self._is_foreign(n):
             return super().run_node(n)
         proxies = get_proxy_mode()
@@ -186,14 +186,14 @@ def operator_namespace(target: object) -> str:
 
 
 def symbols_of(value: Any) -> set[Any]:
-    """The symbols in a tensor's sizes and strides, or in a number."""
+    """Return the symbols in a tensor's sizes and strides, or in a number."""
     if isinstance(value, Tensor):
         return set().union(*map(symbols_of, (*value.shape, *value.stride())))
     return set(free_symbols(value)) if isinstance(value, torch.SymInt) else set()
 
 
 def size_hint(size: Any) -> int:
-    """A size, or what a symbolic one was when the graph was traced; no guard is added."""
+    """Return a size, or what a symbolic size was when the graph was traced, without adding a guard."""
     return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
@@ -205,9 +205,10 @@ def add_state_input(
     device: torch.device,
     mode: FakeTensorMode,
 ) -> tuple[torch.fx.Node, Tensor]:
-    """Append an input [size] that the backend supplies: its node, and the fake to compile with.
+    """Append an input [size] that the backend supplies; return the node and a fake to compile with.
 
-    Dynamo knows no source for it and guards nothing on it; it counts as static for CUDA graphs.
+    Dynamo knows no source for the input and guards nothing on it. The input counts as static for
+    CUDA graphs.
     """
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
     with gm.graph.inserting_after(last):
@@ -235,9 +236,9 @@ def inductor(
 
 
 def options_compiled_with(model: object, backend: str) -> Mapping[str, Any]:
-    """The `mode` and `options` that `torch.compile(model, backend=...)` was given.
+    """Return the `mode` and `options` that `torch.compile(model, backend=...)` was given.
 
-    Empty where `model` is no compiled module, or one of another backend.
+    The result is empty if `model` is no compiled module, or one of another backend.
     """
     given: Any = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
     while getattr(given, "_torchdynamo_orig_backend", None) is not None:
@@ -262,7 +263,7 @@ def trace_artifact(name: str, payload: Any) -> None:
 
 
 def unlimited_recompiles() -> AbstractContextManager[None]:
-    """Within this context, compiling the same code once more never hits the recompile limit."""
+    """Compile the same code any number of times in this context, without meeting a recompile limit."""
     return torch._dynamo.config.patch(recompile_limit=2**30, accumulated_recompile_limit=2**30)
 
 
