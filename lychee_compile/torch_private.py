@@ -38,7 +38,7 @@ RestartAnalysis = torch._dynamo.exc.RestartAnalysis
 
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
-    """Return the active fake mode, and the example inputs as its tensors, as AOTAutograd makes them.
+    """Return the active fake mode, and the example inputs as its tensors, made as by AOTAutograd.
 
     Symbolic dimensions keep the symbols that Dynamo gave them, so that nothing is specialised.
     """
@@ -193,7 +193,7 @@ def symbols_of(value: Any) -> set[Any]:
 
 
 def size_hint(size: Any) -> int:
-    """Return a size, or what a symbolic size was when the graph was traced, without adding a guard."""
+    """Return a size, or the value of a symbolic size at tracing, without adding a guard."""
     return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
