@@ -263,7 +263,7 @@ def trace_artifact(name: str, payload: Any) -> None:
 
 
 def unlimited_recompiles() -> AbstractContextManager[None]:
-    """Compile the same code any number of times in this context, without meeting a recompile limit."""
+    """Return a context in which recompilations of the same code never hit the limit."""
     return torch._dynamo.config.patch(recompile_limit=2**30, accumulated_recompile_limit=2**30)
 
 
