@@ -83,9 +83,9 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
 
 
 def main(*names: str) -> None:
-    """The kernels of some modules as a Hopper GPU runs them; for attention also an Ampere GPU.
+    """Compile the kernels of modules for a Hopper GPU, and attention for an Ampere GPU too.
 
-    The latter not after "--hopper".
+    The argument "--hopper" leaves the Ampere GPU out.
     """
     ampere = "--hopper" not in names
     shared = {}

@@ -47,7 +47,7 @@ class Cache:
         return self
 
     def fresh(self, count: int) -> Tensor:
-        """Keys [B, Hkv, T, D] to write."""
+        """Return keys [B, Hkv, T, D] to write."""
         shape = (self.batch, KV_HEADS, count, DIM)
         keys = torch.randn(*shape, generator=self._generator)
         keys = keys * torch.linspace(3, 0.1, DIM) + torch.linspace(1, 0, DIM)
@@ -89,7 +89,7 @@ def grow(query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
 
 
 def compiled(function: Callable[..., Any] = decode, **options: Any) -> Callable[..., Any]:
-    """`function` through the backend."""
+    """Return `function` through the backend."""
     return torch.compile(function, backend="lychee", options={**SMALL, **options})
 
 
@@ -99,7 +99,7 @@ def upkeep_of(keys: Tensor, growing: bool = False) -> Any:
 
 
 def read_by(weights: Tensor, cache: Cache) -> Tensor:
-    """The slots with any weight, bool [B, Hkv, T, L]: a group of heads reads the same."""
+    """Return the slots with any weight, bool [B, Hkv, T, L]: a group of heads reads the same."""
     return (weights != 0).unflatten(1, (KV_HEADS, GROUP)).any(2)
 
 
@@ -108,7 +108,7 @@ def assert_exact(step: tuple[Tensor, Tensor]) -> None:
 
 
 def assert_sparse(step: tuple[Tensor, Tensor], cache: Cache, budget: int = SMALL["budget"]) -> None:
-    """Each KV head has read a budget of keys for each query, no more, and those by their weight."""
+    """Check that each KV head has read a budget of keys for each query, chosen by their weight."""
     got, dense = step
     read = read_by(got, cache)
     count = read.sum(-1)

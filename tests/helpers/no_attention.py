@@ -49,7 +49,7 @@ class Case:
         return Model(self.call, self.parameters)
 
     def inputs(self) -> list[Tensor]:
-        """Random inputs."""
+        """Return random inputs."""
         return [torch.randn(shape) for shape in self.shapes]
 
 
@@ -69,7 +69,7 @@ def no_attention(
 
 
 def heads_of(x: Tensor) -> Tensor:
-    """[B, N, H * D] to [B, H, N, D]."""
+    """Split [B, N, H * D] into [B, H, N, D]."""
     return x.unflatten(-1, (H, -1)).transpose(1, 2)
 
 

@@ -100,7 +100,7 @@ def cut(ranks: list[float], count: int) -> float:
 
 
 def whole_groups(groups, ranks, room):
-    """Groups (begin, end), best first, until one does not fit: their tokens; the margin."""
+    """Take groups (begin, end), best first, until one does not fit; return tokens and margin."""
     tokens, taken = [], 0
     for place in sorted(range(len(groups)), key=lambda place: -ranks[place]):
         if len(tokens) + groups[place][1] - groups[place][0] > room:
@@ -117,7 +117,7 @@ def best_tokens(candidates, ranks, room):
 
 
 def between(length, sinks, recent, budget):
-    """Tokens that are read anyway, those to choose from, and how many."""
+    """Return tokens that are read anyway, those to choose from, and how many."""
     begin = min(sinks, length)
     end = max(length - recent, begin)
     always = [*range(begin), *range(end, length)]

@@ -30,7 +30,7 @@ Function = Callable[..., Tensor]
 
 @contextmanager
 def recorded() -> Iterator[list[PrefillCall]]:
-    """Every call of the operator that reads sparsely."""
+    """Yield every call of the operator that reads sparsely."""
     calls: list[PrefillCall] = []
     prefill_observers.append(calls.append)
     try:

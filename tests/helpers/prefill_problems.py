@@ -31,7 +31,7 @@ shapes = st.builds(
 
 
 def prefill_config(policy: str = "lychee", *given: Any, **more: Any) -> PrefillConfig:
-    """The settings of a prefill whose keys a registered policy chooses."""
+    """Return the settings of a prefill whose keys a registered policy chooses."""
     return PrefillConfig(prefill_choice(policy), *given, **more)
 
 
@@ -60,7 +60,7 @@ class Whole:
         return prefill_attention(operands, config, self.causal, self.order, **more)
 
     def scores(self) -> Tensor:
-        """float64 [B, Hq, T, L], -inf for what is not seen."""
+        """Return scores, float64 [B, Hq, T, L], -inf for what is not seen."""
         group = self.query.shape[1] // self.key.shape[1]
         key = self.key.double().repeat_interleave(group, 1)
         score = self.scale * self.query.double() @ key.transpose(-1, -2)
@@ -69,7 +69,7 @@ class Whole:
         return (score + self.bias).masked_fill(~self.seen, -torch.inf)
 
     def weights(self) -> Tensor:
-        """Softmax of the scores and the extra logit, float64 [B, Hq, T, L]; 0 for no keys."""
+        """Return the softmax over scores and extra logit, float64 [B, Hq, T, L]; 0 if no keys."""
         score = self.scores()
         if self.extra is not None:
             logit = self.extra.double().expand(score.shape[:-1])[..., None]
@@ -78,7 +78,7 @@ class Whole:
         return score.softmax(-1).masked_fill(nothing, 0)[..., : self.key.shape[2]]
 
     def output(self) -> Tensor:
-        """Dense attention, float64 [B, Hq, T, Dv]."""
+        """Return dense attention, float64 [B, Hq, T, Dv]."""
         group = self.query.shape[1] // self.key.shape[1]
         return self.weights() @ self.value.double().repeat_interleave(group, 1)
 
@@ -102,7 +102,7 @@ class Whole:
 
 @st.composite
 def wholes(draw, dtypes=DTYPES, kinds=KINDS, longest=300) -> Whole:
-    """An attention of any shape, mask and distribution; some queries may see nothing."""
+    """Draw an attention of any shape, mask and distribution; some queries may see nothing."""
     shape, dtype = draw(shapes), draw(st.sampled_from(dtypes))
     kv_len = draw(st.integers(1, longest))
     query_len = kv_len if draw(st.booleans()) else draw(st.integers(1, kv_len))
@@ -136,7 +136,7 @@ def wholes(draw, dtypes=DTYPES, kinds=KINDS, longest=300) -> Whole:
 def _mask(
     draw, shape: Heads, query_len: int, kv_len: int, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Masks of `strategies`, packed documents, and rows that see nothing at all."""
+    """Return masks of `strategies`, packed documents, and rows that see nothing at all."""
     if draw(st.sampled_from([False, False, True])):
         document = (random(draw(seeds), shape.batch, kv_len) > 1.5).cumsum(-1)
         at = document[:, kv_len - query_len :]

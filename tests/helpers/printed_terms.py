@@ -82,7 +82,7 @@ def _rounded(expression: Any, value: Tensor, error: float) -> Term:
 
 @st.composite
 def _elements(draw, names: list[str], depth: int) -> Term:
-    """An element of a tensor, at axes of the right size or at remainders by the size."""
+    """Draw an element of a tensor, at axes of the right size or at remainders by the size."""
     name = draw(st.sampled_from(names))
     tensor, indices = TENSORS[name], []
     for size in tensor.shape:
@@ -157,7 +157,7 @@ COMPARISONS = [
 
 
 def _applied(draw, operation: tuple[int, Any, Any], operands: st.SearchStrategy[Term]):
-    """An operation on operands: expression, value, and the operands."""
+    """Return an operation on operands: expression, value, and the operands."""
     count, expressed, computed = operation
     terms = [draw(operands) for _ in range(count)]
     expression = expressed(*(each.expression for each in terms))
@@ -210,7 +210,7 @@ def floats(draw, depth: int = 3) -> Term:
 
 @st.composite
 def bools(draw, depth: int = 3) -> Term:
-    """Truth values, of integers, flags, and scores at multiples of 1/8."""
+    """Draw truth values, of integers, flags, and scores at multiples of 1/8."""
     if _is_leaf(draw, depth):
         limit = draw(st.integers(-16, 16)) / 8
         simple = [
@@ -235,12 +235,12 @@ def _choices(draw, operands: st.SearchStrategy[Term], depth: int) -> Term:
 
 
 def _unchosen(depth: int) -> st.SearchStrategy[Term]:
-    """Integers without choices: sympy takes no condition that has conditions."""
+    """Return integers without choices: sympy takes no condition that has conditions."""
     return ints(depth).filter(lambda term: not term.expression.has(sympy.Piecewise))
 
 
 def _divisible(depth: int) -> st.SearchStrategy[Term]:
-    """Integers that sympy 1.14 has right remainders of.
+    """Return integers that sympy 1.14 has right remainders of.
 
     It takes Mod(3*Mod(q, 5), 8) for Mod(3*Mod(q, 5)**2, 8), Mod(Piecewise((0, c), (2, True)), 8)
     for 0, and loses itself in divisors that are negative expressions.

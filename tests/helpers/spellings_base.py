@@ -79,12 +79,12 @@ class Spelling:
         return self.call(query, key, value, **given)
 
     def tensors(self, heads: int, tokens: int, head_dim: int) -> Tensor:
-        """Random [B, heads, tokens, head_dim], laid out as the spelling takes it."""
+        """Return random [B, heads, tokens, head_dim], laid out as the spelling takes it."""
         made = torch.randn(BATCH, heads, tokens, head_dim).to(self.dtype)
         return made if self.token_axis == 2 else made.transpose(1, 2).contiguous()
 
     def operands(self, query_len: int, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random query, key and value."""
+        """Return random query, key and value."""
         return (
             self.tensors(self.query_heads, query_len, self.head_dim),
             self.tensors(self.kv_heads, kv_len, self.head_dim),
@@ -92,17 +92,17 @@ class Spelling:
         )
 
     def held(self, kv_len: int) -> Given:
-        """The constants that it needs."""
+        """Return the constants that it needs."""
         made = constants(self.query_heads, kv_len)
         return {name: made[name].clone() for name in self.needs if name in made}
 
     def given(self, positions: Tensor, kv_len: int, held: Given) -> Given:
-        """All that it needs, for queries at `positions`."""
+        """Return all that it needs, for queries at `positions`."""
         made = {"seen": causal(positions, kv_len), "positions": positions}
         return {name: made[name] for name in self.needs if name in made} | held
 
     def meaning(self, raw: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and visible keys for raw products, float64 [B, Hq, Tq, L], by the formula."""
+        """Return scores and visible keys by the formula, for products in float64 [B, Hq, Tq, L]."""
         kv_len = raw.shape[-1]
         given = constants(self.query_heads, kv_len)
         given |= {"seen": causal(positions, kv_len), "positions": positions}
@@ -170,12 +170,12 @@ def constants(query_heads: int, kv_len: int) -> Given:
 
 
 def padded(given: Given) -> Tensor:
-    """The keys that are no padding: bool [B, 1, 1, L]."""
+    """Return the keys that are no padding: bool [B, 1, 1, L]."""
     return given["padding"][:, None, None].bool()
 
 
 def repeat_kv(x: Tensor, group: int) -> Tensor:
-    """[B, Hkv, L, D] to [B, Hq, L, D], as transformers writes it."""
+    """Repeat [B, Hkv, L, D] to [B, Hq, L, D], as transformers writes it."""
     batch, heads, tokens, dim = x.shape
     if group == 1:
         return x

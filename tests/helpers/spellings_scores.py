@@ -20,7 +20,7 @@ def distance(given: Given) -> Tensor:
 
 
 def relative_bias(given: Given) -> Tensor:
-    """A number of the table for each distance, [Hq, Tq, L]."""
+    """Return a number of the table for each distance, [Hq, Tq, L]."""
     return given["table"][distance(given).clamp(0, 31)].permute(2, 0, 1)
 
 
