@@ -92,14 +92,14 @@ def of(ranks: list[dict[str, Outcome]], name: str) -> list[Outcome]:
 
 
 def check_same(outcomes: list[Outcome], tokens: Tensor, logits: Tensor) -> None:
-    """Every rank decodes the same tokens, with these logits."""
+    """Check that every rank decodes the same tokens, with these logits."""
     for outcome in outcomes:
         torch.testing.assert_close(outcome["tokens"], tokens)
         torch.testing.assert_close(outcome["logits"], logits, atol=1e-4, rtol=1e-4)
 
 
 def check_sparse(outcomes: list[Outcome], layers: int) -> None:
-    """Every attention of every rank is sparse, over the rank's own heads alone."""
+    """Check that every attention of every rank is sparse, over the rank's own heads alone."""
     for outcome in outcomes:
         counted = outcome["counted"]
         assert counted["sparse"] == counted["found"] >= layers

@@ -136,7 +136,7 @@ def visible_by_hand(mask: Mask) -> Tensor:
 
 
 def check(reading: Reading, values: dict[str, Any], expected: Tensor) -> None:
-    """The predicate is the mask, and no visible key lies outside the range."""
+    """Check that the predicate is the mask, and no visible key lies outside the range."""
     first, end = reading.key_range
     for place in itertools.product(*map(range, expected.shape)):
         at: dict[Any, int] = dict(zip((B, H, Q, KV), place, strict=True))

@@ -45,7 +45,7 @@ def step(recipe: Recipe, packed: Tensor, key: Tensor, value: Tensor, given: Give
 
 
 def caches(recipe: Recipe) -> list[Tensor]:
-    """Keys and values of another sequence, all over the cache."""
+    """Return keys and values of another sequence, all over the cache."""
     sizes = recipe.sizes
     made = [
         torch.randn(sizes.batch, sizes.kv_heads, sizes.kv_len, width).to(recipe.dtype)
@@ -65,7 +65,7 @@ def assert_as_right_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
 
 
 def start_afresh() -> None:
-    """The same numbers in every run of a case, and nothing compiled before.
+    """Seed the random numbers, and forget what was compiled before.
 
     Earlier cases would make sizes symbolic and run into Dynamo's limit of recompilations.
     """

@@ -37,7 +37,7 @@ class Letters:
 
 
 def call(site, kv_len, *read):
-    """A call of one KV head that read the slots `read`, from chunks of 4."""
+    """Return a call of one KV head that read the slots `read`, from chunks of 4."""
     starts = torch.arange(0, kv_len, 4)[None]
     return Call(
         site=site,

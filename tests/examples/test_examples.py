@@ -50,7 +50,7 @@ def test_sparse_steps_that_read_all_decode_the_same_tokens(name, budget, capsys)
 
 
 def check_reading(decoded, site):
-    """Each step reads the budget, where more of the softmax is than in as many of any tokens."""
+    """Check that each step reads the budget, and more of the softmax than as many of any tokens."""
     assert {call.site for call in decoded.calls} == {site.format(n) for n in range(LAYERS)}
     assert [call.kv_len for call in decoded.calls[::LAYERS]] == [*range(CONTEXT + 1, ALL + 1)]
     assert all(call.tokens_read.eq(BUDGET).all() for call in decoded.calls)

@@ -84,7 +84,7 @@ def test_as_many_keys_that_do_not_matter_give_other_tokens() -> None:
 
 
 def mass_read(recorder: lychee_compile.recorder.Recorder) -> float:
-    """The mean share of the softmax that was read."""
+    """Return the mean share of the softmax that was read."""
     shares = [call.mass for call in recorder.calls if call.mass is not None]
     return float(torch.stack(shares).mean())
 
