@@ -33,7 +33,7 @@ DIM, LENGTH = 8, 90
 
 
 def kernel(sparse: bool) -> str:
-    """A module for keys up to `length[0]`."""
+    """Return a module for keys up to `length[0]`."""
     element = sympy.Indexed(sympy.IndexedBase(sympy.Symbol("length", integer=True)), 0)
     spec = AttentionSpec(
         dtype="float32",
@@ -50,7 +50,7 @@ def kernel(sparse: bool) -> str:
 
 
 def operands() -> tuple[Any, ...]:
-    """Query, key, value, what is captured, and an extra logit."""
+    """Return query, key, value, what is captured, and an extra logit."""
     query, sink = torch.randn(1, 4, 2, DIM), torch.randn(4, 1)
     key, value = torch.randn(2, 1, 2, 100, DIM)
     return query, key, value, [torch.tensor([LENGTH])], sink

@@ -46,7 +46,7 @@ def calls():
 
 
 def operand_sets():
-    """Query, key, value and mask: one query or several, masks, dtypes, a value size of its own."""
+    """Yield query, key, value and mask in all dtypes, with one query or several."""
     for dtype in reference_operators.DTYPES:
         for query_len, group in ((1, 2), (3, 1), (3, 2)):
             shape = Heads(2, 2, group, 8)
@@ -215,7 +215,7 @@ def test_symbolic_shapes(handle):
 
 
 def decode(key, query, new, position, handle):
-    """Two tokens in one graph: written and read, written and read."""
+    """Decode two tokens in one graph: write and read, write and read."""
     outputs = []
     for offset in range(2):
         at = position + offset

@@ -50,7 +50,7 @@ def few_tiles_together(monkeypatch):
 
 
 def tiled(**given):
-    """A decoding problem whose specification is that of a prefill."""
+    """Return a decoding problem whose specification is that of a prefill."""
     problem = make_problem(**given)
     problem.spec = replace(problem.spec, tiles=TileSpec("lychee", SINKS, RECENT))
     return problem
@@ -99,7 +99,7 @@ def test_everything_read_is_as_good_as_eager_attention(problem, tuning):
 
 
 def chosen_by_kernels(problem, budget):
-    """Keys that tiles chose, bool [B, Hq, tiles, L], the output, and log-sum-exps."""
+    """Return keys that tiles chose, bool [B, Hq, tiles, L], the output, and log-sum-exps."""
     launch = PrefillLaunch(problem.module(), problem.operands(), PrefillBudget(budget))
     batch, heads, query_len, _ = problem.query.shape
     kv_len = problem.key.shape[2]

@@ -33,7 +33,7 @@ TIE = 0.12
 
 
 def make_quest(sizes, budget=BUDGET, by_head=False, **given):
-    """A problem whose output says what weight each token has: values are unit vectors."""
+    """Return a problem whose output says what weight each token has: values are unit vectors."""
     sparse = SparseSpec("quest", budget, 16, 64, 16, 65536)
     problem = make_problem(sizes=replace(sizes, value_dim=sizes.kv_len), sparse=sparse, **given)
     if by_head:
@@ -46,7 +46,7 @@ def make_quest(sizes, budget=BUDGET, by_head=False, **given):
 
 
 def positions_of(problem):
-    """Slots of the tokens that the queries belong to, int64 [B, T]."""
+    """Return slots of the tokens that the queries belong to, int64 [B, T]."""
     kv_len, query_len = problem.key.shape[2], problem.query.shape[2]
     rows = 5 * torch.arange(problem.key.shape[0]) if "lengths" in str(problem.spec.visible) else 0
     last = torch.arange(kv_len - query_len, kv_len)
@@ -65,12 +65,12 @@ def run(problem, index, positions):
 
 
 def by_page(slots):
-    """[..., L] as [..., pages, PAGE]."""
+    """Reshape [..., L] to [..., pages, PAGE]."""
     return F.pad(slots, (0, -slots.shape[-1] % PAGE)).unflatten(-1, (-1, PAGE))
 
 
 def policy_index(problem, end):
-    """The reference's index of the tokens before `end`, int64 [B]."""
+    """Return the reference's index of the tokens before `end`, int64 [B]."""
     batch, heads, _, head_dim = problem.key.shape
     config = IndexConfig(budget=problem.spec.sparse.budget, policy="quest")
     index = QuestIndex(batch, heads, head_dim, config, torch.device("cpu"))

@@ -39,12 +39,12 @@ def codes(index):
 
 
 def page_codes(index):
-    """[B, Hkv, pages, r]."""
+    """Return the codes of pages, [B, Hkv, pages, r]."""
     return _unpacked(index.parts.pages, planes(index.layout.head_dim)[0], centred=False)
 
 
 def levels(index, key):
-    """Coordinates in steps, where codes begin at 0, of keys [B, Hkv, L, D] of the first block."""
+    """Return the coordinates of keys [B, Hkv, L, D] of the first block, in steps from code 0 on."""
     parts = index.parts
     kept = parts.spread.shape[-1]
     axes, step = parts.axes[:, :, 0].double(), parts.step[:, :, 0, None].double()
@@ -53,7 +53,7 @@ def levels(index, key):
 
 
 def assert_same_codes(found, expected, level, moved):
-    """Equal, but next to each other where a coordinate is at the edge between two codes."""
+    """Check that codes are equal, or neighbours if a coordinate is at the edge between both."""
     edge = (level - level.round()).abs() < moved
     assert ((found == expected) | (edge & ((found - expected).abs() <= 1))).all()
     assert (found == expected).float().mean() > 0.97
@@ -160,7 +160,7 @@ def small_blocks(monkeypatch):
 
 
 def alone(problem, row, end):
-    """An index of one row of the keys."""
+    """Return an index of one row of the keys."""
     key = problem.key[row : row + 1]
     index = SketchIndex(SketchLayout.of(key), key.device)
     index.build(problem.module(), key, [end])

@@ -131,7 +131,7 @@ def test_steps_over_a_growing_cache_do_not_copy_it():
 
 
 def decoded(model, ids):
-    """Logits of 24 steps, of which five are taken back, and where the first layer's keys lay."""
+    """Return logits of 24 steps, five of them taken back, addresses of keys, and last values."""
     forward = torch.compile(model, backend="lychee", options={"budget": 48, "recent": 16})
     cache, logits, places, length = transformers.DynamicCache(config=model.config), [], [], 60
     model(ids[:, :length], **{CACHE: cache})

@@ -41,7 +41,7 @@ def terms_of(dtype: torch.dtype, way: str) -> KernelExpressions:
 
 
 def of_kernel(mask: Tensor, way: str) -> Tensor:
-    """The keys that a kernel takes for visible: bool [L]."""
+    """Return the keys that a kernel takes for visible: bool [L]."""
     terms = terms_of(mask.dtype, way)
     (captured,) = terms.captured
     zero = torch.zeros(KEYS, dtype=torch.long)
@@ -50,7 +50,7 @@ def of_kernel(mask: Tensor, way: str) -> Tensor:
 
 
 def of_reference(mask: Tensor) -> Tensor:
-    """The keys that the reference takes for visible: bool [L]."""
+    """Return the keys that the reference takes for visible: bool [L]."""
     seen = visible_keys(mask, 1, 1, KEYS, mask.device).mask
     assert seen is not None
     return seen[0, 0, 0]
@@ -58,7 +58,7 @@ def of_reference(mask: Tensor) -> Tensor:
 
 @st.composite
 def biases(draw: st.DrawFn, dtype: torch.dtype) -> list[float]:
-    """Rows of biases: usual ones, those that hide, and those next to the threshold."""
+    """Draw rows of biases: usual ones, those that hide, and those next to the threshold."""
     low = torch.finfo(dtype).min
     near = torch.tensor(HIDDEN, dtype=dtype)
     beside = [

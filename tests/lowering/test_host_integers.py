@@ -41,7 +41,7 @@ def integers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def decode(model: Any, forward: Callable[..., Any]) -> list[Tensor]:
-    """Logits after an eager prefill, step by step, with the masks that `generate()` makes."""
+    """Return logits after an eager prefill, step by step, with masks as `generate()` makes."""
     ids = torch.randint(1, 128, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(2))
     cache = transformers.StaticCache(model.config, max_cache_len=64)
     model(ids[:, :PROMPT], **{CACHE: cache})

@@ -30,7 +30,7 @@ def built(name: str, implementation: str) -> Any:
 
 
 def inputs(name: str, model: Any, phase: str) -> dict[str, Any]:
-    """The same tensors at every call, and a new cache."""
+    """Return the same tensors at every call, and a new cache."""
     return coverage_calls.arguments(model, ARCHITECTURES[name], phase)
 
 
@@ -111,7 +111,7 @@ def test_dropout_while_training(name: str, implementation: str, option: str) -> 
 
 
 def gradients(model: Any, forward: Any, given: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
-    """A loss and its gradients by all parameters."""
+    """Return a loss and its gradients by all parameters."""
     torch.manual_seed(2)
     with torch.enable_grad():
         loss = forward(**given)[0].square().mean()

@@ -83,7 +83,7 @@ def test_tensors_alike_in_one_attention_are_told_apart() -> None:
 
 
 def spelled(function: Callable[..., Tensor], names: list[str]) -> Callable[..., Tensor]:
-    """`function` with parameters of these names, which Dynamo calls its inputs by."""
+    """Return `function` with parameters of these names, which Dynamo calls its inputs by."""
     given = ", ".join(["q", "k", "v", *names])
     return eval(f"lambda {given}: function({given})", {"function": function})
 

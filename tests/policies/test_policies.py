@@ -48,7 +48,7 @@ configs = st.builds(
 
 
 def small(policy: str) -> type[KVIndex]:
-    """The policy, with groups that a short cache holds many of."""
+    """Return the policy, with groups that a short cache holds many of."""
     return SMALL.get(policy, index_class(policy))
 
 
@@ -110,7 +110,7 @@ def cases(draw):
 
 
 def strange(key: Tensor, seed: int) -> Tensor:
-    """The keys, some of their numbers infinite or none at all."""
+    """Return the keys, some of their numbers infinite or none at all."""
     which = torch.randint(0, 40, key.shape, generator=torch.Generator().manual_seed(seed))
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(key.dtype)
     return torch.where(which < 3, odd[which.clamp(max=2)], key)

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def sketched(key, block=4096, steps=1, start=None):
-    """Sketches of `key` [B, Hkv, T, D], taken in so many equal steps."""
+    """Return sketches of `key` [B, Hkv, T, D], taken in so many equal steps."""
     batch, kv_heads, tokens, head_dim = key.shape
     start = torch.zeros(batch, dtype=torch.int64) if start is None else start
     sketches = KeySketches(batch, kv_heads, head_dim, CPU, block)
@@ -79,14 +79,14 @@ def test_bounds_hold_after_any_history(history, kind):
 
 
 def relative_error(sketches, key, query):
-    """Root mean square error of the estimates over the spread of the scores."""
+    """Return root mean square error of the estimates over the spread of the scores."""
     score = query @ key.transpose(-1, -2)
     wrong = sketches.scores(query, 1.0, key.shape[2]) - score
     return float(wrong.square().mean().sqrt() / score.std())
 
 
 def low_rank_keys(seed, tokens, rank=6, head_dim=32):
-    """Keys [1, 1, T, D] about a common mean, near a subspace of few dimensions."""
+    """Return keys [1, 1, T, D] about a common mean, near a subspace of few dimensions."""
     basis = torch.linalg.qr(random(seed, head_dim, rank)).Q
     spread = random(seed + 1, tokens, rank) * torch.linspace(4, 1, rank)
     noise = 0.05 * random(seed + 2, tokens, head_dim)

@@ -51,7 +51,7 @@ class Case:
         return self.scale * self.query.double() @ key.transpose(-1, -2) + self.mask.bias
 
     def read(self) -> Tensor:
-        """Slots read that the query head sees: bool [B, Hq, Tq, L]."""
+        """Return slots read that the query head sees: bool [B, Hq, Tq, L]."""
         read = self.selection.token_mask().repeat_interleave(self.shape.group, 1)
         return read & self.mask.seen
 

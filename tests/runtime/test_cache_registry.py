@@ -52,7 +52,7 @@ CHUNK = (4, 12)
 
 
 def check_cuts(index: Any, ids: Tensor) -> None:
-    """Every chunk ends at the first of its strongest boundaries that the lengths allow."""
+    """Check that each chunk ends at the first of the strongest boundaries that lengths allow."""
     strength = STRENGTHS[ids]
     for row in range(BATCH):
         count = int(index.group_count[row])

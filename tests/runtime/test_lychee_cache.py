@@ -39,7 +39,7 @@ def dynamic(model: Any) -> Any:
 def feed(
     model: Any, cache: Any, ids: Tensor, steps: Sequence[int], mask: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Logits of forwards over the next `steps` tokens of `ids`, whatever `cache` holds."""
+    """Yield logits of forwards over the next `steps` tokens of `ids`, whatever `cache` holds."""
     done = int(cache.get_seq_length())
     for count in steps:
         given: dict[str, Any] = {}
