@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.common.lengths import length_name
 from benchmarks.decode.records import Record, Report
-from benchmarks.decode.variants import BASELINE, LABELS
+from benchmarks.decode.variants import BASELINES, LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,11 +30,11 @@ def draw(report: Report) -> Figure:
     for column, batch in enumerate(report.batches):
         above, below = panels[0][column], panels[1][column]
         _lines(above, report, batch, lambda record: record.microseconds)
-        _lines(below, report, batch, lambda record: report.speedup(record, BASELINE))
+        _lines(below, report, batch, lambda record: report.speedup(record, BASELINES))
         above.set_title(f"batch {batch}", fontsize="medium")
         below.set_xlabel("context, tokens")
     panels[0][0].set_ylabel("one decode attention, µs")
-    panels[1][0].set_ylabel(f"times faster than {LABELS[BASELINE]}")
+    panels[1][0].set_ylabel("times faster than the fastest dense attention")
     if panels[0][0].lines:
         panels[0][0].legend(fontsize="small")
     figure.suptitle(fill(_title(report), 56 * columns), fontsize="medium")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -68,12 +68,14 @@ class Report:
         )
         return next(known, None)
 
-    def speedup(self, record: Record, baseline: str) -> float | None:
-        """Return how many times faster `record` is than `baseline` in the same cell, or None."""
-        other = self.find(baseline, record.batch, record.context)
-        if other is None or other.microseconds is None or record.microseconds is None:
-            return None
-        return other.microseconds / record.microseconds
+    def speedup(self, record: Record, baselines: Collection[str]) -> float | None:
+        """Return how many times faster `record` is than the fastest of `baselines`, or None.
+
+        Only baselines of the same cell count, and only those that were measured.
+        """
+        others = (self.find(each, record.batch, record.context) for each in baselines)
+        times = [each.microseconds for each in others if each is not None and each.microseconds]
+        return min(times) / record.microseconds if times and record.microseconds else None
 
     @property
     def batches(self) -> list[int]:

@@ -6,6 +6,7 @@ question breaks off where its answer begins. Answers are random, so that no mode
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -165,9 +166,16 @@ def make_question(
     others = [number for number in range(len(planted.pieces)) if number != planted.asked]
     spread = {number: (rank + 0.5) / len(others) for rank, number in enumerate(others)}
     depths = spread | {planted.asked: depth}
+    gaps = {number: _gap_at(text, each) for number, each in depths.items()}
     for number in sorted(depths, key=depths.__getitem__, reverse=True):
-        text.insert(round(depths[number] * len(text)), planted.pieces[number])
+        text.insert(gaps[number], planted.pieces[number])
     return Question(task, joint.join(text), planted.question, planted.answer, depth)
+
+
+def _gap_at(pieces: Sequence[str], depth: float) -> int:
+    """Return the gap between pieces that is nearest to `depth` of their characters, 0 to 1."""
+    ends = [0, *itertools.accumulate(map(len, pieces))]
+    return min(range(len(ends)), key=lambda gap: abs(ends[gap] - depth * ends[-1]))
 
 
 def _facts(chance: random.Random, many: int) -> tuple[list[str], list[str], int]:

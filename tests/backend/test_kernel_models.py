@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import test_models
+import small_decoders
 import torch
 import triton_interpreter
-from test_models import EVERYTHING, PROMPT, decode, model_of, transformers
+from small_decoders import EVERYTHING, PROMPT, decode, model_of, transformers
 from torch._dynamo.utils import counters
 
 import lychee_compile
@@ -35,7 +35,7 @@ pytestmark = [
 def test_everything_read_is_dense(
     name: str, attention: str, kind: str, padding: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(test_models, "STEPS", 3)
+    monkeypatch.setattr(small_decoders, "STEPS", 3)
     model = model_of(name, attention)
     step = torch.compile(model, backend="lychee", options=EVERYTHING)
     got = decode(model, step, kind, padding)

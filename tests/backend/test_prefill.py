@@ -368,7 +368,7 @@ class Prompts:
 )
 def test_decoders_of_transformers_prefill(name: str, attention: str, padded: bool) -> None:
     pytest.importorskip("transformers")
-    from test_models import model_of
+    from small_decoders import model_of
 
     model = model_of(name, attention)
     given = Prompts().given()
@@ -387,7 +387,7 @@ def test_decoders_of_transformers_prefill(name: str, attention: str, padded: boo
 def test_a_llama_prefills_and_decodes_sparsely() -> None:
     transformers = pytest.importorskip("transformers")
     from cache_names import CACHE
-    from test_models import model_of
+    from small_decoders import model_of
 
     model = model_of("llama")
     cache = transformers.StaticCache(model.config, max_cache_len=400)

@@ -114,7 +114,7 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", BENCHMARKS.rglob("*.py"), ids=lambda path: str(path.name))
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.rglob("*.py")), ids=lambda path: str(path.name))
 def test_no_benchmark_imports_from_anothers_folder(path):
     folder = path.relative_to(ROOT).parts[1]
     allowed = {"common", folder.removesuffix(".py")}

@@ -359,8 +359,11 @@ def printed(renderable):
 def test_speedups_and_shares():
     report = fabricated()
     sparse = report.find("lychee-sparse", 1, 131072)
-    assert report.speedup(sparse, "sdpa-flash") == pytest.approx(4096 * 131072 / 2e6 / 10)
-    assert report.speedup(sparse, "sdpa-mask") is None
+    flash = 4096 * 131072 / 2e6
+    assert report.speedup(sparse, ["sdpa-flash", "sdpa-mask"]) == pytest.approx(flash / 10)
+    assert report.speedup(sparse, ["sdpa-mask"]) is None
+    report.records.append(Record("sdpa-gqa", 1, 131072, microseconds=20.0))
+    assert report.speedup(sparse, ["sdpa-flash", "sdpa-gqa"]) == 2.0
     assert report.find("lychee-sparse", 2, 131072) is None
     assert sparse.share(report.bandwidth) == pytest.approx(0.1)
     assert report.find("quest", 1, 131072).share(report.bandwidth) is None

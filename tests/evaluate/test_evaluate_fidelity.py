@@ -41,7 +41,9 @@ class RankedByFirstKey(GroupedIndex):
 
 @pytest.fixture
 def first_key(monkeypatch):
-    monkeypatch.setitem(registry._registered, "first-key", RankedByFirstKey)
+    monkeypatch.setitem(
+        registry._policies, "first-key", registry.Policy("first-key", "", RankedByFirstKey)
+    )
 
 
 def test_the_truth_is_dense_attention():

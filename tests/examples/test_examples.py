@@ -160,7 +160,7 @@ def test_whisper_reads_few_frames_of_sound(capsys):
 
 @pytest.mark.thorough
 def test_custom_policy_takes_sizes(monkeypatch, capsys):
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(registry, "_policies", dict(registry._policies))
     sizes = ["--context", "200", "--budget", "120", "--device", "cpu"]
     shares = example("custom_policy").main(sizes)
     assert shares["streaming"] < shares["mean-key"] < shares["lychee"] < 1

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_models
+import small_decoders
 import torch
 from cache_names import CACHE
 from torch import Tensor
@@ -16,7 +16,7 @@ from lychee_compile.recorder import Recorder
 
 transformers = pytest.importorskip("transformers")
 
-VOCABULARY, LAYERS = test_models.SMALL["vocab_size"], test_models.SMALL["num_hidden_layers"]
+VOCABULARY, LAYERS = small_decoders.SMALL["vocab_size"], small_decoders.SMALL["num_hidden_layers"]
 PROMPT, NEW, SLOTS = 60, 14, 128
 EVERYTHING = {"budget": SLOTS - 1, "sinks": 2, "recent": 16, "chunk": (4, 8)}
 SPARSE = {**EVERYTHING, "budget": 48}
@@ -28,7 +28,7 @@ Way = Callable[[Any, str, Given], Tensor]
 def decoder(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Return a random Llama with weights so large that tokens depend on what attention reads."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**test_models.SMALL, initializer_range=0.3)
+    config = transformers.LlamaConfig(**small_decoders.SMALL, initializer_range=0.3)
     return transformers.LlamaForCausalLM(config).eval().to(dtype)
 
 

@@ -11,7 +11,7 @@ from cache_names import CACHE
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_steps import SMALL, compiled, grow
-from test_models import model_of, transformers
+from small_decoders import model_of, transformers
 
 import lychee_compile
 from lychee_compile.kernels.operators import append as module

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cache_names import CACHE
-from test_models import model_of, transformers
+from small_decoders import model_of, transformers
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton_interpreter
 from cache_names import CACHE
-from test_models import SMALL, model_of, transformers
+from small_decoders import SMALL, model_of, transformers
 from torch import Tensor
 from torch._dynamo.utils import counters
 

@@ -14,7 +14,8 @@ To teach detection a new form of mask, say which of these the operators that mak
 
 `operator_facts` explains every column. Then add a test line. A mask that is new goes into `MASKS`
 in `tests/detection/test_masks.py`, and a known mask that is written in another way goes into
-`tests/helpers/spellings_masks.py`. `tests/detection/test_operators.py` checks that names exist.
+`tests/helpers/spellings_masks.py`. `tests/detection/test_operator_table.py` checks that names
+exist.
 """
 
 from __future__ import annotations
