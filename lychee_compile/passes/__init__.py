@@ -1,1 +1,1 @@
-"""From a traced graph to one that attends sparsely."""
+"""Passes that turn a traced graph into one that attends sparsely."""

@@ -93,7 +93,7 @@ def decide(
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the outcome of one attention is decided from."""
+    """Facts about one attention from which its outcome is decided."""
 
     attention: Attention
     place: int

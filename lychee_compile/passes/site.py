@@ -53,7 +53,7 @@ class Site:
     reason: Reason | None = None
     """Why the attention is not sparse; None if it is sparse."""
     reads: str = ""
-    """How much of the keys a sparse attention reads, in words; empty if it is not sparse."""
+    """Number or share of the keys that sparse attention reads, in words; "" for other attention."""
     by_design: bool = False
     """True if a kept site is meant to be exact, False if it is kept for want of support."""
     kernel: str = ""

@@ -41,7 +41,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
 def operands(
     query_len: int = 1, heads: int = 2, kv_heads: int = 2, **given: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A query, and a key and value cache that the graph only reads."""
+    """Return a query, and a key and value cache that the graph only reads."""
     query = torch.randn(1, heads, query_len, 8, **given)
     key, value = torch.randn(2, 1, kv_heads, SIZE, 8, **given)
     return query, key, value
@@ -125,7 +125,7 @@ BY_DESIGN = [
 
 
 def only_site(inputs: Any, given: dict[str, Any], options: dict[str, Any]) -> Site:
-    """The site of one attention that must stay as it is, after its output was found eager's."""
+    """Return the site of one attention that stays as it is, after checking its output."""
     compiled = torch.compile(attend, backend="lychee", options=options)
     with torch.random.fork_rng():
         expected = attend(*inputs, **given)

@@ -1,4 +1,4 @@
-"""What `explain` says of a model, before anything is compiled through the backend."""
+"""Reports that `explain` makes of a model before anything is compiled through the backend."""
 
 from __future__ import annotations
 

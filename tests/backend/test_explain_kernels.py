@@ -1,4 +1,4 @@
-"""What `explain` leaves undone unless kernels are asked for: files, and launches on the device."""
+"""Without kernels asked for, `explain` writes no files and launches nothing on the device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
 
 
 def operands(query_len: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """A query, and a key and value cache that the graph only reads."""
+    """Return a query, and a key and value cache that the graph only reads."""
     query = torch.randn(1, KV_HEADS * GROUP, query_len, DIM)
     key, value = torch.randn(2, 1, KV_HEADS, SIZE, DIM)
     return query, key, value

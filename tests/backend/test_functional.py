@@ -73,7 +73,7 @@ def test_boundaries_cut_the_chunks(shape, config, seed, data):
 
 @given(heads, configs(), seeds, st.data())
 def test_rows_of_different_lengths_need_no_mask(shape, config, seed, data):
-    """What lies beyond a row's length is neither read nor looked at."""
+    """Keys beyond a row's length are not selected, and NaN in them does no harm."""
     end = data.draw(lengths(shape.batch, 60))
     key = shape.keys("common", seed, 60)
     beyond = torch.arange(60) >= end[:, None]

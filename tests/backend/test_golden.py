@@ -42,7 +42,7 @@ CALLS = {
 }
 """Attention implementations of transformers, and calls of `benchmarks.coverage.calls`."""
 SELDOM = {"llama", "gemma2", "gemma3", "gpt2", "bloom", "t5", "deepseek_v3", "whisper"}
-"""Those whose kind is also that of others."""
+"""Architectures left to the thorough tests, since others that are tried are of the same kind."""
 SECTIONS = {
     "forward": "a forward pass",
     "static": "a decoding step over a static cache",
@@ -70,7 +70,7 @@ def test_no_text_is_left_over() -> None:
 
 
 def section(name: str, implementation: str, phase: str) -> str:
-    """What is found in one call of an architecture."""
+    """Return the report on one call of an architecture, as text under a heading."""
     architecture = ARCHITECTURES[name]
     model = architecture.build(implementation)
     given = coverage_calls.arguments(model, architecture, phase)
@@ -91,7 +91,7 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 def _facts(site: Site) -> Iterator[tuple[str, object]]:
-    """What is known of a site, without the number of its line, which releases move."""
+    """Yield what is known of a site, by name; line numbers, which releases move, are left out."""
     yield "source", _unnumbered(site.source)
     yield "form", site.form
     sizes = f"{site.head_dim}" if site.value_head_dim == site.head_dim else ""

@@ -44,7 +44,7 @@ def tokens(count: int) -> Tensor:
 
 
 def sliding_window(budget: int, end: int) -> Tensor:
-    """The keys that are read without any choice, bool [L]."""
+    """Return the keys that are read without any choice, bool [L]."""
     slot = torch.arange(SIZE)
     recent = (slot >= end - (budget - SMALL["sinks"])) & (slot < end)
     return (slot < SMALL["sinks"]) | recent

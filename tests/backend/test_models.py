@@ -13,7 +13,7 @@ OFTEN = {
     ("gemma3", "dynamic"),
     ("bloom", "dynamic"),
 }
-"""Those tried in every run."""
+"""Models and kinds of cache that are tried in every run."""
 
 
 def combinations() -> Iterator[Any]:

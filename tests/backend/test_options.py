@@ -24,7 +24,7 @@ NAMES = [each.name for each in dataclasses.fields(Options)]
 
 
 class CountingTokenizer:
-    """As little of a tokenizer as a table needs; counts how often the vocabulary is read."""
+    """Tokenizer with just what a table needs; counts how often the vocabulary is read."""
 
     def __init__(self):
         self.reads = 0

@@ -27,7 +27,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def operands() -> tuple[Tensor, Tensor, Tensor]:
-    """A query, and a key and value cache that the graph only reads."""
+    """Return a query, and a key and value cache that the graph only reads."""
     return torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, SIZE, 8)
 
 

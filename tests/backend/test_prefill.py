@@ -1,4 +1,4 @@
-"""Whole sequences through the backend: every tile of queries reads what matters to it."""
+"""Prefill through the backend: every tile of queries reads what matters to it."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_cross_attention_from_any_number_of_positions() -> None:
 
 
 def test_steps_of_any_length_over_a_cache_stay_decoding() -> None:
-    """Whether few or many ask, one graph may be for both: it decodes, as ever."""
+    """A graph with a symbolic number of queries is compiled for decoding."""
     query, key, value = operands(5, 300)
     torch._dynamo.mark_dynamic(query, 2)
     compiled(sdpa, budget=64)(query, key, value)
@@ -276,7 +276,7 @@ def ids(count: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_a_prefill_and_the_steps_after_it(kind: str) -> None:
-    """In two chunks; all read all keys, so that logits are dense."""
+    """A prefill in two chunks and the steps after it give dense logits if all keys are read."""
     model, size, prompt = TinyDecoder().eval(), 400, 300
     run = compiled(model, prefill_budget=10**9, budget=size - 1)
     given: list[dict[str, Any]] = [
@@ -299,7 +299,7 @@ def test_a_prefill_and_the_steps_after_it(kind: str) -> None:
 
 
 def chunks_of_a_step(**options: Any) -> list[Tensor]:
-    """Where chunks start in the first step after a prefill."""
+    """Return the starts of chunks in every layer, in the first step after a prefill."""
     model, prompt = TinyDecoder().eval(), 300
     with torch.no_grad():
         run = compiled(model, budget=64, chunk=(4, 8), dense_layers=0, **options)
@@ -406,7 +406,7 @@ def test_a_llama_prefills_and_decodes_sparsely() -> None:
 
 
 def test_a_recorder_tells_what_tiles_read() -> None:
-    """And what share of the softmax that is, as computed from all scores."""
+    """A recorder tells the tokens read and their share of the softmax, as all scores give it."""
     query, key, value = operands()
     run = compiled(sdpa, prefill_budget=0.4)
     with recorded() as calls, lychee_compile.record(mass=True) as recorder:

@@ -23,7 +23,7 @@ def fields_of(kind: ReasonKind) -> set[str]:
 
 
 def uses() -> Iterator[tuple[str, ast.AST, ast.AST | None]]:
-    """Every `reasons.NAME` in the package, with the node around it."""
+    """Yield every `reasons.NAME` in the package, with the node around it."""
     for file in PACKAGE.rglob("*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         around = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}

@@ -58,7 +58,7 @@ def gemma():
 
 
 def expand(pattern):
-    """All names that a pattern stands for, from what a reader takes it to mean."""
+    """Return all names that a pattern stands for, from what a reader takes it to mean."""
     options = []
     for piece in re.split(r"(\{[^}]*\})", pattern):
         if not piece.startswith("{"):

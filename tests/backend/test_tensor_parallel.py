@@ -46,7 +46,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama_folder(shared_folder: Path) -> Path:
-    """Where a small random Llama is saved."""
+    """Save a small random Llama, and return its folder."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -77,13 +77,13 @@ def llama(llama_folder: Path) -> Any:
     params=["sharded_llama", pytest.param("inductors_llama", marks=pytest.mark.thorough)],
 )
 def llama_ranks(request: pytest.FixtureRequest, llama_folder: Path) -> list[dict[str, Outcome]]:
-    """What two ranks made of the saved model."""
+    """Return the outcomes of two ranks that decode with the saved model."""
     return run_on_ranks(request.param, llama_folder)
 
 
 @pytest.fixture(scope="module")
 def attention_ranks(shared_folder: Path) -> list[dict[str, Outcome]]:
-    """What two ranks made of an attention by hand."""
+    """Return the outcomes of two ranks that decode with an attention written by hand."""
     return run_on_ranks("sharded_attention", shared_folder)
 
 
@@ -92,14 +92,14 @@ def of(ranks: list[dict[str, Outcome]], name: str) -> list[Outcome]:
 
 
 def check_same(outcomes: list[Outcome], tokens: Tensor, logits: Tensor) -> None:
-    """Every rank decodes the same tokens, with these logits."""
+    """Check that every rank decodes the same tokens, with these logits."""
     for outcome in outcomes:
         torch.testing.assert_close(outcome["tokens"], tokens)
         torch.testing.assert_close(outcome["logits"], logits, atol=1e-4, rtol=1e-4)
 
 
 def check_sparse(outcomes: list[Outcome], layers: int) -> None:
-    """Every attention of every rank is sparse, over the rank's own heads alone."""
+    """Check that every attention of every rank is sparse, over the rank's own heads alone."""
     for outcome in outcomes:
         counted = outcome["counted"]
         assert counted["sparse"] == counted["found"] >= layers

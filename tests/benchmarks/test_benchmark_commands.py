@@ -22,19 +22,19 @@ MOST_FILES = 12
 
 
 def commands() -> list[str]:
-    """The commands in the tables of the page."""
+    """Return the commands in the tables of the page."""
     page = (BENCHMARKS / "README.md").read_text("utf-8")
     return re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
 
 
 def module_of(command: str) -> str | None:
-    """The benchmark that a command runs."""
+    """Return the benchmark that a command runs."""
     match = re.search(r"-m (benchmarks\.[\w.]+)", command)
     return match[1] if match else None
 
 
 def source_of(module: str) -> Path:
-    """The file that `python -m module` runs."""
+    """Return the file that `python -m module` runs."""
     path = ROOT.joinpath(*module.split("."))
     return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
 
@@ -104,7 +104,7 @@ def test_modules_and_files_on_the_page_exist():
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, by name."""
+    """Return modules that a file imports, by name."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -217,7 +217,7 @@ def test_measured_variants():
 
 
 def outcome(forms=None, setup=SETUP, problem=None, **fields):
-    """The record of a made-up variant measured beside a baseline, which it must not disturb."""
+    """Return the record of a made-up variant beside a baseline, which must not be disturbed."""
     odd = Variant("flex", "odd", forms, **fields)
     record, beside = measure.measure(problem or small(), [odd, BASELINES[1]], setup)
     assert beside.status == "measured"
@@ -323,7 +323,7 @@ def test_bandwidth_is_of_this_world():
 
 
 def fabricated():
-    """Two batches, three contexts: sparse times that stay, one variant missing, one too large."""
+    """Return made-up times: two batches, three contexts, one variant missing, one too large."""
     report = Report(
         device="A GPU",
         device_bytes=80 * 10**9,

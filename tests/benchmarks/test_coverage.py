@@ -32,7 +32,7 @@ REPRESENTATIVES = {
 
 
 def combinations():
-    """Every architecture with every implementation; all but the representatives are thorough."""
+    """Yield all architectures with all implementations; only representatives are not thorough."""
     for name in ARCHITECTURES:
         for implementation in coverage_measure.IMPLEMENTATIONS:
             quick = implementation in REPRESENTATIVES.get(name, [])

@@ -104,7 +104,7 @@ class Timed:
 
 
 def timed(layers: int, attend: Attend, monkeypatch: pytest.MonkeyPatch, repeat: int = 1) -> Timed:
-    """The quickest of some analyses of a decoding step."""
+    """Return the quickest of some analyses of a decoding step."""
     analyses: list[Timed] = []
 
     def inspect(gm: torch.fx.GraphModule, inputs: Any) -> Any:

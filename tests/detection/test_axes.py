@@ -21,7 +21,7 @@ FEW = settings(max_examples=20)
 
 @st.composite
 def indices(draw) -> tuple[list[int], list[int], int]:
-    """Sizes of axes, a stride for each, negative too, and an offset that keeps all >= 0."""
+    """Draw sizes of axes, a stride for each, negative too, and an offset that keeps all >= 0."""
     sizes = draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))
     strides = [draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, -1, -2, -4])) for _ in sizes]
     least = sum(min(0, stride * (size - 1)) for stride, size in zip(strides, sizes, strict=True))
@@ -29,7 +29,7 @@ def indices(draw) -> tuple[list[int], list[int], int]:
 
 
 def digits_of(number: int, sizes: list[int]) -> list[int]:
-    """A number in mixed radix, outermost digit first."""
+    """Return a number in mixed radix, outermost digit first."""
     found = []
     for size in reversed(sizes):
         number, digit = divmod(number, size)
@@ -38,7 +38,7 @@ def digits_of(number: int, sizes: list[int]) -> list[int]:
 
 
 def values_at(axes: Axes, whole: list[sympy.Expr], sizes: list[int], at: tuple[int, ...]) -> dict:
-    """Values of the axes where the indices over whole dimensions have the values `at`."""
+    """Return values of the axes where the indices over whole dimensions have the values `at`."""
     values: dict[sympy.Symbol, int] = {}
     for index, size, number in zip(whole, sizes, at, strict=True):
         digits = axes.digits(index, size)
@@ -127,7 +127,7 @@ def test_a_diagonal_is_no_whole_dimension() -> None:
 
 @st.composite
 def shapes(draw) -> tuple[list[int], list[int]]:
-    """Two shapes of as many elements, with ones here and there."""
+    """Draw two shapes of as many elements, with ones here and there."""
     factors = draw(st.lists(st.sampled_from([2, 2, 3, 5]), max_size=4))
 
     def grouped(factors: list[int]) -> list[int]:

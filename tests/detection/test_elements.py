@@ -56,7 +56,7 @@ def columns() -> Tensor:
 
 @st.composite
 def numbers(draw, depth: int) -> tuple[str, Callable[..., Tensor]]:
-    """A tensor of numbers, of [ROWS, COLUMNS] or less."""
+    """Draw a tensor of numbers, of [ROWS, COLUMNS] or less."""
     if depth == 0 or draw(st.integers(0, 5)) == 0:
         start, step = draw(st.integers(-2, 2)), draw(st.sampled_from([1, 2, -1]))
         leaves: dict[str, Callable[..., Tensor]] = {
@@ -113,7 +113,7 @@ def numbers(draw, depth: int) -> tuple[str, Callable[..., Tensor]]:
 
 @st.composite
 def truths(draw, depth: int) -> tuple[str, Callable[..., Tensor]]:
-    """A bool tensor, of [ROWS, COLUMNS] or less."""
+    """Draw a bool tensor, of [ROWS, COLUMNS] or less."""
     if depth == 0:
         leaves: dict[str, Callable[..., Tensor]] = {
             "kv <= q": lambda x, f, m: columns() <= rows(),

@@ -108,7 +108,7 @@ def inputs() -> list[Tensor]:
 
 
 def recovered(spell: Callable[..., Tensor], mask: Mask) -> tuple[Reading, Attention, dict]:
-    """What is read of attention under a mask, and the values of the tensors in it by name."""
+    """Return the reading of a mask, the attention found, and the values of its tensors by name."""
 
     def function(query, key, value, *others):
         q, kv = torch.arange(QUERIES)[:, None], torch.arange(KEYS)
@@ -136,7 +136,7 @@ def visible_by_hand(mask: Mask) -> Tensor:
 
 
 def check(reading: Reading, values: dict[str, Any], expected: Tensor) -> None:
-    """The predicate is the mask, and no visible key lies outside the range."""
+    """Check that the predicate is the mask, and no visible key lies outside the range."""
     first, end = reading.key_range
     for place in itertools.product(*map(range, expected.shape)):
         at: dict[Any, int] = dict(zip((B, H, Q, KV), place, strict=True))

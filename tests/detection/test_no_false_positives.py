@@ -1,4 +1,4 @@
-"""What is no attention is left alone, and attention whose weights are needed is kept."""
+"""A softmax that is no attention is left alone; attention whose weights are needed is kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def the_report() -> Report:
-    """That of the one graph compiled."""
+    """Return the report of the one graph compiled."""
     assert not counters["graph_break"]
     (report,) = lychee_compile.reports()
     return report

@@ -43,7 +43,7 @@ def test_a_row_is_known_by_its_first_name(name: str) -> None:
 
 
 def test_no_row_says_nothing_of_the_memory_that_a_schema_denies() -> None:
-    """What always shows its input, or never does, agrees with what the schema may say."""
+    """A schema shows no alias if the result is noted as fresh, or as perhaps the input."""
     for name, described in OPERATORS.items():
         returns = [
             each

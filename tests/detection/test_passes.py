@@ -82,7 +82,7 @@ def tokens_before_heads(q, k, v, k_new, v_new, at):
 
 
 def repeated(spell: Callable[[Tensor], Tensor]) -> Step:
-    """A step whose keys and values are spread over the query heads by `spell`."""
+    """Return a step whose keys and values are spread over the query heads by `spell`."""
 
     def step(q, k, v, k_new, v_new, at):
         positions = torch.tensor([at])

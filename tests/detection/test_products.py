@@ -22,7 +22,7 @@ A, B, C, D, E = 2, 3, 4, 5, 6
 
 
 def by_labels(product: Product, traced: Traced, tensors: dict[Any, Tensor]) -> Tensor:
-    """The product computed from its labels alone."""
+    """Return the product computed from its labels alone."""
     letters: dict[Any, str] = {}
 
     def squeezed(node: Any, labels: Any) -> tuple[Tensor, str]:
@@ -58,7 +58,7 @@ def check(function: Callable[..., Tensor], *inputs: Tensor, dynamic: tuple[int, 
 
 
 def _values(traced: Traced, inputs: tuple[Tensor, ...]) -> dict[Any, Any]:
-    """What every node of the graph computes."""
+    """Return the value of every node of the graph."""
     found: dict[Any, Any] = {}
 
     class Recorder(torch.fx.Interpreter):
@@ -71,7 +71,7 @@ def _values(traced: Traced, inputs: tuple[Tensor, ...]) -> dict[Any, Any]:
 
 
 def _check_indices(product: Product) -> None:
-    """The summed axes are those that both operands have and the output has not."""
+    """Check that the summed axes are those that both operands have and the output has not."""
     axes = Axes()
     out = [axes.index(f"o{dim}", size) for dim, size in enumerate(shape_of(product.node))]
     inner = [axes.index(f"i{dim}", size) for dim, size in enumerate(product.inner_sizes())]

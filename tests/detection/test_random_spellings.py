@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def constants(sizes: Sizes) -> Given:
-    """What a recipe may need besides operands and positions."""
+    """Return the tensors that a recipe may need besides operands and positions."""
     slot, row = torch.arange(sizes.kv_len), torch.arange(sizes.batch)[:, None]
     return {
         "padding": (~((slot > 0) & (slot <= 2 * row + 1))).long(),
@@ -45,7 +45,7 @@ def step(recipe: Recipe, packed: Tensor, key: Tensor, value: Tensor, given: Give
 
 
 def caches(recipe: Recipe) -> list[Tensor]:
-    """Keys and values of another sequence, all over the cache."""
+    """Return keys and values of another sequence, all over the cache."""
     sizes = recipe.sizes
     made = [
         torch.randn(sizes.batch, sizes.kv_heads, sizes.kv_len, width).to(recipe.dtype)
@@ -55,7 +55,7 @@ def caches(recipe: Recipe) -> list[Tensor]:
 
 
 def assert_as_right_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """In low precision the error against float64 decides: eager makes one as well."""
+    """Check that the error is about that of eager attention, against float64 in low precision."""
     if got.dtype == torch.float32:
         torch.testing.assert_close(got, eager, atol=2e-5, rtol=2e-5)
         return
@@ -65,7 +65,7 @@ def assert_as_right_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
 
 
 def start_afresh() -> None:
-    """The same numbers in every run of a case, and nothing compiled before.
+    """Seed the random numbers, and forget what was compiled before.
 
     Earlier cases would make sizes symbolic and run into Dynamo's limit of recompilations.
     """

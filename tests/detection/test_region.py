@@ -33,7 +33,7 @@ Step = Callable[..., Any]
 
 
 def decode(step: Step) -> list[Site]:
-    """A few compiled and eager steps over equal caches, compared; the sites of the last graph."""
+    """Compare compiled and eager steps over equal caches; return the sites of the last graph."""
     k, v = torch.randn(2, BATCH, HEADS, SIZE, DIM)
     k_eager, v_eager = k.clone(), v.clone()
     compiled = torch.compile(step, backend="lychee", options=EVERYTHING)

@@ -42,7 +42,7 @@ def assert_equal_within_rounding(got: Tensor, expected: Tensor) -> None:
 
 
 def sites() -> list[Site]:
-    """The sites of the one graph compiled."""
+    """Return the sites of the one graph compiled."""
     assert not counters["graph_break"]
     (report,) = lychee_compile.reports()
     return report.sites
@@ -58,7 +58,7 @@ def assert_understood(site: Site, spelling: Spelling, query_len: int, kv_len: in
 
 
 def assert_recovered(site: Site, spelling: Spelling, query_len: int, kv_len: int) -> None:
-    """The expressions of the report, evaluated, give the same weights as the formula."""
+    """Check that the expressions of the report, evaluated, give the same weights as the formula."""
     axes = (BATCH, spelling.query_heads, query_len, kv_len)
     raw = torch.randn(axes).double()
     offset = 0 if spelling.cross else kv_len - query_len

@@ -171,7 +171,7 @@ KINDS: dict[str, Any] = {
 
 @st.composite
 def chains(draw) -> tuple[Tensor, list[Operator]]:
-    """A tensor whose elements are their own places, and shape operators that suit one another."""
+    """Draw a tensor whose elements are their own places, and shape operators that fit together."""
     shape = draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=3))
     source = x = torch.arange(math.prod(shape)).view(shape)
     operators: list[Operator] = []
@@ -194,7 +194,7 @@ def run(source: Tensor, operators: list[Operator]) -> Tensor:
 
 
 def carried_back(node: Any, goal: Any, axes: Axes) -> tuple[Any, Any]:
-    """Indices over all of `node`, and those into `goal`, which it is a view of."""
+    """Return indices over all of `node`, and those into `goal`, which it is a view of."""
     out = indices = whole(axes, node)
     while node is not goal:
         viewed = source_of(node, indices, axes)

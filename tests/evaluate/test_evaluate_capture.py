@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def dense_attention_outputs(model, ids):
-    """What each layer's attention gives at every position of one dense pass: [L, Hq, D]."""
+    """Return the outputs of each layer's attention in one dense pass: [L, Hq, D] each."""
     seen = []
     hooks = [
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
@@ -125,15 +125,15 @@ def test_the_command_names_the_extra(package, monkeypatch, tmp_path, capsys):
 def test_a_cache_is_passed_by_the_name_that_a_model_knows():
     class Newer:
         def forward(self, input_ids, cache=None):
-            """As newer models of transformers."""
+            """Stand for newer models of transformers."""
 
     class Older:
         def forward(self, input_ids, past_key_values=None):
-            """As older models of transformers."""
+            """Stand for older models of transformers."""
 
     class Wrapping:
         def forward(self, *arguments, **more):
-            """As models that wrap others."""
+            """Stand for models that wrap others."""
 
     names = [cache_argument(model()) for model in (Newer, Older, Wrapping)]
     assert names == ["cache", "past_key_values", "past_key_values"]

@@ -39,7 +39,7 @@ LENGTH = 900
 
 
 def small(kind: type, **more):
-    """A random model of two layers."""
+    """Return a random model of two layers."""
     config = kind(
         vocab_size=256,
         hidden_size=32,
@@ -60,7 +60,7 @@ def small(kind: type, **more):
 
 
 def some_ids(length: int = LENGTH) -> torch.Tensor:
-    """int64 [L]."""
+    """Return ids, int64 [L]."""
     return torch.randint(1, 256, (length,))
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_captured_is_named():
 
 
 def tiles_capture(tiles: int = 2, length: int = 1000, **more):
-    """A synthetic capture of whole tiles, the last ones of a sequence."""
+    """Return a synthetic capture of whole tiles, the last ones of a sequence."""
     taken = synthetic_capture(length, length, **more)
     at = taken.positions[length - tiles * QUERY_TILE :]
     sites = tuple(replace(site, query=site.query[:, :, at]) for site in taken.sites)
@@ -263,5 +263,5 @@ def test_errors_are_one_line(command: str, message: str, capsys):
 
 @pytest.fixture
 def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where results go that no test looks at."""
+    """Run a test in a folder of its own, for results that the test does not look at."""
     monkeypatch.chdir(tmp_path)

@@ -117,7 +117,7 @@ def test_wheels_not_installed(refusal):
 
 
 def test_status_and_streams_of_the_command(tmp_path):
-    """As a user sees it, in a process of its own."""
+    """The command, run in a process of its own as users run it, fails with one line on stderr."""
     line = [sys.executable, "-m", "examples.long_document", "--document", tmp_path / "nowhere.txt"]
     run = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert run.returncode == 2

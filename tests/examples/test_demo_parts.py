@@ -37,7 +37,7 @@ class Letters:
 
 
 def call(site, kv_len, *read):
-    """A call of one KV head that read the slots `read`, from chunks of 4."""
+    """Return a call of one KV head that read the slots `read`, from chunks of 4."""
     starts = torch.arange(0, kv_len, 4)[None]
     return Call(
         site=site,
@@ -105,7 +105,7 @@ def test_picture_is_a_png(tmp_path, recording):
 
 
 def shown(show, *arguments):
-    """What a function of the view writes."""
+    """Return the text that a function of the view writes."""
     page = io.StringIO()
     show(Console(file=page, width=120), *arguments)
     return " ".join(page.getvalue().split())

@@ -46,7 +46,7 @@ def test_it_runs_and_shows_what_was_found(name: str, capsys: pytest.CaptureFixtu
 
 
 def decoded(model: nn.Module, forward: Any, ids: Tensor) -> Tensor:
-    """Logits of each step, given the tokens, after a prompt that always runs in eager mode."""
+    """Return the logits of each step for given tokens, after a prompt that always runs eagerly."""
     if type(model).__name__ == "NanoGPT":
         _, past = model(ids[:, :PROMPT])
         logits = []
@@ -111,7 +111,7 @@ def test_gpt_fast_decodes_over_its_own_buffers() -> None:
 
 
 def exact(model: nn.Module, *inputs: Tensor) -> list[Site]:
-    """The sites, after making sure that the model computes what it did."""
+    """Check that the model computes what it did, and return the sites."""
     expected = model(*inputs)
     torch.testing.assert_close(torch.compile(model, backend="lychee")(*inputs), expected)
     assert not counters["graph_break"]

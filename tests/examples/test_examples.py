@@ -26,13 +26,13 @@ def example(name: str) -> ModuleType:
 
 
 def decode(name, budget, *more):
-    """What an example generated with steps that read `budget` tokens."""
+    """Return what an example generates in steps that read `budget` tokens."""
     sizes = ("--context", CONTEXT, "--new-tokens", NEW_TOKENS, "--budget", budget)
     return example(name).main([*map(str, sizes), "--device", "cpu", *more])
 
 
 def words(capsys):
-    """What was printed, as one line."""
+    """Return the printed text as one line."""
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -50,7 +50,7 @@ def test_sparse_steps_that_read_all_decode_the_same_tokens(name, budget, capsys)
 
 
 def check_reading(decoded, site):
-    """Each step reads the budget, where more of the softmax is than in as many of any tokens."""
+    """Check that each step reads the budget, and more of the softmax than as many of any tokens."""
     assert {call.site for call in decoded.calls} == {site.format(n) for n in range(LAYERS)}
     assert [call.kv_len for call in decoded.calls[::LAYERS]] == [*range(CONTEXT + 1, ALL + 1)]
     assert all(call.tokens_read.eq(BUDGET).all() for call in decoded.calls)
@@ -112,7 +112,7 @@ def test_vit_makes_no_score_matrix(capsys):
 
 
 SPARSE = ["--from", "64", "--device", "cpu"]
-"""Whole sequences are read in part; shares below 1 may still be all keys."""
+"""Arguments for a sparse prefill from 64 tokens on; shares below 1 may still be all keys."""
 
 
 @pytest.mark.parametrize(("share", "error"), [("0.2", 0.5), ("0.999999", 1e-5)])

@@ -61,7 +61,7 @@ def test_with_everything_read_tokens_are_dense(entry: str, kind: str) -> None:
 
 @pytest.mark.parametrize("entry", ["compile_config", "model.forward"])
 def test_below_the_length_the_keys_that_matter_are_read(entry: str) -> None:
-    """Of 61 to 73 keys 48 hold nearly all of the softmax here, and give the dense tokens."""
+    """48 of 61 to 73 keys hold nearly all of the softmax here, and give the dense tokens."""
     model = decoder()
     given = entered(entry, model, SPARSE)
     for way in (greedy, sampled):
@@ -84,7 +84,7 @@ def test_as_many_keys_that_do_not_matter_give_other_tokens() -> None:
 
 
 def mass_read(recorder: lychee_compile.recorder.Recorder) -> float:
-    """The mean share of the softmax that was read."""
+    """Return the mean share of the softmax that was read."""
     shares = [call.mass for call in recorder.calls if call.mass is not None]
     return float(torch.stack(shares).mean())
 

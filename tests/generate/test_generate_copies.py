@@ -55,7 +55,7 @@ def test_a_copy_of_a_compiled_model_has_weights_and_caches_of_its_own(again: Any
     "again", [copy.deepcopy, pytest.param(pickled, marks=pytest.mark.thorough)]
 )
 def test_a_copy_of_a_model_compiled_in_place_is_not_compiled(again: Any) -> None:
-    """As `torch.nn.Module.compile` has it: it can be compiled anew."""
+    """A copy of a model compiled by `nn.Module.compile` is eager, and can be compiled anew."""
     model = decoder()
     entered("model.compile", model, EVERYTHING)
     expected, copied = greedy(model, "static", {}), again(model)

@@ -1,4 +1,4 @@
-"""What goes wrong around `generate()`, and that the next generation is right all the same."""
+"""Errors and changes around `generate()`, after which the next generation is right all the same."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def dense(ids: Tensor, dtype: torch.dtype = torch.float32, **given: Any) -> Tensor:
-    """What a model without the backend makes of `ids`."""
+    """Return the tokens that a model without the backend generates after `ids`."""
     return generate(decoder(dtype=dtype), None, ids, disable_compile=True, **given)
 
 

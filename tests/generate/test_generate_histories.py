@@ -1,4 +1,4 @@
-"""What `generate()` does to a cache besides appending: chunks, turns, drafts taken back."""
+"""Caches under `generate()` with more than appending: chunks, turns, drafts that are taken back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def test_a_prompt_in_chunks() -> None:
-    """Which transformers compiles, too."""
+    """A prompt in chunks gives the dense tokens, though transformers compiles the chunks too."""
     model = decoder()
     given = entered("compile_config", model, EVERYTHING)
     got, dense, recorder = beside_dense(chunked, "static", model, given)
@@ -69,7 +69,7 @@ def test_a_prefix_that_was_kept_is_not_indexed_again(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("way", [lookup, pytest.param(drafted, marks=pytest.mark.thorough)])
 def test_drafts_that_are_taken_back(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the prompt, or from another model."""
+    """Drafts from the prompt, or from another model, may be taken back."""
     taken_back, crop = [], transformers.DynamicCache.crop
 
     def spied(cache: object, count: int) -> None:

@@ -31,7 +31,7 @@ class Seen:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """What happens to caches, over generations of few steps."""
+    """Count what happens to caches over generations of few steps."""
     monkeypatch.setattr(generating, "NEW", 6)
     counts, after_call, build = Seen(), IndexLifecycle.after_call, IndexLifecycle._build
 

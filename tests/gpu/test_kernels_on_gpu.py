@@ -58,14 +58,14 @@ class Problem:
         return torch.randn(*shape, generator=self.generator, device="cuda")
 
     def keys(self, batch, heads, slots):
-        """Low-rank keys around a centre, with noise: what a sketch is made for."""
+        """Return low-rank keys around a centre, with noise: what a sketch is made for."""
         dim = self.spec.head_dim
         low = self.randn(batch, heads, slots, dim // 4) @ self.randn(batch, heads, dim // 4, dim)
         centre, noise = self.randn(batch, heads, 1, dim), self.randn(batch, heads, slots, dim)
         return low / math.sqrt(dim / 4) + 2 * centre + 0.3 * noise
 
     def visible(self):
-        """bool [B, 1, 1, T, L]."""
+        """Return which slots are visible, bool [B, 1, 1, T, L]."""
         slot = torch.arange(self.key.shape[2], device="cuda")
         step = torch.arange(self.query_len, device="cuda")[:, None]
         return (slot <= self.last + step)[None, None, None]
@@ -76,7 +76,7 @@ class Problem:
         return score if cap is None else cap * torch.tanh(score / cap)
 
     def attention(self, read, dtype=torch.float64):
-        """Softmax attention over the slots where `read`, bool [B, Hkv, T, L], in `dtype`."""
+        """Return softmax attention over the slots where `read`, bool [B, Hkv, T, L], in `dtype`."""
         heads, group = self.key.shape[1], self.spec.group
         query = self.query.to(dtype).unflatten(1, (heads, group))
         score = self.finish(query @ self.key.to(dtype)[:, :, None].mT)
@@ -189,7 +189,7 @@ def test_a_trial_compiles_what_calls_launch_and_all_of_it_at_once():
 
 
 def slots_read(monkeypatch, problem, call):
-    """The output of a call of the sparse kernels, the slots it read, and its scratch memory.
+    """Return the output of a call of the sparse kernels, the slots it read, and its scratch memory.
 
     Slots are bool [B, Hkv, T, L].
     """
@@ -215,7 +215,7 @@ def slots_read(monkeypatch, problem, call):
 
 
 def in_listed_pages(problem, made):
-    """Which slots are in the pages that were looked into: bool [B, Hkv, T, L]."""
+    """Return which slots are in the listed pages: bool [B, Hkv, T, L]."""
     batch, heads, slots, _ = problem.key.shape
     pages = -(-slots // PAGE)
     listed = torch.zeros(len(made["candidates"]), pages + 1, dtype=torch.bool, device="cuda")
@@ -227,7 +227,7 @@ def in_listed_pages(problem, made):
 
 
 def assert_selected(problem, index, read, made):
-    """The slots `read`, bool [B, Hkv, T, L], are those of most estimated share, but for ties."""
+    """Check that the slots `read`, bool [B, Hkv, T, L], are those of most share, but for ties."""
     sparse, heads = problem.spec.sparse, problem.key.shape[1]
     query = problem.query.unflatten(1, (heads, problem.spec.group))
     visible = problem.visible().expand(*query.shape[:3], problem.query_len, -1)

@@ -1,4 +1,4 @@
-"""Kernels for whole sequences compiled, at the shapes models have: on a CUDA device alone."""
+"""Compiled kernels for prefill, at the shapes models have: on a CUDA device alone."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Problem:
         return run_prefill(self.module, operands, PrefillBudget(budget))
 
     def log_sums(self):
-        """Of all scores, in float64."""
+        """Return the logarithm of the summed exponentials of each query's scores, in float64."""
         query, key = self.query.double(), self.key.double()
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         score = self.scale * query @ key.mT

@@ -30,14 +30,14 @@ KERNELS = {
     "rank_boxes": {"TILES": 16},
     "list_boxes": {"TILES": 16, "LOTS": 16},
 }
-"""And what is fixed when they are launched."""
+"""Kernels of decoding, with the constants that are fixed when they are launched."""
 TILE_KERNELS = {
     "ask": {"KEYS": 64, "TILES": 8, "SELF": True},
     "scan": {"KEYS": 64, "TILES": 16},
     "choose": {"LANES": 4096},
     "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8},
 }
-"""Those of whole sequences, likewise."""
+"""Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
     "*u8": "fine coarse pages page_bins bins",
     "*i32": "header tile_first tile_end histogram ranks plan limits arrivals candidates "
@@ -83,9 +83,9 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
 
 
 def main(*names: str) -> None:
-    """The kernels of some modules as a Hopper GPU runs them; for attention also an Ampere GPU.
+    """Compile the kernels of modules for a Hopper GPU, and attention for an Ampere GPU too.
 
-    The latter not after "--hopper".
+    The argument "--hopper" leaves the Ampere GPU out.
     """
     ampere = "--hopper" not in names
     shared = {}

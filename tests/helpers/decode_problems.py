@@ -37,7 +37,7 @@ CAP, WINDOW, LOW = 3.0, 20, -9999.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of queries [B, Hkv * G, T, D], keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]."""
+    """Sizes of queries [B, Hkv * G, T, D], keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]."""
 
     batch: int = 1
     kv_heads: int = 1
@@ -59,7 +59,7 @@ class Problem:
     captured: list[Tensor]
     extra: Tensor | None
     score: Callable[[Tensor, Tensor], Tensor]
-    """From products [B, Hq, T, N], of queries and the keys in slots [N]."""
+    """Function from products [B, Hq, T, N], of queries and the keys in slots [N], to scores."""
     visible: Tensor
     """bool [B, Hq, T, L]."""
 
@@ -68,7 +68,7 @@ class Problem:
         return f"Problem({self.spec}, query, key, value {shapes})"
 
     def module(self) -> ModuleType:
-        """The generated module."""
+        """Return the generated module."""
         return module_cache.load(module_cache.store(emit_module(self.spec), self.spec.name).stem)
 
     def operands(self) -> AttentionOperands:
@@ -80,11 +80,11 @@ class Problem:
         return self.score(products.flatten(1, 2), slots).unflatten(1, products.shape[1:3])
 
     def finish_scores(self) -> Tensor:
-        """Scores of all keys in float64, [B, Hq, T, L]."""
+        """Return scores of all keys in float64, [B, Hq, T, L]."""
         return self._score(torch.float64)
 
     def attention(self, dtype: torch.dtype = torch.float64, read: Tensor | None = None) -> Tensor:
-        """As eager models compute it, in `dtype`, of the slots `read`, bool [B, Hkv, T, L]."""
+        """Return eager attention in `dtype` over the slots in `read`, bool [B, Hkv, T, L]."""
         visible, group = self.visible, self.spec.group
         if read is not None:
             visible = visible & read.repeat_interleave(group, 1)
@@ -111,7 +111,7 @@ class Problem:
         assert error <= allowed + band, f"off by {error:.2g}, eager {allowed:.2g}, band {band:.2g}"
 
     def _score(self, dtype: torch.dtype) -> Tensor:
-        """[B, Hq, T, L]."""
+        """Return scores [B, Hq, T, L]."""
         key = self.key.to(dtype).repeat_interleave(self.spec.group, 1)
         return self.score(self.query.to(dtype) @ key.mT, torch.arange(key.shape[2]))
 
@@ -127,7 +127,7 @@ def make_problem(
     length: int | None = None,
     seed: int = 0,
 ) -> Problem:
-    """An attention with random contents, whose queries are at the slots from `length` on."""
+    """Return an attention with random contents, whose queries are at the slots from `length` on."""
     random = torch.Generator().manual_seed(seed)
     length = sizes.kv_len - sizes.query_len if length is None else length
     heads = sizes.kv_heads * sizes.group
@@ -168,7 +168,7 @@ def make_problem(
 
 
 def keys(sizes: Sizes, random: torch.Generator) -> Tensor:
-    """Keys [B, Hkv, L, D] as models have them: near a subspace, away from the origin."""
+    """Return keys [B, Hkv, L, D] as models have them: near a subspace, away from the origin."""
     spaces, dim = (sizes.batch, sizes.kv_heads), sizes.head_dim
     rank = dim // 4
     inside = torch.randn(*spaces, sizes.kv_len, rank, generator=random)
@@ -178,7 +178,7 @@ def keys(sizes: Sizes, random: torch.Generator) -> Tensor:
 
 
 def laid_out(cache: Tensor, layout: str) -> Tensor:
-    """The same numbers [B, Hkv, L, D] with other strides, and NaN around them."""
+    """Return the same numbers [B, Hkv, L, D] with other strides, and NaN around them."""
     order = {"slots first": (0, 2, 1, 3), "channels first": (0, 1, 3, 2)}.get(layout, (0, 1, 2, 3))
     if layout == "one head":
         return laid_out(cache[:, :1], "plain").expand(cache.shape)
@@ -189,19 +189,19 @@ def laid_out(cache: Tensor, layout: str) -> Tensor:
 
 
 def element(name: str, *indices: Any) -> sympy.Expr:
-    """An element of a captured tensor."""
+    """Return an element of a captured tensor."""
     return sympy.Indexed(sympy.IndexedBase(name), *indices)
 
 
 def _whole(name: str, *indices: Any) -> sympy.Expr:
-    """An element of a captured tensor of integers."""
+    """Return an element of a captured tensor of integers."""
     return sympy.Indexed(sympy.IndexedBase(sympy.Symbol(name, integer=True)), *indices)
 
 
 def _score(
     kind: str, sizes: Sizes, random: torch.Generator
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], sympy.Expr, dict[str, Tensor]]:
-    """Of products and slots; the same as an expression; the tensors it reads."""
+    """Return scores as a function of products and slots, as an expression, and its tensors."""
     scale, heads = 1 / math.sqrt(sizes.head_dim), sizes.kv_heads * sizes.group
     scaled = S * scale
     if kind == "soft-cap":
@@ -230,7 +230,7 @@ def _score(
 def _mask(
     kind: str, sizes: Sizes, length: int, random: torch.Generator
 ) -> tuple[Tensor, Any, dict[str, Tensor]]:
-    """What is visible; the same as an expression; the tensors it reads."""
+    """Return what is visible as a tensor, as an expression, and the tensors of the expression."""
     shape = (sizes.batch, sizes.kv_heads * sizes.group, sizes.query_len, sizes.kv_len)
     slot, late = torch.arange(sizes.kv_len), torch.arange(sizes.query_len)[:, None]
     last = sympy.Symbol("length", integer=True)

@@ -14,7 +14,7 @@ LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token."""
+    """Return a tokenizer of which every byte is a token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -23,7 +23,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """Random weights, large enough for attention that is far from uniform."""
+    """Return a Llama with random weights, large enough for attention that is far from uniform."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,

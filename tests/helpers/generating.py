@@ -26,7 +26,7 @@ Way = Callable[[Any, str, Given], Tensor]
 
 
 def decoder(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A random Llama; weights as large as these make tokens depend on what attention reads."""
+    """Return a random Llama with weights so large that tokens depend on what attention reads."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(**small_decoders.SMALL, initializer_range=0.3)
     return transformers.LlamaForCausalLM(config).eval().to(dtype)
@@ -46,14 +46,14 @@ def entered(entry: str, model: Any, options: Given) -> Given:
 
 
 def empty(model: Any, kind: str) -> Any:
-    """A cache to keep between calls."""
+    """Return a cache to keep between calls."""
     if kind == "static":
         return transformers.StaticCache(model.config, max_cache_len=SLOTS)
     return transformers.DynamicCache(config=model.config)
 
 
 def tokens(rows: int, count: int, seed: int = 0) -> Tensor:
-    """Random token ids [rows, count]; none is the padding's."""
+    """Return random token ids [rows, count]; none is the padding's."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (rows, count), generator=generator)
 
@@ -83,7 +83,7 @@ def beams(model: Any, kind: str, given: Given) -> Tensor:
 
 
 def padded(model: Any, kind: str, given: Given) -> Tensor:
-    """The second row is shorter, padded on the left."""
+    """Generate from two rows, of which the second is shorter and padded on the left."""
     ids = tokens(2, PROMPT, 3)
     ids[1, :23] = 0
     return generate(model, kind, ids, attention_mask=(ids != 0).long(), **given)
@@ -94,7 +94,7 @@ def chunked(model: Any, kind: str, given: Given) -> Tensor:
 
 
 def conversation(model: Any, kind: str, given: Given) -> Tensor:
-    """Three turns over one cache."""
+    """Generate in three turns over one cache."""
     cache, ids = empty(model, kind), tokens(2, PROMPT - 30, 5)
     for turn in range(3):
         ids = torch.cat((ids, tokens(2, 7, turn)), 1)
@@ -103,13 +103,13 @@ def conversation(model: Any, kind: str, given: Given) -> Tensor:
 
 
 def lookup(model: Any, kind: str, given: Given) -> Tensor:
-    """Drafts from the prompt itself, of which many are taken back."""
+    """Generate with drafts from the prompt itself, of which many are taken back."""
     ids = tokens(1, PROMPT // 4, 6).repeat(1, 4)
     return generate(model, None, ids, prompt_lookup_num_tokens=3, **given)
 
 
 def drafted(model: Any, kind: str, given: Given) -> Tensor:
-    """Drafts of a model that often agrees."""
+    """Generate with drafts of a model that often agrees."""
     assistant = decoder()
     with torch.no_grad():
         assistant.lm_head.weight.add_(0.15 * torch.randn_like(assistant.lm_head.weight))
@@ -119,14 +119,14 @@ def drafted(model: Any, kind: str, given: Given) -> Tensor:
 
 
 def assert_everything_read(recorder: Recorder, steps: int) -> None:
-    """Each layer has attended sparsely in as many steps, at least, and missed no key."""
+    """Check that each layer has attended sparsely in as many steps, at least, and missed no key."""
     assert len(recorder.calls) >= LAYERS * steps
     for call in recorder.calls:
         assert int(call.tokens_read.max()) == call.kv_len
 
 
 def beside_dense(way: Way, kind: str, model: Any, given: Given) -> tuple[Tensor, Tensor, Recorder]:
-    """Tokens of `model`, those of an uncompiled one with the same weights, and what was read."""
+    """Return the tokens of `model`, those of a dense one with equal weights, and what was read."""
     dense = way(decoder(), kind, {"disable_compile": True})
     with lychee_compile.record(mass=True) as recorder:
         got = way(model, kind, given)

@@ -31,13 +31,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **given: A
 
 
 def element(name: str, *indices: Any, integer: bool = False) -> sympy.Indexed:
-    """An element of a captured tensor."""
+    """Return an element of a captured tensor."""
     symbol = sympy.Symbol(name, integer=True) if integer else sympy.Symbol(name)
     return sympy.Indexed(sympy.IndexedBase(symbol), *indices)
 
 
 def number(name: str) -> sympy.Symbol:
-    """A captured integer without dimensions."""
+    """Return a captured integer without dimensions."""
     return sympy.Symbol(name, integer=True)
 
 
@@ -46,7 +46,7 @@ def slots() -> Tensor:
 
 
 def rows(length: Tensor | int) -> Tensor:
-    """Positions of the queries, [T, 1]."""
+    """Return positions of the queries, [T, 1]."""
     return torch.arange(QUERIES)[:, None] + length
 
 

@@ -40,14 +40,14 @@ class Cache:
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def fill(self, length: int) -> Cache:
-        """As an eager prefill would, behind the backend's back."""
+        """Write keys and values as an eager prefill does, which the backend does not see."""
         self.keys[:, :, :length] = self.fresh(length)
         self.values[:, :, :length] = torch.eye(SIZE)[:length]
         self.length = length
         return self
 
     def fresh(self, count: int) -> Tensor:
-        """Keys [B, Hkv, T, D] to write."""
+        """Return keys [B, Hkv, T, D] to write."""
         shape = (self.batch, KV_HEADS, count, DIM)
         keys = torch.randn(*shape, generator=self._generator)
         keys = keys * torch.linspace(3, 0.1, DIM) + torch.linspace(1, 0, DIM)
@@ -89,17 +89,17 @@ def grow(query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor
 
 
 def compiled(function: Callable[..., Any] = decode, **options: Any) -> Callable[..., Any]:
-    """`function` through the backend."""
+    """Return `function` through the backend."""
     return torch.compile(function, backend="lychee", options={**SMALL, **options})
 
 
 def upkeep_of(keys: Tensor, growing: bool = False) -> Any:
-    """What keeps the index of a cache [B, Hkv, L, D]; None where it has none."""
+    """Return the owner of the index of a cache [B, Hkv, L, D]; None if the cache has no index."""
     return registry.owner_of(keys, "lychee" if growing else SketchLayout.of(keys))
 
 
 def read_by(weights: Tensor, cache: Cache) -> Tensor:
-    """The slots with any weight, bool [B, Hkv, T, L]: a group of heads reads the same."""
+    """Return the slots with any weight, bool [B, Hkv, T, L]: a group of heads reads the same."""
     return (weights != 0).unflatten(1, (KV_HEADS, GROUP)).any(2)
 
 
@@ -108,7 +108,7 @@ def assert_exact(step: tuple[Tensor, Tensor]) -> None:
 
 
 def assert_sparse(step: tuple[Tensor, Tensor], cache: Cache, budget: int = SMALL["budget"]) -> None:
-    """Each KV head has read a budget of keys for each query, no more, and those by their weight."""
+    """Check that each KV head has read a budget of keys for each query, chosen by their weight."""
     got, dense = step
     read = read_by(got, cache)
     count = read.sum(-1)

@@ -1,4 +1,4 @@
-"""What the terms of a kernel are worth, beside what the graph they come from computes."""
+"""Values of the terms of a kernel, beside those of the graph that the terms come from."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
 
 
 def evaluate(expression: sympy.Basic, values: dict[str, Tensor]) -> Tensor:
-    """`expression` in float64, elementwise, of symbols and tensors by name.
+    """Return `expression` in float64, elementwise, of symbols and tensors by name.
 
     As in a kernel every element in it is read, whether it matters or not: it has to be there.
     """
@@ -101,7 +101,7 @@ class Outcome:
 
     @property
     def weights(self) -> Tensor:
-        """Of the keys that a query sees: float64 [B, Hq, T, L]."""
+        """Weights of the keys that a query sees: float64 [B, Hq, T, L]."""
         logits = self.score.masked_fill(~self.visible, -torch.inf)
         if self.extra is None:
             return logits.softmax(-1)
@@ -172,7 +172,7 @@ class Beside(torch.fx.Interpreter):
 def traced(
     function: Callable[..., Any], *inputs: Tensor, how: How = kernel_expressions, dynamic: Any = ()
 ) -> list[Outcome]:
-    """All attentions of a function, run beside their terms."""
+    """Return all attentions of a function, run beside their terms."""
     graph = Traced(function, *inputs, dynamic=dynamic)
     written = normalise(graph.gm, graph.mode)
     found = detect.find_attention(graph.gm, written)
@@ -185,7 +185,7 @@ def traced(
 def compiled(
     function: Callable[..., Any], *inputs: Tensor, how: How = kernel_expressions
 ) -> list[Outcome]:
-    """The same of what Dynamo makes of it: names are the user's, there are inner functions."""
+    """Return the outcomes of a function compiled by Dynamo, which has inner functions and names."""
     outcomes = []
 
     def backend(gm: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
@@ -209,7 +209,7 @@ def compiled(
 
 
 def assert_right(outcome: Outcome, atol: float = 1e-5) -> None:
-    """The output is that of the graph, and a kernel can be printed."""
+    """Check that the output is that of the graph, and a kernel can be printed."""
     torch.testing.assert_close(outcome.got, outcome.expected, atol=atol, rtol=atol)
     captured = {each.name: each for each in outcome.terms.captured}
     for each in (outcome.terms.score, outcome.terms.visible):

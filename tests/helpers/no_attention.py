@@ -25,7 +25,7 @@ class Model(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.randn(shape) / math.sqrt(fan_in)))
 
     def forward(self, *inputs: Tensor) -> object:
-        """What the function makes of them."""
+        """Call the function with the inputs and the parameters."""
         return self.call(*inputs, **dict(self.named_parameters()))
 
 
@@ -37,7 +37,7 @@ class Case:
     shapes: tuple[Shape, ...]
     parameters: dict[str, Shape]
     softmaxes: int
-    """How many are to be listed as rejected; a log_softmax alone makes no weights."""
+    """Number of softmaxes to be listed as rejected; a log_softmax alone makes no weights."""
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class Case:
         return Model(self.call, self.parameters)
 
     def inputs(self) -> list[Tensor]:
-        """Random inputs."""
+        """Return random inputs."""
         return [torch.randn(shape) for shape in self.shapes]
 
 
@@ -69,7 +69,7 @@ def no_attention(
 
 
 def heads_of(x: Tensor) -> Tensor:
-    """[B, N, H * D] to [B, H, N, D]."""
+    """Split [B, N, H * D] into [B, H, N, D]."""
     return x.unflatten(-1, (H, -1)).transpose(1, 2)
 
 
@@ -323,7 +323,7 @@ def gumbel_softmax(x, noise, head, embedding):
 
 @no_attention((B, H, N, 8), (B, H, N, 8), (B, H, N, 8))
 def normalised_over_queries(q, k, v):
-    """What nn.Softmax(dim=-2) makes of attention by mistake."""
+    """Attend with nn.Softmax(dim=-2) by mistake."""
     return torch.softmax(q @ k.mT / math.sqrt(8), dim=-2) @ v
 
 

@@ -44,7 +44,7 @@ class Plain:
     end: Tensor
 
     def read(self, index_type) -> Tensor:
-        """What is read of one build: bool [B, Hkv, Tq, L]."""
+        """Return what is read of an index that is built at once: bool [B, Hkv, Tq, L]."""
         shape = self.shape
         index = index_type(shape.batch, shape.kv_heads, shape.head_dim, self.config, CPU)
         index.restart(self.start > 0, self.start)
@@ -94,13 +94,13 @@ def shares(scores: Tensor) -> Tensor:
 
 
 def cut(ranks: list[float], count: int) -> float:
-    """How far the last of the `count` best is from the next."""
+    """Return how far the last of the `count` best ranks is above the next; inf if there is none."""
     ordered = sorted(ranks, reverse=True)
     return ordered[count - 1] - ordered[count] if 0 < count < len(ranks) else torch.inf
 
 
 def whole_groups(groups, ranks, room):
-    """Groups (begin, end), best first, until one does not fit: their tokens; the margin."""
+    """Take groups (begin, end), best first, until one does not fit; return tokens and margin."""
     tokens, taken = [], 0
     for place in sorted(range(len(groups)), key=lambda place: -ranks[place]):
         if len(tokens) + groups[place][1] - groups[place][0] > room:
@@ -117,7 +117,7 @@ def best_tokens(candidates, ranks, room):
 
 
 def between(length, sinks, recent, budget):
-    """Tokens that are read anyway, those to choose from, and how many."""
+    """Return tokens that are read anyway, those to choose from, and how many."""
     begin = min(sinks, length)
     end = max(length - recent, begin)
     always = [*range(begin), *range(end, length)]

@@ -1,4 +1,4 @@
-"""Attentions over whole sequences in many spellings, and running them through the backend."""
+"""Attentions of prefill in many spellings, and running them through the backend."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Function = Callable[..., Tensor]
 
 @contextmanager
 def recorded() -> Iterator[list[PrefillCall]]:
-    """Every call of the operator that reads sparsely."""
+    """Yield every call of the operator that reads sparsely."""
     calls: list[PrefillCall] = []
     prefill_observers.append(calls.append)
     try:
@@ -126,13 +126,13 @@ class Case:
     mask: str = "none"
 
     def sparse(self, config: PrefillConfig) -> Tensor:
-        """What tiles give, by the specification."""
+        """Return the output by the specification of sparse tiles."""
         mask, causal = self.given.get("mask"), self.given.get("causal", False)
         operands = Operands(*self.inputs[:3], mask, SCALE, self.given.get("softcap"))
         return prefill_attention(operands, config, causal).output
 
     def dense(self) -> Tensor:
-        """What all keys give."""
+        """Return the output over all keys."""
         mask = CAUSAL if self.given.get("causal") else self.given.get("mask")
         operands = Operands(*self.inputs[:3], mask, SCALE, self.given.get("softcap"))
         return dense_attention(operands)

@@ -1,4 +1,4 @@
-"""Whole sequences for the tests: operands and masks of any kind, and what attention means there."""
+"""Prefill problems for the tests: operands, masks of any kind, and what attention means there."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ shapes = st.builds(
 
 
 def prefill_config(policy: str = "lychee", *given: Any, **more: Any) -> PrefillConfig:
-    """The settings of a prefill whose keys a registered policy chooses."""
+    """Return the settings of a prefill whose keys a registered policy chooses."""
     return PrefillConfig(prefill_choice(policy), *given, **more)
 
 
 @dataclass(frozen=True)
 class Whole:
-    """The operands of an attention over a whole sequence."""
+    """The operands of an attention of prefill."""
 
     query: Tensor
     key: Tensor
@@ -54,13 +54,13 @@ class Whole:
     """float64 [B, Hq, T, L], what is added to its scores."""
 
     def attend(self, config: PrefillConfig, **more: Any) -> PrefillResult:
-        """As the specification does."""
+        """Attend sparsely by the specification."""
         tensors = (self.query, self.key, self.value, self.mask)
         operands = Operands(*tensors, self.scale, self.softcap, self.extra)
         return prefill_attention(operands, config, self.causal, self.order, **more)
 
     def scores(self) -> Tensor:
-        """float64 [B, Hq, T, L], -inf for what is not seen."""
+        """Return scores, float64 [B, Hq, T, L], -inf for what is not seen."""
         group = self.query.shape[1] // self.key.shape[1]
         key = self.key.double().repeat_interleave(group, 1)
         score = self.scale * self.query.double() @ key.transpose(-1, -2)
@@ -69,7 +69,7 @@ class Whole:
         return (score + self.bias).masked_fill(~self.seen, -torch.inf)
 
     def weights(self) -> Tensor:
-        """Softmax of the scores and the extra logit, float64 [B, Hq, T, L]; 0 for no keys."""
+        """Return the softmax over scores and extra logit, float64 [B, Hq, T, L]; 0 if no keys."""
         score = self.scores()
         if self.extra is not None:
             logit = self.extra.double().expand(score.shape[:-1])[..., None]
@@ -78,12 +78,12 @@ class Whole:
         return score.softmax(-1).masked_fill(nothing, 0)[..., : self.key.shape[2]]
 
     def output(self) -> Tensor:
-        """Dense attention, float64 [B, Hq, T, Dv]."""
+        """Return dense attention, float64 [B, Hq, T, Dv]."""
         group = self.query.shape[1] // self.key.shape[1]
         return self.weights() @ self.value.double().repeat_interleave(group, 1)
 
     def slack(self) -> float:
-        """How far from `output` rounding may lead."""
+        """Return how far from `output` rounding may lead."""
         eps = torch.finfo(torch.float32).eps
         group = self.query.shape[1] // self.key.shape[1]
         longest = self.key.double().norm(dim=-1).amax(-1).repeat_interleave(group, 1)
@@ -94,7 +94,7 @@ class Whole:
         return (2 * score + last + 1e-6).item() * max(self.value.double().abs().max().item(), 1)
 
     def read_rows(self, result: PrefillResult) -> Tensor:
-        """What each query's tile reads, bool [B, Hq, T, L], queries in their own order."""
+        """Return what each query's tile reads: bool [B, Hq, T, L], queries in their own order."""
         length = self.query.shape[2]
         rows = result.read.repeat_interleave(QUERY_TILE, 2)[:, :, :length]
         return rows if self.order is None else rows.index_select(2, self.order.argsort())
@@ -102,7 +102,7 @@ class Whole:
 
 @st.composite
 def wholes(draw, dtypes=DTYPES, kinds=KINDS, longest=300) -> Whole:
-    """An attention of any shape, mask and distribution; some queries may see nothing."""
+    """Draw an attention of any shape, mask and distribution; some queries may see nothing."""
     shape, dtype = draw(shapes), draw(st.sampled_from(dtypes))
     kv_len = draw(st.integers(1, longest))
     query_len = kv_len if draw(st.booleans()) else draw(st.integers(1, kv_len))
@@ -136,7 +136,7 @@ def wholes(draw, dtypes=DTYPES, kinds=KINDS, longest=300) -> Whole:
 def _mask(
     draw, shape: Heads, query_len: int, kv_len: int, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Masks of `strategies`, packed documents, and rows that see nothing at all."""
+    """Return masks of `strategies`, packed documents, and rows that see nothing at all."""
     if draw(st.sampled_from([False, False, True])):
         document = (random(draw(seeds), shape.batch, kv_len) > 1.5).cumsum(-1)
         at = document[:, kv_len - query_len :]

@@ -35,7 +35,7 @@ TENSORS = {
     "bytes": torch.tensor([255, 0, 7], dtype=torch.uint8),
     "ids": torch.arange(BATCH * KEYS, dtype=torch.int32).view(BATCH, KEYS) % 5 - 2,
 }
-"""What expressions read: all dtypes, from none to two dimensions, strides as they come."""
+"""Tensors that expressions read: many dtypes and strides, with no, one or two dimensions."""
 CAPTURED = {
     name: Captured(name, str(tensor.dtype).removeprefix("torch."), tensor.ndim)
     for name, tensor in TENSORS.items()
@@ -82,7 +82,7 @@ def _rounded(expression: Any, value: Tensor, error: float) -> Term:
 
 @st.composite
 def _elements(draw, names: list[str], depth: int) -> Term:
-    """An element of a tensor, at axes of the right size or at remainders by the size."""
+    """Draw an element of a tensor, at axes of the right size or at remainders by the size."""
     name = draw(st.sampled_from(names))
     tensor, indices = TENSORS[name], []
     for size in tensor.shape:
@@ -157,7 +157,7 @@ COMPARISONS = [
 
 
 def _applied(draw, operation: tuple[int, Any, Any], operands: st.SearchStrategy[Term]):
-    """An operation on operands: expression, value, and the operands."""
+    """Return an operation on operands: expression, value, and the operands."""
     count, expressed, computed = operation
     terms = [draw(operands) for _ in range(count)]
     expression = expressed(*(each.expression for each in terms))
@@ -170,7 +170,7 @@ def _is_leaf(draw, depth: int) -> bool:
 
 @st.composite
 def ints(draw, depth: int = 3) -> Term:
-    """What is made of integers, and exact."""
+    """Draw a term of integers, which is exact."""
     if _is_leaf(draw, depth):
         leaves = st.sampled_from([*AXES, LENGTH]) | st.integers(-9, 9).map(_constant)
         if depth > 0:
@@ -189,7 +189,7 @@ def ints(draw, depth: int = 3) -> Term:
 
 @st.composite
 def floats(draw, depth: int = 3) -> Term:
-    """What is made of scores and floats too."""
+    """Draw a term of scores, floats and integers."""
     if _is_leaf(draw, depth):
         leaves = st.just(SCORE) | st.floats(-4, 4, allow_subnormal=False).map(_number)
         if depth > 0:
@@ -210,7 +210,7 @@ def floats(draw, depth: int = 3) -> Term:
 
 @st.composite
 def bools(draw, depth: int = 3) -> Term:
-    """Truth values, of integers, flags, and scores at multiples of 1/8."""
+    """Draw truth values, of integers, flags, and scores at multiples of 1/8."""
     if _is_leaf(draw, depth):
         limit = draw(st.integers(-16, 16)) / 8
         simple = [
@@ -235,12 +235,12 @@ def _choices(draw, operands: st.SearchStrategy[Term], depth: int) -> Term:
 
 
 def _unchosen(depth: int) -> st.SearchStrategy[Term]:
-    """Integers without choices: sympy takes no condition that has conditions."""
+    """Return integers without choices: sympy takes no condition that has conditions."""
     return ints(depth).filter(lambda term: not term.expression.has(sympy.Piecewise))
 
 
 def _divisible(depth: int) -> st.SearchStrategy[Term]:
-    """Integers that sympy 1.14 has right remainders of.
+    """Return integers that sympy 1.14 has right remainders of.
 
     It takes Mod(3*Mod(q, 5), 8) for Mod(3*Mod(q, 5)**2, 8), Mod(Piecewise((0, c), (2, True)), 8)
     for 0, and loses itself in divisors that are negative expressions.

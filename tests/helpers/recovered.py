@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def evaluate(text: str, names: dict[str, Tensor]) -> Tensor:
-    """The value of an expression in sympy's words, elementwise.
+    """Return the value of an expression in sympy's words, elementwise.
 
     `names` are its symbols, of shapes that broadcast; a symbol with indices is indexed by them.
     Raises NameError for a symbol that is not among them.

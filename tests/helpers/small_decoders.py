@@ -35,7 +35,7 @@ EVERYTHING = {"budget": 127, "sinks": 2, "recent": 16, "chunk": (4, 8)}
 
 
 def model_of(name: str, attention: str = "sdpa") -> Any:
-    """A small random model of an architecture; `attention` is transformers' implementation."""
+    """Return a small random model; `attention` names the implementation of transformers."""
     torch.manual_seed(0)
     if name == "llama":
         config = transformers.LlamaConfig(**SMALL)
@@ -67,14 +67,14 @@ def model_of(name: str, attention: str = "sdpa") -> Any:
 
 
 def caches(model: Any, kind: str) -> Any:
-    """An empty cache for `model`."""
+    """Return an empty cache for `model`."""
     if kind == "static":
         return transformers.StaticCache(model.config, max_cache_len=SLOTS)
     return transformers.DynamicCache(config=model.config)
 
 
 def decode(model: Any, forward: Callable[..., Any], kind: str, padding: list[int]) -> Tensor:
-    """Logits of `STEPS` decoded tokens after an eager prefill, rows padded on the left."""
+    """Return logits of `STEPS` decoded tokens after an eager prefill, rows padded on the left."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 128, (len(padding), PROMPT + STEPS), generator=generator)
     mask = torch.ones_like(ids)

@@ -33,7 +33,7 @@ SMALLEST = 100
 
 
 def built(problem: Problem, end: int, slots: int | None = None) -> SketchIndex:
-    """An index of the keys in the slots [0, end), with room for `slots`."""
+    """Return an index of the keys in the slots [0, end), with room for `slots`."""
     layout = SketchLayout.of(problem.key)
     if slots is not None:
         layout = SketchLayout(
@@ -45,7 +45,7 @@ def built(problem: Problem, end: int, slots: int | None = None) -> SketchIndex:
 
 
 def copied(state: SketchState) -> SketchState:
-    """The parts of an index as they are now."""
+    """Return the parts of an index as they are now."""
     return SketchState(*(part.clone() for part in state))
 
 
@@ -93,13 +93,13 @@ class Step:
         return cls(problem, index, state, fresh, output, kept)
 
     def check(self) -> None:
-        """Everything that can be said of a step of a trusted index."""
+        """Check everything that can be said of a step of a trusted index."""
         read = self.assert_selection()
         self.problem.assert_as_good_as_eager(self.output, read)
 
     @property
     def reads_everything(self) -> bool:
-        """Whether no program has selected anything."""
+        """True if no program has selected anything."""
         return bool((self.scratch["chosen_list"] == -1).all())
 
     @property
@@ -107,7 +107,7 @@ class Step:
         return "page_bins" in self.scratch
 
     def slots_read(self) -> Tensor:
-        """bool [B, Hkv, T, L], and no slot twice."""
+        """Return the slots read, bool [B, Hkv, T, L], after checking that none is read twice."""
         batch, heads, kv_len, _ = self.problem.key.shape
         chosen = self.scratch["chosen_list"].flatten(1).long()
         counts = torch.zeros(len(chosen), kv_len + 1).int()
@@ -118,9 +118,9 @@ class Step:
         return rows.transpose(1, 2)
 
     def assert_selection(self) -> Tensor:
-        """The slots read, bool [B, Hkv, T, L]: sinks, recent ones, and the best of the others.
+        """Return the slots read, bool [B, Hkv, T, L], checked to be sinks, recent and best ones.
 
-        Those are the best by the bins of their shares, which are the reference's but for rounding.
+        The bins of the shares decide which are best, and are the reference's but for rounding.
         """
         always, rank, room = self._reference()
         bins = self._paged_bins() if self.paged else self._by_row(self.scratch["bins"])
@@ -143,7 +143,7 @@ class Step:
         return read
 
     def _paged_bins(self) -> Tensor:
-        """Bins of the tokens that were looked at, uint8 [B, Hkv, T, L]: those of the best pages."""
+        """Return the bins of the tokens in the best pages, uint8 [B, Hkv, T, L]."""
         share, held = self._page_shares()
         page_bins = self._by_row(self.scratch["page_bins"])[..., : share.shape[-1]].int()
         page_bins = page_bins.masked_fill(~held, 0)
@@ -174,11 +174,11 @@ class Step:
         return self.problem.query.unflatten(1, (-1, self.problem.spec.group))
 
     def _visible(self) -> Tensor:
-        """bool [B, Hkv, G, T, L]."""
+        """Return the visible slots, bool [B, Hkv, G, T, L]."""
         return self.problem.visible.unflatten(1, (-1, self.problem.spec.group))
 
     def _finish(self, products: Tensor) -> Tensor:
-        """Scores of tokens, pages or blocks."""
+        """Return scores of tokens, pages or blocks."""
         count, kv_len = products.shape[-1], self.problem.key.shape[2]
         if count == self.index.layout.blocks:
             return torch.cat(
@@ -187,7 +187,7 @@ class Step:
         return self.problem.finish(products, torch.arange(count) * (1 if count == kv_len else PAGE))
 
     def _of_block(self, block: int, products: Tensor) -> Tensor:
-        """The mean score, as a logarithm, over some of the slots that a block holds."""
+        """Return the mean score, as a logarithm, over some of the slots that a block holds."""
         rows, size = [], self.index.layout.block
         for row, fresh in enumerate(self.fresh.tolist()):
             held = max(min(fresh - block * size, size), 1)
@@ -207,7 +207,7 @@ class Step:
         return log_denominator(self._query(), self.state, self.fresh, self._finish, self._scale)
 
     def _token_shares(self) -> tuple[Tensor, Tensor]:
-        """log2 shares of tokens [B, Hkv, T, L], and which of them have one."""
+        """Return log2 shares of tokens [B, Hkv, T, L], and which of them have one."""
         kv_len = self.problem.key.shape[2]
         known = self._visible() & (torch.arange(kv_len) < self.fresh.view(-1, 1, 1, 1, 1))
         score = self._finish(token_scores(self._query(), self.state)[..., :kv_len])
@@ -215,7 +215,7 @@ class Step:
         return share / math.log(2), known.any(2)
 
     def _page_shares(self) -> tuple[Tensor, Tensor]:
-        """log2 shares of pages [B, Hkv, T, P], and which of them hold a key to choose."""
+        """Return log2 shares of pages [B, Hkv, T, P], and which of them hold a key to choose."""
         mass = self._finish(page_scores(self._query(), self.state, self._scale))
         share = (mass - self._total()).logsumexp(2) / math.log(2)
         _, known = self._token_shares()
@@ -232,18 +232,18 @@ class Step:
 
 
 def best_left_out(bins: Tensor, room: Tensor) -> Tensor:
-    """The bin of the best of items [..., N] for which there is no `room`, [...]: [..., 1]."""
+    """Return the bin of the best item of [..., N] for which there is no `room`, [...]: [..., 1]."""
     order = torch.nn.functional.pad(bins, (0, 1)).sort(-1, descending=True).values
     return order.gather(-1, room.clamp(max=bins.shape[-1])[..., None])
 
 
 def assert_near(bins: Tensor, share: Tensor) -> None:
-    """Bins are those of the reference's log2 shares, or next to them: scores are rounded."""
+    """Check that bins are those of the reference's log2 shares, or next to those, by rounding."""
     apart = (bins - bin_of(share)).abs()
     assert apart.numel() == 0 or apart.max() <= 1, f"{apart.max()} bins apart"
 
 
 def bin_of(share: Tensor) -> Tensor:
-    """Bins, int32, of log2 shares: eighths of a float's octaves, up to that of 2^LARGEST."""
+    """Return bins, int32, of log2 shares: eighths of a float's octaves, up to that of 2^LARGEST."""
     place = (share.exp2().float().view(torch.int32) >> 20) - ((127 + LARGEST) * 8 - BINS + 1)
     return place.clamp(1, BINS - 1)

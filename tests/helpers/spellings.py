@@ -30,6 +30,6 @@ SPELLINGS = _all(
     spellings_masks,
     spellings_softmax,
 )
-"""Those that may read a cache."""
+"""Spellings that may read a cache."""
 WHOLES = _all(Whole, spellings_whole, spellings_models)
-"""Those that have none."""
+"""Spellings that have no cache."""

@@ -1,4 +1,4 @@
-"""What a spelling of attention is: how it is called, and what it means, worked out apart from it.
+"""Spellings of attention: how each is called, and what it means, worked out apart from it.
 
 Axes are named as in einops: `b` batch, `h` heads, `t` tokens, `d` head_dim.
 """
@@ -34,30 +34,30 @@ class Spelling:
     head_dim: int = DIM
     value_head_dim: int = DIM
     layout: str = "b h t d"
-    """Of query, key and value, and so of a cache."""
+    """Axes of query, key and value, and so of a cache."""
     output: str = "b h t d"
     dtype: torch.dtype = torch.float32
     scale: float = DIM**-0.5
     score: Callable[[Tensor, Given], Tensor] | None = None
-    """What becomes of s = q.k, [B, Hq, Tq, L]; None stands for scale * s."""
+    """Function from s = q.k, [B, Hq, Tq, L], to the scores; None stands for scale * s."""
     sees: Callable[[Given], Tensor] | None = None
-    """Which keys a query sees, broadcastable to [B, Hq, Tq, L]; None stands for `seen`."""
+    """Keys that a query sees, broadcastable to [B, Hq, Tq, L]; None stands for `seen`."""
     sink: str = ""
     """The constant, [Hq], that joins the softmax as an extra logit."""
     mask: str = "causal"
-    """What the report says of the mask in a prefill, or a part of that."""
+    """Words of the report on the mask in a prefill, or a part of them."""
     opaque: bool = False
-    """Whether the report's expressions name tensors that are computed on the way."""
+    """True if the report's expressions name tensors that are computed on the way."""
     one_query: bool = False
-    """Whether it is written for a single query token."""
+    """True if it is written for a single query token."""
     folded: bool = False
-    """Whether query heads could as well be query tokens where there is one token."""
+    """True if query heads could as well be query tokens when there is one token."""
     cross: bool = False
-    """Whether it reads the keys of another sequence, which a step does not write."""
+    """True if it reads the keys of another sequence, which a step does not write."""
     may_stay: bool = False
-    """Whether it may be left as it is when it decodes."""
+    """True if it may be left as it is when it decodes."""
     missed: bool = False
-    """Whether it is not understood so far: left as it is, and right."""
+    """True if it is not understood so far: it is left as it is, and right."""
 
     @property
     def name(self) -> str:
@@ -71,7 +71,7 @@ class Spelling:
 
     @property
     def token_axis(self) -> int:
-        """Which axis of query, key and value counts the tokens."""
+        """Axis of query, key and value that counts the tokens."""
         return self.layout.split().index("t")
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, given: Given) -> Tensor:
@@ -79,12 +79,12 @@ class Spelling:
         return self.call(query, key, value, **given)
 
     def tensors(self, heads: int, tokens: int, head_dim: int) -> Tensor:
-        """Random [B, heads, tokens, head_dim], laid out as the spelling takes it."""
+        """Return random [B, heads, tokens, head_dim], laid out as the spelling takes it."""
         made = torch.randn(BATCH, heads, tokens, head_dim).to(self.dtype)
         return made if self.token_axis == 2 else made.transpose(1, 2).contiguous()
 
     def operands(self, query_len: int, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random query, key and value."""
+        """Return random query, key and value."""
         return (
             self.tensors(self.query_heads, query_len, self.head_dim),
             self.tensors(self.kv_heads, kv_len, self.head_dim),
@@ -92,17 +92,17 @@ class Spelling:
         )
 
     def held(self, kv_len: int) -> Given:
-        """The constants that it needs."""
+        """Return the constants that it needs."""
         made = constants(self.query_heads, kv_len)
         return {name: made[name].clone() for name in self.needs if name in made}
 
     def given(self, positions: Tensor, kv_len: int, held: Given) -> Given:
-        """All that it needs, for queries at `positions`."""
+        """Return all that it needs, for queries at `positions`."""
         made = {"seen": causal(positions, kv_len), "positions": positions}
         return {name: made[name] for name in self.needs if name in made} | held
 
     def meaning(self, raw: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and visible keys for raw products, float64 [B, Hq, Tq, L], by the formula."""
+        """Return scores and visible keys by the formula, for products in float64 [B, Hq, Tq, L]."""
         kv_len = raw.shape[-1]
         given = constants(self.query_heads, kv_len)
         given |= {"seen": causal(positions, kv_len), "positions": positions}
@@ -111,7 +111,7 @@ class Spelling:
         return score, seen.expand_as(score)
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
-        """What it puts out, by the formula, in float64: [B, Hq, Tq, Dv]."""
+        """Return the output by the formula, in float64: [B, Hq, Tq, Dv]."""
         if self.token_axis == 1:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         group = self.query_heads // self.kv_heads
@@ -125,7 +125,7 @@ class Spelling:
         return score.softmax(-1) @ value
 
     def heads_first(self, output: Tensor) -> Tensor:
-        """What it put out as [B, Hq, Tq, Dv]."""
+        """Return an output of the spelling as [B, Hq, Tq, Dv]."""
         if self.output == "b h d":
             return output[:, :, None]
         if self.output == "b t (h d)":
@@ -139,16 +139,17 @@ def spelling(**facts: Any) -> Callable[[Callable[..., Tensor]], Spelling]:
 
 
 def causal(positions: Tensor, kv_len: int) -> Tensor:
-    """Whether queries at `positions`, int [Tq], see the keys: bool [Tq, L]."""
+    """Return if queries at `positions`, int [Tq], see the keys: bool [Tq, L]."""
     return torch.arange(kv_len) <= positions[:, None]
 
 
 def constants(query_heads: int, kv_len: int) -> Given:
-    """What spellings take besides operands and positions, the same in every call.
+    """Return tensors that spellings take besides operands and positions, the same in every call.
 
-    `padding`, int [B, L], is 0 on keys that hold no token; `documents`, int [B, L], numbers the
-    documents; `sinks`, `slopes` and `temperature` have one number for each query head; `table`,
-    [32, Hq], is a bias for each distance, `bias`, [Hq, L, L], for each query and key; `tau` is 0-d.
+    `padding`, int [B, L], is 0 on keys that hold no token. `documents`, int [B, L], numbers the
+    documents. `sinks`, `slopes` and `temperature` have one number for each query head. `table`,
+    [32, Hq], is a bias for each distance. `bias`, [Hq, L, L], is a bias for each query and key.
+    `tau` is 0-d.
     """
     generator = torch.Generator().manual_seed(7)
 
@@ -169,12 +170,12 @@ def constants(query_heads: int, kv_len: int) -> Given:
 
 
 def padded(given: Given) -> Tensor:
-    """The keys that are no padding: bool [B, 1, 1, L]."""
+    """Return the keys that are no padding: bool [B, 1, 1, L]."""
     return given["padding"][:, None, None].bool()
 
 
 def repeat_kv(x: Tensor, group: int) -> Tensor:
-    """[B, Hkv, L, D] to [B, Hq, L, D], as transformers writes it."""
+    """Repeat [B, Hkv, L, D] to [B, Hq, L, D], as transformers writes it."""
     batch, heads, tokens, dim = x.shape
     if group == 1:
         return x

@@ -16,7 +16,7 @@ def scores_of(q: Tensor, k: Tensor) -> Tensor:
 
 
 def distance(given: Given) -> Tensor:
-    """From each key to each query, int [Tq, L]."""
+    """Return the distance from each key to each query, int [Tq, L]."""
     return given["positions"][:, None] - torch.arange(given["seen"].shape[-1])
 
 

@@ -42,7 +42,7 @@ def distilbert(qkv):
 
 
 def rel_shift(x: Tensor) -> Tensor:
-    """[B, H, T, 2T - 1] of relative positions to [B, H, T, T]."""
+    """Shift [B, H, T, 2T - 1] of relative positions to [B, H, T, T]."""
     b, h, t, wide = x.shape
     padded = torch.cat([torch.zeros(b, h, t, 1), x], dim=-1)
     return padded.view(b, h, wide + 1, t)[:, :, 1:].view_as(x)[..., :t]
@@ -112,7 +112,7 @@ WINDOWS, SHIFT = 4, 1
 _region = torch.arange(4)[:, None].expand(4, 9) * 3 + torch.arange(9) // 3
 SHIFT_MASK = torch.where(_region[:, :, None] == _region[:, None], 0.0, -100.0)
 SHIFT_MASK[:3] = 0.0
-"""Which patches of a window were neighbours before the shift, float [windows, 9, 9]."""
+"""Additive mask, float [windows, 9, 9]: 0 for patches that were neighbours before the shift."""
 
 
 def _windows(bias: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def swin_window(qkv, bias):
 
 
 def _partition(x: Tensor) -> Tensor:
-    """[B, 6, 6, C] to windows [B * 4, 9, C]."""
+    """Cut [B, 6, 6, C] into windows [B * 4, 9, C]."""
     x = x.view(x.shape[0], 2, 3, 2, 3, -1).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(-1, 9, x.shape[-1])
 
@@ -229,7 +229,7 @@ def segment_anything(query, key, value, Rh, Rw):
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """[B, C, H, W] to one head, [B, 1, H * W, C]."""
+    """Flatten [B, C, H, W] to one head, [B, 1, H * W, C]."""
     return x.flatten(2).mT[:, None]
 
 

@@ -308,7 +308,7 @@ def _weigh_by(recipe: Recipe, value: Tensor) -> Weigh:
 
 
 def plainly(recipe: Recipe) -> Recipe:
-    """The same attention in the plainest words."""
+    """Return a recipe of the same attention in the plainest operators."""
     return replace(
         recipe,
         heads="expand",

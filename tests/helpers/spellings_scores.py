@@ -15,12 +15,12 @@ def attend(scores: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 
 def distance(given: Given) -> Tensor:
-    """From each key to each query, int [Tq, L]."""
+    """Return the distance from each key to each query, int [Tq, L]."""
     return given["positions"][:, None] - torch.arange(given["seen"].shape[-1])
 
 
 def relative_bias(given: Given) -> Tensor:
-    """A number of the table for each distance, [Hq, Tq, L]."""
+    """Return a number of the table for each distance, [Hq, Tq, L]."""
     return given["table"][distance(given).clamp(0, 31)].permute(2, 0, 1)
 
 

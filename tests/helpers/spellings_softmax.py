@@ -170,7 +170,7 @@ def rows_that_see_nothing_filled(q, k, v, seen):
 
 @spelling(may_stay=True)
 def hidden_weights_filled(q, k, v, seen):
-    """As fairseq and ESPnet do: the fill before the softmax, and again after it."""
+    """Attend with a fill before the softmax and again after it, as fairseq and ESPnet do."""
     scores = (q @ k.mT / 4).masked_fill(~seen, torch.finfo(q.dtype).min)
     return scores.softmax(-1).masked_fill(~seen, 0.0) @ v
 

@@ -27,7 +27,7 @@ class Whole:
     head_dim: int = 16
     sites: int = 1
     mask: str = "none"
-    """What the report says of the mask, or a part of that."""
+    """Words of the report on the mask, or a part of them."""
 
     @property
     def name(self) -> str:
@@ -35,7 +35,7 @@ class Whole:
         return self.call.__name__
 
     def operands(self) -> list[Tensor]:
-        """Random inputs."""
+        """Return random inputs."""
         return [torch.randn(shape) for shape in self.shapes]
 
 
@@ -45,12 +45,12 @@ def whole(*shapes: Shape, **facts: Any) -> Callable[[Callable[..., Tensor]], Who
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, H * D] to [B, H, T, D]."""
+    """Split [B, T, H * D] into [B, H, T, D]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """[B, H, T, D] to [B, T, H * D]."""
+    """Join [B, H, T, D] to [B, T, H * D]."""
     return x.transpose(1, 2).flatten(2)
 
 

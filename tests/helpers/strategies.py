@@ -29,7 +29,7 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 def make_keys(kind: str, seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Keys [B, Hkv, T, D] of a distribution that real or hostile caches have."""
+    """Return keys [B, Hkv, T, D] of a distribution that real or hostile caches have."""
     key = random(seed, *shape)
     tokens = shape[2]
     picks = torch.randint(tokens, (tokens,), generator=torch.Generator().manual_seed(seed))
@@ -65,21 +65,21 @@ class Heads:
         return self.kv_heads * self.group
 
     def keys(self, kind: str, seed: int, tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Keys [B, Hkv, T, D]."""
+        """Return keys [B, Hkv, T, D]."""
         return make_keys(kind, seed, (self.batch, self.kv_heads, tokens, self.head_dim), dtype)
 
     def queries(self, seed: int, query_len: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Queries [B, Hq, Tq, D]."""
+        """Return queries [B, Hq, Tq, D]."""
         shape = (self.batch, self.query_heads, query_len, self.head_dim)
         return 2 * random(seed + 7, *shape).to(dtype)
 
     def index(self, config: IndexConfig) -> KVIndex:
-        """An empty index for such keys."""
+        """Return an empty index for such keys."""
         return make_index(self.batch, self.kv_heads, self.head_dim, config, CPU)
 
 
 def bounded_select(index: KVIndex, inputs: ScoreInputs, budget: int | None) -> Selection:
-    """A selection that carries the bound of what it leaves out."""
+    """Return a selection that carries the bound of what it leaves out."""
     selection = select(index, inputs, budget)
     bound = log_unread_bound(index, inputs.query, selection, inputs.softcap)
     return dataclasses.replace(selection, log_unread_bound=bound)
@@ -96,7 +96,7 @@ heads = st.builds(
 
 @st.composite
 def configs(draw, **fixed) -> IndexConfig:
-    """Small chunks and budgets, so that a hundred tokens exercise every level."""
+    """Draw small chunks and budgets, so that a hundred tokens exercise every level."""
     shortest = draw(st.integers(1, 4))
     longest = draw(st.integers(shortest, 8))
     sinks, recent = draw(st.integers(0, 5)), draw(st.integers(longest, longest + 8))
@@ -121,7 +121,7 @@ class Mask:
     """An SDPA mask, and what it means, worked out apart from it."""
 
     tensor: Tensor | None
-    """As an SDPA call takes it."""
+    """Mask as an SDPA call takes it."""
     seen: Tensor
     """bool [B, Hq, Tq, L]."""
     bias: Tensor
@@ -134,7 +134,7 @@ FORMS = ("bool", "-inf", "lowest", "bias")
 
 @st.composite
 def masks(draw, shape: Heads, query_len: int, kv_len: int, dtype: torch.dtype) -> Mask:
-    """Masks of every form; each query sees at least one key. Needs query_len <= kv_len."""
+    """Draw masks of every form; each query sees at least one key. Needs query_len <= kv_len."""
     pattern, form = draw(st.sampled_from(PATTERNS)), draw(st.sampled_from(FORMS))
     seen = _pattern(draw, pattern, shape, query_len, kv_len)
     full = seen.expand(shape.batch, shape.query_heads, query_len, kv_len)
@@ -159,7 +159,7 @@ def masks(draw, shape: Heads, query_len: int, kv_len: int, dtype: torch.dtype) -
 
 
 def _pattern(draw, pattern: str, shape: Heads, query_len: int, kv_len: int) -> Tensor:
-    """bool, broadcastable to [B, Hq, Tq, L]."""
+    """Return what is visible, bool, broadcastable to [B, Hq, Tq, L]."""
     slot = torch.arange(kv_len)
     at = torch.arange(kv_len - query_len, kv_len)[:, None]
     causal = slot <= at
@@ -186,13 +186,13 @@ def _per_row(batch: int, least: int, most: int) -> st.SearchStrategy[Tensor]:
 
 
 def lengths(batch: int, most: int, least: int = 0) -> st.SearchStrategy[Tensor]:
-    """int64 [B]."""
+    """Draw lengths, int64 [B]."""
     return _per_row(batch, least, most)
 
 
 @st.composite
 def histories(draw, batch: int, longest: int = 160) -> list[tuple[str, Tensor]]:
-    """What happens to the rows of a cache: ("grow" | "rewind" | "restart", int64 [B]).
+    """Draw steps in the life of a cache's rows: ("grow" | "rewind" | "restart", int64 [B]).
 
     The numbers are new tokens, tokens taken back, and a first token or -1 for rows left alone.
     """
@@ -249,7 +249,7 @@ class GrownCache:
 
 @st.composite
 def grown_caches(draw, **fixed) -> GrownCache:
-    """A cache with no tokens yet, of any shape, distribution and dtype."""
+    """Draw a cache with no tokens yet, of any shape, distribution and dtype."""
     kind, dtype = draw(st.sampled_from(KINDS)), draw(st.sampled_from(DTYPES))
     return GrownCache(draw(heads), draw(configs(**fixed)), kind, dtype)
 
@@ -262,7 +262,7 @@ def row_chunks(index: KVIndex, row: int) -> list[tuple[int, int]]:
 
 
 def greedy_chunks(strength: list[int], first: int, end: int, chunk: tuple[int, int]):
-    """Chunks decided so far by the definition, one after another: [(start, length)], tail start."""
+    """Return the chunks so far by the definition, [(start, length)], and where the tail starts."""
     chunks = []
     while first + chunk[1] < end:
         sizes = range(chunk[0], chunk[1] + 1)

@@ -1,4 +1,4 @@
-"""What each of two processes does in the tests of tensor parallelism: decode, and say what it saw.
+"""Work of each of two processes in the tests of tensor parallelism: decode, and say what it saw.
 
 The processes meet in a file, so that no port is taken.
 """
@@ -82,7 +82,7 @@ def prompt() -> Tensor:
 
 
 def greedy(prefill: Step, step: Step) -> tuple[Tensor, Tensor]:
-    """Tokens [STEPS] and logits [STEPS, vocabulary]: the prompt at once, then one by one."""
+    """Return tokens [STEPS] and logits [STEPS, vocabulary]: the prompt at once, then one by one."""
     logits = prefill(prompt())[0, -1]
     tokens, seen = [], []
     for _ in range(STEPS):
@@ -93,7 +93,7 @@ def greedy(prefill: Step, step: Step) -> tuple[Tensor, Tensor]:
 
 
 def decode_llama(model: Any, forward: Callable[..., Any], kind: str) -> tuple[Tensor, Tensor]:
-    """Greedy decoding over a cache of transformers, after an eager prefill."""
+    """Decode greedily over a cache of transformers, after an eager prefill."""
     from cache_names import CACHE
     from transformers import DynamicCache, StaticCache
 
@@ -106,13 +106,13 @@ def decode_llama(model: Any, forward: Callable[..., Any], kind: str) -> tuple[Te
 
 
 def compile_for(kind: str, model: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
-    """`model` through the backend; one graph serves a dynamic cache from the first step on."""
+    """Compile `model` so that one graph serves a dynamic cache from the first step on."""
     dynamic = True if kind == "dynamic" else None
     return torch.compile(model, backend="lychee", options=options, dynamic=dynamic)
 
 
 def _observed(decode: Callable[[], tuple[Tensor, Tensor]]) -> Outcome:
-    """What decoding gave, what the backend said of it and how many keys each head read."""
+    """Return what decoding gave, what the backend said of it and how many keys each head read."""
     import lychee_compile
 
     torch.compiler.reset()
@@ -148,7 +148,7 @@ def _without_inductor() -> Callable[[], None]:
 
 
 def sharded_llama(folder: Path, inductor: bool = False) -> dict[str, Outcome]:
-    """A model saved in `folder`, sharded by transformers' own plan, through every kind of cache."""
+    """Decode with a saved model over every kind of cache, sharded by the plan of transformers."""
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -178,12 +178,12 @@ def sharded_llama(folder: Path, inductor: bool = False) -> dict[str, Outcome]:
 
 
 def inductors_llama(folder: Path) -> dict[str, Outcome]:
-    """The same through Inductor."""
+    """Decode as `sharded_llama` does, but through Inductor."""
     return sharded_llama(folder, inductor=True)
 
 
 def _collectives_of_a_step(model: Any, forward: Callable[..., Any]) -> Counter[str]:
-    """How often each collective of gloo's runs in a decoding step."""
+    """Return how often each collective of gloo runs in a decoding step."""
     from cache_names import CACHE
     from torch.profiler import ProfilerActivity, profile
     from transformers import StaticCache
@@ -210,7 +210,7 @@ class Attention(nn.Module):
         self.reduce = reduce
 
     def forward(self, ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Logits [B, T, 128] of `ids` [B, T] at `positions` [T]; caches [B, heads here, L, D]."""
+        """Return logits [B, T, 128] of `ids` [B, T] at `positions` [T], over [B, heads, L, D]."""
         x = self.words(ids)
         q, k, v = (
             project(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
@@ -226,7 +226,7 @@ class Attention(nn.Module):
 def decode_attention(
     model: nn.Module, forward: Callable[..., Tensor], heads: int
 ) -> tuple[Tensor, Tensor]:
-    """Greedy decoding with `Attention` over caches of `heads` heads."""
+    """Decode greedily with `Attention` over caches of `heads` heads."""
     keys, values = (torch.zeros(1, heads, SLOTS, HEAD_DIM) for _ in range(2))
     at = 0
 
@@ -243,7 +243,7 @@ def decode_attention(
 
 
 def seeded_attention(reduce: Callable[[Tensor], Tensor] = lambda partial: partial) -> Attention:
-    """The same weights in every process."""
+    """Return an attention with the same weights in every process."""
     torch.manual_seed(0)
     return Attention(reduce)
 
@@ -273,7 +273,7 @@ def _parallelized(model: Attention) -> nn.Module:
 
 
 def sharded_attention(folder: Path) -> dict[str, Outcome]:
-    """An attention by hand, sharded in each way people do that."""
+    """Decode with an attention by hand, sharded in each way people do that."""
     models = {
         "functional all_reduce": _slice_by_hand(seeded_attention(_functional_reduce)),
         "all_reduce in place": _slice_by_hand(seeded_attention(_reduce_in_place)),

@@ -29,7 +29,7 @@ class StaticKV:
         return StaticKV(buffers(), buffers(), torch.zeros((), dtype=torch.int64))
 
     def copy(self) -> StaticKV:
-        """An independent copy."""
+        """Return an independent copy."""
         return StaticKV(
             [key.clone() for key in self.keys],
             [value.clone() for value in self.values],
@@ -37,7 +37,7 @@ class StaticKV:
         )
 
     def tensors(self) -> list[Tensor]:
-        """Every key and value buffer."""
+        """Return every key and value buffer."""
         return [*self.keys, *self.values]
 
 
@@ -134,7 +134,7 @@ def decode_beside(
     size: int,
     growing: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of `compiled` and of `model` at each of the `ids` [1, T] behind the prompt.
+    """Yield logits of `compiled` and of `model` at each of the `ids` [1, T] behind the prompt.
 
     Over a growing cache or a static one of `size` slots, which the compiled model alone writes.
     """

@@ -56,11 +56,11 @@ class Traced:
         return self.mode.from_tensor(tensor, symbolic_context=context)
 
     def size(self, expression: Any) -> int:
-        """A size with the sizes of the inputs put in."""
+        """Return a size with the sizes of the inputs put in."""
         return int(sympy.sympify(expression).subs(self.values))
 
     def at(self, axes: Axes, indices: Indices, shape: Any, place: tuple[int, ...]) -> dict:
-        """Values of all symbols at one place of a tensor; `indices` are those of all of it."""
+        """Return the values of all symbols at one place of a tensor with these `indices`."""
         values: dict[sympy.Symbol, int] = dict(self.values)
         for index, size, number in zip(indices, shape, place, strict=True):
             digits = axes.digits(index, size)
@@ -73,7 +73,7 @@ class Traced:
 
 
 def with_finer_axes(match: Callable[[Axes], Any]) -> Any:
-    """`match` with axes fine enough. Unlike the detector's own it does not give up in silence."""
+    """Return the result of `match` over axes fine enough; raise AssertionError if none are."""
     axes = Axes()
     asked = []
     for _ in range(FINEST):
@@ -86,18 +86,18 @@ def with_finer_axes(match: Callable[[Axes], Any]) -> Any:
 
 
 def whole(axes: Axes, node: torch.fx.Node, name: str = "o") -> Indices:
-    """An index over each dimension of a tensor."""
+    """Return an index over each dimension of a tensor."""
     return tuple(axes.index(f"{name}{place}", size) for place, size in enumerate(shape_of(node)))
 
 
 def places(shape: tuple[int, ...], most: int, seed: int = 0) -> Iterator[tuple[int, ...]]:
-    """All places of a tensor of this shape, or as many random ones."""
+    """Yield all places of a tensor of this shape, or as many random ones."""
     every = list(itertools.product(*map(range, shape)))
     yield from random.Random(seed).sample(every, min(most, len(every)))
 
 
 def loads(traced: Traced, names: Names, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """What every node of the graph computes, by the name its elements go by."""
+    """Return the value of every node of the graph, by the name of the node's elements."""
     found: dict[str, Tensor] = {}
 
     class Recorder(torch.fx.Interpreter):
@@ -112,7 +112,7 @@ def loads(traced: Traced, names: Names, inputs: tuple[Tensor, ...]) -> dict[str,
 
 
 def evaluate(element: Any, at: dict[sympy.Symbol, int], values: dict[str, Tensor]) -> Any:
-    """The number that an expression of axes and of elements of tensors stands for."""
+    """Return the number that an expression of axes and of elements of tensors stands for."""
     element = sympy.sympify(element)
     if isinstance(element, sympy.Piecewise):  # not evaluated: the other branches may be nonsense
         for value, condition in element.args:

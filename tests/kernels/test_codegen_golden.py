@@ -25,7 +25,7 @@ LAUNCHED = {
     "encode", "scan_boxes", "rank_boxes", "list_boxes", "ask", "scan", "choose",
 }  # fmt: skip
 FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE"}
-"""What launches look at, and no kernel."""
+"""Names that launches look at, and no kernel."""
 
 
 @pytest.fixture(params=list(SPECS))
@@ -46,7 +46,7 @@ def test_no_module_is_left_over():
 
 
 def symbols(name):
-    """What a module defines, and all that its functions read from outside of them."""
+    """Return the names that a module defines, and those its functions read from outside of them."""
     table = symtable.symtable(emit_module(SPECS[name]), name, "exec")
     defined = {each.get_name() for each in table.get_symbols() if each.is_assigned()}
     defined |= {each.get_name() for each in table.get_symbols() if each.is_imported()}

@@ -33,7 +33,7 @@ DIM, LENGTH = 8, 90
 
 
 def kernel(sparse: bool) -> str:
-    """A module for keys up to `length[0]`."""
+    """Return a module for keys up to `length[0]`."""
     element = sympy.Indexed(sympy.IndexedBase(sympy.Symbol("length", integer=True)), 0)
     spec = AttentionSpec(
         dtype="float32",
@@ -50,7 +50,7 @@ def kernel(sparse: bool) -> str:
 
 
 def operands() -> tuple[Any, ...]:
-    """Query, key, value, what is captured, and an extra logit."""
+    """Return query, key, value, what is captured, and an extra logit."""
     query, sink = torch.randn(1, 4, 2, DIM), torch.randn(4, 1)
     key, value = torch.randn(2, 1, 2, 100, DIM)
     return query, key, value, [torch.tensor([LENGTH])], sink
@@ -65,7 +65,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, captured: list[Tensor], sin
 
 
 def arguments(kind: str) -> tuple[Any, ...]:
-    """Of one operator; what stands for the index is kept alive by the caller."""
+    """Return the arguments of one operator; the caller keeps alive what stands for the index."""
     given, positions = operands(), torch.tensor([LENGTH - 1, LENGTH])
     if kind == "exact":
         return (*given, kernel(sparse=False))
@@ -200,7 +200,7 @@ def test_heads_repeated_by_hand_and_tokens_before_heads_are_read_where_they_lie(
 
 
 def test_copies_are_seen() -> None:
-    """What the tests above rely on."""
+    """The search for copies, which the tests above rely on, finds them."""
     graph = torch.fx.Graph()
     given = graph.placeholder("keys")
     aten = torch.ops.aten

@@ -24,7 +24,7 @@ DIMS = (64, 80, 96, 128, 192, 256)
 
 @st.composite
 def problems(draw):
-    """Attentions of at most a few rows of queries, with everything else that kernels are for."""
+    """Draw attentions with few rows of queries, and everything else that kernels are for."""
     head_dim = draw(st.sampled_from([16, *DIMS]))
     group, query_len = draw(st.integers(1, 16)), draw(st.sampled_from([1, 1, 2, 3, 7, 16]))
     most = max(1, 6 // query_len)

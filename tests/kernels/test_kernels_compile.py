@@ -26,7 +26,7 @@ OFTEN = ("sparse_mask_extra_logit", "prefill_mask_softcap_odd_sizes")
     ],
 )
 def test_kernels_compile_without_a_gpu(names, tmp_path):
-    """In a process of its own: in this one they are interpreted."""
+    """Kernels compile in a process of their own, since this one interprets them."""
     given = {each: value for each, value in os.environ.items() if each != "TRITON_INTERPRET"}
     folders = {"TRITON_CACHE_DIR": str(tmp_path), "LYCHEE_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

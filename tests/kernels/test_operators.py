@@ -37,7 +37,7 @@ def handle():
 
 @pytest.fixture
 def calls():
-    """What the sparse attention calls of a test tell their observers."""
+    """Collect what the sparse attention calls of a test tell their observers."""
     seen = []
     note = seen.append
     observers.append(note)
@@ -46,7 +46,7 @@ def calls():
 
 
 def operand_sets():
-    """Query, key, value and mask: one query or several, masks, dtypes, a value size of its own."""
+    """Yield query, key, value and mask in all dtypes, with one query or several."""
     for dtype in reference_operators.DTYPES:
         for query_len, group in ((1, 2), (3, 1), (3, 2)):
             shape = Heads(2, 2, group, 8)
@@ -94,7 +94,7 @@ def test_soft_caps_and_extra_logits_are_what_they_say(group, query_len, softcap,
 
 @given(seeds, st.floats(0.5, 40.0))
 def test_bounds_of_soft_capped_scores_hold(seed, softcap):
-    """What was not read holds no more mass than the bound says, the cap applied to both."""
+    """Keys not read hold no more mass than the bound says; the cap applies to both."""
     key, query = SHAPE.keys("gaussian", seed, 60), 3 * SHAPE.queries(seed, 2)
     owner = ReferenceCacheIndex(CONFIG)
     update_index(key, None, None, None, owner.tensor, 1)
@@ -170,7 +170,7 @@ def test_an_update_may_see_nothing(written, handle):
 
 
 def test_token_ids_give_the_strengths():
-    """Those of a dense prefill too, which is indexed when decoding begins."""
+    """Token ids count in a dense prefill too, which is indexed when decoding begins."""
     key = SHAPE.keys("gaussian", 0, 61)
     owner = ReferenceCacheIndex(CONFIG, lambda ids: (ids == 7).to(torch.uint8))
     ids = torch.zeros(1, 61, dtype=torch.int64)
@@ -215,7 +215,7 @@ def test_symbolic_shapes(handle):
 
 
 def decode(key, query, new, position, handle):
-    """Two tokens in one graph: written and read, written and read."""
+    """Decode two tokens in one graph: write and read, write and read."""
     outputs = []
     for offset in range(2):
         at = position + offset

@@ -1,4 +1,4 @@
-"""Kernels for whole sequences, interpreted, against their specification and float64."""
+"""Kernels for prefill, interpreted, against their specification and float64."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def few_tiles_together(monkeypatch):
 
 
 def tiled(**given):
-    """A problem whose specification is that of a whole sequence."""
+    """Return a decoding problem whose specification is that of a prefill."""
     problem = make_problem(**given)
     problem.spec = replace(problem.spec, tiles=TileSpec("lychee", SINKS, RECENT))
     return problem
 
 
 def give_mask(problem, mask, query=Q):
-    """What queries see becomes a tensor, bool [B, 1, T, L], or, with `query` 0, [B, 1, 1, L]."""
+    """Make the mask of a problem a tensor, bool [B, 1, T, L], or [B, 1, 1, L] with `query` 0."""
     visible = Flag(element("mask", B, 0, query, KV))
     captured = (Captured("mask", "bool", 4),)
     problem.spec = replace(problem.spec, visible=visible, captured=captured)
@@ -99,7 +99,7 @@ def test_everything_read_is_as_good_as_eager_attention(problem, tuning):
 
 
 def chosen_by_kernels(problem, budget):
-    """Keys that tiles chose, bool [B, Hq, tiles, L], the output, and log-sum-exps."""
+    """Return keys that tiles chose, bool [B, Hq, tiles, L], the output, and log-sum-exps."""
     launch = PrefillLaunch(problem.module(), problem.operands(), PrefillBudget(budget))
     batch, heads, query_len, _ = problem.query.shape
     kv_len = problem.key.shape[2]
@@ -119,7 +119,7 @@ def chosen_by_kernels(problem, budget):
 
 
 def specified(problem, budget):
-    """What the specification asks about the tiles of a problem, whose mask is a tensor."""
+    """Return the specification's question about the tiles of a problem, whose mask is a tensor."""
     batch, heads, query_len, head_dim = problem.query.shape
     sight = Sight(
         problem.visible, False, batch, query_len, problem.key.shape[2], torch.device("cpu")
@@ -135,7 +135,7 @@ def specified(problem, budget):
 
 
 def assert_best(chosen, question):
-    """As many as there is room for, and none of a bin below that of one left out."""
+    """Check that all room is used, and that no key left out is in a better bin than one chosen."""
     candidates = question.candidates
     assert not (chosen & ~candidates).any()
     assert torch.equal(chosen.sum(-1), torch.minimum(question.room, candidates.sum(-1)))
@@ -156,7 +156,7 @@ def assert_best(chosen, question):
     ],
 )
 def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch):
-    """As many as the specification says, and none that matters less than one left out."""
+    """The specified number of keys is read, and no key left out weighs more than one of them."""
     monkeypatch.setattr(launch_prefill, "TOGETHER", together)
     problem = tiled(sizes=Sizes(1, 1, 2, 300, 300, 32, 16), mask=mask, length=0, seed=1)
     chosen, output, log_sums = chosen_by_kernels(problem, budget)
@@ -172,7 +172,7 @@ def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch)
 
 @pytest.mark.parametrize("misleading", [False, True])
 def test_a_sample_that_misleads_changes_nothing(misleading, monkeypatch):
-    """Where the bin that the budget ends in is none of those it suggests, all are counted."""
+    """All bins are counted if the budget ends in none of those that a sample suggests."""
     monkeypatch.setattr(launch_prefill, "LANES", 64)
     problem = tiled(sizes=Sizes(1, 1, 1, 130, 1000, 16, 16), mask="none", seed=3)
     if misleading:  # the sample is of runs of 16 slots, one in fifteen

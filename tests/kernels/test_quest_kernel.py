@@ -33,7 +33,7 @@ TIE = 0.12
 
 
 def make_quest(sizes, budget=BUDGET, by_head=False, **given):
-    """A problem whose output says what weight each token has: values are unit vectors."""
+    """Return a problem whose output says what weight each token has: values are unit vectors."""
     sparse = SparseSpec("quest", budget, 16, 64, 16, 65536)
     problem = make_problem(sizes=replace(sizes, value_dim=sizes.kv_len), sparse=sparse, **given)
     if by_head:
@@ -46,7 +46,7 @@ def make_quest(sizes, budget=BUDGET, by_head=False, **given):
 
 
 def positions_of(problem):
-    """Slots of the tokens that the queries belong to, int64 [B, T]."""
+    """Return slots of the tokens that the queries belong to, int64 [B, T]."""
     kv_len, query_len = problem.key.shape[2], problem.query.shape[2]
     rows = 5 * torch.arange(problem.key.shape[0]) if "lengths" in str(problem.spec.visible) else 0
     last = torch.arange(kv_len - query_len, kv_len)
@@ -65,12 +65,12 @@ def run(problem, index, positions):
 
 
 def by_page(slots):
-    """[..., L] as [..., pages, PAGE]."""
+    """Reshape [..., L] to [..., pages, PAGE]."""
     return F.pad(slots, (0, -slots.shape[-1] % PAGE)).unflatten(-1, (-1, PAGE))
 
 
 def policy_index(problem, end):
-    """The reference's index of the tokens before `end`, int64 [B]."""
+    """Return the reference's index of the tokens before `end`, int64 [B]."""
     batch, heads, _, head_dim = problem.key.shape
     config = IndexConfig(budget=problem.spec.sparse.budget, policy="quest")
     index = QuestIndex(batch, heads, head_dim, config, torch.device("cpu"))
@@ -136,7 +136,7 @@ def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
 
 
 def test_the_policy_itself_chooses_as_many_of_the_same_rank():
-    """What the test above compares with is what the policy would read."""
+    """The ranks that the test above compares with are those of the policy."""
     problem = make_quest(Sizes(1, 1, 4, 1, 400, 64))
     index, scale = policy_index(problem, torch.tensor([400])), 64**-0.5
     inputs = ScoreInputs(problem.query, problem.key, 400, None, scale)
@@ -191,7 +191,7 @@ def test_a_box_far_too_large_hides_no_page():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_leaves_the_index_as_building_it_does(dtype):
-    """Of two pages that are written to, one becomes full."""
+    """A step that writes to two pages, and fills one, leaves the index as building does."""
     problem = make_quest(Sizes(2, 2, 1, 5, 179, 48), dtype=dtype, layout="channels first")
     index, anew = index_up_to(problem, 174), index_up_to(problem, 179)
     assert not torch.equal(index.state, anew.state)

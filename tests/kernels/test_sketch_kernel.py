@@ -31,7 +31,7 @@ MOVED = {"float16": 0.01, "bfloat16": 0.1, "float32": 0.01}
 
 
 def codes(index):
-    """Of all slots, [B, Hkv, slots, r]."""
+    """Return the codes of all slots, [B, Hkv, slots, r]."""
     fine, coarse = planes(index.layout.head_dim)
     parts = index.parts
     kinds = (parts.fine, fine), (parts.coarse, coarse)
@@ -39,12 +39,12 @@ def codes(index):
 
 
 def page_codes(index):
-    """[B, Hkv, pages, r]."""
+    """Return the codes of pages, [B, Hkv, pages, r]."""
     return _unpacked(index.parts.pages, planes(index.layout.head_dim)[0], centred=False)
 
 
 def levels(index, key):
-    """Coordinates in steps, where codes begin at 0, of keys [B, Hkv, L, D] of the first block."""
+    """Return the coordinates of keys [B, Hkv, L, D] of the first block, in steps from code 0 on."""
     parts = index.parts
     kept = parts.spread.shape[-1]
     axes, step = parts.axes[:, :, 0].double(), parts.step[:, :, 0, None].double()
@@ -53,7 +53,7 @@ def levels(index, key):
 
 
 def assert_same_codes(found, expected, level, moved):
-    """Equal, but next to each other where a coordinate is at the edge between two codes."""
+    """Check that codes are equal, or neighbours if a coordinate is at the edge between both."""
     edge = (level - level.round()).abs() < moved
     assert ((found == expected) | (edge & ((found - expected).abs() <= 1))).all()
     assert (found == expected).float().mean() > 0.97
@@ -72,7 +72,7 @@ def test_keys_are_quantised_as_the_reference_does(dtype, head_dim):
 
 
 def assert_as_if_built(index, problem, ends):
-    """What steps have left for the first `ends`, one for each row, is what one build leaves."""
+    """Check that steps left of the first `ends` slots, one for each row, what one build leaves."""
     again = SketchIndex(index.layout, torch.device("cpu"))
     again.state.copy_(index.state)
     for part in (again.parts.fine, again.parts.coarse, again.parts.pages):
@@ -160,7 +160,7 @@ def small_blocks(monkeypatch):
 
 
 def alone(problem, row, end):
-    """An index of one row of the keys."""
+    """Return an index of one row of the keys."""
     key = problem.key[row : row + 1]
     index = SketchIndex(SketchLayout.of(key), key.device)
     index.build(problem.module(), key, [end])
@@ -168,7 +168,7 @@ def alone(problem, row, end):
 
 
 def assert_row_is(index, row, other, slots):
-    """What is known of these slots of a row is what an index of that row alone says."""
+    """Check that these slots of a row are known as in an index of that row alone."""
     blocks = slice(slots.start // 512, -(-slots.stop // 512))
     for name in ("axes", "centre", "step", "spread"):
         found, expected = (getattr(each.parts, name) for each in (index, other))

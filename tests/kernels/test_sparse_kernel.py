@@ -34,7 +34,7 @@ BOTH = pytest.mark.parametrize("sparse", [FLAT, PAGED], ids=["flat", "paged"])
 
 @st.composite
 def problems(draw):
-    """Attentions of one or two rows of queries over a cache that is larger than the budget."""
+    """Draw attentions of one or two rows of queries over a cache that is larger than the budget."""
     query_len = draw(st.sampled_from([1, 1, 2, 3]))
     batch = draw(st.integers(1, 2)) if query_len == 1 else 1
     heads = draw(st.integers(1, 2 // batch)) if query_len == 1 else 1
@@ -61,13 +61,13 @@ def problems(draw):
 
 
 def newest(problem):
-    """The slots that the queries are at: the last ones."""
+    """Return the slots that the queries are at: the last ones."""
     end = problem.key.shape[2]
     return torch.arange(end - problem.query.shape[2], end)
 
 
 def step_of(problem):
-    """A step whose index holds all keys but those that it writes."""
+    """Return a step whose index holds all keys but those that it writes."""
     positions = newest(problem)
     return Step.run(problem, built(problem, int(positions[0])), positions)
 
@@ -155,7 +155,7 @@ def test_more_unknown_keys_than_the_budget_are_all_read(mask, sparse):
 
 @BOTH
 def test_an_index_may_have_room_for_more(sparse):
-    """As that of a cache that grows."""
+    """An index may have more slots than the cache, like the index of a growing cache."""
     problem = make_problem(sizes=Sizes(kv_len=200), sparse=sparse)
     positions = newest(problem)
     index = built(problem, int(positions[0]), slots=BLOCK + 512)

@@ -32,7 +32,7 @@ def storage(tensor):
     actions=st.lists(st.sampled_from(["append", "three", "crop", "branch", "write"]), max_size=12),
 )
 def test_any_history_gives_what_concatenation_gives(dims, actions):
-    """What was handed out before keeps its contents, whatever is appended to whichever."""
+    """A tensor that was handed out keeps its contents, whatever is appended to it or to others."""
     dim, rank = dims
     sizes = [2, 3, 2, 4][:rank]
     sizes[dim] = 5
@@ -105,7 +105,7 @@ def test_opcheck():
 
 
 def test_nothing_given_shares_storage_with_what_was_taken():
-    """As PyTorch asks of every operator, though they share memory."""
+    """Results have their own storages, as PyTorch demands of every operator, over shared memory."""
     with_room = append(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 1, 4), 2)
     place = storage(with_room)
     grown = append(with_room, torch.randn(1, 2, 1, 4), 2)
@@ -131,7 +131,7 @@ def test_steps_over_a_growing_cache_do_not_copy_it():
 
 
 def decoded(model, ids):
-    """Logits of 24 steps, of which five are taken back, and where the first layer's keys lay."""
+    """Return logits of 24 steps, five of them taken back, addresses of keys, and last values."""
     forward = torch.compile(model, backend="lychee", options={"budget": 48, "recent": 16})
     cache, logits, places, length = transformers.DynamicCache(config=model.config), [], [], 60
     model(ids[:, :length], **{CACHE: cache})
@@ -149,7 +149,7 @@ def decoded(model, ids):
 @pytest.mark.usefixtures("seeded")
 @pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_a_dynamic_cache_of_transformers_is_not_copied(inductor, request, monkeypatch):
-    """And decodes as one that is."""
+    """A cache that is not copied decodes as one that is."""
     if not inductor:
         request.getfixturevalue("without_inductor")
     model, ids = model_of("llama"), torch.randint(1, 128, (2, 90))

@@ -1,4 +1,4 @@
-"""Where generated kernels run, where they do not, and what the report says of it."""
+"""Attentions for which generated kernels run, those for which none do, and the reports on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [
 def operands(
     query_len: int = 1, dim: int = DIM, value_dim: int = DIM, group: int = GROUP, size: int = SIZE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A query, and a key and value cache that the graph only reads."""
+    """Return a query, and a key and value cache that the graph only reads."""
     query = torch.randn(1, KV_HEADS * group, query_len, dim)
     return query, torch.randn(1, KV_HEADS, size, dim), torch.randn(1, KV_HEADS, size, value_dim)
 
@@ -40,7 +40,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
 
 
 def only_site(function: Any, *inputs: Any, atol: float = 1e-5, **options: Any) -> Site:
-    """The site of one attention whose first step was found to be exact."""
+    """Return the site of one attention, after checking that its first step is exact."""
     expected = function(*(each.clone() for each in inputs))
     got = compiled(function, **options)(*inputs)
     torch.testing.assert_close(got, expected, atol=atol, rtol=atol)
@@ -82,7 +82,7 @@ def test_keys_that_cannot_be_sketched_are_read_exactly(inputs: Any, kernel: str)
 
 
 def rolling(query: Tensor, keys: Tensor, values: Tensor, key: Tensor) -> Tensor:
-    """A cache that keeps a window: every key changes its slot."""
+    """Return a cache that keeps a window: every key changes its slot."""
     moved = keys.roll(-1, 2)
     moved[:, :, -1:] = key
     keys.copy_(moved)
@@ -119,7 +119,7 @@ def kept(function: Any, *inputs: Any, **options: Any) -> Site:
 
 
 def mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Queries in a wider dtype than keys, as is seldom written."""
+    """Return queries in a wider dtype than keys, as is seldom written."""
     scores = query.float() @ key.repeat_interleave(GROUP, 1).float().mT * DIM**-0.5
     return scores.softmax(-1) @ value.repeat_interleave(GROUP, 1)
 
@@ -271,7 +271,7 @@ def test_explain_names_the_kernel_and_its_source_can_be_read(tmp_path: Any) -> N
 
 
 def _spec_of(kernel: str) -> Any:
-    """The specification that a kernel was generated from."""
+    """Return the specification that a kernel was generated from."""
     import sympy
 
     from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, S, SparseSpec

@@ -29,7 +29,7 @@ WAYS = {"recovered": fused_terms, "read": mask_terms}
 
 @cache
 def terms_of(dtype: torch.dtype, way: str) -> KernelExpressions:
-    """What a kernel computes of scaled dot-product attention with an additive mask [1, 1, 1, L]."""
+    """Return the terms of a kernel for SDPA with an additive mask [1, 1, 1, L]."""
     query, key = torch.ones(1, 1, 1, DIM, dtype=dtype), torch.ones(1, 1, KEYS, DIM, dtype=dtype)
     mask = torch.zeros(1, 1, 1, KEYS, dtype=dtype)
 
@@ -41,7 +41,7 @@ def terms_of(dtype: torch.dtype, way: str) -> KernelExpressions:
 
 
 def of_kernel(mask: Tensor, way: str) -> Tensor:
-    """The keys that a kernel takes for visible: bool [L]."""
+    """Return the keys that a kernel takes for visible: bool [L]."""
     terms = terms_of(mask.dtype, way)
     (captured,) = terms.captured
     zero = torch.zeros(KEYS, dtype=torch.long)
@@ -50,7 +50,7 @@ def of_kernel(mask: Tensor, way: str) -> Tensor:
 
 
 def of_reference(mask: Tensor) -> Tensor:
-    """The keys that the reference takes for visible: bool [L]."""
+    """Return the keys that the reference takes for visible: bool [L]."""
     seen = visible_keys(mask, 1, 1, KEYS, mask.device).mask
     assert seen is not None
     return seen[0, 0, 0]
@@ -58,7 +58,7 @@ def of_reference(mask: Tensor) -> Tensor:
 
 @st.composite
 def biases(draw: st.DrawFn, dtype: torch.dtype) -> list[float]:
-    """Rows of biases: usual ones, those that hide, and those next to the threshold."""
+    """Draw rows of biases: usual ones, those that hide, and those next to the threshold."""
     low = torch.finfo(dtype).min
     near = torch.tensor(HIDDEN, dtype=dtype)
     beside = [
@@ -127,5 +127,5 @@ def test_a_row_without_any_key_shows_none(low: float) -> None:
 
 @pytest.mark.parametrize("low", [-1e4, -1e9])
 def test_a_row_of_equal_low_numbers_shows_all(low: float) -> None:
-    """As in a row that is all padding: equal biases take no key's weight away."""
+    """Equal biases take no key's weight away, so that a row that is all padding shows all keys."""
     assert shown(torch.full((2, KEYS), low)).all()

@@ -41,7 +41,7 @@ def integers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def decode(model: Any, forward: Callable[..., Any]) -> list[Tensor]:
-    """Logits after an eager prefill, step by step, with the masks that `generate()` makes."""
+    """Return logits after an eager prefill, step by step, with masks as `generate()` makes."""
     ids = torch.randint(1, 128, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(2))
     cache = transformers.StaticCache(model.config, max_cache_len=64)
     model(ids[:, :PROMPT], **{CACHE: cache})
@@ -72,7 +72,7 @@ def test_the_length_that_a_window_layer_counts_is_no_input(name: str, integers: 
 
 
 def graph_of(function: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
-    """What Dynamo and the retrace make of a function whose integers are symbolic."""
+    """Return the graph of a function with symbolic integers, after Dynamo and the retrace."""
     graphs = []
 
     def keep(gm: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:

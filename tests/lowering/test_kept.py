@@ -30,7 +30,7 @@ def built(name: str, implementation: str) -> Any:
 
 
 def inputs(name: str, model: Any, phase: str) -> dict[str, Any]:
-    """The same tensors at every call, and a new cache."""
+    """Return the same tensors at every call, and a new cache."""
     return coverage_calls.arguments(model, ARCHITECTURES[name], phase)
 
 
@@ -39,7 +39,7 @@ def compiled(model: Any) -> Any:
 
 
 def sites() -> list[Site]:
-    """What was found in all that has been compiled."""
+    """Return the attentions that were found in all that has been compiled."""
     found = [site for report in lychee_compile.reports() for site in report.sites]
     assert counters["lychee"]["found"] == len(found) > 0
     return found
@@ -111,7 +111,7 @@ def test_dropout_while_training(name: str, implementation: str, option: str) -> 
 
 
 def gradients(model: Any, forward: Any, given: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
-    """A loss and its gradients by all parameters."""
+    """Return a loss and its gradients by all parameters."""
     torch.manual_seed(2)
     with torch.enable_grad():
         loss = forward(**given)[0].square().mean()

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def static_cache_step(query, key, value, key_new, value_new, length):
-    """As transformers has it: the mask first, then for each layer the cache moves on."""
+    """Step in the order of transformers: the mask first, then for each layer the cache moves on."""
     mask = (slots() <= rows(length))[None, None].expand(BATCH, 1, -1, -1)
     positions = torch.arange(QUERIES) + length
     length.add_(QUERIES)
@@ -83,7 +83,7 @@ def test_tensors_alike_in_one_attention_are_told_apart() -> None:
 
 
 def spelled(function: Callable[..., Tensor], names: list[str]) -> Callable[..., Tensor]:
-    """`function` with parameters of these names, which Dynamo calls its inputs by."""
+    """Return `function` with parameters of these names, which Dynamo calls its inputs by."""
     given = ", ".join(["q", "k", "v", *names])
     return eval(f"lambda {given}: function({given})", {"function": function})
 

@@ -1,4 +1,4 @@
-"""Where a kernel reads the mask instead, symbolic lengths, and FlexAttention."""
+"""Masks that a kernel reads as tensors, symbolic lengths, and FlexAttention."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_a_tensor_on_another_device_falls_back() -> None:
-    """As a length without dimensions may be."""
+    """A length without dimensions may be on another device, where a kernel cannot read it."""
 
     def attend(q, k, v, length):
         return sdpa(q, k, v, torch.arange(KEYS, device="meta")[None] <= length)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 
 
 def order_of(sizes: tuple[int, ...], prefix: int) -> list[int]:
-    """The order that is emitted, as numbers."""
+    """Return the order that is emitted, as numbers."""
     graph = torch.fx.Graph()
     emit = Emitter(graph, FakeTensorMode())
     end = graph.output(())

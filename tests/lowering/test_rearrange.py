@@ -42,7 +42,7 @@ def by_hand(tensor: Tensor, layout: Any, wanted: Any, *, whole: bool) -> Tensor:
 
 @st.composite
 def layouts(draw, axes: list[str]) -> list[tuple[str, ...]]:
-    """Axes in any order, neighbours together in one dimension, some dimensions of size one."""
+    """Draw axes in any order, neighbours together in one dimension, some dimensions of size one."""
     axes, layout = list(draw(st.permutations(axes))), []
     while axes:
         taken = draw(st.integers(1, min(3, len(axes))))
@@ -57,7 +57,7 @@ def rearranged(
     tensor: Tensor, layout: Any, wanted: Any, *, whole: bool, dynamic: tuple[int, ...] = (),
     unknown: bool = False,
 ) -> Tensor:  # fmt: skip
-    """What the rearranger's nodes compute of `tensor`."""
+    """Return the value of the nodes that rearrange `tensor`."""
     traced = Traced(lambda x: x + 0, tensor, dynamic=dynamic)
     (node,) = traced.outputs
     axes = Axes()

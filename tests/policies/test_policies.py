@@ -1,4 +1,4 @@
-"""What holds for every policy, whatever the cache, the mask, the budget and the history."""
+"""Properties of every policy, whatever the cache, the mask, the budget and the history."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ configs = st.builds(
 
 
 def small(policy: str) -> type[KVIndex]:
-    """The policy, with groups that a short cache holds many of."""
+    """Return the policy, with groups that a short cache holds many of."""
     return SMALL.get(policy, index_class(policy))
 
 
@@ -78,7 +78,7 @@ class Case:
         return select(index, inputs, budget)
 
     def check(self, index: KVIndex, read: Tensor) -> None:
-        """What the mask shows, all that is always read, and no more than the budget."""
+        """Check that only visible keys are read, those always read included, within the budget."""
         seen = self.mask.seen.any(1)
         slot, tokens = torch.arange(seen.shape[-1]), seen.shape[-1]
         first = seen.long().argmax(-1, keepdim=True)
@@ -110,7 +110,7 @@ def cases(draw):
 
 
 def strange(key: Tensor, seed: int) -> Tensor:
-    """The keys, some of their numbers infinite or none at all."""
+    """Return the keys, some of their numbers infinite or none at all."""
     which = torch.randint(0, 40, key.shape, generator=torch.Generator().manual_seed(seed))
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(key.dtype)
     return torch.where(which < 3, odd[which.clamp(max=2)], key)

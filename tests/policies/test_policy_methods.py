@@ -21,7 +21,7 @@ from lychee_compile.kernels.policies.registry import index_class
 
 
 def quest(keys, queries, config):
-    """Pages but the last, by sum_i max(q_i m_i, q_i M_i)."""
+    """Yield pages but the last, by sum_i max(q_i m_i, q_i M_i)."""
     length = keys.shape[1]
     pages = [(page, page + 16) for page in range(0, length, 16) if page + 16 < length]
     written = pages[-1][1] if pages else 0
@@ -47,7 +47,7 @@ def streaming(keys, queries, config):
 
 
 def oracle(keys, queries, config):
-    """Chunks by their true softmax mass."""
+    """Yield chunks by their true softmax mass."""
     length = keys.shape[1]
     chunks, tail = greedy_chunks([0] * length, 0, length, config.chunk)
     recent = max(config.recent, length - tail)
@@ -63,7 +63,7 @@ def oracle(keys, queries, config):
 
 
 def tokenselect(keys, queries, config):
-    """All heads vote with their softmax over the tokens between sinks and window."""
+    """Let all heads vote with their softmax over the tokens between sinks and window."""
     parts = between(keys.shape[1], config.sinks, config.recent, config.budget)
     always, middle, room = parts
     votes = []
@@ -75,7 +75,7 @@ def tokenselect(keys, queries, config):
 
 
 def hisa(keys, queries, config):
-    """Tokens of the first, the last and the best blocks, by their scores."""
+    """Yield tokens of the first, the last and the best blocks, by their scores."""
     length, size, most = keys.shape[1], SmallHISA.block, SmallHISA.candidate_blocks
     always, middle, room = between(length, 0, 1, config.budget)
     blocks = sorted({token // size for token in middle})

@@ -1,4 +1,4 @@
-"""What policies keep from step to step: clusters that never move, a choice that is kept."""
+"""State that policies keep from step to step: clusters that never move, a choice that is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lychee_compile.kernels.reference.selection import select
 
 
 def k_means(keys, count):
-    """Tokens of each cluster of the keys [N, D], by cosine; how clear the closest call was."""
+    """Return the tokens of each cluster of keys [N, D], by cosine, and the least margin."""
     size, label, margin = len(keys), [0] * len(keys), torch.inf
     centres = [keys[int((number + 0.5) * size / count)] for number in range(count)]
     for _ in range(10):
@@ -35,7 +35,7 @@ def k_means(keys, count):
 
 
 def clusters_of(key, ends, sinks):
-    """The clusters of one head when the row grows to each of the lengths `ends` in turn."""
+    """Return the clusters of one head when the row grows to each of the lengths `ends` in turn."""
     done, clusters, closest = sinks, [], torch.inf
     for end in ends:
         waiting = end - done
@@ -113,7 +113,7 @@ class Remembered:
         self.choices = {}
 
     def ask(self, site, keys, query, begin, end, room):
-        """Tokens chosen of [begin, end) for the query [Hq, D] over keys [Hq, L, D]."""
+        """Return the tokens chosen of [begin, end) for the query [Hq, D] over keys [Hq, L, D]."""
         if site in self.choices:
             earlier, tokens = self.choices[site]
             alike = cosine(query.flatten(), earlier.flatten(), dim=0).item()

@@ -1,4 +1,4 @@
-"""Policies for whole sequences: what each chooses, worked out again by plain loops."""
+"""Policies for prefill: what each chooses, worked out again by plain loops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ POLICIES = registry.prefill_policy_names()
 
 
 def question_of(whole: Whole, room: int, sinks: int = 2, recent: int = 3) -> PrefillQuestion:
-    """What a policy is asked about all tiles of a sequence, with the same room in each."""
+    """Return the question to a policy about all tiles of a prefill, with the same room in each."""
     batch, heads, query_len, _ = whole.query.shape
     device, kv_len = whole.query.device, whole.key.shape[2]
     sight = Sight(whole.mask, whole.causal, batch, query_len, kv_len, device, whole.order)
@@ -43,13 +43,13 @@ def question_of(whole: Whole, room: int, sinks: int = 2, recent: int = 3) -> Pre
 
 
 questions = st.builds(question_of, wholes(), st.integers(0, 200))
-"""Of every mask and distribution."""
+"""Questions with every mask and distribution."""
 plain_questions = st.builds(
     question_of,
     wholes(dtypes=(torch.float32,), kinds=("gaussian", "topics"), longest=260),
     st.integers(1, 120),
 )
-"""Of keys among which no rounding decides."""
+"""Questions about keys among which no rounding decides."""
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -80,23 +80,23 @@ def test_equal_keys_are_taken_in_their_order(policy: str):
 
 
 def each_tile(question: PrefillQuestion) -> list[tuple[int, int, int]]:
-    """Row, query head and tile, one after another."""
+    """Return row, query head and tile, one after another."""
     return list(itertools.product(*map(range, question.room.shape)))
 
 
 def queries_of(question: PrefillQuestion, row: int, head: int, tile: int) -> Tensor:
-    """The queries of one tile, float64 [T, D]."""
+    """Return the queries of one tile, float64 [T, D]."""
     return question.query[row, head, tile * QUERY_TILE : (tile + 1) * QUERY_TILE].double()
 
 
 def keys_of(question: PrefillQuestion, row: int, head: int) -> Tensor:
-    """The keys of one query head, float64 [L, D]."""
+    """Return the keys of one query head, float64 [L, D]."""
     group = question.query.shape[1] // question.key.shape[1]
     return question.key[row, head // group].double()
 
 
 def score_of(question: PrefillQuestion, row: int, head: int, tile: int, vector: Tensor) -> Tensor:
-    """Scores of one vector [D] as the softmax sees them, float64 [L]."""
+    """Return scores of one vector [D] as the softmax sees them, float64 [L]."""
     score = question.scale * keys_of(question, row, head) @ vector
     if question.softcap is not None:
         score = question.softcap * torch.tanh(score / question.softcap)
@@ -108,7 +108,7 @@ def score_of(question: PrefillQuestion, row: int, head: int, tile: int, vector: 
 
 
 def best(question: PrefillQuestion, row: int, head: int, tile: int, rank: list[float]) -> list[int]:
-    """The candidates of highest rank that there is room for, the first of equals."""
+    """Return the candidates of highest rank that there is room for, the first of equals."""
     there = question.candidates[row, head, tile].nonzero().flatten().tolist()
     there.sort(key=lambda n: (-rank[n], n))
     return sorted(there[: int(question.room[row, head, tile])])
@@ -137,7 +137,7 @@ def test_streaming_takes_the_last(question: PrefillQuestion):
 
 
 def chunks_of(vectors: Tensor) -> list[range]:
-    """Chunks of vectors [H, T, D] by the definition, cut where neighbours differ most."""
+    """Return chunks of vectors [H, T, D] by the definition, cut where neighbours differ most."""
     strength = [*similarity_strengths(vectors[None])[0].tolist(), 0]
     decided, tail = greedy_chunks(strength, 0, len(strength), dhsa.CHUNK)
     spans = [range(start, start + length) for start, length in decided]
@@ -260,7 +260,7 @@ def test_pages_left_out_hold_next_to_nothing(question: PrefillQuestion):
 
 
 def check_negligible(question: PrefillQuestion) -> int:
-    """Candidates in such pages; together they hold less than was promised of any softmax."""
+    """Check that such candidates together hold less than promised of any softmax; count them."""
     small = lychee._negligible(question) & question.candidates
     for row, head, tile in each_tile(question):
         queries, keys = queries_of(question, row, head, tile), keys_of(question, row, head)
@@ -297,12 +297,12 @@ def test_a_policy_for_whole_sequences_alone_is_an_option_but_cannot_decode():
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is registered, as it was when the test is over."""
+    """Restore the registered policies when the test is over."""
     monkeypatch.setattr(registry, "_policies", dict(registry._policies))
 
 
 def choose_first(question: PrefillQuestion) -> Tensor:
-    """The first keys a tile sees."""
+    """Return the first keys a tile sees."""
     slot = torch.arange(question.key.shape[2])
     return question.take(-slot.float().expand_as(question.candidates))
 

@@ -19,14 +19,14 @@ NARROW = IndexConfig(budget=64, sinks=4, recent=16)
 
 
 def index_of(key):
-    """An index of one row of keys, for a budget of 64."""
+    """Return an index of one row of keys, for a budget of 64."""
     index = make_index(1, 1, key.shape[3], NARROW, key.device)
     index.extend(key, torch.tensor([key.shape[2]]))
     return index
 
 
 def missed(query, key, mask, scale, selection):
-    """The true share of the mass that a selection misses, in float64: [B, Hq, Tq]."""
+    """Return the true share of the mass that a selection misses, in float64: [B, Hq, Tq]."""
     group = query.shape[1] // key.shape[1]
     scores = scale * query.double() @ key.repeat_interleave(group, 1).double().transpose(-1, -2)
     read = selection.token_mask().repeat_interleave(group, 1)

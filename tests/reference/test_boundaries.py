@@ -65,7 +65,7 @@ PROSE = """He said: "We leave at dawn." Then, slowly, he left; nobody spoke!
 
 
 def corpus():
-    """Code, prose and data in several scripts, line ends included."""
+    """Return code, prose and data in several scripts, line ends included."""
     sources = [Path(module.__file__).read_text() for module in (argparse, textwrap, json)]
     return [*sources, *[PROSE] * 40]
 
@@ -193,7 +193,7 @@ def test_a_document_is_strongest_at_its_paragraph(tokenizer):
 
 
 def boundary_strengths_at(tokenizer, *pieces):
-    """Strengths after each token of the pieces, each encoded by itself."""
+    """Return strengths after each token of the pieces, each encoded by itself."""
     table = boundary_table(tokenizer)
     return [table.lookup(torch.tensor(tokenizer(each)["input_ids"])).tolist() for each in pieces]
 

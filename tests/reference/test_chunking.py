@@ -15,7 +15,7 @@ chunk_ranges = st.integers(1, 9).flatmap(lambda low: st.tuples(st.just(low), st.
 
 @st.composite
 def strength_rows(draw):
-    """uint8 [B, T], first and end of each row."""
+    """Draw strengths, uint8 [B, T], and the first and the end of each row."""
     batch, count = draw(st.integers(1, 3)), draw(st.integers(0, 90))
     top = draw(st.sampled_from([1, 3, 256]))
     row = st.lists(st.integers(0, top - 1), min_size=count, max_size=count)
@@ -26,7 +26,7 @@ def strength_rows(draw):
 
 
 def pairs_of(starts, sizes, row):
-    """[(start, length)], having checked that unused places come last and are zero."""
+    """Return [(start, length)], having checked that unused places come last and are zero."""
     pairs = list(zip(starts[row].tolist(), sizes[row].tolist(), strict=True))
     used = [pair for pair in pairs if pair[1] > 0]
     assert pairs == used + [(0, 0)] * (len(pairs) - len(used))
@@ -127,7 +127,7 @@ def test_fixed_chunks_are_the_longest():
 
 
 def track(mode):
-    """A track of 6 tokens, whose keys differ after token 2 alone."""
+    """Return a track of 6 tokens, whose keys differ after token 2 alone."""
     key = torch.tensor([1.0, 1, 1, -1, -1, -1]).view(1, 1, 6, 1)
     strengths = StrengthTrack(1, mode, CPU)
     strengths.note(torch.tensor([[1, 4]]), torch.tensor([[3, 2]], dtype=torch.uint8))

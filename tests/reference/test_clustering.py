@@ -14,7 +14,7 @@ sizes = st.integers(1, 5)
 
 
 def leaves(shape, kind, seed, count, unused):
-    """Nodes of 1 to 9 tokens, the last `unused` of each row without any."""
+    """Return nodes of 1 to 9 tokens, the last `unused` of each row without any."""
     mean = shape.keys(kind, seed, count)
     size = (random(seed, *mean.shape[:3]).abs() * 4).long() + 1
     used = torch.arange(count) < count - unused[:, None]
@@ -31,7 +31,7 @@ def node_sets(draw, kinds=KINDS):
 
 
 def members(nodes, labels, count):
-    """Nodes in use under each label: int64 [B, Hkv, count]."""
+    """Return nodes in use under each label: int64 [B, Hkv, count]."""
     used = (nodes.tokens > 0).long()
     return torch.zeros(*labels.shape[:2], count, dtype=torch.int64).scatter_add(2, labels, used)
 

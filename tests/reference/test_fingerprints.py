@@ -22,12 +22,12 @@ def caches(draw, least=1):
 
 
 def bits_of(key):
-    """The same memory as integers."""
+    """Return the same memory as integers."""
     return key.view(INTEGERS[key.element_size()])
 
 
 def flipped(key, token, chosen, bit):
-    """The keys with one bit flipped in the `chosen` channels, bool [B, Hkv, D], of a token."""
+    """Return the keys with one bit flipped in `chosen` channels, bool [B, Hkv, D], of a token."""
     bits = bits_of(key.clone())
     mask = torch.iinfo(bits.dtype).min if bit == 8 * key.element_size() - 1 else 1 << bit
     bits[:, :, token] ^= mask * chosen.to(bits.dtype)
@@ -50,7 +50,7 @@ def test_equal_keys_have_equal_prints_wherever_they_lie(key, data):
 
 
 def offset(key, by):
-    """The same keys, `by` elements into a larger buffer."""
+    """Return the same keys, `by` elements into a larger buffer."""
     buffer = torch.empty(key.numel() + by, dtype=key.dtype)
     buffer[by:] = key.flatten()
     return buffer[by:].view(key.shape)

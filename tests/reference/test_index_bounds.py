@@ -92,7 +92,7 @@ def test_every_score_is_within_the_bound_of_its_token(cache, scale, block, data)
 
 
 def token_columns(index, tokens):
-    """The chunk each token is in, int64 [B, T], -1 for none."""
+    """Return the chunk each token is in, int64 [B, T], -1 for none."""
     columns = torch.full((index.batch, tokens), -1)
     for row in range(index.batch):
         for column, (start, size) in enumerate(row_chunks(index, row)):
@@ -102,7 +102,7 @@ def token_columns(index, tokens):
 
 
 def wide_labels(index, level, like, tokens):
-    """The node of a level that each token is under, 0 for none: [B, Hkv, R, T]."""
+    """Return the node of a level that each token is under, 0 for none: [B, Hkv, R, T]."""
     node = token_columns(index, tokens).clamp(min=0)[:, None].expand(-1, index.kv_heads, -1)
     if level != "chunks":
         node = index.tree.chunk_cluster.gather(2, node)

@@ -1,4 +1,4 @@
-"""Whole sequences: dense where all is read, within the budget, and never off the certificate."""
+"""Prefill by the reference: dense if all is read, within the budget, true to its certificate."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_what_a_tile_sees_is_what_its_queries_see(whole: Whole, config: PrefillC
 
 
 def plain_sight(whole: Whole, config: PrefillConfig) -> tuple[Tensor, Tensor]:
-    """What tiles see and what they read in any case, by the definition: bool [B, Hq, tiles, L]."""
+    """Return what tiles see and what they always read, by definition: bool [B, Hq, tiles, L]."""
     batch, heads, query_len, kv_len = whole.seen.shape
     place = list(range(query_len)) if whole.order is None else whole.order.tolist()
     tiles = [place[first : first + QUERY_TILE] for first in range(0, query_len, QUERY_TILE)]
@@ -133,7 +133,7 @@ def plain_sight(whole: Whole, config: PrefillConfig) -> tuple[Tensor, Tensor]:
 
 
 def missed_share(whole: Whole, result: PrefillResult) -> Tensor:
-    """What each query's softmax holds in keys that were not read, float64 [B, Hq, T]."""
+    """Return each query's share of the softmax in keys that were not read, float64 [B, Hq, T]."""
     missed = whole.weights().masked_fill(whole.read_rows(result), 0).sum(-1)
     return missed.clamp(max=1)  # shares add up to 1 within rounding
 

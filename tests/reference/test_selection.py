@@ -1,4 +1,4 @@
-"""What a selection must and must not hold, for any index, mask and budget."""
+"""Selections hold what they must and nothing that they must not, for any index, mask and budget."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Case:
         return index
 
     def with_keys(self, key: Tensor) -> Case:
-        """The same case with other keys."""
+        """Return the same case with other keys."""
         return dataclasses.replace(self, key=key)
 
     def select(self, **given_: object) -> Selection:
@@ -64,7 +64,7 @@ class Case:
         return bounded_select(self.index, inputs, budget)
 
     def seen(self):
-        """Slots that some head of a group or another may see: bool [B, Tq, L]."""
+        """Return slots that some head of a group or another may see: bool [B, Tq, L]."""
         return self.mask.seen.any(1)
 
 
@@ -84,7 +84,7 @@ def cases(draw, **fixed):
 
 
 def always_read(case):
-    """Sinks, recent tokens and what is in no chunk, of the slots seen: bool [B, Tq, L]."""
+    """Return sinks, recent tokens and what is in no chunk, of the slots seen: bool [B, Tq, L]."""
     seen, index = case.seen(), case.index
     kv_len = seen.shape[-1]
     slot = torch.arange(kv_len)

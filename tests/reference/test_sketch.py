@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def sketched(key, block=4096, steps=1, start=None):
-    """Sketches of `key` [B, Hkv, T, D], taken in so many equal steps."""
+    """Return sketches of `key` [B, Hkv, T, D], taken in so many equal steps."""
     batch, kv_heads, tokens, head_dim = key.shape
     start = torch.zeros(batch, dtype=torch.int64) if start is None else start
     sketches = KeySketches(batch, kv_heads, head_dim, CPU, block)
@@ -79,14 +79,14 @@ def test_bounds_hold_after_any_history(history, kind):
 
 
 def relative_error(sketches, key, query):
-    """Root mean square error of the estimates over the spread of the scores."""
+    """Return root mean square error of the estimates over the spread of the scores."""
     score = query @ key.transpose(-1, -2)
     wrong = sketches.scores(query, 1.0, key.shape[2]) - score
     return float(wrong.square().mean().sqrt() / score.std())
 
 
 def low_rank_keys(seed, tokens, rank=6, head_dim=32):
-    """Keys [1, 1, T, D] about a common mean, near a subspace of few dimensions."""
+    """Return keys [1, 1, T, D] about a common mean, near a subspace of few dimensions."""
     basis = torch.linalg.qr(random(seed, head_dim, rank)).Q
     spread = random(seed + 1, tokens, rank) * torch.linspace(4, 1, rank)
     noise = 0.05 * random(seed + 2, tokens, head_dim)
@@ -106,7 +106,7 @@ def test_sketches_taken_step_by_step_are_nearly_as_good(seed, steps):
 
 
 def test_keys_that_change_their_subspace_get_other_axes():
-    """What came before has other axes, which do not suit what comes after."""
+    """Axes are computed anew for keys that the axes of earlier keys do not suit."""
     key = torch.cat((low_rank_keys(0, 256), low_rank_keys(9, 256)), 2)
     query = random(3, 1, 1, 20, 32)
     fresh = relative_error(sketched(key, 256, 128), key, query)

@@ -51,7 +51,7 @@ class Case:
         return self.scale * self.query.double() @ key.transpose(-1, -2) + self.mask.bias
 
     def read(self) -> Tensor:
-        """Slots read that the query head sees: bool [B, Hq, Tq, L]."""
+        """Return slots read that the query head sees: bool [B, Hq, Tq, L]."""
         read = self.selection.token_mask().repeat_interleave(self.shape.group, 1)
         return read & self.mask.seen
 
@@ -84,7 +84,7 @@ def eager_attention(query, key, value, bias, scale):
 
 
 def rounding_band(case):
-    """What rounding of the scores and of the output may cost, from the operands: [B, Hq, Tq, 1]."""
+    """Return the error that rounding of scores and output may cause: [B, Hq, Tq, 1]."""
     work = torch.promote_types(case.query.dtype, torch.float32)
     reach = case.query.double().norm(dim=-1) * case.key.double().norm(dim=-1).amax()
     reach = abs(case.scale) * reach + case.mask.bias.masked_fill(~case.mask.seen, 0).abs().amax(-1)
@@ -95,7 +95,7 @@ def rounding_band(case):
 
 @given(cases(everything=True))
 def test_reading_everything_is_dense_attention(case):
-    """As near to float64 as eager attention in the same precision, or as rounding explains."""
+    """The output is as near to float64 as eager attention in its dtype, or as rounding explains."""
     operands = (case.query, case.key, case.value)
     output = sparse_attention(*operands, case.selection)
     exact = eager_attention(*(each.double() for each in operands), case.mask.bias, case.scale)

@@ -38,13 +38,13 @@ orders = st.permutations(range(BATCH)).map(tuple)
 
 
 def tokens(seed: int, count: int) -> Tensor:
-    """Random token ids [BATCH, count]."""
+    """Return random token ids [BATCH, count]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCABULARY, (BATCH, count), generator=generator)
 
 
 def check_nodes(index: KVIndex, key: Tensor) -> None:
-    """A chunk has the mean of its keys, and every node above reaches all of them."""
+    """Check that a chunk has the mean of its keys, and every node above reaches all of them."""
     offset = torch.arange(SPARSE["chunk"][1])
     inside = (offset < index.group_length[..., None])[:, None]
     slot = (index.group_start[..., None] + offset).clamp(max=key.shape[2] - 1)
@@ -76,11 +76,11 @@ class Histories(RuleBasedStateMachine):
     decoders: dict[str, Callable[..., Any]]
 
     def empty(self) -> Any:
-        """A cache without tokens."""
+        """Return a cache without tokens."""
         raise NotImplementedError
 
     def length(self, cache: Any) -> int:
-        """Tokens in a cache."""
+        """Return the number of tokens in a cache."""
         raise NotImplementedError
 
     def apply(self, cache: Any, event: Event, decoder: Callable[..., Any]) -> tuple[Any, Any]:
@@ -88,11 +88,11 @@ class Histories(RuleBasedStateMachine):
         raise NotImplementedError
 
     def copy(self, cache: Any) -> Any:
-        """An independent copy of a cache."""
+        """Return an independent copy of a cache."""
         raise NotImplementedError
 
     def keys(self, cache: Any) -> list[Tensor]:
-        """The keys of each layer."""
+        """Return the keys of each layer."""
         raise NotImplementedError
 
     @initialize(seed=seeds)
@@ -119,7 +119,7 @@ class Histories(RuleBasedStateMachine):
                 self.check_index(key, self.now(slot))
 
     def check_index(self, key: Tensor, length: int) -> None:
-        """The index of a cache describes the keys that are in it now."""
+        """Check that the index of a cache describes the keys that are in it now."""
         cache = registry.index_of(key, Options.parse(None, SPARSE).index_config())
         if cache is None:  # the graph was compiled for a length within the budget
             assert length <= SPARSE["budget"]

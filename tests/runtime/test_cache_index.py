@@ -29,12 +29,12 @@ ORIGIN = torch.zeros(2, dtype=torch.int64)
 
 
 def span(begin, end, batch):
-    """Positions [begin, end) of every row: int64 [B, T]."""
+    """Return positions [begin, end) of every row: int64 [B, T]."""
     return torch.arange(begin, end).expand(batch, -1)
 
 
 def assert_describes(index, key, first, end):
-    """The chunks cover [first, end) of each row, and have the means of the keys there now."""
+    """Check that the chunks cover [first, end) of each row, and have the means of its keys now."""
     for row in range(index.batch):
         chunks = row_chunks(index, row)
         covered = [token for start, size in chunks for token in range(start, start + size)]
@@ -58,7 +58,7 @@ class Rig:
         self.end = 0
 
     def write(self, begin, count, seed, build=True):
-        """Tokens at [begin, begin + count), as a graph writes and reports them."""
+        """Write the tokens at [begin, begin + count), as a graph writes and reports them."""
         self.end = begin + count
         self.fill(begin, self.end, seed)
         positions = span(begin, self.end, self.shape.batch)

@@ -1,4 +1,4 @@
-"""Which index belongs to which cache, and how it stays true between calls."""
+"""The registry knows the index of every cache, which stays true between calls."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CHUNK = (4, 12)
 
 
 def check_cuts(index: Any, ids: Tensor) -> None:
-    """Every chunk ends at the first of its strongest boundaries that the lengths allow."""
+    """Check that each chunk ends at the first of the strongest boundaries that lengths allow."""
     strength = STRENGTHS[ids]
     for row in range(BATCH):
         count = int(index.group_count[row])
@@ -100,7 +100,7 @@ def test_chunks_end_where_the_table_says(growing: bool) -> None:
 
 
 def test_without_a_table_chunks_are_cut_elsewhere() -> None:
-    """What the test above sees comes from the table."""
+    """The chunks in the test above are cut there because of the table."""
     model, compiled = compiled_decoder({**SPARSE, "chunk": CHUNK, "recent": 12})
     cache = StaticKV.empty(BATCH, SIZE)
     ids = tokens(0, PROMPT + 1)

@@ -34,7 +34,7 @@ def use(written: int = 1, layout: SketchLayout | None = LAYOUT) -> CacheUse:
 
 
 class Calls(list[tuple[str, int]]):
-    """What was done to indexes: ("build" or "refit", end of the longest row)."""
+    """Work done on indexes: ("build" or "refit", end of the longest row)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
 
 
 def stepped(upkeep: StaticCacheIndex, end: int | Tensor, written: int = 1) -> None:
-    """A graph has written the slots up to `end`, which may be one for each row."""
+    """Tell the index that a graph has written up to slot `end`, one for all rows or one each."""
     upkeep.index.parts.header[1:] = end
     upkeep.after_call(KEY, use(written))
 
@@ -147,7 +147,7 @@ def test_distrust_makes_it_wait_the_longer_the_sooner_it_comes(calls: Calls) -> 
     upkeep = StaticCacheIndex(LAYOUT, KEY.device)
 
     def waits() -> int:
-        """Calls until it is trusted, counting the one that builds it."""
+        """Return the number of calls until it is trusted, counting the one that builds it."""
         for number in range(1, MOST_CALLS_TO_WAIT + 3):
             stepped(upkeep, 50)
             if upkeep.trusted:

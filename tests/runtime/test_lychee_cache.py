@@ -39,7 +39,7 @@ def dynamic(model: Any) -> Any:
 def feed(
     model: Any, cache: Any, ids: Tensor, steps: Sequence[int], mask: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Logits of forwards over the next `steps` tokens of `ids`, whatever `cache` holds."""
+    """Yield logits of forwards over the next `steps` tokens of `ids`, whatever `cache` holds."""
     done = int(cache.get_seq_length())
     for count in steps:
         given: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def test_what_it_cannot_hold_is_refused() -> None:
 
 
 def through(way: str, model: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """What `generate()` is given to decode in one of the ways."""
+    """Return the arguments by which `generate()` decodes in one of the ways."""
     if way == "forward":
         model.forward = torch.compile(model.forward, backend="lychee", options=options)
     if way != "config":

@@ -1,4 +1,4 @@
-"""What the recorder says was read, against what the cache held."""
+"""Records of what was read, against what the cache held."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ LITTLE = 64 << 10
 
 
 def growth(run: Callable[[], Any], first: int, more: int) -> int:
-    """Bytes of Python's memory that `more` calls of `run` leave, after the `first`."""
+    """Return bytes of Python's memory that `more` calls of `run` leave, after the `first`."""
     tracemalloc.start()
     try:
         held = []

@@ -1,1 +1,1 @@
-"""From a softmax to a description of the attention that it belongs to."""
+"""Detection: each softmax of a graph leads to a description of the attention around it."""

@@ -1,1 +1,1 @@
-"""From a described attention to the operands and the kernels that take its place."""
+"""Lowering: operands and kernels take the place of a described attention."""

@@ -56,7 +56,7 @@ class TokenSelectIndex(KVIndex):
         """The last choice of each site."""
 
     def extend(self, key: Tensor, end: Tensor) -> None:
-        """Every token may be chosen as soon as it is there."""
+        """Let every token be chosen as soon as it is there."""
         self.end, self.tail = end.clone(), torch.maximum(end, self.start)
 
     def truncate(self, keep: Tensor) -> None:
