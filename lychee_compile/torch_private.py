@@ -34,11 +34,11 @@ FakeTensorMode = fake_tensor.FakeTensorMode
 """Context in which operators give tensors without data, as while a graph is traced."""
 
 RestartAnalysis = torch._dynamo.exc.RestartAnalysis
-"""What compilers raise to have Dynamo trace again, with fewer of its inputs symbolic."""
+"""Exception that makes Dynamo trace again, with fewer of its inputs symbolic."""
 
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
-    """The active fake mode, and the example inputs as its tensors, made as AOTAutograd makes them.
+    """Return the active fake mode, and the inputs as its tensors, as AOTAutograd makes them.
 
     Symbolic dimensions keep the symbols that Dynamo gave them, so that nothing is specialised.
     """
@@ -66,9 +66,9 @@ def retrace(
     """Trace `gm` again to pre-dispatch ATen; `gm` itself stays as it is.
 
     Scaled dot-product attention stays one node, writes stay in place, views and products get one
-    spelling each. Inputs correspond one to one and keep the names and sources of `gm`'s. Calls
-    with tensors of another kind, such as DTensors, stay as they are: see `is_foreign`. Raises
-    `RuntimeError` where tensors inside of such ones became constants all the same.
+    spelling each. Inputs correspond one to one, and keep the names and sources that they have in
+    `gm`. Calls with tensors of another kind, such as DTensors, stay as they are (`is_foreign`).
+    Raises `RuntimeError` if tensors inside of such tensors became constants all the same.
     """
     with mode, torch.fx.traceback.preserve_node_meta():
         traced = make_fx(
@@ -103,7 +103,7 @@ class _Retracing(torch.fx.Interpreter):
     """
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        """The value of a node, which the tracer has recorded."""
+        """Return the value of a node, which the tracer has recorded."""
         if n.op not in ("call_function", "call_method") or not self._is_foreign(n):
             return super().run_node(n)
         proxies = get_proxy_mode()
@@ -124,7 +124,7 @@ class _Retracing(torch.fx.Interpreter):
         return any(is_traceable_wrapper_subclass(each) for each in leaves)
 
     def _proxy(self, n: torch.fx.Node, tracer: Any) -> Any:
-        """What stands for the value of a node of the old graph in the new one."""
+        """Return the proxy, in the new graph, for the value of a node of the old one."""
         value = self.env[n]
         if isinstance(value, Tensor):
             tracked = get_proxy_slot(value, tracer)
@@ -141,15 +141,15 @@ _FOREIGN = "lychee_foreign"
 
 
 def is_foreign(node: torch.fx.Node) -> bool:
-    """Whether `retrace` left a call as Dynamo has it, since it has to do with DTensors or the like.
+    """True if `retrace` left a call as Dynamo has it, because DTensors or the like take part.
 
-    What such a call gives may show the memory of what it takes.
+    The output of such a call may show the memory of its inputs.
     """
     return _FOREIGN in node.meta
 
 
 def source_name(node: torch.fx.Node) -> str:
-    """Where Dynamo found an input, "L['self']._modules['layer']._buffers['mask']", or nothing."""
+    """Return the source of an input, "L['self']._buffers['mask']"; empty if Dynamo names none."""
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return ""
@@ -158,7 +158,7 @@ def source_name(node: torch.fx.Node) -> str:
 
 
 def is_parameter(node: torch.fx.Node) -> bool:
-    """Whether an input or attribute of the graph is a parameter of a module."""
+    """True if an input or attribute of the graph is a parameter of a module."""
     source = getattr(node, "_dynamo_source", None)
     while source is not None:
         if getattr(source, "member", None) == "_parameters":
@@ -168,7 +168,7 @@ def is_parameter(node: torch.fx.Node) -> bool:
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers, unlike a fake one."""
+    """True if a tensor holds numbers, unlike a fake one."""
     return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
@@ -183,14 +183,14 @@ def operator_namespace(target: object) -> str:
 
 
 def symbols_of(value: Any) -> set[Any]:
-    """The symbols in a tensor's sizes and strides, or in a number."""
+    """Return the symbols in the sizes and strides of a tensor, or in a number."""
     if isinstance(value, Tensor):
         return set().union(*map(symbols_of, (*value.shape, *value.stride())))
     return set(free_symbols(value)) if isinstance(value, torch.SymInt) else set()
 
 
 def size_hint(size: Any) -> int:
-    """A size, or what a symbolic one was when the graph was traced; no guard is added."""
+    """Return a size; for a symbolic one, the size that the graph was traced with. Adds no guard."""
     return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
@@ -202,7 +202,7 @@ def add_state_input(
     device: torch.device,
     mode: FakeTensorMode,
 ) -> tuple[torch.fx.Node, Tensor]:
-    """Append an input [size] that the backend supplies: its node, and the fake to compile with.
+    """Append an input [size] to a graph; return its node, and the fake tensor to compile with.
 
     Dynamo knows no source for it and guards nothing on it; it counts as static for CUDA graphs.
     """
@@ -232,9 +232,9 @@ def inductor(
 
 
 def options_compiled_with(model: object, backend: str) -> Mapping[str, Any]:
-    """The `mode` and `options` that `torch.compile(model, backend=...)` was given.
+    """Return the `mode` and `options` that `torch.compile(model, backend=...)` was called with.
 
-    Empty where `model` is no compiled module, or one of another backend.
+    Empty if `model` is no compiled module, or one of another backend.
     """
     given: Any = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
     while getattr(given, "_torchdynamo_orig_backend", None) is not None:
@@ -259,7 +259,7 @@ def trace_artifact(name: str, payload: Any) -> None:
 
 
 def unlimited_recompiles() -> AbstractContextManager[None]:
-    """Within this context, compiling the same code once more never hits the recompile limit."""
+    """Lift the recompile limit within this context."""
     return torch._dynamo.config.patch(recompile_limit=2**30, accumulated_recompile_limit=2**30)
 
 

@@ -1,1 +1,1 @@
-"""From a traced graph to one that attends sparsely."""
+"""Lead from a traced graph to one that attends sparsely."""

@@ -93,7 +93,7 @@ def decide(
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the outcome of one attention is decided from."""
+    """Facts that decide the outcome of one attention."""
 
     attention: Attention
     place: int

@@ -44,7 +44,7 @@ class KeepAsIs:
     attention: Attention | Unread
     reason: Reason
     by_design: bool
-    """Whether it is meant to be exact, and not kept for want of support."""
+    """True if it is meant to be exact, False if it is kept for want of support."""
     decision: ClassVar[Decision] = "kept"
     reads: ClassVar[str] = ""
 
@@ -93,7 +93,7 @@ class ReferenceSparse:
     attention: Attention
     binding: CacheBinding
     reads: str
-    """How much is read, in words."""
+    """Amount that is read, in words."""
     by_design: ClassVar[bool] = False
     decision: ClassVar[Decision] = "sparse"
     reason: ClassVar[None] = None
@@ -117,7 +117,7 @@ class SparseDecodeKernel:
     policy: str
     """Name of the policy that selects keys."""
     reads: str
-    """How much is read, in words."""
+    """Amount that is read, in words."""
     module: str = ""
     """Name of the generated module, once there is one."""
     by_design: ClassVar[bool] = False
@@ -146,7 +146,7 @@ class ExactDecodeKernel:
     attention: Attention
     reason: Reason
     by_pytorch: KeepAsIs | OneSdpa | None = None
-    """What PyTorch does if there is no such kernel and the attention is meant to be exact."""
+    """Outcome if there is no such kernel and the attention is meant to be exact; else None."""
     module: str = ""
     """Name of the generated module, once there is one."""
     by_design: ClassVar[bool] = False
@@ -177,7 +177,7 @@ class PrefillReference:
     attention: Attention
     config: IndexConfig
     grid: Grid | None
-    """How the queries lie if they are patches."""
+    """Grid of the queries if they are patches."""
     by_design: ClassVar[bool] = False
     decision: ClassVar[Decision] = "sparse"
     reason: ClassVar[None] = None
@@ -185,7 +185,7 @@ class PrefillReference:
 
     @property
     def reads(self) -> str:
-        """How much is read, in words."""
+        """Amount that is read, in words."""
         return _how_much_of_a_prefill(self.config, self.grid)
 
     def emit(self, context: LoweringContext) -> Emitted:
@@ -204,7 +204,7 @@ class PrefillKernels:
     attention: Attention
     config: IndexConfig
     grid: Grid | None
-    """How the queries lie if they are patches, and if they may be taken in another order."""
+    """Grid of the queries if they are patches and may be taken in another order."""
     module: str = ""
     """Name of the generated module, once there is one."""
     by_design: ClassVar[bool] = False
@@ -213,7 +213,7 @@ class PrefillKernels:
 
     @property
     def reads(self) -> str:
-        """How much is read, in words."""
+        """Amount that is read, in words."""
         return _how_much_of_a_prefill(self.config, self.grid)
 
     @property
@@ -244,7 +244,7 @@ Outcome = (
 Generated = SparseDecodeKernel | ExactDecodeKernel | PrefillKernels
 """Outcomes that generate a module, and have its name once they have."""
 Emitted = tuple[torch.fx.Node, Outcome]
-"""What the graph goes on with, and the outcome with the module that was generated for it."""
+"""The output that the graph goes on with, and the outcome with the module generated for it."""
 
 
 def how_much(config: IndexConfig, kv_len: int | str) -> str:

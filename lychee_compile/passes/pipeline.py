@@ -61,7 +61,7 @@ class Compilation:
     rejected: list[Rejected] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
     integers: HostIntegers | None = None
-    """What is left to the host; None if nothing is."""
+    """Integers that are left to the host; None if there are none."""
 
     @property
     def mode(self) -> FakeTensorMode:

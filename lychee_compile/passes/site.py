@@ -51,9 +51,9 @@ class Site:
     decision: Decision = "kept"
     """Outcome, one of `Decision`."""
     reason: Reason | None = None
-    """Why the attention is not sparse; None if it is sparse."""
+    """Reason why the attention is not sparse; None if it is sparse."""
     reads: str = ""
-    """How much of the keys a sparse attention reads, in words; empty if it is not sparse."""
+    """Amount of keys that a sparse attention reads, in words; empty if it is not sparse."""
     by_design: bool = False
     """True if a kept site is meant to be exact, False if it is kept for want of support."""
     kernel: str = ""
@@ -70,4 +70,4 @@ class RejectedSite:
     source: str
     """Line of the user's code, as in `Site`."""
     reason: Reason
-    """Why the softmax belongs to no attention."""
+    """Reason why the softmax belongs to no attention."""

@@ -1,1 +1,1 @@
-"""From a softmax to a description of the attention that it belongs to."""
+"""Lead from a softmax to a description of the attention that it belongs to."""

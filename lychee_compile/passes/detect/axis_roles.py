@@ -120,7 +120,7 @@ def _first_operand(node: torch.fx.Node, indices: Indices) -> tuple[torch.fx.Node
 
 @dataclass(frozen=True)
 class AxisFacts:
-    """What the dataflow of an attention tells about its axes."""
+    """Facts that the dataflow of an attention tells about its axes."""
 
     query: Operand
     key: Operand

@@ -1,1 +1,1 @@
-"""From a described attention to the operands and the kernels that take its place."""
+"""Lead from a described attention to the operands and the kernels that take its place."""

@@ -22,7 +22,7 @@ class LoweringContext:
     ) -> None:
         self.config = config
         self.autotune = autotune
-        """Whether tile sizes are measured at the first call of a kernel."""
+        """True if tile sizes are measured at the first call of a kernel."""
         self.emit = Emitter(gm.graph, mode)
         self.index_inputs = IndexInputs(gm, self.emit)
         self.orders = Orders(self.emit)
