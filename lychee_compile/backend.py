@@ -53,7 +53,7 @@ def lychee(
         compilation = analyse(gm, example_inputs, chosen)
         run(REWRITING, compilation)
         _announce(report_of(compilation))
-        _refuse_if_strict(report_of(compilation), chosen)
+        _refuse_if_strict(compilation)
         compiled = _compile_rewritten(compilation) if compilation.is_changed else None
     except (StrictError, torch_private.RestartAnalysis):
         raise  # at a restart Dynamo comes again with a graph that is less general
@@ -63,7 +63,7 @@ def lychee(
     if compiled is None:
         compiled = torch_private.inductor(gm, example_inputs, chosen.mode, dict(chosen.inductor))
     if compilation is not None:
-        _record(report_of(compilation))
+        _record(compilation)
     return compiled
 
 
@@ -133,11 +133,12 @@ def _announce(report: Report) -> None:
         logger.info("kept: %s", line)
 
 
-def _refuse_if_strict(report: Report, options: Options) -> None:
+def _refuse_if_strict(compilation: Compilation) -> None:
     """Raise `StrictError` if `strict` forbids that an attention stays as it is."""
+    report = report_of(compilation)
     unsupported = report.unsupported()
-    if options.strict and unsupported:
-        _record(report)
+    if compilation.options.strict and unsupported:
+        _record(compilation)
         lines = "\n".join(f"  {line}" for line in reason_lines(unsupported))
         raise StrictError(
             f"options['strict'] is set, but some attention ({len(unsupported)} of "
@@ -155,7 +156,7 @@ def _leave_unchanged(compilation: Compilation | None, options: Options, error: E
         compilation.keep_all(reasons.REWRITE_FAILED(error=brief))
     if options.strict:
         if compilation is not None:
-            _record(report_of(compilation))
+            _record(compilation)
         raise StrictError(f"the graph could not be analysed or rewritten: {error}") from error
     logger.warning(
         "a graph goes to Inductor unchanged, because lychee failed on it: %s",
@@ -164,8 +165,16 @@ def _leave_unchanged(compilation: Compilation | None, options: Options, error: E
     )
 
 
-def _record(report: Report) -> None:
-    """Keep the report of a graph, and count what became of its attentions."""
+def _record(compilation: Compilation) -> None:
+    """Keep the report of a graph, and count what became of its attentions.
+
+    A graph that cannot be reported on is compiled all the same, with a warning.
+    """
+    try:
+        report = report_of(compilation)
+    except Exception:  # whatever it is, the model must run
+        logger.warning("there is no report of a graph, because lychee failed on it", exc_info=True)
+        return
     compiled_reports.append(report)
     torch_private.count("found", len(report.sites))
     for site in report.sites:

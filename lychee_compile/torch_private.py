@@ -66,9 +66,9 @@ def retrace(
     """Trace `gm` again to pre-dispatch ATen; `gm` itself stays as it is.
 
     Scaled dot-product attention stays one node, writes stay in place, views and products get one
-    spelling each. Inputs correspond one to one and keep the names and sources of `gm`'s. Calls
-    with tensors of another kind, such as DTensors, stay as they are: see `is_foreign`. Raises
-    `RuntimeError` where tensors inside of such ones became constants all the same.
+    spelling each. Inputs correspond one to one, and keep the names and sources that they have in
+    `gm`. Calls with tensors of another kind, such as DTensors, stay as they are (`is_foreign`).
+    Raises `RuntimeError` if tensors inside of such tensors became constants all the same.
     """
     with mode, torch.fx.traceback.preserve_node_meta():
         traced = make_fx(

@@ -82,8 +82,8 @@ class OneSdpa:
         return sdpa_site.emit_one_sdpa(self.attention, context), self
 
     def instead(self, failure: Reason) -> Outcome:
-        """Keep the attention."""
-        return KeepAsIs(self.attention, failure, by_design=True)
+        """Keep the attention, which is meant to be exact, and say why it is not one operator."""
+        return KeepAsIs(self.attention, self.reason.and_also(failure), by_design=True)
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ SCORES_TIMES_PER_KEY = _kind(
 SCORES_TIMES_LATE = _kind(
     Group.SCORE,
     "scores-scaled-late",
-    "scores are multiplied by a tensor after a bias, a mask or a soft-cap",
+    "scores are multiplied by a tensor after a bias, a mask, an extra logit or a soft-cap",
     "scale the queries before their product with the keys",
 )
 SCORES_TIMES_UNKNOWN = _kind(
@@ -285,11 +285,17 @@ EXTRA_LOGIT_LAYOUT = _kind(
     "extra-logit-layout",
     "the layout of an extra logit could not be followed through the graph",
 )
+EXTRA_LOGIT_UNSHIFTED = _kind(
+    Group.SCORE,
+    "extra-logit-unshifted",
+    "a number is added to the scores of all keys, and not to the extra logit beside them",
+    "append the extra logit first",
+)
 SOFTCAP_AFTER_BIAS = _kind(
     Group.SCORE,
     "softcap-after-bias",
-    "a soft-cap is applied over a bias or a mask",
-    "apply the soft-cap before the bias and the mask",
+    "a soft-cap is applied after a bias, a mask, an extra logit or another soft-cap",
+    "apply one soft-cap, before all of these",
 )
 FLEX_CHOICE = _kind(
     Group.SCORE,

@@ -51,7 +51,7 @@ class Site:
     decision: Decision = "kept"
     """Outcome, one of `Decision`."""
     reason: Reason | None = None
-    """Why the attention is not sparse; None if it is sparse."""
+    """Reason why the attention is not sparse; None if it is sparse."""
     reads: str = ""
     """Number or share of the keys that sparse attention reads, in words; "" for other attention."""
     by_design: bool = False
@@ -70,4 +70,4 @@ class RejectedSite:
     source: str
     """Line of the user's code, as in `Site`."""
     reason: Reason
-    """Why the softmax belongs to no attention."""
+    """Reason why the softmax belongs to no attention."""

@@ -122,3 +122,34 @@ def test_a_graph_that_is_compiled_anew_counts_once(
         decision
     ]
     assert counters["lychee"]["found"] == counters["lychee"][decision] == 1
+
+
+def test_a_graph_without_a_report_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*given: Any) -> Any:
+        raise ZeroDivisionError("no words for it")
+
+    monkeypatch.setattr(backend, "without_effect", fail)
+    inputs = operands()
+    got = torch.compile(attend, backend="lychee", options=SPARSE)(*inputs)
+    assert torch.equal(got, attend(*inputs))
+    assert lychee_compile.reports() == []
+    assert "no words for it" in caplog.text
+    assert "there is no report" in caplog.text
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.mT).softmax(-1) @ value
+
+
+def test_an_exact_attention_that_resists_keeps_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resist(*given: Any) -> Any:
+        raise RESISTS
+
+    monkeypatch.setattr(canonical, "check_replacement", resist)
+    inputs = torch.randn(3, 1, 2, 30, 8).unbind()
+    torch.compile(written_out, backend="lychee", options=SPARSE)(*inputs)
+    (site,) = lychee_compile.reports()[-1].sites
+    assert (site.decision, site.by_design) == ("kept", True)
+    assert site.reason == reasons.PREFILL(query_len=30).and_also(RESISTS.reason)

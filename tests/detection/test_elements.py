@@ -210,3 +210,14 @@ def test_the_element_of_an_indexed_tensor(function, dynamic: tuple[int, ...]) ->
 def test_a_cast_to_whole_numbers_cuts_off(dtype: torch.dtype, factor: float) -> None:
     check(lambda x: (torch.arange(7) * factor).to(dtype) + x, torch.zeros(7))
     check(lambda x: (x * factor).to(dtype), torch.arange(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32, torch.int64])
+def test_an_element_of_bits_read_as_truth_values(dtype: torch.dtype) -> None:
+    """A number of several bytes gives several truth values, each an element of its own."""
+    check(lambda x: x.view(torch.bool), torch.tensor([[1, 0, 1], [0, 1, 0]]).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_an_element_of_truth_values_read_as_bits(dtype: torch.dtype) -> None:
+    check(lambda x: x.view(dtype), torch.tensor([[True, False] * 4, [True] * 8]))

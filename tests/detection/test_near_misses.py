@@ -127,3 +127,32 @@ def test_the_nearest_miss_is_told(order: str, reason: reasons.Reason) -> None:
     report = lychee_compile.explain(TwoProducts(order), query, key)
     assert report.sites == []
     assert [each.reason for each in report.rejected] == [reason]
+
+
+def with_extra_logit(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = change(query @ key.mT)
+        sink = torch.zeros(1, 2, query.shape[2], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ value
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (with_extra_logit(lambda scores: scores), None),
+        (with_extra_logit(lambda scores: scores + 3), reasons.EXTRA_LOGIT_UNSHIFTED()),
+        (
+            lambda query, key, value: ((query @ key.mT).tanh() * 2).tanh().softmax(-1) @ value,
+            reasons.SOFTCAP_AFTER_BIAS(),
+        ),
+    ],
+    ids=["extra logit", "number and extra logit", "two soft-caps"],
+)
+def test_a_score_that_is_not_supported_has_its_reason(
+    attend: Callable[..., Tensor], reason: reasons.Reason | None
+) -> None:
+    query, key, value = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, SIZE, 8)
+    (site,) = lychee_compile.explain(attend, query, key, value, options=EVERYTHING).sites
+    assert site.reason == reason

@@ -109,6 +109,13 @@ def test_many_tokens_written_for_few_queries_are_no_decoding() -> None:
     site = only_site(last, query, cache.keys, cache.values, positions, *new)
     assert site.decision == "exact"
     assert site.reason == reasons.MANY_TOKENS_WRITTEN(count=40, limit=16)
+    torch._dynamo.reset()
+    counters.clear()
+    for each in (positions, *new):
+        torch._dynamo.mark_dynamic(each, 0 if each is positions else 2)
+    symbolic = only_site(last, query, cache.keys, cache.values, positions, *new)
+    assert symbolic.reason is not None
+    assert symbolic.reason.code == reasons.SIZE_SYMBOLIC.code
 
 
 def kept(function: Any, *inputs: Any, **options: Any) -> Site:

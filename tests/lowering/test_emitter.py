@@ -69,3 +69,17 @@ def test_only_the_inner_attempt_is_taken_back(emit: Emitter) -> None:
             attempt()
     assert "neg" in str(emit.graph)
     assert "exp" not in str(emit.graph)
+
+
+def test_an_outer_attempt_takes_back_what_an_inner_one_kept(emit: Emitter) -> None:
+    before = str(emit.graph)
+
+    def attempt() -> None:
+        with emit.attempt(), emit.graph.inserting_after(first(emit.graph)):
+            with emit.attempt():
+                emit(aten.neg.default, first(emit.graph))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        attempt()
+    assert str(emit.graph) == before

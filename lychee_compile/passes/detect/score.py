@@ -81,7 +81,7 @@ class Score:
     extra_times: float = 1.0
     """Number that the extra logits are multiplied by."""
     unsupported: Reason | None = None
-    """Why the score could not be expressed; None if it could."""
+    """Reason why the score could not be expressed; None if it could."""
 
     @property
     def monotone(self) -> bool:

@@ -191,8 +191,10 @@ class _Sum:
     def _extra(self, step: Step) -> None:
         self.extra_times = sympy.S.One
         self.extra = self._operand(step)
-        if self.extra is None or self.shifted:
+        if self.extra is None:
             self.refuse(reasons.EXTRA_LOGIT_LAYOUT())
+        elif self.shifted:
+            self.refuse(reasons.EXTRA_LOGIT_UNSHIFTED())
 
     def _other(self, step: Step) -> None:
         what = step.other if step.kind is StepKind.OTHER else operator_key(step.node)

@@ -24,6 +24,7 @@ class Emitter:
     def __init__(self, graph: torch.fx.Graph, mode: FakeTensorMode) -> None:
         self.graph, self.mode = graph, mode
         self._undo: list[Callable[[], object]] = []
+        self._attempts = 0
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
         """Add a call of the operator `target` at the graph's insert point."""
@@ -35,18 +36,22 @@ class Emitter:
         return node
 
     def on_undo(self, callback: Callable[[], object]) -> None:
-        """Call `callback` if the attempt that is under way fails, the latest callback first."""
-        self._undo.append(callback)
+        """Call `callback` if an attempt that is under way fails, the latest callback first."""
+        if self._attempts:
+            self._undo.append(callback)
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
         """Take back all that is emitted inside the context if an exception leaves it."""
         before = len(self._undo)
+        self._attempts += 1
         try:
             yield
         except BaseException:
             while len(self._undo) > before:
                 self._undo.pop()()
             raise
-        if before == 0:
-            self._undo.clear()
+        finally:
+            self._attempts -= 1
+            if not self._attempts:  # until then, an outer attempt may take all of it back
+                self._undo.clear()

@@ -125,9 +125,11 @@ def tokens_written(binding: CacheBinding) -> int:
         return 0
     node, dim = binding.written
     count = static_size(shape_of(node)[dim])
-    if count is None or count > LONGEST_QUERY:
-        tokens = shape_of(node)[dim]
-        raise NoKernel(reasons.MANY_TOKENS_WRITTEN(count=tokens, limit=LONGEST_QUERY))
+    if count is None:
+        name = "the number of tokens written to the cache"
+        raise NoKernel(reasons.SIZE_SYMBOLIC(name=name, size=shape_of(node)[dim]))
+    if count > LONGEST_QUERY:
+        raise NoKernel(reasons.MANY_TOKENS_WRITTEN(count=count, limit=LONGEST_QUERY))
     return count
 
 

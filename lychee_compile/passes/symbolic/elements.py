@@ -152,11 +152,14 @@ def symbol_of(name: str, dtype: torch.dtype) -> sympy.Symbol:
 def _changes_kind(node: torch.fx.Node) -> bool:
     """True if a copy goes to truth values, or from them, or cuts off fractions.
 
-    `view` with a dtype reads the bits of truth values as the numbers 1 and 0.
+    `view` with a dtype reads the bits of truth values as the numbers 1 and 0, and bytes of other
+    numbers as truth values. If a number has more bytes, it makes several elements.
     """
     reads_bits = node.target is torch.ops.aten.view.dtype
     if operator_of(node).view is not View.COPY and not reads_bits:
         return False
     before, after = value_of(first_input(node)).dtype, value_of(node).dtype
+    if reads_bits and before.itemsize != after.itemsize:
+        return False
     cuts = before.is_floating_point and not after.is_floating_point and not reads_bits
     return cuts or (before == torch.bool) != (after == torch.bool)
