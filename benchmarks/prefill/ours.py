@@ -66,7 +66,7 @@ def breakdown(
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run_prefill(module, AttentionOperands(*operands), PrefillBudget(share))
         torch.cuda.synchronize()
-    names = ("ask", "scan", "choose", "attend")
+    names = ("summarise_queries", "scan", "select_keys", "attend")
     times = {each.key: each.device_time_total / 1e3 for each in profiler.key_averages()}
     return {name: times[name] for name in names if name in times}
 

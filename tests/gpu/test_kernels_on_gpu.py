@@ -177,7 +177,7 @@ def test_a_trial_compiles_what_calls_launch_and_all_of_it_at_once():
         return problem.sparse(given, index)
 
     def kernels():
-        names = ("encode", "weigh", "scan_tokens", "attend", "combine")
+        names = ("encode", "query_weights", "scan_tokens", "attend", "combine")
         return {name: list(getattr(module, name).device_caches[0][0]) for name in names}
 
     compile_together(module, step)

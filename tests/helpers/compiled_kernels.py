@@ -20,7 +20,7 @@ from lychee_compile.kernels.gpu.common.module_cache import load, store
 KERNELS = {
     "attend_all": {"KEYS": 64},
     "combine": {"SPLITS": 32},
-    "weigh": {"kv_heads": 8, "BLOCK": 8192},
+    "query_weights": {"kv_heads": 8, "BLOCK": 8192},
     "scan_tokens": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_pages": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_chosen": {"BLOCK": 8192, "TILES": 16, "kv_heads": 8},
@@ -32,9 +32,9 @@ KERNELS = {
 }
 """Kernels of decoding, with the constants that are fixed when they are launched."""
 TILE_KERNELS = {
-    "ask": {"KEYS": 64, "TILES": 8, "SELF": True},
+    "summarise_queries": {"KEYS": 64, "TILES": 8, "SELF": True},
     "scan": {"KEYS": 64, "TILES": 16},
-    "choose": {"LANES": 4096},
+    "select_keys": {"LANES": 4096},
     "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8},
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""

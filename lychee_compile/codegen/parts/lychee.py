@@ -31,7 +31,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         _constants(spec, sparse, paged),
         *emit_bins(spec, sparse),
         emit_always_read(spec, sparse, unread="fresh"),
-        _weigh(spec, paged),
+        _query_weights(spec, paged),
         *library("sketch", "load_weights", "codes", "load_codes"),
         _fill("sketch_scores", spec),
         _fill("scan_tokens", spec),
@@ -81,9 +81,9 @@ def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
     )
 
 
-def _weigh(spec: AttentionSpec, paged: bool) -> str:
+def _query_weights(spec: AttentionSpec, paged: bool) -> str:
     return _fill(
-        "weigh",
+        "query_weights",
         spec,
         paged=paged,
         by_slot=KV in spec.score.free_symbols,

@@ -1,9 +1,10 @@
 """Kernels for a prefill: every tile of queries looks for the keys that matter to it.
 
-`ask`      the keys that a tile always reads, centres of its parts, denominators of their softmaxes
-`scan`     the largest share that a part of a tile gives each key, as a bin of a histogram
-`choose`   the bin that a tile's budget ends in, and the list of its keys
-`attend`   attention of a tile over that list and over the keys that it always reads
+`summarise_queries`  the keys that a tile always reads; centres of its parts and the denominators of
+                     their softmaxes
+`scan`               the largest share that a part of a tile gives each key, as a bin
+`select_keys`        the bin that a tile's budget ends in, and the list of its keys
+`attend`             attention of a tile over that list and over the keys that it always reads
 
 `kernels/reference/tiles.py` and `kernels/policies/prefill/lychee.py` specify what a tile reads,
 which keys it may choose from and how shares are estimated. If a mask has holes, three things
@@ -29,10 +30,10 @@ def emit_prefill(spec: AttentionSpec) -> list[str]:
         fill("prefill/edges.py.jinja", spec),
         *library("prefill", "load_edges"),
         fill("prefill/seen_by.py.jinja", spec),
-        fill("prefill/ask.py.jinja", spec),
+        fill("prefill/summarise_queries.py.jinja", spec),
         fill("prefill/scan.py.jinja", spec),
         *library("prefill", "bins_between", "room_for", "cut_of", "counted"),
-        fill("prefill/choose.py.jinja", spec),
+        fill("prefill/select_keys.py.jinja", spec),
         *([_attend_unmasked(spec)] if sees_range(spec) else []),
         fill("prefill/read_listed.py.jinja", spec),
         fill("prefill/attend.py.jinja", spec),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def load_edges(edge, place):
-    """Return what `ask` has stored of `edges` for one tile."""
+    """Return what `summarise_queries` has stored of `edges` for one tile."""
     edge += place * 8
     own, own_end = tl.load(edge + 2), tl.load(edge + 3)
     return tl.load(edge), tl.load(edge + 1), own, own_end, tl.load(edge + 4), tl.load(edge + 5)

@@ -75,7 +75,7 @@ def edges(b, tile, query_len, kv_len, SELF: tl.constexpr):
 
 @triton.jit
 def load_edges(edge, place):
-    """Return what `ask` has stored of `edges` for one tile."""
+    """Return what `summarise_queries` has stored of `edges` for one tile."""
     edge += place * 8
     own, own_end = tl.load(edge + 2), tl.load(edge + 3)
     return tl.load(edge), tl.load(edge + 1), own, own_end, tl.load(edge + 4), tl.load(edge + 5)
@@ -89,7 +89,7 @@ def seen_by(b, h, begin, query_len, slot, kv_len, inside):
 
 
 @triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len"])
-def ask(
+def summarise_queries(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
     centres, totals, edge, first_row, heads, tiles, query_len, kv_len,
@@ -252,7 +252,7 @@ def counted(bins, bin_room, begin, stop, LANES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["capacity", "most", "shortest"])
-def choose(
+def select_keys(
     edge, bins, bin_room, chosen, counts, capacity, share, most, shortest,
     LANES: tl.constexpr,
 ):

@@ -76,7 +76,7 @@ def edges(b, tile, query_len, kv_len, mask, mask_stride_0, mask_stride_1, mask_s
 
 @triton.jit
 def load_edges(edge, place):
-    """Return what `ask` has stored of `edges` for one tile."""
+    """Return what `summarise_queries` has stored of `edges` for one tile."""
     edge += place * 8
     own, own_end = tl.load(edge + 2), tl.load(edge + 3)
     return tl.load(edge), tl.load(edge + 1), own, own_end, tl.load(edge + 4), tl.load(edge + 5)
@@ -99,7 +99,7 @@ def seen_by(b, h, begin, query_len, slot, kv_len, inside, mask, mask_stride_0, m
 
 
 @triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len"])
-def ask(
+def summarise_queries(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
     centres, totals, edge, first_row, heads, tiles, query_len, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
@@ -264,7 +264,7 @@ def counted(bins, bin_room, begin, stop, LANES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["capacity", "most", "shortest"])
-def choose(
+def select_keys(
     edge, bins, bin_room, chosen, counts, capacity, share, most, shortest,
     LANES: tl.constexpr,
 ):

@@ -322,7 +322,7 @@ def bins_read(bins, first, begin, stop, known):
 
 
 @triton.jit
-def weigh(
+def query_weights(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,

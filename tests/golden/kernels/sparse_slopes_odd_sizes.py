@@ -308,7 +308,7 @@ def always_read(
 
 
 @triton.jit
-def weigh(
+def query_weights(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,

@@ -21,7 +21,7 @@ CHOSEN_PROGRAMS = 1024
 """About how many programs of `scan_chosen` share the turns of all rows."""
 PAGES_OF_WARP = 128 * PAGE
 """Slots whose pages one warp ranks."""
-WEIGH_REGISTERS, PAGES_REGISTERS, CHOSEN_REGISTERS = 96, 128, 96
+WEIGHTS_REGISTERS, PAGES_REGISTERS, CHOSEN_REGISTERS = 96, 128, 96
 """Most registers of a thread: programs of a kernel and of the next fit on the device together."""
 ENCODED = 64
 """Slots that one program of `encode` sketches."""
@@ -44,7 +44,7 @@ def run_lychee(
     step = SparseStep(module, operands, index, tuning)
     sizes = _Sizes.of(module, layout, operands.kv_len)
     arguments = _arguments(step, layout, state, sizes)
-    _weigh(step, sizes, arguments)
+    _query_weights(step, sizes, arguments)
     if sizes.paged:
         _rank_pages(step, layout, sizes, arguments)
     else:
@@ -129,15 +129,15 @@ def _stand_ins(arguments: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _weigh(step: SparseStep, sizes: _Sizes, arguments: Mapping[str, object]) -> None:
+def _query_weights(step: SparseStep, sizes: _Sizes, arguments: Mapping[str, object]) -> None:
     """Weigh the codes of each block by the query, and clear what later kernels count."""
     launch(
-        step.module.weigh,
+        step.module.query_weights,
         (step.rows, sizes.blocks),
         arguments,
         num_warps=4,
         num_stages=1,
-        maxnreg=WEIGH_REGISTERS,
+        maxnreg=WEIGHTS_REGISTERS,
         **step.waits,
     )
 

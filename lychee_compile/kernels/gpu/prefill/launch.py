@@ -19,18 +19,18 @@ SCRATCH_BYTES = 2**29
 """About how much scratch memory the tiles at work at the same time may take."""
 TOGETHER = 16
 """Tiles of one head that read keys together, at most."""
-ASK_BYTES, SCAN_CENTRE_BYTES = 2**14, 2**15
-"""Most bytes of the centres that a program of `ask`, and one of `scan`, works on."""
+SUMMARY_BYTES, SCAN_CENTRE_BYTES = 2**14, 2**15
+"""Most bytes of the centres that a program of `summarise_queries`, and one of `scan`, works on."""
 SCANNED = 4096
 """Keys that a program of `scan` reads, at least."""
 LANES = 4096
-"""Bins that `choose` looks at at a time."""
-CHOOSE_REGISTERS = 128
-"""Most registers of a thread of `choose`: two programs fit on a multiprocessor."""
+"""Bins that `select_keys` looks at at a time."""
+SELECT_REGISTERS = 128
+"""Most registers of a thread of `select_keys`: two programs fit on a multiprocessor."""
 KEY_BYTES = 2**14
-"""About how many bytes of keys `ask` and `scan` read at a time."""
+"""About how many bytes of keys `summarise_queries` and `scan` read at a time."""
 EDGE_NUMBERS = 8
-"""Numbers that `ask` leaves of the slots that a tile always reads."""
+"""Numbers that `summarise_queries` leaves of the slots that a tile always reads."""
 ALL = 2**30
 """A number of keys greater than any cache has."""
 
@@ -154,15 +154,19 @@ class PrefillLaunch:
     def select(self, first_row: int, count: int) -> None:
         """Choose the keys of these rows, besides those that a tile always reads."""
         module, keys = self._module, max(16, min(KEY_BYTES // self._key_bytes, 64))
-        asking, scanning = (
+        summarised, scanning = (
             max(2, min(size // (CENTRES_PER_TILE * self._key_bytes), TOGETHER))
-            for size in (ASK_BYTES, SCAN_CENTRE_BYTES)
+            for size in (SUMMARY_BYTES, SCAN_CENTRE_BYTES)
         )
         named = {**self._arguments, "first_row": first_row, "KEYS": keys}
-        ask, scan = {**named, "TILES": asking}, {**named, "TILES": scanning}
-        launch(module.ask, (count // asking,), ask, num_warps=4, num_stages=2)
+        summarise, scan = {**named, "TILES": summarised}, {**named, "TILES": scanning}
+        launch(
+            module.summarise_queries, (count // summarised,), summarise, num_warps=4, num_stages=2
+        )
         launch(module.scan, (count // scanning, self._splits), scan, num_warps=4, num_stages=2)
-        launch(module.choose, (count,), named, num_warps=8, num_stages=1, maxnreg=CHOOSE_REGISTERS)
+        launch(
+            module.select_keys, (count,), named, num_warps=8, num_stages=1, maxnreg=SELECT_REGISTERS
+        )
 
     def attend(self, first_row: int, count: int) -> None:
         """Attend from the queries of these rows to the keys that their tiles read."""
