@@ -53,7 +53,9 @@ def explain(
         return gm.forward
 
     with torch_private.unlimited_recompiles():
-        torch.compile(_unseen_call(), backend=inspect)(model, *args, **kwargs)
+        # A compiled model would take what follows a graph break to its own backend.
+        called = torch_private.uncompiled(model)
+        torch.compile(_unseen_call(), backend=inspect)(called, *args, **kwargs)
     return _joined(graphs)
 
 

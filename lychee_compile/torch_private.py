@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 import torch.fx
 from torch import Tensor
+from torch._dynamo.eval_frame import DisableContext
 from torch._dynamo.source import LocalSource
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
@@ -246,6 +247,17 @@ def options_compiled_with(model: object, backend: str) -> Mapping[str, Any]:
     if getattr(given, "compiler_name", None) != backend:
         return {}
     return dict(getattr(given, "kwargs", {}))
+
+
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what `torch.compile` was given, if `model` is what it returned; else `model`."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        disabled = isinstance(model.dynamo_ctx, DisableContext)
+        return model if disabled else uncompiled(model._orig_mod)
+    # The id tells a compiled function from one to which functools.wraps has copied its attributes.
+    itself = getattr(model, "_torchdynamo_wrapper_id", None) == id(model)
+    compiled = itself and hasattr(model, "get_compiler_config")  # not so for a disabled function
+    return uncompiled(model._torchdynamo_orig_callable) if compiled else model  # type: ignore[attr-defined]
 
 
 def count(name: str, amount: int) -> None:

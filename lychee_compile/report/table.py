@@ -19,7 +19,8 @@ def site_table(sites: Sequence[Site]) -> Table:
     """Return a table of sites, with those that differ in nothing but their name in one row."""
     groups = group_sites(sites)
     # Names and operators stay in one piece if they can; masks and reasons are prose and wrap.
-    name_width = max(*(len(pattern) for pattern, _ in groups), 16)
+    words = (word for pattern, (site, *_) in groups for word in (pattern, *site.source.split()))
+    name_width = max(*map(len, words), 16)
     kernel_width = max(*(len(site.kernel) for site in sites), 28)
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), leading=1)
     table.add_column("attention", overflow="fold", width=min(name_width, 40))

@@ -134,6 +134,22 @@ def test_graph_breaks_are_pointed_out() -> None:
     assert any("breaks the graph" in note for note in report.notes)
 
 
+def test_a_compiled_model_is_explained_beyond_a_graph_break() -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(query, key, value)
+
+    class Broken(torch.nn.Module):
+        def forward(self, *operands: Tensor) -> Tensor:
+            return attend(*operands)
+
+    for broken in (attend, Broken()):
+        compiled = torch.compile(broken, backend="lychee", options=SPARSE)
+        report = lychee_compile.explain(compiled, *torch.randn(3, 1, 2, 9, 8))
+        assert len(report.sites) == 1
+        assert lychee_compile.reports() == []
+
+
 def test_a_compiled_module_brings_its_options() -> None:
     compiled = torch.compile(TinyDecoder().eval(), backend="lychee", options=SPARSE)
     given = {"cache": StaticKV.empty(1, SIZE)}

@@ -17,6 +17,7 @@ from lychee_compile.codegen.bounds import KeyBound, key_bound
 from lychee_compile.codegen.specification import KV, B, H, Q
 from lychee_compile.kernels.reference.hidden import HIDDEN
 from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.detect.formula import formula
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.detect.score import Bias
 from lychee_compile.passes.graph.dataflow import shape_of, value_of
@@ -77,7 +78,7 @@ class Reading:
         parts = []
         for condition in self.conditions:
             bound = key_bound(condition)
-            parts.append(str(condition) if bound is None else str(bound))
+            parts.append(formula(condition) if bound is None else str(bound))
         return parts[0] if len(parts) == 1 else " & ".join(f"({part})" for part in parts)
 
     @property
@@ -113,10 +114,10 @@ class Reading:
         if isinstance(condition, sympy.Or) and any(_is_causal(each) for each in condition.args):
             return self._say_either(condition)
         if isinstance(condition, sympy.Eq) and condition.free_symbols >= {Q, KV}:
-            return "same document" if _alike(condition) else str(condition)
+            return "same document" if _is_document(condition) else formula(condition)
         if isinstance(condition, (Flag, sympy.Not, sympy.Ne, sympy.Eq)):
             return self._say_tensor(condition)
-        return str(condition)
+        return formula(condition)
 
     def _say_bound(self, bound: KeyBound) -> str:
         offset = sympy.expand(bound.key - Q)
@@ -140,13 +141,13 @@ class Reading:
         if all(bound and bound.upper and Q not in bound.key.free_symbols for bound in bounds):
             lengths = ", ".join(str(bound.key + 1) for bound in bounds if bound)
             return f"{self._say(causal)}, prefix {lengths}"
-        return f"{self._say(causal)}, or {', or '.join(map(str, others))}"
+        return f"{self._say(causal)}, or {', or '.join(map(formula, others))}"
 
     def _say_tensor(self, condition: Boolean) -> str:
         flag = next(iter(condition.atoms(sympy.Indexed, Flag)), None)
         inside = flag.args[0] if isinstance(flag, Flag) else flag
         if not isinstance(inside, sympy.Indexed):
-            return str(condition)
+            return formula(condition)
         if (
             KV in inside.free_symbols
             and Q not in inside.free_symbols
@@ -154,7 +155,7 @@ class Reading:
         ):
             return f"padding {inside.base}"
         operand = self._operand_named(condition)
-        return operand or f"by {condition}"
+        return operand or f"by {formula(condition)}"
 
     def _operand_named(self, condition: Boolean) -> str:
         """Describe the mask tensor if the condition is nothing but an element of it."""
@@ -197,10 +198,11 @@ def _is_causal(condition: Boolean) -> bool:
     return bound is not None and bound.upper and Q not in sympy.expand(bound.key - Q).free_symbols
 
 
-def _alike(condition: Relational) -> bool:
-    """True if both sides are the same function, one of the query and one of the key."""
+def _is_document(condition: Relational) -> bool:
+    """True if both sides are the same function of a tensor, one at the query, one at the key."""
     left, right = condition.args
-    return bool(left.xreplace({Q: KV}) == right or right.xreplace({Q: KV}) == left)
+    alike = left.xreplace({Q: KV}) == right or right.xreplace({Q: KV}) == left
+    return bool(alike and left.has(sympy.Indexed))
 
 
 def _short_names(attention: Attention, *expressions: sympy.Basic) -> dict[sympy.Basic, sympy.Basic]:

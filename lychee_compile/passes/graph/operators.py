@@ -56,6 +56,13 @@ def _logarithm(value: sympy.Expr) -> sympy.Expr:
     return -sympy.oo if value.is_zero else sympy.log(value)
 
 
+def _shifted_right(value: sympy.Expr, bits: sympy.Expr) -> sympy.Expr:
+    """Return `value >> bits`. Raise `NotImplementedError` if `bits` is not a number."""
+    if not (value.is_integer and bits.is_Integer and bits.is_nonnegative):
+        raise NotImplementedError
+    return sympy.floor(value / 2**bits)
+
+
 def _row(names: str, **facts: Any) -> Iterator[tuple[str, AtenOperator]]:
     """Yield each name in a row with what the row says."""
     for synonyms in names.split():
@@ -142,6 +149,7 @@ def _other_elementwise() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("reciprocal", numbers=lambda a: 1 / a)
     yield from _row("floor_divide", numbers=lambda a, b: sympy.floor(a / b))
     yield from _row("remainder", numbers=sympy.Mod)
+    yield from _row("bitwise_right_shift/__rshift__", numbers=_shifted_right)
     yield from _row("le/less_equal", numbers=sympy.Le)
     yield from _row("lt/less", numbers=sympy.Lt)
     yield from _row("ge/greater_equal", numbers=sympy.Ge)
