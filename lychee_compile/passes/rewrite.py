@@ -27,6 +27,7 @@ from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.kernel_support import NoKernel
 from lychee_compile.passes.lower.reference_site import emit_token_note, knows_tokens
 from lychee_compile.passes.outcomes import Emitted, Outcome
+from lychee_compile.passes.reasons import Reason
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,16 @@ def _emitted(outcome: Outcome, context: LoweringContext) -> Emitted:
             outcome = outcome.instead(error.reason)
         except torch_private.RestartAnalysis:
             raise
-        except Exception as error:  # whatever it is, the model must run
-            failed = reasons.REWRITE_FAILED(error=reasons.brief(error))
-            verbose = logger.isEnabledFor(logging.DEBUG)
-            logger.warning("%s: %s", module_path(node), failed.words, exc_info=verbose)
-            outcome = outcome.instead(failed)
+        except Exception as error:  # noqa: BLE001  whatever it is, the model must run
+            outcome = outcome.instead(_failed(node, error))
+
+
+def _failed(node: torch.fx.Node, error: Exception) -> Reason:
+    """Warn of an error that no pass should raise, and return it as a reason."""
+    failed = reasons.REWRITE_FAILED(error=reasons.brief(error))
+    verbose = logger.isEnabledFor(logging.DEBUG)
+    logger.warning("%s: %s", module_path(node), failed.words, exc_info=verbose)
+    return failed
 
 
 def note_prefill(plans: Sequence[Plan], context: LoweringContext) -> None:
@@ -90,5 +96,10 @@ def note_prefill(plans: Sequence[Plan], context: LoweringContext) -> None:
                 with context.emit.graph.inserting_before(attention.node), context.emit.attempt():
                     emit_token_note(attention, binding, context)
             except RewriteError:
+                continue
+            except torch_private.RestartAnalysis:
+                raise
+            except Exception as error:  # noqa: BLE001  the others are rewritten
+                _failed(attention.node, error)
                 continue
             noted.add(binding)

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile import backend, torch_private
-from lychee_compile.passes import reasons
+from lychee_compile.passes import reasons, rewrite
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.lower import canonical
 from lychee_compile.runtime.cache_registry import registry
@@ -153,3 +153,35 @@ def test_an_exact_attention_that_resists_keeps_its_reason(monkeypatch: pytest.Mo
     (site,) = lychee_compile.reports()[-1].sites
     assert (site.decision, site.by_design) == ("kept", True)
     assert site.reason == reasons.PREFILL(query_len=30).and_also(RESISTS.reason)
+
+
+def test_a_note_that_fails_leaves_the_prefill_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No operator and no input of the attempt is left, so that the graph compiles unchanged."""
+    table, positions = torch.randn(9, 8), torch.arange(30)
+
+    def prefill(ids: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        new = F.embedding(ids, table)[:, None]
+        key = keys.index_copy_(2, positions, new)
+        value = values.index_copy_(2, positions, new)
+        return F.scaled_dot_product_attention(new, key, value)
+
+    emit, tried = rewrite.emit_token_note, []
+
+    def fail_afterwards(*given: Any) -> None:
+        emit(*given)
+        tried.append(given)
+        raise ZeroDivisionError("no note")
+
+    monkeypatch.setattr(rewrite, "emit_token_note", fail_afterwards)
+    options = {**SPARSE, "tokenizer": torch.ones(9, dtype=torch.uint8), "boundaries": "tokens"}
+    caches = torch.zeros(2, 1, 1, SIZE, 8).unbind()
+    inputs = torch.randint(9, (1, 30)), *caches
+    expected = prefill(inputs[0], *(each.clone() for each in caches))
+    got = torch.compile(prefill, backend="lychee", options=options)(*inputs)
+    torch.testing.assert_close(got, expected)
+    assert len(tried) == 1
+    assert len(registry) == 0
+    assert "no note" in caplog.text
+    assert "unchanged" not in caplog.text
