@@ -147,7 +147,7 @@ def test_where_kernels_run_they_are_generated_for_it(
     torch.testing.assert_close(got, function(query, key, value), atol=1e-5, rtol=1e-4)
     site = only_site()
     assert (site.decision, site.kernel[:26]) == ("sparse", "prefill_lychee_f32_g2_d16_")
-    assert "def choose(" in lychee_compile.reports()[-1].sources()[site.kernel]
+    assert "def select_keys(" in lychee_compile.reports()[-1].sources()[site.kernel]
     torch._dynamo.reset()
     sparse = compiled(function, prefill_budget=0.4)(query, key, value)
     reference = compiled(function, prefill_budget=0.4, reference=True)(query, key, value)
