@@ -20,6 +20,7 @@ from lychee_compile.codegen.parts.lychee import emit_lychee
 from lychee_compile.codegen.parts.quest import emit_quest
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.extend import GpuMethod, register_policy
+from lychee_compile.kernels.gpu import methods
 from lychee_compile.kernels.gpu.common.launch_common import launch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
@@ -69,6 +70,24 @@ def test_a_method_that_lacks_something_is_refused() -> None:
     register_policy("half", QuestIndex, gpu=half)
     with pytest.raises(TypeError, match=r"policy 'half': .* is no GpuMethod"):
         gpu_method("half")
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_method_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check against a protocol takes longer than all else that a step does with a method."""
+    checks: list[object] = []
+
+    class Checked(type):
+        def __instancecheck__(cls, method: object) -> bool:
+            checks.append(method)
+            return True
+
+    monkeypatch.setattr(methods, "GpuMethod", Checked("GpuMethod", (), {}))
+    for name in ("once", "once", "twice"):
+        method = BUILT_IN["quest"]
+        register_policy(name, QuestIndex, gpu=method)
+        assert gpu_method(name) is method
+    assert checks == [BUILT_IN["quest"]] * 2
 
 
 @pytest.mark.usefixtures("registries")

@@ -41,9 +41,12 @@ def gpu_method(policy: str) -> GpuMethod:
     if record is None or record.gpu is None:
         known = ", ".join(policies_with_kernels())
         raise ValueError(f"policy {policy!r} has no GPU kernels; those that have are {known}")
-    if not isinstance(record.gpu, GpuMethod):
-        raise TypeError(f"policy {policy!r}: {record.gpu!r} is no GpuMethod")
-    return record.gpu
+    method = _checked.get(policy)
+    if method is not record.gpu or method is None:
+        if not isinstance(record.gpu, GpuMethod):
+            raise TypeError(f"policy {policy!r}: {record.gpu!r} is no GpuMethod")
+        method = _checked[policy] = record.gpu
+    return method
 
 
 def method_of_kernel(kernel: str) -> GpuMethod:
@@ -55,3 +58,7 @@ def new_index(layout: IndexLayout, device: torch.device) -> DeviceIndex:
     """Return an empty index, which is not trusted."""
     with torch.inference_mode(False):  # graphs write to it in every mode
         return gpu_method(layout.policy).new_index(layout, device)
+
+
+_checked: dict[str, GpuMethod] = {}
+"""Methods that were found to be a `GpuMethod`, which takes longer than a step has time for."""
