@@ -180,9 +180,9 @@ def test_a_kernel_gets_the_arguments_that_it_names() -> None:
         arg_names = ("first", "SECOND")
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda **given: calls.append((grid, given))
+            return lambda *given, **options: calls.append((grid, given, options))
 
     launch(Kernel(), (2, 3), {"SECOND": 2, "third": 3, "first": 1}, num_warps=4)
-    assert calls == [((2, 3), {"first": 1, "SECOND": 2, "num_warps": 4})]
+    assert calls == [((2, 3), (1, 2), {"num_warps": 4})]
     with pytest.raises(TypeError, match="lacks the argument 'first'"):
         launch(Kernel(), (1,), {"SECOND": 2})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 
@@ -25,63 +25,73 @@ class AttentionOperands:
     extra: Tensor | None = None
     """Logit of a key without a value, broadcastable to [B, Hq, T]; None: there is none."""
 
-    @property
-    def heads(self) -> int:
-        """Number of query heads, Hq."""
-        return self.query.shape[1]
+    heads: int = field(init=False)
+    """Number of query heads, Hq."""
+    kv_heads: int = field(init=False)
+    """Number of KV heads, Hkv."""
+    group: int = field(init=False)
+    """Number of query heads that share a KV head."""
+    query_len: int = field(init=False)
+    """Number of query positions, T."""
+    kv_len: int = field(init=False)
+    """Number of slots, L."""
+    rows: int = field(init=False)
+    """Number of KV heads times query positions, over the batch: a decode program has one."""
 
-    @property
-    def kv_heads(self) -> int:
-        """Number of KV heads, Hkv."""
-        return self.key.shape[1]
-
-    @property
-    def group(self) -> int:
-        """Number of query heads that share a KV head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def query_len(self) -> int:
-        """Number of query positions, T."""
-        return self.query.shape[2]
-
-    @property
-    def kv_len(self) -> int:
-        """Number of slots, L."""
-        return self.key.shape[2]
-
-    @property
-    def rows(self) -> int:
-        """Number of KV heads times query positions, over the batch: a decode program has one."""
-        return self.query.shape[0] * self.kv_heads * self.query_len
+    def __post_init__(self) -> None:
+        batch, heads, query_len, _ = self.query.shape
+        _, kv_heads, kv_len, _ = self.key.shape
+        self.__dict__.update(  # once, as a launch reads them many times
+            heads=heads,
+            kv_heads=kv_heads,
+            group=heads // kv_heads,
+            query_len=query_len,
+            kv_len=kv_len,
+            rows=batch * kv_heads * query_len,
+        )
 
     def arguments(self, module: ModuleType) -> dict[str, object]:
         """Return the arguments of the kernels of `module` that these tensors decide, by name.
 
         Raises ValueError if the module reads another number of captured tensors.
         """
-        named: dict[str, object] = {
-            **strided("query", self.query, "bhtd"),
-            **strided("key", self.key, "bhld"),
-            **strided("value", self.value, "bhld"),
-            "heads": self.heads,
-            "kv_heads": self.kv_heads,
-            "query_len": self.query_len,
-            "kv_len": self.kv_len,
-        }
-        for name, tensor in zip(module.CAPTURED, self.captured, strict=True):
-            named.update(strided(name, tensor, "".join(map(str, range(tensor.ndim)))))
-        return named
+        query, key, value = self.query, self.key, self.value
+        values: list[object] = [
+            *(query, *query.stride()),
+            *(key, *key.stride()),
+            *(value, *value.stride()),
+            *(self.heads, self.kv_heads, self.query_len, self.kv_len),
+        ]
+        for tensor in self.captured:
+            values += tensor, *tensor.stride()
+        names = _argument_names(module.CAPTURED, tuple([each.ndim for each in self.captured]))
+        return dict(zip(names, values, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _argument_names(captured: tuple[str, ...], ranks: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the names of all arguments of a module, whose captured tensors have these ranks."""
+    tensors = [("query", "bhtd"), ("key", "bhld"), ("value", "bhld")]
+    names = [each for name, dims in tensors for each in _strided_names(name, dims)]
+    names += "heads", "kv_heads", "query_len", "kv_len"
+    for name, rank in zip(captured, ranks, strict=True):
+        names += _strided_names(name, "".join(map(str, range(rank))))
+    return tuple(names)
 
 
 def strided(name: str, tensor: Tensor, dims: str) -> Mapping[str, object]:
     """Return `tensor` under its name, and its strides: `name_stride_b` for the dim "b"."""
-    return {name: tensor, **strides(f"{name}_", tensor, dims)}
+    return dict(zip(_strided_names(name, dims), (tensor, *tensor.stride()), strict=True))
 
 
 def strides(prefix: str, tensor: Tensor, dims: str) -> Mapping[str, int]:
     """Return the strides of `tensor` by name: `<prefix>stride_b` for the dim "b"."""
     return dict(zip(_stride_names(prefix, dims), tensor.stride(), strict=True))
+
+
+@lru_cache(maxsize=256)
+def _strided_names(name: str, dims: str) -> tuple[str, ...]:
+    return name, *_stride_names(f"{name}_", dims)
 
 
 @lru_cache(maxsize=256)
