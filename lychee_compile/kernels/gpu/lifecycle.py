@@ -105,9 +105,11 @@ class IndexLifecycle(ABC):
     def after_call(self, cache: Tensor, use: CacheUse) -> None:
         """Build or refit the index if that is due, now that a graph has run on `cache`."""
         self._calls += 1
-        building = self.trust is Trust.DISTRUSTED and self._calls > self._calls_to_wait
-        due = self._calls == self._next_refit or self._ends_read is not None
-        if building or (self.trusted and due):
+        if self.trust is Trust.TRUSTED:
+            due = self._calls == self._next_refit or self._ends_read is not None
+        else:
+            due = self.trust is Trust.DISTRUSTED and self._calls > self._calls_to_wait
+        if due:
             with torch.cuda.device_of(cache):
                 self._work(cache, use)
 
