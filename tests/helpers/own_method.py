@@ -246,7 +246,6 @@ class MeanMethod:
     """Pages, ranked by their mean key."""
 
     multiple: int = 1
-    limits: str = "no masks with holes"
     prefill: bool = False
 
     def layout_of(self, key: Tensor) -> MeanLayout:

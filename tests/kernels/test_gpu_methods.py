@@ -66,7 +66,7 @@ def test_a_policy_without_kernels_is_named() -> None:
 
 @pytest.mark.usefixtures("registries")
 def test_a_method_that_lacks_something_is_refused() -> None:
-    half = SimpleNamespace(multiple=1, limits="", prefill=False)
+    half = SimpleNamespace(multiple=1, prefill=False)
     register_policy("half", QuestIndex, gpu=half)
     with pytest.raises(TypeError, match=r"policy 'half': .* is no GpuMethod"):
         gpu_method("half")

@@ -33,10 +33,6 @@ class GpuKernels(Protocol):
         """A number that must divide the head_dim."""
 
     @property
-    def limits(self) -> str:
-        """Things that the kernels do not do, in words; empty if there are none."""
-
-    @property
     def prefill(self) -> bool:
         """True if the policy has kernels for prefill too."""
 

@@ -21,7 +21,6 @@ class QuestMethod:
     """Pages of sixteen keys, ranked by the best corner of the box around them."""
 
     multiple: int = 1
-    limits: str = "no scores that depend on a key's slot, as ALiBi's do"
     prefill: bool = False
 
     def layout_of(self, key: Tensor) -> QuestLayout:
