@@ -27,7 +27,7 @@ demo: $(VENV)/demo.stamp ## answer a question from a long document, densely and 
 	@$(BIN)/python -m examples.long_document $(ARGS)
 
 test: lint ## lint, then the tests
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-thorough: $(VENV)/dev.stamp $(VENV)/demo.stamp ## all tests, with thousands of cases for each property
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(WORKERS) -m ""

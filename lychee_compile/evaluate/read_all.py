@@ -40,5 +40,5 @@ class ReadAllIndex(KVIndex):
 
 def read_all_options() -> dict[str, Any]:
     """Return options under which attention over more than `SHORTEST` keys is sparse and exact."""
-    register_policy(NAME, ReadAllIndex)
+    register_policy(NAME, ReadAllIndex, words="every key, to take tensors for the evaluation")
     return {"policy": NAME, "budget": SHORTEST, "sinks": 0, "recent": 1, "chunk": (1, 1)}
