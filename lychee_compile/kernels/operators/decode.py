@@ -18,7 +18,7 @@ from lychee_compile.kernels.gpu.common.launch_exact import run_exact
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.gpu.methods import method_of_kernel
+from lychee_compile.kernels.gpu.methods import gpu_method, method_of_kernel
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex
 from lychee_compile.kernels.operators.fakes import fake_output
 
@@ -112,7 +112,7 @@ def _exact(kernel: str, operands: AttentionOperands) -> Tensor:
 
 def _sparse(kernel: str, operands: AttentionOperands, index: IndexOperands) -> Tensor:
     module = load(kernel)
-    run = partial(method_of_kernel(kernel).run, module, operands, index)
+    run = partial(gpu_method(module.POLICY).run, module, operands, index)
     with torch.cuda.device_of(operands.query):
         autotune(module, "sparse", run, operands, index.state.header)
         return run()
