@@ -64,7 +64,9 @@ class _Sizes:
     tiles: int
     """Programs of the scan."""
     examined: int
-    """Tokens whose bins `attend` looks at."""
+    """Tokens whose bins `attend` looks at, of a long context."""
+    room: int
+    """Most tokens whose bins `attend` looks at."""
     turns: int
     """Turns in which `scan_chosen` ranks the tokens of chosen pages; 0: there is none."""
 
@@ -73,10 +75,13 @@ class _Sizes:
         """Return the shares of `kv_len` tokens in an index of this layout."""
         blocks = layout.blocks
         if not (module.RANKS_PAGES and kv_len > module.FLAT_TOKENS):
-            return cls(False, blocks, -(-kv_len // SCAN_SLOTS), kv_len, 0)
-        examined = min(PAGE * module.PAGE_ROOM.value, blocks * layout.block)
-        turns = examined // (PAGE * module.TURN.value) + blocks
-        return cls(True, blocks, blocks, examined, turns)
+            return cls(False, blocks, -(-kv_len // SCAN_SLOTS), kv_len, layout.slots, 0)
+        whole, pages = blocks * layout.block, module.PAGE_ROOM.value
+        examined = min(PAGE * pages, whole)
+        room = min(PAGE * max(pages, module.FLAT_PAGES.value), whole)
+        return cls(
+            True, blocks, blocks, examined, room, room // (PAGE * module.TURN.value) + blocks
+        )
 
 
 def _arguments(
@@ -88,8 +93,7 @@ def _arguments(
     want("weights", torch.bfloat16, rows, blocks, heads, kept)
     want("constants", torch.float32, rows, blocks, heads)
     want("totals", torch.float32, rows, blocks, heads)
-    room = sizes.examined if sizes.paged else layout.slots
-    want("bins", torch.uint8, rows, room)
+    want("bins", torch.uint8, rows, sizes.room)
     if sizes.paged:
         _want_pages(step, layout, sizes, heads)
     return {
@@ -99,8 +103,8 @@ def _arguments(
         "BLOCKS": power_of_two(blocks),
         "PAGED": sizes.paged,
         "turns": sizes.turns,
-        "bin_room": room,
-        "candidate_room": room,
+        "bin_room": sizes.room,
+        "candidate_room": sizes.room,
     }
 
 
@@ -114,7 +118,7 @@ def _want_pages(step: SparseStep, layout: SketchLayout, sizes: _Sizes, heads: in
     want("arrivals", torch.int32, rows)
     want("plan", torch.int32, rows, sizes.turns, 4)
     want("limits", torch.int32, rows, 4)
-    want("candidates", torch.int32, rows, sizes.examined)
+    want("candidates", torch.int32, rows, sizes.room)
     want("candidate_count", torch.int32, rows)
 
 
