@@ -15,7 +15,7 @@ from lychee_compile.kernels.gpu.methods import gpu_method, new_index
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 HEADS, GROUP, HEAD_DIM, PAGE = 2, 4, 128, 16
-STRONG = 20
+STRONG = 30
 """Score of the keys that matter. The others have scores of about 1."""
 
 

@@ -12,6 +12,7 @@ from sparse_steps import Step, built, copied
 from test_sparse_kernel import FLAT, PAGED
 
 from lychee_compile.kernels.gpu.lychee import index as sketch_index
+from lychee_compile.kernels.gpu.lychee import launch as sketch_launch
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_encode
@@ -69,6 +70,13 @@ def test_keys_are_quantised_as_the_reference_does(dtype, head_dim):
     expected = reference.codes[:, :, :200] + reference._half
     level = levels(index, problem.key)
     assert_same_codes(codes(index)[:, :, :200], expected, level, MOVED[dtype])
+
+
+def test_more_keys_than_a_launch_may_have_programs_for_are_sketched(monkeypatch):
+    problem = make_problem(sizes=Sizes(kv_len=330), sparse=FLAT)
+    at_once = built(problem, 330)
+    monkeypatch.setattr(sketch_launch, "MOST_PROGRAMS", 2)
+    assert torch.equal(built(problem, 330).state, at_once.state)
 
 
 def assert_as_if_built(index, problem, ends):

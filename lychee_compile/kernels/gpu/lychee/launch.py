@@ -25,6 +25,8 @@ WEIGHTS_REGISTERS, PAGES_REGISTERS, CHOSEN_REGISTERS = 96, 128, 96
 """Most registers of a thread: programs of a kernel and of the next fit on the device together."""
 ENCODED = 64
 """Slots that one program of `encode` sketches."""
+MOST_PROGRAMS = 65535
+"""Most programs of a launch along its second axis, by CUDA's limit."""
 
 
 def run_lychee(
@@ -174,18 +176,18 @@ def run_encode(
     module: ModuleType, key: Tensor, layout: SketchLayout, state: SketchState, begin: int, end: int
 ) -> None:
     """Sketch the keys [B, Hkv, L, D] in the slots [begin, end); `begin` is a multiple of 64."""
-    if end <= begin:
-        return
     arguments = {
         "key": key,
         **strides("", key, "bhld"),
         **state._asdict(),
-        "begin": begin,
         "end": end,
         "slots": layout.slots,
         "kv_heads": layout.kv_heads,
         "blocks": layout.blocks,
         "BLOCK": layout.block,
     }
-    grid = key.shape[0] * layout.kv_heads, -(-(end - begin) // ENCODED)
-    launch(module.encode, grid, arguments, num_warps=4, num_stages=1)
+    rows = key.shape[0] * layout.kv_heads
+    for start in range(begin, end, MOST_PROGRAMS * ENCODED):
+        programs = min(-(-(end - start) // ENCODED), MOST_PROGRAMS)
+        grid, own = (rows, programs), {**arguments, "begin": start}
+        launch(module.encode, grid, own, num_warps=4, num_stages=1)
