@@ -172,6 +172,7 @@ def test_estimates_of_equal_keys_are_exact(shape, config, seed, scale):
     key = shape.keys("gaussian", seed, 1).expand(-1, -1, 60, -1)
     index = shape.index(config)
     index.extend(key, torch.full((shape.batch,), 60))
+    index.complete(key)
     query = shape.queries(seed, 1).reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
     score = scale * query @ key[:, :, :1].transpose(-1, -2)
     for nodes in (index.chunks, index.tree.clusters, index.tree.units):
@@ -209,9 +210,11 @@ def test_a_grafted_chunk_joins_its_own_kind():
     key = (topic + 0.01 * torch.arange(96)[:, None] / 96).view(1, 1, 96, 4)
     index = shape.index(config)
     index.extend(key[:, :, :84], torch.tensor([84]))
+    index.complete(key)
     before = index.tree.clusters.count
     for end in range(85, 97):
         index.extend(key, torch.tensor([end]))
+        index.complete(key)
     assert index.tree.clusters.count == before
     labels = index.tree.chunk_cluster[0, 0, : int(index.group_count)]
     assert set(labels[0::2].tolist()).isdisjoint(labels[1::2].tolist())

@@ -84,14 +84,30 @@ class KeySketches:
         last = int(end.max())
         self._reserve((last + self.block - 1) // self.block)
         for block in range(int(begin.min()) // self.block, (last + self.block - 1) // self.block):
-            low = block * self.block
-            slots = torch.arange(low, min(low + self.block, last), device=key.device)
-            keys = key[:, :, low : low + len(slots)].float()
-            valid = (slots >= start[:, None]) & (slots < end[:, None])
-            bare = begin <= start.clamp(min=low)
-            due = self._inherit_or_fit(block, keys, valid, bare, begin <= start)
-            fresh = valid & (due[:, None] | (slots >= begin[:, None]))
-            self._store(block, keys, fresh)
+            self._encode_block(block, key, start, begin, end)
+
+    def rewrite(self, key: Tensor, start: Tensor, end: Tensor, slots: Tensor) -> None:
+        """Sketch the keys at `slots`, int64 [B, T], of `key` [B, Hkv, L, D] anew; -1 is none.
+
+        The keys of a row lie in the slots [start, end), each int64 [B]. A block gets new axes when
+        half of the keys that its axes were fitted to are gone.
+        """
+        row, place = (slots >= 0).nonzero(as_tuple=True)
+        slot = slots[row, place]
+        block = slot // self.block
+        codes, error, reach = self._encoded(key[row, :, slot].float()[:, :, None], row, block)
+        self._any_lost |= bool(error.isinf().any())
+        self.codes[row, :, slot], self.error[row, :, slot] = codes[:, :, 0], error[:, :, 0]
+        for number in range(len(row)):  # several slots may lie in one block
+            at = row[number], slice(None), block[number]
+            self.longest[at] = torch.maximum(self.longest[at], reach[number, :, 0])
+        lost = torch.full_like(slot, -1)
+        self.fitted = self.fitted.index_put((row, block), lost, accumulate=True).clamp(min=0)
+        held = torch.minimum(end[row], (block + 1) * self.block)
+        held = held - torch.maximum(start[row], block * self.block)
+        stale = block[2 * self.fitted[row, block] <= held] if self._repair else block[:0]
+        for number in stale.unique().tolist():
+            self._encode_block(number, key, start, end, end)
 
     def forget(self, start: Tensor, keep: Tensor) -> None:
         """Forget the keys from slot `keep`, int64 [B], on; rows begin at `start`, int64 [B]."""
@@ -143,6 +159,19 @@ class KeySketches:
         bound = self.scores(query, scale, slots) + abs(scale) * width
         return bound.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
+    def _encode_block(
+        self, block: int, key: Tensor, start: Tensor, begin: Tensor, end: Tensor
+    ) -> None:
+        """Sketch the keys of one block, as `encode` says."""
+        low = block * self.block
+        slots = torch.arange(low, min(low + self.block, int(end.max())), device=key.device)
+        keys = key[:, :, low : low + len(slots)].float()
+        valid = (slots >= start[:, None]) & (slots < end[:, None])
+        bare = begin <= start.clamp(min=low)
+        due = self._inherit_or_fit(block, keys, valid, bare, begin <= start)
+        fresh = valid & (due[:, None] | (slots >= begin[:, None]))
+        self._store(block, keys, fresh)
+
     def _inherit_or_fit(
         self, block: int, keys: Tensor, valid: Tensor, bare: Tensor, first: Tensor
     ) -> Tensor:
@@ -181,22 +210,33 @@ class KeySketches:
 
     def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
         """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
+        row = torch.arange(keys.shape[0], device=keys.device)
+        codes, error, length = self._encoded(keys, row, torch.full_like(row, block))
+        self._any_lost |= bool((error[..., 0].isinf() & fresh[:, None]).any())
+        where = slice(block * self.block, block * self.block + keys.shape[2])
+        mask = fresh[:, None, :, None]
+        self.codes[:, :, where] = torch.where(mask, codes, self.codes[:, :, where])
+        self.error[:, :, where] = torch.where(mask, error, self.error[:, :, where])
+        reach = torch.where(fresh[:, None], length, 0).amax(-1)
+        self.longest[:, :, block] = torch.maximum(self.longest[:, :, block], reach)
+
+    def _encoded(
+        self, keys: Tensor, row: Tensor, block: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, errors and distances from the centre of the keys [N, Hkv, T, D].
+
+        Entry n of the keys is of the batch row `row` and the block `block`, each int64 [N].
+        """
         finite = keys.isfinite().all(-1)
-        self._any_lost |= bool((~finite & fresh[:, None]).any())
-        centred = torch.where(finite[..., None], keys, 0) - self.centre[:, :, block, None]
-        axes, step = self.axes[:, :, block], self.step[:, :, block, None]
+        centred = torch.where(finite[..., None], keys, 0) - self.centre[row, :, block][:, :, None]
+        axes, step = self.axes[row, :, block], self.step[row, :, block][:, :, None]
         inside = centred @ axes
         level = torch.where(step > 0, inside / step.clamp(min=torch.finfo(step.dtype).tiny), 0)
         codes = (level - 0.5).round().clamp(-self._half, self._half - 1)
         coarse = _norm(inside - (codes + 0.5) * step)
         fine = _norm(centred - inside @ axes.transpose(-1, -2))
         error = torch.stack((coarse, fine), -1).masked_fill(~finite[..., None], torch.inf)
-        where = slice(block * self.block, block * self.block + keys.shape[2])
-        mask = fresh[:, None, :, None]
-        self.codes[:, :, where] = torch.where(mask, codes.to(torch.int8), self.codes[:, :, where])
-        self.error[:, :, where] = torch.where(mask, error, self.error[:, :, where])
-        reach = torch.where(fresh[:, None], _norm(centred), 0).amax(-1)
-        self.longest[:, :, block] = torch.maximum(self.longest[:, :, block], reach)
+        return codes.to(torch.int8), error, _norm(centred)
 
     def _reserve(self, blocks: int) -> None:
         """Make room for `blocks` blocks, in amortised constant time per key."""
