@@ -78,7 +78,7 @@ class KVIndex(abc.ABC):
         """
         return None
 
-    def complete(self, key: Tensor) -> None:
+    def complete(self, key: Tensor) -> None:  # noqa: B027  most policies leave nothing for later
         """Build what `extend` left for later, from the same keys `key` [B, Hkv, L, D]."""
 
     def rewrite(self, key: Tensor, slots: Tensor) -> None:
@@ -91,7 +91,7 @@ class KVIndex(abc.ABC):
         self.truncate(torch.where(slots >= 0, slots, end[:, None]).min(1).values)
         self.extend(key, end)
 
-    def close(self, key: Tensor, rows: Tensor) -> None:
+    def close(self, key: Tensor, rows: Tensor) -> None:  # noqa: B027  most let no token wait
         """Index the last tokens of the rows `rows`, bool [B], though none may come after them.
 
         Without this, tokens that wait for others stay behind `tail`, and are always read.

@@ -220,9 +220,7 @@ class KeySketches:
         reach = torch.where(fresh[:, None], length, 0).amax(-1)
         self.longest[:, :, block] = torch.maximum(self.longest[:, :, block], reach)
 
-    def _encoded(
-        self, keys: Tensor, row: Tensor, block: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _encoded(self, keys: Tensor, row: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes, errors and distances from the centre of the keys [N, Hkv, T, D].
 
         Entry n of the keys is of the batch row `row` and the block `block`, each int64 [N].
