@@ -451,6 +451,13 @@ POSITIONS_DEVICE = _kind(
     "the positions written to are not on the device of the cache",
     "create the positions on the device of the cache",
 )
+CACHE_MAY_WRAP = _kind(
+    Group.CACHE,
+    "cache-may-wrap",
+    "the slots written come out of {operator}, as in a ring buffer, whose newest tokens are not in "
+    "its last slots; decode kernels take the last slots for the newest",
+    "set reference=True for the slow PyTorch path, which handles it",
+)
 CACHE_LAYOUT = _kind(
     Group.CACHE,
     "cache-layout",
