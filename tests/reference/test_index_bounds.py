@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from unittest.mock import patch
 
@@ -89,6 +90,31 @@ def test_every_score_is_within_the_bound_of_its_token(cache, scale, block, data)
         slot = torch.arange(slots)
         known = (slot >= index.start[:, None]) & (slot < index.tail[:, None])
         assert (~known[:, None, None] | (score <= bound.double())).all()
+
+
+@given(grown_caches(), scales, st.data())
+def test_an_index_that_nobody_completed_is_true_and_the_same(cache, scale, data):
+    """Choices are those of a complete index that scans all tokens; bounds are true, but wider."""
+    config = dataclasses.replace(cache.config, flat_tokens=10**6)
+    early, late = (GrownCache(cache.shape, config, cache.kind, cache.dtype) for _ in range(2))
+    steps = data.draw(histories(cache.shape.batch), "history")
+    with patch.object(type(late.index), "complete", lambda index, key: None):
+        for place, (step, numbers) in enumerate(steps):
+            late.apply(step, numbers, place)
+    for place, (step, numbers) in enumerate(steps):
+        early.apply(step, numbers, place)
+    assert late.index.tree.clusters.count == 0
+    query = cache.shape.queries(3, 2, cache.dtype)
+    grouped = query.reshape(cache.shape.batch, cache.shape.kv_heads, -1, cache.shape.head_dim)
+    bounds = [index.score_bound(grouped.float(), scale) for index in (early.index, late.index)]
+    if bounds[0] is None:
+        assert int(late.index.group_count.sum()) == 0
+        return
+    slot = torch.arange(bounds[0].shape[-1])
+    known = (slot >= early.index.start[:, None]) & (slot < early.index.tail[:, None])
+    assert (~known[:, None, None] | (bounds[0] <= bounds[1])).all()
+    late.index.complete(late.key)
+    assert torch.equal(late.index.chunks.tokens, early.index.chunks.tokens)
 
 
 def token_columns(index, tokens):
