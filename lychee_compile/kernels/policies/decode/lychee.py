@@ -12,7 +12,8 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.reference.grouped import GroupedIndex
 from lychee_compile.kernels.reference.nodes import Nodes, furthest, log_count
 from lychee_compile.kernels.reference.question import Question, Runs, group_mass, take_by_rank
-from lychee_compile.kernels.reference.sketch import BLOCK, KeySketches, sketch_bits
+from lychee_compile.kernels.reference.sketch import BLOCK, KeySketches
+from lychee_compile.kernels.reference.sketch_axes import sketch_bits
 from lychee_compile.kernels.reference.tree import ClusterTree
 
 PROMPT_CHUNKS = 32
