@@ -454,8 +454,8 @@ POSITIONS_DEVICE = _kind(
 CACHE_MAY_WRAP = _kind(
     Group.CACHE,
     "cache-may-wrap",
-    "the slots written come out of {operator}, as in a ring buffer, whose newest tokens are not in "
-    "its last slots; decode kernels take the last slots for the newest",
+    "the slots written come out of {operator}, as in a ring buffer: older tokens lie behind the "
+    "newest, and decode kernels cannot choose among these",
     "set reference=True for the slow PyTorch path, which handles it",
 )
 CACHE_LAYOUT = _kind(
