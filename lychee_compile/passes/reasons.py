@@ -451,6 +451,13 @@ POSITIONS_DEVICE = _kind(
     "the positions written to are not on the device of the cache",
     "create the positions on the device of the cache",
 )
+CACHE_MAY_WRAP = _kind(
+    Group.CACHE,
+    "cache-may-wrap",
+    "the slots written come out of {operator}, as in a ring buffer: older tokens lie behind the "
+    "newest, and decode kernels cannot choose among these",
+    "set reference=True for the slow PyTorch path, which handles it",
+)
 CACHE_LAYOUT = _kind(
     Group.CACHE,
     "cache-layout",

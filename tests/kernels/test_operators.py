@@ -220,8 +220,10 @@ def decode(key, query, new, position, handle):
     for offset in range(2):
         at = position + offset
         key.index_copy_(2, at, new + offset)
-        update_index(key, None, at, None, handle, 1)
-        outputs.append(sparse_attention(query, key, key, None, None, handle, 0.3, None, "site"))
+        seen = torch.arange(key.shape[2]) <= at
+        update_index(key, seen[None], at, None, handle, 1)
+        read = sparse_attention(query, key, key, seen[None], None, handle, 0.3, None, "site")
+        outputs.append(read)
     return outputs
 
 

@@ -60,7 +60,7 @@ def update_index(
     strengths = None
     if token_ids is not None and owner.strength_of is not None:
         strengths = owner.strength_of(token_ids).expand(batch, -1)
-    write = CacheWrite(visible.first[:, 0], positions, strengths)
+    write = CacheWrite(visible.first[:, 0], positions, strengths, visible.end[:, 0])
     cache.update(key, write, build=written <= LONGEST_QUERY)
     handle[1] += 1
 
