@@ -28,14 +28,14 @@ class CacheWrite:
     """A write of one call to a key cache."""
 
     first: Tensor
-    """First valid slot of each row, int64 [B]."""
+    """First slot of each row that a query sees, int64 [B]; L or more if none sees any."""
     positions: Tensor
     """Slots written, int64 [B, T]."""
     strengths: Tensor | None
     """Strength of the boundary after each token written, uint8 [B, T]; None if not known."""
     seen_end: Tensor | None = None
-    """Slot of each row after the last one that the last query sees, int64 [B]; None: the slot after
-    the last one written."""
+    """Slot of each row after the last one that a query sees, int64 [B]; None: the slot after the
+    last one written."""
 
     @property
     def end(self) -> Tensor:
@@ -111,7 +111,7 @@ class CacheIndex:
         if self.trust is Trust.DISTRUSTED or self._sample_differs(key):
             self._compare(key)
         self.trust = Trust.TRUSTED
-        self._restart(write.first)
+        self._restart(write.first, key.shape[2])
         if write.strengths is not None:
             self.index.strengths.note(write.positions, write.strengths)
         self._fingerprint(key, end)
@@ -144,8 +144,12 @@ class CacheIndex:
         taken = fingerprints(key.gather(2, wide))
         self.fingerprint[row, positions[row, place]] = taken[row, place]
 
-    def _restart(self, first: Tensor) -> None:
-        """Empty the rows that begin before their index does, or begin elsewhere and are empty."""
+    def _restart(self, first: Tensor, length: int) -> None:
+        """Empty the rows that begin before their index does, or begin elsewhere and are empty.
+
+        Rows that see nothing stay as they are.
+        """
+        first = torch.where(first < length, first, self.index.start)
         earlier = first < self.index.start
         fresh = self.index.tail == self.index.start
         if bool((earlier | (fresh & (first != self.index.start))).any()):
