@@ -127,12 +127,14 @@ class CacheIndex:
         index = self.index
         held = (positions >= index.start[:, None]) & (positions < index.tail[:, None])
         held &= wraps[:, None]
+        # Rows of packed requests wrap too, but may still grow.
+        full = wraps & ((index.end == end) | (index.tail == index.start))
         index.newest = None
         if bool(held.any()):
             index.rewrite(key, torch.where(held, positions, -1))
         index.extend(key, end)
         if bool(wraps.any()):
-            index.close(key, wraps)
+            index.close(key, full)
             index.newest = torch.where(wraps[:, None], positions, key.shape[2])
 
     def _take_again(self, key: Tensor, positions: Tensor, replaced: Tensor) -> None:

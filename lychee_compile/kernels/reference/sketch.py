@@ -201,10 +201,15 @@ class KeySketches:
 
     def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
         """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
+        columns = fresh.any(0).nonzero()
+        if not len(columns):
+            return
+        first, last = int(columns[0]), int(columns[-1]) + 1
+        keys, fresh = keys[:, :, first:last], fresh[:, first:last]
         row = torch.arange(keys.shape[0], device=keys.device)
         codes, error, length = self._encoded(keys, row, torch.full_like(row, block))
         self._any_lost |= bool((error[..., 0].isinf() & fresh[:, None]).any())
-        where = slice(block * self.block, block * self.block + keys.shape[2])
+        where = slice(block * self.block + first, block * self.block + last)
         mask = fresh[:, None, :, None]
         self.codes[:, :, where] = torch.where(mask, codes, self.codes[:, :, where])
         self.error[:, :, where] = torch.where(mask, error, self.error[:, :, where])
