@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
 import torch
@@ -23,6 +23,13 @@ def value_of(node: torch.fx.Node) -> Any:
 def is_tensor(value: Any) -> bool:
     """True if an argument of a node is a tensor of the graph."""
     return isinstance(value, torch.fx.Node) and isinstance(value_of(value), torch.Tensor)
+
+
+def is_symbolic_number(value: Any) -> TypeGuard[torch.fx.Node]:
+    """True if an argument of a node is a number that only a run of the graph tells."""
+    return isinstance(value, torch.fx.Node) and isinstance(
+        value_of(value), (torch.SymInt, torch.SymFloat)
+    )
 
 
 def first_input(node: torch.fx.Node) -> torch.fx.Node:

@@ -11,7 +11,7 @@ from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.detect.score import Mask
 from lychee_compile.passes.graph.check import check_replacement
-from lychee_compile.passes.graph.dataflow import aten, value_of
+from lychee_compile.passes.graph.dataflow import aten, is_tensor, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.rearrange import Rearranger, Size
 from lychee_compile.passes.symbolic.axes import Axis
@@ -103,7 +103,9 @@ class Canonicaliser:
         node = self._rearrange(attention.query, roles.query_layout(), whole=True)
         dtype = value_of(node).dtype
         for factor, inverse in attention.score.factors:
-            times = self._rearrange(factor, roles.query_layout(), whole=False)
+            times = factor.node
+            if is_tensor(times):
+                times = self._rearrange(factor, roles.query_layout(), whole=False)
             node = self.emit((aten.div if inverse else aten.mul).Tensor, node, times)
         return self._cast(node, dtype)
 
