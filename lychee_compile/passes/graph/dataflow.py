@@ -9,6 +9,7 @@ import torch
 import torch.fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from lychee_compile import torch_private
 from lychee_compile.passes.graph.operator_facts import AtenOperator, View
 from lychee_compile.passes.graph.operators import OPERATORS, UNKNOWN
 
@@ -79,7 +80,9 @@ def scalar_of(value: Any) -> sympy.Expr | None:
     """Return a number or a symbolic size as a sympy expression; None for anything else."""
     if isinstance(value, torch.fx.Node):
         value = value_of(value)
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+    if isinstance(value, torch.SymInt):
+        return torch_private.symbolic_expression(value)
+    if isinstance(value, torch.SymFloat):
         return value.node.expr
     if isinstance(value, sympy.Expr):
         return value

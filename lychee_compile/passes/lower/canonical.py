@@ -13,8 +13,8 @@ from lychee_compile.passes.detect.score import Mask
 from lychee_compile.passes.graph.check import check_replacement
 from lychee_compile.passes.graph.dataflow import aten, is_tensor, value_of
 from lychee_compile.passes.graph.emitter import Emitter
-from lychee_compile.passes.lower.rearrange import Rearranger, Size
-from lychee_compile.passes.symbolic.axes import Axis
+from lychee_compile.passes.lower.axis_sizes import AxisSizes
+from lychee_compile.passes.lower.rearrange import Rearranger
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Canonicaliser:
 
     def __init__(self, attention: Attention, emit: Emitter) -> None:
         self._attention, self.emit = attention, emit
-        self._rearrange = Rearranger(emit, attention.axes, self._size_node)
+        self._sizes = AxisSizes(attention, emit)
+        self._rearrange = Rearranger(emit, attention.axes, self._sizes)
 
     def operands(self, *, repeated: bool = False, masked: bool = True) -> Canonical:
         """Emit all operands. Raises `RewriteError` if the graph does not tell a size.
@@ -126,9 +127,8 @@ class Canonicaliser:
         plain = hides_wholly and not score.biases
         node = self._visible(score.masks) if plain else self._additive()
         if node.meta["val"].shape[-1] == 1 and self._attention.kv_len != 1:
-            node = self.emit(
-                aten.expand.default, node, [-1, -1, -1, self._size_node(*self._attention.roles.key)]
-            )
+            kv_len = self._sizes(*self._attention.roles.key)
+            node = self.emit(aten.expand.default, node, [-1, -1, -1, kv_len])
         return node
 
     def _visible(self, masks: tuple[Mask, ...]) -> torch.fx.Node:
@@ -170,18 +170,6 @@ class Canonicaliser:
             node = self.emit(aten.masked_fill.Scalar, node, hidden, fill)
         assert node is not None
         return node
-
-    def _size_node(self, axis: Axis) -> Size | None:
-        """Return the size of an axis as a number or a node; None if the graph does not tell it."""
-        size = self._attention.axes.sizes[axis]
-        if size.is_Integer:
-            return int(size)
-        attention = self._attention
-        for operand in (attention.key, attention.value, attention.query):
-            for dim, axes in enumerate(operand.layout):
-                if axes == (axis,):
-                    return self.emit(aten.sym_size.int, operand.node, dim)
-        return None
 
 
 def with_layout(emit: Emitter, node: torch.fx.Node, wanted: torch.Tensor) -> torch.fx.Node:

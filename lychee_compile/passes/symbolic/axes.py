@@ -16,6 +16,8 @@ from typing import Any, TypeAlias, TypeVar
 import sympy
 import torch
 
+from lychee_compile import torch_private
+
 Index: TypeAlias = sympy.Expr
 Indices: TypeAlias = tuple[Index, ...]
 ZERO: Index = sympy.S.Zero
@@ -46,7 +48,7 @@ class _Parts:
 def size_expression(size: Any) -> sympy.Expr:
     """Return a size of a tensor, int or SymInt, as a sympy expression."""
     if isinstance(size, torch.SymInt):
-        return size.node.expr
+        return torch_private.symbolic_expression(size)
     return sympy.Integer(size)
 
 
