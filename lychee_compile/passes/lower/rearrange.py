@@ -100,7 +100,7 @@ class Rearranger:
             node = self._emit(aten.unsqueeze.default, node, dim)
             size = self._size_node(axis)
             if size is None:
-                raise RewriteError(reasons.SIZE_NOT_IN_GRAPH(axis=axis))
+                raise RewriteError(reasons.SIZE_NOT_IN_GRAPH())
             sizes.append(size)
         return self._emit(aten.expand.default, node, sizes)
 
