@@ -157,6 +157,10 @@ def around(token: Tensor, other: Tensor, x: Tensor) -> Tensor:
     return torch.cat((first, x, last), 1)
 
 
+def class_token_unsqueezed(token: Tensor, _: Tensor, x: Tensor) -> Tensor:
+    return torch.cat((token.expand(len(x), -1).unsqueeze(1), x), 1)
+
+
 def mean_token(_: Tensor, __: Tensor, x: Tensor) -> Tensor:
     return torch.cat((x.mean(1, keepdim=True), x), 1)
 
@@ -166,8 +170,8 @@ def removed_again(token: Tensor, _: Tensor, x: Tensor) -> Tensor:
 
 
 JOINS = {
-    class_token_expanded: 1, class_token_viewed: 1, class_token_behind: 1, distilled: 2,
-    around: 2, mean_token: 1, removed_again: 0,
+    class_token_expanded: 1, class_token_viewed: 1, class_token_unsqueezed: 1,
+    class_token_behind: 1, distilled: 2, around: 2, mean_token: 1, removed_again: 0,
 }  # fmt: skip
 
 
@@ -255,16 +259,17 @@ def test_learned_keys_are_keys(null: str, projection, front: bool) -> None:
 
 
 class Vision(nn.Module):
-    """Patches by a convolution, flattened, a class token in front, with or without projections."""
+    """Patches by a convolution, flattened, with more tokens, with or without projections."""
 
-    def __init__(self, project: bool) -> None:
+    def __init__(self, join: Callable[[Tensor, Tensor, Tensor], Tensor], project: bool) -> None:
         super().__init__()
-        self.patches, self.token = nn.Conv2d(3, WIDTH, 4, 4), parameter(WIDTH)
+        self.patches, self.join = nn.Conv2d(3, WIDTH, 4, 4), join
+        self.token, self.other = parameter(WIDTH), parameter(WIDTH)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH) if project else None
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         x = self.patches(image).flatten(2).transpose(1, 2)
-        x = torch.cat((self.token.view(1, 1, -1).repeat(len(x), 1, 1), x), 1)
+        x = self.join(self.token, self.other, x)
         query = key = value = x
         if self.qkv is not None:
             query, key, value = self.qkv(F.layer_norm(x, (WIDTH,))).chunk(3, -1)
@@ -272,10 +277,42 @@ class Vision(nn.Module):
         return attend(query, key, value), key
 
 
-@pytest.mark.parametrize("project", [True, False])
-def test_patches_of_a_feature_map_are_tokens(project: bool) -> None:
-    site = only_site(Vision(project), torch.randn(BATCH, 3, 24, 20))
-    assert sizes(site) == (HEADS, HEADS, 31, 31)
+@pytest.mark.parametrize(
+    ("join", "project"),
+    [
+        (class_token_viewed, True),
+        (class_token_viewed, False),
+        (class_token_unsqueezed, False),
+        (distilled, False),
+    ],
+)
+def test_patches_of_a_feature_map_are_tokens(join, project: bool) -> None:
+    site = only_site(Vision(join, project), torch.randn(BATCH, 3, 24, 20))
+    tokens = 30 + JOINS[join]
+    assert sizes(site) == (HEADS, HEADS, tokens, tokens)
+    assert site.decision == "exact"
+
+
+class LearnedQueries(nn.Module):
+    """Learned queries [HD] beside those of the tokens, joined after the projection."""
+
+    def __init__(self, front: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value = Einsum(), Einsum(), Einsum()
+        self.learned, self.front = parameter(WIDTH), front
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        learned = split(self.learned.expand(len(x), -1).unsqueeze(1))
+        parts = (learned, self.query(x))
+        query = torch.cat(parts if self.front else parts[::-1], 2)
+        key = self.key(x)
+        return attend(query, key, self.value(x)), key
+
+
+@pytest.mark.parametrize("front", [True, False])
+def test_learned_queries_are_queries(front: bool) -> None:
+    site = only_site(LearnedQueries(front), torch.randn(BATCH, TOKENS, WIDTH))
+    assert sizes(site) == (HEADS, HEADS, TOKENS + 1, TOKENS)
     assert site.decision == "exact"
 
 
