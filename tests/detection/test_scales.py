@@ -95,7 +95,7 @@ def decoded(model: Decoder, options: dict, *scales: float, band: float = 1e-5) -
     [
         (Decoder, "s*scale"),
         (Divided, "s/scale"),
-        (ScaledByProduct, "1.0*s*scale"),
+        (ScaledByProduct, "s*scale"),
         (ScaledQueries, "s"),
         (OneOperator, "0.3*s"),  # Dynamo takes this scale for a constant
     ],
