@@ -213,7 +213,7 @@ SEVERAL_SIZES_UNKNOWN = _kind(
 SIZE_NOT_IN_GRAPH = _kind(
     Group.OPERANDS,
     "size-not-in-graph",
-    "the size of the axis {axis} cannot be computed in the graph",
+    "an operand or a mask must be repeated, and no tensor tells how often",
     "compile with fewer dynamic dimensions",
 )
 
@@ -238,8 +238,7 @@ SCORES_TIMES_LATE = _kind(
 SCORES_TIMES_UNKNOWN = _kind(
     Group.SCORE,
     "scores-scaled-by-unknown",
-    "scores are multiplied by a number that is only known when running",
-    "make the scale a Python number",
+    "scores are multiplied by a tensor whose layout could not be followed through the graph",
 )
 SCORES_REVERSED = _kind(
     Group.SCORE,

@@ -47,6 +47,16 @@ class Names:
         """Return the tensors of the graph that have been named so far, by name."""
         return {name: node for node, name in self._of.items() if node.graph is self._gm.graph}
 
+    def numbers(self) -> dict[sympy.Symbol, sympy.Symbol]:
+        """Return the symbols of floats that inputs hold, each with one of the input's name."""
+        named = {}
+        for source in self._gm.graph.find_nodes(op="placeholder"):
+            for node in (source, *source.users):
+                value = node.meta.get("val")
+                if isinstance(value, torch.SymFloat) and value.node.expr.is_Symbol:
+                    named[value.node.expr] = sympy.Symbol(self.base(source))
+        return named
+
     def call(self, node: torch.fx.Node, other: torch.fx.Node) -> None:
         """Give `node`, an input of a function in the graph, the name of the tensor passed to it."""
         self._of[node] = self.of(other)
