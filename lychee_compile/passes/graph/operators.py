@@ -181,6 +181,7 @@ def _selections() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("where", rule=Rule.WHERE, steps=(None, FILL, FILL), carries=True)
     yield from _row("masked_fill", rule=Rule.MASKED_FILL, steps=(FILL,), carries=True)
     yield from _row("index_put", rule=Rule.INDEX_PUT, steps=(FILL,))
+    yield from _row("slice_scatter select_scatter", steps=(OTHER,))
     yield from _row("tril", rule=Rule.LOWER_TRIANGLE)
     yield from _row("triu", rule=Rule.UPPER_TRIANGLE)
     yield from _row("index", rule=Rule.INDEX)
@@ -223,7 +224,11 @@ def _others() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("rrelu", memory=maybe)
     yield from _row("index_copy_ index_put_", family=Family.TOKEN_WRITE)
     yield from _row("requires_grad_", writes_nothing=True)
-    yield from _row("dropout_ set_ resize_", only_in_place=True)
+    yield from _row("fill_ zero_")
+    yield from _row(
+        "dropout_ feature_dropout_ alpha_dropout_ feature_alpha_dropout_", family=Family.DROPOUT
+    )
+    yield from _row("set_ resize_", only_in_place=True)
 
 
 OPERATORS: Mapping[str, AtenOperator] = dict(_table())
