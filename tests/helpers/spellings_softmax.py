@@ -75,7 +75,7 @@ def exp_without_a_maximum(q, k, v, seen):
     return (weights / torch.sum(weights, -1, keepdim=True)) @ v
 
 
-@spelling(missed=True)
+@spelling()
 def exp_then_masked(q, k, v, seen):
     """Hidden keys lose their weight after the exponential, not before."""
     scores = q @ k.mT / 4
@@ -193,7 +193,7 @@ def rounded_scores(q, k, v, seen):
     return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
 
 
-@spelling(sink="sinks", missed=True)
+@spelling(sink="sinks")
 def one_more_logit(q, k, v, sinks, seen):
     """The sink joins the denominator alone, as kernels write it."""
     scores = scores_of(q, k, seen)

@@ -2,6 +2,7 @@
 
 softmax(x, d), log_softmax(x, d).exp()         exp(x - m) / exp(x - m).sum(d, keepdim=True)
 exp(x - logsumexp(x, d, keepdim=True))         (exp(x - m) @ v) / exp(x - m).sum(d)
+exp(x - m) * seen / (exp(x - m) * seen).sum(d) exp(x - m) / (exp(x - m).sum(d) + exp(sink - m))
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ class Softmax:
     """The node that divides by `total`, or subtracts it."""
     deferred: bool = False
     """True if `reader` divides the product with the values instead of the weights."""
+    masked: torch.fx.Node | None = None
+    """The operator that sets some exponentials to zero before they are summed up."""
+    extra: torch.fx.Node | float | None = None
+    """What joins the sum besides: the exponential of an extra logit, or a number."""
+    sums: torch.fx.Node | None = None
+    """The sum of the exponentials of the scores alone, if `total` holds more."""
 
 
 def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
@@ -107,15 +114,71 @@ def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
     exponent = _exponent(node)
     assert exponent is not None
     scores, base_two = exponent
+    for source, masked in ((node, None), *((each, each) for each in _masked(node))):
+        for sums, where in sums_of(source):
+            for total, extra in _totals(sums, base_two):
+                for reader in _readers(total):
+                    inputs = map(_behind_copies, reader.all_input_nodes)
+                    deferred = source not in inputs
+                    weights = source if deferred else reader
+                    return Softmax(
+                        node,
+                        weights,
+                        scores,
+                        where,
+                        base_two,
+                        total,
+                        reader,
+                        deferred,
+                        masked,
+                        extra,
+                        sums,
+                    )
+    return None
+
+
+def sums_of(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, tuple[int, ...]]]:
+    """Yield each sum over whole dimensions of `node`, and these dimensions."""
     for total in _users_behind_shapes(node):
         where = _dims_summed(total, node)
-        if where is None:
+        if where is not None:
+            yield total, where
+
+
+def _masked(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """Yield the operators that set some elements of `node` to zero, or multiply them."""
+    for user in _users_behind_shapes(node):
+        if is_operator(user, "mul"):
+            zeroes = True
+        elif is_operator(user, "masked_fill"):
+            zeroes = user.args[2] == 0 and _behind_copies(first_input(user)) is node
+        else:
+            zeroes = is_operator(user, "where") and user.args[2] == 0
+        if zeroes and shape_of(user) == shape_of(node):
+            yield user
+
+
+def _totals(
+    sums: torch.fx.Node, base_two: bool
+) -> Iterator[tuple[torch.fx.Node, torch.fx.Node | float | None]]:
+    """Yield a sum of exponentials, and its sums with what may be the exponential of a logit."""
+    yield sums, None
+    for user in _users_behind_shapes(sums):
+        if not is_operator(user, "add") or argument(user, "alpha", 1) != 1:
             continue
-        for reader in _readers(total):
-            normalised = any(_behind_copies(each) is node for each in reader.all_input_nodes)
-            weights = reader if normalised else node
-            return Softmax(node, weights, scores, where, base_two, total, reader, not normalised)
-    return None
+        operands = list(user.args[:2])
+        if isinstance(operands[0], torch.fx.Node) and _behind_shapes(operands[0]) is not sums:
+            operands.reverse()
+        ours, other = operands
+        if not isinstance(ours, torch.fx.Node) or shape_of(ours) != shape_of(user):
+            continue
+        if isinstance(other, (int, float)):
+            if other == 1:  # a logit of zero; a smaller number is there to divide by no zero
+                yield user, float(other)
+        elif isinstance(other, torch.fx.Node):
+            exponent = _exponent(_behind_shapes(other))
+            if exponent is not None and exponent[1] == base_two:
+                yield user, _behind_shapes(other)
 
 
 def _dims_summed(total: torch.fx.Node, node: torch.fx.Node) -> tuple[int, ...] | None:
@@ -181,8 +244,13 @@ def _users_behind_shapes(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
             yield user
 
 
-def divisor_place(indices: Indices, softmax: Softmax, axes: Axes) -> Indices | None:
-    """Return the indices of a total that its reader reads at the reader's own `indices`."""
+def divisor_place(
+    indices: Indices, softmax: Softmax, axes: Axes, goal: torch.fx.Node | None = None
+) -> Indices | None:
+    """Return the indices of a total that its reader reads at the reader's own `indices`.
+
+    With a `goal`, an operand of the total, return the indices that are read of that.
+    """
     reader = softmax.reader
     assert reader is not None
     if len(indices) != len(shape_of(reader)):
@@ -190,16 +258,36 @@ def divisor_place(indices: Indices, softmax: Softmax, axes: Axes) -> Indices | N
     for operand in reader.args[1:2] if is_operator(reader, "div") else reader.args[:2]:
         if not isinstance(operand, torch.fx.Node):
             continue
-        node, at = operand, broadcast(indices, shape_of(operand), shape_of(reader))
-        while node is not softmax.total:
-            is_function = operator_of(node).is_elementwise and len(node.args) == 1
-            behind = (first_input(node), at) if is_function else source_of(node, at, axes)
-            if behind is None:
-                break
-            node, at = behind
-        if node is softmax.total:
-            return at
+        at = broadcast(indices, shape_of(operand), shape_of(reader))
+        place = _place_of(softmax.total, operand, at, axes)
+        if place is not None:
+            return place if goal is None else _place_in_total(goal, softmax.total, place, axes)
     return None
+
+
+def _place_in_total(
+    goal: torch.fx.Node, total: torch.fx.Node | None, at: Indices, axes: Axes
+) -> Indices | None:
+    assert total is not None
+    for operand in total.all_input_nodes:
+        inside = broadcast(at, shape_of(operand), shape_of(total))
+        place = _place_of(goal, operand, inside, axes)
+        if place is not None:
+            return place
+    return None
+
+
+def _place_of(
+    goal: torch.fx.Node | None, node: torch.fx.Node, at: Indices, axes: Axes
+) -> Indices | None:
+    """Return the indices of `goal` behind views and functions of `node`; None if it is not."""
+    while node is not goal:
+        is_function = operator_of(node).is_elementwise and len(node.args) == 1
+        behind = (first_input(node), at) if is_function else source_of(node, at, axes)
+        if behind is None:
+            return None
+        node, at = behind
+    return at
 
 
 def _is_shape(node: torch.fx.Node) -> bool:

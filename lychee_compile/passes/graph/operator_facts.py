@@ -123,6 +123,8 @@ class Family(Enum):
     CONVOLUTION = auto()
     DROPOUT = auto()
     EXPONENTIAL = auto()
+    NORMALISATION = auto()
+    """Shifts and scales its input by statistics of it, in the same shape."""
     ATTENTION_MODULE = auto()
     """Computes a whole module that holds an attention."""
     TOKEN_WRITE = auto()

@@ -213,6 +213,10 @@ def _others() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("scaled_dot_product_attention stack view_as_complex view_as_real isnan roll")
     yield from _row("cat/concat/concatenate")
     yield from _row(
+        "layer_norm native_layer_norm batch_norm group_norm instance_norm rms_norm",
+        family=Family.NORMALISATION,
+    )
+    yield from _row(
         "_transformer_encoder_layer_fwd _native_multi_head_attention",
         family=Family.ATTENTION_MODULE,
     )

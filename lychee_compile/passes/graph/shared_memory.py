@@ -86,7 +86,9 @@ def _shares(node: torch.fx.Node, source: torch.fx.Node) -> bool | None:
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return None
     try:
-        return torch_private.share_storage(one, other)
+        shares = torch_private.share_storage(one, other)
+        # Fake tensors are no witness where the schema is none: idle dropout gives its input.
+        return shares or (None if operator_of(node).memory is Memory.PERHAPS_OF_INPUT else False)
     except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
         return None
 
