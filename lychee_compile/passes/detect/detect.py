@@ -24,6 +24,7 @@ from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
 from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.attention_operators import find_fused
+from lychee_compile.passes.detect.joined_sums import find_joined
 from lychee_compile.passes.detect.operands import Place
 from lychee_compile.passes.detect.score_trace import ScoreTracer, Trace
 from lychee_compile.passes.detect.softmaxes import Softmax, divisor_place, find_softmaxes
@@ -66,7 +67,10 @@ def find_attention(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) 
     """
     context = GraphContext(gm, Order(gm.graph), Names(gm), written)
     results: list[Found] = list(find_fused(context))
-    results.extend(_from_softmax(softmax, context) for softmax in find_softmaxes(gm.graph))
+    softmaxes = list(find_softmaxes(gm.graph))
+    results.extend(_from_softmax(softmax, context) for softmax in softmaxes)
+    known = frozenset(softmax.node for softmax in softmaxes)
+    results.extend(find_joined(gm.graph, known, partial(_over_chunk, context), context.order))
     return sorted(results, key=lambda each: context.order.place[each.node])
 
 
@@ -78,6 +82,16 @@ def _from_softmax(softmax: Softmax, context: GraphContext) -> Attention | Unread
         logger.debug("%s could not be analysed", softmax.node, exc_info=True)
         why = reasons.NOT_ANALYSED(error=reasons.brief(error))
         return Rejected(softmax.node, why, Stage.OPERANDS)
+
+
+def _over_chunk(
+    context: GraphContext, softmax: Softmax
+) -> Iterator[tuple[torch.fx.Node, Attention]]:
+    """Yield each product of exponentials with values, and the attention that it is a part of."""
+    for product in products_with(softmax.weights, mixes=False):
+        result = with_finer_axes(partial(match, softmax, product, context, False))
+        if isinstance(result, Attention):
+            yield product.node, result
 
 
 def _attention_of(softmax: Softmax, context: GraphContext) -> Attention | Unread | Rejected:

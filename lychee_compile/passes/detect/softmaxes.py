@@ -137,6 +137,18 @@ def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
     return None
 
 
+def exponentials(graph: torch.fx.Graph) -> Iterator[tuple[Softmax, torch.fx.Node]]:
+    """Yield exponentials as weights that nothing divides, with each sum of them, in order."""
+    for node in graph.nodes:
+        exponent = _exponent(node)
+        if exponent is None:
+            continue
+        scores, base_two = exponent
+        for source, masked in ((node, None), *((each, each) for each in _masked(node))):
+            for sums, where in sums_of(source):
+                yield Softmax(node, source, scores, where, base_two, masked=masked), sums
+
+
 def sums_of(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, tuple[int, ...]]]:
     """Yield each sum over whole dimensions of `node`, and these dimensions."""
     for total in _users_behind_shapes(node):
