@@ -240,9 +240,7 @@ def _mixes_heads(
     """True if what is summed over before the product with the values are heads, not tokens."""
     heads = free_axes(trace.query.indices) & free_axes(trace.key.indices)
     return all(
-        axes <= heads or context.is_parameter(factor)
-        for axes, factor in walk.mixed
-        if axes & mixed
+        axes <= heads or context.is_parameter(factor) for axes, factor in walk.mixed if axes & mixed
     )
 
 

@@ -56,7 +56,7 @@ def find_joined(
         if softmax.node not in known:
             try:
                 chunks += _chunks_of(softmax, sums, matches)
-            except Exception:  # noqa: BLE001  whatever it is, the model must run
+            except Exception:
                 logger.debug("%s could not be analysed", softmax.node, exc_info=True)
     for group in _groups(chunks):
         yield _one_attention(group, order)

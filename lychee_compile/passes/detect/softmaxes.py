@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.fx
 
 from lychee_compile.passes.graph.dataflow import (
@@ -19,6 +20,7 @@ from lychee_compile.passes.graph.dataflow import (
     is_tensor,
     operator_of,
     shape_of,
+    value_of,
 )
 from lychee_compile.passes.graph.operator_facts import Family, View
 from lychee_compile.passes.symbolic.axes import Axes, Indices, free_axes, with_finer_axes
@@ -120,6 +122,8 @@ def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
                 for reader in _readers(total):
                     inputs = map(_behind_copies, reader.all_input_nodes)
                     deferred = source not in inputs
+                    if deferred and masked is not None and not hides_keys(masked):
+                        continue  # a sum of products is no sum of weights
                     weights = source if deferred else reader
                     return Softmax(
                         node,
@@ -160,14 +164,18 @@ def sums_of(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, tuple[int, ...
 def _masked(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     """Yield the operators that set some elements of `node` to zero, or multiply them."""
     for user in _users_behind_shapes(node):
-        if is_operator(user, "mul"):
-            zeroes = True
-        elif is_operator(user, "masked_fill"):
-            zeroes = user.args[2] == 0 and _behind_copies(first_input(user)) is node
-        else:
-            zeroes = is_operator(user, "where") and user.args[2] == 0
+        zeroes = is_operator(user, "mul") or (is_operator(user, "where") and user.args[2] == 0)
+        if is_operator(user, "masked_fill"):
+            zeroes = bool(user.args[2] == 0) and _behind_copies(first_input(user)) is node
         if zeroes and shape_of(user) == shape_of(node):
             yield user
+
+
+def hides_keys(masked: torch.fx.Node) -> bool:
+    """True if an operator on exponentials does nothing but set some of them to zero."""
+    return not is_operator(masked, "mul") or any(
+        value_of(_behind_copies(each)).dtype == torch.bool for each in masked.all_input_nodes
+    )
 
 
 def _totals(

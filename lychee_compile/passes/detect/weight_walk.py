@@ -1,7 +1,7 @@
 """Walk from the product with the values back to the weights, noting what is done to them.
 
-    softmax(scores) -> dropout -> product with the values            the usual way
-    softmax(scores) -> sum over heads -> product with the values     talking heads
+softmax(scores) -> dropout -> product with the values            the usual way
+softmax(scores) -> sum over heads -> product with the values     talking heads
 """
 
 from __future__ import annotations

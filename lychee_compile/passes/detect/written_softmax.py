@@ -1,7 +1,7 @@
 """Read what a softmax that is written out does between its exponentials and its weights.
 
-    exp(s - m) * seen / (exp(s - m) * seen).sum(-1)         keys that are hidden
-    exp(s - m) / (exp(s - m).sum(-1) + exp(sink - m))       an extra logit, an attention sink
+exp(s - m) * seen / (exp(s - m) * seen).sum(-1)         keys that are hidden
+exp(s - m) / (exp(s - m).sum(-1) + exp(sink - m))       an extra logit, an attention sink
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def memory_behind(node: torch.fx.Node) -> torch.fx.Node | None:
     written = written_by(maker)
     source: Any = written[0] if written else maker.args[0]
     if isinstance(source, (list, tuple)):  # broadcast_tensors and meshgrid take a list
-        source = source[node.args[1] if is_part else 0]
+        place = node.args[1] if is_part else 0
+        assert isinstance(place, int)
+        source = source[place]
     return source if isinstance(source, torch.fx.Node) else None
 
 

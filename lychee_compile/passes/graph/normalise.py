@@ -19,7 +19,6 @@ from lychee_compile import torch_private
 from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
     argument,
-    first_input,
     is_tensor,
     operator_of,
     same_shape,

@@ -1,7 +1,7 @@
 """Put a changed view back into the tensor that it is a view of, and make views anew.
 
-    part = whole[:, 1:]                     whole_1 = slice_scatter(whole, changed, 1, 1)
-    part.add_(1)                     ->
+part = whole[:, 1:]                     whole_1 = slice_scatter(whole, changed, 1, 1)
+part.add_(1)                     ->
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ def put_back(
     if is_view_of_part(view):
         return _part(view, source, changed, emit)
     kind = operator_of(view).view
+    if kind is View.COPY:
+        return changed
+    if kind is View.RESHAPE:
+        return emit(aten.reshape.default, changed, sizes_of(source, emit))
     inverse = None if kind is None else _INVERSES.get(kind)
     if inverse is None:
         raise UnknownMemory
@@ -55,20 +59,8 @@ def sizes_of(node: torch.fx.Node, emit: Emitter) -> list[Any]:
     ]
 
 
-def _copy(
-    view: torch.fx.Node, source: torch.fx.Node, changed: torch.fx.Node, emit: Emitter
-) -> torch.fx.Node:
-    return changed
-
-
-def _reshape(
-    view: torch.fx.Node, source: torch.fx.Node, changed: torch.fx.Node, emit: Emitter
-) -> torch.fx.Node:
-    return emit(aten.reshape.default, changed, sizes_of(source, emit))
-
-
 def _same_again(
-    view: torch.fx.Node, source: torch.fx.Node, changed: torch.fx.Node, emit: Emitter
+    view: torch.fx.Node, _: torch.fx.Node, changed: torch.fx.Node, emit: Emitter
 ) -> torch.fx.Node:
     return emit(view.target, changed, *view.args[1:], **view.kwargs)
 
@@ -119,8 +111,6 @@ def _part(
 
 
 _INVERSES: dict[View, Callable[..., torch.fx.Node]] = {
-    View.COPY: _copy,
-    View.RESHAPE: _reshape,
     View.SWAP: _same_again,
     View.SWAP_LAST: _same_again,
     View.REVERSE: _same_again,
@@ -128,7 +118,7 @@ _INVERSES: dict[View, Callable[..., torch.fx.Node]] = {
     View.SELECT: _select,
     View.SLICE: _slice,
 }
-"""Function of each kind of view that can be put back."""
+"""Function of each kind of view that can be put back, besides copies and reshapes."""
 
 
 def views_anew(

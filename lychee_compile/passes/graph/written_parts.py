@@ -52,7 +52,7 @@ class _Box:
         if same(start + size, all_of_it):
             return 0
         known = isinstance(size, int) and isinstance(all_of_it, int)
-        return all_of_it - start - size if known else None  # type: ignore[operator]
+        return all_of_it - start - size if known else None
 
 
 def changed_part(
@@ -84,7 +84,7 @@ def _box_of(target: torch.fx.Node, memory: SharedMemory) -> _Box | None:
     while is_operator(node, "slice") or is_operator(node, "select"):
         views.append(node)
         node = first_input(node)
-    whole, starts = node, {}
+    whole, starts = node, dict[int, int]()
     sizes, dims = list(shape_of(whole)), list(range(len(shape_of(whole))))
     for view in reversed(views):
         dim = dims[argument(view, "dim", 0) % len(dims)]

@@ -1,7 +1,7 @@
 """Operators that give as a new tensor what a write in place gives.
 
-    add_(x, 1)  ->  add(x, 1)         softmax(x, -1, out=y)  ->  softmax(x, -1)
-    copy_(x, y)  ->  clone(y)
+add_(x, 1)  ->  add(x, 1)         softmax(x, -1, out=y)  ->  softmax(x, -1)
+copy_(x, y)  ->  clone(y)
 """
 
 from __future__ import annotations
