@@ -247,7 +247,8 @@ def a_read_before_the_write(scores, k):
 
 
 SCORES = [
-    through_a_slice, through_a_view, through_two_views, every_second_key, through_a_diagonal, masked_by_a_diagonal,
+    through_a_slice, through_a_view, through_two_views, every_second_key, through_a_diagonal,
+    masked_by_a_diagonal,
     a_bias_by_out, a_bias_by_out_of_a_view, a_bias_by_slices, in_place_all_along,
     a_read_before_the_write,
 ]  # fmt: skip

@@ -23,13 +23,12 @@ from lychee_compile.passes.detect.attention import Attention, Unread
 from lychee_compile.passes.detect.softmaxes import Softmax, exponentials
 from lychee_compile.passes.graph.aliasing import is_view_of_part
 from lychee_compile.passes.graph.dataflow import is_operator, operator_of
+from lychee_compile.passes.graph.operator_facts import Family
 from lychee_compile.passes.graph.region import Order
 
 logger = logging.getLogger(__name__)
 FARTHEST = 2000
 """Largest number of operators that a sum of exponentials is followed through."""
-_JOINING = ("cat", "stack", "sum", "slice_scatter", "select_scatter")
-"""Operators that put the sums of several chunks together."""
 
 
 class Matcher(Protocol):
@@ -94,7 +93,8 @@ def _followed(start: torch.fx.Node) -> tuple[set[torch.fx.Node], set[torch.fx.No
 
 def _is_linear(node: torch.fx.Node) -> bool:
     carries = operator_of(node).carries_weights or is_view_of_part(node)
-    return carries or any(is_operator(node, name) for name in _JOINING)
+    joins = operator_of(node).family is Family.JOINING or is_operator(node, "sum")
+    return carries or joins
 
 
 def _groups(chunks: Sequence[_Chunk]) -> list[list[_Chunk]]:

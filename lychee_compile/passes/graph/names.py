@@ -11,11 +11,9 @@ import torch
 import torch.fx
 
 from lychee_compile import torch_private
-from lychee_compile.passes.graph.dataflow import operator_key, operator_of
-from lychee_compile.passes.graph.operator_facts import View
+from lychee_compile.passes.graph.dataflow import operator_of
+from lychee_compile.passes.graph.operator_facts import Family, View
 
-_SELECTING = ("index", "index_select", "embedding", "gather", "constant_pad_nd")
-"""Operators that pick elements of a tensor, besides views and copies."""
 _MEANINGLESS = {"L", "self", "fn", "args", "kwargs", "G", "_orig_mod"}
 
 
@@ -86,7 +84,8 @@ def _tensor_behind(node: torch.fx.Node) -> torch.fx.Node:
     """
     source = node
     while source.op == "call_function":
-        shows = operator_of(source).view is not None or operator_key(source) in _SELECTING
+        described = operator_of(source)
+        shows = described.view is not None or described.family is Family.SELECTION
         if source.target is operator.getitem:
             shows = operator_of(source.args[0]).view is View.PARTS
         if not shows or not isinstance(source.args[0], torch.fx.Node):

@@ -19,6 +19,8 @@ from lychee_compile import torch_private
 from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
     argument,
+    aten,
+    calls,
     is_tensor,
     operator_of,
     same_shape,
@@ -94,7 +96,7 @@ class _Writes:
         """
         if operator_of(node).family is Family.DROPOUT:
             return not (argument(node, "train") and argument(node, "p"))
-        copies = node.target is torch.ops.aten.copy_.default and is_tensor(node.args[1])
+        copies = calls(node, aten.copy_.default) and is_tensor(node.args[1])
         return copies and same_view(target, node.args[1], self._memory)  # type: ignore[arg-type]
 
     def _changed(
@@ -119,8 +121,7 @@ class _Writes:
             assert source is not None
             value = put_back(view, source, value, self._emit)
             view = source
-        _check_layout(value, owner)
-        changed = {owner: value}
+        changed = {owner: self._laid_out(value, owner)}
         views_anew([*sorted(aliases, key=self._order.__getitem__), target], changed, self._emit)
         return changed
 
@@ -138,6 +139,21 @@ class _Writes:
                 pass  # the general form serves
         return target, written_value(node, target, self._emit)
 
+    def _laid_out(self, value: torch.fx.Node, owner: torch.fx.Node) -> torch.fx.Node:
+        """Return a new tensor in the memory layout of the old, which views depend on.
+
+        Raises `UnknownMemory` if it cannot have that layout, or differs in more.
+        """
+        after, before = value_of(value), value_of(owner)
+        alike = after.dtype == before.dtype and after.device == before.device
+        if not alike or not same_shape(tuple(after.shape), tuple(before.shape)):
+            raise UnknownMemory
+        if same_shape(_strides(after), _strides(before)):
+            return value
+        if not before.is_contiguous():
+            raise UnknownMemory
+        return self._emit(aten.clone.default, value, memory_format=torch.contiguous_format)
+
     def _is_read(self, alias: torch.fx.Node, place: int) -> bool:
         return any(self._order[user] > place for user in alias.users)
 
@@ -149,16 +165,6 @@ class _Writes:
             self._order[node] = self._order[write]
             self._memory.note(node)
             node = node.next
-
-
-def _check_layout(value: torch.fx.Node, owner: torch.fx.Node) -> None:
-    """Raise `UnknownMemory` unless a new tensor has the shape, dtype and strides of the old."""
-    after, before = value_of(value), value_of(owner)
-    alike = after.dtype == before.dtype and after.device == before.device
-    if not alike or not same_shape(tuple(after.shape), tuple(before.shape)):
-        raise UnknownMemory
-    if not same_shape(_strides(after), _strides(before)):
-        raise UnknownMemory
 
 
 def _strides(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -186,7 +186,7 @@ def _steps_to(
     if view is not None and view.keeps_all:
         steps = _steps_to(first_input(node), target, memory, left - 1)
         return None if steps is None else [*steps, _Step(node)]
-    if node.target not in (aten.add.Tensor, aten.sub.Tensor):
+    if not (calls(node, aten.add.Tensor) or calls(node, aten.sub.Tensor)):
         return None
     operands = list(node.args[:2])
     for behind, added in (operands, reversed(operands))[: 1 + is_operator(node, "add")]:
