@@ -290,6 +290,12 @@ EXTRA_LOGIT_UNSHIFTED = _kind(
     "a number is added to the scores of all keys, and not to the extra logit beside them",
     "append the extra logit first",
 )
+EXTRA_LOGIT_NUMBER = _kind(
+    Group.SCORE,
+    "extra-logit-number",
+    "an extra logit is a plain number in the sum of exponentials, and no tensor holds it",
+    "append a tensor of that logit to the scores before the softmax",
+)
 SOFTCAP_AFTER_BIAS = _kind(
     Group.SCORE,
     "softcap-after-bias",
@@ -361,6 +367,19 @@ SUM_MISPLACED = _kind(
     Group.WEIGHTS,
     "sum-misplaced",
     "the sum of exponentials divides something other than the output of the attention",
+)
+SUM_CHANGED = _kind(
+    Group.WEIGHTS,
+    "sum-changed",
+    "the sum of exponentials is changed before it divides",
+    "divide by the sum itself",
+)
+SUM_IN_CHUNKS = _kind(
+    Group.WEIGHTS,
+    "sum-in-chunks",
+    "the softmax is computed over {count} chunks of keys that are joined by their sums, "
+    "which is not rewritten yet",
+    "compute all scores of a query at once, or call scaled_dot_product_attention",
 )
 LSE_USED = _kind(
     Group.WEIGHTS,
@@ -519,6 +538,11 @@ WEIGHTS_WITHOUT_VALUES = _kind(
     Group.NO_ATTENTION,
     "no-values",
     "the weights of the softmax are not multiplied with values",
+)
+ONE_KEY = _kind(
+    Group.NO_ATTENTION,
+    "one-key",
+    "the softmax runs over a single element, so there is only one key and its weight is 1",
 )
 OTHER_AXIS_SUMMED = _kind(
     Group.NO_ATTENTION,

@@ -9,7 +9,7 @@ import torch.fx
 
 from lychee_compile import torch_private
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect.attention import Attention, Rejected, Stage
+from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.axis_roles import AxisFacts, Roles, assign
 from lychee_compile.passes.detect.features import Features, features_of
 from lychee_compile.passes.detect.operands import Operand, Place, deepest, places_behind, reader_of
@@ -74,11 +74,15 @@ class MatchedParts:
     is_causal: bool = False
     dropout: float = 0.0
     refused: Reason | None = None
+    mixed: frozenset[Axis] = frozenset()
+    """Axes of the weights that are summed up before their product with the values."""
     heads_first: bool = False
     """True if the dimensions are known to be batch, heads, tokens, features."""
 
 
-def settle(parts: MatchedParts, elements: Elements, context: GraphContext) -> Attention | Rejected:
+def settle(
+    parts: MatchedParts, elements: Elements, context: GraphContext
+) -> Attention | Unread | Rejected:
     """Return the attention that the parts make, or why they make none.
 
     Raises `SplitAxis` if an axis must be taken apart first.
@@ -104,6 +108,8 @@ def settle(parts: MatchedParts, elements: Elements, context: GraphContext) -> At
     features = _features(trace, parts.keys, axes, context)
     if features is None:
         return Rejected(parts.node, reasons.OVER_FEATURES(), Stage.OPERANDS)
+    if parts.mixed:
+        return _mixed(parts, axes)
     score = sum_up(
         replace(trace, query=places["query"], key=places["key"]),
         elements,
@@ -131,6 +137,30 @@ def settle(parts: MatchedParts, elements: Elements, context: GraphContext) -> At
     )
 
 
+def _mixed(parts: MatchedParts, axes: Axes) -> Unread:
+    """Return an attention whose weights are mixed over heads, by the shape of its scores."""
+    rows = [axes.product(free_axes([index])) for index in parts.score_dims]
+    heads = plain(axes.product(parts.mixed))
+    assert parts.refused is not None
+    return Unread(
+        node=parts.node,
+        form=parts.form,
+        query_heads=heads,
+        kv_heads=heads,
+        head_dim=plain(axes.product(parts.trace.inner)),
+        query_len=plain(rows[-1]) if rows else 1,
+        kv_len=plain(axes.product(parts.keys)),
+        mask="not read",
+        reason=parts.refused,
+        by_design=False,
+    )
+
+
+def plain(size: sympy.Expr) -> int | sympy.Expr:
+    """Return a size as an int if it is a number."""
+    return int(size) if size.is_Integer else size
+
+
 def _forms(chain: list[Place], place: Place, key: Operand, axes: Axes) -> tuple[Operand, ...]:
     """Return the tensors that show the keys before they are repeated or changed, `key` last."""
     forms = [
@@ -152,7 +182,7 @@ def _misfit(parts: MatchedParts, query: Operand, key: Operand, value: Operand) -
         return reasons.KEYS_DIFFER()
     if not query.axes <= rows | inner or query.axes & parts.keys:
         return reasons.QUERIES_DIFFER()
-    if not rows <= out or not value.axes <= parts.keys | out:
+    if not rows <= out | parts.mixed or not value.axes <= parts.keys | out:
         return reasons.WEIGHTS_SUMMED()
     return None
 

@@ -196,7 +196,9 @@ class _Sum:
     def _extra(self, step: Step) -> None:
         self.extra_times = sympy.S.One
         self.extra = self._operand(step)
-        if self.extra is None:
+        if not is_tensor(step.other):
+            self.refuse(reasons.EXTRA_LOGIT_NUMBER())
+        elif self.extra is None:
             self.refuse(reasons.EXTRA_LOGIT_LAYOUT())
         elif self.shifted:
             self.refuse(reasons.EXTRA_LOGIT_UNSHIFTED())
