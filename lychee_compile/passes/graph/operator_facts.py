@@ -125,8 +125,6 @@ class Family(Enum):
     EXPONENTIAL = auto()
     ATTENTION_MODULE = auto()
     """Computes a whole module that holds an attention."""
-    TOKEN_WRITE = auto()
-    """Writes some positions of a tensor in place, as a cache is written."""
 
 
 Numbers = Callable[..., sympy.Expr | Boolean]

@@ -221,7 +221,6 @@ def _others() -> Iterator[tuple[str, AtenOperator]]:
         "feature_dropout alpha_dropout feature_alpha_dropout", family=Family.DROPOUT, memory=maybe
     )
     yield from _row("rrelu", memory=maybe)
-    yield from _row("index_copy_ index_put_", family=Family.TOKEN_WRITE)
     yield from _row("requires_grad_", writes_nothing=True)
     yield from _row("dropout_ set_ resize_", only_in_place=True)
 
