@@ -453,6 +453,12 @@ CACHE_STACKED = _kind(
     "the cache is a part of a larger tensor, as of one that holds several layers",
     "pass the keys of each layer as a tensor of their own",
 )
+CACHE_VIEWED = _kind(
+    Group.CACHE,
+    "cache-viewed",
+    "the cache is written and read through different views",
+    "write the cache with index_copy_, and read the tensor that it was written to",
+)
 CACHE_OTHER_AXIS = _kind(
     Group.CACHE,
     "cache-other-axis",

@@ -16,7 +16,6 @@ from lychee_compile.passes.detect.token_writes import (
     Tokens,
     TokenWrite,
     Writes,
-    names_slots,
     prefix_of,
     token_write,
     view_write,
@@ -30,6 +29,7 @@ from lychee_compile.passes.graph.dataflow import (
     calls,
     first_input,
     is_operator,
+    operator_of,
     outputs_of,
     same,
     scalar_of,
@@ -155,7 +155,7 @@ class _Binder:
         attention = self._attention
         if attention.query_len == attention.kv_len:
             return False
-        return self._explain.way_to_cache(node, attention.kv_len) is not None
+        return self._explain.reads_cache(node, attention.kv_len)
 
     def _behind_prefixes(self, node: torch.fx.Node) -> torch.fx.Node:
         """Return the node behind slices that take the first entries of a dimension."""
@@ -168,7 +168,7 @@ class _Binder:
         node = through_copies(node)
         if prefix_of(node) is not None:
             return self._holds_cache(first_input(node))
-        if node.op == "placeholder" or names_slots(node):
+        if node.op == "placeholder" or operator_of(node).write is not None:
             return True
         return calls(node, aten.copy_.default) or self._write_at(node) is not None
 
@@ -272,8 +272,8 @@ class _Binder:
     def _put_together(self, key: torch.fx.Node, parts: list[torch.fx.Node]) -> CacheBinding:
         """Return the binding of keys that are a static cache up to the tokens of this call.
 
-            keys = cat((cache[:, :, :begin], new), 2)
-            cache[:, :, begin:end] = new
+        keys = cat((cache[:, :, :begin], new), 2)
+        cache[:, :, begin:end] = new
         """
         cache = prefix_of(parts[0], self._dim) if len(parts) == 2 else None
         writes = [] if cache is None else self._writes.get(cache, [])

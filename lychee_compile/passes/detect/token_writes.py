@@ -28,11 +28,12 @@ from lychee_compile.passes.graph.dataflow import (
     calls,
     first_input,
     is_tensor,
-    operator_key,
+    operator_of,
     shape_of,
     static_size,
     through_copies,
 )
+from lychee_compile.passes.graph.operator_facts import WriteKind
 
 Slot = int | torch.fx.Node
 Tokens = int | tuple[torch.fx.Node, int]
@@ -71,9 +72,9 @@ def token_write(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> 
 
     Raises `NotBoundError` if it writes to a tensor, but not at slots that all rows share.
     """
-    read = _FORMS.get(operator_key(node).removesuffix("_"))
-    if read is not None:
-        return read(node, token_dim, reader)
+    kind = operator_of(node).write
+    if kind is not None:
+        return _FORMS[kind](node, token_dim, reader)
     blend = reader.blend(node, token_dim)
     if blend is None:
         return None
@@ -164,7 +165,7 @@ def _single(position: Slot) -> Slots:
     return Span(position, count=1)
 
 
-def _index_copy(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> TokenWrite:
+def _index_copy(node: torch.fx.Node, token_dim: int, _: PositionReader) -> TokenWrite:
     cache, index = first_input(node), argument(node, "index")
     if argument(node, "dim") % len(shape_of(node)) != token_dim:
         raise NotBoundError(reasons.CACHE_OTHER_AXIS())
@@ -193,7 +194,7 @@ def _count(found: Positions) -> Tokens:
     return 1 if found.dim is None else (found.node, found.dim)
 
 
-def _slice_scatter(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> TokenWrite:
+def _slice_scatter(node: torch.fx.Node, token_dim: int, _: PositionReader) -> TokenWrite:
     source, span = argument(node, "src"), _shown(node)
     if argument(node, "dim", 0) % len(shape_of(node)) != token_dim:
         raise NotBoundError(reasons.CACHE_OTHER_AXIS())
@@ -202,7 +203,7 @@ def _slice_scatter(node: torch.fx.Node, token_dim: int, reader: PositionReader) 
     return TokenWrite(through_copies(first_input(node)), span, (source, token_dim), source)
 
 
-def _select_scatter(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> TokenWrite:
+def _select_scatter(node: torch.fx.Node, token_dim: int, _: PositionReader) -> TokenWrite:
     cache = first_input(node)
     if argument(node, "dim") % len(shape_of(node)) != token_dim:
         raise NotBoundError(reasons.CACHE_OTHER_AXIS())
@@ -213,15 +214,10 @@ def _select_scatter(node: torch.fx.Node, token_dim: int, reader: PositionReader)
 
 
 _FORMS = {
-    "index_copy": _index_copy,
-    "index_put": _index_put,
-    "scatter": _scatter,
-    "slice_scatter": _slice_scatter,
-    "select_scatter": _select_scatter,
+    WriteKind.INDEX_COPY: _index_copy,
+    WriteKind.INDEX_PUT: _index_put,
+    WriteKind.SCATTER: _scatter,
+    WriteKind.SLICE_SCATTER: _slice_scatter,
+    WriteKind.SELECT_SCATTER: _select_scatter,
 }
-"""Operators that write slots, and how each is read."""
-
-
-def names_slots(node: torch.fx.Node) -> bool:
-    """True if `node` calls an operator that writes slots, in place or not."""
-    return operator_key(node).removesuffix("_") in _FORMS
+"""The function that reads each kind of write in the table of operators."""

@@ -7,14 +7,14 @@ through the attention of a layer before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import sympy
 import torch
 import torch.fx
 
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect.token_writes import Writes, names_slots, prefix_of
+from lychee_compile.passes.detect.token_writes import Writes, prefix_of
 from lychee_compile.passes.graph.aliasing import storage_of
 from lychee_compile.passes.graph.dataflow import (
     argument,
@@ -31,15 +31,16 @@ from lychee_compile.passes.graph.dataflow import (
     through_copies,
     value_of,
 )
-from lychee_compile.passes.graph.operator_facts import Memory, View
+from lychee_compile.passes.graph.operator_facts import Family, Memory, View
 from lychee_compile.passes.reasons import Reason
 
 FARTHEST = 200
 """Largest number of operators that keys are followed back through."""
 MOST_NAMED = 4
 """Largest number of operators that a reason names."""
-_GATHERS = ("index", "index_select", "embedding", "gather", "take_along_dim")
 _BARRIERS = ("softmax", "scaled_dot_product_attention")
+_TELLING = (reasons.CACHE_PAGED, reasons.CACHE_CONVERTED, reasons.CACHE_COMPUTED)
+"""Reasons that say most, the first most of all, if keys come from several caches."""
 Way = tuple[torch.fx.Node, ...]
 """Operators from a cache to the keys, the cache first."""
 
@@ -55,60 +56,70 @@ class KeysWithoutCache:
 
     def reason(self, key: torch.fx.Node, kv_len: int | sympy.Expr) -> Reason:
         """Return what is seen of the keys `key`, of which there are `kv_len`."""
-        way = self.way_to_cache(key, kv_len)
-        if way is None:
-            return reasons.NO_CACHE()
-        cache, *steps = way
-        for step in steps:
-            before, after = value_of(first_input(step)), value_of(step)
-            if operator_key(step) in _GATHERS:
-                return reasons.CACHE_PAGED(operator=operator_key(step))
-            if before.dtype.itemsize == 1 and after.dtype != before.dtype:
-                dtype = str(before.dtype).removeprefix("torch.")
-                return reasons.CACHE_CONVERTED(dtype=dtype)
-        names = list(dict.fromkeys(map(_name, filter(_computes, steps))))
-        if names == ["cat"]:
-            return reasons.CACHE_JOINED()
-        if names:
-            more = "and more" if len(names) > MOST_NAMED else ""
-            shown = [*names[:MOST_NAMED], *filter(None, [more])]
-            return reasons.CACHE_COMPUTED(operators=", ".join(shown))
-        return self.part_of(cache, steps) or reasons.NO_CACHE()
+        seen = [self._seen(way) for way in self._ways(key, kv_len)]
+        telling = [kind.code for kind in _TELLING]
+        seen.sort(
+            key=lambda each: telling.index(each.code) if each.code in telling else len(telling)
+        )
+        return seen[0] if seen else reasons.NO_CACHE()
 
-    def part_of(self, cache: torch.fx.Node, steps: Iterator | list | tuple = ()) -> Reason | None:
+    def reads_cache(self, key: torch.fx.Node, kv_len: int | sympy.Expr) -> bool:
+        """True if the keys `key`, of which there are `kv_len`, are computed from a cache."""
+        return any(True for _ in self._ways(key, kv_len))
+
+    def part_of(self, cache: torch.fx.Node, steps: Iterable[torch.fx.Node] = ()) -> Reason | None:
         """Return the reason if `cache` is a part of a larger tensor, as one layer's; else None."""
         views = [*_views_to_storage(cache), *steps]
         parts = any(operator_of(each).view in (View.SELECT, View.PARTS) for each in views)
         return reasons.CACHE_STACKED() if parts else None
 
-    def way_to_cache(self, key: torch.fx.Node, kv_len: int | sympy.Expr) -> Way | None:
-        """Return the shortest way from a cache to `key`; None if none is met."""
+    def _seen(self, way: Way) -> Reason:
+        """Return what is done to a cache on the way to keys."""
+        cache, *steps = way
+        for step in steps:
+            before, after = value_of(step.all_input_nodes[0]).dtype, value_of(step).dtype
+            if operator_of(step).family is Family.GATHER:
+                return reasons.CACHE_PAGED(operator=operator_key(step))
+            if before.itemsize == 1 and after != before and not calls(step, aten.view.dtype):
+                return reasons.CACHE_CONVERTED(dtype=str(before).removeprefix("torch."))
+        names = list(dict.fromkeys(map(_name, filter(_computes, steps))))
+        if names == ["cat"]:
+            return reasons.CACHE_JOINED()
+        if names:
+            shown = [*names[:MOST_NAMED], *(["and more"] if len(names) > MOST_NAMED else [])]
+            return reasons.CACHE_COMPUTED(operators=", ".join(shown))
+        return self.part_of(cache, steps) or reasons.CACHE_VIEWED()
+
+    def _ways(self, key: torch.fx.Node, kv_len: int | sympy.Expr) -> Iterator[Way]:
+        """Yield ways from caches to `key`, the shortest first."""
         waiting: list[Way] = [(key,)]
         met = {key}
         while waiting and len(met) < FARTHEST:
             way = waiting.pop(0)
             if self._is_cache(way[0]):
-                return way
+                yield way
+                continue
             for source in _sources(way[0], sympy.sympify(kv_len)):
                 if source not in met:
                     met.add(source)
                     waiting.append((source, *way))
-        return None
 
     def _is_cache(self, node: torch.fx.Node) -> bool:
         """True if `node` shows a tensor that the graph writes tokens to, or grows and returns."""
         storage = storage_of(node)
         if storage.op in ("placeholder", "get_attr"):
+            if value_of(storage).dtype != value_of(node).dtype:
+                return False
             converted = value_of(storage).dtype.itemsize == 1 and len(shape_of(storage)) > 2
             return storage in self._writes or converted
-        if names_slots(node):
+        if operator_of(node).write is not None:
             return through_copies(first_input(node)).op == "placeholder"
         return is_operator(node, "cat") and node in self._outputs and _grows(node)
 
     def rolls(self, node: torch.fx.Node) -> bool:
         """True if `node` is a cache whose tokens were moved on, or tokens written to one."""
         node = through_copies(node)
-        while names_slots(node):
+        while operator_of(node).write is not None:
             node = through_copies(first_input(node))
         if is_operator(node, "cat"):
             return any(self.cuts_cache(through_copies(each)) for each in argument(node, "tensors"))
@@ -120,7 +131,11 @@ class KeysWithoutCache:
         if not calls(node, aten.slice.Tensor, aten.narrow.default) or prefix_of(node) is not None:
             return False
         source = storage_of(node)
-        return source.op == "placeholder" or source in self._outputs or names_slots(source)
+        return (
+            source.op == "placeholder"
+            or source in self._outputs
+            or operator_of(source).write is not None
+        )
 
     def keeps_part(self, key: torch.fx.Node) -> bool:
         """True if a slice of `key` is returned or written to a cache."""
@@ -136,13 +151,12 @@ def _sources(node: torch.fx.Node, kv_len: sympy.Expr) -> Iterator[torch.fx.Node]
     """Yield the operands of `node` that have an entry for every key, as far as can be told."""
     if node.op != "call_function" or any(is_operator(node, name) for name in _BARRIERS):
         return
-    gathers = operator_key(node) in _GATHERS
-    views = operator_of(node).view is not None
+    described = operator_of(node)
+    first = described.family is Family.GATHER or described.view is not None
+    joins = is_operator(node, "cat")
     for place, each in enumerate(node.all_input_nodes):
-        if not is_tensor(each):
-            continue
         per_key = any(scalar_of(size) == kv_len for size in shape_of(each))
-        if per_key or ((views or gathers) and place == 0):
+        if is_tensor(each) and (per_key or joins or (first and place == 0)):
             yield each
 
 

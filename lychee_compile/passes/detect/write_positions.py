@@ -1,9 +1,9 @@
 """Find the position that a write puts tokens at, if all rows and heads share it.
 
-    cache[arange(rows)[:, None], positions]               positions
-    scatter(cache, 2, positions.view(-1, 1).expand(...))  positions
-    where(arange(slots) == position, new, cache)          position
-    cache * (1 - hot) + new * hot                         position, if hot is arange == position
+cache[arange(rows)[:, None], positions]               positions
+scatter(cache, 2, positions.view(-1, 1).expand(...))  positions
+where(arange(slots) == position, new, cache)          position
+cache * (1 - hot) + new * hot                         position, if hot is arange == position
 """
 
 from __future__ import annotations
@@ -146,9 +146,7 @@ class PositionReader:
         assert module is not None
         return Elements(axes, Names(module), self._written)
 
-    def _holder(
-        self, elements: Elements, position: sympy.Basic, index: torch.fx.Node
-    ) -> Positions:
+    def _holder(self, elements: Elements, position: sympy.Basic, index: torch.fx.Node) -> Positions:
         """Return the tensor behind `index`, or a symbolic size, whose elements are `position`."""
         free = _axes(position)
         for node in _behind(index):
@@ -165,9 +163,9 @@ class PositionReader:
                 next(iter(free)) if dim in long else ZERO for dim in range(len(shape_of(node)))
             )
             sizes = [elements.axes.size(shape_of(node)[dim]) for dim in long]
-            if sizes == [elements.axes.sizes[axis] for axis in free]:
-                if elements.of(node, at) == position:
-                    return Positions(node, long[0] if long else None)
+            whole = sizes == [elements.axes.sizes[axis] for axis in free]
+            if whole and elements.of(node, at) == position:
+                return Positions(node, long[0] if long else None)
         raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
 
     def _found(self, match: Any) -> Positions:

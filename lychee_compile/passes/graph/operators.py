@@ -36,6 +36,7 @@ from lychee_compile.passes.graph.operator_facts import (
     Rule,
     StepKind,
     View,
+    WriteKind,
 )
 
 OTHER, FILL, FLOOR = StepKind.OTHER, StepKind.FILL, StepKind.FLOOR
@@ -79,6 +80,7 @@ def _table() -> Iterator[tuple[str, AtenOperator]]:
     yield from _made_from_nothing()
     yield from _selections()
     yield from _products()
+    yield from _writes()
     yield from _others()
 
 
@@ -180,12 +182,13 @@ def _made_from_nothing() -> Iterator[tuple[str, AtenOperator]]:
 def _selections() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("where", rule=Rule.WHERE, steps=(None, FILL, FILL), carries=True)
     yield from _row("masked_fill", rule=Rule.MASKED_FILL, steps=(FILL,), carries=True)
-    yield from _row("index_put", rule=Rule.INDEX_PUT, steps=(FILL,))
+    yield from _row("index_put", rule=Rule.INDEX_PUT, steps=(FILL,), write=WriteKind.INDEX_PUT)
     yield from _row("tril", rule=Rule.LOWER_TRIANGLE)
     yield from _row("triu", rule=Rule.UPPER_TRIANGLE)
-    yield from _row("index", rule=Rule.INDEX)
-    yield from _row("index_select", rule=Rule.INDEX_SELECT)
-    yield from _row("embedding", rule=Rule.EMBEDDING)
+    yield from _row("index", rule=Rule.INDEX, family=Family.GATHER)
+    yield from _row("index_select", rule=Rule.INDEX_SELECT, family=Family.GATHER)
+    yield from _row("embedding", rule=Rule.EMBEDDING, family=Family.GATHER)
+    yield from _row("gather take_along_dim", family=Family.GATHER)
 
 
 def _products() -> Iterator[tuple[str, AtenOperator]]:
@@ -202,6 +205,14 @@ def _products() -> Iterator[tuple[str, AtenOperator]]:
         "conv_transpose1d conv_transpose2d conv_transpose3d",
         family=Family.CONVOLUTION,
     )
+
+
+def _writes() -> Iterator[tuple[str, AtenOperator]]:
+    yield from _row("index_put_", write=WriteKind.INDEX_PUT)
+    yield from _row("index_copy index_copy_", write=WriteKind.INDEX_COPY)
+    yield from _row("scatter scatter_", write=WriteKind.SCATTER)
+    yield from _row("slice_scatter", write=WriteKind.SLICE_SCATTER)
+    yield from _row("select_scatter", write=WriteKind.SELECT_SCATTER)
 
 
 def _others() -> Iterator[tuple[str, AtenOperator]]:
