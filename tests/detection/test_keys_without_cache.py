@@ -85,7 +85,7 @@ def as_integers(q: Tensor, c: Tensor, x: Tensor, pos: Tensor, scale: Tensor) -> 
 
 
 def paged(q: Tensor, c: Tensor, table: Tensor) -> Tensor:
-    c[0, 3] = 1
+    c[0, :, 3] = 1
     keys = c[table].view(1, H, L, D).expand(B, -1, -1, -1)
     return attend(q, keys, keys)
 
@@ -106,7 +106,7 @@ def unbound_layers(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Tensor:
     keys, values = c.unbind(0)
     keys[:, :, 3:4] = x
     values[:, :, 3:4] = x
-    return attend(q, keys, values, torch.arange(L) <= pos)
+    return attend(q, keys, values, torch.arange(L)[None] <= pos)
 
 
 def rows_apart(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Tensor:
@@ -134,9 +134,9 @@ def dropped(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Tensor:
     return attend(q, c, c)
 
 
-def given_back_changed(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Any:
+def given_back_changed(q: Tensor, c: Tensor, x: Tensor, pos: Tensor, scale: Tensor) -> Any:
     c.index_copy_(2, pos, x)
-    keys = c * 2
+    keys = c * scale
     return attend(q, keys, c), keys
 
 
@@ -164,7 +164,7 @@ CASES = [
     (rows_apart_by_where, (cache(), new(), ROWS), "cache-rows-apart", "of its own"),
     (replaced, (cache(), new()), "cache-replaced", "as a whole"),
     (dropped, (cache(), new(), POS), "cache-not-returned", "neither returned"),
-    (given_back_changed, (cache(), new(), POS), "cache-computed", "by mul"),
+    (given_back_changed, (cache(), new(), POS, torch.randn(D)), "cache-computed", "by mul"),
 ]
 
 
