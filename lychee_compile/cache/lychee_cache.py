@@ -52,7 +52,7 @@ class LycheeCache(Cache):
     views of the filled slots, as it does with a `DynamicCache`.
 
     An encoder-decoder model takes a pair, `EncoderDecoderCache(LycheeCache(config),
-    DynamicCache())`; the second may be a `LycheeCache` too, which then holds the keys of the encoder
+    DynamicCache())`. The second may be a `LycheeCache` too: it holds the keys of the encoder
     without free slots. A `LycheeCache` alone raises `ValueError` at the first forward.
 
     `config` is the model's. `capacity` is the number of slots to begin with, rounded up to a

@@ -456,8 +456,8 @@ CACHE_STACKED = _kind(
 CACHE_VIEWED = _kind(
     Group.CACHE,
     "cache-viewed",
-    "the cache is written and read through different views",
-    "write the cache with index_copy_, and read the tensor that it was written to",
+    "the cache is given, written or returned in another shape than attention reads it in",
+    "keep one shape, [batch, heads, tokens, features]",
 )
 CACHE_OTHER_AXIS = _kind(
     Group.CACHE,

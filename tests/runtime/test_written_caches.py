@@ -288,3 +288,44 @@ def test_a_position_that_moves_on_is_not_trusted() -> None:
     (site,) = report.sites
     assert site.reason is not None
     assert site.reason.code == "cache-write-unknown"
+
+
+def unfolded(query: Tensor, x: Tensor, y: Tensor, ck: Tensor, cv: Tensor) -> Any:
+    keys, values = (
+        torch.cat((c.view(B * H, -1, D), new.view(B * H, 1, D)), 1) for c, new in ((ck, x), (cv, y))
+    )
+    weights = torch.bmm(query.view(B * H, 1, D), keys.mT).softmax(-1)
+    out = torch.bmm(weights, values).view(B, H, 1, D)
+    return out, keys.view(B, H, -1, D), values.view(B, H, -1, D)
+
+
+def transposed(query: Tensor, x: Tensor, y: Tensor, ck: Tensor, cv: Tensor) -> Any:
+    keys, values = (torch.cat((c.transpose(1, 2), new), 2) for c, new in ((ck, x), (cv, y)))
+    out = F.scaled_dot_product_attention(query, keys, values)
+    return out, keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def merged(query: Tensor, x: Tensor, y: Tensor, ck: Tensor, cv: Tensor) -> Any:
+    out, keys, values = transposed(query, x, y, *(each.view(B, -1, H, D) for each in (ck, cv)))
+    return out, keys.reshape(B, -1, H * D), values.reshape(B, -1, H * D)
+
+
+@pytest.mark.parametrize(
+    ("step", "shape"),
+    [(unfolded, (B, H, L, D)), (transposed, (B, L, H, D)), (merged, (B, L, H * D))],
+)
+def test_a_growing_cache_may_be_returned_in_another_shape(step: Any, shape: Any) -> None:
+    compiled = torch.compile(step, backend="lychee", options={**SMALL, "budget": L + STEPS - 1})
+    sparse = torch.compile(step, backend="lychee", options=SMALL)
+    state: Any = (torch.randn(shape), torch.randn(shape))
+    other: Any = state
+    with lychee_compile.record() as recorder:
+        for _ in range(STEPS - 1):
+            new = torch.randn(3, B, H, 1, D).unbind(0)
+            dense, *expected = step(*new, *state)
+            out, *state = compiled(*new, *state)
+            _, *other = sparse(*new, *other)
+            torch.testing.assert_close([out, *state], [dense, *expected], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(other, state)
+    read = [int(call.tokens_read.max()) for call in recorder.calls]
+    assert read.count(SMALL["budget"]) == STEPS - 1

@@ -21,6 +21,7 @@ from lychee_compile.passes.detect.token_writes import (
     view_write,
 )
 from lychee_compile.passes.detect.unbound import KeysWithoutCache
+from lychee_compile.passes.detect.unfolded import behind_views, dimension_in
 from lychee_compile.passes.detect.write_positions import NotBoundError, PositionReader
 from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
@@ -58,6 +59,9 @@ class CacheBinding:
     """Slots written; None: those that a dynamic cache grows by, or none."""
     tokens: Tokens | None = None
     """Number of tokens written; None if the graph only reads the cache."""
+    outside_dim: int | None = None
+    """Dimension of `source` and of the output that runs over tokens, if they have another shape
+    than `key`; None otherwise."""
 
     @property
     def reads_only(self) -> bool:
@@ -250,7 +254,7 @@ class _Binder:
             raise NotBoundError(reasons.NO_CACHE())
         output = self._output_index(key)
         if output is None:
-            return self._put_together(key, parts)
+            return self._unfolded(key, parts) or self._put_together(key, parts)
         if len(parts) != 2:
             raise NotBoundError(reasons.CACHE_GROWS_IN_PIECES())
         past = through_copies(parts[0])
@@ -263,6 +267,27 @@ class _Binder:
         return CacheBinding(
             self._key, self._dim, "dynamic", source, output, tokens=(parts[1], self._dim)
         )
+
+    def _unfolded(self, key: torch.fx.Node, parts: list[torch.fx.Node]) -> CacheBinding | None:
+        """Return the binding of a cache that is given and returned in another shape than `key`.
+
+        keys = cat((past.view(rows * heads, tokens, features), new), 1)
+        return keys.view(rows, heads, tokens + 1, features)
+        """
+        source = behind_views(parts[0])
+        if len(parts) != 2 or source.op != "placeholder":
+            return None
+        before = dimension_in(parts[0], source, self._dim)
+        for place, node in enumerate(outputs_of(self._graph)):
+            if not isinstance(node, torch.fx.Node) or behind_views(node) is not key:
+                continue
+            alike = before is not None and len(shape_of(node)) == len(shape_of(source))
+            if alike and dimension_in(node, key, before) == self._dim:  # type: ignore[arg-type]
+                tokens = (parts[1], self._dim)
+                return CacheBinding(
+                    self._key, self._dim, "dynamic", source, place, None, tokens, before
+                )
+        return None
 
     def _is_empty(self, past: torch.fx.Node, key: torch.fx.Node) -> bool:
         """True if the tensor that `key` begins with has no tokens."""

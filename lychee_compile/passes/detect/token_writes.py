@@ -178,7 +178,7 @@ def _index_put(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> T
     if accumulate:
         raise NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
     found = reader.shared_by_rows(argument(node, "indices"), shape_of(cache), token_dim)
-    return TokenWrite(through_copies(cache), found.node, _count(found))
+    return TokenWrite(through_copies(cache), _single(found.node), _count(found))
 
 
 def _scatter(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> TokenWrite:
@@ -187,11 +187,13 @@ def _scatter(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> Tok
     if not along or not is_tensor(source) or argument(node, "reduce") is not None:
         raise NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
     found = reader.same_everywhere(index, shape_of(cache), token_dim)
-    return TokenWrite(through_copies(cache), found.node, _count(found))
+    return TokenWrite(through_copies(cache), _single(found.node), _count(found))
 
 
 def _count(found: Positions) -> Tokens:
-    return 1 if found.dim is None else (found.node, found.dim)
+    if found.dim is None or isinstance(found.node, int):
+        return 1
+    return found.node, found.dim
 
 
 def _slice_scatter(node: torch.fx.Node, token_dim: int, _: PositionReader) -> TokenWrite:

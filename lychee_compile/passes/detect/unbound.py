@@ -15,6 +15,7 @@ import torch.fx
 
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.token_writes import Writes, prefix_of
+from lychee_compile.passes.detect.unfolded import behind_views
 from lychee_compile.passes.graph.aliasing import storage_of
 from lychee_compile.passes.graph.dataflow import (
     argument,
@@ -38,7 +39,6 @@ FARTHEST = 200
 """Largest number of operators that keys are followed back through."""
 MOST_NAMED = 4
 """Largest number of operators that a reason names."""
-_BARRIERS = ("softmax", "scaled_dot_product_attention")
 _TELLING = (reasons.CACHE_PAGED, reasons.CACHE_CONVERTED, reasons.CACHE_COMPUTED)
 """Reasons that say most, the first most of all, if keys come from several caches."""
 Way = tuple[torch.fx.Node, ...]
@@ -51,7 +51,10 @@ class KeysWithoutCache:
     def __init__(self, graph: torch.fx.Graph, writes: Writes) -> None:
         self._writes = writes
         self._outputs = {
-            through_copies(node) for node in outputs_of(graph) if isinstance(node, torch.fx.Node)
+            shown
+            for node in outputs_of(graph)
+            if isinstance(node, torch.fx.Node)
+            for shown in (through_copies(node), behind_views(node))
         }
 
     def reason(self, key: torch.fx.Node, kv_len: int | sympy.Expr) -> Reason:
@@ -77,11 +80,11 @@ class KeysWithoutCache:
         """Return what is done to a cache on the way to keys."""
         cache, *steps = way
         for step in steps:
-            before, after = value_of(step.all_input_nodes[0]).dtype, value_of(step).dtype
             if operator_of(step).family is Family.GATHER:
                 return reasons.CACHE_PAGED(operator=operator_key(step))
-            if before.itemsize == 1 and after != before and not calls(step, aten.view.dtype):
-                return reasons.CACHE_CONVERTED(dtype=str(before).removeprefix("torch."))
+        stored = value_of(cache).dtype
+        if stored.itemsize == 1 and any(value_of(step).dtype != stored for step in steps):
+            return reasons.CACHE_CONVERTED(dtype=str(stored).removeprefix("torch."))
         names = list(dict.fromkeys(map(_name, filter(_computes, steps))))
         if names == ["cat"]:
             return reasons.CACHE_JOINED()
@@ -108,7 +111,7 @@ class KeysWithoutCache:
         """True if `node` shows a tensor that the graph writes tokens to, or grows and returns."""
         storage = storage_of(node)
         if storage.op in ("placeholder", "get_attr"):
-            if value_of(storage).dtype != value_of(node).dtype:
+            if any(_converts(view) for view in _views_to_storage(node)):
                 return False
             converted = value_of(storage).dtype.itemsize == 1 and len(shape_of(storage)) > 2
             return storage in self._writes or converted
@@ -149,7 +152,7 @@ class KeysWithoutCache:
 
 def _sources(node: torch.fx.Node, kv_len: sympy.Expr) -> Iterator[torch.fx.Node]:
     """Yield the operands of `node` that have an entry for every key, as far as can be told."""
-    if node.op != "call_function" or any(is_operator(node, name) for name in _BARRIERS):
+    if node.op != "call_function" or is_operator(node, "softmax"):
         return
     described = operator_of(node)
     first = described.family is Family.GATHER or described.view is not None
@@ -169,13 +172,19 @@ def _views_to_storage(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
 
 def _grows(node: torch.fx.Node) -> bool:
     """True if a concatenation puts tokens behind or before an input."""
-    parts = [through_copies(each) for each in argument(node, "tensors")]
+    parts = [behind_views(each) for each in argument(node, "tensors")]
     return any(each.op == "placeholder" for each in parts)
 
 
 def _computes(node: torch.fx.Node) -> bool:
     """True if the values of `node` are others than those of its operand."""
-    return operator_of(node).view is None and operator_of(node).memory is not Memory.OF_INPUT
+    described = operator_of(node)
+    return _converts(node) or (described.view is None and described.memory is not Memory.OF_INPUT)
+
+
+def _converts(node: torch.fx.Node) -> bool:
+    """True if `node` gives its operand in another dtype."""
+    return bool(value_of(node.all_input_nodes[0]).dtype != value_of(node).dtype)
 
 
 def _name(node: torch.fx.Node) -> str:

@@ -43,11 +43,12 @@ class NotBoundError(ReasonedError):
 
 @dataclass(frozen=True)
 class Positions:
-    """A tensor of integers that holds the positions, one after the other."""
+    """Positions, one after the other."""
 
-    node: torch.fx.Node
+    node: torch.fx.Node | int
+    """A tensor of integers that holds them; a number or a symbolic size if there is one only."""
     dim: int | None
-    """Its dimension that runs over tokens; None if it has one element."""
+    """Dimension of `node` that runs over tokens; None if there is one only."""
 
 
 class PositionReader:
@@ -137,8 +138,6 @@ class PositionReader:
             return None
         if _axes(position):
             raise NotBoundError(reasons.CACHE_ROWS_APART())
-        if position.is_Integer:
-            return cache, int(position)
         return cache, self._holder(elements, position, node).node
 
     def _elements(self, axes: Axes) -> Elements:
@@ -147,7 +146,9 @@ class PositionReader:
         return Elements(axes, Names(module), self._written)
 
     def _holder(self, elements: Elements, position: sympy.Basic, index: torch.fx.Node) -> Positions:
-        """Return the tensor behind `index`, or a symbolic size, whose elements are `position`."""
+        """Return the tensor behind `index`, or the number, whose elements are `position`."""
+        if position.is_Integer:
+            return Positions(int(position), None)
         free = _axes(position)
         for node in _behind(index):
             if storage_of(node) in self._written:

@@ -111,6 +111,8 @@ def no_gpu_index(attention: Attention, binding: CacheBinding, config: IndexConfi
         tokens_written(binding)
     except NoKernel as error:
         return error.reason
+    if binding.outside_dim is not None:
+        return reasons.CACHE_VIEWED()
     device = value_of(attention.key.node).device
     if isinstance(binding.slots, torch.fx.Node) and value_of(binding.slots).device != device:
         return reasons.POSITIONS_DEVICE()
