@@ -134,11 +134,8 @@ class KeysWithoutCache:
         if not calls(node, aten.slice.Tensor, aten.narrow.default) or prefix_of(node) is not None:
             return False
         source = storage_of(node)
-        return (
-            source.op == "placeholder"
-            or source in self._outputs
-            or operator_of(source).write is not None
-        )
+        grown = is_operator(source, "cat") and _grows(source)
+        return grown or source.op == "placeholder" or operator_of(source).write is not None
 
     def keeps_part(self, key: torch.fx.Node) -> bool:
         """True if a slice of `key` is returned or written to a cache."""
