@@ -83,7 +83,7 @@ class KeysWithoutCache:
             if operator_of(step).family is Family.GATHER:
                 return reasons.CACHE_PAGED(operator=operator_key(step))
         stored = value_of(cache).dtype
-        if stored.itemsize == 1 and any(value_of(step).dtype != stored for step in steps):
+        if stored.itemsize == 1 and any(map(_converts, steps)):
             return reasons.CACHE_CONVERTED(dtype=str(stored).removeprefix("torch."))
         names = list(dict.fromkeys(map(_name, filter(_computes, steps))))
         if names == ["cat"]:
@@ -181,7 +181,8 @@ def _computes(node: torch.fx.Node) -> bool:
 
 def _converts(node: torch.fx.Node) -> bool:
     """True if `node` gives its operand in another dtype."""
-    return bool(value_of(node.all_input_nodes[0]).dtype != value_of(node).dtype)
+    dtypes = [getattr(value_of(each), "dtype", None) for each in (node.all_input_nodes[0], node)]
+    return None not in dtypes and dtypes[0] != dtypes[1]
 
 
 def _name(node: torch.fx.Node) -> str:
