@@ -106,6 +106,8 @@ def _compile_rewritten(compilation: Compilation) -> Callable[..., Any]:
     if integers is not None:
         examples = [examples[position] for position in integers.kept]
     patches = dict(options.inductor)
+    if compilation.appends:
+        patches.setdefault("size_asserts", False)
     compiled = torch_private.inductor(compilation.gm, examples, options.mode, patches)
     if integers is not None:
         compiled = integers.around(compiled)
