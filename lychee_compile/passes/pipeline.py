@@ -24,6 +24,7 @@ from lychee_compile.passes.graph.append import append_in_place, settled
 from lychee_compile.passes.graph.check import check_graph, output_count
 from lychee_compile.passes.graph.host_integers import HostIntegers, take_out_integers
 from lychee_compile.passes.graph.normalise import normalise
+from lychee_compile.passes.layer_numbers import ATTRIBUTES
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.kernel_support import runs_kernels
 from lychee_compile.passes.outcomes import (
@@ -115,6 +116,7 @@ def _decide(compilation: Compilation) -> None:
         compilation.attentions,
         compilation.context.config,
         compilation.needs_gradients,
+        frozenset(torch_private.guarded_integers(ATTRIBUTES)),
     )
 
 

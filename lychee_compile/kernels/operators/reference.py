@@ -90,7 +90,8 @@ def sparse_attention(
 
     The operands are those of `Operands`. `update_index` has run on `key`, and the budget is that of
     the handle's index. More than `LONGEST_QUERY` positions are a prefill, which is dense. A call is
-    dense too if the index waits for a second call on the cache, or if a query sees no key, so that its output stays what PyTorch's operator gives.
+    dense too if the index waits for a second call on the cache, or if a query sees no key, so that
+    its output stays what PyTorch's operator gives.
     """
     operands = Operands(query, key, value, mask, scale, softcap, extra)
     if query.shape[2] > LONGEST_QUERY:

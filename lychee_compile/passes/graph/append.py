@@ -33,9 +33,7 @@ _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate, "size", "dim", "n
 """Functions and methods of Dynamo's graphs whose results do not depend on strides."""
 
 
-def settled(
-    gm: torch.fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode
-) -> list[Any]:
+def settled(gm: torch.fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
     """Return the fake inputs of Dynamo's `gm`, contiguous if they have free strides and only grow.
 
     Nothing but concatenations may read such an input, as a result could depend on strides.
