@@ -16,6 +16,7 @@ from lychee_compile.passes import reasons, rules
 from lychee_compile.passes.describe import describe, describe_unread
 from lychee_compile.passes.detect.attention import Attention, Unread
 from lychee_compile.passes.detect.caches import CacheBinding, Unbound, bind_cache, find_writes
+from lychee_compile.passes.layer_numbers import layer_numbers
 from lychee_compile.passes.lower.kernel_support import (
     no_decode_method,
     no_gpu_index,
@@ -72,11 +73,16 @@ def decide(
     attentions: Sequence[Attention | Unread],
     config: IndexConfig,
     needs_gradients: bool,
+    layers: frozenset[int] = frozenset(),
 ) -> list[Plan]:
-    """Decide about the attentions of one graph, given in their order."""
+    """Decide about the attentions of one graph, given in their order.
+
+    `layers` are the numbers of layers that the graph was compiled for, as far as modules tell.
+    """
     writes = find_writes(graph)
     plans = []
-    for place, attention in enumerate(attentions):
+    places = layer_numbers(attentions, layers)
+    for place, attention in zip(places, attentions, strict=True):
         if isinstance(attention, Unread):
             keep = KeepAsIs(attention, attention.reason, attention.by_design)
             plans.append(Plan(attention, describe_unread(attention), None, keep))
@@ -87,7 +93,9 @@ def decide(
             outcome: Outcome = facts.keep(reason)
         else:
             outcome = facts.outcome()
-        plans.append(Plan(attention, describe(attention, cache.kind), facts.binding, outcome))
+        note = facts.note() if outcome.decision == "sparse" else ""
+        site = replace(describe(attention, cache.kind), note=note)
+        plans.append(Plan(attention, site, facts.binding, outcome))
     return plans
 
 
@@ -96,14 +104,21 @@ class _Facts:
     """Facts about one attention from which its outcome is decided."""
 
     attention: Attention
-    place: int
-    """Number of attentions of the graph before this one."""
+    place: int | None
+    """Number of layers before this attention; None if nothing tells it."""
     cache: CacheBinding | Unbound
     config: IndexConfig
 
     @property
     def binding(self) -> CacheBinding | None:
         return self.cache if isinstance(self.cache, CacheBinding) else None
+
+    def note(self) -> str:
+        """Return a remark for the report; "" if there is none."""
+        dense_layers = rules.dense_layers(self.config)
+        if self.place is not None or dense_layers == 0:
+            return ""
+        return f"dense_layers={dense_layers} is not applied: nothing tells the number of this layer"
 
     def outcome(self) -> Outcome:
         """Decide about an attention that is supported."""
