@@ -40,7 +40,7 @@ TILE_KERNELS = {
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
     "*u8": "fine coarse pages page_bins bins",
-    "*i32": "header tile_first tile_end histogram ranks plan limits arrivals candidates "
+    "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals candidates "
     "candidate_count chosen_list edge chosen counts",
     "*i64": "positions",
     "*bf16": "weights",
