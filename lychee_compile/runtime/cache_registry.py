@@ -31,8 +31,13 @@ class Entry:
     """Version of the cache tensor after the last call; None if PyTorch counts no versions of it."""
 
     def check(self, cache: Tensor) -> None:
-        """Distrust the index if somebody else may have written the cache since the last call."""
-        if self.version is None or self.version != torch_private.version_of(cache):
+        """Distrust the index if somebody else may have written the cache since the last call.
+
+        A cache without versions is evidence of nothing. Its index is distrusted, unless whoever
+        uses the index notices writes.
+        """
+        now = torch_private.version_of(cache)
+        if self.version != now or (now is None and not self.owner.notices_writes):
             self.owner.distrust()
 
 
