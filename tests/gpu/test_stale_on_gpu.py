@@ -1,4 +1,4 @@
-"""Keys that somebody else has changed, unseen by PyTorch, under compiled kernels on a CUDA device."""
+"""Keys that somebody has changed, unseen by PyTorch, under compiled kernels on a CUDA device."""
 
 from __future__ import annotations
 
