@@ -112,13 +112,24 @@ class _Facts:
             return self._sparse_prefill()
         if runs_kernels(attention, config):
             return self._kernel()
-        if exact := rules.exact_decoding(attention, self.place, config):
+        if exact := self._exact_decoding():
             return self._exact(exact)
         if reason := rules.unsupported_device(attention, config):
             return self.keep(reason)
         if isinstance(self.cache, Unbound):
             return self.keep(self.cache.reason)
         return ReferenceSparse(attention, self.cache, self._how_much())
+
+    def _exact_decoding(self) -> Reason | None:
+        """Return why the attention is meant to read all keys; None if sparse reading can win.
+
+        A budget says nothing of few keys that come from no cache.
+        """
+        exact = rules.exact_decoding(self.attention, self.place, self.config)
+        none = isinstance(self.cache, Unbound) and self.cache.reason == reasons.NO_CACHE()
+        if exact is None or exact.code != reasons.WITHIN_BUDGET.code or not none:
+            return exact
+        return reasons.NO_CACHE()
 
     def keep(self, reason: Reason) -> KeepAsIs:
         """Keep the attention for want of support."""
@@ -146,7 +157,7 @@ class _Facts:
     def _kernel(self) -> Outcome:
         """Let a generated kernel decode, over all keys if there is a reason for that."""
         attention, config = self.attention, self.config
-        exact = rules.exact_decoding(attention, self.place, config)
+        exact = self._exact_decoding()
         if not rules.decodes_many_keys(attention, config):
             return self._exact(exact or reasons.QUERY_LEN_SYMBOLIC(query_len=attention.query_len))
         if missing := no_kernel(attention):

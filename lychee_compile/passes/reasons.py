@@ -213,7 +213,7 @@ SEVERAL_SIZES_UNKNOWN = _kind(
 SIZE_NOT_IN_GRAPH = _kind(
     Group.OPERANDS,
     "size-not-in-graph",
-    "the size of the axis {axis} cannot be computed in the graph",
+    "an operand or a mask must be repeated, and no tensor tells how often",
     "compile with fewer dynamic dimensions",
 )
 
@@ -238,8 +238,7 @@ SCORES_TIMES_LATE = _kind(
 SCORES_TIMES_UNKNOWN = _kind(
     Group.SCORE,
     "scores-scaled-by-unknown",
-    "scores are multiplied by a number that is only known when running",
-    "make the scale a Python number",
+    "scores are multiplied by a tensor whose layout could not be followed through the graph",
 )
 SCORES_REVERSED = _kind(
     Group.SCORE,
@@ -290,6 +289,12 @@ EXTRA_LOGIT_UNSHIFTED = _kind(
     "extra-logit-unshifted",
     "a number is added to the scores of all keys, and not to the extra logit beside them",
     "append the extra logit first",
+)
+EXTRA_LOGIT_NUMBER = _kind(
+    Group.SCORE,
+    "extra-logit-number",
+    "an extra logit is a plain number in the sum of exponentials, and no tensor holds it",
+    "append a tensor of that logit to the scores before the softmax",
 )
 SOFTCAP_AFTER_BIAS = _kind(
     Group.SCORE,
@@ -363,6 +368,19 @@ SUM_MISPLACED = _kind(
     "sum-misplaced",
     "the sum of exponentials divides something other than the output of the attention",
 )
+SUM_CHANGED = _kind(
+    Group.WEIGHTS,
+    "sum-changed",
+    "the sum of exponentials is changed before it divides",
+    "divide by the sum itself",
+)
+SUM_IN_CHUNKS = _kind(
+    Group.WEIGHTS,
+    "sum-in-chunks",
+    "the softmax is computed over {count} chunks of keys that are joined by their sums, "
+    "which is not rewritten yet",
+    "compute all scores of a query at once, or call scaled_dot_product_attention",
+)
 LSE_USED = _kind(
     Group.WEIGHTS,
     "log-sum-exp-used",
@@ -404,6 +422,60 @@ CACHE_NOT_BY_TOKEN = _kind(
     "cache-not-by-token",
     "the cache is written at other indices than token positions",
     "write whole tokens, at a 1-dimensional tensor of positions",
+)
+CACHE_ROWS_APART = _kind(
+    Group.CACHE,
+    "cache-rows-apart",
+    "each row of the cache is written at a position of its own",
+    "write all rows at the same positions, with rows padded in front",
+)
+CACHE_REPLACED = _kind(
+    Group.CACHE,
+    "cache-replaced",
+    "the cache is written as a whole, with values that are not the cache and new tokens",
+    "write the new tokens alone, with index_copy_ at their positions",
+)
+CACHE_NOT_RETURNED = _kind(
+    Group.CACHE,
+    "cache-not-returned",
+    "the new tokens go into a copy of the cache that is neither returned nor written back",
+    "return the copy, or write the cache in place",
+)
+CACHE_COMPUTED = _kind(
+    Group.CACHE,
+    "cache-computed",
+    "the keys are computed from the cache anew at each step (by {operators})",
+    "store the keys as attention reads them",
+)
+CACHE_JOINED = _kind(
+    Group.CACHE,
+    "cache-joined",
+    "the keys are put together from several tensors at each step, a cache among them (by cat)",
+    "store whole keys in one cache",
+)
+CACHE_CONVERTED = _kind(
+    Group.CACHE,
+    "cache-converted",
+    "the cache is stored as {dtype} and converted when it is read",
+    "store the keys as float32, bfloat16 or float16",
+)
+CACHE_PAGED = _kind(
+    Group.CACHE,
+    "cache-paged",
+    "the keys are gathered from the cache through a table at each step (by {operator})",
+    "store the keys of a row side by side",
+)
+CACHE_STACKED = _kind(
+    Group.CACHE,
+    "cache-stacked",
+    "the cache is a part of a larger tensor, as of one that holds several layers",
+    "pass the keys of each layer as a tensor of their own",
+)
+CACHE_VIEWED = _kind(
+    Group.CACHE,
+    "cache-viewed",
+    "the cache is given, written or returned in another shape than attention reads it in",
+    "keep one shape, [batch, heads, tokens, features]",
 )
 CACHE_OTHER_AXIS = _kind(
     Group.CACHE,
@@ -450,6 +522,13 @@ POSITIONS_DEVICE = _kind(
     "positions-device",
     "the positions written to are not on the device of the cache",
     "create the positions on the device of the cache",
+)
+CACHE_MAY_WRAP = _kind(
+    Group.CACHE,
+    "cache-may-wrap",
+    "the slots written come out of {operator}, as in a ring buffer: older tokens lie behind the "
+    "newest, and decode kernels cannot choose among these",
+    "set reference=True for the slow PyTorch path, which handles it",
 )
 CACHE_LAYOUT = _kind(
     Group.CACHE,
@@ -513,6 +592,11 @@ WEIGHTS_WITHOUT_VALUES = _kind(
     Group.NO_ATTENTION,
     "no-values",
     "the weights of the softmax are not multiplied with values",
+)
+ONE_KEY = _kind(
+    Group.NO_ATTENTION,
+    "one-key",
+    "the softmax runs over a single element, so there is only one key and its weight is 1",
 )
 OTHER_AXIS_SUMMED = _kind(
     Group.NO_ATTENTION,

@@ -25,14 +25,14 @@ each_first, each_second = (
         "spelling",
         [
             pytest.param(
-                each, marks=() if number % 2 == place else pytest.mark.thorough, id=each.name
+                each, marks=() if number % every == place else pytest.mark.thorough, id=each.name
             )
             for number, each in enumerate(SPELLINGS)
         ],
     )
-    for place in (0, 1)
+    for every, place in ((4, 0), (2, 1))
 )
-"""Half of them, the others thorough."""
+"""A quarter of them, and half of them; the others are thorough."""
 each_whole = pytest.mark.parametrize("whole", WHOLES, ids=lambda each: each.name)
 
 
@@ -137,9 +137,6 @@ def test_it_is_found_in_a_prefill(spelling: Spelling) -> None:
     expected = prefill(spelling, *operands, held)
     compiled = torch.compile(prefill, backend="lychee")
     assert_equal_within_rounding(compiled(spelling, *operands, held), expected)
-    if spelling.missed:
-        assert sites() == []
-        return
     (site,) = sites()
     assert_understood(site, spelling, query_len, TOKENS)
     if not spelling.opaque:
@@ -152,7 +149,7 @@ def test_it_is_found_in_a_prefill(spelling: Spelling) -> None:
 @pytest.mark.parametrize(
     "spelling",
     [
-        pytest.param(each, marks=pytest.mark.thorough if number % 2 else (), id=each.name)
+        pytest.param(each, marks=pytest.mark.thorough if number % 4 else (), id=each.name)
         for number, each in enumerate(SPELLINGS[::10])
     ],
 )
@@ -182,9 +179,6 @@ def test_it_decodes_from_a_cache(spelling: Spelling) -> None:
         got = compiled(spelling, query, tuple(cache), *given)
         assert all(torch.equal(*pair) for pair in zip(cache, cache_eager, strict=True))
         assert_equal_within_rounding(got, expected)
-    if spelling.missed:
-        assert sites() == []
-        return
     (site,) = sites()
     assert_understood(site, spelling, 1, SIZE)
     if site.decision != "sparse":

@@ -69,7 +69,9 @@ class IndexInputs:
         mode = self._emit.mode
         node, fake = torch_private.add_state_input(self._gm, name, size, dtype, device, mode)
         source = None if binding.source is None else self._own.index(binding.source)
-        return IndexInput(node, fake, source, binding.output, binding.token_dim, use)
+        outside = binding.outside_dim
+        token_dim = binding.token_dim if outside is None else outside
+        return IndexInput(node, fake, source, binding.output, token_dim, use)
 
     def _remove(self, key: object) -> None:
         self._gm.graph.erase_node(self._added.pop(key).node)

@@ -2,17 +2,65 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.fx
 
 from lychee_compile.passes.detect.caches import CacheBinding
-from lychee_compile.passes.graph.dataflow import aten, value_of
+from lychee_compile.passes.detect.token_writes import Span
+from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
+
+REMAINDERS = ("remainder", "fmod")
+"""ATen operators that bring positions back to the first slots."""
 
 
 def named_slots(binding: CacheBinding, emit: Emitter) -> torch.fx.Node | None:
     """Return or emit the slots written, int [T]; None if the graph does not name them."""
-    if binding.span is None:
-        return binding.positions
-    device = value_of(binding.key).device
-    return emit(aten.arange.start, *binding.span, device=device, dtype=torch.int64)
+    slots = binding.slots
+    if isinstance(slots, Span):
+        stop = emit(operator.add, slots.start, slots.count) if slots.stop is None else slots.stop
+        device = value_of(binding.key).device
+        return emit(aten.arange.start, slots.start, stop, device=device, dtype=torch.int64)
+    if slots is None or len(shape_of(slots)) == 1:
+        return slots
+    return emit(aten.reshape.default, slots, [-1])
+
+
+def wrapping_operator(binding: CacheBinding) -> str | None:
+    """Return the operator that may bring the slots written back to the first ones.
+
+    It is a remainder, or a choice between two positions that are both computed, as `pos - L` for
+    `pos`. None: the graph shows no such operator, or does not compute the slots.
+    """
+    slots = binding.slots
+    named = (slots.start, slots.stop) if isinstance(slots, Span) else (slots,)
+    waiting = [each for each in named if isinstance(each, torch.fx.Node)]
+    met = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if operator_key(node) in REMAINDERS or node.target is operator.mod:
+            return "a remainder"
+        if operator_key(node) == "where" and all(map(_varies, node.args[1:])):
+            return "a choice between positions"
+        more = set(_inputs_of_value(node)) - met
+        met |= more
+        waiting += more
+    return None
+
+
+def _inputs_of_value(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Return the inputs that the value of a node is computed from; conditions are left out."""
+    if operator_key(node) == "where":
+        return [each for each in node.args[1:] if isinstance(each, torch.fx.Node)]
+    return list(node.all_input_nodes)
+
+
+def _varies(value: object) -> bool:
+    """True if a value depends on an input of the graph."""
+    if not isinstance(value, torch.fx.Node):
+        return False
+    if value.op == "placeholder":
+        return True
+    return any(_varies(each) for each in value.all_input_nodes)

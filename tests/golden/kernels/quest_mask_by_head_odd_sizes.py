@@ -252,10 +252,10 @@ def threshold(histogram, room, read=0):
     counts = tl.load(histogram + place) - read
     through = tl.cumsum(counts, 0, reverse=True)
     # One search finds all three: the bin, the number of items above it, and of those in it.
-    all_three = (place.to(tl.int64) << 24 | through - counts) << 24 | counts
+    all_three = (place.to(tl.int64) << 27 | through - counts) << 27 | counts
     found = tl.max(tl.where(through > room, all_three, 0), 0)
-    above = (found >> 24 & 0xFFFFFF).to(tl.int32)
-    return (found >> 48).to(tl.int32), -(above - room), (found & 0xFFFFFF).to(tl.int32)
+    above = (found >> 27 & 0x7FFFFFF).to(tl.int32)
+    return (found >> 54).to(tl.int32), -(above - room), (found & 0x7FFFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -294,7 +294,7 @@ def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
 
 @triton.jit
 def always_read(
-    tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES: tl.constexpr
+    tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES: tl.constexpr
 ):
     """Return the bounds of the slots [first, sinks_end) and [recent_start, end), always read."""
     tile = tl.arange(0, TILES)
@@ -302,7 +302,8 @@ def always_read(
     first = tl.min(tl.load(tile_first + head_row * tiles + tile, mask=inside, other=2**30), 0)
     end = tl.max(tl.load(tile_end + head_row * tiles + tile, mask=inside, other=0), 0)
     sinks_end = tl.minimum(first + SINKS, end)
-    recent_start = tl.maximum(tl.minimum(end - RECENT, fresh // PAGE * PAGE), sinks_end)
+    newest = tl.where(written > 0, tl.minimum(end, fresh + written), end)
+    recent_start = tl.maximum(tl.minimum(newest - RECENT, fresh // PAGE * PAGE), sinks_end)
     return first, sinks_end, recent_start, end
 
 
@@ -520,7 +521,7 @@ def list_boxes(
         tl.extra.cuda.gdc_wait()
     fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     _, begin, stop, end = always_read(
-        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
     )
     room = tl.maximum(BUDGET - (end - stop), 0)
     room = tl.where(stop - begin <= room, 2**30, room // PAGE)
@@ -621,7 +622,7 @@ def attend(
         # A kernel before this one may have just revoked trust: what caches hold is too old.
         trusted = tl.load(header, cache_modifier=".cg") != 0
         first, begin, stop, end = always_read(
-            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
+            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
         )
         sinks = begin - first
         always = sinks + end - stop
