@@ -375,7 +375,7 @@ def record_fingerprints(
     key, stride_b, stride_h, stride_l, stride_d, fingerprints, end, slots, kv_heads
 ):
     """Hash the keys in the slots [0, end), 64 a program."""
-    space, slot = tl.program_id(0), tl.program_id(1) * 64 + tl.arange(0, 64)
+    space, slot = tl.program_id(1), tl.program_id(0) * 64 + tl.arange(0, 64)
     b, kv_head, d = space // kv_heads, space % kv_heads, tl.arange(0, DIM)
     place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
     place = place + slot.to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d

@@ -44,7 +44,7 @@ class QuestIndex(DeviceIndex):
             "slots": self.layout.slots,
             "kv_heads": self.layout.kv_heads,
         }
-        grid = key.shape[0] * self.layout.kv_heads, -(-end // RECORDED)
+        grid = -(-end // RECORDED), key.shape[0] * self.layout.kv_heads
         if end:
             launch(module.record_fingerprints, grid, arguments, num_warps=4)
 
