@@ -46,8 +46,13 @@ class Entry:
     uses: Uses = field(default_factory=Uses)
 
     def check(self, cache: Tensor) -> None:
-        """Distrust the index if somebody else may have written the cache since the last call."""
-        if self.version is None or self.version != torch_private.version_of(cache):
+        """Distrust the index if somebody else may have written the cache since the last call.
+
+        A cache without versions is evidence of nothing. Its index is distrusted, unless whoever
+        uses the index notices writes.
+        """
+        now = torch_private.version_of(cache)
+        if self.version != now or (now is None and not self.owner.notices_writes):
             self.owner.distrust()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lychee_compile import torch_private
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.methods import notices_writes
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.kernels.operators.observe import observers, warn_of_recording
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
@@ -148,7 +149,7 @@ class StatefulGraph:
                 continue
             if observers:
                 warn_of_recording()
-            if entry.version is None:
+            if entry.version is None and not notices_writes(argument.use.policy):
                 _warn_of_inference_mode()
                 continue
             entry.owner.after_call(argument.after(cache, outputs), argument.use)
@@ -192,5 +193,6 @@ class _LastCall:
 def _warn_of_inference_mode() -> None:
     logger.warning(
         "A key cache was created under torch.inference_mode(), where PyTorch does not tell who has "
-        "written it: attention over it reads all keys. Create it under torch.no_grad() instead."
+        "written it, and the kernels of its policy do not notice it: attention over it reads all "
+        "keys. Create it under torch.no_grad() instead."
     )

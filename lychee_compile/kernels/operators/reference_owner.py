@@ -22,6 +22,8 @@ class ReferenceCacheIndex:
     between calls.
     """
 
+    notices_writes = False
+
     def __init__(self, config: IndexConfig, strength_of: StrengthLookup | None = None) -> None:
         self.tensor = new_handle(self)
         """Handle that graphs take, int64 [2]."""
