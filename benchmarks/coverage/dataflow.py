@@ -2,7 +2,8 @@
 
 A softmax counts if its scores come from a product of two activations by operators other than
 products, and its weights go, in the same way, into such a product. Fused operators count as one.
-If asked for, an exponential of scores counts as a softmax does.
+For models of other libraries `by_hand` counts an exponential of scores as a softmax, and follows
+scores and weights through a small parameter, which mixes heads.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ FUSED = {
 }
 """Names with which fused operators begin; the position of their keys, and the axis of tokens."""
 CONVOLUTIONS = {aten.convolution.default}
-"""Operators that have new features as a linear layer has: no score passes through them."""
+"""Operators that compute new features, as a linear layer does."""
+MIXED = 200
+"""Largest size of a parameter that mixes heads; those of linear layers are larger here."""
 
 
 class Dataflow(TorchDispatchMode):
@@ -43,11 +46,12 @@ class Dataflow(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, *, exponentials: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, by_hand: bool = False) -> None:
         super().__init__()
         self.key_counts: list[int] = []
         """Number of keys of each attention so far."""
-        self._softmax_operators = SOFTMAXES | (EXPONENTIALS if exponentials else set())
+        self._by_hand = by_hand
+        self._softmax_operators = SOFTMAXES | (EXPONENTIALS if by_hand else set())
         self._scores: set[int] = set()
         """Storages of tensors computed from a product of two activations."""
         self._weights: dict[int, set[int]] = {}
@@ -78,16 +82,25 @@ class Dataflow(TorchDispatchMode):
             self.key_counts.append(args[position].shape[axis])
         elif function in PRODUCTS:
             self._product([args[position] for position in PRODUCTS[function]], outputs[0])
-        elif function not in CONVOLUTIONS:
+        elif not self._is_layer(function, args):
             inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
             softmax = function in self._softmax_operators
             keys = _softmax_length(inputs[0], args) if softmax else None
             self._other(keys, inputs, outputs)
         return output
 
+    def _is_layer(self, function: Any, args: Sequence[Any]) -> bool:
+        """Return True for a convolution through which no score passes."""
+        return self._by_hand and function in CONVOLUTIONS and not _mixes([args[1]])
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        return _storage(tensor) in self._parameters
+
     def _product(self, operands: list[Tensor], output: Tensor) -> None:
         storages = {_storage(operand) for operand in operands}
         if storages & self._parameters:
+            if self._by_hand and _mixes([each for each in operands if self._is_parameter(each)]):
+                self._other(None, operands, [output])
             return
         self._scores.add(_storage(output))
         used = set().union(*(self._weights.get(storage, set()) for storage in storages))
@@ -108,6 +121,10 @@ class Dataflow(TorchDispatchMode):
                 self._scores.add(_storage(output))
             if weights:
                 self._weights.setdefault(_storage(output), set()).update(weights)
+
+
+def _mixes(parameters: Sequence[Tensor]) -> bool:
+    return all(each.numel() <= MIXED for each in parameters)
 
 
 def _softmax_length(scores: Tensor, args: Sequence[Any]) -> int:

@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     chosen = _parse(arguments)
     console = Console()
-    libraries = [each for each in LIBRARIES if not chosen.libraries or each.name in chosen.libraries]
+    libraries = [
+        each for each in LIBRARIES if not chosen.libraries or each.name in chosen.libraries
+    ]
     tasks = [
         (library.name, entry.name)
         for library in libraries

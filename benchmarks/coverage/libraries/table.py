@@ -58,7 +58,10 @@ def markdown(trials: Sequence[Trial], versions: Mapping[str, str], remark: str) 
     tried = [each for each in trials if not each.note]
     libraries = list(dict.fromkeys(each.library for each in tried))
     lines = [f"{total(trials)}. {remark}", ""]
-    lines += ["| library | classes | found / there | one key | rewritten |", "|---|---|---|---|---|"]
+    lines += [
+        "| library | classes | found / there | one key | rewritten |",
+        "|---|---|---|---|---|",
+    ]
     for library in libraries:
         own = [each for each in tried if each.library == library]
         name = f"{library} {versions.get(library, '')}".strip()
@@ -81,7 +84,9 @@ def _cells(trials: Sequence[Trial]) -> str:
     there = sum(each.there - each.unseen for each in trials)
     found = there - sum(each.missed for each in trials)
     share = f"{found}/{there}" if found == there else f"**{found}/{there}**"
-    single, rewritten = (sum(getattr(each, it) for each in trials) for it in ("single", "rewritten"))
+    single, rewritten = (
+        sum(getattr(each, it) for each in trials) for it in ("single", "rewritten")
+    )
     return f"{share} | {single or ''} | {rewritten}"
 
 
@@ -98,5 +103,3 @@ def _reasons(title: str, reasons: Sequence[Mapping[str, int]]) -> list[str]:
         counts.update(each)
     lines = [f"| {count} | {words} |" for words, count in counts.most_common()]
     return [f"{title}:", "", "| times | reason |", "|---|---|", *lines, ""] if lines else []
-
-

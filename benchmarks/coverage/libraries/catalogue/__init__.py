@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+from benchmarks.coverage.libraries.catalogue.decoders import LITGPT, TORCHSCALE, TORCHTUNE
+from benchmarks.coverage.libraries.catalogue.diffusers import DIFFUSERS
+from benchmarks.coverage.libraries.catalogue.encoders import (
+    ESM,
+    MONAI,
+    OPEN_CLIP,
+    SEGMENT_ANYTHING,
+    TORCHAUDIO,
+    TORCHVISION,
+)
+from benchmarks.coverage.libraries.catalogue.small import SMALL_LIBRARIES
 from benchmarks.coverage.libraries.catalogue.timm import TIMM
 from benchmarks.coverage.libraries.catalogue.vit_pytorch import VIT_PYTORCH
 from benchmarks.coverage.libraries.catalogue.x_transformers import X_TRANSFORMERS
 
-LIBRARIES = (TIMM, VIT_PYTORCH, X_TRANSFORMERS)
+LIBRARIES = (
+    TIMM,
+    VIT_PYTORCH,
+    TORCHVISION,
+    DIFFUSERS,
+    MONAI,
+    SEGMENT_ANYTHING,
+    OPEN_CLIP,
+    X_TRANSFORMERS,
+    LITGPT,
+    TORCHTUNE,
+    TORCHSCALE,
+    ESM,
+    TORCHAUDIO,
+    *SMALL_LIBRARIES,
+)
 """Every library of the table."""

@@ -15,7 +15,13 @@ PATH = "x_transformers"
 
 def _decoder(title: str, wrapper: Mapping[str, Any] | None = None, **features: Any) -> Entry:
     layers = Made(f"{PATH}.Decoder", **LAYERS | features)
-    model = Made(f"{PATH}.TransformerWrapper", num_tokens=64, max_seq_len=64, attn_layers=layers, **wrapper or {})
+    model = Made(
+        f"{PATH}.TransformerWrapper",
+        num_tokens=64,
+        max_seq_len=64,
+        attn_layers=layers,
+        **wrapper or {},
+    )
     return Entry(f"Decoder, {title}", model, [ids(2, 24)])
 
 
@@ -67,36 +73,72 @@ X_TRANSFORMERS = Library(
         _decoder("shifted tokens", shift_tokens=1),
         _decoder("forgetting", attn_data_dependent_alibi=True),
         _decoder("memory tokens", {"num_memory_tokens": 4}),
-        _decoder("register tokens in between", {"num_memory_tokens": 2, "memory_tokens_interspersed_every": 8}),
+        _decoder(
+            "register tokens in between",
+            {"num_memory_tokens": 2, "memory_tokens_interspersed_every": 8},
+        ),
         _encoder("plain"),
         _encoder("T5 bias", rel_pos_bias=True),
         _encoder("cosine", attn_qk_norm=True, attn_qk_norm_scale=10),
         Entry(
             "Decoder, growing cache",
-            Made(f"{PATH}.TransformerWrapper", num_tokens=64, max_seq_len=64, attn_layers=Made(f"{PATH}.Decoder", **LAYERS, rotary_pos_emb=True)),
+            Made(
+                f"{PATH}.TransformerWrapper",
+                num_tokens=64,
+                max_seq_len=64,
+                attn_layers=Made(f"{PATH}.Decoder", **LAYERS, rotary_pos_emb=True),
+            ),
             [ids(2, 24)],
             drive=_with_cache,
         ),
         Entry(
             "Decoder, memory keys and growing cache",
-            Made(f"{PATH}.TransformerWrapper", num_tokens=64, max_seq_len=64, attn_layers=Made(f"{PATH}.Decoder", **LAYERS, attn_num_mem_kv=2)),
+            Made(
+                f"{PATH}.TransformerWrapper",
+                num_tokens=64,
+                max_seq_len=64,
+                attn_layers=Made(f"{PATH}.Decoder", **LAYERS, attn_num_mem_kv=2),
+            ),
             [ids(2, 24)],
             drive=_with_cache,
         ),
         Entry(
             "XTransformer",
-            Made(f"{PATH}.XTransformer", dim=32, enc_num_tokens=64, enc_depth=1, enc_heads=4, enc_max_seq_len=64, dec_num_tokens=64, dec_depth=1, dec_heads=4, dec_max_seq_len=64),
+            Made(
+                f"{PATH}.XTransformer",
+                dim=32,
+                enc_num_tokens=64,
+                enc_depth=1,
+                enc_heads=4,
+                enc_max_seq_len=64,
+                dec_num_tokens=64,
+                dec_depth=1,
+                dec_heads=4,
+                dec_max_seq_len=64,
+            ),
             [ids(2, 16), ids(2, 12)],
             {"mask": visible(2, 16)},
         ),
         Entry(
             "ViTransformerWrapper",
-            Made(f"{PATH}.ViTransformerWrapper", image_size=64, patch_size=16, num_classes=10, attn_layers=Made(f"{PATH}.Encoder", **LAYERS)),
+            Made(
+                f"{PATH}.ViTransformerWrapper",
+                image_size=64,
+                patch_size=16,
+                num_classes=10,
+                attn_layers=Made(f"{PATH}.Encoder", **LAYERS),
+            ),
             [image(64)],
         ),
         Entry(
             "ContinuousTransformerWrapper",
-            Made(f"{PATH}.ContinuousTransformerWrapper", dim_in=16, dim_out=16, max_seq_len=64, attn_layers=Made(f"{PATH}.Encoder", **LAYERS)),
+            Made(
+                f"{PATH}.ContinuousTransformerWrapper",
+                dim_in=16,
+                dim_out=16,
+                max_seq_len=64,
+                attn_layers=Made(f"{PATH}.Encoder", **LAYERS),
+            ),
             [floats(2, 24, 16)],
         ),
         Entry(
@@ -107,7 +149,15 @@ X_TRANSFORMERS = Library(
         ),
         Entry(
             "GPTVAE",
-            Made(f"{PATH}.gpt_vae.GPTVAE", num_tokens=64, dim=32, depth=1, enc_depth=1, max_seq_len=32, heads=4),
+            Made(
+                f"{PATH}.gpt_vae.GPTVAE",
+                num_tokens=64,
+                dim=32,
+                depth=1,
+                enc_depth=1,
+                max_seq_len=32,
+                heads=4,
+            ),
             [ids(2, 24)],
         ),
     ],
