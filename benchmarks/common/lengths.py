@@ -1,4 +1,4 @@
-"""Numbers of tokens as people write them, as "8192" or "8k"; parsers for a command's options."""
+"""Numbers of tokens as people write them, "8192", "8k" or "2m"; parsers for an option."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 
 
 def tokens(text: str) -> int:
-    """Return the number of tokens that `text` names, as "8192" or "8k"."""
-    match = re.fullmatch(r"([0-9]+)(k?)", text.lower())
+    """Return the number of tokens that `text` names, as "8192", "8k" or "2m"."""
+    match = re.fullmatch(r"([0-9]+)([km]?)", text.lower())
     if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, as 8192 or 8k")
-    return int(match[1]) * (1024 if match[2] else 1)
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, as 8192, 8k or 2m")
+    return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]
 
 
 def positive(text: str) -> int:

@@ -41,7 +41,13 @@ def parse(arguments: Sequence[str], page: str | None) -> argparse.Namespace:
 def _parser(page: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=page.splitlines()[0] if page else None)
     add, names = parser.add_argument, [variant.name for variant in VARIANTS]
-    add("--contexts", type=tokens, nargs="+", metavar="L", help="as 8192 or 8k; 8k to 512k")
+    add(
+        "--contexts",
+        type=tokens,
+        nargs="+",
+        metavar="L",
+        help="as 8192, 8k or 2m; by default 8k to 512k",
+    )
     add("--batches", type=positive, nargs="+", metavar="B", help="1, 4 and 16 by default")
     choices = f"some of {', '.join(names)}; all by default"
     add("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=choices)

@@ -41,7 +41,7 @@ CALLS = {
     "whisper": ["sdpa forward", "eager static"],
 }
 """Attention implementations of transformers, and calls of `benchmarks.coverage.calls`."""
-SELDOM = {"llama", "gemma2", "gemma3", "gpt2", "bloom", "t5", "deepseek_v3", "whisper"}
+SELDOM = {"gpt_oss", "llama", "gemma2", "gemma3", "gpt2", "bloom", "t5", "deepseek_v3", "whisper"}
 """Architectures left to the thorough tests, since others that are tried are of the same kind."""
 SECTIONS = {
     "forward": "a forward pass",

@@ -106,7 +106,16 @@ def test_it_selects_what_the_reference_selects() -> None:
         assert dense.masked_fill(~differs.repeat_interleave(GROUP, 1), 0).sum() < 0.1 * dense.sum()
 
 
-@pytest.mark.parametrize("growing", [False, True], ids=["static", "growing"])
+STATIC_OR_GROWING = pytest.mark.parametrize(
+    "growing",
+    [
+        pytest.param(False, marks=pytest.mark.thorough, id="static"),
+        pytest.param(True, id="growing"),
+    ],
+)
+
+
+@STATIC_OR_GROWING
 def test_with_a_budget_for_all_greedy_tokens_are_dense(growing: bool) -> None:
     model = TinyDecoder().eval()
     step = torch.compile(model, backend="lychee", options=EVERYTHING)
@@ -119,7 +128,7 @@ def test_with_a_budget_for_all_greedy_tokens_are_dense(growing: bool) -> None:
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("growing", [False, True], ids=["static", "growing"])
+@STATIC_OR_GROWING
 def test_the_first_step_after_an_eager_prefill_is_exact_and_the_next_is_not(growing: bool) -> None:
     model = TinyDecoder().eval()
     step = torch.compile(model, backend="lychee", options=SMALL)

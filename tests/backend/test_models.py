@@ -10,7 +10,6 @@ import torch
 from small_decoders import EVERYTHING, PROMPT, STEPS, decode, model_of, transformers
 
 OFTEN = {
-    ("gemma3", "dynamic"),
     ("bloom", "dynamic"),
 }
 """Models and kinds of cache that are tried in every run."""

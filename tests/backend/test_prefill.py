@@ -363,7 +363,7 @@ class Prompts:
         pytest.param("llama", "sdpa", False, marks=pytest.mark.thorough),
         pytest.param("llama", "eager", True, marks=pytest.mark.thorough),
         ("gemma2", "eager", False),
-        ("gpt_oss", "eager", True),
+        pytest.param("gpt_oss", "eager", True, marks=pytest.mark.thorough),
     ],
 )
 def test_decoders_of_transformers_prefill(name: str, attention: str, padded: bool) -> None:

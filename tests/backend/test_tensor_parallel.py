@@ -74,7 +74,12 @@ def llama(llama_folder: Path) -> Any:
 
 @pytest.fixture(
     scope="module",
-    params=["sharded_llama", pytest.param("inductors_llama", marks=pytest.mark.thorough)],
+    params=[
+        pytest.param(
+            each, marks=pytest.mark.thorough
+        )  # CI decodes with the attention by hand alone
+        for each in ("sharded_llama", "inductors_llama")
+    ],
 )
 def llama_ranks(request: pytest.FixtureRequest, llama_folder: Path) -> list[dict[str, Outcome]]:
     """Return the outcomes of two ranks that decode with the saved model."""

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks.common import memory, timing
 from benchmarks.common import problem as problems
-from benchmarks.common.lengths import length_name
+from benchmarks.common.lengths import length_name, tokens
 from benchmarks.common.memory import Bandwidth
 from benchmarks.common.problem import Problem
 from benchmarks.common.status import FAILED, SKIPPED, UNAVAILABLE
@@ -471,3 +471,8 @@ def test_a_failure_is_the_exit_status(monkeypatch, capsys):
     line = "--device cpu --contexts 64 --batches 1 --heads 2 --kv-heads 1 --head-dim 16"
     assert gpu.main([*line.split(), "--variants", "sdpa-gqa", "quest"]) == 1
     assert "quest (ours) failed: ValueError: a bug (64)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "number"), [("8192", 8192), ("32k", 32768), ("2M", 2097152)])
+def test_lengths_are_read_as_people_write_them(text: str, number: int) -> None:
+    assert tokens(text) == number

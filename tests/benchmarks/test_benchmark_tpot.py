@@ -13,6 +13,7 @@ from benchmarks.tpot import __main__ as tpot
 TINY = ["--device", "cpu", "--layers", "2", "--hidden", "256", "--budget", "128"]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("without_inductor")
 def test_ways_to_decode_are_measured_side_by_side(tmp_path, capsys):
     path, plot = tmp_path / "tpot.json", tmp_path / "tpot.png"

@@ -22,9 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers, 
 ARCHITECTURES = {each.name: each for each in coverage_models.ARCHITECTURES}
 REPRESENTATIVES = {
     "llama": ["sdpa"],
-    "bloom": ["eager"],
     "minimax": ["eager"],
-    "bert": ["eager", "flex"],
+    "bert": ["eager"],
     "deberta_v2": ["eager"],
     "xlnet": ["eager"],
     "wav2vec2": ["eager"],

@@ -38,7 +38,12 @@ def words(capsys):
 
 # transformers' cache has no room to spare, and one within the budget would not be read sparsely.
 @pytest.mark.parametrize(
-    ("name", "budget"), [("generate_llama", ALL - 1), ("gpt_fast", ALL), ("nanogpt", ALL)]
+    ("name", "budget"),
+    [
+        ("generate_llama", ALL - 1),
+        ("gpt_fast", ALL),
+        pytest.param("nanogpt", ALL, marks=pytest.mark.thorough),
+    ],
 )
 def test_sparse_steps_that_read_all_decode_the_same_tokens(name, budget, capsys):
     decoded = decode(name, budget)

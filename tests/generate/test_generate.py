@@ -42,7 +42,7 @@ ENTRIES: dict[tuple[str, str], list[Way]] = {
 @pytest.mark.parametrize(
     ("entry", "kind"),
     [
-        pytest.param(*each, marks=pytest.mark.thorough if number > 1 else ())
+        pytest.param(*each, marks=pytest.mark.thorough if number else ())
         for number, each in enumerate(ENTRIES)
     ],
 )
@@ -59,7 +59,9 @@ def test_with_everything_read_tokens_are_dense(entry: str, kind: str) -> None:
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("entry", ["compile_config", "model.forward"])
+@pytest.mark.parametrize(
+    "entry", ["compile_config", pytest.param("model.forward", marks=pytest.mark.thorough)]
+)
 def test_below_the_length_the_keys_that_matter_are_read(entry: str) -> None:
     """48 of 61 to 73 keys hold nearly all of the softmax here, and give the dense tokens."""
     model = decoder()

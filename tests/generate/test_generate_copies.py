@@ -28,7 +28,12 @@ def pickled(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "again", [copy.deepcopy, pytest.param(pickled, marks=pytest.mark.thorough), saved_and_loaded]
+    "again",
+    [
+        copy.deepcopy,
+        pytest.param(pickled, marks=pytest.mark.thorough),
+        pytest.param(saved_and_loaded, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_copy_of_a_compiled_model_has_weights_and_caches_of_its_own(again: Any) -> None:
     model = decoder()

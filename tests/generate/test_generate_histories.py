@@ -67,7 +67,8 @@ def test_a_prefix_that_was_kept_is_not_indexed_again(monkeypatch: pytest.MonkeyP
     assert all(bool((keep >= known).all()) for known, keep in kept)
 
 
-@pytest.mark.parametrize("way", [lookup, pytest.param(drafted, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("way", [lookup, drafted])
 def test_drafts_that_are_taken_back(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts from the prompt, or from another model, may be taken back."""
     taken_back, crop = [], transformers.DynamicCache.crop
@@ -86,7 +87,11 @@ def test_drafts_that_are_taken_back(way: Way, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("entry", "kind"), [("compile_config", "static"), ("model.forward", "dynamic")]
+    ("entry", "kind"),
+    [
+        ("compile_config", "static"),
+        pytest.param("model.forward", "dynamic", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_prompt_is_indexed_in_one_pass_and_the_log_says_how_long_it_took(
     entry: str, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

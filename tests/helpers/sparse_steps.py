@@ -154,7 +154,9 @@ class Step:
         by_slot = torch.full((len(slots), nothing + 1), -1).scatter(1, slots, bins)
         by_slot = self._by_row(by_slot[:, :-1])
         looked_at = (by_slot >= 0).unflatten(-1, (-1, PAGE)).all(-1)
-        room = torch.tensor(self.problem.module().PAGE_ROOM.value).expand(held.shape[:-1])
+        module, seen = self.problem.module(), (page_bins > 0).sum(-1)
+        few = seen <= module.FLAT_PAGES.value
+        room = torch.where(few, seen, module.PAGE_ROOM.value)
         cut = best_left_out(page_bins, room)
         assert (looked_at | ~(page_bins > cut)).all(), "one of the best pages is left out"
         assert not (looked_at & (page_bins < cut.clamp(min=1))).any(), "one of the worst is not"

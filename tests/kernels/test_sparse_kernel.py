@@ -131,6 +131,34 @@ def test_without_new_keys_every_row_knows_its_own_end(sparse):
     assert step.slots_read()[1, ..., 120:].all()  # which have no sketches
 
 
+@pytest.mark.parametrize("mask", ["causal", "mask"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_large_cache_that_holds_little_is_ranked_token_by_token(mask, group):
+    sizes = Sizes(kv_heads=2, group=group, kv_len=600)
+    sparse = replace(FLAT, overfetch=1, flat_tokens=256)
+    problem = make_problem(sizes=sizes, mask=mask, sparse=sparse, length=240)
+    step = Step.run(problem, built(problem, 240), torch.tensor([240]))
+    step.check()
+    assert step.paged
+    looked_at = step.scratch["candidate_count"]
+    assert (looked_at > FLAT.budget + 16).all(), "only the best pages are looked at"
+    assert (looked_at <= 256).all()
+
+
+@pytest.mark.parametrize(("mask", "length"), [("rows", 257), ("padding mask", 300)])
+def test_rows_that_hold_little_are_ranked_token_by_token_beside_long_ones(mask, length):
+    sizes = Sizes(batch=2, kv_len=600)
+    sparse = replace(FLAT, overfetch=1, flat_tokens=256)
+    problem = make_problem(sizes=sizes, mask=mask, sparse=sparse, length=length)
+    step = Step.run(problem, built(problem, length), torch.tensor([length]))
+    step.check()
+    seen = problem.visible.any(1).any(1).sum(-1)
+    assert (seen > 256).tolist() == [True, False], "one row is to be long, one short"
+    of_best, of_all = step.scratch["candidate_count"].tolist()
+    assert of_best <= sparse.budget + 15
+    assert of_all >= seen[1] - 1
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_positions_count_from_the_end_too(dtype):
     problem = make_problem(sizes=Sizes(kv_len=200, query_len=2), sparse=FLAT)

@@ -218,7 +218,7 @@ def through(way: str, model: Any, options: dict[str, Any]) -> dict[str, Any]:
     [
         ("llama", False, "eager"),
         pytest.param("gemma3", True, "eager", marks=pytest.mark.thorough),
-        ("llama", False, "config"),
+        pytest.param("llama", False, "config", marks=pytest.mark.thorough),
         pytest.param("gemma3", True, "config", marks=pytest.mark.thorough),
         pytest.param("llama", True, "forward", marks=pytest.mark.thorough),
         pytest.param("gemma3", False, "forward", marks=pytest.mark.thorough),

@@ -63,6 +63,7 @@ def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
         spec,
         paged=paged,
         page_room=-(-sparse.overfetch * sparse.budget // PAGE),
+        flat_pages=sparse.flat_tokens // PAGE,
         turn=TURN,
         bins=BINS,
         largest=LARGEST,

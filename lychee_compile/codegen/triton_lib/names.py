@@ -53,6 +53,8 @@ PAGE_STEP: tl.constexpr
 """Step of the code of a page's mean, in steps of a coordinate."""
 PAGE_ROOM: tl.constexpr
 """Pages whose tokens are looked into."""
+FLAT_PAGES: tl.constexpr
+"""Pages up to which the tokens of all are looked into."""
 TURN: tl.constexpr
 """Chosen pages of one block whose tokens are scored at a time."""
 IN_REGISTERS: tl.constexpr

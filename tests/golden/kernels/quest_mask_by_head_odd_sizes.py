@@ -247,10 +247,10 @@ def threshold(histogram, room, read=0):
     counts = tl.load(histogram + place) - read
     through = tl.cumsum(counts, 0, reverse=True)
     # One search finds all three: the bin, the number of items above it, and of those in it.
-    all_three = (place.to(tl.int64) << 24 | through - counts) << 24 | counts
+    all_three = (place.to(tl.int64) << 27 | through - counts) << 27 | counts
     found = tl.max(tl.where(through > room, all_three, 0), 0)
-    above = (found >> 24 & 0xFFFFFF).to(tl.int32)
-    return (found >> 48).to(tl.int32), -(above - room), (found & 0xFFFFFF).to(tl.int32)
+    above = (found >> 27 & 0x7FFFFFF).to(tl.int32)
+    return (found >> 54).to(tl.int32), -(above - room), (found & 0x7FFFFFF).to(tl.int32)
 
 
 @triton.jit

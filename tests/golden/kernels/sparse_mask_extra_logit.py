@@ -181,6 +181,7 @@ BUDGET = tl.constexpr(1024)  # tokens read per KV head and query position
 SINKS = tl.constexpr(16)  # first tokens, always read
 RECENT = tl.constexpr(64)  # last tokens, always read
 PAGE_ROOM = tl.constexpr(1024)  # pages whose tokens are scored
+FLAT_PAGES = tl.constexpr(4096)  # pages seen by a query up to which the tokens of all are scored
 TURN = tl.constexpr(16)  # pages of one block whose tokens are scored at a time
 BINS = tl.constexpr(256)  # bins of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
@@ -271,10 +272,10 @@ def threshold(histogram, room, read=0):
     counts = tl.load(histogram + place) - read
     through = tl.cumsum(counts, 0, reverse=True)
     # One search finds all three: the bin, the number of items above it, and of those in it.
-    all_three = (place.to(tl.int64) << 24 | through - counts) << 24 | counts
+    all_three = (place.to(tl.int64) << 27 | through - counts) << 27 | counts
     found = tl.max(tl.where(through > room, all_three, 0), 0)
-    above = (found >> 24 & 0xFFFFFF).to(tl.int32)
-    return (found >> 48).to(tl.int32), -(above - room), (found & 0xFFFFFF).to(tl.int32)
+    above = (found >> 27 & 0x7FFFFFF).to(tl.int32)
+    return (found >> 54).to(tl.int32), -(above - room), (found & 0x7FFFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -529,15 +530,18 @@ def page_scores(packed, weights, constants, mine):
 
 @triton.jit
 def plan_turns(
-    histogram, ranks, plan, limits, candidate_count, tiles, turns, TILES: tl.constexpr
+    histogram, ranks, plan, limits, candidate_count, tiles, TILES: tl.constexpr
 ):
     """Deal the best pages of a row out in turns. A turn has up to TURN pages of one block.
 
     Store in `plan` for each turn: its block, the number of chosen pages in all blocks and turns
     before it, the number of those in turns of its own block, and the number of its own pages. Store
-    in `limits` what `choose_by_bin` needs: the cut, what is left for it, and its number of pages.
+    in `limits` what `choose_by_bin` needs: the cut, what is left for it, and its number of pages;
+    then the number of turns. If the row sees few pages, all of them are chosen.
     """
-    cut, left, at_cut = threshold(histogram, PAGE_ROOM)
+    seen = tl.sum(tl.load(histogram + tl.arange(0, BINS)), 0)
+    room = tl.where(seen <= FLAT_PAGES, seen, PAGE_ROOM)
+    cut, left, at_cut = threshold(histogram, room)
     of_tile = chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES)
     tl.store(candidate_count, tl.sum(of_tile, 0) * PAGE)
     tl.store(limits, cut)
@@ -545,17 +549,19 @@ def plan_turns(
     tl.store(limits + 2, at_cut)
     own = (of_tile + TURN - 1) // TURN
     through, before = tl.cumsum(own, 0), tl.cumsum(of_tile, 0) - of_tile
-    for start in range(0, turns, 64):
+    planned = tl.max(through, 0)
+    tl.store(limits + 3, planned)
+    for start in range(0, planned, 64):
         number = start + tl.arange(0, 64)
         block = tl.sum((through[None, :] <= number[:, None]).to(tl.int32), 1)
         place = tl.minimum(block, TILES - 1)
         skipped = (number - tl.gather(through - own, place, 0)) * TURN
         count = tl.minimum(tl.gather(of_tile, place, 0) - skipped, TURN)
-        entry, inside = plan + number * 4, number < turns
+        entry, inside = plan + number * 4, number < planned
         tl.store(entry, block, mask=inside)
         tl.store(entry + 1, tl.gather(before, place, 0) + skipped, mask=inside)
         tl.store(entry + 2, skipped, mask=inside)
-        tl.store(entry + 3, tl.where(block < tiles, count, 0), mask=inside)
+        tl.store(entry + 3, count, mask=inside)
 
 
 @triton.jit
@@ -608,7 +614,7 @@ def scan_pages(
     if tl.atomic_add(arrivals + head_row, 1) == tiles - 1:
         plan_turns(
             histogram + head_row * (2 * BINS), ranks, plan + head_row.to(tl.int64) * turns * 4,
-            limits + head_row * 4, candidate_count + head_row, tiles, turns, BLOCKS,
+            limits + head_row * 4, candidate_count + head_row, tiles, BLOCKS,
         )
 
 
@@ -645,32 +651,31 @@ def scan_chosen(
     )
     total = tl.load(whole + head_row * ROWS + g)
     cut, left, at_cut = tl.load(limits), tl.load(limits + 1), tl.load(limits + 2)
-    for turn in range(part, turns, tl.num_programs(1)):
+    for turn in range(part, tl.load(limits + 3), tl.num_programs(1)):
         block, first_rank = tl.load(plan + turn * 4), tl.load(plan + turn * 4 + 1)
         skipped, count = tl.load(plan + turn * 4 + 2), tl.load(plan + turn * 4 + 3)
-        if count > 0:
-            entry = tl.load(page_bins + block * PER_BLOCK + number)
-            _, place, _ = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
-            # `place` grows along the pages: the page of a rank is the first that is not below it.
-            rank = skipped + tl.arange(0, TURN)
-            page = tl.sum((place[None, :] < rank[:, None]).to(tl.int32), 1)
-            slot = ((block * PER_BLOCK + page) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
-            slot = tl.reshape(slot, [TURN * PAGE])
-            listed = lane < count * PAGE
-            inside = listed & (slot >= begin) & (slot < stop)
-            packed, packed_coarse = load_codes(
-                fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
-            )
-            s = sketch_scores(
-                packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + block
-            )
-            value = score(s, b, h, t, slot[None, :], inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
-            seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
-            found = bins_of(value, total, seen)
-            into = first_rank * PAGE + lane
-            tl.store(candidates + into, slot, mask=listed)
-            tl.store(bins + into, found.to(tl.uint8), mask=listed)
-            count_bins(histogram, found)
+        entry = tl.load(page_bins + block * PER_BLOCK + number)
+        _, place, _ = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
+        # `place` grows along the pages: the page of a rank is the first that is not below it.
+        rank = skipped + tl.arange(0, TURN)
+        page = tl.sum((place[None, :] < rank[:, None]).to(tl.int32), 1)
+        slot = ((block * PER_BLOCK + page) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
+        slot = tl.reshape(slot, [TURN * PAGE])
+        listed = lane < count * PAGE
+        inside = listed & (slot >= begin) & (slot < stop)
+        packed, packed_coarse = load_codes(
+            fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
+        )
+        s = sketch_scores(
+            packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + block
+        )
+        value = score(s, b, h, t, slot[None, :], inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        found = bins_of(value, total, seen)
+        into = first_rank * PAGE + lane
+        tl.store(candidates + into, slot, mask=listed)
+        tl.store(bins + into, found.to(tl.uint8), mask=listed)
+        count_bins(histogram, found)
 
 
 @triton.jit

@@ -25,6 +25,8 @@ WEIGHTS_REGISTERS, PAGES_REGISTERS, CHOSEN_REGISTERS = 96, 128, 96
 """Most registers of a thread: programs of a kernel and of the next fit on the device together."""
 ENCODED = 64
 """Slots that one program of `encode` sketches."""
+MOST_PROGRAMS = 65535
+"""Most programs of a launch along its second axis, by CUDA's limit."""
 
 
 def run_lychee(
@@ -64,7 +66,9 @@ class _Sizes:
     tiles: int
     """Programs of the scan."""
     examined: int
-    """Tokens whose bins `attend` looks at."""
+    """Tokens whose bins `attend` looks at, of a long context."""
+    room: int
+    """Most tokens whose bins `attend` looks at."""
     turns: int
     """Turns in which `scan_chosen` ranks the tokens of chosen pages; 0: there is none."""
 
@@ -73,10 +77,13 @@ class _Sizes:
         """Return the shares of `kv_len` tokens in an index of this layout."""
         blocks = layout.blocks
         if not (module.RANKS_PAGES and kv_len > module.FLAT_TOKENS):
-            return cls(False, blocks, -(-kv_len // SCAN_SLOTS), kv_len, 0)
-        examined = min(PAGE * module.PAGE_ROOM.value, blocks * layout.block)
-        turns = examined // (PAGE * module.TURN.value) + blocks
-        return cls(True, blocks, blocks, examined, turns)
+            return cls(False, blocks, -(-kv_len // SCAN_SLOTS), kv_len, layout.slots, 0)
+        whole, pages = blocks * layout.block, module.PAGE_ROOM.value
+        examined = min(PAGE * pages, whole)
+        room = min(PAGE * max(pages, module.FLAT_PAGES.value), whole)
+        return cls(
+            True, blocks, blocks, examined, room, room // (PAGE * module.TURN.value) + blocks
+        )
 
 
 def _arguments(
@@ -88,8 +95,7 @@ def _arguments(
     want("weights", torch.bfloat16, rows, blocks, heads, kept)
     want("constants", torch.float32, rows, blocks, heads)
     want("totals", torch.float32, rows, blocks, heads)
-    room = sizes.examined if sizes.paged else layout.slots
-    want("bins", torch.uint8, rows, room)
+    want("bins", torch.uint8, rows, sizes.room)
     if sizes.paged:
         _want_pages(step, layout, sizes, heads)
     return {
@@ -99,8 +105,8 @@ def _arguments(
         "BLOCKS": power_of_two(blocks),
         "PAGED": sizes.paged,
         "turns": sizes.turns,
-        "bin_room": room,
-        "candidate_room": room,
+        "bin_room": sizes.room,
+        "candidate_room": sizes.room,
     }
 
 
@@ -114,7 +120,7 @@ def _want_pages(step: SparseStep, layout: SketchLayout, sizes: _Sizes, heads: in
     want("arrivals", torch.int32, rows)
     want("plan", torch.int32, rows, sizes.turns, 4)
     want("limits", torch.int32, rows, 4)
-    want("candidates", torch.int32, rows, sizes.examined)
+    want("candidates", torch.int32, rows, sizes.room)
     want("candidate_count", torch.int32, rows)
 
 
@@ -170,18 +176,18 @@ def run_encode(
     module: ModuleType, key: Tensor, layout: SketchLayout, state: SketchState, begin: int, end: int
 ) -> None:
     """Sketch the keys [B, Hkv, L, D] in the slots [begin, end); `begin` is a multiple of 64."""
-    if end <= begin:
-        return
     arguments = {
         "key": key,
         **strides("", key, "bhld"),
         **state._asdict(),
-        "begin": begin,
         "end": end,
         "slots": layout.slots,
         "kv_heads": layout.kv_heads,
         "blocks": layout.blocks,
         "BLOCK": layout.block,
     }
-    grid = key.shape[0] * layout.kv_heads, -(-(end - begin) // ENCODED)
-    launch(module.encode, grid, arguments, num_warps=4, num_stages=1)
+    rows = key.shape[0] * layout.kv_heads
+    for start in range(begin, end, MOST_PROGRAMS * ENCODED):
+        programs = min(-(-(end - start) // ENCODED), MOST_PROGRAMS)
+        grid, own = (rows, programs), {**arguments, "begin": start}
+        launch(module.encode, grid, own, num_warps=4, num_stages=1)

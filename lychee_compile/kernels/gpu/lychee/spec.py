@@ -3,10 +3,11 @@
 Each token's score is estimated by its sketch. Its rank is its share of the softmax, summed over the
 query heads of a group. The denominator of the softmax is estimated block by block, by second-order
 cumulants: it only weighs the heads of a group against each other. Sinks and recent tokens are
-always read, and the best of the others. A context of up to `flat_tokens` slots is scanned token by
-token. In a longer one pages are ranked first, by the log of the mean of exp(score) over their keys,
-and only the tokens of the best pages are looked at. Shares count by eighths of a factor of two. Any
-of the tokens in the eighth that the budget ends in may be chosen; of pages, all of that eighth are.
+always read, and the best of the others. A context of up to `flat_tokens` tokens is scanned token by
+token, however many slots its cache has. In a longer one pages are ranked first, by the log of the
+mean of exp(score) over their keys, and only the tokens of the best pages are looked at. Shares
+count by eighths of a factor of two. Any of the tokens in the eighth that the budget ends in may be
+chosen; of pages, all of that eighth are.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class SelectionSizes:
     recent: int
     pages: int | None = None
     """About how many pages are looked into; None: all of them."""
+    flat_pages: int = 0
+    """All pages are looked into if a query position sees no more of them than this."""
 
 
 def token_scores(query: Tensor, state: SketchState) -> Tensor:
@@ -104,17 +107,21 @@ def select_slots(
         mass = finish(page_scores(query, state, scale))
         known_pages = F.pad(known, (0, mass.shape[-1] * PAGE - kv_len)).unflatten(-1, (-1, PAGE))
         share = (mass - total).logsumexp(2).masked_fill(~known_pages.any(-1).any(2), -torch.inf)
-        possible = possible & _best_pages(share, sizes.pages)[..., :kv_len]
+        possible = possible & _best_pages(share, sizes.pages, sizes.flat_pages)[..., :kv_len]
     score = finish(token_scores(query, state)[..., :kv_len]).masked_fill(~known, -torch.inf)
     rank = ((score - total).logsumexp(2) / math.log(2)).masked_fill(~possible, -torch.inf)
     return always, rank, (sizes.budget - (begin - first) - (end - stop)).clamp(min=0)[..., 0]
 
 
-def _best_pages(share: Tensor, pages: int) -> Tensor:
-    """Return the slots of the `pages` pages of most log share [..., N], or somewhat more: bool."""
+def _best_pages(share: Tensor, pages: int, flat_pages: int) -> Tensor:
+    """Return the slots of the `pages` pages of most log share [..., N], or somewhat more: bool.
+
+    They are those of all pages if at most `flat_pages` have a share.
+    """
     bins = share_bins(share.exp())
     first_left = bins.topk(min(pages + 1, bins.shape[-1]), -1).values[..., -1:]
-    chosen = bins >= (first_left if bins.shape[-1] > pages else 1)
+    few = (bins > 0).sum(-1, keepdim=True) <= max(pages, flat_pages)
+    chosen = bins >= torch.where(few, 1, first_left)
     return chosen.repeat_interleave(PAGE, -1)
 
 
