@@ -175,6 +175,8 @@ def test_outcomes_are_kept_and_not_tried_again(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(libraries_command, "trials", trials)
     arguments = ["--folder", str(tmp_path)]
     assert libraries_command.main([*arguments, "--classes", "By"]) == 0
+    assert libraries_command.main([*arguments, "--known"]) == 0
+    assert tried == ["ByExponentials"]
     assert libraries_command.main(arguments) == 0
     assert tried == ["ByExponentials", "Attention"]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2

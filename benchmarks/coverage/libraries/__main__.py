@@ -1,14 +1,15 @@
 """Coverage of other libraries: attentions of their model classes that the backend finds.
 
     python -m benchmarks.coverage.libraries [--install] [--folder PATH] [--libraries NAME ...]
-        [--classes WORD ...] [--results PATH] [--again] [--inductor] [--limit SECONDS]
-        [--update-docs [PATH]]
+        [--classes WORD ...] [--results PATH] [--again | --known] [--inductor]
+        [--limit SECONDS] [--update-docs [PATH]]
 
 Each class is built small, with random weights, and called uncompiled, with Dynamo alone and with
 the backend. Attentions are counted by the operators that run, without our matcher. With the options
 of trial.py each attention is rewritten, but reads all keys: outputs must not change. `--install`
 puts the libraries into a folder of their own. Outcomes go into a file of JSON lines, and what is in
-it already is not tried again: a run can be ended and continued. The exit status is 1 if anything
+it already is not tried again: a run can be ended and continued. `--known` tries nothing, and tells
+what is in the file. The exit status is 1 if anything
 is missed, wrong or raised. All classes take about an hour of processor time.
 """
 
@@ -52,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.install:
         _install(libraries, chosen.folder, console)
     known = {} if chosen.again else _read(chosen.results)
-    outcomes = known | _try([each for each in tasks if each not in known], chosen, console)
-    wanted = [outcomes[each] for each in tasks]
+    lacking = [] if chosen.known else [each for each in tasks if each not in known]
+    outcomes = known | _try(lacking, chosen, console)
+    wanted = [outcomes[each] for each in tasks if each in outcomes]
     console.print(table.total(wanted), style="bold")
     if chosen.update_docs:
         _update(chosen, wanted)
@@ -69,6 +71,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the libraries")
     parser.add_argument("--results", type=Path, help="JSON lines; by default in the folder")
     parser.add_argument("--again", action="store_true", help="try classes with an outcome again")
+    parser.add_argument("--known", action="store_true", help="try nothing, tell known outcomes")
     parser.add_argument("--inductor", action="store_true", help="compile with Inductor: slow")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a class")
     parser.add_argument("--update-docs", type=Path, metavar="PATH", nargs="?", const=PAGE)
