@@ -34,7 +34,7 @@ def build_index(
     lengths: Tensor | None = None,
     options: Options | Mapping[str, Any] | None = None,
 ) -> KVIndex:
-    """Index the keys `k` [B, Hkv, L, D].
+    """Index the keys `k` [B, Hkv, L, D], at once and in full.
 
     `boundaries`, uint8 [B, L], is the strength of the cut after each token, which `boundary_table`
     looks up for token ids. Without it chunks are cut between keys that differ most. `lengths`, int
@@ -71,6 +71,7 @@ def update_index(index: KVIndex, k: Tensor, *, lengths: Tensor | None = None) ->
     in_range = bool(((lengths >= index.end) & (lengths <= kv_len)).all())
     _expect(in_range, f"lengths must not shrink, nor exceed {kv_len}", lengths)
     index.extend(k, lengths.to(torch.int64))
+    index.complete(k)
     return index
 
 

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import sympy
 import torch
 import torch._dynamo
 import torch.fx
@@ -30,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten
+from torch.utils._sympy.functions import FloorDiv
 
 FakeTensorMode = fake_tensor.FakeTensorMode
 """Context in which operators give tensors without data, as while a graph is traced."""
@@ -302,3 +305,33 @@ def inductor_modes() -> tuple[str, ...]:
 def inductor_options() -> tuple[str, ...]:
     """Return the names of all options of Inductor."""
     return tuple(list_options())
+
+
+_quotients: WeakKeyDictionary[Any, tuple[int, dict[sympy.Expr, sympy.Expr]]] = WeakKeyDictionary()
+
+
+def symbolic_expression(size: torch.SymInt) -> sympy.Expr:
+    """Return a symbolic size as an expression, without the quotients that guards tell the value of.
+
+    `x.view(-1, 2, 8)` of s tokens in rows of 16 adds the guard s // 2 == 8, and later sizes are
+    still written with s // 2.
+    """
+    expression = size.node.expr
+    return expression.xreplace(_known_quotients(size)) if expression.has(FloorDiv) else expression
+
+
+def _known_quotients(size: torch.SymInt) -> dict[sympy.Expr, sympy.Expr]:
+    """Return the quotients that are equal to simpler expressions in every run of the graph."""
+    environment = size.node.shape_env
+    count, known = _quotients.get(environment, (0, {}))
+    guards = environment.guards
+    if count < len(guards):
+        known = dict(known)
+        for guard in guards[count:]:
+            if isinstance(guard.expr, sympy.Eq):
+                left, right = guard.expr.args
+                for one, other in ((left, right), (right, left)):
+                    if isinstance(one, FloorDiv) and not other.has(FloorDiv):
+                        known[one] = other
+        _quotients[environment] = len(guards), known
+    return known

@@ -97,6 +97,7 @@ def random_case(seed: int, kind: str) -> tuple[int, int]:
     index = make_index(BATCH, KV_HEADS, head_dim, config, key.device)
     for end in (150, 171, 200):  # a prompt, then chunks that are grafted
         index.extend(key, torch.full((BATCH,), end))
+        index.complete(key)
     inputs = ScoreInputs(query, key, 200, None, head_dim**-0.5)
     selection = select(index, inputs, budget)
     wrong = missed(query, key, selection) > certify(index, query, key, selection).double()
@@ -140,6 +141,7 @@ def _at_budget(capture: Capture, site: SiteTensors, budget: int) -> tuple[float,
     for step, length in enumerate(capture.lengths.tolist()):
         query, keys = site.query[:, :, step : step + 1].float(), key[:, :, :length]
         index.extend(keys, torch.tensor([length]))
+        index.complete(keys)
         operands = Operands(query, keys, value[:, :, :length], None, site.scale)
         selection = select(index, operands.score_inputs, budget)
         share = certify(index, query, keys, selection)

@@ -213,7 +213,7 @@ SEVERAL_SIZES_UNKNOWN = _kind(
 SIZE_NOT_IN_GRAPH = _kind(
     Group.OPERANDS,
     "size-not-in-graph",
-    "the size of the axis {axis} cannot be computed in the graph",
+    "an operand or a mask must be repeated, and no tensor tells how often",
     "compile with fewer dynamic dimensions",
 )
 
@@ -238,8 +238,7 @@ SCORES_TIMES_LATE = _kind(
 SCORES_TIMES_UNKNOWN = _kind(
     Group.SCORE,
     "scores-scaled-by-unknown",
-    "scores are multiplied by a number that is only known when running",
-    "make the scale a Python number",
+    "scores are multiplied by a tensor whose layout could not be followed through the graph",
 )
 SCORES_REVERSED = _kind(
     Group.SCORE,
@@ -290,6 +289,12 @@ EXTRA_LOGIT_UNSHIFTED = _kind(
     "extra-logit-unshifted",
     "a number is added to the scores of all keys, and not to the extra logit beside them",
     "append the extra logit first",
+)
+EXTRA_LOGIT_NUMBER = _kind(
+    Group.SCORE,
+    "extra-logit-number",
+    "an extra logit is a plain number in the sum of exponentials, and no tensor holds it",
+    "append a tensor of that logit to the scores before the softmax",
 )
 SOFTCAP_AFTER_BIAS = _kind(
     Group.SCORE,
@@ -362,6 +367,19 @@ SUM_MISPLACED = _kind(
     Group.WEIGHTS,
     "sum-misplaced",
     "the sum of exponentials divides something other than the output of the attention",
+)
+SUM_CHANGED = _kind(
+    Group.WEIGHTS,
+    "sum-changed",
+    "the sum of exponentials is changed before it divides",
+    "divide by the sum itself",
+)
+SUM_IN_CHUNKS = _kind(
+    Group.WEIGHTS,
+    "sum-in-chunks",
+    "the softmax is computed over {count} chunks of keys that are joined by their sums, "
+    "which is not rewritten yet",
+    "compute all scores of a query at once, or call scaled_dot_product_attention",
 )
 LSE_USED = _kind(
     Group.WEIGHTS,
@@ -451,6 +469,13 @@ POSITIONS_DEVICE = _kind(
     "the positions written to are not on the device of the cache",
     "create the positions on the device of the cache",
 )
+CACHE_MAY_WRAP = _kind(
+    Group.CACHE,
+    "cache-may-wrap",
+    "the slots written come out of {operator}, as in a ring buffer: older tokens lie behind the "
+    "newest, and decode kernels cannot choose among these",
+    "set reference=True for the slow PyTorch path, which handles it",
+)
 CACHE_LAYOUT = _kind(
     Group.CACHE,
     "cache-layout",
@@ -513,6 +538,11 @@ WEIGHTS_WITHOUT_VALUES = _kind(
     Group.NO_ATTENTION,
     "no-values",
     "the weights of the softmax are not multiplied with values",
+)
+ONE_KEY = _kind(
+    Group.NO_ATTENTION,
+    "one-key",
+    "the softmax runs over a single element, so there is only one key and its weight is 1",
 )
 OTHER_AXIS_SUMMED = _kind(
     Group.NO_ATTENTION,

@@ -137,9 +137,6 @@ def test_it_is_found_in_a_prefill(spelling: Spelling) -> None:
     expected = prefill(spelling, *operands, held)
     compiled = torch.compile(prefill, backend="lychee")
     assert_equal_within_rounding(compiled(spelling, *operands, held), expected)
-    if spelling.missed:
-        assert sites() == []
-        return
     (site,) = sites()
     assert_understood(site, spelling, query_len, TOKENS)
     if not spelling.opaque:
@@ -182,9 +179,6 @@ def test_it_decodes_from_a_cache(spelling: Spelling) -> None:
         got = compiled(spelling, query, tuple(cache), *given)
         assert all(torch.equal(*pair) for pair in zip(cache, cache_eager, strict=True))
         assert_equal_within_rounding(got, expected)
-    if spelling.missed:
-        assert sites() == []
-        return
     (site,) = sites()
     assert_understood(site, spelling, 1, SIZE)
     if site.decision != "sparse":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import spellings_decoders
+import spellings_in_place
 import spellings_masks
 import spellings_models
 import spellings_products
@@ -29,6 +30,7 @@ SPELLINGS = _all(
     spellings_scores,
     spellings_masks,
     spellings_softmax,
+    spellings_in_place,
 )
 """Spellings that may read a cache."""
 WHOLES = _all(Whole, spellings_whole, spellings_models)

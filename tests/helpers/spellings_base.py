@@ -56,8 +56,6 @@ class Spelling:
     """True if it reads the keys of another sequence, which a step does not write."""
     may_stay: bool = False
     """True if it may be left as it is when it decodes."""
-    missed: bool = False
-    """True if it is not understood so far: it is left as it is, and right."""
 
     @property
     def name(self) -> str:

@@ -75,7 +75,7 @@ def exp_without_a_maximum(q, k, v, seen):
     return (weights / torch.sum(weights, -1, keepdim=True)) @ v
 
 
-@spelling(missed=True)
+@spelling()
 def exp_then_masked(q, k, v, seen):
     """Hidden keys lose their weight after the exponential, not before."""
     scores = q @ k.mT / 4
@@ -193,7 +193,7 @@ def rounded_scores(q, k, v, seen):
     return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
 
 
-@spelling(sink="sinks", missed=True)
+@spelling(sink="sinks")
 def one_more_logit(q, k, v, sinks, seen):
     """The sink joins the denominator alone, as kernels write it."""
     scores = scores_of(q, k, seen)
@@ -201,3 +201,31 @@ def one_more_logit(q, k, v, sinks, seen):
     top = torch.maximum(scores.amax(-1, keepdim=True), sinks)
     weights = torch.exp(scores - top)
     return (weights / (weights.sum(-1, keepdim=True) + torch.exp(sinks - top))) @ v
+
+
+@spelling(sink="sinks")
+def one_more_logit_after_the_product(q, k, v, sinks, seen):
+    scores = scores_of(q, k, seen)
+    sinks = sinks.view(1, -1, 1)
+    top = torch.maximum(scores.amax(-1), sinks)
+    weights = (scores - top[..., None]).exp()
+    return (weights @ v) / (weights.sum(-1) + (sinks - top).exp())[..., None]
+
+
+@spelling(sink="sinks")
+def one_more_logit_without_a_maximum(q, k, v, sinks, seen):
+    weights = scores_of(q, k, seen).exp()
+    return weights / (torch.exp(sinks)[:, None, None] + weights.sum(-1, keepdim=True)) @ v
+
+
+@spelling()
+def exp_then_filled(q, k, v, seen):
+    weights = torch.exp(q @ k.mT / 4).masked_fill(~seen, 0.0)
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@spelling()
+def exp_then_masked_after_the_product(q, k, v, seen):
+    scores = q @ k.mT / 4
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True)) * seen.to(q.dtype)
+    return (weights @ v) / weights.sum(-1, keepdim=True)

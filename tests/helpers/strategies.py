@@ -222,6 +222,7 @@ class GrownCache:
         if step == "grow":
             self._write(numbers, seed)
             self.index.extend(self.key, self.end)
+            self.index.complete(self.key)
         elif step == "rewind":
             self.end = (self.end - numbers).clamp(min=0)
             self.index.truncate(self.end)
@@ -229,6 +230,7 @@ class GrownCache:
             first = torch.minimum(numbers, self.end)
             self.index.restart(numbers >= 0, first.clamp(min=0))
             self.index.extend(self.key, self.end)
+            self.index.complete(self.key)
 
     def _write(self, count: Tensor, seed: int) -> None:
         total = int((self.end + count).max())

@@ -6,6 +6,7 @@ import ast
 import gc
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,18 +145,84 @@ def test_the_operators_attend_as_sdpa_does(shape, config, dtype, seed, data):
 
 
 @pytest.mark.parametrize("hidden", [False, -torch.inf, torch.finfo(torch.float32).min])
-def test_a_query_that_sees_nothing_gets_what_sdpa_gives(hidden, handle, calls):
+@pytest.mark.parametrize("idle", [[1], [0], [0, 1]])
+def test_a_row_that_sees_nothing_gets_zeros_and_others_stay_sparse(hidden, idle, handle, calls):
     key, query = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, 1)
     mask = HIDDEN.logical_not().repeat(2, 1, 1, 1)
     mask = mask if hidden is False else torch.zeros(mask.shape)
-    mask[1] = hidden
+    expected = _decoded(query, key, mask)
+    calls.clear()
+    mask[idle], expected[idle] = hidden, 0
     update_index(key, mask, None, None, handle.tensor, 1)
     output = sparse_attention(query, key, key, mask, None, handle.tensor, 0.3, None, "")
-    dense = F.scaled_dot_product_attention(
-        query, key, key, attn_mask=mask, scale=0.3, enable_gqa=True
-    )
-    torch.testing.assert_close(output, dense, equal_nan=True)
-    assert calls == []
+    torch.testing.assert_close(output, expected)
+    ((call,),) = (calls,)
+    read = call.selection.tokens()
+    assert (read[idle] < 0).all()
+    assert all((row >= 0).any() for number, row in enumerate(read) if number not in idle)
+
+
+def _decoded(query, key, mask):
+    """Return one step over an index of its own."""
+    owner = ReferenceCacheIndex(CONFIG)
+    update_index(key, mask, None, None, owner.tensor, 1)
+    return sparse_attention(query, key, key, mask, None, owner.tensor, 0.3, None, "")
+
+
+def test_a_row_without_keys_gets_zeros_beside_an_attention_sink(handle):
+    """A slot that nobody sees may hold anything."""
+    key, query = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, 1)
+    mask = torch.ones(2, 1, 1, 60, dtype=torch.bool)
+    mask[1], key[1] = False, torch.nan
+    extra = torch.zeros(query.shape[1], 1)
+    update_index(key, mask, None, None, handle.tensor, 1)
+    output = sparse_attention(query, key, key, mask, extra, handle.tensor, 0.3, None, "")
+    assert (output[1] == 0).all()
+    assert output[0].isfinite().all()
+
+
+def test_an_idle_row_becomes_busy_and_idle_again(calls):
+    owner = ReferenceCacheIndex(replace(CONFIG, budget=60))
+    key, query = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, 1)
+    slot = torch.arange(60)
+    for step in range(40, 56):
+        busy = step // 4 % 2 == 0
+        mask = (slot <= step).repeat(2, 1, 1, 1)
+        mask[1] &= busy
+        key[:, :, step] = SHAPE.keys("gaussian", step, 1)[:, :, 0]
+        at = torch.tensor([step])
+        update_index(key, mask, at, None, owner.tensor, 1)
+        output = sparse_attention(query, key, key, mask, None, owner.tensor, 0.3, None, "")
+        dense = F.scaled_dot_product_attention(
+            query, key, key, attn_mask=mask, scale=0.3, enable_gqa=True
+        )
+        dense[1] = dense[1] if busy else 0
+        torch.testing.assert_close(output, dense)
+        assert calls[-1].selection.token_mask().sum(-1)[:, 0, 0].tolist() == [
+            step + 1,
+            busy * (step + 1),
+        ]
+
+
+@pytest.mark.parametrize("policy", ["lychee", "quest", "clusterkv", "tokenselect", "streaming"])
+def test_packed_requests_read_their_own_within_the_budget(policy, calls):
+    """Documents lie side by side in a row; each query is of one of them."""
+    documents, size, budget = 3, 60, 32
+    key = SHAPE.keys("gaussian", 0, documents * size)
+    query = SHAPE.queries(0, documents)
+    owner = ReferenceCacheIndex(replace(CONFIG, policy=policy, budget=budget))
+    slot = torch.arange(documents * size)
+    for step in range(40, 50):
+        at = torch.arange(documents) * size + step
+        mine = slot // size == torch.arange(documents)[:, None]
+        mask = (mine & (slot <= at[:, None]))[None, None]
+        key[:, :, at] = SHAPE.keys("gaussian", step, documents)
+        update_index(key, mask, at, None, owner.tensor, documents)
+        sparse_attention(query, key, key, mask, None, owner.tensor, 0.3, None, "")
+        read = calls[-1].selection.token_mask()
+        assert not (read & ~mask).any()
+        assert (read.sum(-1) <= budget).all()
+        assert all(read[:, :, number, each].all() for number, each in enumerate(at))
 
 
 @pytest.mark.parametrize("written", [0, 1, 60])
@@ -220,8 +287,10 @@ def decode(key, query, new, position, handle):
     for offset in range(2):
         at = position + offset
         key.index_copy_(2, at, new + offset)
-        update_index(key, None, at, None, handle, 1)
-        outputs.append(sparse_attention(query, key, key, None, None, handle, 0.3, None, "site"))
+        seen = torch.arange(key.shape[2]) <= at
+        update_index(key, seen[None], at, None, handle, 1)
+        read = sparse_attention(query, key, key, seen[None], None, handle, 0.3, None, "site")
+        outputs.append(read)
     return outputs
 
 

@@ -182,6 +182,19 @@ def test_more_unknown_keys_than_the_budget_are_all_read(mask, sparse):
 
 
 @BOTH
+@pytest.mark.parametrize("slot", [450, 404])
+def test_recent_tokens_of_a_ring_are_those_before_the_slot_written(slot, sparse):
+    """What lies behind the slot is unknown in this step, and is read too."""
+    problem = make_problem(sizes=Sizes(kv_len=500), mask="mask", sparse=replace(sparse, budget=160))
+    step = Step.run(problem, built(problem, 500), torch.tensor([slot]))
+    assert not step.reads_everything
+    read, seen = step.slots_read(), problem.visible[:, :1]
+    assert (read | ~seen)[..., slot - 7 :].all()
+    assert int(read.sum(-1).max()) <= 160
+    problem.assert_as_good_as_eager(step.output, read)
+
+
+@BOTH
 def test_an_index_may_have_room_for_more(sparse):
     """An index may have more slots than the cache, like the index of a growing cache."""
     problem = make_problem(sizes=Sizes(kv_len=200), sparse=sparse)

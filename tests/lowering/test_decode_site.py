@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -94,6 +95,48 @@ def test_a_rolling_cache_is_read_exactly() -> None:
     site = only_site(rolling, query, keys, values, torch.randn(1, KV_HEADS, 1, DIM))
     assert (site.decision, site.cache) == ("exact", "sliding")
     assert site.reason == reasons.CACHE_ROLLS()
+
+
+def overwrite(slots: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return a step that writes a token at the slot that `slots` works out of its position."""
+
+    def step(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, new: Tensor) -> Tensor:
+        slot = slots(position)
+        keys.index_copy_(2, slot, new)
+        values.index_copy_(2, slot, new)
+        return attend(query, keys, values)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("slots", "operator"),
+    [
+        (lambda position: position % SIZE, "a remainder"),
+        (lambda position: torch.fmod(position, SIZE - 4) + 4, "a remainder"),
+        (
+            lambda position: torch.where(position < 4, position, 4 + (position - 4) % (SIZE - 4)),
+            "a choice between positions",
+        ),
+        (
+            lambda position: torch.where(position < SIZE, position, position - SIZE),
+            "a choice between positions",
+        ),
+        (lambda position: position, None),
+        (lambda position: torch.where(position % 2 == 0, position, SIZE - 1), None),
+        (lambda position: position.clamp(max=SIZE - 1) - 1, None),
+    ],
+)
+def test_a_cache_that_may_wrap_is_read_exactly(
+    slots: Callable[[Tensor], Tensor], operator: str | None
+) -> None:
+    inputs = (*operands(), torch.tensor([SIZE - 2]), torch.randn(1, KV_HEADS, 1, DIM))
+    site = only_site(overwrite(slots), *inputs)
+    if operator is None:
+        assert site.decision == "sparse"
+    else:
+        assert site.decision == "exact"
+        assert site.reason == reasons.CACHE_MAY_WRAP(operator=operator)
 
 
 def test_many_tokens_written_for_few_queries_are_no_decoding() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, heads, make_keys, random, seeds
 
+from lychee_compile.kernels.reference import clustering
 from lychee_compile.kernels.reference.clustering import cluster
 from lychee_compile.kernels.reference.nodes import Nodes, merge
 
 sizes = st.integers(1, 5)
+segments = st.sampled_from([7, 20, clustering.SEGMENT])
+"""Small ones, so that few nodes make several segments."""
 
 
 def leaves(shape, kind, seed, count, unused):
@@ -36,9 +41,10 @@ def members(nodes, labels, count):
     return torch.zeros(*labels.shape[:2], count, dtype=torch.int64).scatter_add(2, labels, used)
 
 
-@given(node_sets(), sizes, st.none() | st.integers(1, 6), st.integers(0, 3))
-def test_groups_are_consecutive_and_as_large_as_they_may(nodes, per_group, most, seed):
-    labels, count = cluster(nodes, per_group, most, seed)
+@given(node_sets(), sizes, st.none() | st.integers(1, 6), st.integers(0, 3), segments)
+def test_groups_are_consecutive_and_as_large_as_they_may(nodes, per_group, most, seed, segment):
+    with patch.object(clustering, "SEGMENT", segment):
+        labels, count = cluster(nodes, per_group, most, seed)
     held = members(nodes, labels, count)
     assert labels.shape == nodes.tokens.shape
     assert labels.min() >= 0
@@ -59,17 +65,18 @@ def test_clustering_is_repeatable(nodes, per_group, seed):
     assert torch.equal(first, second)
 
 
-@given(node_sets(), sizes)
-def test_unused_nodes_do_not_matter(nodes, per_group):
+@given(node_sets(), sizes, segments)
+def test_unused_nodes_do_not_matter(nodes, per_group, segment):
     used = nodes.tokens > 0
-    labels, _ = cluster(nodes, per_group, None, 0)
-    nodes.mean = nodes.mean.where(used[..., None], 1e3 * torch.ones(()))
-    other, _ = cluster(nodes, per_group, None, 0)
+    with patch.object(clustering, "SEGMENT", segment):
+        labels, _ = cluster(nodes, per_group, None, 0)
+        nodes.mean = nodes.mean.where(used[..., None], 1e3 * torch.ones(()))
+        other, _ = cluster(nodes, per_group, None, 0)
     assert torch.equal(labels.where(used, 0), other.where(used, 0))
 
 
-@given(seeds, st.integers(0, 9))
-def test_two_topics_are_kept_apart(data_seed, seed):
+@given(seeds, st.integers(0, 9), st.sampled_from([20, clustering.SEGMENT]))
+def test_two_topics_are_kept_apart(data_seed, seed, segment):
     """Two directions around a large common one, in alternating runs, as topics in a text."""
     topic = torch.arange(40) // 5 % 2
     directions = random(data_seed, 2, 16)
@@ -77,7 +84,8 @@ def test_two_topics_are_kept_apart(data_seed, seed):
     mean = 30 * random(data_seed + 2, 1, 16) + directions[topic] + noise
     ones = torch.full((1, 1, 40), 8)
     nodes = Nodes(mean[None, None], torch.zeros(1, 1, 40, 16), torch.zeros(1, 1, 40), ones)
-    labels, count = cluster(nodes, 5, None, seed)
+    with patch.object(clustering, "SEGMENT", segment):
+        labels, count = cluster(nodes, 5, None, seed)
     first = members(nodes, labels.masked_fill(topic == 1, count), count + 1)[..., :count]
     second = members(nodes, labels.masked_fill(topic == 0, count), count + 1)[..., :count]
     assert torch.minimum(first, second).sum() == 0

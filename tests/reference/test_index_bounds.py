@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from unittest.mock import patch
 
@@ -91,6 +92,31 @@ def test_every_score_is_within_the_bound_of_its_token(cache, scale, block, data)
         assert (~known[:, None, None] | (score <= bound.double())).all()
 
 
+@given(grown_caches(), scales, st.data())
+def test_an_index_that_nobody_completed_is_true_and_the_same(cache, scale, data):
+    """Choices are those of a complete index that scans all tokens; bounds are true, but wider."""
+    config = dataclasses.replace(cache.config, flat_tokens=10**6)
+    early, late = (GrownCache(cache.shape, config, cache.kind, cache.dtype) for _ in range(2))
+    steps = data.draw(histories(cache.shape.batch), "history")
+    with patch.object(type(late.index), "complete", lambda index, key: None):
+        for place, (step, numbers) in enumerate(steps):
+            late.apply(step, numbers, place)
+    for place, (step, numbers) in enumerate(steps):
+        early.apply(step, numbers, place)
+    assert late.index.tree.clusters.count == 0
+    query = cache.shape.queries(3, 2, cache.dtype)
+    grouped = query.reshape(cache.shape.batch, cache.shape.kv_heads, -1, cache.shape.head_dim)
+    bounds = [index.score_bound(grouped.float(), scale) for index in (early.index, late.index)]
+    if bounds[0] is None:
+        assert int(late.index.group_count.sum()) == 0
+        return
+    slot = torch.arange(bounds[0].shape[-1])
+    known = (slot >= early.index.start[:, None]) & (slot < early.index.tail[:, None])
+    assert (~known[:, None, None] | (bounds[0] <= bounds[1])).all()
+    late.index.complete(late.key)
+    assert torch.equal(late.index.chunks.tokens, early.index.chunks.tokens)
+
+
 def token_columns(index, tokens):
     """Return the chunk each token is in, int64 [B, T], -1 for none."""
     columns = torch.full((index.batch, tokens), -1)
@@ -172,6 +198,7 @@ def test_estimates_of_equal_keys_are_exact(shape, config, seed, scale):
     key = shape.keys("gaussian", seed, 1).expand(-1, -1, 60, -1)
     index = shape.index(config)
     index.extend(key, torch.full((shape.batch,), 60))
+    index.complete(key)
     query = shape.queries(seed, 1).reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
     score = scale * query @ key[:, :, :1].transpose(-1, -2)
     for nodes in (index.chunks, index.tree.clusters, index.tree.units):
@@ -209,9 +236,11 @@ def test_a_grafted_chunk_joins_its_own_kind():
     key = (topic + 0.01 * torch.arange(96)[:, None] / 96).view(1, 1, 96, 4)
     index = shape.index(config)
     index.extend(key[:, :, :84], torch.tensor([84]))
+    index.complete(key)
     before = index.tree.clusters.count
     for end in range(85, 97):
         index.extend(key, torch.tensor([end]))
+        index.complete(key)
     assert index.tree.clusters.count == before
     labels = index.tree.chunk_cluster[0, 0, : int(index.group_count)]
     assert set(labels[0::2].tolist()).isdisjoint(labels[1::2].tolist())

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DTYPES, KINDS, Heads, heads, histories, random, seeds
 
-from lychee_compile.kernels.reference.sketch import KeySketches, sketch_bits
+from lychee_compile.kernels.reference.sketch import KeySketches
+from lychee_compile.kernels.reference.sketch_axes import sketch_bits
 
 CPU = torch.device("cpu")
 

@@ -35,6 +35,7 @@ def span(begin, end, batch):
 
 def assert_describes(index, key, first, end):
     """Check that the chunks cover [first, end) of each row, and have the means of its keys now."""
+    index.complete(key)
     for row in range(index.batch):
         chunks = row_chunks(index, row)
         covered = [token for start, size in chunks for token in range(start, start + size)]
@@ -64,6 +65,39 @@ class Rig:
         positions = span(begin, self.end, self.shape.batch)
         self.cache.update(self.key, CacheWrite(self.first, positions, None), build)
 
+    def wrap(self, begin, count, seed):
+        """Write `count` slots from `begin` on, around the end, in a ring buffer that is full."""
+        slots = (begin + torch.arange(count)) % self.end
+        keys = self.shape.keys(self.kind, seed, count, self.dtype)
+        self.key[:, :, slots] = keys
+        batch = self.shape.batch
+        write = CacheWrite(
+            self.first, slots.expand(batch, -1), None, torch.full((batch,), self.end)
+        )
+        self.cache.update(self.key, write, True)
+
+    def go_around(self, steps, seed):
+        """Overwrite slots in turn, in between two of them around the end; read some meanwhile."""
+        for offset in range(steps):
+            self.wrap(steps + offset, 1, seed + offset)
+            if offset == steps // 2:
+                self.check_bounds(seed)
+                self.cache.index.complete(self.key)
+        if self.end > 2:
+            self.wrap(self.end - 1, 2, seed)
+
+    def check_bounds(self, seed):
+        """Check that no score exceeds its bound."""
+        index = self.cache.index
+        query = self.shape.queries(seed, 1)[:, :: self.shape.group]
+        bound = index.score_bound(query, 1.0)
+        if bound is None:
+            return
+        slot = torch.arange(bound.shape[-1])
+        known = (slot >= index.start[:, None]) & (slot < index.tail[:, None])
+        score = query.double() @ self.key[:, :, : len(slot)].double().mT
+        assert (~known[:, None, None] | (score <= bound.double())).all()
+
     def fill(self, begin, end, seed):
         self.key[:, :, begin:end] = self.shape.keys(self.kind, seed, end - begin, self.dtype)
 
@@ -76,7 +110,9 @@ def rigs(draw):
 
 events = st.lists(
     st.tuples(
-        st.sampled_from(["decode", "rewind", "foreign", "prompt", "prefill", "pad", "unpad"]),
+        st.sampled_from(
+            ["decode", "rewind", "foreign", "prompt", "prefill", "pad", "unpad", "ring"]
+        ),
         st.integers(1, 30),
     ),
     max_size=8,
@@ -101,6 +137,8 @@ def test_the_index_describes_the_cache_after_anything(rig, steps, prompt):
         elif event == "prefill":  # a dense prefill notes, a later step builds
             rig.write(rig.end, number, seed, build=False)
             rig.write(rig.end, 1, seed)
+        elif event == "ring":
+            rig.go_around(number, seed)
         elif event == "decode":
             for offset in range(number):
                 rig.write(rig.end, 1, seed + offset)
@@ -108,6 +146,7 @@ def test_the_index_describes_the_cache_after_anything(rig, steps, prompt):
             rig.first += number if event == "pad" else -number
             rig.first.clamp_(0, rig.end - 1)
             rig.write(rig.end, 1, seed)
+        rig.check_bounds(seed)
         first = torch.minimum(rig.first, rig.cache.index.start)
         assert (rig.cache.index.start <= rig.first).all(), "visible tokens before the index"
         assert_describes(rig.cache.index, rig.key, first, torch.full_like(first, rig.end))
@@ -193,6 +232,24 @@ def test_ragged_rows_are_indexed_as_each_would_be_alone(config, seed, data):
     assert_describes(together.index, key, first, begin + steps + 1)
 
 
+def test_a_ring_keeps_what_it_does_not_overwrite():
+    """The steps of a full ring neither index its keys anew nor leave any of them out."""
+    key = SHAPE.keys("gaussian", 0, 64)
+    cache, end = CacheIndex(key, CONFIG), ORIGIN + 64
+    cache.update(key, CacheWrite(ORIGIN, span(0, 64, 2), None), False)
+    extended = []
+    for step in range(70):
+        slot = 10 + step % 54
+        key[:, :, slot] = SHAPE.keys("gaussian", step, 1)[:, :, 0]
+        cache.update(key, CacheWrite(ORIGIN, span(slot, slot + 1, 2), None, end), True)
+        extended.append(cache.index.group_start.clone())
+        if slot < 63:  # at the last slot a ring looks like a cache that has just been filled
+            assert cache.index.tail.tolist() == [64, 64]
+            assert cache.index.newest.tolist() == [[slot], [slot]]
+    assert torch.equal(extended[0], extended[50])
+    assert_describes(cache.index, key, ORIGIN, end)
+
+
 def test_the_index_begins_again_when_earlier_slots_become_visible():
     key = SHAPE.keys("gaussian", 0, 60)
     cache = CacheIndex(key, CONFIG)
@@ -222,6 +279,7 @@ def test_rows_that_were_reordered_are_told_apart():
     key = SHAPE.keys("gaussian", 0, 80)
     cache = CacheIndex(key, CONFIG)
     cache.update(key, CacheWrite(ORIGIN, span(0, 60, 2), None), True)
+    cache.index.complete(key)
     known = cache.index.chunks.mean[0].clone()
     key[1] = key[0]
     cache.distrust()
@@ -234,10 +292,12 @@ def test_untouched_keys_are_not_indexed_again():
     key = SHAPE.keys("gaussian", 0, 100)
     cache = CacheIndex(key, CONFIG)
     cache.update(key, CacheWrite(ORIGIN, span(0, 60, 2), None), True)
+    cache.index.complete(key)
     before = cache.index.chunks.mean.clone()
     for position in range(60, 70):
         cache.distrust()
         cache.update(key, CacheWrite(ORIGIN, span(position, position + 1, 2), None), True)
     count = int(cache.index.group_count.min())
     assert count > 10
+    cache.index.complete(key)
     assert torch.equal(cache.index.chunks.mean[:, :, :14], before[:, :, :14])

@@ -9,7 +9,7 @@ from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S, SparseSpec
 from lychee_compile.kernels.gpu.lychee.layout import PAGE_MIDDLE, PAGE_STEP, Field, planes
-from lychee_compile.kernels.reference.sketch import STEPS
+from lychee_compile.kernels.reference.sketch_axes import STEPS
 from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
 
 TURN = 16

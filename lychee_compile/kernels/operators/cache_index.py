@@ -28,17 +28,36 @@ class CacheWrite:
     """A write of one call to a key cache."""
 
     first: Tensor
-    """First valid slot of each row, int64 [B]."""
+    """First slot of each row that a query sees, int64 [B]; L or more if none sees any."""
     positions: Tensor
     """Slots written, int64 [B, T]."""
     strengths: Tensor | None
     """Strength of the boundary after each token written, uint8 [B, T]; None if not known."""
+    seen_end: Tensor | None = None
+    """Slot of each row after the last one that a query sees, int64 [B]; None: the slot after the
+    last one written."""
+
+    @property
+    def end(self) -> Tensor:
+        """Slot after the last one that holds a key, int64 [B]."""
+        written = self.positions.max(1).values + 1
+        return written if self.seen_end is None else torch.maximum(written, self.seen_end)
+
+    @property
+    def wraps(self) -> Tensor:
+        """Rows that see slots behind one written, and not written themselves: bool [B].
+
+        As in a ring buffer that is full. The keys behind the slots written stay then. Otherwise
+        they are gone.
+        """
+        return self.end - self.positions.min(1).values > self.positions.shape[1]
 
 
 class CacheIndex:
     """The index of one key cache [B, Hkv, L, D], and the evidence that it describes the cache.
 
-    Every indexed key has a fingerprint. A write at a position forgets all keys from there on. A
+    Every indexed key has a fingerprint. A write at a position forgets all keys from there on. If
+    the row goes on seeing later ones (`CacheWrite.wraps`), it replaces the keys written instead. A
     distrusted index is compared with the cache key by key before it is used again, and keys that
     differ are indexed anew.
     """
@@ -85,21 +104,54 @@ class CacheIndex:
 
     def _follow(self, key: Tensor, write: CacheWrite, build: bool) -> None:
         self.updates += 1
-        end = write.positions.max(1).values + 1
-        self._forget(write.positions.min(1).values)
+        end, wraps = write.end, write.wraps & build
+        self._forget(torch.where(wraps, self.known, write.positions.min(1).values))
+        replaced = wraps[:, None] & (write.positions < self.known[:, None])
+        self._take_again(key, write.positions, replaced)
         if self.trust is Trust.DISTRUSTED or self._sample_differs(key):
             self._compare(key)
         self.trust = Trust.TRUSTED
-        self._restart(write.first)
+        self._restart(write.first, key.shape[2])
         if write.strengths is not None:
             self.index.strengths.note(write.positions, write.strengths)
         self._fingerprint(key, end)
         if build:
             with indexing(key, int((end - self.index.tail).max())):
-                self.index.extend(key, end)
+                self._build(key, write.positions, wraps, end)
 
-    def _restart(self, first: Tensor) -> None:
-        """Empty the rows that begin before their index does, or begin elsewhere and are empty."""
+    def _build(self, key: Tensor, positions: Tensor, wraps: Tensor, end: Tensor) -> None:
+        """Bring the index up to date with the slots `positions`, int64 [B, T], just written.
+
+        The rows that wrap, bool [B], hold keys behind them. All rows end at `end`, int64 [B].
+        """
+        index = self.index
+        held = (positions >= index.start[:, None]) & (positions < index.tail[:, None])
+        held &= wraps[:, None]
+        # Rows of packed requests wrap too, but may still grow.
+        full = wraps & ((index.end == end) | (index.tail == index.start))
+        index.newest = None
+        if bool(held.any()):
+            index.rewrite(key, torch.where(held, positions, -1))
+        index.extend(key, end)
+        if bool(wraps.any()):
+            index.close(key, full)
+            index.newest = torch.where(wraps[:, None], positions, key.shape[2])
+
+    def _take_again(self, key: Tensor, positions: Tensor, replaced: Tensor) -> None:
+        """Take fingerprints at `positions`, int64 [B, T], anew where `replaced`, bool [B, T]."""
+        if not bool(replaced.any()):
+            return
+        wide = positions[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        row, place = replaced.nonzero(as_tuple=True)
+        taken = fingerprints(key.gather(2, wide))
+        self.fingerprint[row, positions[row, place]] = taken[row, place]
+
+    def _restart(self, first: Tensor, length: int) -> None:
+        """Empty the rows that begin before their index does, or begin elsewhere and are empty.
+
+        Rows that see nothing stay as they are.
+        """
+        first = torch.where(first < length, first, self.index.start)
         earlier = first < self.index.start
         fresh = self.index.tail == self.index.start
         if bool((earlier | (fresh & (first != self.index.start))).any()):

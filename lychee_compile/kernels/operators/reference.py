@@ -50,8 +50,8 @@ def update_index(
     owner = handles.find(handle, ReferenceCacheIndex)
     cache = owner.index_for(key)
     batch, _, kv_len, _ = key.shape
-    last_row = None if mask is None else mask[..., -1:, :]
-    visible = visible_keys(last_row, batch, 1, kv_len, key.device)
+    rows = mask if mask is None or written <= LONGEST_QUERY else mask[..., -1:, :]
+    visible = visible_keys(rows, batch, 1 if rows is None else rows.shape[-2], kv_len, key.device)
     if positions is None:
         stop = kv_len if written else max(int(visible.end.max()), 1)
         positions = torch.arange(max(stop - max(written, 1), 0), stop, device=key.device)
@@ -60,7 +60,8 @@ def update_index(
     strengths = None
     if token_ids is not None and owner.strength_of is not None:
         strengths = owner.strength_of(token_ids).expand(batch, -1)
-    write = CacheWrite(visible.first[:, 0], positions, strengths)
+    first, end = visible.first.amin(1), visible.end.amax(1)
+    write = CacheWrite(first, positions, strengths, end)
     cache.update(key, write, build=written <= LONGEST_QUERY)
     handle[1] += 1
 
@@ -85,8 +86,8 @@ def sparse_attention(
     """Attend from `query` [B, Hq, Tq, D] to the best of `key` [B, Hkv, L, D]: [B, Hq, Tq, Dv].
 
     The operands are those of `Operands`. `update_index` has run on `key`, and the budget is that of
-    the handle's index. More than `LONGEST_QUERY` positions are a prefill, which is dense. A call is
-    dense too if a query sees no key, so that its output stays what PyTorch's operator gives.
+    the handle's index. More than `LONGEST_QUERY` positions are a prefill, which is dense. A query
+    that sees no key, as in an idle row of a server's batch, reads nothing and gets zeros.
     """
     operands = Operands(query, key, value, mask, scale, softcap, extra)
     if query.shape[2] > LONGEST_QUERY:
@@ -98,8 +99,6 @@ def sparse_attention(
         output, _ = attend(operands, selection)
     else:
         output, selection, certificate = certified_attention(index, operands, budget, epsilon, site)
-    if bool((selection.visible.end == 0).any()):
-        return dense_attention(operands).contiguous()
     for observer in observers:
         observer(SparseCall(site, operands, index, selection, certificate))
     return output.contiguous()

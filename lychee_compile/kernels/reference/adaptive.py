@@ -33,6 +33,7 @@ def certified_attention(
     batch, _, query_len, _ = operands.query.shape
     heads, kv_len = operands.key.shape[1], operands.kv_len
     device = operands.query.device
+    index.complete(operands.key)
     width = torch.full((batch, heads, query_len), budget, dtype=torch.int64, device=device)
     while True:
         selection = select(index, operands.score_inputs, width, site)

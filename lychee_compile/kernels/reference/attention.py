@@ -49,7 +49,7 @@ def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
     if operands.extra is not None:
         wide = operands.extra.to(work).expand(batch, query_heads, query_len)
         log_total = torch.logaddexp(log_total, wide.unflatten(1, (heads, -1)).transpose(2, 3))
-    nothing = log_total == -torch.inf
+    nothing = (score == -torch.inf).all(-1)
     weight = (score - log_total.masked_fill(nothing, 0)[..., None]).exp()
     output = (weight @ rows_at(value, slot).to(work)).masked_fill(nothing[..., None], 0)
     output = output.transpose(2, 3).reshape(batch, query_heads, query_len, -1)

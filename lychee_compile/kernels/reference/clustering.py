@@ -10,6 +10,12 @@ from lychee_compile.kernels.reference.nodes import Nodes
 
 ITERATIONS = 10
 """Number of Lloyd steps. Labels of real keys stop changing earlier (measured on Gemma-3)."""
+SEGMENT = 256
+"""Number of nodes that are clustered together, so that the work is linear in all nodes."""
+COARSE = 64
+"""Largest number of groups by which more nodes than a segment are ordered first."""
+COARSE_ITERATIONS = 3
+"""Number of Lloyd steps of that order: it need not be exact."""
 SPLIT_ITERATIONS = 3
 """Number of Lloyd steps when one group is split: it has few members."""
 
@@ -21,6 +27,10 @@ def cluster(children: Nodes, per_group: int, most: int | None, seed: int) -> tup
     since keys share a large common component. A group has `per_group` members on average. Without
     `most` it has at most twice as many; with `most` there are at most so many groups, of any size.
     Labels are consecutive in each row and head. Unused nodes get label 0.
+
+    Without `most` the number of groups grows with that of nodes, and to compare all of one with all
+    of the other would be quadratic. More nodes than `SEGMENT` are therefore ordered by a coarse
+    clustering, and clustered in segments of that order.
     """
     used = children.tokens > 0
     weight = children.tokens.float()[..., None]
@@ -28,11 +38,10 @@ def cluster(children: Nodes, per_group: int, most: int | None, seed: int) -> tup
         min=1
     )
     direction = F.normalize(children.mean - common, dim=-1)
-    members = used.sum(-1)
-    groups = (members + per_group - 1).div(per_group, rounding_mode="floor").clamp(min=1)
-    if most is not None:
-        groups = groups.clamp(max=most)
-    labels = _lloyd(direction, used, members, groups, seed)
+    if most is not None or used.shape[-1] <= SEGMENT:
+        labels = _lloyd(direction, used, _groups(used, per_group, most), seed, ITERATIONS)
+    else:
+        labels = _by_segments(direction, used, per_group, seed)
     return _consecutive(labels, used, None if most is not None else 2 * per_group)
 
 
@@ -66,12 +75,35 @@ def halves(children: Nodes) -> Tensor:
     return torch.where(lopsided, alternate, side)
 
 
-def _lloyd(direction: Tensor, used: Tensor, members: Tensor, groups: Tensor, seed: int) -> Tensor:
+def _groups(used: Tensor, per_group: int, most: int | None) -> Tensor:
+    """Return the number of groups, int64 [B, Hkv], of the nodes `used`, bool [B, Hkv, N]."""
+    groups = (used.sum(-1) + per_group - 1).div(per_group, rounding_mode="floor")
+    return groups.clamp(min=1, max=most)
+
+
+def _by_segments(direction: Tensor, used: Tensor, per_group: int, seed: int) -> Tensor:
+    """Return labels, int64 [B, Hkv, N], by k-means within segments of nodes of like direction."""
+    heads, count = direction.shape[1], direction.shape[2]
+    coarse = _lloyd(direction, used, _groups(used, SEGMENT, COARSE), seed, COARSE_ITERATIONS)
+    order = torch.where(used, coarse, COARSE).argsort(dim=-1, stable=True)
+    segments = -(-count // SEGMENT)
+    room = segments * SEGMENT - count
+    wide = order[..., None].expand(*order.shape, direction.shape[-1])
+    direction = F.pad(direction.gather(2, wide), (0, 0, 0, room))
+    direction = direction.unflatten(2, (segments, SEGMENT)).flatten(1, 2)
+    used = F.pad(used.gather(2, order), (0, room)).unflatten(2, (segments, SEGMENT)).flatten(1, 2)
+    labels = _lloyd(direction, used, _groups(used, per_group, None), seed, ITERATIONS)
+    labels = labels.unflatten(1, (heads, segments))
+    labels = labels + SEGMENT * torch.arange(segments, device=order.device)[:, None]
+    return torch.zeros_like(order).scatter(2, order, labels.flatten(2)[..., :count])
+
+
+def _lloyd(direction: Tensor, used: Tensor, groups: Tensor, seed: int, iterations: int) -> Tensor:
     """Return labels, int64 [B, Hkv, N], of unit vectors `direction` [B, Hkv, N, D] by k-means.
 
-    `members` and `groups`, int64 [B, Hkv], are the numbers of used nodes and of groups.
+    `groups`, int64 [B, Hkv], is the number of groups of the nodes `used`, bool [B, Hkv, N].
     """
-    count = int(groups.max())
+    count, members = int(groups.max()), used.sum(-1)
     slot = torch.arange(count, device=direction.device)
     jitter = torch.rand(count, generator=torch.Generator().manual_seed(seed)).to(direction.device)
     spacing = members[..., None] / groups[..., None]
@@ -80,7 +112,7 @@ def _lloyd(direction: Tensor, used: Tensor, members: Tensor, groups: Tensor, see
     idle = slot >= groups[..., None]
     weighted = torch.where(used[..., None], direction, 0)
     labels = torch.zeros(used.shape, dtype=torch.int64, device=direction.device)
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         likeness = (direction @ centre.transpose(-1, -2)).masked_fill(idle[:, :, None], -torch.inf)
         updated = likeness.argmax(-1)
         if torch.equal(updated, labels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ class GroupedIndex(KVIndex):
     (`log_estimate`). It may define a bound of the group's scores (`group_bound`) and the lengths of
     groups (`group_range`). Groups of a range of lengths end at the strongest boundary.
     """
+
+    summarised_late: ClassVar[bool] = False
+    """True if new groups are not summarised by `extend`: the policy does so in `complete`."""
 
     def __init__(
         self, batch: int, kv_heads: int, head_dim: int, config: IndexConfig, device: torch.device
@@ -155,6 +159,31 @@ class GroupedIndex(KVIndex):
         row = torch.arange(key.shape[0], device=key.device)[:, None, None]
         return key[row, :, position].permute(0, 3, 1, 2, 4).float(), valid
 
+    def rewrite(self, key: Tensor, slots: Tensor) -> None:
+        """Summarise anew the groups whose `slots`, int64 [B, T], were written; -1 is none."""
+        column = self.columns().gather(1, slots.clamp(min=0))
+        if not self.summarised_late:
+            self.summarise_groups(key, column, slots >= 0)
+        self.on_rewrite(key, slots, column)
+
+    def close(self, key: Tensor, rows: Tensor) -> None:
+        """Let the last tokens of the rows `rows`, bool [B], be a group, however few they are."""
+        length = torch.where(rows, self.end - self.tail, 0).clamp(min=0)[:, None]
+        if bool(length.any()):
+            self._append(key, torch.where(length > 0, self.tail[:, None], 0), length)
+
+    def summarise_groups(self, key: Tensor, columns: Tensor, used: Tensor) -> None:
+        """Summarise the groups at `columns`, int64 [B, M], where `used`, bool [B, M]."""
+        for part in range(0, columns.shape[1], GATHER_GROUPS):
+            block = slice(part, part + GATHER_GROUPS)
+            keys, valid = self.group_keys(key, columns[:, block].clamp(min=0))
+            row, slot = used[:, block].nonzero(as_tuple=True)
+            for name, value in self.summarise(keys, valid).items():
+                self.summaries[name][row, :, columns[:, block][row, slot]] = value[row, :, slot]
+
+    def on_rewrite(self, key: Tensor, slots: Tensor, columns: Tensor) -> None:
+        """Follow a write of `slots`, int64 [B, T], in the groups `columns`; slot -1 is none."""
+
     def on_append(self, key: Tensor, columns: Tensor, used: Tensor) -> None:
         """Follow new groups: at `columns`, int64 [B, M], where `used`, bool [B, M]."""
 
@@ -180,12 +209,8 @@ class GroupedIndex(KVIndex):
         column = columns[row, slot]
         self.group_start[row, column] = starts[row, slot]
         self.group_length[row, column] = lengths[row, slot]
-        for part in range(0, starts.shape[1], GATHER_GROUPS):
-            block = slice(part, part + GATHER_GROUPS)
-            keys, valid = self.group_keys(key, columns[:, block].clamp(min=0))
-            row, slot = used[:, block].nonzero(as_tuple=True)
-            for name, value in self.summarise(keys, valid).items():
-                self.summaries[name][row, :, columns[:, block][row, slot]] = value[row, :, slot]
+        if not self.summarised_late:
+            self.summarise_groups(key, columns, used)
         self.tail = torch.maximum(self.tail, (starts + lengths).max(1).values)
         self.on_append(key, columns, used)
 

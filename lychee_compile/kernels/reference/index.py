@@ -20,6 +20,9 @@ class KVIndex(abc.ABC):
     `restart`) and answers questions (`choose`). Everything else is the same for all policies. A
     query always reads the first and the last tokens (`always_read`), and the tokens from `tail` on,
     which the index does not hold yet.
+
+    `extend` may leave for `complete` what a usual choice does not need. Choices and bounds are
+    right without it, but wider, and slower in a long context.
     """
 
     reads_keys: ClassVar[bool] = False
@@ -39,6 +42,9 @@ class KVIndex(abc.ABC):
         """First token of each row that cannot be chosen yet, int64 [B]."""
         self.end = self.start.clone()
         """Number of tokens of each row at the last update, int64 [B]."""
+        self.newest: Tensor | None = None
+        """Slots that the last step wrote, int64 [B, T], in a cache that wraps. At a row that does
+        not wrap, any slot behind its last one. None: no row wraps."""
 
     @abc.abstractmethod
     def extend(self, key: Tensor, end: Tensor) -> None:
@@ -71,6 +77,25 @@ class KVIndex(abc.ABC):
         policy bounds nothing.
         """
         return None
+
+    def complete(self, key: Tensor) -> None:  # noqa: B027  most policies leave nothing for later
+        """Build what `extend` left for later, from the same keys `key` [B, Hkv, L, D]."""
+
+    def rewrite(self, key: Tensor, slots: Tensor) -> None:
+        """Follow a write of single slots of `key` [B, Hkv, L, D]; the keys behind stay.
+
+        `slots`, int64 [B, T], lie in [start, tail); -1 is none. A policy that does not override
+        this indexes all keys from the first of them anew.
+        """
+        end = self.end.clone()
+        self.truncate(torch.where(slots >= 0, slots, end[:, None]).min(1).values)
+        self.extend(key, end)
+
+    def close(self, key: Tensor, rows: Tensor) -> None:  # noqa: B027  most let no token wait
+        """Index the last tokens of the rows `rows`, bool [B], though none may come after them.
+
+        Without this, tokens that wait for others stay behind `tail`, and are always read.
+        """
 
     def truncate(self, keep: Tensor) -> None:
         """Forget the tokens from position `keep`, int64 [B], on."""

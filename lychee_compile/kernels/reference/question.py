@@ -40,6 +40,8 @@ class Question:
     """Number of tokens that may be chosen, int64 [B, Hkv, Tq]."""
     site: str = ""
     """Module path of the attention, for policies that remember earlier choices."""
+    newest: Tensor | None = None
+    """Newest slot that each position sees, int64 [B, Tq]; None: the last one."""
 
     @property
     def group(self) -> int:

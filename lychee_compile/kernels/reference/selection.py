@@ -10,6 +10,13 @@ from torch import Tensor
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.question import Question, query_rows
+from lychee_compile.kernels.reference.recency import (
+    Span,
+    around,
+    hide,
+    newest_of,
+    recent_spans,
+)
 from lychee_compile.kernels.reference.visible import Visible
 
 
@@ -20,7 +27,8 @@ class Selection:
     run_start: Tensor
     run_length: Tensor
     """First slot and length of each run, int64 [B, Hkv, Tq, R]. Runs do not overlap. The first run
-    holds the sinks, the last the recent tokens, and the runs between them the policy's choice."""
+    holds the sinks, the last the recent tokens, and the runs between them the policy's choice. In a
+    cache that wraps, one of those between holds the newest tokens."""
     visible: Visible
     """Keys that each query position may see."""
     scale: float
@@ -80,7 +88,9 @@ def select(
         length = (always.recent_start - always.sinks_end).clamp(min=0)
         chosen = _per_head(always.sinks_end, heads), _per_head(length, heads)
     else:
-        chosen = index.choose(_question(inputs, visible, always, room, site))
+        chosen = index.choose(_question(inputs, always.beside(visible), always, room, site))
+        if always.apart is not None:
+            chosen = around(*chosen, always.apart)
     starts = _per_head(visible.first, heads), chosen[0], _per_head(always.recent_start, heads)
     sinks, recent = always.sinks_length(visible), always.recent_length(visible)
     lengths = _per_head(sinks, heads), chosen[1], _per_head(recent, heads)
@@ -95,6 +105,10 @@ class _AlwaysRead:
     """One past the last sink."""
     recent_start: Tensor
     """First recent token, or first token that the index does not hold."""
+    newest: Tensor
+    """Newest slot that the position sees."""
+    apart: Span | None
+    """The newest slots, if the cache wraps so that some before `recent_start` are newer."""
 
     def sinks_length(self, visible: Visible) -> Tensor:
         """Return the number of slots of the sinks, int64 [B, Tq]."""
@@ -106,23 +120,30 @@ class _AlwaysRead:
 
     def count(self, visible: Visible) -> Tensor:
         """Return the number of slots always read, int64 [B, Tq]."""
-        return self.sinks_length(visible) + self.recent_length(visible)
+        count = self.sinks_length(visible) + self.recent_length(visible)
+        return count if self.apart is None else count + self.apart[1] - self.apart[0]
 
     def choosable(self, visible: Visible) -> Tensor:
         """Return the number of visible tokens between sinks and recent ones, int64 [B, Tq]."""
         begin, end = self.sinks_end[..., None], self.recent_start[..., None]
-        inner = visible.tokens_within(begin, end)[..., 0]
+        inner = self.beside(visible).tokens_within(begin, end)[..., 0]
         return torch.where(self.recent_start > self.sinks_end, inner, 0)
+
+    def beside(self, visible: Visible) -> Visible:
+        """Return what each position sees but for the newest slots that lie apart."""
+        return visible if self.apart is None else hide(visible, self.apart)
 
 
 def _always_read(index: KVIndex, visible: Visible) -> _AlwaysRead:
     """Return what is always read. A row that begins before its index does is read in full."""
     sinks, recent = index.always_read
     sinks_end = torch.minimum(visible.first + sinks, visible.end)
-    recent_start = torch.minimum(visible.end - recent, index.tail[:, None])
-    recent_start = torch.maximum(recent_start, sinks_end)
+    newest, tail = newest_of(index.newest, visible), index.tail[:, None]
     uncovered = visible.first < index.start[:, None]
-    return _AlwaysRead(sinks_end, torch.where(uncovered, sinks_end, recent_start))
+    tail = torch.where(uncovered, sinks_end, tail)
+    apart, recent_start = recent_spans(newest, visible, recent, sinks_end, tail)
+    wraps = index.newest is not None and bool((apart[0] < apart[1]).any())
+    return _AlwaysRead(sinks_end, recent_start, newest, apart if wraps else None)
 
 
 def _question(
@@ -140,6 +161,7 @@ def _question(
         end=always.recent_start,
         room=room,
         site=site,
+        newest=always.newest,
     )
 
 

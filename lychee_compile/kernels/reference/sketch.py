@@ -14,22 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.nodes import rounding_slack
+from lychee_compile.kernels.reference.sketch_axes import STEPS, fit_axes, sketch_bits
 
 BLOCK = 4096
 """Number of slots that share one set of axes: block s begins at slot s * BLOCK."""
-ITERATIONS = 8
-"""Number of steps of orthogonal iteration: more give no better axes (measured on Gemma-3)."""
-STEPS = {4: 0.3352, 2: 0.9957}
-"""Best step of a Gaussian quantiser by its number of bits, in standard deviations."""
 FIRST_FIT, GROWTH = 16, 2
 """A block uses the axes of the block before until it has 1/16 of its keys. Then it gets axes of its
 own, and new ones each time its number of keys has doubled."""
-
-
-def sketch_bits(head_dim: int) -> list[int]:
-    """Return the number of bits of each coordinate of a sketch."""
-    quarter = (head_dim + 3) // 4
-    return [4] * quarter + [2] * min(quarter, head_dim - quarter)
 
 
 class KeySketches:
@@ -84,14 +75,30 @@ class KeySketches:
         last = int(end.max())
         self._reserve((last + self.block - 1) // self.block)
         for block in range(int(begin.min()) // self.block, (last + self.block - 1) // self.block):
-            low = block * self.block
-            slots = torch.arange(low, min(low + self.block, last), device=key.device)
-            keys = key[:, :, low : low + len(slots)].float()
-            valid = (slots >= start[:, None]) & (slots < end[:, None])
-            bare = begin <= start.clamp(min=low)
-            due = self._inherit_or_fit(block, keys, valid, bare, begin <= start)
-            fresh = valid & (due[:, None] | (slots >= begin[:, None]))
-            self._store(block, keys, fresh)
+            self._encode_block(block, key, start, begin, end)
+
+    def rewrite(self, key: Tensor, start: Tensor, end: Tensor, slots: Tensor) -> None:
+        """Sketch the keys at `slots`, int64 [B, T], of `key` [B, Hkv, L, D] anew; -1 is none.
+
+        The keys of a row lie in the slots [start, end), each int64 [B]. A block gets new axes when
+        half of the keys that its axes were fitted to are gone.
+        """
+        row, place = (slots >= 0).nonzero(as_tuple=True)
+        slot = slots[row, place]
+        block = slot // self.block
+        codes, error, reach = self._encoded(key[row, :, slot].float()[:, :, None], row, block)
+        self._any_lost |= bool(error.isinf().any())
+        self.codes[row, :, slot], self.error[row, :, slot] = codes[:, :, 0], error[:, :, 0]
+        for number in range(len(row)):  # several slots may lie in one block
+            at = row[number], slice(None), block[number]
+            self.longest[at] = torch.maximum(self.longest[at], reach[number, :, 0])
+        lost = torch.full_like(slot, -1)
+        self.fitted = self.fitted.index_put((row, block), lost, accumulate=True).clamp(min=0)
+        held = torch.minimum(end[row], (block + 1) * self.block)
+        held = held - torch.maximum(start[row], block * self.block)
+        stale = block[2 * self.fitted[row, block] <= held] if self._repair else block[:0]
+        for number in stale.unique().tolist():
+            self._encode_block(number, key, start, end, end)
 
     def forget(self, start: Tensor, keep: Tensor) -> None:
         """Forget the keys from slot `keep`, int64 [B], on; rows begin at `start`, int64 [B]."""
@@ -143,6 +150,19 @@ class KeySketches:
         bound = self.scores(query, scale, slots) + abs(scale) * width
         return bound.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
+    def _encode_block(
+        self, block: int, key: Tensor, start: Tensor, begin: Tensor, end: Tensor
+    ) -> None:
+        """Sketch the keys of one block, as `encode` says."""
+        low = block * self.block
+        slots = torch.arange(low, min(low + self.block, int(end.max())), device=key.device)
+        keys = key[:, :, low : low + len(slots)].float()
+        valid = (slots >= start[:, None]) & (slots < end[:, None])
+        bare = begin <= start.clamp(min=low)
+        due = self._inherit_or_fit(block, keys, valid, bare, begin <= start)
+        fresh = valid & (due[:, None] | (slots >= begin[:, None]))
+        self._store(block, keys, fresh)
+
     def _inherit_or_fit(
         self, block: int, keys: Tensor, valid: Tensor, bare: Tensor, first: Tensor
     ) -> Tensor:
@@ -181,22 +201,36 @@ class KeySketches:
 
     def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
         """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
+        columns = fresh.any(0).nonzero()
+        if not len(columns):
+            return
+        first, last = int(columns[0]), int(columns[-1]) + 1
+        keys, fresh = keys[:, :, first:last], fresh[:, first:last]
+        row = torch.arange(keys.shape[0], device=keys.device)
+        codes, error, length = self._encoded(keys, row, torch.full_like(row, block))
+        self._any_lost |= bool((error[..., 0].isinf() & fresh[:, None]).any())
+        where = slice(block * self.block + first, block * self.block + last)
+        mask = fresh[:, None, :, None]
+        self.codes[:, :, where] = torch.where(mask, codes, self.codes[:, :, where])
+        self.error[:, :, where] = torch.where(mask, error, self.error[:, :, where])
+        reach = torch.where(fresh[:, None], length, 0).amax(-1)
+        self.longest[:, :, block] = torch.maximum(self.longest[:, :, block], reach)
+
+    def _encoded(self, keys: Tensor, row: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, errors and distances from the centre of the keys [N, Hkv, T, D].
+
+        Entry n of the keys is of the batch row `row` and the block `block`, each int64 [N].
+        """
         finite = keys.isfinite().all(-1)
-        self._any_lost |= bool((~finite & fresh[:, None]).any())
-        centred = torch.where(finite[..., None], keys, 0) - self.centre[:, :, block, None]
-        axes, step = self.axes[:, :, block], self.step[:, :, block, None]
+        centred = torch.where(finite[..., None], keys, 0) - self.centre[row, :, block][:, :, None]
+        axes, step = self.axes[row, :, block], self.step[row, :, block][:, :, None]
         inside = centred @ axes
         level = torch.where(step > 0, inside / step.clamp(min=torch.finfo(step.dtype).tiny), 0)
         codes = (level - 0.5).round().clamp(-self._half, self._half - 1)
         coarse = _norm(inside - (codes + 0.5) * step)
         fine = _norm(centred - inside @ axes.transpose(-1, -2))
         error = torch.stack((coarse, fine), -1).masked_fill(~finite[..., None], torch.inf)
-        where = slice(block * self.block, block * self.block + keys.shape[2])
-        mask = fresh[:, None, :, None]
-        self.codes[:, :, where] = torch.where(mask, codes.to(torch.int8), self.codes[:, :, where])
-        self.error[:, :, where] = torch.where(mask, error, self.error[:, :, where])
-        reach = torch.where(fresh[:, None], _norm(centred), 0).amax(-1)
-        self.longest[:, :, block] = torch.maximum(self.longest[:, :, block], reach)
+        return codes.to(torch.int8), error, _norm(centred)
 
     def _reserve(self, blocks: int) -> None:
         """Make room for `blocks` blocks, in amortised constant time per key."""
@@ -211,58 +245,6 @@ class KeySketches:
         self.fitted = F.pad(self.fitted, (0, more))
         self.codes = F.pad(self.codes, (0, 0, 0, more * self.block))
         self.error = F.pad(self.error, (0, 0, 0, more * self.block))
-
-
-def fit_axes(keys: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fit a centre [..., D], axes [..., D, r] and steps [..., r] to `keys`, float32 [..., T, D].
-
-    Keys that are not `valid`, bool [..., T, 1], or not finite do not count. Also returns the
-    coordinates of the keys along the axes, [..., T, r], which are 0 for keys that do not count.
-    """
-    usable = keys.isfinite().all(-1, keepdim=True)
-    usable = usable if valid is None else usable & valid
-    keys = torch.where(usable, keys, 0)
-    size = keys.abs().amax((-1, -2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    keys, count = keys / size, usable.sum(-2, keepdim=True).clamp(min=1)
-    centre = keys.sum(-2, keepdim=True) / count
-    centred = torch.where(usable, keys - centre, 0)
-    bits = sketch_bits(keys.shape[-1])
-    axes = _principal_axes(centred.transpose(-1, -2) @ centred / count, len(bits))
-    coordinates = centred @ axes
-    deviation = (coordinates.square().sum(-2) / count[..., 0]).sqrt()
-    step = torch.tensor([STEPS[each] for each in bits]).to(keys.device, non_blocking=True)
-    size = size[..., 0]
-    return centre[..., 0, :] * size, axes, step * deviation * size, coordinates * size[..., None]
-
-
-def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
-    """Return the `kept` leading eigenvectors of matrices [..., D, D], best first: [..., D, kept].
-
-    Orthogonal iteration is near enough for axes. Unlike an eigensolver it neither fails nor waits
-    for the device. Directions without variance may come out as zero.
-    """
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(covariance.shape[-1], kept, generator=generator)
-    start = start.double().to(covariance.device, non_blocking=True)
-    covariance = covariance.double()
-    axes = _orthonormal(start.expand(*covariance.shape[:-2], -1, -1))
-    for _ in range(ITERATIONS):
-        axes = _orthonormal(covariance @ axes)
-    return _orthonormal(axes).float()
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns [..., D, r], in their order, by Cholesky's QR.
-
-    Columns are in double precision. If they are badly conditioned, rounding leaves the basis not
-    quite orthonormal, and a second call corrects that.
-    """
-    columns = columns / _norm(columns.mT)[..., None, :].clamp(min=1e-30)
-    gram = columns.mT @ columns
-    gram.diagonal(dim1=-2, dim2=-1).add_(1e-13)
-    factor, _ = torch.linalg.cholesky_ex(gram, check_errors=False)
-    columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
-    return columns.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _norm(vectors: Tensor) -> Tensor:

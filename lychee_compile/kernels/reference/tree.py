@@ -70,8 +70,10 @@ class ClusterTree:
         self.clusters.radius = max_by_label(reach_cluster, labels, count)
         self.units.radius = max_by_label(reach_unit, chunk_unit, unit_count)
 
-    def drop(self, chunks: Nodes) -> None:
-        """Follow a loss of chunks: those of `chunks` that have no tokens are gone."""
+    def refresh(self, chunks: Nodes) -> None:
+        """Take clusters and units anew from their chunks; one that has no tokens is gone."""
+        if self.clusters.count == 0:
+            return
         self.clusters = merge(chunks, self.labels_of(chunks), self.clusters.count)
         self.units = merge(self.clusters, self.cluster_unit, self.units.count)
 

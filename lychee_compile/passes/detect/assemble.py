@@ -9,8 +9,9 @@ import torch.fx
 
 from lychee_compile import torch_private
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect.attention import Attention, Rejected, Stage
-from lychee_compile.passes.detect.axis_roles import AxisFacts, Roles, assign, features_of
+from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
+from lychee_compile.passes.detect.axis_roles import AxisFacts, Roles, assign
+from lychee_compile.passes.detect.features import Features, features_of
 from lychee_compile.passes.detect.operands import Operand, Place, deepest, places_behind, reader_of
 from lychee_compile.passes.detect.score import Score
 from lychee_compile.passes.detect.score_trace import Trace
@@ -73,11 +74,15 @@ class MatchedParts:
     is_causal: bool = False
     dropout: float = 0.0
     refused: Reason | None = None
+    mixed: frozenset[Axis] = frozenset()
+    """Axes of the weights that are summed up before their product with the values."""
     heads_first: bool = False
     """True if the dimensions are known to be batch, heads, tokens, features."""
 
 
-def settle(parts: MatchedParts, elements: Elements, context: GraphContext) -> Attention | Rejected:
+def settle(
+    parts: MatchedParts, elements: Elements, context: GraphContext
+) -> Attention | Unread | Rejected:
     """Return the attention that the parts make, or why they make none.
 
     Raises `SplitAxis` if an axis must be taken apart first.
@@ -100,16 +105,18 @@ def settle(parts: MatchedParts, elements: Elements, context: GraphContext) -> At
     why = _misfit(parts, query, key, value)
     if why:
         return Rejected(parts.node, why, Stage.OPERANDS)
-    features = _features(trace, axes, context)
-    if features is not None and parts.keys & features[1]:
+    features = _features(trace, parts.keys, axes, context)
+    if features is None:
         return Rejected(parts.node, reasons.OVER_FEATURES(), Stage.OPERANDS)
+    if parts.mixed:
+        return _mixed(parts, axes)
     score = sum_up(
         replace(trace, query=places["query"], key=places["key"]),
         elements,
         parts.keys,
         parts.base_two,
     )
-    roles = _roles(parts, None if features is None else features[0], operands, score)
+    roles = _roles(parts, features, operands, score)
     output = Place(parts.node, parts.out, sympy.S.One).operand(axes)
     assert output is not None
     return Attention(
@@ -128,6 +135,30 @@ def settle(parts: MatchedParts, elements: Elements, context: GraphContext) -> At
         dropout=parts.dropout,
         refused=parts.refused or _entangled(parts, chains, places, context),
     )
+
+
+def _mixed(parts: MatchedParts, axes: Axes) -> Unread:
+    """Return an attention whose weights are mixed over heads, by the shape of its scores."""
+    rows = [axes.product(free_axes([index])) for index in parts.score_dims]
+    heads = plain(axes.product(parts.mixed))
+    assert parts.refused is not None
+    return Unread(
+        node=parts.node,
+        form=parts.form,
+        query_heads=heads,
+        kv_heads=heads,
+        head_dim=plain(axes.product(parts.trace.inner)),
+        query_len=plain(rows[-1]) if rows else 1,
+        kv_len=plain(axes.product(parts.keys)),
+        mask="not read",
+        reason=parts.refused,
+        by_design=False,
+    )
+
+
+def plain(size: sympy.Expr) -> int | sympy.Expr:
+    """Return a size as an int if it is a number."""
+    return int(size) if size.is_Integer else size
 
 
 def _forms(chain: list[Place], place: Place, key: Operand, axes: Axes) -> tuple[Operand, ...]:
@@ -151,27 +182,29 @@ def _misfit(parts: MatchedParts, query: Operand, key: Operand, value: Operand) -
         return reasons.KEYS_DIFFER()
     if not query.axes <= rows | inner or query.axes & parts.keys:
         return reasons.QUERIES_DIFFER()
-    if not rows <= out or not value.axes <= parts.keys | out:
+    if not rows <= out | parts.mixed or not value.axes <= parts.keys | out:
         return reasons.WEIGHTS_SUMMED()
     return None
 
 
 def _features(
-    trace: Trace, axes: Axes, context: GraphContext
-) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
-    """Return the axes that projections make of queries or keys, and those made of keys alone."""
+    trace: Trace, keys: frozenset[Axis], axes: Axes, context: GraphContext
+) -> Features | None:
+    """Return the features of queries and keys; None if the keys themselves are features."""
     query, key = (
         features_of(place.node, place.indices, axes, trace.inner, context.is_parameter)
         for place in (trace.query, trace.key)
     )
-    if query is None and key is None:
+    if keys & key.made:
         return None
-    return (query or frozenset()) | (key or frozenset()), key or frozenset()
+    both = free_axes(trace.query.indices) & free_axes(trace.key.indices)
+    hinted = (query.hinted | key.hinted) & both - trace.inner
+    return Features(query.made | key.made, hinted)
 
 
 def _roles(
     parts: MatchedParts,
-    features: frozenset[Axis] | None,
+    features: Features,
     operands: tuple[Operand, ...],
     score: Score,
 ) -> Roles:
@@ -179,8 +212,9 @@ def _roles(
     query, key, value = operands
     rows = free_axes(parts.score_dims)
     dims = tuple(_axes_of(index) for index in parts.score_dims)
+    made = features.made or None
     if parts.heads_first:  # [..., heads, query positions]
-        features = frozenset(dims[-2]) if len(dims) > 1 else frozenset()
+        made = frozenset(dims[-2]) if len(dims) > 1 else frozenset()
     hiding = [bias.operand for bias in score.biases if bias.hides]
     hiding += [mask.operand for mask in score.masks]
     facts = AxisFacts(
@@ -195,7 +229,8 @@ def _roles(
         ),
         score_dims=dims,
         masked=frozenset(axis for operand in hiding for axis in operand.axes),
-        features=features,
+        features=made,
+        hinted=frozenset() if parts.heads_first else features.hinted,
     )
     return assign(facts)
 

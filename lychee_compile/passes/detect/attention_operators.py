@@ -46,16 +46,16 @@ def find_fused(context: GraphContext) -> Iterator[Attention | Unread]:
 
 
 def _read(
-    node: torch.fx.Node, form: str, match: Callable[[Axes], Attention | Rejected | None]
+    node: torch.fx.Node, form: str, match: Callable[[Axes], Attention | Unread | Rejected | None]
 ) -> Attention | Unread:
     """Return what `match` finds, or else what the shapes of the operands tell."""
-    found: Attention | Rejected | None
+    found: Attention | Unread | Rejected | None
     try:
         found = with_finer_axes(match)
     except Exception as error:
         logger.debug("%s could not be analysed", node, exc_info=True)
         found = Rejected(node, reasons.NOT_ANALYSED(error=reasons.brief(error)), Stage.OPERANDS)
-    if isinstance(found, Attention):
+    if isinstance(found, Attention | Unread):
         return found
     query, key = ([_plain(size) for size in shape_of(each)] for each in node.all_input_nodes[:2])
     reason = found.reason if found else reasons.OPERANDS_LAYOUT()
@@ -78,7 +78,9 @@ def _plain(size: Any) -> int | sympy.Expr:
     return int(expression) if expression.is_Integer else expression
 
 
-def _from_sdpa(node: torch.fx.Node, axes: Axes, context: GraphContext) -> Attention | Rejected:
+def _from_sdpa(
+    node: torch.fx.Node, axes: Axes, context: GraphContext
+) -> Attention | Unread | Rejected:
     mask = argument(node, "attn_mask")
     scale = argument(node, "scale")
     if scale is None:
@@ -158,7 +160,7 @@ def _operands(
 
 def _from_flex(
     node: torch.fx.Node, axes: Axes, context: GraphContext
-) -> Attention | Rejected | None:
+) -> Attention | Unread | Rejected | None:
     output = next(
         (user for user in node.users if user.target is operator.getitem and user.args[1] == 0), None
     )
@@ -181,7 +183,7 @@ def _from_flex(
         heads_first=True,
     )
     settled = settle(parts, elements, context)
-    if isinstance(settled, Rejected):
+    if not isinstance(settled, Attention):
         return settled
     return flex_score(node, settled, (*operands["out"][:-1], operands["kv"]), context)
 

@@ -7,20 +7,10 @@ sight, the usual order of dimensions decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import sympy
-import torch.fx
-
 from lychee_compile.passes.detect.operands import Layout, Operand
-from lychee_compile.passes.graph.dataflow import is_operator, operator_of, shape_of
-from lychee_compile.passes.graph.operator_facts import Family, ProductKind
-from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices, free_axes
-from lychee_compile.passes.symbolic.views import broadcast, source_of
-
-FARTHEST = 80
-"""Largest number of operators between a projection and its attention."""
+from lychee_compile.passes.symbolic.axes import Axis
 
 
 @dataclass(frozen=True)
@@ -57,67 +47,6 @@ class Roles:
         return (self.batch, self.kv_heads + self.group, self.query, self.value_dim)
 
 
-def features_of(
-    node: torch.fx.Node,
-    indices: Indices,
-    axes: Axes,
-    head_dim: frozenset[Axis],
-    is_parameter: Callable[[torch.fx.Node], bool],
-) -> frozenset[Axis] | None:
-    """Return the axes that are features of the projection behind `node`.
-
-    If no projection is in sight, these are the axes that share a dimension with `head_dim` in some
-    tensor on the way; None if there are no such axes.
-    """
-    merged: frozenset[Axis] = frozenset()
-    for _ in range(FARTHEST):
-        is_call = node.op == "call_function"
-        projected = _projected(node, indices, is_parameter) if is_call else None
-        if projected is not None:
-            return free_axes(projected)
-        for index in indices:
-            merged_here = free_axes([index])
-            if merged_here & head_dim and merged_here - head_dim:
-                merged |= merged_here
-        if node.op != "call_function":
-            break
-        behind = source_of(node, indices, axes) or _first_operand(node, indices)
-        if behind is None:
-            break
-        node, indices = behind
-    return merged or None
-
-
-def _projected(
-    node: torch.fx.Node, indices: Indices, is_parameter: Callable[[torch.fx.Node], bool]
-) -> Indices | None:
-    """Return the indices along the features that a projection makes; None for other operators."""
-    described = operator_of(node)
-    if described.family is Family.CONVOLUTION:
-        return indices[1:2]
-    is_layer = is_operator(node, "linear") or is_operator(node, "addmm")
-    if described.product is ProductKind.MATMUL and len(indices) > 1:
-        is_layer = is_parameter(node.args[1])  # type: ignore[arg-type]
-    return indices[-1:] if is_layer else None
-
-
-def _first_operand(node: torch.fx.Node, indices: Indices) -> tuple[torch.fx.Node, Indices] | None:
-    """Return an operand with about the axes of the output, so that they can be named by it."""
-    for operand in node.all_input_nodes:
-        sizes, wide = shape_of(operand), shape_of(node)
-        if is_operator(node, "cat"):
-            return operand, indices[: len(sizes)]
-        if is_operator(node, "stack"):
-            return operand, indices[:-1]
-        if is_operator(node, "view_as_complex") and len(indices) + 1 == len(sizes):
-            return operand, (*indices, sympy.S.Zero)
-        if is_operator(node, "view_as_real") and len(indices) == len(sizes) + 1:
-            return operand, indices[:-1]
-        if len(sizes) == len(wide) == len(indices) and len(sizes) > 1:
-            return operand, broadcast(indices, sizes, wide)
-    return None
-
-
 @dataclass(frozen=True)
 class AxisFacts:
     """Axes of an attention and their roles, as far as the dataflow tells them."""
@@ -136,6 +65,8 @@ class AxisFacts:
     """Axes that a mask depends on: the position of a query and not its head, as a rule."""
     features: frozenset[Axis] | None
     """Axes of the features that a projection makes; None if no projection is in sight."""
+    hinted: frozenset[Axis]
+    """Axes of queries and keys that are likely to be features."""
 
     @property
     def shared(self) -> frozenset[Axis]:
@@ -151,10 +82,11 @@ class AxisFacts:
         """Return the axes of the KV heads, and those of the query heads that share one."""
         shared, alone = self.shared, self.query_alone
         if self.features is not None:
-            return shared & self.features, alone & self.features
+            return shared & (self.features | self.hinted), alone & self.features
         inside = self.keys | self.head_dim | set(self.value_dim)
         outer = [axes for axes in self.key.layout if not inside & set(axes)]
         heads = shared - set(outer[0]) if len(outer) > 1 else frozenset()
+        heads = shared & self.hinted or heads
         dims = [axes for axes in self.score_dims if not shared & set(axes)]
         positions = alone & self.masked
         if not positions or positions == alone:

@@ -16,7 +16,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import sympy
 import torch.fx
@@ -25,31 +24,41 @@ from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
 from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.attention_operators import find_fused
+from lychee_compile.passes.detect.denominators import divisor_place
+from lychee_compile.passes.detect.joined_sums import find_joined
 from lychee_compile.passes.detect.operands import Place
 from lychee_compile.passes.detect.score_trace import ScoreTracer, Trace
-from lychee_compile.passes.detect.softmaxes import Softmax, divisor_place, find_softmaxes
+from lychee_compile.passes.detect.softmaxes import Softmax, find_softmaxes
+from lychee_compile.passes.detect.weight_walk import MIXERS, WeightWalk
+from lychee_compile.passes.detect.written_softmax import with_exponentials
 from lychee_compile.passes.graph.aliasing import is_view_of_part
 from lychee_compile.passes.graph.dataflow import (
-    argument,
     first_input,
-    is_operator,
-    operator_key,
     operator_of,
     shape_of,
     value_of,
 )
 from lychee_compile.passes.graph.names import Names
-from lychee_compile.passes.graph.operator_facts import Family, StepKind
+from lychee_compile.passes.graph.operator_facts import StepKind
 from lychee_compile.passes.graph.region import Order
 from lychee_compile.passes.reasons import Reason
-from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices, free_axes, with_finer_axes
+from lychee_compile.passes.symbolic.axes import (
+    Axes,
+    Axis,
+    Indices,
+    free_axes,
+    size_expression,
+    with_finer_axes,
+)
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.products import Product, product_of
-from lychee_compile.passes.symbolic.views import broadcast, is_shape_operator, source_of
+from lychee_compile.passes.symbolic.views import is_shape_operator, source_of
 
 logger = logging.getLogger(__name__)
 
 Found = Attention | Unread | Rejected
+FARTHEST = 64
+"""Largest number of operators that weights are followed through."""
 
 
 def find_attention(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) -> list[Found]:
@@ -59,11 +68,14 @@ def find_attention(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) 
     """
     context = GraphContext(gm, Order(gm.graph), Names(gm), written)
     results: list[Found] = list(find_fused(context))
-    results.extend(_from_softmax(softmax, context) for softmax in find_softmaxes(gm.graph))
+    softmaxes = list(find_softmaxes(gm.graph))
+    results.extend(_from_softmax(softmax, context) for softmax in softmaxes)
+    known = frozenset(softmax.node for softmax in softmaxes)
+    results.extend(find_joined(gm.graph, known, partial(_over_chunk, context), context.order))
     return sorted(results, key=lambda each: context.order.place[each.node])
 
 
-def _from_softmax(softmax: Softmax, context: GraphContext) -> Attention | Rejected:
+def _from_softmax(softmax: Softmax, context: GraphContext) -> Attention | Unread | Rejected:
     """Return the attention that a softmax belongs to, or why it belongs to none."""
     try:
         return _attention_of(softmax, context)
@@ -73,31 +85,50 @@ def _from_softmax(softmax: Softmax, context: GraphContext) -> Attention | Reject
         return Rejected(softmax.node, why, Stage.OPERANDS)
 
 
-def _attention_of(softmax: Softmax, context: GraphContext) -> Attention | Rejected:
-    """Return the attention, or the miss that came nearest to one: the first at the last stage."""
-    misses = [Rejected(softmax.node, reasons.WEIGHTS_WITHOUT_VALUES(), Stage.WEIGHTS)]
-    for product in _products_with(softmax.weights):
-        result: Attention | Rejected | None = with_finer_axes(
-            partial(_match, softmax, product, context)
-        )
+def _over_chunk(
+    context: GraphContext, softmax: Softmax
+) -> Iterator[tuple[torch.fx.Node, Attention]]:
+    """Yield each product of exponentials with values, and the attention that it is a part of."""
+    for product in products_with(softmax.weights, mixes=False):
+        result = with_finer_axes(partial(match, softmax, product, context, False))
         if isinstance(result, Attention):
-            return result
-        if result is not None:
-            misses.append(result)
+            yield product.node, result
+
+
+def _attention_of(softmax: Softmax, context: GraphContext) -> Attention | Unread | Rejected:
+    """Return the attention, or the miss that came nearest to one: the first at the last stage."""
+    if all(size_expression(shape_of(softmax.scores)[dim]) == 1 for dim in softmax.dims):
+        return Rejected(softmax.node, reasons.ONE_KEY(), Stage.WEIGHTS)
+    misses = [Rejected(softmax.node, reasons.WEIGHTS_WITHOUT_VALUES(), Stage.WEIGHTS)]
+    for mixes in (False, True):
+        for product in products_with(softmax.weights, mixes):
+            result: Attention | Unread | Rejected | None = with_finer_axes(
+                partial(match, softmax, product, context, mixes)
+            )
+            if isinstance(result, Attention | Unread):
+                return result
+            if result is not None and not mixes:
+                misses.append(result)
     return replace(max(misses, key=lambda miss: miss.stage), node=softmax.node)
 
 
-def _products_with(weights: torch.fx.Node) -> Iterator[Product]:
-    """Yield the products that read the weights, through views, casts and elementwise operators."""
+def products_with(weights: torch.fx.Node, mixes: bool) -> Iterator[Product]:
+    """Yield the products that read the weights, through views, casts and elementwise operators.
+
+    With `mixes`, those after other products, convolutions and normalisations follow too.
+    """
     waiting, reached = [weights], {weights}
-    while waiting and len(reached) < 64:
+    while waiting and len(reached) < FARTHEST:
         node = waiting.pop(0)
         for user in node.users:
             product = product_of(user)
             if product is not None and {product.left, product.right} & reached:
                 if all(map(_holds_floats, (product.left, product.right))):
                     yield product
-            elif user not in reached and _carries(user):
+                follow = mixes
+            else:
+                follow = _carries(user) or (mixes and operator_of(user).family in MIXERS)
+            if follow and user not in reached:
                 reached.add(user)
                 waiting.append(user)
 
@@ -123,12 +154,13 @@ class _WeightedSum:
     """Axes that the product sums over."""
 
 
-def _match(
-    softmax: Softmax, product: Product, context: GraphContext, axes: Axes
-) -> Attention | Rejected | None:
+def match(
+    softmax: Softmax, product: Product, context: GraphContext, mixes: bool, axes: Axes
+) -> Attention | Unread | Rejected | None:
     """Return the attention whose values `product` sums up.
 
-    None if the softmax is no operand of the product.
+    With `mixes`, weights may be mixed over heads before the product. None if the softmax is no
+    operand of the product.
     """
     elements = Elements(axes, context.names, context.written)
     quotient = _quotient(softmax, product.node)
@@ -140,7 +172,7 @@ def _match(
     left, right = product.operand_indices(summed, inner)
     sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
     for weights, value in (sides, reversed(sides)):
-        walk = _WeightWalk(softmax, elements)
+        walk = WeightWalk(softmax, elements, mixes)
         at = walk.back(weights.node, weights.indices)
         if at is None:
             continue
@@ -163,11 +195,11 @@ def _misfit(softmax: Softmax, at: Indices, keys: frozenset[Axis]) -> Reason | No
 def _from_weights(
     attention: _WeightedSum,
     at: Indices,
-    walk: _WeightWalk,
+    walk: WeightWalk,
     value: Place,
     elements: Elements,
     context: GraphContext,
-) -> Attention | Rejected:
+) -> Attention | Unread | Rejected:
     """Return the attention whose weights are read at `at`, or why it is none."""
     softmax, axes = attention.softmax, elements.axes
     tracer = ScoreTracer(elements, attention.keys, context.is_parameter)
@@ -176,10 +208,14 @@ def _from_weights(
         return Rejected(softmax.node, tracer.why_not, Stage.SCORES)
     if context.is_parameter(value.node):
         return Rejected(softmax.node, reasons.VALUES_LINEAR(), Stage.OPERANDS)
+    mixed = free_axes(at) - attention.keys - free_axes(attention.out)
+    if mixed and not _mixes_heads(mixed, walk, trace, context):
+        return Rejected(softmax.node, reasons.WEIGHTS_SUMMED(), Stage.OPERANDS)
     refused = walk.refused
     if softmax.deferred and attention.node is attention.product.node:
         refused = refused or reasons.SUM_MISPLACED()
     dropped = _dropped_keys(softmax, attention.keys, axes, trace)
+    trace, changed = with_exponentials(softmax, at, trace, attention.out, elements)
     total_misfit = _total_misfit(softmax, at, attention.out, axes)
     parts = MatchedParts(
         node=attention.node,
@@ -193,9 +229,20 @@ def _from_weights(
         keys=attention.keys,
         base_two=softmax.base_two,
         dropout=walk.dropout,
-        refused=refused or dropped or total_misfit or walk.unknown_mask(trace),
+        refused=refused or changed or dropped or total_misfit or walk.unknown_mask(trace),
+        mixed=mixed,
     )
     return settle(parts, elements, context)
+
+
+def _mixes_heads(
+    mixed: frozenset[Axis], walk: WeightWalk, trace: Trace, context: GraphContext
+) -> bool:
+    """True if what is summed over before the product with the values are heads, not tokens."""
+    heads = free_axes(trace.query.indices) & free_axes(trace.key.indices)
+    return all(
+        axes <= heads or context.is_parameter(factor) for axes, factor in walk.mixed if axes & mixed
+    )
 
 
 def _dropped_keys(
@@ -214,7 +261,8 @@ def _total_misfit(softmax: Softmax, at: Indices, out: Indices, axes: Axes) -> Re
     """Return a reason if the weights are not divided by the sum over the keys of their own row."""
     if softmax.total is None:
         return None
-    place = divisor_place(out if softmax.deferred else at, softmax, axes)
+    goal = None if softmax.extra is None else softmax.sums
+    place = divisor_place(out if softmax.deferred else at, softmax, axes, goal)
     rows = tuple(index for dim, index in enumerate(at) if dim not in softmax.dims)
     if place is not None and len(place) == len(at):  # keepdim
         place = tuple(index for dim, index in enumerate(place) if dim not in softmax.dims)
@@ -250,67 +298,3 @@ def _comes_from(node: torch.fx.Node, product: torch.fx.Node) -> bool:
     while node is not product and is_shape_operator(node):
         node = first_input(node)
     return node is product
-
-
-class _WeightWalk:
-    """A walk from the product with the values back to the softmax, noting what is in between."""
-
-    def __init__(self, softmax: Softmax, elements: Elements) -> None:
-        self.dropout = 0.0
-        self.refused: Reason | None = None
-        self._softmax, self._elements = softmax, elements
-        self._zeroed: list[torch.fx.Node] = []
-        self._dead: set[torch.fx.Node] = set()
-
-    def back(self, node: torch.fx.Node, indices: Indices) -> Indices | None:
-        """Return the indices into the weights; None if `node` does not come from them."""
-        if node is self._softmax.weights:
-            return indices
-        if node.op != "call_function" or node in self._dead or len(self._dead) > 64:
-            return None
-        viewed = source_of(node, indices, self._elements.axes)
-        at = None
-        if viewed is not None:
-            at = self.back(*viewed)
-        elif operator_of(node).carries_weights:
-            at = self._through(node, indices)
-        if at is None:
-            self._dead.add(node)
-        return at
-
-    def _through(self, node: torch.fx.Node, indices: Indices) -> Indices | None:
-        for place, operand in enumerate(node.args):
-            if not isinstance(operand, torch.fx.Node) or not shape_of(operand):
-                continue
-            at = self.back(operand, broadcast(indices, shape_of(operand), shape_of(node)))
-            if at is not None:
-                self._note(node, place)
-                return at
-        return None
-
-    def _note(self, node: torch.fx.Node, place: int) -> None:
-        if operator_of(node).family is Family.DROPOUT:
-            if argument(node, "train"):
-                self.dropout = max(self.dropout, float(argument(node, "p")))
-            return
-        if is_operator(node, "nan_to_num"):
-            return
-        condition, zero = self._zeroes(node, place)
-        if zero is not None and zero.is_zero:
-            if not is_operator(condition, "isnan"):
-                self._zeroed.append(condition)
-            return
-        self.refused = self.refused or reasons.WEIGHTS_CHANGED(operator=operator_key(node))
-
-    def _zeroes(self, node: torch.fx.Node, place: int) -> tuple[Any, Any]:
-        """Return the condition under which a weight is replaced, and by what; None if it is not."""
-        if is_operator(node, "masked_fill") and place == 0:
-            return node.args[1], self._elements.of(node.args[2])
-        if is_operator(node, "where") and place > 0:
-            return node.args[0], self._elements.of(node.args[3 - place])
-        return None, None
-
-    def unknown_mask(self, trace: Trace) -> Reason | None:
-        """Return a reason if weights are set to zero by a mask that the scores lack."""
-        masks = {step.other for step in trace.steps if step.kind is StepKind.FILL}
-        return None if masks.issuperset(self._zeroed) else reasons.WEIGHTS_MASKED()

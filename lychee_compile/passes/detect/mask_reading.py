@@ -206,7 +206,7 @@ def _is_document(condition: Relational) -> bool:
 
 
 def _short_names(attention: Attention, *expressions: sympy.Basic) -> dict[sympy.Basic, sympy.Basic]:
-    """Return shorter names for tensors, as long as they stay unique."""
+    """Return the names of symbolic numbers, and shorter ones for tensors if they stay unique."""
     leaves = {
         str(leaf): leaf
         for expression in expressions
@@ -214,11 +214,12 @@ def _short_names(attention: Attention, *expressions: sympy.Basic) -> dict[sympy.
         if leaf not in attention.axes.sizes
     }
     short = attention.names.shortened(sorted(leaves))
-    return {
+    tensors = {
         leaves[name]: sympy.Symbol(base, **leaves[name].assumptions0)
         for name, base in short.items()
         if name != base
     }
+    return attention.names.numbers() | tensors
 
 
 def _expanded(element: sympy.Indexed) -> sympy.Indexed:

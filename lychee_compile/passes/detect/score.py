@@ -71,7 +71,7 @@ class Score:
     scale: float = 1.0
     softcap: float | None = None
     factors: tuple[tuple[Operand, bool], ...] = ()
-    """Each tensor, and True if s is divided by it."""
+    """Each tensor or symbolic number, and True if s is divided by it."""
     biases: tuple[Bias, ...] = ()
     masks: tuple[Mask, ...] = ()
     visible: Boolean = sympy.true

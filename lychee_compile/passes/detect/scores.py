@@ -19,7 +19,12 @@ from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.operands import Operand, Place
 from lychee_compile.passes.detect.score import Bias, Mask, Score, exclusive, hides, without_hiding
 from lychee_compile.passes.detect.score_trace import Step, Trace
-from lychee_compile.passes.graph.dataflow import is_tensor, operator_key, shape_of
+from lychee_compile.passes.graph.dataflow import (
+    is_symbolic_number,
+    is_tensor,
+    operator_key,
+    shape_of,
+)
 from lychee_compile.passes.graph.operator_facts import StepKind
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axis, free_axes
@@ -117,7 +122,7 @@ class _Sum:
         elif self.capped or self.biases or self.masks or self.extra:
             self.refuse(reasons.SCORES_TIMES_LATE())
         else:
-            operand = self._operand(step)
+            operand = self._operand(step) or _run_time_number(step)
             if operand is None:
                 self.refuse(reasons.SCORES_TIMES_UNKNOWN())
             else:
@@ -191,7 +196,9 @@ class _Sum:
     def _extra(self, step: Step) -> None:
         self.extra_times = sympy.S.One
         self.extra = self._operand(step)
-        if self.extra is None:
+        if not is_tensor(step.other):
+            self.refuse(reasons.EXTRA_LOGIT_NUMBER())
+        elif self.extra is None:
             self.refuse(reasons.EXTRA_LOGIT_LAYOUT())
         elif self.shifted:
             self.refuse(reasons.EXTRA_LOGIT_UNSHIFTED())
@@ -229,6 +236,11 @@ def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bo
         extra=total.extra,
         unsupported=total.unsupported,
     )
+
+
+def _run_time_number(step: Step) -> Operand | None:
+    """Return the other operand of a step if it is a number that a run of the graph tells."""
+    return Operand(step.other, ()) if is_symbolic_number(step.other) else None
 
 
 def _zero_conditions(value: Element) -> list[Boolean] | None:

@@ -2,6 +2,7 @@
 
 softmax(x, d), log_softmax(x, d).exp()         exp(x - m) / exp(x - m).sum(d, keepdim=True)
 exp(x - logsumexp(x, d, keepdim=True))         (exp(x - m) @ v) / exp(x - m).sum(d)
+exp(x - m) * seen / (exp(x - m) * seen).sum(d) exp(x - m) / (exp(x - m).sum(d) + exp(sink - m))
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.fx
 
 from lychee_compile.passes.graph.dataflow import (
@@ -18,10 +20,11 @@ from lychee_compile.passes.graph.dataflow import (
     is_tensor,
     operator_of,
     shape_of,
+    value_of,
 )
 from lychee_compile.passes.graph.operator_facts import Family, View
-from lychee_compile.passes.symbolic.axes import Axes, Indices, free_axes, with_finer_axes
-from lychee_compile.passes.symbolic.views import broadcast, source_of
+from lychee_compile.passes.symbolic.axes import Axes, free_axes, with_finer_axes
+from lychee_compile.passes.symbolic.views import source_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Softmax:
     """The node that divides by `total`, or subtracts it."""
     deferred: bool = False
     """True if `reader` divides the product with the values instead of the weights."""
+    masked: torch.fx.Node | None = None
+    """The operator that sets some exponentials to zero before they are summed up."""
+    extra: torch.fx.Node | float | None = None
+    """Addend of the sum: the exponential of an extra logit, or a number."""
+    sums: torch.fx.Node | None = None
+    """The sum of the exponentials of the scores alone, if `total` holds more."""
 
 
 def find_softmaxes(graph: torch.fx.Graph) -> Iterator[Softmax]:
@@ -107,15 +116,89 @@ def _from_exponentials(node: torch.fx.Node) -> Softmax | None:
     exponent = _exponent(node)
     assert exponent is not None
     scores, base_two = exponent
+    for source, masked in ((node, None), *((each, each) for each in _masked(node))):
+        for sums, where in sums_of(source):
+            for total, extra in _totals(sums, base_two):
+                for reader in _readers(total):
+                    inputs = map(_behind_copies, reader.all_input_nodes)
+                    deferred = source not in inputs
+                    if deferred and masked is not None and not hides_keys(masked):
+                        continue  # a sum of products is no sum of weights
+                    weights = source if deferred else reader
+                    return Softmax(
+                        node,
+                        weights,
+                        scores,
+                        where,
+                        base_two,
+                        total,
+                        reader,
+                        deferred,
+                        masked,
+                        extra,
+                        sums,
+                    )
+    return None
+
+
+def exponentials(graph: torch.fx.Graph) -> Iterator[tuple[Softmax, torch.fx.Node]]:
+    """Yield exponentials as weights that nothing divides, with each sum of them, in order."""
+    for node in graph.nodes:
+        exponent = _exponent(node)
+        if exponent is None:
+            continue
+        scores, base_two = exponent
+        for source, masked in ((node, None), *((each, each) for each in _masked(node))):
+            for sums, where in sums_of(source):
+                yield Softmax(node, source, scores, where, base_two, masked=masked), sums
+
+
+def sums_of(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, tuple[int, ...]]]:
+    """Yield each sum over whole dimensions of `node`, and these dimensions."""
     for total in _users_behind_shapes(node):
         where = _dims_summed(total, node)
-        if where is None:
+        if where is not None:
+            yield total, where
+
+
+def _masked(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """Yield the operators that set some elements of `node` to zero, or multiply them."""
+    for user in _users_behind_shapes(node):
+        zeroes = is_operator(user, "mul") or (is_operator(user, "where") and user.args[2] == 0)
+        if is_operator(user, "masked_fill"):
+            zeroes = bool(user.args[2] == 0) and _behind_copies(first_input(user)) is node
+        if zeroes and shape_of(user) == shape_of(node):
+            yield user
+
+
+def hides_keys(masked: torch.fx.Node) -> bool:
+    """True if an operator on exponentials does nothing but set some of them to zero."""
+    return not is_operator(masked, "mul") or any(
+        value_of(_behind_copies(each)).dtype == torch.bool for each in masked.all_input_nodes
+    )
+
+
+def _totals(
+    sums: torch.fx.Node, base_two: bool
+) -> Iterator[tuple[torch.fx.Node, torch.fx.Node | float | None]]:
+    """Yield a sum of exponentials, and its sums with what may be the exponential of a logit."""
+    yield sums, None
+    for user in _users_behind_shapes(sums):
+        if not is_operator(user, "add") or argument(user, "alpha", 1) != 1:
             continue
-        for reader in _readers(total):
-            normalised = any(_behind_copies(each) is node for each in reader.all_input_nodes)
-            weights = reader if normalised else node
-            return Softmax(node, weights, scores, where, base_two, total, reader, not normalised)
-    return None
+        operands = list(user.args[:2])
+        if isinstance(operands[0], torch.fx.Node) and _behind_shapes(operands[0]) is not sums:
+            operands.reverse()
+        ours, other = operands
+        if not isinstance(ours, torch.fx.Node) or shape_of(ours) != shape_of(user):
+            continue
+        if isinstance(other, (int, float)):
+            if other == 1:  # a logit of zero; a smaller number is there to divide by no zero
+                yield user, float(other)
+        elif isinstance(other, torch.fx.Node):
+            exponent = _exponent(_behind_shapes(other))
+            if exponent is not None and exponent[1] == base_two:
+                yield user, _behind_shapes(other)
 
 
 def _dims_summed(total: torch.fx.Node, node: torch.fx.Node) -> tuple[int, ...] | None:
@@ -179,27 +262,6 @@ def _users_behind_shapes(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
             yield from _users_behind_shapes(user)
         else:
             yield user
-
-
-def divisor_place(indices: Indices, softmax: Softmax, axes: Axes) -> Indices | None:
-    """Return the indices of a total that its reader reads at the reader's own `indices`."""
-    reader = softmax.reader
-    assert reader is not None
-    if len(indices) != len(shape_of(reader)):
-        return None
-    for operand in reader.args[1:2] if is_operator(reader, "div") else reader.args[:2]:
-        if not isinstance(operand, torch.fx.Node):
-            continue
-        node, at = operand, broadcast(indices, shape_of(operand), shape_of(reader))
-        while node is not softmax.total:
-            is_function = operator_of(node).is_elementwise and len(node.args) == 1
-            behind = (first_input(node), at) if is_function else source_of(node, at, axes)
-            if behind is None:
-                break
-            node, at = behind
-        if node is softmax.total:
-            return at
-    return None
 
 
 def _is_shape(node: torch.fx.Node) -> bool:

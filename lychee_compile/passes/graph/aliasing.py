@@ -13,16 +13,27 @@ from lychee_compile.passes.graph.operator_facts import Memory, View
 
 def storage_of(node: torch.fx.Node) -> torch.fx.Node:
     """Return the node whose memory `node` may show, or `node` if it has memory of its own."""
-    while node.op == "call_function" and node.args:
-        is_part = node.target is operator.getitem
-        maker = first_input(node) if is_part else node
-        if not _may_share(maker) or not isinstance(maker.args[0], (torch.fx.Node, list, tuple)):
-            return node
-        source: Any = maker.args[0]
-        if not isinstance(source, torch.fx.Node):  # broadcast_tensors and meshgrid take a list
-            source = source[node.args[1] if is_part else 0]
-        node = source
+    source = memory_behind(node)
+    while source is not None:
+        node, source = source, memory_behind(source)
     return node
+
+
+def memory_behind(node: torch.fx.Node) -> torch.fx.Node | None:
+    """Return the tensor whose memory an operator may show; None if the operator makes its own."""
+    if node.op != "call_function" or not node.args:
+        return None
+    is_part = node.target is operator.getitem
+    maker = first_input(node) if is_part else node
+    if not _may_share(maker):
+        return None
+    written = written_by(maker)
+    source: Any = written[0] if written else maker.args[0]
+    if isinstance(source, (list, tuple)):  # broadcast_tensors and meshgrid take a list
+        place = node.args[1] if is_part else 0
+        assert isinstance(place, int)
+        source = source[place]
+    return source if isinstance(source, torch.fx.Node) else None
 
 
 def _may_share(node: torch.fx.Node) -> bool:

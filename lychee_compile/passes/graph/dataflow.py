@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
 import torch
 import torch.fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from lychee_compile import torch_private
 from lychee_compile.passes.graph.operator_facts import AtenOperator, View
 from lychee_compile.passes.graph.operators import OPERATORS, UNKNOWN
 
@@ -23,6 +24,13 @@ def value_of(node: torch.fx.Node) -> Any:
 def is_tensor(value: Any) -> bool:
     """True if an argument of a node is a tensor of the graph."""
     return isinstance(value, torch.fx.Node) and isinstance(value_of(value), torch.Tensor)
+
+
+def is_symbolic_number(value: Any) -> TypeGuard[torch.fx.Node]:
+    """True if an argument of a node is a number that only a run of the graph tells."""
+    return isinstance(value, torch.fx.Node) and isinstance(
+        value_of(value), (torch.SymInt, torch.SymFloat)
+    )
 
 
 def first_input(node: torch.fx.Node) -> torch.fx.Node:
@@ -72,7 +80,9 @@ def scalar_of(value: Any) -> sympy.Expr | None:
     """Return a number or a symbolic size as a sympy expression; None for anything else."""
     if isinstance(value, torch.fx.Node):
         value = value_of(value)
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+    if isinstance(value, torch.SymInt):
+        return torch_private.symbolic_expression(value)
+    if isinstance(value, torch.SymFloat):
         return value.node.expr
     if isinstance(value, sympy.Expr):
         return value

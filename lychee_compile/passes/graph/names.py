@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 
@@ -10,6 +11,8 @@ import torch
 import torch.fx
 
 from lychee_compile import torch_private
+from lychee_compile.passes.graph.dataflow import operator_of
+from lychee_compile.passes.graph.operator_facts import Family, View
 
 _MEANINGLESS = {"L", "self", "fn", "args", "kwargs", "G", "_orig_mod"}
 
@@ -47,12 +50,25 @@ class Names:
         """Return the tensors of the graph that have been named so far, by name."""
         return {name: node for node, name in self._of.items() if node.graph is self._gm.graph}
 
+    def numbers(self) -> dict[sympy.Symbol, sympy.Symbol]:
+        """Return the symbols of floats that inputs hold, each with one of the input's name."""
+        named = {}
+        for source in self._gm.graph.find_nodes(op="placeholder"):
+            for node in (source, *source.users):
+                value = node.meta.get("val")
+                if isinstance(value, torch.SymFloat) and value.node.expr.is_Symbol:
+                    named[value.node.expr] = sympy.Symbol(self.base(source))
+        return named
+
     def call(self, node: torch.fx.Node, other: torch.fx.Node) -> None:
         """Give `node`, an input of a function in the graph, the name of the tensor passed to it."""
         self._of[node] = self.of(other)
 
     def base(self, node: torch.fx.Node) -> str:
         """Return the name of a tensor if no other had the same: the same in every layer."""
+        node = _tensor_behind(node)
+        if str(node.target).startswith("_tensor_constant"):
+            return "constant"
         if node.op != "placeholder":
             return re.sub(r"(_default)?(_\d+)?$", "", node.name)
         words = re.findall(r"[A-Za-z_]\w*", torch_private.source_name(node))
@@ -69,3 +85,20 @@ class Names:
         if not torch_private.has_data(tensor) or tensor.numel() != 1 or tensor.dtype.is_complex:
             return None
         return sympy.sympify(tensor.item())
+
+
+def _tensor_behind(node: torch.fx.Node) -> torch.fx.Node:
+    """Return the input or constant whose elements `node` shows, copied, moved or picked.
+
+    If there is none, as for the result of a sum, return `node`.
+    """
+    source = node
+    while source.op == "call_function":
+        described = operator_of(source)
+        shows = described.view is not None or described.family is Family.SELECTION
+        if source.target is operator.getitem:
+            shows = operator_of(source.args[0]).view is View.PARTS
+        if not shows or not isinstance(source.args[0], torch.fx.Node):
+            return node
+        source = source.args[0]
+    return source

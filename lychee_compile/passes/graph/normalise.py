@@ -3,8 +3,9 @@
     scores.masked_fill_(hidden, -inf)         scores_1 = masked_fill(scores, hidden, -inf)
     weights = softmax(scores, -1)        ->   weights = softmax(scores_1, -1)
 
-Writes to inputs, such as caches, stay as they are, and so do writes through a view. The tensor that
-is written to through a view is reported, because it does not keep its value.
+A write through a view becomes a new tensor too, and every other view that is read later is made
+again. Writes to inputs, such as caches, stay as they are. A write that has no such form stays as
+well, and the tensor that it writes to is reported, because that tensor does not keep its value.
 """
 
 from __future__ import annotations
@@ -14,93 +15,159 @@ from typing import Any
 import torch
 import torch.fx
 
+from lychee_compile import torch_private
 from lychee_compile.passes.graph.aliasing import storage_of, written_by
-from lychee_compile.passes.graph.dataflow import aten, first_input, operator_of, value_of
+from lychee_compile.passes.graph.dataflow import (
+    argument,
+    aten,
+    calls,
+    is_tensor,
+    operator_of,
+    same_shape,
+    value_of,
+)
 from lychee_compile.passes.graph.dead_code import erase_dead_code
-from lychee_compile.torch_private import FakeTensorMode, is_foreign
+from lychee_compile.passes.graph.emitter import Emitter
+from lychee_compile.passes.graph.operator_facts import Family
+from lychee_compile.passes.graph.shared_memory import SharedMemory, UnknownMemory, same_view
+from lychee_compile.passes.graph.view_inverses import put_back, views_anew
+from lychee_compile.passes.graph.written_parts import changed_part
+from lychee_compile.passes.graph.written_values import written_value
+from lychee_compile.torch_private import FakeTensorMode
 
 
 def normalise(gm: torch.fx.GraphModule, mode: FakeTensorMode) -> frozenset[torch.fx.Node]:
     """Rewrite `gm` in place, and return the tensors made in the graph that are still written to."""
     erase_dead_code(gm)
-    written = set()
-    order = {node: place for place, node in enumerate(gm.graph.nodes)}
-    views: dict[torch.fx.Node, list[torch.fx.Node]] = {}
-    for node in list(gm.graph.nodes):
-        storage = storage_of(node)
-        if storage is not node:
-            views.setdefault(storage, []).append(node)
-        targets = [storage_of(each) for each in written_by(node)]
-        made_here = [each for each in targets if each.op in ("call_function", "call_method")]
-        if made_here and not (len(targets) == 1 and _made_functional(node, order, views, mode)):
-            written.update(made_here)
-    return frozenset(written)
+    written = _Writes(gm.graph, mode).as_values()
+    erase_dead_code(gm)
+    return written
 
 
-def _made_functional(
-    node: torch.fx.Node,
-    order: dict[torch.fx.Node, int],
-    views: dict[torch.fx.Node, list[torch.fx.Node]],
-    mode: FakeTensorMode,
-) -> bool:
-    """Replace the write `node` by a value that all later users read; True if that was possible."""
-    target = first_input(node)
-    functional = _functional(node)
-    if functional is None or storage_of(target) is not target or _may_be_shared(target, views):
-        return False
-    place = order[node]
-    if any(
-        order[user] > place
-        for view in views.get(target, [])
-        for user in view.users
-        if view is not node
-    ):
-        return False
-    value = _value(functional, node, mode)
-    before = value_of(target)
-    if value is None or value.dtype != before.dtype or value.shape != before.shape:
-        return False
-    if _strides(value) != _strides(before):
-        return False
-    graph = node.graph
-    with graph.inserting_before(node):
-        replacement = graph.call_function(functional, node.args, node.kwargs)
-    replacement.meta.update(node.meta)
-    replacement.meta["val"] = value
-    order[replacement] = place
-    node.replace_all_uses_with(replacement)
-    target.replace_all_uses_with(replacement, delete_user_cb=lambda user: order[user] > place)
-    views.get(target, []).remove(node)
-    graph.erase_node(node)
-    return True
+class _Writes:
+    """The writes of one graph, taken one after the other."""
+
+    def __init__(self, graph: torch.fx.Graph, mode: FakeTensorMode) -> None:
+        self._graph, self._emit = graph, Emitter(graph, mode)
+        self._order = {node: place for place, node in enumerate(graph.nodes)}
+        self._memory = SharedMemory(graph)
+        self._kept: set[torch.fx.Node] = set()
+        """Tensors that are written to by writes that stay."""
+
+    def as_values(self) -> frozenset[torch.fx.Node]:
+        """Replace all writes that can be; return the tensors that the others write to."""
+        for node in list(self._graph.nodes):
+            targets = written_by(node)
+            made_here = [
+                memory
+                for memory in map(storage_of, targets)
+                if memory.op in ("call_function", "call_method")
+            ]
+            if made_here and not (len(targets) == 1 and self._replaced(node, targets[0])):
+                self._kept.update(made_here)
+        return frozenset(self._kept)
+
+    def _replaced(self, node: torch.fx.Node, target: torch.fx.Node) -> bool:
+        """Replace the write `node` by a value that all later users read; True if that was done."""
+        before = node.prev
+        try:
+            with self._emit.attempt(), self._graph.inserting_before(node):
+                if self._does_nothing(node, target):
+                    changed = {target: target}
+                else:
+                    changed = self._changed(node, target)
+        except (UnknownMemory, RuntimeError, TypeError):  # as for functions mapped over a batch
+            return False
+        self._adopt(before, node)
+        place = self._order[node]
+        node.replace_all_uses_with(changed[target])
+        for alias, fresh in changed.items():
+            if fresh is not alias:
+                alias.replace_all_uses_with(
+                    fresh, delete_user_cb=lambda user: self._order[user] > place
+                )
+        self._graph.erase_node(node)
+        return True
+
+    def _does_nothing(self, node: torch.fx.Node, target: torch.fx.Node) -> bool:
+        """True if `node` leaves its target as it is: idle dropout, or a copy of itself.
+
+        `scores[a:] += bias` ends with such a copy.
+        """
+        if operator_of(node).family is Family.DROPOUT:
+            return not (argument(node, "train") and argument(node, "p"))
+        copies = calls(node, aten.copy_.default) and is_tensor(node.args[1])
+        return copies and same_view(target, node.args[1], self._memory)  # type: ignore[arg-type]
+
+    def _changed(
+        self, node: torch.fx.Node, target: torch.fx.Node
+    ) -> dict[torch.fx.Node, torch.fx.Node]:
+        """Return what later users read for each tensor that shows the memory written.
+
+        Raises `UnknownMemory` if some of it cannot be told.
+        """
+        owner = self._memory.owner(target)
+        if torch_private.is_foreign(owner):
+            raise UnknownMemory
+        place = self._order[node]
+        aliases = [
+            alias
+            for alias in self._memory.aliases(owner)
+            if alias is not node and self._order[alias] < place and self._is_read(alias, place)
+        ]
+        view, value = self._value(node, target, owner)
+        while view is not owner:
+            source = self._memory.source(view)
+            assert source is not None
+            value = put_back(view, source, value, self._emit)
+            view = source
+        changed = {owner: self._laid_out(value, owner)}
+        views_anew([*sorted(aliases, key=self._order.__getitem__), target], changed, self._emit)
+        return changed
+
+    def _value(
+        self, node: torch.fx.Node, target: torch.fx.Node, owner: torch.fx.Node
+    ) -> tuple[torch.fx.Node, torch.fx.Node]:
+        """Return a view of `owner` that holds all that is written, and its new value."""
+        if owner not in self._kept:
+            try:
+                with self._emit.attempt():
+                    part = changed_part(node, target, self._memory, self._emit)
+                    if part is not None:
+                        return part
+            except (UnknownMemory, RuntimeError, TypeError):
+                pass  # the general form serves
+        return target, written_value(node, target, self._emit)
+
+    def _laid_out(self, value: torch.fx.Node, owner: torch.fx.Node) -> torch.fx.Node:
+        """Return a new tensor in the memory layout of the old, which views depend on.
+
+        Raises `UnknownMemory` if it cannot have that layout, or differs in more.
+        """
+        after, before = value_of(value), value_of(owner)
+        alike = after.dtype == before.dtype and after.device == before.device
+        if not alike or not same_shape(tuple(after.shape), tuple(before.shape)):
+            raise UnknownMemory
+        if same_shape(_strides(after), _strides(before)):
+            return value
+        if not before.is_contiguous():
+            raise UnknownMemory
+        return self._emit(aten.clone.default, value, memory_format=torch.contiguous_format)
+
+    def _is_read(self, alias: torch.fx.Node, place: int) -> bool:
+        return any(self._order[user] > place for user in alias.users)
+
+    def _adopt(self, before: torch.fx.Node, write: torch.fx.Node) -> None:
+        """Give the nodes between `before` and `write` the place and the source line of `write`."""
+        node = before.next
+        while node is not write:
+            node.meta = {**write.meta, "val": node.meta["val"]}
+            self._order[node] = self._order[write]
+            self._memory.note(node)
+            node = node.next
 
 
-def _may_be_shared(target: torch.fx.Node, views: dict[torch.fx.Node, list[torch.fx.Node]]) -> bool:
-    """True if an operator that is not PyTorch's may show the memory of `target`, and see writes."""
-    readers = [user for view in (target, *views.get(target, ())) for user in view.users]
-    return is_foreign(target) or any(map(is_foreign, readers))
-
-
-def _strides(tensor: torch.Tensor) -> list[int]:
+def _strides(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return the strides of the dimensions that have more than one element."""
-    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
-
-
-def _value(functional: Any, node: torch.fx.Node, mode: FakeTensorMode) -> torch.Tensor | None:
-    """Return what `functional` gives for the operands of `node`; None if it cannot be run."""
-    args: Any = torch.fx.node.map_arg(node.args, value_of)
-    kwargs: Any = torch.fx.node.map_arg(node.kwargs, value_of)
-    try:
-        with mode:
-            return functional(*args, **kwargs)
-    except (RuntimeError, TypeError):  # such as values of a function that is mapped over a batch
-        return None
-
-
-def _functional(node: torch.fx.Node) -> Any:
-    """Return the operator that gives what `node` writes as a new tensor; None if there is none."""
-    target: Any = node.target
-    name, overload = target._schema.name.partition("::")[2], target._overloadname
-    if not name.endswith("_") or name.endswith("__") or operator_of(node).only_in_place:
-        return None
-    return getattr(getattr(aten, name[:-1], None), overload, None)
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return tuple(stride for stride, size in pairs if size != 1)

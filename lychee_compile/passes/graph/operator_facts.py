@@ -123,6 +123,12 @@ class Family(Enum):
     CONVOLUTION = auto()
     DROPOUT = auto()
     EXPONENTIAL = auto()
+    SELECTION = auto()
+    """Picks elements of a tensor by their indices, or sets zeros around them."""
+    JOINING = auto()
+    """Puts tensors together into one, each as a part of it."""
+    NORMALISATION = auto()
+    """Shifts and scales its input by statistics of it, in the same shape."""
     ATTENTION_MODULE = auto()
     """Computes a whole module that holds an attention."""
     TOKEN_WRITE = auto()

@@ -181,11 +181,14 @@ def _selections() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("where", rule=Rule.WHERE, steps=(None, FILL, FILL), carries=True)
     yield from _row("masked_fill", rule=Rule.MASKED_FILL, steps=(FILL,), carries=True)
     yield from _row("index_put", rule=Rule.INDEX_PUT, steps=(FILL,))
+    yield from _row("slice_scatter select_scatter", steps=(OTHER,), family=Family.JOINING)
     yield from _row("tril", rule=Rule.LOWER_TRIANGLE)
     yield from _row("triu", rule=Rule.UPPER_TRIANGLE)
-    yield from _row("index", rule=Rule.INDEX)
-    yield from _row("index_select", rule=Rule.INDEX_SELECT)
-    yield from _row("embedding", rule=Rule.EMBEDDING)
+    picks = Family.SELECTION
+    yield from _row("index", rule=Rule.INDEX, family=picks)
+    yield from _row("index_select", rule=Rule.INDEX_SELECT, family=picks)
+    yield from _row("embedding", rule=Rule.EMBEDDING, family=picks)
+    yield from _row("gather constant_pad_nd", family=picks)
 
 
 def _products() -> Iterator[tuple[str, AtenOperator]]:
@@ -209,8 +212,12 @@ def _others() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("softmax/_softmax/special_softmax/_safe_softmax")
     yield from _row("log_softmax/_log_softmax/special_log_softmax")
     yield from _row("logsumexp/special_logsumexp")
-    yield from _row("scaled_dot_product_attention stack view_as_complex view_as_real isnan roll")
-    yield from _row("cat/concat/concatenate")
+    yield from _row("scaled_dot_product_attention view_as_complex view_as_real isnan roll")
+    yield from _row("stack cat/concat/concatenate", family=Family.JOINING)
+    yield from _row(
+        "layer_norm native_layer_norm batch_norm group_norm instance_norm rms_norm",
+        family=Family.NORMALISATION,
+    )
     yield from _row(
         "_transformer_encoder_layer_fwd _native_multi_head_attention",
         family=Family.ATTENTION_MODULE,
@@ -223,7 +230,11 @@ def _others() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("rrelu", memory=maybe)
     yield from _row("index_copy_ index_put_", family=Family.TOKEN_WRITE)
     yield from _row("requires_grad_", writes_nothing=True)
-    yield from _row("dropout_ set_ resize_", only_in_place=True)
+    yield from _row("fill_ zero_")
+    yield from _row(
+        "dropout_ feature_dropout_ alpha_dropout_ feature_alpha_dropout_", family=Family.DROPOUT
+    )
+    yield from _row("set_ resize_", only_in_place=True)
 
 
 OPERATORS: Mapping[str, AtenOperator] = dict(_table())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,7 @@ from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.detect.score import Mask
 from lychee_compile.passes.graph.check import check_replacement
-from lychee_compile.passes.graph.dataflow import aten, value_of
+from lychee_compile.passes.graph.dataflow import aten, is_tensor, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.rearrange import Rearranger, Size
 from lychee_compile.passes.symbolic.axes import Axis
@@ -38,7 +40,8 @@ class Canonicaliser:
 
     def __init__(self, attention: Attention, emit: Emitter) -> None:
         self._attention, self.emit = attention, emit
-        self._rearrange = Rearranger(emit, attention.axes, self._size_node)
+        self._sizes = _AxisSizes(attention, emit)
+        self._rearrange = Rearranger(emit, attention.axes, self._sizes)
 
     def operands(self, *, repeated: bool = False, masked: bool = True) -> Canonical:
         """Emit all operands. Raises `RewriteError` if the graph does not tell a size.
@@ -103,7 +106,9 @@ class Canonicaliser:
         node = self._rearrange(attention.query, roles.query_layout(), whole=True)
         dtype = value_of(node).dtype
         for factor, inverse in attention.score.factors:
-            times = self._rearrange(factor, roles.query_layout(), whole=False)
+            times = factor.node
+            if is_tensor(times):
+                times = self._rearrange(factor, roles.query_layout(), whole=False)
             node = self.emit((aten.div if inverse else aten.mul).Tensor, node, times)
         return self._cast(node, dtype)
 
@@ -124,9 +129,8 @@ class Canonicaliser:
         plain = hides_wholly and not score.biases
         node = self._visible(score.masks) if plain else self._additive()
         if node.meta["val"].shape[-1] == 1 and self._attention.kv_len != 1:
-            node = self.emit(
-                aten.expand.default, node, [-1, -1, -1, self._size_node(*self._attention.roles.key)]
-            )
+            kv_len = self._sizes(*self._attention.roles.key)
+            node = self.emit(aten.expand.default, node, [-1, -1, -1, kv_len])
         return node
 
     def _visible(self, masks: tuple[Mask, ...]) -> torch.fx.Node:
@@ -169,16 +173,50 @@ class Canonicaliser:
         assert node is not None
         return node
 
-    def _size_node(self, axis: Axis) -> Size | None:
-        """Return the size of an axis as a number or a node; None if the graph does not tell it."""
-        size = self._attention.axes.sizes[axis]
+
+class _AxisSizes:
+    """Sizes of the axes of one attention, as numbers or as nodes made of its operands.
+
+    mask (nW,), (T,), (L,)              nW = sym_size(mask, 0)
+    key (b, nW), (h,), (L,), (d,)       b  = sym_size(key, 0) // nW
+    """
+
+    def __init__(self, attention: Attention, emit: Emitter) -> None:
+        self._sizes, self._emit = attention.axes.sizes, emit
+        biases, masks = attention.score.biases, attention.score.masks
+        operands = [attention.key, attention.value, attention.query]
+        operands += [bias.operand for bias in biases] + [mask.operand for mask in masks]
+        dimensions = [
+            (operand, dim, axes)
+            for operand in operands
+            for dim, axes in enumerate(operand.layout)
+            if axes
+        ]
+        self._dimensions: list[tuple[Operand, int, tuple[Axis, ...]]] = sorted(
+            dimensions, key=lambda each: len(each[2])
+        )
+
+    def __call__(self, axis: Axis, unknown: Collection[Axis] = ()) -> Size | None:
+        """Return the size of an axis; None if the operands do not tell it.
+
+        A dimension that holds several axes tells the size of one by those of the others, of which
+        none may be in `unknown`.
+        """
+        size = self._sizes[axis]
         if size.is_Integer:
             return int(size)
-        attention = self._attention
-        for operand in (attention.key, attention.value, attention.query):
-            for dim, axes in enumerate(operand.layout):
-                if axes == (axis,):
-                    return self.emit(aten.sym_size.int, operand.node, dim)
+        unknown = {*unknown, axis}
+        for operand, dim, axes in self._dimensions:
+            others = [each for each in axes if each != axis]
+            if len(others) == len(axes) or unknown & set(others):
+                continue
+            known = [self(each, unknown) for each in others]
+            if None in known:
+                continue
+            node = self._emit(aten.sym_size.int, operand.node, dim)
+            for each in known:
+                node = self._emit(operator.floordiv, node, each)
+            return node
         return None
 
 

@@ -16,6 +16,7 @@ from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caches import CacheBinding
 from lychee_compile.passes.graph.dataflow import shape_of, static_size, value_of
+from lychee_compile.passes.lower.written_slots import wrapping_operator
 from lychee_compile.passes.reasons import Reason, ReasonedError, ReasonKind
 
 LARGEST_HEAD = 256
@@ -110,6 +111,8 @@ def no_gpu_index(attention: Attention, binding: CacheBinding, config: IndexConfi
         tokens_written(binding)
     except NoKernel as error:
         return error.reason
+    if (operator := wrapping_operator(binding)) is not None:
+        return reasons.CACHE_MAY_WRAP(operator=operator)
     device = value_of(attention.key.node).device
     if binding.positions is not None and value_of(binding.positions).device != device:
         return reasons.POSITIONS_DEVICE()

@@ -65,15 +65,20 @@ class Rearranger:
             result = [(axis,) for axis in axes] + result
         return node, result
 
-    def _sizes(self, axes: tuple[Axis, ...]) -> list[int]:
-        """Return sizes for `unflatten`; -1 stands for the only one that may be symbolic."""
-        sizes: list[int] = []
-        for axis in axes:
-            size = self._axes.sizes[axis]
-            sizes.append(int(size) if size.is_Integer else -1)
-        if sizes.count(-1) > 1:
+    def _sizes(self, axes: tuple[Axis, ...]) -> list[Size]:
+        """Return sizes for `unflatten`; -1 stands for the first one that is not known otherwise."""
+        sizes: list[Size | None] = [
+            int(size) if size.is_Integer else None
+            for size in (self._axes.sizes[axis] for axis in axes)
+        ]
+        if sizes.count(None) > 1:
+            pairs = zip(sizes, axes, strict=True)
+            known = [self._size_node(axis) if size is None else size for size, axis in pairs]
+            inferred = known.index(None) if None in known else sizes.index(None)
+            sizes = [*known[:inferred], None, *known[inferred + 1 :]]
+        if sizes.count(None) > 1:
             raise RewriteError(reasons.SEVERAL_SIZES_UNKNOWN())
-        return sizes
+        return [-1 if size is None else size for size in sizes]
 
     def _in_order(
         self, node: torch.fx.Node, present: list[Axis], wanted: list[Axis]
@@ -95,7 +100,7 @@ class Rearranger:
             node = self._emit(aten.unsqueeze.default, node, dim)
             size = self._size_node(axis)
             if size is None:
-                raise RewriteError(reasons.SIZE_NOT_IN_GRAPH(axis=axis))
+                raise RewriteError(reasons.SIZE_NOT_IN_GRAPH())
             sizes.append(size)
         return self._emit(aten.expand.default, node, sizes)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from operator import mod
+
 import torch
 import torch.fx
 
 from lychee_compile.passes.detect.caches import CacheBinding
-from lychee_compile.passes.graph.dataflow import aten, value_of
+from lychee_compile.passes.graph.dataflow import aten, operator_key, value_of
 from lychee_compile.passes.graph.emitter import Emitter
+
+REMAINDERS = ("remainder", "fmod")
+"""ATen operators that bring positions back to the first slots."""
 
 
 def named_slots(binding: CacheBinding, emit: Emitter) -> torch.fx.Node | None:
@@ -16,3 +21,40 @@ def named_slots(binding: CacheBinding, emit: Emitter) -> torch.fx.Node | None:
         return binding.positions
     device = value_of(binding.key).device
     return emit(aten.arange.start, *binding.span, device=device, dtype=torch.int64)
+
+
+def wrapping_operator(binding: CacheBinding) -> str | None:
+    """Return the operator that may bring the slots written back to the first ones.
+
+    It is a remainder, or a choice between two positions that are both computed, as `pos - L` for
+    `pos`. None: the graph shows no such operator, or does not compute the slots.
+    """
+    named = (binding.positions, *(binding.span or ()))
+    waiting = [each for each in named if isinstance(each, torch.fx.Node)]
+    met = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if operator_key(node) in REMAINDERS or node.target is mod:
+            return "a remainder"
+        if operator_key(node) == "where" and all(map(_varies, node.args[1:])):
+            return "a choice between positions"
+        more = set(_inputs_of_value(node)) - met
+        met |= more
+        waiting += more
+    return None
+
+
+def _inputs_of_value(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Return the inputs that the value of a node is computed from; conditions are left out."""
+    if operator_key(node) == "where":
+        return [each for each in node.args[1:] if isinstance(each, torch.fx.Node)]
+    return list(node.all_input_nodes)
+
+
+def _varies(value: object) -> bool:
+    """True if a value depends on an input of the graph."""
+    if not isinstance(value, torch.fx.Node):
+        return False
+    if value.op == "placeholder":
+        return True
+    return any(_varies(each) for each in value.all_input_nodes)

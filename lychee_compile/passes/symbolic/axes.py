@@ -16,6 +16,8 @@ from typing import Any, TypeAlias, TypeVar
 import sympy
 import torch
 
+from lychee_compile import torch_private
+
 Index: TypeAlias = sympy.Expr
 Indices: TypeAlias = tuple[Index, ...]
 ZERO: Index = sympy.S.Zero
@@ -46,7 +48,7 @@ class _Parts:
 def size_expression(size: Any) -> sympy.Expr:
     """Return a size of a tensor, int or SymInt, as a sympy expression."""
     if isinstance(size, torch.SymInt):
-        return size.node.expr
+        return torch_private.symbolic_expression(size)
     return sympy.Integer(size)
 
 
@@ -106,7 +108,7 @@ class Axes:
         """
         if size == 1:
             return index, ZERO
-        if self._below(index, size):
+        if self.is_below(index, size):
             return ZERO, index
         quotient: list[Index] = []
         remainder: list[Index] = []
@@ -114,7 +116,7 @@ class Axes:
             times = _divide_exactly(term, size)
             (remainder if times is None else quotient).append(term if times is None else times)
         rest = sympy.Add(*remainder)
-        if self._below(rest, size):
+        if self.is_below(rest, size):
             return sympy.Add(*quotient), rest
         for term in remainder:
             self._split_across(term, size)
@@ -129,7 +131,7 @@ class Axes:
         if _divide_exactly(self.sizes[axis], inner) is not None:
             raise SplitAxis(axis, inner)
 
-    def _below(self, index: Index, size: sympy.Expr) -> bool:
+    def is_below(self, index: Index, size: sympy.Expr) -> bool:
         """True if 0 <= index < size is proved."""
         if index.is_Integer and size.is_Integer:
             return bool(0 <= index < size)

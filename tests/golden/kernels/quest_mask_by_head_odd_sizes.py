@@ -289,7 +289,7 @@ def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
 
 @triton.jit
 def always_read(
-    tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES: tl.constexpr
+    tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES: tl.constexpr
 ):
     """Return the bounds of the slots [first, sinks_end) and [recent_start, end), always read."""
     tile = tl.arange(0, TILES)
@@ -297,7 +297,8 @@ def always_read(
     first = tl.min(tl.load(tile_first + head_row * tiles + tile, mask=inside, other=2**30), 0)
     end = tl.max(tl.load(tile_end + head_row * tiles + tile, mask=inside, other=0), 0)
     sinks_end = tl.minimum(first + SINKS, end)
-    recent_start = tl.maximum(tl.minimum(end - RECENT, fresh // PAGE * PAGE), sinks_end)
+    newest = tl.where(written > 0, tl.minimum(end, fresh + written), end)
+    recent_start = tl.maximum(tl.minimum(newest - RECENT, fresh // PAGE * PAGE), sinks_end)
     return first, sinks_end, recent_start, end
 
 
@@ -430,7 +431,7 @@ def list_boxes(
         tl.extra.cuda.gdc_wait()
     fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     _, begin, stop, end = always_read(
-        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
     )
     room = tl.maximum(BUDGET - (end - stop), 0)
     room = tl.where(stop - begin <= room, 2**30, room // PAGE)
@@ -523,7 +524,7 @@ def attend(
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
         first, begin, stop, end = always_read(
-            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
+            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
         )
         sinks = begin - first
         always = sinks + end - stop

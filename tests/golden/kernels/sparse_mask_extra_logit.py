@@ -301,7 +301,7 @@ def choose_by_bin(entry, cut, left, at_cut):
 
 @triton.jit
 def always_read(
-    tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES: tl.constexpr
+    tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES: tl.constexpr
 ):
     """Return the bounds of the slots [first, sinks_end) and [recent_start, end), always read."""
     tile = tl.arange(0, TILES)
@@ -309,7 +309,8 @@ def always_read(
     first = tl.min(tl.load(tile_first + head_row * tiles + tile, mask=inside, other=2**30), 0)
     end = tl.max(tl.load(tile_end + head_row * tiles + tile, mask=inside, other=0), 0)
     sinks_end = tl.minimum(first + SINKS, end)
-    recent_start = tl.maximum(tl.minimum(end - RECENT, fresh), sinks_end)
+    newest = tl.where(written > 0, tl.minimum(end, fresh + written), end)
+    recent_start = tl.maximum(tl.minimum(newest - RECENT, fresh), sinks_end)
     return first, sinks_end, recent_start, end
 
 
@@ -647,7 +648,7 @@ def scan_chosen(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     _, begin, stop, _ = always_read(
-        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
     )
     total = tl.load(whole + head_row * ROWS + g)
     cut, left, at_cut = tl.load(limits), tl.load(limits + 1), tl.load(limits + 2)
@@ -878,7 +879,7 @@ def attend(
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
         first, begin, stop, end = always_read(
-            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
         )
         sinks = begin - first
         always = sinks + end - stop

@@ -11,7 +11,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.index import REFIT, DeviceIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_encode
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
-from lychee_compile.kernels.reference.sketch import fit_axes
+from lychee_compile.kernels.reference.sketch_axes import fit_axes
 from lychee_compile.kernels.sizes import PAGE
 
 WELL_FITTED = 512

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.layout import Part, bytes_of, header_part, views_of
-from lychee_compile.kernels.reference.sketch import sketch_bits
+from lychee_compile.kernels.reference.sketch_axes import sketch_bits
 from lychee_compile.kernels.sizes import PAGE, power_of_two, whole_scans
 
 BLOCK, LARGEST_BLOCK, BLOCKS = 8192, 32768, 32

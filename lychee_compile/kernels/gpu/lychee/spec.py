@@ -28,7 +28,7 @@ from lychee_compile.kernels.gpu.lychee.layout import (
     block_size,
     planes,
 )
-from lychee_compile.kernels.reference.sketch import STEPS, sketch_bits
+from lychee_compile.kernels.reference.sketch_axes import STEPS, sketch_bits
 from lychee_compile.kernels.sizes import PAGE
 
 Finish = Callable[[Tensor], Tensor]

@@ -75,6 +75,20 @@ class ClusterKVIndex(KVIndex):
         self.stale = self.stale | (keep < self.tail)
         super().truncate(keep)
 
+    def rewrite(self, key: Tensor, slots: Tensor) -> None:
+        """Move `slots`, int64 [B, T], to the clusters most like their new keys; -1 is none."""
+        for slot in slots.unbind(1):
+            self._move(key, slot)
+
+    def close(self, key: Tensor, rows: Tensor) -> None:
+        """Add the waiting tokens of the rows `rows`, bool [B], to the clusters most like them."""
+        first = torch.maximum(self.tail, self.start + self.config.sinks)
+        waiting = torch.where(rows & (self._count() > 0), self.end - first, 0)
+        self._reserve(int(self.end.max()), 0)
+        for offset in range(int(waiting.max())):
+            self._move(key, torch.where(offset < waiting, first + offset, -1))
+        self.tail = torch.where(waiting > 0, self.end, self.tail)
+
     def restart(self, rows: Tensor, start: Tensor) -> None:
         """Empty the rows where `rows`, bool [B], is set; they begin at `start`, int64 [B]."""
         self.cluster = self.cluster.masked_fill(rows[:, None, None], -1)
@@ -99,6 +113,49 @@ class ClusterKVIndex(KVIndex):
         """Count a centroid for each cluster, and 4 bytes for the number of each token read."""
         return 2 * self.head_dim * (tokens // self.tokens_per_cluster) + 4 * min(tokens, budget)
 
+    def _count(self) -> Tensor:
+        """Return the number of clusters of each row, int64 [B]."""
+        return F.pad(self.cluster.flatten(1), (1, 0), value=-1).amax(1) + 1
+
+    def _move(self, key: Tensor, slot: Tensor) -> None:
+        """Put the token in one `slot` of each row, int64 [B], into its nearest cluster; -1: none.
+
+        A slot of a row without clusters, or among the sinks, is in none. The centroids of the
+        clusters that lose or gain a token are taken anew from their tokens.
+        """
+        count = self._count()
+        rows = (slot >= self.start + self.config.sinks) & (count > 0)
+        if not bool(rows.any()):
+            return
+        slot = torch.where(rows, slot, 0)
+        own = F.normalize(_at(key, slot[:, None]).float().nan_to_num(), dim=-1)
+        likeness = (own @ F.normalize(self.centroid, dim=-1).transpose(-1, -2))[:, :, 0]
+        number = torch.arange(self.centroid.shape[2], device=self.device)
+        likeness = likeness.masked_fill((number >= count[:, None])[:, None], -torch.inf)
+        place = slot[:, None, None].expand(-1, self.kv_heads, 1)
+        old = self.cluster.gather(2, place)
+        new = torch.where(rows[:, None, None], likeness.argmax(-1, keepdim=True), old)
+        self.cluster.scatter_(2, place, new)
+        for label in (old, new):
+            self._recentre_one(key, torch.where(rows[:, None, None], label, -1))
+
+    def _recentre_one(self, key: Tensor, label: Tensor) -> None:
+        """Take the centroid of the cluster `label`, int64 [B, Hkv, 1], from its tokens; -1: none.
+
+        A cluster that has lost all tokens keeps its centroid.
+        """
+        member = (self.cluster == label) & (label >= 0)
+        size = member.sum(-1, keepdim=True)
+        most = int(size.max())
+        order = member.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+        inside = torch.arange(most, device=self.device) < size
+        wide = order[..., None].expand(*order.shape, self.head_dim)
+        keys = torch.where(inside[..., None], key.gather(2, wide).float(), 0)
+        mean = keys.sum(2, keepdim=True) / size.clamp(min=1)[..., None]
+        at = label.clamp(min=0)[..., None].expand(-1, -1, -1, self.head_dim)
+        mean = torch.where((size > 0)[..., None], mean, self.centroid.gather(2, at))
+        self.centroid.scatter_(2, at, mean)
+
     def _members(self, question: Question) -> tuple[Tensor, Tensor]:
         """Return the cluster of each slot, 0 for none, and if it may be chosen: [B, Hkv, Tq, N]."""
         slots = min(self.cluster.shape[2], question.visible.kv_len)
@@ -114,7 +171,7 @@ class ClusterKVIndex(KVIndex):
         keys = _at(key, slot).float()
         groups = count.div(self.tokens_per_cluster, rounding_mode="floor")
         label = _spherical_kmeans(keys, used, groups)
-        taken = F.pad(self.cluster.flatten(1), (1, 0), value=-1).amax(1) + 1
+        taken = self._count()
         label = label + taken[:, None, None]
         self._reserve(int((begin + count).max()), int((taken + groups).max()))
         slots = self.cluster.shape[2]

@@ -59,15 +59,16 @@ class HISAIndex(KVIndex):
         begin, last = int(self.full.min()), int(full.max())
         if last > self.mean.shape[2]:
             self.mean = F.pad(self.mean, (0, 0, 0, last + last // 4 - self.mean.shape[2]))
-        offset = torch.arange(self.block, device=self.device)
         for number in range(begin, last):
-            fresh = (self.full <= number) & (number < full)
-            slot = (self.start[:, None] + number * self.block + offset).clamp(max=key.shape[2] - 1)
-            index = slot[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
-            mean = key.gather(2, index).float().mean(2)
-            old = self.mean[:, :, number]
-            self.mean[:, :, number] = torch.where(fresh[:, None, None], mean, old)
+            self._average(key, number, (self.full <= number) & (number < full))
         self.full = torch.maximum(self.full, full)
+
+    def rewrite(self, key: Tensor, slots: Tensor) -> None:
+        """Average the full blocks that `slots`, int64 [B, T], lie in; -1 is none."""
+        block = (slots - self.start[:, None]).div(self.block, rounding_mode="floor")
+        block = torch.where((slots >= 0) & (block < self.full[:, None]), block, -1)
+        for number in block[block >= 0].unique().tolist():
+            self._average(key, number, (block == number).any(1))
 
     def truncate(self, keep: Tensor) -> None:
         """Forget the tokens from position `keep`, int64 [B], on, and the blocks they were in."""
@@ -92,6 +93,15 @@ class HISAIndex(KVIndex):
         """Count a mean for each block, and the keys of the candidate blocks."""
         blocks = max(self.candidate_blocks, CANDIDATES_PER_TOKEN * budget // self.block)
         return 2 * self.head_dim * (tokens // self.block + min(blocks * self.block, tokens))
+
+    def _average(self, key: Tensor, number: int, rows: Tensor) -> None:
+        """Take the mean key of block `number` in the rows `rows`, bool [B]."""
+        offset = torch.arange(self.block, device=self.device)
+        slot = (self.start[:, None] + number * self.block + offset).clamp(max=key.shape[2] - 1)
+        index = slot[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
+        mean = key.gather(2, index).float().mean(2)
+        old = self.mean[:, :, number]
+        self.mean[:, :, number] = torch.where(rows[:, None, None], mean, old)
 
     def _block_of_slot(self, slots: int) -> Tensor:
         """Return the number of the block that each slot is in, int64 [B, L]."""

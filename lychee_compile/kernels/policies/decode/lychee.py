@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.reference.grouped import GroupedIndex
 from lychee_compile.kernels.reference.nodes import Nodes, furthest, log_count
 from lychee_compile.kernels.reference.question import Question, Runs, group_mass, take_by_rank
-from lychee_compile.kernels.reference.sketch import BLOCK, KeySketches, sketch_bits
+from lychee_compile.kernels.reference.sketch import BLOCK, KeySketches
+from lychee_compile.kernels.reference.sketch_axes import sketch_bits
 from lychee_compile.kernels.reference.tree import ClusterTree
 
 PROMPT_CHUNKS = 32
@@ -19,6 +21,8 @@ PROMPT_CHUNKS = 32
 
 An update that closes fewer, as decoding does, grafts them one by one.
 """
+REBUILD = 2
+"""Part of all chunks, as 1 / REBUILD, that may be rewritten before all are clustered anew."""
 NEGLIGIBLE_SHARE = 1e-4
 """Share of the softmax mass: nodes proved to hold less than it together are not looked into."""
 
@@ -38,8 +42,11 @@ class LycheeIndex(GroupedIndex):
     chunks holds less of the mass than a choice of tokens by a sketch of 48 bits per 16 channels
     (measured: see benchmarks/results/summaries.md), which takes fewer bytes than the moments of
     chunks. A context of up to `flat_tokens` is scanned by sketches alone. In a longer one units,
-    clusters and chunks narrow the tokens down to `overfetch` times those that are read.
+    clusters and chunks narrow the tokens down to `overfetch` times those that are read. Chunks,
+    clusters and units are made when a long context or a certificate first asks for them.
     """
+
+    summarised_late = True
 
     def __init__(
         self, batch: int, kv_heads: int, head_dim: int, config: IndexConfig, device: torch.device
@@ -47,11 +54,19 @@ class LycheeIndex(GroupedIndex):
         super().__init__(batch, kv_heads, head_dim, config, device)
         self.tree = ClusterTree(batch, kv_heads, head_dim, config, device)
         self.sketches = KeySketches(batch, kv_heads, head_dim, device, repair=config.repair)
+        self.clustered = self.start.clone()
+        """Number of groups of each row, the first ones, that are in the tree, int64 [B]."""
+        self.stale = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        """Groups in the tree whose keys were written since, bool [B, C']."""
+        self.rewritten = 0
+        """Number of groups summarised again since all were clustered."""
 
     @property
     def chunks(self) -> Nodes:
-        """The groups as nodes."""
-        tokens = self.group_length[:, None].expand(-1, self.kv_heads, -1)
+        """The groups as nodes; one that is not in the tree yet has no tokens."""
+        number = torch.arange(self.group_length.shape[1], device=self.device)
+        tokens = torch.where(number < self.clustered[:, None], self.group_length, 0)
+        tokens = tokens[:, None].expand(-1, self.kv_heads, -1)
         summary = self.summaries
         return Nodes(summary["mean"], summary["variance"], summary["radius"], tokens)
 
@@ -69,10 +84,15 @@ class LycheeIndex(GroupedIndex):
         return self.chunks.log_estimate(query, scale)
 
     def score_bound(self, query: Tensor, scale: float) -> Tensor | None:
-        """Return the least of the bounds of a token's sketch, chunk, cluster and unit."""
+        """Return the least of the bounds of a token's sketch, chunk, cluster and unit.
+
+        Before `complete` it is the bound of the sketch.
+        """
         tree, count = self.tree, self.group_start.shape[1]
         if count == 0:
             return None
+        if not self._is_complete():
+            return self.sketches.score_bound(query, scale, int(self.tail.max()))
         bound = self.chunks.score_bound(query, scale)
         label = tree.labels_of(self.chunks)
         unit = tree.cluster_unit.gather(2, label)
@@ -89,26 +109,71 @@ class LycheeIndex(GroupedIndex):
         return question.take_tokens(rank, self._candidates(question))
 
     def on_append(self, key: Tensor, columns: Tensor, used: Tensor) -> None:
-        """Sketch and cluster the new chunks."""
+        """Sketch the keys of the new chunks."""
         first = torch.where(used, columns, self.group_start.shape[1]).amin(1, keepdim=True)
         begin = self.group_start.gather(1, first.clamp(max=self.group_start.shape[1] - 1))[:, 0]
         begin = torch.where(used.any(1), begin, self.tail)
         self.sketches.encode(key, self.start, begin, self.tail)
 
-        def keys_of(which: Tensor) -> tuple[Tensor, Tensor]:
-            return self.group_keys(key, which)
-
-        fresh = self.tree.clusters.count == 0
-        if fresh or columns.shape[1] >= PROMPT_CHUNKS:
-            self.tree.build(self.chunks, keys_of)
-            return
-        for place in range(columns.shape[1]):
-            self.tree.graft(self.chunks, keys_of, columns[:, place], used[:, place])
+    def on_rewrite(self, key: Tensor, slots: Tensor, columns: Tensor) -> None:
+        """Sketch the keys in the slots anew. Their chunks in the tree become stale."""
+        self.sketches.rewrite(key, self.start, self.tail, slots)
+        more = self.group_start.shape[1] - self.stale.shape[1]
+        stale = F.pad(self.stale, (0, more))
+        row, place = ((slots >= 0) & (columns < self.clustered[:, None])).nonzero(as_tuple=True)
+        stale[row, columns[row, place]] = True
+        self.stale = stale
 
     def on_drop(self) -> None:
         """Forget dropped chunks in all levels."""
-        self.tree.drop(self.chunks)
+        self.clustered = torch.minimum(self.clustered, self.group_count)
+        number = torch.arange(self.stale.shape[1], device=self.device)
+        self.stale = self.stale & (number < self.clustered[:, None])
+        self.tree.refresh(self.chunks)
         self.sketches.forget(self.start, self.tail)
+
+    def complete(self, key: Tensor) -> None:
+        """Summarise the chunks that are new or were rewritten, and add them to the tree."""
+
+        def keys_of(which: Tensor) -> tuple[Tensor, Tensor]:
+            return self.group_keys(key, which)
+
+        rebuild = self._renew(key)
+        count = self.group_count
+        begin, last = int(self.clustered.min()), int(count.max())
+        columns = torch.arange(begin, last, device=self.device).expand(self.batch, -1)
+        used = (columns >= self.clustered[:, None]) & (columns < count[:, None])
+        if bool(used.any()):
+            self.summarise_groups(key, columns, used)
+        rebuild |= self.tree.clusters.count == 0 or int(used.sum(1).max()) >= PROMPT_CHUNKS
+        self.clustered = count
+        if rebuild and last > 0:
+            self.tree.build(self.chunks, keys_of)
+            self.rewritten = 0
+            return
+        for place in range(columns.shape[1]):
+            if bool(used[:, place].any()):
+                self.tree.graft(self.chunks, keys_of, columns[:, place], used[:, place])
+
+    def _renew(self, key: Tensor) -> bool:
+        """Summarise stale chunks anew, and return if so many were that the tree has aged."""
+        if not bool(self.stale.any()):
+            return False
+        row, column = self.stale.nonzero(as_tuple=True)
+        place = self.stale.cumsum(1)[row, column] - 1
+        columns = torch.zeros(self.batch, int(place.max()) + 1, dtype=torch.int64)
+        columns = columns.to(self.device)
+        used = torch.zeros_like(columns, dtype=torch.bool)
+        columns[row, place], used[row, place] = column, True
+        self.summarise_groups(key, columns, used)
+        self.stale = torch.zeros_like(self.stale)
+        self.tree.refresh(self.chunks)
+        self.rewritten += columns.shape[1]
+        return REBUILD * self.rewritten >= int(self.clustered.max())
+
+    def _is_complete(self) -> bool:
+        """True if the tree holds all chunks as they are now."""
+        return torch.equal(self.clustered, self.group_count) and not bool(self.stale.any())
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:
         """Count sketches and their axes; in a long context nodes, and fewer sketches."""
@@ -131,6 +196,10 @@ class LycheeIndex(GroupedIndex):
             or question.visible.bias is not None
         ):
             return None
+        if question.key is not None:
+            self.complete(question.key)
+        if not self._is_complete():
+            return None  # without the keys nothing can be built: all sketches are read
         tree, chunks = self.tree, self.chunks
         labels = tree.labels_of(chunks)
         quota = self.config.overfetch * question.room

@@ -25,13 +25,24 @@ class StreamingIndex(KVIndex):
         self.end, self.tail = end.clone(), torch.maximum(end, self.start)
 
     def choose(self, question: Question) -> Runs:
-        """Return one run of the last tokens that a query sees."""
-        candidate = question.candidates()
+        """Return one run of the last tokens that a query sees, or two if the cache wraps."""
+        candidate, end = question.candidates(), question.end[..., None]
+        stop = end if question.newest is None else question.newest[..., None] + 1
+        older = torch.arange(candidate.shape[-1], device=self.device) >= stop
+        start, length, room = self._last(candidate & ~older, question.room, end.minimum(stop))
+        more, size, _ = self._last(candidate & older, room, end)
+        return torch.cat((start, more), -1), torch.cat((length, size), -1)
+
+    def _last(self, candidate: Tensor, room: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the run of the last `room` candidates, which ends at `end`, and the room left.
+
+        `candidate` is bool [B, Tq, L], `room` int64 [B, Hkv, Tq], `end` int64 [B, Tq, 1].
+        """
         behind = candidate.flip(-1).cumsum(-1).flip(-1)[:, None]
-        taken = candidate[:, None] & (behind <= question.room[..., None])
+        taken = candidate[:, None] & (behind <= room[..., None])
         start = taken.to(torch.uint8).argmax(-1, keepdim=True)
-        end = question.end[:, None, :, None]
-        return start, torch.where(taken.any(-1, keepdim=True), end - start, 0)
+        length = torch.where(taken.any(-1, keepdim=True), end[:, None] - start, 0)
+        return start, length, room - taken.sum(-1)
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:
         """Return 0: nothing is looked at."""

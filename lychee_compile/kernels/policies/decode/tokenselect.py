@@ -64,6 +64,12 @@ class TokenSelectIndex(KVIndex):
         self._forget(keep < self.end)
         super().truncate(keep)
 
+    def rewrite(self, key: Tensor, slots: Tensor) -> None:
+        """Forget the choices that hold one of `slots`, int64 [B, T]; -1 is none."""
+        for choice in self.choices.values():
+            held = choice.slot.flatten(1)[..., None] == slots[:, None]
+            choice.valid = choice.valid & ~(held & (slots >= 0)[:, None]).flatten(1).any(1)
+
     def restart(self, rows: Tensor, start: Tensor) -> None:
         """Empty the rows where `rows`, bool [B], is set; they begin at `start`, int64 [B]."""
         self._forget(rows)

@@ -1,0 +1,69 @@
+"""Axes of sketches: the leading principal axes of some keys, and the steps of their coordinates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ITERATIONS = 8
+"""Number of steps of orthogonal iteration: more give no better axes (measured on Gemma-3)."""
+STEPS = {4: 0.3352, 2: 0.9957}
+"""Best step of a Gaussian quantiser by its number of bits, in standard deviations."""
+
+
+def sketch_bits(head_dim: int) -> list[int]:
+    """Return the number of bits of each coordinate of a sketch."""
+    quarter = (head_dim + 3) // 4
+    return [4] * quarter + [2] * min(quarter, head_dim - quarter)
+
+
+def fit_axes(keys: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fit a centre [..., D], axes [..., D, r] and steps [..., r] to `keys`, float32 [..., T, D].
+
+    Keys that are not `valid`, bool [..., T, 1], or not finite do not count. Also returns the
+    coordinates of the keys along the axes, [..., T, r], which are 0 for keys that do not count.
+    """
+    usable = keys.isfinite().all(-1, keepdim=True)
+    usable = usable if valid is None else usable & valid
+    keys = torch.where(usable, keys, 0)
+    size = keys.abs().amax((-1, -2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    keys, count = keys / size, usable.sum(-2, keepdim=True).clamp(min=1)
+    centre = keys.sum(-2, keepdim=True) / count
+    centred = torch.where(usable, keys - centre, 0)
+    bits = sketch_bits(keys.shape[-1])
+    axes = _principal_axes(centred.transpose(-1, -2) @ centred / count, len(bits))
+    coordinates = centred @ axes
+    deviation = (coordinates.square().sum(-2) / count[..., 0]).sqrt()
+    step = torch.tensor([STEPS[each] for each in bits]).to(keys.device, non_blocking=True)
+    size = size[..., 0]
+    return centre[..., 0, :] * size, axes, step * deviation * size, coordinates * size[..., None]
+
+
+def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
+    """Return the `kept` leading eigenvectors of matrices [..., D, D], best first: [..., D, kept].
+
+    Orthogonal iteration is near enough for axes. Unlike an eigensolver it neither fails nor waits
+    for the device. Directions without variance may come out as zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(covariance.shape[-1], kept, generator=generator)
+    start = start.double().to(covariance.device, non_blocking=True)
+    covariance = covariance.double()
+    axes = _orthonormal(start.expand(*covariance.shape[:-2], -1, -1))
+    for _ in range(ITERATIONS):
+        axes = _orthonormal(covariance @ axes)
+    return _orthonormal(axes).float()
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Return an orthonormal basis of the columns [..., D, r], in their order, by Cholesky's QR.
+
+    Columns are in double precision. If they are badly conditioned, rounding leaves the basis not
+    quite orthonormal, and a second call corrects that.
+    """
+    columns = columns / torch.linalg.vector_norm(columns, dim=-2)[..., None, :].clamp(min=1e-30)
+    gram = columns.mT @ columns
+    gram.diagonal(dim1=-2, dim2=-1).add_(1e-13)
+    factor, _ = torch.linalg.cholesky_ex(gram, check_errors=False)
+    columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
+    return columns.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
