@@ -68,7 +68,7 @@ LITGPT = Library(
         _litgpt("Llama-3.2-1B", **GROUPED),
         _litgpt("Llama-3.2-1B", cache=True, **GROUPED),
         _litgpt("Gemma-2-2b", **GROUPED, sliding_window_size=8),
-        _litgpt("Gemma-2-2b", cache=True, **GROUPED, sliding_window_size=8),
+        _litgpt("Gemma-2-2b", cache=True, **GROUPED, sliding_window_size=16),
         _litgpt("Gemma-3-1b-it", **GROUPED, sliding_window_size=8, sliding_window_indices=[0, 1]),
         _litgpt("Qwen2.5-0.5B", **GROUPED),
         _litgpt("Qwen3-0.6B", **GROUPED),
@@ -94,7 +94,7 @@ TORCHTUNE = Library(
     "torchtune",
     [
         "torchtune",
-        "torchao",
+        "torchao==0.9.*",
         "torchdata",
         "omegaconf",
         "antlr4-python3-runtime",

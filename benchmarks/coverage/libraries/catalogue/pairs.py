@@ -8,7 +8,6 @@ from benchmarks.coverage.libraries.entries import Entry, Library, Made, floats, 
 
 TOWER = {"image_size": 64, "layers": 2, "width": 32, "patch_size": 16, "head_width": 8}
 WORDS = {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 4, "layers": 2}
-PAIR = [image(64), ids(2, 16)]
 
 
 def _clip(
@@ -21,7 +20,8 @@ def _clip(
     made = Made(
         path, embed_dim=32, vision_cfg=TOWER | (vision or {}), text_cfg=WORDS | (text or {}), **more
     )
-    return Entry(title, made, PAIR)
+    size = (vision or {}).get("image_size", 64)
+    return Entry(title, made, [image(size), ids(2, 16)])
 
 
 COCA = {"multimodal_cfg": {"context_length": 16, "width": 32, "heads": 4, "layers": 2}}
@@ -41,6 +41,7 @@ OPEN_CLIP = Library(
             "CLIP, timm",
             vision={
                 "timm_model_name": "vit_tiny_patch16_224",
+                "image_size": 224,
                 "timm_pool": "token",
                 "timm_proj": "linear",
             },
@@ -49,7 +50,7 @@ OPEN_CLIP = Library(
         _clip(
             "CustomTextCLIP, class token in the text",
             "open_clip.model.CustomTextCLIP",
-            text={"embed_cls": True, "output_tokens": True},
+            text={"embed_cls": True},
         ),
         _clip(
             "CoCa",
@@ -63,7 +64,7 @@ OPEN_CLIP = Library(
 
 ESM = Library(
     "fair-esm",
-    ["fair-esm"],
+    ["fair-esm", "scipy", "biotite", "torch-geometric"],
     [
         Entry(
             "ESM2",
@@ -94,6 +95,7 @@ ESM = Library(
                     embed_positions_msa_dim=32,
                     logit_bias=True,
                     max_tokens_per_msa=4096,
+                    max_positions=64,
                 ),
                 Made("esm.Alphabet.from_architecture", "msa_transformer"),
             ),

@@ -41,7 +41,6 @@ VIT_PYTORCH = Library(
         _entry(
             "simple_vit_with_hyper_connections.SimpleViT", **PLAIN, **MLP, num_residual_streams=2
         ),
-        _entry("simple_flash_attn_vit.SimpleViT", **PLAIN, **MLP, use_flash=False),
         _entry("simple_vit_1d.SimpleViT", floats(2, 3, 64), **ROW, **MLP),
         _entry(
             "simple_vit_3d.SimpleViT",
