@@ -110,8 +110,9 @@ class Entry:
     """Keyword arguments of the call."""
     drive: Drive = called
     """Function that calls the model with the inputs."""
-    remark: str = ""
-    """Explanation in the table."""
+    channel_attentions: int = 0
+    """Number of softmaxes among them that run over features: the operators look like those of an
+    attention, but there are no keys to leave out."""
 
     def build(self) -> nn.Module:
         """Return the model in evaluation mode, with the same weights every time."""

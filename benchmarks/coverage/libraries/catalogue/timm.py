@@ -8,8 +8,9 @@ from benchmarks.coverage.libraries.entries import Entry, Library, Made, image
 
 
 def _entry(name: str, size: int = 64, **arguments: Any) -> Entry:
+    channels = arguments.pop("channel_attentions", 0)
     model = Made("timm.create_model", name, num_classes=10, **arguments)
-    return Entry(name, model, [image(size)])
+    return Entry(name, model, [image(size)], channel_attentions=channels)
 
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -26,7 +27,7 @@ TIMM = Library(
         _entry("vit_srelpos_small_patch16_224", **PLAIN),
         _entry("vit_medium_patch16_reg4_gap_256", **PLAIN),
         _entry("vit_base_patch16_xp_224", **PLAIN),
-        _entry("vitamin_small_224", img_size=64, depths=((1, 1), 1)),
+        _entry("vitamin_small_224", 64, img_size=64),
         _entry(
             "samvit_base_patch16",
             64,
@@ -44,8 +45,8 @@ TIMM = Library(
         _entry("naflexvit_base_patch16_gap", embed_dim=48, depth=2, num_heads=3),
         _entry("cait_xxs24_224", img_size=64, depth=2, embed_dim=48, num_heads=3),
         _entry("convit_tiny", img_size=64, depth=2, local_up_to_layer=1),
-        _entry("xcit_nano_12_p16_224", img_size=64, depth=2),
-        _entry("volo_d1_224", img_size=64, layers=(1, 1, 1, 1)),
+        _entry("xcit_nano_12_p16_224", channel_attentions=2, img_size=64, depth=2),
+        _entry("volo_d1_224", img_size=64),
         _entry("crossvit_tiny_240", 240),
         _entry("coat_lite_tiny", img_size=64),
         _entry("coat_tiny", img_size=64, serial_depths=(1, 1, 1, 1), parallel_depth=1),

@@ -24,7 +24,13 @@ def _entry(path: str, *inputs: Floats, **arguments: Any) -> Entry:
     name = path.replace(".", " ") if path.islower() else path.rpartition(".")[2]
     module = path.partition(".")[0]
     title = name if module == "vit" else f"{name} ({module})"
-    return Entry(title, Made(f"vit_pytorch.{path}", **arguments), list(inputs) or [image(64)])
+    channels = arguments.pop("channel_attentions", 0)
+    return Entry(
+        title,
+        Made(f"vit_pytorch.{path}", **arguments),
+        list(inputs) or [image(64)],
+        channel_attentions=channels,
+    )
 
 
 VIT_PYTORCH = Library(
@@ -230,6 +236,7 @@ VIT_PYTORCH = Library(
         ),
         _entry(
             "xcit.XCiT",
+            channel_attentions=2,
             image_size=64,
             patch_size=16,
             num_classes=10,
