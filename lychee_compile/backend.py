@@ -63,7 +63,9 @@ def lychee(
     if compiled is None:
         compiled = torch_private.inductor(gm, example_inputs, chosen.mode, dict(chosen.inductor))
     if compilation is not None:
-        _record(compilation)
+        report = _record(compilation)
+        if report is not None and isinstance(compiled, StatefulGraph):
+            compiled.new_caches.tell = report.notes.append
     return compiled
 
 
@@ -106,6 +108,8 @@ def _compile_rewritten(compilation: Compilation) -> Callable[..., Any]:
     if integers is not None:
         examples = [examples[position] for position in integers.kept]
     patches = dict(options.inductor)
+    if compilation.appends:
+        patches.setdefault("size_asserts", False)
     compiled = torch_private.inductor(compilation.gm, examples, options.mode, patches)
     if integers is not None:
         compiled = integers.around(compiled)
@@ -113,7 +117,8 @@ def _compile_rewritten(compilation: Compilation) -> Callable[..., Any]:
         return compiled
     table = options.boundary_table()
     arguments = [
-        CacheArgument(each.source, each.output, each.token_dim, each.use) for each in indexes
+        CacheArgument(each.source, each.output, each.token_dim, each.use, each.reads_only)
+        for each in indexes
     ]
     lookup = None if table is None else table.lookup
     return StatefulGraph(compiled, arguments, compilation.context.config, lookup)
@@ -165,8 +170,8 @@ def _leave_unchanged(compilation: Compilation | None, options: Options, error: E
     )
 
 
-def _record(compilation: Compilation) -> None:
-    """Keep the report of a graph, and count what became of its attentions.
+def _record(compilation: Compilation) -> Report | None:
+    """Keep and return the report of a graph, and count what became of its attentions.
 
     A graph that cannot be reported on is compiled all the same, with a warning.
     """
@@ -174,8 +179,9 @@ def _record(compilation: Compilation) -> None:
         report = report_of(compilation)
     except Exception:  # whatever it is, the model must run
         logger.warning("there is no report of a graph, because lychee failed on it", exc_info=True)
-        return
+        return None
     compiled_reports.append(report)
     torch_private.count("found", len(report.sites))
     for site in report.sites:
         torch_private.count(site.decision, 1)
+    return report

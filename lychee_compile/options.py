@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from lychee_compile.boundaries import BoundaryTable, boundary_table, is_tokenizer
-from lychee_compile.kernels.config import BOUNDARIES, PREFILLS, IndexConfig
+from lychee_compile.kernels.config import ALL_KEYS, BOUNDARIES, PREFILLS, IndexConfig
 from lychee_compile.kernels.policies.registry import policies
 
 LONGEST_CHUNK = 256
@@ -183,9 +183,10 @@ def _share_or_number(name: str, value: object) -> int | float:
     if not isinstance(value, bool) and isinstance(value, Real):
         if isinstance(value, Integral) and int(value) >= 1:
             return int(value)
-        if not isinstance(value, Integral) and 0 < float(value) < 1:
-            return float(value)
-    raise _wrong(name, value, "a number of tokens, at least 1, or a share between 0 and 1")
+        if not isinstance(value, Integral) and 0 < float(value) <= 1:
+            return ALL_KEYS if float(value) == 1 else float(value)
+    expected = "a number of tokens, at least 1, or a share above 0 and up to 1.0, which is all keys"
+    raise _wrong(name, value, expected)
 
 
 def _one_of(name: str, value: object, choices: Collection[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ import torch.fx
 from torch import Tensor
 from torch._dynamo.eval_frame import DisableContext
 from torch._dynamo.source import LocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 from torch._inductor import list_mode_options, list_options
@@ -162,6 +163,28 @@ def source_name(node: torch.fx.Node) -> str:
         return ""
     name = source.name
     return str(name() if callable(name) else name)
+
+
+def guarded_integers(names: Collection[str]) -> set[int]:
+    """Return the values of the attributes called `names` that Dynamo compiles a graph for.
+
+    It compiles once more for other values. The result is empty if nothing is being compiled.
+    """
+    context = TracingContext.try_get()
+    found: set[int] = set()
+    for guard in () if context is None else context.guards_context.dynamo_guards:
+        source = guard.name() if callable(guard.name) else guard.name
+        fixed = guard.create_fn_name() in ("EQUALS_MATCH", "CONSTANT_MATCH")
+        if fixed and source.rpartition(".")[2] in names:
+            output = InstructionTranslator.current_tx().output
+            scopes = {"L": output.local_scope, "G": output.global_scope}
+            try:
+                value = eval(source, scopes)  # as Dynamo evaluates its guards
+            except Exception:  # noqa: BLE001  what cannot be evaluated is not known
+                continue
+            if isinstance(value, int):
+                found.add(value)
+    return found
 
 
 def is_parameter(node: torch.fx.Node) -> bool:

@@ -14,6 +14,11 @@ from lychee_compile.kernels.sizes import whole_scans
 ROOM = 1024
 """Least number of free slots when a cache chooses its own capacity."""
 
+_OF_TWO_KINDS = (
+    "a LycheeCache got the keys of a decoder and those of an encoder: for encoder-decoder models "
+    "pass EncoderDecoderCache(LycheeCache(model.config), DynamicCache())"
+)
+
 
 @dataclass
 class Shared:
@@ -29,6 +34,18 @@ class Shared:
     """Number of single tokens decoded eagerly since the last compiled step."""
     graph_made: bool = False
     """True if buffers were allocated inside a compiled graph, which may reuse their memory."""
+    encoder_decoder: bool = False
+    """True if the model has an encoder, whose keys a cache may be given too."""
+    announced: int | None = None
+    """Number of tokens that the mask of this forward is for, if `encoder_decoder`; None before."""
+
+    @property
+    def holds_encoder(self) -> bool:
+        """True if the cache holds the keys of an encoder: no mask of a decoder asks for its size.
+
+        Cross-attention reads its buffers as they are, so that they have no free slots.
+        """
+        return self.encoder_decoder and self.announced is None
 
 
 class GrowingLayer(StaticLayer):
@@ -59,7 +76,13 @@ class GrowingLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, Hkv, T, D], and return what attention reads."""
+        """Append keys and values [B, Hkv, T, D], and return what attention reads.
+
+        Raises `ValueError` if they are those of an encoder, and the cache is a decoder's.
+        """
+        announced = self.shared.announced
+        if announced is not None and key_states.shape[2] != announced:
+            raise ValueError(_OF_TWO_KINDS)
         if torch.compiler.is_compiling():
             self._write_in_graph(key_states, value_states)
         else:
@@ -74,7 +97,9 @@ class GrowingLayer(StaticLayer):
     def _write_in_graph(self, key_states: Tensor, value_states: Tensor) -> None:
         """Write at positions on the device; Python runs here while tracing, so it cannot count."""
         if not self.is_initialized:
-            self.shared.slots = max(self.shared.slots, rounded(key_states.shape[2]))
+            count = key_states.shape[2]
+            exact = self.shared.holds_encoder
+            self.shared.slots = count if exact else max(self.shared.slots, rounded(count))
             self.lazy_initialization(key_states, value_states)
         slots, count = self.keys.shape[2], key_states.shape[2]
         positions = torch.arange(count, device=self.keys.device) + self.cumulative_length
@@ -91,7 +116,9 @@ class GrowingLayer(StaticLayer):
         """Write eagerly, into larger buffers if the present ones are full."""
         count, begin = key_states.shape[2], self.count()
         end = begin + count
-        if end > self.shared.slots:
+        if self.shared.holds_encoder and begin == 0:
+            self.shared.slots, self.is_initialized = end, False
+        elif end > self.shared.slots:
             self.shared.slots = larger(self.shared.slots, end)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

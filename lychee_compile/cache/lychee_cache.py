@@ -51,6 +51,10 @@ class LycheeCache(Cache):
     the new capacity, which lets CUDA graphs keep the index too. Without compilation attention reads
     views of the filled slots, as it does with a `DynamicCache`.
 
+    An encoder-decoder model takes a pair, `EncoderDecoderCache(LycheeCache(config),
+    DynamicCache())`. The second may be a `LycheeCache` too: it holds the keys of the encoder
+    without free slots. A `LycheeCache` alone raises `ValueError` at the first forward.
+
     `config` is the model's. `capacity` is the number of slots to begin with, rounded up to a
     multiple of 512; by default it is what the first forward needs, and half as much or 1024 again.
     Raises `ValueError` for models with layers that hold anything but keys and values of full or
@@ -62,7 +66,9 @@ class LycheeCache(Cache):
     def __init__(self, config: PreTrainedConfig, capacity: int | None = None) -> None:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity must be at least 1 slot, not {capacity}")
-        self._shared = Shared(0 if capacity is None else rounded(capacity))
+        with_encoder = bool(getattr(config, "is_encoder_decoder", False))
+        slots = 0 if capacity is None else rounded(capacity)
+        self._shared = Shared(slots, encoder_decoder=with_encoder)
         layers: list[Any] = StaticCache(config, max_cache_len=_UNBOUNDED).layers
         growing = [number for number, layer in enumerate(layers) if type(layer) is StaticLayer]
         for number, layer in enumerate(layers):
@@ -123,6 +129,8 @@ class LycheeCache(Cache):
         Outside of graphs this announces `query_length` tokens and makes room for them.
         """
         growing = isinstance(self.layers[layer_idx], GrowingLayer)
+        if self._shared.encoder_decoder:
+            self._shared.announced = query_length
         if growing and not torch.compiler.is_compiling():
             length = self._growing[0].length
             self.reserve(query_length)

@@ -8,6 +8,8 @@ BOUNDARIES = ("auto", "tokens", "similarity", "fixed")
 """Values of the option `boundaries`."""
 PREFILLS = ("exact", "sparse")
 """Values of the option `prefill`."""
+ALL_KEYS = 10**9
+"""Value of the option `prefill_budget` from which on every tile of a prefill reads all keys."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,15 @@ class IndexConfig:
     """Split clusters and units that grow too full or too wide, and fit the axes of sketches anew
     as tokens arrive. Without repair an index gets worse the more is generated."""
     dense_layers: int | None = None
-    """Number of first attentions of each graph that stay exact; None: as in the policy's paper."""
+    """Number of first layers that stay exact; None: as in the policy's paper. A graph of one
+    attention that does not tell the number of its layer has none."""
     prefill: str = "exact"
     """Attention of prefill, encoders and vision: "exact", or "sparse", where every tile of queries
     reads the keys that matter to it."""
     prefill_budget: int | float = 0.2
-    """Number of keys that a tile of a sparse prefill reads, or below 1 their share of the keys that
-    it sees. Sinks, recent tokens and keys that only some of its queries see count among them, and
-    are always read."""
+    """Number of keys that a tile of a sparse prefill reads, an int, or their share of the keys that
+    it sees, a float up to 1.0, which is all of them. Sinks, recent tokens and keys that only some
+    of its queries see count among them, and are always read."""
     prefill_from: int = 16384
     """Number of keys from which on a prefill is sparse. A tile that sees fewer keys reads all of
     them: below, sparse attention saves no time."""

@@ -16,6 +16,7 @@ from lychee_compile.passes import reasons, rules
 from lychee_compile.passes.describe import describe, describe_unread
 from lychee_compile.passes.detect.attention import Attention, Unread
 from lychee_compile.passes.detect.caches import CacheBinding, Unbound, bind_cache, find_writes
+from lychee_compile.passes.layer_numbers import layer_numbers
 from lychee_compile.passes.lower.kernel_support import (
     no_decode_method,
     no_gpu_index,
@@ -72,11 +73,16 @@ def decide(
     attentions: Sequence[Attention | Unread],
     config: IndexConfig,
     needs_gradients: bool,
+    layers: frozenset[int] = frozenset(),
 ) -> list[Plan]:
-    """Decide about the attentions of one graph, given in their order."""
+    """Decide about the attentions of one graph, given in their order.
+
+    `layers` are the numbers of layers that the graph was compiled for, as far as modules tell.
+    """
     writes = find_writes(graph)
     plans = []
-    for place, attention in enumerate(attentions):
+    places = layer_numbers(attentions, layers)
+    for place, attention in zip(places, attentions, strict=True):
         if isinstance(attention, Unread):
             keep = KeepAsIs(attention, attention.reason, attention.by_design)
             plans.append(Plan(attention, describe_unread(attention), None, keep))
@@ -87,7 +93,9 @@ def decide(
             outcome: Outcome = facts.keep(reason)
         else:
             outcome = facts.outcome()
-        plans.append(Plan(attention, describe(attention, cache.kind), facts.binding, outcome))
+        note = facts.note() if outcome.decision == "sparse" else ""
+        site = replace(describe(attention, cache.kind), note=note)
+        plans.append(Plan(attention, site, facts.binding, outcome))
     return plans
 
 
@@ -96,14 +104,21 @@ class _Facts:
     """Facts about one attention from which its outcome is decided."""
 
     attention: Attention
-    place: int
-    """Number of attentions of the graph before this one."""
+    place: int | None
+    """Number of layers before this attention; None if nothing tells it."""
     cache: CacheBinding | Unbound
     config: IndexConfig
 
     @property
     def binding(self) -> CacheBinding | None:
         return self.cache if isinstance(self.cache, CacheBinding) else None
+
+    def note(self) -> str:
+        """Return a remark for the report; "" if there is none."""
+        dense_layers = rules.dense_layers(self.config)
+        if self.place is not None or dense_layers == 0:
+            return ""
+        return f"dense_layers={dense_layers} is not applied: nothing tells the number of this layer"
 
     def outcome(self) -> Outcome:
         """Decide about an attention that is supported."""
@@ -112,13 +127,24 @@ class _Facts:
             return self._sparse_prefill()
         if runs_kernels(attention, config):
             return self._kernel()
-        if exact := rules.exact_decoding(attention, self.place, config):
+        if exact := self._exact_decoding():
             return self._exact(exact)
         if reason := rules.unsupported_device(attention, config):
             return self.keep(reason)
         if isinstance(self.cache, Unbound):
             return self.keep(self.cache.reason)
         return ReferenceSparse(attention, self.cache, self._how_much())
+
+    def _exact_decoding(self) -> Reason | None:
+        """Return why the attention is meant to read all keys; None if sparse reading can win.
+
+        A budget says nothing of few keys that come from no cache.
+        """
+        exact = rules.exact_decoding(self.attention, self.place, self.config)
+        none = isinstance(self.cache, Unbound) and self.cache.reason == reasons.NO_CACHE()
+        if exact is None or exact.code != reasons.WITHIN_BUDGET.code or not none:
+            return exact
+        return reasons.NO_CACHE()
 
     def keep(self, reason: Reason) -> KeepAsIs:
         """Keep the attention for want of support."""
@@ -146,7 +172,7 @@ class _Facts:
     def _kernel(self) -> Outcome:
         """Let a generated kernel decode, over all keys if there is a reason for that."""
         attention, config = self.attention, self.config
-        exact = rules.exact_decoding(attention, self.place, config)
+        exact = self._exact_decoding()
         if not rules.decodes_many_keys(attention, config):
             return self._exact(exact or reasons.QUERY_LEN_SYMBOLIC(query_len=attention.query_len))
         if missing := no_kernel(attention):

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch.fx
 
-from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.config import ALL_KEYS, IndexConfig
 from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.detect.attention import Attention, Unread
 from lychee_compile.passes.detect.caches import CacheBinding
@@ -82,8 +82,8 @@ class OneSdpa:
         return sdpa_site.emit_one_sdpa(self.attention, context), self
 
     def instead(self, failure: Reason) -> Outcome:
-        """Keep the attention, which is meant to be exact, and say why it is not one operator."""
-        return KeepAsIs(self.attention, self.reason.and_also(failure), by_design=True)
+        """Keep the attention, and say why it is exact, and why it is not one operator."""
+        return KeepAsIs(self.attention, self.reason.and_also(failure), by_design=False)
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,7 @@ def how_much(config: IndexConfig, kv_len: int | str) -> str:
 def _how_much_of_a_prefill(config: IndexConfig, grid: Grid | None) -> str:
     budget = config.prefill_budget
     keys = f"{100 * budget:.4g} % of the keys it sees" if budget < 1 else f"up to {budget} keys"
+    keys = "all keys it sees" if budget >= ALL_KEYS else keys
     blocks = "" if grid is None else f", in {grid.words()}"
     return f"each tile of {QUERY_TILE} queries reads {keys}{blocks}" + _choice(config)
 

@@ -20,10 +20,11 @@ from lychee_compile.options import Options
 from lychee_compile.passes.decide import Plan, decide
 from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
 from lychee_compile.passes.detect.detect import find_attention
-from lychee_compile.passes.graph.append import append_in_place
+from lychee_compile.passes.graph.append import append_in_place, settled
 from lychee_compile.passes.graph.check import check_graph, output_count
 from lychee_compile.passes.graph.host_integers import HostIntegers, take_out_integers
 from lychee_compile.passes.graph.normalise import normalise
+from lychee_compile.passes.layer_numbers import ATTRIBUTES
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.kernel_support import runs_kernels
 from lychee_compile.passes.outcomes import (
@@ -60,6 +61,8 @@ class Compilation:
     attentions: list[Attention | Unread] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
+    appends: bool = False
+    """True if caches keep room behind them, so that their strides are known at a call only."""
     integers: HostIntegers | None = None
     """Integers that are left to the host; None if there are none."""
 
@@ -113,6 +116,7 @@ def _decide(compilation: Compilation) -> None:
         compilation.attentions,
         compilation.context.config,
         compilation.needs_gradients,
+        frozenset(torch_private.guarded_integers(ATTRIBUTES)),
     )
 
 
@@ -141,7 +145,8 @@ def _rewrite(compilation: Compilation) -> None:
 
 
 def _append_in_place(compilation: Compilation) -> None:
-    append_in_place(compilation.gm, compilation.mode)
+    gm, mode, fakes = compilation.gm, compilation.mode, compilation.fakes
+    compilation.appends = append_in_place(gm, mode, fakes)
 
 
 def _check_graph(compilation: Compilation) -> None:
@@ -178,7 +183,7 @@ PASSES = (*ANALYSIS, *REWRITING, *FINISHING)
 def begin(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Compilation:
     """Trace a graph of Dynamo's again to pre-dispatch ATen, for the passes to work on."""
     mode, fakes = torch_private.fake_inputs(example_inputs)
-    traced = torch_private.retrace(gm, fakes, mode)
+    traced = torch_private.retrace(gm, settled(gm, fakes, mode), mode)
     tensors = [value for value in example_inputs if isinstance(value, Tensor)]
     autotune = "max-autotune" in (options.mode or "")
     return Compilation(

@@ -423,6 +423,60 @@ CACHE_NOT_BY_TOKEN = _kind(
     "the cache is written at other indices than token positions",
     "write whole tokens, at a 1-dimensional tensor of positions",
 )
+CACHE_ROWS_APART = _kind(
+    Group.CACHE,
+    "cache-rows-apart",
+    "each row of the cache is written at a position of its own",
+    "write all rows at the same positions, with rows padded in front",
+)
+CACHE_REPLACED = _kind(
+    Group.CACHE,
+    "cache-replaced",
+    "the cache is written as a whole, with values that are not the cache and new tokens",
+    "write the new tokens alone, with index_copy_ at their positions",
+)
+CACHE_NOT_RETURNED = _kind(
+    Group.CACHE,
+    "cache-not-returned",
+    "the new tokens go into a copy of the cache that is neither returned nor written back",
+    "return the copy, or write the cache in place",
+)
+CACHE_COMPUTED = _kind(
+    Group.CACHE,
+    "cache-computed",
+    "the keys are computed from the cache anew at each step (by {operators})",
+    "store the keys as attention reads them",
+)
+CACHE_JOINED = _kind(
+    Group.CACHE,
+    "cache-joined",
+    "the keys are put together from several tensors at each step, a cache among them (by cat)",
+    "store whole keys in one cache",
+)
+CACHE_CONVERTED = _kind(
+    Group.CACHE,
+    "cache-converted",
+    "the cache is stored as {dtype} and converted when it is read",
+    "store the keys as float32, bfloat16 or float16",
+)
+CACHE_PAGED = _kind(
+    Group.CACHE,
+    "cache-paged",
+    "the keys are gathered from the cache through a table at each step (by {operator})",
+    "store the keys of a row side by side",
+)
+CACHE_STACKED = _kind(
+    Group.CACHE,
+    "cache-stacked",
+    "the cache is a part of a larger tensor, as of one that holds several layers",
+    "pass the keys of each layer as a tensor of their own",
+)
+CACHE_VIEWED = _kind(
+    Group.CACHE,
+    "cache-viewed",
+    "the cache is given, written or returned in another shape than attention reads it in",
+    "keep one shape, [batch, heads, tokens, features]",
+)
 CACHE_OTHER_AXIS = _kind(
     Group.CACHE,
     "cache-other-axis",

@@ -66,10 +66,10 @@ def is_prefill(attention: Attention, cached: bool) -> bool:
     return query_len > LONGEST_QUERY if isinstance(query_len, int) else not cached
 
 
-def exact_prefill(attention: Attention, place: int, config: IndexConfig) -> Reason | None:
+def exact_prefill(attention: Attention, place: int | None, config: IndexConfig) -> Reason | None:
     """Return why a prefill stays exact though `prefill="sparse"` is asked for; None if it need not.
 
-    `place` counts the attentions of the graph before this one. If the number of keys is symbolic,
+    `place` is the number of layers before it, None if not known. If the number of keys is symbolic,
     the operator finds out itself if they are too few.
     """
     if config.budget is None:
@@ -85,10 +85,10 @@ def exact_prefill(attention: Attention, place: int, config: IndexConfig) -> Reas
     return None
 
 
-def exact_decoding(attention: Attention, place: int, config: IndexConfig) -> Reason | None:
+def exact_decoding(attention: Attention, place: int | None, config: IndexConfig) -> Reason | None:
     """Return why an attention is meant to read all keys; None if sparse reading can win.
 
-    `place` counts the attentions of the graph before this one.
+    `place` is the number of layers before it, None if not known.
     """
     query_len, kv_len = attention.query_len, attention.kv_len
     if config.budget is None:
@@ -124,12 +124,17 @@ def better_as_one_operator(attention: Attention, config: IndexConfig) -> bool:
     return attention.form == "eager" and plain and (not few or config.budget is None)
 
 
-def _in_dense_layers(place: int, config: IndexConfig) -> Reason | None:
-    """Return why the first attentions of a graph stay exact; None for the others."""
-    dense_layers = config.dense_layers
-    if dense_layers is None:
-        policy = find_policy(config.policy)
-        dense_layers = 0 if policy is None else policy.dense_layers
-    if place < dense_layers:
-        return reasons.DENSE_LAYERS(dense_layers=dense_layers)
+def dense_layers(config: IndexConfig) -> int:
+    """Return the number of first layers that stay exact."""
+    if config.dense_layers is not None:
+        return config.dense_layers
+    policy = find_policy(config.policy)
+    return 0 if policy is None else policy.dense_layers
+
+
+def _in_dense_layers(place: int | None, config: IndexConfig) -> Reason | None:
+    """Return why the attention of a first layer stays exact; None for the others."""
+    layers = dense_layers(config)
+    if place is not None and place < layers:
+        return reasons.DENSE_LAYERS(dense_layers=layers)
     return None

@@ -59,6 +59,8 @@ class Site:
     kernel: str = ""
     """Name of the operator or the generated kernel that runs. `Report.sources` has the source of a
     generated one."""
+    note: str = ""
+    """Remark on an option that was not applied to a sparse site; "" if there is none."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def _mask(site: Site) -> str:
 def _why(site: Site) -> str:
     """Return the reason of a site with its code and remedy, or how much a sparse one reads."""
     if site.reason is None:
-        return escape(site.reads)
+        return escape(site.reads) + (f"<br>{escape(site.note)}" if site.note else "")
     remedy = f"<br>&rarr; {escape(site.reason.remedy)}" if site.reason.remedy else ""
     code = f'<code class="soft">{escape(site.reason.code)}</code>'
     return f"{escape(site.reason.words)}{remedy}<br>{code}"

@@ -50,7 +50,8 @@ def _decision(site: Site) -> Text:
     by_design = " by design" if site.decision == "kept" and site.by_design else ""
     head = Text(f"{site.decision}{by_design}", style=f"bold {STYLES[site.decision]}")
     if site.reason is None:
-        return _lines(head, Text(site.kernel), Text(site.reads, style="dim"))
+        reads, note = Text(site.reads, style="dim"), Text(site.note, style="dim")
+        return _lines(head, Text(site.kernel), reads, note)
     head.append(f" [{site.reason.code}]", style="not bold")
     remedy = f"-> {site.reason.remedy}" if site.reason.remedy else ""
     return _lines(head, Text(site.kernel), Text(site.reason.words, style="dim"), Text(remedy))

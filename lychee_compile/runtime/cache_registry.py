@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -21,6 +21,20 @@ from lychee_compile.runtime.index_owner import IndexOwner
 
 
 @dataclass(eq=False)
+class Uses:
+    """Record of the calls on one cache, which outlives its index."""
+
+    count: int = 0
+    """Number of calls."""
+    storage: StorageWeakRef | None = None
+    """Storage of the cache after the last call; None before the first call has ended."""
+
+    def expired(self) -> bool:
+        """True if the cache is gone."""
+        return self.storage is not None and self.storage.expired()
+
+
+@dataclass(eq=False)
 class Entry:
     """An index and the cache that it belongs to, if it belongs to one yet."""
 
@@ -29,10 +43,16 @@ class Entry:
     """Storage of the cache; None before the first call on the cache has ended."""
     version: int | None = None
     """Version of the cache tensor after the last call; None if PyTorch counts no versions of it."""
+    uses: Uses = field(default_factory=Uses)
 
     def check(self, cache: Tensor) -> None:
-        """Distrust the index if somebody else may have written the cache since the last call."""
-        if self.version is None or self.version != torch_private.version_of(cache):
+        """Distrust the index if somebody else may have written the cache since the last call.
+
+        A cache without versions is evidence of nothing. Its index is distrusted, unless whoever
+        uses the index notices writes.
+        """
+        now = torch_private.version_of(cache)
+        if self.version != now or (now is None and not self.owner.notices_writes):
             self.owner.distrust()
 
 
@@ -99,7 +119,8 @@ class CacheRegistry:
 
     def release(self, cache: Tensor, kind: Hashable, entry: Entry, token_dim: int) -> None:
         """Note that the index of `entry` describes `cache` as it is, now that a graph has run."""
-        entry.storage = StorageWeakRef(cache.untyped_storage())
+        entry.storage = entry.uses.storage = StorageWeakRef(cache.untyped_storage())
+        entry.uses.count += 1
         entry.version = torch_private.version_of(cache)
         with self._lock:
             self._entries[_identity(cache, kind, token_dim)] = entry

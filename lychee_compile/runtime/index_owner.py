@@ -16,6 +16,10 @@ class IndexOwner(Protocol):
     tensor: Tensor
     """The tensor that graphs take for the index: its memory, or a handle."""
 
+    @property
+    def notices_writes(self) -> bool:
+        """True if the index is compared with the keys although nobody calls `distrust`."""
+
     def distrust(self) -> None:
         """Check the index, or read all keys, at the next call: the cache may have been written."""
 

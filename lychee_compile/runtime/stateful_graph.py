@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from functools import cache as only_once
 
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from lychee_compile import torch_private
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.methods import notices_writes
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.kernels.operators.observe import observers, warn_of_recording
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
 from lychee_compile.runtime.cache_registry import Entry, registry
 from lychee_compile.runtime.index_owner import IndexOwner
+from lychee_compile.runtime.new_caches import NewCaches
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class CacheArgument:
     """Dimension of the cache that runs over tokens."""
     use: CacheUse | None = None
     """Use of the cache by generated kernels; None: the index is the reference's."""
+    reads_only: bool = False
+    """True if the graph does not write the cache."""
 
     def before(self, inputs: Sequence[object]) -> Tensor | None:
         """Return the cache as a call begins with it; None if a growing cache begins."""
@@ -69,15 +72,16 @@ class StatefulGraph:
         self._config = config
         self._strength_of = strength_of
         self._last: _LastCall | None = None
-        self._new_storages: list[StorageWeakRef | None] = []
-        """Storages of the caches that the last call was the first to see."""
+        self.new_caches = NewCaches()
+        self._reads_only = [each.reads_only and each.use is None for each in arguments]
 
     def __call__(self, *args: object) -> Sequence[object]:
         """Run the graph on the inputs that Dynamo passes, and follow the caches it wrote."""
         caches = [each.before(args) for each in self._arguments]
         last = self._last if self._last is not None and self._last.was_on(caches) else None
         entries = self._acquire(caches) if last is None else last.entries
-        new = self._delay_short_lived(entries)
+        if last is None:
+            self.new_caches.meet(entries, self._reads_only)
         try:
             outputs = self._compiled(*args, *[entry.owner.tensor for entry in entries])
         except BaseException:
@@ -87,7 +91,6 @@ class StatefulGraph:
             self._release(caches, outputs, entries)
         else:
             last.update_versions(caches)
-        self._new_storages = [entry.storage for entry in new]
         self._keep_up(caches, outputs, entries)
         return outputs
 
@@ -98,22 +101,6 @@ class StatefulGraph:
             self._entry(argument, kind, cache)
             for argument, kind, cache in zip(self._arguments, self._kinds, caches, strict=True)
         ]
-
-    def _delay_short_lived(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Return the entries of new caches; delay their indexes if the last new caches are gone.
-
-        Beam search copies its caches at every step: nobody would ever read indexes of the copies.
-        """
-        kernels = (
-            entry
-            for argument, entry in zip(self._arguments, entries, strict=True)
-            if argument.use is not None
-        )
-        new = [entry for entry in kernels if entry.storage is None]
-        if new and any(each is not None and each.expired() for each in self._new_storages):
-            for entry in new:
-                entry.owner.delay_build()
-        return new
 
     def _entry(self, argument: CacheArgument, kind: Hashable, cache: Tensor | None) -> Entry:
         if cache is None:
@@ -162,7 +149,7 @@ class StatefulGraph:
                 continue
             if observers:
                 warn_of_recording()
-            if entry.version is None:
+            if entry.version is None and not notices_writes(argument.use.policy):
                 _warn_of_inference_mode()
                 continue
             entry.owner.after_call(argument.after(cache, outputs), argument.use)
@@ -199,11 +186,13 @@ class _LastCall:
         for cache, entry in zip(caches, self.entries, strict=True):
             if cache is not None:
                 entry.version = torch_private.version_of(cache)
+                entry.uses.count += 1
 
 
 @only_once
 def _warn_of_inference_mode() -> None:
     logger.warning(
         "A key cache was created under torch.inference_mode(), where PyTorch does not tell who has "
-        "written it: attention over it reads all keys. Create it under torch.no_grad() instead."
+        "written it, and the kernels of its policy do not notice it: attention over it reads all "
+        "keys. Create it under torch.no_grad() instead."
     )

@@ -151,8 +151,13 @@ def test_an_exact_attention_that_resists_keeps_its_reason(monkeypatch: pytest.Mo
     inputs = torch.randn(3, 1, 2, 30, 8).unbind()
     torch.compile(written_out, backend="lychee", options=SPARSE)(*inputs)
     (site,) = lychee_compile.reports()[-1].sites
-    assert (site.decision, site.by_design) == ("kept", True)
+    assert (site.decision, site.by_design) == ("kept", False)
     assert site.reason == reasons.PREFILL(query_len=30).and_also(RESISTS.reason)
+    torch._dynamo.reset()
+    strict = torch.compile(written_out, backend="lychee", options={**SPARSE, "strict": True})
+    with pytest.raises(BackendCompilerFailed, match="it resists") as caught:
+        strict(*inputs)
+    assert isinstance(caught.value.inner_exception, backend.StrictError)
 
 
 def test_a_note_that_fails_leaves_the_prefill_as_it_is(

@@ -75,7 +75,7 @@ def test_defaults_are_those_of_the_index():
         ({"mode": "reduce-overheat"}, ["mode", "did you mean 'reduce-overhead'", "max-autotune"]),
         ({"strict": 1}, ["strict=1", "True or False"]),
         ({"prefill": "dense"}, ["prefill='dense'", "'exact'", "'sparse'"]),
-        ({"prefill_budget": 1.5}, ["prefill_budget=1.5", "a share between 0 and 1"]),
+        ({"prefill_budget": 1.5}, ["prefill_budget=1.5", "a share above 0 and up to 1.0"]),
         ({"prefill_budget": 0}, ["prefill_budget=0", "at least 1"]),
         ({"prefill_from": -1}, ["prefill_from=-1", "at least 0"]),
         ({"tokenizer": "gemma"}, ["tokenizer", "str", "get_vocab", "BoundaryTable"]),

@@ -67,12 +67,14 @@ def test_a_tile_reads_what_the_specification_says(case: Case) -> None:
 
 
 @each_case
-def test_all_that_is_there_is_dense(case: Case) -> None:
+@pytest.mark.parametrize("everything", [10**9, 1.0])
+def test_all_that_is_there_is_dense(everything: float, case: Case) -> None:
     with recorded() as calls:
-        got = compiled(case.function, prefill_budget=10**9)(*case.inputs)
+        got = compiled(case.function, prefill_budget=everything)(*case.inputs)
     torch.testing.assert_close(got, case.dense(), atol=1e-5, rtol=1e-5)
     assert len(calls) == 1
     assert only_site().decision == "sparse"
+    assert "reads all keys it sees" in only_site().reads
 
 
 @pytest.mark.parametrize(

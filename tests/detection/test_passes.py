@@ -115,6 +115,11 @@ def expand_rounded(x: Tensor) -> Tensor:
     return expand(x.to(torch.float8_e4m3fn).to(x.dtype))
 
 
+def scattered(q, k, v, k_new, v_new, at):
+    k.scatter_(2, torch.full_like(k_new, at, dtype=torch.int64), k_new)
+    return attend(q, k, v, at + 1)
+
+
 def scaled_keys(q, k, v, k_new, v_new, at):
     k.index_copy_(2, torch.tensor([at]), k_new)
     return attend(q, k * 2, v, at + 1)
@@ -150,6 +155,7 @@ def decode(step: Step, options: dict[str, Any]) -> list[Site]:
 
 BOUND = [
     index_copy,
+    scattered,
     position_tensor,
     negative_position,
     ring,
@@ -208,11 +214,6 @@ def written_twice(q, k, v, k_new, v_new, at):
     return attend(q, k, v, at + 2)
 
 
-def scattered(q, k, v, k_new, v_new, at):
-    k.scatter_(2, torch.full_like(k_new, at, dtype=torch.int64), k_new)
-    return attend(q, k, v, at + 1)
-
-
 def row_by_row(q, k, v, k_new, v_new, at):
     k[torch.arange(BATCH), :, torch.tensor([at, at + 1])] = k_new[:, :, 0]
     return attend(q, k, v, at + 2)
@@ -239,11 +240,10 @@ def computed(q, k, v, k_new, v_new, at):
         (rolled, "sliding", "rolls"),
         (window, "sliding", "sliding window"),
         (written_twice, "none", "more than once"),
-        (scattered, "none", "not read from a KV cache"),
-        (row_by_row, "none", "other indices than token positions"),
+        (row_by_row, "none", "at a position of its own"),
         (by_bool_mask, "none", "other indices than token positions"),
         (read_before_written, "none", "after it is read"),
-        (repeated(expand_rounded), "none", "not read from a KV cache"),
+        (repeated(expand_rounded), "none", "computed from the cache anew at each step (by to)"),
         (computed, "none", "not read from a KV cache"),
     ],
     ids=name_of,

@@ -26,6 +26,7 @@ KERNELS = {
     "scan_chosen": {"BLOCK": 8192, "TILES": 16, "kv_heads": 8},
     "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192},
     "encode": {"BLOCK": 8192},
+    "record_fingerprints": {},
     "scan_boxes": {"STEPS": 4},
     "rank_boxes": {"TILES": 16},
     "list_boxes": {"TILES": 16, "LOTS": 16},
@@ -40,8 +41,8 @@ TILE_KERNELS = {
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
     "*u8": "fine coarse pages page_bins bins",
-    "*i32": "header tile_first tile_end histogram ranks plan limits arrivals candidates "
-    "candidate_count chosen_list edge chosen counts",
+    "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
+    "candidates candidate_count chosen_list edge chosen counts",
     "*i64": "positions",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "

@@ -142,6 +142,7 @@ class Shuffled(NamedTuple):
 
     greatest: Tensor
     least: Tensor
+    fingerprints: Tensor
     header: Tensor
 
 

@@ -235,6 +235,7 @@ def test_a_block_that_begins_takes_over_the_axes_before(monkeypatch):
     for name in ("axes", "centre", "step", "spread"):
         getattr(index.parts, name)[:, :, :1] = getattr(filled, name)
     index.parts.fine.random_(0, 256, generator=torch.Generator().manual_seed(0))
+    index.parts.fingerprints.copy_(built(problem, 511).parts.fingerprints)
     index.parts.header[:] = torch.tensor([1, 511])
     before = copied(index.parts)
     Step.run(problem, index, torch.tensor([511, 512])).check()

@@ -182,6 +182,32 @@ def test_distrust_again_starts_the_waiting_anew(calls: Calls) -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_host_learns_that_kernels_took_trust_away(calls: Calls, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        key = torch.zeros(KEY.shape)
+    upkeep = StaticCacheIndex(LAYOUT, key.device)
+
+    def calls_until(trusted: bool) -> int:
+        for number in range(1, 200):
+            upkeep.after_call(key, use(written=0))
+            if upkeep.trusted is trusted:
+                return number
+        raise AssertionError
+
+    assert calls_until(True) == 1
+    every = lifecycle.LOOK_INFERENCE if inference else lifecycle.LOOK
+    for wait in (2, 4):
+        upkeep.index.parts.header[0] = 2
+        assert calls_until(False) <= every + 1
+        assert int(upkeep.index.parts.header[0]) == 0
+        assert calls_until(True) == wait  # it was lost before it was of use
+    assert len(calls) == 3
+    for _ in range(2 * every):
+        upkeep.after_call(key, use(written=0))
+    assert upkeep.trusted
+
+
 def test_every_row_of_a_batch_has_an_end_of_its_own(calls: Calls) -> None:
     upkeep = StaticCacheIndex(LAYOUT, KEY.device)
     for step in range(140):

@@ -31,6 +31,7 @@ from lychee_compile.kernels.gpu.lifecycle import WORTHWHILE
 from lychee_compile.kernels.operators import decode as decode_operators
 from lychee_compile.kernels.operators.observe import warn_of_recording
 from lychee_compile.kernels.trust import Trust
+from lychee_compile.runtime import stateful_graph
 from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.stateful_graph import _warn_of_inference_mode
 
@@ -132,12 +133,26 @@ def test_a_prefill_through_the_backend_is_found_out_by_the_next_step() -> None:
     assert_exact(cache.step(step))
 
 
-def test_caches_made_in_inference_mode_are_read_in_full(caplog: pytest.LogCaptureFixture) -> None:
+def test_caches_made_in_inference_mode_are_sparse_and_never_stale() -> None:
+    """PyTorch does not count who writes them. Kernels notice it in the very step."""
+    step = compiled()
+    with torch.inference_mode():
+        cache = Cache().fill(100)
+        assert_exact(cache.step(step))
+        assert_sparse(cache.step(step), cache)
+        cache.fill(90)
+        assert_exact(cache.step(step))
+
+
+def test_kernels_that_notice_no_writes_read_caches_of_inference_mode_in_full(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _warn_of_inference_mode.cache_clear()
+    monkeypatch.setattr(stateful_graph, "notices_writes", lambda policy: False)
     step = compiled()
     with caplog.at_level(logging.WARNING, "lychee_compile"), torch.inference_mode():
         cache = Cache().fill(100)
-        for _ in range(3):
+        for _ in range(2):
             assert_exact(cache.step(step))
     (warning,) = [each.message for each in caplog.records]
     assert "torch.no_grad()" in warning

@@ -9,6 +9,8 @@ from lychee_compile.kernels.sizes import BINS, PAGE, power_of_two
 
 LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
+SAMPLE = {"sampled": 32, "newest": 8}
+"""Keys that each KV head compares with fingerprints in each step, and the newest among them."""
 _OWN_ITEMS = 2048
 """Upper bound of the items that a program of `choose_by_bin` has."""
 

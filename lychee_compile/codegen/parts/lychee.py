@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lychee_compile.codegen.parts.decode import LARGEST, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S, SparseSpec
@@ -31,6 +31,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         _constants(spec, sparse, paged),
         *emit_bins(spec, sparse),
         emit_always_read(spec, sparse, unread="fresh"),
+        *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         _query_weights(spec, paged),
         *library("sketch", "load_weights", "codes", "load_codes"),
         _fill("sketch_scores", spec),
@@ -67,6 +68,7 @@ def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
         turn=TURN,
         bins=BINS,
         largest=LARGEST,
+        **SAMPLE,
         tile=SCAN_SLOTS,
         page=PAGE,
         kept=kept,

@@ -5,7 +5,7 @@ Chosen pages are read whole. `kernels/policies/decode/quest.py` says what differ
 
 from __future__ import annotations
 
-from lychee_compile.codegen.parts.decode import LARGEST, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec
@@ -31,6 +31,8 @@ def emit_quest(spec: AttentionSpec) -> list[str]:
         *emit_bins(spec, sparse),
         *library("bins", "chosen_of_tiles"),
         emit_always_read(spec, sparse, unread="fresh // PAGE * PAGE"),
+        *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
+        *library("fingerprints", "record_fingerprints"),
         fill("quest/scan_boxes.py.jinja", spec),
         *library("quest", "rank_boxes"),
         fill("quest/list_boxes.py.jinja", spec),
@@ -49,4 +51,5 @@ def _constants(spec: AttentionSpec) -> str:
         ranked=RANKED,
         bins=BINS,
         largest=LARGEST,
+        **SAMPLE,
     )

@@ -3,6 +3,7 @@
 `encode`, grid (B * Hkv, programs of 64 slots), has these parameters:
 
 key, strides    [B, Hkv, L, D]
+fingerprints    int32 [B, Hkv, slots]               written: hashes of the keys
 fine, coarse    uint8 [B, Hkv, slots, bytes]        written: 4-bit and 2-bit codes of the keys
 pages           uint8 [B, Hkv, slots / PAGE, bytes] written: codes of the means of pages
 axes            half [B, Hkv, blocks, KEPT, D]      principal axes of each block
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
+    from lychee_compile.codegen.triton_lib.fingerprints import fingerprint
     from lychee_compile.codegen.triton_lib.names import (
         COARSE_BYTES,
         COARSE_COLUMNS,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 @triton.jit(do_not_specialize=["begin", "end"])
 def encode(
     key, stride_b, stride_h, stride_l, stride_d,
-    fine, coarse, pages, axes, centre, step,
+    fingerprints, fine, coarse, pages, axes, centre, step,
     begin, end, slots, kv_heads, blocks, BLOCK: tl.constexpr,
 ):
     """Sketch the keys in the slots [begin, end), 64 a program; begin is a multiple of 64."""
@@ -52,11 +54,14 @@ def encode(
     place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
     place = place + slot.to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d
     inside = (slot < end)[:, None]
-    keys = tl.load(place, mask=inside & (d < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+    keys = tl.load(place, mask=inside & (d < HEAD_DIM)[None, :], other=0.0)
+    mark = fingerprint(keys)
+    keys = keys.to(tl.float32)
     block = space.to(tl.int64) * blocks + (begin + tl.program_id(1) * 64) // BLOCK
     axes, centre = axes + block * KEPT * HEAD_DIM, centre + block * HEAD_DIM
     packed, packed_coarse = encode_keys(keys, axes, centre, step + block * KEPT)
     space = space.to(tl.int64) * slots
+    tl.store(fingerprints + space + slot, mark, mask=slot < end)
     byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
     tl.store(
         fine + (space + slot)[:, None] * FINE_BYTES + byte[None, :],
@@ -82,7 +87,7 @@ def encode(
 @triton.jit
 def encode_new(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fine, coarse, pages, axes, centre, step, spread,
+    header, fingerprints, fine, coarse, pages, axes, centre, step, spread,
     positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, blocks, BLOCK: tl.constexpr, kv_len,
 ):
@@ -103,7 +108,9 @@ def encode_new(
         source = tl.where((slot % BLOCK == 0) & (slot > 0), block - 1, block)
         place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
         place += slot.to(tl.int64) * stride_l
-        newest = tl.load(place + d * stride_d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+        newest = tl.load(place + d * stride_d, mask=d < HEAD_DIM, other=0.0)
+        mark = tl.sum(fingerprint(newest[None, :]), 0)
+        newest = newest.to(tl.float32)
         middle = tl.load(centre + source * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
         matrix = source * (KEPT * HEAD_DIM) + kept[:, None] * HEAD_DIM + d[None, :]
         axis = tl.load(axes + matrix, mask=whole, other=0.0)
@@ -134,6 +141,7 @@ def encode_new(
         moved_code = code << (tl.maximum(number_coarse, 0) // COARSE_BYTES * 2)
         packed_coarse = tl.sum(tl.where(into, moved_code[:, None], 0), 0)
         at = space * slots + slot
+        tl.store(fingerprints + at, mark)
         tl.store(fine + at * FINE_BYTES + byte, packed.to(tl.uint8), mask=byte < FINE_BYTES)
         tl.store(
             coarse + at * COARSE_BYTES + column, packed_coarse.to(tl.uint8),

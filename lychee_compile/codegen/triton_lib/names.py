@@ -34,6 +34,10 @@ LAST_BIN: tl.constexpr
 """The share that the last bin stands for, in eighths of an octave."""
 PAGE: tl.constexpr
 """Slots summarised together."""
+SAMPLED: tl.constexpr
+"""Keys that a program of `check_sample` compares."""
+NEWEST: tl.constexpr
+"""Keys among them that are the newest."""
 
 KEPT: tl.constexpr
 """Coordinates of a sketch."""

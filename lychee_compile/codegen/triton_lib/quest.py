@@ -22,6 +22,7 @@ import triton.language as tl
 
 if TYPE_CHECKING:
     from lychee_compile.codegen.triton_lib.bins import bins_of, count_bins, denominators
+    from lychee_compile.codegen.triton_lib.fingerprints import fingerprint
     from lychee_compile.codegen.triton_lib.names import (
         BINS,
         DIM,
@@ -63,16 +64,23 @@ def rank_boxes(
 @triton.jit
 def box_new(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, least, greatest, positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, least, greatest, positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, kv_len,
 ):
-    """Put a box around the keys of every page whose last slot this step has written."""
+    """Put a box around the keys of every page whose last slot this step has written.
+
+    All new keys get fingerprints.
+    """
     space = (b * kv_heads + kv_head).to(tl.int64)
     d, inner = tl.arange(0, DIM), tl.arange(0, PAGE)
     key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
     for number in range(written):
         slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
         slot = tl.where(slot < 0, slot + kv_len, slot)
+        newest = key + slot.to(tl.int64) * stride_l + d * stride_d
+        newest = tl.load(newest, mask=d < HEAD_DIM, other=0.0)
+        mark = tl.sum(fingerprint(newest[None, :]), 0)
+        tl.store(fingerprints + space * slots + slot, mark)
         page = slot // PAGE
         if slot % PAGE == PAGE - 1:
             place = (page * PAGE + inner).to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d

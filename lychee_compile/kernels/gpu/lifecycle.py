@@ -13,9 +13,12 @@ A new index begins as DISTRUSTED. It is built after the first call on its cache,
 is sparse from the second call on. An index that was distrusted soon after it was built waits longer
 the next time: building it did not pay.
 
-`IndexLifecycle.trust` is the only record of trust. Two numbers follow it: the first number in the
-header of a `DeviceIndex`, which is what kernels see, is 1 only while the index is TRUSTED; and the
-registry keeps the version of each cache tensor, as the evidence by which it calls `distrust`.
+`IndexLifecycle.trust` is the record of trust on the host. The first number in the header of a
+`DeviceIndex`, which is what kernels see, is 1 only while the index is TRUSTED. There are two kinds
+of evidence that somebody else has written a cache. The registry keeps the version of each cache
+tensor, and calls `distrust` if it moved. Kernels compare keys with their fingerprints: they take
+the trust in the header away at once, and the host, which looks at the header now and then, learns
+of it later.
 """
 
 from __future__ import annotations
@@ -43,6 +46,11 @@ REFIT_STRIDE = 37
 """Distance, in calls, between the first refits of caches that were created one after the other,
 modulo half an interval between refits. The number is prime, so that caches as many as half an
 interval has calls are refitted in different calls, unless 37 divides it."""
+
+
+LOOK, LOOK_INFERENCE = 64, 16
+"""Number of calls after which the host looks if kernels took trust away. For a cache that is an
+inference tensor, of which PyTorch counts no versions, it looks more often."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +93,31 @@ class IndexLifecycle(ABC):
         self._next_refit = 0
         self._fitted: Sequence[int] = ()
         """Number of slots of each row that held keys at the last fit."""
-        self._ends_read: _AsyncRead | None = None
-        """Ends of the rows on their way from the device, for a refit that is due."""
+        self._next_look = 0
+        """Number of the call at which the header is read next, if no refit is due sooner."""
+        self._sound_calls = 0
+        """Number of calls after which the index was last known to be trusted by kernels."""
+        self._header_read: _AsyncRead | None = None
+        """The header on its way from the device."""
 
     @property
     def trusted(self) -> bool:
         """True if attention over the cache is sparse."""
         return self.trust is Trust.TRUSTED
 
+    @property
+    def notices_writes(self) -> bool:
+        """True if kernels notice writes by others themselves, or there is nothing to distrust."""
+        return self.index is None or self.index.notices_writes
+
     def distrust(self) -> None:
         """Read all keys until the index is built anew: somebody else may have written the cache."""
+        self._lose(self._calls)
+
+    def _lose(self, calls: int) -> None:
+        """Distrust an index that was of use for so many calls."""
         if self.trusted:
-            lost_soon = self._calls < WORTHWHILE
+            lost_soon = calls < WORTHWHILE
             longer = min(2 * self._calls_to_wait + 1, MOST_CALLS_TO_WAIT)
             self._calls_to_wait = longer if lost_soon else 0
             self._revoke()
@@ -106,7 +127,7 @@ class IndexLifecycle(ABC):
         """Build or refit the index if that is due, now that a graph has run on `cache`."""
         self._calls += 1
         if self.trust is Trust.TRUSTED:
-            due = self._calls == self._next_refit or self._ends_read is not None
+            due = self._header_read is not None or self._calls >= self._next_look
         else:
             due = self.trust is Trust.DISTRUSTED and self._calls > self._calls_to_wait
         if due:
@@ -134,7 +155,7 @@ class IndexLifecycle(ABC):
     def _revoke(self) -> None:
         if self.trusted:
             self.trust = Trust.DISTRUSTED
-        self._ends_read = None
+        self._header_read = None
         if self.index is not None:
             self.index.distrust()
 
@@ -142,10 +163,10 @@ class IndexLifecycle(ABC):
         try:
             if not self.trusted:
                 self._build(use.keys(cache), use)
-            elif self._ends_read is not None:
-                self._refit(cache, use, self._ends_read)
+            elif self._header_read is not None:
+                self._look(cache, use, self._header_read)
             elif self.index is not None:
-                self._ends_read = _AsyncRead(self.index.parts.header[1:])
+                self._header_read = _AsyncRead(self.index.parts.header, self._calls)
         except torch.OutOfMemoryError:
             self.give_up()
         except BaseException:
@@ -163,22 +184,45 @@ class IndexLifecycle(ABC):
         after = self._refit_after(ends, use)
         # The layers of a model are built in the same call, and refitted in different ones.
         self._next_refit = after + self._turn * REFIT_STRIDE % max(after // 2, 1)
+        self._sound_calls = 0
+        self._plan_look(key)
 
-    def _refit(self, cache: Tensor, use: CacheUse, ends_read: _AsyncRead) -> None:
-        """Fit the newest block anew, once the host knows which block that is."""
+    def _plan_look(self, key: Tensor) -> None:
+        """Decide at which call the header is read next."""
+        self._next_look = self._next_refit
+        if self.notices_writes:
+            every = LOOK_INFERENCE if key.is_inference() else LOOK
+            # Layers look in different calls.
+            look = self._calls + every - (self._calls + self._turn) % every
+            self._next_look = min(look, self._next_refit)
+
+    def _look(self, cache: Tensor, use: CacheUse, header_read: _AsyncRead) -> None:
+        """Distrust or refit the index by its header, once that has arrived."""
+        header_read.written += use.written
+        if not header_read.has_arrived():
+            return
+        self._header_read = None
+        trust, *ends = header_read.values()
+        if trust != 1:
+            self._lose(self._sound_calls)
+            return
+        self._sound_calls = header_read.calls
+        key = use.keys(cache)
+        if header_read.calls >= self._next_refit:
+            self._refit(key, use, ends[: key.shape[0]], header_read.written)
+        self._plan_look(key)
+
+    def _refit(self, key: Tensor, use: CacheUse, seen: list[int], written: int) -> None:
+        """Fit the newest block anew; `seen` are the ends of rows, `written` tokens ago at most."""
         assert self.index is not None
-        ends_read.written += use.written
-        if ends_read.has_arrived():
-            self._ends_read, key = None, use.keys(cache)
-            seen = ends_read.values()[: key.shape[0]]
-            ends = [min(end + ends_read.written, key.shape[2]) for end in seen]
-            if max(ends) > 0:
-                self.index.refit(load(use.kernel), key, ends)
-            # A row that did not move, because its text has ended, needs no refit.
-            before = zip(seen, self._fitted, strict=False)
-            moved = [ends[row] for row, (now, then) in enumerate(before) if now != then]
-            self._fitted = seen
-            self._next_refit = self._calls + self._refit_after(moved or ends, use)
+        ends = [min(end + written, key.shape[2]) for end in seen]
+        if max(ends) > 0:
+            self.index.refit(load(use.kernel), key, ends)
+        # A row that did not move, because its text has ended, needs no refit.
+        before = zip(seen, self._fitted, strict=False)
+        moved = [ends[row] for row, (now, then) in enumerate(before) if now != then]
+        self._fitted = seen
+        self._next_refit = self._calls + self._refit_after(moved or ends, use)
 
     def _refit_after(self, ends: Sequence[int], use: CacheUse) -> int:
         """Return the number of calls until the next refit, for rows that end at `ends`."""
@@ -190,7 +234,9 @@ class IndexLifecycle(ABC):
 class _AsyncRead:
     """A copy of numbers from the device to the host that nobody waits for."""
 
-    def __init__(self, numbers: Tensor) -> None:
+    def __init__(self, numbers: Tensor, calls: int) -> None:
+        self.calls = calls
+        """Number of the call after which the copy began."""
         self.written = 0
         """Largest number of tokens written since the copy began."""
         self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)

@@ -49,6 +49,14 @@ def gpu_method(policy: str) -> GpuMethod:
     return method
 
 
+def notices_writes(policy: str) -> bool:
+    """Return True if a policy's kernels notice that somebody else has written a cache.
+
+    A method says so by an attribute `notices_writes`; without one they do not.
+    """
+    return bool(getattr(gpu_method(policy), "notices_writes", False))
+
+
 def method_of_kernel(kernel: str) -> GpuMethod:
     """Return how the kernels of a generated module are run: the module names its policy."""
     return gpu_method(load(kernel).POLICY)

@@ -2,11 +2,15 @@
 
     keys = append(keys, new, 2)      instead of      keys = cat((keys, new), 2)
 
-The result is a view of a larger buffer. Tokens are the outermost dimension of the buffer in memory,
-so that the strides of the view do not depend on the size of the buffer: they are the same at every
-step. The buffer belongs to the tensor that shows all used slots of it, and passes from that tensor
-to its result. An append to any other tensor, such as an older one or a cropped one, copies. The
-contents of no tensor change.
+The result is a view of a larger buffer, laid out like a contiguous cache with free slots behind its
+tokens. Dynamo makes a symbol of the stride that depends on the number of slots, so that a graph
+compiled for such a view takes a contiguous cache too, as an eager step leaves one. The buffer
+belongs to the tensor that shows all used slots of it, and passes from that tensor to its result. An
+append to any other tensor, such as an older one or a cropped one, copies. The contents of no tensor
+change.
+
+The number of slots is not known when compiling, so that the fake result is contiguous. Its readers
+must take any strides, and Inductor must not assert them.
 
 PyTorch requires that the output of an operator shares no storage with its inputs, since a graph may
 write to either. No rewritten graph writes to them. Each result still gets a storage of its own over
@@ -40,36 +44,40 @@ def append(past: Tensor, new: Tensor, dim: int) -> Tensor:
     buffer = past.__dict__.pop(_BUFFER, None)
     if buffer is None or not _fits(buffer, past, dim, end):
         buffer = _larger(past, dim, end)
-        buffer[:begin] = past.movedim(dim, 0)
-    buffer[begin:end] = new.movedim(dim, 0)
-    grown = from_dlpack(buffer[:end].movedim(0, dim))
-    if len(buffer) > end:
+        buffer.narrow(dim, 0, begin).copy_(past)
+    buffer.narrow(dim, begin, end - begin).copy_(new)
+    grown = from_dlpack(buffer.narrow(dim, 0, end))
+    if buffer.shape[dim] > end:
         setattr(grown, _BUFFER, buffer)
     return grown
 
 
 def _fits(buffer: Tensor, past: Tensor, dim: int, end: int) -> bool:
     """True if `past` is the beginning of `buffer`, and `buffer` has room up to `end`."""
-    shown = buffer[: past.shape[dim]].movedim(0, dim)
-    same = past.data_ptr() == buffer.data_ptr() and past.stride() == shown.stride()
-    return same and past.shape == shown.shape and end <= len(buffer)
+    if past.data_ptr() != buffer.data_ptr() or end > buffer.shape[dim]:
+        return False
+    shown = buffer.narrow(dim, 0, past.shape[dim])
+    return past.shape == shown.shape and past.stride() == shown.stride()
 
 
 def _larger(past: Tensor, dim: int, end: int) -> Tensor:
-    """Return a buffer [slots, ...] with room for half of `end` again.
+    """Return a contiguous buffer [..., slots, ...] with room for half of `end` again.
 
     If there is no memory for that, it has room for `end` tokens.
     """
-    others = past.movedim(dim, 0).shape[1:]
+
+    def buffer(slots: int) -> Tensor:
+        return past.new_empty(*past.shape[:dim], slots, *past.shape[dim + 1 :])
+
     try:
-        return past.new_empty(end + max(end // 2, _LEAST), *others)
+        return buffer(end + max(end // 2, _LEAST))
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        return past.new_empty(end, *others)
+        return buffer(end)
 
 
 @torch.library.register_fake("lychee::append", lib=_library)
 def _(past: Tensor, new: Tensor, dim: int) -> Tensor:
-    others = past.movedim(dim, 0).shape[1:]
-    return past.new_empty(past.shape[dim] + new.shape[dim], *others).movedim(0, dim)
+    slots = past.shape[dim] + new.shape[dim]
+    return past.new_empty(*past.shape[:dim], slots, *past.shape[dim + 1 :])

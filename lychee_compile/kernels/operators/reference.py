@@ -45,9 +45,14 @@ def update_index(
     `positions`, int [T] or [B, T], are the slots written; None: the last `written` slots.
     `token_ids`, int [B, T], are the tokens there; None: the graph does not know them. `mask` is the
     SDPA mask of the attention that reads the cache. A write of more than `LONGEST_QUERY` tokens, as
-    in a dense prefill, only notes what a later build needs.
+    in a dense prefill, only notes what a later build needs. Fewer are not even noted if the index
+    waits for a second call.
     """
     owner = handles.find(handle, ReferenceCacheIndex)
+    handle[1] += 1
+    owner.begin_call()
+    if owner.waits and written <= LONGEST_QUERY:
+        return
     cache = owner.index_for(key)
     batch, _, kv_len, _ = key.shape
     rows = mask if mask is None or written <= LONGEST_QUERY else mask[..., -1:, :]
@@ -63,7 +68,6 @@ def update_index(
     first, end = visible.first.amin(1), visible.end.amax(1)
     write = CacheWrite(first, positions, strengths, end)
     cache.update(key, write, build=written <= LONGEST_QUERY)
-    handle[1] += 1
 
 
 @update_index.register_fake
@@ -86,13 +90,17 @@ def sparse_attention(
     """Attend from `query` [B, Hq, Tq, D] to the best of `key` [B, Hkv, L, D]: [B, Hq, Tq, Dv].
 
     The operands are those of `Operands`. `update_index` has run on `key`, and the budget is that of
-    the handle's index. More than `LONGEST_QUERY` positions are a prefill, which is dense. A query
-    that sees no key, as in an idle row of a server's batch, reads nothing and gets zeros.
+    the handle's index. More than `LONGEST_QUERY` positions are a prefill, which is dense. A call is
+    dense too if the index waits for a second call on the cache. A query that sees no key, as in an
+    idle row of a server's batch, reads nothing and gets zeros.
     """
     operands = Operands(query, key, value, mask, scale, softcap, extra)
     if query.shape[2] > LONGEST_QUERY:
         return dense_attention(operands).contiguous()
-    index = handles.find(handle, ReferenceCacheIndex).index_for(key).index
+    owner = handles.find(handle, ReferenceCacheIndex)
+    if owner.waits:
+        return dense_attention(operands).contiguous()
+    index = owner.index_for(key).index
     budget, epsilon, certificate = index.config.budget, index.config.epsilon, None
     if epsilon is None or budget is None:
         selection = select(index, operands.score_inputs, budget, site)

@@ -22,6 +22,8 @@ class ReferenceCacheIndex:
     between calls.
     """
 
+    notices_writes = False
+
     def __init__(self, config: IndexConfig, strength_of: StrengthLookup | None = None) -> None:
         self.tensor = new_handle(self)
         """Handle that graphs take, int64 [2]."""
@@ -29,6 +31,9 @@ class ReferenceCacheIndex:
         self.strength_of = strength_of
         """Gives the boundary strengths of the tokens that are written next; None: no table."""
         self.cache: CacheIndex | None = None
+        self.waits = False
+        """True while a call is not to build the index: attention reads all keys."""
+        self._calls_to_wait = 0
 
     def index_for(self, key: Tensor) -> CacheIndex:
         """Return the index of `key` [B, Hkv, L, D], an empty one if none fits its shape."""
@@ -42,7 +47,13 @@ class ReferenceCacheIndex:
             self.cache.distrust()
 
     def delay_build(self) -> None:
-        """Do nothing: the operators build the index when they need it."""
+        """Build the index of a new cache only if a second call comes."""
+        self._calls_to_wait = 1
+
+    def begin_call(self) -> None:
+        """Note that a graph runs on the cache. The last call to wait for may be over."""
+        self.waits = self._calls_to_wait > 0
+        self._calls_to_wait = 0
 
     def after_call(self, cache: Tensor, use: CacheUse) -> None:
         """Do nothing: the operators have brought the index up to date."""

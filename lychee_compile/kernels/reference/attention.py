@@ -10,15 +10,21 @@ from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import Selection
 from lychee_compile.kernels.reference.softcap import capped
 
+FEW_QUERIES = 16
+"""Largest number of query positions over which a mask is repeated rather than keys and values."""
+
 
 def dense_attention(operands: Operands) -> Tensor:
     """Return attention over every key, [B, Hq, Tq, Dv] in the query's dtype."""
     query, mask, scale = operands.query, operands.mask, operands.scale
     key, value = operands.key, operands.value
+    plain = operands.softcap is None and operands.extra is None
+    if plain and operands.group > 1 and query.shape[2] <= FEW_QUERIES:
+        return _grouped_attention(operands)
     if operands.group > 1:  # repeated, not `enable_gqa`: that has no fused kernel on a CPU
         key, value = (each.repeat_interleave(operands.group, dim=1) for each in (key, value))
     key, value = key.to(query.dtype), value.to(query.dtype)
-    if operands.softcap is None and operands.extra is None:
+    if plain:
         mask = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     score = capped((query @ key.transpose(-1, -2)).float() * scale, operands.softcap)
@@ -30,6 +36,27 @@ def dense_attention(operands: Operands) -> Tensor:
     nothing = (score == -torch.inf).all(-1, keepdim=True)
     weight = score.softmax(-1).masked_fill(nothing, 0)[..., : operands.kv_len]
     return weight.to(query.dtype) @ value
+
+
+def _grouped_attention(operands: Operands) -> Tensor:
+    """Return attention over every key, with the query heads of a group as positions of one head.
+
+    So keys and values [B, Hkv, L, D] are read as they are, not repeated.
+    """
+    query, mask, group = operands.query, operands.mask, operands.group
+    heads, query_len, dtype = operands.key.shape[1], query.shape[2], query.dtype
+    rows = query.unflatten(1, (heads, group)).flatten(2, 3)
+    if mask is not None:
+        mask = mask if mask.dtype == torch.bool else mask.to(dtype)
+        mask = mask[(None,) * (4 - mask.dim())]
+        if mask.shape[1] > 1:
+            wide = mask.expand(-1, -1, query_len, -1)
+            mask = wide.unflatten(1, (heads, group)).flatten(2, 3)
+        elif mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, group, 1)
+    key, value = operands.key.to(dtype), operands.value.to(dtype)
+    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=operands.scale)
+    return output.unflatten(2, (group, query_len)).flatten(1, 2)
 
 
 def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.fx
 
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.detect.token_writes import (
+    Slots,
+    Span,
+    Tokens,
+    TokenWrite,
+    Writes,
+    prefix_of,
+    token_write,
+    view_write,
+)
+from lychee_compile.passes.detect.unbound import KeysWithoutCache
+from lychee_compile.passes.detect.unfolded import behind_views, dimension_in
+from lychee_compile.passes.detect.write_positions import NotBoundError, PositionReader
 from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
     argument,
@@ -19,16 +31,13 @@ from lychee_compile.passes.graph.dataflow import (
     first_input,
     is_operator,
     operator_of,
+    outputs_of,
     same,
+    scalar_of,
     shape_of,
-    static_size,
     through_copies,
-    value_of,
 )
-from lychee_compile.passes.graph.operator_facts import Family
-from lychee_compile.passes.reasons import Reason, ReasonedError
-
-Slot = int | torch.fx.Node
+from lychee_compile.passes.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -40,22 +49,32 @@ class CacheBinding:
     token_dim: int
     """Dimension of `key` that runs over tokens."""
     kind: str
-    """"static": an input written in place; "dynamic": grown by concatenation, an output."""
+    """"static": of fixed size; "dynamic": grown by concatenation, an output."""
     source: torch.fx.Node | None
     """The input that holds the cache before the call; None if a dynamic cache begins."""
     output: int | None
-    """Position of the grown cache among the outputs of the graph; None for a static cache."""
-    positions: torch.fx.Node | None = None
-    """Slots written, int [T]; if None, `span` tells, or they are the last of a dynamic cache."""
-    span: tuple[Slot, Slot] | None = None
-    """Slots [start, end) written, if the graph names them as a slice."""
-    written: tuple[torch.fx.Node, int] | None = None
-    """A tensor, and its dimension that has as many entries as tokens are written."""
+    """Position among the outputs of the graph of the cache after the call; None if it is written in
+    place."""
+    slots: Slots | None = None
+    """Slots written; None: those that a dynamic cache grows by, or none."""
+    tokens: Tokens | None = None
+    """Number of tokens written; None if the graph only reads the cache."""
+    outside_dim: int | None = None
+    """Dimension of `source` and of the output that runs over tokens, if they have another shape
+    than `key`; None otherwise."""
 
     @property
     def reads_only(self) -> bool:
         """True if the graph only reads the cache."""
-        return self.written is None
+        return self.tokens is None
+
+    @property
+    def tokens_written(self) -> int | torch.SymInt:
+        """Number of tokens that a call writes; 0 if it only reads."""
+        if not isinstance(self.tokens, tuple):
+            return self.tokens or 0
+        node, dim = self.tokens
+        return shape_of(node)[dim]
 
 
 @dataclass(frozen=True)
@@ -65,16 +84,6 @@ class Unbound:
     kind: str
     """"none", or "sliding": a cache that keeps a window of keys only."""
     reason: Reason
-
-
-class _NotBoundError(ReasonedError):
-    def __init__(self, reason: Reason, kind: str = "none") -> None:
-        super().__init__(reason)
-        self.unbound = Unbound(kind, reason)
-
-
-Writes = Mapping[torch.fx.Node, list[torch.fx.Node]]
-"""For each tensor, the operators that write to it or to a view of it."""
 
 
 def find_writes(graph: torch.fx.Graph) -> Writes:
@@ -98,84 +107,117 @@ def bind_cache(
         if len(places) != 1 or key.layout[places[0]] != attention.roles.key:
             continue
         try:
-            return _Binder(key.node, attention.node, graph, writes, places[0]).bind()
-        except _NotBoundError as error:
-            met.append(error.unbound)
+            return _Binder(key.node, attention, graph, writes, places[0]).bind()
+        except NotBoundError as error:
+            met.append(Unbound(error.kind, error.reason))
     nearer = [each for each in met if each.reason.code != reasons.NO_CACHE.code]
-    return next(iter(nearer), Unbound("none", reasons.NO_CACHE()))
+    if nearer:
+        return nearer[0]
+    explain = KeysWithoutCache(graph, writes)
+    return Unbound("none", explain.reason(attention.key.node, attention.kv_len))
 
 
 class _Binder:
     def __init__(
         self,
         key: torch.fx.Node,
-        reader: torch.fx.Node,
+        attention: Attention,
         graph: torch.fx.Graph,
         writes: Writes,
         token_dim: int,
     ) -> None:
-        self._key, self._reader, self._graph, self._dim = key, reader, graph, token_dim
-        self._writes = writes
+        self._key, self._attention, self._graph, self._dim = key, attention, graph, token_dim
+        self._writes, self._explain = writes, KeysWithoutCache(graph, writes)
+        self._write_at = partial(
+            token_write, token_dim=token_dim, reader=PositionReader(graph, frozenset(writes))
+        )
 
     def bind(self) -> CacheBinding:
         holder = self._behind_prefixes(self._key)
         if is_operator(holder, "cat"):
             return self._grown(holder)
-        if _writes_tokens(holder):
-            return self._written(holder)
         if holder.op == "placeholder":
             return self._read(holder)
-        rewritten = calls(holder, aten.copy_.default) and first_input(holder).op == "placeholder"
-        rolled = any(is_operator(each, "roll") for each in (holder, *holder.args[:1]))
-        if rewritten or rolled:
-            raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
-        if calls(holder, aten.slice.Tensor):
-            raise _NotBoundError(reasons.CACHE_SLICED(), "sliding")
+        if calls(holder, aten.copy_.default) and first_input(holder).op == "placeholder":
+            return self._read(first_input(holder))
+        write = self._write_at(holder)
+        if write is not None:
+            return self._written(holder, write)
+        if self._explain.rolls(holder):
+            raise NotBoundError(reasons.CACHE_ROLLS(), "sliding")
+        if self._explain.cuts_cache(holder):
+            raise NotBoundError(reasons.CACHE_SLICED(), "sliding")
         output = self._output_index(holder)
-        if output is None:
-            raise _NotBoundError(reasons.NO_CACHE())
+        if output is None or self._from_cache(holder):
+            raise NotBoundError(reasons.NO_CACHE())
         return CacheBinding(
-            self._key, self._dim, "dynamic", None, output, written=(holder, self._dim)
+            self._key, self._dim, "dynamic", None, output, tokens=(holder, self._dim)
         )
+
+    def _from_cache(self, node: torch.fx.Node) -> bool:
+        """True if keys are computed from a cache, and so are not the first of a new one."""
+        attention = self._attention
+        if attention.query_len == attention.kv_len:
+            return False
+        return self._explain.reads_cache(node, attention.kv_len)
 
     def _behind_prefixes(self, node: torch.fx.Node) -> torch.fx.Node:
         """Return the node behind slices that take the first entries of a dimension."""
         node = through_copies(node)
-        while calls(node, aten.slice.Tensor):
-            from_start = argument(node, "start", 0) in (0, None) and argument(node, "step", 1) == 1
-            source = node.args[0]
-            assert isinstance(source, torch.fx.Node)
-            if not from_start or not _holds_cache(source):
-                break
+        while (source := prefix_of(node)) is not None and self._holds_cache(source):
             node = through_copies(source)
         return node
 
-    def _written(self, write: torch.fx.Node) -> CacheBinding:
-        """Return the binding of a cache to which this call writes tokens at positions."""
-        positions = self._positions(write)
-        cache = through_copies(write.args[0])  # type: ignore[arg-type]
-        if is_operator(cache, "roll"):
-            raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
-        if positions is None:
-            raise _NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
-        if cache.op != "placeholder" or self._writes.get(cache) != [write]:
-            raise _NotBoundError(reasons.CACHE_NOT_INPUT())
-        return CacheBinding(
-            self._key, self._dim, "static", cache, None, positions, written=(positions, 0)
-        )
+    def _holds_cache(self, node: torch.fx.Node) -> bool:
+        node = through_copies(node)
+        if prefix_of(node) is not None:
+            return self._holds_cache(first_input(node))
+        if node.op == "placeholder" or operator_of(node).write is not None:
+            return True
+        return calls(node, aten.copy_.default) or self._write_at(node) is not None
 
-    def _positions(self, write: torch.fx.Node) -> torch.fx.Node | None:
-        """Return the token slots, int [T], that an indexed write fills; None for others."""
-        rank = len(shape_of(write))
-        if calls(write, aten.index_copy_.default):
-            along = argument(write, "dim") % rank == self._dim
-            return argument(write, "index") if along else None
-        indices = argument(write, "indices")
-        places = [place for place, index in enumerate(indices) if index is not None]
-        if places != [self._dim] or argument(write, "accumulate", False):
-            return None
-        index = indices[self._dim]
-        return index if len(shape_of(index)) == 1 and value_of(index).dtype != torch.bool else None
+    def _written(self, node: torch.fx.Node, write: TokenWrite) -> CacheBinding:
+        """Return the binding of a cache to which `node` writes tokens, in place or not."""
+        cache = write.cache
+        if self._explain.rolls(cache):
+            raise NotBoundError(reasons.CACHE_ROLLS(), "sliding")
+        in_place, output = bool(written_by(node)), None
+        writes = self._writes.get(cache, [])
+        if not in_place and not self._copied_back(node, cache):
+            output = self._output_index(node)
+            if output is None:
+                raise NotBoundError(reasons.CACHE_NOT_RETURNED())
+        known = [node] if in_place else writes[:1] if output is None else []
+        if cache.op != "placeholder" and (part := self._explain.part_of(cache)):
+            raise NotBoundError(part)
+        if cache.op != "placeholder" or writes != known:
+            raise NotBoundError(reasons.CACHE_NOT_INPUT())
+        return self._static(cache, write.slots, write.tokens, output, node)
+
+    def _copied_back(self, node: torch.fx.Node, cache: torch.fx.Node) -> bool:
+        """True if the first write to `cache` replaces it by `node`."""
+        write = next(iter(self._writes.get(cache, [])), None)
+        if not calls(write, aten.copy_.default):
+            return False
+        assert write is not None
+        fresh = write.args[1]
+        whole = first_input(write) is cache and isinstance(fresh, torch.fx.Node)
+        return whole and through_copies(fresh) is node  # type: ignore[arg-type]
+
+    def _static(
+        self,
+        cache: torch.fx.Node,
+        slots: Slots,
+        tokens: Tokens,
+        output: int | None,
+        write: torch.fx.Node,
+    ) -> CacheBinding:
+        """Return the binding of a cache of fixed size, if `slots` still name what was written."""
+        named = slots if isinstance(slots, torch.fx.Node) else None
+        later = [] if named is None else self._writes.get(storage_of(named), [])
+        if any(write < each and each < self._attention.node for each in later):
+            raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
+        return CacheBinding(self._key, self._dim, "static", cache, output, slots, tokens)
 
     def _read(self, cache: torch.fx.Node) -> CacheBinding:
         """Return the binding of a cache that is written through a view of it, or not at all."""
@@ -183,86 +225,105 @@ class _Binder:
         if not writes:
             return CacheBinding(self._key, self._dim, "static", cache, None)
         (write, *more) = writes
-        target, fresh = first_input(write), write.args[1]
-        whole = target is cache and isinstance(fresh, torch.fx.Node)
-        if whole and calls(write, aten.copy_.default):
-            raise _NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         if more or not calls(write, aten.copy_.default):
-            raise _NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
-        if self._reader < write:
-            raise _NotBoundError(reasons.CACHE_WRITTEN_LATE())
-        span = self._span(target, cache)
-        return CacheBinding(
-            self._key, self._dim, "static", cache, None, span=span, written=(target, self._dim)
-        )
+            raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
+        if self._attention.node < write:
+            raise NotBoundError(reasons.CACHE_WRITTEN_LATE())
+        target, fresh = first_input(write), write.args[1]
+        if target is cache and isinstance(fresh, torch.fx.Node):
+            return self._replaced(cache, through_copies(fresh), write)
+        found = view_write(write, cache, self._dim)
+        if found is None:
+            raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
+        return self._static(cache, *found, None, write)
 
-    def _span(self, target: torch.fx.Node, cache: torch.fx.Node) -> tuple[Slot, Slot]:
-        """Return the slots of `cache` that its view `target` shows."""
-        span: tuple[Slot, Slot] | None = None
-        node = target
-        while node is not cache:
-            dim = argument(node, "dim", 0) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
-            if not calls(node, aten.slice.Tensor) or argument(node, "step", 1) != 1:
-                raise _NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
-            start, end = argument(node, "start", 0), argument(node, "end")
-            if dim == self._dim and span is None:
-                kv_len = shape_of(cache)[dim]
-                first, last = _slot(start, kv_len), _slot(end, kv_len)
-                if first is None or last is None:
-                    raise _NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
-                span = (first, last)
-            elif start not in (0, None):
-                raise _NotBoundError(reasons.CACHE_OTHER_AXIS())
-            node = node.args[0]  # type: ignore[assignment]
-        if span is None:
-            raise _NotBoundError(reasons.CACHE_OTHER_AXIS())
-        return span
+    def _replaced(
+        self, cache: torch.fx.Node, fresh: torch.fx.Node, copy: torch.fx.Node
+    ) -> CacheBinding:
+        """Return the binding of a cache that `copy` replaces by `fresh`."""
+        if self._explain.rolls(fresh):
+            raise NotBoundError(reasons.CACHE_ROLLS(), "sliding")
+        write = self._write_at(fresh)
+        if write is None or write.cache is not cache:
+            raise NotBoundError(reasons.CACHE_REPLACED())
+        return self._static(cache, write.slots, write.tokens, None, copy)
 
     def _grown(self, key: torch.fx.Node) -> CacheBinding:
         parts = argument(key, "tensors")
         if argument(key, "dim", 0) % len(shape_of(key)) != self._dim:
-            raise _NotBoundError(reasons.NO_CACHE())
+            raise NotBoundError(reasons.NO_CACHE())
         output = self._output_index(key)
         if output is None:
-            raise _NotBoundError(reasons.CACHE_KEEPS_PART(), "sliding")
+            return self._unfolded(key, parts) or self._put_together(key, parts)
         if len(parts) != 2:
-            raise _NotBoundError(reasons.CACHE_GROWS_IN_PIECES())
+            raise NotBoundError(reasons.CACHE_GROWS_IN_PIECES())
         past = through_copies(parts[0])
-        written = (parts[1], self._dim)
         if past.op == "placeholder":
-            return CacheBinding(self._key, self._dim, "dynamic", past, output, written=written)
-        empty = shape_of(past)
-        if same(empty[0], 0) or (len(empty) == len(shape_of(key)) and same(empty[self._dim], 0)):
-            return CacheBinding(self._key, self._dim, "dynamic", None, output, written=written)
-        raise _NotBoundError(reasons.CACHE_PAST_NOT_INPUT())
+            source = past
+        elif self._is_empty(past, key):
+            source = None
+        else:
+            raise NotBoundError(reasons.CACHE_PAST_NOT_INPUT())
+        return CacheBinding(
+            self._key, self._dim, "dynamic", source, output, tokens=(parts[1], self._dim)
+        )
+
+    def _unfolded(self, key: torch.fx.Node, parts: list[torch.fx.Node]) -> CacheBinding | None:
+        """Return the binding of a cache that is given and returned in another shape than `key`.
+
+        keys = cat((past.view(rows * heads, tokens, features), new), 1)
+        return keys.view(rows, heads, tokens + 1, features)
+        """
+        source = behind_views(parts[0])
+        if len(parts) != 2 or source.op != "placeholder":
+            return None
+        before = dimension_in(parts[0], source, self._dim)
+        for place, node in enumerate(outputs_of(self._graph)):
+            if not isinstance(node, torch.fx.Node) or behind_views(node) is not key:
+                continue
+            alike = before is not None and len(shape_of(node)) == len(shape_of(source))
+            if alike and dimension_in(node, key, before) == self._dim:  # type: ignore[arg-type]
+                tokens = (parts[1], self._dim)
+                return CacheBinding(
+                    self._key, self._dim, "dynamic", source, place, None, tokens, before
+                )
+        return None
+
+    def _is_empty(self, past: torch.fx.Node, key: torch.fx.Node) -> bool:
+        """True if the tensor that `key` begins with has no tokens."""
+        sizes = shape_of(past)
+        return same(sizes[0], 0) or (len(sizes) == len(shape_of(key)) and same(sizes[self._dim], 0))
+
+    def _put_together(self, key: torch.fx.Node, parts: list[torch.fx.Node]) -> CacheBinding:
+        """Return the binding of keys that are a static cache up to the tokens of this call.
+
+        keys = cat((cache[:, :, :begin], new), 2)
+        cache[:, :, begin:end] = new
+        """
+        cache = prefix_of(parts[0], self._dim) if len(parts) == 2 else None
+        writes = [] if cache is None else self._writes.get(cache, [])
+        if cache is not None and cache.op == "placeholder" and len(writes) == 1:
+            found = self._begins_at(writes[0], cache, parts)
+            if found is not None:
+                return self._static(cache, found, (parts[1], self._dim), None, key)
+        if self._explain.rolls(key) or self._explain.keeps_part(key):
+            raise NotBoundError(reasons.CACHE_KEEPS_PART(), "sliding")
+        raise NotBoundError(reasons.NO_CACHE())
+
+    def _begins_at(
+        self, write: torch.fx.Node, cache: torch.fx.Node, parts: list[torch.fx.Node]
+    ) -> Span | None:
+        """Return the slots that `write` fills if it puts `parts[1]` behind `parts[0]`."""
+        if not calls(write, aten.copy_.default) or write.args[1] is not parts[1]:
+            return None
+        found = view_write(write, cache, self._dim)
+        if found is None:
+            return None
+        held, begin = shape_of(parts[0])[self._dim], scalar_of(found[0].start)
+        return found[0] if scalar_of(held) == begin else None
 
     def _output_index(self, key: torch.fx.Node) -> int | None:
-        outputs = next(node for node in reversed(self._graph.nodes) if node.op == "output").args[0]
-        if not isinstance(outputs, (tuple, list)):
-            outputs = (outputs,)
-        for place, node in enumerate(outputs):
+        for place, node in enumerate(outputs_of(self._graph)):
             if isinstance(node, torch.fx.Node) and through_copies(node) is key:
                 return place
         return None
-
-
-def _holds_cache(node: torch.fx.Node) -> bool:
-    node = through_copies(node)
-    if calls(node, aten.slice.Tensor):
-        return _holds_cache(node.args[0])  # type: ignore[arg-type]
-    return node.op == "placeholder" or _writes_tokens(node)
-
-
-def _writes_tokens(node: torch.fx.Node) -> bool:
-    return operator_of(node).family is Family.TOKEN_WRITE
-
-
-def _slot(bound: Any, kv_len: int | torch.SymInt) -> Slot | None:
-    """Return the slot at a bound of a slice, which means the same as in Python.
-
-    None if only a run can tell.
-    """
-    size = static_size(kv_len)
-    if isinstance(bound, torch.fx.Node):
-        return bound
-    return None if size is None or bound is None else slice(bound, None).indices(size)[0]

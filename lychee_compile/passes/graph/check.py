@@ -6,7 +6,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes import reasons
-from lychee_compile.passes.graph.dataflow import same_shape, value_of
+from lychee_compile.passes.graph.dataflow import outputs_of, same_shape, value_of
 from lychee_compile.passes.reasons import ReasonedError
 
 
@@ -35,5 +35,4 @@ def check_graph(gm: torch.fx.GraphModule, outputs: int) -> None:
 
 def output_count(gm: torch.fx.GraphModule) -> int:
     """Return how many values a graph gives."""
-    outputs = next(node for node in reversed(gm.graph.nodes) if node.op == "output").args[0]
-    return len(outputs) if isinstance(outputs, (tuple, list)) else 1
+    return len(outputs_of(gm.graph))

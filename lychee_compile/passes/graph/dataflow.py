@@ -91,6 +91,12 @@ def scalar_of(value: Any) -> sympy.Expr | None:
     return sympy.sympify(value) if isinstance(value, (int, float)) else None
 
 
+def outputs_of(graph: torch.fx.Graph) -> tuple[Any, ...]:
+    """Return what a graph gives, in order."""
+    outputs = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
 def calls(node: Any, *targets: Any) -> bool:
     """True if `node` is a call of one of the operators."""
     return isinstance(node, torch.fx.Node) and node.op == "call_function" and node.target in targets

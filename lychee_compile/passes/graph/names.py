@@ -87,6 +87,10 @@ class Names:
         return sympy.sympify(tensor.item())
 
 
+_PICKS = (Family.GATHER, Family.PADDING)
+"""Families of operators whose results show elements of their first input."""
+
+
 def _tensor_behind(node: torch.fx.Node) -> torch.fx.Node:
     """Return the input or constant whose elements `node` shows, copied, moved or picked.
 
@@ -95,7 +99,7 @@ def _tensor_behind(node: torch.fx.Node) -> torch.fx.Node:
     source = node
     while source.op == "call_function":
         described = operator_of(source)
-        shows = described.view is not None or described.family is Family.SELECTION
+        shows = described.view is not None or described.family in _PICKS
         if source.target is operator.getitem:
             shows = operator_of(source.args[0]).view is View.PARTS
         if not shows or not isinstance(source.args[0], torch.fx.Node):

@@ -117,22 +117,32 @@ class ProductKind(Enum):
     TENSORDOT = auto()
 
 
+class WriteKind(Enum):
+    """Operators that write slots of a tensor; `detect.token_writes` has a function for each."""
+
+    INDEX_COPY = auto()
+    INDEX_PUT = auto()
+    SCATTER = auto()
+    SLICE_SCATTER = auto()
+    SELECT_SCATTER = auto()
+
+
 class Family(Enum):
     """Operators that some part of detection or lowering treats alike."""
 
     CONVOLUTION = auto()
     DROPOUT = auto()
     EXPONENTIAL = auto()
-    SELECTION = auto()
-    """Picks elements of a tensor by their indices, or sets zeros around them."""
+    PADDING = auto()
+    """Sets zeros around the elements of its input."""
     JOINING = auto()
     """Puts tensors together into one, each as a part of it."""
     NORMALISATION = auto()
     """Shifts and scales its input by statistics of it, in the same shape."""
     ATTENTION_MODULE = auto()
     """Computes a whole module that holds an attention."""
-    TOKEN_WRITE = auto()
-    """Writes some positions of a tensor in place, as a cache is written."""
+    GATHER = auto()
+    """Takes entries of its input that a tensor of indices names."""
 
 
 Numbers = Callable[..., sympy.Expr | Boolean]
@@ -157,6 +167,8 @@ class AtenOperator:
     steps: tuple[StepKind | None, ...] = ()
     """Effect on scores, for each operand that they may be; empty if scores are not followed."""
     product: ProductKind | None = None
+    write: WriteKind | None = None
+    """Slots that it writes, in place or to a copy of its input."""
     family: Family | None = None
     carries: bool = False
     """True if attention weights are followed through it; always so for views."""

@@ -36,6 +36,7 @@ from lychee_compile.passes.graph.operator_facts import (
     Rule,
     StepKind,
     View,
+    WriteKind,
 )
 
 OTHER, FILL, FLOOR = StepKind.OTHER, StepKind.FILL, StepKind.FLOOR
@@ -79,6 +80,7 @@ def _table() -> Iterator[tuple[str, AtenOperator]]:
     yield from _made_from_nothing()
     yield from _selections()
     yield from _products()
+    yield from _writes()
     yield from _others()
 
 
@@ -180,15 +182,14 @@ def _made_from_nothing() -> Iterator[tuple[str, AtenOperator]]:
 def _selections() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("where", rule=Rule.WHERE, steps=(None, FILL, FILL), carries=True)
     yield from _row("masked_fill", rule=Rule.MASKED_FILL, steps=(FILL,), carries=True)
-    yield from _row("index_put", rule=Rule.INDEX_PUT, steps=(FILL,))
-    yield from _row("slice_scatter select_scatter", steps=(OTHER,), family=Family.JOINING)
+    yield from _row("index_put", rule=Rule.INDEX_PUT, steps=(FILL,), write=WriteKind.INDEX_PUT)
     yield from _row("tril", rule=Rule.LOWER_TRIANGLE)
     yield from _row("triu", rule=Rule.UPPER_TRIANGLE)
-    picks = Family.SELECTION
-    yield from _row("index", rule=Rule.INDEX, family=picks)
-    yield from _row("index_select", rule=Rule.INDEX_SELECT, family=picks)
-    yield from _row("embedding", rule=Rule.EMBEDDING, family=picks)
-    yield from _row("gather constant_pad_nd", family=picks)
+    yield from _row("index", rule=Rule.INDEX, family=Family.GATHER)
+    yield from _row("index_select", rule=Rule.INDEX_SELECT, family=Family.GATHER)
+    yield from _row("embedding", rule=Rule.EMBEDDING, family=Family.GATHER)
+    yield from _row("gather take_along_dim", family=Family.GATHER)
+    yield from _row("constant_pad_nd", family=Family.PADDING)
 
 
 def _products() -> Iterator[tuple[str, AtenOperator]]:
@@ -205,6 +206,15 @@ def _products() -> Iterator[tuple[str, AtenOperator]]:
         "conv_transpose1d conv_transpose2d conv_transpose3d",
         family=Family.CONVOLUTION,
     )
+
+
+def _writes() -> Iterator[tuple[str, AtenOperator]]:
+    yield from _row("index_put_", write=WriteKind.INDEX_PUT)
+    yield from _row("index_copy index_copy_", write=WriteKind.INDEX_COPY)
+    yield from _row("scatter scatter_", write=WriteKind.SCATTER)
+    puts = {"steps": (OTHER,), "family": Family.JOINING}
+    yield from _row("slice_scatter", write=WriteKind.SLICE_SCATTER, **puts)
+    yield from _row("select_scatter", write=WriteKind.SELECT_SCATTER, **puts)
 
 
 def _others() -> Iterator[tuple[str, AtenOperator]]:
@@ -228,7 +238,6 @@ def _others() -> Iterator[tuple[str, AtenOperator]]:
         "feature_dropout alpha_dropout feature_alpha_dropout", family=Family.DROPOUT, memory=maybe
     )
     yield from _row("rrelu", memory=maybe)
-    yield from _row("index_copy_ index_put_", family=Family.TOKEN_WRITE)
     yield from _row("requires_grad_", writes_nothing=True)
     yield from _row("fill_ zero_")
     yield from _row(

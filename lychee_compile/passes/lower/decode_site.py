@@ -33,7 +33,7 @@ from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caches import CacheBinding
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.graph.check import RewriteError
-from lychee_compile.passes.graph.dataflow import static_size, value_of
+from lychee_compile.passes.graph.dataflow import outputs_of, static_size, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonicaliser
 from lychee_compile.passes.lower.context import LoweringContext
@@ -128,8 +128,7 @@ def _shown_keys(
     (form,) = [each for each in attention.key_forms if each.node is binding.key][:1]
     graph = torch.fx.Graph()
     cache = graph.placeholder("cache")
-    in_place = binding.source if binding.kind == "static" else None
-    cache.meta["val"] = value_of(binding.key if in_place is None else in_place)
+    cache.meta["val"] = value_of(_cache_left(binding, emit.graph))
     show = Rearranger(Emitter(graph, emit.mode), attention.axes, lambda _: None)
     try:
         shown = show(Operand(cache, form.layout), attention.roles.key_layout(), whole=True)
@@ -137,6 +136,15 @@ def _shown_keys(
         raise NoKernel(reasons.CACHE_LAYOUT(error=error.reason.words)) from error
     graph.output(shown)
     return torch.fx.GraphModule({}, graph), value_of(shown)
+
+
+def _cache_left(binding: CacheBinding, graph: torch.fx.Graph) -> torch.fx.Node:
+    """Return the node that is the whole cache after the call."""
+    if binding.kind == "dynamic":
+        return binding.key
+    left = binding.source if binding.output is None else outputs_of(graph)[binding.output]
+    assert isinstance(left, torch.fx.Node)
+    return left
 
 
 def _reads_all(key: Tensor, cache: Tensor) -> bool:

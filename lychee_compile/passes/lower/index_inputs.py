@@ -34,6 +34,8 @@ class IndexInput:
     """Dimension of the cache that runs over tokens."""
     use: CacheUse | None
     """Use that generated kernels make of the cache; None: the index is the reference's."""
+    reads_only: bool
+    """True if the graph does not write the cache."""
 
 
 class IndexInputs:
@@ -69,7 +71,9 @@ class IndexInputs:
         mode = self._emit.mode
         node, fake = torch_private.add_state_input(self._gm, name, size, dtype, device, mode)
         source = None if binding.source is None else self._own.index(binding.source)
-        return IndexInput(node, fake, source, binding.output, binding.token_dim, use)
+        outside = binding.outside_dim
+        token_dim = binding.token_dim if outside is None else outside
+        return IndexInput(node, fake, source, binding.output, token_dim, use, binding.reads_only)
 
     def _remove(self, key: object) -> None:
         self._gm.graph.erase_node(self._added.pop(key).node)

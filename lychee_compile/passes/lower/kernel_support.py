@@ -7,6 +7,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
+import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.methods import gpu_method, policies_with_kernels
@@ -15,7 +16,7 @@ from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caches import CacheBinding
-from lychee_compile.passes.graph.dataflow import shape_of, static_size, value_of
+from lychee_compile.passes.graph.dataflow import static_size, value_of
 from lychee_compile.passes.lower.written_slots import wrapping_operator
 from lychee_compile.passes.reasons import Reason, ReasonedError, ReasonKind
 
@@ -113,8 +114,10 @@ def no_gpu_index(attention: Attention, binding: CacheBinding, config: IndexConfi
         return error.reason
     if (operator := wrapping_operator(binding)) is not None:
         return reasons.CACHE_MAY_WRAP(operator=operator)
+    if binding.outside_dim is not None:
+        return reasons.CACHE_VIEWED()
     device = value_of(attention.key.node).device
-    if binding.positions is not None and value_of(binding.positions).device != device:
+    if isinstance(binding.slots, torch.fx.Node) and value_of(binding.slots).device != device:
         return reasons.POSITIONS_DEVICE()
     return None
 
@@ -124,13 +127,10 @@ def tokens_written(binding: CacheBinding) -> int:
 
     Raises `NoKernel` if they are unknown when compiling, or more than a decoding step writes.
     """
-    if binding.written is None:
-        return 0
-    node, dim = binding.written
-    count = static_size(shape_of(node)[dim])
+    count = static_size(binding.tokens_written)
     if count is None:
         name = "the number of tokens written to the cache"
-        raise NoKernel(reasons.SIZE_SYMBOLIC(name=name, size=shape_of(node)[dim]))
+        raise NoKernel(reasons.SIZE_SYMBOLIC(name=name, size=binding.tokens_written))
     if count > LONGEST_QUERY:
         raise NoKernel(reasons.MANY_TOKENS_WRITTEN(count=count, limit=LONGEST_QUERY))
     return count

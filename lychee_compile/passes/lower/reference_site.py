@@ -27,7 +27,6 @@ from lychee_compile.passes.detect.token_ids import covers
 from lychee_compile.passes.graph.dataflow import (
     aten,
     module_path,
-    shape_of,
     static_size,
 )
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
@@ -59,11 +58,10 @@ def emit_reference_sparse(
 
 def knows_tokens(attention: Attention, binding: CacheBinding, context: LoweringContext) -> bool:
     """True if the token ids of the graph are those of the tokens written to the cache."""
-    if binding.written is None:
+    if binding.reads_only:
         return False
-    node, dim = binding.written
     batch = attention.axes.product(attention.roles.batch)
-    return covers(context.token_ids, batch, shape_of(node)[dim])
+    return covers(context.token_ids, batch, binding.tokens_written)
 
 
 def emit_token_note(attention: Attention, binding: CacheBinding, context: LoweringContext) -> None:
@@ -86,10 +84,7 @@ def _update(
     index = context.index_inputs.node_for(binding)
     positions = named_slots(binding, emit)
     ids = context.token_ids if knows_tokens(attention, binding, context) else None
-    written: int | torch.fx.Node = 0
-    if binding.written is not None:
-        node, dim = binding.written
-        count = static_size(shape_of(node)[dim])
-        written = emit(aten.sym_size.int, node, dim) if count is None else count
+    count = static_size(binding.tokens_written)
+    written = emit(aten.sym_size.int, *binding.tokens) if count is None else count  # type: ignore[misc]
     update = torch.ops.lychee.update_index.default
     emit(update, operands.key, operands.mask, positions, ids, index, written)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from operator import mod
+import operator
 
 import torch
 import torch.fx
 
 from lychee_compile.passes.detect.caches import CacheBinding
-from lychee_compile.passes.graph.dataflow import aten, operator_key, value_of
+from lychee_compile.passes.detect.token_writes import Span
+from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 
 REMAINDERS = ("remainder", "fmod")
@@ -17,10 +18,14 @@ REMAINDERS = ("remainder", "fmod")
 
 def named_slots(binding: CacheBinding, emit: Emitter) -> torch.fx.Node | None:
     """Return or emit the slots written, int [T]; None if the graph does not name them."""
-    if binding.span is None:
-        return binding.positions
-    device = value_of(binding.key).device
-    return emit(aten.arange.start, *binding.span, device=device, dtype=torch.int64)
+    slots = binding.slots
+    if isinstance(slots, Span):
+        stop = emit(operator.add, slots.start, slots.count) if slots.stop is None else slots.stop
+        device = value_of(binding.key).device
+        return emit(aten.arange.start, slots.start, stop, device=device, dtype=torch.int64)
+    if slots is None or len(shape_of(slots)) == 1:
+        return slots
+    return emit(aten.reshape.default, slots, [-1])
 
 
 def wrapping_operator(binding: CacheBinding) -> str | None:
@@ -29,12 +34,13 @@ def wrapping_operator(binding: CacheBinding) -> str | None:
     It is a remainder, or a choice between two positions that are both computed, as `pos - L` for
     `pos`. None: the graph shows no such operator, or does not compute the slots.
     """
-    named = (binding.positions, *(binding.span or ()))
+    slots = binding.slots
+    named = (slots.start, slots.stop) if isinstance(slots, Span) else (slots,)
     waiting = [each for each in named if isinstance(each, torch.fx.Node)]
     met = set(waiting)
     while waiting:
         node = waiting.pop()
-        if operator_key(node) in REMAINDERS or node.target is mod:
+        if operator_key(node) in REMAINDERS or node.target is operator.mod:
             return "a remainder"
         if operator_key(node) == "where" and all(map(_varies, node.args[1:])):
             return "a choice between positions"

@@ -55,7 +55,10 @@ def attend_to(
     slot, inside, queries, heads, top, total, result, b, t, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
 ):
-    """Do one step of online softmax over the keys in the slots [N] that are `inside`."""
+    """Do one step of online softmax over the keys in the slots [N] that are `inside`.
+
+    Return what it leaves, and the keys [N, DIM].
+    """
     seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], length)
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
@@ -76,7 +79,7 @@ def attend_to(
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(weight, 1)
     result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values)
-    return most, total, result
+    return most, total, result, keys
 
 
 @triton.jit
@@ -137,7 +140,7 @@ def read_all(
     for start in range(first // KEYS * KEYS + split * KEYS, end, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = (slot >= first) & (slot < end)
-        top, total, result = attend_to(
+        top, total, result, _ = attend_to(
             slot, inside, queries, heads, top, total, result, b, t, kv_len,
             key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
         )
@@ -181,6 +184,8 @@ BUDGET = tl.constexpr(1024)  # tokens read per KV head and query position
 SINKS = tl.constexpr(0)  # first tokens, always read: none
 RECENT = tl.constexpr(1)  # last tokens, always read, besides the page being written
 PAGE = tl.constexpr(16)  # slots summarised together
+SAMPLED = tl.constexpr(32)  # keys that each KV head compares with fingerprints
+NEWEST = tl.constexpr(8)  # those among them that are the newest
 SCANNED = tl.constexpr(64)  # pages scored at a time
 RANKED = tl.constexpr(512)  # pages that a program ranks
 BINS = tl.constexpr(256)  # bins of a histogram of shares; the first is for what cannot be chosen
@@ -306,6 +311,81 @@ def always_read(
 
 
 @triton.jit
+def fingerprint(keys):
+    """Return a hash, int32 [N], of the bits of each of the keys [N, DIM].
+
+    It is a sum of bit patterns with odd weights, modulo 2^32: exact in any order of summation. High
+    bits are folded down first, so that differences in sign bits alone do not cancel.
+    """
+    if keys.dtype.primitive_bitwidth == 32:
+        bits = keys.to(tl.uint32, bitcast=True)
+        bits = bits ^ (bits >> 16)
+    else:
+        bits = keys.to(tl.uint16, bitcast=True).to(tl.uint32)
+    bits = bits ^ (bits >> 8)
+    weight = (tl.arange(0, DIM).to(tl.uint32) + 1) * 0x9E3779B1
+    weight = (weight ^ (weight >> 15)) * 0x85EBCA77
+    weight = (weight ^ (weight >> 13)) | 1
+    return tl.sum((bits * weight[None, :]).to(tl.int32, bitcast=True), 1).to(tl.int32)
+
+
+@triton.jit
+def changed_keys(keys, slot, inside, fingerprints):
+    """Return 1 for each of the keys [N, DIM] that is not the one that was indexed, int32 [N].
+
+    `slot` [N] are their slots. Those that are not `inside` [N] are not compared.
+    """
+    known = tl.load(fingerprints + slot, mask=inside, other=0)
+    return (inside & (known != fingerprint(keys))).to(tl.int32)
+
+
+@triton.jit
+def check_sample(
+    key, stride_b, stride_h, stride_l, stride_d,
+    header, fingerprints, positions, position_stride_b, position_stride_t, written,
+    b, kv_head, slots, kv_heads, kv_len,
+):
+    """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
+
+    The sample has the NEWEST keys, which whoever appends has written, and others at equal
+    distances, which each step and each KV head begins elsewhere. This step already reads all keys.
+    """
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = tl.minimum(fresh, kv_len)
+    trust = tl.load(header)
+    if trust > 1:
+        tl.store(header, 0)
+    elif (trust == 1) & (fresh > 0):
+        number, d = tl.arange(0, SAMPLED), tl.arange(0, DIM)
+        turn = fresh.to(tl.int64) * 40503 + kv_head * (65536 // kv_heads)  # the golden ratio's part
+        begin = (turn & 65535) * fresh >> 16
+        others = SAMPLED - NEWEST
+        slot = ((number - NEWEST).to(tl.int64) * fresh + begin) // others
+        slot = tl.where(number < NEWEST, tl.maximum(fresh - 1 - number, 0), slot).to(tl.int64)
+        place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+        place = place + slot[:, None] * stride_l + d[None, :] * stride_d
+        keys = tl.load(place, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+        if tl.max(changed_keys(keys, slot, slot < fresh, fingerprints), 0) > 0:
+            tl.store(header, 0)
+
+
+@triton.jit(do_not_specialize=["end"])
+def record_fingerprints(
+    key, stride_b, stride_h, stride_l, stride_d, fingerprints, end, slots, kv_heads
+):
+    """Hash the keys in the slots [0, end), 64 a program."""
+    space, slot = tl.program_id(1), tl.program_id(0) * 64 + tl.arange(0, 64)
+    b, kv_head, d = space // kv_heads, space % kv_heads, tl.arange(0, DIM)
+    place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    place = place + slot.to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d
+    keys = tl.load(place, mask=(slot < end)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    tl.store(
+        fingerprints + space.to(tl.int64) * slots + slot, fingerprint(keys), mask=slot < end
+    )
+
+
+@triton.jit
 def corner_scores(above, below, least, greatest, page, held):
     """Return q.k in the best corner of the box of each page [N]: [ROWS, N].
 
@@ -324,21 +404,31 @@ def corner_scores(above, below, least, greatest, page, held):
 @triton.jit
 def scan_boxes(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
     least, greatest, scores, totals, histogram,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, pages, kv_heads, query_len, tiles, length,
+    kv_len, slots, pages, kv_heads, query_len, tiles, length,
     STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store log2 of the estimated mass of STEPS * SCANNED pages for each head, and of its sum.
 
     A page's score stands for every token of it that some head sees. Pages that may not be chosen
-    have no mass. Counters of later kernels are cleared here.
+    have no mass. Counters of later kernels are cleared here. One more program looks if the
+    index is stale.
     """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    if tile == tiles:
+        if t == 0:
+            check_sample(
+                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                b, kv_head, slots, kv_heads, kv_len,
+            )
+        return
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
@@ -442,16 +532,23 @@ def list_boxes(
 @triton.jit
 def box_new(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, least, greatest, positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, least, greatest, positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, kv_len,
 ):
-    """Put a box around the keys of every page whose last slot this step has written."""
+    """Put a box around the keys of every page whose last slot this step has written.
+
+    All new keys get fingerprints.
+    """
     space = (b * kv_heads + kv_head).to(tl.int64)
     d, inner = tl.arange(0, DIM), tl.arange(0, PAGE)
     key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
     for number in range(written):
         slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
         slot = tl.where(slot < 0, slot + kv_len, slot)
+        newest = key + slot.to(tl.int64) * stride_l + d * stride_d
+        newest = tl.load(newest, mask=d < HEAD_DIM, other=0.0)
+        mark = tl.sum(fingerprint(newest[None, :]), 0)
+        tl.store(fingerprints + space * slots + slot, mark)
         page = slot // PAGE
         if slot % PAGE == PAGE - 1:
             place = (page * PAGE + inner).to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d
@@ -471,7 +568,7 @@ def attend(
     value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
     partial, partial_top, partial_sum,
     kv_len, kv_heads, query_len, splits,
-    header, least, greatest, slots,
+    header, fingerprints, least, greatest, slots,
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
     histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, length,
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
@@ -491,7 +588,7 @@ def attend(
         if t == 0:
             box_new(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, least, greatest, positions, position_stride_b, position_stride_t, written,
+                header, fingerprints, least, greatest, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,
             )
     else:
@@ -503,13 +600,14 @@ def attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         result = tl.zeros([ROWS, WIDTH], tl.float32)
-        trusted = tl.load(header) != 0
         fresh = fresh_from(
             positions, position_stride_b, position_stride_t, written, header, b, kv_len
         )
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
+        # A kernel before this one may have just revoked trust: what caches hold is too old.
+        trusted = tl.load(header, cache_modifier=".cg") != 0
         first, begin, stop, end = always_read(
             tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
         )
@@ -550,13 +648,19 @@ def attend(
                 item += splits * LANES
                 entry = tl.load(bins + origin + item, mask=item < items, other=0)
             tl.debug_barrier()
+            fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+            changed = tl.zeros([KEYS], tl.int32)
             for start in range(0, count, KEYS):
                 number = start + tl.arange(0, KEYS)
                 slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                top, total, result = attend_to(
+                top, total, result, keys = attend_to(
                     slot, number < count, queries, heads, top, total, result, b, t, kv_len,
                     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
                 )
+                compared = (number < count) & (slot < fresh)
+                changed |= changed_keys(keys, slot, compared, fingerprints)
+            if tl.max(changed, 0) > 0:
+                tl.store(header, 2)
         else:
             top, total, result = read_all(
                 queries, heads, top, total, result, b, t, kv_len, split, splits,

@@ -55,7 +55,10 @@ def attend_to(
     slot, inside, queries, heads, top, total, result, b, t, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
 ):
-    """Do one step of online softmax over the keys in the slots [N] that are `inside`."""
+    """Do one step of online softmax over the keys in the slots [N] that are `inside`.
+
+    Return what it leaves, and the keys [N, DIM].
+    """
     seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], length)
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
@@ -76,7 +79,7 @@ def attend_to(
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(weight, 1)
     result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values)
-    return most, total, result
+    return most, total, result, keys
 
 
 @triton.jit
@@ -137,7 +140,7 @@ def read_all(
     for start in range(first // KEYS * KEYS + split * KEYS, end, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = (slot >= first) & (slot < end)
-        top, total, result = attend_to(
+        top, total, result, _ = attend_to(
             slot, inside, queries, heads, top, total, result, b, t, kv_len,
             key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
         )
@@ -190,6 +193,8 @@ LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
 
 TILE = tl.constexpr(512)  # slots that a program of the scan takes
 PAGE = tl.constexpr(16)  # slots summarised together
+SAMPLED = tl.constexpr(32)  # keys that each KV head compares with fingerprints
+NEWEST = tl.constexpr(8)  # those among them that are the newest
 KEPT = tl.constexpr(64)  # coordinates of a sketch
 KEPT_COLUMNS = tl.constexpr(64)
 KEPT_FINE = tl.constexpr(32)  # coordinates of 4 bits
@@ -312,22 +317,95 @@ def always_read(
 
 
 @triton.jit
+def fingerprint(keys):
+    """Return a hash, int32 [N], of the bits of each of the keys [N, DIM].
+
+    It is a sum of bit patterns with odd weights, modulo 2^32: exact in any order of summation. High
+    bits are folded down first, so that differences in sign bits alone do not cancel.
+    """
+    if keys.dtype.primitive_bitwidth == 32:
+        bits = keys.to(tl.uint32, bitcast=True)
+        bits = bits ^ (bits >> 16)
+    else:
+        bits = keys.to(tl.uint16, bitcast=True).to(tl.uint32)
+    bits = bits ^ (bits >> 8)
+    weight = (tl.arange(0, DIM).to(tl.uint32) + 1) * 0x9E3779B1
+    weight = (weight ^ (weight >> 15)) * 0x85EBCA77
+    weight = (weight ^ (weight >> 13)) | 1
+    return tl.sum((bits * weight[None, :]).to(tl.int32, bitcast=True), 1).to(tl.int32)
+
+
+@triton.jit
+def changed_keys(keys, slot, inside, fingerprints):
+    """Return 1 for each of the keys [N, DIM] that is not the one that was indexed, int32 [N].
+
+    `slot` [N] are their slots. Those that are not `inside` [N] are not compared.
+    """
+    known = tl.load(fingerprints + slot, mask=inside, other=0)
+    return (inside & (known != fingerprint(keys))).to(tl.int32)
+
+
+@triton.jit
+def check_sample(
+    key, stride_b, stride_h, stride_l, stride_d,
+    header, fingerprints, positions, position_stride_b, position_stride_t, written,
+    b, kv_head, slots, kv_heads, kv_len,
+):
+    """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
+
+    The sample has the NEWEST keys, which whoever appends has written, and others at equal
+    distances, which each step and each KV head begins elsewhere. This step already reads all keys.
+    """
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = tl.minimum(fresh, kv_len)
+    trust = tl.load(header)
+    if trust > 1:
+        tl.store(header, 0)
+    elif (trust == 1) & (fresh > 0):
+        number, d = tl.arange(0, SAMPLED), tl.arange(0, DIM)
+        turn = fresh.to(tl.int64) * 40503 + kv_head * (65536 // kv_heads)  # the golden ratio's part
+        begin = (turn & 65535) * fresh >> 16
+        others = SAMPLED - NEWEST
+        slot = ((number - NEWEST).to(tl.int64) * fresh + begin) // others
+        slot = tl.where(number < NEWEST, tl.maximum(fresh - 1 - number, 0), slot).to(tl.int64)
+        place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+        place = place + slot[:, None] * stride_l + d[None, :] * stride_d
+        keys = tl.load(place, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+        if tl.max(changed_keys(keys, slot, slot < fresh, fingerprints), 0) > 0:
+            tl.store(header, 0)
+
+
+@triton.jit
 def query_weights(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
     axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
-    kv_len, blocks, kv_heads: tl.constexpr, query_len, length,
+    kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, length,
     BLOCK: tl.constexpr, PAGED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store the weights of a block's codes in q.k, and the rest of q.k, which no code changes.
 
     By second-order cumulants the log of the mean of exp(score) over keys of variance v is the score
     of their mean plus scale / 2 sum w^2 v. Over a whole block it gives the block's part of the
-    softmax's denominator. Counters of later kernels are cleared here.
+    softmax's denominator. Counters of later kernels are cleared here. One more
+    program looks if the index is stale.
     """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
+    if tile == blocks:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        if t == 0:
+            check_sample(
+                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                b, kv_head, slots, kv_heads, kv_len,
+            )
+        return
     block = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
     kept, d, g = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
     axis = tl.load(
@@ -707,7 +785,7 @@ def page_code(mean):
 @triton.jit(do_not_specialize=["begin", "end"])
 def encode(
     key, stride_b, stride_h, stride_l, stride_d,
-    fine, coarse, pages, axes, centre, step,
+    fingerprints, fine, coarse, pages, axes, centre, step,
     begin, end, slots, kv_heads, blocks, BLOCK: tl.constexpr,
 ):
     """Sketch the keys in the slots [begin, end), 64 a program; begin is a multiple of 64."""
@@ -718,11 +796,14 @@ def encode(
     place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
     place = place + slot.to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d
     inside = (slot < end)[:, None]
-    keys = tl.load(place, mask=inside & (d < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+    keys = tl.load(place, mask=inside & (d < HEAD_DIM)[None, :], other=0.0)
+    mark = fingerprint(keys)
+    keys = keys.to(tl.float32)
     block = space.to(tl.int64) * blocks + (begin + tl.program_id(1) * 64) // BLOCK
     axes, centre = axes + block * KEPT * HEAD_DIM, centre + block * HEAD_DIM
     packed, packed_coarse = encode_keys(keys, axes, centre, step + block * KEPT)
     space = space.to(tl.int64) * slots
+    tl.store(fingerprints + space + slot, mark, mask=slot < end)
     byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
     tl.store(
         fine + (space + slot)[:, None] * FINE_BYTES + byte[None, :],
@@ -748,7 +829,7 @@ def encode(
 @triton.jit
 def encode_new(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fine, coarse, pages, axes, centre, step, spread,
+    header, fingerprints, fine, coarse, pages, axes, centre, step, spread,
     positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, blocks, BLOCK: tl.constexpr, kv_len,
 ):
@@ -769,7 +850,9 @@ def encode_new(
         source = tl.where((slot % BLOCK == 0) & (slot > 0), block - 1, block)
         place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
         place += slot.to(tl.int64) * stride_l
-        newest = tl.load(place + d * stride_d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+        newest = tl.load(place + d * stride_d, mask=d < HEAD_DIM, other=0.0)
+        mark = tl.sum(fingerprint(newest[None, :]), 0)
+        newest = newest.to(tl.float32)
         middle = tl.load(centre + source * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
         matrix = source * (KEPT * HEAD_DIM) + kept[:, None] * HEAD_DIM + d[None, :]
         axis = tl.load(axes + matrix, mask=whole, other=0.0)
@@ -800,6 +883,7 @@ def encode_new(
         moved_code = code << (tl.maximum(number_coarse, 0) // COARSE_BYTES * 2)
         packed_coarse = tl.sum(tl.where(into, moved_code[:, None], 0), 0)
         at = space * slots + slot
+        tl.store(fingerprints + at, mark)
         tl.store(fine + at * FINE_BYTES + byte, packed.to(tl.uint8), mask=byte < FINE_BYTES)
         tl.store(
             coarse + at * COARSE_BYTES + column, packed_coarse.to(tl.uint8),
@@ -824,7 +908,7 @@ def attend(
     value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
     partial, partial_top, partial_sum,
     kv_len, kv_heads, query_len, splits,
-    header, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr,
+    header, fingerprints, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr,
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
     histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, length,
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
@@ -844,7 +928,7 @@ def attend(
         if t == 0:
             encode_new(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fine, coarse, pages, axes, centre, step, spread,
+                header, fingerprints, fine, coarse, pages, axes, centre, step, spread,
                 positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, blocks, BLOCK, kv_len,
             )
@@ -857,13 +941,14 @@ def attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         result = tl.zeros([ROWS, WIDTH], tl.float32)
-        trusted = tl.load(header) != 0
         fresh = fresh_from(
             positions, position_stride_b, position_stride_t, written, header, b, kv_len
         )
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
+        # A kernel before this one may have just revoked trust: what caches hold is too old.
+        trusted = tl.load(header, cache_modifier=".cg") != 0
         first, begin, stop, end = always_read(
             tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
         )
@@ -904,13 +989,19 @@ def attend(
                 item += splits * LANES
                 entry = tl.load(bins + origin + item, mask=item < items, other=0)
             tl.debug_barrier()
+            fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+            changed = tl.zeros([KEYS], tl.int32)
             for start in range(0, count, KEYS):
                 number = start + tl.arange(0, KEYS)
                 slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                top, total, result = attend_to(
+                top, total, result, keys = attend_to(
                     slot, number < count, queries, heads, top, total, result, b, t, kv_len,
                     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
                 )
+                compared = (number < count) & (slot < fresh)
+                changed |= changed_keys(keys, slot, compared, fingerprints)
+            if tl.max(changed, 0) > 0:
+                tl.store(header, 2)
         else:
             top, total, result = read_all(
                 queries, heads, top, total, result, b, t, kv_len, split, splits,

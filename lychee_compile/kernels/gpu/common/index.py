@@ -20,7 +20,11 @@ class DeviceIndex(ABC):
 
     It is built here from the keys that a prefill left; the kernels of each step keep it up to date.
     While the first number of its header is 0 the index is not trusted: attention reads every key.
+    Kernels set it to 0 themselves if they notice that a key is not the one that was indexed.
     """
+
+    notices_writes = False
+    """True if kernels compare keys with the index, and take its trust away if they differ."""
 
     def __init__(self, layout: IndexLayout, device: torch.device) -> None:
         self.layout = layout

@@ -25,6 +25,7 @@ LEAST_REFIT = 32
 class SketchIndex(DeviceIndex):
     """Sketches of the keys of one cache."""
 
+    notices_writes = True
     layout: SketchLayout
     parts: SketchState
 

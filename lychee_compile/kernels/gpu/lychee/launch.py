@@ -136,10 +136,10 @@ def _stand_ins(arguments: Mapping[str, object]) -> dict[str, object]:
 
 
 def _query_weights(step: SparseStep, sizes: _Sizes, arguments: Mapping[str, object]) -> None:
-    """Weigh the codes of each block by the query, and clear what later kernels count."""
+    """Weigh the codes of each block, clear what later kernels count, and compare some keys."""
     launch(
         step.module.query_weights,
-        (step.rows, sizes.blocks),
+        (step.rows, sizes.blocks + 1),
         arguments,
         num_warps=4,
         num_stages=1,

@@ -68,7 +68,10 @@ class SketchState(NamedTuple):
     """The parts of an index, views of its memory. Kernels take them by these names."""
 
     header: Tensor
-    """int32 [1 + B]: 1 if the index may be trusted, then the last written slot + 1 of each row."""
+    """int32 [1 + B]: 1 if the index may be trusted, 2 if the next step must not trust it, 0 if it
+    is not trusted; then the last written slot + 1 of each row."""
+    fingerprints: Tensor
+    """Hashes of the indexed keys, int32 [B, Hkv, slots]."""
     fine: Tensor
     """4-bit coordinates, two in a byte, uint8 [B, Hkv, slots, bytes]."""
     coarse: Tensor
@@ -138,6 +141,7 @@ class SketchLayout:
         kept = len(sketch_bits(self.head_dim))
         kept_fine = sum(field.width for field in fields[0])
         yield header_part(self.batch)
+        yield "fingerprints", (*each, self.slots), torch.int32
         yield "fine", (*each, self.slots, fine), torch.uint8
         yield "coarse", (*each, self.slots, coarse), torch.uint8
         yield "pages", (*each, self.slots // PAGE, fine), torch.uint8

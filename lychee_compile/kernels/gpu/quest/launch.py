@@ -89,6 +89,7 @@ def _arguments(step: SparseStep, sizes: _Sizes) -> dict[str, object]:
 def _rank_pages(step: SparseStep, sizes: _Sizes, arguments: dict[str, object]) -> None:
     """Score all pages, find the bins of their shares, and list the slots of the best pages."""
     module, rows = step.module, step.rows
-    launch(module.scan_boxes, (rows, sizes.tiles), arguments, num_warps=4, num_stages=3)
+    grid = rows, sizes.tiles + 1  # the last programs compare some keys
+    launch(module.scan_boxes, grid, arguments, num_warps=4, num_stages=3)
     for kernel in (module.rank_boxes, module.list_boxes):
         launch(kernel, (rows, sizes.lots), arguments, num_warps=4, num_stages=1, **step.waits)

@@ -16,7 +16,10 @@ class QuestState(NamedTuple):
     """The parts of an index, views of its memory. Kernels take them by these names."""
 
     header: Tensor
-    """int32 [1 + B]: 1 if the index may be trusted, then the last written slot + 1 of each row."""
+    """int32 [1 + B]: 1 if the index may be trusted, 2 if the next step must not trust it, 0 if it
+    is not trusted; then the last written slot + 1 of each row."""
+    fingerprints: Tensor
+    """Hashes of the indexed keys, int32 [B, Hkv, slots]."""
     least: Tensor
     """Least key of each page, channel by channel, in the keys' dtype [B, Hkv, pages, D]."""
     greatest: Tensor
@@ -65,4 +68,5 @@ class QuestLayout:
     def _parts(self) -> tuple[Part, ...]:
         shape = (self.batch, self.kv_heads, self.pages, self.head_dim)
         corners = (("least", shape, self.dtype), ("greatest", shape, self.dtype))
-        return header_part(self.batch), *corners
+        marks = "fingerprints", (self.batch, self.kv_heads, self.slots), torch.int32
+        return header_part(self.batch), marks, *corners

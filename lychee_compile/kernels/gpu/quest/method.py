@@ -22,6 +22,7 @@ class QuestMethod:
 
     multiple: int = 1
     prefill: bool = False
+    notices_writes: bool = True
 
     def layout_of(self, key: Tensor) -> QuestLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
