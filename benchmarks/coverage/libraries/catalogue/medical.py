@@ -24,25 +24,11 @@ MONAI = Library(
             [floats(1, 1, 32, 32, 32)],
         ),
         Entry(
-            "ViT, flash",
-            Made(
-                "monai.networks.nets.ViT",
-                **PATCHES,
-                patch_size=(8, 8, 8),
-                hidden_size=48,
-                mlp_dim=64,
-                num_layers=2,
-                num_heads=4,
-                use_flash_attention=True,
-            ),
-            [floats(1, 1, 32, 32, 32)],
-        ),
-        Entry(
             "ViTAutoEnc",
             Made(
                 "monai.networks.nets.ViTAutoEnc",
                 **PATCHES,
-                patch_size=(8, 8, 8),
+                patch_size=(16, 16, 16),
                 hidden_size=48,
                 mlp_dim=64,
                 num_layers=2,
@@ -74,11 +60,16 @@ MONAI = Library(
                 num_heads=(2, 2, 2, 2),
                 window_size=4,
             ),
-            [floats(1, 1, 32, 32, 32)],
+            [floats(1, 1, 64, 64, 64)],
         ),
         Entry(
             "MIL, attention",
-            Made("monai.networks.nets.MILModel", num_classes=3, mil_mode="att_trans"),
+            Made(
+                "monai.networks.nets.MILModel",
+                num_classes=3,
+                mil_mode="att_trans",
+                pretrained=False,
+            ),
             [floats(1, 3, 3, 64, 64)],
         ),
         Entry(

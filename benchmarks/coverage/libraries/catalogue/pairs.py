@@ -64,7 +64,7 @@ OPEN_CLIP = Library(
 
 ESM = Library(
     "fair-esm",
-    ["fair-esm", "scipy", "biotite", "torch-geometric"],
+    ["fair-esm"],
     [
         Entry(
             "ESM2",
@@ -121,23 +121,6 @@ ESM = Library(
                 Made("esm.Alphabet.from_architecture", "ESM-1b"),
             ),
             [ids(2, 24, high=24)],
-        ),
-        Entry(
-            "GVPTransformerDecoder layer",
-            Made(
-                "esm.inverse_folding.transformer_layer.TransformerDecoderLayer",
-                Made(
-                    "argparse.Namespace",
-                    decoder_embed_dim=32,
-                    encoder_embed_dim=32,
-                    decoder_attention_heads=4,
-                    attention_dropout=0.0,
-                    dropout=0.0,
-                    decoder_ffn_embed_dim=64,
-                ),
-            ),
-            [floats(12, 2, 32)],
-            {"encoder_out": floats(16, 2, 32)},
         ),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.coverage.libraries.catalogue.small import SEQUENCE, entry, library
-from benchmarks.coverage.libraries.entries import floats, ids, image, visible
+from benchmarks.coverage.libraries.entries import ids, image
 
 SMALL_OTHERS = (
     library(
@@ -91,89 +91,5 @@ SMALL_OTHERS = (
             use_flash_attn=False,
         ),
         needs=("hyper-connections",),
-    ),
-    library(
-        "soundstorm-pytorch",
-        entry(
-            "soundstorm_pytorch.soundstorm.Conformer",
-            SEQUENCE,
-            dim=32,
-            depth=2,
-            heads=4,
-            dim_head=8,
-            attn_flash=False,
-        ),
-        needs=(
-            "beartype",
-            "accelerate",
-            "gateloop-transformer",
-            "rotary-embedding-torch",
-            "hyper-connections",
-            "spear-tts-pytorch",
-            "audiolm-pytorch",
-        ),
-    ),
-    library(
-        "dalle-pytorch",
-        entry(
-            "dalle_pytorch.transformer.Transformer",
-            floats(2, 24, 32),
-            dim=32,
-            depth=2,
-            heads=4,
-            dim_head=8,
-            seq_len=24,
-            image_fmap_size=4,
-            attn_types=("full",),
-            title="full",
-        ),
-        entry(
-            "dalle_pytorch.transformer.Transformer",
-            floats(2, 24, 32),
-            dim=32,
-            depth=2,
-            heads=4,
-            dim_head=8,
-            seq_len=24,
-            image_fmap_size=4,
-            attn_types=("axial_row", "axial_col"),
-            title="axial",
-        ),
-        entry(
-            "dalle_pytorch.CLIP",
-            ids(2, 16),
-            image(32),
-            dim_text=32,
-            dim_image=32,
-            dim_latent=32,
-            num_text_tokens=64,
-            text_enc_depth=1,
-            text_seq_len=16,
-            text_heads=4,
-            visual_enc_depth=1,
-            visual_heads=4,
-            visual_image_size=32,
-            visual_patch_size=8,
-            named={"text_mask": visible(2, 16)},
-        ),
-        needs=(
-            "axial-positional-embedding",
-            "rotary-embedding-torch",
-            "g-mlp-pytorch",
-            "ftfy",
-            "wcwidth",
-            "torchvision",
-            "taming-transformers-rom1504",
-            "omegaconf",
-            "antlr4-python3-runtime",
-            "tokenizers",
-            "youtokentome",
-            "dalle-pytorch",
-            "DALL-E",
-            "pytorch-lightning",
-            "blobfile",
-            "mypy",
-            "webdataset",
-        ),
     ),
 )

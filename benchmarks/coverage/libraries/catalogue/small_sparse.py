@@ -119,7 +119,7 @@ SMALL_SPARSE = (
             dim_head=8,
             dim_out=1,
         ),
-        needs=("hyper-connections", "x-mlps-pytorch"),
+        needs=("hyper-connections", "x-mlps-pytorch", "discrete-continuous-embed-readout"),
     ),
     library(
         "iTransformer",
