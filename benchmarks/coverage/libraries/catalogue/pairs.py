@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.coverage.libraries.entries import Entry, Library, Made, floats, ids, image
+from benchmarks.coverage.libraries.entries import Entry, Library, Made, ids, image
 
 TOWER = {"image_size": 64, "layers": 2, "width": 32, "patch_size": 16, "head_width": 8}
 WORDS = {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 4, "layers": 2}
