@@ -72,11 +72,16 @@ def markdown(
 
 def replace_table(page: str, table: str) -> str:
     """Return `page` with `table` between the markers. Raise `MarkersError` if it lacks them."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise MarkersError(f"the page needs the lines {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    return replace_between(page, BEGIN, END, table)
+
+
+def replace_between(page: str, begin: str, end: str, text: str) -> str:
+    """Return `page` with `text` between two markers. Raise `MarkersError` if it lacks them."""
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise MarkersError(f"the page needs the lines {begin} and {end}, in this order")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 class _Notes:

@@ -1,0 +1,1 @@
+"""Benchmark of coverage: attentions that are found in model classes of many libraries."""
