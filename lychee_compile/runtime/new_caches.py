@@ -40,8 +40,8 @@ class NewCaches:
         """Delay the indexes of new caches unless those before them came a second time.
 
         `entries` are those of one call, and `reads_only` tells which caches the graph only reads.
-        The first caches of all are indexed at once if the graph writes them: who writes to a cache
-        means to read it again.
+        Caches that the graph writes are indexed at once, as who writes to a cache means to read it
+        again, unless `WORTH_TELLING` calls in a row showed otherwise.
         """
         new = [entry for entry in entries if entry.storage is None]
         if not new:
@@ -49,8 +49,8 @@ class NewCaches:
         self._learn()
         self._last = [entry.uses for entry in new]
         for entry, only_read in zip(entries, reads_only, strict=True):
-            unknown = self._came_again is None and only_read
-            if entry.storage is None and (unknown or self._came_again is False):
+            waits = self._came_again is not True if only_read else self._in_a_row >= WORTH_TELLING
+            if entry.storage is None and waits:
                 entry.owner.delay_build()
 
     def _learn(self) -> None:

@@ -117,10 +117,9 @@ def test_options_reach_the_operator(
             "policy='clusterkv' cannot choose keys",
         ),
         ({"budget": None}, "budget=None"),
-        ({"dense_layers": 1}, "the first attentions of a graph stay exact (dense_layers=1)"),
         ({"prefill": "exact"}, "a prefill or an encoder, which stays exact"),
     ],
-    ids=["short", "policy", "budget None", "first", "not asked for"],
+    ids=["short", "policy", "budget None", "not asked for"],
 )
 def test_what_stays_exact_says_why(
     options: dict[str, Any], words: str, function: Function, decision: str

@@ -70,7 +70,7 @@ def test_quick_is_less_of_everything_but_what_is_asked_for():
     ("line", "words"),
     [
         ("--heads 10 --kv-heads 4", ["--heads 10", "--kv-heads 4"]),
-        ("--contexts 8m", ["--contexts", "'8m'"]),
+        ("--contexts 8x", ["--contexts", "'8x'"]),
         ("--contexts 0k", ["--contexts", "'0k'"]),
         ("--batches 0", ["--batches", "'0'"]),
         ("--seconds -1", ["--seconds", "'-1'"]),

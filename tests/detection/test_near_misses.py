@@ -161,7 +161,7 @@ def test_a_score_that_is_not_supported_has_its_reason(
 @pytest.mark.parametrize("own", [-5e4, -1e4, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("future", [-torch.inf, -1e9])
 def test_a_query_that_sees_nothing_else_sees_its_own_key(own: float, future: float) -> None:
-    """As in Reformer: the first token sees its own key alone, which is hidden less than others."""
+    """The first token of a Reformer sees its own key alone, which is hidden less than others."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         at = torch.arange(query.shape[2])

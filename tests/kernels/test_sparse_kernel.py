@@ -232,7 +232,7 @@ def test_more_unknown_keys_than_the_budget_are_all_read(mask, sparse):
 @BOTH
 @pytest.mark.parametrize("slot", [450, 404])
 def test_recent_tokens_of_a_ring_are_those_before_the_slot_written(slot, sparse):
-    """What lies behind the slot is unknown in this step, and is read too."""
+    """Keys behind the slot are unknown in this step, and are read too."""
     problem = make_problem(sizes=Sizes(kv_len=500), mask="mask", sparse=replace(sparse, budget=160))
     step = Step.run(problem, built(problem, 500), torch.tensor([slot]))
     assert not step.reads_everything

@@ -203,7 +203,7 @@ def test_an_eager_turn_costs_one_copy_and_no_compilation(heads, inductor, reques
 
 @pytest.mark.usefixtures("without_inductor", "seeded")
 def test_a_cache_that_the_graph_reads_otherwise_is_traced_as_it_is():
-    """What depends on the strides of a cache must not be traced with other strides."""
+    """A result that depends on the strides of a cache must not be traced with other strides."""
 
     def read_too(query, keys, values, key, value):
         out, grown, more = grow(query, keys, values, key, value)

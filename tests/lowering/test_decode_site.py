@@ -56,7 +56,6 @@ def only_site(function: Any, *inputs: Any, atol: float = 1e-5, **options: Any) -
         ({"budget": None}, "budget=None asks for exact attention"),
         ({"policy": "clusterkv", "dense_layers": 0}, "no GPU kernel supports policy='clusterkv'"),
         ({"epsilon": 0.1}, "no GPU kernel supports epsilon (got 0.1); set epsilon=None, or"),
-        ({"dense_layers": 1}, "the first attentions of a graph stay exact (dense_layers=1)"),
     ],
 )
 def test_what_is_not_to_be_sparse_runs_an_exact_kernel(

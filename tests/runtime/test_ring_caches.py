@@ -126,7 +126,7 @@ def test_the_newest_tokens_are_read_within_the_budget(
 )
 @torch.no_grad()
 def test_every_policy_decodes_over_a_ring(options: dict[str, Any]) -> None:
-    """What is read holds the token of the step, and keys as they are now give the output."""
+    """Slots read hold the token of the step, and keys as they are now give the output."""
     chosen = {**OPTIONS, **options}
     ring, steps = Ring(sinks=4), 2 * SIZE
     compiled = torch.compile(step_inside, backend="lychee", options=chosen)

@@ -91,7 +91,7 @@ class LycheeIndex(GroupedIndex):
         tree, count = self.tree, self.group_start.shape[1]
         if count == 0:
             return None
-        if not self._is_complete():
+        if not (self._is_complete() and tree.cluster_unit.shape[2]):
             return self.sketches.score_bound(query, scale, int(self.tail.max()))
         bound = self.chunks.score_bound(query, scale)
         label = tree.labels_of(self.chunks)
