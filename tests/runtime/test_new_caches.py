@@ -88,7 +88,7 @@ def test_new_keys_at_each_call_are_read_in_full_and_the_user_is_told(
     assert new_caches.NEW_KEYS in lychee_compile.reports()[-1].notes
 
 
-def test_beams_that_are_reordered_at_each_step_are_indexed_once(built: list[int]) -> None:
+def test_beams_that_are_reordered_at_each_step_are_soon_not_indexed(built: list[int]) -> None:
     step = compiled(grow)
     keys, values = torch.randn(2, 3, 1, 90, 8)
     for _ in range(6):
@@ -98,14 +98,14 @@ def test_beams_that_are_reordered_at_each_step_are_indexed_once(built: list[int]
         assert torch.equal(keys, expected)
         order = torch.randint(3, (3,))
         keys, values = keys.index_select(0, order), values.index_select(0, order)
-    assert len(built) <= 2  # at the first call of each of two graphs
+    assert len(built) <= 4  # until it is known that they never come again
     _, keys, values = step(query, keys, values, key, value)
     _, calls = sparse_calls(lambda *given: step(*given)[0], query, keys, values, key, value)
     assert calls == 1  # it came again
 
 
 def test_a_cache_that_the_graph_writes_is_sparse_at_once(built: list[int]) -> None:
-    """Until such caches are dropped after one call."""
+    """Until three such caches in a row are dropped after one call."""
     step = compiled(write)
 
     def once() -> int:
@@ -113,7 +113,7 @@ def test_a_cache_that_the_graph_writes_is_sparse_at_once(built: list[int]) -> No
         query, new = torch.randn(2, 1, 1, 1, 8)
         return sparse_calls(step, query, keys, values, torch.tensor([89]), new)[1]
 
-    assert [once() for _ in range(4)] == [1, 0, 0, 0]
+    assert [once() for _ in range(4)] == [1, 1, 1, 0]
     keys, values = torch.randn(SHAPE)
     query, new = torch.randn(2, 1, 1, 1, 8)
     steps = [
