@@ -6,9 +6,7 @@ from benchmarks.coverage.libraries.catalogue.decoders import LITGPT, TORCHSCALE,
 from benchmarks.coverage.libraries.catalogue.diffusers import DIFFUSERS
 from benchmarks.coverage.libraries.catalogue.medical import MONAI, SEGMENT_ANYTHING
 from benchmarks.coverage.libraries.catalogue.pairs import ESM, OPEN_CLIP
-from benchmarks.coverage.libraries.catalogue.small_chunks import SMALL_CHUNKS
-from benchmarks.coverage.libraries.catalogue.small_others import SMALL_OTHERS
-from benchmarks.coverage.libraries.catalogue.small_sparse import SMALL_SPARSE
+from benchmarks.coverage.libraries.catalogue.small import SMALL
 from benchmarks.coverage.libraries.catalogue.timm import TIMM
 from benchmarks.coverage.libraries.catalogue.torch_libraries import TORCHAUDIO, TORCHVISION
 from benchmarks.coverage.libraries.catalogue.vit_pytorch import VIT_PYTORCH
@@ -28,8 +26,6 @@ LIBRARIES = (
     TORCHSCALE,
     ESM,
     TORCHAUDIO,
-    *SMALL_CHUNKS,
-    *SMALL_SPARSE,
-    *SMALL_OTHERS,
+    *SMALL,
 )
 """Every library of the table."""

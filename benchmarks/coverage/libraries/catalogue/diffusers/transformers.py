@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from benchmarks.coverage.libraries.entries import Entry, Made, floats, ids, image
-
-UNET = {
-    "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64),
-    "norm_num_groups": 8,
-}
-TIME = {"timestep": ids(2)}
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
-VAE = {"block_out_channels": (32, 64), "norm_num_groups": 8, "latent_channels": 4}
-
-
-def _entry(
-    name: str, inputs: list[Any], named: dict[str, Any] | None = None, **kwargs: Any
-) -> Entry:
-    return Entry(name, Made(f"diffusers.{name}", **kwargs), inputs, named or {})
-
-
-TWO_DOWN, TWO_UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
-TEXT = {"encoder_hidden_states": floats(2, 8, 32)}
+from benchmarks.coverage.libraries.catalogue.diffusers.common import HEADS, TEXT, TIME, entry
+from benchmarks.coverage.libraries.entries import Made, floats, ids, image
 
 TRANSFORMERS = [
-    _entry(
+    entry(
         "DiTTransformer2DModel",
         [image(16, channels=4)],
         TIME | {"class_labels": ids(2)},
@@ -40,7 +17,7 @@ TRANSFORMERS = [
         norm_num_groups=8,
         num_embeds_ada_norm=100,
     ),
-    _entry(
+    entry(
         "PixArtTransformer2DModel",
         [image(16, channels=4)],
         TIME | TEXT | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
@@ -53,7 +30,7 @@ TRANSFORMERS = [
         norm_num_groups=8,
         use_additional_conditions=False,
     ),
-    _entry(
+    entry(
         "HunyuanDiT2DModel",
         [image(16, channels=4)],
         TIME,
@@ -64,7 +41,7 @@ TRANSFORMERS = [
         sample_size=16,
         cross_attention_dim=32,
     ),
-    _entry(
+    entry(
         "SD3Transformer2DModel",
         [image(16, channels=4)],
         TIME | {"encoder_hidden_states": floats(2, 8, 32), "pooled_projections": floats(2, 64)},
@@ -77,7 +54,7 @@ TRANSFORMERS = [
         pooled_projection_dim=64,
         out_channels=4,
     ),
-    _entry(
+    entry(
         "FluxTransformer2DModel",
         [floats(2, 16, 4)],
         TIME
@@ -95,7 +72,7 @@ TRANSFORMERS = [
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
     ),
-    _entry(
+    entry(
         "AuraFlowTransformer2DModel",
         [image(16, channels=4)],
         TIME | TEXT,
@@ -109,7 +86,7 @@ TRANSFORMERS = [
         out_channels=4,
         pos_embed_max_size=256,
     ),
-    _entry(
+    entry(
         "SanaTransformer2DModel",
         [image(16, channels=4)],
         TIME | TEXT,
@@ -123,7 +100,7 @@ TRANSFORMERS = [
         caption_channels=32,
         sample_size=16,
     ),
-    _entry(
+    entry(
         "LuminaNextDiT2DModel",
         [image(16, channels=4)],
         TIME
@@ -143,7 +120,7 @@ TRANSFORMERS = [
         num_kv_heads=1,
         cross_attention_dim=32,
     ),
-    _entry(
+    entry(
         "CogView3PlusTransformer2DModel",
         [image(16, channels=4)],
         TIME
@@ -163,7 +140,7 @@ TRANSFORMERS = [
         pos_embed_max_size=16,
         sample_size=16,
     ),
-    _entry(
+    entry(
         "CogVideoXTransformer3DModel",
         [floats(2, 4, 4, 16, 16)],
         TIME | TEXT,

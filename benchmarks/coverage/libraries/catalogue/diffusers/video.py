@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from benchmarks.coverage.libraries.entries import Entry, Made, floats, ids, image
-
-UNET = {
-    "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64),
-    "norm_num_groups": 8,
-}
-TIME = {"timestep": ids(2)}
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
-VAE = {"block_out_channels": (32, 64), "norm_num_groups": 8, "latent_channels": 4}
-
-
-def _entry(
-    name: str, inputs: list[Any], named: dict[str, Any] | None = None, **kwargs: Any
-) -> Entry:
-    return Entry(name, Made(f"diffusers.{name}", **kwargs), inputs, named or {})
-
-
-TWO_DOWN, TWO_UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
-TEXT = {"encoder_hidden_states": floats(2, 8, 32)}
+from benchmarks.coverage.libraries.catalogue.diffusers.common import HEADS, TEXT, TIME, entry
+from benchmarks.coverage.libraries.entries import Made, floats, ids, image
 
 VIDEO = [
-    _entry(
+    entry(
         "MochiTransformer3DModel",
         [floats(2, 4, 4, 16, 16)],
         TIME
@@ -46,7 +23,7 @@ VIDEO = [
         time_embed_dim=8,
         max_sequence_length=8,
     ),
-    _entry(
+    entry(
         "LTXVideoTransformer3DModel",
         [floats(2, 32, 4)],
         TIME
@@ -64,7 +41,7 @@ VIDEO = [
         num_layers=2,
         caption_channels=32,
     ),
-    _entry(
+    entry(
         "WanTransformer3DModel",
         [floats(2, 4, 2, 16, 16)],
         TIME | TEXT,
@@ -77,7 +54,7 @@ VIDEO = [
         ffn_dim=64,
         num_layers=2,
     ),
-    _entry(
+    entry(
         "AllegroTransformer3DModel",
         [floats(2, 4, 2, 16, 16)],
         TIME
@@ -98,7 +75,7 @@ VIDEO = [
         sample_frames=2,
         caption_channels=32,
     ),
-    _entry(
+    entry(
         "LatteTransformer3DModel",
         [floats(2, 4, 4, 16, 16)],
         TIME | TEXT,
@@ -115,7 +92,7 @@ VIDEO = [
         video_length=4,
         attention_bias=True,
     ),
-    _entry(
+    entry(
         "StableAudioDiTModel",
         [floats(2, 4, 16)],
         {
@@ -135,7 +112,7 @@ VIDEO = [
         global_states_input_dim=32,
         cross_attention_input_dim=32,
     ),
-    _entry(
+    entry(
         "OmniGenTransformer2DModel",
         [floats(2, 4, 16, 16)],
         TIME
@@ -156,7 +133,7 @@ VIDEO = [
         time_step_dim=32,
         rope_scaling={"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
     ),
-    _entry(
+    entry(
         "HiDreamImageTransformer2DModel",
         [image(16, channels=4)],
         {
@@ -179,7 +156,7 @@ VIDEO = [
         max_resolution=(32, 32),
         llama_layers=(0, 1),
     ),
-    _entry(
+    entry(
         "EasyAnimateTransformer3DModel",
         [floats(2, 4, 2, 16, 16)],
         TIME | {"encoder_hidden_states": floats(2, 8, 32)},
@@ -194,7 +171,7 @@ VIDEO = [
         sample_height=16,
         mmdit_layers=1,
     ),
-    _entry(
+    entry(
         "ConsisIDTransformer3DModel",
         [floats(2, 4, 4, 16, 16)],
         TIME | TEXT,

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from benchmarks.coverage.libraries.entries import Entry, Made, floats, ids, image
-
-UNET = {
-    "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64),
-    "norm_num_groups": 8,
-}
-TIME = {"timestep": ids(2)}
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
-VAE = {"block_out_channels": (32, 64), "norm_num_groups": 8, "latent_channels": 4}
-
-
-def _entry(
-    name: str, inputs: list[Any], named: dict[str, Any] | None = None, **kwargs: Any
-) -> Entry:
-    return Entry(name, Made(f"diffusers.{name}", **kwargs), inputs, named or {})
-
-
-TWO_DOWN, TWO_UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
-TEXT = {"encoder_hidden_states": floats(2, 8, 32)}
+from benchmarks.coverage.libraries.catalogue.diffusers.common import TWO_DOWN, TWO_UP, VAE, entry
+from benchmarks.coverage.libraries.entries import floats, image
 
 AUTOENCODERS = [
-    _entry(
+    entry(
         "AutoencoderKL",
         [image(32)],
         **VAE,
         down_block_types=(TWO_DOWN,) * 2,
         up_block_types=(TWO_UP,) * 2,
     ),
-    _entry("AutoencoderTiny", [image(32)]),
-    _entry(
+    entry("AutoencoderTiny", [image(32)]),
+    entry(
         "AutoencoderDC",
         [image(32)],
         in_channels=3,
@@ -54,7 +31,7 @@ AUTOENCODERS = [
         decoder_norm_types="rms_norm",
         decoder_act_fns="silu",
     ),
-    _entry(
+    entry(
         "AutoencoderKLTemporalDecoder",
         [image(32)],
         {"num_frames": 1},
@@ -62,7 +39,7 @@ AUTOENCODERS = [
         down_block_types=(TWO_DOWN,) * 2,
         layers_per_block=1,
     ),
-    _entry(
+    entry(
         "AutoencoderKLCogVideoX",
         [floats(1, 3, 5, 32, 32)],
         block_out_channels=(8, 8, 8, 8),
@@ -70,7 +47,7 @@ AUTOENCODERS = [
         latent_channels=4,
         layers_per_block=1,
     ),
-    _entry(
+    entry(
         "AutoencoderKLMochi",
         [floats(1, 3, 7, 32, 32)],
         latent_channels=4,
@@ -78,7 +55,7 @@ AUTOENCODERS = [
         decoder_block_out_channels=(32, 32, 32, 32),
         layers_per_block=(1, 1, 1, 1, 1),
     ),
-    _entry(
+    entry(
         "AutoencoderKLWan",
         [floats(1, 3, 5, 32, 32)],
         base_dim=8,
@@ -87,7 +64,7 @@ AUTOENCODERS = [
         num_res_blocks=1,
         temperal_downsample=[True],
     ),
-    _entry(
+    entry(
         "AutoencoderKLHunyuanVideo",
         [floats(1, 3, 5, 32, 32)],
         latent_channels=4,
@@ -95,7 +72,7 @@ AUTOENCODERS = [
         layers_per_block=1,
         norm_num_groups=4,
     ),
-    _entry(
+    entry(
         "AsymmetricAutoencoderKL",
         [image(32)],
         down_block_types=(TWO_DOWN,) * 2,
@@ -104,7 +81,7 @@ AUTOENCODERS = [
         up_block_out_channels=(32, 64),
         norm_num_groups=8,
     ),
-    _entry(
+    entry(
         "VQModel",
         [image(32)],
         **VAE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.coverage.libraries.catalogue.small import SEQUENCE, axes, entry, library
+from benchmarks.coverage.libraries.catalogue.small.common import SEQUENCE, entry, library
 from benchmarks.coverage.libraries.entries import floats, ids
 
 SMALL_SPARSE = (
@@ -66,7 +66,7 @@ SMALL_SPARSE = (
         "perceiver-pytorch",
         entry(
             "perceiver_pytorch.Perceiver",
-            axes(2, 8, 8, 3),
+            floats(2, 8, 8, 3),
             num_freq_bands=2,
             depth=2,
             max_freq=4.0,

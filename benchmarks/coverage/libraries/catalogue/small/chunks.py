@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.coverage.libraries.catalogue.small import (
+from benchmarks.coverage.libraries.catalogue.small.common import (
     LOCAL,
     SEQUENCE,
     WORDS,
-    axes,
     entry,
     library,
 )
-from benchmarks.coverage.libraries.entries import ids
+from benchmarks.coverage.libraries.entries import floats, ids
 
 SMALL_CHUNKS = (
     library(
@@ -132,9 +131,9 @@ SMALL_CHUNKS = (
         "local-attention",
         entry(
             "local_attention.LocalAttention",
-            axes(2, 4, 32, 8),
-            axes(2, 4, 32, 8),
-            axes(2, 4, 32, 8),
+            floats(2, 4, 32, 8),
+            floats(2, 4, 32, 8),
+            floats(2, 4, 32, 8),
             dim=8,
             window_size=8,
             causal=True,
@@ -142,9 +141,9 @@ SMALL_CHUNKS = (
         ),
         entry(
             "local_attention.LocalAttention",
-            axes(2, 4, 32, 8),
-            axes(2, 4, 32, 8),
-            axes(2, 4, 32, 8),
+            floats(2, 4, 32, 8),
+            floats(2, 4, 32, 8),
+            floats(2, 4, 32, 8),
             dim=8,
             window_size=8,
             causal=False,

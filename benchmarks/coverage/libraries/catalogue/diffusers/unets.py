@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from benchmarks.coverage.libraries.entries import Entry, Made, floats, ids, image
-
-UNET = {
-    "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64),
-    "norm_num_groups": 8,
-}
-TIME = {"timestep": ids(2)}
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
-VAE = {"block_out_channels": (32, 64), "norm_num_groups": 8, "latent_channels": 4}
-
-
-def _entry(
-    name: str, inputs: list[Any], named: dict[str, Any] | None = None, **kwargs: Any
-) -> Entry:
-    return Entry(name, Made(f"diffusers.{name}", **kwargs), inputs, named or {})
-
-
-TWO_DOWN, TWO_UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
-TEXT = {"encoder_hidden_states": floats(2, 8, 32)}
+from benchmarks.coverage.libraries.catalogue.diffusers.common import TEXT, TIME, UNET, entry
+from benchmarks.coverage.libraries.entries import Made, floats, ids, image
 
 UNETS = [
-    _entry(
+    entry(
         "UNet2DModel",
         [image(16, channels=4)],
         TIME,
@@ -38,7 +15,7 @@ UNETS = [
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=8,
     ),
-    _entry(
+    entry(
         "UNet2DConditionModel",
         [image(16, channels=4)],
         TIME | TEXT,
@@ -48,7 +25,7 @@ UNETS = [
         cross_attention_dim=32,
         attention_head_dim=8,
     ),
-    _entry(
+    entry(
         "UNet3DConditionModel",
         [floats(2, 4, 4, 16, 16)],
         TIME | TEXT,
@@ -58,7 +35,7 @@ UNETS = [
         cross_attention_dim=32,
         attention_head_dim=8,
     ),
-    _entry(
+    entry(
         "UNetMotionModel",
         [floats(2, 4, 4, 16, 16)],
         TIME | TEXT,
@@ -69,7 +46,7 @@ UNETS = [
         num_attention_heads=2,
         motion_num_attention_heads=2,
     ),
-    _entry(
+    entry(
         "UNetSpatioTemporalConditionModel",
         [floats(2, 4, 8, 16, 16)],
         TIME | {"encoder_hidden_states": floats(2, 1, 32), "added_time_ids": floats(2, 3)},
@@ -83,7 +60,7 @@ UNETS = [
         addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=96,
     ),
-    _entry(
+    entry(
         "ControlNetModel",
         [image(16, channels=4)],
         TIME | TEXT | {"controlnet_cond": image(128)},
@@ -95,7 +72,7 @@ UNETS = [
         cross_attention_dim=32,
         attention_head_dim=8,
     ),
-    _entry(
+    entry(
         "PriorTransformer",
         [floats(2, 32)],
         TIME | {"proj_embedding": floats(2, 32), "encoder_hidden_states": floats(2, 8, 32)},
@@ -106,7 +83,7 @@ UNETS = [
         num_embeddings=8,
         additional_embeddings=4,
     ),
-    _entry(
+    entry(
         "UVit2DModel",
         [ids(2, 16, 16)],
         {
@@ -130,7 +107,7 @@ UNETS = [
         num_res_blocks=1,
         sample_size=16,
     ),
-    _entry(
+    entry(
         "T5FilmDecoder",
         [],
         {
@@ -147,7 +124,7 @@ UNETS = [
         d_ff=64,
         dropout_rate=0.1,
     ),
-    _entry(
+    entry(
         "TransformerTemporalModel",
         [floats(8, 32, 4, 4)],
         {"num_frames": 4},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.coverage.libraries.catalogue.small import entry, library
+from benchmarks.coverage.libraries.catalogue.small.common import entry, library
 from benchmarks.coverage.libraries.entries import ids, image
 
 SMALL_OTHERS = (

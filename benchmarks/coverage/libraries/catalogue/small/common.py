@@ -6,7 +6,6 @@ from typing import Any
 
 from benchmarks.coverage.libraries.entries import (
     Entry,
-    Floats,
     Library,
     Made,
     floats,
@@ -29,11 +28,6 @@ def entry(
     """Return an entry; the path ends with the class, `arguments` build it."""
     name = path.rpartition(".")[2] + (f", {title}" if title else "")
     return Entry(name, Made(path, **arguments), inputs, named or {})
-
-
-def axes(*shape: int) -> Floats:
-    """Return a specification of queries, keys or values."""
-    return floats(*shape)
 
 
 LOCAL = ("local-attention", "hyper-connections")
