@@ -15,7 +15,12 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.passes import reasons, rules
 from lychee_compile.passes.describe import describe, describe_unread
 from lychee_compile.passes.detect.attention import Attention, Unread
-from lychee_compile.passes.detect.caches import CacheBinding, Unbound, bind_cache, find_writes
+from lychee_compile.passes.detect.caching.caches import (
+    CacheBinding,
+    Unbound,
+    bind_cache,
+    find_writes,
+)
 from lychee_compile.passes.layer_numbers import layer_numbers
 from lychee_compile.passes.lower.kernel_support import (
     no_decode_method,

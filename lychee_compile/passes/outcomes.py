@@ -24,7 +24,7 @@ import torch.fx
 from lychee_compile.kernels.config import ALL_KEYS, IndexConfig
 from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.detect.attention import Attention, Unread
-from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.graph.dataflow import operator_name
 from lychee_compile.passes.lower import prefill_site, reference_site, sdpa_site
 from lychee_compile.passes.lower.context import LoweringContext

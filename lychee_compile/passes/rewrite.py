@@ -19,7 +19,7 @@ from lychee_compile import torch_private
 from lychee_compile.passes import reasons
 from lychee_compile.passes.decide import Plan
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import module_path
 from lychee_compile.passes.graph.dead_code import erase_dead_code

@@ -24,13 +24,13 @@ from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
 from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.attention_operators import find_fused
-from lychee_compile.passes.detect.denominators import divisor_place
-from lychee_compile.passes.detect.joined_sums import find_joined
 from lychee_compile.passes.detect.operands import Place
 from lychee_compile.passes.detect.score_trace import ScoreTracer, Trace
-from lychee_compile.passes.detect.softmaxes import Softmax, find_softmaxes
+from lychee_compile.passes.detect.softmax.denominators import divisor_place
+from lychee_compile.passes.detect.softmax.joined_sums import find_joined
+from lychee_compile.passes.detect.softmax.softmaxes import Softmax, find_softmaxes
+from lychee_compile.passes.detect.softmax.written_softmax import with_exponentials
 from lychee_compile.passes.detect.weight_walk import MIXERS, WeightWalk
-from lychee_compile.passes.detect.written_softmax import with_exponentials
 from lychee_compile.passes.graph.aliasing import is_view_of_part
 from lychee_compile.passes.graph.dataflow import (
     first_input,

@@ -12,7 +12,7 @@ import torch.fx
 
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.score_trace import Trace
-from lychee_compile.passes.detect.softmaxes import Softmax
+from lychee_compile.passes.detect.softmax.softmaxes import Softmax
 from lychee_compile.passes.graph.dataflow import (
     argument,
     is_operator,

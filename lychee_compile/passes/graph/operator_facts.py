@@ -118,7 +118,10 @@ class ProductKind(Enum):
 
 
 class WriteKind(Enum):
-    """Operators that write slots of a tensor; `detect.token_writes` has a function for each."""
+    """Operators that write slots of a tensor.
+
+    `detect.caching.token_writes` has a function for each.
+    """
 
     INDEX_COPY = auto()
     INDEX_PUT = auto()

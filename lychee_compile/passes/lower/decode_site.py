@@ -30,7 +30,7 @@ from lychee_compile.kernels.gpu.methods import gpu_method
 from lychee_compile.kernels.operators import decode  # noqa: F401  registers the operators
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import outputs_of, static_size, value_of

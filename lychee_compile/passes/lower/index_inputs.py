@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lychee_compile import torch_private
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
-from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.emitter import Emitter
 

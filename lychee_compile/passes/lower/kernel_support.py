@@ -15,7 +15,7 @@ from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.graph.dataflow import static_size, value_of
 from lychee_compile.passes.lower.written_slots import wrapping_operator
 from lychee_compile.passes.reasons import Reason, ReasonedError, ReasonKind

@@ -22,7 +22,7 @@ import torch.fx
 
 from lychee_compile.kernels.operators import reference  # noqa: F401  registers the operators
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.caches import CacheBinding
+from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.detect.token_ids import covers
 from lychee_compile.passes.graph.dataflow import (
     aten,

@@ -7,8 +7,8 @@ import operator
 import torch
 import torch.fx
 
-from lychee_compile.passes.detect.caches import CacheBinding
-from lychee_compile.passes.detect.token_writes import Span
+from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.token_writes import Span
 from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 

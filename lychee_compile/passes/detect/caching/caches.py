@@ -10,7 +10,7 @@ import torch.fx
 
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.token_writes import (
+from lychee_compile.passes.detect.caching.token_writes import (
     Slots,
     Span,
     Tokens,
@@ -20,9 +20,9 @@ from lychee_compile.passes.detect.token_writes import (
     token_write,
     view_write,
 )
-from lychee_compile.passes.detect.unbound import KeysWithoutCache
-from lychee_compile.passes.detect.unfolded import behind_views, dimension_in
-from lychee_compile.passes.detect.write_positions import NotBoundError, PositionReader
+from lychee_compile.passes.detect.caching.unbound import KeysWithoutCache
+from lychee_compile.passes.detect.caching.unfolded import behind_views, dimension_in
+from lychee_compile.passes.detect.caching.write_positions import NotBoundError, PositionReader
 from lychee_compile.passes.graph.aliasing import storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
     argument,

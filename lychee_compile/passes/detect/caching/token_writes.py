@@ -17,7 +17,7 @@ from typing import Any
 import torch.fx
 
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect.write_positions import (
+from lychee_compile.passes.detect.caching.write_positions import (
     NotBoundError,
     PositionReader,
     Positions,

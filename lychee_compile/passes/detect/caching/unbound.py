@@ -14,8 +14,8 @@ import torch
 import torch.fx
 
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect.token_writes import Writes, prefix_of
-from lychee_compile.passes.detect.unfolded import behind_views
+from lychee_compile.passes.detect.caching.token_writes import Writes, prefix_of
+from lychee_compile.passes.detect.caching.unfolded import behind_views
 from lychee_compile.passes.graph.aliasing import storage_of
 from lychee_compile.passes.graph.dataflow import (
     argument,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.fx
 
-from lychee_compile.passes.detect.softmaxes import Softmax
+from lychee_compile.passes.detect.softmax.softmaxes import Softmax
 from lychee_compile.passes.graph.dataflow import first_input, is_operator, operator_of, shape_of
 from lychee_compile.passes.symbolic.axes import Axes, Indices
 from lychee_compile.passes.symbolic.views import broadcast, source_of

@@ -20,7 +20,7 @@ import torch.fx
 
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention, Unread
-from lychee_compile.passes.detect.softmaxes import Softmax, exponentials
+from lychee_compile.passes.detect.softmax.softmaxes import Softmax, exponentials
 from lychee_compile.passes.graph.aliasing import is_view_of_part
 from lychee_compile.passes.graph.dataflow import is_operator, operator_of
 from lychee_compile.passes.graph.operator_facts import Family

@@ -13,9 +13,9 @@ import torch
 import torch.fx
 
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect.denominators import divisor_place
 from lychee_compile.passes.detect.score_trace import Step, Trace
-from lychee_compile.passes.detect.softmaxes import Softmax
+from lychee_compile.passes.detect.softmax.denominators import divisor_place
+from lychee_compile.passes.detect.softmax.softmaxes import Softmax
 from lychee_compile.passes.graph.dataflow import (
     first_input,
     is_operator,

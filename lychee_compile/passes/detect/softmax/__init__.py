@@ -1,0 +1,1 @@
+"""Softmaxes in every spelling."""
