@@ -39,11 +39,14 @@ class Entry:
     """An index and the cache that it belongs to, if it belongs to one yet."""
 
     owner: IndexOwner
-    storage: StorageWeakRef | None = None
-    """Storage of the cache; None before the first call on the cache has ended."""
     version: int | None = None
     """Version of the cache tensor after the last call; None if PyTorch counts no versions of it."""
     uses: Uses = field(default_factory=Uses)
+
+    @property
+    def storage(self) -> StorageWeakRef | None:
+        """Storage of the cache; None before the first call on the cache has ended."""
+        return self.uses.storage
 
     def check(self, cache: Tensor) -> None:
         """Distrust the index if somebody else may have written the cache since the last call.
@@ -119,7 +122,7 @@ class CacheRegistry:
 
     def release(self, cache: Tensor, kind: Hashable, entry: Entry, token_dim: int) -> None:
         """Note that the index of `entry` describes `cache` as it is, now that a graph has run."""
-        entry.storage = entry.uses.storage = StorageWeakRef(cache.untyped_storage())
+        entry.uses.storage = StorageWeakRef(cache.untyped_storage())
         entry.uses.count += 1
         entry.version = torch_private.version_of(cache)
         with self._lock:

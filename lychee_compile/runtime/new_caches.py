@@ -31,8 +31,8 @@ class NewCaches:
         """Takes a note for the report of the graph."""
         self._last: list[Uses] = []
         """Uses of the new caches of the last call that had any."""
-        self._came_again: bool | None = None
-        """Fate of the new caches of earlier calls; None as long as nobody knows."""
+        self._came_again = False
+        """True if the new caches of the last call that is known came a second time."""
         self._in_a_row = 0
         """Number of calls in a row whose new caches were dropped after this one call."""
 
@@ -49,7 +49,7 @@ class NewCaches:
         self._learn()
         self._last = [entry.uses for entry in new]
         for entry, only_read in zip(entries, reads_only, strict=True):
-            waits = self._came_again is not True if only_read else self._in_a_row >= WORTH_TELLING
+            waits = not self._came_again if only_read else self._in_a_row >= WORTH_TELLING
             if entry.storage is None and waits:
                 entry.owner.delay_build()
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
+from lychee_compile.kernels.gpu.methods import notices_writes
 from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
 from lychee_compile.kernels.trust import Trust
@@ -108,7 +109,7 @@ class IndexLifecycle(ABC):
     @property
     def notices_writes(self) -> bool:
         """True if kernels notice writes by others themselves, or there is nothing to distrust."""
-        return self.index is None or self.index.notices_writes
+        return self.index is None or notices_writes(self.index.layout.policy)
 
     def distrust(self) -> None:
         """Read all keys until the index is built anew: somebody else may have written the cache."""

@@ -25,7 +25,7 @@ from lychee_compile.passes.graph.region import (
     used_elsewhere,
 )
 from lychee_compile.passes.reasons import Reason
-from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices, free_axes
+from lychee_compile.passes.symbolic.axes import Axes, Axis, Indices, free_axes, plain
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.products import Product
 
@@ -154,11 +154,6 @@ def _mixed(parts: MatchedParts, axes: Axes) -> Unread:
         reason=parts.refused,
         by_design=False,
     )
-
-
-def plain(size: sympy.Expr) -> int | sympy.Expr:
-    """Return a size as an int if it is a number."""
-    return int(size) if size.is_Integer else size
 
 
 def _forms(chain: list[Place], place: Place, key: Operand, axes: Axes) -> tuple[Operand, ...]:

@@ -14,7 +14,7 @@ from lychee_compile.passes.detect.operands import Layout, Operand
 from lychee_compile.passes.detect.score import Score
 from lychee_compile.passes.graph.names import Names
 from lychee_compile.passes.reasons import Reason
-from lychee_compile.passes.symbolic.axes import Axes, Axis
+from lychee_compile.passes.symbolic.axes import Axes, Axis, plain
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Attention:
 
     def size(self, axes: Iterable[Axis]) -> int | sympy.Expr:
         """Return the number of values that some of its axes have together."""
-        product = self.axes.product(axes)
-        return int(product) if product.is_Integer else product
+        return plain(self.axes.product(axes))
 
     @property
     def query_len(self) -> int | sympy.Expr:

@@ -26,7 +26,13 @@ from lychee_compile.passes.graph.dataflow import (
     value_of,
 )
 from lychee_compile.passes.graph.operator_facts import Family, StepKind
-from lychee_compile.passes.symbolic.axes import Axes, free_axes, size_expression, with_finer_axes
+from lychee_compile.passes.symbolic.axes import (
+    Axes,
+    free_axes,
+    plain,
+    size_expression,
+    with_finer_axes,
+)
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.products import Product
 from lychee_compile.passes.symbolic.views import broadcast
@@ -57,7 +63,10 @@ def _read(
         found = Rejected(node, reasons.NOT_ANALYSED(error=reasons.brief(error)), Stage.OPERANDS)
     if isinstance(found, Attention | Unread):
         return found
-    query, key = ([_plain(size) for size in shape_of(each)] for each in node.all_input_nodes[:2])
+    query, key = (
+        [plain(size_expression(size)) for size in shape_of(each)]
+        for each in node.all_input_nodes[:2]
+    )
     reason = found.reason if found else reasons.OPERANDS_LAYOUT()
     return Unread(
         node=node,
@@ -71,11 +80,6 @@ def _read(
         reason=reason,
         by_design=False,
     )
-
-
-def _plain(size: Any) -> int | sympy.Expr:
-    expression = size_expression(size)
-    return int(expression) if expression.is_Integer else expression
 
 
 def _from_sdpa(
@@ -196,7 +200,7 @@ def _from_module(node: torch.fx.Node) -> Unread:
     )
     source = node.args[0]
     assert isinstance(source, torch.fx.Node)
-    tokens = _plain(shape_of(source)[-2])
+    tokens = plain(size_expression(shape_of(source)[-2]))
     masked = any(argument(node, name) is not None for name in ("mask", "src_mask"))
     return Unread(
         node=node,

@@ -89,8 +89,8 @@ def _over_chunk(
     context: GraphContext, softmax: Softmax
 ) -> Iterator[tuple[torch.fx.Node, Attention]]:
     """Yield each product of exponentials with values, and the attention that it is a part of."""
-    for product in products_with(softmax.weights, mixes=False):
-        result = with_finer_axes(partial(match, softmax, product, context, False))
+    for product in _products_with(softmax.weights, mixes=False):
+        result = with_finer_axes(partial(_match, softmax, product, context, False))
         if isinstance(result, Attention):
             yield product.node, result
 
@@ -101,9 +101,9 @@ def _attention_of(softmax: Softmax, context: GraphContext) -> Attention | Unread
         return Rejected(softmax.node, reasons.ONE_KEY(), Stage.WEIGHTS)
     misses = [Rejected(softmax.node, reasons.WEIGHTS_WITHOUT_VALUES(), Stage.WEIGHTS)]
     for mixes in (False, True):
-        for product in products_with(softmax.weights, mixes):
+        for product in _products_with(softmax.weights, mixes):
             result: Attention | Unread | Rejected | None = with_finer_axes(
-                partial(match, softmax, product, context, mixes)
+                partial(_match, softmax, product, context, mixes)
             )
             if isinstance(result, Attention | Unread):
                 return result
@@ -112,7 +112,7 @@ def _attention_of(softmax: Softmax, context: GraphContext) -> Attention | Unread
     return replace(max(misses, key=lambda miss: miss.stage), node=softmax.node)
 
 
-def products_with(weights: torch.fx.Node, mixes: bool) -> Iterator[Product]:
+def _products_with(weights: torch.fx.Node, mixes: bool) -> Iterator[Product]:
     """Yield the products that read the weights, through views, casts and elementwise operators.
 
     With `mixes`, those after other products, convolutions and normalisations follow too.
@@ -154,7 +154,7 @@ class _WeightedSum:
     """Axes that the product sums over."""
 
 
-def match(
+def _match(
     softmax: Softmax, product: Product, context: GraphContext, mixes: bool, axes: Axes
 ) -> Attention | Unread | Rejected | None:
     """Return the attention whose values `product` sums up.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import sympy
@@ -89,6 +91,17 @@ def scalar_of(value: Any) -> sympy.Expr | None:
     if isinstance(value, bool):
         return sympy.Integer(int(value))
     return sympy.sympify(value) if isinstance(value, (int, float)) else None
+
+
+def ancestors(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """Yield `node` and all nodes that it is computed from, the nearest first."""
+    waiting, met = deque([node]), {node}
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        fresh = [each for each in node.all_input_nodes if each not in met]
+        met.update(fresh)
+        waiting.extend(fresh)
 
 
 def outputs_of(graph: torch.fx.Graph) -> tuple[Any, ...]:

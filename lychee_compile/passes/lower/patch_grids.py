@@ -24,7 +24,7 @@ from lychee_compile.codegen.specification import Q
 from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.mask_reading import Reading
-from lychee_compile.passes.graph.dataflow import aten, operator_of, shape_of
+from lychee_compile.passes.graph.dataflow import ancestors, aten, operator_of, shape_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.graph.operator_facts import Family
 
@@ -65,7 +65,7 @@ def find_grid(attention: Attention) -> Grid | None:
     if _is_bound_to_order(attention):
         return None
     grids = set()
-    for node in _behind(attention.query.node):
+    for node in ancestors(attention.query.node):
         sizes = _patches(node)
         if sizes is not None and 0 <= tokens - math.prod(sizes) <= MOST_PREFIX:
             grids.add(Grid(sizes, tokens - math.prod(sizes)))
@@ -85,16 +85,6 @@ def _patches(node: torch.fx.Node) -> tuple[int, ...] | None:
         return None
     known = tuple(size for size in sizes if isinstance(size, int))
     return known if len(known) == len(sizes) and min(known[-2:]) > 1 else None
-
-
-def _behind(node: torch.fx.Node) -> set[torch.fx.Node]:
-    """Return all nodes that `node` is computed from, itself among them."""
-    ancestors, waiting = {node}, [node]
-    while waiting:
-        fresh = set(waiting.pop().all_input_nodes) - ancestors
-        ancestors |= fresh
-        waiting += fresh
-    return ancestors
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch.fx
 
 from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.detect.caching.token_writes import Span
-from lychee_compile.passes.graph.dataflow import aten, operator_key, shape_of, value_of
+from lychee_compile.passes.graph.dataflow import ancestors, aten, operator_key, shape_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 
 REMAINDERS = ("remainder", "fmod")
@@ -61,6 +61,4 @@ def _varies(value: object) -> bool:
     """True if a value depends on an input of the graph."""
     if not isinstance(value, torch.fx.Node):
         return False
-    if value.op == "placeholder":
-        return True
-    return any(_varies(each) for each in value.all_input_nodes)
+    return any(each.op == "placeholder" for each in ancestors(value))

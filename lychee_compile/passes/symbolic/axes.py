@@ -52,6 +52,11 @@ def size_expression(size: Any) -> sympy.Expr:
     return sympy.Integer(size)
 
 
+def plain(size: sympy.Expr) -> int | sympy.Expr:
+    """Return a size as an int if it is a number."""
+    return int(size) if size.is_Integer else size
+
+
 class Axes:
     """The axes seen so far, each with its size and the parts it was split into."""
 

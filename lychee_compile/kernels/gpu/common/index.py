@@ -23,9 +23,6 @@ class DeviceIndex(ABC):
     Kernels set it to 0 themselves if they notice that a key is not the one that was indexed.
     """
 
-    notices_writes = False
-    """True if kernels compare keys with the index, and take its trust away if they differ."""
-
     def __init__(self, layout: IndexLayout, device: torch.device) -> None:
         self.layout = layout
         self.state = torch.zeros(layout.size, dtype=torch.uint8, device=device)

@@ -85,6 +85,11 @@ def header_part(batch: int) -> Part:
     return "header", (1 + batch,), torch.int32
 
 
+def fingerprints_part(batch: int, kv_heads: int, slots: int) -> Part:
+    """Return the part that holds a hash of every indexed key."""
+    return "fingerprints", (batch, kv_heads, slots), torch.int32
+
+
 def bytes_of(parts: Iterable[Part]) -> int:
     """Return the bytes that `parts` take, one behind the other, each of them aligned."""
     return sum(_aligned_bytes(shape, dtype) for _, shape, dtype in parts)

@@ -25,7 +25,6 @@ LEAST_REFIT = 32
 class SketchIndex(DeviceIndex):
     """Sketches of the keys of one cache."""
 
-    notices_writes = True
     layout: SketchLayout
     parts: SketchState
 

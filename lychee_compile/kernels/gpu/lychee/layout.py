@@ -10,7 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.layout import Part, bytes_of, header_part, views_of
+from lychee_compile.kernels.gpu.common.layout import (
+    Part,
+    bytes_of,
+    fingerprints_part,
+    header_part,
+    views_of,
+)
 from lychee_compile.kernels.reference.sketch_axes import sketch_bits
 from lychee_compile.kernels.sizes import PAGE, power_of_two, whole_scans
 
@@ -141,7 +147,7 @@ class SketchLayout:
         kept = len(sketch_bits(self.head_dim))
         kept_fine = sum(field.width for field in fields[0])
         yield header_part(self.batch)
-        yield "fingerprints", (*each, self.slots), torch.int32
+        yield fingerprints_part(*each, self.slots)
         yield "fine", (*each, self.slots, fine), torch.uint8
         yield "coarse", (*each, self.slots, coarse), torch.uint8
         yield "pages", (*each, self.slots // PAGE, fine), torch.uint8

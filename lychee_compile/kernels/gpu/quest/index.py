@@ -20,7 +20,6 @@ RECORDED = 64
 class QuestIndex(DeviceIndex):
     """Least and greatest keys of the full pages of one cache."""
 
-    notices_writes = True
     layout: QuestLayout
     parts: QuestState
 

@@ -8,7 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.layout import Part, bytes_of, header_part, views_of
+from lychee_compile.kernels.gpu.common.layout import (
+    Part,
+    bytes_of,
+    fingerprints_part,
+    header_part,
+    views_of,
+)
 from lychee_compile.kernels.sizes import PAGE, whole_scans
 
 
@@ -68,5 +74,5 @@ class QuestLayout:
     def _parts(self) -> tuple[Part, ...]:
         shape = (self.batch, self.kv_heads, self.pages, self.head_dim)
         corners = (("least", shape, self.dtype), ("greatest", shape, self.dtype))
-        marks = "fingerprints", (self.batch, self.kv_heads, self.slots), torch.int32
+        marks = fingerprints_part(self.batch, self.kv_heads, self.slots)
         return header_part(self.batch), marks, *corners

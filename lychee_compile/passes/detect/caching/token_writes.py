@@ -63,8 +63,6 @@ class TokenWrite:
     """The cache before the write, through copies."""
     slots: Slots
     tokens: Tokens
-    fresh: torch.fx.Node | None = None
-    """The tensor that is written, if its dimensions are those of the cache."""
 
 
 def token_write(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> TokenWrite | None:
@@ -170,7 +168,7 @@ def _index_copy(node: torch.fx.Node, token_dim: int, _: PositionReader) -> Token
     if argument(node, "dim") % len(shape_of(node)) != token_dim:
         raise NotBoundError(reasons.CACHE_OTHER_AXIS())
     tokens: Tokens = (index, 0) if shape_of(index) else 1
-    return TokenWrite(through_copies(cache), index, tokens, argument(node, "source"))
+    return TokenWrite(through_copies(cache), index, tokens)
 
 
 def _index_put(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> TokenWrite:
@@ -202,7 +200,7 @@ def _slice_scatter(node: torch.fx.Node, token_dim: int, _: PositionReader) -> To
         raise NotBoundError(reasons.CACHE_OTHER_AXIS())
     if span is None:
         raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
-    return TokenWrite(through_copies(first_input(node)), span, (source, token_dim), source)
+    return TokenWrite(through_copies(first_input(node)), span, (source, token_dim))
 
 
 def _select_scatter(node: torch.fx.Node, token_dim: int, _: PositionReader) -> TokenWrite:

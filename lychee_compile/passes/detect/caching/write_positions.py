@@ -8,8 +8,9 @@ cache * (1 - hot) + new * hot                         position, if hot is arange
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import sympy
@@ -18,7 +19,14 @@ import torch.fx
 
 from lychee_compile.passes import reasons
 from lychee_compile.passes.graph.aliasing import storage_of
-from lychee_compile.passes.graph.dataflow import is_tensor, same, scalar_of, shape_of, value_of
+from lychee_compile.passes.graph.dataflow import (
+    ancestors,
+    is_tensor,
+    same,
+    scalar_of,
+    shape_of,
+    value_of,
+)
 from lychee_compile.passes.graph.names import Names
 from lychee_compile.passes.reasons import Reason, ReasonedError
 from lychee_compile.passes.symbolic.axes import ZERO, Axes, Axis, Indices, with_finer_axes
@@ -115,7 +123,7 @@ class PositionReader:
             return None
         caches = [
             each
-            for each in _behind(node)
+            for each in islice(ancestors(node), NEAREST)
             if each.op == "placeholder"
             and is_tensor(each)
             and value_of(each).dtype == value_of(node).dtype
@@ -150,7 +158,7 @@ class PositionReader:
         if position.is_Integer:
             return Positions(int(position), None)
         free = _axes(position)
-        for node in _behind(index):
+        for node in islice(ancestors(index), NEAREST):
             if storage_of(node) in self._written:
                 continue
             if not free and not is_tensor(node) and scalar_of(node) == position:
@@ -186,17 +194,6 @@ def _axes(expression: sympy.Basic) -> set[sympy.Basic]:
 
 def _alike(left: Shape, right: Shape) -> bool:
     return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
-
-
-def _behind(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    """Yield `node` and the nodes that it is computed from, nearest first."""
-    waiting, met = [node], {node}
-    while waiting and len(met) < NEAREST:
-        node = waiting.pop(0)
-        yield node
-        waiting += [each for each in node.all_input_nodes if each not in met]
-        met.update(node.all_input_nodes)
-    yield from waiting
 
 
 def _broadcast_shape(shapes: list[Shape]) -> Shape:
