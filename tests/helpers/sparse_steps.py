@@ -224,12 +224,18 @@ class Step:
         room = share.shape[-1] * PAGE - known.shape[-1]
         return share, torch.nn.functional.pad(known, (0, room)).unflatten(-1, (-1, PAGE)).any(-1)
 
-    def _reference(self) -> tuple[Tensor, Tensor, Tensor]:
+    def may_be_chosen(self, pages: int | None, flat_pages: int) -> Tensor:
+        """Return what the reference may choose, bool [B, Hkv, T, L], by `SelectionSizes`."""
+        return self._reference(pages, flat_pages)[1] > -torch.inf
+
+    def _reference(
+        self, pages: int | None = None, flat_pages: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         sparse = self.problem.spec.sparse
         assert sparse is not None
         return select_slots(
             self._query(), self.state, self._visible(), self.fresh, self._finish, self._scale,
-            SelectionSizes(sparse.budget, sparse.sinks, sparse.recent),
+            SelectionSizes(sparse.budget, sparse.sinks, sparse.recent, pages, flat_pages),
         )  # fmt: skip
 
 

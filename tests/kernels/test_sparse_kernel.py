@@ -191,6 +191,10 @@ def test_a_large_cache_that_holds_little_is_ranked_token_by_token(mask, group):
     looked_at = step.scratch["candidate_count"]
     assert (looked_at > FLAT.budget + 16).all(), "only the best pages are looked at"
     assert (looked_at <= 256).all()
+    pages = sparse.budget // 16
+    few, all_pages = (step.may_be_chosen(pages, flat) for flat in (0, 16))
+    assert all_pages.sum() > 2 * few.sum(), "the specification says so too"
+    assert torch.equal(all_pages, step.may_be_chosen(None, 0))
 
 
 @pytest.mark.parametrize(("mask", "length"), [("rows", 257), ("padding mask", 300)])
