@@ -178,7 +178,7 @@ def test_a_query_that_sees_nothing_else_sees_its_own_key(own: float, future: flo
 
 @pytest.mark.xfail(reason="a mask that hides less than another counts as one that hides as much")
 def test_masks_of_two_levels_that_are_data_hide_in_order() -> None:
-    """As the test above, with masks that are tensors: nothing tells that rows are hidden whole."""
+    """Tensors hold the masks of the test above: nothing tells that a row is hidden whole."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, future: Tensor, own: Tensor) -> Tensor:
         scores = (query @ key.mT).masked_fill(future, -1e9)
