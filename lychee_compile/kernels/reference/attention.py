@@ -9,6 +9,7 @@ from torch import Tensor
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import Selection
 from lychee_compile.kernels.reference.softcap import capped
+from lychee_compile.kernels.reference.visible import with_four_axes
 
 FEW_QUERIES = 16
 """Largest number of query positions over which a mask is repeated rather than keys and values."""
@@ -47,8 +48,7 @@ def _grouped_attention(operands: Operands) -> Tensor:
     heads, query_len, dtype = operands.key.shape[1], query.shape[2], query.dtype
     rows = query.unflatten(1, (heads, group)).flatten(2, 3)
     if mask is not None:
-        mask = mask if mask.dtype == torch.bool else mask.to(dtype)
-        mask = mask[(None,) * (4 - mask.dim())]
+        mask = with_four_axes(mask if mask.dtype == torch.bool else mask.to(dtype))
         if mask.shape[1] > 1:
             wide = mask.expand(-1, -1, query_len, -1)
             mask = wide.unflatten(1, (heads, group)).flatten(2, 3)
