@@ -178,4 +178,4 @@ TRANSFORMERS = [
         sample_frames=13,
         max_text_seq_length=8,
     ),
-]
+]]

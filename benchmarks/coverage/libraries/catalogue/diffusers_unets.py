@@ -156,4 +156,4 @@ UNETS = [
         in_channels=32,
         norm_num_groups=8,
     ),
-]
+]]

@@ -209,4 +209,4 @@ VIDEO = [
         sample_frames=13,
         max_text_seq_length=8,
     ),
-]
+]]]]]]]]
