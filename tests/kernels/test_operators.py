@@ -28,6 +28,7 @@ from lychee_compile.kernels.reference.operands import ScoreInputs
 
 SHAPE = Heads(2, 2, 2, 8)
 CONFIG = IndexConfig(sinks=2, recent=8, chunk=(2, 4), cluster_chunks=2, budget=24)
+POLICIES = ["lychee", "quest", "clusterkv", "hisa", "tokenselect", "streaming", "oracle"]
 HIDDEN = torch.zeros(1, 1, 1, 60, dtype=torch.bool)
 
 
@@ -144,7 +145,16 @@ def test_the_operators_attend_as_sdpa_does(shape, config, dtype, seed, data):
     torch.testing.assert_close(output, dense, rtol=0, atol=max(few, 1e-4))
 
 
-@pytest.mark.parametrize("hidden", [False, -torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        False,
+        -torch.inf,
+        *(torch.finfo(dtype).min for dtype in reference_operators.DTYPES),
+        -1e9,
+        -1e4,
+    ],
+)
 @pytest.mark.parametrize("idle", [[1], [0], [0, 1]])
 def test_a_row_that_sees_nothing_gets_zeros_and_others_stay_sparse(hidden, idle, handle, calls):
     key, query = SHAPE.keys("gaussian", 0, 60), SHAPE.queries(0, 1)
@@ -204,7 +214,7 @@ def test_an_idle_row_becomes_busy_and_idle_again(calls):
         ]
 
 
-@pytest.mark.parametrize("policy", ["lychee", "quest", "clusterkv", "tokenselect", "streaming"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_packed_requests_read_their_own_within_the_budget(policy, calls):
     """Documents lie side by side in a row; each query is of one of them."""
     documents, size, budget = 3, 60, 32

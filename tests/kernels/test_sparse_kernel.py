@@ -112,6 +112,54 @@ def test_queries_that_see_nothing_give_zeros(mask, sparse):
 
 
 @BOTH
+@pytest.mark.parametrize("mask", ["rows", "mask", "mask by head"])
+def test_an_idle_row_reads_no_key_and_others_stay_sparse(mask, sparse):
+    """The values of a row without a request may be anything."""
+    problem = make_problem(sizes=Sizes(batch=2, kv_len=200), mask=mask, sparse=sparse, length=180)
+    busy = Step.run(problem, built(problem, 180), torch.tensor([180]))
+    index = built(problem, 180)
+    problem.captured[0][1] = -1 if mask == "rows" else 0
+    problem.value[1] = torch.nan
+    step = Step.run(problem, index, torch.tensor([180]))
+    assert torch.equal(step.output[1], torch.zeros_like(step.output[1]))
+    assert torch.equal(step.output[0], busy.output[0])
+    assert (step.scratch["chosen_list"].unflatten(0, (2, -1))[1] == -1).all()
+
+
+def packed(sparse, document, at):
+    """Return an attention whose queries, at slots `at` [T], each see one `document`, int [L]."""
+    problem = make_problem(sizes=Sizes(query_len=len(at), kv_len=400), mask="mask", sparse=sparse)
+    seen = (document == document[at][:, None]) & (torch.arange(400) <= at[:, None])
+    problem.captured[0].copy_(seen)
+    return problem
+
+
+@BOTH
+def test_packed_requests_that_are_appended_keep_to_their_own_within_the_budget(sparse):
+    """Documents lie side by side; their new tokens follow all of them, in turns."""
+    document = torch.cat((torch.arange(380) // 127, torch.arange(20) % 3)).clamp(max=2)
+    problem = packed(sparse, document, torch.arange(397, 400))
+    step = step_of(problem)
+    step.check()
+    assert not step.reads_everything
+    sees = problem.visible.any(1)[:, None]
+    assert ((step.slots_read() & sees).sum(-1) <= sparse.budget).all()
+
+
+@BOTH
+def test_packed_requests_that_are_written_apart_read_no_key_of_others(sparse):
+    """All from the first slot written on counts as new: later documents are read in full."""
+    document, at = torch.arange(400) // 100, torch.tensor([90, 185, 280])
+    problem = packed(sparse, document, at)
+    step = Step.run(problem, built(problem, 90), at)
+    read = step.slots_read()[0, 0]
+    assert not (read & (document != document[at][:, None])).any()
+    assert (read & problem.visible[0, 0]).sum(-1)[0] <= sparse.budget
+    later = problem.attention()[:, :, 1:]
+    torch.testing.assert_close(step.output[:, :, 1:].double(), later, atol=1e-4, rtol=1e-4)
+
+
+@BOTH
 def test_without_new_keys_all_that_are_indexed_may_be_chosen(sparse):
     problem = make_problem(sizes=Sizes(kv_len=200), sparse=sparse)
     index = built(problem, 200)

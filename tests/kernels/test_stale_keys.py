@@ -108,9 +108,12 @@ def test_one_changed_key_that_is_read_is_noted_for_the_next_step(policy, dtype):
     steps.step(190, END)
     slot = 1 if policy == "lychee" else 177
     steps.problem.key.data[0, 1, slot, 5] += 1
-    steps.step(190, END)
+    at = 190
+    while steps.header == 1 and at < 290:  # one program of each row compares some of its keys
+        steps.step(at, END)
+        at += 1
     assert steps.header == 2
-    steps.problem.assert_as_good_as_eager(steps.step(191, END + 1))
+    steps.problem.assert_as_good_as_eager(steps.step(at, END + 1))
     assert steps.header == 0
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_values import evaluate, traced
 from torch import Tensor
 
-from lychee_compile.kernels.reference.hidden import HIDDEN, shown
+from lychee_compile.kernels.reference.hidden import HIDDEN, shown, shown_to_step
 from lychee_compile.kernels.reference.visible import visible_keys
 from lychee_compile.passes.detect.score import hides
 from lychee_compile.passes.lower.kernel_expressions import (
@@ -129,3 +129,24 @@ def test_a_row_without_any_key_shows_none(low: float) -> None:
 def test_a_row_of_equal_low_numbers_shows_all(low: float) -> None:
     """Equal biases take no key's weight away, so that a row that is all padding shows all keys."""
     assert shown(torch.full((2, KEYS), low)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("low", [-torch.inf, "lowest", -1e4, HIDDEN])
+def test_a_decoding_step_shows_nothing_of_a_row_that_one_low_number_fills(
+    dtype: torch.dtype, low: float | str
+) -> None:
+    """So say kernels, which measure from zero."""
+    number = torch.finfo(dtype).min if low == "lowest" else low
+    mask = torch.full((1, 1, 1, KEYS), number, dtype=dtype)
+    assert not shown_to_step(mask).any()
+    assert not of_reference(mask).any()
+    for way in WAYS:
+        assert not of_kernel(mask, way).any()
+
+
+@given(data=st.data())
+def test_other_rows_of_a_step_show_what_rows_of_a_prefill_show(data) -> None:
+    row = torch.tensor(data.draw(biases(torch.float32)))
+    if row.unique().numel() > 1 or row[0] > HIDDEN:
+        assert torch.equal(shown_to_step(row), shown(row))

@@ -222,3 +222,20 @@ def test_a_query_that_sees_nothing_gets_zeros_and_misses_nothing(hidden):
     assert not output[1].any()
     assert not certificate[1].any()
     assert output[0].all()
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_weights_add_up_to_one_far_below_zero(extra):
+    """Next to biases of -1e9 float32 cannot hold the logarithm of the sum of weights."""
+    shape = Heads(1, 1, 2, 4)
+    key, query = shape.keys("gaussian", 0, 100), shape.queries(0, 1)
+    index = shape.index(IndexConfig())
+    index.extend(key, torch.tensor([100]))
+    mask = torch.full((1, 1, 1, 100), -1e9)
+    mask[..., ::3] = -2e9
+    sink = torch.full((2, 1), -1e9) if extra else None
+    operands = Operands(query, key, torch.ones(1, 1, 100, 3), mask, 0.5, None, sink)
+    output = attend(operands, select(index, operands.score_inputs, 100))[0]
+    assert (output <= 1).all()
+    if not extra:
+        torch.testing.assert_close(output, torch.ones_like(output))

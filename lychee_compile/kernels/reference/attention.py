@@ -72,12 +72,13 @@ def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
     slot, padding = slots_read(selection)
     work = torch.promote_types(query.dtype, torch.float32)
     score = _scores_at(operands, selection, slot, padding, work)
-    log_total = score.logsumexp(-1)
+    weight, log_total = score.softmax(-1), score.logsumexp(-1)
     if operands.extra is not None:
         wide = operands.extra.to(work).expand(batch, query_heads, query_len)
-        log_total = torch.logaddexp(log_total, wide.unflatten(1, (heads, -1)).transpose(2, 3))
+        log_keys, wide = log_total, wide.unflatten(1, (heads, -1)).transpose(2, 3)
+        log_total = torch.logaddexp(log_keys, wide)
+        weight = weight * (log_keys - log_total).exp()[..., None]
     nothing = (score == -torch.inf).all(-1)
-    weight = (score - log_total.masked_fill(nothing, 0)[..., None]).exp()
     output = (weight @ rows_at(value, slot).to(work)).masked_fill(nothing[..., None], 0)
     output = output.transpose(2, 3).reshape(batch, query_heads, query_len, -1)
     return output.to(query.dtype), log_total.transpose(2, 3).flatten(1, 2).float()

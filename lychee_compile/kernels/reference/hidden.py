@@ -8,7 +8,8 @@ Zero is not always at hand. In a row whose biases are all negative, as where a w
 the weights of the softmax depend on how far each bias is below the largest one. `shown` therefore
 measures from the largest bias of the row, or from zero if that is larger. Expressions, in detection
 and in kernels, see one element at a time and measure from zero. Both agree on every row that has a
-bias of zero or above.
+bias of zero or above. When decoding they also agree on rows that one low number fills: these show
+nothing (`shown_to_step`).
 """
 
 from __future__ import annotations
@@ -27,3 +28,14 @@ def shown(bias: Tensor) -> Tensor:
     """
     wide = bias.float()
     return wide > wide.amax(-1, keepdim=True).clamp(max=0) + HIDDEN
+
+
+def shown_to_step(bias: Tensor) -> Tensor:
+    """Return `shown` for a decoding step: a row that one low number fills shows nothing.
+
+    Such a row is idle, as a slot of a server without a request. Its output means nothing, and to
+    read its keys would cost as much as those of a busy row.
+    """
+    least, most = bias.aminmax(dim=-1, keepdim=True)
+    idle = (least == most) & (most <= HIDDEN)
+    return shown(bias) & ~idle

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.reference.hidden import shown
+from lychee_compile.kernels.reference.hidden import shown, shown_to_step
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ def visible_keys(
 ) -> Visible:
     """Read an SDPA mask: None, bool or additive float, broadcastable to [B, Hq, Tq, L].
 
-    `hidden.shown` says which keys a float mask hides; it is a bias for all others. A key is a
-    candidate if any head sees it; `mask` and `bias` keep the heads apart.
+    `shown_to_step` says which keys a float mask shows; it is a bias for these. A key is a candidate
+    if any head sees it; `mask` and `bias` keep the heads apart.
     """
     if mask is None:
         full = torch.full((batch, query_len), kv_len, dtype=torch.int64, device=device)
         return Visible(torch.zeros_like(full), full, None, None, None, kv_len)
-    seen, bias = seen_and_bias(with_four_axes(mask).expand(batch, -1, query_len, kv_len))
+    wide = with_four_axes(mask).expand(batch, -1, query_len, kv_len)
+    seen, bias = seen_and_bias(wide, shown_to_step)
     anywhere = seen[:, 0] if seen.shape[1] == 1 else seen.any(1)
     slots = anywhere.to(torch.uint8)
     count = anywhere.sum(-1)
@@ -65,11 +67,16 @@ def visible_keys(
     return Visible(first, end, counts, bias, seen, kv_len)
 
 
-def seen_and_bias(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return what an SDPA mask shows, bool, and what it adds to scores, None if nothing."""
+def seen_and_bias(
+    mask: Tensor, rule: Callable[[Tensor], Tensor] = shown
+) -> tuple[Tensor, Tensor | None]:
+    """Return what an SDPA mask shows, bool, and what it adds to scores, None if nothing.
+
+    `rule` says which keys an additive mask shows.
+    """
     if mask.dtype == torch.bool:
         return mask, None
-    seen = shown(mask)
+    seen = rule(mask)
     return seen, mask if bool(((mask != 0) & seen).any()) else None
 
 

@@ -55,10 +55,7 @@ def attend_to(
     slot, inside, queries, heads, top, total, result, b, t, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
 ):
-    """Do one step of online softmax over the keys in the slots [N] that are `inside`.
-
-    Return what it leaves, and the keys [N, DIM].
-    """
+    """Do one step of online softmax over the keys in the slots [N] that are `inside`."""
     seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], length)
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
@@ -79,7 +76,7 @@ def attend_to(
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(weight, 1)
     result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values)
-    return most, total, result, keys
+    return most, total, result
 
 
 @triton.jit
@@ -140,7 +137,7 @@ def read_all(
     for start in range(first // KEYS * KEYS + split * KEYS, end, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = (slot >= first) & (slot < end)
-        top, total, result, _ = attend_to(
+        top, total, result = attend_to(
             slot, inside, queries, heads, top, total, result, b, t, kv_len,
             key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
         )

@@ -47,10 +47,7 @@ def attend_to(
     slot, inside, queries, heads, top, total, result, b, t, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
 ):
-    """Do one step of online softmax over the keys in the slots [N] that are `inside`.
-
-    Return what it leaves, and the keys [N, DIM].
-    """
+    """Do one step of online softmax over the keys in the slots [N] that are `inside`."""
     seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
@@ -71,7 +68,7 @@ def attend_to(
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(weight, 1)
     result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
-    return most, total, result, keys
+    return most, total, result
 
 
 @triton.jit
@@ -133,7 +130,7 @@ def read_all(
         inside = slot < kv_len
         seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
         if tl.max(seen.to(tl.int32)) > 0:
-            top, total, result, _ = attend_to(
+            top, total, result = attend_to(
                 slot, inside, queries, heads, top, total, result, b, t, kv_len,
                 key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
             )
@@ -666,19 +663,26 @@ def attend(
                 item += splits * LANES
                 entry = tl.load(bins + origin + item, mask=item < items, other=0)
             tl.debug_barrier()
-            fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-            changed = tl.zeros([KEYS], tl.int32)
             for start in range(0, count, KEYS):
                 number = start + tl.arange(0, KEYS)
                 slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                top, total, result, keys = attend_to(
+                top, total, result = attend_to(
                     slot, number < count, queries, heads, top, total, result, b, t, kv_len,
                     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
                 )
+            if fresh % splits == split:
+                turns = (count + SAMPLED - 1) // SAMPLED
+                number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
+                slot = tl.load(chosen_list + number, mask=number < count, other=0)
                 compared = (number < count) & (slot < fresh)
-                changed |= changed_keys(keys, slot, compared, fingerprints)
-            if tl.max(changed, 0) > 0:
-                tl.store(header, 2)
+                d = tl.arange(0, DIM)
+                keys = tl.load(
+                    key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
+                    mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+                )
+                fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+                if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
+                    tl.store(header, 2)
         else:
             top, total, result = read_all(
                 queries, heads, top, total, result, b, t, kv_len, split, splits,

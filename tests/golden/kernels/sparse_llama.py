@@ -55,10 +55,7 @@ def attend_to(
     slot, inside, queries, heads, top, total, result, b, t, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
 ):
-    """Do one step of online softmax over the keys in the slots [N] that are `inside`.
-
-    Return what it leaves, and the keys [N, DIM].
-    """
+    """Do one step of online softmax over the keys in the slots [N] that are `inside`."""
     seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], length)
     d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
     place = slot.to(tl.int64)[:, None]
@@ -79,7 +76,7 @@ def attend_to(
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(weight, 1)
     result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values)
-    return most, total, result, keys
+    return most, total, result
 
 
 @triton.jit
@@ -140,7 +137,7 @@ def read_all(
     for start in range(first // KEYS * KEYS + split * KEYS, end, splits * KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = (slot >= first) & (slot < end)
-        top, total, result, _ = attend_to(
+        top, total, result = attend_to(
             slot, inside, queries, heads, top, total, result, b, t, kv_len,
             key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
         )
@@ -379,33 +376,20 @@ def check_sample(
 @triton.jit
 def query_weights(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
     axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
-    kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, length,
+    kv_len, blocks, kv_heads: tl.constexpr, query_len, length,
     BLOCK: tl.constexpr, PAGED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store the weights of a block's codes in q.k, and the rest of q.k, which no code changes.
 
     By second-order cumulants the log of the mean of exp(score) over keys of variance v is the score
     of their mean plus scale / 2 sum w^2 v. Over a whole block it gives the block's part of the
-    softmax's denominator. Counters of later kernels are cleared here. One more
-    program looks if the index is stale.
+    softmax's denominator. Counters of later kernels are cleared here.
     """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    if tile == blocks:
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        if t == 0:
-            check_sample(
-                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fingerprints, positions, position_stride_b, position_stride_t, written,
-                b, kv_head, slots, kv_heads, kv_len,
-            )
-        return
     block = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
     kept, d, g = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
     axis = tl.load(
@@ -523,18 +507,33 @@ def sketch_scores(packed, packed_coarse, weights, constants, mine):
 
 @triton.jit
 def scan_tokens(
-    fine, coarse, weights, constants, totals,
+    fine, coarse, key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
+    weights, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of TILE tokens, estimated from their sketches."""
+    """Store bins, uint8, of the shares of TILE tokens, estimated from their sketches.
+
+    One more program looks if the index is stale.
+    """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     g = tl.arange(0, ROWS)
     h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+    if tile == tiles:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        if t == 0:
+            check_sample(
+                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                b, kv_head, slots, kv_heads, kv_len,
+            )
+        return
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     first, end = seen_range(b, t, kv_len, length)
@@ -634,6 +633,7 @@ def plan_turns(
 @triton.jit
 def scan_pages(
     pages, page_constants, ranks, whole, arrivals, plan, turns, limits, candidate_count,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
     weights, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
@@ -642,7 +642,8 @@ def scan_pages(
 ):
     """Store bins, uint8, of the shares of the pages of one block, and counts of each or above.
 
-    The last program of a row plans the work of `scan_chosen`.
+    The last program of a row plans the work of `scan_chosen`. One more program looks if the index
+    is stale.
     """
     PER_BLOCK: tl.constexpr = BLOCK // PAGE
     head_row, tile = tl.program_id(0), tl.program_id(1)
@@ -650,6 +651,17 @@ def scan_pages(
     b, t = row // query_len, row % query_len
     g = tl.arange(0, ROWS)
     h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+    if tile == tiles:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        if t == 0:
+            check_sample(
+                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                b, kv_head, slots, kv_heads, kv_len,
+            )
+        return
     ranks += head_row.to(tl.int64) * tiles * BINS
     mine = ranks + tile * BINS
     if EARLY:
@@ -989,19 +1001,26 @@ def attend(
                 item += splits * LANES
                 entry = tl.load(bins + origin + item, mask=item < items, other=0)
             tl.debug_barrier()
-            fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-            changed = tl.zeros([KEYS], tl.int32)
             for start in range(0, count, KEYS):
                 number = start + tl.arange(0, KEYS)
                 slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                top, total, result, keys = attend_to(
+                top, total, result = attend_to(
                     slot, number < count, queries, heads, top, total, result, b, t, kv_len,
                     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
                 )
+            if fresh % splits == split:
+                turns = (count + SAMPLED - 1) // SAMPLED
+                number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
+                slot = tl.load(chosen_list + number, mask=number < count, other=0)
                 compared = (number < count) & (slot < fresh)
-                changed |= changed_keys(keys, slot, compared, fingerprints)
-            if tl.max(changed, 0) > 0:
-                tl.store(header, 2)
+                d = tl.arange(0, DIM)
+                keys = tl.load(
+                    key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
+                    mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+                )
+                fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+                if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
+                    tl.store(header, 2)
         else:
             top, total, result = read_all(
                 queries, heads, top, total, result, b, t, kv_len, split, splits,

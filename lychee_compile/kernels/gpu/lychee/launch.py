@@ -50,7 +50,7 @@ def run_lychee(
     if sizes.paged:
         _rank_pages(step, layout, sizes, arguments)
     else:
-        grid = step.rows, sizes.tiles
+        grid = step.rows, sizes.tiles + 1  # the last programs compare some keys
         launch(module.scan_tokens, grid, arguments, num_warps=4, num_stages=1, **step.waits)
     return step.attend(arguments, sizes.examined, sizes.paged)
 
@@ -136,10 +136,10 @@ def _stand_ins(arguments: Mapping[str, object]) -> dict[str, object]:
 
 
 def _query_weights(step: SparseStep, sizes: _Sizes, arguments: Mapping[str, object]) -> None:
-    """Weigh the codes of each block, clear what later kernels count, and compare some keys."""
+    """Weigh the codes of each block by the query, and clear what later kernels count."""
     launch(
         step.module.query_weights,
-        (step.rows, sizes.blocks + 1),
+        (step.rows, sizes.blocks),
         arguments,
         num_warps=4,
         num_stages=1,
@@ -154,7 +154,7 @@ def _rank_pages(
     """Rank all pages, and then the tokens of the best: one turn a program, or several."""
     launch(
         step.module.scan_pages,
-        (step.rows, sizes.tiles),
+        (step.rows, sizes.tiles + 1),
         {**arguments, "bins": arguments["page_bins"]},
         num_warps=max(1, layout.block // PAGES_OF_WARP),
         num_stages=1,
