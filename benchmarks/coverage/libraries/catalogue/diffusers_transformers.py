@@ -54,17 +54,6 @@ TRANSFORMERS = [
         use_additional_conditions=False,
     ),
     _entry(
-        "HunyuanDiT2DModel",
-        [image(16, channels=4)],
-        TIME,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        num_layers=2,
-        sample_size=16,
-        cross_attention_dim=32,
-    ),
-    _entry(
         "SD3Transformer2DModel",
         [image(16, channels=4)],
         TIME | {"encoder_hidden_states": floats(2, 8, 32), "pooled_projections": floats(2, 64)},
@@ -178,4 +167,4 @@ TRANSFORMERS = [
         sample_frames=13,
         max_text_seq_length=8,
     ),
-]]
+]
