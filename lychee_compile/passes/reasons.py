@@ -252,6 +252,13 @@ SCORES_REPLACED = _kind(
     "a condition replaces scores by a number that does not hide their keys",
     "fill hidden scores with -inf or the lowest number of their dtype",
 )
+SCORES_OWN_KEY = _kind(
+    Group.SCORE,
+    "scores-own-key",
+    "the key at a query's own position is hidden by a finite number, and counts if the query sees "
+    "no other key",
+    "fill it with -inf",
+)
 SCORES_ZEROED = _kind(
     Group.SCORE,
     "scores-zeroed",

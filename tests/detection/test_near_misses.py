@@ -156,3 +156,21 @@ def test_a_score_that_is_not_supported_has_its_reason(
     query, key, value = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, SIZE, 8)
     (site,) = lychee_compile.explain(attend, query, key, value, options=EVERYTHING).sites
     assert site.reason == reason
+
+
+@pytest.mark.parametrize("own", [-5e4, -1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("future", [-torch.inf, -1e9])
+def test_a_query_that_sees_nothing_else_sees_its_own_key(own: float, future: float) -> None:
+    """As in Reformer: the first token sees its own key alone, which is hidden less than others."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        at = torch.arange(query.shape[2])
+        scores = (query @ key.mT).masked_fill(at[:, None] < at, future)
+        return scores.masked_fill(at[:, None] == at, own).softmax(-1) @ value
+
+    query, key, value = torch.randn(3, 2, 2, 8, 16)
+    options = {"prefill": "sparse", "prefill_from": 0, "prefill_budget": 1.0}
+    compiled = torch.compile(attend, backend="lychee", options=options)
+    assert torch.equal(compiled(query, key, value), attend(query, key, value))
+    (site,) = lychee_compile.reports()[-1].sites
+    assert (site.decision, site.reason) == ("kept", reasons.SCORES_OWN_KEY())

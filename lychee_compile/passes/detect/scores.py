@@ -59,6 +59,8 @@ class _Sum:
     """Conditions under which scores are multiplied by zero; they must be hidden then."""
     extra: Operand | None = None
     extra_times: sympy.Expr = sympy.S.One
+    own_key_hidden: bool = False
+    """True if a finite number hides the key at a query's own position."""
     unsupported: Reason | None = None
 
     def refuse(self, why: Reason) -> None:
@@ -184,8 +186,10 @@ class _Sum:
             self.refuse(reasons.MASK_LAYOUT())
             return
         self.masks.append(Mask(operand, step.when, float(fill)))
-        condition = truth(value)
-        self.hidden.append(condition if step.when else sympy.Not(condition))
+        condition = truth(value) if step.when else sympy.Not(truth(value))
+        if fill != -sympy.oo and any(map(_compares_positions, condition.atoms(sympy.Eq))):
+            self.own_key_hidden = True
+        self.hidden.append(condition)
 
     def _filled(self, step: Step) -> Element:
         node = step.fill
@@ -208,6 +212,11 @@ class _Sum:
         self.refuse(reasons.SCORES_OTHER(step=what))
 
 
+def _compares_positions(equality: sympy.Eq) -> bool:
+    """True for an equality of two positions, as of a query and of a key: no tensor is read."""
+    return len(equality.free_symbols) > 1 and not equality.has(sympy.Indexed, sympy.Function)
+
+
 def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bool) -> Score:
     """Return all steps of `trace` as one score."""
     total = _Sum(elements, keys)
@@ -222,6 +231,8 @@ def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bo
     scale = total.scale * (total.outer if total.capped else 1)
     if not scale.is_positive:
         total.refuse(reasons.SCORES_REVERSED(value=scale))
+    if total.own_key_hidden and len(total.hidden) > 1:
+        total.refuse(reasons.SCORES_OWN_KEY())
     if any(each not in total.hidden for each in total.zeroed):
         total.refuse(reasons.SCORES_ZEROED())
     return Score(
