@@ -123,6 +123,20 @@ class _Retracing(torch.fx.Interpreter):
         proxy.node.meta[_FOREIGN] = True
         return track_tensor_tree(value, proxy, constant=None, tracer=tracer)
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return what a function gives; two that `make_fx` does not follow get a plain spelling.
+
+        What a checkpoint computes is traced without it: only gradients need one, and a graph whose
+        attentions need gradients is compiled as it came. `x.data` is `x.detach()`.
+        """
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *operands = args
+            if not target.divide_kwargs(kwargs)[1]:  # type: ignore[attr-defined]
+                return _Retracing(body).run(*operands)
+        if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return super().call_function(target, args, kwargs)
+
     def _is_foreign(self, n: torch.fx.Node) -> bool:
         values = [self.env[each] for each in n.all_input_nodes]
         leaves, _ = tree_flatten([values, n.meta.get("example_value")])

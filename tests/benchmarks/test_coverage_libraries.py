@@ -156,7 +156,9 @@ TOY = Library("toy", ["toy"], [entry(Attention), entry(ByExponentials)])
 
 def test_the_table_tells_faults():
     lines = table.markdown(TRIALS, {"toy": "1.2"}, "remark").splitlines()
-    assert lines[0].startswith("2 model classes of 1 libraries: 4 of 5 attentions")
+    assert lines[0].startswith(
+        "2 builds of model classes of 1 libraries, 2 of them with attention: 4 of 5"
+    )
     assert "| toy 1.2 | 2 | **4/5** |  | 2 |" in lines
     assert "| Bad | **1/2** |  | 0 | 1 missed; error 1.0e+00 |" in lines
     assert {"| 1 | a reason |", "| 1 | another |"} < set(lines)

@@ -110,9 +110,10 @@ class Entry:
     """Keyword arguments of the call."""
     drive: Drive = called
     """Function that calls the model with the inputs."""
-    channel_attentions: int = 0
-    """Number of softmaxes among them that run over features: the operators look like those of an
-    attention, but there are no keys to leave out."""
+    not_attentions: int = 0
+    """Number of softmaxes and exponentials that the count by operators takes for attentions, though
+    they are none of their own: they run over features or residual streams, or over a chunk of keys
+    whose attention counts already."""
 
     def build(self) -> nn.Module:
         """Return the model in evaluation mode, with the same weights every time."""

@@ -41,7 +41,9 @@ def total(trials: Sequence[Trial]) -> str:
     found = there - sum(each.missed for each in tried)
     share = f"{found / there:.1%}" if there else "none"
     return (
-        f"{len(tried)} model classes of {len({each.library for each in tried})} libraries: "
+        f"{len(tried)} builds of model classes of "
+        f"{len({each.library for each in tried})} libraries, "
+        f"{sum(each.there > 0 for each in tried)} of them with attention: "
         f"{found} of {there} attentions with several keys found ({share}), "
         f"{sum(each.rewritten for each in tried)} of them rewritten; "
         f"{sum(each.wrong for each in tried)} wrong, "
@@ -59,7 +61,7 @@ def markdown(trials: Sequence[Trial], versions: Mapping[str, str], remark: str) 
     libraries = list(dict.fromkeys(each.library for each in tried))
     lines = [f"{total(trials)}. {remark}", ""]
     lines += [
-        "| library | classes | found / there | one key | rewritten |",
+        "| library | builds | found / there | one key | rewritten |",
         "|---|---|---|---|---|",
     ]
     for library in libraries:

@@ -87,14 +87,14 @@ def attempt(library: str, entry: Entry, *, inductor: bool = False) -> Trial:
         expected, key_counts = _uncompiled(model, entry)
     except Exception as error:  # noqa: BLE001  a library may raise anything
         return replace(trial, note=_brief(error))
-    several = sum(keys > 1 for keys in key_counts) - entry.channel_attentions
+    several = sum(keys > 1 for keys in key_counts) - entry.not_attentions
     single = sum(keys == 1 for keys in key_counts)
     trial = replace(trial, there=several, single=single)
     try:
         graphs, seen = _with_dynamo(model, entry)
     except Exception as error:  # noqa: BLE001
         return replace(trial, there=0, single=0, note=f"Dynamo: {_brief(error)}")
-    trial = replace(trial, unseen=max(several + entry.channel_attentions - seen, 0))
+    trial = replace(trial, unseen=max(several + entry.not_attentions - seen, 0))
     try:
         trial, output = _with_us(model, entry, trial, graphs, inductor)
     except Exception as error:  # noqa: BLE001

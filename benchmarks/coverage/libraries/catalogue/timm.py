@@ -8,9 +8,9 @@ from benchmarks.coverage.libraries.entries import Entry, Library, Made, image
 
 
 def _entry(name: str, size: int = 64, **arguments: Any) -> Entry:
-    channels = arguments.pop("channel_attentions", 0)
+    channels = arguments.pop("not_attentions", 0)
     model = Made("timm.create_model", name, num_classes=10, **arguments)
-    return Entry(name, model, [image(size)], channel_attentions=channels)
+    return Entry(name, model, [image(size)], not_attentions=channels)
 
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -45,7 +45,7 @@ TIMM = Library(
         _entry("naflexvit_base_patch16_gap", embed_dim=48, depth=2, num_heads=3),
         _entry("cait_xxs24_224", img_size=64, depth=2, embed_dim=48, num_heads=3),
         _entry("convit_tiny", img_size=64, depth=2, local_up_to_layer=1),
-        _entry("xcit_nano_12_p16_224", channel_attentions=2, img_size=64, depth=2),
+        _entry("xcit_nano_12_p16_224", not_attentions=2, img_size=64, depth=2),
         _entry("volo_d1_224", img_size=64),
         _entry("crossvit_tiny_240", 240),
         _entry("coat_lite_tiny", img_size=64),
@@ -79,29 +79,25 @@ TIMM = Library(
         _entry("efficientformerv2_s0", 224),
         _entry("efficientvit_m0", 224),
         _entry("efficientvit_b0"),
-        _entry("edgenext_xx_small", channel_attentions=3),
+        _entry("edgenext_xx_small", not_attentions=3),
         _entry("mobilevit_xxs"),
         _entry("mobilevitv2_050"),
         _entry("fastvit_sa12", 128),
         _entry("nest_tiny", img_size=64),
         _entry("gcvit_xxtiny", 224),
-        _entry("davit_tiny", channel_attentions=4, depths=(1, 1, 1, 1), window_size=4),
+        _entry("davit_tiny", not_attentions=4, depths=(1, 1, 1, 1), window_size=4),
         _entry("tnt_s_patch16_224", img_size=64, depth=2),
         _entry("focalnet_tiny_srf"),
         _entry("caformer_s18", 128),
         _entry("shvit_s1", 128),
         _entry("rdnet_tiny", num_init_features=32),
         _entry("botnet26t_256", 256),
-        _entry("halonet26t", 256),
-        _entry("sehalonet33ts", 256),
         _entry("lambda_resnet26t", 256),
-        _entry("bat_resnext26ts", 256),
         _entry("convnext_atto"),
         _entry("resnet50_clip", 224),
         _entry("mobilenetv4_hybrid_medium"),
         _entry("tiny_vit_5m_224", 224, depths=(1, 1, 1, 1)),
         _entry("repvit_m1"),
-        _entry("nextvit_small"),
         _entry("swiftformer_xs", 64),
         _entry("poolformer_s12"),
         _entry("csatv2", 128),

@@ -24,12 +24,12 @@ def _entry(path: str, *inputs: Floats, **arguments: Any) -> Entry:
     name = path.replace(".", " ") if path.islower() else path.rpartition(".")[2]
     module = path.partition(".")[0]
     title = name if module == "vit" else f"{name} ({module})"
-    channels = arguments.pop("channel_attentions", 0)
+    channels = arguments.pop("not_attentions", 0)
     return Entry(
         title,
         Made(f"vit_pytorch.{path}", **arguments),
         list(inputs) or [image(64)],
-        channel_attentions=channels,
+        not_attentions=channels,
     )
 
 
@@ -162,16 +162,6 @@ VIT_PYTORCH = Library(
             mlp_dim=64,
         ),
         _entry(
-            "levit.LeViT",
-            image(128),
-            image_size=128,
-            num_classes=10,
-            dim=(32, 48),
-            depth=1,
-            heads=2,
-            stages=2,
-        ),
-        _entry(
             "cvt.CvT",
             num_classes=10,
             s1_heads=1,
@@ -180,25 +170,6 @@ VIT_PYTORCH = Library(
             s1_depth=1,
             s2_depth=1,
             s3_depth=1,
-        ),
-        _entry(
-            "twins_svt.TwinsSVT",
-            image(128),
-            num_classes=10,
-            s1_local_patch_size=4,
-            s2_local_patch_size=4,
-            s3_local_patch_size=4,
-            s4_depth=1,
-            s3_depth=1,
-        ),
-        _entry(
-            "crossformer.CrossFormer",
-            image(128),
-            num_classes=10,
-            dim=(16, 32, 32, 32),
-            depth=(1, 1, 1, 1),
-            global_window_size=(4, 2, 2, 1),
-            local_window_size=4,
         ),
         _entry(
             "regionvit.RegionViT",
@@ -219,15 +190,6 @@ VIT_PYTORCH = Library(
             window_size=(8, None),
         ),
         _entry(
-            "sep_vit.SepViT",
-            num_classes=10,
-            dim=16,
-            dim_head=8,
-            heads=(1, 2),
-            depth=(1, 1),
-            window_size=4,
-        ),
-        _entry(
             "mobile_vit.MobileViT",
             image_size=(64, 64),
             dims=[32, 48, 64],
@@ -236,7 +198,7 @@ VIT_PYTORCH = Library(
         ),
         _entry(
             "xcit.XCiT",
-            channel_attentions=2,
+            not_attentions=2,
             image_size=64,
             patch_size=16,
             num_classes=10,
@@ -248,28 +210,7 @@ VIT_PYTORCH = Library(
         ),
         _entry("ats_vit.ViT", **PLAIN, **MLP, max_tokens_per_depth=(8, 6)),
         _entry("learnable_memory_vit.ViT", **PLAIN, **MLP),
-        _entry(
-            "vivit.ViT",
-            CLIP,
-            **VIDEO,
-            dim=32,
-            spatial_depth=1,
-            temporal_depth=1,
-            heads=4,
-            **MLP,
-        ),
-        _entry(
-            "vivit_with_decorr.ViT",
-            CLIP,
-            **VIDEO,
-            dim=32,
-            spatial_depth=1,
-            temporal_depth=1,
-            heads=4,
-            **MLP,
-        ),
         _entry("rvt.RvT", **PLAIN, **MLP),
-        _entry("local_vit.LocalViT", **PLAIN, **MLP),
         _entry("jumbo_vit.JumboViT", **PLAIN, **MLP, num_jumbo_cls=1, jumbo_cls_k=2),
         _entry("simple_uvit.SimpleUViT", **PLAIN, **MLP),
     ],

@@ -31,17 +31,6 @@ TRANSFORMERS = [
         use_additional_conditions=False,
     ),
     entry(
-        "HunyuanDiT2DModel",
-        [image(16, channels=4)],
-        TIME,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        num_layers=2,
-        sample_size=16,
-        cross_attention_dim=32,
-    ),
-    entry(
         "SD3Transformer2DModel",
         [image(16, channels=4)],
         TIME | {"encoder_hidden_states": floats(2, 8, 32), "pooled_projections": floats(2, 64)},

@@ -36,17 +36,6 @@ UNETS = [
         attention_head_dim=8,
     ),
     entry(
-        "UNetMotionModel",
-        [floats(2, 4, 4, 16, 16)],
-        TIME | TEXT,
-        **UNET,
-        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-        cross_attention_dim=32,
-        num_attention_heads=2,
-        motion_num_attention_heads=2,
-    ),
-    entry(
         "UNetSpatioTemporalConditionModel",
         [floats(2, 4, 8, 16, 16)],
         TIME | {"encoder_hidden_states": floats(2, 1, 32), "added_time_ids": floats(2, 3)},

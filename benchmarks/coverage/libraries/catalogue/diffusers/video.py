@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.coverage.libraries.catalogue.diffusers.common import HEADS, TEXT, TIME, entry
-from benchmarks.coverage.libraries.entries import Made, floats, ids, image
+from benchmarks.coverage.libraries.entries import Made, floats
 
 VIDEO = [
     entry(
@@ -111,65 +111,6 @@ VIDEO = [
         time_proj_dim=8,
         global_states_input_dim=32,
         cross_attention_input_dim=32,
-    ),
-    entry(
-        "OmniGenTransformer2DModel",
-        [floats(2, 4, 16, 16)],
-        TIME
-        | {
-            "input_ids": ids(2, 8),
-            "input_img_latents": [],
-            "input_image_sizes": {},
-            "attention_mask": Made("torch.ones", 2, 8 + 1 + 64, 8 + 1 + 64),
-            "position_ids": Made("torch.arange", 8 + 1 + 64),
-        },
-        in_channels=4,
-        hidden_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_layers=2,
-        intermediate_size=64,
-        vocab_size=100,
-        time_step_dim=32,
-        rope_scaling={"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
-    ),
-    entry(
-        "HiDreamImageTransformer2DModel",
-        [image(16, channels=4)],
-        {
-            "timesteps": ids(2),
-            "encoder_hidden_states_t5": floats(2, 8, 16),
-            "encoder_hidden_states_llama3": floats(2, 2, 8, 16),
-            "pooled_embeds": floats(2, 8),
-        },
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_channels=[16, 16],
-        text_emb_dim=8,
-        num_routed_experts=2,
-        num_activated_experts=2,
-        axes_dims_rope=(4, 2, 2),
-        max_resolution=(32, 32),
-        llama_layers=(0, 1),
-    ),
-    entry(
-        "EasyAnimateTransformer3DModel",
-        [floats(2, 4, 2, 16, 16)],
-        TIME | {"encoder_hidden_states": floats(2, 8, 32)},
-        **HEADS,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        text_embed_dim=32,
-        text_embed_dim_t5=None,
-        time_embed_dim=8,
-        sample_width=16,
-        sample_height=16,
-        mmdit_layers=1,
     ),
     entry(
         "ConsisIDTransformer3DModel",

@@ -33,6 +33,7 @@ SMALL_CHUNKS = (
             q_bucket_size=32,
             k_bucket_size=16,
             title="chunks of keys",
+            not_attentions=1,
         ),
         entry(
             "memory_efficient_attention_pytorch.FlashAttention",

@@ -26,8 +26,9 @@ def entry(
     path: str, *inputs: Any, title: str = "", named: dict[str, Any] | None = None, **arguments: Any
 ) -> Entry:
     """Return an entry; the path ends with the class, `arguments` build it."""
+    extra = arguments.pop("not_attentions", 0)
     name = path.rpartition(".")[2] + (f", {title}" if title else "")
-    return Entry(name, Made(path, **arguments), inputs, named or {})
+    return Entry(name, Made(path, **arguments), inputs, named or {}, not_attentions=extra)
 
 
 LOCAL = ("local-attention", "hyper-connections")
