@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from lychee_compile.kernels.gpu.quest.index import QuestIndex
+from lychee_compile.kernels.gpu.quest.launch import run_quest
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 from torch import Tensor
 
 from benchmarks.common.decode_kernels import (
@@ -21,9 +24,6 @@ from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, block_size, planes
-from lychee_compile.kernels.gpu.quest.index import QuestIndex
-from lychee_compile.kernels.gpu.quest.launch import run_quest
-from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.sizes import PAGE
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lychee_compile.codegen.parts import common, decode, lychee, prefill, quest
+from lychee_compile.codegen.parts import common, decode, levels, lychee, prefill
 from lychee_compile.codegen.specification import AttentionSpec
+from lychee_compile.kernels.policies.registry import find_policy
 
 Emit = Callable[[AttentionSpec], list[str]]
 """A function that returns the parts of a module's text that are a policy's own, in order."""
 
-_decode_emitters: dict[str, Emit] = {"lychee": lychee.emit_lychee, "quest": quest.emit_quest}
+_decode_emitters: dict[str, Emit] = {"lychee": lychee.emit_lychee}
 _prefill_emitters: dict[str, Emit] = {"lychee": prefill.emit_prefill}
 
 
@@ -27,8 +28,16 @@ def emit_module(spec: AttentionSpec) -> str:
         parts += [decode.emit_constants(spec), *common.emit_terms(spec)]
         parts += decode.emit_exact(spec)
     if spec.sparse is not None:
-        parts += _emitter(_decode_emitters, spec.sparse.policy)(spec)
+        parts += _emit_sparse(spec, spec.sparse.policy)
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _emit_sparse(spec: AttentionSpec, policy: str) -> list[str]:
+    """Return the kernels of a policy: made from its levels, or as its emitter writes them."""
+    record = find_policy(policy)
+    if record is not None and record.levels is not None:
+        return levels.emit_levels(spec, record.levels)
+    return _emitter(_decode_emitters, policy)(spec)
 
 
 def register_emitter(policy: str, emit: Emit) -> None:

@@ -11,13 +11,17 @@ import torch
 import triton_interpreter
 from decode_problems import Sizes, make_problem
 from kernel_steps import Cache, assert_exact, assert_sparse, compiled, read_by
+from lychee_compile.codegen.parts.quest import emit_quest
+from lychee_compile.kernels.gpu.quest.index import QuestIndex as QuestDeviceIndex
+from lychee_compile.kernels.gpu.quest.launch import run_quest
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout
+from lychee_compile.kernels.gpu.quest.method import QuestMethod
 from torch import Tensor
 
 import lychee_compile
 from lychee_compile.codegen import module as emitters
 from lychee_compile.codegen.module import policies_with_emitters, register_emitter
 from lychee_compile.codegen.parts.lychee import emit_lychee
-from lychee_compile.codegen.parts.quest import emit_quest
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.extend import GpuMethod, register_policy
 from lychee_compile.kernels.gpu import methods
@@ -32,10 +36,6 @@ from lychee_compile.kernels.gpu.methods import (
     method_of_kernel,
     policies_with_kernels,
 )
-from lychee_compile.kernels.gpu.quest.index import QuestIndex as QuestDeviceIndex
-from lychee_compile.kernels.gpu.quest.launch import run_quest
-from lychee_compile.kernels.gpu.quest.layout import QuestLayout
-from lychee_compile.kernels.gpu.quest.method import QuestMethod
 from lychee_compile.kernels.policies import registry as policies
 from lychee_compile.kernels.policies.decode.quest import QuestIndex
 

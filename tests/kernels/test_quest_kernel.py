@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 import triton_interpreter
 from decode_problems import Sizes, element, make_problem
+from lychee_compile.kernels.gpu.quest import launch as launch_quest
+from lychee_compile.kernels.gpu.quest.index import QuestIndex as QuestDeviceIndex
+from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.parts import quest
 from lychee_compile.codegen.specification import KV, B, H, Q, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
-from lychee_compile.kernels.gpu.quest import launch as launch_quest
-from lychee_compile.kernels.gpu.quest.index import QuestIndex as QuestDeviceIndex
-from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 from lychee_compile.kernels.policies.decode.quest import QuestIndex
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.question import query_rows

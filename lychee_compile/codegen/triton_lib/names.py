@@ -65,7 +65,7 @@ IN_REGISTERS: tl.constexpr
 """True if inline PTX can be used, which Triton's interpreter does not know."""
 
 RANKED: tl.constexpr
-"""Pages that a program of Quest's selection ranks."""
+"""Groups of a level that a program ranks."""
 
 
 def due(left: Tile, own: Tile, at_cut: Tile) -> Tile:

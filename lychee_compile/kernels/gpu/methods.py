@@ -1,7 +1,8 @@
 """The policies that have kernels on a GPU, and the method that runs each generated module.
 
-A method is a folder beside this file; its record is attached to the policy of the same name when
-this module is imported. `codegen/module.py` puts the text of its kernels together.
+A policy that is declared as levels has kernels that are made from its declaration. Any other has a
+method of its own; the record of one that this package has is attached to the policy of the same
+name when this module is imported. `codegen/module.py` puts the text of the kernels together.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.method import GpuMethod
 from lychee_compile.kernels.gpu.common.module_cache import load
+from lychee_compile.kernels.gpu.levels.method import LevelMethod
 from lychee_compile.kernels.gpu.lychee.method import LycheeMethod
-from lychee_compile.kernels.gpu.quest.method import QuestMethod
-from lychee_compile.kernels.policies.registry import attach_kernels, find_policy, policies
+from lychee_compile.kernels.policies.registry import (
+    GpuKernels,
+    Policy,
+    attach_kernels,
+    find_policy,
+    policies,
+)
 
-BUILT_IN: dict[str, GpuMethod] = {"lychee": LycheeMethod(), "quest": QuestMethod()}
-"""The methods of this package, by the name of their policy."""
+BUILT_IN: dict[str, GpuMethod] = {"lychee": LycheeMethod()}
+"""The methods of this package that are written by hand, by the name of their policy."""
 
 for _name, _method in BUILT_IN.items():
     attach_kernels(_name, _method)
@@ -25,10 +32,9 @@ for _name, _method in BUILT_IN.items():
 
 def policies_with_kernels(prefill: bool = False) -> tuple[str, ...]:
     """Return the policies that have kernels for decoding, or for prefill."""
+    methods = ((each.name, _method_of(each)) for each in policies())
     return tuple(
-        each.name
-        for each in policies()
-        if each.gpu is not None and (each.gpu.prefill or not prefill)
+        name for name, method in methods if method is not None and (method.prefill or not prefill)
     )
 
 
@@ -38,15 +44,24 @@ def gpu_method(policy: str) -> GpuMethod:
     Raises ValueError for a policy without kernels, TypeError for a record that is no `GpuMethod`.
     """
     record = find_policy(policy)
-    if record is None or record.gpu is None:
+    method = None if record is None else _method_of(record)
+    if method is None:
         known = ", ".join(policies_with_kernels())
         raise ValueError(f"policy {policy!r} has no GPU kernels; those that have are {known}")
-    method = _checked.get(policy)
-    if method is not record.gpu or method is None:
-        if not isinstance(record.gpu, GpuMethod):
-            raise TypeError(f"policy {policy!r}: {record.gpu!r} is no GpuMethod")
-        method = _checked[policy] = record.gpu
-    return method
+    checked = _checked.get(policy)
+    if checked is not method or checked is None:
+        if not isinstance(method, GpuMethod):
+            raise TypeError(f"policy {policy!r}: {method!r} is no GpuMethod")
+        checked = _checked[policy] = method
+    return checked
+
+
+def _method_of(policy: Policy) -> GpuKernels | None:
+    """Return the method of a policy; None if it has no kernels."""
+    if policy.gpu is None and policy.levels is not None:
+        attach_kernels(policy.name, LevelMethod(policy.name))
+        return gpu_method(policy.name)
+    return policy.gpu
 
 
 def notices_writes(policy: str) -> bool:

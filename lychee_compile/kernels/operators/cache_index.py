@@ -130,6 +130,7 @@ class CacheIndex:
         # Rows of packed requests wrap too, but may still grow.
         full = wraps & ((index.end == end) | (index.tail == index.start))
         index.newest = None
+        index.fresh = torch.where(wraps, end, positions.min(1).values)
         if bool(held.any()):
             index.rewrite(key, torch.where(held, positions, -1))
         index.extend(key, end)

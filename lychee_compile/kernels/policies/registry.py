@@ -9,19 +9,21 @@ from typing import Protocol
 import torch
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.levels.declaration import LevelStack
 from lychee_compile.kernels.policies.decode.clusterkv import ClusterKVIndex
-from lychee_compile.kernels.policies.decode.hisa import HISAIndex
+from lychee_compile.kernels.policies.decode.hisa import HISA
 from lychee_compile.kernels.policies.decode.lychee import LycheeIndex
 from lychee_compile.kernels.policies.decode.oracle import OracleIndex
-from lychee_compile.kernels.policies.decode.quest import QuestIndex
-from lychee_compile.kernels.policies.decode.streaming import StreamingIndex
-from lychee_compile.kernels.policies.decode.tokenselect import TokenSelectIndex
+from lychee_compile.kernels.policies.decode.quest import QUEST
+from lychee_compile.kernels.policies.decode.streaming import STREAMING
+from lychee_compile.kernels.policies.decode.tokenselect import TOKENSELECT
 from lychee_compile.kernels.policies.prefill.compact import choose_block_union
 from lychee_compile.kernels.policies.prefill.dhsa import choose_by_chunks
 from lychee_compile.kernels.policies.prefill.lychee import choose_by_centres
 from lychee_compile.kernels.policies.prefill.s2o import choose_until_it_wanes
 from lychee_compile.kernels.policies.prefill.streaming import choose_last
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.level_index import level_index
 from lychee_compile.kernels.reference.prefill_question import PrefillChoice
 
 
@@ -51,6 +53,15 @@ class Policy:
     """Its choice for a prefill, in plain PyTorch; None: it has no form for prefill."""
     gpu: GpuKernels | None = None
     """Its kernels on a GPU; None: it has none. `kernels/gpu/methods.py` attaches those it has."""
+    levels: LevelStack | None = None
+    """Its declaration, of which index and kernels are made; None: they are written by hand."""
+
+    @classmethod
+    def declared(
+        cls, name: str, words: str, levels: LevelStack, prefill: PrefillChoice | None = None
+    ) -> Policy:
+        """Return the record of a policy that is declared as levels."""
+        return cls(name, words, level_index(name, levels), prefill, levels=levels)
 
     @property
     def dense_layers(self) -> int:
@@ -67,14 +78,14 @@ _policies = {
             LycheeIndex,
             choose_by_centres,
         ),
-        Policy("quest", "pages of 16, ranked by the box around their keys (Quest)", QuestIndex),
+        Policy.declared("quest", "pages of 16, ranked by the box around their keys", QUEST),
         Policy("clusterkv", "clusters of keys, ranked by their centroid", ClusterKVIndex),
-        Policy("tokenselect", "single tokens, ranked by their true scores", TokenSelectIndex),
-        Policy("hisa", "blocks of keys first, then the tokens in the best of them", HISAIndex),
-        Policy(
+        Policy.declared("tokenselect", "single tokens, ranked by their true scores", TOKENSELECT),
+        Policy.declared("hisa", "blocks of keys first, then the tokens in the best of them", HISA),
+        Policy.declared(
             "streaming",
             "the first and the last tokens, whatever the query (StreamingLLM)",
-            StreamingIndex,
+            STREAMING,
             choose_last,
         ),
         Policy("oracle", "chunks, ranked by the softmax mass that they really hold", OracleIndex),
@@ -126,6 +137,15 @@ def index_class(name: str) -> type[KVIndex]:
     return policy.index
 
 
+def levels_of(name: str) -> LevelStack:
+    """Return the declaration of a policy. Raises ValueError for a policy that has none."""
+    policy = _policies.get(name)
+    if policy is None or policy.levels is None:
+        known = ", ".join(each.name for each in policies() if each.levels is not None)
+        raise ValueError(f"policy {name!r} is not declared as levels; those that are are {known}")
+    return policy.levels
+
+
 def prefill_choice(name: str) -> PrefillChoice:
     """Return how a policy chooses for a prefill. Raises ValueError if it has no form for that."""
     policy = _policies.get(name)
@@ -144,41 +164,61 @@ def make_index(
 
 def register_policy(
     name: str,
-    index: type[KVIndex] | None,
+    policy: LevelStack | type[KVIndex] | None,
     *,
     tiles: PrefillChoice | None = None,
     gpu: GpuKernels | None = None,
     words: str = "",
 ) -> None:
-    """Let `options={"policy": name}` choose tokens as `index`, a class of indexes, does.
+    """Let `options={"policy": name}` choose tokens as `policy` says.
 
-    `index` is None for a policy that cannot decode. `tiles` is how it chooses for a prefill, under
-    `options={"prefill": "sparse"}`; None: it has no form for that. `gpu` is a
-    `lychee_compile.extend.GpuMethod`, whose kernels `register_emitter` gives; None: on a GPU it
-    runs under `reference=True` alone. `words` say in a line what it does.
+    A `LevelStack` declares the policy: it then runs on every device. A class of indexes runs in
+    plain PyTorch, and with `gpu`, a `lychee_compile.extend.GpuMethod` whose kernels
+    `register_emitter` gives, on a GPU too; without, under `reference=True` alone. None: the policy
+    cannot decode. `tiles` is how it chooses for a prefill, under `options={"prefill": "sparse"}`;
+    None: it has no form for that. `words` say in a line what it does.
 
     Registering the same again changes nothing. Raises ValueError if there is another policy of that
-    name; TypeError for an `index` that is no class of indexes or leaves abstract methods undefined,
-    and for a `tiles` that cannot be called.
+    name, or kernels are given for a declaration; TypeError for a `policy` that is neither, or
+    leaves abstract methods undefined, and for a `tiles` that cannot be called.
     """
-    if index is not None or tiles is None:
-        _check_index(name, index)
+    if isinstance(policy, LevelStack):
+        if gpu is not None:
+            raise ValueError(f"policy {name!r} is declared: its kernels are made from levels")
+        index = None
+    else:
+        index = policy
+        if index is not None or tiles is None:
+            _check_index(name, index)
     if tiles is not None and not callable(tiles):
         raise TypeError(f"policy {name!r} chooses for prefill by a function, got {tiles!r}")
     before = _policies.get(name, Policy(name, words))
-    if before.index not in (None, index) and index is not None:
-        raise ValueError(f"there is a policy {name!r} already: {before.index.__qualname__}")
+    _check_new(before, policy, tiles, gpu)
+    if isinstance(policy, LevelStack) and before.levels is None:
+        before = Policy.declared(name, before.words, policy, before.prefill)
+    _policies[name] = replace(
+        before,
+        words=words or before.words,
+        index=index or before.index,
+        prefill=tiles or before.prefill,
+        gpu=gpu or before.gpu,
+    )
+
+
+def _check_new(
+    before: Policy,
+    policy: LevelStack | type[KVIndex] | None,
+    tiles: PrefillChoice | None,
+    gpu: GpuKernels | None,
+) -> None:
+    """Raise ValueError if a policy is another than the one of its name registered `before`."""
+    name, known = before.name, before.index if before.levels is None else before.levels
+    if None not in (known, policy) and known != policy:
+        raise ValueError(f"there is a policy {name!r} already: {before.words or known!r}")
     if before.prefill not in (None, tiles) and tiles is not None:
         raise ValueError(f"there is a policy {name!r} for prefill already")
     if before.gpu not in (None, gpu) and gpu is not None:
         raise ValueError(f"there are kernels of a policy {name!r} already")
-    _policies[name] = Policy(
-        name,
-        words or before.words,
-        index or before.index,
-        tiles or before.prefill,
-        gpu or before.gpu,
-    )
 
 
 def attach_kernels(name: str, gpu: GpuKernels) -> None:
@@ -189,7 +229,7 @@ def attach_kernels(name: str, gpu: GpuKernels) -> None:
 def _check_index(name: str, index: object) -> None:
     """Raise TypeError unless `index` is a class of indexes without abstract methods."""
     if not (inspect.isclass(index) and issubclass(index, KVIndex)):
-        raise TypeError(f"a policy is a subclass of KVIndex, got {index!r}")
+        raise TypeError(f"a policy is a LevelStack or a subclass of KVIndex, got {index!r}")
     missing = ", ".join(sorted(index.__abstractmethods__))
     if missing:
         raise TypeError(f"policy {name!r}: {index.__qualname__} does not define {missing}")

@@ -45,6 +45,8 @@ class KVIndex(abc.ABC):
         self.newest: Tensor | None = None
         """Slots that the last step wrote, int64 [B, T], in a cache that wraps. At a row that does
         not wrap, any slot behind its last one. None: no row wraps."""
+        self.fresh: Tensor | None = None
+        """First slot that the last step wrote, int64 [B]; None: the index is used without steps."""
 
     @abc.abstractmethod
     def extend(self, key: Tensor, end: Tensor) -> None:
@@ -69,6 +71,11 @@ class KVIndex(abc.ABC):
     def always_read(self) -> tuple[int, int]:
         """Numbers of first and of last tokens of a row that every query reads."""
         return self.config.sinks, self.config.recent
+
+    @property
+    def unread(self) -> Tensor:
+        """First token of each row, int64 [B], from which on every query reads all."""
+        return self.tail
 
     def score_bound(self, query: Tensor, scale: float) -> Tensor | None:
         """Return an upper bound of scale q.k for the keys in the first N slots: [B, Hkv, R, N].

@@ -50,8 +50,16 @@ class Question:
 
     def candidates(self) -> Tensor:
         """Return the slots that may be chosen and that some head sees: bool [B, Tq, L]."""
+        return self._between(self.begin, self.end)
+
+    def seen(self) -> Tensor:
+        """Return the slots that some head sees: bool [B, Tq, L]."""
+        return self._between(self.visible.first, self.visible.end)
+
+    def _between(self, begin: Tensor, end: Tensor) -> Tensor:
+        """Return the slots in [begin, end), int64 [B, Tq], that some head sees."""
         slot = torch.arange(self.visible.kv_len, device=self.query.device)
-        inside = (slot >= self.begin[..., None]) & (slot < self.end[..., None])
+        inside = (slot >= begin[..., None]) & (slot < end[..., None])
         return inside if self.visible.mask is None else inside & self.visible.mask.any(1)
 
     def split(self, rows: Tensor) -> Tensor:
@@ -98,8 +106,14 @@ class Question:
 
     def token_share(self, raw: Tensor) -> Tensor:
         """Return `share` of the candidates, for raw scores [B, Hkv, G * Tq, N], N <= L."""
-        candidate = self.candidates()[:, None, None, :, : raw.shape[-1]]
-        return self.share(self._biased(raw, candidate))
+        return self.share_of(raw, self.candidates()[:, None])
+
+    def share_of(self, raw: Tensor, within: Tensor) -> Tensor:
+        """Return `share` of the slots `within`, for raw scores [B, Hkv, G * Tq, N], N <= L.
+
+        `within` is bool [B, 1 or Hkv, Tq, L].
+        """
+        return self.share(self._biased(raw, within[:, :, None, :, : raw.shape[-1]]))
 
     def take_tokens(self, rank: Tensor, within: Tensor | None = None) -> Runs:
         """Return the best `room` tokens by `rank` [B, Hkv, Tq, N], N <= L, each a run, in order.
@@ -139,7 +153,7 @@ class Question:
         return pick(begin), torch.where(inside[..., : order.shape[-1]], pick(end - begin), 0)
 
     def _biased(self, raw: Tensor, within: Tensor | None) -> Tensor:
-        """Return `finish(raw)`, and -inf for slots not `within`, bool [B, 1, 1, Tq, N]."""
+        """Return `finish(raw)`, and -inf for slots not `within`, bool [B, 1 or Hkv, 1, Tq, N]."""
         scores, slots, seen = self.split(self.capped(raw)), raw.shape[-1], within
         if self.visible.bias is not None:
             scores = scores + self._per_head(self.visible.bias)[..., :slots].float()

@@ -138,7 +138,7 @@ def _always_read(index: KVIndex, visible: Visible) -> _AlwaysRead:
     """Return what is always read. A row that begins before its index does is read in full."""
     sinks, recent = index.always_read
     sinks_end = torch.minimum(visible.first + sinks, visible.end)
-    newest, tail = newest_of(index.newest, visible), index.tail[:, None]
+    newest, tail = newest_of(index.newest, visible), index.unread[:, None]
     uncovered = visible.first < index.start[:, None]
     tail = torch.where(uncovered, sinks_end, tail)
     apart, recent_start = recent_spans(newest, visible, recent, sinks_end, tail)

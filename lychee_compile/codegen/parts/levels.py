@@ -1,0 +1,120 @@
+"""The kernels of a policy that is declared as levels (`kernels/levels/declaration.py`)."""
+
+from __future__ import annotations
+
+from lychee_compile.codegen.level_source import estimate_source, field_sources
+from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.site import fill
+from lychee_compile.codegen.rendering import library
+from lychee_compile.codegen.specification import KV, AttentionSpec, S
+from lychee_compile.kernels.levels.declaration import Level, LevelStack, Pages
+from lychee_compile.kernels.sizes import BINS, power_of_two
+
+RANKED = 512
+"""Groups that a program ranks."""
+BYTES_AT_ONCE = 32768
+"""Bytes of summaries that a program of a scan loads at a time."""
+
+
+def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
+    """Return the kernels of a selection by the levels of `stack`.
+
+    Raises Unprintable for summaries and estimates that have no Triton form.
+    """
+    assert spec.sparse is not None
+    unread = "fresh" if stack.last_size == 1 else "fresh // PAGE * PAGE"
+    names = "".join(f"summary_{name}, " for level in stack.levels for name in level.fields)
+    described = [_described(number, level) for number, level in enumerate(stack.levels)]
+    return [
+        _constants(spec, stack),
+        *emit_bins(spec, spec.sparse),
+        *library("bins", "chosen_of_tiles"),
+        emit_always_read(spec, spec.sparse, unread=unread),
+        *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
+        *library("fingerprints", "record_fingerprints"),
+        *(_of_level(spec, stack, number) for number in range(len(stack.levels))),
+        *([] if stack.levels else [fill("levels/window.py.jinja", spec)]),
+        fill("levels/summarise_new.py.jinja", spec, levels=described, names=names),
+        fill("levels/attend.py.jinja", spec, names=names),
+    ]
+
+
+def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
+    assert spec.sparse is not None
+    sparse = spec.sparse
+    sinks, recent = stack.always_read(sparse.sinks, sparse.recent, sparse.budget)
+    levels = [
+        {
+            "number": number,
+            "size": level.groups.size,
+            "scanned": _scanned(spec, level),
+            "kept": level.keep and level.keep.tokens(sparse.budget) // level.groups.size,
+        }
+        for number, level in enumerate(stack.levels)
+    ]
+    return fill(
+        "levels/constants.py.jinja",
+        spec,
+        sinks=sinks,
+        recent=recent,
+        last_size=stack.last_size,
+        ranked=RANKED,
+        bins=BINS,
+        largest=LARGEST,
+        levels=levels,
+        **SAMPLE,
+    )
+
+
+def _scanned(spec: AttentionSpec, level: Level) -> int:
+    """Return how many groups of a level a program scores at a time."""
+    vectors = sum(level.channels.values()) + level.reads_keys
+    number = 4 if spec.dtype == "float32" else 2
+    size = max(vectors, 1) * power_of_two(spec.head_dim, 16) * number
+    return min(max(power_of_two(BYTES_AT_ONCE // size), 16), 256)
+
+
+def _described(number: int, level: Level) -> dict[str, object]:
+    """Return what templates read of a level."""
+    sources = field_sources(level)
+    fields = [(name, wide, sources[name]) for name, wide in level.channels.items()]
+    return {"number": number, "size": level.groups.size, "fields": fields}
+
+
+def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> str:
+    """Return the kernels of one level: scan, ranks, and the list of chosen groups."""
+    level, is_last = stack.levels[number], number == len(stack.levels) - 1
+    scan = fill(
+        "levels/scan.py.jinja",
+        spec,
+        number=number,
+        size=level.groups.size,
+        fields=list(level.channels.items()),
+        estimate=estimate_source(level, _precision(spec), float(spec.score.diff(S).subs(S, 0))),
+        reads_keys=level.reads_keys,
+        by_slot=KV in spec.score.free_symbols,
+    )
+    is_listed = not is_last or isinstance(level.groups, Pages)
+    rank = fill(
+        "levels/rank.py.jinja",
+        spec,
+        number=number,
+        by_layer=stack.vote == "layer",
+        is_listed=is_listed,
+        keeps_first=level.keeps_first,
+    )
+    if not is_listed:
+        return f"{scan.strip()}\n\n\n{rank.strip()}"
+    below = 1 if is_last else stack.levels[number + 1].groups.size
+    listing = fill(
+        "levels/list.py.jinja",
+        spec,
+        number=number,
+        children=level.groups.size // below,
+        is_last=is_last,
+    )
+    return "\n\n\n".join(part.strip() for part in (scan, rank, listing))
+
+
+def _precision(spec: AttentionSpec) -> str:
+    return ', input_precision="ieee"' if spec.dtype == "float32" else ""

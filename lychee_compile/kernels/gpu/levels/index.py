@@ -1,0 +1,61 @@
+"""The index of one key cache on a device for a policy of levels: summaries of its full groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from torch import Tensor
+
+from lychee_compile.kernels.gpu.common.index import DeviceIndex
+from lychee_compile.kernels.gpu.common.launch_common import launch
+from lychee_compile.kernels.gpu.common.operands import strides
+from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.reference.level_values import summaries
+
+RECORDED = 64
+"""Slots that one program of `record_fingerprints` hashes."""
+SUMMARISED_AT_ONCE = 8192
+"""Number of keys of a row that are summarised at a time, to bound the memory of building."""
+
+
+class LevelDeviceIndex(DeviceIndex):
+    """Summaries of the full groups of one cache, at each level."""
+
+    layout: LevelLayout
+
+    def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Summarise each full group in the slots [0, ends[b]) of `key` [B, Hkv, L, D].
+
+        A row that ends earlier than others gets its summaries as it fills its groups.
+        """
+        parts = self.parts._asdict()
+        for level in self.layout.stack.levels:
+            size = level.groups.size
+            full, at_once = max(ends) // size, max(SUMMARISED_AT_ONCE // size, 1)
+            for begin in range(0, full if level.fields else 0, at_once):
+                end = min(begin + at_once, full)
+                keys = key[:, :, begin * size : end * size].unflatten(2, (end - begin, size))
+                every = keys.new_ones(size, dtype=bool)
+                for name, value in summaries(level, keys, every).items():
+                    part = parts[f"summary_{name}"][: len(ends), :, begin:end]
+                    part.copy_(value if level.channels[name] else value[..., 0])
+        self._record(module, key, max(ends))
+        self.trust(ends)
+
+    def _record(self, module: ModuleType, key: Tensor, end: int) -> None:
+        """Hash the keys in the slots [0, end)."""
+        arguments = {
+            "key": key,
+            **strides("", key, "bhld"),
+            "fingerprints": self.parts._asdict()["fingerprints"],
+            "end": end,
+            "slots": self.layout.slots,
+            "kv_heads": self.layout.kv_heads,
+        }
+        grid = -(-end // RECORDED), key.shape[0] * self.layout.kv_heads
+        if end:
+            launch(module.record_fingerprints, grid, arguments, num_warps=4)
+
+    def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Do nothing: the keys of a group alone decide its summaries."""

@@ -1,0 +1,44 @@
+"""A policy of levels on a GPU, as `gpu/methods.py` knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.gpu.common.layout import IndexLayout, IndexOperands
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
+from lychee_compile.kernels.gpu.levels.launch import run_levels
+from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+
+
+@dataclass(frozen=True)
+class LevelMethod:
+    """Groups of keys ranked by the estimates that a policy declares, level by level."""
+
+    policy: str
+    multiple: int = 1
+    prefill: bool = False
+    notices_writes: bool = True
+
+    def layout_of(self, key: Tensor) -> LevelLayout:
+        """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
+        return LevelLayout.over(key, self.policy)
+
+    def new_index(self, layout: IndexLayout, device: torch.device) -> LevelDeviceIndex:
+        """Return an empty index, which is not trusted."""
+        return LevelDeviceIndex(layout, device)
+
+    def run(
+        self,
+        module: ModuleType,
+        operands: AttentionOperands,
+        index: IndexOperands,
+        tuning: Tuning | None = None,
+    ) -> Tensor:
+        """Return attention over the best groups, [B, Hq, T, Dv]; summarise those just filled."""
+        return run_levels(module, operands, index, tuning)

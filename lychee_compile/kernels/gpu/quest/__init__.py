@@ -1,1 +1,0 @@
-"""The method "quest" on a GPU: pages with the least and greatest key."""

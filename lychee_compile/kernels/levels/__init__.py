@@ -1,0 +1,1 @@
+"""Decode policies as stacks of levels: declared once for the plain form and for kernels."""

@@ -1,0 +1,145 @@
+"""Values of summaries and estimates as tensors: the algebras of `kernels/levels/expressions.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.levels.declaration import Level
+from lychee_compile.kernels.levels.expressions import evaluate
+from lychee_compile.kernels.reference.nodes import rounding_slack
+
+
+class _Elementwise:
+    """What all algebras of tensors have in common: operations that broadcast."""
+
+    def number(self, value: float) -> Tensor:
+        return torch.tensor(value)
+
+    def add(self, left: Tensor, right: Tensor) -> Tensor:
+        return left + right
+
+    def multiply(self, left: Tensor, right: Tensor) -> Tensor:
+        return left * right
+
+    def power(self, base: Tensor, exponent: float) -> Tensor:
+        return base.pow(exponent)
+
+    def exp(self, value: Tensor) -> Tensor:
+        return value.exp()
+
+    def log(self, value: Tensor) -> Tensor:
+        return value.log()
+
+    def absolute(self, value: Tensor) -> Tensor:
+        return value.abs()
+
+    def maximum(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.maximum(left, right)
+
+    def minimum(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.minimum(left, right)
+
+
+class _OfGroups(_Elementwise):
+    """Values [..., T, D] over keys and channels; an axis without values has size 1."""
+
+    def __init__(self, valid: Tensor) -> None:
+        self.valid = valid
+        """Keys that count, bool [..., T, 1]."""
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        return (left * right).sum(-1, keepdim=True)
+
+    def mean(self, value: Tensor) -> Tensor:
+        value = torch.where(self.valid, value, 0).sum(-2, keepdim=True)
+        return value / self.valid.sum(-2, keepdim=True).clamp(min=1)
+
+    def least(self, value: Tensor) -> Tensor:
+        return torch.where(self.valid, value, torch.inf).amin(-2, keepdim=True)
+
+    def greatest(self, value: Tensor) -> Tensor:
+        return torch.where(self.valid, value, -torch.inf).amax(-2, keepdim=True)
+
+
+class _OfPairs(_Elementwise):
+    """Values [..., R, N, D] over queries, groups and channels, with axes of size 1 likewise."""
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        for rows, groups in ((left, right), (right, left)):
+            if rows.dim() > 2 and groups.dim() > 2 and rows.shape[-2] == groups.shape[-3] == 1:
+                product = rows[..., 0, :] @ groups[..., 0, :, :].transpose(-1, -2)
+                return product[..., None]
+        return (left * right).sum(-1, keepdim=True)
+
+    def mean(self, value: Tensor) -> Tensor:
+        raise ValueError("an estimate has no keys to take a mean of: only a field has")
+
+    least = greatest = mean
+
+
+class _Sizes(_OfPairs):
+    """Sizes of all terms of an estimate, which bound the rounding of their sum."""
+
+    def number(self, value: float) -> Tensor:
+        return torch.tensor(abs(value))
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        return super().dot(left.abs(), right.abs())
+
+
+def summaries(level: Level, keys: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """Return the fields of groups by name, float32 [..., D] or, without channels, [..., 1].
+
+    `keys` is [..., T, D], the keys of each group. Those that are not `valid`, bool broadcastable to
+    [..., T], do not count, and may be any number.
+    """
+    algebra, found = _OfGroups(valid[..., None]), {}
+    values = {"key": torch.where(valid[..., None], keys.float(), 0)}
+    for name, summary in level.fields.items():
+        found[name] = values[name] = evaluate(summary, algebra, values)
+    width = {name: keys.shape[-1] if wide else 1 for name, wide in level.channels.items()}
+    return {
+        name: value[..., 0, :].expand(*keys.shape[:-2], width[name])
+        for name, value in found.items()
+    }
+
+
+def estimate(level: Level, query: Tensor, groups: Mapping[str, Tensor], scale: float) -> Tensor:
+    """Return the estimated q.k of each query and group, float32 [..., R, N].
+
+    `query` is float32 [..., R, D]; `groups` are the fields, [..., N, D] or [..., N, 1], and at a
+    level of tokens the keys, under the name "key". `scale` is that of the softmax.
+    """
+    return _pairwise(level.estimate, _OfPairs(), query, groups, scale)
+
+
+def bound(level: Level, query: Tensor, groups: Mapping[str, Tensor], scale: float) -> Tensor | None:
+    """Return an upper bound of scale q.k over the keys of each group, [..., R, N], if there is one.
+
+    The arguments are those of `estimate`. The bound is widened by what float32 rounding can hide. A
+    negative scale bounds with -q.
+    """
+    if level.bound is None:
+        return None
+    query, scale = (query, scale) if scale >= 0 else (-query, -scale)
+    size = _pairwise(level.bound, _Sizes(), query, groups, scale)
+    slack = rounding_slack(query.shape[-1])
+    found = scale * (_pairwise(level.bound, _OfPairs(), query, groups, scale) + slack * size)
+    return found.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _pairwise(
+    expression: sympy.Expr,
+    algebra: _OfPairs,
+    query: Tensor,
+    groups: Mapping[str, Tensor],
+    scale: float,
+) -> Tensor:
+    values = {name: each.float().unsqueeze(-3) for name, each in groups.items()}
+    rows, count = query.shape[-2], next(iter(values.values())).shape[-2]
+    values |= {"query": query.unsqueeze(-2), "softmax_scale": torch.tensor(scale)}
+    return evaluate(expression, algebra, values)[..., 0].expand(*query.shape[:-2], rows, count)
