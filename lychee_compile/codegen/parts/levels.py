@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from lychee_compile.codegen.level_source import estimate_source, field_sources
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
-from lychee_compile.codegen.specification import KV, AttentionSpec, S, SparseSpec
+from lychee_compile.codegen.specification import KV, AttentionSpec, S
 from lychee_compile.kernels.levels.declaration import Level, LevelStack, Pages
 from lychee_compile.kernels.sizes import BINS, power_of_two
 
@@ -25,15 +23,13 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     """
     assert spec.sparse is not None
     unread = "fresh" if stack.last_size == 1 else "fresh // PAGE * PAGE"
-    sinks, recent = stack.always_read(spec.sparse.sinks, spec.sparse.recent, spec.sparse.budget)
-    always = replace(spec.sparse, sinks=sinks, recent=recent)
     names = "".join(f"summary_{name}, " for level in stack.levels for name in level.fields)
     described = [_described(number, level) for number, level in enumerate(stack.levels)]
     return [
-        _constants(spec, stack, always),
-        *emit_bins(spec, always),
+        _constants(spec, stack),
+        *emit_bins(spec, spec.sparse),
         *library("bins", "chosen_of_tiles"),
-        emit_always_read(spec, always, unread=unread),
+        emit_always_read(spec, spec.sparse, unread=unread),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         *library("fingerprints", "record_fingerprints"),
         *(_of_level(spec, stack, number) for number in range(len(stack.levels))),
@@ -43,22 +39,24 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     ]
 
 
-def _constants(spec: AttentionSpec, stack: LevelStack, always: SparseSpec) -> str:
-    """Return the constants; `always` has the tokens that `stack` always reads."""
+def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
+    assert spec.sparse is not None
+    sparse = spec.sparse
+    sinks, recent = stack.always_read(sparse.sinks, sparse.recent, sparse.budget)
     levels = [
         {
             "number": number,
             "size": level.groups.size,
             "scanned": _scanned(spec, level),
-            "kept": level.keep and level.keep.tokens(always.budget) // level.groups.size,
+            "kept": level.keep and level.keep.tokens(sparse.budget) // level.groups.size,
         }
         for number, level in enumerate(stack.levels)
     ]
     return fill(
         "levels/constants.py.jinja",
         spec,
-        sinks=always.sinks,
-        recent=always.recent,
+        sinks=sinks,
+        recent=recent,
         last_size=stack.last_size,
         ranked=RANKED,
         bins=BINS,
