@@ -32,6 +32,7 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         emit_always_read(spec, spec.sparse, unread=unread),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         *library("fingerprints", "record_fingerprints"),
+        *([] if stack.pairs is None else library("levels", "load_query_channels")),
         *(_of_level(spec, stack, number) for number in range(len(stack.levels))),
         *([] if stack.levels else [fill("levels/window.py.jinja", spec)]),
         fill("levels/summarise_new.py.jinja", spec, levels=described, names=names),
@@ -48,6 +49,8 @@ def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
             "number": number,
             "size": level.groups.size,
             "scanned": _scanned(spec, level),
+            "channels": _gathered(spec, level),
+            "gathered": power_of_two(_gathered(spec, level), 16),
             "kept": level.keep and level.keep.tokens(sparse.budget) // level.groups.size,
         }
         for number, level in enumerate(stack.levels)
@@ -68,10 +71,15 @@ def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
 
 def _scanned(spec: AttentionSpec, level: Level) -> int:
     """Return how many groups of a level a program scores at a time."""
-    vectors = sum(level.channels.values()) + level.reads_keys
+    channels = sum(level.channels.values()) * spec.head_dim + level.key_channels(spec.head_dim)
     number = 4 if spec.dtype == "float32" else 2
-    size = max(vectors, 1) * power_of_two(spec.head_dim, 16) * number
+    size = power_of_two(channels, 16) * number
     return min(max(power_of_two(BYTES_AT_ONCE // size), 16), 256)
+
+
+def _gathered(spec: AttentionSpec, level: Level) -> int:
+    """Return how many channels of queries and keys a level reads, if not all; else 0."""
+    return 0 if level.pairs is None else level.key_channels(spec.head_dim)
 
 
 def _described(number: int, level: Level) -> dict[str, object]:
@@ -92,6 +100,7 @@ def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> str:
         fields=list(level.channels.items()),
         estimate=estimate_source(level, _precision(spec), float(spec.score.diff(S).subs(S, 0))),
         reads_keys=level.reads_keys,
+        gathers=level.pairs is not None,
         by_slot=KV in spec.score.free_symbols,
     )
     is_listed = not is_last or isinstance(level.groups, Pages)

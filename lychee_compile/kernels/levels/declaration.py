@@ -48,11 +48,29 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class DominantPairs:
+    """The rotary pairs of channels in which the keys of a KV head differ most."""
+
+    one_in: int = 4
+    """Number of pairs of which one is kept."""
+
+    def __post_init__(self) -> None:
+        if self.one_in < 1:
+            raise ValueError(f"one pair in at least 1 is kept; got one in {self.one_in}")
+
+    def channels(self, head_dim: int) -> int:
+        """Return how many channels are kept of so many."""
+        return min(2 * max(head_dim // 2 // self.one_in, 1), head_dim)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Single keys. The estimate of a token reads its `key` in the cache."""
 
     size: int = field(default=1, init=False)
     """Number of slots: 1."""
+    pairs: DominantPairs | None = None
+    """Channels of query and key that the estimate reads; None: all."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +126,17 @@ class Level:
         """True if the estimate reads the keys themselves."""
         return self.estimate.has(key)
 
+    @property
+    def pairs(self) -> DominantPairs | None:
+        """Channels of queries and keys that the estimate reads; None: all."""
+        return self.groups.pairs if isinstance(self.groups, Tokens) else None
+
+    def key_channels(self, head_dim: int) -> int:
+        """Return how many channels of a key the estimate reads, of so many."""
+        if not self.reads_keys:
+            return 0
+        return head_dim if self.pairs is None else self.pairs.channels(head_dim)
+
     @cached_property
     def channels(self) -> Mapping[str, bool]:
         """True for each field that has a value per channel, False for a single number."""
@@ -160,6 +189,11 @@ class LevelStack:
         return self.levels[-1].groups.size if self.levels else 1
 
     @property
+    def pairs(self) -> DominantPairs | None:
+        """Channels that the last level reads of queries and keys; None: all."""
+        return self.levels[-1].pairs if self.levels else None
+
+    @property
     def reads_keys(self) -> bool:
         """True if a choice reads the keys themselves."""
         return any(level.reads_keys for level in self.levels)
@@ -172,7 +206,7 @@ class LevelStack:
         total, left = 0, tokens
         for level in self.levels:
             numbers = sum(head_dim if wide else 1 for wide in level.channels.values())
-            numbers += head_dim if level.reads_keys else 0
+            numbers += level.key_channels(head_dim)
             total += 2 * numbers * (left // level.groups.size)
             left = left if level.keep is None else min(left, level.keep.tokens(budget))
         return total
