@@ -20,6 +20,7 @@ from lychee_compile.kernels.levels.expressions import (
     RESERVED,
     dot,
     greatest,
+    head_dim,
     key,
     least,
     mean,
@@ -94,10 +95,11 @@ class Level:
     groups: Pages | Tokens
     estimate: sympy.Expr
     """Estimated score q.k of a group, before softmax scale and soft-cap: an expression of `query`,
-    `softmax_scale` and the fields; of `key` too at a level of tokens. The logarithm of the mean of
+    `softmax_scale`, `head_dim` and the fields; of `key` too at a level of tokens. The logarithm of the mean of
     exp(score) over the group would be best; for a token it is the score."""
     fields: Mapping[str, sympy.Expr] = field(default_factory=dict)
-    """Summaries of a group by name, each an expression of `key` and of the fields before it."""
+    """Summaries of a group by name, each an expression of `key`, `head_dim` and the fields before
+    it."""
     bound: sympy.Expr | None = None
     """Upper bound of q.k over the keys of a group, for a positive scale; None: there is none."""
     keep: Keep | None = None
@@ -108,13 +110,13 @@ class Level:
     def __post_init__(self) -> None:
         if isinstance(self.groups, Tokens) and self.fields:
             raise ValueError("a token has no fields: its estimate reads the key itself")
-        known = {key}
+        known = {key, head_dim}
         for name, summary in self.fields.items():
             if name in RESERVED or not name.isidentifier():
                 raise ValueError(f"a field cannot be called {name!r}")
             _expect_symbols(f"field {name!r}", summary, known)
             known.add(sympy.Symbol(name, real=True))
-        known = known - {key} if self.fields else {key}
+        known = known - {key} if self.fields else known
         for name, expression in (("estimate", self.estimate), ("bound", self.bound)):
             if expression is not None:
                 _expect_symbols(name, expression, {query, softmax_scale, *known})
@@ -182,6 +184,12 @@ class LevelStack:
             sinks if self.sinks is None else self.sinks,
             recent if self.recent is None else self.recent,
         )
+
+    def least_budget(self, sinks: int, recent: int) -> int:
+        """Return the budget from which on a group can be chosen, for options of these values."""
+        sinks, recent = self.always_read(sinks, recent, None)
+        size = self.last_size
+        return sinks + (max(recent, size) + size if self.levels else recent)
 
     @property
     def last_size(self) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.levels.declaration import DominantPairs
 
-SAMPLE = 4096
+SAMPLE = 2048
 """Most keys of a row that channels are chosen from."""
 SCATTER = 7919
 """A prime that spreads the sampled keys, so that no rotation keeps step with them."""
@@ -49,16 +49,17 @@ def pick(vectors: Tensor, channels: Tensor) -> Tensor:
 
 
 def _moments(key: Tensor, begin: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return mean square and variance of each channel, float64 [Hkv, D], of keys [Hkv, L, D].
+    """Return mean square and variance of each channel, float32 [Hkv, D], of keys [Hkv, L, D].
 
     At most `SAMPLE` of the `count` keys from the slot `begin` on are looked at.
     """
     step = max(count // SAMPLE, 1)
     number = torch.arange(min(count, SAMPLE), device=key.device)
-    keys = key[:, begin + number * step + number * SCATTER % step].double().nan_to_num()
-    many = max(len(number), 1)
-    energy, mean = (each.sum(1) / many for each in (keys.square(), keys))
-    return energy, energy - mean.square()
+    keys = key.index_select(1, begin + number * step + number * SCATTER % step)
+    mean = keys.sum(1, keepdim=True, dtype=torch.float32) / max(len(number), 1)
+    variance = (keys - mean).square().sum(1) / max(len(number), 1)
+    energy = variance + mean[:, 0].square()
+    return energy.nan_to_num(nan=torch.inf), variance.nan_to_num(nan=torch.inf)
 
 
 def _layouts(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -76,11 +77,11 @@ def _best(variance: Tensor, layout: Tensor, count: int) -> Tensor:
 
 
 def _disagreement(energy: Tensor, layout: Tensor) -> Tensor:
-    """Return how much the two channels of pairs differ in energy, float64 [B].
+    """Return how much the two channels of pairs differ in energy, float32 [B].
 
     A rotation by all angles gives both channels of a pair the same energy. Fast pairs have gone
     round often, so that the layout whose pairs differ less is the one that was rotated.
     """
-    least = energy.mean(-1, keepdim=True) * 1e-6 + torch.finfo(energy.dtype).tiny
-    logs = (energy + least).log()[..., layout]
+    energy = energy.clamp(1e-12, 1e30)
+    logs = (energy + 1e-6 * energy.mean(-1, keepdim=True)).log()[..., layout]
     return (logs[..., 0] - logs[..., 1]).abs().sum((-1, -2))
