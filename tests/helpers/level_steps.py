@@ -213,6 +213,8 @@ class Steps:
         self.plain.update(self.key, CacheWrite(first, positions, None, end), build=True)
         index, asked = self.plain.index, []
         assert isinstance(index, LevelIndex)
+        if index.stack.pairs is not None:  # kernels choose channels anew between steps
+            index.channels = self.index.parts.channels.long()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(index, "choose", noting(asked, index.choose))
             selection = select(index, inputs, case.budget)

@@ -62,8 +62,10 @@ key = sympy.Symbol("key", real=True)
 """A channel of a key: of a group's keys in a summary, of the token itself in an estimate."""
 softmax_scale = sympy.Symbol("softmax_scale", real=True)
 """The factor that the softmax multiplies q.k with."""
+head_dim = sympy.Symbol("head_dim", positive=True)
+"""Number of channels of a key."""
 
-RESERVED = (query.name, key.name, softmax_scale.name)
+RESERVED = (query.name, key.name, softmax_scale.name, head_dim.name)
 """Names that a summary cannot have."""
 
 

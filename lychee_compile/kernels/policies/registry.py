@@ -11,7 +11,9 @@ import torch
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.levels.declaration import LevelStack
 from lychee_compile.kernels.policies.decode.clusterkv import ClusterKVIndex
+from lychee_compile.kernels.policies.decode.fasa import FASA
 from lychee_compile.kernels.policies.decode.hisa import HISA
+from lychee_compile.kernels.policies.decode.longheads import LONGHEADS
 from lychee_compile.kernels.policies.decode.lychee import LycheeIndex
 from lychee_compile.kernels.policies.decode.oracle import OracleIndex
 from lychee_compile.kernels.policies.decode.quest import QUEST
@@ -81,6 +83,10 @@ _policies = {
         Policy.declared("quest", "pages of 16, ranked by the box around their keys", QUEST),
         Policy("clusterkv", "clusters of keys, ranked by their centroid", ClusterKVIndex),
         Policy.declared("tokenselect", "single tokens, ranked by their true scores", TOKENSELECT),
+        Policy.declared(
+            "longheads", "chunks of 256, ranked by an attention-weighted mean key", LONGHEADS
+        ),
+        Policy.declared("fasa", "single tokens, ranked by few rotary pairs of channels", FASA),
         Policy.declared("hisa", "blocks of keys first, then the tokens in the best of them", HISA),
         Policy.declared(
             "streaming",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.levels.declaration import LevelStack, Pages
+from lychee_compile.kernels.reference.dominant_pairs import channels_of, fitted_tokens, pick
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.level_values import bound, estimate, summaries
 from lychee_compile.kernels.reference.question import Question, Runs, group_mass
@@ -22,9 +23,9 @@ class LevelIndex(KVIndex):
     """Summaries of pages at each level of a `LevelStack`, and the choice by them.
 
     Pages begin at multiples of their size, whatever the first slot of a row. A page is summarised
-    once it is full, over all its keys: those that a mask hides too, as in front of a padded row. At the last level a page can be chosen once another has begun; before, it is
-    always read. At a coarser level a page without a summary is always kept, so that its tokens can
-    be chosen.
+    once it is full, over all its keys: those that a mask hides too, as in front of a padded row. At
+    the last level a page can be chosen once another has begun; before, it is always read. At a
+    coarser level a page without a summary is always kept, so that its tokens can be chosen.
     """
 
     stack: ClassVar[LevelStack]
@@ -42,6 +43,12 @@ class LevelIndex(KVIndex):
         """Fields of the pages of each level, by name, float32 [B, Hkv, N, D or 1]."""
         self.full: list[Tensor] = [self.start.clone() for _ in self.stack.levels]
         """Number of pages of each level that are summarised, int64 [B]."""
+        pairs = self.stack.pairs
+        width = 0 if pairs is None else pairs.channels(head_dim)
+        self.channels = torch.zeros(batch, kv_heads, width, dtype=torch.int64, device=device)
+        """Channels that estimates of tokens read, int64 [B, Hkv, C], if the policy picks some."""
+        self.fitted = self.start.clone()
+        """Number of tokens of each row that these were chosen from, int64 [B]."""
 
     @property
     def always_read(self) -> tuple[int, int]:
@@ -70,6 +77,7 @@ class LevelIndex(KVIndex):
                 known = torch.where(end > before, known, self.full[number])
                 self._summarise_range(number, key, known, end // size)
                 self.full[number] = torch.maximum(known, end // size)
+        self._fit(key)
         size = self.stack.last_size
         self.tail = torch.maximum((end - 1) // size * size if size > 1 else end, self.start)
 
@@ -78,6 +86,7 @@ class LevelIndex(KVIndex):
         super().truncate(keep)
         for number, level in enumerate(self.stack.levels):
             self.full[number] = torch.minimum(self.full[number], keep // level.groups.size)
+        self.fitted = torch.where(keep - self.start < self.fitted, 0, self.fitted)
         size = self.stack.last_size
         self.tail = torch.maximum(self.tail // size * size, self.start)
 
@@ -88,6 +97,7 @@ class LevelIndex(KVIndex):
             torch.where(rows, self.start // level.groups.size, full)
             for level, full in zip(self.stack.levels, self.full, strict=True)
         ]
+        self.fitted = torch.where(rows, 0, self.fitted)
 
     def rewrite(self, key: Tensor, slots: Tensor) -> None:
         """Summarise anew the pages of `slots`, int64 [B, T]; -1 is none."""
@@ -138,7 +148,10 @@ class LevelIndex(KVIndex):
         """
         level = self.stack.levels[number]
         if not isinstance(level.groups, Pages):
-            raw = estimate(level, question.query, {"key": question.keys()}, question.scale)
+            query, keys = question.query, question.keys()
+            if level.pairs is not None:
+                query, keys = pick(query, self.channels), pick(keys, self.channels)
+            raw = estimate(level, query, {"key": keys}, question.scale)
             share = question.share_of(question.scale * raw, self._known(question, within))
             return self._vote(share)
         rank, possible = self._page_shares(question, number, within)
@@ -162,6 +175,15 @@ class LevelIndex(KVIndex):
     def bytes_per_step(self, tokens: int, budget: int) -> int:
         """Count the summaries, and the keys that are scored one by one."""
         return self.stack.bytes_per_step(tokens, budget, self.head_dim)
+
+    def _fit(self, key: Tensor) -> None:
+        """Choose the channels of rows that have grown beyond the next power of two since."""
+        tokens = fitted_tokens(self.end - self.start)
+        due = tokens > self.fitted
+        if self.stack.pairs is not None and bool(due.any()):
+            found = channels_of(key, self.start, tokens, self.stack.pairs)
+            self.channels = torch.where(due[:, None, None], found, self.channels)
+            self.fitted = torch.where(due, tokens, self.fitted)
 
     def _known(self, question: Question, within: Tensor | None) -> Tensor:
         """Return the slots that shares are of: bool [B, 1 or Hkv, Tq, L].

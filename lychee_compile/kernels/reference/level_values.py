@@ -99,6 +99,7 @@ def summaries(level: Level, keys: Tensor, valid: Tensor) -> dict[str, Tensor]:
     """
     algebra, found = _OfGroups(valid[..., None]), {}
     values = {"key": torch.where(valid[..., None], keys.float(), 0)}
+    values["head_dim"] = torch.tensor(float(keys.shape[-1]))
     for name, summary in level.fields.items():
         found[name] = values[name] = evaluate(summary, algebra, values)
     width = {name: keys.shape[-1] if wide else 1 for name, wide in level.channels.items()}
@@ -142,4 +143,5 @@ def _pairwise(
     values = {name: each.float().unsqueeze(-3) for name, each in groups.items()}
     rows, count = query.shape[-2], next(iter(values.values())).shape[-2]
     values |= {"query": query.unsqueeze(-2), "softmax_scale": torch.tensor(scale)}
+    values["head_dim"] = torch.tensor(float(query.shape[-1]))
     return evaluate(expression, algebra, values)[..., 0].expand(*query.shape[:-2], rows, count)
