@@ -222,6 +222,28 @@ class Steps:
         return Asked(index, selection, slots, asked[0] if asked else None)
 
 
+EVENTS = ("step", "rewind", "rewind far", "written by another")
+"""What may happen to a cache before the next step."""
+
+
+def follow(steps: Steps, history: list[str]) -> None:
+    """Take a cache through a history, and compare both choices at each step."""
+    case = steps.case
+    for event in history:
+        if event == "rewind":
+            steps.length -= 3
+        elif event == "rewind far":
+            steps.length = max(steps.length - 40, 12)
+        elif event == "written by another":
+            steps.key[:, :, : steps.length // 2] = steps.key[:, :, : steps.length // 2].flip(2)
+            steps.rebuild()
+        if steps.length + case.sizes.query_len > case.sizes.kv_len:
+            steps.length -= 20
+        problem, read, asked = steps.step()
+        assert_alike(case, problem, read, asked)
+        problem.assert_as_good_as_eager(read.output, read.slots)
+
+
 def noting(calls: list[Question], choose: Callable[[Question], Any]) -> Callable[[Question], Any]:
     """Return `choose`, which notes what it is asked."""
 
@@ -296,10 +318,14 @@ def assert_alike(case: Case, problem: Problem, read: Read, asked: Asked) -> None
     if not isinstance(levels[-1].groups, Pages):
         possible = question.candidates()[:, None] & (True if within is None else within)
         rank = rank.masked_fill(~possible, -torch.inf)
-        check_best(own, rank, question.room, tie, launch_sparse.MOST_SPARSE_SPLITS + rank.shape[-1] // 256)
+        check_best(
+            own, rank, question.room, tie, launch_sparse.MOST_SPARSE_SPLITS + rank.shape[-1] // 256
+        )
         return
     chosen = by_page(own, size).any(-1)
-    whole = chosen.repeat_interleave(size, -1)[..., : own.shape[-1]] & question.candidates()[:, None]
+    whole = (
+        chosen.repeat_interleave(size, -1)[..., : own.shape[-1]] & question.candidates()[:, None]
+    )
     assert torch.equal(own, whole & seen), "a page that is read in part"
     fits = (question.end - question.begin)[:, None] <= question.room
     room = torch.where(fits, rank.shape[-1], question.room // size)

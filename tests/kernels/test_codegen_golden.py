@@ -25,7 +25,7 @@ LAUNCHED = {
     "encode", "record_fingerprints", "scan_0", "rank_0", "list_0", "scan_1", "rank_1",
     "summarise_queries", "scan", "select_keys",
 }  # fmt: skip
-FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE"}
+FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE", "PAGE"}
 """Names that launches look at, and no kernel."""
 
 

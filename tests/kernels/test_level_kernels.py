@@ -1,16 +1,15 @@
-"""Kernels of declared policies, interpreted: they choose what the plain form chooses, up to ties."""
+"""Kernels of declared policies, interpreted, choose what the plain form does, up to ties."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import torch
 import triton_interpreter
 from decode_problems import DTYPES, LAYOUTS, MASKS, SCORES, Sizes
 from hypothesis import given
 from hypothesis import strategies as st
-from level_steps import Case, Steps, assert_alike
+from level_steps import EVENTS, Case, Steps, follow
 from plain_caches import SMALL_HISA
 
 from lychee_compile.kernels.gpu.methods import policies_with_kernels
@@ -110,7 +109,7 @@ def cases(draw) -> tuple[Case, int]:
 
 
 events = st.lists(
-    st.sampled_from(["step", "step", "rewind", "rewind far", "written by another"]),
+    st.sampled_from(EVENTS),
     min_size=2,
     max_size=3,
 )
@@ -122,21 +121,3 @@ def test_kernels_choose_as_the_plain_form_does(policy, drawn, history):
     case, length = drawn
     case.policy = policy
     follow(Steps(case, length), history)
-
-
-def follow(steps: Steps, history: list[str]) -> None:
-    """Take a cache through a history, and compare both choices at each step."""
-    case = steps.case
-    for event in history:
-        if event == "rewind":
-            steps.length -= 3
-        elif event == "rewind far":
-            steps.length = max(steps.length - 40, 12)
-        elif event == "written by another":
-            steps.key[:, :, : steps.length // 2] = steps.key[:, :, : steps.length // 2].flip(2)
-            steps.rebuild()
-        if steps.length + case.sizes.query_len > case.sizes.kv_len:
-            steps.length -= 20
-        problem, read, asked = steps.step()
-        assert_alike(case, problem, read, asked)
-        problem.assert_as_good_as_eager(read.output, read.slots)

@@ -111,7 +111,9 @@ def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
     problem = make_quest(**CASES[name])
     positions = positions_of(problem)
     index = index_up_to(problem, int(positions[0, 0]))
-    index.parts.summary_greatest[:, :, int(positions[0, 0]) // PAGE :] = torch.inf  # of tokens taken back
+    index.parts.summary_greatest[:, :, int(positions[0, 0]) // PAGE :] = (
+        torch.inf
+    )  # of tokens taken back
     output = run(problem, index, positions)
     read, visible = (
         each.unflatten(1, (-1, problem.spec.group)).any(2) for each in (output > 0, problem.visible)

@@ -12,7 +12,6 @@ import pytest
 import lychee_compile
 from lychee_compile import extend
 from lychee_compile.kernels.policies import registry as policies
-from lychee_compile.kernels.policies.decode.quest import QUEST
 from lychee_compile.kernels.policies.registry import index_class
 from lychee_compile.kernels.reference.index import KVIndex
 

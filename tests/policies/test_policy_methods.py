@@ -101,9 +101,7 @@ def hisa(keys, queries, config, start):
         kept, margin = [each for each in inner if each == blocks[0] or each not in full], torch.inf
         if full:
             sizes = torch.tensor([end - begin for begin, end in full]).log()
-            means = torch.stack(
-                [of_page(key, start, block, SMALL_BLOCK).mean(0) for block in full]
-            )
+            means = torch.stack([of_page(key, start, block, SMALL_BLOCK).mean(0) for block in full])
             share = dict(zip(full, shares(SCALE * query @ means.T + sizes).tolist(), strict=True))
             others = [each for each in inner if each not in kept]
             ranks = [share[each] for each in others]
@@ -113,8 +111,8 @@ def hisa(keys, queries, config, start):
         tokens, second = [], torch.inf
         if within:
             share = shares(SCALE * query @ key[start:][within].T).tolist()
-            pairs = [(token, rank) for token, rank in zip(within, share) if token in middle]
-            tokens, second = best_tokens(*map(list, zip(*pairs)), room)
+            rank = {token: share[place] for place, token in enumerate(within) if token in middle}
+            tokens, second = best_tokens(list(rank), list(rank.values()), room)
         if len(middle) <= room:
             tokens, margin, second = middle, torch.inf, torch.inf
         yield [*always, *tokens], min(margin, second)

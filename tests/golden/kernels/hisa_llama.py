@@ -241,12 +241,6 @@ def bins_of_shares(share, possible):
 
 
 @triton.jit
-def bins_of(value, total, possible):
-    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits."""
-    return bins_of_shares(shares_of(value, total), possible)
-
-
-@triton.jit
 def count_bins(histogram, entry):
     """Add the number of items in each bin but the first to a histogram, and return it.
 
@@ -532,10 +526,12 @@ def list_0(
     before = tl.sum(tl.where(tl.arange(0, LOTS) < lot, of_lot, 0), 0)
     chosen, place, _ = choose_by_bin(entry, cut, left, at_cut)
     group = lot * RANKED + item
-    child = (group * 128)[:, None] + tl.arange(0, 128)[None, :]
-    into = head_row.to(tl.int64) * candidate_room
-    into += ((before + place) * 128)[:, None] + tl.arange(0, 128)[None, :]
-    tl.store(candidates + into, child, mask=chosen[:, None])
+    candidates += head_row.to(tl.int64) * candidate_room
+    for low in range(0, 128, 16):
+        inner = low + tl.arange(0, 16)[None, :]
+        child = (group * 128)[:, None] + inner
+        into = ((before + place) * 128)[:, None] + inner
+        tl.store(candidates + into, child, mask=chosen[:, None])
     if lot == 0:
         tl.store(candidate_count + head_row, tl.sum(of_lot, 0) * 128)
 
@@ -670,12 +666,15 @@ def summarise_new(
         tl.store(fingerprints + space * slots + slot, mark)
         group = slot // SIZE_0
         if slot % SIZE_0 == SIZE_0 - 1:
-            place = (group * SIZE_0 + tl.arange(0, SIZE_0)).to(tl.int64)
-            keys = tl.load(
-                key + place[:, None] * stride_l + d[None, :] * stride_d, mask=inside[None, :], other=0.0
-            ).to(tl.float32)
+            over_0_0 = tl.full([DIM], 0.0, tl.float32)
+            for low in range(0, SIZE_0, 32):
+                place = (group * SIZE_0 + low + tl.arange(0, 32)).to(tl.int64)
+                keys = tl.load(
+                    key + place[:, None] * stride_l + d[None, :] * stride_d, mask=inside[None, :], other=0.0
+                ).to(tl.float32)
+                over_0_0 = over_0_0 + tl.sum(keys, 0)
             at = space * (slots // SIZE_0) + group
-            field_mean = (tl.sum(keys, 0) / 128)
+            field_mean = (over_0_0 / 128)
             tl.store(summary_mean + at * HEAD_DIM + d, field_mean.to(summary_mean.dtype.element_ty), mask=inside)
         if kv_head == 0:
             tl.store(header + 1 + b, slot + 1)

@@ -231,12 +231,6 @@ def bins_of_shares(share, possible):
 
 
 @triton.jit
-def bins_of(value, total, possible):
-    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits."""
-    return bins_of_shares(shares_of(value, total), possible)
-
-
-@triton.jit
 def count_bins(histogram, entry):
     """Add the number of items in each bin but the first to a histogram, and return it.
 
@@ -550,12 +544,15 @@ def list_0(
     before = tl.sum(tl.where(tl.arange(0, LOTS) < lot, of_lot, 0), 0)
     chosen, place, _ = choose_by_bin(entry, cut, left, at_cut)
     group = lot * RANKED + item
-    child = (group * 16)[:, None] + tl.arange(0, 16)[None, :]
-    into = head_row.to(tl.int64) * candidate_room
-    into += ((before + place) * 16)[:, None] + tl.arange(0, 16)[None, :]
-    tl.store(candidates + into, child, mask=chosen[:, None])
-    within = (child >= begin) & (child < stop)
-    tl.store(bins + into, tl.where(within, BINS - 1, 0).to(tl.uint8), mask=chosen[:, None])
+    candidates += head_row.to(tl.int64) * candidate_room
+    bins += head_row.to(tl.int64) * candidate_room
+    for low in range(0, 16, 16):
+        inner = low + tl.arange(0, 16)[None, :]
+        child = (group * 16)[:, None] + inner
+        into = ((before + place) * 16)[:, None] + inner
+        tl.store(candidates + into, child, mask=chosen[:, None])
+        within = (child >= begin) & (child < stop)
+        tl.store(bins + into, tl.where(within, BINS - 1, 0).to(tl.uint8), mask=chosen[:, None])
     if lot == 0:
         tl.store(candidate_count + head_row, tl.sum(of_lot, 0) * 16)
 
@@ -582,14 +579,19 @@ def summarise_new(
         tl.store(fingerprints + space * slots + slot, mark)
         group = slot // SIZE_0
         if slot % SIZE_0 == SIZE_0 - 1:
-            place = (group * SIZE_0 + tl.arange(0, SIZE_0)).to(tl.int64)
-            keys = tl.load(
-                key + place[:, None] * stride_l + d[None, :] * stride_d, mask=inside[None, :], other=0.0
-            ).to(tl.float32)
+            over_0_0 = tl.full([DIM], float("inf"), tl.float32)
+            over_0_1 = tl.full([DIM], float("-inf"), tl.float32)
+            for low in range(0, SIZE_0, 16):
+                place = (group * SIZE_0 + low + tl.arange(0, 16)).to(tl.int64)
+                keys = tl.load(
+                    key + place[:, None] * stride_l + d[None, :] * stride_d, mask=inside[None, :], other=0.0
+                ).to(tl.float32)
+                over_0_0 = tl.minimum(over_0_0, tl.min(keys, 0))
+                over_0_1 = tl.maximum(over_0_1, tl.max(keys, 0))
             at = space * (slots // SIZE_0) + group
-            field_least = tl.min(keys, 0)
+            field_least = over_0_0
             tl.store(summary_least + at * HEAD_DIM + d, field_least.to(summary_least.dtype.element_ty), mask=inside)
-            field_greatest = tl.max(keys, 0)
+            field_greatest = over_0_1
             tl.store(summary_greatest + at * HEAD_DIM + d, field_greatest.to(summary_greatest.dtype.element_ty), mask=inside)
         if kv_head == 0:
             tl.store(header + 1 + b, slot + 1)

@@ -258,12 +258,6 @@ def bins_of_shares(share, possible):
 
 
 @triton.jit
-def bins_of(value, total, possible):
-    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits."""
-    return bins_of_shares(shares_of(value, total), possible)
-
-
-@triton.jit
 def count_bins(histogram, entry):
     """Add the number of items in each bin but the first to a histogram, and return it.
 
@@ -311,6 +305,12 @@ def choose_by_bin(entry, cut, left, at_cut):
     ours = due(left, total & 65535, at_cut)
     chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
     return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
+
+
+@triton.jit
+def bins_of(value, total, possible):
+    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits."""
+    return bins_of_shares(shares_of(value, total), possible)
 
 
 @triton.jit
