@@ -20,6 +20,8 @@ class StreamingIndex(KVIndex):
     rotated, and what leaves the window stays in the cache.
     """
 
+    estimates_shares = False
+
     def extend(self, key: Tensor, end: Tensor) -> None:
         """Let every token be chosen as soon as it is there."""
         self.end, self.tail = end.clone(), torch.maximum(end, self.start)

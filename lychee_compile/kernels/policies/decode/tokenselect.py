@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ class _Choice:
     """float32 [B, Hq * D], the query that chose."""
     slot: Tensor
     """Slots of the tokens, int64 [B, Hkv, K], -1 for none."""
+    room: Tensor
+    """Number of tokens that could be chosen, int64 [B, Hkv]."""
     valid: Tensor
     """bool [B]: True if the row still has the tokens chosen from, and the choice left some out."""
 
@@ -91,8 +94,9 @@ class TokenSelectIndex(KVIndex):
                 kept = self._still_good(choice, query, there, question.room[..., place])
             if choice is None or not bool(kept.all()):
                 voted = _vote(question) if voted is None else voted
-                choice = _update(choice, kept, query, voted[:, :, place])
-                left_out = there.sum(-1, keepdim=True) > question.room[..., place]
+                room = question.room[..., place]
+                choice = _update(choice, kept, _Choice(query, voted[:, :, place], room, kept))
+                left_out = there.sum(-1, keepdim=True) > room
                 choice.valid = kept | left_out.all(-1)
             slots.append(choice.slot)
         if question.site and choice is not None:
@@ -114,7 +118,7 @@ class TokenSelectIndex(KVIndex):
         chosen = choice.slot >= 0
         wide = candidate[:, None].expand(-1, choice.slot.shape[1], -1)
         there = wide.gather(-1, choice.slot.clamp(0, slots - 1)) & (choice.slot < slots)
-        intact = (there | ~chosen).all(-1) & (chosen.sum(-1) == room)
+        intact = (there | ~chosen).all(-1) & (choice.room == room)
         alike = F.cosine_similarity(query, choice.query, dim=-1) >= self.similar
         return choice.valid & alike & intact.all(-1)
 
@@ -126,18 +130,21 @@ class TokenSelectIndex(KVIndex):
 def _vote(question: Question) -> Tensor:
     """Return the tokens of most votes of each position, int64 [B, Hkv, Tq, K], -1 for none."""
     raw = question.scale * (question.query @ question.keys().float().transpose(-1, -2))
-    votes = question.token_share(raw).logsumexp(1, keepdim=True)
-    start, length = question.take_tokens(votes.expand(-1, question.query.shape[1], -1, -1))
+    heads = question.query.shape[1]
+    votes = question.token_share(raw).logsumexp(1, keepdim=True) - math.log(heads)
+    start, length = question.take_tokens(votes.expand(-1, heads, -1, -1))
     return torch.where(length > 0, start, -1)
 
 
-def _update(choice: _Choice | None, kept: Tensor, query: Tensor, voted: Tensor) -> _Choice:
-    """Return `choice` for the rows `kept`, bool [B], else `voted`, int64 [B, Hkv, K]."""
+def _update(choice: _Choice | None, kept: Tensor, voted: _Choice) -> _Choice:
+    """Return `choice` for the rows `kept`, bool [B], else what was `voted`."""
     if choice is None:
-        return _Choice(query, voted, kept)
-    old, new = _same_width([choice.slot, voted])
+        return voted
+    old, new = _same_width([choice.slot, voted.slot])
     slot = torch.where(kept[:, None, None], old, new)
-    return _Choice(torch.where(kept[:, None], choice.query, query), slot, kept)
+    query = torch.where(kept[:, None], choice.query, voted.query)
+    room = torch.where(kept[:, None], choice.room, voted.room)
+    return _Choice(query, slot, room, kept)
 
 
 def _same_width(slots: list[Tensor]) -> list[Tensor]:
