@@ -99,6 +99,7 @@ def _selection(config: IndexConfig) -> SparseSpec:
         recent=config.recent,
         overfetch=config.overfetch,
         flat_tokens=config.flat_tokens,
+        coverage=None if config.coverage == 1 else config.coverage,
     )
 
 

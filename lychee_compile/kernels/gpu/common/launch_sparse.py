@@ -59,6 +59,10 @@ class SparseStep:
         self.wanted.want("histogram", torch.int32, self.rows, 2, BINS)
         self.wanted.want("tile_first", torch.int32, self.rows, tiles)
         self.wanted.want("tile_end", torch.int32, self.rows, tiles)
+        if covers_mass(self.module):
+            heads = self.module.ROWS.value
+            self.wanted.want("whole", torch.float32, self.rows, heads)
+            self.wanted.want("head_mass", torch.int64, self.rows, heads)
         self.wanted.want("chosen_list", torch.int32, self.rows, self.splits, capacity)
         self.scratch = self.wanted.allocate(self.operands.query.device)
         return {
@@ -106,6 +110,11 @@ class SparseStep:
 def lanes(examined: int, splits: int) -> int:
     """Return how many slots a program of `attend` examines at a time."""
     return max(256, min(power_of_two(-(-examined // splits)), 1024))
+
+
+def covers_mass(module: ModuleType) -> bool:
+    """Return True if a choice of the module ends at a share of the softmax."""
+    return hasattr(module, "MAY_MISS")
 
 
 def list_size(module: ModuleType) -> int:
