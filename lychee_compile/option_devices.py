@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Literal
 
+from lychee_compile.kernels.policies.registry import estimates_shares
 from lychee_compile.options import Options
 
 OptionDevice = Literal["cpu", "cuda"]
@@ -26,6 +27,7 @@ OPTION_DEVICES: Mapping[str, tuple[OptionDevice, ...]] = {
     "coarse_units": _CPU,
     "overfetch": _EVERYWHERE,
     "flat_tokens": _EVERYWHERE,
+    "coverage": _EVERYWHERE,
     "boundaries": _CPU,
     "policy": _EVERYWHERE,
     "epsilon": _EVERYWHERE,  # kernels do not widen a budget: with it, attention on a GPU is exact
@@ -51,6 +53,8 @@ def without_effect(options: Options, devices: Collection[OptionDevice]) -> Itera
 
     An option counts if it differs from its default and has an effect on none of the devices.
     """
+    if options.coverage is not None and not estimates_shares(options.policy):
+        yield f"option coverage has no effect with policy={options.policy!r}, which ranks nothing"
     names = [
         each.name
         for each in fields(Options)

@@ -69,6 +69,7 @@ class Options(IndexConfig):
         self._set("tokenizer", _token_source(self.tokenizer))
         _check_mode(self.mode)
         self._set("epsilon", _share("epsilon", self.epsilon))
+        self._set("coverage", _share("coverage", self.coverage, whole=True))
         if self.dense_layers is not None:
             least = _integer("dense_layers", self.dense_layers, at_least=0, expected_or="None")
             self._set("dense_layers", least)
@@ -120,6 +121,12 @@ class Options(IndexConfig):
                 f"(chunk=({shortest}, {longest})): the last tokens are not in a chunk yet"
             )
         self._check_budget()
+        if self.coverage is not None and self.epsilon is not None:
+            raise OptionError(
+                f"options coverage={self.coverage} and epsilon={self.epsilon} contradict each "
+                "other: coverage reads fewer tokens by an estimate, epsilon more by a proof; give "
+                "one of them"
+            )
         if self.boundaries == "tokens" and self.tokenizer is None:
             raise OptionError(
                 'option boundaries="tokens" needs option tokenizer: a tokenizer, a BoundaryTable, '
@@ -170,13 +177,17 @@ def _integer(
     return number
 
 
-def _share(name: str, value: object) -> float | None:
+def _share(name: str, value: object, whole: bool = False) -> float | None:
+    """Return a share below 1, or up to 1 if it may be the `whole`; None stays None."""
     if value is None:
         return None
-    expected = "a number above 0 and below 1, or None"
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+    expected = f"a number above 0 and {'up to' if whole else 'below'} 1, or None"
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise _wrong(name, value, expected)
-    return float(value)
+    share = float(value)
+    if not (0 < share < 1 or (whole and share == 1)):
+        raise _wrong(name, value, expected)
+    return share
 
 
 def _share_or_number(name: str, value: object) -> int | float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.operators.observe import (
+    KernelCall,
     PrefillCall,
     SparseCall,
+    kernel_observers,
     observers,
     prefill_observers,
 )
@@ -21,6 +24,9 @@ from lychee_compile.kernels.reference.question import query_rows
 from lychee_compile.kernels.reference.softcap import capped
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Call:
     """One sparse attention of one decoding step."""
@@ -28,12 +34,13 @@ class Call:
     site: str
     """Module path of the attention."""
     kv_len: int
-    """Number of keys that the longest row of the batch could have read."""
+    """Number of keys that the longest row of the batch could have read. On a GPU: slots up to the
+    last one that a row has read."""
     tokens: Tensor
     """Slots read, int64 [B, Hkv, Tq, S]; -1 pads heads that read fewer than S."""
     chunk_starts: Tensor
     """First slot of every chunk of the index at that step, int64 [B, C]. The tail of a row, which
-    is not cut yet, counts as a chunk."""
+    is not cut yet, counts as a chunk. The index of a GPU has none."""
     chunk_lengths: Tensor
     """Number of tokens of every chunk, int64 [B, C]; 0: no chunk."""
     mass: Tensor | None
@@ -108,22 +115,51 @@ class Recorder:
         )
 
 
+    def observe_kernels(self, call: KernelCall) -> None:
+        """Record what generated kernels have read."""
+        no_chunks = call.tokens.new_zeros(call.tokens.shape[0], 0)
+        mass = None
+        if self._mass:  # who sees nothing misses nothing
+            share = (call.log_read - call.log_all()).exp2()
+            mass = share.nan_to_num(nan=1.0).clamp(max=1)
+        self.calls.append(
+            Call(
+                site=call.site,
+                kv_len=int(call.tokens.max()) + 1,
+                tokens=call.tokens,
+                chunk_starts=no_chunks,
+                chunk_lengths=no_chunks,
+                mass=mass,
+            )
+        )
+
+
 @contextmanager
 def record(*, mass: bool = False) -> Iterator[Recorder]:
     """Record every sparse attention that runs within the context.
 
     With `mass` each call also scores all keys, to tell what share of the dense softmax mass was
-    read: this is slow, for study alone. Generated kernels report nothing, with a warning. The
-    option `reference` makes the plain PyTorch operators run on a GPU too.
+    read: this is slow, for study alone. Generated kernels that decode tell the slots that they
+    read; each recorded call then waits for the device. Replays of a CUDA graph run no operator:
+    they are not recorded, nor is the call that captures the graph, with a warning. Generated
+    kernels of a prefill report nothing, with a warning; the option `reference` makes the plain
+    PyTorch operators run on a GPU too. A warning is logged if nothing at all was recorded.
     """
     recorder = Recorder(mass)
     observers.append(recorder.observe)
     prefill_observers.append(recorder.observe_prefill)
+    kernel_observers.append(recorder.observe_kernels)
     try:
         yield recorder
     finally:
+        kernel_observers.remove(recorder.observe_kernels)
         observers.remove(recorder.observe)
         prefill_observers.remove(recorder.observe_prefill)
+    if not recorder.calls and not recorder.whole:
+        logger.warning(
+            "Nothing was recorded: no sparse attention ran as an operator. Calls that read all "
+            "keys and replays of CUDA graphs are not recorded."
+        )
 
 
 def prefill_mass(call: PrefillCall) -> Tensor:

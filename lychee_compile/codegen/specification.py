@@ -40,6 +40,9 @@ class SparseSpec:
     recent: int
     overfetch: int
     flat_tokens: int
+    coverage: float | None = None
+    """Share of the softmax, as shares estimate it, at which choosing ends below 1; None: as many
+    tokens are read as the budget allows."""
 
 
 @dataclass(frozen=True)
@@ -95,4 +98,6 @@ class AttentionSpec:
             parts.append(f"v{self.value_dim}")
         if self.sparse is not None:
             parts.append(f"b{self.sparse.budget}")
+            if self.sparse.coverage is not None:
+                parts.append(f"c{self.sparse.coverage:g}".replace(".", "_"))
         return "_".join(parts)

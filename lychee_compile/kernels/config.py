@@ -45,6 +45,11 @@ class IndexConfig:
     """Cuts of chunks, one of `BOUNDARIES`: "tokens" cuts by boundary strengths of token ids,
     "similarity" where neighbouring keys differ, "fixed" at one length, and "auto" by token ids if
     their strengths are known and by similarity elsewhere."""
+    coverage: float | None = None
+    """Share of the softmax mass, as a policy estimates it, at which choosing ends: a KV head and
+    query position read the fewest of the best tokens that hold it together with sinks and recent
+    tokens, and at most `budget`. It is the mean over the query heads of the KV head. None: as many
+    as the budget."""
     policy: str = "lychee"
     """Method of choosing tokens. To decode: "lychee", "quest", "clusterkv", "tokenselect", "hisa",
     "streaming", "oracle", or one of your own. For prefill: "lychee", "streaming", "dhsa", "s2o",

@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch.fx
 
 from lychee_compile.kernels.config import ALL_KEYS, IndexConfig
+from lychee_compile.kernels.policies.registry import estimates_shares
 from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.detect.attention import Attention, Unread
 from lychee_compile.passes.detect.caching.caches import CacheBinding
@@ -249,7 +250,10 @@ Emitted = tuple[torch.fx.Node, Outcome]
 
 def how_much(config: IndexConfig, kv_len: int | str) -> str:
     """Return how much sparse decoding reads of `kv_len` keys, in words."""
-    return f"budget {config.budget} of up to {kv_len} tokens" + _choice(config)
+    words = f"budget {config.budget} of up to {kv_len} tokens"
+    if config.coverage is not None and estimates_shares(config.policy):
+        words += f", fewer if they hold {config.coverage:.4g} of the softmax"
+    return words + _choice(config)
 
 
 def _how_much_of_a_prefill(config: IndexConfig, grid: Grid | None) -> str:

@@ -586,6 +586,12 @@ EPSILON_NO_KERNEL = _kind(
     "no GPU kernel supports epsilon (got {epsilon:g})",
     "set epsilon=None, or reference=True for the slow PyTorch path",
 )
+COVERAGE_NO_KERNEL = _kind(
+    Group.KERNEL,
+    "coverage-no-kernel",
+    "no GPU kernel of policy={policy!r} supports coverage (got {coverage:g})",
+    "set coverage=None or policy to {known}, or reference=True for the slow PyTorch path",
+)
 KERNEL_FAILED = _kind(
     Group.KERNEL,
     "kernel-failed",

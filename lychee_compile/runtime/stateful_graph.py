@@ -15,7 +15,13 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.gpu.methods import notices_writes
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
-from lychee_compile.kernels.operators.observe import observers, warn_of_recording
+from lychee_compile.kernels.operators.observe import (
+    kernel_observers,
+    kernels_told,
+    observers,
+    warn_of_recording,
+    warn_of_replays,
+)
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
 from lychee_compile.runtime.cache_registry import Entry, registry
 from lychee_compile.runtime.index_owner import IndexOwner
@@ -144,10 +150,14 @@ class StatefulGraph:
         self, caches: Sequence[Tensor | None], outputs: Sequence[object], entries: Sequence[Entry]
     ) -> None:
         """Build and refit GPU indexes that are due. The reference's operators do so themselves."""
+        if kernel_observers and any(each.use is not None for each in self._arguments):
+            if not kernels_told.is_set():
+                warn_of_replays()
+            kernels_told.clear()
         for argument, cache, entry in zip(self._arguments, caches, entries, strict=True):
             if argument.use is None:
                 continue
-            if observers:
+            if observers and not kernel_observers:
                 warn_of_recording()
             if entry.version is None and not notices_writes(argument.use.policy):
                 _warn_of_inference_mode()

@@ -173,6 +173,16 @@ def test_the_policy_and_the_certificate_are_told() -> None:
     )
 
 
+def test_the_share_to_cover_is_told() -> None:
+    given = {"cache": StaticKV.empty(1, SIZE)}
+    for policy, words in (("lychee", ", fewer if they hold 0.95 of the softmax"), ("streaming", "")):
+        options = {**SPARSE, "policy": policy, "coverage": 0.95}
+        model = TinyDecoder().eval()
+        (site, *_) = lychee_compile.explain(model, tokens(1), options=options, **given).sites
+        assert site.reads.startswith(f"budget 32 of up to {SIZE} tokens{words}")
+        assert ("fewer" in site.reads) == bool(words)
+
+
 def test_options_are_the_backends() -> None:
     inputs = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, SIZE, 8)
     attend = F.scaled_dot_product_attention

@@ -42,6 +42,12 @@ def test_the_table_names_every_option() -> None:
             {"cuda"},
             ["options boundaries and tokenizer have no effect on a GPU"],
         ),
+        ({"coverage": 0.9}, {"cpu", "cuda"}, []),
+        (
+            {"coverage": 0.9, "policy": "streaming"},
+            {"cpu"},
+            ["option coverage has no effect with policy='streaming', which ranks nothing"],
+        ),
         ({"reference": True}, {"cpu"}, ["option reference has no effect on a CPU"]),
     ],
 )

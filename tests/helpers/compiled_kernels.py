@@ -45,7 +45,7 @@ POINTERS = {
     "*u8": "fine coarse pages page_bins group_bins bins",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
     "channels candidates candidate_count listed listed_count chosen_list edge chosen counts",
-    "*i64": "positions",
+    "*i64": "positions head_mass",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
     "partial_sum log_sums scores",

@@ -44,6 +44,16 @@ SPECS = {
         visible=sympy.And(POSITION >= KV, POSITION - 4096 < KV),
         captured=(LENGTH,),
     ),
+    "sparse_by_mass": AttentionSpec(
+        "bfloat16",
+        4,
+        128,
+        128,
+        S / math.sqrt(128),
+        POSITION >= KV,
+        (LENGTH,),
+        sparse=replace(SPARSE, coverage=0.95),
+    ),
     "sparse_mask_extra_logit": AttentionSpec(
         "bfloat16", 8, 64, 64, S / 8, MASK, (Captured("mask", "bool", 4),), True, SPARSE
     ),

@@ -22,6 +22,7 @@ from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
 from lychee_compile.kernels.gpu.lychee.spec import (
     SelectionSizes,
     log_denominator,
+    missed_share,
     page_scores,
     select_slots,
     token_scores,
@@ -131,16 +132,70 @@ class Step:
             assert (possible | (rank < -SMALLEST)).all(), "some are left out of the ranking"
         read = self.slots_read()
         assert (read | ~always).all(), "sinks or recent tokens are left out"
-        selected, cut = read & ~always, best_left_out(bins, room)
+        selected = read & ~always
+        wanted = torch.minimum(room, selected.sum(-1)) if self.by_mass else room
+        cut = best_left_out(bins, wanted)
         assert (selected | ~(bins > cut)).all(), "one of the best is left out"
         assert not (selected & ((bins < cut) | ~possible)).any(), "a better one is left out for it"
         count, due = selected.sum(-1), torch.minimum(room, possible.sum(-1))
         assert (count <= room).all(), "more than the budget"
         # Every program takes its part of those at the cut, rounded down.
         turns = self.scratch["chosen_list"].shape[1] * -(-rank.shape[-1] // 256)
-        assert (count > due - turns).all(), "less than the budget"
+        used_up = count > due - turns
+        if self.by_mass:
+            self._assert_covered(selected, bins, always, used_up)
+            return read
+        assert used_up.all(), "less than the budget"
         assert ((count == due) | (due < room) | (cut[..., 0] > 0)).all(), "less than there is"
         return read
+
+    @property
+    def by_mass(self) -> bool:
+        sparse = self.problem.spec.sparse
+        return sparse is not None and sparse.coverage is not None
+
+    def _assert_covered(
+        self, selected: Tensor, bins: Tensor, always: Tensor, used_up: Tensor
+    ) -> None:
+        """Check that the selection covers its share unless the budget is used up, and hardly more.
+
+        `selected`, `bins` and `always` are [B, Hkv, T, L], `used_up` is [B, Hkv, T].
+        """
+        sparse = self.problem.spec.sparse
+        assert sparse is not None and sparse.coverage is not None
+        least, may_miss = bins.masked_fill(~selected, BINS).amin(-1, keepdim=True), 1 - sparse.coverage
+        missed = self._missed(bins, ~selected, always)
+        assert (used_up | (missed <= 1.1 * may_miss + 0.002)).all(), "more than allowed is left out"
+        without = self._missed(bins, ~selected | (bins == least), always)
+        some = selected.any(-1)
+        assert (~some | (without >= 0.9 * may_miss - 0.002)).all(), "more is read than it takes"
+        whole = (selected | (bins != least)).all(-1)
+        assert (used_up | ~some | whole).all(), "a bin is cut without need"
+
+    def _missed(self, bins: Tensor, left_out: Tensor, always: Tensor) -> Tensor:
+        """Return what `missed_share` says of slots left out, [B, Hkv, T, L], pages included."""
+        share, _ = self._token_shares()
+        share = share.masked_fill(bins == 0, -torch.inf)
+        if self.paged:
+            pages, held = self._page_shares()
+            looked_at = self._looked_at(pages.shape[-1]) >= 0
+            held = held & ~looked_at.unflatten(-1, (-1, PAGE)).any(-1)
+            share = torch.cat((share, (pages + math.log2(PAGE)).masked_fill(~held, -torch.inf)), -1)
+            left_out = torch.cat((left_out, torch.ones_like(held)), -1)
+        score = self.problem.finish_scores().unflatten(1, (-1, self.problem.spec.group))
+        read = self._visible() & always[:, :, None]
+        log_always = score.masked_fill(~read, -torch.inf).logsumexp(-1).float()
+        by_head = self._by_row(self.scratch["head_mass"])[..., : self.problem.spec.group]
+        by_head = by_head.transpose(-1, -2).float()
+        return missed_share(share, by_head, log_always, self._total(), left_out)
+
+    def _looked_at(self, pages: int) -> Tensor:
+        """Return the bins of the slots looked into, int64 [B, Hkv, T, pages * PAGE]; -1: not."""
+        candidates, bins = self.scratch["candidates"].long(), self.scratch["bins"].long()
+        count, nothing = self.scratch["candidate_count"][:, None], pages * PAGE
+        slots = torch.where(torch.arange(candidates.shape[-1]) < count, candidates, nothing)
+        by_slot = torch.full((len(slots), nothing + 1), -1).scatter(1, slots, bins)
+        return self._by_row(by_slot[:, :-1])
 
     def _paged_bins(self) -> Tensor:
         """Return the bins of the tokens in the best pages, uint8 [B, Hkv, T, L]."""
@@ -148,11 +203,7 @@ class Step:
         page_bins = self._by_row(self.scratch["page_bins"])[..., : share.shape[-1]].int()
         page_bins = page_bins.masked_fill(~held, 0)
         assert_near(page_bins[held], share[held])
-        candidates, bins = self.scratch["candidates"].long(), self.scratch["bins"].long()
-        count, nothing = self.scratch["candidate_count"][:, None], share.shape[-1] * PAGE
-        slots = torch.where(torch.arange(candidates.shape[-1]) < count, candidates, nothing)
-        by_slot = torch.full((len(slots), nothing + 1), -1).scatter(1, slots, bins)
-        by_slot = self._by_row(by_slot[:, :-1])
+        by_slot, count = self._looked_at(share.shape[-1]), self.scratch["candidate_count"][:, None]
         looked_at = (by_slot >= 0).unflatten(-1, (-1, PAGE)).all(-1)
         module, seen = self.problem.module(), (page_bins > 0).sum(-1)
         few = seen <= module.FLAT_PAGES.value

@@ -80,6 +80,21 @@ def test_a_step_reads_the_best_tokens(problem, programs):
     Step.run(problem, index, positions, Tuning(programs, 32, 4, 2)).check()
 
 
+@FEW
+@given(problems(), st.sampled_from([0.3, 0.7, 0.9, 0.99]))
+def test_a_step_by_mass_reads_as_many_as_it_takes(problem, coverage):
+    positions = newest(problem)
+    problem = by_mass(problem, coverage)
+    index = built(problem, int(positions[0]))
+    Step.run(problem, index, positions, Tuning(4, 32, 4, 2)).check()
+
+
+def by_mass(problem, coverage):
+    """Return an attention whose choice ends once it covers a share of the softmax."""
+    sparse = replace(problem.spec.sparse, coverage=coverage)
+    return replace(problem, spec=replace(problem.spec, sparse=sparse))
+
+
 @BOTH
 def test_a_budget_for_everything_reads_everything(sparse):
     problem = make_problem(sizes=Sizes(kv_len=150), sparse=replace(sparse, budget=150))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -81,8 +82,11 @@ class Case:
         inputs = ScoreInputs(self.query, key, key.shape[2], self.mask.tensor, 0.3)
         return select(index, inputs, budget)
 
-    def check(self, index: KVIndex, read: Tensor) -> None:
-        """Check that only visible keys are read, those always read included, within the budget."""
+    def check(self, index: KVIndex, read: Tensor, fills: bool = True) -> None:
+        """Check that only visible keys are read, those always read included, within the budget.
+
+        With `fills` no room is left in the budget.
+        """
         seen = self.mask.seen.any(1)
         slot, tokens = torch.arange(seen.shape[-1]), seen.shape[-1]
         first = seen.long().argmax(-1, keepdim=True)
@@ -95,7 +99,7 @@ class Case:
         assert (read >= always[:, None]).all(), "a sink, a recent or an unknown token is missing"
         most = always.sum(-1).clamp(min=self.budget)[:, None]
         assert (read.sum(-1) <= most).all(), "over the budget"
-        fits = (end - first <= self.budget)[:, None]
+        fits = (end - first <= (self.budget if fills else 0))[:, None]
         assert (read | ~fits | ~seen[:, None]).all(), "room left"
 
 
@@ -215,3 +219,54 @@ def test_bytes_grow_with_the_context_and_not_faster(policy):
     few, many = (index.bytes_per_step(tokens, 1024) for tokens in (1 << 14, 1 << 18))
     assert 0 <= few <= many <= 32 * max(few, 1)
     assert many <= 2 * 64 * (1 << 18), "more than all keys"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(case=cases(), coverages=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)))
+def test_a_share_to_cover_takes_the_best_of_the_budget(policy, case, coverages):
+    """The larger the share, the more is read; the whole is all that the budget allows."""
+    reads = []
+    for coverage in (*sorted(coverages), 1.0, None):
+        config = dataclasses.replace(case.config, coverage=coverage)
+        index = dataclasses.replace(case, config=config).index(policy)
+        reads.append(case.select(index, case.budget).token_mask())
+        case.check(index, reads[-1], fills=coverage is None)
+    for few, many in itertools.pairwise(reads):
+        assert not (few & ~many).any()
+    assert torch.equal(*reads[-2:])
+
+
+@given(case=cases(), coverage=st.floats(0.01, 0.999))
+def test_no_more_tokens_are_read_than_it_takes_to_cover_the_share(case, coverage):
+    """With one head, true scores and any number of tokens, the share is that of dense attention."""
+    case = one_head(case, coverage)
+    index = case.index("tokenselect")
+    selection = case.select(index, case.budget)
+    read, seen = selection.token_mask()[:, 0], case.mask.seen[:, 0]
+    score = torch.einsum("btd,bld->btl", case.query[:, 0].float(), case.key[:, 0].float()) * 0.3
+    bias = selection.visible.bias
+    score = score if bias is None else score + bias[:, 0].float()
+    share = score.double().masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
+    covered = (share * read).sum(-1)
+    everything = (read | ~seen).all(-1)
+    used_up = (read.sum(-1) >= case.budget) | everything
+    assert (used_up | (covered >= coverage - 1e-4)).all(), "too little"
+    always = torch.zeros_like(read)
+    config = dataclasses.replace(case.config, coverage=1e-9)
+    least = dataclasses.replace(case, config=config)
+    always = least.select(least.index("tokenselect"), case.budget).token_mask()[:, 0]
+    chosen = read & ~always
+    last = share.masked_fill(~chosen, torch.inf).amin(-1)
+    assert (~chosen.any(-1) | (covered - last < coverage + 1e-4)).all(), "too much"
+
+
+def one_head(case, coverage):
+    """Return the first query head and KV head of a case, with a share to cover."""
+    shape = dataclasses.replace(case.shape, kv_heads=1, group=1)
+    tensor, seen = case.mask.tensor, case.mask.seen
+    if tensor is not None:
+        tensor = tensor[(None,) * (4 - tensor.dim())][:, :1]
+    mask = dataclasses.replace(case.mask, tensor=tensor, seen=seen[:, :1])
+    config = dataclasses.replace(case.config, coverage=coverage)
+    small_case = {"shape": shape, "key": case.key[:, :1], "query": case.query[:, :1], "mask": mask}
+    return dataclasses.replace(case, config=config, **small_case)

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from lychee_compile.functional import sparse_attention
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.reference.attention import attend, dense_attention, rows_at
+from lychee_compile.kernels.reference.attention import attend, dense_attention
+from lychee_compile.kernels.reference.scores import rows_at
 from lychee_compile.kernels.reference.operands import Operands, ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection, select
 

@@ -14,12 +14,14 @@ from kernel_steps import (
     GROUP,
     KV_HEADS,
     SIZE,
+    SMALL,
     Cache,
     assert_exact,
     assert_sparse,
     compiled,
     decode,
     grow,
+    read_by,
     upkeep_of,
 )
 from torch import Tensor
@@ -29,7 +31,7 @@ import lychee_compile
 from lychee_compile.kernels.gpu import owners
 from lychee_compile.kernels.gpu.lifecycle import WORTHWHILE
 from lychee_compile.kernels.operators import decode as decode_operators
-from lychee_compile.kernels.operators.observe import warn_of_recording
+from lychee_compile.kernels.operators.observe import warn_of_replays
 from lychee_compile.kernels.trust import Trust
 from lychee_compile.runtime import stateful_graph
 from lychee_compile.runtime.cache_registry import registry
@@ -158,19 +160,53 @@ def test_kernels_that_notice_no_writes_read_caches_of_inference_mode_in_full(
     assert "torch.no_grad()" in warning
 
 
-def test_who_records_kernels_is_told_that_they_tell_nothing(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    warn_of_recording.cache_clear()
+@pytest.mark.parametrize("options", [{}, {"coverage": 0.5}, {"policy": "quest"}], ids=str)
+def test_what_kernels_read_is_recorded(options: dict[str, Any]) -> None:
+    step, cache = compiled(**options, dense_layers=0), Cache(batch=2).fill(100)
+    cache.step(step)
+    with lychee_compile.record(mass=True) as recorder:
+        steps = [cache.step(step) for _ in range(2)]
+    assert len(recorder.calls) == 2
+    for (got, dense), call in zip(steps, recorder.calls, strict=True):
+        read = read_by(got, cache)
+        told = torch.zeros_like(read).scatter(-1, call.tokens.clamp(min=0), True)
+        assert not (read & ~told).any()
+        assert torch.equal(told.sum(-1), call.tokens_read)
+        assert (call.tokens_read <= SMALL["budget"]).all()
+        dense = dense.double().masked_fill(~read.repeat_interleave(GROUP, 1), 0).sum(-1)
+        torch.testing.assert_close(call.mass.double(), dense, atol=1e-4, rtol=1e-4)
+
+
+def test_calls_that_read_all_keys_are_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     step, cache = compiled(), Cache().fill(100)
-    with caplog.at_level(logging.WARNING, "lychee_compile"):
-        cache.step(step)
-        assert not caplog.records
-        with lychee_compile.record() as recorder:
-            cache.step(step)
+    with caplog.at_level(logging.WARNING, "lychee_compile"), lychee_compile.record() as recorder:
+        assert_exact(cache.step(step))
     assert not recorder.calls
     (warning,) = [each.message for each in caplog.records]
-    assert 'options={"reference": True}' in warning
+    assert "Nothing was recorded" in warning
+
+
+def test_who_records_a_replay_is_told_that_it_tells_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay runs the kernels without the operator."""
+    warn_of_replays.cache_clear()
+    step, cache = compiled(), Cache().fill(100)
+    cache.step(step)
+    run = decode_operators._sparse
+
+    def replay(*given: Any) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_operators, "kernel_observers", [])
+            return run(*given)
+
+    monkeypatch.setattr(decode_operators, "_sparse", replay)
+    with caplog.at_level(logging.WARNING, "lychee_compile"), lychee_compile.record() as recorder:
+        cache.step(step)
+    assert not recorder.calls
+    first, second = [each.message for each in caplog.records if "recorded" in each.message]
+    assert 'mode="reduce-overhead"' in first
+    assert "Nothing was recorded" in second
 
 
 def test_inference_mode_is_fine_where_the_cache_is_not_of_it() -> None:

@@ -37,9 +37,17 @@ def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
     return [
         *library("bins", "fresh_from", "denominators", "shares_of", "bins_of_shares"),
         *library("bins", "count_bins", "threshold"),
+        *(_emit_mass(spec) if sparse.coverage is not None else []),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
         *library("bins", "choose_by_bin"),
     ]
+
+
+def _emit_mass(spec: AttentionSpec) -> list[str]:
+    """Return functions that end a choice at a share of the softmax."""
+    counted = library("mass", "note_small", "note_mass", "mass_of_bins", "note_left_out")
+    found = library("mass", "limit_of_mass", "threshold_of_mass")
+    return [*counted, *found, fill("decode/log_always.py.jinja", spec)]
 
 
 def emit_always_read(spec: AttentionSpec, sparse: SparseSpec, unread: str) -> str:

@@ -39,6 +39,7 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
     precision   the last argument of a product: tensor cores round float32 unless told not to
     is_range    True if the keys that a query sees are a range of slots, the same for all heads
     by_written  ", written" if recent tokens count back from the slots written, else ""
+    by_mass     True if a choice ends once it holds a share of the softmax
     by_head     True if query heads of one group can see different keys
     wide        a cast to 64 bits, if a mask can have more elements than 32 bits count; else ""
     rows        query heads of a group, padded to what a tensor core's product takes
@@ -51,6 +52,7 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
         "precision": ', input_precision="ieee"' if spec.dtype == "float32" else "",
         "is_range": sees_range(spec),
         "by_written": "" if sees_range(spec) else ", written",
+        "by_mass": spec.sparse is not None and spec.sparse.coverage is not None,
         "by_head": spec.visible.has(H),
         "wide": ".to(tl.int64)" if any(each.rank > 1 for each in spec.captured) else "",
         "rows": power_of_two(spec.group, 16),

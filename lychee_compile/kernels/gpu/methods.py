@@ -72,6 +72,14 @@ def notices_writes(policy: str) -> bool:
     return bool(getattr(gpu_method(policy), "notices_writes", False))
 
 
+def covers_mass(policy: str) -> bool:
+    """Return True if a policy's kernels can end a choice at a share of the softmax.
+
+    A method says so by an attribute `covers_mass`; without one they cannot.
+    """
+    return bool(getattr(gpu_method(policy), "covers_mass", False))
+
+
 def method_of_kernel(kernel: str) -> GpuMethod:
     """Return how the kernels of a generated module are run: the module names its policy."""
     return gpu_method(load(kernel).POLICY)

@@ -7,20 +7,30 @@ in the module's order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels import handles
 from lychee_compile.kernels.gpu.common.autotune import autotune
-from lychee_compile.kernels.gpu.common.launch_exact import run_exact
+from lychee_compile.kernels.gpu.common.launch_common import log_weight
+from lychee_compile.kernels.gpu.common.launch_exact import log_weight_of_all, run_exact
+from lychee_compile.kernels.gpu.common.launch_sparse import slots_read, watch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.methods import gpu_method, method_of_kernel
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex
 from lychee_compile.kernels.operators.fakes import fake_output
+from lychee_compile.kernels.operators.observe import (
+    KernelCall,
+    kernel_observers,
+    kernels_told,
+    warn_of_recording,
+)
 
 KERNEL_DEVICES = {"cuda"}
 """Types of devices on which generated kernels decode."""
@@ -56,17 +66,19 @@ def sparse_decode(
     positions: Tensor | None,
     state: Tensor,
     kernel: str,
+    site: str = "",
 ) -> Tensor:
     """Attend from `query` [B, Hq, T, D] to the best of `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
 
     `state`, uint8, is the memory of an index laid out for `key`. While the index is distrusted, all
     visible keys are read. `positions`, int [T] or [B, T], are the slots that were just written:
-    their keys are added to the index. Fit for CUDA graphs: it waits for nothing, and reads and
+    their keys are added to the index. `site`, the module path of the attention, is for those who
+    record what is read. Fit for CUDA graphs: it waits for nothing, and reads and
     writes its own tensors alone.
     """
     layout = method_of_kernel(kernel).layout_of(key)
     index = IndexOperands(layout, layout.views(state), positions)
-    return _sparse(kernel, AttentionOperands(query, key, value, captured, extra), index)
+    return _sparse(kernel, AttentionOperands(query, key, value, captured, extra), index, site)
 
 
 sparse_decode.register_fake(fake_output)
@@ -86,6 +98,7 @@ def growing_sparse_decode(
     positions: Tensor | None,
     handle: Tensor,
     kernel: str,
+    site: str = "",
 ) -> Tensor:
     """Run `sparse_decode` over a cache that grows, whose index is found by `handle`.
 
@@ -95,8 +108,9 @@ def growing_sparse_decode(
     handle[1] += 1
     operands = AttentionOperands(query, key, value, captured, extra)
     if index is None:
+        kernels_told.set()
         return _exact(kernel, operands)
-    return _sparse(kernel, operands, IndexOperands(index.layout, index.parts, positions))
+    return _sparse(kernel, operands, IndexOperands(index.layout, index.parts, positions), site)
 
 
 growing_sparse_decode.register_fake(fake_output)
@@ -110,9 +124,32 @@ def _exact(kernel: str, operands: AttentionOperands) -> Tensor:
         return run()
 
 
-def _sparse(kernel: str, operands: AttentionOperands, index: IndexOperands) -> Tensor:
+def _sparse(kernel: str, operands: AttentionOperands, index: IndexOperands, site: str) -> Tensor:
     module = load(kernel)
     run = partial(gpu_method(module.POLICY).run, module, operands, index)
     with torch.cuda.device_of(operands.query):
         autotune(module, "sparse", run, operands, index.state.header)
+        return _observed(module, operands, run, site) if kernel_observers else run()
+
+
+def _observed(
+    module: ModuleType, operands: AttentionOperands, run: Callable[[], Tensor], site: str
+) -> Tensor:
+    """Run the kernels and tell the observers what they read, unless a CUDA graph captures them.
+
+    A call that reads all keys, since there is no index yet, is not told: nothing is chosen.
+    """
+    if operands.query.is_cuda and torch.cuda.is_current_stream_capturing():
         return run()
+    kernels_told.set()
+    with watch() as steps:
+        output = run()
+    if not steps:
+        warn_of_recording()  # a method that launches all by itself
+    elif bool((steps[-1].scratch["chosen_list"] >= 0).any()):
+        log_all = partial(log_weight_of_all, module, operands)
+        log_read = log_weight(operands, steps[-1].scratch)
+        call = KernelCall(site, slots_read(steps[-1]), log_read, log_all)
+        for observer in kernel_observers:
+            observer(call)
+    return output

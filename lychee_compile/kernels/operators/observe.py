@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from threading import Event
 
 from torch import Tensor
 
@@ -39,6 +40,30 @@ observers: list[Callable[[SparseCall], None]] = []
 
 
 @dataclass(frozen=True)
+class KernelCall:
+    """One run of generated kernels that chose keys to decode with."""
+
+    site: str
+    """Module path of the attention."""
+    tokens: Tensor
+    """Slots read, int64 [B, Hkv, T, S]; -1 pads rows that read fewer. A row that reads all visible
+    keys has all slots up to the last one written. Hidden slots among those always read count."""
+    log_read: Tensor
+    """log2 of the sum of exp(score) over the keys read, float32 [B, Hq, T]."""
+    log_all: Callable[[], Tensor]
+    """Function that computes the same over all visible keys."""
+
+
+kernel_observers: list[Callable[[KernelCall], None]] = []
+"""Functions called with each run of generated kernels that chose keys to decode with, in order.
+
+A replay of a CUDA graph runs kernels without the operator: nobody is called.
+"""
+kernels_told = Event()
+"""Set by every run of an operator with generated kernels while there are `kernel_observers`."""
+
+
+@dataclass(frozen=True)
 class PrefillCall:
     """One run of the sparse prefill operator. An observer must not keep the operands."""
 
@@ -60,8 +85,17 @@ prefill_observers: list[Callable[[PrefillCall], None]] = []
 
 @cache
 def warn_of_recording() -> None:
-    """Warn, once per process, that nobody sees what generated kernels read."""
+    """Warn, once per process, that nobody sees what some generated kernels read."""
     logger.warning(
-        "Generated kernels do not report which keys they read, so nothing of them is recorded: "
-        'compile with options={"reference": True} to study what is read.'
+        "These generated kernels do not report which keys they read, so nothing of them is "
+        'recorded: compile with options={"reference": True} to study what is read.'
+    )
+
+
+@cache
+def warn_of_replays() -> None:
+    """Warn, once per process, that replays of CUDA graphs are not recorded."""
+    logger.warning(
+        "Kernels in a CUDA graph do not report which keys they read, so nothing of them is "
+        'recorded: compile without mode="reduce-overhead" to study what is read.'
     )

@@ -130,6 +130,15 @@ def has_index(name: str) -> bool:
     return name in policy_names()
 
 
+def estimates_shares(name: str) -> bool:
+    """Return True if a policy of that name can decode and tells what share of a softmax it reads.
+
+    The option `coverage` needs that.
+    """
+    policy = _policies.get(name)
+    return policy is not None and policy.index is not None and policy.index.estimates_shares
+
+
 def index_class(name: str) -> type[KVIndex]:
     """Return the class of a policy's indexes.
 

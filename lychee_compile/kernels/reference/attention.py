@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.operands import Operands
-from lychee_compile.kernels.reference.selection import Selection
+from lychee_compile.kernels.reference.scores import rows_at, scores_at
+from lychee_compile.kernels.reference.selection import Selection, slots_read
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import with_four_axes
 
@@ -71,7 +72,7 @@ def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
     heads = operands.key.shape[1]
     slot, padding = slots_read(selection)
     work = torch.promote_types(query.dtype, torch.float32)
-    score = _scores_at(operands, selection, slot, padding, work)
+    score = scores_at(operands.score_inputs, selection.visible, slot, padding, work)
     weight, log_total = score.softmax(-1), score.logsumexp(-1)
     if operands.extra is not None:
         wide = operands.extra.to(work).expand(batch, query_heads, query_len)
@@ -82,63 +83,3 @@ def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
     output = (weight @ rows_at(value, slot).to(work)).masked_fill(nothing[..., None], 0)
     output = output.transpose(2, 3).reshape(batch, query_heads, query_len, -1)
     return output.to(query.dtype), log_total.transpose(2, 3).flatten(1, 2).float()
-
-
-def _scores_at(
-    operands: Operands, selection: Selection, slot: Tensor, padding: Tensor, work: torch.dtype
-) -> Tensor:
-    """Return the scores of the slots [B, Hkv, Tq, S] in the dtype `work`: [B, Hkv, Tq, G, S].
-
-    Padding and keys that the mask hides score -inf.
-    """
-    query, mask = operands.query, operands.mask
-    query_heads, heads = query.shape[1], operands.key.shape[1]
-    grouped = query.unflatten(1, (heads, operands.group)).transpose(2, 3).to(work)
-    raw = grouped @ rows_at(operands.key, slot).to(work).transpose(-1, -2)
-    score = capped(raw * operands.scale, operands.softcap)
-    hidden = padding[..., None, :]
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            score = score + _mask_at(mask, slot, query_heads).to(work)
-        seen = selection.visible.mask if mask.dtype != torch.bool else mask
-        if seen is not None:
-            hidden = hidden | ~_mask_at(seen, slot, query_heads)
-    return score.masked_fill(hidden, -torch.inf)
-
-
-def slots_read(selection: Selection) -> tuple[Tensor, Tensor]:
-    """Return the slots read, int64 [B, Hkv, Tq, S], and which of them are padding, bool.
-
-    Padding names the last slot that the query sees: a hidden slot may hold anything, even NaN.
-    """
-    token = selection.tokens()
-    padding = token < 0
-    last = (selection.visible.end - 1).clamp(min=0)
-    return torch.where(padding, last[:, None, :, None], token), padding
-
-
-def rows_at(tensor: Tensor, slot: Tensor) -> Tensor:
-    """Return the rows of `tensor` [B, H, L, D] at slots int64 [B, H, Tq, S]: [B, H, Tq, S, D]."""
-    batch, heads, length, head_dim = tensor.shape
-    if tensor.is_contiguous():
-        base = torch.arange(batch * heads, device=slot.device).view(batch, heads, 1, 1) * length
-        flat = tensor.view(-1, head_dim).index_select(0, (base + slot).flatten())
-        return flat.view(*slot.shape, head_dim)
-    row = torch.arange(batch, device=slot.device)[:, None, None, None]
-    head = torch.arange(heads, device=slot.device)[:, None, None]
-    return tensor[row, head, slot]
-
-
-def _mask_at(mask: Tensor, slot: Tensor, query_heads: int) -> Tensor:
-    """Return an SDPA mask at the slots [B, Hkv, Tq, S], as scores lie: [B, Hkv, Tq, 1 or G, S]."""
-    batch, heads, query_len, _ = slot.shape
-    mask = mask[(None,) * (4 - mask.dim())]
-    if mask.shape[1] == 1:
-        wide = mask.expand(batch, heads, query_len, -1)
-        return wide.gather(-1, slot)[:, :, :, None]
-    wide = mask.expand(batch, query_heads, query_len, -1).unflatten(
-        1, (heads, query_heads // heads)
-    )
-    return wide.transpose(2, 3).gather(
-        -1, slot[:, :, :, None].expand(-1, -1, -1, wide.shape[2], -1)
-    )

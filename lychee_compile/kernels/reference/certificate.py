@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.reference.attention import rows_at, slots_read
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.nodes import rounding_slack
 from lychee_compile.kernels.reference.question import query_rows
-from lychee_compile.kernels.reference.selection import Selection
+from lychee_compile.kernels.reference.scores import rows_at
+from lychee_compile.kernels.reference.selection import Selection, slots_read
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import per_kv_head
 

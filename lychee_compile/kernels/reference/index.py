@@ -27,6 +27,8 @@ class KVIndex(abc.ABC):
 
     reads_keys: ClassVar[bool] = False
     """True if `choose` reads the keys of the cache itself."""
+    estimates_shares: ClassVar[bool] = True
+    """True if `choose` ranks by estimated shares of the softmax, so that `coverage` can end it."""
     dense_layers: ClassVar[int] = 0
     """Number of first attention layers that the paper leaves dense."""
 

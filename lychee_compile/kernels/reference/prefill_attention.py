@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.reference.attention import rows_at
+from lychee_compile.kernels.reference.scores import rows_at
 from lychee_compile.kernels.reference.certificate import bounded_share
 from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.operands import Operands

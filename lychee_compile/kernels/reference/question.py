@@ -16,6 +16,10 @@ Runs = tuple[Tensor, Tensor]
 no run."""
 
 
+LEAST_SHARE = 1e-30
+"""Least share of the softmax that tokens to choose from are taken to hold together."""
+
+
 @dataclass(frozen=True)
 class Question:
     """The queries of one attention, and the tokens that may be chosen for them."""
@@ -44,6 +48,12 @@ class Question:
     """Module path of the attention, for policies that remember earlier choices."""
     newest: Tensor | None = None
     """Newest slot that each position sees, int64 [B, Tq]; None: the last one."""
+    may_miss: float | None = None
+    """Share of the softmax from which on tokens are chosen, up to `room` of them: once less than it
+    is left out, no more are. None: as many as there is room for."""
+    log_always: Tensor | None = None
+    """Log of the sum of exp(score) over what is always read, [B, Hkv, G, Tq]; None: not known, or
+    not needed because `may_miss` is None."""
 
     @property
     def group(self) -> int:
@@ -95,16 +105,36 @@ class Question:
         begin, end = self._clip(start, length)
         return torch.where(end > begin, self.visible.tokens_within(begin, end), 0)
 
-    def share(self, log_mass: Tensor) -> Tensor:
+    def share(self, log_mass: Tensor, of_all: bool = False) -> Tensor:
         """Return the log of the softmax share of each node, summed over a group: [B, Hkv, Tq, N].
 
         `log_mass` [B, Hkv, G, Tq, N] is the log of what each node adds to the denominator of the
-        softmax. Every head has the same weight, however large its scores.
+        softmax. Every head has the same weight, however large its scores. With `of_all` the nodes
+        hold all tokens that a query sees. Without, they hold those that may be chosen; if a share
+        of the softmax is to be covered, their shares count what is always read as well, but for
+        all heads together: that never changes their order.
         """
         mass = log_mass.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         usable = mass.amax(-1, keepdim=True).isfinite()
         share = mass.log_softmax(-1)
-        return (share if bool(usable.all()) else torch.where(usable, share, mass)).logsumexp(2)
+        share = (share if bool(usable.all()) else torch.where(usable, share, mass)).logsumexp(2)
+        if self.log_always is None or of_all:
+            return share
+        chosen_from = torch.sigmoid(mass.logsumexp(-1) - self.log_always).nan_to_num(0.0)
+        return share + chosen_from.mean(2).clamp(min=LEAST_SHARE).log()[..., None]
+
+    def needed(self, best: Tensor, rank: Tensor) -> Tensor:
+        """Return which of the `best` nodes it takes to leave out less than `may_miss`: bool.
+
+        `rank` [B, Hkv, Tq, N] are the shares of all nodes that may be chosen, as `share` returns
+        them, -inf for others; `best` [B, Hkv, Tq, K] are the largest of them, in order. If
+        `may_miss` is None, all are needed.
+        """
+        if self.may_miss is None:
+            return torch.ones_like(best, dtype=torch.bool)
+        mass = best.double().exp()
+        left_out = rank.exp().sum(-1, keepdim=True, dtype=torch.float64) - (mass.cumsum(-1) - mass)
+        return ~(left_out <= self.may_miss * self.group)  # a NaN proves nothing
 
     def token_share(self, raw: Tensor) -> Tensor:
         """Return `share` of the candidates, for raw scores [B, Hkv, G * Tq, N], N <= L."""
@@ -121,17 +151,21 @@ class Question:
         """Return the best `room` tokens by `rank` [B, Hkv, Tq, N], N <= L, each a run, in order.
 
         Slots that may not be chosen, or are not `within`, bool of the same shape, are left out
-        whatever their rank. A token whose rank is NaN comes first.
+        whatever their rank. A token whose rank is NaN comes first. Ranks are shares, as `share`
+        returns them, if a share of the softmax is to be covered (`may_miss`): then fewer than
+        `room` may do.
         """
         candidate = self.candidates()[:, None, :, : rank.shape[-1]]
-        candidate = candidate if within is None else candidate & within
         lowest = torch.finfo(rank.dtype).min
         rank = rank.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=lowest)
         rank = rank.masked_fill(~candidate, -torch.inf)
+        among = rank if within is None else rank.masked_fill(~within, -torch.inf)
         count = min(int(self.room.max()), rank.shape[-1])
-        best = rank.topk(max(count, 0), dim=-1)
+        best = among.topk(max(count, 0), dim=-1)
         number = torch.arange(best.values.shape[-1], device=rank.device)
         taken = (best.values > -torch.inf) & (number < self.room[..., None])
+        if self.may_miss is not None:
+            taken = taken & self.needed(best.values, rank)
         slot = torch.where(taken, best.indices, self.visible.kv_len).sort(-1).values
         taken = slot < self.visible.kv_len
         return torch.where(taken, slot, 0), taken.long()
@@ -139,6 +173,7 @@ class Question:
     def take_groups(self, rank: Tensor, start: Tensor, length: Tensor) -> Runs:
         """Return the best whole groups by `rank` [B, Hkv, Tq, C] that fit into `room` tokens.
 
+        Ranks are as in `take_tokens`, and as there fewer may do.
         A group is `length` slots from `start`, each int64 [B, C]. Slots of a group that may not be
         chosen are left out.
         """
@@ -146,6 +181,8 @@ class Question:
         rank = rank.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         rank = rank.masked_fill(sizes == 0, -torch.inf)
         order, inside = take_by_rank(rank, sizes, self.room[..., None], whole=True)
+        if self.may_miss is not None:
+            inside = inside & self.needed(rank.gather(-1, order), rank)
         order = order[..., : int(inside.sum(-1).max()) if inside.numel() else 0]
         begin, end = self._clip(start, length)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lychee_compile.kernels.reference.recency import (
     newest_of,
     recent_spans,
 )
+from lychee_compile.kernels.reference.scores import scores_at
 from lychee_compile.kernels.reference.visible import Visible
 
 
@@ -72,7 +73,8 @@ def select(
 
     Sinks, recent tokens and every visible token that the index does not hold are always read, even
     beyond the budget. `budget` may differ between heads, int64 [B, Hkv, Tq], and None reads all
-    visible tokens. `site`, the module path of the attention, is for policies that remember.
+    visible tokens. `site`, the module path of the attention, is for policies that remember. If the
+    index has a `coverage`, a head may need fewer tokens than its budget.
     """
     visible, heads = inputs.visible(), index.kv_heads
     always = _always_read(index, visible, budget if isinstance(budget, int) else None)
@@ -83,18 +85,34 @@ def select(
         budget = (choosable + count)[:, None]
     most = torch.as_tensor(budget, device=inputs.query.device).expand(shape)
     room = (most - count[:, None]).clamp(min=0)
-    if bool((choosable[:, None] <= room).all()):
+    coverage = index.config.coverage
+    fits = choosable[:, None] <= room if coverage is None else choosable == 0
+    if bool(fits.all()):
         length = (always.recent_start - always.sinks_end).clamp(min=0)
         chosen = _per_head(always.sinks_end, heads), _per_head(length, heads)
     else:
-        beside = always.beside(visible)
-        chosen = index.choose(_question(inputs, beside, always, room, most, site))
+        question = _question(inputs, always.beside(visible), always, room, most, site)
+        if coverage is not None and coverage < 1:
+            log_always = _log_always(inputs, visible, always, heads)
+            question = replace(question, may_miss=1 - coverage, log_always=log_always)
+        chosen = index.choose(question)
         if always.apart is not None:
             chosen = around(*chosen, always.apart)
     starts = _per_head(visible.first, heads), chosen[0], _per_head(always.recent_start, heads)
     sinks, recent = always.sinks_length(visible), always.recent_length(visible)
     lengths = _per_head(sinks, heads), chosen[1], _per_head(recent, heads)
     return Selection(torch.cat(starts, -1), torch.cat(lengths, -1), visible, inputs.scale)
+
+
+def slots_read(selection: Selection) -> tuple[Tensor, Tensor]:
+    """Return the slots read, int64 [B, Hkv, Tq, S], and which of them are padding, bool.
+
+    Padding names the last slot that the query sees: a hidden slot may hold anything, even NaN.
+    """
+    token = selection.tokens()
+    padding = token < 0
+    last = (selection.visible.end - 1).clamp(min=0)
+    return torch.where(padding, last[:, None, :, None], token), padding
 
 
 @dataclass(frozen=True)
@@ -122,6 +140,17 @@ class _AlwaysRead:
         """Return the number of slots always read, int64 [B, Tq]."""
         count = self.sinks_length(visible) + self.recent_length(visible)
         return count if self.apart is None else count + self.apart[1] - self.apart[0]
+
+    def runs(self, visible: Visible, heads: int) -> tuple[Tensor, Tensor]:
+        """Return the first slots and lengths of all that is always read, [B, Hkv, Tq, 2 or 3]."""
+        starts, lengths = [visible.first, self.recent_start], [self.sinks_length(visible)]
+        lengths.append(self.recent_length(visible))
+        if self.apart is not None:
+            starts.append(self.apart[0])
+            lengths.append(self.apart[1] - self.apart[0])
+        both = (torch.cat([_per_head(each, heads) for each in of], -1) for of in (starts, lengths))
+        start, length = both
+        return start, length
 
     def choosable(self, visible: Visible) -> Tensor:
         """Return the number of visible tokens between sinks and recent ones, int64 [B, Tq]."""
@@ -169,6 +198,18 @@ def _question(
         site=site,
         newest=always.newest,
     )
+
+
+def _log_always(
+    inputs: ScoreInputs, visible: Visible, always: _AlwaysRead, heads: int
+) -> Tensor | None:
+    """Return log sum of exp(score) over what is always read, [B, Hkv, G, Tq]; None without keys."""
+    if inputs.key is None:
+        return None
+    starts, lengths = always.runs(visible, heads)
+    slot, padding = slots_read(Selection(starts, lengths, visible, inputs.scale))
+    score = scores_at(inputs, visible, slot, padding, torch.float32)
+    return score.logsumexp(-1).transpose(2, 3)
 
 
 def _per_head(value: Tensor, heads: int) -> Tensor:

@@ -33,7 +33,7 @@ from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.graph.check import RewriteError
-from lychee_compile.passes.graph.dataflow import outputs_of, static_size, value_of
+from lychee_compile.passes.graph.dataflow import module_path, outputs_of, static_size, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonicaliser
 from lychee_compile.passes.lower.context import LoweringContext
@@ -85,7 +85,8 @@ def emit_sparse_decode(
     slots = _written_slots(binding, written, operands.tensors.key, emit) if first else None
     ops = torch.ops.lychee
     target = ops.growing_sparse_decode if layout is None else ops.sparse_decode
-    attended = emit(target.default, *operands.arguments, slots, index, kernel)
+    site = module_path(attention.node)
+    attended = emit(target.default, *operands.arguments, slots, index, kernel, site)
     return Canonicaliser(attention, emit).replacement(attended), kernel
 
 
@@ -99,6 +100,7 @@ def _selection(config: IndexConfig) -> SparseSpec:
         recent=config.recent,
         overfetch=config.overfetch,
         flat_tokens=config.flat_tokens,
+        coverage=None if config.coverage == 1 else config.coverage,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.methods import gpu_method, policies_with_kernels
+from lychee_compile.kernels.gpu.methods import covers_mass, gpu_method, policies_with_kernels
 from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 from lychee_compile.passes import reasons
@@ -44,7 +44,14 @@ def decodes(attention: Attention) -> bool:
 
 def no_decode_method(config: IndexConfig) -> Reason | None:
     """Return why no decode kernel selects keys as the options ask for; None if one does."""
-    return _no_method(config, policies_with_kernels(), reasons.POLICY_NO_KERNEL)
+    known = policies_with_kernels()
+    if missing := _no_method(config, known, reasons.POLICY_NO_KERNEL):
+        return missing
+    if config.coverage is None or covers_mass(config.policy):
+        return None
+    able = " or ".join(repr(each) for each in known if covers_mass(each))
+    policy, coverage = config.policy, config.coverage
+    return reasons.COVERAGE_NO_KERNEL(policy=policy, coverage=coverage, known=able)
 
 
 def no_prefill_method(config: IndexConfig) -> Reason | None:

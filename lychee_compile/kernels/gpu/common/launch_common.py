@@ -78,6 +78,19 @@ class Scratch:
         }
 
 
+def log_weight(operands: AttentionOperands, scratch: Mapping[str, Tensor]) -> Tensor:
+    """Return log2 of the sum of the weights that all programs of a row have read, [B, Hq, T]."""
+    bits = scratch["partial_top"] + scratch["partial_sum"].log2()
+    total = (bits * math.log(2)).logsumexp(1) / math.log(2)
+    return of_rows(operands, total).movedim(-1, 2).flatten(1, 2)
+
+
+def of_rows(operands: AttentionOperands, scratch: Tensor) -> Tensor:
+    """Return scratch memory [rows, ...] as [B, Hkv, T, ...]."""
+    batch, heads = operands.query.shape[0], operands.kv_heads
+    return scratch.unflatten(0, (batch, operands.query_len, heads)).transpose(1, 2)
+
+
 def combine(
     module: ModuleType,
     operands: AttentionOperands,

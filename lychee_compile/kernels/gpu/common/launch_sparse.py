@@ -6,14 +6,15 @@ tokens' shares and a histogram of them; `attend` finds the threshold and reads t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.device import overlapping, overlaps
-from lychee_compile.kernels.gpu.common.launch_common import Scratch, combine, launch
+from lychee_compile.kernels.gpu.common.launch_common import Scratch, combine, launch, of_rows
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning, tuning_for
@@ -59,8 +60,15 @@ class SparseStep:
         self.wanted.want("histogram", torch.int32, self.rows, 2, BINS)
         self.wanted.want("tile_first", torch.int32, self.rows, tiles)
         self.wanted.want("tile_end", torch.int32, self.rows, tiles)
+        if covers_mass(self.module):
+            heads = self.module.ROWS.value
+            self.wanted.want("whole", torch.float32, self.rows, heads)
+            self.wanted.want("head_mass", torch.int64, self.rows, heads)
         self.wanted.want("chosen_list", torch.int32, self.rows, self.splits, capacity)
         self.scratch = self.wanted.allocate(self.operands.query.device)
+        if _watchers:
+            self.scratch["chosen_list"].fill_(-1)
+            _watchers[-1].append(self)
         return {
             **self.operands.arguments(self.module),
             **self.index.state._asdict(),
@@ -106,6 +114,53 @@ class SparseStep:
 def lanes(examined: int, splits: int) -> int:
     """Return how many slots a program of `attend` examines at a time."""
     return max(256, min(power_of_two(-(-examined // splits)), 1024))
+
+
+@contextmanager
+def watch() -> Iterator[list[SparseStep]]:
+    """Collect the steps that run within the context. Lists of what they read are filled with -1."""
+    _watchers.append([])
+    try:
+        yield _watchers[-1]
+    finally:
+        _watchers.pop()
+
+
+_watchers: list[list[SparseStep]] = []
+"""Steps that run within each context of `watch`."""
+
+
+def slots_read(step: SparseStep) -> Tensor:
+    """Return the slots that a watched step has read, int64 [B, Hkv, T, S]; -1 pads rows.
+
+    A row that reads all visible keys has the slots up to the end of its keys, hidden ones included;
+    so have sinks and recent tokens of every row. This waits for the device.
+    """
+    operands, header = step.operands, step.index.state.header
+    slots = of_rows(operands, step.scratch["chosen_list"].flatten(1).long())
+    weight = of_rows(operands, step.scratch["partial_sum"].flatten(1))
+    all_keys = (slots < 0).all(-1) & (weight > 0).any(-1)
+    count = int((slots >= 0).sum(-1).max())
+    slots = _in_order(slots)[..., :count]
+    if bool(all_keys.any()):
+        held = header[1 : 1 + len(slots)].long().clamp(max=operands.kv_len)
+        slot = torch.arange(max(int(held.max()), count), device=slots.device)
+        everything = torch.where(slot < held[:, None], slot, -1)[:, None, None]
+        padded = torch.nn.functional.pad(slots, (0, len(slot) - count), value=-1)
+        slots = torch.where(all_keys[..., None], everything, padded)
+    return _in_order(slots)
+
+
+def _in_order(slots: Tensor) -> Tensor:
+    """Return slots [..., S] in order, with -1 behind them."""
+    last = torch.iinfo(slots.dtype).max
+    ordered = torch.where(slots < 0, last, slots).sort(-1).values
+    return torch.where(ordered == last, -1, ordered)
+
+
+def covers_mass(module: ModuleType) -> bool:
+    """Return True if a choice of the module ends at a share of the softmax."""
+    return hasattr(module, "MAY_MISS")
 
 
 def list_size(module: ModuleType) -> int:

@@ -23,6 +23,7 @@ class LycheeMethod:
     multiple: int = 8
     prefill: bool = True
     notices_writes: bool = True
+    covers_mass: bool = True
 
     def layout_of(self, key: Tensor) -> SketchLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""

@@ -7,7 +7,8 @@ always read, and the best of the others. A context of up to `flat_tokens` tokens
 token, however many slots its cache has. In a longer one pages are ranked first, by the log of the
 mean of exp(score) over their keys, and only the tokens of the best pages are looked at. Shares
 count by eighths of a factor of two. Any of the tokens in the eighth that the budget ends in may be
-chosen; of pages, all of that eighth are.
+chosen; of pages, all of that eighth are. A choice that covers a share of the softmax ends earlier,
+with all tokens of an eighth, once `missed_share` is small enough.
 """
 
 from __future__ import annotations
@@ -111,6 +112,25 @@ def select_slots(
     score = finish(token_scores(query, state)[..., :kv_len]).masked_fill(~known, -torch.inf)
     rank = ((score - total).logsumexp(2) / math.log(2)).masked_fill(~possible, -torch.inf)
     return always, rank, (sizes.budget - (begin - first) - (end - stop)).clamp(min=0)[..., 0]
+
+
+def missed_share(
+    share: Tensor, by_head: Tensor, log_always: Tensor, total: Tensor, left_out: Tensor
+) -> Tensor:
+    """Return the share of the softmax in what is left out, as budgets by mass count: [B, Hkv, T].
+
+    `share` are log2 shares as `select_slots` returns them, [B, Hkv, T, L]; `left_out`, bool of that
+    shape, are slots that are not read. `by_head` [B, Hkv, G, T] are proportional to the mass of the
+    tokens to choose from. `log_always` [B, Hkv, G, T] is the log of the sum of exp(score) over what
+    is always read, by true scores, and `total` that of the estimated denominators,
+    [B, Hkv, G, T, 1]. What is left out is taken to be as much for all heads, each with a softmax of
+    its own: the mean over heads is returned.
+    """
+    mass = share.exp2()
+    of_head = by_head / by_head.sum(2, keepdim=True).clamp(min=1e-30) * mass.sum(-1)[:, :, None]
+    seen = of_head + (log_always - total[..., 0]).exp()
+    weight = torch.where(seen > 0, 1 / seen.clamp(min=1e-30), 0).mean(2)
+    return (mass * left_out).sum(-1) / share.new_tensor(by_head.shape[2]) * weight
 
 
 def _best_pages(share: Tensor, pages: int, flat_pages: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.reference.index import KVIndex
-from lychee_compile.kernels.reference.question import Question, Runs
+from lychee_compile.kernels.reference.question import Question, Runs, group_mass
 
 TOKENS_PER_CLUSTER = 80
 """Mean number of tokens in a cluster of the prompt, as in the paper."""
@@ -103,11 +103,16 @@ class ClusterKVIndex(KVIndex):
         score = question.split(question.capped(score))
         score = score.masked_fill(tokens[:, :, None] == 0, -torch.inf)
         order = question.share(score).argsort(dim=-1, descending=True, stable=True)
+        room = question.room
+        if question.may_miss is not None:
+            mass = question.share(group_mass(score, tokens))
+            needed = question.needed(mass.gather(-1, order), mass)
+            room = torch.minimum(room, (tokens.gather(-1, order) * needed).sum(-1))
         place = torch.empty_like(order).scatter_(
             -1, order, torch.arange(count, device=self.device).expand_as(order)
         )
         place = place.gather(-1, label).masked_fill(~member, count)
-        return _first_tokens(place, member, question.room)
+        return _first_tokens(place, member, room)
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:
         """Count a centroid for each cluster, and 4 bytes for the number of each token read."""

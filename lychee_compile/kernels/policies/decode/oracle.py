@@ -35,7 +35,7 @@ class OracleIndex(GroupedIndex):
 
     def choose(self, question: Question) -> Runs:
         """Return the chunks of most mass, whole."""
-        share = question.share(question.token_scores())
+        share = question.share(question.token_scores(), of_all=True)
         share = share.masked_fill(~question.candidates()[:, None], -torch.inf)
         offset = torch.arange(self.group_range[1], device=self.device)
         slot = (self.group_start[..., None] + offset).clamp(max=share.shape[-1] - 1)
