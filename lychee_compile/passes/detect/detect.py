@@ -24,16 +24,18 @@ from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
 from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.attention_operators import find_fused
+from lychee_compile.passes.detect.mixing import MIXERS
 from lychee_compile.passes.detect.operands import Place
 from lychee_compile.passes.detect.score_trace import ScoreTracer, Trace
 from lychee_compile.passes.detect.softmax.denominators import divisor_place
 from lychee_compile.passes.detect.softmax.joined_sums import find_joined
 from lychee_compile.passes.detect.softmax.softmaxes import Softmax, find_softmaxes
 from lychee_compile.passes.detect.softmax.written_softmax import with_exponentials
-from lychee_compile.passes.detect.weight_walk import MIXERS, WeightWalk
+from lychee_compile.passes.detect.weight_walk import WeightWalk
 from lychee_compile.passes.graph.aliasing import is_view_of_part
 from lychee_compile.passes.graph.dataflow import (
     first_input,
+    operator_key,
     operator_of,
     shape_of,
     value_of,
@@ -179,7 +181,7 @@ def _match(
         misfit = _misfit(softmax, at, attention.keys)
         if misfit:
             return Rejected(softmax.node, misfit, Stage.PRODUCT)
-        return _from_weights(attention, at, walk, value, elements, context)
+        return _from_weights(attention, at, walk, value, context)
     return None
 
 
@@ -197,21 +199,24 @@ def _from_weights(
     at: Indices,
     walk: WeightWalk,
     value: Place,
-    elements: Elements,
     context: GraphContext,
 ) -> Attention | Unread | Rejected:
     """Return the attention whose weights are read at `at`, or why it is none."""
-    softmax, axes = attention.softmax, elements.axes
-    tracer = ScoreTracer(elements, attention.keys, context.is_parameter)
+    softmax, elements = attention.softmax, walk.elements
+    axes = elements.axes
+    positions = free_axes(at) & free_axes(attention.out) - free_axes(value.indices)
+    tracer = ScoreTracer(
+        elements, attention.keys, context.is_parameter, positions, walk.mixes
+    )
     trace = tracer.trace(softmax.scores, at)
     if trace is None:
         return Rejected(softmax.node, tracer.why_not, Stage.SCORES)
     if context.is_parameter(value.node):
         return Rejected(softmax.node, reasons.VALUES_LINEAR(), Stage.OPERANDS)
     mixed = free_axes(at) - attention.keys - free_axes(attention.out)
-    if mixed and not _mixes_heads(mixed, walk, trace, context):
+    if mixed and not _mixes_heads(mixed, at, walk, trace, context):
         return Rejected(softmax.node, reasons.WEIGHTS_SUMMED(), Stage.OPERANDS)
-    refused = walk.refused
+    refused = walk.refused or _mixing(trace)
     if softmax.deferred and attention.node is attention.product.node:
         refused = refused or reasons.SUM_MISPLACED()
     dropped = _dropped_keys(softmax, attention.keys, axes, trace)
@@ -236,13 +241,23 @@ def _from_weights(
 
 
 def _mixes_heads(
-    mixed: frozenset[Axis], walk: WeightWalk, trace: Trace, context: GraphContext
+    mixed: frozenset[Axis], at: Indices, walk: WeightWalk, trace: Trace, context: GraphContext
 ) -> bool:
     """True if what is summed over before the product with the values are heads, not tokens."""
-    heads = free_axes(trace.query.indices) & free_axes(trace.key.indices)
+    query, key = free_axes(trace.query.indices), free_axes(trace.key.indices)
+    heads = query & key
+    if trace.mixed:  # a mixture of scores makes new heads
+        heads |= free_axes(at) - query - key
     return all(
         axes <= heads or context.is_parameter(factor) for axes, factor in walk.mixed if axes & mixed
     )
+
+
+def _mixing(trace: Trace) -> Reason | None:
+    """Return a reason if scores of several heads are mixed; None if each head has its own."""
+    if trace.mixer is None:
+        return None
+    return reasons.SCORES_MIXED(operator=operator_key(trace.mixer))
 
 
 def _dropped_keys(

@@ -11,6 +11,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes import reasons
+from lychee_compile.passes.detect.mixing import mixtures_of
 from lychee_compile.passes.detect.operands import Place, widens
 from lychee_compile.passes.graph.dataflow import (
     argument,
@@ -58,6 +59,10 @@ class Trace:
     inner: frozenset[Axis]
     """The axes of head_dim."""
     steps: tuple[Step, ...]
+    mixed: frozenset[Axis] = frozenset()
+    """Axes of heads that are summed over between the product and the softmax."""
+    mixer: torch.fx.Node | None = None
+    """The operator that does so; the last of several."""
 
 
 class ScoreTracer:
@@ -68,10 +73,16 @@ class ScoreTracer:
         elements: Elements,
         keys: frozenset[Axis],
         is_parameter: Callable[[torch.fx.Node], bool],
+        positions: frozenset[Axis],
+        mixes: bool,
     ) -> None:
+        """Begin a walk over `keys`; `positions` are the axes of queries that values lack.
+
+        Mixtures of heads are followed if they keep a position, and with `mixes` all of them are.
+        """
         self.elements, self.keys = elements, keys
         self.why_not = reasons.SCORES_NO_PRODUCT()
-        self._is_parameter = is_parameter
+        self._is_parameter, self._positions, self._mixes = is_parameter, positions, mixes
         self._failed: set[torch.fx.Node] = set()
         self._visited = 0
 
@@ -81,13 +92,32 @@ class ScoreTracer:
         if node.op != "call_function" or node in self._failed or self._visited > DEEPEST:
             return None
         trace = (
-            self._product(node, indices) or self._view(node, indices) or self._step(node, indices)
+            self._mixture(node, indices)
+            or self._product(node, indices)
+            or self._view(node, indices)
+            or self._step(node, indices)
         )
         if trace is None:
             self._failed.add(node)
         elif self.elements.is_opaque(node):
             return _after(trace, Step(StepKind.OTHER, node, "a write through a view"))
         return trace
+
+    def _mixture(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        """Follow scores whose heads are mixed, if the maps extend over queries and keys both."""
+        if not self._positions and not self._mixes:
+            return None
+        for mixture in mixtures_of(node, indices, self.elements.axes):
+            held = free_axes(mixture.indices)
+            if free_axes(mixture.factor_indices) & self.keys or not self.keys <= held:
+                continue
+            if self._positions and not self._positions & held:
+                continue
+            trace = self.trace(mixture.maps, mixture.indices)
+            mixed = mixture.summed | trace.mixed if trace else frozenset()
+            if trace and mixed and mixed <= _heads(trace, self._positions & held - mixed):
+                return replace(trace, mixed=mixed, mixer=node)
+        return None
 
     def _product(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
         product = product_of(node)
@@ -178,8 +208,14 @@ class ScoreTracer:
         return None
 
 
+def _heads(trace: Trace, positions: frozenset[Axis]) -> frozenset[Axis]:
+    """Return axes of queries that keys share; with `positions`, those that are none of them too."""
+    query, key = free_axes(trace.query.indices), free_axes(trace.key.indices)
+    return query - trace.inner - positions if positions else query & key - trace.inner
+
+
 def _after(trace: Trace, step: Step) -> Trace:
-    return Trace(trace.product, trace.query, trace.key, trace.inner, (*trace.steps, step))
+    return replace(trace, steps=(*trace.steps, step))
 
 
 def _writes_scores(node: torch.fx.Node) -> bool:
