@@ -190,14 +190,21 @@ def _features(
     trace: Trace, keys: frozenset[Axis], axes: Axes, context: GraphContext
 ) -> Features | None:
     """Return the features of queries and keys; None if the keys themselves are features."""
-    query, key = (
-        features_of(place.node, place.indices, axes, trace.inner, context.is_parameter)
-        for place in (trace.query, trace.key)
-    )
+    inner, is_parameter = trace.inner, context.is_parameter
+
+    def behind(place: Place, past_tokens: bool) -> Features:
+        return features_of(place.node, place.indices, axes, inner, is_parameter, past_tokens)
+
+    query, key = behind(trace.query, False), behind(trace.key, False)
+    # Features of one side that head_dim holds tell that the other side was projected over tokens.
+    if query.made & inner and key.made & keys:
+        key = behind(trace.key, True)
+    elif key.made & inner and query.made.isdisjoint(inner | free_axes(trace.key.indices)):
+        query = behind(trace.query, True)
     if keys & key.made:
         return None
     both = free_axes(trace.query.indices) & free_axes(trace.key.indices)
-    hinted = (query.hinted | key.hinted) & both - trace.inner
+    hinted = (query.hinted | key.hinted) & both - inner
     return Features(query.made | key.made, hinted)
 
 

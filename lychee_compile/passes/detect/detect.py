@@ -205,9 +205,7 @@ def _from_weights(
     softmax, elements = attention.softmax, walk.elements
     axes = elements.axes
     positions = free_axes(at) & free_axes(attention.out) - free_axes(value.indices)
-    tracer = ScoreTracer(
-        elements, attention.keys, context.is_parameter, positions, walk.mixes
-    )
+    tracer = ScoreTracer(elements, attention.keys, context.is_parameter, positions, walk.mixes)
     trace = tracer.trace(softmax.scores, at)
     if trace is None:
         return Rejected(softmax.node, tracer.why_not, Stage.SCORES)

@@ -47,12 +47,12 @@ def normalise(gm: torch.fx.GraphModule, mode: FakeTensorMode) -> frozenset[torch
 
 
 def _erase_idle_dropout(graph: torch.fx.Graph) -> None:
-    """Erase dropout that gives its input itself; some are left that write or give a mask too."""
+    """Erase dropout that gives its input itself; in place, or with a mask beside it, it stays."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and _is_idle_dropout(node) and not written_by(node):
-            if isinstance(value_of(node), torch.Tensor):
-                node.replace_all_uses_with(first_input(node))
-                graph.erase_node(node)
+        plain = not written_by(node) and isinstance(value_of(node), torch.Tensor)
+        if plain and _is_idle_dropout(node):
+            node.replace_all_uses_with(first_input(node))
+            graph.erase_node(node)
 
 
 def _is_idle_dropout(node: torch.fx.Node) -> bool:
