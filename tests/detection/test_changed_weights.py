@@ -139,6 +139,26 @@ def test_one_query_whose_heads_are_mixed(after: str) -> None:
     assert (site.query_heads, site.query_len, site.kv_len) == (HEADS, 1, KEYS)
 
 
+def test_a_class_token_whose_heads_are_mixed() -> None:
+    """CaiT: keys are a part of what a linear layer makes of the token and the patches."""
+
+    class Pooled(TalkingHeads):
+        def __init__(self) -> None:
+            super().__init__("einsum", "linear")
+            width = HEADS * DIM
+            self.queries, self.keys = nn.Linear(width, width), nn.Linear(width, 2 * width)
+
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            token, patches = query[:, :, :1].transpose(1, 2).flatten(2), key.transpose(1, 2)
+            tokens = torch.cat((token, patches.flatten(2)), 1)
+            made = (self.queries(token), *self.keys(tokens).chunk(2, -1))
+            return super().forward(*(x.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for x in made))
+
+    (site,) = explained(Pooled(), *operands()).sites
+    assert site.reason == reasons.WEIGHTS_CHANGED(operator="linear")
+    assert (site.query_heads, site.query_len, site.kv_len) == (HEADS, 1, KEYS + 1)
+
+
 @torch.no_grad()
 def test_mixed_heads_of_dynamic_lengths() -> None:
     compiled = torch.compile(TalkingHeads("linear", "conv2d"), backend="lychee", dynamic=True)

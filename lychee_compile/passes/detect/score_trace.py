@@ -124,7 +124,8 @@ class ScoreTracer:
         if product is None:
             return None
         axes = self.elements.axes
-        inner = [axes.index(f"d{place}", size) for place, size in enumerate(product.inner_sizes())]
+        sizes = enumerate(product.inner_sizes())
+        inner = [axes.index(f"{node.name}.d{place}", size) for place, size in sizes]
         left, right = product.operand_indices(indices, inner)
         sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
         holds = [free_axes(side.indices) & self.keys for side in sides]
