@@ -35,7 +35,6 @@ from lychee_compile.passes.detect.weight_walk import WeightWalk
 from lychee_compile.passes.graph.aliasing import is_view_of_part
 from lychee_compile.passes.graph.dataflow import (
     first_input,
-    operator_key,
     operator_of,
     shape_of,
     value_of,
@@ -212,9 +211,9 @@ def _from_weights(
     if context.is_parameter(value.node):
         return Rejected(softmax.node, reasons.VALUES_LINEAR(), Stage.OPERANDS)
     mixed = free_axes(at) - attention.keys - free_axes(attention.out)
-    if mixed and not _mixes_heads(mixed, at, walk, trace, context):
+    if mixed and not walk.mixes_heads(mixed, at, trace, context.is_parameter):
         return Rejected(softmax.node, reasons.WEIGHTS_SUMMED(), Stage.OPERANDS)
-    refused = walk.refused or _mixing(trace)
+    refused = walk.refused or trace.mixing
     if softmax.deferred and attention.node is attention.product.node:
         refused = refused or reasons.SUM_MISPLACED()
     dropped = _dropped_keys(softmax, attention.keys, axes, trace)
@@ -236,26 +235,6 @@ def _from_weights(
         mixed=mixed,
     )
     return settle(parts, elements, context)
-
-
-def _mixes_heads(
-    mixed: frozenset[Axis], at: Indices, walk: WeightWalk, trace: Trace, context: GraphContext
-) -> bool:
-    """True if what is summed over before the product with the values are heads, not tokens."""
-    query, key = free_axes(trace.query.indices), free_axes(trace.key.indices)
-    heads = query & key
-    if trace.mixed:  # a mixture of scores makes new heads
-        heads |= free_axes(at) - query - key
-    return all(
-        axes <= heads or context.is_parameter(factor) for axes, factor in walk.mixed if axes & mixed
-    )
-
-
-def _mixing(trace: Trace) -> Reason | None:
-    """Return a reason if scores of several heads are mixed; None if each head has its own."""
-    if trace.mixer is None:
-        return None
-    return reasons.SCORES_MIXED(operator=operator_key(trace.mixer))
 
 
 def _dropped_keys(

@@ -24,6 +24,7 @@ from lychee_compile.passes.graph.dataflow import (
 )
 from lychee_compile.passes.graph.operator_facts import Family, StepKind
 from lychee_compile.passes.graph.operators import OPERATORS, UNKNOWN
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axis, Indices, free_axes, size_expression
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.products import Product, product_of
@@ -63,6 +64,13 @@ class Trace:
     """Axes of heads that are summed over between the product and the softmax."""
     mixer: torch.fx.Node | None = None
     """The operator that does so; the last of several."""
+
+    @property
+    def mixing(self) -> Reason | None:
+        """Reason that scores of several heads are mixed; None if each head has its own."""
+        if self.mixer is None:
+            return None
+        return reasons.SCORES_MIXED(operator=operator_key(self.mixer))
 
 
 class ScoreTracer:

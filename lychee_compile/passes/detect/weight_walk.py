@@ -6,6 +6,7 @@ softmax(scores) -> sum over heads -> product with the values     talking heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.fx
@@ -23,7 +24,7 @@ from lychee_compile.passes.graph.dataflow import (
 )
 from lychee_compile.passes.graph.operator_facts import Family, StepKind
 from lychee_compile.passes.reasons import Reason
-from lychee_compile.passes.symbolic.axes import Axis, Indices
+from lychee_compile.passes.symbolic.axes import Axis, Indices, free_axes
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.views import broadcast, source_of
 
@@ -80,6 +81,22 @@ class WeightWalk:
                 self.refused = reasons.WEIGHTS_CHANGED(operator=operator_key(node))
                 return at
         return None
+
+    def mixes_heads(
+        self,
+        mixed: frozenset[Axis],
+        at: Indices,
+        trace: Trace,
+        is_parameter: Callable[[torch.fx.Node], bool],
+    ) -> bool:
+        """True if the axes `mixed` of weights that are read at `at` are heads, not tokens."""
+        query, key = free_axes(trace.query.indices), free_axes(trace.key.indices)
+        heads = query & key
+        if trace.mixed:  # a mixture of scores makes new heads
+            heads |= free_axes(at) - query - key
+        return all(
+            axes <= heads or is_parameter(factor) for axes, factor in self.mixed if axes & mixed
+        )
 
     def _note(self, node: torch.fx.Node, place: int) -> None:
         if operator_of(node).family is Family.DROPOUT:
