@@ -224,6 +224,11 @@ SCORES_OTHER = _kind(
     "scores-changed",
     "scores pass through {step}, which is not understood",
 )
+SCORES_MIXED = _kind(
+    Group.SCORE,
+    "scores-mixed",
+    "the scores of several heads are mixed before the softmax, by {operator}",
+)
 SCORES_TIMES_PER_KEY = _kind(
     Group.SCORE,
     "scores-scaled-per-key",

@@ -108,8 +108,8 @@ def settle(
     features = _features(trace, parts.keys, axes, context)
     if features is None:
         return Rejected(parts.node, reasons.OVER_FEATURES(), Stage.OPERANDS)
-    if parts.mixed:
-        return _mixed(parts, axes)
+    if parts.mixed or trace.mixed:
+        return _mixed(parts, query.axes - key.axes - trace.inner, axes)
     score = sum_up(
         replace(trace, query=places["query"], key=places["key"]),
         elements,
@@ -137,10 +137,13 @@ def settle(
     )
 
 
-def _mixed(parts: MatchedParts, axes: Axes) -> Unread:
-    """Return an attention whose weights are mixed over heads, by the shape of its scores."""
-    rows = [axes.product(free_axes([index])) for index in parts.score_dims]
-    heads = plain(axes.product(parts.mixed))
+def _mixed(parts: MatchedParts, alone: frozenset[Axis], axes: Axes) -> Unread:
+    """Return an attention whose scores or weights are mixed over heads, by the axes of its scores.
+
+    `alone` are axes of queries that keys lack.
+    """
+    mixed = parts.trace.mixed or parts.mixed
+    heads = plain(axes.product(mixed))
     assert parts.refused is not None
     return Unread(
         node=parts.node,
@@ -148,7 +151,7 @@ def _mixed(parts: MatchedParts, axes: Axes) -> Unread:
         query_heads=heads,
         kv_heads=heads,
         head_dim=plain(axes.product(parts.trace.inner)),
-        query_len=plain(rows[-1]) if rows else 1,
+        query_len=plain(axes.product(alone - mixed)),
         kv_len=plain(axes.product(parts.keys)),
         mask="not read",
         reason=parts.refused,
@@ -169,7 +172,8 @@ def _forms(chain: list[Place], place: Place, key: Operand, axes: Axes) -> tuple[
 def _misfit(parts: MatchedParts, query: Operand, key: Operand, value: Operand) -> Reason | None:
     """Return why the operands are not those of an attention; None if they are."""
     inner = parts.trace.inner
-    rows, out = free_axes(parts.score_dims), free_axes(parts.out)
+    mixed = parts.mixed | parts.trace.mixed
+    rows, out = free_axes(parts.score_dims) | mixed, free_axes(parts.out)
     shared = (key.axes | value.axes) & rows
     if not parts.keys <= key.axes or not parts.keys <= value.axes:
         return reasons.NOT_OVER_KEYS()
@@ -177,7 +181,7 @@ def _misfit(parts: MatchedParts, query: Operand, key: Operand, value: Operand) -
         return reasons.KEYS_DIFFER()
     if not query.axes <= rows | inner or query.axes & parts.keys:
         return reasons.QUERIES_DIFFER()
-    if not rows <= out | parts.mixed or not value.axes <= parts.keys | out:
+    if not rows <= out | mixed or not value.axes <= parts.keys | out:
         return reasons.WEIGHTS_SUMMED()
     return None
 
@@ -186,14 +190,21 @@ def _features(
     trace: Trace, keys: frozenset[Axis], axes: Axes, context: GraphContext
 ) -> Features | None:
     """Return the features of queries and keys; None if the keys themselves are features."""
-    query, key = (
-        features_of(place.node, place.indices, axes, trace.inner, context.is_parameter)
-        for place in (trace.query, trace.key)
-    )
+    inner, is_parameter = trace.inner, context.is_parameter
+
+    def behind(place: Place, past_tokens: bool) -> Features:
+        return features_of(place.node, place.indices, axes, inner, is_parameter, past_tokens)
+
+    query, key = behind(trace.query, False), behind(trace.key, False)
+    # Features of one side that head_dim holds tell that the other side was projected over tokens.
+    if query.made & inner and key.made & keys:
+        key = behind(trace.key, True)
+    elif key.made & inner and query.made.isdisjoint(inner | free_axes(trace.key.indices)):
+        query = behind(trace.query, True)
     if keys & key.made:
         return None
     both = free_axes(trace.query.indices) & free_axes(trace.key.indices)
-    hinted = (query.hinted | key.hinted) & both - trace.inner
+    hinted = (query.hinted | key.hinted) & both - inner
     return Features(query.made | key.made, hinted)
 
 

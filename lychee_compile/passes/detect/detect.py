@@ -24,13 +24,14 @@ from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.assemble import GraphContext, MatchedParts, settle
 from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.attention_operators import find_fused
+from lychee_compile.passes.detect.mixing import MIXERS
 from lychee_compile.passes.detect.operands import Place
 from lychee_compile.passes.detect.score_trace import ScoreTracer, Trace
 from lychee_compile.passes.detect.softmax.denominators import divisor_place
 from lychee_compile.passes.detect.softmax.joined_sums import find_joined
 from lychee_compile.passes.detect.softmax.softmaxes import Softmax, find_softmaxes
 from lychee_compile.passes.detect.softmax.written_softmax import with_exponentials
-from lychee_compile.passes.detect.weight_walk import MIXERS, WeightWalk
+from lychee_compile.passes.detect.weight_walk import WeightWalk
 from lychee_compile.passes.graph.aliasing import is_view_of_part
 from lychee_compile.passes.graph.dataflow import (
     first_input,
@@ -179,7 +180,7 @@ def _match(
         misfit = _misfit(softmax, at, attention.keys)
         if misfit:
             return Rejected(softmax.node, misfit, Stage.PRODUCT)
-        return _from_weights(attention, at, walk, value, elements, context)
+        return _from_weights(attention, at, walk, value, context)
     return None
 
 
@@ -197,21 +198,22 @@ def _from_weights(
     at: Indices,
     walk: WeightWalk,
     value: Place,
-    elements: Elements,
     context: GraphContext,
 ) -> Attention | Unread | Rejected:
     """Return the attention whose weights are read at `at`, or why it is none."""
-    softmax, axes = attention.softmax, elements.axes
-    tracer = ScoreTracer(elements, attention.keys, context.is_parameter)
+    softmax, elements = attention.softmax, walk.elements
+    axes = elements.axes
+    positions = free_axes(at) & free_axes(attention.out) - free_axes(value.indices)
+    tracer = ScoreTracer(elements, attention.keys, context.is_parameter, positions, walk.mixes)
     trace = tracer.trace(softmax.scores, at)
     if trace is None:
         return Rejected(softmax.node, tracer.why_not, Stage.SCORES)
     if context.is_parameter(value.node):
         return Rejected(softmax.node, reasons.VALUES_LINEAR(), Stage.OPERANDS)
     mixed = free_axes(at) - attention.keys - free_axes(attention.out)
-    if mixed and not _mixes_heads(mixed, walk, trace, context):
+    if mixed and not walk.mixes_heads(mixed, at, trace, context.is_parameter):
         return Rejected(softmax.node, reasons.WEIGHTS_SUMMED(), Stage.OPERANDS)
-    refused = walk.refused
+    refused = walk.refused or trace.mixing
     if softmax.deferred and attention.node is attention.product.node:
         refused = refused or reasons.SUM_MISPLACED()
     dropped = _dropped_keys(softmax, attention.keys, axes, trace)
@@ -233,16 +235,6 @@ def _from_weights(
         mixed=mixed,
     )
     return settle(parts, elements, context)
-
-
-def _mixes_heads(
-    mixed: frozenset[Axis], walk: WeightWalk, trace: Trace, context: GraphContext
-) -> bool:
-    """True if what is summed over before the product with the values are heads, not tokens."""
-    heads = free_axes(trace.query.indices) & free_axes(trace.key.indices)
-    return all(
-        axes <= heads or context.is_parameter(factor) for axes, factor in walk.mixed if axes & mixed
-    )
 
 
 def _dropped_keys(

@@ -6,6 +6,10 @@ Heads are a part of those features; batch, positions of queries and positions of
     q = linear(x)                                  [B, T, C]    features: h*D + d
     q.view(B, T, H, D).transpose(1, 2)             [B, H, T, D]
 
+A projection may also sum over tokens, as in Linformer: what it makes are tokens again.
+
+    k = einsum("btc,tn->bnc", linear(x), e)        [B, N, C]    T is not made by the linear layer
+
 Where tensors are joined, every range of the joined dimension belongs to its own tensor. An index
 of that dimension therefore never leads into a tensor; an axis of the tensor's own takes its place.
 """
@@ -66,15 +70,17 @@ def features_of(
     axes: Axes,
     head_dim: frozenset[Axis],
     is_parameter: Callable[[torch.fx.Node], bool],
+    past_tokens: bool = False,
 ) -> Features:
     """Return the features of the projection behind `node`.
 
+    With `past_tokens`, projections are passed by that sum over tokens, and so make tokens.
     Raises `SplitAxis` if an axis of `indices` must be taken apart first.
     """
     given = free_axes(indices)
     for _ in range(FINEST):
         try:
-            return _Walk(axes, is_parameter).features(node, indices, head_dim)
+            return _Walk(axes, is_parameter, past_tokens).features(node, indices, head_dim)
         except SplitAxis as request:
             if request.axis in given:
                 raise
@@ -85,8 +91,11 @@ def features_of(
 class _Walk:
     """A walk from an operand of an attention to the projections behind it."""
 
-    def __init__(self, axes: Axes, is_parameter: Callable[[torch.fx.Node], bool]) -> None:
+    def __init__(
+        self, axes: Axes, is_parameter: Callable[[torch.fx.Node], bool], past_tokens: bool
+    ) -> None:
         self._axes, self._is_parameter = axes, is_parameter
+        self._past_tokens = past_tokens
         self._found: dict[tuple[torch.fx.Node, Indices, int], Features] = {}
 
     def features(
@@ -118,9 +127,13 @@ class _Walk:
 
         A layer that makes `head_dim` alone treats all heads alike: the layer before it tells them.
         """
+        source = layer.source
+        if self._past_tokens:
+            behind = self.features(source.node, source.indices, head_dim, layers)
+            if behind.made and not behind.made & layer.inner:
+                return behind
         if layer.made - head_dim or layers == 1:
             return Features(layer.made)
-        source = layer.source
         before = self.features(source.node, source.indices, layer.inner, layers - 1)
         return Features(layer.made, (before.made | before.hinted) - layer.inner)
 

@@ -11,6 +11,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes import reasons
+from lychee_compile.passes.detect.mixing import mixtures_of
 from lychee_compile.passes.detect.operands import Place, widens
 from lychee_compile.passes.graph.dataflow import (
     argument,
@@ -23,6 +24,7 @@ from lychee_compile.passes.graph.dataflow import (
 )
 from lychee_compile.passes.graph.operator_facts import Family, StepKind
 from lychee_compile.passes.graph.operators import OPERATORS, UNKNOWN
+from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axis, Indices, free_axes, size_expression
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.products import Product, product_of
@@ -58,6 +60,17 @@ class Trace:
     inner: frozenset[Axis]
     """The axes of head_dim."""
     steps: tuple[Step, ...]
+    mixed: frozenset[Axis] = frozenset()
+    """Axes of heads that are summed over between the product and the softmax."""
+    mixer: torch.fx.Node | None = None
+    """The operator that does so; the last of several."""
+
+    @property
+    def mixing(self) -> Reason | None:
+        """Reason that scores of several heads are mixed; None if each head has its own."""
+        if self.mixer is None:
+            return None
+        return reasons.SCORES_MIXED(operator=operator_key(self.mixer))
 
 
 class ScoreTracer:
@@ -68,10 +81,16 @@ class ScoreTracer:
         elements: Elements,
         keys: frozenset[Axis],
         is_parameter: Callable[[torch.fx.Node], bool],
+        positions: frozenset[Axis],
+        mixes: bool,
     ) -> None:
+        """Begin a walk over `keys`; `positions` are the axes of queries that values lack.
+
+        Mixtures of heads are followed if they keep a position, and with `mixes` all of them are.
+        """
         self.elements, self.keys = elements, keys
         self.why_not = reasons.SCORES_NO_PRODUCT()
-        self._is_parameter = is_parameter
+        self._is_parameter, self._positions, self._mixes = is_parameter, positions, mixes
         self._failed: set[torch.fx.Node] = set()
         self._visited = 0
 
@@ -81,7 +100,10 @@ class ScoreTracer:
         if node.op != "call_function" or node in self._failed or self._visited > DEEPEST:
             return None
         trace = (
-            self._product(node, indices) or self._view(node, indices) or self._step(node, indices)
+            self._mixture(node, indices)
+            or self._product(node, indices)
+            or self._view(node, indices)
+            or self._step(node, indices)
         )
         if trace is None:
             self._failed.add(node)
@@ -89,12 +111,29 @@ class ScoreTracer:
             return _after(trace, Step(StepKind.OTHER, node, "a write through a view"))
         return trace
 
+    def _mixture(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
+        """Follow scores whose heads are mixed, if the maps extend over queries and keys both."""
+        if not self._positions and not self._mixes:
+            return None
+        for mixture in mixtures_of(node, indices, self.elements.axes):
+            held = free_axes(mixture.indices)
+            if free_axes(mixture.factor_indices) & self.keys or not self.keys <= held:
+                continue
+            if self._positions and not self._positions & held:
+                continue
+            trace = self.trace(mixture.maps, mixture.indices)
+            mixed = mixture.summed | trace.mixed if trace else frozenset()
+            if trace and mixed and mixed <= _heads(trace, self._positions & held - mixed):
+                return replace(trace, mixed=mixed, mixer=node)
+        return None
+
     def _product(self, node: torch.fx.Node, indices: Indices) -> Trace | None:
         product = product_of(node)
         if product is None:
             return None
         axes = self.elements.axes
-        inner = [axes.index(f"d{place}", size) for place, size in enumerate(product.inner_sizes())]
+        sizes = enumerate(product.inner_sizes())
+        inner = [axes.index(f"{node.name}.d{place}", size) for place, size in sizes]
         left, right = product.operand_indices(indices, inner)
         sides = [Place(product.left, left, sympy.S.One), Place(product.right, right, sympy.S.One)]
         holds = [free_axes(side.indices) & self.keys for side in sides]
@@ -178,8 +217,14 @@ class ScoreTracer:
         return None
 
 
+def _heads(trace: Trace, positions: frozenset[Axis]) -> frozenset[Axis]:
+    """Return axes of queries that keys share; with `positions`, those that are none of them too."""
+    query, key = free_axes(trace.query.indices), free_axes(trace.key.indices)
+    return query - trace.inner - positions if positions else query & key - trace.inner
+
+
 def _after(trace: Trace, step: Step) -> Trace:
-    return Trace(trace.product, trace.query, trace.key, trace.inner, (*trace.steps, step))
+    return replace(trace, steps=(*trace.steps, step))
 
 
 def _writes_scores(node: torch.fx.Node) -> bool:

@@ -6,11 +6,13 @@ softmax(scores) -> sum over heads -> product with the values     talking heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.fx
 
 from lychee_compile.passes import reasons
+from lychee_compile.passes.detect.mixing import mixtures_of
 from lychee_compile.passes.detect.score_trace import Trace
 from lychee_compile.passes.detect.softmax.softmaxes import Softmax
 from lychee_compile.passes.graph.dataflow import (
@@ -24,23 +26,20 @@ from lychee_compile.passes.graph.operator_facts import Family, StepKind
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axis, Indices, free_axes
 from lychee_compile.passes.symbolic.elements import Elements
-from lychee_compile.passes.symbolic.products import product_of
 from lychee_compile.passes.symbolic.views import broadcast, source_of
-
-MIXERS = (Family.CONVOLUTION, Family.NORMALISATION)
-"""Operators besides products that mix the weights of several heads."""
 
 
 class WeightWalk:
     """A walk from the product with the values back to the softmax, noting what is in between."""
 
     def __init__(self, softmax: Softmax, elements: Elements, mixes: bool = False) -> None:
+        """Begin a walk; with `mixes`, through operators that mix the weights of heads too."""
         self.dropout = 0.0
         self.refused: Reason | None = None
         self.mixed: list[tuple[frozenset[Axis], torch.fx.Node]] = []
         """Axes of the weights that are summed up on the way, each with the factor of that sum."""
-        self._mixes = mixes
-        self._softmax, self._elements = softmax, elements
+        self.elements, self.mixes = elements, mixes
+        self._softmax = softmax
         self._zeroed: list[torch.fx.Node] = []
         self._dead: set[torch.fx.Node] = set()
 
@@ -50,13 +49,13 @@ class WeightWalk:
             return indices
         if node.op != "call_function" or node in self._dead or len(self._dead) > 64:
             return None
-        viewed = source_of(node, indices, self._elements.axes)
+        viewed = source_of(node, indices, self.elements.axes)
         at = None
         if viewed is not None:
             at = self.back(*viewed)
         elif operator_of(node).carries_weights:
             at = self._through(node, indices)
-        elif self._mixes:
+        elif self.mixes:
             at = self._mixture(node, indices)
         if at is None:
             self._dead.add(node)
@@ -74,44 +73,30 @@ class WeightWalk:
 
     def _mixture(self, node: torch.fx.Node, indices: Indices) -> Indices | None:
         """Go back through an operator that mixes heads, as a sum over them does."""
-        at = self._through_product(node, indices)
-        if at is None and operator_of(node).family in MIXERS:
-            at = self._through_layer(node, indices)
-        if at is not None:
-            self.refused = reasons.WEIGHTS_CHANGED(operator=operator_key(node))
-        return at
-
-    def _through_layer(self, node: torch.fx.Node, indices: Indices) -> Indices | None:
-        """Go back through a convolution over heads, or a normalisation."""
-        source, *others = node.args
-        if not isinstance(source, torch.fx.Node) or shape_of(source)[2:] != shape_of(node)[2:]:
-            return None
-        if operator_of(node).family is not Family.CONVOLUTION:
-            return self.back(source, indices)
-        channel = self._elements.axes.index(f"{node.name}_in", shape_of(source)[1])
-        at = self.back(source, (indices[0], channel, *indices[2:]))
-        if at is not None and isinstance(others[0], torch.fx.Node):
-            self.mixed.append((free_axes([channel]), others[0]))
-        return at
-
-    def _through_product(self, node: torch.fx.Node, indices: Indices) -> Indices | None:
-        product = product_of(node)
-        if product is None:
-            return None
-        inner = [
-            self._elements.axes.index(f"{node.name}_{place}", size)
-            for place, size in enumerate(product.inner_sizes())
-        ]
-        left, right = product.operand_indices(indices, inner)
-        for source, inside, factor in (
-            (product.left, left, product.right),
-            (product.right, right, product.left),
-        ):
-            at = self.back(source, inside)
+        for mixture in mixtures_of(node, indices, self.elements.axes):
+            at = self.back(mixture.maps, mixture.indices)
             if at is not None:
-                self.mixed.append((free_axes(inner), factor))
+                if mixture.factor is not None:
+                    self.mixed.append((mixture.summed, mixture.factor))
+                self.refused = reasons.WEIGHTS_CHANGED(operator=operator_key(node))
                 return at
         return None
+
+    def mixes_heads(
+        self,
+        mixed: frozenset[Axis],
+        at: Indices,
+        trace: Trace,
+        is_parameter: Callable[[torch.fx.Node], bool],
+    ) -> bool:
+        """True if the axes `mixed` of weights that are read at `at` are heads, not tokens."""
+        query, key = free_axes(trace.query.indices), free_axes(trace.key.indices)
+        heads = query & key
+        if trace.mixed:  # a mixture of scores makes new heads
+            heads |= free_axes(at) - query - key
+        return all(
+            axes <= heads or is_parameter(factor) for axes, factor in self.mixed if axes & mixed
+        )
 
     def _note(self, node: torch.fx.Node, place: int) -> None:
         if operator_of(node).family is Family.DROPOUT:
@@ -130,9 +115,9 @@ class WeightWalk:
     def _zeroes(self, node: torch.fx.Node, place: int) -> tuple[Any, Any]:
         """Return the condition under which a weight is replaced, and by what; None if it is not."""
         if is_operator(node, "masked_fill") and place == 0:
-            return node.args[1], self._elements.of(node.args[2])
+            return node.args[1], self.elements.of(node.args[2])
         if is_operator(node, "where") and place > 0:
-            return node.args[0], self._elements.of(node.args[3 - place])
+            return node.args[0], self.elements.of(node.args[3 - place])
         return None, None
 
     def unknown_mask(self, trace: Trace) -> Reason | None:

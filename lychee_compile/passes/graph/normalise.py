@@ -21,6 +21,7 @@ from lychee_compile.passes.graph.dataflow import (
     argument,
     aten,
     calls,
+    first_input,
     is_tensor,
     operator_of,
     same_shape,
@@ -38,10 +39,25 @@ from lychee_compile.torch_private import FakeTensorMode
 
 def normalise(gm: torch.fx.GraphModule, mode: FakeTensorMode) -> frozenset[torch.fx.Node]:
     """Rewrite `gm` in place, and return the tensors made in the graph that are still written to."""
+    _erase_idle_dropout(gm.graph)
     erase_dead_code(gm)
     written = _Writes(gm.graph, mode).as_values()
     erase_dead_code(gm)
     return written
+
+
+def _erase_idle_dropout(graph: torch.fx.Graph) -> None:
+    """Erase dropout that gives its input itself; in place, or with a mask beside it, it stays."""
+    for node in list(graph.nodes):
+        plain = not written_by(node) and isinstance(value_of(node), torch.Tensor)
+        if plain and _is_idle_dropout(node):
+            node.replace_all_uses_with(first_input(node))
+            graph.erase_node(node)
+
+
+def _is_idle_dropout(node: torch.fx.Node) -> bool:
+    dropout = operator_of(node).family is Family.DROPOUT
+    return dropout and not (argument(node, "train") and argument(node, "p"))
 
 
 class _Writes:
@@ -94,8 +110,8 @@ class _Writes:
 
         `scores[a:] += bias` ends with such a copy.
         """
-        if operator_of(node).family is Family.DROPOUT:
-            return not (argument(node, "train") and argument(node, "p"))
+        if _is_idle_dropout(node):
+            return True
         copies = calls(node, aten.copy_.default) and is_tensor(node.args[1])
         return copies and same_view(target, node.args[1], self._memory)  # type: ignore[arg-type]
 

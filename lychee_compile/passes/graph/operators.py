@@ -121,27 +121,28 @@ def _arithmetic() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row(
         "sub/subtract", numbers=operator.sub, steps=(MINUS, StepKind.FROM), carries=True
     )
-    yield from _row("rsub", numbers=lambda a, b: b - a, steps=(StepKind.FROM, MINUS))
+    yield from _row("rsub", numbers=lambda a, b: b - a, steps=(StepKind.FROM, MINUS), carries=True)
     yield from _row("mul/multiply", numbers=operator.mul, steps=(TIMES, TIMES), carries=True)
     yield from _row(
         "div/divide/true_divide", rule=Rule.DIVIDE, steps=(StepKind.OVER,), carries=True
     )
-    yield from _row("neg/negative", numbers=operator.neg, steps=(TIMES,))
-    yield from _row("maximum", numbers=sympy.Max, steps=(FLOOR, FLOOR))
+    yield from _row("neg/negative", numbers=operator.neg, steps=(TIMES,), carries=True)
+    yield from _row("maximum", numbers=sympy.Max, steps=(FLOOR, FLOOR), carries=True)
     yield from _row("max", steps=(FLOOR, FLOOR))
     yield from _row("clamp/clip clamp_min", steps=(FLOOR,), carries=True)
     yield from _row("tanh", numbers=sympy.tanh, steps=(StepKind.TANH,))
-    yield from _row("minimum", numbers=sympy.Min, steps=(OTHER, OTHER))
-    yield from _row("abs/absolute", numbers=sympy.Abs, steps=(OTHER,))
+    yield from _row("minimum", numbers=sympy.Min, steps=(OTHER, OTHER), carries=True)
+    yield from _row("abs/absolute", numbers=sympy.Abs, steps=(OTHER,), carries=True)
     yield from _row("exp", numbers=sympy.exp, steps=(OTHER,), family=Family.EXPONENTIAL)
     yield from _row("exp2/special_exp2", family=Family.EXPONENTIAL)
-    yield from _row("sqrt", numbers=sympy.sqrt, steps=(OTHER,))
-    yield from _row("square", numbers=lambda a: a**2, steps=(OTHER,))
+    yield from _row("sqrt", numbers=sympy.sqrt, steps=(OTHER,), carries=True)
+    yield from _row("square", numbers=lambda a: a**2, steps=(OTHER,), carries=True)
     yield from _row("pow", numbers=operator.pow, steps=(OTHER, OTHER), carries=True)
     yield from _row(
         "sigmoid/special_expit", numbers=lambda a: 1 / (1 + sympy.exp(-a)), steps=(OTHER,)
     )
     yield from _row("nan_to_num relu", steps=(OTHER,), carries=True)
+    yield from _row("lerp addcmul", carries=True)
     yield from _row("clamp_max leaky_relu gelu silu sin cos softplus elu hardtanh", steps=(OTHER,))
 
 

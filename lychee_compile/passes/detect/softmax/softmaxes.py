@@ -164,7 +164,8 @@ def sums_of(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, tuple[int, ...
 def _masked(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     """Yield the operators that set some elements of `node` to zero, or multiply them."""
     for user in _users_behind_shapes(node):
-        zeroes = is_operator(user, "mul") or (is_operator(user, "where") and user.args[2] == 0)
+        zeroes = is_operator(user, "mul") or is_operator(user, "dropout")
+        zeroes = zeroes or (is_operator(user, "where") and bool(user.args[2] == 0))
         if is_operator(user, "masked_fill"):
             zeroes = bool(user.args[2] == 0) and _behind_copies(first_input(user)) is node
         if zeroes and shape_of(user) == shape_of(node):
@@ -173,6 +174,8 @@ def _masked(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
 
 def hides_keys(masked: torch.fx.Node) -> bool:
     """True if an operator on exponentials does nothing but set some of them to zero."""
+    if is_operator(masked, "dropout"):
+        return False
     return not is_operator(masked, "mul") or any(
         value_of(_behind_copies(each)).dtype == torch.bool for each in masked.all_input_nodes
     )

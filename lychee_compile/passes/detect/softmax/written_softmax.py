@@ -57,11 +57,13 @@ def with_exponentials(
 def _hiding(masked: torch.fx.Node, at: Indices) -> Step | None:
     """Return the step that hides the keys whose exponentials are set to zero.
 
-    None if exponentials are multiplied by anything but truth values.
+    None if exponentials are multiplied by anything but truth values, as dropout does.
     """
     if is_operator(masked, "mul"):
         masks = [each for each in map(_behind_casts, masked.all_input_nodes) if _is_bool(each)]
         mask, when = (masks[0] if masks else None), False
+    elif is_operator(masked, "dropout"):
+        return None
     else:
         fills = is_operator(masked, "masked_fill")
         mask, when = masked.args[1 if fills else 0], fills  # type: ignore[assignment]
