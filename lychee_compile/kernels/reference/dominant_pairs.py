@@ -9,6 +9,8 @@ from lychee_compile.kernels.levels.declaration import DominantPairs
 
 SAMPLE = 2048
 """Most keys of a row that channels are chosen from."""
+REFIT_GROWTH = 4
+"""Times that the tokens must have become more until channels are chosen anew."""
 SCATTER = 7919
 """A prime that spreads the sampled keys, so that no rotation keeps step with them."""
 
