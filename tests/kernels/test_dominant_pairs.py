@@ -48,7 +48,7 @@ def keys(dim, length, interleaved, seed=0):
 
 def from_all(key, pairs):
     count = torch.full((key.shape[0],), key.shape[2])
-    return channels_of(key, torch.zeros_like(count), fitted_tokens(count), pairs)
+    return channels_of(key, fitted_tokens(count), pairs)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -99,12 +99,12 @@ def fasa_index(batch, kv_heads, dim, budget=BUDGET):
 def test_a_row_chooses_anew_once_it_has_four_times_the_tokens():
     key, index = keys(32, 300, interleaved=True), fasa_index(2, 2, 32)
     index.restart(torch.tensor([False, True]), torch.tensor([0, 20]))
-    for end, fitted in (([16, 30], [16, 8]), ([63, 51], [16, 8]), ([64, 52], [64, 32])):
+    for end, fitted in (([16, 30], [16, 16]), ([63, 51], [16, 16]), ([64, 52], [64, 16])):
         index.fresh = torch.tensor(end) if end[0] > 16 else None
         index.extend(key, torch.tensor(end) + (index.fresh is not None))
         assert index.fitted.tolist() == fitted
     expected = channels_of(
-        key, torch.tensor([0, 20]), torch.tensor([64, 32]), DominantPairs(4)
+        key, torch.tensor([64, 16]), DominantPairs(4)
     )
     assert torch.equal(index.channels, expected)
     index.truncate(torch.tensor([40, 40]))
@@ -173,7 +173,7 @@ def test_an_index_keeps_its_channels_as_it_grows_and_chooses_anew_at_refits():
     problem, index, _ = problem_of(Sizes(2, 2, 2, 1, 700, 32))
     index.build(problem.module(), problem.key, [100, 40])
     expected = channels_of(
-        problem.key, torch.zeros(2, dtype=torch.int64), torch.tensor([64, 32]), DominantPairs(4)
+        problem.key, torch.tensor([64, 32]), DominantPairs(4)
     )
     assert torch.equal(index.parts.channels, expected.int())
     assert index.refit_after(100) == 256

@@ -33,12 +33,13 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     sinks, recent = stack.always_read(spec.sparse.sinks, spec.sparse.recent, spec.sparse.budget)
     sparse = replace(spec.sparse, sinks=sinks, recent=recent)
     unread = "fresh" if stack.last_size == 1 else "fresh // PAGE * PAGE"
+    is_listed = stack.last_size > 1 or len(stack.levels) > 1
     names = "".join(f"summary_{name}, " for level in stack.levels for name in level.fields)
     described = [_described(spec, number, level) for number, level in enumerate(stack.levels)]
     return [
         _constants(spec, stack),
         *emit_bins(spec, sparse),
-        *library("bins", "chosen_of_tiles"),
+        *(library("bins", "chosen_of_tiles") if is_listed else []),
         emit_always_read(spec, sparse, unread=unread),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         *library("fingerprints", "record_fingerprints"),

@@ -189,8 +189,6 @@ def register_policy(
     leaves abstract methods undefined, and for a `tiles` that cannot be called.
     """
     if isinstance(policy, LevelStack):
-        if gpu is not None:
-            raise ValueError(f"policy {name!r} is declared: its kernels are made from levels")
         index = None
     else:
         index = policy
@@ -219,6 +217,9 @@ def _check_new(
 ) -> None:
     """Raise ValueError if a policy is another than the one of its name registered `before`."""
     name, known = before.name, before.index if before.levels is None else before.levels
+    declared = before.levels is not None or isinstance(policy, LevelStack)
+    if declared and gpu is not None:
+        raise ValueError(f"policy {name!r} is declared: its kernels are made from levels")
     if None not in (known, policy) and known != policy:
         raise ValueError(f"there is a policy {name!r} already: {before.words or known!r}")
     if before.prefill not in (None, tiles) and tiles is not None:

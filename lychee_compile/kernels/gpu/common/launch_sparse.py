@@ -110,4 +110,4 @@ def lanes(examined: int, splits: int) -> int:
 
 def list_size(module: ModuleType) -> int:
     """Return how many slots the list of a program of `attend` has room for."""
-    return -(-(module.BUDGET.value + 64) // 64) * 64
+    return -(-(module.BUDGET.value + max(2 * module.PAGE.value, 64)) // 64) * 64

@@ -79,5 +79,5 @@ class LevelDeviceIndex(DeviceIndex):
         pairs = self.layout.stack.pairs
         if pairs is not None:
             tokens = fitted_tokens(torch.tensor(ends))
-            found = channels_of(key[: len(ends)], torch.zeros_like(tokens), tokens, pairs)
+            found = channels_of(key[: len(ends)], tokens, pairs)
             self.parts._asdict()["channels"][: len(ends)] = found
