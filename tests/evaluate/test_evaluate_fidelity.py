@@ -66,7 +66,7 @@ def test_the_truth_is_dense_attention():
 @pytest.mark.parametrize("policy", registry.policy_names())
 def test_a_budget_for_everything_loses_nothing(policy, softcap):
     taken = synthetic_capture(300, 2, softcap=softcap)
-    row = fidelity(taken, [Variant(policy)], [400]).row(policy, 400)
+    row = fidelity(taken, [Variant(policy)], [1000]).row(policy, 1000)
     assert row.mass == 1.0
     assert row.error < 1e-5
     assert row.certified == 1.0
