@@ -137,7 +137,7 @@ def evaluate(expression: sympy.Expr, algebra: Algebra[V], values: Mapping[str, V
             known = ", ".join(sorted(values))
             raise ValueError(f"no {expression.name!r} here: {known} are known")
         return values[expression.name]
-    if expression.is_number:
+    if expression.is_number and not expression.has(_Reduction):
         return algebra.number(float(expression))
     inner = [evaluate(each, algebra, values) for each in _operands(expression)]
     return _apply(expression, algebra, inner)

@@ -9,6 +9,8 @@ from lychee_compile.kernels.levels.declaration import DominantPairs
 
 SAMPLE = 2048
 """Most keys of a row that channels are chosen from."""
+REFIT_GROWTH = 4
+"""Times that the tokens must have become more until channels are chosen anew."""
 SCATTER = 7919
 """A prime that spreads the sampled keys, so that no rotation keeps step with them."""
 
@@ -23,15 +25,14 @@ def fitted_tokens(tokens: Tensor) -> Tensor:
     return torch.where(tokens > 0, 2**exponent.clamp(min=0), 0)
 
 
-def channels_of(key: Tensor, start: Tensor, tokens: Tensor, pairs: DominantPairs) -> Tensor:
+def channels_of(key: Tensor, tokens: Tensor, pairs: DominantPairs) -> Tensor:
     """Return the channels of the dominant pairs of each row and KV head, int64 [B, Hkv, C].
 
-    They are chosen from the `tokens` keys from the slot `start` on, int64 [B] each, of `key`
-    [B, Hkv, L, D]; of no keys, the first pairs are. A pair dominates by the variance of its two
-    channels. It is (i, i + D/2) or (2i, 2i + 1): see `_layout`.
+    They are chosen from the first `tokens`, int64 [B], keys of `key` [B, Hkv, L, D]; of no keys,
+    the first pairs are. A pair dominates by the variance of its two channels. It is (i, i + D/2) or
+    (2i, 2i + 1): see `_disagreement`.
     """
-    rows = zip(key, start.tolist(), tokens.tolist(), strict=True)
-    moments = [_moments(each, begin, count) for each, begin, count in rows]
+    moments = [_moments(each, count) for each, count in zip(key, tokens.tolist(), strict=True)]
     energy, variance = (torch.stack(each) for each in zip(*moments, strict=True))
     count = pairs.channels(key.shape[-1]) // 2
     layouts = _layouts(key.shape[-1], key.device)
@@ -48,14 +49,14 @@ def pick(vectors: Tensor, channels: Tensor) -> Tensor:
     return vectors.gather(-1, channels[:, :, None].expand(-1, -1, vectors.shape[2], -1))
 
 
-def _moments(key: Tensor, begin: int, count: int) -> tuple[Tensor, Tensor]:
+def _moments(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return mean square and variance of each channel, float32 [Hkv, D], of keys [Hkv, L, D].
 
-    At most `SAMPLE` of the `count` keys from the slot `begin` on are looked at.
+    At most `SAMPLE` of the first `count` keys are looked at.
     """
     step = max(count // SAMPLE, 1)
     number = torch.arange(min(count, SAMPLE), device=key.device)
-    keys = key.index_select(1, begin + number * step + number * SCATTER % step)
+    keys = key.index_select(1, number * step + number * SCATTER % step)
     mean = keys.sum(1, keepdim=True, dtype=torch.float32) / max(len(number), 1)
     variance = (keys - mean).square().sum(1) / max(len(number), 1)
     energy = variance + mean[:, 0].square()

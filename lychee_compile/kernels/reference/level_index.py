@@ -10,7 +10,12 @@ from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.levels.declaration import LevelStack, Pages
-from lychee_compile.kernels.reference.dominant_pairs import channels_of, fitted_tokens, pick
+from lychee_compile.kernels.reference.dominant_pairs import (
+    REFIT_GROWTH,
+    channels_of,
+    fitted_tokens,
+    pick,
+)
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.level_values import bound, estimate, summaries
 from lychee_compile.kernels.reference.question import Question, Runs, group_mass
@@ -86,7 +91,6 @@ class LevelIndex(KVIndex):
         super().truncate(keep)
         for number, level in enumerate(self.stack.levels):
             self.full[number] = torch.minimum(self.full[number], keep // level.groups.size)
-        self.fitted = torch.where(keep - self.start < self.fitted, 0, self.fitted)
         size = self.stack.last_size
         self.tail = torch.maximum(self.tail // size * size, self.start)
 
@@ -177,11 +181,17 @@ class LevelIndex(KVIndex):
         return self.stack.bytes_per_step(tokens, budget, self.head_dim)
 
     def _fit(self, key: Tensor) -> None:
-        """Choose the channels of rows that have grown beyond the next power of two since."""
-        tokens = fitted_tokens(self.end - self.start)
-        due = tokens > self.fitted
-        if self.stack.pairs is not None and bool(due.any()):
-            found = channels_of(key, self.start, tokens, self.stack.pairs)
+        """Choose the channels of rows that are new, or have `REFIT_GROWTH` times as many tokens.
+
+        Slots that this step wrote do not count, unless they are the first of their row.
+        """
+        if self.stack.pairs is None:
+            return
+        fresh = self.end if self.fresh is None else torch.minimum(self.fresh, self.end)
+        tokens = fitted_tokens(torch.where(fresh > self.start, fresh, self.end))
+        due = (tokens >= REFIT_GROWTH * self.fitted) & (tokens > 0)
+        if bool(due.any()):
+            found = channels_of(key, tokens, self.stack.pairs)
             self.channels = torch.where(due[:, None, None], found, self.channels)
             self.fitted = torch.where(due, tokens, self.fitted)
 
@@ -203,6 +213,7 @@ class LevelIndex(KVIndex):
         assert level.keep is not None
         rank, size = self.ranks(question, number, within), level.groups.size
         most = (level.keep.per_token * question.budget).clamp(min=level.keep.least) // size
+        most = most.clamp(min=1)
         best = rank.topk(min(int(most.max()), rank.shape[-1]), -1)
         inside = torch.arange(best.indices.shape[-1], device=rank.device) < most[..., None]
         kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best.indices, inside)

@@ -12,7 +12,11 @@ from lychee_compile.kernels.gpu.common.index import REFIT, DeviceIndex
 from lychee_compile.kernels.gpu.common.launch_common import launch
 from lychee_compile.kernels.gpu.common.operands import strides
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
-from lychee_compile.kernels.reference.dominant_pairs import channels_of, fitted_tokens
+from lychee_compile.kernels.reference.dominant_pairs import (
+    REFIT_GROWTH,
+    channels_of,
+    fitted_tokens,
+)
 from lychee_compile.kernels.reference.level_values import summaries
 
 RECORDED = 64
@@ -61,10 +65,10 @@ class LevelDeviceIndex(DeviceIndex):
             launch(module.record_fingerprints, grid, arguments, num_warps=4)
 
     def refit_after(self, end: int) -> int:
-        """Return how many keys may follow until twice as many choose the channels."""
+        """Return how many keys may follow until channels are chosen anew."""
         if self.layout.stack.pairs is None:
             return super().refit_after(end)
-        return max(2 * int(fitted_tokens(torch.tensor(end))) - end, REFIT)
+        return max(REFIT_GROWTH * int(fitted_tokens(torch.tensor(end))) - end, REFIT)
 
     def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Choose the channels anew. Summaries stay: the keys of a group alone decide them."""
@@ -75,5 +79,5 @@ class LevelDeviceIndex(DeviceIndex):
         pairs = self.layout.stack.pairs
         if pairs is not None:
             tokens = fitted_tokens(torch.tensor(ends))
-            found = channels_of(key[: len(ends)], torch.zeros_like(tokens), tokens, pairs)
+            found = channels_of(key[: len(ends)], tokens, pairs)
             self.parts._asdict()["channels"][: len(ends)] = found
