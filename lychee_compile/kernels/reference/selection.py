@@ -86,7 +86,7 @@ def select(
         count = always.count(visible)
         room = (torch.as_tensor(budget, device=inputs.query.device) - count[:, None]).expand(shape)
         room = room.clamp(min=0)
-    coverage = index.config.coverage
+    coverage = index.config.coverage if index.estimates_shares else None
     fits = choosable[:, None] <= room if coverage is None else choosable == 0
     if bool(fits.all()):
         length = (always.recent_start - always.sinks_end).clamp(min=0)
