@@ -23,7 +23,6 @@ from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.question import query_rows
 from lychee_compile.kernels.reference.softcap import capped
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -113,7 +112,6 @@ class Recorder:
                 certificate=call.certificate,
             )
         )
-
 
     def observe_kernels(self, call: KernelCall) -> None:
         """Record what generated kernels have read."""

@@ -175,7 +175,10 @@ def test_the_policy_and_the_certificate_are_told() -> None:
 
 def test_the_share_to_cover_is_told() -> None:
     given = {"cache": StaticKV.empty(1, SIZE)}
-    for policy, words in (("lychee", ", fewer if they hold 0.95 of the softmax"), ("streaming", "")):
+    for policy, words in (
+        ("lychee", ", fewer if they hold 0.95 of the softmax"),
+        ("streaming", ""),
+    ):
         options = {**SPARSE, "policy": policy, "coverage": 0.95}
         model = TinyDecoder().eval()
         (site, *_) = lychee_compile.explain(model, tokens(1), options=options, **given).sites

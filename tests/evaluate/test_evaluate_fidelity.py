@@ -161,6 +161,16 @@ def test_epsilon_certifies_every_choice():
     assert row.violations == 0
 
 
+def test_a_share_to_cover_reads_fewer_tokens():
+    taken = synthetic_capture(600, 2)
+    labels = ["lychee:coverage=0.5", "lychee:coverage=0.8", "lychee"]
+    result = fidelity(taken, parse_variants(",".join(labels)), [300])
+    few, more, most = (result.row(label, 300) for label in labels)
+    assert few.tokens < more.tokens < most.tokens == 300
+    assert few.mass < more.mass < most.mass
+    assert few.mass > 0.45
+
+
 def test_boundaries_come_from_the_capture():
     taken = synthetic_capture(400, 1)
     noted = Replay(taken.sites[0], taken, Variant("lychee", {"boundaries": "tokens"}).config(128))

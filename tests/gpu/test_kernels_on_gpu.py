@@ -87,6 +87,12 @@ class Problem:
         weight = score.softmax(-1)[..., : self.key.shape[2]]
         return (weight @ self.value.to(dtype)[:, :, None]).flatten(1, 2)
 
+    def share(self):
+        """Return the softmax of each head, float64 [B, Hkv, G, T, L]."""
+        query = self.query.double().unflatten(1, (self.key.shape[1], self.spec.group))
+        score = self.finish(query @ self.key.double()[:, :, None].mT)
+        return score.masked_fill(~self.visible(), -torch.inf).softmax(-1)
+
     def operands(self):
         return AttentionOperands(self.query, self.key, self.value, [self.last], self.extra)
 
@@ -164,6 +170,32 @@ def test_sparse_attention_reads_what_the_specification_selects(case, monkeypatch
     eager = problem.attention(read, problem.query.dtype)
     band = rounding_band(output, truth, problem)
     assert (output - truth).abs().max() <= (eager - truth).abs().max() + band
+
+
+@pytest.mark.parametrize("slots", [32768, 131072], ids=["flat", "paged"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_as_many_tokens_are_read_as_it_takes_to_cover_a_share(group, slots, monkeypatch):
+    counts = []
+    for coverage in (0.3, 0.9, None):
+        sparse = SparseSpec("lychee", 2048, 16, 64, 16, 65536, coverage)
+        spec = make_spec("bfloat16", group, 128, None, sparse)
+        module, length = compiled(spec), slots - 50
+        problem = Problem(spec, 1, 4, slots, length)
+        index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
+        index.build(module, problem.key, [length])
+        output, read, _ = slots_read(monkeypatch, problem, lambda: problem.sparse(module, index))  # noqa: B023
+        truth, eager = problem.attention(read), problem.attention(read, problem.query.dtype)
+        band = rounding_band(output, truth, problem)
+        assert (output - truth).abs().max() <= (eager - truth).abs().max() + band
+        counts.append(read.sum(-1))
+        share = problem.share()
+        covered = (share * read[:, :, None]).sum(-1).mean(2)
+        used_up = counts[-1] >= 0.95 * 2048 - 32
+        assert (used_up | (covered >= (coverage or 1) - 0.08)).all()
+    few, more, most = counts
+    assert (few < more).all()
+    assert (more <= most).all()
+    assert (most <= 2048).all()
 
 
 def test_a_trial_compiles_what_calls_launch_and_all_of_it_at_once():

@@ -162,8 +162,12 @@ class Step:
         `selected`, `bins` and `always` are [B, Hkv, T, L], `used_up` is [B, Hkv, T].
         """
         sparse = self.problem.spec.sparse
-        assert sparse is not None and sparse.coverage is not None
-        least, may_miss = bins.masked_fill(~selected, BINS).amin(-1, keepdim=True), 1 - sparse.coverage
+        assert sparse is not None
+        assert sparse.coverage is not None
+        least, may_miss = (
+            bins.masked_fill(~selected, BINS).amin(-1, keepdim=True),
+            1 - sparse.coverage,
+        )
         missed = self._missed(bins, ~selected, always)
         assert (used_up | (missed <= 1.1 * may_miss + 0.002)).all(), "more than allowed is left out"
         without = self._missed(bins, ~selected | (bins == least), always)

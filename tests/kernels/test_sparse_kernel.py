@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,10 +14,14 @@ from hypothesis import strategies as st
 from sparse_steps import Step, built
 
 from lychee_compile.codegen.specification import SparseSpec
+from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+from lychee_compile.kernels.policies.registry import make_index
+from lychee_compile.kernels.reference.operands import ScoreInputs
+from lychee_compile.kernels.reference.selection import select
 
 triton_interpreter.use()
 pytestmark = [
@@ -87,6 +92,37 @@ def test_a_step_by_mass_reads_as_many_as_it_takes(problem, coverage):
     problem = by_mass(problem, coverage)
     index = built(problem, int(positions[0]))
     Step.run(problem, index, positions, Tuning(4, 32, 4, 2)).check()
+
+
+@pytest.mark.parametrize("mask", ["causal", "mask"])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("coverage", [0.6, 0.9])
+def test_a_cpu_covers_as_much_with_as_many_tokens(coverage, group, mask):
+    problem = make_problem(sizes=Sizes(1, 2, group, kv_len=560), mask=mask, sparse=by_all())
+    problem = by_mass(problem, coverage)
+    step, sparse = step_of(problem), problem.spec.sparse
+    config = IndexConfig(budget=sparse.budget, sinks=4, recent=8, chunk=(4, 8), coverage=coverage)
+    index = make_index(1, 2, problem.spec.head_dim, config, torch.device("cpu"))
+    index.extend(problem.key, torch.tensor([560]))
+    scale = 1 / math.sqrt(problem.spec.head_dim)
+    inputs = ScoreInputs(problem.query, problem.key, 560, problem.visible, scale)
+    on_cpu = select(index, inputs, sparse.budget).token_mask()
+    share = problem.finish_scores().masked_fill(~problem.visible, -torch.inf).softmax(-1)
+    share = share.unflatten(1, (2, group)).mean(2)
+    seen = problem.visible.unflatten(1, (2, group)).any(2)
+    counts, masses = [], []
+    for read in (on_cpu, step.slots_read() & seen):
+        counts.append(read.sum(-1).float())
+        masses.append((share * read).sum(-1))
+        assert (masses[-1] > coverage - 0.05).all()
+    assert ((counts[0] - counts[1]).abs() < 12 + 0.15 * counts[0]).all()
+    assert ((masses[0] - masses[1]).abs() < 0.05).all()
+    assert (counts[0] < 0.8 * sparse.budget).all(), "there is something to gain"
+
+
+def by_all():
+    """Return a selection whose budget never ends a choice by mass."""
+    return replace(FLAT, budget=500)
 
 
 def by_mass(problem, coverage):

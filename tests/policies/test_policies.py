@@ -224,7 +224,10 @@ def test_bytes_grow_with_the_context_and_not_faster(policy):
 @pytest.mark.parametrize("policy", POLICIES)
 @given(case=cases(), coverages=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)))
 def test_a_share_to_cover_takes_the_best_of_the_budget(policy, case, coverages):
-    """The larger the share, the more is read; the whole is all that the budget allows."""
+    """The larger the share, the more is read; the whole is all that the budget allows.
+
+    "tokenselect" keeps choices and weighs KV heads by the share that is left to choose from.
+    """
     reads = []
     for coverage in (*sorted(coverages), 1.0, None):
         config = dataclasses.replace(case.config, coverage=coverage)
@@ -232,41 +235,43 @@ def test_a_share_to_cover_takes_the_best_of_the_budget(policy, case, coverages):
         reads.append(case.select(index, case.budget).token_mask())
         case.check(index, reads[-1], fills=coverage is None)
     for few, many in itertools.pairwise(reads):
-        assert not (few & ~many).any()
+        assert policy == "tokenselect" or not (few & ~many).any()
     assert torch.equal(*reads[-2:])
 
 
 @given(case=cases(), coverage=st.floats(0.01, 0.999))
 def test_no_more_tokens_are_read_than_it_takes_to_cover_the_share(case, coverage):
     """With one head, true scores and any number of tokens, the share is that of dense attention."""
-    case = one_head(case, coverage)
-    index = case.index("tokenselect")
-    selection = case.select(index, case.budget)
+    case = one_head(case)
+    selection = voted(case, coverage)
     read, seen = selection.token_mask()[:, 0], case.mask.seen[:, 0]
     score = torch.einsum("btd,bld->btl", case.query[:, 0].float(), case.key[:, 0].float()) * 0.3
     bias = selection.visible.bias
     score = score if bias is None else score + bias[:, 0].float()
     share = score.double().masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
     covered = (share * read).sum(-1)
-    everything = (read | ~seen).all(-1)
-    used_up = (read.sum(-1) >= case.budget) | everything
+    used_up = (read == voted(case, None).token_mask()[:, 0]).all(-1)
     assert (used_up | (covered >= coverage - 1e-4)).all(), "too little"
-    always = torch.zeros_like(read)
-    config = dataclasses.replace(case.config, coverage=1e-9)
-    least = dataclasses.replace(case, config=config)
-    always = least.select(least.index("tokenselect"), case.budget).token_mask()[:, 0]
+    always = voted(case, 1e-9).token_mask()[:, 0]
     chosen = read & ~always
     last = share.masked_fill(~chosen, torch.inf).amin(-1)
     assert (~chosen.any(-1) | (covered - last < coverage + 1e-4)).all(), "too much"
 
 
-def one_head(case, coverage):
-    """Return the first query head and KV head of a case, with a share to cover."""
+def voted(case, coverage):
+    """Return what "tokenselect" chooses to cover a share, by true scores at every position."""
+    config = dataclasses.replace(case.config, coverage=coverage)
+    index = dataclasses.replace(case, config=config).index("tokenselect")
+    index.similar = 2
+    return case.select(index, case.budget)
+
+
+def one_head(case):
+    """Return the first query head and KV head of a case."""
     shape = dataclasses.replace(case.shape, kv_heads=1, group=1)
     tensor, seen = case.mask.tensor, case.mask.seen
     if tensor is not None:
         tensor = tensor[(None,) * (4 - tensor.dim())][:, :1]
     mask = dataclasses.replace(case.mask, tensor=tensor, seen=seen[:, :1])
-    config = dataclasses.replace(case.config, coverage=coverage)
     small_case = {"shape": shape, "key": case.key[:, :1], "query": case.query[:, :1], "mask": mask}
-    return dataclasses.replace(case, config=config, **small_case)
+    return dataclasses.replace(case, **small_case)

@@ -27,8 +27,8 @@ from torch import Tensor
 from lychee_compile.functional import sparse_attention
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.reference.attention import attend, dense_attention
-from lychee_compile.kernels.reference.scores import rows_at
 from lychee_compile.kernels.reference.operands import Operands, ScoreInputs
+from lychee_compile.kernels.reference.scores import rows_at
 from lychee_compile.kernels.reference.selection import Selection, select
 
 FACTORS = (1.0, 0.125, 0.02, -0.4)

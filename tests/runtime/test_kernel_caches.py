@@ -173,8 +173,8 @@ def test_what_kernels_read_is_recorded(options: dict[str, Any]) -> None:
         assert not (read & ~told).any()
         assert torch.equal(told.sum(-1), call.tokens_read)
         assert (call.tokens_read <= SMALL["budget"]).all()
-        dense = dense.double().masked_fill(~read.repeat_interleave(GROUP, 1), 0).sum(-1)
-        torch.testing.assert_close(call.mass.double(), dense, atol=1e-4, rtol=1e-4)
+        mass = dense.double().masked_fill(~read.repeat_interleave(GROUP, 1), 0).sum(-1)
+        torch.testing.assert_close(call.mass.double(), mass, atol=1e-4, rtol=1e-4)
 
 
 def test_calls_that_read_all_keys_are_not_recorded(caplog: pytest.LogCaptureFixture) -> None:

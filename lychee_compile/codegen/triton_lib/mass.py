@@ -59,7 +59,8 @@ def note_left_out(histogram, limits, each: tl.constexpr):
     place = tl.arange(0, BINS)
     cut, left, at_cut = tl.load(limits), tl.load(limits + 1), tl.load(limits + 2)
     at_cut = tl.maximum(at_cut, 1)
-    out = tl.where(place < cut, 1.0, tl.where(place == cut, (at_cut - left).to(tl.float32) / at_cut, 0.0))
+    rest = (at_cut - left).to(tl.float32) / at_cut
+    out = tl.where(place < cut, 1.0, tl.where(place == cut, rest, 0.0))
     mass = tl.sum(mass_of_bins(tl.load(histogram + place)) * out, 0) * each
     small = tl.load(histogram + BINS) * tl.sum(tl.where(place == 1, out, 0.0), 0)
     mass = tl.minimum(mass, 1024.0) * 1048576.0 + small
@@ -100,8 +101,8 @@ def threshold_of_mass(histogram, room, log_always, whole, head_mass, read=0):
     enough = tl.max(tl.where((below <= limit) & (place > 1), place, 1), 0)
     in_bin = tl.sum(tl.where(place == enough, counts, 0), 0)
     higher = enough > cut
-    cut, left, at_cut = (
-        tl.where(higher, enough, cut), tl.where(higher, in_bin, left), tl.where(higher, in_bin, at_cut)
-    )
+    cut = tl.where(higher, enough, cut)
+    left = tl.where(higher, in_bin, left)
+    at_cut = tl.where(higher, in_bin, at_cut)
     nothing = whole_mass <= limit
     return tl.where(nothing, BINS - 1, cut), tl.where(nothing, 0, left), at_cut

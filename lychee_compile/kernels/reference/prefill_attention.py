@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.reference.scores import rows_at
 from lychee_compile.kernels.reference.certificate import bounded_share
 from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_question import PrefillChoice, PrefillQuestion
+from lychee_compile.kernels.reference.scores import rows_at
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.tiles import Sight, tile_sight
 from lychee_compile.kernels.sizes import PAGE, QUERY_TILE

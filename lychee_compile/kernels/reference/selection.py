@@ -85,7 +85,7 @@ def select(
         budget = (choosable + count)[:, None]
     most = torch.as_tensor(budget, device=inputs.query.device).expand(shape)
     room = (most - count[:, None]).clamp(min=0)
-    coverage = index.config.coverage
+    coverage = index.config.coverage if index.estimates_shares else None
     fits = choosable[:, None] <= room if coverage is None else choosable == 0
     if bool(fits.all()):
         length = (always.recent_start - always.sinks_end).clamp(min=0)
