@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import Visible, per_kv_head
 
+_LEAST_SHARE = -80.0
+"""Log of the least share of a head that is added up; float32 holds its exponential."""
 Runs = tuple[Tensor, Tensor]
 """First slots and lengths of runs of slots that do not overlap, int64 [B, Hkv, Tq, R]. Length 0:
 no run."""
@@ -50,6 +53,10 @@ class Question:
 
     def candidates(self) -> Tensor:
         """Return the slots that may be chosen and that some head sees: bool [B, Tq, L]."""
+        return self._candidates
+
+    @cached_property
+    def _candidates(self) -> Tensor:
         slot = torch.arange(self.visible.kv_len, device=self.query.device)
         inside = (slot >= self.begin[..., None]) & (slot < self.end[..., None])
         return inside if self.visible.mask is None else inside & self.visible.mask.any(1)
@@ -91,10 +98,12 @@ class Question:
         `log_mass` [B, Hkv, G, Tq, N] is the log of what each node adds to the denominator of the
         softmax. Every head has the same weight, however large its scores.
         """
+        usable = log_mass.amax(-1, keepdim=True).isfinite()
+        share = log_mass.log_softmax(-1)
+        if bool(usable.all()):
+            return _sum_of_shares(share)
         mass = log_mass.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        usable = mass.amax(-1, keepdim=True).isfinite()
-        share = mass.log_softmax(-1)
-        return (share if bool(usable.all()) else torch.where(usable, share, mass)).logsumexp(2)
+        return torch.where(usable, share, mass).logsumexp(2)
 
     def token_share(self, raw: Tensor) -> Tensor:
         """Return `share` of the candidates, for raw scores [B, Hkv, G * Tq, N], N <= L."""
@@ -109,14 +118,31 @@ class Question:
         """
         candidate = self.candidates()[:, None, :, : rank.shape[-1]]
         candidate = candidate if within is None else candidate & within
+        return self._runs(*self._best(rank, candidate))
+
+    def take_own(self, raw: Tensor, slot: Tensor, held: Tensor) -> Runs:
+        """Return the best `room` tokens among slots of each position's own, as `take_tokens` does.
+
+        `slot`, int64 [B, Tq, M], are slots that may be chosen where `held`, bool of the same shape.
+        `raw` [B, Hkv, G, Tq, M] are their raw scores. There are no biases.
+        """
+        rank = self.share(_hidden(self.capped(raw), held[:, None, None]))
+        best, taken = self._best(rank, held[:, None])
+        return self._runs(slot[:, None].expand_as(rank).gather(-1, best), taken)
+
+    def _best(self, rank: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the places of the best candidates [B, Hkv, Tq, R], and which are to be taken."""
         lowest = torch.finfo(rank.dtype).min
         rank = rank.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=lowest)
-        rank = rank.masked_fill(~candidate, -torch.inf)
+        rank = torch.where(candidate, rank, -torch.inf)
         count = min(int(self.room.max()), rank.shape[-1])
         best = rank.topk(max(count, 0), dim=-1)
         number = torch.arange(best.values.shape[-1], device=rank.device)
-        taken = (best.values > -torch.inf) & (number < self.room[..., None])
-        slot = torch.where(taken, best.indices, self.visible.kv_len).sort(-1).values
+        return best.indices, (best.values > -torch.inf) & (number < self.room[..., None])
+
+    def _runs(self, slot: Tensor, taken: Tensor) -> Runs:
+        """Return the slots `taken` [B, Hkv, Tq, R], each a run, in order."""
+        slot = torch.where(taken, slot, self.visible.kv_len).sort(-1).values
         taken = slot < self.visible.kv_len
         return torch.where(taken, slot, 0), taken.long()
 
@@ -148,7 +174,7 @@ class Question:
         if mask is not None and (within is None or mask.shape[1] > 1):
             seen = self._per_head(mask)[..., :slots]
             seen = seen if within is None else seen & within
-        return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+        return scores if seen is None else _hidden(scores, seen)
 
     def _clip(self, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         begin = torch.maximum(start[:, None], self.begin[..., None])
@@ -157,6 +183,29 @@ class Question:
 
     def _per_head(self, mask: Tensor) -> Tensor:
         return per_kv_head(mask, self.query.shape[1], self.group)
+
+
+def _hidden(scores: Tensor, seen: Tensor) -> Tensor:
+    """Return scores, and -inf where they are not `seen`, bool broadcastable to them.
+
+    On a CPU it is many times as fast to add -inf, which is right for finite scores.
+    """
+    added = scores + torch.where(seen, 0.0, -torch.inf)
+    if bool(added.amax().isnan()):
+        return scores.masked_fill(~seen, -torch.inf)
+    return added
+
+
+def _sum_of_shares(share: Tensor) -> Tensor:
+    """Return the log of the sum of exp(share) over heads, [B, Hkv, G, Tq, N]: [B, Hkv, Tq, N].
+
+    Shares are at most 0. Overwrites `share`. On a CPU the exponential of -inf takes many times as
+    long as that of other numbers, and most slots may be hidden: so no share counts as less than
+    exp(-80), but where none is larger, the largest stands for the sum.
+    """
+    most = share.amax(2)
+    total = share.clamp_(min=_LEAST_SHARE).exp_().sum(2).log_()
+    return torch.where(most > _LEAST_SHARE, total, most)
 
 
 def query_rows(query: Tensor, heads: int) -> Tensor:
