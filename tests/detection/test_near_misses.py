@@ -188,19 +188,21 @@ LEVELS: dict[str, Callable[..., Tensor]] = {
     "the lower one last": lambda scores, future, own, far: scores.masked_fill(
         own, -5e4
     ).masked_fill(future, torch.finfo(torch.float32).min),
-    "three levels": lambda scores, future, own, far: scores.masked_fill(far, -1e6)
-    .masked_fill(future, -1e9)
-    .masked_fill(own, -5e4),
+    "three levels": lambda scores, future, own, far: (
+        scores.masked_fill(far, -1e6).masked_fill(future, -1e9).masked_fill(own, -5e4)
+    ),
     "chosen": lambda scores, future, own, far: torch.where(
         own, -5e4, torch.where(future, -1e9, scores)
     ),
-    "added": lambda scores, future, own, far: scores
-    + torch.where(own, -5e4, torch.where(future, -1e9, 0.0)),
-    "added one by one": lambda scores, future, own, far: scores
-    + future * -1e9
-    + torch.where(own, -1e9, 0.0),
-    "filled and added": lambda scores, future, own, far: scores.masked_fill(future, -1e9)
-    + torch.zeros(8, 8).masked_fill(own, -1e5),
+    "added": lambda scores, future, own, far: (
+        scores + torch.where(own, -5e4, torch.where(future, -1e9, 0.0))
+    ),
+    "added one by one": lambda scores, future, own, far: (
+        scores + future * -1e9 + torch.where(own, -1e9, 0.0)
+    ),
+    "filled and added": lambda scores, future, own, far: (
+        scores.masked_fill(future, -1e9) + torch.zeros(8, 8).masked_fill(own, -1e5)
+    ),
     "by index": lambda scores, future, own, far: scores.masked_fill(future, -1e9).index_put(
         (own.expand_as(scores),), torch.tensor(-5e4)
     ),
@@ -228,16 +230,18 @@ def test_masks_of_two_levels_that_are_data_hide_in_order(name: str) -> None:
 
 
 ONE_LEVEL: dict[str, Callable[..., Tensor]] = {
-    "the same number": lambda scores, future, padding: scores.masked_fill(
-        future, -1e9
-    ).masked_fill(padding, -1e9),
-    "infinity": lambda scores, future, padding: scores.masked_fill(future, -torch.inf)
-    + torch.where(padding, -torch.inf, 0.0),
-    "filled anew": lambda scores, future, padding: scores.masked_fill(future, -1e4)
-    .masked_fill(future, -1e9)
-    .masked_fill(padding, -1e9),
-    "added within a choice": lambda scores, future, padding: scores
-    + torch.where(future | padding, -1e9, 0.0),
+    "the same number": lambda scores, future, padding: scores.masked_fill(future, -1e9).masked_fill(
+        padding, -1e9
+    ),
+    "infinity": lambda scores, future, padding: (
+        scores.masked_fill(future, -torch.inf) + torch.where(padding, -torch.inf, 0.0)
+    ),
+    "filled anew": lambda scores, future, padding: (
+        scores.masked_fill(future, -1e4).masked_fill(future, -1e9).masked_fill(padding, -1e9)
+    ),
+    "added within a choice": lambda scores, future, padding: (
+        scores + torch.where(future | padding, -1e9, 0.0)
+    ),
     "positions that leave a key": lambda scores, future, padding: scores.masked_fill(
         torch.ones(8, 8, dtype=torch.bool).triu(1), -1e9
     ).masked_fill(torch.ones(8, 8, dtype=torch.bool).tril(-3), -1e4),
@@ -263,7 +267,11 @@ def test_masks_of_one_level_do_not_keep_an_attention(name: str) -> None:
 
 def test_a_tensor_that_holds_two_levels_stays_a_bias() -> None:
     """Nothing tells its numbers: they are added, and each row measures from its largest."""
-    mask = torch.zeros(8, 8).masked_fill(ROW[:, None] < ROW, -1e9).masked_fill(ROW == ROW[:, None], -1e4)
+    mask = (
+        torch.zeros(8, 8)
+        .masked_fill(ROW[:, None] < ROW, -1e9)
+        .masked_fill(ROW[:, None] == ROW, -1e4)
+    )
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         return (query @ key.mT + mask).softmax(-1) @ value

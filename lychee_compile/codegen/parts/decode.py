@@ -35,7 +35,15 @@ def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
     """Return functions that put shares of the softmax into bins, and choose by these."""
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
     return [
-        *library("bins", "fresh_from", "denominators", "bins_of", "count_bins", "threshold"),
+        *library(
+            "bins",
+            "written_slots",
+            "fresh_from",
+            "denominators",
+            "bins_of",
+            "count_bins",
+            "threshold",
+        ),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
         *library("bins", "choose_by_bin"),
     ]

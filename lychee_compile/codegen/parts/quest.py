@@ -29,6 +29,7 @@ def emit_quest(spec: AttentionSpec) -> list[str]:
     return [
         _constants(spec),
         *emit_bins(spec, sparse),
+        fill("decode/fresh_seen.py.jinja", spec),
         *library("bins", "chosen_of_tiles"),
         emit_always_read(spec, sparse, unread="fresh // PAGE * PAGE"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),

@@ -21,7 +21,12 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from lychee_compile.codegen.triton_lib.bins import bins_of, count_bins, denominators
+    from lychee_compile.codegen.triton_lib.bins import (
+        bins_of,
+        count_bins,
+        denominators,
+        written_slots,
+    )
     from lychee_compile.codegen.triton_lib.fingerprints import fingerprint
     from lychee_compile.codegen.triton_lib.names import (
         BINS,
@@ -89,5 +94,8 @@ def box_new(
             kind = least.dtype.element_ty
             tl.store(least + into, tl.min(keys, 0).to(kind), mask=d < HEAD_DIM)
             tl.store(greatest + into, tl.max(keys, 0).to(kind), mask=d < HEAD_DIM)
-        if kv_head == 0:
-            tl.store(header + 1 + b, slot + 1)
+    if (kv_head == 0) & (written > 0):
+        last = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+        )
+        tl.store(header + 1 + b, tl.max(last, 0) + 1)

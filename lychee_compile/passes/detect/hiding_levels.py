@@ -50,9 +50,7 @@ class HidingLevels:
         return levels if len(levels) > 1 else []
 
 
-def every_row_sees_a_key(
-    hidden: Collection[Boolean], keys: frozenset[Axis], axes: Axes
-) -> bool:
+def every_row_sees_a_key(hidden: Collection[Boolean], keys: frozenset[Axis], axes: Axes) -> bool:
     """True if it is proved that each row sees the first key, or that at its own position."""
     if len(keys) != 1:
         return False

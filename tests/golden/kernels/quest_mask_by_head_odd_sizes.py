@@ -186,15 +186,20 @@ HEADS = tl.constexpr(4)  # query heads of a group, up to a power of two
 
 
 @triton.jit
+def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
+    """Return the slots that this step has written, int32 [16], filled up with `nothing`."""
+    number = tl.arange(0, 16)
+    slot = tl.load(positions + b * stride_b + number * stride_t, mask=number < written, other=0)
+    slot = tl.where(slot < 0, slot + kv_len, slot).to(tl.int32)
+    return tl.where(number < written, slot, nothing)
+
+
+@triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
     fresh = tl.load(header + 1 + b)
     if written > 0:
-        number = tl.arange(0, 16)
-        slot = tl.load(
-            positions + b * stride_b + number * stride_t, mask=number < written, other=2**30
-        ).to(tl.int32)
-        fresh = tl.min(tl.where(slot < 0, slot + kv_len, slot), 0)
+        fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh
 
 
@@ -277,6 +282,25 @@ def choose_by_bin(entry, cut, left, at_cut):
 
 
 @triton.jit
+def fresh_seen(
+    positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
+):
+    """Return the first slot that this step has written and the query sees, else `fresh_from`."""
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    if written > 1:
+        slot = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, 2**30
+        )
+        inside = slot < kv_len
+        h = (kv_head * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1))[:, None]
+        each = visible(b, h, t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        seen = tl.max(each.to(tl.int32), 0) > 0
+        own = tl.min(tl.where(seen, slot, 2**30), 0)
+        fresh = tl.where(own < 2**30, own, fresh)
+    return fresh
+
+
+@triton.jit
 def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
     """Return how many pages of each tile are chosen: int32 [TILES].
 
@@ -345,15 +369,15 @@ def changed_keys(keys, slot, inside, fingerprints):
 @triton.jit
 def check_sample(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fingerprints, positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
     b, kv_head, slots, kv_heads, kv_len,
 ):
     """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
 
     The sample has the NEWEST keys, which whoever appends has written, and others at equal
-    distances, which each step and each KV head begins elsewhere. This step already reads all keys.
+    distances, which each step and each KV head begins elsewhere. All are before `fresh`, and none
+    was written by this step. This step already reads all keys.
     """
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     fresh = tl.minimum(fresh, kv_len)
     trust = tl.load(header)
     if trust > 1:
@@ -369,7 +393,13 @@ def check_sample(
         place = place + slot[:, None] * stride_l + d[None, :] * stride_d
         keys = tl.load(place, mask=(d < HEAD_DIM)[None, :], other=0.0)
         fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-        if tl.max(changed_keys(keys, slot, slot < fresh, fingerprints), 0) > 0:
+        inside = slot < fresh
+        if written > 1:
+            new = written_slots(
+                positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+            )
+            inside &= tl.max((slot[:, None] == new[None, :]).to(tl.int32), 1) == 0
+        if tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0:
             tl.store(header, 0)
 
 
@@ -424,11 +454,14 @@ def scan_boxes(
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
+    )
     if tile == tiles:
-        if t == 0:
+        if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
             check_sample(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
                 b, kv_head, slots, kv_heads, kv_len,
             )
         return
@@ -439,7 +472,6 @@ def scan_boxes(
     above = tl.maximum(wide, 0.0).to(queries.dtype)
     below = tl.minimum(wide, 0.0).to(queries.dtype)
     space = (b * kv_heads + kv_head).to(tl.int64) * pages * HEAD_DIM
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     fresh = fresh // PAGE * PAGE
     first, end = tl.full([], 2**30, tl.int32), tl.full([], 0, tl.int32)
     g = tl.arange(0, ROWS)
@@ -516,7 +548,9 @@ def list_boxes(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
+    )
     _, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
     )
@@ -567,8 +601,11 @@ def box_new(
             kind = least.dtype.element_ty
             tl.store(least + into, tl.min(keys, 0).to(kind), mask=d < HEAD_DIM)
             tl.store(greatest + into, tl.max(keys, 0).to(kind), mask=d < HEAD_DIM)
-        if kv_head == 0:
-            tl.store(header + 1 + b, slot + 1)
+    if (kv_head == 0) & (written > 0):
+        last = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+        )
+        tl.store(header + 1 + b, tl.max(last, 0) + 1)
 
 
 @triton.jit
@@ -610,8 +647,8 @@ def attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         result = tl.zeros([ROWS, WIDTH], tl.float32)
-        fresh = fresh_from(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_len
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
         )
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
