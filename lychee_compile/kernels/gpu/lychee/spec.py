@@ -139,9 +139,8 @@ def log_denominator(
     """Return the estimated log of the sum of exp(score) over the keys before `fresh`.
 
     It is [B, Hkv, G, T, 1], and `fresh` int64 [B, 1 or Hkv, T]. `finish` gets one product for each
-    of the S blocks,
-    [B, Hkv, G, T, S]. If scores depend on a key's slot, `finish` must average them over the slots
-    of the block.
+    of the S blocks, [B, Hkv, G, T, S]. If scores depend on a key's slot, `finish` must average them
+    over the slots of the block.
     """
     weight, constant = _weights(query, state)
     bits = torch.tensor(sketch_bits(query.shape[-1]), device=query.device)
