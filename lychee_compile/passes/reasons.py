@@ -264,6 +264,13 @@ SCORES_OWN_KEY = _kind(
     "no other key",
     "fill it with -inf",
 )
+SCORES_LEVELS = _kind(
+    Group.SCORE,
+    "scores-hidden-by-levels",
+    "keys are hidden by numbers of different size, {levels}: a row that sees no other key sees "
+    "those that the smaller number hides",
+    "hide all of them by the same number",
+)
 SCORES_ZEROED = _kind(
     Group.SCORE,
     "scores-zeroed",

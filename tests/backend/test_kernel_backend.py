@@ -92,7 +92,7 @@ def test_it_selects_what_the_reference_selects() -> None:
 
     for _ in range(4):
         visible = (torch.arange(SIZE) <= cache.length).expand(1, KV_HEADS, GROUP, 1, SIZE)
-        fresh = torch.tensor([cache.length])
+        fresh = torch.tensor([[[cache.length]]])
         got, dense = cache.step(noting)
         always, rank, room = select_slots(
             given[0].unflatten(1, (KV_HEADS, GROUP)), parts, visible, fresh,

@@ -263,7 +263,7 @@ def assert_selected(problem, index, read, made):
     sparse, heads = problem.spec.sparse, problem.key.shape[1]
     query = problem.query.unflatten(1, (heads, problem.spec.group))
     visible = problem.visible().expand(*query.shape[:3], problem.query_len, -1)
-    fresh = torch.full((len(query),), problem.length, device="cuda")
+    fresh = torch.full((len(query), 1, problem.query_len), problem.length, device="cuda")
     always, rank, room = select_slots(
         query, index.parts, visible, fresh, problem.finish, problem.spec.head_dim**-0.5,
         SelectionSizes(sparse.budget, sparse.sinks, sparse.recent),

@@ -59,7 +59,7 @@ class Step:
     state: SketchState
     """The index before the step."""
     fresh: Tensor
-    """First slot without a sketch, int64 [B]."""
+    """First slot that is new to each query, int64 [B, Hkv, T]."""
     output: Tensor
     scratch: dict[str, Tensor]
 
@@ -88,9 +88,10 @@ class Step:
             used = IndexOperands(index.layout, index.parts, positions)
             output = run_lychee(problem.module(), problem.operands(), used, tuning)
         if positions is None:
-            fresh = state.header[1 : 1 + batch].long()
+            fresh = state.header[1 : 1 + batch].long()[:, None, None]
+            fresh = fresh.expand(-1, problem.key.shape[1], problem.query.shape[2])
         else:
-            fresh = (positions.long() % kv_len).expand(batch, -1).amin(-1)
+            fresh = first_new(problem, (positions.long() % kv_len).expand(batch, -1))
         return cls(problem, index, state, fresh, output, kept)
 
     def check(self) -> None:
@@ -245,16 +246,17 @@ class Step:
 
     def _of_block(self, block: int, products: Tensor) -> Tensor:
         """Return the mean score, as a logarithm, over some of the slots that a block holds."""
-        rows, size = [], self.index.layout.block
-        for row, fresh in enumerate(self.fresh.tolist()):
+        result, size = torch.zeros_like(products), self.index.layout.block
+        for fresh in self.fresh.unique().tolist():
             held = max(min(fresh - block * size, size), 1)
             slots = block * size + (torch.arange(1, PROBES + 1) * held // PROBES - 1).clamp(min=0)
             slots = slots.clamp(max=self.problem.key.shape[2] - 1)
-            score = self.problem.finish(products.expand(*products.shape[:-1], PROBES), slots)[row]
+            score = self.problem.finish(products.expand(*products.shape[:-1], PROBES), slots)
             if KV in self.problem.spec.score.free_symbols:
-                score = score.masked_fill(~self._visible()[row][..., slots], -1e30)
-            rows.append(score.logsumexp(-1, keepdim=True) - math.log(PROBES))
-        return torch.stack(rows)
+                score = score.masked_fill(~self._visible()[..., slots], -1e30)
+            mean = score.logsumexp(-1, keepdim=True) - math.log(PROBES)
+            result = torch.where((self.fresh == fresh)[:, :, None, :, None], mean, result)
+        return result
 
     @property
     def _scale(self) -> float:
@@ -266,7 +268,7 @@ class Step:
     def _token_shares(self) -> tuple[Tensor, Tensor]:
         """Return log2 shares of tokens [B, Hkv, T, L], and which of them have one."""
         kv_len = self.problem.key.shape[2]
-        known = self._visible() & (torch.arange(kv_len) < self.fresh.view(-1, 1, 1, 1, 1))
+        known = self._visible() & (torch.arange(kv_len) < self.fresh[:, :, None, :, None])
         score = self._finish(token_scores(self._query(), self.state)[..., :kv_len])
         share = (score - self._total()).masked_fill(~known, -torch.inf).logsumexp(2)
         return share / math.log(2), known.any(2)
@@ -292,6 +294,17 @@ class Step:
             self._query(), self.state, self._visible(), self.fresh, self._finish, self._scale,
             SelectionSizes(sparse.budget, sparse.sinks, sparse.recent, pages, flat_pages),
         )  # fmt: skip
+
+
+def first_new(problem: Problem, written: Tensor) -> Tensor:
+    """Return the first of the slots `written`, [B, N], that each query sees: int64 [B, Hkv, T].
+
+    All that follow the first one are new to a query that sees none of them.
+    """
+    seen = problem.visible.unflatten(1, (-1, problem.spec.group)).any(2)
+    at = written[:, None, None].expand(*seen.shape[:3], -1)
+    own = torch.where(seen.gather(-1, at), at, seen.shape[-1]).amin(-1)
+    return torch.where(own < seen.shape[-1], own, at.amin(-1))
 
 
 def best_left_out(bins: Tensor, room: Tensor) -> Tensor:

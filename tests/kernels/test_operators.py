@@ -24,6 +24,7 @@ from lychee_compile.kernels.operators import reference as reference_operators
 from lychee_compile.kernels.operators.observe import observers
 from lychee_compile.kernels.operators.reference import sparse_attention, update_index
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
+from lychee_compile.kernels.reference import own_slots
 from lychee_compile.kernels.reference.operands import ScoreInputs
 
 SHAPE = Heads(2, 2, 2, 8)
@@ -233,6 +234,26 @@ def test_packed_requests_read_their_own_within_the_budget(policy, calls):
         assert not (read & ~mask).any()
         assert (read.sum(-1) <= budget).all()
         assert all(read[:, :, number, each].all() for number, each in enumerate(at))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("kind", ["side by side", "in turns", "uneven", "one is idle"])
+def test_slots_of_each_querys_own_are_chosen_from_as_from_all(kind, softcap, calls, monkeypatch):
+    """To score only what a query sees changes nothing but the time that it takes."""
+    slot, documents = torch.arange(180), 3
+    number = slot % 3 if kind == "in turns" else slot // 60
+    number = (slot >= 20).int() + (slot >= 110).int() if kind == "uneven" else number
+    mask = (number == torch.arange(documents)[:, None])[None, None].clone()
+    if kind == "one is idle":
+        mask[:, :, 1] = False
+    key, query = SHAPE.keys("gaussian", 0, 180), SHAPE.queries(0, documents)
+    owner = ReferenceCacheIndex(replace(CONFIG, budget=18))
+    update_index(key, mask, None, None, owner.tensor, documents)
+    for few in (2, 10**6):  # no query sees so small a part
+        monkeypatch.setattr(own_slots, "FEW", few)
+        sparse_attention(query, key, key, mask, None, owner.tensor, 0.3, softcap, "")
+    one, other = (each.selection.token_mask() for each in calls)
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("written", [0, 1, 60])

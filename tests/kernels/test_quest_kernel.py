@@ -185,6 +185,25 @@ def test_rows_of_a_batch_have_boxes_up_to_their_own_ends():
     assert index.parts.header.tolist() == [1, 400, 121]
 
 
+@pytest.mark.parametrize("at", [[190, 385, 580], [580, 190, 385], [599, 8, 385]])
+def test_packed_requests_that_are_written_apart_keep_to_their_own_within_the_budget(at):
+    """A request reads the page that it is writing, and the best of those before."""
+    document, at = torch.arange(600) // 200, torch.tensor(at)
+    problem = make_quest(Sizes(1, 2, 2, 3, 600, 32), mask="mask")
+    seen = (document == document[at][:, None]) & (torch.arange(600) <= at[:, None])
+    problem.captured[0].copy_(seen)
+    new = problem.key[:, :, at].clone()
+    problem.key[:, :, at] = 0
+    index = index_up_to(problem, int(at.max()) + 1)
+    problem.key[:, :, at] = new
+    output = run(problem, index, at)
+    read = (output > 0).unflatten(1, (-1, 2)).any(2)
+    problem.assert_as_good_as_eager(output, read)
+    assert (read.sum(-1) <= BUDGET).all()
+    assert read[:, :, torch.arange(3), at].all()
+    assert index.parts.header.tolist() == [1, int(at.max()) + 1]
+
+
 def test_a_box_far_too_large_hides_no_page():
     """Beside it shares of all other pages vanish, and yet there is room for them."""
     problem = make_quest(Sizes(1, 1, 2, 1, 300, 32), budget=300)

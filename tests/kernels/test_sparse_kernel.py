@@ -197,17 +197,51 @@ def test_packed_requests_that_are_appended_keep_to_their_own_within_the_budget(s
     assert ((step.slots_read() & sees).sum(-1) <= sparse.budget).all()
 
 
+def written_apart(sparse, at):
+    """Return packed requests that are each written at their own end, and an index before that."""
+    problem = packed(sparse, torch.arange(400) // 100, at)
+    new = problem.key[:, :, at].clone()
+    problem.key[:, :, at] = 0
+    index = built(problem, int(at.max()) + 1)
+    problem.key[:, :, at] = new
+    return problem, index
+
+
 @BOTH
-def test_packed_requests_that_are_written_apart_read_no_key_of_others(sparse):
-    """All from the first slot written on counts as new: later documents are read in full."""
-    document, at = torch.arange(400) // 100, torch.tensor([90, 185, 280])
+@pytest.mark.parametrize("at", [[90, 185, 280], [280, 90, 185], [399, 8], [-1, 90]])
+def test_packed_requests_that_are_written_apart_keep_to_their_own_within_the_budget(sparse, at):
+    """What other requests have written is not new to a query; it does not make the index stale."""
+    at = torch.tensor(at) % 400
+    problem, index = written_apart(sparse, at)
+    step = Step.run(problem, index, at)
+    step.check()
+    assert not step.reads_everything
+    read = step.slots_read()
+    assert ((read & problem.visible.any(1)[:, None]).sum(-1) <= sparse.budget).all()
+    assert read[:, :, torch.arange(len(at)), at].all()
+    assert index.parts.header.tolist() == [1, int(at.max()) + 1]
+
+
+@BOTH
+def test_a_packed_request_that_is_not_indexed_is_noticed(sparse):
+    """Its prompt was written by somebody else, behind the slots that the index was built for."""
+    document, at = torch.arange(400) // 100, torch.tensor([90, 280])
     problem = packed(sparse, document, at)
-    step = Step.run(problem, built(problem, 90), at)
-    read = step.slots_read()[0, 0]
-    assert not (read & (document != document[at][:, None])).any()
-    assert (read & problem.visible[0, 0]).sum(-1)[0] <= sparse.budget
-    later = problem.attention()[:, :, 1:]
-    torch.testing.assert_close(step.output[:, :, 1:].double(), later, atol=1e-4, rtol=1e-4)
+    index = built(problem, 90)
+    step = Step.run(problem, index, at)
+    assert step.reads_everything
+    problem.assert_as_good_as_eager(step.output)
+    assert index.parts.header.tolist() == [0, 281]
+
+
+@BOTH
+def test_the_last_request_sees_drafts_of_its_own_alone(sparse):
+    """Two tokens of one request and one of another are written in one step."""
+    at = torch.tensor([90, 91, 280])
+    problem, index = written_apart(sparse, at)
+    step = Step.run(problem, index, at)
+    step.check()
+    assert step.fresh.tolist() == [[[90, 90, 280]]]
 
 
 @BOTH

@@ -35,8 +35,8 @@ def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
     """Return functions that put shares of the softmax into bins, and choose by these."""
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
     return [
-        *library("bins", "fresh_from", "denominators", "shares_of", "bins_of_shares"),
-        *library("bins", "count_bins", "threshold"),
+        *library("bins", "written_slots", "fresh_from", "denominators", "shares_of"),
+        *library("bins", "bins_of_shares", "count_bins", "threshold"),
         *(_emit_mass(spec) if sparse.coverage is not None else []),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
         *library("bins", "choose_by_bin"),

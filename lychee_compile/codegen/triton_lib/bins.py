@@ -12,15 +12,20 @@ if TYPE_CHECKING:
 
 
 @triton.jit
+def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
+    """Return the slots that this step has written, int32 [16], filled up with `nothing`."""
+    number = tl.arange(0, 16)
+    slot = tl.load(positions + b * stride_b + number * stride_t, mask=number < written, other=0)
+    slot = tl.where(slot < 0, slot + kv_len, slot).to(tl.int32)
+    return tl.where(number < written, slot, nothing)
+
+
+@triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
     fresh = tl.load(header + 1 + b)
     if written > 0:
-        number = tl.arange(0, 16)
-        slot = tl.load(
-            positions + b * stride_b + number * stride_t, mask=number < written, other=2**30
-        ).to(tl.int32)
-        fresh = tl.min(tl.where(slot < 0, slot + kv_len, slot), 0)
+        fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh
 
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
+    from lychee_compile.codegen.triton_lib.bins import written_slots
     from lychee_compile.codegen.triton_lib.fingerprints import fingerprint
     from lychee_compile.codegen.triton_lib.names import (
         COARSE_BYTES,
@@ -154,6 +155,9 @@ def encode_new(
             pages + (space * (slots // PAGE) + page) * FINE_BYTES + byte,
             (low | (high << 4)).to(tl.uint8), mask=byte < FINE_BYTES,
         )
-        if kv_head == 0:
-            tl.store(header + 1 + b, slot + 1)
         tl.debug_barrier()
+    if (kv_head == 0) & (written > 0):
+        last = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+        )
+        tl.store(header + 1 + b, tl.max(last, 0) + 1)

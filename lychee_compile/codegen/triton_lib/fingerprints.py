@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from lychee_compile.codegen.triton_lib.bins import fresh_from
+    from lychee_compile.codegen.triton_lib.bins import written_slots
     from lychee_compile.codegen.triton_lib.names import DIM, HEAD_DIM, NEWEST, SAMPLED
 
 
@@ -52,15 +52,15 @@ def changed_keys(keys, slot, inside, fingerprints):
 @triton.jit
 def check_sample(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fingerprints, positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
     b, kv_head, slots, kv_heads, kv_len,
 ):
     """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
 
     The sample has the NEWEST keys, which whoever appends has written, and others at equal
-    distances, which each step and each KV head begins elsewhere. This step already reads all keys.
+    distances, which each step and each KV head begins elsewhere. All are before `fresh`, and none
+    was written by this step. This step already reads all keys.
     """
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     fresh = tl.minimum(fresh, kv_len)
     trust = tl.load(header)
     if trust > 1:
@@ -76,7 +76,13 @@ def check_sample(
         place = place + slot[:, None] * stride_l + d[None, :] * stride_d
         keys = tl.load(place, mask=(d < HEAD_DIM)[None, :], other=0.0)
         fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-        if tl.max(changed_keys(keys, slot, slot < fresh, fingerprints), 0) > 0:
+        inside = slot < fresh
+        if written > 1:
+            new = written_slots(
+                positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+            )
+            inside &= tl.max((slot[:, None] == new[None, :]).to(tl.int32), 1) == 0
+        if tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0:
             tl.store(header, 0)
 
 

@@ -19,7 +19,7 @@ from lychee_compile.kernels.reference.adaptive import certified_attention
 from lychee_compile.kernels.reference.attention import attend, dense_attention
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import select
-from lychee_compile.kernels.reference.visible import visible_keys
+from lychee_compile.kernels.reference.visible import seen_span
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of query, key and value that the operators take."""
@@ -56,16 +56,15 @@ def update_index(
     cache = owner.index_for(key)
     batch, _, kv_len, _ = key.shape
     rows = mask if mask is None or written <= LONGEST_QUERY else mask[..., -1:, :]
-    visible = visible_keys(rows, batch, 1 if rows is None else rows.shape[-2], kv_len, key.device)
+    first, end = seen_span(rows, batch, kv_len, key.device)
     if positions is None:
-        stop = kv_len if written else max(int(visible.end.max()), 1)
+        stop = kv_len if written else max(int(end.max()), 1)
         positions = torch.arange(max(stop - max(written, 1), 0), stop, device=key.device)
     # As in indexing, a negative position counts from the end.
     positions = (positions.to(torch.int64) % kv_len).expand(batch, -1)
     strengths = None
     if token_ids is not None and owner.strength_of is not None:
         strengths = owner.strength_of(token_ids).expand(batch, -1)
-    first, end = visible.first.amin(1), visible.end.amax(1)
     write = CacheWrite(first, positions, strengths, end)
     cache.update(key, write, build=written <= LONGEST_QUERY)
 

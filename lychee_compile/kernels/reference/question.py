@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import Visible, per_kv_head
 
+_LEAST_SHARE = -80.0
+"""Log of the least share of a head that is added up; float32 holds its exponential."""
 Runs = tuple[Tensor, Tensor]
 """First slots and lengths of runs of slots that do not overlap, int64 [B, Hkv, Tq, R]. Length 0:
 no run."""
@@ -62,6 +65,10 @@ class Question:
 
     def candidates(self) -> Tensor:
         """Return the slots that may be chosen and that some head sees: bool [B, Tq, L]."""
+        return self._candidates
+
+    @cached_property
+    def _candidates(self) -> Tensor:
         return self._between(self.begin, self.end)
 
     def seen(self) -> Tensor:
@@ -114,10 +121,17 @@ class Question:
         of the softmax is to be covered, their shares count what is always read as well, but for
         all heads together: that never changes their order.
         """
+        usable = log_mass.amax(-1, keepdim=True).isfinite()
+        share = log_mass.log_softmax(-1)
+        if bool(usable.all()):
+            return self._with_always_read(_sum_of_shares(share), log_mass, of_all)
         mass = log_mass.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         usable = mass.amax(-1, keepdim=True).isfinite()
-        share = mass.log_softmax(-1)
-        share = (share if bool(usable.all()) else torch.where(usable, share, mass)).logsumexp(2)
+        share = torch.where(usable, mass.log_softmax(-1), mass).logsumexp(2)
+        return self._with_always_read(share, mass, of_all)
+
+    def _with_always_read(self, share: Tensor, mass: Tensor, of_all: bool) -> Tensor:
+        """Return `share` [B, Hkv, Tq, N] as a part of all that is read, if that is asked for."""
         if self.log_always is None or of_all:
             return share
         chosen_from = torch.sigmoid(mass.logsumexp(-1) - self.log_always).nan_to_num(0.0)
@@ -156,17 +170,40 @@ class Question:
         `room` may do.
         """
         candidate = self.candidates()[:, None, :, : rank.shape[-1]]
+        return self._runs(*self._best(rank, candidate, within))
+
+    def take_own(self, raw: Tensor, slot: Tensor, held: Tensor) -> Runs:
+        """Return the best `room` tokens among slots of each position's own, as `take_tokens` does.
+
+        `slot`, int64 [B, Tq, M], are slots that may be chosen where `held`, bool of the same shape.
+        `raw` [B, Hkv, G, Tq, M] are their raw scores. There are no biases.
+        """
+        rank = self.share(_hidden(self.capped(raw), held[:, None, None]))
+        best, taken = self._best(rank, held[:, None])
+        return self._runs(slot[:, None].expand_as(rank).gather(-1, best), taken)
+
+    def _best(
+        self, rank: Tensor, candidate: Tensor, within: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the places of the best candidates [B, Hkv, Tq, R], and which are to be taken.
+
+        Candidates that are not `within` are left out, but count for what a choice covers.
+        """
         lowest = torch.finfo(rank.dtype).min
         rank = rank.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=lowest)
-        rank = rank.masked_fill(~candidate, -torch.inf)
-        among = rank if within is None else rank.masked_fill(~within, -torch.inf)
+        rank = torch.where(candidate, rank, -torch.inf)
+        among = rank if within is None else torch.where(within, rank, -torch.inf)
         count = min(int(self.room.max()), rank.shape[-1])
         best = among.topk(max(count, 0), dim=-1)
         number = torch.arange(best.values.shape[-1], device=rank.device)
         taken = (best.values > -torch.inf) & (number < self.room[..., None])
         if self.may_miss is not None:
             taken = taken & self.needed(best.values, rank)
-        slot = torch.where(taken, best.indices, self.visible.kv_len).sort(-1).values
+        return best.indices, taken
+
+    def _runs(self, slot: Tensor, taken: Tensor) -> Runs:
+        """Return the slots `taken` [B, Hkv, Tq, R], each a run, in order."""
+        slot = torch.where(taken, slot, self.visible.kv_len).sort(-1).values
         taken = slot < self.visible.kv_len
         return torch.where(taken, slot, 0), taken.long()
 
@@ -201,7 +238,7 @@ class Question:
         if mask is not None and (within is None or mask.shape[1] > 1):
             seen = self._per_head(mask)[..., :slots]
             seen = seen if within is None else seen & within
-        return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+        return scores if seen is None else _hidden(scores, seen)
 
     def _clip(self, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         begin = torch.maximum(start[:, None], self.begin[..., None])
@@ -210,6 +247,29 @@ class Question:
 
     def _per_head(self, mask: Tensor) -> Tensor:
         return per_kv_head(mask, self.query.shape[1], self.group)
+
+
+def _hidden(scores: Tensor, seen: Tensor) -> Tensor:
+    """Return scores, and -inf where they are not `seen`, bool broadcastable to them.
+
+    On a CPU it is many times as fast to add -inf, which is right for finite scores.
+    """
+    added = scores + torch.where(seen, 0.0, -torch.inf)
+    if bool(added.amax().isnan()):
+        return scores.masked_fill(~seen, -torch.inf)
+    return added
+
+
+def _sum_of_shares(share: Tensor) -> Tensor:
+    """Return the log of the sum of exp(share) over heads, [B, Hkv, G, Tq, N]: [B, Hkv, Tq, N].
+
+    Shares are at most 0. Overwrites `share`. On a CPU the exponential of -inf takes many times as
+    long as that of other numbers, and most slots may be hidden: so no share counts as less than
+    exp(-80), but where none is larger, the largest stands for the sum.
+    """
+    most = share.amax(2)
+    total = share.clamp_(min=_LEAST_SHARE).exp_().sum(2).log_()
+    return torch.where(most > _LEAST_SHARE, total, most)
 
 
 def query_rows(query: Tensor, heads: int) -> Tensor:

@@ -9,6 +9,8 @@ step that is best for a Gaussian (Max, "Quantizing for minimum distortion", 1960
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,19 +114,52 @@ class KeySketches:
         `query` is float32 [B, Hkv, R, D]. The estimate is infinite for a key that is not finite.
         """
         blocks = (slots + self.block - 1) // self.block
-        inside = query[:, :, None] @ self.axes[:, :, :blocks]  # [B, Hkv, S, R, r]
-        constant = (query[:, :, None] * self.centre[:, :, :blocks, None]).sum(-1)
-        weight = inside * self.step[:, :, :blocks, None]
-        constant = constant + 0.5 * weight.sum(-1)
-        weight, constant = scale * weight, scale * constant[..., None]
+        weight, constant = self._weights(query, scale, blocks)
         parts = [  # block by block, so that unpacked codes stay in the cache of a CPU
-            weight[:, :, number] @ codes.float().transpose(-1, -2) + constant[:, :, number]
+            (weight[:, :, number] @ codes.float().transpose(-1, -2)).add_(constant[:, :, number])
             for number, codes in enumerate(self.codes[:, :, :slots].split(self.block, 2)[:blocks])
         ]
         score = torch.cat(parts, -1) if parts else query.new_zeros(*query.shape[:3], 0)
         if not self._any_lost:
             return score
         return score.masked_fill(self.error[:, :, None, :slots, 0].isinf(), torch.inf)
+
+    def scores_at(self, query: Tensor, scale: float, slot: Tensor, count: Tensor) -> Tensor:
+        """Estimate scale q.k for slots of each query's own: float32 [B, Hkv, G, Tq, M].
+
+        `query` is float32 [B, Hkv, G, Tq, D]. The first `count`, int64 [B, Tq], of its slots,
+        `slot` int64 [B, Tq, M], are in order; scores of the others are 0. The estimate is infinite
+        for a key that is not finite.
+        """
+        blocks = int(slot.max()) // self.block + 1
+        edges = torch.arange(1, blocks, device=slot.device) * self.block
+        weight, constant = self._weights(query.flatten(2, 3), scale, blocks)
+        weight, constant = (each.unflatten(3, query.shape[2:4]) for each in (weight, constant))
+        score = query.new_zeros(*query.shape[:4], slot.shape[-1])
+        for row, position in torch.cartesian_prod(*map(torch.arange, count.shape)).tolist():
+            own = slot[row, position, : count[row, position]]
+            ends = [0, *torch.searchsorted(own, edges).tolist(), len(own)]
+            for block, (begin, end) in enumerate(itertools.pairwise(ends)):
+                codes = self.codes[row].index_select(1, own[begin:end]).float()
+                part = weight[row, :, block, :, position] @ codes.transpose(-1, -2)
+                part.add_(constant[row, :, block, :, position])
+                score[row, :, :, position, begin:end] = part
+        if not self._any_lost:
+            return score
+        lost = self.error[:, :, None, :, 0].isinf().expand(-1, -1, slot.shape[1], -1)
+        at = slot[:, None].expand(-1, lost.shape[1], -1, -1)
+        return score.masked_fill(lost.gather(-1, at)[:, :, None], torch.inf)
+
+    def _weights(self, query: Tensor, scale: float, blocks: int) -> tuple[Tensor, Tensor]:
+        """Return weights of codes [B, Hkv, S, R, r], and what is added [B, Hkv, S, R, 1].
+
+        Their sum is the estimate of scale q.k for keys of each of the first blocks.
+        """
+        inside = query[:, :, None] @ self.axes[:, :, :blocks]
+        constant = (query[:, :, None] * self.centre[:, :, :blocks, None]).sum(-1)
+        weight = inside * self.step[:, :, :blocks, None]
+        constant = constant + 0.5 * weight.sum(-1)
+        return scale * weight, scale * constant[..., None]
 
     def score_bound(self, query: Tensor, scale: float, slots: int) -> Tensor:
         """Bound scale q.k for the first `slots` keys from above: [B, Hkv, R, N].

@@ -57,14 +57,38 @@ def visible_keys(
     wide = with_four_axes(mask).expand(batch, -1, query_len, kv_len)
     seen, bias = seen_and_bias(wide, shown_to_step)
     anywhere = seen[:, 0] if seen.shape[1] == 1 else seen.any(1)
-    slots = anywhere.to(torch.uint8)
     count = anywhere.sum(-1)
-    first = torch.where(count > 0, slots.argmax(-1), kv_len)
-    end = torch.where(count > 0, kv_len - slots.flip(-1).argmax(-1), 0)
+    first, end = _span(anywhere, count > 0)
     counts = None
     if bool((count != (end - first).clamp(min=0)).any()):
         counts = torch.nn.functional.pad(anywhere.long().cumsum(-1), (1, 0))
     return Visible(first, end, counts, bias, seen, kv_len)
+
+
+def seen_span(
+    mask: Tensor | None, batch: int, kv_len: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the first slot that any query of a row sees and the one after the last: int64 [B].
+
+    They are `kv_len` and 0 if none sees any. `mask` is that of `visible_keys`.
+    """
+    if mask is None:
+        full = torch.full((batch,), kv_len, dtype=torch.int64, device=device)
+        return torch.zeros_like(full), full
+    wide = with_four_axes(mask).expand(batch, -1, -1, kv_len)
+    seen = wide if wide.dtype == torch.bool else shown_to_step(wide)
+    anywhere = seen.flatten(1, 2).any(1)
+    return _span(anywhere, anywhere.any(-1))
+
+
+def _span(seen: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first slot that is `seen`, bool [..., L], and the one after the last: [...].
+
+    They are L and 0 unless `some`, bool [...], are seen.
+    """
+    slots, kv_len = seen.to(torch.uint8), seen.shape[-1]
+    first = torch.where(some, slots.argmax(-1), kv_len)
+    return first, torch.where(some, kv_len - slots.flip(-1).argmax(-1), 0)
 
 
 def seen_and_bias(

@@ -49,9 +49,14 @@ class Bias:
     @property
     def hidden(self) -> list[Boolean]:
         """Return the conditions under which it hides a key."""
+        return [condition for condition, _ in self.levels]
+
+    @property
+    def levels(self) -> list[tuple[Boolean, sympy.Expr]]:
+        """Return the conditions under which it hides a key, each with the number it adds then."""
         value = self._value
         branches = exclusive(value) if isinstance(value, sympy.Piecewise) else []
-        return [condition for low, condition in branches if hides(low)]
+        return [(condition, low_part(each)) for each, condition in branches if hides(each)]
 
     @property
     def _value(self) -> Element:
@@ -124,5 +129,10 @@ def without_hiding(choice: sympy.Piecewise) -> Element:
 
 def hides(value: Element) -> bool:
     """True if a number, or the number in a sum, is that of a hidden key (`reference.hidden`)."""
-    low = value.as_coeff_Add()[0] if isinstance(value, sympy.Add) else value
+    low = low_part(value)
     return bool(low.is_number and low.is_extended_real and low <= HIDDEN)
+
+
+def low_part(value: Element) -> Element:
+    """Return the number in a sum, and anything else as it is."""
+    return value.as_coeff_Add()[0] if isinstance(value, sympy.Add) else value

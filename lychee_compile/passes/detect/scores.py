@@ -16,6 +16,7 @@ from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.specification import S
 from lychee_compile.passes import reasons
+from lychee_compile.passes.detect.hiding_levels import HidingLevels, every_row_sees_a_key
 from lychee_compile.passes.detect.operands import Operand, Place
 from lychee_compile.passes.detect.score import Bias, Mask, Score, exclusive, hides, without_hiding
 from lychee_compile.passes.detect.score_trace import Step, Trace
@@ -55,6 +56,7 @@ class _Sum:
     biases: list[Bias] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     hidden: list[Boolean] = field(default_factory=list)
+    levels: HidingLevels = field(default_factory=HidingLevels)
     zeroed: list[Boolean] = field(default_factory=list)
     """Conditions under which scores are multiplied by zero; they must be hidden then."""
     extra: Operand | None = None
@@ -159,6 +161,7 @@ class _Sum:
             return
         self.biases.append(Bias(operand, float(times), self._amount(step)))
         self.hidden += self.biases[-1].hidden
+        self.levels.add(self.biases[-1].levels)
 
     def _from(self, step: Step) -> None:
         self._express(lambda a: -a)
@@ -190,6 +193,7 @@ class _Sum:
         if fill != -sympy.oo and any(map(_compares_positions, condition.atoms(sympy.Eq))):
             self.own_key_hidden = True
         self.hidden.append(condition)
+        self.levels.fill(condition, fill)
 
     def _filled(self, step: Step) -> Element:
         node = step.fill
@@ -233,6 +237,9 @@ def sum_up(trace: Trace, elements: Elements, keys: frozenset[Axis], base_two: bo
         total.refuse(reasons.SCORES_REVERSED(value=scale))
     if total.own_key_hidden and len(total.hidden) > 1:
         total.refuse(reasons.SCORES_OWN_KEY())
+    levels = total.levels.differ
+    if levels and not every_row_sees_a_key(total.hidden, keys, elements.axes):
+        total.refuse(reasons.SCORES_LEVELS(levels=" and ".join(f"{each:.3g}" for each in levels)))
     if any(each not in total.hidden for each in total.zeroed):
         total.refuse(reasons.SCORES_ZEROED())
     return Score(

@@ -185,15 +185,20 @@ SCANNED_0 = tl.constexpr(32)  # groups of level 0 scored at a time
 
 
 @triton.jit
+def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
+    """Return the slots that this step has written, int32 [16], filled up with `nothing`."""
+    number = tl.arange(0, 16)
+    slot = tl.load(positions + b * stride_b + number * stride_t, mask=number < written, other=0)
+    slot = tl.where(slot < 0, slot + kv_len, slot).to(tl.int32)
+    return tl.where(number < written, slot, nothing)
+
+
+@triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
     fresh = tl.load(header + 1 + b)
     if written > 0:
-        number = tl.arange(0, 16)
-        slot = tl.load(
-            positions + b * stride_b + number * stride_t, mask=number < written, other=2**30
-        ).to(tl.int32)
-        fresh = tl.min(tl.where(slot < 0, slot + kv_len, slot), 0)
+        fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh
 
 
@@ -281,6 +286,25 @@ def choose_by_bin(entry, cut, left, at_cut):
 
 
 @triton.jit
+def fresh_seen(
+    positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
+):
+    """Return the first slot that this step has written and the query sees, else `fresh_from`."""
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    if written > 1:
+        slot = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, 2**30
+        )
+        inside = slot < kv_len
+        h = (kv_head * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1))[:, None]
+        each = visible(b, h, t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        seen = tl.max(each.to(tl.int32), 0) > 0
+        own = tl.min(tl.where(seen, slot, 2**30), 0)
+        fresh = tl.where(own < 2**30, own, fresh)
+    return fresh
+
+
+@triton.jit
 def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
     """Return how many pages of each tile are chosen: int32 [TILES].
 
@@ -349,15 +373,15 @@ def changed_keys(keys, slot, inside, fingerprints):
 @triton.jit
 def check_sample(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fingerprints, positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
     b, kv_head, slots, kv_heads, kv_len,
 ):
     """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
 
     The sample has the NEWEST keys, which whoever appends has written, and others at equal
-    distances, which each step and each KV head begins elsewhere. This step already reads all keys.
+    distances, which each step and each KV head begins elsewhere. All are before `fresh`, and none
+    was written by this step. This step already reads all keys.
     """
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     fresh = tl.minimum(fresh, kv_len)
     trust = tl.load(header)
     if trust > 1:
@@ -373,7 +397,13 @@ def check_sample(
         place = place + slot[:, None] * stride_l + d[None, :] * stride_d
         keys = tl.load(place, mask=(d < HEAD_DIM)[None, :], other=0.0)
         fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-        if tl.max(changed_keys(keys, slot, slot < fresh, fingerprints), 0) > 0:
+        inside = slot < fresh
+        if written > 1:
+            new = written_slots(
+                positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+            )
+            inside &= tl.max((slot[:, None] == new[None, :]).to(tl.int32), 1) == 0
+        if tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0:
             tl.store(header, 0)
 
 
@@ -423,11 +453,14 @@ summary_least, summary_greatest, scores, totals, counts, counts_stride, histogra
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
+    )
     if tile == tiles:
-        if t == 0:
+        if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
             check_sample(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
                 b, kv_head, slots, kv_heads, kv_len,
             )
         return
@@ -636,8 +669,8 @@ def attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         result = tl.zeros([ROWS, WIDTH], tl.float32)
-        fresh = fresh_from(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_len
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
         )
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()

@@ -208,15 +208,20 @@ HEADS = tl.constexpr(4)  # query heads of a group, up to a power of two
 
 
 @triton.jit
+def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
+    """Return the slots that this step has written, int32 [16], filled up with `nothing`."""
+    number = tl.arange(0, 16)
+    slot = tl.load(positions + b * stride_b + number * stride_t, mask=number < written, other=0)
+    slot = tl.where(slot < 0, slot + kv_len, slot).to(tl.int32)
+    return tl.where(number < written, slot, nothing)
+
+
+@triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
     fresh = tl.load(header + 1 + b)
     if written > 0:
-        number = tl.arange(0, 16)
-        slot = tl.load(
-            positions + b * stride_b + number * stride_t, mask=number < written, other=2**30
-        ).to(tl.int32)
-        fresh = tl.min(tl.where(slot < 0, slot + kv_len, slot), 0)
+        fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh
 
 
@@ -352,15 +357,15 @@ def changed_keys(keys, slot, inside, fingerprints):
 @triton.jit
 def check_sample(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fingerprints, positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
     b, kv_head, slots, kv_heads, kv_len,
 ):
     """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
 
     The sample has the NEWEST keys, which whoever appends has written, and others at equal
-    distances, which each step and each KV head begins elsewhere. This step already reads all keys.
+    distances, which each step and each KV head begins elsewhere. All are before `fresh`, and none
+    was written by this step. This step already reads all keys.
     """
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     fresh = tl.minimum(fresh, kv_len)
     trust = tl.load(header)
     if trust > 1:
@@ -376,7 +381,13 @@ def check_sample(
         place = place + slot[:, None] * stride_l + d[None, :] * stride_d
         keys = tl.load(place, mask=(d < HEAD_DIM)[None, :], other=0.0)
         fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-        if tl.max(changed_keys(keys, slot, slot < fresh, fingerprints), 0) > 0:
+        inside = slot < fresh
+        if written > 1:
+            new = written_slots(
+                positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+            )
+            inside &= tl.max((slot[:, None] == new[None, :]).to(tl.int32), 1) == 0
+        if tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0:
             tl.store(header, 0)
 
 
@@ -424,7 +435,9 @@ def query_weights(
     mine = head_row.to(tl.int64) * blocks + tile
     tl.store(weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + kept[None, :], weight)
     tl.store(constants + mine * ROWS + g, constant)
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
+    )
     held = tl.minimum(fresh - tile * BLOCK, BLOCK)
     probe = tl.maximum((1 + tl.arange(0, 16)) * held // 16 - 1, 0)
     slot = tile * BLOCK + probe[None, :]
@@ -528,10 +541,13 @@ def scan_tokens(
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-        if t == 0:
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
+        )
+        if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
             check_sample(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
                 b, kv_head, slots, kv_heads, kv_len,
             )
         return
@@ -545,7 +561,9 @@ def scan_tokens(
         packed, packed_coarse = load_codes(
             fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
         )
-        fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
+        )
         if EARLY:
             tl.extra.cuda.gdc_wait()
         s = sketch_scores(
@@ -713,9 +731,12 @@ def encode_new(
             pages + (space * (slots // PAGE) + page) * FINE_BYTES + byte,
             (low | (high << 4)).to(tl.uint8), mask=byte < FINE_BYTES,
         )
-        if kv_head == 0:
-            tl.store(header + 1 + b, slot + 1)
         tl.debug_barrier()
+    if (kv_head == 0) & (written > 0):
+        last = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+        )
+        tl.store(header + 1 + b, tl.max(last, 0) + 1)
 
 
 @triton.jit
@@ -758,8 +779,8 @@ def attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         result = tl.zeros([ROWS, WIDTH], tl.float32)
-        fresh = fresh_from(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_len
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
         )
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()

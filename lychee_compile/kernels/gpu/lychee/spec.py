@@ -89,9 +89,9 @@ def select_slots(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the slots always read, log2 shares of the others, and how many of these to choose.
 
-    `query` is [B, Hkv, G, T, D], `visible` bool [B, Hkv, G, T, L]; `fresh`, int64 [B], is the first
-    slot without a sketch. The results are bool [B, Hkv, T, L], float32 [B, Hkv, T, L] (-inf: may
-    not be chosen) and int64 [B, Hkv, T].
+    `query` is [B, Hkv, G, T, D], `visible` bool [B, Hkv, G, T, L]; `fresh`, int64
+    [B, 1 or Hkv, T], is the first slot that is new to each query. The results are bool
+    [B, Hkv, T, L], float32 [B, Hkv, T, L] (-inf: may not be chosen) and int64 [B, Hkv, T].
     """
     kv_len = visible.shape[-1]
     anywhere = visible.any(2)
@@ -99,9 +99,9 @@ def select_slots(
     first = torch.where(anywhere, slot, kv_len).amin(-1, keepdim=True)
     end = torch.where(anywhere, slot + 1, 0).amax(-1, keepdim=True)
     begin = torch.minimum(first + sizes.sinks, end)
-    stop = torch.maximum(torch.minimum(end - sizes.recent, fresh[:, None, None, None]), begin)
+    stop = torch.maximum(torch.minimum(end - sizes.recent, fresh[..., None]), begin)
     always = ((slot >= first) & (slot < begin)) | ((slot >= stop) & (slot < end))
-    known = visible & (slot < fresh[:, None, None, None, None])
+    known = visible & (slot < fresh[:, :, None, :, None])
     total = log_denominator(query, state, fresh, finish, scale)
     possible = known.any(2) & (slot >= begin) & (slot < stop)
     if sizes.pages is not None:
@@ -158,9 +158,9 @@ def log_denominator(
 ) -> Tensor:
     """Return the estimated log of the sum of exp(score) over the keys before `fresh`.
 
-    It is [B, Hkv, G, T, 1]. `finish` gets one product for each of the S blocks,
-    [B, Hkv, G, T, S]. If scores depend on a key's slot, `finish` must average them over the slots
-    of the block.
+    It is [B, Hkv, G, T, 1], and `fresh` int64 [B, 1 or Hkv, T]. `finish` gets one product for each
+    of the S blocks, [B, Hkv, G, T, S]. If scores depend on a key's slot, `finish` must average them
+    over the slots of the block.
     """
     weight, constant = _weights(query, state)
     bits = torch.tensor(sketch_bits(query.shape[-1]), device=query.device)
@@ -168,7 +168,7 @@ def log_denominator(
     mean = finish(constant + scale / 2 * (weight * deviation).square().sum(-1))
     size = _block(state)
     block = torch.arange(constant.shape[-1], device=query.device) * size
-    count = (fresh[:, None] - block).clamp(max=size)[:, None, None, None]
+    count = (fresh[..., None] - block).clamp(max=size)[:, :, None]
     mass = mean + count.clamp(min=1).log()
     return mass.masked_fill(count <= 0, -torch.inf).logsumexp(-1, keepdim=True)
 

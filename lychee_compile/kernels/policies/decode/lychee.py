@@ -11,6 +11,7 @@ from torch import Tensor
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.reference.grouped import GroupedIndex
 from lychee_compile.kernels.reference.nodes import Nodes, furthest, log_count
+from lychee_compile.kernels.reference.own_slots import own_slots
 from lychee_compile.kernels.reference.question import Question, Runs, group_mass, take_by_rank
 from lychee_compile.kernels.reference.sketch import BLOCK, KeySketches
 from lychee_compile.kernels.reference.sketch_axes import sketch_bits
@@ -104,9 +105,15 @@ class LycheeIndex(GroupedIndex):
 
     def choose(self, question: Question) -> Runs:
         """Return the tokens of most estimated mass, by their sketches."""
+        within = self._candidates(question)
+        own = own_slots(question) if within is None else None
+        if own is not None:
+            query = question.split(question.query)
+            raw = self.sketches.scores_at(query, question.scale, own.slot, own.count)
+            return question.take_own(raw, own.slot, own.held)
         slots = int(self.tail.max())
         rank = question.token_share(self.sketches.scores(question.query, question.scale, slots))
-        return question.take_tokens(rank, self._candidates(question))
+        return question.take_tokens(rank, within)
 
     def on_append(self, key: Tensor, columns: Tensor, used: Tensor) -> None:
         """Sketch the keys of the new chunks."""
