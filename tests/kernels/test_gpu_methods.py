@@ -53,10 +53,8 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emitters, "_decode_emitters", dict(emitters._decode_emitters))
 
 
-@pytest.mark.parametrize("prefill", [False, True])
-def test_every_method_has_an_emitter_and_every_emitter_a_method(prefill: bool) -> None:
-    assert policies_with_emitters(prefill) == policies_with_kernels(prefill)
-    assert policies_with_kernels() == tuple(BUILT_IN)
+def test_every_method_has_an_emitter_and_every_emitter_a_method() -> None:
+    assert policies_with_emitters() == policies_with_kernels() == tuple(BUILT_IN)
 
 
 def test_a_policy_without_kernels_is_named() -> None:
@@ -66,7 +64,7 @@ def test_a_policy_without_kernels_is_named() -> None:
 
 @pytest.mark.usefixtures("registries")
 def test_a_method_that_lacks_something_is_refused() -> None:
-    half = SimpleNamespace(multiple=1, prefill=False)
+    half = SimpleNamespace(multiple=1)
     register_policy("half", QuestIndex, gpu=half)
     with pytest.raises(TypeError, match=r"policy 'half': .* is no GpuMethod"):
         gpu_method("half")

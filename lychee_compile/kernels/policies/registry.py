@@ -32,10 +32,6 @@ class GpuKernels(Protocol):
     def multiple(self) -> int:
         """A number that must divide the head_dim."""
 
-    @property
-    def prefill(self) -> bool:
-        """True if the policy has kernels for prefill too."""
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -48,9 +44,10 @@ class Policy:
     index: type[KVIndex] | None = None
     """Class of its indexes for decoding, in plain PyTorch; None: it cannot decode."""
     prefill: PrefillChoice | None = None
-    """Its choice for a prefill, in plain PyTorch; None: it has no form for prefill."""
+    """Its choice for a prefill, in plain PyTorch, on any device; None: it has no form for that."""
     gpu: GpuKernels | None = None
-    """Its kernels on a GPU; None: it has none. `kernels/gpu/methods.py` attaches those it has."""
+    """Its kernels for decoding; None: it has none. `kernels/gpu/methods.py` attaches those it has.
+    """
 
     @property
     def dense_layers(self) -> int:
@@ -153,9 +150,9 @@ def register_policy(
     """Let `options={"policy": name}` choose tokens as `index`, a class of indexes, does.
 
     `index` is None for a policy that cannot decode. `tiles` is how it chooses for a prefill, under
-    `options={"prefill": "sparse"}`; None: it has no form for that. `gpu` is a
+    `options={"prefill": "sparse"}`, on any device; None: it has no form for that. `gpu` is a
     `lychee_compile.extend.GpuMethod`, whose kernels `register_emitter` gives; None: on a GPU it
-    runs under `reference=True` alone. `words` say in a line what it does.
+    decodes under `reference=True` alone. `words` say in a line what it does.
 
     Registering the same again changes nothing. Raises ValueError if there is another policy of that
     name; TypeError for an `index` that is no class of indexes or leaves abstract methods undefined,

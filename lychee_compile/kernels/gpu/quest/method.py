@@ -21,7 +21,6 @@ class QuestMethod:
     """Pages of sixteen keys, ranked by the best corner of the box around them."""
 
     multiple: int = 1
-    prefill: bool = False
     notices_writes: bool = True
 
     def layout_of(self, key: Tensor) -> QuestLayout:
