@@ -574,13 +574,6 @@ POLICY_NO_KERNEL = _kind(
     "no GPU kernel supports policy={policy!r}",
     "set policy to {known}, or reference=True for the slow PyTorch path",
 )
-SCORE_NOT_SPLIT = _kind(
-    Group.KERNEL,
-    "score-not-split",
-    "on a GPU policy={policy!r} ranks the keys of a prefill by a scaled or soft-capped product and "
-    "a bias, and these scores are of another form",
-    "set policy='lychee', whose kernels take any score",
-)
 EPSILON_NO_KERNEL = _kind(
     Group.KERNEL,
     "epsilon-no-kernel",

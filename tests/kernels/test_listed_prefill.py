@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.parts.listed import split_score
 from lychee_compile.codegen.specification import KV, H, Q, S, TileSpec
 from lychee_compile.kernels.gpu.common.tuning import TileTuning
@@ -239,6 +240,9 @@ def test_scores_are_split_into_a_product_and_a_bias(
     split = split_score(score)
     if expected is None:
         assert split is None
+        spec = replace(make_problem().spec, score=score, tiles=TileSpec("s2o", SINKS, RECENT))
+        with pytest.raises(ValueError, match="no policy without kernels of its own ranks keys by"):
+            emit_module(spec)
         return
     assert split is not None
     assert math.isclose(split.scale, expected[0])

@@ -17,10 +17,8 @@ import torch
 import torch.fx
 
 from lychee_compile.codegen.module import chooses_by_kernels
-from lychee_compile.codegen.parts.listed import split_score
 from lychee_compile.codegen.specification import KV, Q, S, TileSpec
 from lychee_compile.kernels.operators import prefill  # noqa: F401  registers the operators
-from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.mask_reading import Reading
 from lychee_compile.passes.graph.dataflow import module_path, value_of
@@ -33,7 +31,6 @@ from lychee_compile.passes.lower.kernel_operands import (
     emit_kernel_operands,
     kernel_specification,
 )
-from lychee_compile.passes.lower.kernel_support import NoKernel
 from lychee_compile.passes.lower.patch_grids import Grid
 
 REFERENCE_OPERATOR = "lychee::sparse_prefill (reference)"
@@ -71,8 +68,6 @@ def emit_prefill_kernels(
     spec = kernel_specification(attention, operands, context.autotune)
     spec = replace(spec, tiles=TileSpec(config.policy, config.sinks, config.recent))
     by_kernels = chooses_by_kernels(config.policy)
-    if not by_kernels and split_score(spec.score) is None:
-        raise NoKernel(reasons.SCORE_NOT_SPLIT(policy=config.policy))
     operator = torch.ops.lychee.tiled_prefill if by_kernels else torch.ops.lychee.listed_prefill
     kernel = compile_kernels(spec, operands)
     grid = None if _depends_on_query_position(operands.expressions) else grid
