@@ -22,8 +22,10 @@ def emit_module(spec: AttentionSpec) -> str:
     """
     parts = [common.emit_heading(spec)]
     if spec.tiles is not None:
-        parts += [prefill.emit_constants(spec), *common.emit_terms(spec)]
-        parts += _prefill_emitters.get(spec.tiles.policy, listed.emit_listed)(spec)
+        policy = spec.tiles.policy
+        parts += [prefill.emit_constants(spec, chooses_by_kernels(policy))]
+        parts += common.emit_terms(spec)
+        parts += _prefill_emitters.get(policy, listed.emit_listed)(spec)
     else:
         parts += [decode.emit_constants(spec), *common.emit_terms(spec)]
         parts += decode.emit_exact(spec)

@@ -51,12 +51,13 @@ def emit_attend(spec: AttentionSpec, listed: bool = False) -> list[str]:
     ]
 
 
-def emit_constants(spec: AttentionSpec) -> str:
-    """Return the sizes of a site of prefill, of tiles and of a histogram."""
+def emit_constants(spec: AttentionSpec, by_kernels: bool) -> str:
+    """Return the sizes of a site of prefill, of tiles, and of a histogram if kernels choose."""
     return fill(
         "prefill/constants.py.jinja",
         spec,
         tile=QUERY_TILE,
+        by_kernels=by_kernels,
         parts=CENTRES_PER_TILE,
         sample=SAMPLE,
         bins=BINS,

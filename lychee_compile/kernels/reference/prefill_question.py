@@ -72,14 +72,14 @@ class PrefillQuestion:
         return of_keys.repeat_interleave(self.room.shape[1] // of_keys.shape[1], dim=1)
 
     def products(self, vectors: Tensor, of_keys: Tensor) -> Tensor:
-        """Multiply vectors [B, Hq, N, D] with those of their KV head, [B, Hkv, M, D]: [B, Hq, N, M].
+        """Multiply vectors [B, Hq, N, D] with those of their KV heads, [B, Hkv, M, D].
 
-        No vector of a KV head is repeated in memory.
+        The result is [B, Hq, N, M]. No vector of a KV head is repeated in memory.
         """
         heads, count = vectors.shape[1:3]
         grouped = vectors.unflatten(1, (of_keys.shape[1], -1)).flatten(2, 3)
-        return (grouped @ of_keys.mT).unflatten(2, (-1, count)).reshape(
-            len(vectors), heads, count, -1
+        return (
+            (grouped @ of_keys.mT).unflatten(2, (-1, count)).reshape(len(vectors), heads, count, -1)
         )
 
     def scores(self, vectors: Tensor) -> Tensor:

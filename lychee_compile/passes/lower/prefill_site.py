@@ -1,7 +1,8 @@
 """Emit sparse attention in the place of one prefill, encoder or vision transformer.
 
-No state is kept: one operator chooses keys and attends. With generated kernels that choose, with
-a choice in PyTorch before generated kernels, and by the reference; `order` is that of patches in blocks, if queries are patches:
+No state is kept: one operator chooses keys and attends. Three are shown: by generated kernels
+alone, by a choice in PyTorch and generated kernels, and by the reference. `order` is that of
+patches in blocks, if queries are patches:
 
     out = tiled_prefill(q, k, v, [], None, order, "causal", scale, 0.2, 16384, "prefill_lychee_...")
     out = listed_prefill(q, k, v, [], None, order, "causal", scale, 0.2, 16384, "prefill_s2o_...")

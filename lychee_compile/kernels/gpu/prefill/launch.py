@@ -163,7 +163,9 @@ class PrefillLaunch:
 
     def attend(self, first_row: int, count: int) -> None:
         """Attend from the queries of these rows to the keys that their tiles read."""
-        launch_attend(self._module, count, {**self._arguments, "first_row": first_row}, self._tuning)
+        launch_attend(
+            self._module, count, {**self._arguments, "first_row": first_row}, self._tuning
+        )
 
 
 def new_outputs(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
