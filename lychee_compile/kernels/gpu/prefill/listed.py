@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.launch_common import launch
@@ -188,12 +189,16 @@ class ListedPrefill:
         self, first_tile: int, held: Tensor, sighted: Tensor, bias: Tensor | None
     ) -> TileSight:
         """Return what tiles see, by how many queries of a tile see each key, and which see any."""
-        config, some, always = self._config, held > 0, []
-        for tile in range(held.shape[2]):
-            begin = (first_tile + tile) * QUERY_TILE
-            end = min(begin + QUERY_TILE, self._operands.query_len)
-            count = sighted[:, :, begin:end].sum(-1, keepdim=True)
-            every = some[:, :, tile] & (held[:, :, tile] == count)
-            near = self._sight.near(begin, end, config.recent)
-            always.append(always_read(some[:, :, tile], every, config.sinks, config.recent, near))
-        return TileSight(some, torch.stack(always, 2), bias)
+        config, some, tiles = self._config, held > 0, held.shape[2]
+        begin, query_len = first_tile * QUERY_TILE, self._operands.query_len
+        mine = sighted[:, :, begin : begin + tiles * QUERY_TILE]
+        filled = F.pad(mine, (0, tiles * QUERY_TILE - mine.shape[-1]))
+        count = filled.unflatten(-1, (tiles, QUERY_TILE)).sum(-1, keepdim=True)
+        firsts = range(begin, begin + tiles * QUERY_TILE, QUERY_TILE)
+        near = [
+            self._sight.near(first, min(first + QUERY_TILE, query_len), config.recent)
+            for first in firsts
+        ]
+        every = some & (held == count)
+        always = always_read(some, every, config.sinks, config.recent, torch.stack(near))
+        return TileSight(some, always, bias)
