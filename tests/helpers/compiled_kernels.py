@@ -48,7 +48,7 @@ POINTERS = {
     "*i64": "positions",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
-    "partial_sum log_sums scores bias",
+    "partial_sum log_sums scores mean_bias",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}

@@ -27,6 +27,7 @@ from lychee_compile.kernels.reference.prefill_attention import (
     prefill_attention,
 )
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
+from lychee_compile.kernels.reference.tiles import Sight, tile_sight
 from lychee_compile.kernels.sizes import QUERY_TILE
 
 triton_interpreter.use()
@@ -40,6 +41,12 @@ SINKS, RECENT = 4, 16
 CHOSEN_IN_PYTORCH = ("streaming", "dhsa", "s2o", "compact")
 
 
+@pytest.fixture(autouse=True)
+def many_queries_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted steps take their time, whatever they are about."""
+    monkeypatch.setattr(listed, "SEEN_QUERIES", 64)
+
+
 def problem_for(policy: str, **given) -> Problem:
     """Return a decoding problem whose specification is that of a prefill."""
     problem = make_problem(**given)
@@ -50,11 +57,9 @@ def problem_for(policy: str, **given) -> Problem:
 def plain(problem: Problem, config: PrefillConfig, order: Tensor | None = None) -> PrefillResult:
     """Return what the plain form does, which has the mask and the bias as one tensor."""
     split = split_score(problem.spec.score)
-    shape = problem.visible.shape
-    bias = problem.score(torch.zeros(shape, dtype=torch.float64), torch.arange(shape[-1]))
-    mask = problem.visible
-    if split.bias != 0:
-        mask = bias.float().masked_fill(~mask, -torch.inf)
+    mask, bias = _mask(problem)
+    if bias is not None:
+        mask = bias.masked_fill(~mask, -torch.inf)
     operands = Operands(
         problem.query, problem.key, problem.value, mask, split.scale, split.softcap, problem.extra
     )
@@ -134,6 +139,36 @@ def test_kernels_read_what_the_plain_form_reads(policy: str, data: st.DataObject
     near = {"float32": 1e-3, "bfloat16": 2e-2}[problem.spec.dtype]
     for got, wanted in ((prefill.output, expected.output), (prefill.log_sums, expected.log_sum)):
         torch.testing.assert_close(got[sighted], wanted[sighted], atol=near, rtol=near)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_and_bias_is_seen_as_the_plain_form_sees_it(mask: str) -> None:
+    score = SCORES[MASKS.index(mask) % len(SCORES)]
+    problem = problem_for(
+        "streaming", mask=mask, score=score, sizes=Sizes(2, 1, 2, 140, 180, 16, 16)
+    )
+    prefill = ListedPrefill(
+        problem.module(), problem.operands(), listed_config(problem.module(), 1)
+    )
+    sight, _ = prefill.see(0, 2)
+    seen, bias = _mask(problem)
+    mask_tensor = seen if bias is None else bias.masked_fill(~seen, -torch.inf)
+    whole = Sight(mask_tensor, False, 2, 140, 180, seen.device)
+    expected = tile_sight(whole, 0, 140, SINKS, RECENT)
+    for got, wanted in ((sight.some, expected.some), (sight.always, expected.always)):
+        assert torch.equal(*torch.broadcast_tensors(got, wanted))
+    assert (sight.bias is None) == (bias is None)
+    if bias is not None:
+        torch.testing.assert_close(*torch.broadcast_tensors(sight.bias, expected.bias))
+
+
+def _mask(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """Return what is visible, bool [B, Hq, T, L], and the biases there, None if there are none."""
+    shape = problem.visible.shape
+    if split_score(problem.spec.score).bias == 0:
+        return problem.visible, None
+    nothing = torch.zeros(shape, dtype=torch.float64)
+    return problem.visible, problem.score(nothing, torch.arange(shape[-1])).float()
 
 
 def _some(problem: Problem) -> Tensor:

@@ -76,7 +76,7 @@ def edges(b, tile, query_len, kv_len, slopes, slopes_stride_0, SELF: tl.constexp
 
 @triton.jit(do_not_specialize=["first_tile", "tiles", "query_len", "kv_len"])
 def see_tiles(
-    held, bias, sighted, edge, first_tile, tiles, seen_heads, query_len, kv_len, slopes, slopes_stride_0,
+    held, mean_bias, sighted, edge, first_tile, tiles, seen_heads, query_len, kv_len, slopes, slopes_stride_0,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SELF: tl.constexpr,
 ):
     """Count the queries of a tile that see each of KEYS keys, and note which of them see any."""
@@ -109,7 +109,7 @@ def see_tiles(
         total += tl.sum(tl.where(seen, bits, 0.0), 0)
     tl.store(held + line, count.to(tl.uint8), mask=slot < kv_len)
     mean = total / tl.maximum(count, 1) / 1.4426950408889634
-    tl.store(bias + line, mean, mask=slot < kv_len)
+    tl.store(mean_bias + line, mean, mask=slot < kv_len)
 
 
 @triton.jit

@@ -106,7 +106,7 @@ class ListedPrefill:
 
     def lists(self, first_tile: int, tiles: int) -> Lists:
         """Return the keys that these tiles read."""
-        sight, edge = self._see(first_tile, tiles)
+        sight, edge = self.see(first_tile, tiles)
         question = self.question(first_tile, sight)
         read = (sight.always | self._config.choice(question)).flatten(0, 2).contiguous()
         capacity = max(1, int(read.sum(-1).max()))
@@ -161,7 +161,7 @@ class ListedPrefill:
             "tiles": lists.tiles,
         }
 
-    def _see(self, first_tile: int, tiles: int) -> tuple[TileSight, Tensor]:
+    def see(self, first_tile: int, tiles: int) -> tuple[TileSight, Tensor]:
         """Return what these tiles see, and slots that they always read, int32 [rows, 8]."""
         module, query, kv_len = self._module, self._operands.query, self._operands.kv_len
         batch, heads, query_len, _ = query.shape
@@ -173,7 +173,7 @@ class ListedPrefill:
         arguments = {
             **self._arguments,
             "held": held,
-            "bias": held if bias is None else bias,
+            "mean_bias": held if bias is None else bias,
             "sighted": sighted,
             "edge": edge,
             "first_tile": first_tile,
