@@ -85,6 +85,7 @@ from lychee_compile.kernels.levels.words import describe
 from lychee_compile.kernels.policies.registry import Policy, policies, register_policy
 from lychee_compile.kernels.reference.grouped import GroupedIndex
 from lychee_compile.kernels.reference.index import KVIndex
+from lychee_compile.kernels.reference.key_groups import KeyGroups
 from lychee_compile.kernels.reference.prefill_question import PrefillChoice, PrefillQuestion
 from lychee_compile.kernels.reference.question import Question, Runs
 from lychee_compile.kernels.sizes import PAGE, SCAN_SLOTS, power_of_two, whole_scans
@@ -105,6 +106,7 @@ __all__ = [
     "IndexState",
     "KVIndex",
     "Keep",
+    "KeyGroups",
     "Level",
     "LevelStack",
     "Pages",

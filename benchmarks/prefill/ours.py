@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
 from types import ModuleType
@@ -18,17 +19,49 @@ from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSp
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import PREFILL, TileTuning, candidates
 from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, PrefillLaunch, run_prefill
+from lychee_compile.kernels.gpu.prefill.listed import (
+    ListedPrefill,
+    chooses_in_pytorch,
+    listed_config,
+)
 from lychee_compile.kernels.sizes import QUERY_TILE
 
 SINKS, RECENT = 16, 64
 
 
-def kernels(query: Tensor) -> ModuleType:
-    """Return the generated module for causal attention of this shape."""
+def kernels(query: Tensor, policy: str = "lychee") -> ModuleType:
+    """Return the generated module of a policy for causal attention of this shape."""
     dtype = str(query.dtype).removeprefix("torch.")
-    group, tiles = HEADS // KV_HEADS, TileSpec("lychee", SINKS, RECENT)
+    group, tiles = HEADS // KV_HEADS, TileSpec(policy, SINKS, RECENT)
     spec = AttentionSpec(dtype, group, HEAD_DIM, HEAD_DIM, SCALE * S, KV <= Q, tiles=tiles)
     return load_module(spec)
+
+
+def attention(
+    module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
+) -> Callable[[], Tensor]:
+    """Return a call of sparse attention by a module of `kernels`, choosing included."""
+    given = AttentionOperands(*operands)
+    if chooses_in_pytorch(module):
+        config = listed_config(module, share)
+        return lambda: ListedPrefill(module, given, config).run()[0]
+    return lambda: run_prefill(module, given, PrefillBudget(share))[0]
+
+
+def share_listed(
+    module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
+) -> float:
+    """Return the share of the pairs that is read where the choice is made in PyTorch."""
+    query, context = operands[0], operands[1].shape[2]
+    launch = ListedPrefill(module, AttentionOperands(*operands), listed_config(module, share))
+    read = seen = 0
+    for first_tile, tiles in launch.slices():
+        lists = launch.lists(first_tile, tiles)
+        begin, end = lists.edge[:, 0:6:2].sum(-1), lists.edge[:, 1:6:2].sum(-1)
+        read += int((lists.counts + end - begin).sum())
+        last = range(first_tile + 1, first_tile + tiles + 1)
+        seen += query.shape[1] * sum(min(tile * QUERY_TILE, context) for tile in last)
+    return read / seen
 
 
 def read_by_tiles(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lychee_compile.codegen.parts import common, decode, levels, lychee, prefill
+from lychee_compile.codegen.parts import common, decode, levels, listed, lychee, prefill
 from lychee_compile.codegen.specification import AttentionSpec
 from lychee_compile.kernels.policies.registry import find_policy
 
@@ -13,6 +13,7 @@ Emit = Callable[[AttentionSpec], list[str]]
 
 _decode_emitters: dict[str, Emit] = {"lychee": lychee.emit_lychee}
 _prefill_emitters: dict[str, Emit] = {"lychee": prefill.emit_prefill}
+"""Policies whose own kernels choose; the others choose in PyTorch."""
 
 
 def emit_module(spec: AttentionSpec) -> str:
@@ -22,8 +23,10 @@ def emit_module(spec: AttentionSpec) -> str:
     """
     parts = [common.emit_heading(spec)]
     if spec.tiles is not None:
-        parts += [prefill.emit_constants(spec), *common.emit_terms(spec)]
-        parts += _emitter(_prefill_emitters, spec.tiles.policy)(spec)
+        policy = spec.tiles.policy
+        parts += [prefill.emit_constants(spec, chooses_by_kernels(policy))]
+        parts += common.emit_terms(spec)
+        parts += _prefill_emitters.get(policy, listed.emit_listed)(spec)
     else:
         parts += [decode.emit_constants(spec), *common.emit_terms(spec)]
         parts += decode.emit_exact(spec)
@@ -37,7 +40,7 @@ def _emit_sparse(spec: AttentionSpec, policy: str) -> list[str]:
     record = find_policy(policy)
     if record is not None and record.levels is not None:
         return levels.emit_levels(spec, record.levels)
-    return _emitter(_decode_emitters, policy)(spec)
+    return _emitter(policy)(spec)
 
 
 def register_emitter(policy: str, emit: Emit) -> None:
@@ -54,12 +57,18 @@ def register_emitter(policy: str, emit: Emit) -> None:
     _decode_emitters[policy] = emit
 
 
-def policies_with_emitters(prefill: bool = False) -> tuple[str, ...]:
-    """Return the policies that have an emitter for decoding, or for prefill."""
-    return tuple(_prefill_emitters if prefill else _decode_emitters)
+def policies_with_emitters() -> tuple[str, ...]:
+    """Return the policies that have an emitter for decoding."""
+    return tuple(_decode_emitters)
 
 
-def _emitter(emitters: dict[str, Emit], policy: str) -> Emit:
-    if policy not in emitters:
-        raise ValueError(f"policy {policy!r} has no kernels; {', '.join(emitters)} have")
-    return emitters[policy]
+def chooses_by_kernels(policy: str) -> bool:
+    """Return True if kernels of a policy's own choose for a prefill; if not, PyTorch does."""
+    return policy in _prefill_emitters
+
+
+def _emitter(policy: str) -> Emit:
+    if policy not in _decode_emitters:
+        known = ", ".join(_decode_emitters)
+        raise ValueError(f"policy {policy!r} has no kernels; {known} have")
+    return _decode_emitters[policy]

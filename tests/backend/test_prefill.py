@@ -160,8 +160,9 @@ def test_where_kernels_run_they_are_generated_for_it(
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"policy": "streaming"}, "no GPU kernel for prefill supports policy='streaming'"),
+        ({"policy": "quest"}, "policy='quest' cannot choose keys for prefill"),
         ({"epsilon": 0.1}, "no GPU kernel supports epsilon (got 0.1)"),
+        ({"epsilon": 0.1, "policy": "s2o"}, "no GPU kernel supports epsilon (got 0.1)"),
     ],
 )
 def test_what_has_no_kernel_stays_exact_where_kernels_run(

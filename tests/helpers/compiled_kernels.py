@@ -38,17 +38,19 @@ TILE_KERNELS = {
     "summarise_queries": {"KEYS": 64, "TILES": 8, "SELF": True},
     "scan": {"KEYS": 64, "TILES": 16},
     "select_keys": {"LANES": 4096},
+    "see_tiles": {"QUERIES": 32, "KEYS": 128, "SELF": True},
+    "list_keys": {"LANES": 4096},
     "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8},
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
-    "*u8": "fine coarse pages page_bins group_bins bins",
+    "*u8": "fine coarse pages page_bins group_bins bins held sighted read",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
     "channels candidates candidate_count listed listed_count chosen_list edge chosen counts",
     "*i64": "positions head_mass",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
-    "partial_sum log_sums scores",
+    "partial_sum log_sums scores mean_bias",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}

@@ -89,6 +89,16 @@ SPECS = {
     "prefill_llama": AttentionSpec(
         "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("lychee", 16, 64)
     ),
+    "prefill_listed_slopes": AttentionSpec(
+        "bfloat16",
+        4,
+        128,
+        128,
+        S / math.sqrt(128) + SLOPE * (KV - Q),
+        KV <= Q,
+        (Captured("slopes", "float32", 1),),
+        tiles=TileSpec("s2o", 16, 64),
+    ),
     "prefill_mask_softcap_odd_sizes": AttentionSpec(
         "float16",
         3,

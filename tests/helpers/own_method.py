@@ -246,7 +246,6 @@ class MeanMethod:
     """Pages, ranked by their mean key."""
 
     multiple: int = 1
-    prefill: bool = False
 
     def layout_of(self, key: Tensor) -> MeanLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""

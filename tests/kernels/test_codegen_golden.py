@@ -23,9 +23,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "kernels"
 LAUNCHED = {
     "attend_all", "combine", "query_weights", "scan_tokens", "scan_pages", "scan_chosen", "attend",
     "encode", "record_fingerprints", "scan_0", "rank_0", "list_0", "scan_1", "rank_1",
-    "summarise_queries", "scan", "select_keys",
+    "summarise_queries", "scan", "select_keys", "see_tiles", "list_keys",
 }  # fmt: skip
 FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE", "PAGE"}
+FOR_THE_HOST |= {"SCALE", "SOFTCAP", "BIASED", "BY_HEAD"}
 """Names that launches look at, and no kernel."""
 
 

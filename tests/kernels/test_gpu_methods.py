@@ -58,7 +58,6 @@ def test_every_method_has_an_emitter_and_every_emitter_a_method() -> None:
     assert {"quest", "hisa", "tokenselect", "streaming"} <= declared
     assert policies_with_emitters() == tuple(BUILT_IN)
     assert set(policies_with_kernels()) == {*BUILT_IN, *declared}
-    assert policies_with_emitters(prefill=True) == policies_with_kernels(prefill=True)
 
 
 def test_a_policy_without_kernels_is_named() -> None:
@@ -70,7 +69,7 @@ def test_a_policy_without_kernels_is_named() -> None:
 
 @pytest.mark.usefixtures("registries")
 def test_a_method_that_lacks_something_is_refused() -> None:
-    half = SimpleNamespace(multiple=1, prefill=False)
+    half = SimpleNamespace(multiple=1)
     register_policy("half", index_class("oracle"), gpu=half)
     with pytest.raises(TypeError, match=r"policy 'half': .* is no GpuMethod"):
         gpu_method("half")

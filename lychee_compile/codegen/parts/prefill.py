@@ -34,18 +34,30 @@ def emit_prefill(spec: AttentionSpec) -> list[str]:
         fill("prefill/scan.py.jinja", spec),
         *library("prefill", "bins_between", "room_for", "cut_of", "counted"),
         fill("prefill/select_keys.py.jinja", spec),
-        *([_attend_unmasked(spec)] if sees_range(spec) else []),
-        fill("prefill/read_listed.py.jinja", spec),
-        fill("prefill/attend.py.jinja", spec),
+        *emit_attend(spec),
     ]
 
 
-def emit_constants(spec: AttentionSpec) -> str:
-    """Return the sizes of a site of prefill, of tiles and of a histogram."""
+def emit_attend(spec: AttentionSpec, listed: bool = False) -> list[str]:
+    """Return the kernel `attend` and its functions.
+
+    `listed` is True if the rows of a launch are some tiles of all heads, and False if they are all
+    tiles of some heads.
+    """
+    return [
+        *([_attend_unmasked(spec)] if sees_range(spec) else []),
+        fill("prefill/read_listed.py.jinja", spec),
+        fill("prefill/attend.py.jinja", spec, listed=listed),
+    ]
+
+
+def emit_constants(spec: AttentionSpec, by_kernels: bool) -> str:
+    """Return the sizes of a site of prefill, of tiles, and of a histogram if kernels choose."""
     return fill(
         "prefill/constants.py.jinja",
         spec,
         tile=QUERY_TILE,
+        by_kernels=by_kernels,
         parts=CENTRES_PER_TILE,
         sample=SAMPLE,
         bins=BINS,

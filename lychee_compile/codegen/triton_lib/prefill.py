@@ -1,4 +1,4 @@
-"""The list of the keys that a tile of queries reads, from their bins."""
+"""The list of the keys that a tile of queries reads, from their bins or from flags."""
 
 from __future__ import annotations
 
@@ -52,3 +52,27 @@ def counted(bins, bin_room, begin, stop, LANES: tl.constexpr):
         slot = start + tl.arange(0, LANES)
         held += tl.histogram(bins_between(bins, bin_room, slot, begin, stop), BINS)
     return tl.where(tl.arange(0, BINS) > 0, held, 0)
+
+
+@triton.jit(do_not_specialize=["capacity", "kv_len"])
+def list_keys(read, edge, chosen, counts, capacity, kv_len, LANES: tl.constexpr):
+    """List the slots that a row reads, uint8 `read` [rows, kv_len], but for those between edges.
+
+    `chosen`, int32 [rows, capacity], gets the slots in their order, `counts`, int32 [rows], their
+    number.
+    """
+    row = tl.program_id(0)
+    first, begin, own, own_end, stop, end = load_edges(edge, row)
+    read += row.to(tl.int64) * kv_len
+    chosen += row.to(tl.int64) * capacity
+    count = 0
+    for start in range(0, kv_len, LANES):
+        slot = start + tl.arange(0, LANES)
+        taken = tl.load(read + slot, mask=slot < kv_len, other=0) != 0
+        listed = (slot < first) | (slot >= begin)
+        listed = listed & ((slot < own) | (slot >= own_end)) & ((slot < stop) | (slot >= end))
+        taken = taken & listed
+        order = tl.cumsum(taken.to(tl.int32), 0)
+        tl.store(chosen + (count - 1) + order, slot, mask=taken)
+        count += tl.max(order, 0)
+    tl.store(counts + row, count)

@@ -30,12 +30,12 @@ for _name, _method in BUILT_IN.items():
     attach_kernels(_name, _method)
 
 
-def policies_with_kernels(prefill: bool = False) -> tuple[str, ...]:
-    """Return the policies that have kernels for decoding, or for prefill."""
-    methods = ((each.name, _method_of(each)) for each in policies())
-    return tuple(
-        name for name, method in methods if method is not None and (method.prefill or not prefill)
-    )
+def policies_with_kernels() -> tuple[str, ...]:
+    """Return the policies that have kernels for decoding.
+
+    For a prefill every policy has them that has a form for it.
+    """
+    return tuple(each.name for each in policies() if _method_of(each) is not None)
 
 
 def gpu_method(policy: str) -> GpuMethod:

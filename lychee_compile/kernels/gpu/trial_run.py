@@ -21,6 +21,11 @@ from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.methods import method_of_kernel, new_index
 from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
+from lychee_compile.kernels.gpu.prefill.listed import (
+    ListedPrefill,
+    chooses_in_pytorch,
+    listed_config,
+)
 
 ENOUGH = 4096
 """Most keys, and most queries, of a trial prefill: kernels are compiled for any length."""
@@ -92,7 +97,9 @@ def try_kernels(call: TrialCall) -> None:
 
 def _run(call: TrialCall, module: ModuleType) -> None:
     operands = call.operands()
-    if call.tiles:
+    if call.tiles and chooses_in_pytorch(module):
+        ListedPrefill(module, _shortened(operands), listed_config(module, 0.5)).run()
+    elif call.tiles:
         run_prefill(module, _shortened(operands), PrefillBudget(0.5))
     elif call.sparse:
         _run_sparse(call, module, operands)

@@ -14,6 +14,7 @@ from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import PREFILL
 from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
+from lychee_compile.kernels.gpu.prefill.listed import ListedPrefill, listed_config
 from lychee_compile.kernels.operators.fakes import fake_output
 from lychee_compile.kernels.operators.observe import (
     PrefillCall,
@@ -86,34 +87,94 @@ def tiled_prefill(
     shortest: int,
     kernel: str,
 ) -> Tensor:
-    """Run `sparse_prefill` by the generated module `kernel`.
+    """Run `sparse_prefill` by the generated module `kernel`, whose kernels choose too.
 
     `captured` are the tensors that score and mask read, in the module's order. `plain` is not empty
     if scores are only scaled and every query sees "all" keys, or those up to its own ("causal").
     Then a call with fewer than `shortest` keys goes to PyTorch's own kernel.
     """
+    if (easy := _without_choice(query, key, value, plain, scale, shortest)) is not None:
+        return easy
+    module, operands = load(kernel), _in_order(query, key, value, captured, extra, order)
+    read = PrefillBudget(budget, shortest, own=order is None)
+    run = partial(run_prefill, module, operands, read)
+    with torch.cuda.device_of(query):
+        autotune(module, PREFILL, run, operands)
+        output, _ = run()
+    return _back(output, order)
+
+
+tiled_prefill.register_fake(fake_output)
+
+
+# CUDA graphs must leave it out: the policy's own function may wait for the device.
+@torch.library.custom_op(
+    "lychee::listed_prefill", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def listed_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: list[Tensor],
+    extra: Tensor | None,
+    order: Tensor | None,
+    plain: str,
+    scale: float,
+    budget: float,
+    shortest: int,
+    kernel: str,
+) -> Tensor:
+    """Run `sparse_prefill`, choosing in PyTorch and attending by the generated module `kernel`.
+
+    The arguments are those of `tiled_prefill`.
+    """
+    if (easy := _without_choice(query, key, value, plain, scale, shortest)) is not None:
+        return easy
+    module, operands = load(kernel), _in_order(query, key, value, captured, extra, order)
+    config = listed_config(module, budget, shortest)
+    with torch.cuda.device_of(query):
+        prefill = ListedPrefill(module, operands, config, order)
+        autotune(module, PREFILL, prefill.attend_first, operands)
+        output, _ = prefill.run()
+    return _back(output, order)
+
+
+listed_prefill.register_fake(fake_output)
+
+
+def _without_choice(
+    query: Tensor, key: Tensor, value: Tensor, plain: str, scale: float, shortest: int
+) -> Tensor | None:
+    """Return attention over no keys, or over few by PyTorch's own kernel; None for all others."""
     if prefill_observers:
         warn_of_recording()
     if query.numel() == 0 or key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     if key.shape[2] < shortest and plain:
         return _short(query, key, value, plain == "causal", scale).contiguous()
+    return None
+
+
+def _in_order(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: list[Tensor],
+    extra: Tensor | None,
+    order: Tensor | None,
+) -> AttentionOperands:
+    """Return the operands of a launch, the queries in the given order."""
     if order is not None:
         query = query.index_select(2, order)
         extra = None if extra is None else in_order(extra, order)
-    module = load(kernel)
-    operands = AttentionOperands(query, key, value, captured, extra)
-    read = PrefillBudget(budget, shortest, own=order is None)
-    run = partial(run_prefill, module, operands, read)
-    with torch.cuda.device_of(query):
-        autotune(module, PREFILL, run, operands)
-        output, _ = run()
+    return AttentionOperands(query, key, value, captured, extra)
+
+
+def _back(output: Tensor, order: Tensor | None) -> Tensor:
+    """Return the output [B, Hq, T, Dv] of queries that were put in an order as they came."""
     if order is not None:
         output = torch.empty_like(output).index_copy_(2, order, output)
     return output.contiguous()
-
-
-tiled_prefill.register_fake(fake_output)
 
 
 def _short(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Tensor:

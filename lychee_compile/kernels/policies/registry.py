@@ -36,10 +36,6 @@ class GpuKernels(Protocol):
     def multiple(self) -> int:
         """A number that must divide the head_dim."""
 
-    @property
-    def prefill(self) -> bool:
-        """True if the policy has kernels for prefill too."""
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -52,9 +48,10 @@ class Policy:
     index: type[KVIndex] | None = None
     """Class of its indexes for decoding, in plain PyTorch; None: it cannot decode."""
     prefill: PrefillChoice | None = None
-    """Its choice for a prefill, in plain PyTorch; None: it has no form for prefill."""
+    """Its choice for a prefill, in plain PyTorch, on any device; None: it has no form for that."""
     gpu: GpuKernels | None = None
-    """Its kernels on a GPU; None: it has none. `kernels/gpu/methods.py` attaches those it has."""
+    """Its kernels for decoding; None: it has none. `kernels/gpu/methods.py` attaches those it has.
+    """
     levels: LevelStack | None = None
     """Its declaration, of which index and kernels are made; None: they are written by hand."""
 
@@ -189,9 +186,10 @@ def register_policy(
 
     A `LevelStack` declares the policy: it then runs on every device. A class of indexes runs in
     plain PyTorch, and with `gpu`, a `lychee_compile.extend.GpuMethod` whose kernels
-    `register_emitter` gives, on a GPU too; without, under `reference=True` alone. None: the policy
-    cannot decode. `tiles` is how it chooses for a prefill, under `options={"prefill": "sparse"}`;
-    None: it has no form for that. `words` say in a line what it does.
+    `register_emitter` gives, on a GPU too; without, it decodes there under `reference=True` alone.
+    None: the policy cannot decode. `tiles` is how it chooses for a prefill, under
+    `options={"prefill": "sparse"}`, on any device; None: it has no form for that. `words` say in a
+    line what it does.
 
     Registering the same again changes nothing. Raises ValueError if there is another policy of that
     name, or kernels are given for a declaration; TypeError for a `policy` that is neither, or

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_question import PrefillChoice, PrefillQuestion
 from lychee_compile.kernels.reference.scores import rows_at
 from lychee_compile.kernels.reference.softcap import capped
-from lychee_compile.kernels.reference.tiles import Sight, tile_sight
+from lychee_compile.kernels.reference.tiles import Sight, TileSight, tile_sight
 from lychee_compile.kernels.sizes import PAGE, QUERY_TILE
 
 AT_ONCE = 8
@@ -39,6 +40,15 @@ class PrefillConfig:
     a certificate proves it. None: the budget is kept and nothing is proved."""
     shortest: int = 0
     """Number of keys below which a tile reads all that it sees."""
+
+    def room(self, sight: TileSight, heads: int) -> Tensor:
+        """Return how many keys may be chosen, int64 [B or 1, heads, tiles], by what tiles see."""
+        counts = sight.some.sum(-1)
+        allowed = torch.full_like(counts, int(self.budget))
+        if self.budget < 1:
+            allowed = (self.budget * counts).ceil().long()
+        allowed = torch.where(counts < self.shortest, counts, allowed)
+        return (allowed - sight.always.sum(-1)).clamp(min=0).expand(-1, heads, -1)
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,11 @@ class _Attention:
         """Keys as float32 [B, Hkv, L, D], without the NaN that unseen keys may hold."""
         return self.operands.key.float().nan_to_num()
 
+    @cached_property
+    def facts(self) -> dict[object, Any]:
+        """Facts of the keys that the policy has worked out."""
+        return {}
+
     def some_tiles(self, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return output, log-sum-exp, certificates and keys read of the queries [begin, end)."""
         question = self._question(begin, end)
@@ -141,19 +156,14 @@ class _Attention:
         operands, config = self.operands, self.config
         sight = tile_sight(self.sight, begin, end, config.sinks, config.recent)
         batch, heads, _, _ = operands.query.shape
-        counts = sight.some.sum(-1)
-        allowed = torch.full_like(counts, int(config.budget))
-        if config.budget < 1:
-            allowed = (config.budget * counts).ceil().long()
-        allowed = torch.where(counts < config.shortest, counts, allowed)
-        room = (allowed - sight.always.sum(-1)).clamp(min=0).expand(batch, heads, -1)
         return PrefillQuestion(
             query=operands.query[:, :, begin:end].float(),
             key=self.known_key,
             scale=operands.scale,
             softcap=operands.softcap,
             sight=sight,
-            room=room,
+            room=config.room(sight, heads).expand(batch, -1, -1),
+            facts=self.facts,
         )
 
     def _attend(self, begin: int, end: int, read: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.reference.key_groups import KeyGroups, keys_before, standing
 from lychee_compile.kernels.reference.nodes import Nodes
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.tiles import TileSight, summarise
 from lychee_compile.kernels.sizes import QUERY_TILE
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class PrefillQuestion:
     """Keys that the tiles see."""
     room: Tensor
     """Number of keys that may be chosen, int64 [B, Hq, tiles]."""
+    facts: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Results of `once`; all questions of one prefill share them."""
 
     @property
     def tiles(self) -> int:
@@ -49,14 +55,32 @@ class PrefillQuestion:
         count = self.tiles * QUERY_TILE // positions
         return summarise(self.query, positions).resized(count)
 
+    def once(self, make: Callable[..., Result], *given: int) -> Result:
+        """Return `make(key, *given)`, which is worked out once for all tiles of a prefill."""
+        if (make, given) not in self.facts:
+            self.facts[make, given] = make(self.key, *given)
+        result: Result = self.facts[make, given]
+        return result
+
     def key_nodes(self, size: int) -> Nodes:
         """Summarise every `size` keys as a node, for every query head: [B, Hq, N, D]."""
-        nodes = summarise(self.key, size)
+        nodes = self.once(summarise, size)
         return Nodes(*(self.per_query_head(getattr(nodes, each.name)) for each in fields(Nodes)))
 
     def per_query_head(self, of_keys: Tensor) -> Tensor:
         """Repeat values [B, Hkv, ...] for every query head that reads them: [B, Hq, ...]."""
         return of_keys.repeat_interleave(self.room.shape[1] // of_keys.shape[1], dim=1)
+
+    def products(self, vectors: Tensor, of_keys: Tensor) -> Tensor:
+        """Multiply vectors [B, Hq, N, D] with those of their KV heads, [B, Hkv, M, D].
+
+        The result is [B, Hq, N, M]. No vector of a KV head is repeated in memory.
+        """
+        heads, count = vectors.shape[1:3]
+        grouped = vectors.unflatten(1, (of_keys.shape[1], -1)).flatten(2, 3)
+        return (
+            (grouped @ of_keys.mT).unflatten(2, (-1, count)).reshape(len(vectors), heads, count, -1)
+        )
 
     def scores(self, vectors: Tensor) -> Tensor:
         """Score vectors [B, Hq, tiles * parts, D] against all keys: [B, Hq, tiles, parts, L].
@@ -64,7 +88,7 @@ class PrefillQuestion:
         Scores are as the softmax sees them: soft-capped, biased, and -inf for keys that the tile
         does not see.
         """
-        raw = self.scale * (vectors @ self.per_query_head(self.key).transpose(-1, -2))
+        raw = self.scale * self.products(vectors, self.key)
         split = capped(raw, self.softcap).unflatten(2, (self.tiles, -1))
         if self.sight.bias is not None:
             split = split + self.sight.bias[:, :, :, None]
@@ -77,12 +101,25 @@ class PrefillQuestion:
         """
         rank = rank.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo(rank.dtype).min)
         rank = rank.masked_fill(~self.candidates, -torch.inf)
-        most = min(int(self.room.max()), rank.shape[-1])
-        order = rank.argsort(dim=-1, descending=True, stable=True)[..., :most]
-        position = torch.arange(most, device=rank.device)
-        taken = torch.zeros_like(self.candidates, memory_format=torch.contiguous_format)
-        taken.scatter_(-1, order, position < self.room[..., None])
-        return taken & self.candidates
+        most = max(1, min(int(self.room.max()), rank.shape[-1]))
+        best = rank.topk(most, dim=-1).values
+        last = (self.room.clamp(1, most) - 1)[..., None]
+        least = best.gather(-1, last)
+        above, level = rank > least, rank == least
+        left = self.room[..., None] - above.sum(-1, keepdim=True)
+        taken = above | (level & (level.cumsum(-1, dtype=torch.int32) <= left))
+        return taken & self.candidates & (self.room > 0)[..., None]
+
+    def take_groups(self, rank: Tensor, groups: KeyGroups) -> Tensor:
+        """Return the first `room` candidates of groups in falling order of `rank`, bool.
+
+        `rank` is [B, Hq, tiles, N]. Of groups of equal rank the first are taken. The result, [B,
+        Hq, tiles, L], is that of `take` if all keys of a group had its rank.
+        """
+        before = keys_before(self.sight.candidates)
+        ahead = standing(rank, groups.count(before))
+        place = before[..., :-1] + groups.spread(groups.offsets(ahead, before))
+        return (place < self.room[..., None]) & self.candidates
 
     def spread(self, of_groups: Tensor, size: int) -> Tensor:
         """Repeat values [..., groups], one for every `size` keys in order: [..., L]."""

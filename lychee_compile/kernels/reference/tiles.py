@@ -103,10 +103,13 @@ class Sight:
     def near(self, begin: int, end: int, recent: int) -> Tensor:
         """Return the keys up to `recent` away from the queries [begin, end): bool [L].
 
-        With an order these are the keys at the positions of the queries alone.
+        With an order these are the keys at the positions of the queries alone. If there are not as
+        many queries as keys, they are other tokens: there are no such keys.
         """
-        position = self.positions(begin, end)
         near = torch.zeros_like(self.slot, dtype=torch.bool)
+        if self.query_len != self.kv_len:
+            return near
+        position = self.positions(begin, end)
         if self.order is not None:
             return near.index_fill(0, position, 1)
         return (self.slot >= position[0] - recent) & (self.slot <= position[-1] + recent)
@@ -150,15 +153,25 @@ def tile_sight(sight: Sight, begin: int, end: int, sinks: int, recent: int) -> T
         seen = sight.rows(first, last)
         any_sees = seen.any(-2)
         all_see = (seen | ~seen.any(-1, keepdim=True)).all(-2) & any_sees
-        before, behind = all_see.cumsum(-1), all_see.flip(-1).cumsum(-1).flip(-1)
-        near = (before <= sinks) | (behind <= recent)
-        if sight.query_len == sight.kv_len:
-            near = near | sight.near(first, last, recent)
         some.append(any_sees)
-        always.append(any_sees & (near | ~all_see))
+        always.append(
+            always_read(any_sees, all_see, sinks, recent, sight.near(first, last, recent))
+        )
         bias = sight.bias(first, last)
         if bias is not None:
             known = torch.where(seen, bias.float(), 0)
             biases.append(known.sum(-2) / seen.sum(-2).clamp(min=1))
     mean = torch.stack(biases, -2) if biases else None
     return TileSight(torch.stack(some, -2), torch.stack(always, -2), mean)
+
+
+def always_read(some: Tensor, every: Tensor, sinks: int, recent: int, near: Tensor) -> Tensor:
+    """Return the keys that a tile always reads, bool [..., L].
+
+    `some` and `every` are the keys that some queries of the tile see, and that all of them see;
+    `near` are the keys near its own positions. All are bool [..., L].
+    """
+    through = every.cumsum(-1, dtype=torch.int32)
+    first = through <= sinks
+    last = through[..., -1:] - through + 1 <= recent
+    return some & (near | ~every | first | last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -18,7 +17,7 @@ from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.graph.dataflow import static_size, value_of
 from lychee_compile.passes.lower.written_slots import wrapping_operator
-from lychee_compile.passes.reasons import Reason, ReasonedError, ReasonKind
+from lychee_compile.passes.reasons import Reason, ReasonedError
 
 LARGEST_HEAD = 256
 """Largest size of a key or a value."""
@@ -44,30 +43,20 @@ def decodes(attention: Attention) -> bool:
 
 def no_decode_method(config: IndexConfig) -> Reason | None:
     """Return why no decode kernel selects keys as the options ask for; None if one does."""
-    known = policies_with_kernels()
-    if missing := _no_method(config, known, reasons.POLICY_NO_KERNEL):
-        return missing
-    if config.coverage is None or covers_mass(config.policy):
-        return None
-    able = " or ".join(repr(each) for each in known if covers_mass(each))
-    policy, coverage = config.policy, config.coverage
-    return reasons.COVERAGE_NO_KERNEL(policy=policy, coverage=coverage, known=able)
+    policies = policies_with_kernels()
+    if config.policy not in policies:
+        known = " or ".join(map(repr, policies))
+        return reasons.POLICY_NO_KERNEL(policy=config.policy, known=known)
+    if config.coverage is not None and not covers_mass(config.policy):
+        able = " or ".join(repr(each) for each in policies if covers_mass(each))
+        return reasons.COVERAGE_NO_KERNEL(
+            policy=config.policy, coverage=config.coverage, known=able
+        )
+    return no_prefill_method(config)
 
 
 def no_prefill_method(config: IndexConfig) -> Reason | None:
     """Return why no prefill kernel selects keys as the options ask for; None if one does."""
-    return _no_method(config, policies_with_kernels(prefill=True), reasons.POLICY_NO_PREFILL_KERNEL)
-
-
-def _no_method(
-    config: IndexConfig, policies: Collection[str], lacking: ReasonKind
-) -> Reason | None:
-    """Return why no kernel of these `policies` does as the options ask for; None if one does.
-
-    `lacking` is the reason for any other policy.
-    """
-    if config.policy not in policies:
-        return lacking(policy=config.policy, known=" or ".join(map(repr, policies)))
     if config.epsilon is not None:
         return reasons.EPSILON_NO_KERNEL(epsilon=config.epsilon)
     return None

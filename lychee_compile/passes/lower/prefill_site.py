@@ -1,9 +1,11 @@
 """Emit sparse attention in the place of one prefill, encoder or vision transformer.
 
-No state is kept: one operator chooses keys and attends. With generated kernels, and by the
-reference; `order` is that of patches in blocks, if queries are patches:
+No state is kept: one operator chooses keys and attends. Three are shown: by generated kernels
+alone, by a choice in PyTorch and generated kernels, and by the reference. `order` is that of
+patches in blocks, if queries are patches:
 
     out = tiled_prefill(q, k, v, [], None, order, "causal", scale, 0.2, 16384, "prefill_lychee_...")
+    out = listed_prefill(q, k, v, [], None, order, "causal", scale, 0.2, 16384, "prefill_s2o_...")
     out = sparse_prefill(q, k, v, mask, None, order, causal, scale, None, "lychee", 0.2, ...)
 """
 
@@ -15,6 +17,7 @@ import sympy
 import torch
 import torch.fx
 
+from lychee_compile.codegen.module import chooses_by_kernels
 from lychee_compile.codegen.specification import KV, Q, S, TileSpec
 from lychee_compile.kernels.operators import prefill  # noqa: F401  registers the operators
 from lychee_compile.passes.detect.attention import Attention
@@ -65,10 +68,12 @@ def emit_prefill_kernels(
     operands = emit_kernel_operands(attention, emit)
     spec = kernel_specification(attention, operands, context.autotune)
     spec = replace(spec, tiles=TileSpec(config.policy, config.sinks, config.recent))
+    by_kernels = chooses_by_kernels(config.policy)
+    operator = torch.ops.lychee.tiled_prefill if by_kernels else torch.ops.lychee.listed_prefill
     kernel = compile_kernels(spec, operands)
     grid = None if _depends_on_query_position(operands.expressions) else grid
     attended = emit(
-        torch.ops.lychee.tiled_prefill.default,
+        operator.default,
         *operands.arguments, _order(grid, operands.tensors.query, context),
         _plain_form(operands), attention.score.scale, float(config.prefill_budget),
         config.prefill_from, kernel,

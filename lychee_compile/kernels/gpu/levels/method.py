@@ -22,7 +22,6 @@ class LevelMethod:
 
     policy: str
     multiple: int = 1
-    prefill: bool = False
     notices_writes: bool = True
 
     def layout_of(self, key: Tensor) -> LevelLayout:

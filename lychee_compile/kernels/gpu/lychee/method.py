@@ -21,7 +21,6 @@ class LycheeMethod:
     """Tokens ranked by sketches of their keys; in a long context pages are ranked first."""
 
     multiple: int = 8
-    prefill: bool = True
     notices_writes: bool = True
     covers_mass: bool = True
 

@@ -85,9 +85,7 @@ class PrefillLaunch:
         self._tuning = tuning or tile_tuning_for(module, operands)
         query, kv_len = operands.query, operands.kv_len
         batch, heads, query_len, _ = query.shape
-        value_dim = operands.value.shape[-1]
-        self.output = query.new_empty(batch, query_len, heads, value_dim).transpose(1, 2)
-        self.log_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
+        self.output, self.log_sums = new_outputs(operands)
         self.tiles = -(-query_len // (QUERY_TILE * TOGETHER)) * TOGETHER
         """Tiles of one head, filled up with empty ones."""
         most = int(budget.keys * kv_len) + 1 if budget.keys < 1 else self._most
@@ -127,13 +125,8 @@ class PrefillLaunch:
     def _named(self) -> dict[str, object]:
         """Return the arguments of all kernels by name, but for the first row."""
         operands, budget = self._operands, self._budget
-        # Without extra logits the kernel reads none: any tensor stands for them.
-        logits = self.log_sums[:1, :1, :1] if operands.extra is None else operands.extra
         return {
-            **operands.arguments(self._module),
-            **strided("extra", logits.expand(self.log_sums.shape), "bht"),
-            **strided("output", self.output, "bhtd"),
-            "log_sums": self.log_sums,
+            **attend_arguments(self._module, operands, self.output, self.log_sums),
             **self.scratch,
             "tiles": self.tiles,
             "splits": self._splits,
@@ -170,14 +163,43 @@ class PrefillLaunch:
 
     def attend(self, first_row: int, count: int) -> None:
         """Attend from the queries of these rows to the keys that their tiles read."""
-        tuning = self._tuning
-        limit = {"maxnreg": tuning.registers} if tuning.registers else {}
-        own = {"first_row": first_row, "ROWS": tuning.rows, "KEYS": tuning.keys}
-        launch(
-            self._module.attend,
-            (count, QUERY_TILE // tuning.rows),
-            {**self._arguments, **own},
-            num_warps=tuning.warps,
-            num_stages=tuning.stages,
-            **limit,
+        launch_attend(
+            self._module, count, {**self._arguments, "first_row": first_row}, self._tuning
         )
+
+
+def new_outputs(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
+    """Return memory for the output, [B, Hq, T, Dv], and for log-sum-exps, float32 [B, Hq, T]."""
+    query = operands.query
+    batch, heads, query_len, _ = query.shape
+    output = query.new_empty(batch, query_len, heads, operands.value.shape[-1]).transpose(1, 2)
+    return output, query.new_empty(batch, heads, query_len, dtype=torch.float32)
+
+
+def attend_arguments(
+    module: ModuleType, operands: AttentionOperands, output: Tensor, log_sums: Tensor
+) -> dict[str, object]:
+    """Return the tensors that `attend` reads and writes, and their strides, by name."""
+    # Without extra logits the kernel reads none: any tensor stands for them.
+    logits = log_sums[:1, :1, :1] if operands.extra is None else operands.extra
+    return {
+        **operands.arguments(module),
+        **strided("extra", logits.expand(log_sums.shape), "bht"),
+        **strided("output", output, "bhtd"),
+        "log_sums": log_sums,
+    }
+
+
+def launch_attend(
+    module: ModuleType, rows: int, arguments: dict[str, object], tuning: TileTuning
+) -> None:
+    """Attend from the queries of `rows` rows to the keys that their tiles read."""
+    limit = {"maxnreg": tuning.registers} if tuning.registers else {}
+    launch(
+        module.attend,
+        (rows, QUERY_TILE // tuning.rows),
+        {**arguments, "ROWS": tuning.rows, "KEYS": tuning.keys},
+        num_warps=tuning.warps,
+        num_stages=tuning.stages,
+        **limit,
+    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.policies.prefill.positions import places
+from lychee_compile.kernels.reference.key_groups import KeyGroups, keys_before
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import summarise
 from lychee_compile.kernels.sizes import PAGE, QUERY_TILE
@@ -30,13 +30,15 @@ def choose_block_union(question: PrefillQuestion) -> Tensor:
     whole chunk of a prefill. Biases that a mask adds to scores are not looked at.
     """
     parts = question.parts(QUERY_TILE // QUERY_BLOCKS_PER_TILE)
-    blocks = question.per_query_head(summarise(question.key, BLOCK).mean)
-    score = question.scale * (parts.mean @ blocks.transpose(-1, -2))
+    blocks = question.once(summarise, BLOCK)
+    score = question.scale * question.products(parts.mean, blocks.mean)
     rank = score.masked_fill((parts.tokens == 0)[..., None], -torch.inf)
-    kv_heads = question.key.shape[1]
+    kv_heads, kv_len = question.key.shape[1:3]
     askers = rank.unflatten(2, (question.tiles, -1)).unflatten(1, (kv_heads, -1))
-    seen = question.candidates.unflatten(1, (kv_heads, -1)).any(2)
-    missing = (-seen.shape[-1]) % BLOCK
-    counts = F.pad(seen, (0, missing)).unflatten(-1, (-1, BLOCK)).sum(-1)
+    groups = KeyGroups.of_size(BLOCK, kv_len, rank.device)
+    seen = question.sight.candidates
+    if seen.shape[1] > 1:
+        seen = seen.unflatten(1, (kv_heads, -1)).any(2)
+    counts = groups.count(keys_before(seen))
     place = places(askers.movedim(2, 3).flatten(3, 4), counts)
-    return question.take(question.spread(-question.per_query_head(place).float(), BLOCK))
+    return question.take_groups(-question.per_query_head(place), groups)

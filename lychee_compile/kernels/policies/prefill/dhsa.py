@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.policies.prefill.positions import places
 from lychee_compile.kernels.reference.chunking import best_cuts, follow_cuts, similarity_strengths
+from lychee_compile.kernels.reference.key_groups import KeyGroups, keys_before
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.sizes import QUERY_TILE
 
@@ -27,17 +28,14 @@ def choose_by_chunks(question: PrefillQuestion) -> Tensor:
     same keys: equally many from the top of the list of each of its chunks, as many as the budget
     has room for. Biases that a mask adds to scores are not looked at.
     """
-    batch, heads = question.query.shape[:2]
-    of_key, keys = chunk_vectors(question.key, question.key.new_ones(batch, question.key.shape[2]))
+    groups, keys = question.once(_key_chunks)
     queries = _query_chunks(question)
-    similarity = question.scale * (queries @ question.per_query_head(keys).transpose(-1, -2))
+    similarity = question.scale * question.products(queries, keys)
     rank = similarity.unflatten(2, (question.tiles, -1))
     silent = (queries == 0).all(-1).unflatten(2, (question.tiles, -1))
-    label = of_key[:, None, None].expand_as(question.candidates)
-    counts = torch.zeros(batch, heads, question.tiles, keys.shape[2], dtype=torch.int64)
-    counts = counts.to(label.device).scatter_add(-1, label, question.candidates.long())
+    counts = groups.count(keys_before(question.sight.candidates))
     place = places(rank.masked_fill(silent[..., None], -torch.inf), counts)
-    return question.take(-place.gather(-1, label).float())
+    return question.take_groups(-place, groups)
 
 
 def chunk_vectors(vectors: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +54,12 @@ def chunk_vectors(vectors: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     total = vectors.new_zeros(batch, heads, count, head_dim).scatter_add(2, wide, vectors)
     length = vectors.new_zeros(batch, count).scatter_add(1, label, used)
     return label, total / length.clamp(min=1).sqrt()[:, None, :, None]
+
+
+def _key_chunks(key: Tensor) -> tuple[KeyGroups, Tensor]:
+    """Return the chunks of all keys, [B, Hkv, L, D], and their vectors [B, Hkv, N, D]."""
+    label, vectors = chunk_vectors(key, key.new_ones(len(key), key.shape[2]))
+    return KeyGroups.of_labels(label, vectors.shape[2]), vectors
 
 
 def _query_chunks(question: PrefillQuestion) -> Tensor:

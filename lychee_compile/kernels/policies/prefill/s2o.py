@@ -39,12 +39,14 @@ def choose_until_it_wanes(question: PrefillQuestion) -> Tensor:
 def keys_before_waning(question: PrefillQuestion, importance: Tensor) -> Tensor:
     """Return how many keys, in whole blocks, add enough: int64 [B, Hq, tiles].
 
-    `importance`, [B, Hq, tiles, L], is the score of each key.
+    `importance`, [B, Hq, tiles, L], is the score of each key. Blocks beyond the largest room are
+    not looked at.
     """
     always = importance.masked_fill(~question.sight.always, -torch.inf).logsumexp(-1, keepdim=True)
-    ranked = importance.masked_fill(~question.candidates, -torch.inf).sort(-1, descending=True)
-    missing = (-importance.shape[-1]) % BLOCK
-    filled = F.pad(ranked.values, (0, missing), value=-torch.inf)
+    most = -(-max(int(question.room.max()), 1) // BLOCK) * BLOCK  # no further key has room
+    ranked = importance.masked_fill(~question.candidates, -torch.inf)
+    best = ranked.topk(min(most, ranked.shape[-1]), dim=-1).values
+    filled = F.pad(best, (0, most - best.shape[-1]), value=-torch.inf)
     blocks = filled.unflatten(-1, (-1, BLOCK)).logsumexp(-1)
     so_far = torch.cat((always, blocks), -1).logcumsumexp(-1)[..., :-1]
     adds = blocks >= so_far + math.log(LEAST_SHARE)
