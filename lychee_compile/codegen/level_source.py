@@ -143,7 +143,7 @@ def field_sources(level: Level) -> dict[str, str]:
     `field_<name>` the fields. Raises Unprintable for what has no Triton form.
     """
     algebra = _OfGroup(level.groups.size)
-    values = {"key": Source("keys", ("member", "channel"))}
+    values = {"key": Source("keys", ("member", "channel")), "count": Source(str(level.groups.size))}
     found = {}
     for name, summary in level.fields.items():
         found[name] = evaluate(summary, algebra, values).text

@@ -63,7 +63,10 @@ key = sympy.Symbol("key", real=True)
 softmax_scale = sympy.Symbol("softmax_scale", real=True)
 """The factor that the softmax multiplies q.k with."""
 
-RESERVED = (query.name, key.name, softmax_scale.name)
+count = sympy.Symbol("count", positive=True)
+"""Number of keys of a group, in a summary."""
+
+RESERVED = (query.name, key.name, softmax_scale.name, count.name)
 """Names that a summary cannot have."""
 
 

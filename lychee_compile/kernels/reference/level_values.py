@@ -65,6 +65,33 @@ class _OfGroups(_Elementwise):
         return torch.where(self.valid, value, -torch.inf).amax(-2, keepdim=True)
 
 
+class _ByLabel(_Elementwise):
+    """Values [L, D] of keys; what is taken over a group stands at each of its keys."""
+
+    def __init__(self, label: Tensor, count: int) -> None:
+        self.label, self.count = label, count
+        """Group of each key, int64 [L], and number of groups; that number: no group."""
+        ones = torch.ones(len(label), 1, device=label.device)
+        self.held = ones.new_zeros(count + 1, 1).index_add(0, label, ones)
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        return (left * right).sum(-1, keepdim=True)
+
+    def mean(self, value: Tensor) -> Tensor:
+        value = value.expand(len(self.label), -1)
+        total = value.new_zeros(self.count + 1, value.shape[-1]).index_add(0, self.label, value)
+        return (total / self.held.clamp(min=1))[self.label]
+
+    def least(self, value: Tensor) -> Tensor:
+        return -self.greatest(-value)
+
+    def greatest(self, value: Tensor) -> Tensor:
+        value = value.expand(len(self.label), -1)
+        floor = value.new_full((self.count + 1, value.shape[-1]), -torch.inf)
+        place = self.label[:, None].expand_as(value)
+        return floor.scatter_reduce(0, place, value, "amax")[self.label]
+
+
 class _OfPairs(_Elementwise):
     """Values [..., R, N, D] over queries, groups and channels, with axes of size 1 likewise."""
 
@@ -99,6 +126,7 @@ def summaries(level: Level, keys: Tensor, valid: Tensor) -> dict[str, Tensor]:
     """
     algebra, found = _OfGroups(valid[..., None]), {}
     values = {"key": torch.where(valid[..., None], keys.float(), 0)}
+    values["count"] = valid.sum(-1)[..., None, None].float()
     for name, summary in level.fields.items():
         found[name] = values[name] = evaluate(summary, algebra, values)
     width = {name: keys.shape[-1] if wide else 1 for name, wide in level.channels.items()}
@@ -106,6 +134,22 @@ def summaries(level: Level, keys: Tensor, valid: Tensor) -> dict[str, Tensor]:
         name: value[..., 0, :].expand(*keys.shape[:-2], width[name])
         for name, value in found.items()
     }
+
+
+def summaries_by_label(level: Level, keys: Tensor, label: Tensor, count: int) -> dict[str, Tensor]:
+    """Return the fields of `count` groups by name, float32 [count, D] or [count, 1].
+
+    `keys` is [L, D]; `label`, int64 [L], is the group of each key, `count` for those in none. A
+    group without keys has zeros.
+    """
+    algebra, found = _ByLabel(label, count), {}
+    values = {"key": keys.float(), "count": algebra.held[label]}
+    any_key = label.new_zeros(count + 1).scatter(0, label, torch.arange(len(label)).to(label))
+    for name, summary in level.fields.items():
+        values[name] = evaluate(summary, algebra, values)
+        one = values[name].expand(len(label), -1)[any_key]
+        found[name] = torch.where(algebra.held > 0, one, 0)[:count]
+    return found
 
 
 def estimate(level: Level, query: Tensor, groups: Mapping[str, Tensor], scale: float) -> Tensor:
