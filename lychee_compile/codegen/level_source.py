@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.kernels.levels.declaration import Level
-from lychee_compile.kernels.levels.expressions import evaluate
+from lychee_compile.kernels.levels.expressions import count, evaluate
 
 ORDER = ("row", "group", "member", "channel")
 _INDEX = {0: "[:, None]", 1: "[None, :]"}
@@ -117,6 +117,26 @@ class _OfGroup(_Elementwise):
         return Source(f"{function}({value.text}, {axis})", axes)
 
 
+class _OfChunk(_OfGroup):
+    """Values over the first `length` keys of [MEMBERS, DIM], those where `member` bool [MEMBERS]."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def mean(self, value: Source) -> Source:
+        total = self._over_keys("tl.sum", value)
+        return Source(f"({total.text} / length)", total.axes)
+
+    def _over_keys(self, function: str, value: Source) -> Source:
+        if "member" not in value.axes:
+            return value
+        idle = {"tl.sum": "0.0", "tl.min": 'float("inf")', "tl.max": 'float("-inf")'}[function]
+        value = _computed(value)
+        inside = "member" + (_INDEX[0] if len(value.axes) == 2 else "")
+        counted = Source(f"tl.where({inside}, {value.text}, {idle})", value.axes)
+        return super()._over_keys(function, counted)
+
+
 class _OfPairs(_Elementwise):
     """Values over queries [ROWS, DIM] and groups [N, DIM]: tensor cores multiply these."""
 
@@ -142,11 +162,26 @@ def field_sources(level: Level) -> dict[str, str]:
     `keys` float32 [size, DIM] are the keys, `inside` bool [DIM] the channels that they have, and
     `field_<name>` the fields. Raises Unprintable for what has no Triton form.
     """
-    algebra = _OfGroup(level.groups.size)
-    values = {"key": Source("keys", ("member", "channel")), "count": Source(str(level.groups.size))}
+    size = level.groups.size
+    return _field_sources(level, _OfGroup(size), size)
+
+
+def chunk_field_sources(level: Level) -> dict[str, str]:
+    """Return `field_sources` for a chunk, whose keys are the first `length` of [MEMBERS, DIM].
+
+    `member`, bool [MEMBERS], says which these are.
+    """
+    return _field_sources(level, _OfChunk(), None)
+
+
+def _field_sources(level: Level, algebra: _OfGroup, size: int | None) -> dict[str, str]:
+    """Return the source of each field; `size` is the number of keys, None if kernels count them."""
+    values = {"key": Source("keys", ("member", "channel"))}
+    values["count"] = Source("length.to(tl.float32)")
     found = {}
     for name, summary in level.fields.items():
-        found[name] = evaluate(summary, algebra, values).text
+        counted = summary if size is None else summary.subs(count, size)
+        found[name] = evaluate(counted, algebra, values).text
         axes = ("channel",) if level.channels[name] else ()
         values[name] = Source(f"field_{name}", axes)
     return found

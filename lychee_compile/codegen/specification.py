@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import sympy
 from sympy.logic.boolalg import Boolean
 
+from lychee_compile.kernels.levels.groups import GroupSettings
+
 S = sympy.Symbol("s", real=True)
 """The raw score: the product of a query and a key."""
 B, H, Q, KV, KV_LEN = (
@@ -40,6 +42,8 @@ class SparseSpec:
     recent: int
     overfetch: int
     flat_tokens: int
+    groups: GroupSettings = GroupSettings()
+    """How chunks are cut and clusters are made."""
 
 
 @dataclass(frozen=True)

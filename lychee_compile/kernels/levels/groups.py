@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from lychee_compile.kernels.config import IndexConfig
 
@@ -83,6 +83,11 @@ class GroupSettings:
             config.seed,
             config.sinks,
         )
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        """The values of all settings, in order."""
+        return astuple(self)
 
     def chunks_in(self, slots: int) -> int:
         """Return how many numbers the chunks of so many slots have."""

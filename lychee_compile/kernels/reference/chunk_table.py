@@ -7,6 +7,8 @@ slot of its number it begins, times 2^16, plus its length. 0: there is no chunk 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -114,10 +116,16 @@ def summarise_chunks(
         keys, valid = keys_of_chunks(key, span, number[:, part], start, chunk)
         row, place = used[:, part].nonzero(as_tuple=True)
         at = number[:, part][row, place]
-        for name, value in summaries(level, keys, valid).items():
+        for name, value in summaries(level, keys, valid, stored_dtype(into)).items():
             taken = value[row, :, place]
             held = into[name]
             held[row, :, at] = (taken if held.dim() == 4 else taken[..., 0]).to(held.dtype)
+
+
+def stored_dtype(columns: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype of the fields [B, Hkv, N, D] among `columns`."""
+    wide = [held.dtype for held in columns.values() if held.dim() == 4]
+    return wide[0] if wide else torch.float32
 
 
 def mean_of_chunks(

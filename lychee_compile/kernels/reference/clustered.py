@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.levels.declaration import Level
 from lychee_compile.kernels.levels.groups import Clusters, GroupSettings
+from lychee_compile.kernels.reference.chunk_table import stored_dtype
 from lychee_compile.kernels.reference.clustering import cluster
 from lychee_compile.kernels.reference.level_values import summaries_by_label
 from lychee_compile.kernels.reference.nodes import Nodes
@@ -127,16 +128,16 @@ def write_columns(
     """
     room = columns["tokens"].shape[2]
     slot = torch.arange(label.shape[2], device=key.device)
-    for b in range(label.shape[0]):
-        for h in range(label.shape[1]):
-            begin = int(first[b, h])
+    for b, begins in enumerate(first.tolist()):
+        for h, begin in enumerate(begins):
             own = torch.where(label[b, h] >= begin, label[b, h] - begin, room - begin)
             count = room - begin
             held = slot.new_zeros(count + 1).index_add(0, own, torch.ones_like(slot))[:count]
             least = torch.full_like(slot[:1], len(slot)).expand(count + 1)
             low = least.scatter_reduce(0, own, slot, "amin")[:count]
             high = slot.new_zeros(count + 1).scatter_reduce(0, own, slot + 1, "amax")[:count]
-            found = summaries_by_label(level, key[b, h, : len(slot)], own, count)
+            stored = stored_dtype(columns)
+            found = summaries_by_label(level, key[b, h, : len(slot)], own, count, stored)
             named = {"tokens": held, "first": torch.where(held > 0, low, 0), "end": high}
             for name, value in (named | found).items():
                 into = columns[name][b, h, begin:]

@@ -110,4 +110,5 @@ def lanes(examined: int, splits: int) -> int:
 
 def list_size(module: ModuleType) -> int:
     """Return how many slots the list of a program of `attend` has room for."""
-    return -(-(module.BUDGET.value + 64) // 64) * 64
+    most = max(module.BUDGET.value, module.ALWAYS.value if hasattr(module, "ALWAYS") else 0)
+    return -(-(most + 64) // 64) * 64
