@@ -1,6 +1,20 @@
 """Everything that a policy of your own needs: import it from here, and from nowhere deeper.
 
-A policy decides which keys a query reads. It has up to three forms:
+A policy decides which keys a query reads. Declare it, and it runs on every device: a `LevelStack`
+of `Level`s from coarse to fine, of `Pages` of neighbouring keys or of single `Tokens`. A level says
+how a group of keys is summarised (`fields`) and how the score of a group is estimated from that,
+both as expressions of `query`, `key`, `softmax_scale`, `head_dim` and `field(name)`:
+
+    best = dot(Max(query, 0), field("high")) + dot(Min(query, 0), field("low"))  # sympy's Max, Min
+    pages = Level(Pages(16), best, fields={"low": least(key), "high": greatest(key)})
+    register_policy("boxes", LevelStack((pages,)))
+
+`dot` and `norm` sum over channels; `mean`, `least`, `greatest` and `weighted_mean` go over the keys
+of a group; all else is elementwise. `Keep` says how much of a level goes on to the next one;
+`DominantPairs` lets single tokens be scored by some of their channels. `describe` tells a
+declaration in words. The plain PyTorch form and the kernels of a GPU are made from it.
+
+What cannot be declared is written by hand, in up to three forms:
 
 Decoding, in plain PyTorch, on any device: a subclass of `KVIndex`, which follows the keys of one
 cache and answers a `Question` at each step with `Runs` of slots. `GroupedIndex` is a `KVIndex` that
@@ -46,6 +60,28 @@ from lychee_compile.kernels.gpu.common.layout import (
 from lychee_compile.kernels.gpu.common.method import GpuMethod
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.levels.declaration import (
+    DominantPairs,
+    Keep,
+    Level,
+    LevelStack,
+    Pages,
+    Tokens,
+)
+from lychee_compile.kernels.levels.expressions import (
+    dot,
+    field,
+    greatest,
+    head_dim,
+    key,
+    least,
+    mean,
+    norm,
+    query,
+    softmax_scale,
+    weighted_mean,
+)
+from lychee_compile.kernels.levels.words import describe
 from lychee_compile.kernels.policies.registry import Policy, policies, register_policy
 from lychee_compile.kernels.reference.grouped import GroupedIndex
 from lychee_compile.kernels.reference.index import KVIndex
@@ -59,6 +95,7 @@ __all__ = [
     "AttentionOperands",
     "AttentionSpec",
     "DeviceIndex",
+    "DominantPairs",
     "Emit",
     "GpuMethod",
     "GroupedIndex",
@@ -67,6 +104,10 @@ __all__ = [
     "IndexOperands",
     "IndexState",
     "KVIndex",
+    "Keep",
+    "Level",
+    "LevelStack",
+    "Pages",
     "Part",
     "Policy",
     "PrefillChoice",
@@ -74,17 +115,30 @@ __all__ = [
     "Question",
     "Runs",
     "SparseStep",
+    "Tokens",
     "Tuning",
     "bytes_of",
+    "describe",
+    "dot",
     "emit_selection",
+    "field",
     "fill_text",
+    "greatest",
+    "head_dim",
     "header_part",
+    "key",
     "launch",
+    "least",
+    "mean",
+    "norm",
     "policies",
     "power_of_two",
+    "query",
     "register_emitter",
     "register_policy",
     "sees_range",
+    "softmax_scale",
     "views_of",
+    "weighted_mean",
     "whole_scans",
 ]

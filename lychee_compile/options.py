@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lychee_compile.boundaries import BoundaryTable, boundary_table, is_tokenizer
 from lychee_compile.kernels.config import ALL_KEYS, BOUNDARIES, PREFILLS, IndexConfig
-from lychee_compile.kernels.policies.registry import policies
+from lychee_compile.kernels.policies.registry import find_policy, policies
 
 LONGEST_CHUNK = 256
 _AT_LEAST = {
@@ -133,6 +133,15 @@ class Options(IndexConfig):
                 f"option budget={self.budget} is too small: sinks ({self.sinks}) + recent "
                 f"({self.recent}) = {always} tokens are always read, so give at least "
                 f"{always + 1}, or None to read all tokens"
+            )
+        policy = find_policy(self.policy)
+        levels = None if policy is None else policy.levels
+        least = 0 if levels is None else levels.least_budget(self.sinks, self.recent)
+        if self.budget is not None and self.budget < least:
+            raise OptionError(
+                f"option budget={self.budget} is too small for policy {self.policy!r}: with what "
+                f"it always reads, a group of {levels.last_size} tokens that it reads whole needs "
+                f"at least {least}; give that, or None to read all tokens"
             )
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from lychee_compile.kernels.gpu.quest.index import QuestIndex
-from lychee_compile.kernels.gpu.quest.launch import run_quest
-from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 from torch import Tensor
 
 from benchmarks.common.decode_kernels import (
@@ -24,10 +21,13 @@ from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, block_size, planes
+from lychee_compile.kernels.gpu.methods import gpu_method, policies_with_kernels
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.sizes import PAGE
 
-POLICIES = {"lychee-sparse": "lychee", "quest": "quest"}
+OTHERS = tuple(policy for policy in policies_with_kernels() if policy != "lychee")
+"""Policies with kernels besides our own; each is a variant under its own name."""
+POLICIES = {"lychee-sparse": "lychee"} | {policy: policy for policy in OTHERS}
 """Policy of each sparse variant; "lychee-exact" has none."""
 
 
@@ -44,8 +44,8 @@ def prepare(
         return _exact(query, key, value)
     if name == "lychee-sparse":
         return _sketch(query, key, value, budget)
-    if name == "quest":
-        return _quest(query, key, value, budget)
+    if name in OTHERS:
+        return _policy(name, query, key, value, budget)
     raise NotImplementedError(f"{name} has no kernel")
 
 
@@ -63,15 +63,17 @@ def _sketch(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[
     return sketch_step(module, index, query, key, value)
 
 
-def _quest(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
-    """Return a call of "quest" that tests if the newest key completes a page, as a step does."""
-    module = decode_module(query, key, value, sparse_spec("quest", budget))
-    last = newest_slot(key)
-    index = QuestIndex(QuestLayout.of(key), key.device)
+def _policy(
+    policy: str, query: Tensor, key: Tensor, value: Tensor, budget: int
+) -> Callable[[], Tensor]:
+    """Return a call of a policy that follows the newest key again, as a decoding step does."""
+    module = decode_module(query, key, value, sparse_spec(policy, budget))
+    last, method = newest_slot(key), gpu_method(policy)
+    index = method.new_index(method.layout_of(key), key.device)
     index.build(module, key, [key.shape[2]] * key.shape[0])
     operands = AttentionOperands(query, key, value, [last])
     used = IndexOperands(index.layout, index.parts, last[None])
-    return lambda: run_quest(module, operands, used)
+    return lambda: method.run(module, operands, used)
 
 
 def bytes_read(name: str, problem: Problem, budget: int) -> int:

@@ -52,7 +52,7 @@ VARIANTS = (
     Variant("sdpa-mask", "sdpa + mask, repeat_kv", baselines.masked_forms, copies=True),
     Variant("lychee-exact", "lychee exact"),
     Variant("lychee-sparse", "lychee sparse", exact=False),
-    Variant("quest", "quest (ours)", exact=False),
+    *(Variant(policy, f"{policy} (ours)", exact=False) for policy in ours.OTHERS),
 )
 LABELS = {variant.name: variant.label for variant in VARIANTS}
 BASELINES = tuple(variant.name for variant in VARIANTS if variant.forms is not None)

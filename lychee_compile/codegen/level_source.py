@@ -7,11 +7,11 @@ group), "group" (groups of keys), "member" (keys of one group) and "channel".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.kernels.levels.declaration import Level
-from lychee_compile.kernels.levels.expressions import count, evaluate
+from lychee_compile.kernels.levels.expressions import count, evaluate, head_dim
 
 ORDER = ("row", "group", "member", "channel")
 _INDEX = {0: "[:, None]", 1: "[None, :]"}
@@ -26,6 +26,29 @@ class Source:
     """Axes of its tile, in the order of `ORDER`; none: a scalar."""
     whole: bool = False
     """True if the tile has the dtype of the keys, and nothing was computed yet."""
+    passes: int = 0
+    """Number of passes over the keys of a group that come before it."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A running result over the keys of a group, which are read tile by tile."""
+
+    name: str
+    begin: str
+    """Triton source of its value before the first tile."""
+    step: str
+    """Triton source of its value after another tile."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Triton source of the fields of a level."""
+
+    passes: list[list[Reduction]]
+    """Results of each pass over the keys of a group, from those of the passes before it."""
+    fields: dict[str, str]
+    """Each field, from these results."""
 
 
 class _Elementwise:
@@ -49,12 +72,12 @@ class _Elementwise:
     def power(self, base: Source, exponent: float) -> Source:
         base = _computed(base)
         if exponent == 0.5:
-            return Source(f"tl.sqrt({base.text})", base.axes)
+            return replace(base, text=f"tl.sqrt({base.text})")
         if exponent < 0:
             inverse = self.power(base, -exponent) if exponent != -1 else base
-            return Source(f"(1.0 / {inverse.text})", base.axes)
+            return replace(base, text=f"(1.0 / {inverse.text})")
         if exponent in range(2, 9):
-            return Source("(" + " * ".join([base.text] * int(exponent)) + ")", base.axes)
+            return replace(base, text="(" + " * ".join([base.text] * int(exponent)) + ")")
         raise Unprintable(f"no Triton form of the power {exponent}")
 
     def exp(self, value: Source) -> Source:
@@ -68,14 +91,15 @@ class _Elementwise:
 
     def _unary(self, form: str, value: Source) -> Source:
         value = _computed(value)
-        return Source(form.format(value.text), value.axes)
+        return replace(value, text=form.format(value.text))
 
     def _binary(self, form: str, left: Source, right: Source) -> Source:
         axes = tuple(axis for axis in ORDER if axis in left.axes + right.axes)
         if len(axes) > 2:
             raise Unprintable(f"no Triton form of a value with the axes {', '.join(axes)}")
         left, right = (_computed(each) for each in (left, right))
-        return Source(form.format(_spread(left, axes), _spread(right, axes)), axes)
+        text = form.format(_spread(left, axes), _spread(right, axes))
+        return Source(text, axes, passes=max(left.passes, right.passes))
 
     def mean(self, value: Source) -> Source:
         raise Unprintable(f"an estimate has no keys to take {value.text} over: only a field has")
@@ -84,10 +108,11 @@ class _Elementwise:
 
 
 class _OfGroup(_Elementwise):
-    """Values over the `size` keys of one group [size, DIM]; padded channels do not count."""
+    """Values over keys of one group of `size` [tile, DIM]; padded channels do not count."""
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.passes: list[list[Reduction]] = []
 
     def dot(self, left: Source, right: Source) -> Source:
         product = self.multiply(left, right)
@@ -96,45 +121,51 @@ class _OfGroup(_Elementwise):
         inside = "inside" + (_INDEX[1] if len(product.axes) == 2 else "")
         axis = product.axes.index("channel")
         text = f"tl.sum(tl.where({inside}, {product.text}, 0.0), {axis})"
-        return Source(text, tuple(each for each in product.axes if each != "channel"))
+        axes = tuple(each for each in product.axes if each != "channel")
+        return replace(product, text=text, axes=axes)
 
     def mean(self, value: Source) -> Source:
-        total = self._over_keys("tl.sum", value)
-        return Source(f"({total.text} / {self.size})", total.axes)
+        total = self._over_keys("{} + tl.sum({}, {})", "0.0", value)
+        return total if total is value else replace(total, text=f"({total.text} / {self.size})")
 
     def least(self, value: Source) -> Source:
-        return self._over_keys("tl.min", value)
+        return self._over_keys("tl.minimum({}, tl.min({}, {}))", 'float("inf")', value)
 
     def greatest(self, value: Source) -> Source:
-        return self._over_keys("tl.max", value)
+        return self._over_keys("tl.maximum({}, tl.max({}, {}))", 'float("-inf")', value)
 
-    def _over_keys(self, function: str, value: Source) -> Source:
+    def _over_keys(self, step: str, begin: str, value: Source) -> Source:
+        """Return a result over all keys, for the source of a step; equal ones share a name."""
         if "member" not in value.axes:
             return value
-        value = _computed(value)
-        axis = value.axes.index("member")
         axes = tuple(each for each in value.axes if each != "member")
-        return Source(f"{function}({value.text}, {axis})", axes)
+        shape = "[DIM]" if axes else "[]"
+        begin = f"tl.full({shape}, {begin}, tl.float32)"
+        while len(self.passes) <= value.passes:
+            self.passes.append([])
+        own = self.passes[value.passes]
+        axis = value.axes.index("member")
+        for name in (f"over_{value.passes}_{number}" for number in range(len(own) + 1)):
+            found = Reduction(name, begin, step.format(name, value.text, axis))
+            if found in own:
+                break
+        else:
+            own.append(found)
+        return Source(name, axes, passes=value.passes + 1)
 
 
 class _OfChunk(_OfGroup):
-    """Values over the first `length` keys of [MEMBERS, DIM], those where `member` bool [MEMBERS]."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
+    """Values over keys [tile, DIM] of a chunk of `length`: those where `member`, bool [tile]."""
 
     def mean(self, value: Source) -> Source:
-        total = self._over_keys("tl.sum", value)
-        return Source(f"({total.text} / length)", total.axes)
+        total = super().mean(value)
+        return total if total is value else replace(total, text=f"({total.text} / length)")
 
-    def _over_keys(self, function: str, value: Source) -> Source:
-        if "member" not in value.axes:
-            return value
-        idle = {"tl.sum": "0.0", "tl.min": 'float("inf")', "tl.max": 'float("-inf")'}[function]
-        value = _computed(value)
-        inside = "member" + (_INDEX[0] if len(value.axes) == 2 else "")
-        counted = Source(f"tl.where({inside}, {value.text}, {idle})", value.axes)
-        return super()._over_keys(function, counted)
+    def _over_keys(self, step: str, begin: str, value: Source) -> Source:
+        if "member" in value.axes:
+            inside = "member" + (_INDEX[0] if len(value.axes) == 2 else "")
+            value = replace(value, text=f"tl.where({inside}, {value.text}, {begin})")
+        return super()._over_keys(step, begin, value)
 
 
 class _OfPairs(_Elementwise):
@@ -145,6 +176,8 @@ class _OfPairs(_Elementwise):
 
     def dot(self, left: Source, right: Source) -> Source:
         left, right = sorted((left, right), key=lambda each: each.axes)[::-1]
+        if not (left.whole or right.whole):
+            left = _without_padding(left)
         if (left.axes, right.axes) == (("row", "channel"), ("group", "channel")):
             rows, groups = _in_key_dtype(left), _in_key_dtype(right)
             return Source(f"tl.dot({rows}, tl.trans({groups}){self.precision})", ("row", "group"))
@@ -156,42 +189,48 @@ class _OfPairs(_Elementwise):
         return Source(f"tl.sum({product.text}, {axis})", axes)
 
 
-def field_sources(level: Level) -> dict[str, str]:
-    """Return Triton source of each field of a full group of keys, from the fields before it.
+def summary_source(level: Level, channels: int) -> Summary:
+    """Return Triton source of the fields of a full group, whose keys have so many channels.
 
-    `keys` float32 [size, DIM] are the keys, `inside` bool [DIM] the channels that they have, and
-    `field_<name>` the fields. Raises Unprintable for what has no Triton form.
+    `keys` float32 [tile, DIM] are some of its keys, `inside` bool [DIM] the channels that they
+    have. Raises Unprintable for what has no Triton form.
     """
     size = level.groups.size
-    return _field_sources(level, _OfGroup(size), size)
+    return _summary(level, _OfGroup(size), channels, size, None)
 
 
-def chunk_field_sources(level: Level) -> dict[str, str]:
-    """Return `field_sources` for a chunk, whose keys are the first `length` of [MEMBERS, DIM].
+def chunk_summary_source(level: Level, channels: int, stored: str | None) -> Summary:
+    """Return `summary_source` for a chunk of `length` keys, of which a tile has some.
 
-    `member`, bool [MEMBERS], says which these are.
+    `member`, bool [tile], says which of a tile are. Fields with channels are rounded to the dtype
+    in which they are `stored`, as Triton calls it; None: float32; before others are made of them.
     """
-    return _field_sources(level, _OfChunk(), None)
+    return _summary(level, _OfChunk(1), channels, None, stored)
 
 
-def _field_sources(level: Level, algebra: _OfGroup, size: int | None) -> dict[str, str]:
+def _summary(
+    level: Level, algebra: _OfGroup, channels: int, size: int | None, stored: str | None
+) -> Summary:
     """Return the source of each field; `size` is the number of keys, None if kernels count them."""
     values = {"key": Source("keys", ("member", "channel"))}
     values["count"] = Source("length.to(tl.float32)")
     found = {}
     for name, summary in level.fields.items():
-        counted = summary if size is None else summary.subs(count, size)
-        found[name] = evaluate(counted, algebra, values).text
-        axes = ("channel",) if level.channels[name] else ()
-        values[name] = Source(f"field_{name}", axes)
-    return found
+        known = {head_dim: channels} | ({} if size is None else {count: size})
+        value = evaluate(summary.subs(known), algebra, values)
+        if "member" in value.axes:
+            raise Unprintable(f"the field {name} = {summary} is not taken over the keys of a group")
+        if stored is not None and level.channels[name]:
+            value = replace(value, text=f"{value.text}.to({stored}).to(tl.float32)")
+        found[name], values[name] = value.text, value
+    return Summary(algebra.passes, found)
 
 
-def estimate_source(level: Level, precision: str, scale: float) -> str:
+def estimate_source(level: Level, precision: str, scale: float, channels: int) -> str:
     """Return Triton source of the estimates [ROWS, N] of a level, from `queries` [ROWS, DIM].
 
     Fields are `field_<name>`, [N, DIM] or [N]; the keys of tokens are `keys` [N, DIM]. `precision`
-    ends the arguments of a product, `scale` is that of the softmax. Raises Unprintable for what has
+    ends the arguments of a product, `scale` is that of the softmax, `channels` is `head_dim`. Raises Unprintable for what has
     no Triton form.
     """
     values = _group_values(level.channels) | {
@@ -199,7 +238,8 @@ def estimate_source(level: Level, precision: str, scale: float) -> str:
         "key": Source("keys", ("group", "channel"), whole=True),
         "softmax_scale": Source(repr(scale)),
     }
-    found = evaluate(level.estimate, _OfPairs(precision), values)
+    estimate = level.estimate.subs(head_dim, channels)
+    found = evaluate(estimate, _OfPairs(precision), values)
     if set(found.axes) != {"row", "group"}:
         raise Unprintable(f"the estimate {level.estimate} does not depend on query and group")
     return found.text
@@ -210,6 +250,14 @@ def _group_values(channels: Mapping[str, bool]) -> dict[str, Source]:
         name: Source(f"field_{name}", ("group", "channel") if wide else ("group",), whole=wide)
         for name, wide in channels.items()
     }
+
+
+def _without_padding(value: Source) -> Source:
+    """Return a computed value that is 0 in channels that keys do not have."""
+    if "channel" not in value.axes:
+        return value
+    inside = "inside" if "group" in value.axes else "(tl.max(inside.to(tl.int32), 0) > 0)[None, :]"
+    return Source(f"tl.where({inside}, {value.text}, 0.0)", value.axes)
 
 
 def _computed(value: Source) -> Source:

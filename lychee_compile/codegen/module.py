@@ -46,8 +46,11 @@ def register_emitter(policy: str, emit: Emit) -> None:
     """Let modules for `policy` end with what `emit` returns, behind what all modules have.
 
     Those are constants, score and mask, the kernels of exact attention and the steps of attention.
-    Raises ValueError if the policy has another emitter.
+    Raises ValueError if the policy has another emitter, or is declared as levels.
     """
+    record = find_policy(policy)
+    if record is not None and record.levels is not None:
+        raise ValueError(f"policy {policy!r} is declared: its kernels are made from levels")
     if _decode_emitters.get(policy, emit) is not emit:
         raise ValueError(f"policy {policy!r} has an emitter of kernels already")
     _decode_emitters[policy] = emit

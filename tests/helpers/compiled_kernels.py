@@ -27,9 +27,11 @@ KERNELS = {
     "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192},
     "encode": {"BLOCK": 8192},
     "record_fingerprints": {},
-    "scan_boxes": {"STEPS": 4},
-    "rank_boxes": {"TILES": 16},
-    "list_boxes": {"TILES": 16, "LOTS": 16},
+    "scan_0": {"STEPS": 4},
+    "scan_1": {"STEPS": 4},
+    "rank_0": {"TILES": 16, "SCAN_TILES": 16},
+    "rank_1": {"TILES": 16, "SCAN_TILES": 16},
+    "list_0": {"TILES": 16, "LOTS": 16},
 }
 """Kernels of decoding, with the constants that are fixed when they are launched."""
 TILE_KERNELS = {
@@ -40,9 +42,9 @@ TILE_KERNELS = {
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
-    "*u8": "fine coarse pages page_bins bins",
+    "*u8": "fine coarse pages page_bins group_bins bins",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
-    "candidates candidate_count chosen_list edge chosen counts",
+    "channels candidates candidate_count listed listed_count chosen_list edge chosen counts",
     "*i64": "positions",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
@@ -58,9 +60,10 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
     from triton.backends.compiler import GPUTarget
 
     own = dict.fromkeys(("query", "key", "value", "extra", "output"), f"*{SHORT[spec.dtype]}")
-    own |= dict.fromkeys(("centres", "least", "greatest"), own["query"])
-    if spec.sparse is not None and spec.sparse.policy == "quest":
-        own["pages"] = "i32"  # their number, not their codes
+    own["centres"] = own["query"]
+    own |= dict.fromkeys(
+        (each for each in kernel.arg_names if each.startswith("summary_")), own["query"]
+    )
     own["share"] = "fp32"
     own["axes"] = "*bf16" if spec.dtype == "bfloat16" else "*fp16"
     types = TYPES | own | {each.name: f"*{SHORT[each.dtype]}" for each in spec.captured}
@@ -98,7 +101,7 @@ def main(*names: str) -> None:
                 continue
             for capability in (80, 90) if ampere and "attend" in kernel else (90,):
                 hopper = capability == 90
-                paged = (hopper and hasattr(module, "scan_pages")) or hasattr(module, "scan_boxes")
+                paged = (hopper and hasattr(module, "scan_pages")) or hasattr(module, "list_0")
                 more = constants | {"EARLY": hopper, "PAGED": paged}
                 made = compiled(getattr(module, kernel), spec, more, capability)
                 shared[f"{name}.{kernel}.{capability}"] = made.metadata.shared

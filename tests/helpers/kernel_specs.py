@@ -26,7 +26,7 @@ MASK = Flag(sympy.Indexed(sympy.IndexedBase("mask"), B, 0, Q, KV))
 MASK_BY_HEAD = Flag(sympy.Indexed(sympy.IndexedBase("mask"), B, H, Q, KV))
 SLOPE = sympy.Indexed(sympy.IndexedBase("slopes"), H)
 SPARSE = SparseSpec("lychee", 1024, sinks=16, recent=64, overfetch=16, flat_tokens=65536)
-QUEST = replace(SPARSE, policy="quest")
+QUEST, HISA, FASA = (replace(SPARSE, policy=name) for name in ("quest", "hisa", "fasa"))
 
 SPECS = {
     "exact_causal": AttentionSpec(
@@ -69,6 +69,12 @@ SPECS = {
         sympy.And(MASK_BY_HEAD, POSITION >= KV),
         (Captured("mask", "bool", 4), LENGTH),
         sparse=QUEST,
+    ),
+    "hisa_llama": AttentionSpec(
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,), sparse=HISA
+    ),
+    "fasa_odd_sizes": AttentionSpec(
+        "float16", 3, 80, 64, S / math.sqrt(80), POSITION >= KV, (LENGTH,), sparse=FASA
     ),
     "prefill_llama": AttentionSpec(
         "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("lychee", 16, 64)

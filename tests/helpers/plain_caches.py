@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import torch
 from hypothesis import assume
@@ -11,25 +12,32 @@ from strategies import CPU, DTYPES, Heads, heads, lengths, seeds
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.levels.declaration import Keep, Pages
 from lychee_compile.kernels.policies.decode.clusterkv import ClusterKVIndex
-from lychee_compile.kernels.policies.decode.hisa import HISAIndex
-from lychee_compile.kernels.policies.decode.tokenselect import TokenSelectIndex
+from lychee_compile.kernels.policies.decode.hisa import HISA
+from lychee_compile.kernels.reference.level_index import level_index
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import select
 
 SCALE = 0.3
 
 
-class SmallHISA(HISAIndex):
-    block, candidate_blocks = 8, 3
+SMALL_BLOCK, SMALL_CANDIDATES = 8, 24
+SMALL_HISA = dataclasses.replace(
+    HISA,
+    levels=(
+        dataclasses.replace(
+            HISA.levels[0], groups=Pages(SMALL_BLOCK), keep=Keep(4, SMALL_CANDIDATES)
+        ),
+        HISA.levels[1],
+    ),
+)
+"""HISA with blocks of 8 tokens, and at least 3 of them as candidates."""
+SmallHISA = level_index("small_hisa", SMALL_HISA)
 
 
 class SmallClusterKV(ClusterKVIndex):
     tokens_per_cluster, window = 10, 40
-
-
-class AlwaysVoting(TokenSelectIndex):
-    similar = 2.0
 
 
 @dataclasses.dataclass
@@ -58,14 +66,19 @@ class Plain:
         return select(index, inputs, self.config.budget, site).token_mask()
 
     def check(self, read: Tensor, method) -> None:
-        """`method` says for one row and query what each KV head reads, and how clear that is."""
+        """Compare `read` with what `method` says of each row and query.
+
+        It yields, for each KV head, the tokens that are read, and how clear that is. It gets the
+        keys of all slots [Hkv, end, D], and the slot of the row's first token.
+        """
         for row in range(self.shape.batch):
             begin, end = int(self.start[row]), int(self.end[row])
-            keys = self.key[row, :, begin:end].double()
+            keys, own = self.key[row, :, :end].double(), self.key[row, :, begin:end].double()
             for place in range(self.query.shape[2]):
                 queries = self.query[row, :, place].double().unflatten(0, (self.shape.kv_heads, -1))
-                for head, (tokens, margin) in enumerate(method(keys, queries, self.config)):
-                    size = 1 + (queries @ keys.transpose(-1, -2)).abs().max().item()
+                chosen = method(keys, queries, self.config, begin)
+                for head, (tokens, margin) in enumerate(chosen):
+                    size = 1 + (queries @ own.transpose(-1, -2)).abs().max().item()
                     assume(margin > 1e-5 * size)
                     got = read[row, head, place].nonzero()[:, 0] - begin
                     assert set(got.tolist()) == set(tokens)
@@ -97,6 +110,12 @@ def cut(ranks: list[float], count: int) -> float:
     """Return how far the last of the `count` best ranks is above the next; inf if there is none."""
     ordered = sorted(ranks, reverse=True)
     return ordered[count - 1] - ordered[count] if 0 < count < len(ranks) else torch.inf
+
+
+def pages_of(start: int, length: int, size: int) -> list[tuple[int, int]]:
+    """Return the pages of a row whose first token is in slot `start`, as tokens (begin, end)."""
+    edges = {0, length, *range(-start % size, length, size)}
+    return list(pairwise(sorted(edges)))
 
 
 def whole_groups(groups, ranks, room):

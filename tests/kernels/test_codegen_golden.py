@@ -22,10 +22,10 @@ from lychee_compile.codegen.module import emit_module
 GOLDEN = Path(__file__).parents[1] / "golden" / "kernels"
 LAUNCHED = {
     "attend_all", "combine", "query_weights", "scan_tokens", "scan_pages", "scan_chosen", "attend",
-    "encode", "record_fingerprints", "scan_boxes", "rank_boxes", "list_boxes", "summarise_queries",
-    "scan", "select_keys",
+    "encode", "record_fingerprints", "scan_0", "rank_0", "list_0", "scan_1", "rank_1",
+    "summarise_queries", "scan", "select_keys",
 }  # fmt: skip
-FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE"}
+FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE", "PAGE"}
 """Names that launches look at, and no kernel."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -11,22 +10,21 @@ import torch
 import triton_interpreter
 from decode_problems import Sizes, make_problem
 from kernel_steps import Cache, assert_exact, assert_sparse, compiled, read_by
-from lychee_compile.codegen.parts.quest import emit_quest
-from lychee_compile.kernels.gpu.quest.index import QuestIndex as QuestDeviceIndex
-from lychee_compile.kernels.gpu.quest.launch import run_quest
-from lychee_compile.kernels.gpu.quest.layout import QuestLayout
-from lychee_compile.kernels.gpu.quest.method import QuestMethod
 from torch import Tensor
 
 import lychee_compile
 from lychee_compile.codegen import module as emitters
-from lychee_compile.codegen.module import policies_with_emitters, register_emitter
+from lychee_compile.codegen.module import emit_module, policies_with_emitters, register_emitter
 from lychee_compile.codegen.parts.lychee import emit_lychee
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.extend import GpuMethod, register_policy
 from lychee_compile.kernels.gpu import methods
 from lychee_compile.kernels.gpu.common.launch_common import launch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
+from lychee_compile.kernels.gpu.levels.launch import run_levels
+from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.gpu.levels.method import LevelMethod
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
@@ -37,7 +35,8 @@ from lychee_compile.kernels.gpu.methods import (
     policies_with_kernels,
 )
 from lychee_compile.kernels.policies import registry as policies
-from lychee_compile.kernels.policies.decode.quest import QuestIndex
+from lychee_compile.kernels.policies.decode.quest import QUEST
+from lychee_compile.kernels.policies.registry import index_class
 
 triton_interpreter.use()
 pytestmark = [
@@ -53,21 +52,26 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emitters, "_decode_emitters", dict(emitters._decode_emitters))
 
 
-@pytest.mark.parametrize("prefill", [False, True])
-def test_every_method_has_an_emitter_and_every_emitter_a_method(prefill: bool) -> None:
-    assert policies_with_emitters(prefill) == policies_with_kernels(prefill)
-    assert policies_with_kernels() == tuple(BUILT_IN)
+def test_every_method_has_an_emitter_and_every_emitter_a_method() -> None:
+    """But for policies that are declared: both are made of their levels."""
+    declared = {each.name for each in policies.policies() if each.levels is not None}
+    assert {"quest", "hisa", "tokenselect", "streaming"} <= declared
+    assert policies_with_emitters() == tuple(BUILT_IN)
+    assert set(policies_with_kernels()) == {*BUILT_IN, *declared}
+    assert policies_with_emitters(prefill=True) == policies_with_kernels(prefill=True)
 
 
 def test_a_policy_without_kernels_is_named() -> None:
-    with pytest.raises(ValueError, match=r"policy 'hisa' has no GPU kernels; .* lychee, quest"):
-        gpu_method("hisa")
+    with pytest.raises(
+        ValueError, match=r"policy 'clusterkv' has no GPU kernels; .* lychee, quest"
+    ):
+        gpu_method("clusterkv")
 
 
 @pytest.mark.usefixtures("registries")
 def test_a_method_that_lacks_something_is_refused() -> None:
     half = SimpleNamespace(multiple=1, prefill=False)
-    register_policy("half", QuestIndex, gpu=half)
+    register_policy("half", index_class("oracle"), gpu=half)
     with pytest.raises(TypeError, match=r"policy 'half': .* is no GpuMethod"):
         gpu_method("half")
 
@@ -84,35 +88,36 @@ def test_a_method_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(methods, "GpuMethod", Checked("GpuMethod", (), {}))
     for name in ("once", "once", "twice"):
-        method = BUILT_IN["quest"]
-        register_policy(name, QuestIndex, gpu=method)
+        method = BUILT_IN["lychee"]
+        register_policy(name, index_class("lychee"), gpu=method)
         assert gpu_method(name) is method
-    assert checks == [BUILT_IN["quest"]] * 2
+    assert checks == [BUILT_IN["lychee"]] * 2
 
 
 @pytest.mark.usefixtures("registries")
 def test_kernels_of_a_policy_are_not_replaced() -> None:
-    register_policy("quest", QuestIndex, gpu=BUILT_IN["quest"])
-    with pytest.raises(ValueError, match="there are kernels of a policy 'quest' already"):
-        register_policy("quest", QuestIndex, gpu=BUILT_IN["lychee"])
-    with pytest.raises(ValueError, match="policy 'quest' has an emitter"):
+    register_policy("lychee", index_class("lychee"), gpu=BUILT_IN["lychee"])
+    with pytest.raises(ValueError, match="there are kernels of a policy 'lychee' already"):
+        register_policy("lychee", index_class("lychee"), gpu=LevelMethod("lychee"))
+    with pytest.raises(ValueError, match="policy 'lychee' has an emitter"):
+        register_emitter("lychee", emit_module)
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_declared_policy_has_no_other_kernels_than_its_own() -> None:
+    register_policy("quest", QUEST)
+    assert gpu_method("quest") == LevelMethod("quest")
+    for other in (QUEST, None):
+        with pytest.raises(ValueError, match="policy 'quest' is declared: its kernels are made"):
+            register_policy("quest", other, tiles=lambda asked: asked, gpu=BUILT_IN["lychee"])
+    with pytest.raises(ValueError, match="policy 'quest' is declared: its kernels are made"):
         register_emitter("quest", emit_lychee)
-
-
-@dataclass(frozen=True)
-class PagesMethod(QuestMethod):
-    """Quest's kernels, for a policy of another name."""
-
-    def layout_of(self, key: Tensor) -> QuestLayout:
-        return replace(super().layout_of(key), policy="pages_of_16")
 
 
 @pytest.fixture
 def pages_of_16(registries: None) -> GpuMethod:
-    method = PagesMethod()
-    register_policy("pages_of_16", QuestIndex, gpu=method, words="pages, as Quest has them")
-    register_emitter("pages_of_16", emit_quest)
-    return method
+    register_policy("pages_of_16", QUEST, words="pages, as Quest has them")
+    return gpu_method("pages_of_16")
 
 
 def test_a_module_names_a_policy_with_an_underscore(pages_of_16: GpuMethod) -> None:
@@ -138,10 +143,10 @@ def test_a_policy_of_ones_own_with_an_underscore_runs_its_kernels() -> None:
 
 
 class Shuffled(NamedTuple):
-    """The fields of a `QuestState` in another order."""
+    """The fields of Quest's index in another order."""
 
-    greatest: Tensor
-    least: Tensor
+    summary_greatest: Tensor
+    summary_least: Tensor
     fingerprints: Tensor
     header: Tensor
 
@@ -151,26 +156,26 @@ def test_the_fields_of_a_state_are_matched_by_name() -> None:
     problem = make_problem(
         sizes=Sizes(1, 1, 2, 1, 200, 32), sparse=SparseSpec("quest", 64, 4, 16, 2, 65536)
     )
-    index = QuestDeviceIndex(QuestLayout.of(problem.key), torch.device("cpu"))
+    index = LevelDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
     index.build(problem.module(), problem.key, [200])
     other = Shuffled(**index.parts._asdict())
     assert [*map(id, other)] == [*map(id, index.parts)][::-1]
     outputs = [
-        run_quest(problem.module(), problem.operands(), IndexOperands(index.layout, state))
+        run_levels(problem.module(), problem.operands(), IndexOperands(index.layout, state))
         for state in (index.parts, other)
     ]
     assert torch.equal(*outputs)
     problem.captured = [*problem.captured, problem.key]
     with pytest.raises(ValueError, match="argument"):
-        run_quest(problem.module(), problem.operands(), IndexOperands(index.layout, index.parts))
+        run_levels(problem.module(), problem.operands(), IndexOperands(index.layout, index.parts))
 
 
 def test_a_method_refuses_the_index_of_another() -> None:
     problem = make_problem(sizes=Sizes(kv_len=200))
     sketches = SketchIndex(SketchLayout.of(problem.key), torch.device("cpu"))
-    boxes = QuestDeviceIndex(QuestLayout.of(problem.key), torch.device("cpu"))
-    for run, index in ((run_quest, sketches), (run_lychee, boxes)):
-        with pytest.raises(TypeError, match="kernels read the index of a"):
+    boxes = LevelDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
+    for run, index in ((run_levels, sketches), (run_lychee, boxes)):
+        with pytest.raises(TypeError, match="kernels .*read the index of a"):
             run(problem.module(), problem.operands(), IndexOperands(index.layout, index.parts))
 
 

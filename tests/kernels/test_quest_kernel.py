@@ -1,26 +1,28 @@
-"""Quest's kernels, interpreted, against the policy that they speed up and attention in float64."""
+"""Quest's kernels, interpreted, against boxes that are made here and attention in float64."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 import triton_interpreter
 from decode_problems import Sizes, element, make_problem
-from lychee_compile.kernels.gpu.quest import launch as launch_quest
-from lychee_compile.kernels.gpu.quest.index import QuestIndex as QuestDeviceIndex
-from lychee_compile.kernels.gpu.quest.layout import QuestLayout
 
 from lychee_compile.codegen.module import emit_module
-from lychee_compile.codegen.parts import quest
+from lychee_compile.codegen.parts import levels
 from lychee_compile.codegen.specification import KV, B, H, Q, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
-from lychee_compile.kernels.policies.decode.quest import QuestIndex
+from lychee_compile.kernels.gpu.levels import launch as launch_levels
+from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
+from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.levels.declaration import Level, LevelStack, Tokens
+from lychee_compile.kernels.levels.expressions import dot, key, query
+from lychee_compile.kernels.policies import registry
 from lychee_compile.kernels.reference.operands import ScoreInputs
-from lychee_compile.kernels.reference.question import query_rows
 from lychee_compile.kernels.reference.selection import select
 from lychee_compile.kernels.sizes import PAGE
 from lychee_compile.passes.symbolic.elementwise import Flag
@@ -54,14 +56,18 @@ def positions_of(problem):
 
 
 def index_up_to(problem, end):
-    index = QuestDeviceIndex(QuestLayout.of(problem.key), torch.device("cpu"))
+    index = empty_index(problem)
     index.build(problem.module(), problem.key, [end] * problem.key.shape[0])
     return index
 
 
+def empty_index(problem):
+    return LevelDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
+
+
 def run(problem, index, positions):
     used = IndexOperands(index.layout, index.parts, positions)
-    return launch_quest.run_quest(problem.module(), problem.operands(), used)
+    return launch_levels.run_levels(problem.module(), problem.operands(), used)
 
 
 def by_page(slots):
@@ -69,24 +75,18 @@ def by_page(slots):
     return F.pad(slots, (0, -slots.shape[-1] % PAGE)).unflatten(-1, (-1, PAGE))
 
 
-def policy_index(problem, end):
-    """Return the reference's index of the tokens before `end`, int64 [B]."""
-    batch, heads, _, head_dim = problem.key.shape
-    config = IndexConfig(budget=problem.spec.sparse.budget, policy="quest")
-    index = QuestIndex(batch, heads, head_dim, config, torch.device("cpu"))
-    index.extend(problem.key, end)
-    return index
-
-
-def policy_ranks(problem, shown, end):
-    """Logs of the policy's shares of pages that show so many tokens, int64 [B, Hkv, T, pages]."""
-    index = policy_index(problem, end)
-    products = index.log_estimate(query_rows(problem.query, problem.key.shape[1]), 1.0)
-    products = products.unflatten(2, (-1, problem.query.shape[2]))
-    full = products.shape[-1]
-    score = problem.finish(products, torch.arange(full) * PAGE)
-    mass = F.pad(score, (0, shown.shape[-1] - full)) + shown[:, :, None].log()
-    return mass.log_softmax(-1).logsumexp(2)
+def policy_ranks(problem, full):
+    """Logs of Quest's shares [B, Hkv, T, pages], where only the first `full` [B] have a box."""
+    heads = problem.key.shape[1]
+    keys = F.pad(problem.key.double(), (0, 0, 0, -problem.key.shape[2] % PAGE))
+    pages = keys.unflatten(2, (-1, PAGE))[:, :, None]
+    rows = problem.query.double().unflatten(1, (heads, -1)).flatten(2, 3)[..., None, :]
+    corner = torch.maximum(rows * pages.amin(4), rows * pages.amax(4)).sum(-1)
+    corner = corner.unflatten(2, (-1, problem.query.shape[2]))
+    shown = by_page(problem.visible).sum(-1).unflatten(1, (heads, -1)).amax(2)
+    shown = shown.masked_fill(torch.arange(shown.shape[-1]) >= full.view(-1, 1, 1, 1), 0)
+    score = problem.finish(corner, torch.arange(shown.shape[-1]) * PAGE)
+    return (score + shown[:, :, None].log()).log_softmax(-1).logsumexp(2)
 
 
 CASES = {
@@ -105,13 +105,15 @@ CASES = {
 def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
     """But for ties; each of several programs rounds what is left for its ties down."""
     if lots > 1:
-        monkeypatch.setattr(quest, "RANKED", 16)
-        monkeypatch.setattr(quest, "BYTES_AT_ONCE", 0)
-        monkeypatch.setattr(launch_quest, "PROGRAMS", 2)
+        monkeypatch.setattr(levels, "RANKED", 16)
+        monkeypatch.setattr(levels, "BYTES_AT_ONCE", 0)
+        monkeypatch.setattr(launch_levels, "PROGRAMS", 2)
     problem = make_quest(**CASES[name])
     positions = positions_of(problem)
     index = index_up_to(problem, int(positions[0, 0]))
-    index.parts.greatest[:, :, int(positions[0, 0]) // PAGE :] = torch.inf  # of tokens taken back
+    index.parts.summary_greatest[:, :, int(positions[0, 0]) // PAGE :] = (
+        torch.inf
+    )  # of tokens taken back
     output = run(problem, index, positions)
     read, visible = (
         each.unflatten(1, (-1, problem.spec.group)).any(2) for each in (output > 0, problem.visible)
@@ -125,7 +127,7 @@ def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
     whole = chosen.repeat_interleave(PAGE, -1)[..., : slot.numel()]
     assert torch.equal(read, visible & (always | whole))
 
-    rank = policy_ranks(problem, by_page(visible & ~always).sum(-1), positions[:, -1] + 1)
+    rank = policy_ranks(problem, positions[:, 0] // PAGE)
     end = torch.where(visible, slot + 1, 0).amax(-1)
     room = (BUDGET - (end - newest)).expand(chosen.shape[:3])[..., None] // PAGE
     count = chosen.sum(-1, keepdim=True)
@@ -138,12 +140,14 @@ def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
 def test_the_policy_itself_chooses_as_many_of_the_same_rank():
     """The ranks that the test above compares with are those of the policy."""
     problem = make_quest(Sizes(1, 1, 4, 1, 400, 64))
-    index, scale = policy_index(problem, torch.tensor([400])), 64**-0.5
-    inputs = ScoreInputs(problem.query, problem.key, 400, None, scale)
+    config = IndexConfig(budget=BUDGET, policy="quest")
+    index = registry.make_index(1, 1, 64, config, torch.device("cpu"))
+    index.extend(problem.key, torch.tensor([400]))
+    inputs = ScoreInputs(problem.query, problem.key, 400, None, 64**-0.5)
     read = select(index, inputs, BUDGET).token_mask()
     chosen = by_page(read)[..., :-1, :].all(-1)
-    shown = torch.full((1, 1, 1, 24), PAGE)
-    best = policy_ranks(problem, shown, torch.tensor([400])).topk((BUDGET - 16) // PAGE).indices
+    ranks = policy_ranks(problem, torch.tensor([25]))[..., :-1]
+    best = ranks.topk((BUDGET - 16) // PAGE).indices
     assert torch.equal(chosen, torch.zeros_like(chosen).scatter(-1, best, True))
     assert read[..., -PAGE:].all()
     assert read.sum() == chosen.sum() * PAGE + PAGE
@@ -170,7 +174,7 @@ def test_a_page_before_the_last_visible_token_is_read_once():
 def test_rows_of_a_batch_have_boxes_up_to_their_own_ends():
     """Steps that only read, and steps that write: what lies behind an end has no box of use."""
     problem = make_quest(Sizes(2, 1, 2, 1, 400, 32), mask="rows", budget=300)
-    index = QuestDeviceIndex(QuestLayout.of(problem.key), torch.device("cpu"))
+    index = empty_index(problem)
     index.build(problem.module(), problem.key, (400, 130))
     read = run(problem, index, None) > 0
     behind = problem.visible[1, :, :, 128:]
@@ -211,9 +215,14 @@ def test_slots_counted_from_the_end_and_no_slots():
     assert (again[..., -1] > 0).all()
 
 
-def test_what_has_no_kernel_is_refused():
-    spec = make_quest(Sizes(1, 1, 2, 1, 64, 32), score="slopes").spec
-    with pytest.raises(ValueError, match="depend on a key's slot"):
-        emit_module(spec)
-    with pytest.raises(ValueError, match="'hisa' has no kernels; lychee, quest have"):
-        emit_module(replace(spec, sparse=replace(spec.sparse, policy="hisa")))
+def test_what_has_no_kernel_is_refused(monkeypatch):
+    monkeypatch.setattr(registry, "_policies", dict(registry._policies))
+    odd = LevelStack(levels=(Level(Tokens(), estimate=dot(query, key) ** sympy.Rational(1, 3)),))
+    registry.register_policy("odd", odd)
+    spec = make_quest(Sizes(1, 1, 2, 1, 64, 32)).spec
+    for policy, reason in (
+        ("odd", "no Triton form of the power 0.3"),
+        ("clusterkv", "'clusterkv' has no kernels; lychee have"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            emit_module(replace(spec, sparse=replace(spec.sparse, policy=policy)))

@@ -64,12 +64,16 @@ class Case:
     start: Tensor
     end: Tensor
     budget: int
+    written: int
+    """Tokens of each row that the last step wrote; 0: the index is used without steps."""
 
     def index(self, policy: str, key: Tensor | None = None) -> KVIndex:
         shape = self.shape
         index = small(policy)(shape.batch, shape.kv_heads, shape.head_dim, self.config, CPU)
         index.restart(self.start > 0, self.start)
         index.extend(self.key if key is None else key, self.end)
+        if self.written:
+            index.fresh = torch.maximum(self.end - self.written, self.start)
         return index
 
     def select(self, index: KVIndex, budget: int | None, key: Tensor | None = None) -> Selection:
@@ -83,8 +87,8 @@ class Case:
         slot, tokens = torch.arange(seen.shape[-1]), seen.shape[-1]
         first = seen.long().argmax(-1, keepdim=True)
         end = tokens - seen.flip(-1).long().argmax(-1, keepdim=True)
-        sinks, recent = index.always_read
-        unknown = (slot < index.start[:, None]) | (slot >= index.tail[:, None])
+        sinks, recent = index.always_read_of(self.budget)
+        unknown = (slot < index.start[:, None]) | (slot >= index.unread[:, None])
         always = (slot < first + sinks) | (slot >= end - recent) | unknown[:, None]
         always = seen & (always | (first < index.start[:, None, None]))
         assert not (read & ~seen[:, None]).any(), "a hidden slot"
@@ -106,7 +110,8 @@ def cases(draw):
     end = draw(st.just(torch.full((shape.batch,), tokens)) | lengths(shape.batch, tokens))
     start = torch.minimum(draw(lengths(shape.batch, draw(st.sampled_from([0, 20])))), end)
     query = shape.queries(seed, query_len, dtype)
-    return Case(shape, config, key, query, mask, start, end, draw(st.integers(1, 70)))
+    budget, written = draw(st.integers(1, 70)), draw(st.integers(0, 3))
+    return Case(shape, config, key, query, mask, start, end, budget, written)
 
 
 def strange(key: Tensor, seed: int) -> Tensor:

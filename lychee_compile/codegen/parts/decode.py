@@ -36,7 +36,7 @@ def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
     return [
         *library("bins", "fresh_from", "denominators", "shares_of", "bins_of_shares"),
-        *library("bins", "bins_of", "count_bins", "threshold"),
+        *library("bins", "count_bins", "threshold"),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
         *library("bins", "choose_by_bin"),
     ]
@@ -65,5 +65,6 @@ def emit_selection(spec: AttentionSpec, unread: str = "fresh") -> list[str]:
     return [
         fill("decode/selection.py.jinja", spec, **sizes),
         *emit_bins(spec, spec.sparse),
+        *library("bins", "bins_of"),
         emit_always_read(spec, spec.sparse, unread),
     ]

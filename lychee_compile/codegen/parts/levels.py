@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from lychee_compile.codegen.level_source import estimate_source, field_sources
+from dataclasses import replace
+
+from lychee_compile.codegen.level_source import estimate_source, summary_source
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
-from lychee_compile.codegen.parts.site import fill
+from lychee_compile.codegen.parts.site import fill, sees_range
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, S
 from lychee_compile.kernels.levels.declaration import Level, LevelStack, Pages
@@ -14,6 +16,12 @@ RANKED = 512
 """Groups that a program ranks."""
 BYTES_AT_ONCE = 32768
 """Bytes of summaries that a program of a scan loads at a time."""
+SEEN_AT_ONCE = 8192
+"""Slots whose visibility a program of a scan finds out at a time."""
+NUMBERS_AT_ONCE = 4096
+"""Numbers of the keys of a group that are summarised at a time."""
+LISTED_AT_ONCE = 16
+"""Children of a group that a program lists at a time."""
 
 
 def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
@@ -22,16 +30,20 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     Raises Unprintable for summaries and estimates that have no Triton form.
     """
     assert spec.sparse is not None
+    sinks, recent = stack.always_read(spec.sparse.sinks, spec.sparse.recent, spec.sparse.budget)
+    sparse = replace(spec.sparse, sinks=sinks, recent=recent)
     unread = "fresh" if stack.last_size == 1 else "fresh // PAGE * PAGE"
+    is_listed = stack.last_size > 1 or len(stack.levels) > 1
     names = "".join(f"summary_{name}, " for level in stack.levels for name in level.fields)
-    described = [_described(number, level) for number, level in enumerate(stack.levels)]
+    described = [_described(spec, number, level) for number, level in enumerate(stack.levels)]
     return [
         _constants(spec, stack),
-        *emit_bins(spec, spec.sparse),
-        *library("bins", "chosen_of_tiles"),
-        emit_always_read(spec, spec.sparse, unread=unread),
+        *emit_bins(spec, sparse),
+        *(library("bins", "chosen_of_tiles") if is_listed else []),
+        emit_always_read(spec, sparse, unread=unread),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         *library("fingerprints", "record_fingerprints"),
+        *([] if stack.pairs is None else library("levels", "load_query_channels")),
         *(_of_level(spec, stack, number) for number in range(len(stack.levels))),
         *([] if stack.levels else [fill("levels/window.py.jinja", spec)]),
         fill("levels/summarise_new.py.jinja", spec, levels=described, names=names),
@@ -48,7 +60,9 @@ def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
             "number": number,
             "size": level.groups.size,
             "scanned": _scanned(spec, level),
-            "kept": level.keep and level.keep.tokens(sparse.budget) // level.groups.size,
+            "channels": _gathered(spec, level),
+            "gathered": power_of_two(_gathered(spec, level), 16),
+            "kept": level.keep and level.keep.groups(sparse.budget, level.groups.size),
         }
         for number, level in enumerate(stack.levels)
     ]
@@ -68,17 +82,30 @@ def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
 
 def _scanned(spec: AttentionSpec, level: Level) -> int:
     """Return how many groups of a level a program scores at a time."""
-    vectors = sum(level.channels.values()) + level.reads_keys
+    channels = sum(level.channels.values()) * spec.head_dim + level.key_channels(spec.head_dim)
     number = 4 if spec.dtype == "float32" else 2
-    size = max(vectors, 1) * power_of_two(spec.head_dim, 16) * number
-    return min(max(power_of_two(BYTES_AT_ONCE // size), 16), 256)
+    size = power_of_two(channels, 16) * number
+    most = min(power_of_two(BYTES_AT_ONCE // size), 256)
+    if not sees_range(spec):
+        most = min(most, SEEN_AT_ONCE // level.groups.size)
+    return max(most, 16)
 
 
-def _described(number: int, level: Level) -> dict[str, object]:
+def _gathered(spec: AttentionSpec, level: Level) -> int:
+    """Return how many channels of queries and keys a level reads, if not all; else 0."""
+    return 0 if level.pairs is None else level.key_channels(spec.head_dim)
+
+
+def _described(spec: AttentionSpec, number: int, level: Level) -> dict[str, object]:
     """Return what templates read of a level."""
-    sources = field_sources(level)
-    fields = [(name, wide, sources[name]) for name, wide in level.channels.items()]
-    return {"number": number, "size": level.groups.size, "fields": fields}
+    source = summary_source(level, spec.head_dim)
+    tile = min(level.groups.size, max(NUMBERS_AT_ONCE // power_of_two(spec.head_dim, 16), 16))
+    return {
+        "number": number,
+        "tile": tile,
+        "passes": source.passes,
+        "fields": [(name, wide, source.fields[name]) for name, wide in level.channels.items()],
+    }
 
 
 def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> str:
@@ -90,8 +117,9 @@ def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> str:
         number=number,
         size=level.groups.size,
         fields=list(level.channels.items()),
-        estimate=estimate_source(level, _precision(spec), float(spec.score.diff(S).subs(S, 0))),
+        estimate=_estimate(spec, level),
         reads_keys=level.reads_keys,
+        gathers=level.pairs is not None,
         by_slot=KV in spec.score.free_symbols,
     )
     is_listed = not is_last or isinstance(level.groups, Pages)
@@ -111,9 +139,15 @@ def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> str:
         spec,
         number=number,
         children=level.groups.size // below,
+        at_once=min(level.groups.size // below, LISTED_AT_ONCE),
         is_last=is_last,
     )
     return "\n\n\n".join(part.strip() for part in (scan, rank, listing))
+
+
+def _estimate(spec: AttentionSpec, level: Level) -> str:
+    scale = float(spec.score.diff(S).subs(S, 0))
+    return estimate_source(level, _precision(spec), scale, spec.head_dim)
 
 
 def _precision(spec: AttentionSpec) -> str:

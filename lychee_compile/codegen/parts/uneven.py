@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lychee_compile.codegen.forms import Unprintable
-from lychee_compile.codegen.level_source import chunk_field_sources, estimate_source
+from lychee_compile.codegen.level_source import chunk_summary_source, estimate_source
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill, sees_range
 from lychee_compile.codegen.rendering import library
@@ -97,7 +97,7 @@ def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> list[str]:
         spec,
         **shared,
         fields=list(level.channels.items()),
-        estimate=estimate_source(level, _precision(spec), scale),
+        estimate=estimate_source(level, _precision(spec), scale, spec.head_dim),
         is_child=number > 0,
         is_first=number == 0,
         by_slot=KV in spec.score.free_symbols,
@@ -127,11 +127,18 @@ def _attend(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> list[
     )
     if not of_chunks:
         return [fill("uneven/note_new.py.jinja", spec), attend]
-    sources = chunk_field_sources(last)
-    fields = [(name, wide, sources[name]) for name, wide in last.channels.items()]
+    stored = None if spec.dtype == "float32" else f"tl.{spec.dtype}"
+    source = chunk_summary_source(last, spec.head_dim, stored)
+    fields = [(name, wide, source.fields[name]) for name, wide in last.channels.items()]
     similar = sparse.groups.by_similarity
     new = fill(
-        "uneven/summarise_new.py.jinja", spec, **shared, fields=fields, by_similarity=similar
+        "uneven/summarise_new.py.jinja",
+        spec,
+        **shared,
+        passes=source.passes,
+        fields=fields,
+        by_similarity=similar,
+        tile=min(power_of_two(sparse.groups.chunk[1]), 16),
     )
     return [new, attend]
 

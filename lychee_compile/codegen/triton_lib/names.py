@@ -66,6 +66,10 @@ IN_REGISTERS: tl.constexpr
 
 RANKED: tl.constexpr
 """Groups of a level that a program ranks."""
+CHANNELS: tl.constexpr
+"""Channels of queries and keys that the estimates of a level read."""
+GATHERED: tl.constexpr
+"""CHANNELS, padded."""
 
 SHORTEST: tl.constexpr
 """Slots of the shortest chunk."""

@@ -21,6 +21,7 @@ from lychee_compile.kernels.levels.expressions import (
     count,
     dot,
     greatest,
+    head_dim,
     key,
     least,
     mean,
@@ -50,11 +51,29 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class DominantPairs:
+    """The rotary pairs of channels in which the keys of a KV head differ most."""
+
+    one_in: int = 4
+    """Number of pairs of which one is kept."""
+
+    def __post_init__(self) -> None:
+        if self.one_in < 1:
+            raise ValueError(f"one pair in at least 1 is kept; got one in {self.one_in}")
+
+    def channels(self, head_dim: int) -> int:
+        """Return how many channels are kept of so many."""
+        return min(2 * max(head_dim // 2 // self.one_in, 1), head_dim)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Single keys. The estimate of a token reads its `key` in the cache."""
 
     size: int = field(default=1, init=False)
     """Number of slots: 1."""
+    pairs: DominantPairs | None = None
+    """Channels of query and key that the estimate reads; None: all."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,10 @@ class Keep:
         """Return how many tokens are kept for a budget of so many."""
         return max(self.per_token * budget, self.least)
 
+    def groups(self, budget: int, size: int) -> int:
+        """Return how many groups of `size` slots are kept for a budget of so many tokens."""
+        return max(self.tokens(budget) // size, 1)
+
 
 @dataclass(frozen=True)
 class Level:
@@ -78,10 +101,10 @@ class Level:
     groups: Pages | Tokens | Chunks | Clusters | TokenClusters
     estimate: sympy.Expr
     """Estimated score q.k of a group, before softmax scale and soft-cap: an expression of `query`,
-    `softmax_scale` and the fields; of `key` too at a level of tokens. The logarithm of the mean of
+    `softmax_scale`, `head_dim` and the fields; of `key` too at a level of tokens. The logarithm of the mean of
     exp(score) over the group would be best; for a token it is the score."""
     fields: Mapping[str, sympy.Expr] = field(default_factory=dict)
-    """Summaries of a group by name, each an expression of `key`, of `count` and of the fields
+    """Summaries of a group by name, each an expression of `key`, `count`, `head_dim` and the fields
     before it."""
     bound: sympy.Expr | None = None
     """Upper bound of q.k over the keys of a group, for a positive scale; None: there is none."""
@@ -93,13 +116,13 @@ class Level:
     def __post_init__(self) -> None:
         if isinstance(self.groups, Tokens) and self.fields:
             raise ValueError("a token has no fields: its estimate reads the key itself")
-        known = {key, count}
+        known = {key, count, head_dim}
         for name, summary in self.fields.items():
             if name in RESERVED or not name.isidentifier():
                 raise ValueError(f"a field cannot be called {name!r}")
             _expect_symbols(f"field {name!r}", summary, known)
             known.add(sympy.Symbol(name, real=True))
-        known = known - {key, count} if self.fields else {key}
+        known = known - {key, count} if self.fields else {key, head_dim}
         for name, expression in (("estimate", self.estimate), ("bound", self.bound)):
             if expression is not None:
                 _expect_symbols(name, expression, {query, softmax_scale, *known})
@@ -110,6 +133,17 @@ class Level:
     def reads_keys(self) -> bool:
         """True if the estimate reads the keys themselves."""
         return self.estimate.has(key)
+
+    @property
+    def pairs(self) -> DominantPairs | None:
+        """Channels of queries and keys that the estimate reads; None: all."""
+        return self.groups.pairs if isinstance(self.groups, Tokens) else None
+
+    def key_channels(self, head_dim: int) -> int:
+        """Return how many channels of a key the estimate reads, of so many."""
+        if not self.reads_keys:
+            return 0
+        return head_dim if self.pairs is None else self.pairs.channels(head_dim)
 
     @cached_property
     def channels(self) -> Mapping[str, bool]:
@@ -159,6 +193,14 @@ class LevelStack:
             recent if self.recent is None else self.recent,
         )
 
+    def least_budget(self, sinks: int, recent: int) -> int:
+        """Return the budget from which on a group can be chosen, for options of these values."""
+        sinks, recent = self.always_read(sinks, recent, None)
+        if self.uneven:
+            return sinks + recent + 1
+        size = self.last_size
+        return sinks + (max(recent, size) + size if self.levels else recent)
+
     @property
     def uneven(self) -> bool:
         """True if groups differ in length: each then counts with the share of one of its keys."""
@@ -168,6 +210,11 @@ class LevelStack:
     def last_size(self) -> int:
         """Number of slots of the groups that are read whole: 1 for tokens."""
         return self.levels[-1].groups.size if self.levels else 1
+
+    @property
+    def pairs(self) -> DominantPairs | None:
+        """Channels that the last level reads of queries and keys; None: all."""
+        return self.levels[-1].pairs if self.levels else None
 
     @property
     def reads_keys(self) -> bool:
@@ -182,7 +229,7 @@ class LevelStack:
         total, left = 0, tokens
         for level in self.levels:
             numbers = sum(head_dim if wide else 1 for wide in level.channels.values())
-            numbers += head_dim if level.reads_keys else 0
+            numbers += level.key_channels(head_dim)
             total += 2 * numbers * (left // level.groups.size)
             left = left if level.keep is None else min(left, level.keep.tokens(budget))
         return total

@@ -62,11 +62,13 @@ key = sympy.Symbol("key", real=True)
 """A channel of a key: of a group's keys in a summary, of the token itself in an estimate."""
 softmax_scale = sympy.Symbol("softmax_scale", real=True)
 """The factor that the softmax multiplies q.k with."""
+head_dim = sympy.Symbol("head_dim", positive=True)
+"""Number of channels of a key."""
 
 count = sympy.Symbol("count", positive=True)
 """Number of keys of a group, in a summary."""
 
-RESERVED = (query.name, key.name, softmax_scale.name, count.name)
+RESERVED = (query.name, key.name, softmax_scale.name, head_dim.name, count.name)
 """Names that a summary cannot have."""
 
 
@@ -138,7 +140,7 @@ def evaluate(expression: sympy.Expr, algebra: Algebra[V], values: Mapping[str, V
             known = ", ".join(sorted(values))
             raise ValueError(f"no {expression.name!r} here: {known} are known")
         return values[expression.name]
-    if expression.is_number:
+    if expression.is_number and not expression.has(_Reduction):
         return algebra.number(float(expression))
     inner = [evaluate(each, algebra, values) for each in _operands(expression)]
     return _apply(expression, algebra, inner)

@@ -12,7 +12,9 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.levels.declaration import LevelStack
 from lychee_compile.kernels.policies.decode.clusterkv import CLUSTERKV
 from lychee_compile.kernels.policies.decode.dhsa import DHSA
+from lychee_compile.kernels.policies.decode.fasa import FASA
 from lychee_compile.kernels.policies.decode.hisa import HISA
+from lychee_compile.kernels.policies.decode.longheads import LONGHEADS
 from lychee_compile.kernels.policies.decode.lychee import LycheeIndex
 from lychee_compile.kernels.policies.decode.lycheecluster import LYCHEECLUSTER
 from lychee_compile.kernels.policies.decode.oracle import OracleIndex
@@ -88,6 +90,10 @@ _policies = {
         Policy.declared("quest", "pages of 16, ranked by the box around their keys", QUEST),
         Policy.declared("clusterkv", "clusters of keys, ranked by their centroid", CLUSTERKV),
         Policy.declared("tokenselect", "single tokens, ranked by their true scores", TOKENSELECT),
+        Policy.declared(
+            "longheads", "chunks of 256, ranked by an attention-weighted mean key", LONGHEADS
+        ),
+        Policy.declared("fasa", "single tokens, ranked by few rotary pairs of channels", FASA),
         Policy.declared("hisa", "blocks of keys first, then the tokens in the best of them", HISA),
         Policy.declared(
             "streaming",
@@ -190,8 +196,6 @@ def register_policy(
     leaves abstract methods undefined, and for a `tiles` that cannot be called.
     """
     if isinstance(policy, LevelStack):
-        if gpu is not None:
-            raise ValueError(f"policy {name!r} is declared: its kernels are made from levels")
         index = None
     else:
         index = policy
@@ -220,6 +224,9 @@ def _check_new(
 ) -> None:
     """Raise ValueError if a policy is another than the one of its name registered `before`."""
     name, known = before.name, before.index if before.levels is None else before.levels
+    declared = before.levels is not None or isinstance(policy, LevelStack)
+    if declared and gpu is not None:
+        raise ValueError(f"policy {name!r} is declared: its kernels are made from levels")
     if None not in (known, policy) and known != policy:
         raise ValueError(f"there is a policy {name!r} already: {before.words or known!r}")
     if before.prefill not in (None, tiles) and tiles is not None:

@@ -88,6 +88,7 @@ def _least_tokens(
         begin=nowhere,
         end=everywhere,
         room=room,
+        budget=room,
     )
     scores = question.token_scores()
     share = scores.double().softmax(-1)

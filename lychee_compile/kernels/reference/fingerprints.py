@@ -44,8 +44,9 @@ def _as_int64(block: Tensor) -> Tensor:
     block = block.contiguous()
     if block.shape[-1] * size % 8:
         return block.view(_INTEGERS[size]).to(torch.int64)
-    if block.storage_offset() * size % 8:
-        block = block.clone()  # a view as int64 must be aligned
+    strides = block.stride()[:-1]  # those of axes of size 1 may be anything
+    if any(each * size % 8 for each in (block.storage_offset(), *strides)):
+        block = block.clone(memory_format=torch.contiguous_format)  # int64 must be aligned
     bits = block.view(torch.int64)
     return bits ^ (bits >> 31 & 0x1FFFFFFFF)  # masked, as >> repeats the sign: one to one
 

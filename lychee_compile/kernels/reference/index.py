@@ -72,6 +72,10 @@ class KVIndex(abc.ABC):
         """Numbers of first and of last tokens of a row that every query reads."""
         return self.config.sinks, self.config.recent
 
+    def always_read_of(self, budget: int | None) -> tuple[int, int]:
+        """Return `always_read` for queries that read `budget` tokens; None: all, or any number."""
+        return self.always_read
+
     @property
     def unread(self) -> Tensor:
         """First token of each row, int64 [B], from which on every query reads all."""

@@ -10,6 +10,12 @@ from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.levels.declaration import LevelStack, Pages
+from lychee_compile.kernels.reference.dominant_pairs import (
+    REFIT_GROWTH,
+    channels_of,
+    fitted_tokens,
+    pick,
+)
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.level_values import bound, estimate, summaries
 from lychee_compile.kernels.reference.question import Question, Runs, group_mass
@@ -22,9 +28,9 @@ class LevelIndex(KVIndex):
     """Summaries of pages at each level of a `LevelStack`, and the choice by them.
 
     Pages begin at multiples of their size, whatever the first slot of a row. A page is summarised
-    once it is full. At the last level a page can be chosen once another has begun; before, it is
-    always read. At a coarser level a page without a summary is always kept, so that its tokens can
-    be chosen.
+    once it is full, over all its keys: those that a mask hides too, as in front of a padded row. At
+    the last level a page can be chosen once another has begun; before, it is always read. At a
+    coarser level a page without a summary is always kept, so that its tokens can be chosen.
     """
 
     stack: ClassVar[LevelStack]
@@ -42,12 +48,21 @@ class LevelIndex(KVIndex):
         """Fields of the pages of each level, by name, float32 [B, Hkv, N, D or 1]."""
         self.full: list[Tensor] = [self.start.clone() for _ in self.stack.levels]
         """Number of pages of each level that are summarised, int64 [B]."""
+        pairs = self.stack.pairs
+        width = 0 if pairs is None else pairs.channels(head_dim)
+        self.channels = torch.zeros(batch, kv_heads, width, dtype=torch.int64, device=device)
+        """Channels that estimates of tokens read, int64 [B, Hkv, C], if the policy picks some."""
+        self.fitted = self.start.clone()
+        """Number of tokens of each row that these were chosen from, int64 [B]."""
 
     @property
     def always_read(self) -> tuple[int, int]:
         """Numbers of first and of last tokens that every query reads."""
-        config = self.config
-        return self.stack.always_read(config.sinks, config.recent, config.budget)
+        return self.always_read_of(self.config.budget)
+
+    def always_read_of(self, budget: int | None) -> tuple[int, int]:
+        """Return `always_read` for queries that read `budget` tokens; None: all, or any number."""
+        return self.stack.always_read(self.config.sinks, self.config.recent, budget)
 
     @property
     def unread(self) -> Tensor:
@@ -58,12 +73,16 @@ class LevelIndex(KVIndex):
 
     def extend(self, key: Tensor, end: Tensor) -> None:
         """Summarise the pages that have become full."""
-        self.end = end.clone()
+        before, self.end = self.end, end.clone()
         for number, level in enumerate(self.stack.levels):
             if level.fields:
-                full = end // level.groups.size
-                self._summarise_range(number, key, self.full[number], full)
-                self.full[number] = torch.maximum(self.full[number], full)
+                size = level.groups.size
+                # A page that was closed before it was full is summarised anew as it grows.
+                known = torch.minimum(self.full[number], before // size)
+                known = torch.where(end > before, known, self.full[number])
+                self._summarise_range(number, key, known, end // size)
+                self.full[number] = torch.maximum(known, end // size)
+        self._fit(key)
         size = self.stack.last_size
         self.tail = torch.maximum((end - 1) // size * size if size > 1 else end, self.start)
 
@@ -78,7 +97,11 @@ class LevelIndex(KVIndex):
     def restart(self, rows: Tensor, start: Tensor) -> None:
         """Empty the rows where `rows`, bool [B], is set; they begin at `start`, int64 [B]."""
         super().restart(rows, start)
-        self.full = [torch.where(rows, 0, full) for full in self.full]
+        self.full = [
+            torch.where(rows, self.start // level.groups.size, full)
+            for level, full in zip(self.stack.levels, self.full, strict=True)
+        ]
+        self.fitted = torch.where(rows, 0, self.fitted)
 
     def rewrite(self, key: Tensor, slots: Tensor) -> None:
         """Summarise anew the pages of `slots`, int64 [B, T]; -1 is none."""
@@ -105,28 +128,40 @@ class LevelIndex(KVIndex):
         if not self.stack.levels:
             begin = question.end[:, None, :, None].expand(*question.room.shape, 1)
             return begin, torch.zeros_like(begin)
-        rank, within = self.ranks(question)
-        if isinstance(self.stack.levels[-1].groups, Pages):
+        last, within = len(self.stack.levels) - 1, self.within(question)
+        rank = self.ranks(question, last, within)
+        if isinstance(self.stack.levels[last].groups, Pages):
             return _whole_pages(question, rank, self.stack.last_size)
         return question.take_tokens(rank, within)
 
-    def ranks(self, question: Question) -> tuple[Tensor, Tensor | None]:
-        """Return the log shares of the groups of the last level, and where they may be chosen.
+    def within(self, question: Question) -> Tensor | None:
+        """Return the slots that all levels but the last have kept, bool [B, Hkv, Tq, L].
 
-        Shares are float32 [B, Hkv, Tq, N]; -inf: the group has nothing to choose. The slots, bool
-        [B, Hkv, Tq, L], are those that the levels above have kept; None: all.
+        None: there is one level.
         """
         within: Tensor | None = None
         for number in range(len(self.stack.levels) - 1):
             within = self._kept(question, number, within)
-        last = len(self.stack.levels) - 1
-        level = self.stack.levels[last]
-        if isinstance(level.groups, Pages):
-            rank, possible = self._page_shares(question, last, within)
-            return rank.masked_fill(~possible, -torch.inf), within
-        raw = estimate(level, question.query, {"key": question.keys()}, question.scale)
-        share = question.share_of(question.scale * raw, self._known(question, within))
-        return self._vote(share), within
+        return within
+
+    def ranks(self, question: Question, number: int, within: Tensor | None) -> Tensor:
+        """Return the log shares of the groups of a level, float32 [B, Hkv, Tq, N].
+
+        Shares are of the slots that the level above has kept, bool [B, Hkv, Tq, L]; None: of all.
+        A page that has nothing to choose has -inf, and one that a coarser level always keeps inf.
+        """
+        level = self.stack.levels[number]
+        if not isinstance(level.groups, Pages):
+            query, keys = question.query, question.keys()
+            if level.pairs is not None:
+                query, keys = pick(query, self.channels), pick(keys, self.channels)
+            raw = estimate(level, query, {"key": keys}, question.scale)
+            share = question.share_of(question.scale * raw, self._known(question, within))
+            return self._vote(share)
+        rank, possible = self._page_shares(question, number, within)
+        if level.keep is not None:
+            rank = rank.masked_fill(self._forced(question, number, rank.shape[-1]), torch.inf)
+        return rank.masked_fill(~possible, -torch.inf)
 
     def score_bound(self, query: Tensor, scale: float) -> Tensor | None:
         """Return the bound of its page at the last level for each slot: [B, Hkv, R, N]."""
@@ -145,6 +180,21 @@ class LevelIndex(KVIndex):
         """Count the summaries, and the keys that are scored one by one."""
         return self.stack.bytes_per_step(tokens, budget, self.head_dim)
 
+    def _fit(self, key: Tensor) -> None:
+        """Choose the channels of rows that are new, or have `REFIT_GROWTH` times as many tokens.
+
+        Slots that this step wrote do not count, unless they are the first of their row.
+        """
+        if self.stack.pairs is None:
+            return
+        fresh = self.end if self.fresh is None else torch.minimum(self.fresh, self.end)
+        tokens = fitted_tokens(torch.where(fresh > self.start, fresh, self.end))
+        due = (tokens >= REFIT_GROWTH * self.fitted) & (tokens > 0)
+        if bool(due.any()):
+            found = channels_of(key, tokens, self.stack.pairs)
+            self.channels = torch.where(due[:, None, None], found, self.channels)
+            self.fitted = torch.where(due, tokens, self.fitted)
+
     def _known(self, question: Question, within: Tensor | None) -> Tensor:
         """Return the slots that shares are of: bool [B, 1 or Hkv, Tq, L].
 
@@ -161,20 +211,24 @@ class LevelIndex(KVIndex):
         """Return the slots of the groups kept at a level above the last: bool [B, Hkv, Tq, L]."""
         level = self.stack.levels[number]
         assert level.keep is not None
-        assert self.config.budget is not None
-        rank, possible = self._page_shares(question, number, within)
-        count, size = rank.shape[-1], level.groups.size
-        place = torch.arange(count, device=rank.device)
-        forced = place >= self._summarised(number)[:, None, None, None]
-        if level.keeps_first:
-            first = question.begin[:, None, :, None]
-            forced = forced | ((place * size <= first) & (first < (place + 1) * size))
-        rank = rank.masked_fill(forced, torch.inf).masked_fill(~possible, -torch.inf)
-        most = min(level.keep.tokens(self.config.budget) // size, count)
-        best = rank.topk(most, -1)
-        kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best.indices, True)
+        rank, size = self.ranks(question, number, within), level.groups.size
+        most = (level.keep.per_token * question.budget).clamp(min=level.keep.least) // size
+        most = most.clamp(min=1)
+        best = rank.topk(min(int(most.max()), rank.shape[-1]), -1)
+        inside = torch.arange(best.indices.shape[-1], device=rank.device) < most[..., None]
+        kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best.indices, inside)
         kept &= rank > -torch.inf
         return kept.repeat_interleave(size, -1)[..., : question.visible.kv_len]
+
+    def _forced(self, question: Question, number: int, count: int) -> Tensor:
+        """Return which of `count` pages of a coarser level are always kept: bool [B, 1, Tq, N]."""
+        level = self.stack.levels[number]
+        place = torch.arange(count, device=self.device)
+        forced = place >= self._summarised(number)[:, None, None, None]
+        if level.keeps_first:
+            first = question.begin[:, None, :, None] // level.groups.size
+            forced = forced | (place == first)
+        return forced
 
     def _summarised(self, number: int) -> Tensor:
         """Return how many pages of a level had summaries before this step, int64 [B]."""
@@ -226,7 +280,7 @@ class LevelIndex(KVIndex):
             slot = (pages[:, None] * size + torch.arange(size, device=key.device)).flatten()
             keys = key[:, :, slot[0] : slot[-1] + 1]
             keys = F.pad(keys, (0, 0, 0, len(slot) - keys.shape[2]))
-            valid = (slot >= self.start[:, None]) & (slot < self.end[:, None])
+            valid = slot < self.end[:, None]
             shape = (len(pages), size)
             found = summaries(level, keys.unflatten(2, shape), valid[:, None].unflatten(2, shape))
             mine = ((pages >= begin[:, None]) & (pages < end[:, None]))[:, None, :, None]
@@ -243,12 +297,16 @@ class LevelIndex(KVIndex):
 
 
 def _whole_pages(question: Question, rank: Tensor, size: int) -> Runs:
-    """Return the best pages by `rank` [B, Hkv, Tq, N], as many whole pages as there is room for."""
+    """Return the best pages by `rank` [B, Hkv, Tq, N], as many whole pages as there is room for.
+
+    If all slots of a query fit, it reads all pages: those that are cut need no more room.
+    """
     rank = rank.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    most = min(int(question.room.max()) // size, rank.shape[-1])
-    best = rank.topk(max(most, 0), -1)
+    fits = (question.end - question.begin)[:, None] <= question.room
+    most = torch.where(fits, rank.shape[-1], question.room // size)
+    best = rank.topk(min(int(most.max()), rank.shape[-1]), -1)
     place = torch.arange(best.indices.shape[-1], device=rank.device)
-    taken = (best.values > -torch.inf) & (place < question.room[..., None] // size)
+    taken = (best.values > -torch.inf) & (place < most[..., None])
     begin = torch.maximum(best.indices * size, question.begin[:, None, :, None])
     end = torch.minimum((best.indices + 1) * size, question.end[:, None, :, None])
     return begin, torch.where(taken, end - begin, 0).clamp(min=0)

@@ -130,6 +130,7 @@ def summaries(
     algebra, found = _OfGroups(valid[..., None]), {}
     values = {"key": torch.where(valid[..., None], keys.float(), 0)}
     values["count"] = valid.sum(-1)[..., None, None].float()
+    values["head_dim"] = torch.tensor(float(keys.shape[-1]))
     for name, summary in level.fields.items():
         found[name] = values[name] = _rounded(level, name, evaluate(summary, algebra, values), stored)
     width = {name: keys.shape[-1] if wide else 1 for name, wide in level.channels.items()}
@@ -149,6 +150,7 @@ def summaries_by_label(
     """
     algebra, found = _ByLabel(label, count), {}
     values = {"key": keys.float(), "count": algebra.held[label]}
+    values["head_dim"] = torch.tensor(float(keys.shape[-1]))
     any_key = label.new_zeros(count + 1).scatter(0, label, torch.arange(len(label)).to(label))
     for name, summary in level.fields.items():
         values[name] = _rounded(level, name, evaluate(summary, algebra, values), stored)
@@ -195,4 +197,5 @@ def _pairwise(
     values = {name: each.float().unsqueeze(-3) for name, each in groups.items()}
     rows, count = query.shape[-2], next(iter(values.values())).shape[-2]
     values |= {"query": query.unsqueeze(-2), "softmax_scale": torch.tensor(scale)}
+    values["head_dim"] = torch.tensor(float(query.shape[-1]))
     return evaluate(expression, algebra, values)[..., 0].expand(*query.shape[:-2], rows, count)

@@ -38,6 +38,8 @@ class Question:
     the recent tokens, which are always read."""
     room: Tensor
     """Number of tokens that may be chosen, int64 [B, Hkv, Tq]."""
+    budget: Tensor
+    """Number of tokens that are read in all, int64 [B, Hkv, Tq]."""
     site: str = ""
     """Module path of the attention, for policies that remember earlier choices."""
     newest: Tensor | None = None

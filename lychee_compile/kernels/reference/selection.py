@@ -75,20 +75,20 @@ def select(
     visible tokens. `site`, the module path of the attention, is for policies that remember.
     """
     visible, heads = inputs.visible(), index.kv_heads
-    always = _always_read(index, visible)
+    always = _always_read(index, visible, budget if isinstance(budget, int) else None)
     choosable = always.choosable(visible)
     shape = (inputs.query.shape[0], heads, inputs.query.shape[2])
+    count = always.count(visible)
     if budget is None:
-        room = choosable[:, None].expand(shape)
-    else:
-        count = always.count(visible)
-        room = (torch.as_tensor(budget, device=inputs.query.device) - count[:, None]).expand(shape)
-        room = room.clamp(min=0)
+        budget = (choosable + count)[:, None]
+    most = torch.as_tensor(budget, device=inputs.query.device).expand(shape)
+    room = (most - count[:, None]).clamp(min=0)
     if bool((choosable[:, None] <= room).all()):
         length = (always.recent_start - always.sinks_end).clamp(min=0)
         chosen = _per_head(always.sinks_end, heads), _per_head(length, heads)
     else:
-        chosen = index.choose(_question(inputs, always.beside(visible), always, room, site))
+        beside = always.beside(visible)
+        chosen = index.choose(_question(inputs, beside, always, room, most, site))
         if always.apart is not None:
             chosen = around(*chosen, always.apart)
     starts = _per_head(visible.first, heads), chosen[0], _per_head(always.recent_start, heads)
@@ -134,9 +134,9 @@ class _AlwaysRead:
         return visible if self.apart is None else hide(visible, self.apart)
 
 
-def _always_read(index: KVIndex, visible: Visible) -> _AlwaysRead:
+def _always_read(index: KVIndex, visible: Visible, budget: int | None) -> _AlwaysRead:
     """Return what is always read. A row that begins before its index does is read in full."""
-    sinks, recent = index.always_read
+    sinks, recent = index.always_read_of(budget)
     sinks_end = torch.minimum(visible.first + sinks, visible.end)
     newest, tail = newest_of(index.newest, visible), index.unread[:, None]
     uncovered = visible.first < index.start[:, None]
@@ -147,9 +147,14 @@ def _always_read(index: KVIndex, visible: Visible) -> _AlwaysRead:
 
 
 def _question(
-    inputs: ScoreInputs, visible: Visible, always: _AlwaysRead, room: Tensor, site: str
+    inputs: ScoreInputs,
+    visible: Visible,
+    always: _AlwaysRead,
+    room: Tensor,
+    budget: Tensor,
+    site: str,
 ) -> Question:
-    """Return the question that the policy is to answer: `room` is int64 [B, Hkv, Tq]."""
+    """Return the question to the policy: `room` and `budget` are int64 [B, Hkv, Tq]."""
     return Question(
         query=query_rows(inputs.query, room.shape[1]),
         key=inputs.key,
@@ -160,6 +165,7 @@ def _question(
         begin=always.sinks_end,
         end=always.recent_start,
         room=room,
+        budget=budget,
         site=site,
         newest=always.newest,
     )

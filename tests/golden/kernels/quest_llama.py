@@ -178,18 +178,17 @@ def attend_all(
 
 
 BUDGET = tl.constexpr(1024)  # tokens read per KV head and query position
-SINKS = tl.constexpr(0)  # first tokens, always read: none
-RECENT = tl.constexpr(1)  # last tokens, always read, besides the page being written
-PAGE = tl.constexpr(16)  # slots summarised together
+SINKS = tl.constexpr(0)  # first tokens, always read
+RECENT = tl.constexpr(1)  # last tokens, always read
+PAGE = tl.constexpr(16)  # slots of the groups that are read whole
 SAMPLED = tl.constexpr(32)  # keys that each KV head compares with fingerprints
 NEWEST = tl.constexpr(8)  # those among them that are the newest
-SCANNED = tl.constexpr(64)  # pages scored at a time
-RANKED = tl.constexpr(512)  # pages that a program ranks
+RANKED = tl.constexpr(512)  # groups that a program ranks
 BINS = tl.constexpr(256)  # bins of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
-
-
 HEADS = tl.constexpr(4)  # query heads of a group, up to a power of two
+SIZE_0 = tl.constexpr(16)  # slots of a group of level 0
+SCANNED_0 = tl.constexpr(64)  # groups of level 0 scored at a time
 
 
 @triton.jit
@@ -219,16 +218,21 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def bins_of(value, total, possible):
-    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits.
+def shares_of(value, total):
+    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
+
+
+@triton.jit
+def bins_of_shares(share, possible):
+    """Return the bin of each item's share [N].
 
     There are eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
     An item that is not `possible` [N] is in the first bin.
     """
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    share = tl.gather(share, tl.arange(0, value.shape[1]), 0)
     place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
     return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
 
@@ -383,35 +387,30 @@ def record_fingerprints(
 
 
 @triton.jit
-def corner_scores(above, below, least, greatest, page, held):
-    """Return q.k in the best corner of the box of each page [N]: [ROWS, N].
-
-    It is the sum over channels of max(q least, q greatest). `above` and `below` are the positive
-    and the negative part of the queries [ROWS, DIM].
-    """
+def estimate_0(
+    queries, key, key_stride_l, key_stride_d, summary_least, summary_greatest, group, held,
+):
+    """Estimate q.k for the groups [N] of level 0 that are held, bool [N]: [ROWS, N]."""
     d = tl.arange(0, DIM)
-    place = page[:, None] * HEAD_DIM + d[None, :]
     inside = held[:, None] & (d < HEAD_DIM)[None, :]
-    high = tl.load(greatest + place, mask=inside, other=0.0)
-    low = tl.load(least + place, mask=inside, other=0.0)
-    s = tl.dot(above, tl.trans(high))
-    return tl.dot(below, tl.trans(low), s)
+    field_least = tl.load(summary_least + group[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    field_greatest = tl.load(summary_greatest + group[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    return (tl.dot(tl.maximum(0.0, queries.to(tl.float32)).to(queries.dtype), tl.trans(field_greatest)) + tl.dot(tl.minimum(0.0, queries.to(tl.float32)).to(queries.dtype), tl.trans(field_least)))
 
 
 @triton.jit
-def scan_boxes(
+def scan_0(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-    least, greatest, scores, totals, histogram,
+summary_least, summary_greatest, scores, totals, counts, counts_stride, histogram,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, slots, pages, kv_heads, query_len, tiles, length,
+    kv_len, slots, items, kv_heads, query_len, tiles, length,
     STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of STEPS * SCANNED pages for each head, and of its sum.
+    """Store log2 of the estimated mass of STEPS * SCANNED_0 groups for each head, and of its sum.
 
-    A page's score stands for every token of it that some head sees. Pages that may not be chosen
-    have no mass. Counters of later kernels are cleared here. One more program looks if the
-    index is stale.
+    A group's score stands for every indexed token of it that some head sees. Counters of later
+    kernels are cleared here. One more program looks if the index is stale.
     """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -429,73 +428,51 @@ def scan_boxes(
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
-    wide = queries.to(tl.float32)
-    above = tl.maximum(wide, 0.0).to(queries.dtype)
-    below = tl.minimum(wide, 0.0).to(queries.dtype)
-    space = (b * kv_heads + kv_head).to(tl.int64) * pages * HEAD_DIM
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    space = (b * kv_heads + kv_head).to(tl.int64) * (slots // SIZE_0)
     fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
-    fresh = fresh // PAGE * PAGE
     first, end = seen_range(b, t, kv_len, length)
-    stop = tl.minimum(end - RECENT, fresh)
+    known = tl.minimum(end, fresh)
     g = tl.arange(0, ROWS)
-    scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * pages
+    scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
     for number in range(STEPS):
-        page = (tile * STEPS + number) * SCANNED + tl.arange(0, SCANNED)
-        shown = tl.minimum(page * PAGE + PAGE, stop) - tl.maximum(page * PAGE, first)
-        held = shown > 0
-        s = corner_scores(above, below, least + space, greatest + space, page, held)
-        mass = score(s, b, heads[:, None], t, (page * PAGE)[None, :], held[None, :], length)
+        item = (tile * STEPS + number) * SCANNED_0 + tl.arange(0, SCANNED_0)
+        there, group = item < items, item
+        shown = tl.minimum(group * SIZE_0 + SIZE_0, known) - tl.maximum(group * SIZE_0, first)
+        shown = tl.where(there, shown, 0)
+        summarised = group * SIZE_0 + SIZE_0 <= fresh
+        held = summarised & (shown > 0)
+        s = estimate_0(
+            queries, key, key_stride_l, key_stride_d,
+summary_least + space * HEAD_DIM, summary_greatest + space * HEAD_DIM, group, held,
+        )
+        mass = score(s, b, heads[:, None], t, (group * SIZE_0)[None, :], held[None, :], length)
         mass += tl.log2(tl.maximum(shown, 1).to(tl.float32))[None, :]
-        mass = tl.where((shown > 0)[None, :], mass, float("-inf"))
-        tl.store(scores + page[None, :], mass, mask=(g < GROUP)[:, None] & (page < pages)[None, :])
+        mass = tl.where(held[None, :], mass, float("-inf"))
         most = tl.maximum(top, tl.max(mass, 1))
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
+        mass = tl.where(((shown > 0) & (summarised == 0))[None, :], float("inf"), mass)
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & (item < items)[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
     tl.store(totals + (head_row.to(tl.int64) * tiles + tile) * ROWS + g, whole)
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
         tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
+        tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
 
 
 @triton.jit
-def rank_boxes(
-    scores, totals, page_bins, ranks, histogram, pages, tiles,
-    TILES: tl.constexpr, EARLY: tl.constexpr,
-):
-    """Store bins, uint8, of the shares of RANKED pages, and counts of each bin or above.
-
-    No page that may be chosen is in the first bin.
-    """
-    head_row, lot = tl.program_id(0), tl.program_id(1)
-    g, page = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    value = tl.load(
-        scores + (head_row.to(tl.int64) * GROUP + g) * pages + page[None, :],
-        mask=(g < GROUP) & (page < pages)[None, :], other=float("-inf"),
-    )
-    possible = tl.max(value, 0) > float("-inf")
-    entry = bins_of(value, denominators(totals, head_row, tiles, TILES), possible)
-    entry = tl.maximum(entry, possible.to(tl.int32))
-    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
-    tl.store(page_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
-    counts = count_bins(histogram + head_row * (2 * BINS), entry)
-    tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
-
-
-@triton.jit
-def list_boxes(
-    page_bins, ranks, histogram, candidates, bins, candidate_room, candidate_count,
+def rank_0(
+    scores, totals, group_bins, ranks, counts, counts_stride,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, kv_heads, query_len, tiles, length,
-    TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """List the slots of the best of RANKED pages, as candidates that `attend` reads for certain.
+    """Store bins, uint8, of the shares of RANKED groups, and count the groups in each bin.
 
-    As many pages are chosen as fit into the budget whole: `attend` has no token to leave out.
+    No group that may be chosen is in the first bin. One without a summary is in the last.
     """
     head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -504,56 +481,105 @@ def list_boxes(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
-    _, begin, stop, end = always_read(
+    first, begin, stop, _ = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
-    room = tl.maximum(BUDGET - (end - stop), 0)
-    room = tl.where(stop - begin <= room, 2**30, room // PAGE)
-    lots, number = tl.num_programs(1), tl.arange(0, RANKED)
-    mine = head_row.to(tl.int64) * lots + lot
-    entry = tl.load(page_bins + mine * RANKED + number).to(tl.int32)
-    cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room)
-    of_lot = chosen_of_tiles(ranks + (mine - lot) * BINS, cut, left, at_cut, lots, LOTS)
-    before = tl.sum(tl.where(tl.arange(0, LOTS) < lot, of_lot, 0), 0)
-    chosen, place, _ = choose_by_bin(entry, cut, left, at_cut)
-    slot = ((lot * RANKED + number) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
-    into = head_row.to(tl.int64) * candidate_room
-    into += ((before + place) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
-    within = (slot >= begin) & (slot < stop)
-    tl.store(candidates + into, slot, mask=chosen[:, None])
-    tl.store(bins + into, tl.where(within, BINS - 1, 0).to(tl.uint8), mask=chosen[:, None])
-    if lot == 0:
-        tl.store(candidate_count + head_row, tl.sum(of_lot, 0) * PAGE)
+    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+    there, group = item < items, item
+    value = tl.load(
+        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+        mask=(g < GROUP) & there[None, :], other=float("-inf"),
+    )
+    slot = group * SIZE_0
+    possible = (tl.max(value, 0) > float("-inf")) & (slot < stop) & (slot + SIZE_0 > begin)
+    share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
+    entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
+    tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+    found = count_bins(counts + head_row * counts_stride, entry)
+    tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
 
 
 @triton.jit
-def box_new(
+def list_0(
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, kv_heads, query_len, tiles, length,
+    TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """List the slots of the best of RANKED groups, as candidates that `attend` reads for certain.
+
+    As many groups are chosen as fit into the budget whole: `attend` has no token to leave out.
+    """
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
+    )
+    room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
+    room = tl.where(stop - begin <= room, candidate_room // SIZE_0, room // SIZE_0)
+    lots, item = tl.num_programs(1), tl.arange(0, RANKED)
+    mine = head_row.to(tl.int64) * lots + lot
+    entry = tl.load(group_bins + mine * RANKED + item).to(tl.int32)
+    cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    of_lot = chosen_of_tiles(ranks + (mine - lot) * BINS, cut, left, at_cut, lots, LOTS)
+    before = tl.sum(tl.where(tl.arange(0, LOTS) < lot, of_lot, 0), 0)
+    chosen, place, _ = choose_by_bin(entry, cut, left, at_cut)
+    group = lot * RANKED + item
+    candidates += head_row.to(tl.int64) * candidate_room
+    bins += head_row.to(tl.int64) * candidate_room
+    for low in range(0, 16, 16):
+        inner = low + tl.arange(0, 16)[None, :]
+        child = (group * 16)[:, None] + inner
+        into = ((before + place) * 16)[:, None] + inner
+        tl.store(candidates + into, child, mask=chosen[:, None])
+        within = (child >= begin) & (child < stop)
+        tl.store(bins + into, tl.where(within, BINS - 1, 0).to(tl.uint8), mask=chosen[:, None])
+    if lot == 0:
+        tl.store(candidate_count + head_row, tl.sum(of_lot, 0) * 16)
+
+
+@triton.jit
+def summarise_new(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fingerprints, least, greatest, positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, summary_least, summary_greatest, positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, kv_len,
 ):
-    """Put a box around the keys of every page whose last slot this step has written.
+    """Summarise every group whose last slot this step has written.
 
     All new keys get fingerprints.
     """
     space = (b * kv_heads + kv_head).to(tl.int64)
-    d, inner = tl.arange(0, DIM), tl.arange(0, PAGE)
+    d = tl.arange(0, DIM)
+    inside = d < HEAD_DIM
     key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
     for number in range(written):
         slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
         slot = tl.where(slot < 0, slot + kv_len, slot)
-        newest = key + slot.to(tl.int64) * stride_l + d * stride_d
-        newest = tl.load(newest, mask=d < HEAD_DIM, other=0.0)
+        newest = tl.load(key + slot.to(tl.int64) * stride_l + d * stride_d, mask=inside, other=0.0)
         mark = tl.sum(fingerprint(newest[None, :]), 0)
         tl.store(fingerprints + space * slots + slot, mark)
-        page = slot // PAGE
-        if slot % PAGE == PAGE - 1:
-            place = (page * PAGE + inner).to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d
-            keys = tl.load(key + place, mask=(d < HEAD_DIM)[None, :], other=0.0)
-            into = (space * (slots // PAGE) + page) * HEAD_DIM + d
-            kind = least.dtype.element_ty
-            tl.store(least + into, tl.min(keys, 0).to(kind), mask=d < HEAD_DIM)
-            tl.store(greatest + into, tl.max(keys, 0).to(kind), mask=d < HEAD_DIM)
+        group = slot // SIZE_0
+        if slot % SIZE_0 == SIZE_0 - 1:
+            over_0_0 = tl.full([DIM], float("inf"), tl.float32)
+            over_0_1 = tl.full([DIM], float("-inf"), tl.float32)
+            for low in range(0, SIZE_0, 16):
+                place = (group * SIZE_0 + low + tl.arange(0, 16)).to(tl.int64)
+                keys = tl.load(
+                    key + place[:, None] * stride_l + d[None, :] * stride_d, mask=inside[None, :], other=0.0
+                ).to(tl.float32)
+                over_0_0 = tl.minimum(over_0_0, tl.min(keys, 0))
+                over_0_1 = tl.maximum(over_0_1, tl.max(keys, 0))
+            at = space * (slots // SIZE_0) + group
+            field_least = over_0_0
+            tl.store(summary_least + at * HEAD_DIM + d, field_least.to(summary_least.dtype.element_ty), mask=inside)
+            field_greatest = over_0_1
+            tl.store(summary_greatest + at * HEAD_DIM + d, field_greatest.to(summary_greatest.dtype.element_ty), mask=inside)
         if kv_head == 0:
             tl.store(header + 1 + b, slot + 1)
 
@@ -565,7 +591,7 @@ def attend(
     value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
     partial, partial_top, partial_sum,
     kv_len, kv_heads, query_len, splits,
-    header, fingerprints, least, greatest, slots,
+    header, fingerprints, summary_least, summary_greatest, slots,
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
     histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, length,
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
@@ -583,9 +609,9 @@ def attend(
         if EARLY:
             tl.extra.cuda.gdc_wait()
         if t == 0:
-            box_new(
+            summarise_new(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fingerprints, least, greatest, positions, position_stride_b, position_stride_t, written,
+                header, fingerprints, summary_least, summary_greatest, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,
             )
     else:

@@ -237,16 +237,21 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def bins_of(value, total, possible):
-    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits.
+def shares_of(value, total):
+    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
+
+
+@triton.jit
+def bins_of_shares(share, possible):
+    """Return the bin of each item's share [N].
 
     There are eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
     An item that is not `possible` [N] is in the first bin.
     """
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    share = tl.gather(share, tl.arange(0, value.shape[1]), 0)
     place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
     return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
 
@@ -299,6 +304,12 @@ def choose_by_bin(entry, cut, left, at_cut):
     ours = due(left, total & 65535, at_cut)
     chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
     return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
+
+
+@triton.jit
+def bins_of(value, total, possible):
+    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits."""
+    return bins_of_shares(shares_of(value, total), possible)
 
 
 @triton.jit

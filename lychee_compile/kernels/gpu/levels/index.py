@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.index import DeviceIndex
+from lychee_compile.kernels.gpu.common.index import REFIT, DeviceIndex
 from lychee_compile.kernels.gpu.common.launch_common import launch
 from lychee_compile.kernels.gpu.common.operands import strides
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.reference.dominant_pairs import (
+    REFIT_GROWTH,
+    channels_of,
+    fitted_tokens,
+)
 from lychee_compile.kernels.reference.level_values import summaries
 
 RECORDED = 64
@@ -40,6 +46,7 @@ class LevelDeviceIndex(DeviceIndex):
                 for name, value in summaries(level, keys, every).items():
                     part = parts[f"summary_{name}"][: len(ends), :, begin:end]
                     part.copy_(value if level.channels[name] else value[..., 0])
+        self._fit(key, ends)
         self._record(module, key, max(ends))
         self.trust(ends)
 
@@ -57,5 +64,20 @@ class LevelDeviceIndex(DeviceIndex):
         if end:
             launch(module.record_fingerprints, grid, arguments, num_warps=4)
 
+    def refit_after(self, end: int) -> int:
+        """Return how many keys may follow until channels are chosen anew."""
+        if self.layout.stack.pairs is None:
+            return super().refit_after(end)
+        return max(REFIT_GROWTH * int(fitted_tokens(torch.tensor(end))) - end, REFIT)
+
     def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
-        """Do nothing: the keys of a group alone decide its summaries."""
+        """Choose the channels anew. Summaries stay: the keys of a group alone decide them."""
+        self._fit(key, ends)
+
+    def _fit(self, key: Tensor, ends: Sequence[int]) -> None:
+        """Choose the channels that estimates read, from the keys in the slots [0, ends[b])."""
+        pairs = self.layout.stack.pairs
+        if pairs is not None:
+            tokens = fitted_tokens(torch.tensor(ends))
+            found = channels_of(key[: len(ends)], tokens, pairs)
+            self.parts._asdict()["channels"][: len(ends)] = found

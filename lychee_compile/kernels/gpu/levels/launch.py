@@ -83,6 +83,8 @@ def _sizes(module: ModuleType, stack: LevelStack, slots: int, rows: int) -> list
         if number + 1 < len(stack.levels):
             kept = min(getattr(module, f"KEPT_{number}").value, items)
             room = kept * (size // stack.levels[number + 1].groups.size)
+            # A row of children is as long as a row of the bins that they get.
+            room = -(-room // module.RANKED.value) * module.RANKED.value
         else:
             room = 0 if size == 1 else min(items * size, (module.BUDGET.value // size + 2) * size)
         found.append(_Sizes(items, steps, -(-scans // steps), lots, room))

@@ -28,7 +28,8 @@ class LevelLayout:
     """Sizes of the parts of an index over `slots` slots, and where they lie.
 
     The parts are the header, the fingerprints, int32 [B, Hkv, slots], and each field under the name
-    `summary_<name>`: in the keys' dtype [B, Hkv, groups, D], or float32 [B, Hkv, groups].
+    `summary_<name>`: in the keys' dtype [B, Hkv, groups, D], or float32 [B, Hkv, groups]. If
+    estimates read some channels of keys alone, `channels`, int32 [B, Hkv, C], tells which.
     """
 
     batch: int
@@ -83,6 +84,9 @@ class LevelLayout:
                     yield part, (*shape, self.head_dim), self.dtype
                 else:
                     yield part, shape, torch.float32
+        if self.stack.pairs is not None:
+            channels = self.stack.pairs.channels(self.head_dim)
+            yield "channels", (self.batch, self.kv_heads, channels), torch.int32
 
 
 @lru_cache(maxsize=64)
