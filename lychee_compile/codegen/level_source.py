@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.kernels.levels.declaration import Level
-from lychee_compile.kernels.levels.expressions import evaluate, head_dim
+from lychee_compile.kernels.levels.expressions import count, evaluate, head_dim
 
 ORDER = ("row", "group", "member", "channel")
 _INDEX = {0: "[:, None]", 1: "[None, :]"}
@@ -154,6 +154,20 @@ class _OfGroup(_Elementwise):
         return Source(name, axes, passes=value.passes + 1)
 
 
+class _OfChunk(_OfGroup):
+    """Values over keys [tile, DIM] of a chunk of `length`: those where `member`, bool [tile]."""
+
+    def mean(self, value: Source) -> Source:
+        total = super().mean(value)
+        return total if total is value else replace(total, text=f"({total.text} / length)")
+
+    def _over_keys(self, step: str, begin: str, value: Source) -> Source:
+        if "member" in value.axes:
+            inside = "member" + (_INDEX[0] if len(value.axes) == 2 else "")
+            value = replace(value, text=f"tl.where({inside}, {value.text}, {begin})")
+        return super()._over_keys(step, begin, value)
+
+
 class _OfPairs(_Elementwise):
     """Values over queries [ROWS, DIM] and groups [N, DIM]: tensor cores multiply these."""
 
@@ -181,13 +195,33 @@ def summary_source(level: Level, channels: int) -> Summary:
     `keys` float32 [tile, DIM] are some of its keys, `inside` bool [DIM] the channels that they
     have. Raises Unprintable for what has no Triton form.
     """
-    algebra = _OfGroup(level.groups.size)
+    size = level.groups.size
+    return _summary(level, _OfGroup(size), channels, size, None)
+
+
+def chunk_summary_source(level: Level, channels: int, stored: str | None) -> Summary:
+    """Return `summary_source` for a chunk of `length` keys, of which a tile has some.
+
+    `member`, bool [tile], says which of a tile are. Fields with channels are rounded to the dtype
+    in which they are `stored`, as Triton calls it; None: float32; before others are made of them.
+    """
+    return _summary(level, _OfChunk(1), channels, None, stored)
+
+
+def _summary(
+    level: Level, algebra: _OfGroup, channels: int, size: int | None, stored: str | None
+) -> Summary:
+    """Return the source of each field; `size` is the number of keys, None if kernels count them."""
     values = {"key": Source("keys", ("member", "channel"))}
+    values["count"] = Source("length.to(tl.float32)")
     found = {}
     for name, summary in level.fields.items():
-        value = evaluate(summary.subs(head_dim, channels), algebra, values)
+        known = {head_dim: channels} | ({} if size is None else {count: size})
+        value = evaluate(summary.subs(known), algebra, values)
         if "member" in value.axes:
             raise Unprintable(f"the field {name} = {summary} is not taken over the keys of a group")
+        if stored is not None and level.channels[name]:
+            value = replace(value, text=f"{value.text}.to({stored}).to(tl.float32)")
         found[name], values[name] = value.text, value
     return Summary(algebra.passes, found)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import sympy
 from sympy.logic.boolalg import Boolean
 
+from lychee_compile.kernels.levels.groups import GroupSettings
+
 S = sympy.Symbol("s", real=True)
 """The raw score: the product of a query and a key."""
 B, H, Q, KV, KV_LEN = (
@@ -43,6 +45,8 @@ class SparseSpec:
     coverage: float | None = None
     """Share of the softmax, as shares estimate it, at which choosing ends below 1; None: as many
     tokens are read as the budget allows."""
+    groups: GroupSettings = GroupSettings()
+    """How chunks are cut and clusters are made."""
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,15 @@ def _emit_mass(spec: AttentionSpec) -> list[str]:
     return [*counted, *found, fill("decode/log_always.py.jinja", spec)]
 
 
-def emit_always_read(spec: AttentionSpec, sparse: SparseSpec, unread: str) -> str:
-    """Return `always_read`: sinks and recent tokens, and all from the slot `unread` on."""
+def emit_always_read(
+    spec: AttentionSpec, sparse: SparseSpec, unread: str, more: str = ""
+) -> str:
+    """Return `always_read`: sinks and recent tokens, and all from the slot `unread` on.
+
+    `more` is ", name" for a parameter that the formula `unread` reads.
+    """
     most = power_of_two(sparse.sinks + sparse.recent)
-    return fill("decode/always_read.py.jinja", spec, unread=unread, most=most)
+    return fill("decode/always_read.py.jinja", spec, unread=unread, most=most, more=more)
 
 
 def emit_selection(spec: AttentionSpec, unread: str = "fresh") -> list[str]:

@@ -73,6 +73,13 @@ CHANNELS: tl.constexpr
 GATHERED: tl.constexpr
 """CHANNELS, padded."""
 
+SHORTEST: tl.constexpr
+"""Slots of the shortest chunk."""
+LONGEST: tl.constexpr
+"""Slots of the longest chunk."""
+LOOK: tl.constexpr
+"""Numbers of chunks among which the last one of a row is."""
+
 
 def due(left: Tile, own: Tile, at_cut: Tile) -> Tile:
     """Return how many of a program's `own` items at the cut are chosen, see decode/due.py.jinja."""

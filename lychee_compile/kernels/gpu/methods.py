@@ -8,6 +8,7 @@ name when this module is imported. `codegen/module.py` puts the text of the kern
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
@@ -15,6 +16,8 @@ from lychee_compile.kernels.gpu.common.method import GpuMethod
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.levels.method import LevelMethod
 from lychee_compile.kernels.gpu.lychee.method import LycheeMethod
+from lychee_compile.kernels.gpu.uneven.method import UnevenMethod
+from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.policies.registry import (
     GpuKernels,
     Policy,
@@ -59,7 +62,8 @@ def gpu_method(policy: str) -> GpuMethod:
 def _method_of(policy: Policy) -> GpuKernels | None:
     """Return the method of a policy; None if it has no kernels."""
     if policy.gpu is None and policy.levels is not None:
-        attach_kernels(policy.name, LevelMethod(policy.name))
+        kernels = UnevenMethod if policy.levels.uneven else LevelMethod
+        attach_kernels(policy.name, kernels(policy.name))
         return gpu_method(policy.name)
     return policy.gpu
 
@@ -83,6 +87,18 @@ def covers_mass(policy: str) -> bool:
 def method_of_kernel(kernel: str) -> GpuMethod:
     """Return how the kernels of a generated module are run: the module names its policy."""
     return gpu_method(load(kernel).POLICY)
+
+
+def layout_for(kernel: str, key: Tensor) -> IndexLayout:
+    """Return the layout of the index that a generated module reads, for a cache `key`.
+
+    `key` is [B, Hkv, L, D].
+    """
+    module = load(kernel)
+    method = gpu_method(module.POLICY)
+    if isinstance(method, UnevenMethod):
+        return method.layout_with(GroupSettings(*module.SETTINGS), key)
+    return method.layout_of(key)
 
 
 def new_index(layout: IndexLayout, device: torch.device) -> DeviceIndex:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.lifecycle import CacheUse, IndexLifecycle
-from lychee_compile.kernels.gpu.methods import gpu_method, new_index
+from lychee_compile.kernels.gpu.methods import layout_for, new_index
 from lychee_compile.kernels.handles import new_handle
 from lychee_compile.kernels.sizes import whole_scans
 
@@ -86,7 +86,7 @@ class GrowingCacheIndex(IndexLifecycle):
         self.index = None
 
     def _index_for(self, key: Tensor, use: CacheUse) -> DeviceIndex:
-        return new_index(_roomy(gpu_method(use.policy).layout_of(key)), key.device)
+        return new_index(_roomy(layout_for(use.kernel, key)), key.device)
 
     def _ends(self, key: Tensor) -> list[int]:
         written, self._written = self._written, None

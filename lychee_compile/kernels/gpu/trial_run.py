@@ -19,7 +19,7 @@ from lychee_compile.kernels.gpu.common.launch_exact import run_exact
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.gpu.methods import method_of_kernel, new_index
+from lychee_compile.kernels.gpu.methods import layout_for, method_of_kernel, new_index
 from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
 from lychee_compile.kernels.gpu.prefill.listed import (
     ListedPrefill,
@@ -123,7 +123,7 @@ def _shortened(operands: AttentionOperands) -> AttentionOperands:
 def _run_sparse(call: TrialCall, module: ModuleType, operands: AttentionOperands) -> None:
     """Run one step of decoding over an index of the first key of each row."""
     method, key = method_of_kernel(call.kernel), operands.key
-    index = new_index(method.layout_of(key), key.device)
+    index = new_index(layout_for(call.kernel, key), key.device)
     index.build(module, key, [1] * key.shape[0])
     written = torch.arange(key.shape[2] - call.written, key.shape[2], device=key.device)
     positions = written if call.written else None

@@ -18,6 +18,7 @@ import sympy
 
 from lychee_compile.kernels.levels.expressions import (
     RESERVED,
+    count,
     dot,
     greatest,
     head_dim,
@@ -27,6 +28,7 @@ from lychee_compile.kernels.levels.expressions import (
     query,
     softmax_scale,
 )
+from lychee_compile.kernels.levels.groups import Chunks, Clusters, TokenClusters
 
 LARGEST_PAGE = 256
 """Largest number of keys of a page."""
@@ -96,14 +98,14 @@ class Keep:
 class Level:
     """Groups of keys that are ranked together."""
 
-    groups: Pages | Tokens
+    groups: Pages | Tokens | Chunks | Clusters | TokenClusters
     estimate: sympy.Expr
     """Estimated score q.k of a group, before softmax scale and soft-cap: an expression of `query`,
     `softmax_scale`, `head_dim` and the fields; of `key` too at a level of tokens. The logarithm of the mean of
     exp(score) over the group would be best; for a token it is the score."""
     fields: Mapping[str, sympy.Expr] = field(default_factory=dict)
-    """Summaries of a group by name, each an expression of `key`, `head_dim` and the fields before
-    it."""
+    """Summaries of a group by name, each an expression of `key`, `count`, `head_dim` and the fields
+    before it."""
     bound: sympy.Expr | None = None
     """Upper bound of q.k over the keys of a group, for a positive scale; None: there is none."""
     keep: Keep | None = None
@@ -114,13 +116,13 @@ class Level:
     def __post_init__(self) -> None:
         if isinstance(self.groups, Tokens) and self.fields:
             raise ValueError("a token has no fields: its estimate reads the key itself")
-        known = {key, head_dim}
+        known = {key, count, head_dim}
         for name, summary in self.fields.items():
             if name in RESERVED or not name.isidentifier():
                 raise ValueError(f"a field cannot be called {name!r}")
             _expect_symbols(f"field {name!r}", summary, known)
             known.add(sympy.Symbol(name, real=True))
-        known = known - {key} if self.fields else known
+        known = known - {key, count} if self.fields else {key, head_dim}
         for name, expression in (("estimate", self.estimate), ("bound", self.bound)):
             if expression is not None:
                 _expect_symbols(name, expression, {query, softmax_scale, *known})
@@ -170,8 +172,10 @@ class LevelStack:
     def __post_init__(self) -> None:
         if self.vote not in VOTES:
             raise ValueError(f"vote={self.vote!r}: expected one of {', '.join(VOTES)}")
+        if self.uneven:
+            _check_uneven(self.levels)
         sizes = [level.groups.size for level in self.levels]
-        if any(fine >= coarse for coarse, fine in pairwise(sizes)):
+        if not self.uneven and any(fine >= coarse for coarse, fine in pairwise(sizes)):
             raise ValueError(f"levels go from coarse to fine, got groups of {sizes} slots")
         names = [name for level in self.levels for name in level.fields]
         if len(set(names)) < len(names):
@@ -192,8 +196,15 @@ class LevelStack:
     def least_budget(self, sinks: int, recent: int) -> int:
         """Return the budget from which on a group can be chosen, for options of these values."""
         sinks, recent = self.always_read(sinks, recent, None)
+        if self.uneven:
+            return sinks + recent + 1
         size = self.last_size
         return sinks + (max(recent, size) + size if self.levels else recent)
+
+    @property
+    def uneven(self) -> bool:
+        """True if groups differ in length: each then counts with the share of one of its keys."""
+        return any(not isinstance(level.groups, Pages | Tokens) for level in self.levels)
 
     @property
     def last_size(self) -> int:
@@ -222,6 +233,19 @@ class LevelStack:
             total += 2 * numbers * (left // level.groups.size)
             left = left if level.keep is None else min(left, level.keep.tokens(budget))
         return total
+
+
+def _check_uneven(levels: tuple[Level, ...]) -> None:
+    """Raise ValueError unless levels are clusters above chunks, or clusters of tokens."""
+    *above, last = (level.groups for level in levels)
+    of_chunks = isinstance(last, Chunks) and all(isinstance(each, Clusters) for each in above)
+    if not of_chunks and not (isinstance(last, TokenClusters) and not above):
+        raise ValueError(
+            "levels of uneven groups are Clusters, any number, above Chunks, or TokenClusters "
+            f"alone; got {', '.join(type(level.groups).__name__ for level in levels)}"
+        )
+    if any(level.keeps_first for level in levels):
+        raise ValueError("`keeps_first` is for levels of pages")
 
 
 def _expect_symbols(what: str, expression: sympy.Expr, known: set[sympy.Symbol]) -> None:

@@ -65,7 +65,10 @@ softmax_scale = sympy.Symbol("softmax_scale", real=True)
 head_dim = sympy.Symbol("head_dim", positive=True)
 """Number of channels of a key."""
 
-RESERVED = (query.name, key.name, softmax_scale.name, head_dim.name)
+count = sympy.Symbol("count", positive=True)
+"""Number of keys of a group, in a summary."""
+
+RESERVED = (query.name, key.name, softmax_scale.name, head_dim.name, count.name)
 """Names that a summary cannot have."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack, Pages
+from lychee_compile.kernels.levels.groups import Chunks, Clusters, TokenClusters
 
 
 def describe(stack: LevelStack) -> str:
@@ -27,7 +28,11 @@ def describe_always(stack: LevelStack) -> str:
     last = "last `recent`" if stack.recent is None else f"last {stack.recent}"
     listed = [] if stack.sinks == 0 else [first]
     listed += [] if stack.recent == 1 else [last]
-    if stack.last_size > 1:
+    if stack.uneven:
+        groups = stack.levels[-1].groups
+        waits = f"up to {groups.window} in no cluster" if isinstance(groups, TokenClusters) else ""
+        listed.append(waits or "those in no chunk yet")
+    elif stack.last_size > 1:
         listed.append(f"the page of {stack.last_size} being written")
     return ", ".join(listed) or "the newest"
 
@@ -42,7 +47,14 @@ def _of_level(level: Level) -> str:
 
 
 def _groups(level: Level) -> str:
-    return f"pages of {level.groups.size}" if isinstance(level.groups, Pages) else "tokens"
+    groups = level.groups
+    if isinstance(groups, Pages):
+        return f"pages of {groups.size}"
+    if isinstance(groups, Clusters):
+        return "at most `coarse_units` clusters" if groups.limited else "clusters"
+    if isinstance(groups, TokenClusters):
+        return f"clusters of some {groups.size} tokens"
+    return "chunks" if isinstance(groups, Chunks) else "tokens"
 
 
 def _kept(keep: Keep | None) -> str:

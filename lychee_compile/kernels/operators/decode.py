@@ -22,7 +22,7 @@ from lychee_compile.kernels.gpu.common.launch_sparse import slots_read, watch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.gpu.methods import gpu_method, method_of_kernel
+from lychee_compile.kernels.gpu.methods import gpu_method, layout_for
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex
 from lychee_compile.kernels.operators.fakes import fake_output
 from lychee_compile.kernels.operators.observe import (
@@ -76,7 +76,7 @@ def sparse_decode(
     record what is read. Fit for CUDA graphs: it waits for nothing, and reads and
     writes its own tensors alone.
     """
-    layout = method_of_kernel(kernel).layout_of(key)
+    layout = layout_for(kernel, key)
     index = IndexOperands(layout, layout.views(state), positions)
     return _sparse(kernel, AttentionOperands(query, key, value, captured, extra), index, site)
 

@@ -10,11 +10,13 @@ import torch
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.levels.declaration import LevelStack
-from lychee_compile.kernels.policies.decode.clusterkv import ClusterKVIndex
+from lychee_compile.kernels.policies.decode.clusterkv import CLUSTERKV
+from lychee_compile.kernels.policies.decode.dhsa import DHSA
 from lychee_compile.kernels.policies.decode.fasa import FASA
 from lychee_compile.kernels.policies.decode.hisa import HISA
 from lychee_compile.kernels.policies.decode.longheads import LONGHEADS
 from lychee_compile.kernels.policies.decode.lychee import LycheeIndex
+from lychee_compile.kernels.policies.decode.lycheecluster import LYCHEECLUSTER
 from lychee_compile.kernels.policies.decode.oracle import OracleIndex
 from lychee_compile.kernels.policies.decode.quest import QUEST
 from lychee_compile.kernels.policies.decode.streaming import STREAMING
@@ -24,8 +26,8 @@ from lychee_compile.kernels.policies.prefill.dhsa import choose_by_chunks
 from lychee_compile.kernels.policies.prefill.lychee import choose_by_centres
 from lychee_compile.kernels.policies.prefill.s2o import choose_until_it_wanes
 from lychee_compile.kernels.policies.prefill.streaming import choose_last
+from lychee_compile.kernels.reference.declared_index import declared_index
 from lychee_compile.kernels.reference.index import KVIndex
-from lychee_compile.kernels.reference.level_index import level_index
 from lychee_compile.kernels.reference.prefill_question import PrefillChoice
 
 
@@ -60,7 +62,7 @@ class Policy:
         cls, name: str, words: str, levels: LevelStack, prefill: PrefillChoice | None = None
     ) -> Policy:
         """Return the record of a policy that is declared as levels."""
-        return cls(name, words, level_index(name, levels), prefill, levels=levels)
+        return cls(name, words, declared_index(name, levels), prefill, levels=levels)
 
     @property
     def dense_layers(self) -> int:
@@ -77,8 +79,13 @@ _policies = {
             LycheeIndex,
             choose_by_centres,
         ),
+        Policy.declared(
+            "lycheecluster",
+            "whole chunks, ranked by centre and radius below clusters (LycheeCluster's letter)",
+            LYCHEECLUSTER,
+        ),
         Policy.declared("quest", "pages of 16, ranked by the box around their keys", QUEST),
-        Policy("clusterkv", "clusters of keys, ranked by their centroid", ClusterKVIndex),
+        Policy.declared("clusterkv", "clusters of keys, ranked by their centroid", CLUSTERKV),
         Policy.declared("tokenselect", "single tokens, ranked by their true scores", TOKENSELECT),
         Policy.declared(
             "longheads", "chunks of 256, ranked by an attention-weighted mean key", LONGHEADS
@@ -92,8 +99,8 @@ _policies = {
             choose_last,
         ),
         Policy("oracle", "chunks, ranked by the softmax mass that they really hold", OracleIndex),
-        Policy("dhsa", "prefill alone: chunks of queries against chunks of keys",
-               prefill=choose_by_chunks),
+        Policy.declared("dhsa", "chunks of keys, against a query or chunks of queries", DHSA,
+                        choose_by_chunks),
         Policy("s2o", "prefill alone: keys in order of importance, until the rest adds little",
                prefill=choose_until_it_wanes),
         Policy("compact", "prefill alone: a union of the blocks that query heads choose",

@@ -296,21 +296,6 @@ class LevelIndex(KVIndex):
                 self.summaries[number][name] = _resized(held, pages + pages // 4)
 
 
-def level_index(name: str, declared: LevelStack) -> type[LevelIndex]:
-    """Return the class of the indexes of a declared policy, called after the policy `name`."""
-    return type(
-        f"{name.capitalize()}Index",
-        (LevelIndex,),
-        {
-            "__doc__": f"The plain form of the policy {name!r}.",
-            "__module__": __name__,
-            "stack": declared,
-            "reads_keys": declared.reads_keys,
-            "dense_layers": declared.dense_layers,
-        },
-    )
-
-
 def _whole_pages(question: Question, rank: Tensor, size: int) -> Runs:
     """Return the best pages by `rank` [B, Hkv, Tq, N], as many whole pages as there is room for.
 

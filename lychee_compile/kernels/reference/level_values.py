@@ -65,6 +65,33 @@ class _OfGroups(_Elementwise):
         return torch.where(self.valid, value, -torch.inf).amax(-2, keepdim=True)
 
 
+class _ByLabel(_Elementwise):
+    """Values [L, D] of keys; what is taken over a group stands at each of its keys."""
+
+    def __init__(self, label: Tensor, count: int) -> None:
+        self.label, self.count = label, count
+        """Group of each key, int64 [L], and number of groups; that number: no group."""
+        ones = torch.ones(len(label), 1, device=label.device)
+        self.held = ones.new_zeros(count + 1, 1).index_add(0, label, ones)
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        return (left * right).sum(-1, keepdim=True)
+
+    def mean(self, value: Tensor) -> Tensor:
+        value = value.expand(len(self.label), -1)
+        total = value.new_zeros(self.count + 1, value.shape[-1]).index_add(0, self.label, value)
+        return (total / self.held.clamp(min=1))[self.label]
+
+    def least(self, value: Tensor) -> Tensor:
+        return -self.greatest(-value)
+
+    def greatest(self, value: Tensor) -> Tensor:
+        value = value.expand(len(self.label), -1)
+        floor = value.new_full((self.count + 1, value.shape[-1]), -torch.inf)
+        place = self.label[:, None].expand_as(value)
+        return floor.scatter_reduce(0, place, value, "amax")[self.label]
+
+
 class _OfPairs(_Elementwise):
     """Values [..., R, N, D] over queries, groups and channels, with axes of size 1 likewise."""
 
@@ -91,22 +118,49 @@ class _Sizes(_OfPairs):
         return super().dot(left.abs(), right.abs())
 
 
-def summaries(level: Level, keys: Tensor, valid: Tensor) -> dict[str, Tensor]:
+def summaries(
+    level: Level, keys: Tensor, valid: Tensor, stored: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Return the fields of groups by name, float32 [..., D] or, without channels, [..., 1].
 
     `keys` is [..., T, D], the keys of each group. Those that are not `valid`, bool broadcastable to
-    [..., T], do not count, and may be any number.
+    [..., T], do not count, and may be any number. Fields with channels are rounded to the dtype in
+    which they are `stored` before others are made of them.
     """
     algebra, found = _OfGroups(valid[..., None]), {}
     values = {"key": torch.where(valid[..., None], keys.float(), 0)}
+    values["count"] = valid.sum(-1)[..., None, None].float()
     values["head_dim"] = torch.tensor(float(keys.shape[-1]))
     for name, summary in level.fields.items():
-        found[name] = values[name] = evaluate(summary, algebra, values)
+        found[name] = values[name] = _rounded(level, name, evaluate(summary, algebra, values), stored)
     width = {name: keys.shape[-1] if wide else 1 for name, wide in level.channels.items()}
     return {
         name: value[..., 0, :].expand(*keys.shape[:-2], width[name])
         for name, value in found.items()
     }
+
+
+def summaries_by_label(
+    level: Level, keys: Tensor, label: Tensor, count: int, stored: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Return the fields of `count` groups by name, float32 [count, D] or [count, 1].
+
+    `keys` is [L, D]; `label`, int64 [L], is the group of each key, `count` for those in none. A
+    group without keys has zeros. See `summaries` for `stored`.
+    """
+    algebra, found = _ByLabel(label, count), {}
+    values = {"key": keys.float(), "count": algebra.held[label]}
+    values["head_dim"] = torch.tensor(float(keys.shape[-1]))
+    any_key = label.new_zeros(count + 1).scatter(0, label, torch.arange(len(label)).to(label))
+    for name, summary in level.fields.items():
+        values[name] = _rounded(level, name, evaluate(summary, algebra, values), stored)
+        one = values[name].expand(len(label), -1)[any_key]
+        found[name] = torch.where(algebra.held > 0, one, 0)[:count]
+    return found
+
+
+def _rounded(level: Level, name: str, value: Tensor, stored: torch.dtype) -> Tensor:
+    return value.to(stored).float() if level.channels[name] else value
 
 
 def estimate(level: Level, query: Tensor, groups: Mapping[str, Tensor], scale: float) -> Tensor:

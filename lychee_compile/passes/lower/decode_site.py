@@ -26,7 +26,8 @@ from torch import Tensor
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
-from lychee_compile.kernels.gpu.methods import gpu_method
+from lychee_compile.kernels.gpu.methods import layout_for
+from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.operators import decode  # noqa: F401  registers the operators
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
@@ -78,7 +79,7 @@ def emit_sparse_decode(
     written = tokens_written(binding)
     kernel = compile_kernels(spec, operands, written)
     fixed = binding.kind == "static" and _reads_all(value_of(operands.tensors.key), keys)
-    layout = gpu_method(context.config.policy).layout_of(keys) if fixed else None
+    layout = layout_for(kernel, keys) if fixed else None
     use = CacheUse(kernel, keys_of, written, layout, context.config.policy)
     index = context.index_inputs.node_for(binding, use)
     first = context.is_first_use(index)
@@ -101,6 +102,7 @@ def _selection(config: IndexConfig) -> SparseSpec:
         overfetch=config.overfetch,
         flat_tokens=config.flat_tokens,
         coverage=None if config.coverage == 1 else config.coverage,
+        groups=GroupSettings.of(config),
     )
 
 

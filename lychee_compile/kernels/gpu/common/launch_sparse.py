@@ -165,4 +165,7 @@ def covers_mass(module: ModuleType) -> bool:
 
 def list_size(module: ModuleType) -> int:
     """Return how many slots the list of a program of `attend` has room for."""
-    return -(-(module.BUDGET.value + max(2 * module.PAGE.value, 64)) // 64) * 64
+    most = module.BUDGET.value + max(2 * module.PAGE.value, 64) if hasattr(module, "PAGE") else 0
+    most = max(most, module.BUDGET.value + 64)
+    most = max(most, module.ALWAYS.value if hasattr(module, "ALWAYS") else 0)
+    return -(-most // 64) * 64

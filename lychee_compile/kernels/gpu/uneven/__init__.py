@@ -1,0 +1,1 @@
+"""The method of declared policies whose groups differ in length: chunks and clusters."""

@@ -1,0 +1,109 @@
+"""The index of one key cache on a device for policies that read chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.gpu.uneven.layout import UnevenLayout
+from lychee_compile.kernels.gpu.uneven.recorded_index import UnevenDeviceIndex
+from lychee_compile.kernels.reference.chunk_table import (
+    bounds_of,
+    cut_more,
+    decided,
+    mean_of_chunks,
+    numbers_of_slots,
+    summarise_chunks,
+)
+from lychee_compile.kernels.reference.chunking import similarity_strengths
+from lychee_compile.kernels.reference.clustered import (
+    REBUILD,
+    REFIT,
+    label_chunks,
+    labels_of_slots,
+    refit_after,
+    write_columns,
+)
+
+COMPARED_AT_ONCE = 8192
+"""Number of keys of a row whose boundaries are rated at a time, to bound the memory of building."""
+
+
+class ChunkDeviceIndex(UnevenDeviceIndex):
+    """Chunks of one cache, and clusters of these. Kernels cut and summarise what steps append."""
+
+    def __init__(self, layout: UnevenLayout, device: torch.device) -> None:
+        super().__init__(layout, device)
+        self.clustered = 0
+        """Number of chunks, in the row with most, when all were last clustered."""
+
+    def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Cut, summarise and cluster the keys in the slots [0, ends[b]) of `key` [B, Hkv, L, D]."""
+        self.clear()
+        rows, last = len(ends), max(ends)
+        end = torch.tensor(ends, device=key.device)
+        start, chunk = torch.zeros_like(end), self.layout.settings.chunk
+        strength = self._strengths(key[:, :, :last])
+        span = torch.zeros_like(self.named["span"][:rows, 0])
+        number, real = cut_more(span, strength, start, end, chunk)
+        self.named["strength"][:rows, :, :last] = strength[:, None]
+        self.named["span"][:rows] = span[:, None]
+        into = self.columns(len(self.layout.stack.levels) - 1, rows)
+        summarise_chunks(
+            self.layout.stack.levels[-1], key, span, number, real, start, chunk, into
+        )
+        self.clustered = 0
+        if last >= REFIT:
+            self._fit(key, end)
+        self.record(module, key, ends)
+
+    def _strengths(self, key: Tensor) -> Tensor:
+        """Return the strength of the boundary behind each of the keys, uint8 [B, L]."""
+        batch, _, length, _ = key.shape
+        strength = torch.zeros(batch, length, dtype=torch.uint8, device=key.device)
+        if self.layout.settings.by_similarity:
+            for begin in range(0, length - 1, COMPARED_AT_ONCE):
+                block = similarity_strengths(key[:, :, begin : begin + COMPARED_AT_ONCE + 1])
+                strength[:, begin : begin + block.shape[1]] = block
+        return strength
+
+    def refit_after(self, end: int) -> int:
+        """Return how many keys may follow those in the slots [0, end) before the next `refit`."""
+        return refit_after(end)
+
+    def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Add the chunks that have come since to clusters, or cluster all anew if they are many."""
+        end = self.written(len(ends))
+        if int(end.max()) >= REFIT:
+            self._fit(key, end)
+
+    def _fit(self, key: Tensor, end: Tensor) -> None:
+        """Label the chunks in the slots [0, end), int64 [B], and take the numbers of clusters."""
+        above, chunk = self.layout.stack.levels[:-1], self.layout.settings.chunk
+        if not above:
+            return
+        rows, heads, last = len(end), self.layout.kv_heads, int(end.max())
+        numbers = self.layout.settings.chunks_in(last)
+        span, start = self.named["span"][:rows, 0, :numbers], torch.zeros_like(end)
+        used = decided(span, end, chunk)
+        tokens = torch.where(used, bounds_of(span, chunk)[1], 0)[:, None].expand(-1, heads, -1)
+        mean = mean_of_chunks(key, span, start, chunk)
+        count = int(used.sum(1).max())
+        rebuild = count >= REBUILD * self.clustered
+        names = [f"label_{number}" for number in range(1, len(above) + 1)]
+        before = [self.named[name][:rows].long() - 1 for name in names]
+        before[-1] = before[-1][:, :, :numbers]
+        labels = label_chunks(
+            above, mean, tokens, None if rebuild else before, self.layout.settings
+        )
+        self.clustered = count if rebuild else self.clustered
+        for name, label in zip(names, labels, strict=True):
+            self.named[name][:rows].zero_()
+            self.named[name][:rows, :, : label.shape[2]] = (label + 1).to(torch.int32)
+        of_slot = numbers_of_slots(span, used, last, chunk)
+        for number, label in enumerate(labels_of_slots(labels, of_slot)):
+            none = torch.zeros_like(label[..., 0])
+            write_columns(above[number], key, label, self.columns(number, rows), none)

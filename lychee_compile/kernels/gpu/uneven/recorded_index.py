@@ -1,0 +1,63 @@
+"""What indexes of uneven groups on a device have in common: fingerprints, and views by level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.gpu.common.index import DeviceIndex
+from lychee_compile.kernels.gpu.common.launch_common import launch
+from lychee_compile.kernels.gpu.common.operands import strides
+from lychee_compile.kernels.gpu.uneven.layout import UnevenLayout
+from lychee_compile.kernels.levels.groups import Chunks
+from lychee_compile.kernels.reference.clustered import Columns
+
+RECORDED = 64
+"""Slots that one program of `record_fingerprints` hashes."""
+
+
+class UnevenDeviceIndex(DeviceIndex):
+    """An index of uneven groups, whose memory is built by the functions of the plain form."""
+
+    layout: UnevenLayout
+
+    def __init__(self, layout: UnevenLayout, device: torch.device) -> None:
+        super().__init__(layout, device)
+        self.named = self.parts._asdict()
+        """Views of the memory, by name."""
+
+    def clear(self) -> None:
+        """Forget all that the index holds, but for who may trust it."""
+        for part in self.parts[1:]:
+            part.zero_()
+
+    def columns(self, number: int, rows: int) -> Columns:
+        """Return the numbers of the groups of a level, as `reference/clustered.py` has them."""
+        level, named = self.layout.stack.levels[number], self.named
+        found = {name: named[f"summary_{name}"][:rows] for name in level.fields}
+        if not isinstance(level.groups, Chunks):
+            found |= {name: named[f"{name}_{number}"][:rows] for name in ("tokens", "first", "end")}
+        return found
+
+    def record(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Hash the keys in the slots [0, ends[b]), and trust the index."""
+        end = max(ends)
+        arguments = {
+            "key": key,
+            **strides("", key, "bhld"),
+            "fingerprints": self.named["fingerprints"],
+            "end": end,
+            "slots": self.layout.slots,
+            "kv_heads": self.layout.kv_heads,
+        }
+        grid = -(-end // RECORDED), key.shape[0] * self.layout.kv_heads
+        if end:
+            launch(module.record_fingerprints, grid, arguments, num_warps=4)
+        self.trust(ends)
+
+    def written(self, rows: int) -> Tensor:
+        """Return the slot after the last one written in each row, int64 [rows]."""
+        return self.parts.header[1 : 1 + rows].long()

@@ -1,0 +1,141 @@
+"""Chunks of a row as a table by slot: what the plain form and the index of kernels have in common.
+
+The number of a chunk is its first slot divided by the shortest length, rounded down: chunks begin
+too far apart for two to have one number. Its span is one number, int32: how far behind the first
+slot of its number it begins, times 2^16, plus its length. 0: there is no chunk of that number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.levels.declaration import Level
+from lychee_compile.kernels.reference.chunking import cut_chunks
+from lychee_compile.kernels.reference.level_values import summaries
+
+SUMMARISED_AT_ONCE = 2048
+"""Number of chunks whose keys are gathered at a time, to bound the memory of building."""
+Chunk = tuple[int, int]
+"""Lengths of the shortest and the longest chunk."""
+
+
+def bounds_of(span: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """Return first slot and length of each chunk, int64, for spans int32 [..., N]; length 0: none.
+    """
+    number = torch.arange(span.shape[-1], device=span.device)
+    return number * chunk[0] + (span >> 16), (span & 65535).long()
+
+
+def decided(span: Tensor, end: Tensor, chunk: Chunk) -> Tensor:
+    """Return the chunks that no key from the slot `end`, int64 [...], on had a part in cutting.
+
+    Spans are int32 [..., N], and so is the result, bool.
+    """
+    low, length = bounds_of(span, chunk)
+    return (length > 0) & (low + chunk[1] < end[..., None])
+
+
+def open_from(span: Tensor, used: Tensor, chunk: Chunk) -> Tensor:
+    """Return the slot after the last of the chunks `used`, bool [B, N]: int64 [B]."""
+    low, length = bounds_of(span, chunk)
+    behind = torch.where(used, low + length, 0)
+    return torch.nn.functional.pad(behind, (1, 0)).amax(-1)
+
+
+def cut_more(
+    span: Tensor, strength: Tensor, begin: Tensor, end: Tensor, chunk: Chunk
+) -> tuple[Tensor, Tensor]:
+    """Enter the chunks that begin at or behind `begin` and are decided by the keys before `end`.
+
+    `span` is int32 [B, N], written; `strength` uint8 [B, T] for slots from 0 on; `begin` and `end`
+    int64 [B]. Returns the numbers of the new chunks, int64 [B, M], and which of them are real.
+    """
+    low, high = int(begin.min()), int(end.max())
+    starts, lengths = cut_chunks(strength[:, low:high], begin - low, end - low, chunk)
+    real = lengths > 0
+    starts = torch.where(real, starts + low, 0)
+    number = starts.div(chunk[0], rounding_mode="floor")
+    row, place = real.nonzero(as_tuple=True)
+    packed = (starts % chunk[0] << 16) + lengths
+    span[row, number[row, place]] = packed[row, place].to(span.dtype)
+    return number, real
+
+
+def numbers_of_slots(span: Tensor, used: Tensor, slots: int, chunk: Chunk) -> Tensor:
+    """Return the number of the chunk that each of the first `slots` slots is in: int64 [B, slots].
+
+    `used`, bool [B, N], are the chunks that count. -1: the slot is in none of these.
+    """
+    low, length = bounds_of(span, chunk)
+    number = torch.arange(span.shape[-1], device=span.device).expand_as(span)
+    first = torch.where(used, low, slots).clamp(max=slots)
+    begun = number.new_full((span.shape[0], slots + 1), -1)
+    begun = begun.scatter(1, first, number)[:, :slots].cummax(1).values
+    at = begun.clamp(min=0)
+    behind = low.gather(1, at) + length.gather(1, at)
+    inside = torch.arange(slots, device=span.device) < behind
+    return torch.where((begun >= 0) & inside, begun, -1)
+
+
+def keys_of_chunks(
+    key: Tensor, span: Tensor, number: Tensor, start: Tensor, chunk: Chunk
+) -> tuple[Tensor, Tensor]:
+    """Return the keys of the chunks `number`, int64 [B, M], padded to the longest.
+
+    The keys are [B, Hkv, M, T, D] of `key` [B, Hkv, L, D]. A mask, bool [B, 1, M, T], is False for
+    padding and for slots before `start`, int64 [B].
+    """
+    low, length = (each.gather(1, number)[..., None] for each in bounds_of(span, chunk))
+    offset = torch.arange(chunk[1], device=key.device)
+    slot = low + offset
+    valid = (offset < length) & (slot >= start[:, None, None])
+    row = torch.arange(key.shape[0], device=key.device)[:, None, None]
+    keys = key[row, :, slot.clamp(max=key.shape[2] - 1)]
+    return keys.permute(0, 3, 1, 2, 4), valid[:, None]
+
+
+def summarise_chunks(
+    level: Level,
+    key: Tensor,
+    span: Tensor,
+    number: Tensor,
+    used: Tensor,
+    start: Tensor,
+    chunk: Chunk,
+    into: dict[str, Tensor],
+) -> None:
+    """Write the fields of the chunks `number`, int64 [B, M], where `used`, into [B, Hkv, N, ...].
+
+    See `keys_of_chunks`. Chunks that are not `used`, bool [B, M], stay as they are.
+    """
+    for begin in range(0, number.shape[1], SUMMARISED_AT_ONCE):
+        part = slice(begin, begin + SUMMARISED_AT_ONCE)
+        keys, valid = keys_of_chunks(key, span, number[:, part], start, chunk)
+        row, place = used[:, part].nonzero(as_tuple=True)
+        at = number[:, part][row, place]
+        for name, value in summaries(level, keys, valid, stored_dtype(into)).items():
+            taken = value[row, :, place]
+            held = into[name]
+            held[row, :, at] = (taken if held.dim() == 4 else taken[..., 0]).to(held.dtype)
+
+
+def stored_dtype(columns: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype of the fields [B, Hkv, N, D] among `columns`."""
+    wide = [held.dtype for held in columns.values() if held.dim() == 4]
+    return wide[0] if wide else torch.float32
+
+
+def mean_of_chunks(
+    key: Tensor, span: Tensor, start: Tensor, chunk: Chunk
+) -> Tensor:
+    """Return the mean key of every chunk, float32 [B, Hkv, N, D]; 0 for numbers without one."""
+    numbers = torch.arange(span.shape[1], device=key.device).expand(span.shape[0], -1)
+    found = []
+    for part in numbers.split(SUMMARISED_AT_ONCE, 1):
+        keys, valid = keys_of_chunks(key, span, part, start, chunk)
+        total = torch.where(valid[..., None], keys.float(), 0).sum(3)
+        found.append(total / valid.sum(-1).clamp(min=1)[..., None])
+    return torch.cat(found, 2)
