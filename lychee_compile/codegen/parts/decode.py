@@ -38,6 +38,7 @@ def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
         *library("bins", "written_slots", "fresh_from", "denominators", "shares_of"),
         *library("bins", "bins_of_shares", "count_bins", "threshold"),
         *(_emit_mass(spec) if sparse.coverage is not None else []),
+        fill("decode/fresh_seen.py.jinja", spec),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
         *library("bins", "choose_by_bin"),
     ]
@@ -50,9 +51,7 @@ def _emit_mass(spec: AttentionSpec) -> list[str]:
     return [*counted, *found, fill("decode/log_always.py.jinja", spec)]
 
 
-def emit_always_read(
-    spec: AttentionSpec, sparse: SparseSpec, unread: str, more: str = ""
-) -> str:
+def emit_always_read(spec: AttentionSpec, sparse: SparseSpec, unread: str, more: str = "") -> str:
     """Return `always_read`: sinks and recent tokens, and all from the slot `unread` on.
 
     `more` is ", name" for a parameter that the formula `unread` reads.

@@ -31,7 +31,6 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         _constants(spec, sparse, paged),
         *emit_bins(spec, sparse),
         *library("bins", "bins_of"),
-        fill("decode/fresh_seen.py.jinja", spec),
         emit_always_read(spec, sparse, unread="fresh"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         _query_weights(spec, paged),
