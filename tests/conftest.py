@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 
@@ -20,10 +22,34 @@ settings.register_profile("thorough", max_examples=3000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+gc.set_threshold(20_000, 20, 50)  # imports and traces make objects that stay: seldom is enough
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and collected tests out of every later garbage collection, which is slow."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # what is frozen at the end would be reported as leaked
+
+
+def _quiet_dynamo() -> None:
+    """Skip what Dynamo makes for logs and statistics alone, a twentieth of its time."""
+    from torch._dynamo import config, guards
+    from torch._logging import _internal
+
+    if hasattr(config, "side_effect_replay_policy"):
+        config.side_effect_replay_policy = "silent"
+    if hasattr(guards, "profile_guard_manager"):
+        guards.profile_guard_manager = lambda *_: 0.0
+    _internal.trace_log.handlers.clear()
+
+
 @pytest.fixture(autouse=True)
 def fresh_torch():
     """One thread, so that parallel workers do not fight, and nothing compiled in another test."""
     torch.set_num_threads(1)
+    if "torch._dynamo" in sys.modules:
+        _quiet_dynamo()
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

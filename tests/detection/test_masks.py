@@ -169,7 +169,7 @@ def test_a_mask_is_recovered(name: str, spelling: str) -> None:
     assert isinstance(reading.predicate, str)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.data())
 def test_masks_in_any_combination(data) -> None:
     names = data.draw(st.lists(st.sampled_from(sorted(MASKS)), min_size=2, max_size=3))

@@ -44,7 +44,13 @@ def test_a_softmax_that_is_no_attention(case: Case) -> None:
     for each in report.rejected:
         assert each.reason
         assert each.source.startswith("no_attention.py:")
-    assert lychee_compile.explain(model, *inputs).rejected == report.rejected
+
+
+@pytest.mark.parametrize("case", CASES[::8], ids=lambda case: case.name)
+def test_explaining_rejects_what_compiling_rejects(case: Case) -> None:
+    model, inputs = case.model(), case.inputs()
+    torch.compile(model, backend="lychee", options=EVERYTHING)(*inputs)
+    assert lychee_compile.explain(model, *inputs).rejected == the_report().rejected
 
 
 class Mixture(nn.Module):

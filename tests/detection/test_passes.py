@@ -16,7 +16,7 @@ from lychee_compile.passes.site import Site
 from lychee_compile.runtime.cache_registry import registry
 
 BATCH, HEADS, GROUP, SIZE, DIM = 2, 2, 2, 160, 8
-START, STEPS = 60, 30
+START, STEPS = 60, 10
 EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
 SPARSE = {**EVERYTHING, "budget": 32, "overfetch": 1}
 

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 from lychee_compile.passes.site import Site
+from lychee_compile.report.report import Report
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 LAYERS = 3
@@ -28,7 +29,11 @@ def example(name: str) -> ModuleType:
 
 
 def sites_of(model: nn.Module, *inputs: Any, options: dict[str, Any] = SPARSE) -> list[Site]:
-    report = lychee_compile.explain(model, *inputs, options=options)
+    return all_found(lychee_compile.explain(model, *inputs, options=options))
+
+
+def all_found(report: Report) -> list[Site]:
+    """Return the sites, after checking that no softmax was left over."""
     assert report.rejected == []
     assert report.notes == []
     return report.sites
@@ -113,14 +118,16 @@ def test_gpt_fast_decodes_over_its_own_buffers() -> None:
 def exact(model: nn.Module, *inputs: Tensor) -> list[Site]:
     """Check that the model computes what it did, and return the sites."""
     expected = model(*inputs)
-    torch.testing.assert_close(torch.compile(model, backend="lychee")(*inputs), expected)
+    compiled = torch.compile(model, backend="lychee", options=SPARSE)
+    torch.testing.assert_close(compiled(*inputs), expected)
     assert not counters["graph_break"]
-    sites = sites_of(model, *inputs)
+    (report,) = lychee_compile.reports()
+    sites = all_found(report)
     assert all(site.decision in ("kept", "exact") for site in sites)
     return sites
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_vit(qk_norm: bool) -> None:
     model = example("vit").VisionTransformer(qk_norm=qk_norm).eval()
     sites = exact(model, torch.randn(2, 3, 32, 32))
@@ -157,7 +164,7 @@ def test_encoder_decoder() -> None:
     assert [(site.query_len, site.kv_len) for site in decoder] == [(12, 12), (12, 20)] * 2
 
 
-@pytest.mark.parametrize("window", [4, 7])
+@pytest.mark.parametrize("window", [pytest.param(4, marks=pytest.mark.thorough), 7])
 def test_window_attention(window: int) -> None:
     model = example("models.window_attention").Stage(window=window).eval()
     plain, shifted = exact(model, torch.randn(2, 3, 4 * window, 4 * window))

@@ -100,8 +100,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("lots", [1, 2])
+def cases_and_lots():
+    """Yield every case with one lot of programs, and what differs by row and by head with two."""
+    for name in CASES:
+        yield pytest.param(name, 1, id=f"{name}-1")
+        marks = () if name in ("rows", "holes of each head") else pytest.mark.thorough
+        yield pytest.param(name, 2, marks=marks, id=f"{name}-2")
+
+
+@pytest.mark.parametrize(("name", "lots"), list(cases_and_lots()))
 def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
     """But for ties; each of several programs rounds what is left for its ties down."""
     if lots > 1:

@@ -123,7 +123,7 @@ def test_steps_rewinds_and_refits_raise_no_alarm(policy, flat_tokens, dtype):
     steps = Steps(policy, flat_tokens, dtype, batch=2)
     random = torch.Generator().manual_seed(0)
     odd = [None, torch.nan, torch.inf, -0.0, 6e4, 1e-30]
-    for number in range(9):
+    for number in range(7):
         ends = torch.randint(0, 200, (2,), generator=random).tolist()
         value = odd[number % len(odd)]
         key = None if value is None else torch.full((2, 16), value).to(steps.problem.key.dtype)

@@ -251,9 +251,9 @@ def test_a_vocabulary_of_gemmas_size_takes_seconds():
     """262,144 tokens take half a second on an idle core; ten times that is no accident."""
     endings = ["", ".", ",", "。", "é", "朋", "\n", '."', "})", "▁"]
     tokens = [f"▁{number:x}{endings[number % len(endings)]}" for number in range(2**18)]
-    start = time.perf_counter()
+    start = time.process_time()
     table = boundary_table(Vocabulary(tokens))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(table) == 2**18
 
 

@@ -280,7 +280,7 @@ def machine(request: pytest.FixtureRequest, without_inductor: None) -> Iterator[
 
 
 def test_any_history_gives_what_the_cache_holds(machine: type[Histories]) -> None:
-    examples = max(settings().max_examples // 8, 3)
+    examples = max(settings().max_examples // 8, 2)
     run_state_machine_as_test(
         machine, settings=settings(max_examples=examples, stateful_step_count=16)
     )
