@@ -135,13 +135,14 @@ class Options(IndexConfig):
                 f"{always + 1}, or None to read all tokens"
             )
         policy = find_policy(self.policy)
-        levels = None if policy is None else policy.levels
-        least = 0 if levels is None else levels.least_budget(self.sinks, self.recent)
-        if self.budget is not None and self.budget < least:
+        if self.budget is None or policy is None or policy.levels is None:
+            return
+        least = policy.levels.least_budget(self.sinks, self.recent)
+        if self.budget < least:
             raise OptionError(
                 f"option budget={self.budget} is too small for policy {self.policy!r}: with what "
-                f"it always reads, a group of {levels.last_size} tokens that it reads whole needs "
-                f"at least {least}; give that, or None to read all tokens"
+                f"it always reads, a group of {policy.levels.last_size} tokens that it reads whole "
+                f"needs at least {least}; give that, or None to read all tokens"
             )
 
 

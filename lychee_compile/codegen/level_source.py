@@ -196,8 +196,8 @@ def estimate_source(level: Level, precision: str, scale: float, channels: int) -
     """Return Triton source of the estimates [ROWS, N] of a level, from `queries` [ROWS, DIM].
 
     Fields are `field_<name>`, [N, DIM] or [N]; the keys of tokens are `keys` [N, DIM]. `precision`
-    ends the arguments of a product, `scale` is that of the softmax, `channels` is `head_dim`. Raises Unprintable for what has
-    no Triton form.
+    ends the arguments of a product, `scale` is that of the softmax, `channels` is `head_dim`.
+    Raises Unprintable for what has no Triton form.
     """
     values = _group_values(level.channels) | {
         "query": Source("queries", ("row", "channel"), whole=True),

@@ -13,6 +13,7 @@ from lychee_compile.kernels.gpu.methods import policies_with_kernels
 from lychee_compile.kernels.policies.registry import policy_names, prefill_policy_names
 from lychee_compile.option_devices import OPTION_DEVICES
 from lychee_compile.options import Options
+from tools import policies as policies_page
 from tools import why_kept
 from tools.links import ROOT
 
@@ -104,6 +105,10 @@ def test_the_kernel_column_of_policies_is_true(heading):
 
 def test_the_page_of_reasons_is_up_to_date():
     assert why_kept.PAGE.read_text(encoding="utf-8") == why_kept.page(), "python -m tools.why_kept"
+
+
+def test_the_table_of_decode_policies_is_up_to_date():
+    assert policies_page.PAGE.read_text("utf-8") == policies_page.page(), "python -m tools.policies"
 
 
 def test_commands_with_make_exist():

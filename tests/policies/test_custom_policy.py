@@ -27,8 +27,9 @@ def registry(monkeypatch):
 @pytest.mark.usefixtures("registry", "without_inductor", "seeded")
 def test_the_example_reads_more_than_a_window(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
-    shares = importlib.import_module("custom_policy").main()
-    assert shares["streaming"] < shares["mean-key"] < shares["lychee"] < 1
+    errors = importlib.import_module("custom_policy").main()
+    assert errors["streaming"] > errors["gaussian"] > 0
+    assert errors["streaming"] > errors["lychee"] > 0
 
 
 def test_the_example_can_be_copied_alone():

@@ -102,8 +102,8 @@ class Level:
     groups: Pages | Tokens
     estimate: sympy.Expr
     """Estimated score q.k of a group, before softmax scale and soft-cap: an expression of `query`,
-    `softmax_scale`, `head_dim` and the fields; of `key` too at a level of tokens. The logarithm of the mean of
-    exp(score) over the group would be best; for a token it is the score."""
+    `softmax_scale`, `head_dim` and the fields; of `key` too at a level of tokens. The logarithm of
+    the mean of exp(score) over the group would be best; for a token it is the score."""
     fields: Mapping[str, sympy.Expr] = field(default_factory=dict)
     """Summaries of a group by name, each an expression of `key`, `head_dim` and the fields before
     it."""

@@ -42,7 +42,9 @@ def _of_level(level: Level) -> str:
 
 
 def _groups(level: Level) -> str:
-    return f"pages of {level.groups.size}" if isinstance(level.groups, Pages) else "tokens"
+    if isinstance(level.groups, Pages):
+        return f"pages of {level.groups.size}"
+    return type(level.groups).__name__.lower()
 
 
 def _kept(keep: Keep | None) -> str:

@@ -19,9 +19,9 @@ is always read. A choice reads a quarter of the channels of the keys.
 Not as in the paper: dominant pairs are not found in advance, by how often the best tokens of a pair
 alone are the best tokens of the head. They are chosen for each row from the keys at hand: those
 whose two channels vary most between tokens. The choice is made anew whenever four times as many
-tokens have come. Query heads that share a KV head share its pairs, and choose together, by the mean of the
-softmax shares over their heads. Pairs are (i, i + D/2) or (2i, 2i + 1), whichever has channels more
-alike in energy; if only some channels are rotated, pairs are still those of the whole head. A cache
-keeps the channels of a key side by side, and memory is read some 16 channels at a time: a GPU saves
-less than three quarters of the reading unless the chosen channels are neighbours.
+tokens have come. Query heads that share a KV head share its pairs, and choose together, by the mean
+of the softmax shares over their heads. Pairs are (i, i + D/2) or (2i, 2i + 1), whichever has
+channels more alike in energy; if only some channels are rotated, pairs are still those of the whole
+head. A cache keeps the channels of a key side by side, and memory is read some 16 channels at a
+time: a GPU saves less than three quarters of the reading unless the chosen channels are neighbours.
 """
