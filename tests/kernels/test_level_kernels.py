@@ -149,3 +149,10 @@ def test_kernels_choose_as_the_plain_form_does(policy, drawn, history):
     case, length = drawn
     case.policy = policy
     follow(Steps(case, length), history)
+
+
+@pytest.mark.parametrize("policy", ["odd_estimates", "three_levels"])
+def test_a_range_that_the_budget_holds_is_read_whole(policy):
+    """A window of 20 slots lies in two groups of the coarsest level."""
+    sizes = Sizes(1, 1, 2, 1, 100, 16, 16)
+    follow(Steps(Case(policy, sizes, budget=30, sinks=2, recent=4, mask="window"), 71), ["step"])
