@@ -47,8 +47,13 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         *(_of_level(spec, stack, number) for number in range(len(stack.levels))),
         *([] if stack.levels else [fill("levels/window.py.jinja", spec)]),
         fill("levels/summarise_new.py.jinja", spec, levels=described, names=names),
-        fill("levels/attend.py.jinja", spec, names=names),
+        fill("levels/attend.py.jinja", spec, names=names, **_by_mass(stack)),
     ]
+
+
+def _by_mass(stack: LevelStack) -> dict[str, bool]:
+    """Return that `attend` ends no choice by mass, if the list of whole groups has done so."""
+    return {"by_mass": False} if stack.last_size > 1 else {}
 
 
 def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
@@ -123,12 +128,14 @@ def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> str:
         by_slot=KV in spec.score.free_symbols,
     )
     is_listed = not is_last or isinstance(level.groups, Pages)
+    covers = is_last and spec.sparse is not None and spec.sparse.coverage is not None
     rank = fill(
         "levels/rank.py.jinja",
         spec,
         number=number,
         by_layer=stack.vote == "layer",
         is_listed=is_listed,
+        covers=covers,
         keeps_first=level.keeps_first,
     )
     if not is_listed:
@@ -141,6 +148,7 @@ def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> str:
         children=level.groups.size // below,
         at_once=min(level.groups.size // below, LISTED_AT_ONCE),
         is_last=is_last,
+        covers=covers,
     )
     return "\n\n\n".join(part.strip() for part in (scan, rank, listing))
 

@@ -24,6 +24,7 @@ def declared_index(name: str, stack: LevelStack) -> type[LevelIndex] | type[Unev
             "__module__": __name__,
             "stack": stack,
             "reads_keys": stack.reads_keys,
+            "estimates_shares": bool(stack.levels),
             "dense_layers": stack.dense_layers,
         },
     )

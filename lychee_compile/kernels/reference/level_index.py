@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -156,7 +157,8 @@ class LevelIndex(KVIndex):
             if level.pairs is not None:
                 query, keys = pick(query, self.channels), pick(keys, self.channels)
             raw = estimate(level, query, {"key": keys}, question.scale)
-            share = question.share_of(question.scale * raw, self._known(question, within))
+            known = self._known(question, within)
+            share = question.share_of(question.scale * raw, known, of_all=True)
             return self._vote(share)
         rank, possible = self._page_shares(question, number, within)
         if level.keep is not None:
@@ -258,13 +260,13 @@ class LevelIndex(KVIndex):
         mass = group_mass(score, tokens).masked_fill(~there[:, :, None], -torch.inf)
         begin, end = question.begin[..., None], question.end[..., None]
         between = (place * size < end) & ((place + 1) * size > begin)
-        return self._vote(question.share(mass)), between[:, None] & (tokens > 0)
+        return self._vote(question.share(mass, of_all=True)), between[:, None] & (tokens > 0)
 
     def _vote(self, share: Tensor) -> Tensor:
-        """Return log shares [B, Hkv, Tq, N], added up over all KV heads if the layer votes."""
+        """Return log shares [B, Hkv, Tq, N], their mean over all KV heads if the layer votes."""
         if self.stack.vote == "group":
             return share
-        return share.logsumexp(1, keepdim=True).expand_as(share)
+        return (share.logsumexp(1, keepdim=True) - math.log(share.shape[1])).expand_as(share)
 
     def _summarise_range(self, number: int, key: Tensor, begin: Tensor, end: Tensor) -> None:
         """Summarise the pages [begin, end) of each row, int64 [B], at the level `number`."""
@@ -307,6 +309,7 @@ def _whole_pages(question: Question, rank: Tensor, size: int) -> Runs:
     best = rank.topk(min(int(most.max()), rank.shape[-1]), -1)
     place = torch.arange(best.indices.shape[-1], device=rank.device)
     taken = (best.values > -torch.inf) & (place < most[..., None])
+    taken = taken & question.needed(best.values, rank)
     begin = torch.maximum(best.indices * size, question.begin[:, None, :, None])
     end = torch.minimum((best.indices + 1) * size, question.end[:, None, :, None])
     return begin, torch.where(taken, end - begin, 0).clamp(min=0)

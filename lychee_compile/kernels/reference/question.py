@@ -154,12 +154,12 @@ class Question:
         """Return `share` of the candidates, for raw scores [B, Hkv, G * Tq, N], N <= L."""
         return self.share_of(raw, self.candidates()[:, None])
 
-    def share_of(self, raw: Tensor, within: Tensor) -> Tensor:
+    def share_of(self, raw: Tensor, within: Tensor, of_all: bool = False) -> Tensor:
         """Return `share` of the slots `within`, for raw scores [B, Hkv, G * Tq, N], N <= L.
 
         `within` is bool [B, 1 or Hkv, Tq, L].
         """
-        return self.share(self._biased(raw, within[:, :, None, :, : raw.shape[-1]]))
+        return self.share(self._biased(raw, within[:, :, None, :, : raw.shape[-1]]), of_all)
 
     def take_tokens(self, rank: Tensor, within: Tensor | None = None) -> Runs:
         """Return the best `room` tokens by `rank` [B, Hkv, Tq, N], N <= L, each a run, in order.

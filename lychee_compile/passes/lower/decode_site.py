@@ -29,6 +29,7 @@ from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.gpu.methods import layout_for
 from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.operators import decode  # noqa: F401  registers the operators
+from lychee_compile.kernels.policies.registry import estimates_shares
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
@@ -101,7 +102,7 @@ def _selection(config: IndexConfig) -> SparseSpec:
         recent=config.recent,
         overfetch=config.overfetch,
         flat_tokens=config.flat_tokens,
-        coverage=None if config.coverage == 1 else config.coverage,
+        coverage=None if not estimates_shares(config.policy) or config.coverage == 1 else config.coverage,
         groups=GroupSettings.of(config),
     )
 

@@ -23,6 +23,7 @@ class LevelMethod:
     policy: str
     multiple: int = 1
     notices_writes: bool = True
+    covers_mass: bool = True
 
     def layout_of(self, key: Tensor) -> LevelLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
