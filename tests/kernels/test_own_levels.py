@@ -105,7 +105,9 @@ def test_what_is_always_read_has_words():
     assert describe_always(PAGED) == "first 3, last `recent`, the page of 8 being written"
     kept = Level(Pages(4), dot(query, field("m")), {"m": mean(key)}, keep=Keep(2))
     words = describe(LevelStack((kept, Level(Tokens(), dot(query, key)))))
-    assert words == "pages of 4 by m, of which 2 times the budget is kept; then tokens by their keys"
+    assert (
+        words == "pages of 4 by m, of which 2 times the budget is kept; then tokens by their keys"
+    )
 
 
 @pytest.mark.usefixtures("own", "without_inductor", "seeded")

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
-from lychee_compile.kernels.gpu.common.layout import IndexLayout
+from lychee_compile.kernels.gpu.common.layout import IndexLayout, roomy
 from lychee_compile.kernels.gpu.lifecycle import CacheUse, IndexLifecycle
 from lychee_compile.kernels.gpu.methods import layout_for, new_index
 from lychee_compile.kernels.handles import new_handle
-from lychee_compile.kernels.sizes import whole_scans
 
 
 class StaticCacheIndex(IndexLifecycle):
@@ -66,7 +65,7 @@ class GrowingCacheIndex(IndexLifecycle):
 
     def _has_room(self, index: DeviceIndex, key: Tensor) -> bool:
         """True if the index fits the keys. An index that is too small is moved to a larger one."""
-        now, wanted = index.layout, _roomy(index.layout.of(key))
+        now, wanted = index.layout, roomy(index.layout.of(key))
         # The graph may use the first rows of the cache only.
         fitting = wanted.resized(now.slots, now.batch) == now
         if not fitting or key.shape[0] > now.batch:
@@ -86,7 +85,7 @@ class GrowingCacheIndex(IndexLifecycle):
         self.index = None
 
     def _index_for(self, key: Tensor, use: CacheUse) -> DeviceIndex:
-        return new_index(_roomy(layout_for(use.kernel, key)), key.device)
+        return new_index(roomy(layout_for(use.kernel, key)), key.device)
 
     def _ends(self, key: Tensor) -> list[int]:
         written, self._written = self._written, None
@@ -94,11 +93,6 @@ class GrowingCacheIndex(IndexLifecycle):
             return [key.shape[2]] * key.shape[0]
         last = (written % key.shape[2]).expand(key.shape[0], -1).amax(1)
         return (last + 1).tolist()
-
-
-def _roomy(layout: IndexLayout) -> IndexLayout:
-    """Return the layout with half as many slots again."""
-    return layout.resized(whole_scans(layout.slots * 3 // 2))
 
 
 def _moved(index: DeviceIndex, layout: IndexLayout) -> DeviceIndex:

@@ -74,7 +74,9 @@ class UnevenIndex(KVIndex):
         if self.stack.vote == "layer":
             share = share.logsumexp(1, keepdim=True).expand_as(share)
         share = share.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo().min)
-        between = (first < question.end[:, None, :, None]) & (end > question.begin[:, None, :, None])
+        between = (first < question.end[:, None, :, None]) & (
+            end > question.begin[:, None, :, None]
+        )
         return share, shown & between
 
     def bias(self, question: Question, begin: Tensor, end: Tensor) -> Tensor | float:

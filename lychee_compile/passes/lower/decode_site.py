@@ -102,7 +102,9 @@ def _selection(config: IndexConfig) -> SparseSpec:
         recent=config.recent,
         overfetch=config.overfetch,
         flat_tokens=config.flat_tokens,
-        coverage=None if not estimates_shares(config.policy) or config.coverage == 1 else config.coverage,
+        coverage=None
+        if not estimates_shares(config.policy) or config.coverage == 1
+        else config.coverage,
         groups=GroupSettings.of(config),
     )
 

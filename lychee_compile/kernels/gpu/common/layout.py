@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+from lychee_compile.kernels.sizes import whole_scans
 
 _ALIGNMENT = 256
 """Bytes of which every part of an index begins at a multiple."""
@@ -70,6 +72,9 @@ class IndexLayout(Hashable, Protocol):
         """Return the parts of `memory`, uint8 [size]."""
 
 
+LayoutT = TypeVar("LayoutT", bound=IndexLayout)
+
+
 @dataclass(frozen=True)
 class IndexOperands:
     """The index that one step of decoding reads and brings up to date."""
@@ -78,6 +83,11 @@ class IndexOperands:
     state: IndexState
     positions: Tensor | None = None
     """Slots that the step has just written, int [T] or [B, T]; None: it wrote none."""
+
+
+def roomy(layout: LayoutT) -> LayoutT:
+    """Return the layout with half as many slots again."""
+    return layout.resized(whole_scans(layout.slots * 3 // 2))
 
 
 def header_part(batch: int) -> Part:

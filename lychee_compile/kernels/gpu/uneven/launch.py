@@ -59,9 +59,7 @@ def run_uneven(
     if not isinstance(layout, UnevenLayout):
         raise TypeError(f"kernels of uneven groups read the index of an UnevenLayout: {layout!r}")
     step = SparseStep(module, operands, index, tuning)
-    sizes = [
-        _sizes(module, number, items, step.rows) for number, items in enumerate(layout.groups)
-    ]
+    sizes = [_sizes(module, number, items, step.rows) for number, items in enumerate(layout.groups)]
     arguments = _arguments(step, layout, sizes)
     if hasattr(module, "scan_window"):
         tiles = arguments["tiles"]
@@ -82,9 +80,7 @@ def _sizes(module: ModuleType, number: int, items: int, rows: int) -> _Sizes:
     return _Sizes(items, steps, -(-scans // steps), -(-items // module.RANKED.value))
 
 
-def _arguments(
-    step: SparseStep, layout: UnevenLayout, sizes: list[_Sizes]
-) -> dict[str, object]:
+def _arguments(step: SparseStep, layout: UnevenLayout, sizes: list[_Sizes]) -> dict[str, object]:
     """Return the arguments that the kernels of all levels share, by name."""
     rows, want = step.rows, step.wanted.want
     for number, size in enumerate(sizes):

@@ -1,0 +1,111 @@
+"""The functional API on a GPU: an index that kernels read, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lychee_compile.functional import (
+    KernelIndex,
+    KernelSelection,
+    build_index,
+    select,
+    sparse_attention,
+    update_index,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
+OPTIONS = {"budget": 96, "sinks": 4, "recent": 8, "chunk": (4, 8)}
+
+
+def tensors(kv_len: int, query_len: int = 1, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [B, 4, T, 32] and keys and values [B, 2, L, 32]."""
+    random = torch.Generator().manual_seed(0)
+    query = 2 * torch.randn(batch, 4, query_len, 32, generator=random)
+    key, value = torch.randn(2, batch, 2, kv_len, 32, generator=random)
+    return query, key, value
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+
+
+def built(key: Tensor, **more: object) -> KernelIndex:
+    index = build_index(key, options={**OPTIONS, **more})
+    assert isinstance(index, KernelIndex)
+    return index
+
+
+@pytest.mark.parametrize("policy", ["lychee", "quest", "streaming"])
+def test_a_decoding_loop_reads_what_it_says(policy: str) -> None:
+    query, key, value = tensors(203)
+    index = built(key[:, :, :200], policy=policy)
+    for end in (200, 201, 203):
+        now, own = key[:, :, :end], value[:, :, :end]
+        assert update_index(index, now) is index
+        narrow = select(index, query)
+        assert isinstance(narrow, KernelSelection)
+        read = narrow.token_mask()
+        assert read.any()
+        assert read.sum(-1).max() <= 96
+        output = sparse_attention(query, now, own, narrow)
+        expected = dense(query, now, own, read.repeat_interleave(2, 1))
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
+        everything = sparse_attention(query, now, own, select(index, query, budget=512))
+        torch.testing.assert_close(everything, dense(query, now, own), rtol=1e-3, atol=1e-3)
+
+
+def test_many_new_keys_are_indexed_at_once() -> None:
+    query, key, value = tensors(260)
+    index = update_index(built(key[:, :, :100]), key)
+    output = sparse_attention(query, key, value, select(index, query, budget=300))
+    torch.testing.assert_close(output, dense(query, key, value), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["causal", "additive", "by head", "lengths"])
+def test_masks_hide_what_they_hide(kind: str) -> None:
+    """The causal mask is one of more query positions than a step has."""
+    count = 17 if kind == "causal" else 2
+    query, key, value = tensors(120, count, batch=2 if kind == "lengths" else 1)
+    mask = torch.arange(120) <= torch.arange(120 - count, 120)[:, None]
+    lengths = None
+    if kind == "additive":
+        mask = torch.where(mask, torch.linspace(-1, 1, 120), -torch.inf)
+    if kind == "by head":
+        mask = mask & (torch.rand(1, 4, count, 120, generator=torch.Generator().manual_seed(1)) < 0.8)
+    if kind == "lengths":
+        lengths = torch.tensor([120, 90])
+        mask = (torch.arange(120) < lengths[:, None])[:, None, None].expand(2, 1, count, 120)
+    index = build_index(key, lengths=lengths, options=OPTIONS | {"policy": "quest"})
+    chosen = select(index, query, budget=200, mask=None if kind == "lengths" else mask)
+    output = sparse_attention(query, key, value, chosen)
+    torch.testing.assert_close(output, dense(query, key, value, mask), rtol=1e-3, atol=1e-3)
+
+
+def test_a_certificate_and_other_queries_take_the_plain_form() -> None:
+    query, key, value = tensors(150)
+    selection = select(built(key, policy="quest"), query, budget=64)
+    output, missed = sparse_attention(query, key, value, selection, return_certificate=True)
+    weight = (query @ key.repeat_interleave(2, 1).mT / 32**0.5).softmax(-1)
+    unread = ~selection.plain.token_mask().repeat_interleave(2, 1)
+    assert (missed >= (weight * unread).sum(-1)).all()
+    assert (missed <= 1).all()
+    torch.testing.assert_close(
+        sparse_attention(query.clone(), key, value, selection), output, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_does_not_fit_is_named() -> None:
+    query, key, value = tensors(60)
+    selection = select(built(key), query)
+    with pytest.raises(ValueError, match=r"v must be \[1, 2, 60, Dv\]"):
+        sparse_attention(query, key, value[:, :, 1:], selection)
+    with pytest.raises(ValueError, match="lengths must not shrink"):
+        update_index(selection.index, key, lengths=torch.tensor([50]))
+
+
+@pytest.mark.parametrize("more", [{"reference": True}, {"epsilon": 0.1}, {"policy": "oracle"}])
+def test_without_kernels_the_index_is_plain(more: dict[str, object]) -> None:
+    assert not isinstance(build_index(tensors(60)[1], options=OPTIONS | more), KernelIndex)
