@@ -162,6 +162,8 @@ class _OfPairs(_Elementwise):
 
     def dot(self, left: Source, right: Source) -> Source:
         left, right = sorted((left, right), key=lambda each: each.axes)[::-1]
+        if not (left.whole or right.whole):
+            left = _without_padding(left)
         if (left.axes, right.axes) == (("row", "channel"), ("group", "channel")):
             rows, groups = _in_key_dtype(left), _in_key_dtype(right)
             return Source(f"tl.dot({rows}, tl.trans({groups}){self.precision})", ("row", "group"))
@@ -214,6 +216,14 @@ def _group_values(channels: Mapping[str, bool]) -> dict[str, Source]:
         name: Source(f"field_{name}", ("group", "channel") if wide else ("group",), whole=wide)
         for name, wide in channels.items()
     }
+
+
+def _without_padding(value: Source) -> Source:
+    """Return a computed value that is 0 in channels that keys do not have."""
+    if "channel" not in value.axes:
+        return value
+    inside = "inside" if "group" in value.axes else "(tl.max(inside.to(tl.int32), 0) > 0)[None, :]"
+    return Source(f"tl.where({inside}, {value.text}, 0.0)", value.axes)
 
 
 def _computed(value: Source) -> Source:

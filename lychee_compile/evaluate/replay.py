@@ -104,6 +104,7 @@ class Replay:
         started, fresh = self._now(), self._end == 0
         for end in (length,) if fresh else range(self._end + 1, length + 1):
             ends = torch.tensor([end], device=self.index.device)
+            self.index.fresh = ends - 1  # the query's own token, as a step has just written it
             self.index.extend(self.site.key[:, :, :end], ends)
         seconds = self._now() - started
         if fresh:

@@ -16,7 +16,7 @@ from torch._inductor import list_mode_options
 from lychee_compile import options as options_module
 from lychee_compile.boundaries import BoundaryTable
 from lychee_compile.kernels.config import BOUNDARIES, IndexConfig
-from lychee_compile.kernels.policies.registry import policy_names
+from lychee_compile.kernels.policies.registry import find_policy, policy_names
 from lychee_compile.options import OptionError, Options
 
 STRENGTHS = torch.tensor([0, 1, 2, 3, 4], dtype=torch.uint8)
@@ -118,11 +118,13 @@ def test_sizes_are_accepted_exactly_where_they_fit(
     budget, sinks, recent, shortest, longest, policy
 ):
     spare = 0 if policy == "streaming" else 1
+    levels = find_policy(policy).levels
+    least = 0 if levels is None else levels.least_budget(max(sinks, 0), max(recent, 1))
     fits = (
         sinks >= 0
         and recent >= 1
         and 1 <= shortest <= longest <= recent
-        and (budget is None or budget >= sinks + recent + spare)
+        and (budget is None or budget >= max(sinks + recent + spare, least))
     )
     given = {"budget": budget, "sinks": sinks, "recent": recent, "policy": policy}
     given["chunk"] = [shortest, longest]

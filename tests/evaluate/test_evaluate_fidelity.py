@@ -14,6 +14,7 @@ from lychee_compile.evaluate.fidelity import fidelity
 from lychee_compile.evaluate.replay import Replay, dense_truths
 from lychee_compile.evaluate.synthetic import synthetic_capture
 from lychee_compile.evaluate.variants import Variant, parse_variants
+from lychee_compile.kernels.operators.cache_index import CacheIndex, CacheWrite
 from lychee_compile.kernels.policies import registry
 from lychee_compile.kernels.reference.grouped import GroupedIndex
 from lychee_compile.kernels.reference.operands import ScoreInputs
@@ -65,7 +66,7 @@ def test_the_truth_is_dense_attention():
 @pytest.mark.parametrize("policy", registry.policy_names())
 def test_a_budget_for_everything_loses_nothing(policy, softcap):
     taken = synthetic_capture(300, 2, softcap=softcap)
-    row = fidelity(taken, [Variant(policy)], [400]).row(policy, 400)
+    row = fidelity(taken, [Variant(policy)], [1000]).row(policy, 1000)
     assert row.mass == 1.0
     assert row.error < 1e-5
     assert row.certified == 1.0
@@ -94,6 +95,22 @@ def test_measures_are_those_of_the_selection():
     assert measured.error.min() > 1e-3
     assert measured.tokens[0].tolist() == tokens.tolist()
     assert measured.attended_bytes[0].tolist() == (2 * 2 * 16 * tokens).tolist()
+
+
+@pytest.mark.parametrize("policy", ["quest", "tokenselect", "hisa", "streaming"])
+@pytest.mark.parametrize("length", [495, 496, 497])
+def test_a_replay_reads_what_a_step_of_decoding_does(policy, length):
+    """A step has just written the token of its query, which may have filled a page."""
+    taken, budget = synthetic_capture(500, 1), 128
+    (site,), variant = taken.sites, Variant(policy)
+    replay = Replay(site, taken, variant.config(budget))
+    replay.follow(length)
+    cache = CacheIndex(site.key, variant.config(budget))
+    first, position = torch.zeros(1, dtype=torch.int64), torch.tensor([[length - 1]])
+    cache.update(site.key, CacheWrite(first, position, None), build=True)
+    inputs = ScoreInputs(site.query, site.key[:, :, :length], length, None, site.scale)
+    read = [select(each, inputs, budget).token_mask() for each in (replay.index, cache.index)]
+    assert torch.equal(*read)
 
 
 @pytest.mark.usefixtures("first_key")

@@ -303,7 +303,7 @@ def assert_alike(case: Case, problem: Problem, read: Read, asked: Asked) -> None
         assert keep is not None
         rank = asked.index.ranks(question, number, within)
         chosen = by_page(kept, size).any(-1)
-        room = torch.full_like(question.room, keep.tokens(case.budget) // size)
+        room = torch.full_like(question.room, keep.groups(case.budget, size))
         check_best(chosen, rank, room, tie, -(-rank.shape[-1] // RANKED))
         within = kept
     always = always_of(question)

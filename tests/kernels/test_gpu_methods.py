@@ -175,7 +175,7 @@ def test_a_method_refuses_the_index_of_another() -> None:
     sketches = SketchIndex(SketchLayout.of(problem.key), torch.device("cpu"))
     boxes = LevelDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
     for run, index in ((run_levels, sketches), (run_lychee, boxes)):
-        with pytest.raises(TypeError, match="kernels read the index of a"):
+        with pytest.raises(TypeError, match=r"kernels .*read the index of a"):
             run(problem.module(), problem.operands(), IndexOperands(index.layout, index.parts))
 
 

@@ -7,14 +7,25 @@ from collections.abc import Iterator
 import pytest
 import triton_interpreter
 from decode_problems import DTYPES, LAYOUTS, MASKS, SCORES, Sizes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from level_steps import EVENTS, Case, Steps, follow
 from plain_caches import SMALL_HISA
+from sympy import exp
 
 from lychee_compile.kernels.gpu.methods import policies_with_kernels
 from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack, Pages, Tokens
-from lychee_compile.kernels.levels.expressions import dot, field, key, mean, query, softmax_scale
+from lychee_compile.kernels.levels.expressions import (
+    dot,
+    field,
+    greatest,
+    key,
+    least,
+    mean,
+    norm,
+    query,
+    softmax_scale,
+)
 from lychee_compile.kernels.policies import registry
 
 triton_interpreter.use()
@@ -43,6 +54,20 @@ SMALL = {
         ),
         vote="layer",
     ),
+    "odd_estimates": LevelStack(
+        levels=(
+            Level(
+                Pages(64), fields={"far": greatest(norm(key))},
+                estimate=norm(query + 1) * field("far"), keep=Keep(1),
+            ),
+            Level(
+                Pages(2),
+                fields={"low": least(key), "high": greatest(key)},
+                estimate=-dot(exp(-query / 4), exp(field("low") / 4)) + dot(query, field("high")),
+            ),
+        ),
+        recent=2,
+    ),
     "pages_in_pages": LevelStack(
         levels=(
             Level(
@@ -63,6 +88,8 @@ SMALL = {
 DECLARED = [each.name for each in registry.policies()
             if each.levels is not None and each.name in policies_with_kernels()]  # fmt: skip
 POLICIES = [*DECLARED, *SMALL]
+EXAMPLES = max(settings().max_examples // 6, 1)
+"""Interpreted kernels are slow."""
 ROWS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (2, 2, 1), (1, 1, 4)]
 """Batch, KV heads and query positions."""
 
@@ -116,8 +143,16 @@ events = st.lists(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=EXAMPLES)
 @given(drawn=cases(), history=events)
 def test_kernels_choose_as_the_plain_form_does(policy, drawn, history):
     case, length = drawn
     case.policy = policy
     follow(Steps(case, length), history)
+
+
+@pytest.mark.parametrize("policy", ["odd_estimates", "three_levels"])
+def test_a_range_that_the_budget_holds_is_read_whole(policy):
+    """A window of 20 slots lies in two groups of the coarsest level."""
+    sizes = Sizes(1, 1, 2, 1, 100, 16, 16)
+    follow(Steps(Case(policy, sizes, budget=30, sinks=2, recent=4, mask="window"), 71), ["step"])

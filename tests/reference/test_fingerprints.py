@@ -135,3 +135,13 @@ def test_random_keys_do_not_collide():
 
 def test_no_tokens_no_prints():
     assert fingerprints(torch.zeros(2, 3, 0, 4)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_keys_with_any_strides_have_the_prints_of_their_copy(dtype, heads):
+    """The stride of a single head is no multiple of eight bytes, though the keys are contiguous."""
+    room = random(0, 1, heads, 10, 24).to(dtype)
+    odd = torch.empty(heads * 241 + 1, dtype=dtype).as_strided(room.shape, (241, 241, 24, 1), 0)
+    odd.copy_(room)
+    assert torch.equal(fingerprints(odd), fingerprints(room))

@@ -213,6 +213,13 @@ def test_a_declaration_that_says_nothing_of_use_is_refused(declare, message: str
         declare()
 
 
+def test_enough_groups_are_kept_for_any_range_that_the_budget_holds() -> None:
+    for budget, size in ((1, 8), (8, 8), (9, 8), (30, 64), (1024, 128)):
+        touched = max((first + budget - 1) // size + 1 for first in range(size))
+        assert touched <= Keep(0).groups(budget, size) <= touched + 1
+    assert Keep(4, 8192).groups(1024, 128) == 64
+
+
 def test_bytes_count_what_each_level_reads() -> None:
     assert SMALL_HISA.bytes_per_step(800, 10, 64) == 2 * 64 * (800 // 8 + 40)
     assert TWO.bytes_per_step(3200, 100, 64) == 2 * (64 * 100 + 65 * 200 // 8)

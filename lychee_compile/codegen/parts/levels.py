@@ -62,7 +62,7 @@ def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
             "scanned": _scanned(spec, level),
             "channels": _gathered(spec, level),
             "gathered": power_of_two(_gathered(spec, level), 16),
-            "kept": level.keep and level.keep.tokens(sparse.budget) // level.groups.size,
+            "kept": level.keep and level.keep.groups(sparse.budget, level.groups.size),
         }
         for number, level in enumerate(stack.levels)
     ]

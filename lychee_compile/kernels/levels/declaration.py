@@ -87,6 +87,13 @@ class Keep:
         """Return how many tokens are kept for a budget of so many."""
         return max(self.per_token * budget, self.least)
 
+    def groups(self, budget: int, size: int) -> int:
+        """Return how many groups of `size` slots are kept for a budget of so many tokens.
+
+        They are at least those that neighbouring slots lie in which the budget holds.
+        """
+        return max(self.tokens(budget) // size, -(-budget // size) + 1)
+
 
 @dataclass(frozen=True)
 class Level:

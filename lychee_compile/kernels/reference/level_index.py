@@ -213,6 +213,7 @@ class LevelIndex(KVIndex):
         assert level.keep is not None
         rank, size = self.ranks(question, number, within), level.groups.size
         most = (level.keep.per_token * question.budget).clamp(min=level.keep.least) // size
+        most = torch.maximum(most, (question.budget + size - 1) // size + 1)  # as `Keep.groups`
         best = rank.topk(min(int(most.max()), rank.shape[-1]), -1)
         inside = torch.arange(best.indices.shape[-1], device=rank.device) < most[..., None]
         kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best.indices, inside)

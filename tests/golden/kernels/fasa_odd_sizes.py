@@ -290,19 +290,6 @@ def choose_by_bin(entry, cut, left, at_cut):
 
 
 @triton.jit
-def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
-    """Return how many pages of each tile are chosen: int32 [TILES].
-
-    `ranks` has, for each tile, the number of its pages in each bin or above.
-    """
-    tile = tl.arange(0, TILES)
-    ranks += tile * BINS + cut
-    above = tl.load(ranks + 1, mask=tile < tl.where(cut < BINS - 1, tiles, 0), other=0)
-    through = tl.load(ranks, mask=tile < tl.where(cut > 0, tiles, 0), other=0)
-    return above + due(left, tl.maximum(through - above, 0), at_cut)
-
-
-@triton.jit
 def always_read(
     tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES: tl.constexpr
 ):
