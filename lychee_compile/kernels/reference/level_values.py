@@ -14,7 +14,7 @@ from lychee_compile.kernels.reference.nodes import rounding_slack
 
 
 class _Elementwise:
-    """What all algebras of tensors have in common: operations that broadcast."""
+    """Operations that broadcast, which all algebras of tensors have in common."""
 
     def number(self, value: float) -> Tensor:
         return torch.tensor(value)
