@@ -43,7 +43,8 @@ GAUSSIAN = LevelStack(
             Pages(16),
             fields={"centre": mean(key), "spread": mean((key - field("centre")) ** 2)},
             # log of the mean of exp(score) over keys of a normal distribution, without the scale
-            estimate=dot(query, field("centre")) + softmax_scale * dot(query**2, field("spread")) / 2,
+            estimate=dot(query, field("centre"))
+            + softmax_scale * dot(query**2, field("spread")) / 2,
             keep=Keep(per_token=4),
         ),
         Level(Tokens(), estimate=dot(query, key)),

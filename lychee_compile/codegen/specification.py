@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -42,7 +42,7 @@ class SparseSpec:
     recent: int
     overfetch: int
     flat_tokens: int
-    groups: GroupSettings = GroupSettings()
+    groups: GroupSettings = field(default_factory=GroupSettings)
     """How chunks are cut and clusters are made."""
 
 

@@ -71,7 +71,7 @@ class UnevenCase(Case):
 
 
 class UnevenSteps(Steps):
-    """A cache that is written step by step, the index of the kernels, and that of the plain form."""
+    """A cache written step by step, the index of the kernels, and that of the plain form."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,7 +138,9 @@ class UnevenSteps(Steps):
         if not isinstance(index, ChunkIndex):
             index.label = named["label"].long() - 1
             index.tail = torch.minimum(named["waiting"][:, 0, 0].long(), index.fresh)
-            index.columns = {k: v.clone() for k, v in with_channel(self.index.columns(0, len(self.key))).items()}
+            index.columns = {
+                k: v.clone() for k, v in with_channel(self.index.columns(0, len(self.key))).items()
+            }
             return
         for number in range(len(index.labels)):
             columns = with_channel(self.index.columns(number, len(self.key)))
@@ -172,7 +174,10 @@ class UnevenSteps(Steps):
         size = torch.where(possible, end - begin, 0)
         taken = torch.zeros_like(size)
         of_slot = F.pad(own.long().cumsum(-1), (1, 0))
-        wide = [each.expand(own.shape[:3] + size.shape[-1:]).clamp(0, own.shape[-1]) for each in (begin, end)]
+        wide = [
+            each.expand(own.shape[:3] + size.shape[-1:]).clamp(0, own.shape[-1])
+            for each in (begin, end)
+        ]
         taken = torch.where(size > 0, of_slot.gather(-1, wide[1]) - of_slot.gather(-1, wide[0]), 0)
         assert (taken.sum(-1) == own.sum(-1)).all(), "a slot of no chunk"
         check_weighed(taken > 0, rank, size, question.room, tie)
@@ -197,9 +202,7 @@ def with_channel(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def check_weighed(
-    chosen: Tensor, rank: Tensor, size: Tensor, room: Tensor, tie: float
-) -> None:
+def check_weighed(chosen: Tensor, rank: Tensor, size: Tensor, room: Tensor, tie: float) -> None:
     """Check that groups of largest rank are chosen until they fill `room`, but for ties."""
     possible = size > 0
     assert not (chosen & ~possible).any(), "a group that may not be chosen"

@@ -103,9 +103,7 @@ def test_a_row_chooses_anew_once_it_has_four_times_the_tokens():
         index.fresh = torch.tensor(end) if end[0] > 16 else None
         index.extend(key, torch.tensor(end) + (index.fresh is not None))
         assert index.fitted.tolist() == fitted
-    expected = channels_of(
-        key, torch.tensor([64, 16]), DominantPairs(4)
-    )
+    expected = channels_of(key, torch.tensor([64, 16]), DominantPairs(4))
     assert torch.equal(index.channels, expected)
     index.truncate(torch.tensor([40, 40]))
     assert torch.equal(index.channels, expected), "a rewind keeps them"
@@ -172,9 +170,7 @@ def test_kernels_read_the_tokens_of_largest_score_over_these_channels(name):
 def test_an_index_keeps_its_channels_as_it_grows_and_chooses_anew_at_refits():
     problem, index, _ = problem_of(Sizes(2, 2, 2, 1, 700, 32))
     index.build(problem.module(), problem.key, [100, 40])
-    expected = channels_of(
-        problem.key, torch.tensor([64, 32]), DominantPairs(4)
-    )
+    expected = channels_of(problem.key, torch.tensor([64, 32]), DominantPairs(4))
     assert torch.equal(index.parts.channels, expected.int())
     assert index.refit_after(100) == 256
     assert index.refit_after(3000) == 4 * 2048 - 3000

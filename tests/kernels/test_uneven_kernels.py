@@ -71,6 +71,8 @@ SMALL = {
 POLICIES = ["dhsa", "lycheecluster", *SMALL]
 EXAMPLES = max(settings().max_examples // 6, 1)
 """Interpreted kernels are slow."""
+SEEN = [each for each in MASKS if each not in ("none", "mask by head")]
+"""Masks that kernels and the plain form see alike."""
 ROWS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1)]
 """Batch, KV heads and query positions."""
 
@@ -100,7 +102,7 @@ def cases(draw) -> tuple[UnevenCase, int]:
         sinks=draw(st.integers(0, 4)),
         recent=draw(st.integers(1, 9)),
         dtype=draw(st.sampled_from(sorted(DTYPES))),
-        mask=draw(st.sampled_from([each for each in MASKS if each not in ("none", "mask by head")])),
+        mask=draw(st.sampled_from(SEEN)),
         score=draw(st.sampled_from(["scaled", "soft-cap"])),
         seed=draw(st.integers(0, 99)),
     )
@@ -148,7 +150,11 @@ def writes(draw, batch=2, slots=150):
 
 @pytest.mark.parametrize("policy", ["dhsa", "lycheecluster"])
 @settings(max_examples=EXAMPLES)
-@given(drawn=writes(), chunk=st.sampled_from([(8, 16), (3, 7), (5, 5), (1, 4)]), dtype=st.sampled_from(sorted(DTYPES)))
+@given(
+    drawn=writes(),
+    chunk=st.sampled_from([(8, 16), (3, 7), (5, 5), (1, 4)]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+)
 def test_kernels_cut_as_the_plain_form_does_at_once(policy, drawn, chunk, dtype):
     length, ranges = drawn
     case = UnevenCase(policy, Sizes(2, 2, 1, 1, 160, 16, 16), dtype=dtype, mask="rows", chunk=chunk)
@@ -177,7 +183,9 @@ def test_kernels_cut_as_the_plain_form_does_at_once(policy, drawn, chunk, dtype)
 @given(seed=st.integers(0, 99), length=st.integers(20, 150), dtype=st.sampled_from(sorted(DTYPES)))
 @settings(max_examples=EXAMPLES)
 def test_radii_of_clusters_cover_their_keys(seed, length, dtype):
-    case = UnevenCase("lycheecluster", Sizes(1, 2, 1, 1, 160, 16, 16), dtype=dtype, mask="length", seed=seed)
+    case = UnevenCase(
+        "lycheecluster", Sizes(1, 2, 1, 1, 160, 16, 16), dtype=dtype, mask="length", seed=seed
+    )
     steps = UnevenSteps(case, length)
     new_keys(steps, length, length + 9)
     steps.refit()

@@ -54,7 +54,7 @@ def only_site(function: Any, *inputs: Any, atol: float = 1e-5, **options: Any) -
     ("options", "reason"),
     [
         ({"budget": None}, "budget=None asks for exact attention"),
-        ({"policy": "clusterkv", "dense_layers": 0}, "no GPU kernel supports policy='clusterkv'"),
+        ({"policy": "oracle", "dense_layers": 0}, "no GPU kernel supports policy='oracle'"),
         ({"epsilon": 0.1}, "no GPU kernel supports epsilon (got 0.1); set epsilon=None, or"),
     ],
 )

@@ -42,9 +42,7 @@ def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
     ]
 
 
-def emit_always_read(
-    spec: AttentionSpec, sparse: SparseSpec, unread: str, more: str = ""
-) -> str:
+def emit_always_read(spec: AttentionSpec, sparse: SparseSpec, unread: str, more: str = "") -> str:
     """Return `always_read`: sinks and recent tokens, and all from the slot `unread` on.
 
     `more` is ", name" for a parameter that the formula `unread` reads.

@@ -123,7 +123,12 @@ def _attend(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> list[
         "label": f"label_{number}, " if number else "",
     }
     attend = fill(
-        "uneven/attend.py.jinja", spec, **shared, number=number, kind=_kind(last), of_chunks=of_chunks
+        "uneven/attend.py.jinja",
+        spec,
+        **shared,
+        number=number,
+        kind=_kind(last),
+        of_chunks=of_chunks,
     )
     if not of_chunks:
         return [fill("uneven/note_new.py.jinja", spec), attend]

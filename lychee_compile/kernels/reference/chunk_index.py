@@ -54,7 +54,9 @@ class ChunkIndex(UnevenIndex):
         self.closed = torch.zeros_like(self.start, dtype=torch.bool)
         """Rows whose last chunk ends where they do, though nothing has decided that, bool [B]."""
         *above, last = self.stack.levels
-        empty = [empty_columns(each, batch, kv_heads, head_dim, device) for each in self.stack.levels]
+        empty = [
+            empty_columns(each, batch, kv_heads, head_dim, device) for each in self.stack.levels
+        ]
         self.clusters: list[Columns] = empty[:-1]
         """Numbers of the clusters of each level, from coarse to fine."""
         self.fields = {name: empty[-1][name] for name in last.fields}
@@ -73,7 +75,7 @@ class ChunkIndex(UnevenIndex):
         return torch.maximum(torch.minimum(self.tail, behind), self.start)
 
     def extend(self, key: Tensor, end: Tensor) -> None:
-        """Cut new tokens into chunks, as far as cuts are decided, and fit clusters if it is time."""
+        """Cut new tokens into chunks, as far as cuts are decided; fit clusters if it is time."""
         self.end, chunk = end.clone(), self.settings.chunk
         self.closed = self.closed & (self.open == end)
         due = self.open + chunk[1] < end
@@ -104,7 +106,9 @@ class ChunkIndex(UnevenIndex):
         mean = mean_of_chunks(key, self.span, self.start, chunk)
         count, self.fitted = int(used.sum(1).max()), self.end.clone()
         rebuild = count >= REBUILD * self.clustered
-        self.labels = label_chunks(above, mean, tokens, None if rebuild else self.labels, self.settings)
+        self.labels = label_chunks(
+            above, mean, tokens, None if rebuild else self.labels, self.settings
+        )
         self.clustered = count if rebuild else self.clustered
         of_slot = numbers_of_slots(self.span, used, int(self.end.max()), chunk)
         before = torch.arange(of_slot.shape[1], device=key.device) < self.start[:, None]
@@ -146,8 +150,7 @@ class ChunkIndex(UnevenIndex):
             columns["tokens"] = torch.where(wide, 0, columns["tokens"])
 
     def rewrite(self, key: Tensor, slots: Tensor) -> None:
-        """Summarise anew the chunks of `slots`, int64 [B, T]; -1 is none. They leave their cluster.
-        """
+        """Summarise anew the chunks of `slots`, int64 [B, T]; -1 is none. They leave clusters."""
         of_slot = numbers_of_slots(self.span, self.span > 0, key.shape[2], self.settings.chunk)
         number = torch.where(slots >= 0, of_slot.gather(1, slots.clamp(min=0)), -1)
         self._summarise(key, number.clamp(min=0), number >= 0)
@@ -175,7 +178,9 @@ class ChunkIndex(UnevenIndex):
         begin = torch.maximum(low[:, None], question.begin[..., None])[:, None]
         behind = torch.minimum((low + length)[:, None], question.end[..., None])[:, None]
         size = torch.where(possible, behind - begin, 0)
-        order = rank.masked_fill(~possible, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        order = rank.masked_fill(~possible, -torch.inf).argsort(
+            dim=-1, descending=True, stable=True
+        )
         size = size.gather(-1, order)
         left = question.room[..., None] - (size.cumsum(-1) - size)
         taken = torch.minimum(left.clamp(min=0), size)
@@ -186,7 +191,9 @@ class ChunkIndex(UnevenIndex):
     def chunk_ranks(self, question: Question) -> tuple[Tensor, Tensor]:
         """Return the log share of each chunk, and which can be chosen: [B, Hkv, Tq, N]."""
         looked_into: Tensor | None = None
-        for level, columns, label in zip(self.stack.levels, self.clusters, self.labels, strict=False):
+        for level, columns, label in zip(
+            self.stack.levels, self.clusters, self.labels, strict=False
+        ):
             if columns["tokens"].shape[2] > 0:
                 kept = self.keep(question, level, columns, looked_into)
                 looked_into = below(kept, label)
@@ -199,7 +206,9 @@ class ChunkIndex(UnevenIndex):
         """Return the largest bias of a slot of each chunk; clusters have none."""
         if question.visible.bias is None or begin.shape[-1] != self.span.shape[1]:
             return 0.0
-        zeros = question.query.new_zeros(1).expand(*question.query.shape[:3], question.visible.kv_len)
+        zeros = question.query.new_zeros(1).expand(
+            *question.query.shape[:3], question.visible.kv_len
+        )
         bias = question.finish(zeros)
         of_slot = numbers_of_slots(self.span, self._used(), bias.shape[-1], self.settings.chunk)
         place = torch.where(of_slot < 0, self.span.shape[1], of_slot)
@@ -229,7 +238,7 @@ class ChunkIndex(UnevenIndex):
         self.compared = torch.where(due, torch.maximum(self.compared, self.end), self.compared)
 
     def _summarise(self, key: Tensor, number: Tensor, used: Tensor) -> None:
-        """Take the fields of chunks `number`, int64 [B, M], where `used`; they are in no cluster."""
+        """Take the fields of chunks `number`, int64 [B, M], where `used`: they are in no cluster."""
         level, chunk = self.stack.levels[-1], self.settings.chunk
         summarise_chunks(level, key, self.span, number, used, self.start, chunk, self.fields)
         if self.labels:

@@ -23,8 +23,7 @@ Chunk = tuple[int, int]
 
 
 def bounds_of(span: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """Return first slot and length of each chunk, int64, for spans int32 [..., N]; length 0: none.
-    """
+    """Return first slot and length of each chunk, int64, of spans int32 [..., N]; 0: none."""
     number = torch.arange(span.shape[-1], device=span.device)
     return number * chunk[0] + (span >> 16), (span & 65535).long()
 
@@ -128,9 +127,7 @@ def stored_dtype(columns: Mapping[str, Tensor]) -> torch.dtype:
     return wide[0] if wide else torch.float32
 
 
-def mean_of_chunks(
-    key: Tensor, span: Tensor, start: Tensor, chunk: Chunk
-) -> Tensor:
+def mean_of_chunks(key: Tensor, span: Tensor, start: Tensor, chunk: Chunk) -> Tensor:
     """Return the mean key of every chunk, float32 [B, Hkv, N, D]; 0 for numbers without one."""
     numbers = torch.arange(span.shape[1], device=key.device).expand(span.shape[0], -1)
     found = []

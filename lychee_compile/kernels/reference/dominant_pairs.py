@@ -22,7 +22,7 @@ def fitted_tokens(tokens: Tensor) -> Tensor:
     on the steps in which they came.
     """
     exponent = torch.frexp(tokens.double()).exponent.long() - 1
-    return torch.where(tokens > 0, 2**exponent.clamp(min=0), 0)
+    return torch.where(tokens > 0, 2 ** exponent.clamp(min=0), 0)
 
 
 def channels_of(key: Tensor, tokens: Tensor, pairs: DominantPairs) -> Tensor:

@@ -132,7 +132,9 @@ def summaries(
     values["count"] = valid.sum(-1)[..., None, None].float()
     values["head_dim"] = torch.tensor(float(keys.shape[-1]))
     for name, summary in level.fields.items():
-        found[name] = values[name] = _rounded(level, name, evaluate(summary, algebra, values), stored)
+        found[name] = values[name] = _rounded(
+            level, name, evaluate(summary, algebra, values), stored
+        )
     width = {name: keys.shape[-1] if wide else 1 for name, wide in level.channels.items()}
     return {
         name: value[..., 0, :].expand(*keys.shape[:-2], width[name])

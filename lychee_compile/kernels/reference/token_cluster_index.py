@@ -64,9 +64,7 @@ class TokenClusterIndex(UnevenIndex):
         self.taken = before + torch.where(count > 0, fresh, 0)[:, None]
         self.columns = with_room(self.columns, int(self.taken.max()))
         slots = min(last, key.shape[2])
-        write_columns(
-            self.stack.levels[0], key, self.label[:, :, :slots], self.columns, before
-        )
+        write_columns(self.stack.levels[0], key, self.label[:, :, :slots], self.columns, before)
 
     def truncate(self, keep: Tensor) -> None:
         """Forget the tokens from position `keep`, int64 [B], on."""
@@ -94,9 +92,7 @@ class TokenClusterIndex(UnevenIndex):
         if not bool(touched.any()):
             return
         columns = {name: torch.zeros_like(held) for name, held in self.columns.items()}
-        write_columns(
-            self.stack.levels[0], key, label, columns, torch.zeros_like(self.taken)
-        )
+        write_columns(self.stack.levels[0], key, label, columns, torch.zeros_like(self.taken))
         for name, held in self.columns.items():
             mask = F.pad(touched, (0, held.shape[2] - touched.shape[2]))
             mask = mask if held.dim() == 3 else mask[..., None]

@@ -52,9 +52,7 @@ class ChunkDeviceIndex(UnevenDeviceIndex):
         self.named["strength"][:rows, :, :last] = strength[:, None]
         self.named["span"][:rows] = span[:, None]
         into = self.columns(len(self.layout.stack.levels) - 1, rows)
-        summarise_chunks(
-            self.layout.stack.levels[-1], key, span, number, real, start, chunk, into
-        )
+        summarise_chunks(self.layout.stack.levels[-1], key, span, number, real, start, chunk, into)
         self.clustered = 0
         if last >= REFIT:
             self._fit(key, end)

@@ -59,14 +59,12 @@ def run_uneven(
     if not isinstance(layout, UnevenLayout):
         raise TypeError(f"kernels of uneven groups read the index of an UnevenLayout: {layout!r}")
     step = SparseStep(module, operands, index, tuning)
-    sizes = [
-        _sizes(module, number, items, step.rows) for number, items in enumerate(layout.groups)
-    ]
+    sizes = [_sizes(module, number, items, step.rows) for number, items in enumerate(layout.groups)]
     arguments = _arguments(step, layout, sizes)
     if hasattr(module, "scan_window"):
-        tiles = arguments["tiles"]
+        grid = (step.rows, -(-layout.slots // WINDOW) + 1)
         own = {**arguments, "SEEN": WINDOW}
-        launch(module.scan_window, (step.rows, tiles + 1), own, num_warps=4, num_stages=1)
+        launch(module.scan_window, grid, own, num_warps=4, num_stages=1)
     for number in range(len(sizes)):
         _rank(step, sizes, number, arguments)
     if layout.of_chunks:
@@ -82,9 +80,7 @@ def _sizes(module: ModuleType, number: int, items: int, rows: int) -> _Sizes:
     return _Sizes(items, steps, -(-scans // steps), -(-items // module.RANKED.value))
 
 
-def _arguments(
-    step: SparseStep, layout: UnevenLayout, sizes: list[_Sizes]
-) -> dict[str, object]:
+def _arguments(step: SparseStep, layout: UnevenLayout, sizes: list[_Sizes]) -> dict[str, object]:
     """Return the arguments that the kernels of all levels share, by name."""
     rows, want = step.rows, step.wanted.want
     for number, size in enumerate(sizes):
