@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -45,7 +45,7 @@ class SparseSpec:
     coverage: float | None = None
     """Share of the softmax, as shares estimate it, at which choosing ends below 1; None: as many
     tokens are read as the budget allows."""
-    groups: GroupSettings = GroupSettings()
+    groups: GroupSettings = field(default_factory=GroupSettings)
     """How chunks are cut and clusters are made."""
 
 

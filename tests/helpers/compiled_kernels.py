@@ -27,11 +27,12 @@ KERNELS = {
     "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192},
     "encode": {"BLOCK": 8192},
     "record_fingerprints": {},
-    "scan_0": {"STEPS": 4},
-    "scan_1": {"STEPS": 4},
-    "rank_0": {"TILES": 16, "SCAN_TILES": 16},
-    "rank_1": {"TILES": 16, "SCAN_TILES": 16},
-    "list_0": {"TILES": 16, "LOTS": 16},
+    "scan_window": {"SEEN": 4096},
+    **{f"scan_{number}": {"STEPS": 4, "TILES": 16} for number in range(3)},
+    **{f"rank_{number}": {"TILES": 16, "SCAN_TILES": 16} for number in range(3)},
+    **{f"keep_{number}": {"TILES": 16, "LOTS": 16} for number in range(2)},
+    **{f"list_{number}": {"TILES": 16, "LOTS": 16} for number in range(3)},
+    "spread_0": {"TILES": 16},
 }
 """Kernels of decoding, with the constants that are fixed when they are launched."""
 TILE_KERNELS = {
@@ -44,9 +45,10 @@ TILE_KERNELS = {
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
-    "*u8": "fine coarse pages page_bins group_bins bins held sighted read",
+    "*u8": "fine coarse pages page_bins group_bins bins parents strength held sighted read",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
-    "channels candidates candidate_count listed listed_count chosen_list edge chosen counts",
+    "channels candidates candidate_count listed listed_count chosen_list edge chosen counts "
+    "span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1",
     "*i64": "positions head_mass",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
@@ -103,7 +105,8 @@ def main(*names: str) -> None:
                 continue
             for capability in (80, 90) if ampere and "attend" in kernel else (90,):
                 hopper = capability == 90
-                paged = (hopper and hasattr(module, "scan_pages")) or hasattr(module, "list_0")
+                listed = any(hasattr(module, f"list_{number}") for number in range(3))
+                paged = (hopper and hasattr(module, "scan_pages")) or listed
                 more = constants | {"EARLY": hopper, "PAGED": paged}
                 made = compiled(getattr(module, kernel), spec, more, capability)
                 shared[f"{name}.{kernel}.{capability}"] = made.metadata.shared

@@ -26,7 +26,10 @@ MASK = Flag(sympy.Indexed(sympy.IndexedBase("mask"), B, 0, Q, KV))
 MASK_BY_HEAD = Flag(sympy.Indexed(sympy.IndexedBase("mask"), B, H, Q, KV))
 SLOPE = sympy.Indexed(sympy.IndexedBase("slopes"), H)
 SPARSE = SparseSpec("lychee", 1024, sinks=16, recent=64, overfetch=16, flat_tokens=65536)
-QUEST, HISA, FASA = (replace(SPARSE, policy=name) for name in ("quest", "hisa", "fasa"))
+QUEST, HISA, FASA, DHSA, LYCHEECLUSTER, CLUSTERKV = (
+    replace(SPARSE, policy=name)
+    for name in ("quest", "hisa", "fasa", "dhsa", "lycheecluster", "clusterkv")
+)
 
 SPECS = {
     "exact_causal": AttentionSpec(
@@ -85,6 +88,29 @@ SPECS = {
     ),
     "fasa_odd_sizes": AttentionSpec(
         "float16", 3, 80, 64, S / math.sqrt(80), POSITION >= KV, (LENGTH,), sparse=FASA
+    ),
+    "lycheecluster_llama": AttentionSpec(
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,), sparse=LYCHEECLUSTER
+    ),
+    "dhsa_slopes_mask_odd_sizes": AttentionSpec(
+        "float16",
+        3,
+        80,
+        64,
+        S / math.sqrt(80) + SLOPE * (KV - POSITION),
+        sympy.And(MASK, POSITION >= KV),
+        (Captured("mask", "bool", 4), LENGTH, Captured("slopes", "float32", 1)),
+        sparse=DHSA,
+    ),
+    "clusterkv_mask_by_head": AttentionSpec(
+        "float32",
+        2,
+        64,
+        64,
+        S / 8,
+        sympy.And(MASK_BY_HEAD, POSITION >= KV),
+        (Captured("mask", "bool", 4), LENGTH),
+        sparse=CLUSTERKV,
     ),
     "prefill_llama": AttentionSpec(
         "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("lychee", 16, 64)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.levels.declaration import Keep, Pages
-from lychee_compile.kernels.policies.decode.clusterkv import ClusterKVIndex
+from lychee_compile.kernels.levels.groups import TokenClusters
+from lychee_compile.kernels.policies.decode.clusterkv import CLUSTERKV
 from lychee_compile.kernels.policies.decode.hisa import HISA
-from lychee_compile.kernels.reference.level_index import level_index
+from lychee_compile.kernels.reference.declared_index import declared_index
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import select
 
@@ -33,11 +34,16 @@ SMALL_HISA = dataclasses.replace(
     ),
 )
 """HISA with blocks of 8 tokens, and at least 3 of them as candidates."""
-SmallHISA = level_index("small_hisa", SMALL_HISA)
+SmallHISA = declared_index("small_hisa", SMALL_HISA)
 
 
-class SmallClusterKV(ClusterKVIndex):
-    tokens_per_cluster, window = 10, 40
+SMALL_CLUSTERS = TokenClusters(size=10, window=40)
+SmallClusterKV = declared_index(
+    "small_clusterkv",
+    dataclasses.replace(
+        CLUSTERKV, levels=(dataclasses.replace(CLUSTERKV.levels[0], groups=SMALL_CLUSTERS),)
+    ),
+)
 
 
 @dataclasses.dataclass

@@ -71,7 +71,7 @@ class UnevenCase(Case):
 
 
 class UnevenSteps(Steps):
-    """A cache that is written step by step, the index of the kernels, and that of the plain form."""
+    """A cache written step by step, the index of the kernels, and that of the plain form."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -86,7 +86,8 @@ SMALL = {
 }  # fmt: skip
 """Stacks with groups so small that a short cache has many of them."""
 DECLARED = [each.name for each in registry.policies()
-            if each.levels is not None and each.name in policies_with_kernels()]  # fmt: skip
+            if each.levels is not None and not each.levels.uneven
+            and each.name in policies_with_kernels()]  # fmt: skip
 POLICIES = [*DECLARED, *SMALL]
 EXAMPLES = max(settings().max_examples // 6, 1)
 """Interpreted kernels are slow."""

@@ -248,7 +248,7 @@ def test_what_has_no_kernel_is_refused(monkeypatch):
     spec = make_quest(Sizes(1, 1, 2, 1, 64, 32)).spec
     for policy, reason in (
         ("odd", "no Triton form of the power 0.3"),
-        ("clusterkv", "'clusterkv' has no kernels; lychee have"),
+        ("oracle", "'oracle' has no kernels; lychee have"),
     ):
         with pytest.raises(ValueError, match=reason):
             emit_module(replace(spec, sparse=replace(spec.sparse, policy=policy)))

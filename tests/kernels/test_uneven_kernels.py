@@ -71,6 +71,8 @@ SMALL = {
 POLICIES = ["dhsa", "lycheecluster", *SMALL]
 EXAMPLES = max(settings().max_examples // 6, 1)
 """Interpreted kernels are slow."""
+SEEN = [each for each in MASKS if each not in ("none", "mask by head")]
+"""Masks that kernels and the plain form see alike."""
 ROWS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1)]
 """Batch, KV heads and query positions."""
 
@@ -100,9 +102,7 @@ def cases(draw) -> tuple[UnevenCase, int]:
         sinks=draw(st.integers(0, 4)),
         recent=draw(st.integers(1, 9)),
         dtype=draw(st.sampled_from(sorted(DTYPES))),
-        mask=draw(
-            st.sampled_from([each for each in MASKS if each not in ("none", "mask by head")])
-        ),
+        mask=draw(st.sampled_from(SEEN)),
         score=draw(st.sampled_from(["scaled", "soft-cap"])),
         seed=draw(st.integers(0, 99)),
     )

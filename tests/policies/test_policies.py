@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plain_caches import SmallClusterKV, SmallHISA
+from plain_caches import SMALL_CLUSTERS, SmallClusterKV, SmallHISA
 from strategies import (
     CPU,
     DTYPES,
@@ -201,9 +201,9 @@ def test_clusters_hold_each_token_once_and_the_mean_of_theirs(shape, config, dat
         index.extend(cache.key, cache.end)
         for row in range(shape.batch):
             first, tail = int(index.start[row]) + config.sinks, int(index.tail[row])
-            assert int(cache.end[row]) - max(tail, first) < SmallClusterKV.window
+            assert int(cache.end[row]) - max(tail, first) < SMALL_CLUSTERS.window
             for head in range(shape.kv_heads):
-                label = index.cluster[row, head]
+                label = index.label[row, head]
                 assert (label[first:tail] >= 0).all()
                 assert (label[:first] < 0).all()
                 assert (label[max(first, tail) :] < 0).all()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from plain_caches import SCALE, SmallClusterKV, between, cut, plain, shares
+from plain_caches import SCALE, SMALL_CLUSTERS, SmallClusterKV, between, cut, plain, shares
 from strategies import CPU, random
 from torch.nn.functional import cosine_similarity as cosine
 
@@ -40,8 +40,8 @@ def clusters_of(key, ends, sinks):
     done, clusters, closest = sinks, [], torch.inf
     for end in ends:
         waiting = end - done
-        if waiting >= (SmallClusterKV.window if clusters else SmallClusterKV.tokens_per_cluster):
-            count = waiting // SmallClusterKV.tokens_per_cluster
+        if waiting >= (SMALL_CLUSTERS.window if clusters else SMALL_CLUSTERS.size):
+            count = waiting // SMALL_CLUSTERS.size
             fresh, margin = k_means(key[done:end], count)
             clusters += [[done + token for token in cluster] for cluster in fresh]
             done, closest = end, min(closest, margin)
@@ -92,7 +92,7 @@ def test_clusterkv_has_the_sizes_of_its_paper():
     for end, tail, clusters in ((816, 816, 10), (1135, 816, 10), (1136, 1136, 14)):
         index.extend(key, torch.tensor([end]))
         assert index.tail.tolist() == [tail]
-        assert len(index.cluster[index.cluster >= 0].unique()) == clusters
+        assert len(index.label[index.label >= 0].unique()) == clusters
 
 
 def test_hisa_looks_into_64_blocks_of_128_tokens():

@@ -25,7 +25,8 @@ from lychee_compile.kernels.levels.expressions import (
     weighted_mean,
 )
 from lychee_compile.kernels.policies.registry import index_class
-from lychee_compile.kernels.reference.level_index import LevelIndex, level_index
+from lychee_compile.kernels.reference.declared_index import declared_index
+from lychee_compile.kernels.reference.level_index import LevelIndex
 from lychee_compile.kernels.reference.level_values import bound, estimate, summaries
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import select
@@ -48,7 +49,7 @@ TWO = LevelStack(
     ),
     recent=1,
 )  # fmt: skip
-TwoLevels = level_index("two", TWO)
+TwoLevels = declared_index("two", TWO)
 
 
 def make(index_type: type[LevelIndex], **given: object) -> LevelIndex:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
-from lychee_compile.kernels.gpu.methods import notices_writes
+from lychee_compile.kernels.gpu.methods import notices_writes, settings_of
 from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
 from lychee_compile.kernels.trust import Trust
@@ -70,9 +70,12 @@ class CacheUse:
     """Name of the policy whose kernels read the index."""
 
     @property
-    def kind(self) -> IndexLayout | str:
-        """Layout, or else policy: graphs that share an index must have the same kind."""
-        return self.policy if self.layout is None else self.layout
+    def kind(self) -> Hashable:
+        """Layout, or else policy and settings: graphs that share an index have the same kind."""
+        if self.layout is not None:
+            return self.layout
+        settings = settings_of(self.kernel)
+        return self.policy if settings is None else (self.policy, settings)
 
 
 class IndexLifecycle(ABC):

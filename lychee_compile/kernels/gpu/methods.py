@@ -94,11 +94,16 @@ def layout_for(kernel: str, key: Tensor) -> IndexLayout:
 
     `key` is [B, Hkv, L, D].
     """
-    module = load(kernel)
-    method = gpu_method(module.POLICY)
-    if isinstance(method, UnevenMethod):
-        return method.layout_with(GroupSettings(*module.SETTINGS), key)
+    method, settings = method_of_kernel(kernel), settings_of(kernel)
+    if isinstance(method, UnevenMethod) and settings is not None:
+        return method.layout_with(settings, key)
     return method.layout_of(key)
+
+
+def settings_of(kernel: str) -> GroupSettings | None:
+    """Return the settings of the groups of a generated module; None if they do not vary."""
+    settings = getattr(load(kernel), "SETTINGS", None)
+    return None if settings is None else GroupSettings(*settings)
 
 
 def new_index(layout: IndexLayout, device: torch.device) -> DeviceIndex:

@@ -75,7 +75,7 @@ class ChunkIndex(UnevenIndex):
         return torch.maximum(torch.minimum(self.tail, behind), self.start)
 
     def extend(self, key: Tensor, end: Tensor) -> None:
-        """Cut new tokens into chunks, as far as cuts are decided, and fit clusters if it is time."""
+        """Cut new tokens into chunks, as far as cuts are decided; fit clusters if it is time."""
         self.end, chunk = end.clone(), self.settings.chunk
         self.closed = self.closed & (self.open == end)
         due = self.open + chunk[1] < end
@@ -150,7 +150,7 @@ class ChunkIndex(UnevenIndex):
             columns["tokens"] = torch.where(wide, 0, columns["tokens"])
 
     def rewrite(self, key: Tensor, slots: Tensor) -> None:
-        """Summarise anew the chunks of `slots`, int64 [B, T]; -1 is none. They leave their cluster."""
+        """Summarise anew the chunks of `slots`, int64 [B, T]; -1 is none. They leave clusters."""
         of_slot = numbers_of_slots(self.span, self.span > 0, key.shape[2], self.settings.chunk)
         number = torch.where(slots >= 0, of_slot.gather(1, slots.clamp(min=0)), -1)
         self._summarise(key, number.clamp(min=0), number >= 0)
@@ -238,7 +238,7 @@ class ChunkIndex(UnevenIndex):
         self.compared = torch.where(due, torch.maximum(self.compared, self.end), self.compared)
 
     def _summarise(self, key: Tensor, number: Tensor, used: Tensor) -> None:
-        """Take the fields of chunks `number`, int64 [B, M], where `used`; they are in no cluster."""
+        """Take the fields of chunks `number`, int64 [B, M], where `used`: they are in no cluster."""
         level, chunk = self.stack.levels[-1], self.settings.chunk
         summarise_chunks(level, key, self.span, number, used, self.start, chunk, self.fields)
         if self.labels:

@@ -23,7 +23,7 @@ Chunk = tuple[int, int]
 
 
 def bounds_of(span: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """Return first slot and length of each chunk, int64, for spans int32 [..., N]; length 0: none."""
+    """Return first slot and length of each chunk, int64, of spans int32 [..., N]; 0: none."""
     number = torch.arange(span.shape[-1], device=span.device)
     return number * chunk[0] + (span >> 16), (span & 65535).long()
 

@@ -111,7 +111,8 @@ def labels_of_slots(labels: Sequence[Tensor], chunk: Tensor) -> list[Tensor]:
     `labels` go from coarse to fine; `chunk`, int64 [B, L], is the chunk of each slot, or -1.
     """
     heads = labels[-1].shape[1]
-    below, found = chunk[:, None].expand(-1, heads, -1), []
+    found: list[Tensor] = []
+    below = chunk[:, None].expand(-1, heads, -1)
     for label in reversed(labels):
         below = torch.where(below >= 0, label.long().gather(2, below.clamp(min=0)), -1)
         found.insert(0, below)

@@ -10,9 +10,9 @@ from lychee_compile.kernels.reference.token_cluster_index import TokenClusterInd
 from lychee_compile.kernels.reference.uneven_index import UnevenIndex
 
 
-def declared_index(name: str, stack: LevelStack) -> type[LevelIndex] | type[UnevenIndex]:
+def declared_index(name: str, stack: LevelStack) -> type[LevelIndex | UnevenIndex]:
     """Return the class of the indexes of a declared policy, called after the policy `name`."""
-    base: type[LevelIndex] | type[UnevenIndex] = LevelIndex
+    base: type[LevelIndex | UnevenIndex] = LevelIndex
     if stack.uneven:
         of_tokens = isinstance(stack.levels[-1].groups, TokenClusters)
         base = TokenClusterIndex if of_tokens else ChunkIndex

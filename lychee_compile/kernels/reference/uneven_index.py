@@ -124,7 +124,7 @@ def empty_columns(
 ) -> Columns:
     """Return the numbers of no cluster: `tokens`, `first` and `end`, and the fields by name."""
     none = torch.zeros(batch, heads, 0, dtype=torch.int64, device=device)
-    columns = {name: none for name in ("tokens", "first", "end")}
+    columns = dict.fromkeys(("tokens", "first", "end"), none)
     for name, wide in level.channels.items():
         columns[name] = torch.zeros(batch, heads, 0, head_dim if wide else 1, device=device)
     return columns

@@ -62,9 +62,9 @@ def run_uneven(
     sizes = [_sizes(module, number, items, step.rows) for number, items in enumerate(layout.groups)]
     arguments = _arguments(step, layout, sizes)
     if hasattr(module, "scan_window"):
-        tiles = arguments["tiles"]
+        grid = (step.rows, -(-layout.slots // WINDOW) + 1)
         own = {**arguments, "SEEN": WINDOW}
-        launch(module.scan_window, (step.rows, tiles + 1), own, num_warps=4, num_stages=1)
+        launch(module.scan_window, grid, own, num_warps=4, num_stages=1)
     for number in range(len(sizes)):
         _rank(step, sizes, number, arguments)
     if layout.of_chunks:

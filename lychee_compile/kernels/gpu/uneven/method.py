@@ -51,5 +51,5 @@ class UnevenMethod:
         index: IndexOperands,
         tuning: Tuning | None = None,
     ) -> Tensor:
-        """Return attention over the best groups, [B, Hq, T, Dv], and index the keys just written."""
+        """Return attention over the best groups, [B, Hq, T, Dv], and index new keys."""
         return run_uneven(module, operands, index, tuning)

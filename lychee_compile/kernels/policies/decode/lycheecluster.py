@@ -35,10 +35,10 @@ inequality no key scores above q.c + |q| r, and groups are ranked by this bound 
 Only the clusters of the best units are looked into, and only the chunks of the best clusters. The
 best chunks are read whole. A chunk that decoding completes is grafted onto the nearest cluster.
 
-Not as in the paper: chunks end where neighbouring keys differ or, on a CPU, at boundaries that token
-ids tell. Query heads that share a KV head choose together, by the mean of their softmax shares over
-groups, where one key of a group stands for all. The paper keeps a number of units and clusters; here
-they are kept until they hold 16 and 4 times the tokens of the budget. The last chunk is cut to the
-budget. Chunks are grafted some at a time, every 256 tokens or more, and are looked into whatever
-the clusters say until then; all are clustered anew when they are twice as many.
+Not as in the paper: chunks end where neighbouring keys differ or, on a CPU, at boundaries that
+token ids tell. Query heads that share a KV head choose together, by the mean of their softmax
+shares over groups, where one key of a group stands for all. The paper keeps a number of units and
+clusters; here they are kept until they hold 16 and 4 times the tokens of the budget. The last chunk
+is cut to the budget. Chunks are grafted some at a time, every 256 tokens or more, and are looked
+into whatever the clusters say until then; all are clustered anew when they are twice as many.
 """
