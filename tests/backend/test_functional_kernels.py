@@ -74,7 +74,9 @@ def test_masks_hide_what_they_hide(kind: str) -> None:
     if kind == "additive":
         mask = torch.where(mask, torch.linspace(-1, 1, 120), -torch.inf)
     if kind == "by head":
-        mask = mask & (torch.rand(1, 4, count, 120, generator=torch.Generator().manual_seed(1)) < 0.8)
+        mask = mask & (
+            torch.rand(1, 4, count, 120, generator=torch.Generator().manual_seed(1)) < 0.8
+        )
     if kind == "lengths":
         lengths = torch.tensor([120, 90])
         mask = (torch.arange(120) < lengths[:, None])[:, None, None].expand(2, 1, count, 120)

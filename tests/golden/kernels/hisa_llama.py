@@ -195,15 +195,20 @@ SCANNED_1 = tl.constexpr(128)  # groups of level 1 scored at a time
 
 
 @triton.jit
+def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
+    """Return the slots that this step has written, int32 [16], filled up with `nothing`."""
+    number = tl.arange(0, 16)
+    slot = tl.load(positions + b * stride_b + number * stride_t, mask=number < written, other=0)
+    slot = tl.where(slot < 0, slot + kv_len, slot).to(tl.int32)
+    return tl.where(number < written, slot, nothing)
+
+
+@triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
     fresh = tl.load(header + 1 + b)
     if written > 0:
-        number = tl.arange(0, 16)
-        slot = tl.load(
-            positions + b * stride_b + number * stride_t, mask=number < written, other=2**30
-        ).to(tl.int32)
-        fresh = tl.min(tl.where(slot < 0, slot + kv_len, slot), 0)
+        fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh
 
 
@@ -267,6 +272,23 @@ def threshold(histogram, room, read=0):
     found = tl.max(tl.where(through > room, all_three, 0), 0)
     above = (found >> 27 & 0x7FFFFFF).to(tl.int32)
     return (found >> 54).to(tl.int32), -(above - room), (found & 0x7FFFFFF).to(tl.int32)
+
+
+@triton.jit
+def fresh_seen(
+    positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+):
+    """Return the first slot that this step has written and the query sees, else `fresh_from`."""
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    if written > 1:
+        slot = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, 2**30
+        )
+        inside = slot < kv_len
+        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
+        own = tl.min(tl.where(seen, slot, 2**30), 0)
+        fresh = tl.where(own < 2**30, own, fresh)
+    return fresh
 
 
 @triton.jit
@@ -346,15 +368,15 @@ def changed_keys(keys, slot, inside, fingerprints):
 @triton.jit
 def check_sample(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fingerprints, positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
     b, kv_head, slots, kv_heads, kv_len,
 ):
     """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
 
     The sample has the NEWEST keys, which whoever appends has written, and others at equal
-    distances, which each step and each KV head begins elsewhere. This step already reads all keys.
+    distances, which each step and each KV head begins elsewhere. All are before `fresh`, and none
+    was written by this step. This step already reads all keys.
     """
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     fresh = tl.minimum(fresh, kv_len)
     trust = tl.load(header)
     if trust > 1:
@@ -370,7 +392,13 @@ def check_sample(
         place = place + slot[:, None] * stride_l + d[None, :] * stride_d
         keys = tl.load(place, mask=(d < HEAD_DIM)[None, :], other=0.0)
         fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-        if tl.max(changed_keys(keys, slot, slot < fresh, fingerprints), 0) > 0:
+        inside = slot < fresh
+        if written > 1:
+            new = written_slots(
+                positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+            )
+            inside &= tl.max((slot[:, None] == new[None, :]).to(tl.int32), 1) == 0
+        if tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0:
             tl.store(header, 0)
 
 
@@ -419,11 +447,14 @@ summary_mean, scores, totals, counts, counts_stride, histogram,
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
     if tile == tiles:
-        if t == 0:
+        if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
             check_sample(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
                 b, kv_head, slots, kv_heads, kv_len,
             )
         return
@@ -432,7 +463,6 @@ summary_mean, scores, totals, counts, counts_stride, histogram,
     )
     key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
     space = (b * kv_heads + kv_head).to(tl.int64) * (slots // SIZE_0)
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     first, end = seen_range(b, t, kv_len, length)
     known = tl.minimum(end, fresh)
     g = tl.arange(0, ROWS)
@@ -482,7 +512,9 @@ def rank_0(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
     first, begin, stop, _ = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
@@ -571,12 +603,14 @@ scores, totals, counts, counts_stride, histogram,
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
     key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
     space = (b * kv_heads + kv_head).to(tl.int64) * (slots // SIZE_1)
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     first, end = seen_range(b, t, kv_len, length)
     known = tl.minimum(end, fresh)
     g = tl.arange(0, ROWS)
@@ -624,7 +658,9 @@ def rank_1(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
     first, begin, stop, _ = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
@@ -676,8 +712,11 @@ def summarise_new(
             at = space * (slots // SIZE_0) + group
             field_mean = (over_0_0 / 128)
             tl.store(summary_mean + at * HEAD_DIM + d, field_mean.to(summary_mean.dtype.element_ty), mask=inside)
-        if kv_head == 0:
-            tl.store(header + 1 + b, slot + 1)
+    if (kv_head == 0) & (written > 0):
+        last = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+        )
+        tl.store(header + 1 + b, tl.max(last, 0) + 1)
 
 
 @triton.jit
@@ -719,8 +758,8 @@ def attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         result = tl.zeros([ROWS, WIDTH], tl.float32)
-        fresh = fresh_from(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_len
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
         )
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()

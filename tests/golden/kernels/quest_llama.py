@@ -272,6 +272,23 @@ def threshold(histogram, room, read=0):
 
 
 @triton.jit
+def fresh_seen(
+    positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+):
+    """Return the first slot that this step has written and the query sees, else `fresh_from`."""
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    if written > 1:
+        slot = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, 2**30
+        )
+        inside = slot < kv_len
+        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
+        own = tl.min(tl.where(seen, slot, 2**30), 0)
+        fresh = tl.where(own < 2**30, own, fresh)
+    return fresh
+
+
+@triton.jit
 def due(left, own, at_cut):
     """Return how many of our `own` items at the cut are chosen, if `left` of all `at_cut` are."""
     return (left * own // tl.maximum(at_cut, 1)).to(tl.int32)
@@ -290,23 +307,6 @@ def choose_by_bin(entry, cut, left, at_cut):
     ours = due(left, total & 65535, at_cut)
     chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
     return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
-
-
-@triton.jit
-def fresh_seen(
-    positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
-):
-    """Return the first slot that this step has written and the query sees, else `fresh_from`."""
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
-    if written > 1:
-        slot = written_slots(
-            positions, position_stride_b, position_stride_t, written, b, kv_len, 2**30
-        )
-        inside = slot < kv_len
-        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
-        own = tl.min(tl.where(seen, slot, 2**30), 0)
-        fresh = tl.where(own < 2**30, own, fresh)
-    return fresh
 
 
 @triton.jit
@@ -461,7 +461,6 @@ summary_least, summary_greatest, scores, totals, counts, counts_stride, histogra
     )
     key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
     space = (b * kv_heads + kv_head).to(tl.int64) * (slots // SIZE_0)
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     first, end = seen_range(b, t, kv_len, length)
     known = tl.minimum(end, fresh)
     g = tl.arange(0, ROWS)
@@ -511,7 +510,9 @@ def rank_0(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
     first, begin, stop, _ = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
@@ -548,7 +549,9 @@ def list_0(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
@@ -611,8 +614,11 @@ def summarise_new(
             tl.store(summary_least + at * HEAD_DIM + d, field_least.to(summary_least.dtype.element_ty), mask=inside)
             field_greatest = over_0_1
             tl.store(summary_greatest + at * HEAD_DIM + d, field_greatest.to(summary_greatest.dtype.element_ty), mask=inside)
-        if kv_head == 0:
-            tl.store(header + 1 + b, slot + 1)
+    if (kv_head == 0) & (written > 0):
+        last = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+        )
+        tl.store(header + 1 + b, tl.max(last, 0) + 1)
 
 
 @triton.jit

@@ -213,15 +213,20 @@ HEADS = tl.constexpr(4)  # query heads of a group, up to a power of two
 
 
 @triton.jit
+def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
+    """Return the slots that this step has written, int32 [16], filled up with `nothing`."""
+    number = tl.arange(0, 16)
+    slot = tl.load(positions + b * stride_b + number * stride_t, mask=number < written, other=0)
+    slot = tl.where(slot < 0, slot + kv_len, slot).to(tl.int32)
+    return tl.where(number < written, slot, nothing)
+
+
+@triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
     fresh = tl.load(header + 1 + b)
     if written > 0:
-        number = tl.arange(0, 16)
-        slot = tl.load(
-            positions + b * stride_b + number * stride_t, mask=number < written, other=2**30
-        ).to(tl.int32)
-        fresh = tl.min(tl.where(slot < 0, slot + kv_len, slot), 0)
+        fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh
 
 
@@ -239,16 +244,21 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def bins_of(value, total, possible):
-    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits.
+def shares_of(value, total):
+    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
+
+
+@triton.jit
+def bins_of_shares(share, possible):
+    """Return the bin of each item's share [N].
 
     There are eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
     An item that is not `possible` [N] is in the first bin.
     """
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    share = tl.gather(share, tl.arange(0, value.shape[1]), 0)
     place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
     return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
 
@@ -324,7 +334,8 @@ def note_left_out(histogram, limits, each: tl.constexpr):
     place = tl.arange(0, BINS)
     cut, left, at_cut = tl.load(limits), tl.load(limits + 1), tl.load(limits + 2)
     at_cut = tl.maximum(at_cut, 1)
-    out = tl.where(place < cut, 1.0, tl.where(place == cut, (at_cut - left).to(tl.float32) / at_cut, 0.0))
+    rest = (at_cut - left).to(tl.float32) / at_cut
+    out = tl.where(place < cut, 1.0, tl.where(place == cut, rest, 0.0))
     mass = tl.sum(mass_of_bins(tl.load(histogram + place)) * out, 0) * each
     small = tl.load(histogram + BINS) * tl.sum(tl.where(place == 1, out, 0.0), 0)
     mass = tl.minimum(mass, 1024.0) * 1048576.0 + small
@@ -365,9 +376,9 @@ def threshold_of_mass(histogram, room, log_always, whole, head_mass, read=0):
     enough = tl.max(tl.where((below <= limit) & (place > 1), place, 1), 0)
     in_bin = tl.sum(tl.where(place == enough, counts, 0), 0)
     higher = enough > cut
-    cut, left, at_cut = (
-        tl.where(higher, enough, cut), tl.where(higher, in_bin, left), tl.where(higher, in_bin, at_cut)
-    )
+    cut = tl.where(higher, enough, cut)
+    left = tl.where(higher, in_bin, left)
+    at_cut = tl.where(higher, in_bin, at_cut)
     nothing = whole_mass <= limit
     return tl.where(nothing, BINS - 1, cut), tl.where(nothing, 0, left), at_cut
 
@@ -401,6 +412,23 @@ def log_always(
 
 
 @triton.jit
+def fresh_seen(
+    positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+):
+    """Return the first slot that this step has written and the query sees, else `fresh_from`."""
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    if written > 1:
+        slot = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, 2**30
+        )
+        inside = slot < kv_len
+        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
+        own = tl.min(tl.where(seen, slot, 2**30), 0)
+        fresh = tl.where(own < 2**30, own, fresh)
+    return fresh
+
+
+@triton.jit
 def due(left, own, at_cut):
     """Return how many of our `own` items at the cut are chosen, if `left` of all `at_cut` are."""
     return (left * own // tl.maximum(at_cut, 1)).to(tl.int32)
@@ -419,6 +447,12 @@ def choose_by_bin(entry, cut, left, at_cut):
     ours = due(left, total & 65535, at_cut)
     chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
     return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
+
+
+@triton.jit
+def bins_of(value, total, possible):
+    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits."""
+    return bins_of_shares(shares_of(value, total), possible)
 
 
 @triton.jit
@@ -464,15 +498,15 @@ def changed_keys(keys, slot, inside, fingerprints):
 @triton.jit
 def check_sample(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fingerprints, positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
     b, kv_head, slots, kv_heads, kv_len,
 ):
     """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
 
     The sample has the NEWEST keys, which whoever appends has written, and others at equal
-    distances, which each step and each KV head begins elsewhere. This step already reads all keys.
+    distances, which each step and each KV head begins elsewhere. All are before `fresh`, and none
+    was written by this step. This step already reads all keys.
     """
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
     fresh = tl.minimum(fresh, kv_len)
     trust = tl.load(header)
     if trust > 1:
@@ -488,7 +522,13 @@ def check_sample(
         place = place + slot[:, None] * stride_l + d[None, :] * stride_d
         keys = tl.load(place, mask=(d < HEAD_DIM)[None, :], other=0.0)
         fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-        if tl.max(changed_keys(keys, slot, slot < fresh, fingerprints), 0) > 0:
+        inside = slot < fresh
+        if written > 1:
+            new = written_slots(
+                positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+            )
+            inside &= tl.max((slot[:, None] == new[None, :]).to(tl.int32), 1) == 0
+        if tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0:
             tl.store(header, 0)
 
 
@@ -545,7 +585,9 @@ def query_weights(
     mine = head_row.to(tl.int64) * blocks + tile
     tl.store(weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + kept[None, :], weight)
     tl.store(constants + mine * ROWS + g, constant)
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
     held = tl.minimum(fresh - tile * BLOCK, BLOCK)
     first = (tile * BLOCK + tl.zeros([1, 1], tl.int32))
     bits = score(of_block[:, None], b, heads[:, None], t, first, first < kv_len, length)
@@ -649,10 +691,13 @@ def scan_tokens(
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-        if t == 0:
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+        )
+        if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
             check_sample(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
                 b, kv_head, slots, kv_heads, kv_len,
             )
         return
@@ -666,7 +711,9 @@ def scan_tokens(
         packed, packed_coarse = load_codes(
             fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
         )
-        fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+        )
         if EARLY:
             tl.extra.cuda.gdc_wait()
         s = sketch_scores(
@@ -780,10 +827,13 @@ def scan_pages(
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-        if t == 0:
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+        )
+        if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
             check_sample(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
                 b, kv_head, slots, kv_heads, kv_len,
             )
         return
@@ -796,7 +846,9 @@ def scan_pages(
         page = tile * PER_BLOCK + tl.arange(0, PER_BLOCK)
         space = (b * kv_heads + kv_head).to(tl.int64) * (slots // PAGE)
         packed = load_pages(pages + space * FINE_BYTES, page, page * PAGE < slots)
-        fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+        )
         held = (page * PAGE < tl.minimum(end, fresh)) & (page * PAGE + PAGE > first)
         if EARLY:
             tl.extra.cuda.gdc_wait()
@@ -848,7 +900,9 @@ def scan_chosen(
     limits += head_row * 4
     space = (b * kv_heads + kv_head).to(tl.int64) * slots
     number, lane = tl.arange(0, PER_BLOCK), tl.arange(0, TURN * PAGE)
-    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -1038,9 +1092,12 @@ def encode_new(
             pages + (space * (slots // PAGE) + page) * FINE_BYTES + byte,
             (low | (high << 4)).to(tl.uint8), mask=byte < FINE_BYTES,
         )
-        if kv_head == 0:
-            tl.store(header + 1 + b, slot + 1)
         tl.debug_barrier()
+    if (kv_head == 0) & (written > 0):
+        last = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, -1
+        )
+        tl.store(header + 1 + b, tl.max(last, 0) + 1)
 
 
 @triton.jit
@@ -1084,8 +1141,8 @@ def attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         result = tl.zeros([ROWS, WIDTH], tl.float32)
-        fresh = fresh_from(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_len
+        fresh = fresh_seen(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
         )
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()

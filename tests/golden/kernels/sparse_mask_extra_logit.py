@@ -291,6 +291,23 @@ def threshold(histogram, room, read=0):
 
 
 @triton.jit
+def fresh_seen(
+    positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+):
+    """Return the first slot that this step has written and the query sees, else `fresh_from`."""
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    if written > 1:
+        slot = written_slots(
+            positions, position_stride_b, position_stride_t, written, b, kv_len, 2**30
+        )
+        inside = slot < kv_len
+        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        own = tl.min(tl.where(seen, slot, 2**30), 0)
+        fresh = tl.where(own < 2**30, own, fresh)
+    return fresh
+
+
+@triton.jit
 def due(left, own, at_cut):
     """Return how many of our `own` items at the cut are chosen, if `left` of all `at_cut` are."""
     return (left * own // tl.maximum(at_cut, 1)).to(tl.int32)
