@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 
 from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
-from lychee_compile.passes.detect.mask_reading import Reading
+from lychee_compile.passes.detect.masks.reading import Reading
 from lychee_compile.passes.graph.dataflow import module_path, operator_name, source_line
 from lychee_compile.passes.site import RejectedSite, Site
 from lychee_compile.passes.symbolic.axes import Axis

@@ -17,7 +17,7 @@ from tracing import Traced, evaluate, loads
 from lychee_compile.codegen.specification import KV, B, H, Q
 from lychee_compile.passes.detect import detect
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.mask_reading import Reading
+from lychee_compile.passes.detect.masks.reading import Reading
 from lychee_compile.passes.graph.normalise import normalise
 
 BATCH, HEADS, QUERIES, KEYS, DIM = 2, 2, 4, 6, 3

@@ -36,7 +36,7 @@ def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
     return [
         *library("bins", "written_slots", "fresh_from", "denominators", "shares_of"),
-        *library("bins", "bins_of_shares", "count_bins", "threshold"),
+        *library("bins", "bins_of_shares", "threshold"),
         *(_emit_mass(spec) if sparse.coverage is not None else []),
         fill("decode/fresh_seen.py.jinja", spec),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
@@ -72,6 +72,6 @@ def emit_selection(spec: AttentionSpec, unread: str = "fresh") -> list[str]:
     return [
         fill("decode/selection.py.jinja", spec, **sizes),
         *emit_bins(spec, spec.sparse),
-        *library("bins", "bins_of"),
+        *library("bins", "bins_of", "count_bins"),
         emit_always_read(spec, spec.sparse, unread),
     ]

@@ -39,6 +39,7 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     return [
         _constants(spec, stack),
         *emit_bins(spec, sparse),
+        *(library("bins", "count_bins") if stack.levels else []),
         *(library("bins", "chosen_of_tiles") if is_listed else []),
         emit_always_read(spec, sparse, unread=unread),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),

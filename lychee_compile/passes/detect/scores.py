@@ -16,7 +16,7 @@ from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.specification import S
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect.hiding_levels import HidingLevels, every_row_sees_a_key
+from lychee_compile.passes.detect.masks.hiding_levels import HidingLevels, every_row_sees_a_key
 from lychee_compile.passes.detect.operands import Operand, Place
 from lychee_compile.passes.detect.score import Bias, Mask, Score, exclusive, hides, without_hiding
 from lychee_compile.passes.detect.score_trace import Step, Trace

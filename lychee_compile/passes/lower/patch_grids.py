@@ -23,7 +23,7 @@ import torch.fx
 from lychee_compile.codegen.specification import Q
 from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.mask_reading import Reading
+from lychee_compile.passes.detect.masks.reading import Reading
 from lychee_compile.passes.graph.dataflow import ancestors, aten, operator_of, shape_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.graph.operator_facts import Family

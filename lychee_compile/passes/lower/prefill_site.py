@@ -21,7 +21,7 @@ from lychee_compile.codegen.module import chooses_by_kernels
 from lychee_compile.codegen.specification import KV, Q, S, TileSpec
 from lychee_compile.kernels.operators import prefill  # noqa: F401  registers the operators
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.mask_reading import Reading
+from lychee_compile.passes.detect.masks.reading import Reading
 from lychee_compile.passes.graph.dataflow import module_path, value_of
 from lychee_compile.passes.lower.canonical import Canonicaliser
 from lychee_compile.passes.lower.context import LoweringContext

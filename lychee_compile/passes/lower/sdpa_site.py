@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.fx
 
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.mask_reading import Reading
+from lychee_compile.passes.detect.masks.reading import Reading
 from lychee_compile.passes.graph.dataflow import aten
 from lychee_compile.passes.lower.canonical import Canonicaliser
 from lychee_compile.passes.lower.context import LoweringContext

@@ -237,19 +237,6 @@ def bins_of_shares(share, possible):
 
 
 @triton.jit
-def count_bins(histogram, entry):
-    """Add the number of items in each bin but the first to a histogram, and return it.
-
-    `entry` [N] are the bins of the items.
-    """
-    counts = tl.histogram(entry, BINS)
-    place = tl.arange(0, BINS)
-    counts = tl.where(place > 0, counts, 0)
-    tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
-    return counts
-
-
-@triton.jit
 def threshold(histogram, room, read=0):
     """Return the bin that `room` items end in, the room left for it, and how many are in it.
 
@@ -306,36 +293,16 @@ def choose_by_bin(entry, cut, left, at_cut):
 
 
 @triton.jit
-def weigh_bins(histogram, entry, weight):
-    """Add the weights in each bin but the first to a histogram, and return them.
+def count_bins(histogram, entry):
+    """Add the number of items in each bin but the first to a histogram, and return it.
 
-    `entry` and `weight` [N] are the bins and weights of the items. One bit of the weights is
-    counted at a time.
+    `entry` [N] are the bins of the items.
     """
+    counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
-    total = tl.zeros([BINS], tl.int32)
-    bit = tl.full([], 0, tl.int32)
-    rest = tl.where(entry > 0, weight, 0)
-    while tl.max(rest, 0) > 0:
-        total += tl.histogram(tl.where((rest & 1) > 0, entry, 0), BINS) << bit
-        rest = rest >> 1
-        bit += 1
-    total = tl.where(place > 0, total, 0)
-    tl.atomic_add(histogram + place, total, mask=total > 0, sem="relaxed")
-    return total
-
-
-@triton.jit
-def weights_before(ranks, cut, lot, LOTS: tl.constexpr):
-    """Return the weights above the cut, and at the cut, in the lots before ours.
-
-    `ranks` has, for each lot, the weights in each bin or above.
-    """
-    other = tl.arange(0, LOTS)
-    ranks += other * BINS + cut
-    above = tl.load(ranks + 1, mask=other < tl.where(cut < BINS - 1, lot, 0), other=0)
-    through = tl.load(ranks, mask=other < tl.where(cut > 0, lot, 0), other=0)
-    return tl.sum(above, 0), tl.sum(tl.maximum(through - above, 0), 0)
+    counts = tl.where(place > 0, counts, 0)
+    tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
+    return counts
 
 
 @triton.jit

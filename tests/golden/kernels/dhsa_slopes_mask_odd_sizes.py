@@ -239,19 +239,6 @@ def bins_of_shares(share, possible):
 
 
 @triton.jit
-def count_bins(histogram, entry):
-    """Add the number of items in each bin but the first to a histogram, and return it.
-
-    `entry` [N] are the bins of the items.
-    """
-    counts = tl.histogram(entry, BINS)
-    place = tl.arange(0, BINS)
-    counts = tl.where(place > 0, counts, 0)
-    tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
-    return counts
-
-
-@triton.jit
 def threshold(histogram, room, read=0):
     """Return the bin that `room` items end in, the room left for it, and how many are in it.
 
