@@ -31,12 +31,15 @@ def emit_exact(spec: AttentionSpec) -> list[str]:
     ]
 
 
-def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
-    """Return functions that put shares of the softmax into bins, and choose by these."""
+def emit_bins(spec: AttentionSpec, sparse: SparseSpec, weighed: bool = False) -> list[str]:
+    """Return functions that put shares of the softmax into bins, and choose by these.
+
+    `weighed` items count by their weights: `weigh_bins` in `triton_lib/uneven.py` does that.
+    """
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
     return [
         *library("bins", "fresh_from", "denominators", "shares_of", "bins_of_shares"),
-        *library("bins", "count_bins", "threshold"),
+        *library("bins", *([] if weighed else ["count_bins"]), "threshold"),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
         *library("bins", "choose_by_bin"),
     ]

@@ -13,6 +13,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.methods import gpu_method, policies_with_kernels
 from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
+from lychee_compile.kernels.policies.registry import reads_chunks
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
@@ -44,7 +45,10 @@ def decodes(attention: Attention) -> bool:
 
 def no_decode_method(config: IndexConfig) -> Reason | None:
     """Return why no decode kernel selects keys as the options ask for; None if one does."""
-    return _no_method(config, policies_with_kernels(), reasons.POLICY_NO_KERNEL)
+    reason = _no_method(config, policies_with_kernels(), reasons.POLICY_NO_KERNEL)
+    if reason is None and config.boundaries == "tokens" and reads_chunks(config.policy):
+        return reasons.BOUNDARIES_NO_KERNEL(policy=config.policy)
+    return reason
 
 
 def no_prefill_method(config: IndexConfig) -> Reason | None:

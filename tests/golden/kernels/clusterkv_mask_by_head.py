@@ -1,0 +1,710 @@
+"""Decode attention: decode clusterkv f32 g2 d64 b1024.
+
+score(s) = s/8
+visible: (length + q >= kv) & mask[b, h, q, kv]
+"""
+
+import triton
+import triton.language as tl
+
+POLICY = "clusterkv"  # the policy that selects keys; None: all visible keys are read
+CAPTURED = ("mask", "length")  # tensors that score and mask read, in the order of a call
+
+
+GROUP = tl.constexpr(2)  # query heads that share a KV head
+ROWS = tl.constexpr(16)
+HEAD_DIM = tl.constexpr(64)
+DIM = tl.constexpr(64)
+VALUE_DIM = tl.constexpr(64)
+WIDTH = tl.constexpr(64)
+AUTOTUNE = False  # if True, the first call measures tile sizes
+
+
+@triton.jit
+def visible(b, h, q, kv, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
+    """True for slots kv [1, N] that are `inside` and whose keys the heads h [ROWS, 1] see."""
+    return inside & ((tl.load(mask + b * mask_stride_0 + h * mask_stride_1 + q * mask_stride_2 + kv * mask_stride_3, mask=inside, other=0) != 0) & (tl.load(length) + q >= kv))
+
+
+@triton.jit
+def score(s, b, h, q, kv, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length):
+    """Return the scores, in bits, for products s [ROWS, N] of queries and keys."""
+    return 0.18033688011112042 * s
+
+
+@triton.jit
+def load_queries(query, b, kv_head, t, stride_b, stride_h, stride_t, stride_d):
+    """Return the queries [ROWS, DIM] of a group at position t, and their heads, padded."""
+    h = kv_head * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1)
+    d = tl.arange(0, DIM)
+    place = query + b.to(tl.int64) * stride_b + t * stride_t
+    place = place + h[:, None] * stride_h + d[None, :] * stride_d
+    return tl.load(place, mask=d[None, :] < HEAD_DIM, other=0.0), h
+
+
+@triton.jit
+def attend_to(
+    slot, inside, queries, heads, top, total, result, b, t, kv_len,
+    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+):
+    """Do one step of online softmax over the keys in the slots [N] that are `inside`."""
+    seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    d, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
+    place = slot.to(tl.int64)[:, None]
+    keys = tl.load(
+        key + place * key_stride_l + d[None, :] * key_stride_d,
+        mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+    )
+    values = tl.load(
+        value + place * value_stride_l + width[None, :] * value_stride_d,
+        mask=inside[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
+    )
+    s = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    bits = score(s, b, heads[:, None], t, slot[None, :], inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    bits = tl.where(seen, bits, float("-inf"))
+    most = tl.maximum(top, tl.max(bits, 1))
+    base = tl.where(most == float("-inf"), 0.0, most)
+    weight = tl.exp2(bits - base[:, None])
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(weight, 1)
+    result = result * fade[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+    return most, total, result
+
+
+@triton.jit
+def store_part(top, total, result, head_row, split, splits, partial, partial_top, partial_sum):
+    """Store one program's part of a group's attention for `combine`."""
+    g, width = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    row = (head_row.to(tl.int64) * splits + split) * GROUP + g
+    tl.store(partial_top + row, top, mask=g < GROUP)
+    tl.store(partial_sum + row, total, mask=g < GROUP)
+    tl.store(
+        partial + row[:, None] * VALUE_DIM + width[None, :], result,
+        mask=(g < GROUP)[:, None] & (width < VALUE_DIM)[None, :],
+    )
+
+
+@triton.jit
+def combine(
+    partial, partial_top, partial_sum, extra, extra_stride_b, extra_stride_h, extra_stride_t,
+    output, output_stride_b, output_stride_h, output_stride_t, output_stride_d,
+    kv_heads, query_len, splits, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Sum up the parts of one query head at one position."""
+    head_row, g = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    part, width = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    source = (head_row.to(tl.int64) * splits + part) * GROUP + g
+    inside = part < splits
+    h = kv_head * GROUP + g
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    tops = tl.load(partial_top + source, mask=inside, other=float("-inf"))
+    totals = tl.load(partial_sum + source, mask=inside, other=0.0)
+    parts = tl.load(
+        partial + source[:, None] * VALUE_DIM + width[None, :],
+        mask=inside[:, None] & (width < VALUE_DIM)[None, :], other=0.0,
+    )
+    most = tl.max(tops, 0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    fade = tl.exp2(tops - most)
+    whole = tl.sum(totals * fade, 0)
+    mean = tl.sum(parts * fade[:, None], 0)
+    # A query that sees nothing gets zeros, as from PyTorch's own attention.
+    mean = mean / tl.where(whole > 0, whole, 1.0)
+    place = output + b.to(tl.int64) * output_stride_b + h * output_stride_h
+    place = place + t * output_stride_t + width * output_stride_d
+    tl.store(place, mean.to(output.dtype.element_ty), mask=width < VALUE_DIM)
+
+
+@triton.jit
+def read_all(
+    queries, heads, top, total, result, b, t, kv_len, split, splits,
+    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    KEYS: tl.constexpr,
+):
+    """Attend to every splits-th run of KEYS keys; a run of hidden keys is not read."""
+    for start in range(split * KEYS, kv_len, splits * KEYS):
+        slot = start + tl.arange(0, KEYS)
+        inside = slot < kv_len
+        seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        if tl.max(seen.to(tl.int32)) > 0:
+            top, total, result = attend_to(
+                slot, inside, queries, heads, top, total, result, b, t, kv_len,
+                key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+            )
+    return top, total, result
+
+
+@triton.jit
+def attend_all(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    partial, partial_top, partial_sum,
+    kv_len, kv_heads, query_len, splits, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    KEYS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Attend from the heads of one group at one position to all visible keys."""
+    head_row, split = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    top, total, result = read_all(
+        queries, heads, top, total, result, b, t, kv_len, split, splits,
+        key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+        KEYS,
+    )
+    store_part(
+        top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+    )
+
+
+SETTINGS = ((8, 16), True, 4, 64, 0, 16)  # how groups are made: the arguments of `GroupSettings`
+BUDGET = tl.constexpr(1024)  # tokens read per KV head and query position
+SINKS = tl.constexpr(16)  # first tokens, always read
+RECENT = tl.constexpr(1)  # last tokens, always read
+ALWAYS = tl.constexpr(657)  # tokens that are always read, at most
+SPREAD = tl.constexpr(1024)  # slots that a program gives the bins of their clusters
+SAMPLED = tl.constexpr(32)  # keys that each KV head compares with fingerprints
+NEWEST = tl.constexpr(8)  # those among them that are the newest
+RANKED = tl.constexpr(512)  # groups that a program ranks
+BINS = tl.constexpr(256)  # bins of a histogram of shares; the first is for what cannot be chosen
+LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
+HEADS = tl.constexpr(2)  # query heads of a group, up to a power of two
+SCANNED_0 = tl.constexpr(128)  # groups of level 0 scored at a time
+
+
+@triton.jit
+def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
+    """Return the first slot that this step has written: no index knows it or later ones yet."""
+    fresh = tl.load(header + 1 + b)
+    if written > 0:
+        number = tl.arange(0, 16)
+        slot = tl.load(
+            positions + b * stride_b + number * stride_t, mask=number < written, other=2**30
+        ).to(tl.int32)
+        fresh = tl.min(tl.where(slot < 0, slot + kv_len, slot), 0)
+    return fresh
+
+
+@triton.jit
+def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
+    """Return log2 of the softmax's denominators [ROWS] of a group, as its blocks estimate it."""
+    block, g = tl.arange(0, BLOCKS), tl.arange(0, HEADS)
+    parts = tl.load(
+        totals + (head_row.to(tl.int64) * blocks + block)[:, None] * ROWS + g[None, :],
+        mask=(block < blocks)[:, None], other=-1e30,
+    )
+    most = tl.max(parts, 0)
+    total = most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
+    return tl.gather(total, tl.minimum(tl.arange(0, ROWS), HEADS - 1), 0)
+
+
+@triton.jit
+def shares_of(value, total):
+    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
+
+
+@triton.jit
+def bins_of_shares(share, possible):
+    """Return the bin of each item's share [N].
+
+    There are eight bins to a factor of two: a float's exponent and the first bits of its mantissa.
+    An item that is not `possible` [N] is in the first bin.
+    """
+    place = (share.to(tl.int32, bitcast=True) >> 20) - (LAST_BIN - BINS + 1)
+    return tl.where(possible & (share > 0), tl.minimum(tl.maximum(place, 1), BINS - 1), 0)
+
+
+@triton.jit
+def count_bins(histogram, entry):
+    """Add the number of items in each bin but the first to a histogram, and return it.
+
+    `entry` [N] are the bins of the items.
+    """
+    counts = tl.histogram(entry, BINS)
+    place = tl.arange(0, BINS)
+    counts = tl.where(place > 0, counts, 0)
+    tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
+    return counts
+
+
+@triton.jit
+def threshold(histogram, room, read=0):
+    """Return the bin that `room` items end in, the room left for it, and how many are in it.
+
+    `read` items of each bin do not count.
+    """
+    place = tl.arange(0, BINS)
+    counts = tl.load(histogram + place) - read
+    through = tl.cumsum(counts, 0, reverse=True)
+    # One search finds all three: the bin, the number of items above it, and of those in it.
+    all_three = (place.to(tl.int64) << 27 | through - counts) << 27 | counts
+    found = tl.max(tl.where(through > room, all_three, 0), 0)
+    above = (found >> 27 & 0x7FFFFFF).to(tl.int32)
+    return (found >> 54).to(tl.int32), -(above - room), (found & 0x7FFFFFF).to(tl.int32)
+
+
+@triton.jit
+def due(left, own, at_cut):
+    """Return how many of our `own` items at the cut are chosen, if `left` of all `at_cut` are."""
+    return (left * own // tl.maximum(at_cut, 1)).to(tl.int32)
+
+
+@triton.jit
+def choose_by_bin(entry, cut, left, at_cut):
+    """Return which items are chosen, the place of each in a list of them, and their number.
+
+    Chosen are all items in bins above the cut, and the first of those at the cut: as many as are
+    due to us.
+    """
+    kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
+    through = tl.cumsum(kind, 0)
+    total = tl.max(through, 0)
+    ours = due(left, total & 65535, at_cut)
+    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
+    return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
+
+
+@triton.jit
+def always_read(
+    tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES: tl.constexpr
+):
+    """Return the bounds of the slots [first, sinks_end) and [recent_start, end), always read."""
+    tile = tl.arange(0, TILES)
+    inside = tile < tiles
+    first = tl.min(tl.load(tile_first + head_row * tiles + tile, mask=inside, other=2**30), 0)
+    end = tl.max(tl.load(tile_end + head_row * tiles + tile, mask=inside, other=0), 0)
+    sinks_end = tl.minimum(first + SINKS, end)
+    newest = tl.where(written > 0, tl.minimum(end, fresh + written), end)
+    recent_start = tl.maximum(tl.minimum(newest - RECENT, unread), sinks_end)
+    return first, sinks_end, recent_start, end
+
+
+@triton.jit
+def bins_read(bins, first, begin, stop, known):
+    """Count the slots [first, begin) and [stop, known) in each bin: int32 [BINS]."""
+    number = tl.arange(0, 128)
+    slot = tl.where(number < begin - first, first + number, stop + number - (begin - first))
+    inside = slot < tl.maximum(known, begin)
+    return tl.histogram(tl.load(bins + slot, mask=inside, other=0).to(tl.int32), BINS)
+
+
+@triton.jit
+def fingerprint(keys):
+    """Return a hash, int32 [N], of the bits of each of the keys [N, DIM].
+
+    It is a sum of bit patterns with odd weights, modulo 2^32: exact in any order of summation. High
+    bits are folded down first, so that differences in sign bits alone do not cancel.
+    """
+    if keys.dtype.primitive_bitwidth == 32:
+        bits = keys.to(tl.uint32, bitcast=True)
+        bits = bits ^ (bits >> 16)
+    else:
+        bits = keys.to(tl.uint16, bitcast=True).to(tl.uint32)
+    bits = bits ^ (bits >> 8)
+    weight = (tl.arange(0, DIM).to(tl.uint32) + 1) * 0x9E3779B1
+    weight = (weight ^ (weight >> 15)) * 0x85EBCA77
+    weight = (weight ^ (weight >> 13)) | 1
+    return tl.sum((bits * weight[None, :]).to(tl.int32, bitcast=True), 1).to(tl.int32)
+
+
+@triton.jit
+def changed_keys(keys, slot, inside, fingerprints):
+    """Return 1 for each of the keys [N, DIM] that is not the one that was indexed, int32 [N].
+
+    `slot` [N] are their slots. Those that are not `inside` [N] are not compared.
+    """
+    known = tl.load(fingerprints + slot, mask=inside, other=0)
+    return (inside & (known != fingerprint(keys))).to(tl.int32)
+
+
+@triton.jit
+def check_sample(
+    key, stride_b, stride_h, stride_l, stride_d,
+    header, fingerprints, positions, position_stride_b, position_stride_t, written,
+    b, kv_head, slots, kv_heads, kv_len,
+):
+    """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
+
+    The sample has the NEWEST keys, which whoever appends has written, and others at equal
+    distances, which each step and each KV head begins elsewhere. This step already reads all keys.
+    """
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    fresh = tl.minimum(fresh, kv_len)
+    trust = tl.load(header)
+    if trust > 1:
+        tl.store(header, 0)
+    elif (trust == 1) & (fresh > 0):
+        number, d = tl.arange(0, SAMPLED), tl.arange(0, DIM)
+        turn = fresh.to(tl.int64) * 40503 + kv_head * (65536 // kv_heads)  # the golden ratio's part
+        begin = (turn & 65535) * fresh >> 16
+        others = SAMPLED - NEWEST
+        slot = ((number - NEWEST).to(tl.int64) * fresh + begin) // others
+        slot = tl.where(number < NEWEST, tl.maximum(fresh - 1 - number, 0), slot).to(tl.int64)
+        place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+        place = place + slot[:, None] * stride_l + d[None, :] * stride_d
+        keys = tl.load(place, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+        if tl.max(changed_keys(keys, slot, slot < fresh, fingerprints), 0) > 0:
+            tl.store(header, 0)
+
+
+@triton.jit(do_not_specialize=["end"])
+def record_fingerprints(
+    key, stride_b, stride_h, stride_l, stride_d, fingerprints, end, slots, kv_heads
+):
+    """Hash the keys in the slots [0, end), 64 a program."""
+    space, slot = tl.program_id(1), tl.program_id(0) * 64 + tl.arange(0, 64)
+    b, kv_head, d = space // kv_heads, space % kv_heads, tl.arange(0, DIM)
+    place = key + b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    place = place + slot.to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d
+    keys = tl.load(place, mask=(slot < end)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    tl.store(
+        fingerprints + space.to(tl.int64) * slots + slot, fingerprint(keys), mask=slot < end
+    )
+
+
+@triton.jit
+def scan_window(
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, histogram,
+    candidate_count, positions, position_stride_b, position_stride_t, written, header,
+    tile_first, tile_end, kv_len, slots, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    SEEN: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Find the first and the last slot that is seen among SEEN. One more program looks for changes.
+
+    Counters of `attend` are cleared here.
+    """
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    if tile == tiles:
+        if t == 0:
+            check_sample(
+                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written,
+                b, kv_head, slots, kv_heads, kv_len,
+            )
+        return
+    slot = tile * SEEN + tl.arange(0, SEEN)
+    seen = visible(b, kv_head * GROUP, t, slot, kv_len, slot < kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    for other in tl.static_range(1, GROUP):
+        seen |= visible(b, kv_head * GROUP + other, t, slot, kv_len, slot < kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+    tl.store(tile_first + head_row * tiles + tile, tl.min(tl.where(seen, slot, 2**30), 0))
+    tl.store(tile_end + head_row * tiles + tile, tl.max(tl.where(seen, slot + 1, 0), 0))
+    if tile == 0:
+        entry = tl.arange(0, 2 * BINS)
+        tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
+        tl.store(candidate_count + head_row, 0)
+
+
+@triton.jit
+def estimate_0(queries, summary_centroid, group, held):
+    """Estimate q.k for the groups [N] of level 0 that are held, bool [N]: [ROWS, N]."""
+    d = tl.arange(0, DIM)
+    inside = held[:, None] & (d < HEAD_DIM)[None, :]
+    field_centroid = tl.load(summary_centroid + group[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    return tl.dot(queries, tl.trans(field_centroid), input_precision="ieee")
+
+
+@triton.jit
+def scan_0(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    histogram,
+    waiting, tokens_0, first_0, end_0, summary_centroid,     scores, totals, counts, counts_stride,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store log2 of the estimated mass of one key of each of STEPS * SCANNED_0 groups, by head."""
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    unread = tl.minimum(tl.load(waiting + space), fresh)
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
+    )
+    known = tl.minimum(end, fresh)
+    g = tl.arange(0, ROWS)
+    scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
+    top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+    for number in range(STEPS):
+        group = (tile * STEPS + number) * SCANNED_0 + tl.arange(0, SCANNED_0)
+        there = group < items
+        at = space * items + group
+        size = tl.load(tokens_0 + at, mask=there, other=0)
+        low = tl.load(first_0 + at, mask=there, other=0)
+        high = tl.load(end_0 + at, mask=there, other=0)
+        used = size > 0
+
+        held = used & (tl.minimum(high, known) > tl.maximum(low, first))
+        mass = tl.full([ROWS, SCANNED_0], float("-inf"), tl.float32)
+        if tl.max(held.to(tl.int32), 0) > 0:
+            s = estimate_0(
+                queries, summary_centroid + space * items * HEAD_DIM, group, held,
+            )
+            bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+            mass = tl.where(held[None, :], bits, float("-inf"))
+        most = tl.maximum(top, tl.max(mass, 1))
+        total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
+        top = most
+        tl.store(scores + group[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
+    whole = tl.where(total > 0, top + tl.log2(total), -1e30)
+    tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
+    if tile == 0:
+        entry = tl.arange(0, 2 * BINS)
+        tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
+        tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+
+
+@triton.jit
+def rank_0(
+    scores, totals, group_bins, waiting, tokens_0, first_0, end_0, 
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store bins, uint8, of the shares of RANKED groups.
+
+    No group that may be chosen is in the first bin.
+    """
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    unread = tl.minimum(tl.load(waiting + space), fresh)
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
+    )
+    g, group = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+    there = group < items
+    at = space * items + group
+    size = tl.load(tokens_0 + at, mask=there, other=0)
+    low = tl.load(first_0 + at, mask=there, other=0)
+    high = tl.load(end_0 + at, mask=there, other=0)
+    used = size > 0
+
+    value = tl.load(
+        scores + (head_row.to(tl.int64) * GROUP + g) * items + group[None, :],
+        mask=(g < GROUP) & there[None, :], other=float("-inf"),
+    )
+    possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
+    share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
+    entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
+    tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+
+
+@triton.jit
+def spread_0(
+    group_bins, group_room, label, bins, bin_room, histogram, waiting, slots,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Give SPREAD slots the bins of their clusters, and count the slots in each bin."""
+    head_row, part = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+    unread = tl.minimum(tl.load(waiting + space), fresh)
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
+    )
+    slot = part * SPREAD + tl.arange(0, SPREAD)
+    if part * SPREAD < kv_len:
+        inside = (slot >= begin) & (slot < stop)
+        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        for other in tl.static_range(1, GROUP):
+            seen |= visible(b, kv_head * GROUP + other, t, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        inside &= seen
+        own = tl.load(label + space * slots + slot, mask=inside, other=0)
+        entry = tl.load(
+            group_bins + head_row.to(tl.int64) * group_room + own - 1, mask=own > 0, other=0
+        ).to(tl.int32)
+        tl.store(bins + head_row.to(tl.int64) * bin_room + slot, entry.to(tl.uint8), mask=slot < bin_room)
+        count_bins(histogram + head_row * (2 * BINS), entry)
+
+
+@triton.jit
+def note_new(
+    key, stride_b, stride_h, stride_l, stride_d,
+    header, fingerprints, label, waiting, positions, position_stride_b, position_stride_t, written,
+    b, kv_head, slots, kv_heads, kv_len,
+):
+    """Let the new keys wait for a cluster, and give them fingerprints."""
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    d = tl.arange(0, DIM)
+    key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    least = tl.load(waiting + space)
+    for count in range(written):
+        slot = tl.load(positions + b * position_stride_b + count * position_stride_t).to(tl.int32)
+        slot = tl.where(slot < 0, slot + kv_len, slot)
+        place = key + slot.to(tl.int64) * stride_l + d * stride_d
+        newest = tl.load(place, mask=d < HEAD_DIM, other=0.0)
+        at = space * slots + slot
+        tl.store(fingerprints + at, tl.sum(fingerprint(newest[None, :]), 0))
+        tl.store(label + at, 0)
+        least = tl.minimum(least, slot)
+        if kv_head == 0:
+            tl.store(header + 1 + b, slot + 1)
+    tl.store(waiting + space, least)
+
+
+@triton.jit
+def attend(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    partial, partial_top, partial_sum,
+    kv_len, kv_heads, query_len, splits,
+    header, fingerprints, label, waiting, slots,
+    tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Attend from the heads of one group at one position to the selected keys.
+
+    Every program finds the threshold itself, and the tokens above it in its share of the slots.
+    One more program adds the newest keys to the index: nothing selects from these yet.
+    """
+    head_row, split = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if split == splits:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        if t == 0:
+            note_new(
+                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+                header, fingerprints, label, waiting, positions, position_stride_b, position_stride_t, written,
+                b, kv_head, slots, kv_heads, kv_len,
+            )
+    else:
+        queries, heads = load_queries(
+            query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+        )
+        key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+        value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        result = tl.zeros([ROWS, WIDTH], tl.float32)
+        fresh = fresh_from(
+            positions, position_stride_b, position_stride_t, written, header, b, kv_len
+        )
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        # A kernel before this one may have just revoked trust: what caches hold is too old.
+        trusted = tl.load(header, cache_modifier=".cg") != 0
+        space = (b * kv_heads + kv_head).to(tl.int64)
+        unread = tl.minimum(tl.load(waiting + space), fresh)
+        first, begin, stop, end = always_read(
+            tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
+        )
+        sinks = begin - first
+        always = sinks + end - stop
+        if trusted & (end > 0) & (always <= capacity):
+            # The programs examine candidates, or all slots between those that are always read.
+            # They take sixteen at a time, in turn.
+            lane = tl.arange(0, LANES)
+            item = (lane // 16 * splits + split) * 16 + lane % 16
+            origin, items = begin // 16 * 16, stop - begin // 16 * 16
+            bins += head_row.to(tl.int64) * bin_room
+            candidates += head_row.to(tl.int64) * bin_room
+            if PAGED:
+                origin, items = origin * 0, tl.load(candidate_count + head_row)
+            inside = (item < bin_room) if PAGED else (origin + item < stop)
+            entry = tl.load(bins + origin + item, mask=inside, other=0)
+            room = tl.maximum(-(always - BUDGET), 0)
+            if PAGED:
+                cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
+            else:
+                known = tl.minimum(end, fresh)
+                read = bins_read(bins, first, begin, stop, known)
+                cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room, read)
+            chosen_list += (head_row.to(tl.int64) * splits + split) * capacity
+            count = tl.maximum(always - split + splits - 1, 0) // splits
+            for start in range(0, count, 32):
+                own = start + tl.arange(0, 32)
+                which = split + own * splits
+                slot = tl.where(which < sinks, first + which, stop + which - sinks)
+                tl.store(chosen_list + own, slot, mask=own < count)
+            for start in range(0, items, splits * LANES):
+                slot = origin + item
+                inside = item < items
+                if PAGED:
+                    slot = tl.load(candidates + item, mask=inside, other=0)
+                else:
+                    inside &= slot >= begin
+                entry = tl.where(inside, entry, 0)
+                chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
+                tl.store(chosen_list + count + place, slot, mask=chosen)
+                count += more
+                item += splits * LANES
+                entry = tl.load(bins + origin + item, mask=item < items, other=0)
+            tl.debug_barrier()
+            for start in range(0, count, KEYS):
+                number = start + tl.arange(0, KEYS)
+                slot = tl.load(chosen_list + number, mask=number < count, other=0)
+                top, total, result = attend_to(
+                    slot, number < count, queries, heads, top, total, result, b, t, kv_len,
+                    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+                )
+            if fresh % splits == split:
+                turns = (count + SAMPLED - 1) // SAMPLED
+                number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
+                slot = tl.load(chosen_list + number, mask=number < count, other=0)
+                compared = (number < count) & (slot < fresh)
+                d = tl.arange(0, DIM)
+                keys = tl.load(
+                    key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
+                    mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+                )
+                fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+                if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
+                    tl.store(header, 2)
+        else:
+            top, total, result = read_all(
+                queries, heads, top, total, result, b, t, kv_len, split, splits,
+                key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+                KEYS,
+            )
+        store_part(
+            top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+        )
