@@ -69,6 +69,7 @@ from lychee_compile.kernels.levels.declaration import (
     Tokens,
 )
 from lychee_compile.kernels.levels.expressions import (
+    count,
     dot,
     field,
     greatest,
@@ -81,6 +82,7 @@ from lychee_compile.kernels.levels.expressions import (
     softmax_scale,
     weighted_mean,
 )
+from lychee_compile.kernels.levels.groups import Chunks, Clusters, TokenClusters
 from lychee_compile.kernels.levels.words import describe
 from lychee_compile.kernels.policies.registry import Policy, policies, register_policy
 from lychee_compile.kernels.reference.grouped import GroupedIndex
@@ -95,6 +97,8 @@ __all__ = [
     "SCAN_SLOTS",
     "AttentionOperands",
     "AttentionSpec",
+    "Chunks",
+    "Clusters",
     "DeviceIndex",
     "DominantPairs",
     "Emit",
@@ -117,9 +121,11 @@ __all__ = [
     "Question",
     "Runs",
     "SparseStep",
+    "TokenClusters",
     "Tokens",
     "Tuning",
     "bytes_of",
+    "count",
     "describe",
     "dot",
     "emit_selection",

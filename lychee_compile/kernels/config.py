@@ -51,9 +51,10 @@ class IndexConfig:
     tokens, and at most `budget`. It is the mean over the query heads of the KV head. None: as many
     as the budget."""
     policy: str = "lychee"
-    """Method of choosing tokens. To decode: "lychee", "quest", "clusterkv", "tokenselect", "hisa",
-    "streaming", "oracle", or one of your own. For prefill: "lychee", "streaming", "dhsa", "s2o",
-    "compact", or one of your own; the last three cannot decode."""
+    """Method of choosing tokens. To decode: "lychee", "lycheecluster", "quest", "clusterkv",
+    "tokenselect", "longheads", "fasa", "hisa", "dhsa", "streaming", "oracle", or one of your own.
+    For prefill: "lychee", "streaming", "dhsa", "s2o", "compact", or one of your own; "s2o" and
+    "compact" cannot decode."""
     epsilon: float | None = None
     """Largest share of the softmax mass that may be missed. The budget widens, up to all tokens,
     until a certificate proves it. None: the budget is kept and nothing is proved."""

@@ -586,6 +586,18 @@ POLICY_NO_KERNEL = _kind(
     "no GPU kernel supports policy={policy!r}",
     "set policy to {known}, or reference=True for the slow PyTorch path",
 )
+POLICY_NO_PREFILL_KERNEL = _kind(
+    Group.KERNEL,
+    "policy-no-prefill-kernel",
+    "no GPU kernel for prefill supports policy={policy!r}",
+    "set policy to {known}, or reference=True for the slow PyTorch path",
+)
+BOUNDARIES_NO_KERNEL = _kind(
+    Group.KERNEL,
+    "boundaries-no-kernel",
+    "no GPU kernel of policy={policy!r} cuts chunks by token ids, as boundaries='tokens' asks for",
+    "set boundaries='auto' or 'similarity', or reference=True for the slow PyTorch path",
+)
 EPSILON_NO_KERNEL = _kind(
     Group.KERNEL,
     "epsilon-no-kernel",

@@ -246,7 +246,7 @@ def test_the_command_measures_a_model(tmp_path: Path, capsys):
     [
         ("prefill", "--model is needed: a folder"),
         ("prefill --policies quest", "policy 'quest' has no form for prefill"),
-        ("fidelity --policies dhsa", "policy 'dhsa' is for prefill alone"),
+        ("fidelity --policies s2o", "policy 's2o' is for prefill alone"),
         ("prefill --shares 0.1,2", "argument --shares: '2': expected a number between 0 and 1"),
         ("prefill --shares few", "argument --shares: 'few': expected a number between 0 and 1"),
         ("prefill --tiles 0", "argument --tiles: '0': expected an integer of at least 1"),

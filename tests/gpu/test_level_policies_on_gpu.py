@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from decode_problems import Sizes
 from level_steps import Case, Steps, follow
+from uneven_steps import UnevenCase, UnevenSteps
+from uneven_steps import follow as follow_uneven
 
 import lychee_compile
 from lychee_compile.kernels.gpu.methods import policies_with_kernels
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 POLICIES = [each.name for each in policies()
             if each.levels is not None and each.name in policies_with_kernels()]  # fmt: skip
+UNEVEN = [each for each in POLICIES if levels_of(each).uneven]
 SLOTS, HEADS, GROUP, HEAD_DIM = 8192, 2, 4, 128
 HISTORY = ["step", "step", "rewind", "step", "rewind far", "written by another", "step"]
 CASES = {
@@ -31,8 +34,16 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("case", [each for each in CASES if "slopes" not in each])
+@pytest.mark.parametrize("policy", UNEVEN)
+def test_kernels_of_uneven_groups_choose_as_the_plain_form_does(policy: str, case: str) -> None:
+    given = UnevenCase(policy, budget=1024, sinks=16, recent=64, device="cuda", **CASES[case])
+    history = [*HISTORY[:4], "refit", *HISTORY[4:]]
+    follow_uneven(UnevenSteps(given, given.sizes.kv_len - 300), history)
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [each for each in POLICIES if each not in UNEVEN])
 def test_kernels_choose_as_the_plain_form_does(policy: str, case: str) -> None:
     given = Case(policy, budget=1024, sinks=16, recent=64, device="cuda", **CASES[case])
     follow(Steps(given, given.sizes.kv_len - 300), HISTORY)
@@ -77,6 +88,7 @@ def test_a_cuda_graph_finds_what_matters(policy: str) -> None:
     """It lies in one group of the coarsest level; all queries of a step look for it."""
     decoder, levels = Decoder(policy, 1024), levels_of(policy).levels
     size = max((level.groups.size for level in levels), default=16)
+    size = 16 if policy in UNEVEN else size
     one = decoder.randn(1, HEADS, 1, HEAD_DIM)
     strength = 30 * HEAD_DIM**0.5 / one.float().square().sum(-1, keepdim=True)
     place = 3000 // size * size if levels else 6700

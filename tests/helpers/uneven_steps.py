@@ -91,7 +91,7 @@ class UnevenSteps(Steps):
         problem, positions = self.problem(), self.positions()
         question, plain = self._asked(problem, positions)
         used = IndexOperands(self.index.layout, self.index.parts, positions)
-        with kept_scratch(few_programs=True) as made:
+        with kept_scratch(few_programs=self.key.device.type == "cpu") as made:
             output = self.method.run(problem.module(), problem.operands(), used)
         slots = self._read(made["chosen_list"].flatten(1), problem.query.shape[2])
         problem.assert_as_good_as_eager(output, slots)
@@ -114,7 +114,7 @@ class UnevenSteps(Steps):
     def _read(self, listed: Tensor, query_len: int) -> Tensor:
         """Return listed slots [rows, N], -1 for none, as bool [B, Hkv, T, L]."""
         heads, length = self.key.shape[1:3]
-        rows = torch.zeros(len(listed), length + 1, dtype=torch.bool)
+        rows = torch.zeros(len(listed), length + 1, dtype=torch.bool, device=listed.device)
         rows.scatter_(1, torch.where(listed < 0, length, listed).long(), True)
         return rows[:, :-1].unflatten(0, (-1, query_len, heads)).transpose(1, 2)
 

@@ -52,7 +52,9 @@ SMALL = {
         levels=(
             Level(
                 Chunks(),
-                fields={"low": least(key), "high": greatest(key), "size": mean(dot(key, key)) / count},
+                fields={
+                    "low": least(key), "high": greatest(key), "size": mean(dot(key, key)) / count,
+                },
                 estimate=dot(query, field("low")) + dot(query, field("high")) + field("size"),
             ),
         ),
@@ -79,7 +81,7 @@ ROWS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1)]
 
 @pytest.fixture(autouse=True, scope="module")
 def small_stacks() -> Iterator[None]:
-    """Small stacks are known until the tests of this file are over, and few tokens have clusters."""
+    """Small stacks are known until these tests are over, and few tokens have clusters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_policies", dict(registry._policies))
         patch.setattr(device_chunks, "REFIT", 16)

@@ -285,7 +285,7 @@ def test_far_pages_are_left_out():
 
 
 def test_a_policy_for_whole_sequences_alone_is_an_option_but_cannot_decode():
-    for name in ("dhsa", "s2o", "compact"):
+    for name in ("s2o", "compact"):
         assert lychee_compile.Options(policy=name).policy == name
         assert not registry.has_index(name)
         with pytest.raises(ValueError, match=f"policy '{name}' is for prefill alone"):

@@ -31,12 +31,16 @@ def emit_exact(spec: AttentionSpec) -> list[str]:
     ]
 
 
-def emit_bins(spec: AttentionSpec, sparse: SparseSpec) -> list[str]:
-    """Return functions that put shares of the softmax into bins, and choose by these."""
+def emit_bins(spec: AttentionSpec, sparse: SparseSpec, weighed: bool = False) -> list[str]:
+    """Return functions that put shares of the softmax into bins, and choose by these.
+
+    `weighed` items count by their weights, which `weigh_bins` in `triton_lib/uneven.py` does, or
+    there are none: then `count_bins` is left out.
+    """
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
     return [
         *library("bins", "written_slots", "fresh_from", "denominators", "shares_of"),
-        *library("bins", "bins_of_shares", "threshold"),
+        *library("bins", "bins_of_shares", *([] if weighed else ["count_bins"]), "threshold"),
         *(_emit_mass(spec) if sparse.coverage is not None else []),
         fill("decode/fresh_seen.py.jinja", spec),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
@@ -72,6 +76,6 @@ def emit_selection(spec: AttentionSpec, unread: str = "fresh") -> list[str]:
     return [
         fill("decode/selection.py.jinja", spec, **sizes),
         *emit_bins(spec, spec.sparse),
-        *library("bins", "bins_of", "count_bins"),
+        *library("bins", "bins_of"),
         emit_always_read(spec, spec.sparse, unread),
     ]

@@ -38,8 +38,7 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     described = [_described(spec, number, level) for number, level in enumerate(stack.levels)]
     return [
         _constants(spec, stack),
-        *emit_bins(spec, sparse),
-        *(library("bins", "count_bins") if stack.levels else []),
+        *emit_bins(spec, sparse, weighed=not stack.levels),
         *(library("bins", "chosen_of_tiles") if is_listed else []),
         emit_always_read(spec, sparse, unread=unread),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),

@@ -30,7 +30,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
     return [
         _constants(spec, sparse, paged),
         *emit_bins(spec, sparse),
-        *library("bins", "bins_of", "count_bins"),
+        *library("bins", "bins_of"),
         emit_always_read(spec, sparse, unread="fresh"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         _query_weights(spec, paged),

@@ -16,6 +16,8 @@ RANKED = 512
 """Groups that a program ranks."""
 BYTES_AT_ONCE = 32768
 """Bytes of summaries that a program of a scan loads at a time."""
+_OF_CHUNKS = ("span_bounds", "unread_slot", "weigh_bins", "weights_before")
+"""Functions that kernels of chunks call, and kernels of clusters of tokens do not."""
 
 
 def emit_uneven(spec: AttentionSpec, stack: LevelStack) -> list[str]:
@@ -32,10 +34,8 @@ def emit_uneven(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         raise Unprintable("scores depend on the slot of a key, of which a cluster has many")
     return [
         _constants(spec, stack, sparse),
-        *emit_bins(spec, sparse),
-        *(library("uneven", "span_bounds", "unread_slot") if of_chunks else []),
-        *([] if of_chunks else library("bins", "count_bins")),
-        *(library("uneven", "weigh_bins", "weights_before") if of_chunks else []),
+        *emit_bins(spec, sparse, weighed=of_chunks),
+        *(library("uneven", *_OF_CHUNKS) if of_chunks else []),
         emit_always_read(spec, sparse, unread="unread", more=", unread"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         *library("fingerprints", "record_fingerprints"),

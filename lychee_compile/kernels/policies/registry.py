@@ -10,6 +10,7 @@ import torch
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.levels.declaration import LevelStack
+from lychee_compile.kernels.levels.groups import Chunks
 from lychee_compile.kernels.policies.decode.clusterkv import CLUSTERKV
 from lychee_compile.kernels.policies.decode.dhsa import DHSA
 from lychee_compile.kernels.policies.decode.fasa import FASA
@@ -163,6 +164,13 @@ def levels_of(name: str) -> LevelStack:
         known = ", ".join(each.name for each in policies() if each.levels is not None)
         raise ValueError(f"policy {name!r} is not declared as levels; those that are are {known}")
     return policy.levels
+
+
+def reads_chunks(name: str) -> bool:
+    """Return True if a policy is declared, and has a level of chunks."""
+    policy = _policies.get(name)
+    levels = () if policy is None or policy.levels is None else policy.levels.levels
+    return any(isinstance(level.groups, Chunks) for level in levels)
 
 
 def prefill_choice(name: str) -> PrefillChoice:

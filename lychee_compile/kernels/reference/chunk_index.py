@@ -238,7 +238,7 @@ class ChunkIndex(UnevenIndex):
         self.compared = torch.where(due, torch.maximum(self.compared, self.end), self.compared)
 
     def _summarise(self, key: Tensor, number: Tensor, used: Tensor) -> None:
-        """Take the fields of chunks `number`, int64 [B, M], where `used`: they are in no cluster."""
+        """Take the fields of chunks `number`, int64 [B, M], where `used`, which leave clusters."""
         level, chunk = self.stack.levels[-1], self.settings.chunk
         summarise_chunks(level, key, self.span, number, used, self.start, chunk, self.fields)
         if self.labels:

@@ -12,6 +12,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.methods import covers_mass, gpu_method, policies_with_kernels
 from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
+from lychee_compile.kernels.policies.registry import reads_chunks
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
@@ -52,6 +53,8 @@ def no_decode_method(config: IndexConfig) -> Reason | None:
         return reasons.COVERAGE_NO_KERNEL(
             policy=config.policy, coverage=config.coverage, known=able
         )
+    if config.boundaries == "tokens" and reads_chunks(config.policy):
+        return reasons.BOUNDARIES_NO_KERNEL(policy=config.policy)
     return no_prefill_method(config)
 
 

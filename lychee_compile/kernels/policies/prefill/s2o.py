@@ -43,7 +43,8 @@ def keys_before_waning(question: PrefillQuestion, importance: Tensor) -> Tensor:
     not looked at.
     """
     always = importance.masked_fill(~question.sight.always, -torch.inf).logsumexp(-1, keepdim=True)
-    most = -(-max(int(question.room.max()), 1) // BLOCK) * BLOCK  # no further key has room
+    most = min(max(int(question.room.max()), 1), importance.shape[-1])  # no further key has room
+    most = -(-most // BLOCK) * BLOCK
     ranked = importance.masked_fill(~question.candidates, -torch.inf)
     best = ranked.topk(min(most, ranked.shape[-1]), dim=-1).values
     filled = F.pad(best, (0, most - best.shape[-1]), value=-torch.inf)
