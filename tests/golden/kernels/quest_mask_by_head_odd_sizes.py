@@ -236,6 +236,19 @@ def bins_of_shares(share, possible):
 
 
 @triton.jit
+def count_bins(histogram, entry):
+    """Add the number of items in each bin but the first to a histogram, and return it.
+
+    `entry` [N] are the bins of the items.
+    """
+    counts = tl.histogram(entry, BINS)
+    place = tl.arange(0, BINS)
+    counts = tl.where(place > 0, counts, 0)
+    tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
+    return counts
+
+
+@triton.jit
 def threshold(histogram, room, read=0):
     """Return the bin that `room` items end in, the room left for it, and how many are in it.
 
@@ -289,19 +302,6 @@ def choose_by_bin(entry, cut, left, at_cut):
     ours = due(left, total & 65535, at_cut)
     chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
     return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
-
-
-@triton.jit
-def count_bins(histogram, entry):
-    """Add the number of items in each bin but the first to a histogram, and return it.
-
-    `entry` [N] are the bins of the items.
-    """
-    counts = tl.histogram(entry, BINS)
-    place = tl.arange(0, BINS)
-    counts = tl.where(place > 0, counts, 0)
-    tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
-    return counts
 
 
 @triton.jit
