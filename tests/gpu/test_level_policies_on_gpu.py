@@ -66,6 +66,8 @@ class Decoder:
         options = {"policy": policy, "budget": budget, "dense_layers": 0, "mode": "reduce-overhead"}
         self.compiled = torch.compile(decode, backend="lychee", options=options)
         self.keys, self.values = (self.randn(1, HEADS, SLOTS, HEAD_DIM) for _ in range(2))
+        for cache in (self.keys, self.values):  # else no CUDA graph may write to it
+            torch._dynamo.mark_static_address(cache)
 
     def randn(self, *shape: int) -> torch.Tensor:
         numbers = torch.randn(shape, generator=self.random, device="cuda")
@@ -111,5 +113,5 @@ def test_a_cuda_graph_is_sparse_and_dense_if_all_fits(policy: str) -> None:
         for position in range(7000, 7030):
             output = decoder.step(position)
             gaps.append(float((output - decode(*decoder.given)).abs().max()))
-        assert gaps[0] < 1e-2
-        assert max(gaps) < 1e-2 if is_dense else min(gaps[4:]) > 2e-2
+        assert gaps[0] < 2e-3
+        assert max(gaps) < 2e-3 if is_dense else min(gaps[4:]) > 4e-3
