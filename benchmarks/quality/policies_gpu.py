@@ -106,6 +106,7 @@ class _Layer:
         self.positions = positions[-chosen.queries :].to(site.key.device)
         self.query = site.query[:, :, -chosen.queries :].to(dtype)
         self.key, self.value = site.key.to(dtype).contiguous(), site.value.to(dtype).contiguous()
+        self.ends = [int(position) + 1 for position in self.positions]
         self.truth = [self._attend(number, torch.float64) for number in range(len(self.positions))]
 
     def calls(self, policy: str, budget: int) -> list[Callable[[], Tensor]]:
@@ -138,7 +139,7 @@ class _Layer:
 
     def _attend(self, number: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return attention from one query to all keys that it sees, by PyTorch."""
-        end = int(self.positions[number]) + 1
+        end = self.ends[number]
         each = (self.query[:, :, number : number + 1], self.key[:, :, :end], self.value[:, :, :end])
         query, key, value = (tensor.to(dtype or tensor.dtype) for tensor in each)
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)

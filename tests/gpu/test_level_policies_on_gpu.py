@@ -12,7 +12,7 @@ from uneven_steps import follow as follow_uneven
 
 import lychee_compile
 from lychee_compile.kernels.gpu.methods import policies_with_kernels
-from lychee_compile.kernels.policies.registry import levels_of, policies
+from lychee_compile.kernels.policies.registry import levels_of, policies, reads_chunks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -83,11 +83,20 @@ class Decoder:
         torch.compiler.cudagraph_mark_step_begin()
         return self.compiled(*self.given).clone()
 
+    def dense(self, position: int) -> torch.Tensor:
+        """Return dense attention of the last query; nothing is written, which would be noticed."""
+        held = slice(position + 1)
+        keys, values = self.keys[:, :, held], self.values[:, :, held]
+        return F.scaled_dot_product_attention(self.given[0], keys, values, enable_gqa=True)
 
-@pytest.mark.parametrize("policy", POLICIES)
+
+@pytest.mark.parametrize("policy", [each for each in POLICIES if not reads_chunks(each)])
 @torch.no_grad()
 def test_a_cuda_graph_finds_what_matters(policy: str) -> None:
-    """It lies in one group of the coarsest level; all queries of a step look for it."""
+    """It lies in one group of the coarsest level; all queries of a step look for it.
+
+    Chunks are left out: one that has a part of it alone may rank far below the other.
+    """
     decoder, levels = Decoder(policy, 1024), levels_of(policy).levels
     size = max((level.groups.size for level in levels), default=16)
     size = 16 if policy in UNEVEN else size
@@ -112,6 +121,6 @@ def test_a_cuda_graph_is_sparse_and_dense_if_all_fits(policy: str) -> None:
         decoder, gaps = Decoder(policy, budget), []
         for position in range(7000, 7030):
             output = decoder.step(position)
-            gaps.append(float((output - decode(*decoder.given)).abs().max()))
+            gaps.append(float((output - decoder.dense(position)).abs().max()))
         assert gaps[0] < 2e-3
         assert max(gaps) < 2e-3 if is_dense else min(gaps[4:]) > 4e-3

@@ -65,7 +65,8 @@ class UnevenCase(Case):
         """Return the attention whose first query is at the slot `length`."""
         made = super().problem(length, sparse)
         settings = GroupSettings.of(self.config)
-        spec = SparseSpec(self.policy, self.budget, self.sinks, self.recent, 16, 65536, settings)
+        sizes = self.budget, self.sinks, self.recent, 16, 65536
+        spec = SparseSpec(self.policy, *sizes, groups=settings)
         made.spec = replace(made.spec, sparse=spec if sparse else None)
         return made
 
