@@ -1,7 +1,9 @@
-"""What `functional` does on a GPU: an index that kernels read, and attention that chooses by it."""
+"""The functional API on a GPU: an index that kernels read, and attention that chooses by it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
@@ -82,6 +84,13 @@ class KernelIndex:
         parts = [self._attend(*each, key, value, choice) for each in choice.pieces(query)]
         return torch.cat(parts, 2)
 
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Let the next step of attention index the waiting keys again, whatever runs within."""
+        waiting = self._waiting
+        yield
+        self._waiting = waiting
+
     def _attend(
         self, query: Tensor, mask: Tensor | None, key: Tensor, value: Tensor, choice: Choice
     ) -> Tensor:
@@ -145,7 +154,7 @@ class KernelIndex:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a choice depends on, besides queries and index."""
+    """Mask, scale and budget: all that a choice depends on besides queries and index."""
 
     mask: Tensor | None
     """SDPA mask, bool or additive, broadcastable to [B, Hq, T, L]."""
@@ -183,7 +192,7 @@ class KernelSelection:
 
         Runs the kernels once, and waits for them. Slots that a mask hides may be among them.
         """
-        with watch() as steps:
+        with watch() as steps, self.index.looking():
             self.index.attend(self.query, self.index.key, self.index.key, self.choice)
         lists = [slots_read(step) for step in steps]
         width = max(each.shape[-1] for each in lists)

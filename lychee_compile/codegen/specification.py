@@ -46,7 +46,7 @@ class SparseSpec:
     """Share of the softmax, as shares estimate it, at which choosing ends below 1; None: as many
     tokens are read as the budget allows."""
     groups: GroupSettings = field(default_factory=GroupSettings)
-    """How chunks are cut and clusters are made."""
+    """Settings by which chunks are cut and clusters are made."""
 
 
 @dataclass(frozen=True)

@@ -586,12 +586,6 @@ POLICY_NO_KERNEL = _kind(
     "no GPU kernel supports policy={policy!r}",
     "set policy to {known}, or reference=True for the slow PyTorch path",
 )
-POLICY_NO_PREFILL_KERNEL = _kind(
-    Group.KERNEL,
-    "policy-no-prefill-kernel",
-    "no GPU kernel for prefill supports policy={policy!r}",
-    "set policy to {known}, or reference=True for the slow PyTorch path",
-)
 BOUNDARIES_NO_KERNEL = _kind(
     Group.KERNEL,
     "boundaries-no-kernel",

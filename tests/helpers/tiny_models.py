@@ -52,7 +52,7 @@ class TinyDecoder(nn.Module):
         width = HEADS * HEAD_DIM
         self.write = write
         self.words = nn.Embedding(VOCABULARY, width)
-        self.places = nn.Embedding(1024, width)
+        self.places = nn.Embedding(2048, width)
         self.queries = nn.ModuleList(nn.Linear(width, width) for _ in range(LAYERS))
         self.keys = nn.ModuleList(nn.Linear(width, KV_HEADS * HEAD_DIM) for _ in range(LAYERS))
         self.values = nn.ModuleList(nn.Linear(width, KV_HEADS * HEAD_DIM) for _ in range(LAYERS))

@@ -41,7 +41,7 @@ from lychee_compile.kernels.reference.uneven_index import below
 from lychee_compile.kernels.reference.visible import visible_keys
 
 EVENTS = ("step", "rewind", "rewind far", "written by another", "refit")
-"""What may happen to a cache before the next step."""
+"""Events that may happen to a cache before the next step."""
 
 
 @dataclass

@@ -210,7 +210,7 @@ def written_apart(sparse, at):
 @BOTH
 @pytest.mark.parametrize("at", [[90, 185, 280], [280, 90, 185], [399, 8], [-1, 90]])
 def test_packed_requests_that_are_written_apart_keep_to_their_own_within_the_budget(sparse, at):
-    """What other requests have written is not new to a query; it does not make the index stale."""
+    """Keys that other requests have written are not new to a query, and make no index stale."""
     at = torch.tensor(at) % 400
     problem, index = written_apart(sparse, at)
     step = Step.run(problem, index, at)

@@ -196,9 +196,11 @@ def test_a_policy_chooses_after_any_history_as_a_fresh_one(policy, shape, config
 def test_clusters_hold_each_token_once_and_the_mean_of_theirs(shape, config, data):
     cache = GrownCache(shape, config, "gaussian", torch.float32)
     cache.index = index = SmallClusterKV(shape.batch, shape.kv_heads, shape.head_dim, config, CPU)
+    rewound = False  # clusters keep their centroids then
     for place, (step, numbers) in enumerate(data.draw(histories(shape.batch), "history")):
         cache.apply(step, numbers, place)
         index.extend(cache.key, cache.end)
+        rewound |= step != "grow"
         for row in range(shape.batch):
             first, tail = int(index.start[row]) + config.sinks, int(index.tail[row])
             assert int(cache.end[row]) - max(tail, first) < SMALL_CLUSTERS.window
@@ -207,10 +209,10 @@ def test_clusters_hold_each_token_once_and_the_mean_of_theirs(shape, config, dat
                 assert (label[first:tail] >= 0).all()
                 assert (label[:first] < 0).all()
                 assert (label[max(first, tail) :] < 0).all()
-                for number in label[first:tail].unique().tolist():
+                for number in [] if rewound else label[first:tail].unique().tolist():
                     members = (label == number).nonzero()[:, 0]
                     mean = cache.key[row, head, members].mean(0)
-                    torch.testing.assert_close(index.centroid[row, head, number], mean)
+                    torch.testing.assert_close(index.columns["centroid"][row, head, number], mean)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -327,7 +327,13 @@ def test_a_policy_of_ones_own_chooses_for_whole_sequences(index: type[KVIndex] |
         ("mine", None, "first", TypeError, "chooses for prefill by a function"),
         ("mine", dict, choose_first, TypeError, "a policy is a LevelStack or a"),
         ("lychee", None, choose_first, ValueError, "policy 'lychee' for prefill already"),
-        ("lychee", KVIndex, choose_first, ValueError, "there is a policy 'lychee' already"),
+        (
+            "lychee",
+            registry.index_class("oracle"),
+            choose_first,
+            ValueError,
+            "there is a policy 'lychee' already",
+        ),
     ],
 )
 def test_what_is_no_policy_is_refused_whole(

@@ -219,7 +219,7 @@ def test_inference_mode_is_fine_where_the_cache_is_not_of_it() -> None:
 
 def test_a_growing_cache_outgrows_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few keys match the query; they are sketched before the index is moved, and found after."""
-    monkeypatch.setattr(owners, "_roomy", lambda layout: layout)  # no room to spare
+    monkeypatch.setattr(owners, "roomy", lambda layout: layout)  # no room to spare
     step, query = compiled(grow), torch.zeros(1, KV_HEADS * GROUP, 1, DIM)
     query[..., 0] = 40
     keys, values = torch.randn(2, 1, KV_HEADS, 505, DIM).clamp(-1, 1)

@@ -89,12 +89,13 @@ def method_of_kernel(kernel: str) -> GpuMethod:
     return gpu_method(load(kernel).POLICY)
 
 
-def layout_for(kernel: str, key: Tensor) -> IndexLayout:
+def layout_for(kernel: str, key: Tensor, policy: str | None = None) -> IndexLayout:
     """Return the layout of the index that a generated module reads, for a cache `key`.
 
-    `key` is [B, Hkv, L, D].
+    `key` is [B, Hkv, L, D]. `policy` is that of the module; None: the module is asked.
     """
-    method, settings = method_of_kernel(kernel), settings_of(kernel)
+    method = method_of_kernel(kernel) if policy is None else gpu_method(policy)
+    settings = settings_of(kernel) if isinstance(method, UnevenMethod) else None
     if isinstance(method, UnevenMethod) and settings is not None:
         return method.layout_with(settings, key)
     return method.layout_of(key)

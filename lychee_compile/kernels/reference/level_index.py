@@ -204,10 +204,10 @@ class LevelIndex(KVIndex):
         a level above has kept.
         """
         slot = torch.arange(question.visible.kv_len, device=self.device)
-        known = question.seen() & (slot >= self.start[:, None, None])
+        known = question.seen() & (slot >= self.start[:, None, None, None])
         if self.fresh is not None:
-            known = known & (slot < self.fresh[:, None, None])
-        return known[:, None] if within is None else known[:, None] & within
+            known = known & (slot < self.fresh[:, None, None, None])
+        return known if within is None else known & within
 
     def _kept(self, question: Question, number: int, within: Tensor | None) -> Tensor:
         """Return the slots of the groups kept at a level above the last: bool [B, Hkv, Tq, L]."""

@@ -72,8 +72,11 @@ class Question:
         return self._between(self.begin, self.end)
 
     def seen(self) -> Tensor:
-        """Return the slots that some head sees: bool [B, Tq, L]."""
-        return self._between(self.visible.first, self.visible.end)
+        """Return the slots that some head of a KV head sees: bool [B, 1 or Hkv, Tq, L]."""
+        mask, inside = self.visible.mask, self._between(self.visible.first, self.visible.end)
+        if mask is None or mask.shape[1] == 1:
+            return inside[:, None]
+        return inside[:, None] & self._per_head(mask).any(2)
 
     def _between(self, begin: Tensor, end: Tensor) -> Tensor:
         """Return the slots in [begin, end), int64 [B, Tq], that some head sees."""

@@ -1,4 +1,4 @@
-"""What indexes of uneven groups on a device have in common: fingerprints, and views by level."""
+"""Base of the indexes of uneven groups on a device: fingerprints, and views by level."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a mask means: the range of keys that it shows, its words, and levels of hiding."""
+"""Meaning of a mask: the range of keys that it shows, its words, and levels of hiding."""
