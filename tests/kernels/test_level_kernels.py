@@ -87,7 +87,8 @@ SMALL = {
 """Stacks with groups so small that a short cache has many of them."""
 DECLARED = [each.name for each in registry.policies()
             if each.levels is not None and not each.levels.uneven
-            and each.name in policies_with_kernels()]  # fmt: skip
+            and each.name in policies_with_kernels()
+            and each.levels.least_budget(4, 9) < 200]  # fmt: skip
 POLICIES = [*DECLARED, *SMALL]
 EXAMPLES = max(settings().max_examples // 6, 1)
 """Interpreted kernels are slow."""
