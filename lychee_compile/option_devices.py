@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Literal
 
-from lychee_compile.kernels.policies.registry import estimates_shares
+from lychee_compile.kernels.policies.registry import estimates_shares, reads_chunks
 from lychee_compile.options import Options
 
 OptionDevice = Literal["cpu", "cuda"]
@@ -43,7 +43,12 @@ OPTION_DEVICES: Mapping[str, tuple[OptionDevice, ...]] = {
     "strict": _EVERYWHERE,
     "inductor": _EVERYWHERE,
 }
-"""Devices on which each option of `Options` has an effect, by the name of the option."""
+"""Devices on which each option of `Options` has an effect, by the name of the option.
+
+Policies that are declared with chunks use the options of chunks on every device.
+"""
+
+_OF_CHUNKS = frozenset({"chunk", "cluster_chunks", "coarse_units", "boundaries", "seed"})
 
 _IN_WORDS: Mapping[OptionDevice, str] = {"cpu": "a CPU", "cuda": "a GPU"}
 
@@ -55,10 +60,12 @@ def without_effect(options: Options, devices: Collection[OptionDevice]) -> Itera
     """
     if options.coverage is not None and not estimates_shares(options.policy):
         yield f"option coverage has no effect with policy={options.policy!r}, which ranks nothing"
+    used = _OF_CHUNKS if reads_chunks(options.policy) else frozenset()
     names = [
         each.name
         for each in fields(Options)
-        if not set(OPTION_DEVICES[each.name]) & set(devices)
+        if each.name not in used
+        and not set(OPTION_DEVICES[each.name]) & set(devices)
         and getattr(options, each.name) != each.default
     ]
     if not names or not devices:

@@ -30,6 +30,7 @@ def test_the_table_names_every_option() -> None:
         ({"chunk": (2, 4)}, {"cpu"}, []),
         ({"chunk": (2, 4)}, {"cuda"}, ["option chunk has no effect on a GPU"]),
         ({"chunk": (2, 4)}, {"cpu", "cuda"}, []),
+        ({"chunk": (2, 4), "policy": "lycheecluster"}, {"cuda"}, []),
         ({"chunk": (2, 4)}, set(), []),
         ({"chunk": (8, 16), "seed": 0}, {"cuda"}, []),
         (
