@@ -28,21 +28,25 @@ from lychee_compile.kernels.gpu.methods import (
 )
 from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
-from lychee_compile.kernels.operators.reference import LONGEST_QUERY
+from lychee_compile.kernels.operators.reference import DTYPES, LONGEST_QUERY
 from lychee_compile.kernels.policies.registry import estimates_shares, make_index
 from lychee_compile.kernels.reference.certificate import log_unread_bound
 from lychee_compile.kernels.reference.hidden import shown
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection, select
+from lychee_compile.passes.lower.kernel_support import LARGEST_HEAD
 from lychee_compile.passes.symbolic.elementwise import Flag
 
 
 def has_kernels(key: Tensor, config: IndexConfig) -> bool:
     """Return True if kernels index the keys [B, Hkv, L, D] and choose from them by `config`.
 
-    They do on a GPU, for a policy with kernels, without `epsilon` and unless `reference` is set.
+    They do on a GPU, for dtypes and sizes that kernels have, for a policy with kernels, without
+    `epsilon` and unless `reference` is set.
     """
     if key.device.type not in KERNEL_DEVICES or config.reference or config.epsilon is not None:
+        return False
+    if key.dtype not in DTYPES or key.shape[3] > LARGEST_HEAD:
         return False
     if config.policy not in policies_with_kernels() or config.budget is None:
         return False

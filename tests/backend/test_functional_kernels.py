@@ -111,3 +111,7 @@ def test_what_does_not_fit_is_named() -> None:
 @pytest.mark.parametrize("more", [{"reference": True}, {"epsilon": 0.1}, {"policy": "oracle"}])
 def test_without_kernels_the_index_is_plain(more: dict[str, object]) -> None:
     assert not isinstance(build_index(tensors(60)[1], options=OPTIONS | more), KernelIndex)
+
+
+def test_keys_in_float64_have_no_kernels() -> None:
+    assert not isinstance(build_index(tensors(60)[1].double(), options=OPTIONS), KernelIndex)
