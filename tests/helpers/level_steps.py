@@ -287,16 +287,26 @@ def score_inputs(problem: Problem, case: Case) -> ScoreInputs:
     return ScoreInputs(problem.query, problem.key, length, mask, scale, cap)
 
 
+def same_ends(seen: Tensor) -> bool:
+    """Return True if all KV heads of a row see the same first and last slot.
+
+    `seen` is bool [B, Hkv, T, L].
+    """
+    ends = [each.to(torch.uint8).argmax(-1) for each in (seen, seen.flip(-1))]
+    return all(bool((each == each[:, :1]).all()) for each in ends)
+
+
 def assert_alike(case: Case, problem: Problem, read: Read, asked: Asked) -> None:
     """Check that kernels and the plain form have chosen the same, up to ties, within the budget.
 
-    If query heads see different keys, recent tokens may count back from different ones: kernels
-    count from the last that a head of the KV head sees, the plain form from the last that any sees.
-    Then the budget alone is checked.
+    Sinks and recent tokens are those of a KV head for kernels, and those of the layer for the plain
+    form. If masks by head make these differ, the budget alone is checked. So it is if the layer
+    votes: the plain form may then choose a token that heads of another KV head alone see.
     """
     seen = problem.visible.unflatten(1, (-1, problem.spec.group)).any(2)
     question, levels = asked.question, asked.index.stack.levels
-    if case.mask == "mask by head":
+    apart = case.mask == "mask by head" and asked.index.stack.vote == "layer"
+    if apart or not same_ends(seen):
         size = levels[-1].groups.size if levels else 1
         sinks, recent = asked.index.always_read  # the page being written is read besides
         most = max(case.budget, sinks + max(recent, size + case.sizes.query_len))

@@ -83,7 +83,7 @@ def policy_ranks(problem, full):
     rows = problem.query.double().unflatten(1, (heads, -1)).flatten(2, 3)[..., None, :]
     corner = torch.maximum(rows * pages.amin(4), rows * pages.amax(4)).sum(-1)
     corner = corner.unflatten(2, (-1, problem.query.shape[2]))
-    shown = by_page(problem.visible).sum(-1).unflatten(1, (heads, -1)).amax(2)
+    shown = by_page(problem.visible.unflatten(1, (heads, -1)).any(2)).sum(-1)
     shown = shown.masked_fill(torch.arange(shown.shape[-1]) >= full.view(-1, 1, 1, 1), 0)
     score = problem.finish(corner, torch.arange(shown.shape[-1]) * PAGE)
     return (score + shown[:, :, None].log()).log_softmax(-1).logsumexp(2)
@@ -139,8 +139,6 @@ def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
     room = (BUDGET - (end - newest)).expand(chosen.shape[:3])[..., None] // PAGE
     count = chosen.sum(-1, keepdim=True)
     assert ((count <= room) & (count > room - lots)).all()
-    if name == "holes of each head":
-        pytest.xfail("kernels and the plain form count what a page shows by different heads")
     cut = rank.sort(-1, descending=True).values.gather(-1, room - 1)
     assert (~chosen | (rank > cut - TIE)).all()
     assert (chosen | (rank < cut + TIE)).all()
