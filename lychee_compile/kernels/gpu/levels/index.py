@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import REFIT, DeviceIndex
-from lychee_compile.kernels.gpu.common.launch_common import launch
-from lychee_compile.kernels.gpu.common.operands import strides
+from lychee_compile.kernels.gpu.common.record import record_fingerprints
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
 from lychee_compile.kernels.reference.dominant_pairs import (
     REFIT_GROWTH,
@@ -19,8 +18,6 @@ from lychee_compile.kernels.reference.dominant_pairs import (
 )
 from lychee_compile.kernels.reference.level_values import summaries
 
-RECORDED = 64
-"""Slots that one program of `record_fingerprints` hashes."""
 SUMMARISED_AT_ONCE = 8192
 """Number of keys of a row that are summarised at a time, to bound the memory of building."""
 
@@ -47,22 +44,8 @@ class LevelDeviceIndex(DeviceIndex):
                     part = parts[f"summary_{name}"][: len(ends), :, begin:end]
                     part.copy_(value if level.channels[name] else value[..., 0])
         self._fit(key, ends)
-        self._record(module, key, max(ends))
+        record_fingerprints(module, key, parts["fingerprints"], max(ends))
         self.trust(ends)
-
-    def _record(self, module: ModuleType, key: Tensor, end: int) -> None:
-        """Hash the keys in the slots [0, end)."""
-        arguments = {
-            "key": key,
-            **strides("", key, "bhld"),
-            "fingerprints": self.parts._asdict()["fingerprints"],
-            "end": end,
-            "slots": self.layout.slots,
-            "kv_heads": self.layout.kv_heads,
-        }
-        grid = -(-end // RECORDED), key.shape[0] * self.layout.kv_heads
-        if end:
-            launch(module.record_fingerprints, grid, arguments, num_warps=4)
 
     def refit_after(self, end: int) -> int:
         """Return how many keys may follow until channels are chosen anew."""

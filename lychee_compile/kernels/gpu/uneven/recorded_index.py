@@ -9,14 +9,10 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
-from lychee_compile.kernels.gpu.common.launch_common import launch
-from lychee_compile.kernels.gpu.common.operands import strides
+from lychee_compile.kernels.gpu.common.record import record_fingerprints
 from lychee_compile.kernels.gpu.uneven.layout import UnevenLayout
 from lychee_compile.kernels.levels.groups import Chunks
 from lychee_compile.kernels.reference.clustered import Columns
-
-RECORDED = 64
-"""Slots that one program of `record_fingerprints` hashes."""
 
 
 class UnevenDeviceIndex(DeviceIndex):
@@ -44,18 +40,7 @@ class UnevenDeviceIndex(DeviceIndex):
 
     def record(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Hash the keys in the slots [0, ends[b]), and trust the index."""
-        end = max(ends)
-        arguments = {
-            "key": key,
-            **strides("", key, "bhld"),
-            "fingerprints": self.named["fingerprints"],
-            "end": end,
-            "slots": self.layout.slots,
-            "kv_heads": self.layout.kv_heads,
-        }
-        grid = -(-end // RECORDED), key.shape[0] * self.layout.kv_heads
-        if end:
-            launch(module.record_fingerprints, grid, arguments, num_warps=4)
+        record_fingerprints(module, key, self.named["fingerprints"], max(ends))
         self.trust(ends)
 
     def written(self, rows: int) -> Tensor:
