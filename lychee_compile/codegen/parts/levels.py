@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lychee_compile.codegen.level_source import estimate_source, summary_source
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
-from lychee_compile.codegen.parts.site import fill, sees_range
+from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, S
 from lychee_compile.kernels.levels.declaration import Level, LevelStack, Pages
@@ -155,8 +155,4 @@ def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> str:
 
 def _estimate(spec: AttentionSpec, level: Level) -> str:
     scale = float(spec.score.diff(S).subs(S, 0))
-    return estimate_source(level, _precision(spec), scale, spec.head_dim)
-
-
-def _precision(spec: AttentionSpec) -> str:
-    return ', input_precision="ieee"' if spec.dtype == "float32" else ""
+    return estimate_source(level, precision(spec), scale, spec.head_dim)

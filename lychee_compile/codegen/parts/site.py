@@ -29,6 +29,11 @@ def sees_range(spec: AttentionSpec) -> bool:
     return visible_range(spec.visible) is not None
 
 
+def precision(spec: AttentionSpec) -> str:
+    """Return the last argument of a product: tensor cores round float32 unless told not to."""
+    return ', input_precision="ieee"' if spec.dtype == "float32" else ""
+
+
 @lru_cache(maxsize=16)
 def _site_values(spec: AttentionSpec) -> dict[str, object]:
     """Return the holes that every template has.
@@ -49,7 +54,7 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
     return {
         "spec": spec,
         "captured": "".join(f", {name}" for each in spec.captured for name in _parameters(each)),
-        "precision": ', input_precision="ieee"' if spec.dtype == "float32" else "",
+        "precision": precision(spec),
         "is_range": sees_range(spec),
         "by_written": "" if sees_range(spec) else ", written",
         "by_mass": spec.sparse is not None and spec.sparse.coverage is not None,

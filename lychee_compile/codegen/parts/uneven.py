@@ -5,7 +5,7 @@ from __future__ import annotations
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.level_source import chunk_summary_source, estimate_source
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
-from lychee_compile.codegen.parts.site import fill, sees_range
+from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, S, SparseSpec
 from lychee_compile.kernels.levels.declaration import Level, LevelStack
@@ -98,7 +98,7 @@ def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> list[str]:
         spec,
         **shared,
         fields=list(level.channels.items()),
-        estimate=estimate_source(level, _precision(spec), scale, spec.head_dim),
+        estimate=estimate_source(level, precision(spec), scale, spec.head_dim),
         is_child=number > 0,
         is_first=number == 0,
         by_slot=KV in spec.score.free_symbols,
@@ -147,7 +147,3 @@ def _attend(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> list[
         tile=min(power_of_two(sparse.groups.chunk[1]), 16),
     )
     return [new, attend]
-
-
-def _precision(spec: AttentionSpec) -> str:
-    return ', input_precision="ieee"' if spec.dtype == "float32" else ""
