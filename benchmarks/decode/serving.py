@@ -121,7 +121,7 @@ class NewTensors(Serving):
 
 
 class EagerTurn(Serving):
-    """A growing cache, to which eager code appends a turn of 64 tokens before the measured steps."""
+    """A growing cache, to which eager code appends 64 tokens before the measured steps."""
 
     def between(self) -> None:
         """Append a turn before the first step that counts."""
@@ -213,7 +213,7 @@ SERVING: dict[str, type[Serving]] = {
 def measured(kind: type[Any], length: int, budget: int) -> tuple[float, float]:
     """Return the median seconds of a step compiled by Inductor and by the lychee backend."""
     torch.compiler.reset()
-    options = {"budget": budget}
+    options: dict[str, Any] = {"budget": budget}
     ways = [
         (kind(length), torch.compile(kind.step)),
         (kind(length), torch.compile(kind.step, backend="lychee", options=options)),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
 
 class Group(StrEnum):
@@ -31,7 +32,7 @@ class Group(StrEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class Reason(str):
+class Reason(str):  # noqa: SLOT000  the fields need a place
     """One reason, filled in for one attention or softmax.
 
     As a str it is the words, followed by the remedy if there is one. So it can be sliced, searched,
@@ -45,7 +46,7 @@ class Reason(str):
     remedy: str = ""
     """Action that lifts the reason; empty if there is none."""
 
-    def __new__(cls, code: str, words: str, remedy: str = "") -> Reason:
+    def __new__(cls, code: str, words: str, remedy: str = "") -> Self:  # noqa: ARG004  a field
         """Return a str of the words and the remedy."""
         return super().__new__(cls, f"{words}; {remedy}" if remedy else words)
 

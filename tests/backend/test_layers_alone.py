@@ -1,4 +1,4 @@
-"""Layers compiled on their own cost no more graphs, and run compiled as often, as with any backend."""
+"""Layers compiled on their own cost as many graphs, and run compiled as often, as elsewhere."""
 
 from __future__ import annotations
 
