@@ -1,7 +1,7 @@
 """Processes that measure architectures.
 
-They are spawned, so that what they run must be in a module that they can import: `__main__` of a
-package is none.
+They are spawned, and import the module of what they run. The file that runs a package is no module
+that they can import.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def test_every_module_can_be_imported():
     "path", sorted(BENCHMARKS.rglob("__main__.py")), ids=lambda path: path.parent.name
 )
 def test_no_main_of_a_package_starts_processes(path):
-    """A spawned process cannot import `__main__` of a package, nor what is defined there."""
+    """A spawned process imports no `__main__` of a package, and so no function of it."""
     assert not {"multiprocessing", "concurrent.futures"} & imports(path)
 
 
