@@ -81,6 +81,7 @@ def sparse_attention(
     value: Tensor,
     mask: Tensor | None,
     extra: Tensor | None,
+    extra_value: Tensor | None,
     handle: Tensor,
     scale: float,
     softcap: float | None,
@@ -93,7 +94,7 @@ def sparse_attention(
     dense too if the index waits for a second call on the cache. A query that sees no key, as in an
     idle row of a server's batch, reads nothing and gets zeros.
     """
-    operands = Operands(query, key, value, mask, scale, softcap, extra)
+    operands = Operands(query, key, value, mask, scale, softcap, extra, extra_value)
     if query.shape[2] > LONGEST_QUERY:
         return dense_attention(operands).contiguous()
     owner = handles.find(handle, ReferenceCacheIndex)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -62,6 +62,8 @@ class CacheBinding:
     outside_dim: int | None = None
     """Dimension of `source` and of the output that runs over tokens, if they have another shape
     than `key`; None otherwise."""
+    in_front: int = field(default=0, compare=False)
+    """Number of keys that the attention reads in front of those of the cache."""
 
     @property
     def reads_only(self) -> bool:
