@@ -207,4 +207,6 @@ class _Facts:
 
     def _how_much(self) -> str:
         kv_len = over_cache(self.attention, self.binding).kv_len
-        return how_much(self.config, kv_len if isinstance(kv_len, int) else str(kv_len))
+        reads = how_much(self.config, kv_len if isinstance(kv_len, int) else str(kv_len))
+        in_front = 0 if self.binding is None else self.binding.in_front
+        return f"{reads}, and {in_front} in front of the cache" if in_front else reads
