@@ -51,7 +51,9 @@ class OneKey(Growing):
 class OfAnInput(Growing):
     """A soft prompt: its keys are inputs of the step."""
 
-    def forward(self, q: Tensor, ck: Tensor, cv: Tensor, k: Tensor, v: Tensor, *front: Tensor) -> Any:
+    def forward(
+        self, q: Tensor, ck: Tensor, cv: Tensor, k: Tensor, v: Tensor, *front: Tensor
+    ) -> Any:
         ck, cv = torch.cat((ck, k), 2), torch.cat((cv, v), 2)
         keys, values = torch.cat((front[0], ck), 2), torch.cat((front[1], cv), 2)
         return one_operator(q, keys, values), ck, cv
@@ -77,16 +79,14 @@ def test_a_short_cache_is_within_the_budget() -> None:
 
 class Behind(Growing):
     def before(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        front = (each.expand(len(keys), -1, -1, -1) for each in (self.keys, self.values))
-        joined = zip((keys, values), front, strict=True)
-        return tuple(torch.cat(pair, 2) for pair in joined)  # type: ignore[return-value]
+        front, wide = (each.expand(len(keys), -1, -1, -1) for each in (self.keys, self.values))
+        return torch.cat((keys, front), 2), torch.cat((values, wide), 2)
 
 
 class OnBothSides(Growing):
     def before(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        front = (each.expand(len(keys), -1, -1, -1) for each in (self.keys, self.values))
-        joined = zip(front, (keys, values), strict=True)
-        return tuple(torch.cat((a, b, a), 2) for a, b in joined)  # type: ignore[return-value]
+        front, wide = (each.expand(len(keys), -1, -1, -1) for each in (self.keys, self.values))
+        return torch.cat((front, keys, front), 2), torch.cat((wide, values, wide), 2)
 
 
 class KeysOnly(Growing):

@@ -37,9 +37,8 @@ class Memory(nn.Module):
         self.scale = nn.Parameter(torch.ones(D).to(dtype))
 
     def before(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        front = (self.keys, self.values)
-        joined = ((f.expand(len(keys), -1, -1, -1), c) for f, c in zip(front, (keys, values)))
-        return tuple(torch.cat(pair, 2) for pair in joined)  # type: ignore[return-value]
+        front, wide = (each.expand(len(keys), -1, -1, -1) for each in (self.keys, self.values))
+        return torch.cat((front, keys), 2), torch.cat((wide, values), 2)
 
 
 class Growing(Memory):
@@ -110,7 +109,8 @@ class Static(Memory):
     ) -> Tensor:
         ck.index_copy_(2, pos, k)
         cv.index_copy_(2, pos, v)
-        seen = F.pad(torch.arange(ck.shape[2]) <= pos[:, None], (self.keys.shape[1], 0), value=True)
+        slots = torch.arange(ck.shape[2], device=pos.device)
+        seen = F.pad(slots <= pos[:, None], (self.keys.shape[1], 0), value=True)
         return one_operator(q, *self.before(ck, cv), seen[None, None])
 
 

@@ -81,11 +81,11 @@ def sparse_attention(
     value: Tensor,
     mask: Tensor | None,
     extra: Tensor | None,
-    extra_value: Tensor | None,
     handle: Tensor,
     scale: float,
     softcap: float | None,
     site: str,
+    extra_value: Tensor | None = None,
 ) -> Tensor:
     """Attend from `query` [B, Hq, Tq, D] to the best of `key` [B, Hkv, L, D]: [B, Hq, Tq, Dv].
 

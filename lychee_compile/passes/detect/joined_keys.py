@@ -1,8 +1,8 @@
 """Tell keys in front from those behind them, if keys and values are concatenations of both.
 
-    keys = cat((memory_keys, cache_keys), 2)            [B, H, 4 + L, D]
-    values = cat((memory_values, cache_values), 2)
-    out = scaled_dot_product_attention(query, keys, values, mask)
+keys = cat((memory_keys, cache_keys), 2)            [B, H, 4 + L, D]
+values = cat((memory_values, cache_values), 2)
+out = scaled_dot_product_attention(query, keys, values, mask)
 """
 
 from __future__ import annotations

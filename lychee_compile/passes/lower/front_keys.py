@@ -6,7 +6,7 @@ scores in front, and whose value is their weighted mean:
     scores = matmul(query, memory_keys.mT) * scale + mask[..., :4]
     log_sum = logsumexp(scores, -1)                                         [B, Hq, Tq]
     mean = matmul(exp(scores - log_sum), memory_values)                     [B, Hq, Tq, Dv]
-    out = sparse_attention(query, k, v, mask[..., 4:], log_sum, mean, index, ...)
+    out = sparse_attention(query, k, v, mask[..., 4:], log_sum, index, ..., mean)
 
 The parts are combined as in FlashAttention-2 (Dao, 2023) and FlashDecoding.
 """

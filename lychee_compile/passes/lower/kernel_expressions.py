@@ -62,9 +62,7 @@ class KernelExpressions:
     def behind(self, count: int) -> KernelExpressions:
         """Return the expressions of a kernel for the keys behind the first `count`."""
         shift = {KV: KV + count, KV_LEN: KV_LEN + count}
-        return replace(
-            self, score=self.score.xreplace(shift), visible=self.visible.xreplace(shift)
-        )
+        return replace(self, score=self.score.xreplace(shift), visible=self.visible.xreplace(shift))
 
 
 def kernel_expressions(attention: Attention, canonical: Canonicaliser) -> KernelExpressions:

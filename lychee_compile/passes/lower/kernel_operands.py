@@ -29,9 +29,7 @@ class KernelOperands:
         return tensors.query, tensors.key, tensors.value, captured, tensors.extra
 
 
-def emit_kernel_operands(
-    attention: Attention, emit: Emitter, in_front: int = 0
-) -> KernelOperands:
+def emit_kernel_operands(attention: Attention, emit: Emitter, in_front: int = 0) -> KernelOperands:
     """Emit what a kernel for `attention` reads. Raises `NoKernel`.
 
     The first `in_front` keys are no keys of the kernel, but an extra logit with a value.

@@ -10,7 +10,7 @@ After; `index` is a new input of the graph, which stands for the index of `k_cac
 
     k = index_copy_(k_cache, 2, positions, k_new)
     update_index(k, mask, positions, token_ids, index, 1)
-    out = sparse_attention(q, k, v, mask, None, None, index, scale, None, "layers.0.self_attn")
+    out = sparse_attention(q, k, v, mask, None, index, scale, None, "layers.0.self_attn")
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def emit_reference_sparse(
         _update(attention, binding, operands, context)
     attended = context.emit(
         torch.ops.lychee.sparse_attention.default,
-        operands.query, operands.key, operands.value, operands.mask, operands.extra,
-        operands.extra_value, index, score.scale, score.softcap, module_path(attention.node),
+        operands.query, operands.key, operands.value, operands.mask, operands.extra, index,
+        score.scale, score.softcap, module_path(attention.node), operands.extra_value,
     )  # fmt: skip
     return canonical.replacement(attended)
 
@@ -77,9 +77,7 @@ def emit_token_note(attention: Attention, binding: CacheBinding, context: Loweri
     _update(attention, binding, replace(operands, mask=last), context)
 
 
-def _operands(
-    attention: Attention, binding: CacheBinding, context: LoweringContext
-) -> Canonical:
+def _operands(attention: Attention, binding: CacheBinding, context: LoweringContext) -> Canonical:
     """Emit the operands of the attention over the keys of a cache."""
     if binding.in_front:
         return emit_behind_front(attention, context.emit)

@@ -1,7 +1,7 @@
 """Bind the keys behind a few others to their cache: learned memory keys, a null key, a soft prompt.
 
-    cache = cat((past, new), 2)                         returned
-    keys = cat((memory.expand(batch, ...), cache), 2)   the keys of the attention
+cache = cat((past, new), 2)                         returned
+keys = cat((memory.expand(batch, ...), cache), 2)   the keys of the attention
 """
 
 from __future__ import annotations
