@@ -77,6 +77,19 @@ def test_a_short_cache_is_within_the_budget() -> None:
     assert growing(Growing(), 20).reason.code == "within-budget"
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, H, 0, 16)])
+def test_an_empty_tensor_is_no_key_in_front(shape: tuple[int, ...]) -> None:
+    """A new cache begins so: it is found as a whole."""
+
+    def step(q: Tensor, k: Tensor) -> Any:
+        keys = torch.cat((torch.zeros(shape), k), 2)
+        return one_operator(q, keys, keys), keys
+
+    found = site(step, new()[0], caches(LENGTH)[0])
+    assert (found.decision, found.cache) == ("sparse", "dynamic")
+    assert found.reads == "budget 24 of up to 120 tokens"
+
+
 class Behind(Growing):
     def before(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         front, wide = (each.expand(len(keys), -1, -1, -1) for each in (self.keys, self.values))

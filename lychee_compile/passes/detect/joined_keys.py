@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.fx
 
 from lychee_compile.passes.detect.attention import KeyPart
 from lychee_compile.passes.detect.operands import Operand, Place, places_behind, reader_of
-from lychee_compile.passes.graph.dataflow import argument, is_operator, shape_of
+from lychee_compile.passes.graph.dataflow import argument, is_operator, same, shape_of
 from lychee_compile.passes.graph.region import Order, overwritten_before
 from lychee_compile.passes.symbolic.axes import Axis, Index, SplitAxis, free_axes
 from lychee_compile.passes.symbolic.elements import Elements
@@ -23,7 +24,7 @@ SIDES = ("front", "behind")
 
 
 class JoinedKeys:
-    """Splits the keys and values of one attention, which `attends` from the axes `keys`."""
+    """Splits the keys and values of one attention, which has the node `attends`."""
 
     def __init__(
         self, attends: torch.fx.Node, keys: tuple[Axis, ...], elements: Elements, order: Order
@@ -69,21 +70,18 @@ class JoinedKeys:
         node = argument(joined.node, "tensors")[number]
         inside = tuple(each.xreplace({self._keys[0]: index}) for each in joined.indices)
         chain = places_behind(node, inside, self._elements, casts=False)
-        whole = [self._operand(each) for each in chain]
-        first = whole[0]
-        forms = tuple(
-            each
-            for each, place in zip(whole, chain, strict=True)
-            if each is not None
-            and first is not None
-            and each.axes == first.axes
+        found = [(place, place.operand(self._elements.axes)) for place in chain]
+        first = found[0][1]
+        if first is None or self._overwritten(chain, chain[0], joined.node):
+            return ()
+        return tuple(
+            form
+            for place, form in found
+            if form is not None
+            and form.axes == first.axes
             and place.factor == 1
             and not self._overwritten(chain, place, joined.node)
         )
-        return forms if forms and forms[0] is first else ()
-
-    def _operand(self, place: Place) -> Operand | None:
-        return place.operand(self._elements.axes)
 
     def _overwritten(self, chain: list[Place], place: Place, cat: torch.fx.Node) -> bool:
         """True if the memory of `place` changes after `cat` has read it, before the attention."""
@@ -91,10 +89,14 @@ class JoinedKeys:
         return overwritten_before(self._attends, reads, self._order)
 
 
-def _size_of_part(joined: Place, keys: Axis, number: int) -> object | None:
-    """Return the number of keys of a part; None unless two parts are joined along the keys."""
+def _size_of_part(joined: Place, keys: Axis, number: int) -> int | torch.SymInt | None:
+    """Return the number of keys of a part; None unless two parts are joined along the keys.
+
+    A part without keys, as an empty cache of one dimension, is none.
+    """
     tensors = argument(joined.node, "tensors")
     dim = argument(joined.node, "dim", 0) % len(joined.indices)
     if len(tensors) != len(SIDES) or joined.indices[dim] != keys:
         return None
-    return shape_of(tensors[number])[dim]
+    sizes = shape_of(tensors[number])
+    return None if len(sizes) != len(joined.indices) or same(sizes[dim], 0) else sizes[dim]
