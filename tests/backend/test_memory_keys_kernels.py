@@ -58,7 +58,7 @@ def test_a_static_cache_that_is_read_in_full_is_dense(model: Any) -> None:
         memory_keys.Biased,
         memory_keys.WithSink,
         pytest.param(memory_keys.OfAllHeads, marks=pytest.mark.thorough),
-        pytest.param(memory_keys.TokensFirst, marks=pytest.mark.thorough),
+        pytest.param(memory_keys.Repeated, marks=pytest.mark.thorough),
     ],
 )
 def test_a_growing_cache_that_is_read_in_full_is_dense(model: Any) -> None:

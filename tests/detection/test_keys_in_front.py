@@ -1,4 +1,4 @@
-"""Which keys in front of a cache are read besides, and which keep an attention as it is."""
+"""Keys in front of a cache are read besides; other joins keep an attention as it is."""
 
 from __future__ import annotations
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.fx
@@ -15,8 +13,7 @@ from lychee_compile.passes.detect.score import Mask
 from lychee_compile.passes.graph.check import check_replacement
 from lychee_compile.passes.graph.dataflow import aten, is_tensor, value_of
 from lychee_compile.passes.graph.emitter import Emitter
-from lychee_compile.passes.lower.rearrange import Rearranger, Size
-from lychee_compile.passes.symbolic.axes import Axis
+from lychee_compile.passes.lower.rearrange import AxisSizes, Rearranger
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Canonicaliser:
 
     def __init__(self, attention: Attention, emit: Emitter) -> None:
         self._attention, self.emit = attention, emit
-        self._sizes = _AxisSizes(attention, emit)
+        self._sizes = AxisSizes(attention, emit)
         self._rearrange = Rearranger(emit, attention.axes, self._sizes)
 
     def operands(self, *, repeated: bool = False, masked: bool = True) -> Canonical:
@@ -176,52 +173,6 @@ class Canonicaliser:
         return node
 
 
-class _AxisSizes:
-    """Sizes of the axes of one attention, as numbers or as nodes made of its operands.
-
-    mask (nW,), (T,), (L,)              nW = sym_size(mask, 0)
-    key (b, nW), (h,), (L,), (d,)       b  = sym_size(key, 0) // nW
-    """
-
-    def __init__(self, attention: Attention, emit: Emitter) -> None:
-        self._sizes, self._emit = attention.axes.sizes, emit
-        biases, masks = attention.score.biases, attention.score.masks
-        operands = [attention.key, attention.value, attention.query]
-        operands += [bias.operand for bias in biases] + [mask.operand for mask in masks]
-        dimensions = [
-            (operand, dim, axes)
-            for operand in operands
-            for dim, axes in enumerate(operand.layout)
-            if axes
-        ]
-        self._dimensions: list[tuple[Operand, int, tuple[Axis, ...]]] = sorted(
-            dimensions, key=lambda each: len(each[2])
-        )
-
-    def __call__(self, axis: Axis, unknown: Collection[Axis] = ()) -> Size | None:
-        """Return the size of an axis; None if the operands do not tell it.
-
-        A dimension that holds several axes tells the size of one by those of the others, of which
-        none may be in `unknown`.
-        """
-        size = self._sizes[axis]
-        if size.is_Integer:
-            return int(size)
-        unknown = {*unknown, axis}
-        for operand, dim, axes in self._dimensions:
-            others = [each for each in axes if each != axis]
-            if len(others) == len(axes) or unknown & set(others):
-                continue
-            known = [self(each, unknown) for each in others]
-            if None in known:
-                continue
-            node = self._emit(aten.sym_size.int, operand.node, dim)
-            for each in known:
-                node = self._emit(operator.floordiv, node, each)
-            return node
-        return None
-
-
 def with_layout(emit: Emitter, node: torch.fx.Node, wanted: torch.Tensor) -> torch.fx.Node:
     """Return `node`, laid out in memory as `wanted`: later views may rely on that."""
     value = value_of(node)
@@ -243,3 +194,70 @@ def _memory_order(tensor: torch.Tensor) -> list[int]:
         if size != 1
     ]
     return [-dim for _, dim in sorted(strides, reverse=True)]
+
+
+def emit_behind_front(attention: Attention, emit: Emitter) -> Canonical:
+    """Emit the operands of `attention` over all keys but the first.
+
+    The first keys, `attention.parts[0]`, become one key more: its logit is the log-sum-exp of their
+    scores, and its value their weighted mean, both float32. Parts are combined as in
+    FlashAttention-2 (Dao, 2023), so the softmax over both is exact. Raises `RewriteError`.
+
+        scores = matmul(query, memory_keys.mT) * scale + mask[..., :4]
+        log_sum = logsumexp(scores, -1)                                         [B, Hq, Tq]
+        mean = matmul(exp(scores - log_sum), memory_values)                     [B, Hq, Tq, Dv]
+        out = sparse_attention(query, k, v, mask[..., 4:], log_sum, index, ..., mean)
+    """
+    front, behind = map(attention.over, attention.parts)
+    mask, count = Canonicaliser(attention, emit).mask(), front.kv_len
+    shown = None if mask is None else emit(aten.slice.Tensor, mask, -1, 0, count)
+    first = replace(Canonicaliser(front, emit).operands(repeated=True), mask=shown)
+    log_sum, mean = _emit_attention(front, first, emit)
+    rest = Canonicaliser(behind, emit).operands()
+    if mask is not None:
+        rest = replace(rest, mask=emit(aten.slice.Tensor, mask, -1, count))
+    return replace(rest, extra=log_sum, extra_value=mean)
+
+
+def _emit_attention(
+    attention: Attention, operands: Canonical, emit: Emitter
+) -> tuple[torch.fx.Node, torch.fx.Node]:
+    """Emit log-sum-exp [B, Hq, Tq] and output [B, Hq, Tq, Dv] of dense attention, both float32.
+
+    The extra logit of `operands` takes part. Without any visible key they are -inf and zeros.
+    """
+    scores = _emit_scores(attention, operands, emit)
+    every = scores
+    if operands.extra is not None:
+        column = emit(aten.unsqueeze.default, _as_float(operands.extra, emit), -1)
+        column = emit(aten.expand_as.default, column, emit(aten.slice.Tensor, scores, -1, 0, 1))
+        every = emit(aten.cat.default, [scores, column], -1)
+    log_sum = emit(aten.logsumexp.default, every, [-1])
+    nothing = emit(aten.eq.Scalar, log_sum, -torch.inf)
+    shift = emit(aten.masked_fill.Scalar, log_sum, nothing, 0.0)
+    shifted = emit(aten.sub.Tensor, scores, emit(aten.unsqueeze.default, shift, -1))
+    weights = emit(aten.exp.default, shifted)
+    return log_sum, emit(aten.matmul.default, weights, _as_float(operands.value, emit))
+
+
+def _emit_scores(attention: Attention, operands: Canonical, emit: Emitter) -> torch.fx.Node:
+    """Emit softcap tanh(scale q.k / softcap) + mask, float32 [B, Hq, Tq, M]."""
+    score, mask = attention.score, operands.mask
+    query, key = _as_float(operands.query, emit), _as_float(operands.key, emit)
+    node = emit(aten.matmul.default, query, emit(aten.transpose.int, key, -1, -2))
+    node = emit(aten.mul.Scalar, node, score.scale)
+    if score.softcap is not None:
+        node = emit(aten.tanh.default, emit(aten.div.Scalar, node, score.softcap))
+        node = emit(aten.mul.Scalar, node, score.softcap)
+    if mask is None:
+        return node
+    if value_of(mask).dtype == torch.bool:
+        hidden = emit(aten.logical_not.default, mask)
+        return emit(aten.masked_fill.Scalar, node, hidden, -torch.inf)
+    return emit(aten.add.Tensor, node, _as_float(mask, emit))
+
+
+def _as_float(node: torch.fx.Node, emit: Emitter) -> torch.fx.Node:
+    if value_of(node).dtype == torch.float32:
+        return node
+    return emit(aten.to.dtype, node, torch.float32)

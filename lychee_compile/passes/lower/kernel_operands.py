@@ -9,8 +9,7 @@ from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.emitter import Emitter
-from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
-from lychee_compile.passes.lower.front_keys import emit_behind_front
+from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, emit_behind_front
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
 from lychee_compile.passes.lower.kernel_support import NoKernel, static
 

@@ -29,9 +29,8 @@ from lychee_compile.passes.graph.dataflow import (
     module_path,
     static_size,
 )
-from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
+from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, emit_behind_front
 from lychee_compile.passes.lower.context import LoweringContext
-from lychee_compile.passes.lower.front_keys import emit_behind_front
 from lychee_compile.passes.lower.written_slots import named_slots
 
 OPERATOR = "lychee::sparse_attention (reference)"
