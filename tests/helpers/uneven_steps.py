@@ -37,7 +37,6 @@ from lychee_compile.kernels.reference.chunk_table import bounds_of, decided
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.question import Question
 from lychee_compile.kernels.reference.selection import select
-from lychee_compile.kernels.reference.uneven_index import below
 from lychee_compile.kernels.reference.visible import visible_keys
 
 EVENTS = ("step", "rewind", "rewind far", "written by another", "refit")
@@ -143,20 +142,22 @@ class UnevenSteps(Steps):
                 k: v.clone() for k, v in with_channel(self.index.columns(0, len(self.key))).items()
             }
             return
-        for number in range(len(index.labels)):
+        above = index.above
+        labels = [named[f"label_{number + 1}"].long() - 1 for number in range(len(above.labels))]
+        for number in range(len(labels)):
             columns = with_channel(self.index.columns(number, len(self.key)))
-            index.clusters[number] = {name: held.clone() for name, held in columns.items()}
-            label = named[f"label_{number + 1}"].long() - 1
-            if number == len(index.labels) - 1:
-                count = index.span.shape[1]
-                label = F.pad(label, (0, max(count - label.shape[2], 0)), value=-1)[:, :, :count]
-            index.labels[number] = label
+            above.columns[number] = {name: held.clone() for name, held in columns.items()}
+        if labels:
+            count = index.span.shape[1]
+            more = max(count - labels[-1].shape[2], 0)
+            labels[-1] = F.pad(labels[-1], (0, more), value=-1)[:, :, :count]
+        above.relabel(labels)
 
     def _check_chunks(self, question: Question, made, own: Tensor, tie: float) -> None:
         index, looked = self.plain.index, None
         levels = index.stack.levels
-        for number, label in enumerate(index.labels):
-            columns = index.clusters[number]
+        for number, label in enumerate(index.above.labels):
+            columns = index.above.columns[number]
             rank, possible = index.ranks(question, levels[number], columns, looked)
             marks = made[f"bins_{number}"][:, : rank.shape[-1]] > 0
             marks = marks.unflatten(0, (len(rank), rank.shape[2], rank.shape[1])).transpose(1, 2)
@@ -234,6 +235,15 @@ def follow(steps: UnevenSteps, history: list[str]) -> None:
         if steps.length + case.sizes.query_len > case.sizes.kv_len:
             steps.length -= 20
         steps.compare()
+
+
+def below(kept: Tensor, label: Tensor) -> Tensor:
+    """Return the groups that belong to a kept cluster, or to none yet: bool [B, Hkv, Tq, N].
+
+    `kept` is bool [B, Hkv, Tq, C]; `label`, int [B, Hkv, N], is the cluster of each group, or -1.
+    """
+    wide = label[:, :, None].expand(-1, -1, kept.shape[2], -1)
+    return (wide < 0) | kept.gather(-1, wide.clamp(min=0).long())
 
 
 def table_of(index, rows: int) -> tuple[Tensor, Tensor]:

@@ -156,13 +156,15 @@ class ChunkIndex(UnevenIndex):
 
         The last group of a row holds the tokens that are in no chunk yet. Length 0: no group.
         """
-        number, real = packed(self._used())
+        used = self._used()
+        number, real = packed(used)
         low, length = bounds_of(self.span.gather(1, number), self.settings.chunk, number)
         first, behind = torch.maximum(low, self.start[:, None]), low + length
-        tail = self.unread[:, None]
-        starts = torch.cat((torch.where(real, first, 0), tail), 1)
+        tail = open_from(self.span, used, self.settings.chunk)[:, None]
+        tail = torch.maximum(tail, self.start[:, None])
         lengths = torch.cat((torch.where(real, behind - first, 0), self.end[:, None] - tail), 1)
-        return starts, lengths.clamp(min=0)
+        lengths = lengths.clamp(min=0)
+        return torch.where(lengths > 0, torch.cat((first, tail), 1), 0), lengths
 
     def choose(self, question: Question) -> Runs:
         """Return the best chunks, the last of them cut to the budget."""

@@ -147,13 +147,13 @@ def merge_columns(level: Level, parts: Columns, label: Tensor, columns: Columns)
     keys of a member: they have its mean and its variance.
     """
     room = columns["tokens"].shape[2]
-    member = (label >= 0) & (parts["tokens"] > 0)
+    label = torch.where((label >= 0) & (parts["tokens"] > 0), label, room)
+    names = ("tokens", "first", "end", "mean", "variance")
     for b, h in itertools.product(*map(range, label.shape[:2])):
-        at = member[b, h].nonzero()[:, 0]
-        own, tokens, low, high, centre, variance = (
-            each[b, h].index_select(0, at)
-            for each in (label, *(parts[name] for name in ("tokens", "first", "end", "mean", "variance")))
-        )
+        at = (label[b, h] < room).nonzero()[:, 0]
+        at = at if len(at) else at.new_zeros(1)
+        own = label[b, h, at]
+        tokens, low, high, centre, variance = (parts[name][b, h, at] for name in names)
         keys = torch.cat((centre - variance.sqrt(), centre + variance.sqrt()))
         stored, weight = stored_dtype(columns), 0.5 * tokens.repeat(2)
         found: Columns = summaries_by_label(level, keys, own.repeat(2), room, stored, weight)

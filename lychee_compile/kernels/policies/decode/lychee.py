@@ -200,7 +200,9 @@ class LycheeIndex(ChunkIndex):
         """
         visible, most = question.visible, int(total.max())
         many = question.query_len * int(quota.max())
-        if most <= self.config.flat_tokens or many >= most or question.may_miss is not None:
+        if most <= self.config.flat_tokens or not 0 < many < most:
+            return False
+        if question.may_miss is not None:
             return False
         if visible.bias is not None or (visible.mask is not None and visible.mask.shape[1] > 1):
             return False
