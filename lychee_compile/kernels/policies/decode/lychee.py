@@ -141,12 +141,12 @@ class LycheeIndex(ChunkIndex):
         candidates = self.candidates(question)
         if candidates is not None:
             slot, held = candidates
-            raw = self.sketches.scores_at(query, question.scale, slot, held.sum(-1))
+            raw = self.sketches.scores_at(query, question.scale, slot)
             return question.take_own(raw, slot, held)
         own = own_slots(question)
         if own is not None:
             slot, held = own.slot[:, None], own.held[:, None]
-            raw = self.sketches.scores_at(query, question.scale, slot, own.count[:, None])
+            raw = self.sketches.scores_at(query, question.scale, slot)
             return question.take_own(raw, slot, held)
         slots = int(self.tail.max())
         rank = question.token_share(self.sketches.scores(question.query, question.scale, slots))
