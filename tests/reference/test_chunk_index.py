@@ -148,7 +148,7 @@ def by_masks(index, question, budget, room):
             looked = below(index.keep(question, level, columns, looked, budget), label)
     groups = index.chunk_columns(None)
     rank, possible = index.ranks(question, levels[-1], groups, looked)
-    order = rank.masked_fill(~possible, -torch.inf).argsort(-1, descending=True, stable=True)
+    order = rank.masked_fill(~possible, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     read = torch.zeros(*rank.shape[:3], question.visible.kv_len, dtype=torch.bool)
     for at in product(*map(range, rank.shape[:3])):
         left = int(room[at])
@@ -225,25 +225,69 @@ def asked(index, keys, ends, query_len, window):
 @pytest.mark.parametrize("hidden", [0.0, 0.3, 0.8])
 @pytest.mark.parametrize("query_len", [1, 2])
 def test_a_narrowed_choice_fills_its_budget_with_what_is_seen(hidden, query_len):
-    keys = random(5, 2, 2, 2000, 8)
+    keys, queries = in_topics(5, 2000, query_len)
     options = {"budget": 60, "sinks": 2, "recent": 16, "overfetch": 4}
-    index = made("lychee", keys, flat_tokens=0, **options)
-    flat = made("lychee", keys, **options)
+    index, flat = made("lychee", keys, flat_tokens=0, **options), made("lychee", keys, **options)
     seen = torch.rand(2, 1, 1, 2000, generator=torch.Generator().manual_seed(0)) >= hidden
-    inputs = ScoreInputs(random(7, 2, 4, query_len, 8), keys, 2000, seen, 0.5)
+    inputs = ScoreInputs(queries, keys, 2000, seen, 0.25)
     for each in (index, flat):
         each.extend(keys, torch.tensor([2000, 2000]))
     read, best = (select(each, inputs, 60).token_mask() for each in (index, flat))
-    assert (read.sum(-1) == 60).all()
+    assert torch.equal(read.sum(-1), best.sum(-1))
     assert not (read & ~seen).any()
-    assert index.above.fitted_any
+    assert index.above.fitted_any is (hidden < 0.5), "too few of the slots are seen"
     assert not flat.above.fitted_any
-    assert (read & best).sum() > 0.6 * best.sum()
+    assert (read & best).sum() > 0.8 * best.sum()
+
+
+def in_topics(seed, tokens, query_len=1):
+    """Return keys [2, 2, L, 16] of topics that come and go, and queries after one of them."""
+    topics = random(seed, 2, 2, 40, 16)
+    turns = torch.randint(40, (tokens // 20 + 1,), generator=torch.Generator().manual_seed(seed))
+    noise = 0.5 * random(seed + 1, 2, 2, tokens, 16)
+    keys = 2 * topics[:, :, turns.repeat_interleave(20)[:tokens]] + 3 + noise
+    queries = 3 * topics[:, :, :query_len].repeat_interleave(2, 1)
+    return keys, queries + 0.5 * random(seed + 2, *queries.shape)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("events", [[], ["grow", "rewrite", "grow"]])
+def test_a_narrowed_choice_is_as_good_as_one_of_all_tokens(seed, events):
+    """Captured mass within 0.015 and output error within 5 % of those of a scan of all sketches."""
+    keys, queries = in_topics(seed, 6000)
+    values = random(seed + 9, 2, 2, 6000, 16)
+    options = {"budget": 200, "sinks": 2, "recent": 16}
+    indexes = [made("lychee", keys, flat_tokens=each, **options) for each in (0, 65536)]
+    end = 6000 - 800 * events.count("grow")
+    for index in indexes:
+        index.extend(keys, torch.tensor([end, end]))
+        index.complete(keys)
+    for event in events:
+        end += 800 * (event == "grow")
+        if event == "rewrite":
+            keys[:, :, 1000:1400] = keys[:, :, 3000:3400]
+        for index in indexes:
+            if event == "rewrite":
+                index.rewrite(keys, torch.arange(1000, 1400).expand(2, -1))
+            index.extend(keys, torch.tensor([end, end]))
+    share = (queries.unflatten(1, (2, 2)) @ keys[:, :, None].mT / 4).softmax(-1)
+    found = []
+    for index in indexes:
+        selection = select(index, ScoreInputs(queries, keys, 6000, None, 0.25), 200)
+        chosen = share * selection.token_mask()[:, :, None]
+        mass = chosen.sum(-1, keepdim=True)
+        exact = share @ values[:, :, None]
+        wrong = (chosen / mass) @ values[:, :, None] - exact
+        found.append((float(mass.mean()), float((wrong.norm(dim=-1) / exact.norm(dim=-1)).mean())))
+    (mass, error), (best_mass, least_error) = found
+    assert best_mass < 0.99
+    assert mass > best_mass - 0.015
+    assert error < 1.05 * least_error + 0.01
 
 
 def test_rows_of_few_tokens_and_of_little_room_are_not_narrowed():
     """A batch may have some of each; each row reads what it would read alone."""
-    keys = random(8, 2, 2, 2000, 8)
+    keys, _ = in_topics(8, 2000)
     index = made("lychee", keys, flat_tokens=500, budget=60, sinks=2, recent=16, overfetch=4)
     flat = made("lychee", keys, budget=60, sinks=2, recent=16)
     ends = torch.tensor([2000, 450])
@@ -251,5 +295,5 @@ def test_rows_of_few_tokens_and_of_little_room_are_not_narrowed():
         each.extend(keys, ends)
     narrowed, scanned = (read(each, keys, ends, 60) for each in (index, flat))
     assert index.above.fitted_any
-    assert torch.equal(narrowed[1], scanned[1])
+    assert (narrowed[1] ^ scanned[1]).sum() <= 4, "more than ties"
     assert not torch.equal(narrowed[0], scanned[0])

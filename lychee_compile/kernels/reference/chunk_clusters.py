@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -148,9 +147,7 @@ class ChunkClusters:
         label = self.labels[-1]
         if self._free is None:
             self._free = packed((span > 0) & (label < 0).any(1))
-        number, real = (
-            each[:, None].expand(-1, label.shape[1], -1) for each in self._free
-        )
+        number, real = (each[:, None].expand(-1, label.shape[1], -1) for each in self._free)
         real = real & (label.gather(-1, number) < 0)
         real = real[:, :, None].expand(-1, -1, listed.within.shape[2], -1)
         return Listed.of(
@@ -185,6 +182,6 @@ class ChunkClusters:
                 none = torch.zeros_like(label[..., 0])
                 write_columns(level, key, by_slot[number], columns, none)
             self.columns[number] = parts = columns
-        for above, below in pairwise(range(len(self.labels))):
-            more = self.columns[above + 1]["tokens"].shape[2] - self.labels[above].shape[2]
-            self.labels[above] = F.pad(self.labels[above], (0, more), value=-1)
+        for number, below in enumerate(self.columns[1:]):
+            more = below["tokens"].shape[2] - self.labels[number].shape[2]
+            self.labels[number] = F.pad(self.labels[number], (0, more), value=-1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.levels.declaration import Level
 from lychee_compile.kernels.levels.groups import Chunks
 from lychee_compile.kernels.reference.child_lists import Listed
 from lychee_compile.kernels.reference.chunk_clusters import ChunkClusters
@@ -216,9 +217,7 @@ class ChunkIndex(UnevenIndex):
         low, length = bounds_of(span, self.settings.chunk, number)
         return {**fields, "tokens": length, "first": low, "end": low + length}
 
-    def bias(
-        self, question: Question, level: Level, begin: Tensor, end: Tensor
-    ) -> Tensor | float:
+    def bias(self, question: Question, level: Level, begin: Tensor, end: Tensor) -> Tensor | float:
         """Return the largest bias of a slot of each chunk; clusters have none."""
         if question.visible.bias is None or not isinstance(level.groups, Chunks):
             return 0.0
