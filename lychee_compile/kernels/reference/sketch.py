@@ -226,7 +226,8 @@ class KeySketches:
         due = (count > 0) & ~waiting & ((count >= GROWTH * fitted) | full)
         due = due if self._repair else due & first
         if bool(due.any()):
-            centre, axes, step = self._fit(keys, valid)
+            whole = bool(valid.all()) and _all_finite(keys)
+            centre, axes, step = fit_axes(keys, valid[:, None, :, None], whole)
             rows = due.nonzero().flatten()
             self.centre[rows, :, block] = centre[rows]
             self.axes[rows, :, block] = axes[rows]
@@ -234,12 +235,6 @@ class KeySketches:
             self.longest[rows, :, block] = 0
             self.fitted[:, block] = torch.where(due, count, fitted)
         return due
-
-    def _fit(self, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return centre, axes and steps for the keys [B, Hkv, T, D] where `valid`, bool [B, T]."""
-        whole = bool(valid.all()) and _all_finite(keys)
-        centre, axes, step, _ = fit_axes(keys, valid[:, None, :, None], whole)
-        return centre, axes, step
 
     def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
         """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""

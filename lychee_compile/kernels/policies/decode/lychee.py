@@ -196,7 +196,8 @@ class LycheeIndex(ChunkIndex):
     def _narrows(self, question: Question, total: Tensor, quota: Tensor) -> bool:
         """True if chunks are to narrow the choice from `total` tokens, int64 [B, 1, Tq].
 
-        `quota`, int64 [B, Hkv, Tq], are the candidates that are wanted. What ends by the share that it covers needs the shares of all tokens.
+        `quota`, int64 [B, Hkv, Tq], are the candidates that are wanted. A choice that ends by the
+        share that it covers needs the shares of all tokens.
         """
         visible, most = question.visible, int(total.max())
         many = question.query_len * int(quota.max())
