@@ -8,9 +8,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.levels.child_lists import child_lists, first_open
 from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.reference.child_lists import ChildLists
 from lychee_compile.kernels.reference.chunk_table import (
     bounds_of,
     cut_more,
@@ -122,9 +122,20 @@ class ChunkDeviceIndex(LevelDeviceIndex):
                 there = named[f"tokens_{number}"][:rows] > 0
             else:
                 there = torch.nn.functional.pad(used, (0, room))[:, None]
-            order, begin, count = child_lists(label, groups[number - 1])
+            lists = ChildLists.of(label, groups[number - 1])
             named[f"label_{number}"][:rows] = (label + 1).to(torch.int32)
-            named[f"order_{number}"][:rows] = order
+            named[f"order_{number}"][:rows] = lists.member.to(torch.int32)
             named[f"open_{number}"][:rows, :, 0] = first_open(label, there).to(torch.int32)
-            named[f"begin_{number - 1}"][:rows] = begin
-            named[f"children_{number - 1}"][:rows] = count
+            named[f"begin_{number - 1}"][:rows] = lists.bounds[..., :-1].to(torch.int32)
+            named[f"children_{number - 1}"][:rows] = lists.bounds.diff().to(torch.int32)
+
+
+def first_open(label: Tensor, used: Tensor) -> Tensor:
+    """Return the first group that is `used`, bool [B, Hkv, N], and in no cluster: [B, Hkv].
+
+    `label`, int64 [B, Hkv, N], is the cluster of each group; -1: none. If all are in one, the
+    result is N.
+    """
+    number = torch.arange(label.shape[-1], device=label.device)
+    waits = torch.where(used & (label < 0), number, label.shape[-1])
+    return torch.nn.functional.pad(waits, (0, 1), value=label.shape[-1]).amin(-1)
