@@ -168,7 +168,7 @@ class _OfChunk(_OfGroup):
         return super()._over_keys(step, begin, value)
 
 
-class _OfPairs(_Elementwise):
+class PairSource(_Elementwise):
     """Values over queries [ROWS, DIM] and groups [N, DIM]: tensor cores multiply these."""
 
     def __init__(self, precision: str) -> None:
@@ -179,14 +179,18 @@ class _OfPairs(_Elementwise):
         if not (left.whole or right.whole):
             left = _without_padding(left)
         if (left.axes, right.axes) == (("row", "channel"), ("group", "channel")):
-            rows, groups = _in_key_dtype(left), _in_key_dtype(right)
-            return Source(f"tl.dot({rows}, tl.trans({groups}){self.precision})", ("row", "group"))
+            return Source(self.product(left, right), ("row", "group"))
         product = self.multiply(left, right)
         if "channel" not in product.axes:
             raise Unprintable("a dot product needs a value with channels")
         axis = product.axes.index("channel")
         axes = tuple(each for each in product.axes if each != "channel")
         return Source(f"tl.sum({product.text}, {axis})", axes)
+
+    def product(self, rows: Source, groups: Source) -> str:
+        """Return the product of queries [ROWS, DIM] and groups [N, DIM], in the keys' dtype."""
+        left, right = _in_key_dtype(rows), _in_key_dtype(groups)
+        return f"tl.dot({left}, tl.trans({right}){self.precision})"
 
 
 def summary_source(level: Level, channels: int) -> Summary:
@@ -233,19 +237,20 @@ def estimate_source(level: Level, precision: str, scale: float, channels: int) -
     ends the arguments of a product, `scale` is that of the softmax, `channels` is `head_dim`.
     Raises Unprintable for what has no Triton form.
     """
-    values = _group_values(level.channels) | {
+    values = group_values(level.channels) | {
         "query": Source("queries", ("row", "channel"), whole=True),
         "key": Source("keys", ("group", "channel"), whole=True),
         "softmax_scale": Source(repr(scale)),
     }
     estimate = level.estimate.subs(head_dim, channels)
-    found = evaluate(estimate, _OfPairs(precision), values)
+    found = evaluate(estimate, PairSource(precision), values)
     if set(found.axes) != {"row", "group"}:
         raise Unprintable(f"the estimate {level.estimate} does not depend on query and group")
     return found.text
 
 
-def _group_values(channels: Mapping[str, bool]) -> dict[str, Source]:
+def group_values(channels: Mapping[str, bool]) -> dict[str, Source]:
+    """Return the fields of a level, which have `channels` or not, by name."""
     return {
         name: Source(f"field_{name}", ("group", "channel") if wide else ("group",), whole=wide)
         for name, wide in channels.items()

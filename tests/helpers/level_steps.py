@@ -24,6 +24,7 @@ from lychee_compile.codegen.parts.levels import RANKED
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common import launch_sparse
+from lychee_compile.kernels.gpu.common.certificate import missed_of
 from lychee_compile.kernels.gpu.common.launch_common import Scratch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.methods import gpu_method
@@ -59,6 +60,7 @@ class Case:
     extra: bool = False
     seed: int = 0
     device: str = "cpu"
+    epsilon: float | None = None
 
     @property
     def config(self) -> IndexConfig:
@@ -69,7 +71,9 @@ class Case:
 
     def problem(self, length: int, sparse: bool = True) -> Problem:
         """Return the attention whose first query is at the slot `length`."""
-        spec = SparseSpec(self.policy, self.budget, self.sinks, self.recent, 16, 65536)
+        spec = SparseSpec(
+            self.policy, self.budget, self.sinks, self.recent, 16, 65536, epsilon=self.epsilon
+        )
         made = make_problem(
             self.dtype, self.sizes, self.score, self.mask, self.extra, self.layout,
             spec if sparse else None, length, self.seed,
@@ -102,6 +106,8 @@ class Read:
     """Slots read, bool [B, Hkv, T, L]."""
     kept: list[Tensor]
     """Slots kept by each level but the last, bool [B, Hkv, T, L]."""
+    missed: Tensor | None
+    """Certificates, float32 [B, Hq, T], if there are any."""
 
 
 @dataclass
@@ -202,7 +208,8 @@ class Steps:
         listed = made["chosen_list"].flatten(1)
         slots = slots_of(listed)
         assert ((listed >= 0).sum(1) == slots.transpose(1, 2).flatten(0, 2).sum(1)).all(), "twice"
-        return Read(output, slots, kept)
+        missed = missed_of(problem.operands(), made) if "missed" in made else None
+        return Read(output, slots, kept, missed)
 
     def _ask(self, problem: Problem, positions: Tensor) -> Asked:
         case, length = self.case, self.key.shape[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lychee_compile.codegen.level_source import estimate_source, summary_source
+from lychee_compile.codegen.parts.certificate import emit_of_levels
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
@@ -48,6 +49,7 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         *([] if stack.levels else [fill("levels/window.py.jinja", spec)]),
         fill("levels/summarise_new.py.jinja", spec, levels=described, names=names),
         fill("levels/attend.py.jinja", spec, names=names, **_by_mass(stack)),
+        *emit_of_levels(spec, stack),
     ]
 
 
