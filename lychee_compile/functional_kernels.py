@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,11 +17,13 @@ from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, B, Captured, H, Q, S, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.gpu.common.certificate import missed_of
 from lychee_compile.kernels.gpu.common.launch_sparse import slots_read, watch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands, roomy
 from lychee_compile.kernels.gpu.common.module_cache import load, store
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.methods import (
+    certifies,
     gpu_method,
     layout_for,
     new_index,
@@ -88,6 +91,14 @@ class KernelIndex:
         parts = [self._attend(*each, key, value, choice) for each in choice.pieces(query)]
         return torch.cat(parts, 2)
 
+    def attend_certified(
+        self, query: Tensor, key: Tensor, value: Tensor, choice: Choice
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `attend` does, and certificates of the share not read: [B, Hq, T]."""
+        with watch() as steps:
+            output = self.attend(query, key, value, replace(choice, certified=True))
+        return output, torch.cat([missed_of(each.operands, each.scratch) for each in steps], 2)
+
     @contextmanager
     def looking(self) -> Iterator[None]:
         """Let the next step of attention index the waiting keys again, whatever runs within."""
@@ -150,6 +161,7 @@ class KernelIndex:
             config.flat_tokens,
             None if coverage == 1 else coverage,
             GroupSettings.of(config),
+            1.0 if choice.certified else None,
         )
         dtype = str(self.key.dtype).removeprefix("torch.")
         sizes = heads // self.kv_heads, self.head_dim, value_dim
@@ -166,6 +178,8 @@ class Choice:
     """Factor of q.k."""
     budget: int
     """Number of tokens to read."""
+    certified: bool = False
+    """True if the share of the softmax that is not read is bounded."""
 
     def pieces(self, query: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """Return `query` [B, Hq, T, D] in pieces of few positions, with the mask of each."""
@@ -191,6 +205,11 @@ class KernelSelection:
         """Softmax scale that the tokens are chosen with."""
         return self.choice.scale
 
+    @property
+    def certifies(self) -> bool:
+        """True if kernels bound the share of the softmax that they do not read."""
+        return certifies(self.index.config.policy) and 0 < self.scale < math.inf
+
     def tokens(self) -> Tensor:
         """Return the slots that kernels read, int64 [B, Hkv, T, S]; -1 pads shorter lists.
 
@@ -214,11 +233,16 @@ class KernelSelection:
         """Return attention [B, Hq, T, Dv] from the queries that choose, by kernels."""
         return self.index.attend(query, key, value, self.choice)
 
+    def attend_certified(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `attend` does, and certificates [B, Hq, T], if the choice `certifies`."""
+        return self.index.attend_certified(query, key, value, self.choice)
+
     @cached_property
     def plain(self) -> Selection:
         """The choice of the plain form, on the same device.
 
-        Certificates need it, and attention from other queries than those that chose.
+        Attention from other queries than those that chose needs it, and so do certificates of
+        policies whose kernels have no bound.
         """
         mine, choice = self.index, self.choice
         index = make_index(mine.batch, mine.kv_heads, mine.head_dim, mine.config, mine.key.device)

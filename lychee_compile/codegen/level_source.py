@@ -193,14 +193,14 @@ class PairSource(_Elementwise):
         return f"tl.dot({left}, tl.trans({right}){self.precision})"
 
 
-def summary_source(level: Level, channels: int) -> Summary:
+def summary_source(level: Level, channels: int, stored: str | None = None) -> Summary:
     """Return Triton source of the fields of a full group, whose keys have so many channels.
 
     `keys` float32 [tile, DIM] are some of its keys, `inside` bool [DIM] the channels that they
-    have. Raises Unprintable for what has no Triton form.
+    have. See `chunk_summary_source` for `stored`. Raises Unprintable for what has no Triton form.
     """
     size = level.groups.size
-    return _summary(level, _OfGroup(size), channels, size, None)
+    return _summary(level, _OfGroup(size), channels, size, stored)
 
 
 def chunk_summary_source(level: Level, channels: int, stored: str | None) -> Summary:

@@ -33,6 +33,10 @@ KERNELS = {
     **{f"keep_{number}": {"TILES": 16, "LOTS": 16} for number in range(2)},
     **{f"list_{number}": {"TILES": 16, "LOTS": 16} for number in range(3)},
     "spread_0": {"TILES": 16},
+    "mark_read": {"KEYS": 64},
+    "bound_unread": {"STEPS": 4},
+    "certify": {"SPLITS": 32, "BOUND_TILES": 128},
+    "read_uncertified": {"KEYS": 64},
 }
 """Kernels of decoding, with the constants that are fixed when they are launched."""
 TILE_KERNELS = {
@@ -45,14 +49,14 @@ TILE_KERNELS = {
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
-    "*u8": "fine coarse pages page_bins group_bins bins parents strength held sighted read",
+    "*u8": "fine coarse pages page_bins group_bins bins parents strength held sighted read marks",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
     "channels candidates candidate_count listed listed_count chosen_list edge chosen counts "
-    "span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1",
+    "list_count failing span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1",
     "*i64": "positions head_mass",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
-    "partial_sum log_sums scores mean_bias",
+    "partial_sum log_sums scores mean_bias longest unread missed",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}

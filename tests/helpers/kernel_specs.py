@@ -73,6 +73,10 @@ SPECS = {
     "quest_llama": AttentionSpec(
         "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,), sparse=QUEST
     ),
+    "quest_certified": AttentionSpec(
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,),
+        sparse=replace(QUEST, epsilon=0.1),
+    ),
     "quest_mask_by_head_odd_sizes": AttentionSpec(
         "float32",
         3,

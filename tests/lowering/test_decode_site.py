@@ -59,7 +59,11 @@ def only_site(function: Any, *inputs: Any, atol: float = 1e-5, **options: Any) -
             {"policy": "clusterkv", "dense_layers": 0, "coverage": 0.9},
             "no GPU kernel of policy='clusterkv' supports coverage (got 0.9); set coverage=None or",
         ),
-        ({"epsilon": 0.1}, "no GPU kernel supports epsilon (got 0.1); set epsilon=None, or"),
+        (
+            {"epsilon": 0.1},
+            "kernels have no bound of the keys that policy='lychee' leaves unread, so that nothing "
+            "proves epsilon=0.1; set epsilon=None or policy to 'quest'",
+        ),
     ],
 )
 def test_what_is_not_to_be_sparse_runs_an_exact_kernel(

@@ -105,7 +105,8 @@ def _gathered(spec: AttentionSpec, level: Level) -> int:
 
 def _described(spec: AttentionSpec, number: int, level: Level) -> dict[str, object]:
     """Return what templates read of a level."""
-    source = summary_source(level, spec.head_dim)
+    rounds = level.rounds_fields and spec.dtype != "float32"
+    source = summary_source(level, spec.head_dim, f"tl.{spec.dtype}" if rounds else None)
     tile = min(level.groups.size, max(NUMBERS_AT_ONCE // power_of_two(spec.head_dim, 16), 16))
     return {
         "number": number,

@@ -84,6 +84,14 @@ def covers_mass(policy: str) -> bool:
     return bool(getattr(gpu_method(policy), "covers_mass", False))
 
 
+def certifies(policy: str) -> bool:
+    """Return True if a policy's kernels can bound the share of the softmax that is not read.
+
+    A method says so by an attribute `certifies`; without one they cannot.
+    """
+    return bool(getattr(gpu_method(policy), "certifies", False))
+
+
 def method_of_kernel(kernel: str) -> GpuMethod:
     """Return how the kernels of a generated module are run: the module names its policy."""
     return gpu_method(load(kernel).POLICY)

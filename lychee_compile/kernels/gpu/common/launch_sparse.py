@@ -136,6 +136,16 @@ _watchers: list[list[SparseStep]] = []
 """Steps that run within each context of `watch`."""
 
 
+def has_chosen(step: SparseStep) -> bool:
+    """Return True if some row of a watched step has chosen keys, be it that it then read all keys.
+
+    This waits for the device.
+    """
+    if certifies(step.module):
+        return bool((step.scratch["list_count"] >= 0).any())
+    return bool((step.scratch["chosen_list"] >= 0).any())
+
+
 def slots_read(step: SparseStep) -> Tensor:
     """Return the slots that a watched step has read, int64 [B, Hkv, T, S]; -1 pads rows.
 

@@ -14,6 +14,7 @@ from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
 from lychee_compile.kernels.gpu.levels.launch import run_levels
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.policies.registry import levels_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class LevelMethod:
     multiple: int = 1
     notices_writes: bool = True
     covers_mass: bool = True
+
+    @property
+    def certifies(self) -> bool:
+        """True if the groups that are read whole have a bound."""
+        return levels_of(self.policy).has_bound
 
     def layout_of(self, key: Tensor) -> LevelLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
