@@ -34,7 +34,10 @@ KERNELS = {
     **{f"list_{number}": {"TILES": 16, "LOTS": 16} for number in range(3)},
     "spread_0": {"TILES": 16},
     "mark_read": {"KEYS": 64},
-    "bound_unread": {"STEPS": 4},
+    "bound_unread": {"STEPS": 4, "BLOCK": 8192},
+    "measure": {"BLOCK": 8192},
+    "measure_new": {"BLOCK": 8192},
+    "weigh_blocks": {},
     "certify": {"SPLITS": 32, "BOUND_TILES": 128},
     "read_uncertified": {"KEYS": 64},
 }
@@ -56,7 +59,7 @@ POINTERS = {
     "*i64": "positions head_mass",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
-    "partial_sum log_sums scores mean_bias longest unread missed",
+    "partial_sum log_sums scores mean_bias longest unread missed residual bound_weights bound_reach",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}

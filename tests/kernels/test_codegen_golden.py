@@ -25,6 +25,7 @@ LAUNCHED = {
     "encode", "record_fingerprints", "scan_0", "rank_0", "list_0", "scan_1", "rank_1",
     "scan_2", "rank_2", "list_2", "keep_0", "keep_1", "spread_0", "scan_window",
     "mark_read", "bound_unread", "certify", "read_uncertified",
+    "measure", "measure_new", "weigh_blocks",
     "summarise_queries", "scan", "select_keys", "see_tiles", "list_keys",
 }  # fmt: skip
 FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE", "PAGE"}

@@ -48,17 +48,17 @@ def emit_of_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         bound=source.bound,
         terms=source.terms,
     )
-    return emit_certificate(spec, bound, at_once * size)
+    return [emit_constants(spec, at_once * size), *emit_certificate(spec, bound)]
 
 
-def emit_certificate(spec: AttentionSpec, bound_unread: str, at_once: int) -> list[str]:
-    """Return the kernels of certificates around `bound_unread`, which takes so many slots at once.
+def emit_constants(spec: AttentionSpec, at_once: int) -> str:
+    """Return the constants of certificates; `bound_unread` takes so many slots at a time.
 
     Raises Unprintable for a score that may fall as q.k grows.
     """
     assert spec.sparse is not None
     assert spec.sparse.epsilon is not None
-    constants = fill(
+    return fill(
         "decode/certificate.py.jinja",
         spec,
         epsilon=_rounded_down(spec.sparse.epsilon),
@@ -66,9 +66,14 @@ def emit_certificate(spec: AttentionSpec, bound_unread: str, at_once: int) -> li
         slope=_slope(spec) * math.log2(math.e),
         at_once=at_once,
     )
+
+
+def emit_certificate(spec: AttentionSpec, bound_unread: str) -> list[str]:
+    """Return the kernels of certificates around `bound_unread`."""
+    assert spec.sparse is not None
+    assert spec.sparse.epsilon is not None
     again = fill("decode/read_uncertified.py.jinja", spec) if spec.sparse.epsilon < 1 else ""
     return [
-        constants,
         *library("certificate", "mark_read"),
         bound_unread,
         *library("certificate", "certify"),

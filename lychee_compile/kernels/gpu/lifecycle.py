@@ -34,7 +34,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
-from lychee_compile.kernels.gpu.methods import notices_writes, settings_of
+from lychee_compile.kernels.gpu.methods import measures, notices_writes, settings_of
 from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
 from lychee_compile.kernels.trust import Trust
@@ -71,10 +71,15 @@ class CacheUse:
 
     @property
     def kind(self) -> Hashable:
-        """Layout, or else policy and settings: graphs that share an index have the same kind."""
+        """Layout, or else policy, settings and if sketches are measured, if they are.
+
+        Graphs that share an index have the same kind.
+        """
         if self.layout is not None:
             return self.layout
         settings = settings_of(self.kernel)
+        if measures(self.kernel):
+            return self.policy, "measured"
         return self.policy if settings is None else (self.policy, settings)
 
 

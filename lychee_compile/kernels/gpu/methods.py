@@ -106,7 +106,14 @@ def layout_for(kernel: str, key: Tensor, policy: str | None = None) -> IndexLayo
     settings = settings_of(kernel) if isinstance(method, UnevenMethod) else None
     if isinstance(method, UnevenMethod) and settings is not None:
         return method.layout_with(settings, key)
+    if isinstance(method, LycheeMethod):
+        return method.layout_of(key, measures(kernel))
     return method.layout_of(key)
+
+
+def measures(kernel: str) -> bool:
+    """Return True if a module needs an index that tells how far keys are from their sketches."""
+    return hasattr(load(kernel), "measure")
 
 
 def settings_of(kernel: str) -> GroupSettings | None:
