@@ -26,6 +26,7 @@ from lychee_compile.kernels.gpu.methods import (
     certifies,
     gpu_method,
     layout_for,
+    measures_for_certificates,
     new_index,
     policies_with_kernels,
 )
@@ -72,6 +73,8 @@ class KernelIndex:
         """Number of keys of each row, int64 [B]."""
         self._waiting = 0
         """Number of last keys of each row that the next step of attention indexes."""
+        self._measured = False
+        """True once the index has parts that certificates alone need."""
         self._build(lengths.tolist())
 
     def update(self, key: Tensor, lengths: Tensor) -> None:
@@ -94,7 +97,13 @@ class KernelIndex:
     def attend_certified(
         self, query: Tensor, key: Tensor, value: Tensor, choice: Choice
     ) -> tuple[Tensor, Tensor]:
-        """Return what `attend` does, and certificates of the share not read: [B, Hq, T]."""
+        """Return what `attend` does, and certificates of the share not read: [B, Hq, T].
+
+        The first certificate builds the index anew, if it lacks what certificates need.
+        """
+        if not self._measured and measures_for_certificates(self.config.policy):
+            self._measured = True
+            self._build(self.end.tolist())
         with watch() as steps:
             output = self.attend(query, key, value, replace(choice, certified=True))
         return output, torch.cat([missed_of(each.operands, each.scratch) for each in steps], 2)
@@ -161,7 +170,7 @@ class KernelIndex:
             config.flat_tokens,
             None if coverage == 1 else coverage,
             GroupSettings.of(config),
-            1.0 if choice.certified else None,
+            1.0 if choice.certified or self._measured else None,
         )
         dtype = str(self.key.dtype).removeprefix("torch.")
         sizes = heads // self.kv_heads, self.head_dim, value_dim

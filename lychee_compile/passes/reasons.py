@@ -605,12 +605,6 @@ EPSILON_NO_BOUND = _kind(
     "epsilon={epsilon:g}",
     "set epsilon=None or policy to {known}, or reference=True for the slow PyTorch path",
 )
-EPSILON_SCORE = _kind(
-    Group.KERNEL,
-    "epsilon-score",
-    "the score may fall as q.k grows, so that no bound of q.k proves epsilon={epsilon:g}",
-    "set epsilon=None",
-)
 COVERAGE_NO_KERNEL = _kind(
     Group.KERNEL,
     "coverage-no-kernel",

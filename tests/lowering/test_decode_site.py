@@ -60,9 +60,9 @@ def only_site(function: Any, *inputs: Any, atol: float = 1e-5, **options: Any) -
             "no GPU kernel of policy='clusterkv' supports coverage (got 0.9); set coverage=None or",
         ),
         (
-            {"epsilon": 0.1},
-            "kernels have no bound of the keys that policy='lychee' leaves unread, so that nothing "
-            "proves epsilon=0.1; set epsilon=None or policy to 'quest'",
+            {"policy": "hisa", "epsilon": 0.1, "dense_layers": 0},
+            "kernels have no bound of the keys that policy='hisa' leaves unread, so that nothing "
+            "proves epsilon=0.1; set epsilon=None or policy to 'lychee' or",
         ),
     ],
 )

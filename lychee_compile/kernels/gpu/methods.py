@@ -92,6 +92,11 @@ def certifies(policy: str) -> bool:
     return bool(getattr(gpu_method(policy), "certifies", False))
 
 
+def measures_for_certificates(policy: str) -> bool:
+    """Return True if the index of a policy has parts that modules with certificates alone need."""
+    return isinstance(gpu_method(policy), LycheeMethod)
+
+
 def method_of_kernel(kernel: str) -> GpuMethod:
     """Return how the kernels of a generated module are run: the module names its policy."""
     return gpu_method(load(kernel).POLICY)

@@ -23,7 +23,6 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from lychee_compile.codegen.score_slope import score_slope
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
@@ -77,9 +76,6 @@ def emit_sparse_decode(
     operands = _operands(attention, emit)
     exact = kernel_specification(attention, operands, context.autotune)
     spec = replace(exact, sparse=_selection(context.config))
-    epsilon = context.config.epsilon
-    if epsilon is not None and score_slope(spec.score) is None:
-        raise NoKernel(reasons.EPSILON_SCORE(epsilon=epsilon))
     keys_of, keys = _shown_keys(attention, binding, emit)
     written = tokens_written(binding)
     kernel = compile_kernels(spec, operands, written)
