@@ -1,4 +1,4 @@
-"""Triton source of the bound of a level: exact where `level_source` may round to the keys' dtype."""
+"""Triton source of the bound of a level, of which no operand is rounded to the keys' dtype."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class _Exact(PairSource):
         return found
 
     def product(self, rows: Source, groups: Source) -> str:
+        """Return the product of queries [ROWS, DIM] and groups [N, DIM], of exact operands."""
         if rows.whole and groups.whole:
             return super().product(rows, groups)
         wide = (f"{each.text}.to(tl.float32)" for each in (rows, groups))

@@ -175,6 +175,7 @@ class PairSource(_Elementwise):
         self.precision = precision
 
     def dot(self, left: Source, right: Source) -> Source:
+        """Return a sum of products over channels."""
         left, right = sorted((left, right), key=lambda each: each.axes)[::-1]
         if not (left.whole or right.whole):
             left = _without_padding(left)

@@ -108,11 +108,11 @@ def test_kernels_return_certificates(policy: str, more: dict[str, object]) -> No
         assert "plain" not in selection.__dict__
         assert missed.shape == (1, 4, 2)
         assert missed.dtype == torch.float32
-        logits = (query.double() @ now.double().repeat_interleave(2, 1).mT / 32**0.5)
+        logits = query.double() @ now.double().repeat_interleave(2, 1).mT / 32**0.5
         weight = logits.masked_fill(~mask, -torch.inf).softmax(-1)
         unread = ~(selection.token_mask() & mask).repeat_interleave(2, 1)
         assert ((weight * unread).sum(-1) <= missed).all()
-        assert (0 < missed).all()
+        assert (missed > 0).all()
         assert (missed <= 1).all()
         read = (read & mask).repeat_interleave(2, 1)
         torch.testing.assert_close(output, dense(query, now, own, read), rtol=1e-3, atol=1e-3)

@@ -55,11 +55,13 @@ POINTERS = {
     "*u8": "fine coarse pages page_bins group_bins bins parents strength held sighted read marks",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
     "channels candidates candidate_count listed listed_count chosen_list edge chosen counts "
-    "list_count failing span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1",
+    "span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1 "
+    "list_count failing",
     "*i64": "positions head_mass",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
-    "partial_sum log_sums scores mean_bias longest unread missed residual bound_weights bound_reach",
+    "partial_sum log_sums scores mean_bias longest unread missed residual bound_weights "
+    "bound_reach",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}

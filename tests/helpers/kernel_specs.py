@@ -58,7 +58,13 @@ SPECS = {
         sparse=replace(SPARSE, coverage=0.95),
     ),
     "sparse_certified": AttentionSpec(
-        "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,),
+        "bfloat16",
+        4,
+        128,
+        128,
+        S / math.sqrt(128),
+        POSITION >= KV,
+        (LENGTH,),
         sparse=replace(SPARSE, epsilon=0.1),
     ),
     "sparse_mask_extra_logit": AttentionSpec(
@@ -78,7 +84,13 @@ SPECS = {
         "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,), sparse=QUEST
     ),
     "quest_certified": AttentionSpec(
-        "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,),
+        "bfloat16",
+        4,
+        128,
+        128,
+        S / math.sqrt(128),
+        POSITION >= KV,
+        (LENGTH,),
         sparse=replace(QUEST, epsilon=0.1),
     ),
     "quest_mask_by_head_odd_sizes": AttentionSpec(

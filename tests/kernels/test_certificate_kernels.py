@@ -1,4 +1,4 @@
-"""Certificates by kernels, interpreted: true, as small as the plain form's, and kept by `epsilon`."""
+"""Certificates by kernels, interpreted: true, as the plain form's, and kept by `epsilon`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ longest         float32 [rows, splits]              written: largest squared len
 
 `certify`, grid (rows,):
 
-unread          float32 [rows, bound_tiles, ROWS]   log2 of what each program of `bound_unread` found
+unread          float32 [rows, bound_tiles, ROWS]   log2 of what programs of `bound_unread` found
 longest, list_count                                 see `mark_read`
 partial_top, partial_sum    float32 [rows, splits, GROUP]   what was read, see `combine`
 header          int32 [1 + B]                       1 if the index is trusted

@@ -1150,8 +1150,10 @@ def store_residuals(keys, fine, coarse, axes, centre, step, block, residual, at,
     lost = (tl.sqrt(tl.sum(keys * keys, 1)) + far) * SLACK  # rounding may hide so much
     coarser = tl.sqrt(squares) * (1.0 + SLACK) + lost
     outside = tl.sqrt(tl.sum(rest * rest, 1)) * (1.0 + SLACK) + lost
-    tl.store(residual + at * 2, tl.where(coarser == coarser, coarser, float("inf")), mask=inside)
-    tl.store(residual + at * 2 + 1, tl.where(outside == outside, outside, float("inf")), mask=inside)
+    coarser = tl.where(coarser == coarser, coarser, float("inf"))
+    outside = tl.where(outside == outside, outside, float("inf"))
+    tl.store(residual + at * 2, coarser, mask=inside)
+    tl.store(residual + at * 2 + 1, outside, mask=inside)
 
 
 @triton.jit(do_not_specialize=["begin", "end"])
