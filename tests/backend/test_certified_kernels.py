@@ -57,7 +57,7 @@ def test_no_more_than_epsilon_is_unread(
     policy: str, epsilon: float, count: int, dtype: torch.dtype
 ) -> None:
     cache, step = (
-        Sharp(1 if count == 1 else 2, dtype).fill(100),
+        Sharp(2, dtype).fill(100),
         compiled(**options(policy, epsilon)),
     )
     cache.step(step, count)

@@ -39,7 +39,7 @@ EPSILON: tl.constexpr
 SLACK: tl.constexpr
 """Relative error of a sum of products, at most."""
 SLOPE: tl.constexpr
-"""What a score grows by, in bits, when q.k grows by 1, at most."""
+"""Largest growth of a score, in bits, when q.k grows by 1."""
 PAGE: tl.constexpr
 """Slots summarised together."""
 SAMPLED: tl.constexpr

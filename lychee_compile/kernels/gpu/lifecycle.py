@@ -34,7 +34,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
-from lychee_compile.kernels.gpu.methods import measures, notices_writes, settings_of
+from lychee_compile.kernels.gpu.methods import notices_writes, settings_of
 from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
 from lychee_compile.kernels.trust import Trust
@@ -68,6 +68,8 @@ class CacheUse:
     """Layout of the index; None if the size of the cache is known only when the graph is called."""
     policy: str
     """Name of the policy whose kernels read the index."""
+    measured: bool = False
+    """True if the index has parts that certificates alone need."""
 
     @property
     def kind(self) -> Hashable:
@@ -77,9 +79,9 @@ class CacheUse:
         """
         if self.layout is not None:
             return self.layout
-        settings = settings_of(self.kernel)
-        if measures(self.kernel):
+        if self.measured:
             return self.policy, "measured"
+        settings = settings_of(self.kernel)
         return self.policy if settings is None else (self.policy, settings)
 
 

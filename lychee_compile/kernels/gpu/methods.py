@@ -102,17 +102,20 @@ def method_of_kernel(kernel: str) -> GpuMethod:
     return gpu_method(load(kernel).POLICY)
 
 
-def layout_for(kernel: str, key: Tensor, policy: str | None = None) -> IndexLayout:
+def layout_for(
+    kernel: str, key: Tensor, policy: str | None = None, measured: bool | None = None
+) -> IndexLayout:
     """Return the layout of the index that a generated module reads, for a cache `key`.
 
-    `key` is [B, Hkv, L, D]. `policy` is that of the module; None: the module is asked.
+    `key` is [B, Hkv, L, D]. `policy` is that of the module, and `measured` tells what `measures`
+    says of the module; None: the module is asked.
     """
     method = method_of_kernel(kernel) if policy is None else gpu_method(policy)
     settings = settings_of(kernel) if isinstance(method, UnevenMethod) else None
     if isinstance(method, UnevenMethod) and settings is not None:
         return method.layout_with(settings, key)
     if isinstance(method, LycheeMethod):
-        return method.layout_of(key, measures(kernel))
+        return method.layout_of(key, measures(kernel) if measured is None else measured)
     return method.layout_of(key)
 
 

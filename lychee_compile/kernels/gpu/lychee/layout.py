@@ -93,7 +93,7 @@ class SketchState(NamedTuple):
     spread: Tensor
     """Mean variance of 4-bit coordinates within a page, in steps, float32 [B, Hkv, blocks, r4]."""
     residual: Tensor
-    """How far keys are from their sketches, within the axes and out of them, float32
+    """Distances of keys from their sketches, within the axes and out of them, float32
     [B, Hkv, slots, 2]; [B, Hkv, 0, 2] in an index that is not measured."""
 
 
