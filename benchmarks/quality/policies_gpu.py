@@ -5,15 +5,17 @@
 
 The kernels of each policy attend from the last queries of a capture to its keys, layer by layer.
 The error is that of the output against float64 attention over all keys, by norm, the mean over
-layers and queries. The time is that of one attention, choosing included, in a CUDA graph that takes
-the layers in turn. Dense attention is the fastest that PyTorch has. `--device cpu` tries the
-benchmark out, by the clock, after `TRITON_INTERPRET=1`.
+layers and queries. A policy is left out at budgets that it cannot have. The time is that of one
+attention, choosing included, in a CUDA graph that takes the layers in turn. Dense attention is the
+fastest that PyTorch has. `--device cpu` tries the benchmark out, by the clock, after
+`TRITON_INTERPRET=1`.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +38,7 @@ from lychee_compile.evaluate.tensors import Capture, SiteTensors
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.methods import gpu_method, policies_with_kernels
+from lychee_compile.options import OptionError, Options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +86,7 @@ def measure(capture: Capture, chosen: argparse.Namespace) -> list[Point]:
     context = capture.sites[0].key.shape[2]
     layers = [_Layer(site, capture.positions, chosen) for site in capture.sites]
     cases = [(DENSE, context)]
-    cases += [(policy, budget) for policy in chosen.policies for budget in chosen.budgets]
+    cases += [each for each in itertools.product(chosen.policies, chosen.budgets) if _fits(*each)]
     points = []
     for policy, budget in track(cases, f"{length_name(context)} keys", disable=chosen.quiet):
         calls = [layer.calls(policy, budget) for layer in layers]
@@ -94,6 +97,15 @@ def measure(capture: Capture, chosen: argparse.Namespace) -> list[Point]:
         error = sum(errors) / len(errors)
         points.append(Point(policy, budget, context, error, timing.microseconds))
     return points
+
+
+def _fits(policy: str, budget: int) -> bool:
+    """Return True if the policy can have this budget."""
+    try:
+        Options(policy=policy, budget=budget)
+    except OptionError:
+        return False
+    return True
 
 
 class _Layer:
