@@ -66,7 +66,7 @@ class UnevenCase(Case):
         made = super().problem(length, sparse)
         settings = GroupSettings.of(self.config)
         sizes = self.budget, self.sinks, self.recent, 16, 65536
-        spec = SparseSpec(self.policy, *sizes, groups=settings)
+        spec = SparseSpec(self.policy, *sizes, groups=settings, epsilon=self.epsilon)
         made.spec = replace(made.spec, sparse=spec if sparse else None)
         return made
 

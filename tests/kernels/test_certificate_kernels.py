@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import triton_interpreter
 from decode_problems import CAP, DTYPES, LAYOUTS, MASKS, SCORES, Problem, Sizes
+from hypothesis import event as event_of_hypothesis
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from level_steps import EVENTS, Asked, Case, Read, Steps, score_inputs
+from level_steps import EVENTS, Asked, Case, Read, Steps, kept_scratch, score_inputs
 from torch import Tensor
+from uneven_steps import EVENTS as UNEVEN_EVENTS
+from uneven_steps import UnevenCase, UnevenSteps
 
+from lychee_compile.kernels.gpu.common.certificate import missed_of
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack, Pages
 from lychee_compile.kernels.levels.expressions import (
     dot,
@@ -171,3 +176,45 @@ def test_no_certificate_is_violated(policy, drawn, history):
         if case.epsilon < 1:
             over = plain.unflatten(1, (heads, group)).amax(2) > case.epsilon
             assert not over.any()
+
+
+@st.composite
+def chunked(draw) -> UnevenCase:
+    """Draw an attention by chunks below clusters, with scores that clusters can have."""
+    case, _ = draw(cases())
+    given = {each.name: getattr(case, each.name) for each in fields(case)}
+    given |= {"policy": "lycheecluster", "score": draw(st.sampled_from(["scaled", "soft-cap"]))}
+    given["budget"] = max(case.budget, case.sinks + case.recent + 1)
+    return UnevenCase(**given, chunk=draw(st.sampled_from([(2, 4), (4, 12), (8, 16)])))
+
+
+@settings(max_examples=EXAMPLES)
+@given(case=chunked(), history=st.lists(st.sampled_from(UNEVEN_EVENTS), min_size=1, max_size=3))
+def test_no_certificate_of_chunks_is_violated(case, history):
+    steps = UnevenSteps(case, case.sizes.kv_len - 12)
+    proved = False
+    for event in history:
+        if event.startswith("rewind"):
+            steps.length = max(steps.length - (3 if event == "rewind" else 40), 12)
+        elif event == "written by another":
+            steps.key[:, :, : steps.length // 2] = steps.key[:, :, : steps.length // 2].flip(2)
+            steps.rebuild()
+        elif event == "refit":
+            steps.refit()
+        if steps.length + case.sizes.query_len > case.sizes.kv_len:
+            steps.length -= 20
+        steps.write()
+        problem, positions = steps.problem(), steps.positions()
+        used = IndexOperands(steps.index.layout, steps.index.parts, positions)
+        with kept_scratch(few_programs=True) as made:
+            output = steps.method.run(problem.module(), problem.operands(), used)
+        steps.length += case.sizes.query_len
+        slots = steps._read(made["chosen_list"].flatten(1), case.sizes.query_len)
+        missed = missed_of(problem.operands(), made).double()
+        seen = problem.visible.unflatten(1, (-1, problem.spec.group)).any(2)
+        slots = slots | ((~slots.any(-1) & seen.any(-1))[..., None] & seen)
+        assert (true_shares(problem, slots) <= missed).all()
+        assert (missed <= case.epsilon).all()
+        problem.assert_as_good_as_eager(output, slots)
+        proved |= bool(((missed > 0) & (missed < 0.999)).any())
+    event_of_hypothesis(f"proved something: {proved}")

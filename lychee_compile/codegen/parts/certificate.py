@@ -13,7 +13,9 @@ from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.score_slope import score_slope
 from lychee_compile.codegen.specification import KV, AttentionSpec
 from lychee_compile.kernels.levels.declaration import LevelStack, Pages
+from lychee_compile.kernels.levels.groups import Chunks
 from lychee_compile.kernels.reference.nodes import rounding_slack
+from lychee_compile.kernels.sizes import power_of_two
 
 LOOSER = 4
 """Relative error of kernels, in those of a float32 inner product: tensor cores round sums down, and
@@ -23,16 +25,17 @@ BOUNDED_AT_ONCE = 512
 
 
 def emit_of_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
-    """Return the kernels of certificates by the bound of the pages of the last level, or none.
+    """Return the kernels of certificates by the bound of the groups of the last level, or none.
 
     Raises Unprintable for a stack or a score without a bound.
     """
     if spec.sparse is None or spec.sparse.epsilon is None:
         return []
     last = stack.levels[-1] if stack.levels else None
-    if last is None or last.bound is None or not isinstance(last.groups, Pages):
-        raise Unprintable("the last level has no pages with a bound")
-    size = last.groups.size
+    if last is None or last.bound is None or not isinstance(last.groups, Pages | Chunks):
+        raise Unprintable("the last level has neither pages nor chunks with a bound")
+    even, (shortest, longest) = isinstance(last.groups, Pages), spec.sparse.groups.chunk
+    size = last.groups.size if even else power_of_two(longest)
     at_once = max(16, min(BOUNDED_AT_ONCE // size, 32))
     source = bound_source(last, precision(spec), _slope(spec), spec.head_dim)
     read = {each.name for each in last.bound.free_symbols}
@@ -41,6 +44,7 @@ def emit_of_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         "levels/bound_unread.py.jinja",
         spec,
         size=size,
+        even=even,
         at_once=at_once,
         by_slot=KV in spec.score.free_symbols,
         fields=fields,
@@ -48,7 +52,10 @@ def emit_of_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         bound=source.bound,
         terms=source.terms,
     )
-    return [emit_constants(spec, at_once * size), *emit_certificate(spec, bound)]
+    return [
+        emit_constants(spec, at_once * (size if even else shortest)),
+        *emit_certificate(spec, bound),
+    ]
 
 
 def emit_constants(spec: AttentionSpec, at_once: int) -> str:

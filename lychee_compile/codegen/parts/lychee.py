@@ -53,7 +53,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
 def _certificate(spec: AttentionSpec) -> list[str]:
     """Return the kernels that bound unread keys by sketches, and how far keys are from these."""
     by_slot = KV in spec.score.free_symbols
-    bound = _fill("bound_unread", spec, size=1, at_once=BOUNDED, by_slot=by_slot)
+    bound = _fill("bound_unread", spec, size=1, even=True, at_once=BOUNDED, by_slot=by_slot)
     shared = library("residuals", "sketch_levels", "load_axes", "store_residuals")
     return [
         emit_constants(spec, BOUNDED),

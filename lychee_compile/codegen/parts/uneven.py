@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.level_source import chunk_summary_source, estimate_source
+from lychee_compile.codegen.parts.certificate import emit_of_levels
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
@@ -42,6 +43,7 @@ def emit_uneven(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         *([] if sees_range(spec) else [fill("levels/window.py.jinja", spec)]),
         *(each for number in range(len(stack.levels)) for each in _of_level(spec, stack, number)),
         *_attend(spec, stack, sparse),
+        *emit_of_levels(spec, stack),
     ]
 
 

@@ -223,8 +223,11 @@ class LevelStack:
 
     @property
     def has_bound(self) -> bool:
-        """True if the groups that are read whole have a bound."""
-        return bool(self.levels) and self.levels[-1].bound is not None
+        """True if the groups that are read whole, pages or chunks, have a bound."""
+        last = self.levels[-1] if self.levels else None
+        return (
+            last is not None and last.bound is not None and isinstance(last.groups, Pages | Chunks)
+        )
 
     @property
     def pairs(self) -> DominantPairs | None:

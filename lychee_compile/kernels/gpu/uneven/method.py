@@ -16,6 +16,7 @@ from lychee_compile.kernels.gpu.uneven.launch import run_uneven
 from lychee_compile.kernels.gpu.uneven.layout import UnevenLayout
 from lychee_compile.kernels.gpu.uneven.token_cluster_index import TokenClusterDeviceIndex
 from lychee_compile.kernels.levels.groups import GroupSettings
+from lychee_compile.kernels.policies.registry import levels_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class UnevenMethod:
     multiple: int = 1
     prefill: bool = False
     notices_writes: bool = True
+
+    @property
+    def certifies(self) -> bool:
+        """True if the groups that are read whole have a bound."""
+        return levels_of(self.policy).has_bound
 
     def layout_of(self, key: Tensor) -> UnevenLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D], by default settings."""
