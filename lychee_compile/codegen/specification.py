@@ -47,6 +47,9 @@ class SparseSpec:
     tokens are read as the budget allows."""
     groups: GroupSettings = field(default_factory=GroupSettings)
     """Settings by which chunks are cut and clusters are made."""
+    epsilon: float | None = None
+    """Largest share of the softmax that a row may leave unread: a row whose certificate is larger
+    reads all keys. 1: certificates are computed, and change nothing; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -104,4 +107,6 @@ class AttentionSpec:
             parts.append(f"b{self.sparse.budget}")
             if self.sparse.coverage is not None:
                 parts.append(f"c{self.sparse.coverage:g}".replace(".", "_"))
+            if self.sparse.epsilon is not None:
+                parts.append(f"e{self.sparse.epsilon:g}".replace(".", "_").replace("-", "m"))
         return "_".join(parts)

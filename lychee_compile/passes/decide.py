@@ -190,8 +190,8 @@ class _Facts:
             return ExactDecodeKernel(attention, self.cache.reason)
         if reason := no_gpu_index(attention, self.cache, config):
             return ExactDecodeKernel(attention, reason)
-        return SparseDecodeKernel(attention, self.cache, config.policy, self._how_much())
+        return SparseDecodeKernel(attention, self.cache, config.policy, self._how_much(True))
 
-    def _how_much(self) -> str:
+    def _how_much(self, kernels: bool = False) -> str:
         kv_len = self.attention.kv_len
-        return how_much(self.config, kv_len if isinstance(kv_len, int) else str(kv_len))
+        return how_much(self.config, kv_len if isinstance(kv_len, int) else str(kv_len), kernels)

@@ -35,6 +35,13 @@ KERNELS = {
     },
     **{f"list_{number}": {"TILES": 16, "LOTS": 16} for number in range(3)},
     "spread_0": {"TILES": 16},
+    "mark_read": {"KEYS": 64},
+    "bound_unread": {"STEPS": 4, "BLOCK": 8192},
+    "measure": {"BLOCK": 8192},
+    "measure_new": {"BLOCK": 8192},
+    "weigh_blocks": {},
+    "certify": {"SPLITS": 32, "BOUND_TILES": 128},
+    "read_uncertified": {"KEYS": 64},
 }
 """Kernels of decoding, with the constants that are fixed when they are launched."""
 TILE_KERNELS = {
@@ -47,16 +54,17 @@ TILE_KERNELS = {
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
-    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read",
+    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read marks",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
     "channels candidates candidate_count listed listed_count chosen_list edge chosen counts "
     "span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1 "
-    "child_ranks child_counts candidate_count open_1 open_2 order_1 order_2 begin_0 begin_1 "
-    "children_0 children_1",
+    "child_ranks child_counts open_1 open_2 order_1 order_2 begin_0 begin_1 "
+    "children_0 children_1 list_count failing",
     "*i64": "positions head_mass",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
-    "partial_sum log_sums scores mean_bias",
+    "partial_sum log_sums scores mean_bias longest unread missed residual bound_weights "
+    "bound_reach",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}

@@ -18,7 +18,7 @@ from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
-from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
+from lychee_compile.kernels.gpu.lychee.layout import MeasuredLayout, SketchLayout, SketchState
 from lychee_compile.kernels.gpu.lychee.spec import (
     SelectionSizes,
     log_denominator,
@@ -35,14 +35,18 @@ SMALLEST = 100
 
 def built(problem: Problem, end: int, slots: int | None = None) -> SketchIndex:
     """Return an index of the keys in the slots [0, end), with room for `slots`."""
-    layout = SketchLayout.of(problem.key)
+    layout = layout_of(problem)
     if slots is not None:
-        layout = SketchLayout(
-            layout.batch, layout.kv_heads, layout.head_dim, slots, layout.axes_dtype
-        )
+        layout = layout.resized(slots)
     index = SketchIndex(layout, problem.key.device)
     index.build(problem.module(), problem.key, [end] * problem.key.shape[0])
     return index
+
+
+def layout_of(problem: Problem) -> SketchLayout:
+    """Return the layout of an index for a problem, which certificates need measured."""
+    certified = problem.spec.sparse is not None and problem.spec.sparse.epsilon is not None
+    return (MeasuredLayout if certified else SketchLayout).of(problem.key)
 
 
 def copied(state: SketchState) -> SketchState:

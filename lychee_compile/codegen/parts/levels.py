@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.level_source import estimate_source, summary_source
+from lychee_compile.codegen.parts.certificate import emit_of_levels
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
@@ -60,6 +61,7 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         *([fill("levels/window.py.jinja", spec)] if has_window else []),
         *(each for number in range(len(stack.levels)) for each in _of_level(spec, stack, number)),
         *_attend(spec, stack, sparse),
+        *emit_of_levels(spec, stack),
     ]
 
 
@@ -230,7 +232,8 @@ def _index_new(
 
 def _described(spec: AttentionSpec, number: int, level: Level) -> dict[str, object]:
     """Return what templates read of the summaries of a level."""
-    source = summary_source(level, spec.head_dim, spec.dtype)
+    rounds = spec.dtype != "float32" and (level.rounds_fields or _kind(level) == "chunks")
+    source = summary_source(level, spec.head_dim, f"tl.{spec.dtype}" if rounds else None)
     tile = min(level.groups.size, max(NUMBERS_AT_ONCE // power_of_two(spec.head_dim, 16), 16))
     return {
         "number": number,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lychee_compile.codegen.parts.certificate import emit_certificate, emit_constants
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
@@ -16,6 +17,8 @@ TURN = 16
 """Chosen pages of one block whose tokens a program scores at a time."""
 PROBES = 16
 """Number of slots of a block at which a score that depends on the slot is evaluated."""
+BOUNDED = 128
+"""Slots whose bounds a program computes at a time; it divides a block."""
 _BASE = 128
 """The number that `codes` adds: a bfloat16 of this size has a code in its last bits."""
 _VARIANCE = {bits: step**-2 for bits, step in STEPS.items()}
@@ -43,6 +46,20 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         *library("sketch", "page_code"),
         *library("encode", "encode", "encode_new"),
         _fill("attend", spec),
+        *(_certificate(spec) if sparse.epsilon is not None else []),
+    ]
+
+
+def _certificate(spec: AttentionSpec) -> list[str]:
+    """Return the kernels that bound unread keys by sketches, and how far keys are from these."""
+    by_slot = KV in spec.score.free_symbols
+    bound = _fill("bound_unread", spec, size=1, even=True, at_once=BOUNDED, by_slot=by_slot)
+    shared = library("residuals", "sketch_levels", "load_axes", "store_residuals")
+    return [
+        emit_constants(spec, BOUNDED),
+        *shared,
+        *library("residuals", "measure", "measure_new", "weigh_blocks"),
+        *emit_certificate(spec, bound),
     ]
 
 

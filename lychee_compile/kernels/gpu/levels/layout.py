@@ -36,7 +36,7 @@ class LevelLayout:
     - `tokens_<n>`, `first_<n>` and `end_<n>`, int32 [N], if it has clusters of any kind: see
       `reference/clustered.py`;
     - `begin_<n>` and `children_<n>`, int32 [N], if it has clusters of groups: place and number of
-      those of a cluster in the `order_<n + 1>`, int32, of all below, see `reference/child_lists.py`;
+      those of a cluster in the `order_<n + 1>`, int32, of all below: see `ChildLists`;
     - `label_<n>` and `order_<n>`, int32 [N], if it lies below clusters: 1 + the cluster of each
       group, 0 for none; and `open_<n>`, int32 [1], the first group that may be in none;
     - each field as `summary_<name>`: in the keys' dtype [N, D], or float32 [N].

@@ -14,6 +14,7 @@ from lychee_compile.kernels.gpu.common.launch_sparse import SparseStep
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands, strides
 from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.lychee.certificate import measure_new, want_weights, weigh_blocks
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
 from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
 
@@ -46,13 +47,18 @@ def run_lychee(
     step = SparseStep(module, operands, index, tuning)
     sizes = _Sizes.of(module, layout, operands.kv_len)
     arguments = _arguments(step, layout, state, sizes)
+    if layout.measured:
+        weigh_blocks(step, arguments, layout.blocks)
     _query_weights(step, sizes, arguments)
     if sizes.paged:
         _rank_pages(step, layout, sizes, arguments)
     else:
         grid = step.rows, sizes.tiles + 1  # the last programs compare some keys
         launch(module.scan_tokens, grid, arguments, num_warps=4, num_stages=1, **step.waits)
-    return step.attend(arguments, sizes.examined, sizes.paged)
+    output = step.attend(arguments, sizes.examined, sizes.paged)
+    if layout.measured:
+        measure_new(step, arguments)
+    return output
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,8 @@ def _arguments(
     want("bins", torch.uint8, rows, sizes.room)
     if sizes.paged:
         _want_pages(step, layout, sizes, heads)
+    if layout.measured:
+        want_weights(step.wanted, step.module, rows, layout.blocks)
     return {
         **_stand_ins(step.arguments(sizes.tiles)),
         "blocks": blocks,
@@ -191,3 +199,5 @@ def run_encode(
         programs = min(-(-(end - start) // ENCODED), MOST_PROGRAMS)
         grid, own = (rows, programs), {**arguments, "begin": start}
         launch(module.encode, grid, own, num_warps=4, num_stages=1)
+        if layout.measured:
+            launch(module.measure, grid, own, num_warps=4, num_stages=1)

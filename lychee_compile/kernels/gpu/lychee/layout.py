@@ -92,6 +92,9 @@ class SketchState(NamedTuple):
     """Quantisation steps, float32 [B, Hkv, blocks, r]."""
     spread: Tensor
     """Mean variance of 4-bit coordinates within a page, in steps, float32 [B, Hkv, blocks, r4]."""
+    residual: Tensor
+    """Distances of keys from their sketches, within the axes and out of them, float32
+    [B, Hkv, slots, 2]; [B, Hkv, 0, 2] in an index that is not measured."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class SketchLayout:
     slots: int
     axes_dtype: torch.dtype = torch.float16
     policy: str = "lychee"
+    measured: bool = False
+    """True if the index tells how far keys are from their sketches, as certificates need it."""
 
     @classmethod
     def of(cls, key: Tensor) -> SketchLayout:
@@ -155,3 +160,11 @@ class SketchLayout:
         yield "centre", (*each, self.blocks, self.head_dim), torch.float32
         yield "step", (*each, self.blocks, kept), torch.float32
         yield "spread", (*each, self.blocks, kept_fine), torch.float32
+        yield "residual", (*each, self.slots if self.measured else 0, 2), torch.float32
+
+
+@dataclass(frozen=True)
+class MeasuredLayout(SketchLayout):
+    """The layout of an index for certificates."""
+
+    measured: bool = True

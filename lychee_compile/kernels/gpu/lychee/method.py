@@ -13,7 +13,7 @@ from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
-from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+from lychee_compile.kernels.gpu.lychee.layout import MeasuredLayout, SketchLayout
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,14 @@ class LycheeMethod:
     multiple: int = 8
     notices_writes: bool = True
     covers_mass: bool = True
+    certifies: bool = True
 
-    def layout_of(self, key: Tensor) -> SketchLayout:
-        """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
-        return SketchLayout.of(key)
+    def layout_of(self, key: Tensor, measured: bool = False) -> SketchLayout:
+        """Return the layout of an index for a cache `key` [B, Hkv, L, D].
+
+        It is `measured` for modules that make certificates.
+        """
+        return (MeasuredLayout if measured else SketchLayout).of(key)
 
     def new_index(self, layout: IndexLayout, device: torch.device) -> SketchIndex:
         """Return an empty index, which is not trusted."""
