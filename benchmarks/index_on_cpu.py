@@ -3,11 +3,10 @@
     python -m benchmarks.index_on_cpu [--threads 2] [--runs 30] [--json PATH]
 
 Keys are drawn around topics that come and go, of one KV head for building and of `--kv-heads` for
-choosing.
-A choice is that of one step with four query heads to a KV head and no mask, for the budget: by a
-scan of all sketches, and narrowed down by units, clusters and chunks. Every time is the least of all runs, since
-other programs may run on the machine. With `--processor-time` it is that of the processor, by all
-threads. `--built 2000 --chosen 4000 --runs 1` tries the benchmark out.
+choosing. A choice is that of one step with four query heads to a KV head and no mask: by a scan of
+all sketches, and narrowed down by units, clusters and chunks. Every time is the least of all runs,
+since other programs may run on the machine. With `--processor-time` it is that of the processor, by
+all threads. `--built 2000 --chosen 4000 --runs 1` tries the benchmark out.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Nodes:
     """Number of keys in the group, int64 [B, Hkv, N]."""
 
     def resized(self, count: int) -> Nodes:
-        """Return the nodes with room for `count`, which are at least as many; new ones are empty."""
+        """Return the nodes with room for `count`, which are no fewer; new ones are empty."""
         more = count - self.mean.shape[2]
         return Nodes(
             F.pad(self.mean, (0, 0, 0, more)),
