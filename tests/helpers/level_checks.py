@@ -169,11 +169,12 @@ def kept_clusters(steps: Steps, read: Read, number: int, rank: Tensor) -> Tensor
     kept = torch.zeros(*rank.shape[:3], clusters + 1, dtype=torch.bool, device=rank.device)
     of_listed = torch.where(times > 0, label, 0).clamp(max=clusters)
     kept = kept.scatter(-1, of_listed, True)[..., 1:]
-    lists = named[f"order_{number + 1}"].long(), named[f"children_{number}"]
-    numbers = torch.arange(lists[0].shape[-1], device=rank.device)
-    through = lists[1].cumsum(-1)
-    owner = torch.searchsorted(through, numbers.expand_as(lists[0]).contiguous(), right=True)
-    owner = torch.empty_like(owner).scatter_(-1, lists[0], owner)[:, :, None]
+    order = named[f"order_{number + 1}"].long()
+    begin, through = named[f"begin_{number}"], named[f"children_{number}"].cumsum(-1)
+    place = torch.arange(order.shape[-1], device=rank.device) - begin[..., :1]
+    owner = torch.searchsorted(through, place.contiguous(), right=True)
+    owner = torch.where(place < 0, clusters, owner)
+    owner = torch.empty_like(owner).scatter_(-1, order, owner)[:, :, None]
     wanted = owner < clusters
     wanted = wanted & kept.gather(-1, owner.clamp(max=clusters - 1).expand_as(label))
     assert torch.equal(times, wanted.long()), "a list that is not what the kept clusters hold"

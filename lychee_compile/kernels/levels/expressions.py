@@ -138,12 +138,13 @@ def evaluate(
 ) -> V:
     """Return the value of an expression in an algebra, where symbols have `values` by name.
 
-    Values of expressions that are `known` are taken from there; others are added. Raises ValueError for a symbol without a value and for a function that expressions do not have.
+    Values of expressions that are `known` are taken from there; others are added. Raises ValueError
+    for a symbol without a value and for a function that expressions do not have.
     """
     if isinstance(expression, sympy.Symbol):
         if expression.name not in values:
-            known = ", ".join(sorted(values))
-            raise ValueError(f"no {expression.name!r} here: {known} are known")
+            names = ", ".join(sorted(values))
+            raise ValueError(f"no {expression.name!r} here: {names} are known")
         return values[expression.name]
     if expression.is_number and not expression.has(_Reduction):
         return algebra.number(float(expression))

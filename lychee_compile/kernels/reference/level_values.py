@@ -85,7 +85,7 @@ class _ByLabel(_Elementwise):
         self.label, self.count = label, count
         """Group of each key, int64 [L], and number of groups; that number: no group."""
         self.weight = None if weight is None else weight[:, None]
-        """How many keys each one stands for, float32 [L, 1]; None: for itself."""
+        """Number of keys that each one stands for, float32 [L, 1]; None: one."""
         each = torch.ones(len(label), 1, device=label.device) if weight is None else weight[:, None]
         self.held = each.new_zeros(count + 1, 1).index_add(0, label, each)
 

@@ -153,9 +153,9 @@ class LycheeIndex(ChunkIndex):
         return question.take_tokens(rank)
 
     def candidates(self, question: Question) -> tuple[Tensor, Tensor] | None:
-        """Return slots that are worth a look, int64 [B, Hkv, Tq, M], and which are real, bool.
+        """Return slots in order, int64 [B, Hkv, Tq, M], and which are worth a look, bool.
 
-        They are in order. None: the sketches of all tokens are looked at. A query that sees at most
+        None: the sketches of all tokens are looked at. A query that sees at most
         `flat_tokens` tokens has them all.
         """
         total = question.choosable()
@@ -228,10 +228,10 @@ class LycheeIndex(ChunkIndex):
         )
         order = torch.where(length > 0, start, ALL).argsort(-1)
         slot, _, real = expand_runs(start.gather(-1, order), length.gather(-1, order))
-        if question.visible.counts is None:
-            return slot, real
-        seen = question.candidates()[:, None].expand(-1, slot.shape[1], -1, -1)
-        return _packed_slots(slot, real & seen.gather(-1, slot))
+        if question.visible.counts is not None:
+            seen = question.candidates()[:, None].expand(-1, slot.shape[1], -1, -1)
+            real &= seen.gather(-1, slot)
+        return slot, real
 
     def _sketch(self, key: Tensor) -> None:
         """Sketch the keys up to `tail` that have no sketch."""
@@ -248,9 +248,3 @@ class LycheeIndex(ChunkIndex):
     def _used(self) -> Tensor:
         """Return the chunks whose tokens can be chosen, bool [B, N]: all that are cut."""
         return self.span > 0
-
-
-def _packed_slots(slot: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the slots that are `held`, in order, and which are real: both [B, Hkv, Tq, M]."""
-    order = (~held).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(held.sum(-1).max())]
-    return slot.gather(-1, order), held.gather(-1, order)
