@@ -775,8 +775,8 @@ def mark_read(
 
 
 @triton.jit
-def bound_of_pages(queries, summary_least, summary_greatest, group, held):
-    """Return an upper bound of q.k over the keys of the pages [N] that are held: [ROWS, N]."""
+def bound_of_groups(queries, summary_least, summary_greatest, group, held):
+    """Return an upper bound of q.k over the keys of the groups [N] that are held: [ROWS, N]."""
     d = tl.arange(0, DIM)
     inside = held[:, None] & (d < HEAD_DIM)[None, :]
     field_least = tl.load(summary_least + group[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
@@ -814,18 +814,20 @@ def bound_unread(
         marks += head_row.to(tl.int64) * slots
         for number in range(STEPS):
             group = (tile * STEPS + number) * 32 + tl.arange(0, 32)
-            slot = group[None, :] * 16 + tl.arange(0, 16)[:, None]
+            low, high = group * 16, group * 16 + 16
+            known = high <= fresh
+            slot = low[None, :] + tl.arange(0, 16)[:, None]
             inside = slot < kv_len
             inside &= tl.load(marks + slot, mask=inside, other=1) == 0
             seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
             left = tl.sum(seen.to(tl.int32), 0)
             if tl.max(left, 0) > 0:
-                held = (left > 0) & (group * 16 + 16 <= fresh)
-                s = bound_of_pages(
+                held = (left > 0) & known
+                s = bound_of_groups(
                     queries, summary_least + space * (slots // 16) * HEAD_DIM, summary_greatest + space * (slots // 16) * HEAD_DIM, group, held,
                 )
                 s = tl.where(held[None, :] & (s == s), tl.minimum(s, 1e30), 1e30)
-                at, there = (group * 16)[None, :], (left > 0)[None, :]
+                at, there = low[None, :], (left > 0)[None, :]
                 bits = score(s, b, heads[:, None], t, at, there, length)
                 bits = tl.where(bits == bits, tl.minimum(bits, 1e30), 1e30)
                 bits += tl.log2(tl.maximum(left, 1).to(tl.float32))[None, :]

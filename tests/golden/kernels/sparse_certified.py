@@ -1310,13 +1310,15 @@ def bound_unread(
         residual += space * slots * 2
         for number in range(STEPS):
             group = (tile * STEPS + number) * 128 + tl.arange(0, 128)
-            slot = group[None, :]
+            low, high = group * 1, group * 1 + 1
+            known = high <= fresh
+            slot = low[None, :] + tl.arange(0, 1)[:, None]
             inside = slot < kv_len
             inside &= tl.load(marks + slot, mask=inside, other=1) == 0
             seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
             left = tl.sum(seen.to(tl.int32), 0)
             if tl.max(left, 0) > 0:
-                held = (left > 0) & (group * 1 + 1 <= fresh)
+                held = (left > 0) & known
                 mine = head_row.to(tl.int64) * blocks + (tile * STEPS + number) * 128 // BLOCK
                 reach = bound_reach + mine * (4 * ROWS) + g
                 level = sketch_levels(fine, coarse, group, held, kept)
@@ -1325,7 +1327,7 @@ def bound_unread(
                 s += tl.load(reach + ROWS)[:, None] * tl.load(residual + group * 2, mask=held, other=0.0)[None, :]
                 s += tl.load(reach + 2 * ROWS)[:, None] * tl.load(residual + group * 2 + 1, mask=held, other=0.0)[None, :]
                 s = tl.where(held[None, :] & (s == s), tl.minimum(s, 1e30), 1e30)
-                at, there = (group * 1)[None, :], (left > 0)[None, :]
+                at, there = low[None, :], (left > 0)[None, :]
                 bits = score(s, b, heads[:, None], t, at, there, length)
                 bits = tl.where(bits == bits, tl.minimum(bits, 1e30), 1e30)
                 bits = tl.where(there, bits, float("-inf"))
