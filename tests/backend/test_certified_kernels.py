@@ -49,6 +49,7 @@ def unread(weights: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
     [
         ("quest", 0.1, 1, torch.float32),
         ("lychee", 0.1, 1, torch.float32),
+        pytest.param("lycheecluster", 0.1, 1, torch.float32, marks=pytest.mark.thorough),
         pytest.param("lychee", 0.5, 3, torch.bfloat16, marks=pytest.mark.thorough),
         pytest.param("quest", 0.5, 3, torch.bfloat16, marks=pytest.mark.thorough),
     ],

@@ -93,7 +93,13 @@ def true_shares(query: Tensor, key: Tensor, read: Tensor, scale: float = 32**-0.
 
 
 @pytest.mark.parametrize(
-    ("policy", "more"), [("quest", {}), ("lychee", {}), ("quest", {"coverage": 0.7})]
+    ("policy", "more"),
+    [
+        ("quest", {}),
+        ("lychee", {}),
+        pytest.param("lycheecluster", {}, marks=pytest.mark.thorough),
+        ("quest", {"coverage": 0.7}),
+    ],
 )
 def test_kernels_return_certificates(policy: str, more: dict[str, object]) -> None:
     query, key, value = tensors(203, 2)
