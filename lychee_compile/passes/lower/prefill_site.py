@@ -68,7 +68,7 @@ def emit_prefill_kernels(
     operands = emit_kernel_operands(attention, emit)
     spec = kernel_specification(attention, operands, context.autotune)
     spec = replace(spec, tiles=TileSpec(config.policy, config.sinks, config.recent))
-    by_kernels = chooses_by_kernels(config.policy)
+    by_kernels = chooses_by_kernels(spec)
     operator = torch.ops.lychee.tiled_prefill if by_kernels else torch.ops.lychee.listed_prefill
     kernel = compile_kernels(spec, operands)
     grid = None if _depends_on_query_position(operands.expressions) else grid
