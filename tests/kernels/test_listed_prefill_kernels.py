@@ -233,7 +233,9 @@ def test_queries_in_another_order_read_keys_at_their_own_positions() -> None:
 
 def test_rows_and_heads_that_see_different_keys() -> None:
     """The mask is a tensor per head; one head sees nothing at all, one row has no padding."""
-    problem = problem_for("any compact", mask="mask by head", sizes=Sizes(2, 1, 2, 140, 200, 16, 16))
+    problem = problem_for(
+        "any compact", mask="mask by head", sizes=Sizes(2, 1, 2, 140, 200, 16, 16)
+    )
     (mask,) = problem.captured
     mask[0, 1] = False
     mask[1, :, :, 100:120] = True

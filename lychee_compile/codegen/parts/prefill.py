@@ -58,7 +58,13 @@ def emit_prefill(spec: AttentionSpec) -> list[str]:
         fill("prefill/summarise_queries.py.jinja", spec),
         fill("prefill/scan.py.jinja", spec),
         *library("prefill", "bins_between", "room_for", "cut_of", "counted"),
-        fill("prefill/select_keys.py.jinja", spec, wanes=votes.wanes, together=s2o.BLOCK, least=s2o.LEAST_SHARE),
+        fill(
+            "prefill/select_keys.py.jinja",
+            spec,
+            wanes=votes.wanes,
+            together=s2o.BLOCK,
+            least=s2o.LEAST_SHARE,
+        ),
         *emit_attend(spec),
     ]
 

@@ -73,21 +73,21 @@ def groups_of(label, begin, stop):
     return first, tl.load(label + stop - 1, mask=some, other=-1) + 1
 
 
-@triton.jit(do_not_specialize=["askers", "groups", "tiles", "kv_len"])
+@triton.jit(do_not_specialize=["groups", "tiles", "kv_len"])
 def count_levels(
-    rank, label, bounds, edge, held, askers, groups, rankers, tiles, kv_len,
+    rank, label, bounds, edge, at_levels, askers, groups, rankers, tiles, kv_len,
     SHARING: tl.constexpr, ASKERS: tl.constexpr, LEVELS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Count the keys that may be chosen at each level of each ranking of a row.
 
     `rank`, float16 [rows, askers, groups], ranks groups of keys. `label`, int32 [B, kv_len], is the
-    group of each key; `bounds`, int32 [B, groups + 1], the first key of each group. `held`, int32
-    [rows, askers, LEVELS], is 0 before. A row of the batch has `rankers` rows for each tile.
+    group of each key; `bounds`, int32 [B, groups + 1], the first key of each group. `at_levels`,
+    int32 [rows, askers, LEVELS], is 0 before. A tile of a row of the batch has `rankers` rows.
     """
     row = tl.program_id(0)
     b = (row // tiles // rankers).to(tl.int64)
     edge_row = row // tiles * (SHARING * tiles) + row % tiles
-    first, begin, own, own_end, stop, end = load_edges(edge, edge_row)
+    _, begin, own, own_end, stop, _ = load_edges(edge, edge_row)
     bounds += b * (groups + 1)
     lowest, beyond = groups_of(label + b * kv_len, begin, stop)
     asker = tl.arange(0, ASKERS)
@@ -97,14 +97,14 @@ def count_levels(
         count = candidates_of(bounds, group, beyond, begin, own, own_end, stop)
         some = there[:, None] & (count > 0)[None, :]
         ranked = tl.load(rank + line[:, None] * groups + group[None, :], mask=some, other=0.0)
-        at = held + line[:, None] * LEVELS + level_of(ranked, LEVELS)
+        at = at_levels + line[:, None] * LEVELS + level_of(ranked, LEVELS)
         counts = count[None, :] + tl.zeros([ASKERS, LANES], tl.int32)
         tl.atomic_add(at, counts, mask=some, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["askers", "groups", "tiles", "kv_len", "capacity", "most", "shortest"])
+@triton.jit(do_not_specialize=["groups", "tiles", "kv_len", "capacity", "most", "shortest"])
 def list_groups(
-    rank, silent, label, bounds, edge, held, places, chosen, counts,
+    rank, silent, label, bounds, edge, at_levels, places, chosen, counts,
     askers, groups, rankers, tiles, kv_len, capacity, share, most, shortest,
     SHARING: tl.constexpr, ASKERS: tl.constexpr, LEVELS: tl.constexpr, LANES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -129,8 +129,8 @@ def list_groups(
     lowest, beyond = groups_of(label, begin, stop)
     level, asker = tl.arange(0, LEVELS), tl.arange(0, ASKERS)
     line, there = row.to(tl.int64) * askers + asker, asker < askers
-    for one in range(0, askers):
-        at = held + (row.to(tl.int64) * askers + one) * LEVELS + level
+    for one in range(askers):
+        at = at_levels + (row.to(tl.int64) * askers + one) * LEVELS + level
         through = tl.cumsum(tl.load(at), 0, reverse=True)
         none = tl.load(silent + row.to(tl.int64) * askers + one) != 0
         tl.store(at, tl.where(none, 2**30, through))
@@ -141,7 +141,7 @@ def list_groups(
         count = candidates_of(bounds, group, beyond, begin, own, own_end, stop)
         some = there[:, None] & (group < beyond)[None, :]
         ranked = tl.load(rank + line[:, None] * groups + group[None, :], mask=some, other=0.0)
-        at = held + line[:, None] * LEVELS + level_of(ranked, LEVELS)
+        at = at_levels + line[:, None] * LEVELS + level_of(ranked, LEVELS)
         through = tl.min(tl.load(at, mask=some, other=2**30), 0)
         tl.store(places + group, tl.minimum(through - count, among), mask=group < beyond)
     tl.debug_barrier()
@@ -167,12 +167,12 @@ def list_groups(
         order = tl.cumsum(tl.where(may, kind, 0), 0)
         ties = tl.minimum(order & 65535, left)
         taken = may & ((place < cut) | ((place == cut) & ((order & 65535) <= left)))
-        for head in range(0, SHARING):
+        for head in range(SHARING):
             at = chosen + (row_of_head + head * tiles).to(tl.int64) * capacity
             tl.store(at + (count - 1) + (order >> 16) + ties, slot, mask=taken)
         last = tl.max(order, 0)
         tied = tl.minimum(last & 65535, left)
         count += (last >> 16) + tied
         left -= tied
-    for head in range(0, SHARING):
+    for head in range(SHARING):
         tl.store(counts + row_of_head + head * tiles, count)

@@ -94,7 +94,7 @@ class RankedPrefill:
         """Return the keys that these tiles read."""
         heads = self._operands.query.shape[1]
         edge = self._edge[:, None, first_tile : first_tile + tiles].expand(-1, heads, -1, -1)
-        edge = edge.reshape(-1, EDGE_NUMBERS)
+        edge = edge.reshape(-1, EDGE_NUMBERS).contiguous()  # kernels count on it
         chosen = edge.new_empty(len(edge), self._capacity)
         lists = Lists(first_tile, tiles, chosen, edge.new_empty(len(edge)), edge)
         if hasattr(self._module, "list_last"):
@@ -136,9 +136,13 @@ class RankedPrefill:
         padded = power_of_two(askers)
         arguments = {
             **self._of(lists),
-            **{"rank": rank, "silent": silent, "askers": askers, "groups": groups},
-            **{"label": self._groups[0].label, "bounds": self._groups[0].bounds},
-            "held": silent.new_zeros(rows, askers, LEVELS, dtype=torch.int32),
+            "rank": rank,
+            "silent": silent,
+            "askers": askers,
+            "groups": groups,
+            "label": self._groups[0].label,
+            "bounds": self._groups[0].bounds,
+            "at_levels": silent.new_zeros(rows, askers, LEVELS, dtype=torch.int32),
             "places": silent.new_empty(rows, groups, dtype=torch.int32),
             "rankers": rows // (batch * lists.tiles),
             "SHARING": batch * heads * lists.tiles // rows,
