@@ -121,9 +121,9 @@ SPECS = {
         128,
         128,
         S / math.sqrt(128) + SLOPE * (KV - Q),
-        MASK,
-        (Captured("mask", "bool", 4), Captured("slopes", "float32", 1)),
-        tiles=TileSpec("s2o", 16, 64),
+        KV <= Q,
+        (Captured("slopes", "float32", 1),),
+        tiles=TileSpec("mine", 16, 64),  # a policy of one's own
     ),
     "prefill_streaming": AttentionSpec(
         "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("streaming", 16, 64)

@@ -143,8 +143,9 @@ def union_of(prefill: RankedPrefill, question: PrefillQuestion) -> Tensor:
         counts = torch.tensor([len(each) for each in members])
         place = torch.full_like(counts, 2**30)
         for level in every[row][~silent[row]]:
-            ahead = torch.stack([counts[level >= each].sum() for each in level])
-            place = torch.minimum(place, ahead - counts)
+            through = torch.stack([counts[level >= each].sum() for each in level])
+            above = torch.stack([counts[level > each].sum() for each in level])
+            place = torch.minimum(place, torch.maximum(above, through - 16))
         order = place.argsort(stable=True).tolist()
         slots = torch.cat([members[n].flatten() for n in order])
         chosen[b, head, tile, slots[: int(question.room[b, head, tile])]] = True

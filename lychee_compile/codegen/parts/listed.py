@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import sympy
 
 from lychee_compile.codegen.parts.prefill import emit_attend
-from lychee_compile.codegen.parts.site import fill, sees_range
+from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec, H, S
 
@@ -74,7 +74,7 @@ def emit_listed(spec: AttentionSpec) -> list[str]:
     terms, split = emit_terms_of_scores(spec), split_score(spec.score)
     return [
         terms,
-        *([fill("prefill/edges.py.jinja", spec)] if sees_range(spec) else []),
+        fill("prefill/edges.py.jinja", spec),
         fill("prefill/see_tiles.py.jinja", spec, biased=split is not None and split.bias != 0),
         *library("prefill", "load_edges", "list_keys"),
         *emit_attend(spec, listed=True),

@@ -105,17 +105,17 @@ def count_levels(
 @triton.jit(do_not_specialize=["groups", "tiles", "kv_len", "capacity", "most", "shortest"])
 def list_groups(
     rank, silent, label, bounds, edge, at_levels, places, chosen, counts,
-    askers, groups, rankers, tiles, kv_len, capacity, share, most, shortest,
+    askers, groups, rankers, longest, tiles, kv_len, capacity, share, most, shortest,
     SHARING: tl.constexpr, ASKERS: tl.constexpr, LEVELS: tl.constexpr, LANES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
     """List the keys of the groups that come first in any ranking, as many as there is room for.
 
     Parameters as in `count_levels`, whose counts are overwritten. `silent`, uint8 [rows, askers],
-    marks rankings that do not count. `places` is int32 [rows, groups], scratch. The place of a
-    group is how many keys of other groups have its level or a higher one, in the ranking where
-    these are fewest. Groups of equal place are read in their order. The list of a row is written
-    for each of its heads, as in `list_last`.
+    marks rankings that do not count. `places` is int32 [rows, groups], scratch. A group has at most
+    `longest` keys. Its place is how many keys have its level or a higher one, less as many as one
+    group may have, in the ranking where these are fewest. Groups of equal place are read in their
+    order. The list of a row is written for each of its heads, as in `list_last`.
     """
     row = tl.program_id(0)
     b = (row // tiles // rankers).to(tl.int64)
@@ -131,19 +131,20 @@ def list_groups(
     line, there = row.to(tl.int64) * askers + asker, asker < askers
     for one in range(askers):
         at = at_levels + (row.to(tl.int64) * askers + one) * LEVELS + level
-        through = tl.cumsum(tl.load(at), 0, reverse=True)
+        there_are = tl.load(at)
+        through = tl.cumsum(there_are, 0, reverse=True)
+        ahead = through - tl.minimum(there_are, longest)
         none = tl.load(silent + row.to(tl.int64) * askers + one) != 0
-        tl.store(at, tl.where(none, 2**30, through))
+        tl.store(at, tl.where(none, among, ahead))
     tl.debug_barrier()
     places += row.to(tl.int64) * groups
     for start in range(lowest, beyond, LANES):
         group = start + tl.arange(0, LANES)
-        count = candidates_of(bounds, group, beyond, begin, own, own_end, stop)
         some = there[:, None] & (group < beyond)[None, :]
         ranked = tl.load(rank + line[:, None] * groups + group[None, :], mask=some, other=0.0)
         at = at_levels + line[:, None] * LEVELS + level_of(ranked, LEVELS)
-        through = tl.min(tl.load(at, mask=some, other=2**30), 0)
-        tl.store(places + group, tl.minimum(through - count, among), mask=group < beyond)
+        ahead = tl.min(tl.load(at, mask=some, other=2**30), 0)
+        tl.store(places + group, ahead, mask=group < beyond)
     tl.debug_barrier()
     # The highest cut with no more keys before it than there is room for.
     cut, above, over = tl.where(room >= among, among + 1, 0), among + 1, 0

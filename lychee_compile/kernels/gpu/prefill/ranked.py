@@ -144,6 +144,7 @@ class RankedPrefill:
             "bounds": self._groups[0].bounds,
             "at_levels": silent.new_zeros(rows, askers, LEVELS, dtype=torch.int32),
             "places": silent.new_empty(rows, groups, dtype=torch.int32),
+            "longest": self._choice.longest,
             "rankers": rows // (batch * lists.tiles),
             "SHARING": batch * heads * lists.tiles // rows,
             "ASKERS": padded,

@@ -38,7 +38,7 @@ def _means(vectors: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 choose_block_union = GroupUnion(
-    _blocks_of_keys, _blocks_of_queries, askers=QUERY_BLOCKS_PER_TILE, shared=True
+    _blocks_of_keys, _blocks_of_queries, QUERY_BLOCKS_PER_TILE, longest=BLOCK, shared=True
 )
 """The union of the blocks of keys that the query heads of a KV head choose.
 

@@ -59,7 +59,7 @@ def _query_chunks(query: Tensor) -> Askers:
     return Askers(vectors, (vectors == 0).all(-1))
 
 
-choose_by_chunks = GroupUnion(_key_chunks, _query_chunks, askers=QUERY_TILE // CHUNK[0])
+choose_by_chunks = GroupUnion(_key_chunks, _query_chunks, QUERY_TILE // CHUNK[0], CHUNK[1])
 """The keys of the chunks that are most like any chunk of a tile's queries.
 
 As in the paper: chunks of varying length, each summarised by the sum of its vectors over the square

@@ -37,6 +37,8 @@ class GroupUnion:
     """Returns the askers of queries, float32 [B, Hq, T, D], whose first begins a tile."""
     askers: int
     """Number of askers of a tile of one query head, at most."""
+    longest: int
+    """Number of keys of a group, at most."""
     shared: bool = False
     """True if the query heads of a KV head read one union; False if each reads its own."""
 
