@@ -218,8 +218,8 @@ def list_groups(
     cut, above, over = tl.where(room >= among, among + 1, 0), among + 1, 0
     while above - cut > 1:
         middle, total = (cut + above) // 2, 0
-        for start in range(lowest, beyond, LANES):
-            group = start + tl.arange(0, LANES)
+        for start in range(lowest, beyond, KEYS):
+            group = start + tl.arange(0, KEYS)
             count = candidates_of(bounds, group, beyond, begin, own, own_end, stop)
             place = tl.load(places + group, mask=group < beyond, other=2**30)
             total += tl.sum(tl.where(place < middle, count, 0), 0)
