@@ -86,15 +86,23 @@ def chooses_by_kernels(spec: AttentionSpec) -> bool:
 
 
 def has_prefill_kernels(policy: str) -> bool:
-    """Return True if kernels choose for a prefill by this policy, if masks have no holes."""
+    """Return True if kernels choose for a prefill by this policy, of tokens in their order.
+
+    Masks with holes may be left to PyTorch.
+    """
     record = find_policy(policy)
     union = record is not None and isinstance(record.prefill, GroupUnion)
     return union or policy in _prefill_emitters
 
 
 def _prefill_emitter(spec: AttentionSpec, policy: str) -> Emit:
-    """Return what emits the kernels of a prefill: those of lychee alone know masks with holes."""
-    if policy != "lychee" and not (has_prefill_kernels(policy) and sees_range(spec)):
+    """Return what emits the kernels of a prefill.
+
+    Only those of lychee know masks with holes, and queries in another order, whose own tokens are
+    no stretch of keys.
+    """
+    stretches = sees_range(spec) and not (spec.tiles is not None and spec.tiles.ordered)
+    if policy != "lychee" and not (has_prefill_kernels(policy) and stretches):
         return listed.emit_listed
     return _prefill_emitters.get(policy, ranked.emit_groups)
 

@@ -104,6 +104,7 @@ def test_kernels_choose_unless_a_mask_has_holes(policy: str, mask: str) -> None:
     spec = problem_for(policy, mask=mask).spec
     assert chooses_by_kernels(spec) == (mask in RANGES)
     assert ("def see_tiles(" in emit_module(spec)) == (mask not in RANGES)
+    assert not chooses_by_kernels(replace(spec, tiles=replace(spec.tiles, ordered=True)))
 
 
 @st.composite
