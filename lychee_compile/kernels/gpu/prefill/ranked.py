@@ -167,7 +167,7 @@ class RankedPrefill:
 
     @cached_property
     def _edge(self) -> Tensor:
-        """What each tile always reads, int32 [B, tiles, 8], as `edges` returns it."""
+        """Slots that each tile always reads, int32 [B, tiles, 8], as `edges` returns them."""
         query = self._operands.query
         edge = query.new_zeros(len(query), self._tiles, EDGE_NUMBERS, dtype=torch.int32)
         arguments = {**self._arguments, "edge": edge, "tiles": self._tiles}
