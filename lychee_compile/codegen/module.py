@@ -12,7 +12,6 @@ from lychee_compile.codegen.parts import (
     lychee,
     prefill,
     ranked,
-    uneven,
 )
 from lychee_compile.codegen.parts.site import sees_range
 from lychee_compile.codegen.specification import AttentionSpec
@@ -53,8 +52,6 @@ def _emit_sparse(spec: AttentionSpec, policy: str) -> list[str]:
     """Return the kernels of a policy: made from its levels, or as its emitter writes them."""
     record = find_policy(policy)
     if record is not None and record.levels is not None:
-        if record.levels.uneven:
-            return uneven.emit_uneven(spec, record.levels)
         return levels.emit_levels(spec, record.levels)
     return _emitter(policy)(spec)
 
