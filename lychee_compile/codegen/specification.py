@@ -60,6 +60,8 @@ class TileSpec:
     """Name of the policy that chooses."""
     sinks: int
     recent: int
+    ordered: bool = False
+    """True if queries come in another order than the keys that they are the tokens of."""
 
 
 @dataclass(frozen=True)

@@ -50,18 +50,23 @@ TILE_KERNELS = {
     "select_keys": {"LANES": 4096},
     "see_tiles": {"QUERIES": 32, "KEYS": 128, "SELF": True},
     "list_keys": {"LANES": 4096},
+    "store_edges": {"SELF": True},
+    "list_last": {"LANES": 2048},
+    "count_levels": {"SHARING": 1, "ASKERS": 16, "LEVELS": 1024, "LANES": 256},
+    "list_groups": {"SHARING": 4, "ASKERS": 16, "LEVELS": 1024, "LANES": 256, "KEYS": 2048},
     "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8},
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
-    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read marks",
+    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read silent marks",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
     "channels candidates candidate_count listed listed_count chosen_list edge chosen counts "
     "span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1 "
     "child_ranks child_counts open_1 open_2 order_1 order_2 begin_0 begin_1 "
-    "children_0 children_1 list_count failing",
+    "children_0 children_1 list_count failing bounds at_levels places",
     "*i64": "positions head_mass",
     "*bf16": "weights",
+    "*fp16": "rank",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
     "partial_sum log_sums scores mean_bias longest unread missed residual bound_weights "
     "bound_reach",

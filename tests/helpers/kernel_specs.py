@@ -143,7 +143,23 @@ SPECS = {
         S / math.sqrt(128) + SLOPE * (KV - Q),
         KV <= Q,
         (Captured("slopes", "float32", 1),),
-        tiles=TileSpec("s2o", 16, 64),
+        tiles=TileSpec("mine", 16, 64),  # a policy of one's own
+    ),
+    "prefill_streaming": AttentionSpec(
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("streaming", 16, 64)
+    ),
+    "prefill_s2o": AttentionSpec(
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("s2o", 16, 64)
+    ),
+    "prefill_groups_slopes": AttentionSpec(
+        "float16",
+        3,
+        80,
+        64,
+        S / math.sqrt(80) + SLOPE * (KV - Q),
+        KV <= Q,
+        (Captured("slopes", "float32", 1),),
+        tiles=TileSpec("dhsa", 16, 64),
     ),
     "prefill_mask_softcap_odd_sizes": AttentionSpec(
         "float16",

@@ -26,7 +26,8 @@ LAUNCHED = {
     "scan_2", "rank_2", "list_1", "list_2", "spread_0", "scan_window",
     "mark_read", "bound_unread", "certify", "read_uncertified",
     "measure", "measure_new", "weigh_blocks",
-    "summarise_queries", "scan", "select_keys", "see_tiles", "list_keys",
+    "summarise_queries", "scan", "select_keys", "see_tiles", "list_keys", "store_edges",
+    "list_last", "count_levels", "list_groups",
 }  # fmt: skip
 FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE", "PAGE"}
 FOR_THE_HOST |= {"SETTINGS", "ALWAYS", "SCALE", "SOFTCAP", "BIASED", "BY_HEAD", "BOUNDED"}
