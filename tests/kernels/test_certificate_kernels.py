@@ -11,13 +11,10 @@ import triton_interpreter
 from decode_problems import CAP, DTYPES, LAYOUTS, MASKS, SCORES, Problem, Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from level_steps import EVENTS, Asked, Case, Read, Steps, kept_scratch, score_inputs
+from level_steps import EVENTS, Case, Read, Steps, score_inputs
 from torch import Tensor
-from uneven_steps import EVENTS as UNEVEN_EVENTS
-from uneven_steps import UnevenCase, UnevenSteps
 
 from lychee_compile.kernels.gpu.common.certificate import missed_of
-from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack, Pages
 from lychee_compile.kernels.levels.expressions import (
     dot,
@@ -33,6 +30,7 @@ from lychee_compile.kernels.policies import registry
 from lychee_compile.kernels.reference.attention import attend
 from lychee_compile.kernels.reference.certificate import log_unread_bound, missed_share
 from lychee_compile.kernels.reference.chunk_table import decided, numbers_of_slots
+from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import select
 
@@ -114,7 +112,7 @@ def cases(draw) -> tuple[Case, int]:
     return case, draw(st.integers(50, slots - 10))
 
 
-def taken(case: Case, length: int, history: list[str]) -> Iterator[tuple[Problem, Read, Asked]]:
+def taken(case: Case, length: int, history: list[str]) -> Iterator[tuple[Problem, Read, KVIndex]]:
     """Yield each step of a cache that goes through a history."""
     steps = Steps(case, length)
     for event in history:
@@ -123,9 +121,12 @@ def taken(case: Case, length: int, history: list[str]) -> Iterator[tuple[Problem
         elif event == "written by another":
             steps.key[:, :, : steps.length // 2] = steps.key[:, :, : steps.length // 2].flip(2)
             steps.rebuild()
+        elif event == "refit":
+            steps.refit()
         if steps.length + case.sizes.query_len > case.sizes.kv_len:
             steps.length -= 20
-        yield steps.step()
+        problem, read, _ = steps.step()
+        yield problem, read, steps.plain.index
 
 
 def true_shares(problem: Problem, read: Tensor) -> Tensor:
@@ -135,9 +136,9 @@ def true_shares(problem: Problem, read: Tensor) -> Tensor:
     return (score.softmax(-1).nan_to_num(nan=0.0) * unread).sum(-1)
 
 
-def plain_shares(case: Case, problem: Problem, asked: Asked, read: Tensor) -> Tensor:
+def plain_shares(case: Case, problem: Problem, index: KVIndex, read: Tensor) -> Tensor:
     """Return the certificates of the plain form for the slots `read`, bool [B, Hkv, T, L]."""
-    inputs, index = score_inputs(problem, case), asked.index
+    inputs = score_inputs(problem, case)
     order = (~read).to(torch.uint8).argsort(dim=-1, stable=True)
     lengths = read.gather(-1, order).long()
     selection = select(index, inputs, case.budget)
@@ -157,20 +158,19 @@ def plain_shares(case: Case, problem: Problem, asked: Asked, read: Tensor) -> Te
 def test_no_certificate_is_violated(policy, drawn, history):
     case, length = drawn
     case.policy = policy
-    for problem, read, asked in taken(case, length, history):
-        assert read.missed is not None
+    for problem, read, index in taken(case, length, history):
         heads, group = problem.key.shape[1], problem.spec.group
         seen = problem.visible.unflatten(1, (heads, group)).any(2)
         whole = ~read.slots.any(-1) & seen.any(-1)
         slots = read.slots | (whole[..., None] & seen)
-        missed = read.missed.double()
+        missed = missed_of(problem.operands(), read.made).double()
         assert ((missed >= 0) & (missed <= 1)).all()
         assert (true_shares(problem, slots) <= missed).all()
         assert (missed <= case.epsilon).all()
         problem.assert_as_good_as_eager(read.output, slots)
         complete = (slots | ~seen).all(-1).repeat_interleave(group, 1)
         assert (missed[complete] == 0).all()
-        plain = plain_shares(case, problem, asked, slots).double()
+        plain = plain_shares(case, problem, index, slots).double()
         rounded = 1e-3 if policy != "balls" else 0.1  # its centres are rounded
         assert ((missed - plain).abs() <= rounded)[missed > 0].all()
         if case.epsilon < 1:
@@ -179,16 +179,16 @@ def test_no_certificate_is_violated(policy, drawn, history):
 
 
 @st.composite
-def chunked(draw) -> UnevenCase:
+def chunked(draw) -> Case:
     """Draw an attention by chunks below clusters, with scores that clusters can have."""
     case, _ = draw(cases())
     given = {each.name: getattr(case, each.name) for each in fields(case)}
     given |= {"policy": "lycheecluster", "score": draw(st.sampled_from(["scaled", "soft-cap"]))}
     given["budget"] = max(case.budget, case.sinks + case.recent + 1)
-    return UnevenCase(**given, chunk=draw(st.sampled_from([(2, 4), (4, 12), (8, 16)])))
+    return Case(**given | {"chunk": draw(st.sampled_from([(2, 4), (4, 12), (8, 16)]))})
 
 
-def chunk_bounds(steps: UnevenSteps, problem: Problem, fresh: Tensor) -> Tensor:
+def chunk_bounds(steps: Steps, problem: Problem, fresh: Tensor) -> Tensor:
     """Return bounds of scores by the chunks before the slots `fresh` [B], float64 [B, Hq, T, L]."""
     named, chunk = steps.index.named, steps.case.chunk
     heads, slots = problem.key.shape[1:3]
@@ -210,9 +210,9 @@ def chunk_bounds(steps: UnevenSteps, problem: Problem, fresh: Tensor) -> Tensor:
 
 
 @settings(max_examples=EXAMPLES)
-@given(case=chunked(), history=st.lists(st.sampled_from(UNEVEN_EVENTS), min_size=1, max_size=3))
+@given(case=chunked(), history=st.lists(st.sampled_from(EVENTS), min_size=1, max_size=3))
 def test_no_certificate_of_chunks_is_violated(case, history):
-    steps = UnevenSteps(case, case.sizes.kv_len - 12)
+    steps = Steps(case, case.sizes.kv_len - 12)
     for event in history:
         if event.startswith("rewind"):
             steps.length = max(steps.length - (3 if event == "rewind" else 40), 12)
@@ -223,14 +223,10 @@ def test_no_certificate_of_chunks_is_violated(case, history):
             steps.refit()
         if steps.length + case.sizes.query_len > case.sizes.kv_len:
             steps.length -= 20
-        steps.write()
-        problem, positions = steps.problem(), steps.positions()
-        used = IndexOperands(steps.index.layout, steps.index.parts, positions)
-        with kept_scratch(few_programs=True) as made:
-            output = steps.method.run(problem.module(), problem.operands(), used)
-        steps.length += case.sizes.query_len
-        slots = steps._read(made["chosen_list"].flatten(1), case.sizes.query_len)
-        missed = missed_of(problem.operands(), made).double()
+        positions = steps.positions()
+        problem, read, _ = steps.step()
+        output, slots = read.output, read.slots
+        missed = missed_of(problem.operands(), read.made).double()
         seen = problem.visible.unflatten(1, (-1, problem.spec.group)).any(2)
         slots = slots | ((~slots.any(-1) & seen.any(-1))[..., None] & seen)
         assert (true_shares(problem, slots) <= missed).all()
@@ -239,8 +235,8 @@ def test_no_certificate_of_chunks_is_violated(case, history):
         score, unread = problem.finish_scores(), ~slots.repeat_interleave(problem.spec.group, 1)
         bound = chunk_bounds(steps, problem, positions.amin(1))
         parts = ((bound, unread), (score, ~unread))
-        left, read = (
+        left, log_read = (
             each.masked_fill(~(problem.visible & which), -torch.inf).logsumexp(-1)
             for each, which in parts
         )
-        assert ((missed - (left - read).sigmoid()).abs() <= 0.01)[missed > 0].all()
+        assert ((missed - (left - log_read).sigmoid()).abs() <= 0.01)[missed > 0].all()

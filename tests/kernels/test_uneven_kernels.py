@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -10,10 +11,13 @@ import triton_interpreter
 from decode_problems import DTYPES, MASKS, Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from uneven_steps import EVENTS, UnevenCase, UnevenSteps, follow, table_of
+from level_steps import EVENTS, Case, Steps, follow, table_of
 
+from lychee_compile.codegen.parts import levels
+from lychee_compile.kernels.gpu.levels import chunk_index as device_chunks
+from lychee_compile.kernels.gpu.levels import shares
+from lychee_compile.kernels.gpu.levels.child_lists import child_lists, first_open
 from lychee_compile.kernels.gpu.owners import _moved
-from lychee_compile.kernels.gpu.uneven import chunk_index as device_chunks
 from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack
 from lychee_compile.kernels.levels.expressions import (
     count,
@@ -46,7 +50,6 @@ SMALL = {
             ),
             Level(Chunks(), fields=MOMENTS, estimate=GAUSSIAN),
         ),
-        vote="layer",
     ),
     "boxes_of_chunks": LevelStack(
         levels=(
@@ -59,6 +62,7 @@ SMALL = {
             ),
         ),
         sinks=2,
+        vote="layer",
     ),
     "small_clusters": LevelStack(
         levels=(
@@ -91,13 +95,13 @@ def small_stacks() -> Iterator[None]:
 
 
 @st.composite
-def cases(draw) -> tuple[UnevenCase, int]:
+def cases(draw) -> tuple[Case, int]:
     """Draw an attention without its policy, and how many tokens it begins with."""
     slots = draw(st.integers(60, 180))
     batch, kv_heads, query_len = draw(st.sampled_from(ROWS))
     dim = draw(st.sampled_from([16, 24]))
     sizes = Sizes(batch, kv_heads, draw(st.integers(1, 4)), query_len, slots, dim, 16)
-    case = UnevenCase(
+    case = Case(
         policy="",
         sizes=sizes,
         budget=draw(st.integers(20, 90)),
@@ -117,7 +121,51 @@ def cases(draw) -> tuple[UnevenCase, int]:
 def test_kernels_choose_as_the_plain_form_does(policy, drawn, history):
     case, length = drawn
     case.policy = policy
-    follow(UnevenSteps(case, length), history)
+    follow(Steps(case, length), history)
+
+
+@pytest.mark.parametrize("policy", ["dhsa", "lycheecluster", "one_level_of_clusters"])
+def test_many_programs_rank_and_list_as_one_does(policy, monkeypatch):
+    """Sixteen groups at a time, so that quotas end in a lot behind others."""
+    monkeypatch.setattr(levels, "RANKED", 16)
+    monkeypatch.setattr(levels, "BYTES_AT_ONCE", 0)
+    monkeypatch.setattr(shares, "PROGRAMS", 2)
+    case = Case(policy, Sizes(1, 2, 2, 1, 500, 16, 16), budget=60, chunk=(3, 5), seed=1)
+    follow(Steps(case, 440), ["step", "rewind far", "refit", "step"])
+
+
+def test_groups_are_looked_into_without_a_fit_for_a_long_time():
+    """All chunks since the last fit are open: far more than lists and scans are made for."""
+    case = Case("lycheecluster", Sizes(1, 1, 2, 4, 400, 16, 16), budget=40, chunk=(3, 5))
+    steps = Steps(case, 60)
+    first = steps.index.named["open_2"].clone()
+    follow(steps, ["step"] * 4)
+    steps.length = 40  # back before the last fit
+    for _ in range(3):
+        new_keys(steps, steps.length, steps.length + 90)
+        steps.length += 90
+        steps.plain.distrust()
+        follow(steps, ["step"])
+        assert steps.index.parts.header[0] == 1
+    assert (steps.index.named["open_2"] < first).all()
+
+
+@given(seed=st.integers(0, 99), clusters=st.integers(1, 9), groups=st.integers(0, 30))
+def test_lists_have_the_groups_of_each_cluster_in_order(seed, clusters, groups):
+    random = torch.Generator().manual_seed(seed)
+    label = torch.randint(-1, clusters, (2, 3, groups), generator=random)
+    used = torch.rand(2, 1, groups, generator=random) < 0.7
+    order, begin, count = child_lists(label, clusters)
+    waiting = first_open(label, used)
+    for row, head in itertools.product(range(2), range(3)):
+        own = label[row, head].tolist()
+        for number in range(clusters):
+            first = int(begin[row, head, number])
+            listed = order[row, head, first : first + int(count[row, head, number])]
+            assert listed.tolist() == [place for place, each in enumerate(own) if each == number]
+        there = used[row, 0].tolist()
+        open_groups = [place for place, each in enumerate(own) if each < 0 and there[place]]
+        assert int(waiting[row, head]) == min(open_groups, default=groups)
 
 
 def new_keys(steps, first, last):
@@ -127,10 +175,11 @@ def new_keys(steps, first, last):
     late = 5 * torch.arange(len(key))[:, None]
     positions = (torch.arange(first, last) - late).to(torch.int64)
     fields = [named[f"summary_{name}"] for name in layout.stack.levels[-1].fields]
-    label = [named["label_1"]] if len(layout.stack.levels) > 1 else []
+    chunks = len(layout.stack.levels) - 1
+    label = [named[f"label_{chunks}"], named[f"open_{chunks}"]] if chunks else []
     for b in range(key.shape[0]):
         for h in range(key.shape[1]):
-            module.summarise_new[(1,)](
+            module.index_new[(1,)](
                 key, *key.stride(), index.parts.header, named["fingerprints"],
                 named["strength"], named["span"], named["span"].shape[2], *label, *fields,
                 positions, *positions.stride(), last - first,
@@ -159,8 +208,8 @@ def writes(draw, batch=2, slots=150):
 )
 def test_kernels_cut_as_the_plain_form_does_at_once(policy, drawn, chunk, dtype):
     length, ranges = drawn
-    case = UnevenCase(policy, Sizes(2, 2, 1, 1, 160, 16, 16), dtype=dtype, mask="rows", chunk=chunk)
-    steps = UnevenSteps(case, length)
+    case = Case(policy, Sizes(2, 2, 1, 1, 160, 16, 16), dtype=dtype, mask="rows", chunk=chunk)
+    steps = Steps(case, length)
     for turn, (first, last) in enumerate(ranges):
         random = torch.Generator().manual_seed(turn)
         for row in range(2):
@@ -169,7 +218,7 @@ def test_kernels_cut_as_the_plain_form_does_at_once(policy, drawn, chunk, dtype)
         new_keys(steps, first, last)
     end = torch.tensor([ranges[-1][1], ranges[-1][1] - 5])
     span, used = table_of(steps.index, 2)
-    once = steps.case.plain(steps.key, end)
+    once = steps.case.at_once(steps.key, end)
     numbers = once.span.shape[1]
     for head in range(2):
         assert torch.equal(torch.where(used, span, 0)[:, head, :numbers], once.span)
@@ -186,10 +235,10 @@ def test_kernels_cut_as_the_plain_form_does_at_once(policy, drawn, chunk, dtype)
 @given(seed=st.integers(0, 99), length=st.integers(20, 150), dtype=st.sampled_from(sorted(DTYPES)))
 @settings(max_examples=EXAMPLES)
 def test_radii_of_clusters_cover_their_keys(seed, length, dtype):
-    case = UnevenCase(
+    case = Case(
         "lycheecluster", Sizes(1, 2, 1, 1, 160, 16, 16), dtype=dtype, mask="length", seed=seed
     )
-    steps = UnevenSteps(case, length)
+    steps = Steps(case, length)
     new_keys(steps, length, length + 9)
     steps.refit()
     named, chunk = steps.index.named, steps.index.layout.settings.chunk
@@ -210,7 +259,7 @@ def test_radii_of_clusters_cover_their_keys(seed, length, dtype):
 
 
 def test_an_index_that_grows_keeps_its_chunks_and_clusters():
-    steps = UnevenSteps(UnevenCase("lycheecluster", Sizes(1, 2, 1, 1, 500, 16, 16)), 400)
+    steps = Steps(Case("lycheecluster", Sizes(1, 2, 1, 1, 500, 16, 16)), 400)
     larger = _moved(steps.index, steps.index.layout.resized(1024))
     old, new = steps.index.named, larger.named
     for name in ("span", "label_1", "label_2", "tokens_0", "tokens_1", "summary_chunk_mean"):

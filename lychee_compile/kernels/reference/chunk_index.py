@@ -181,7 +181,8 @@ class ChunkIndex(UnevenIndex):
         order = rank.masked_fill(~possible, -torch.inf).argsort(
             dim=-1, descending=True, stable=True
         )
-        size = size.gather(-1, order)
+        needed = self.needed(question, self.stack.levels[-1], self._groups(), order, size)
+        size = torch.where(needed, size.gather(-1, order), 0)
         left = question.room[..., None] - (size.cumsum(-1) - size)
         taken = torch.minimum(left.clamp(min=0), size)
         most = int((taken > 0).sum(-1).max()) if taken.numel() else 0
@@ -197,10 +198,13 @@ class ChunkIndex(UnevenIndex):
             if columns["tokens"].shape[2] > 0:
                 kept = self.keep(question, level, columns, looked_into)
                 looked_into = below(kept, label)
+        return self.ranks(question, self.stack.levels[-1], self._groups(), looked_into)
+
+    def _groups(self) -> Columns:
+        """Return the numbers of chunks, as `clustered` has those of clusters."""
         low, length = (each[:, None] for each in bounds_of(self.span, self.settings.chunk))
         tokens = torch.where(self._used()[:, None], length, 0)
-        groups = {**self.fields, "tokens": tokens, "first": low, "end": low + length}
-        return self.ranks(question, self.stack.levels[-1], groups, looked_into)
+        return {**self.fields, "tokens": tokens, "first": low, "end": low + length}
 
     def bias(self, question: Question, begin: Tensor, end: Tensor) -> Tensor | float:
         """Return the largest bias of a slot of each chunk; clusters have none."""
