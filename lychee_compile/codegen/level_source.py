@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.kernels.levels.declaration import Level
 from lychee_compile.kernels.levels.expressions import count, evaluate, head_dim
+from lychee_compile.kernels.levels.groups import Chunks
 
 ORDER = ("row", "group", "member", "channel")
 _INDEX = {0: "[:, None]", 1: "[None, :]"}
@@ -189,39 +190,26 @@ class _OfPairs(_Elementwise):
         return Source(f"tl.sum({product.text}, {axis})", axes)
 
 
-def summary_source(level: Level, channels: int) -> Summary:
-    """Return Triton source of the fields of a full group, whose keys have so many channels.
+def summary_source(level: Level, channels: int, dtype: str) -> Summary:
+    """Return Triton source of the fields of a group, whose keys have so many channels.
 
     `keys` float32 [tile, DIM] are some of its keys, `inside` bool [DIM] the channels that they
-    have. Raises Unprintable for what has no Triton form.
+    have. A chunk has `length` keys, and `member`, bool [tile], says which of a tile are; a page is
+    full. Fields of a chunk that have channels are rounded to `dtype`, that of the keys, before
+    others are made of them. Raises Unprintable for what has no Triton form.
     """
-    size = level.groups.size
-    return _summary(level, _OfGroup(size), channels, size, None)
-
-
-def chunk_summary_source(level: Level, channels: int, stored: str | None) -> Summary:
-    """Return `summary_source` for a chunk of `length` keys, of which a tile has some.
-
-    `member`, bool [tile], says which of a tile are. Fields with channels are rounded to the dtype
-    in which they are `stored`, as Triton calls it; None: float32; before others are made of them.
-    """
-    return _summary(level, _OfChunk(1), channels, None, stored)
-
-
-def _summary(
-    level: Level, algebra: _OfGroup, channels: int, size: int | None, stored: str | None
-) -> Summary:
-    """Return the source of each field; `size` is the number of keys, None if kernels count them."""
+    even = not isinstance(level.groups, Chunks)
+    algebra = _OfGroup(level.groups.size) if even else _OfChunk(1)
     values = {"key": Source("keys", ("member", "channel"))}
     values["count"] = Source("length.to(tl.float32)")
+    known = {head_dim: channels} | ({count: level.groups.size} if even else {})
     found = {}
     for name, summary in level.fields.items():
-        known = {head_dim: channels} | ({} if size is None else {count: size})
         value = evaluate(summary.subs(known), algebra, values)
         if "member" in value.axes:
             raise Unprintable(f"the field {name} = {summary} is not taken over the keys of a group")
-        if stored is not None and level.channels[name]:
-            value = replace(value, text=f"{value.text}.to({stored}).to(tl.float32)")
+        if not even and dtype != "float32" and level.channels[name]:
+            value = replace(value, text=f"{value.text}.to(tl.{dtype}).to(tl.float32)")
         found[name], values[name] = value.text, value
     return Summary(algebra.passes, found)
 

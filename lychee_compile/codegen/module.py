@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lychee_compile.codegen.parts import common, decode, levels, listed, lychee, prefill, uneven
+from lychee_compile.codegen.parts import common, decode, levels, listed, lychee, prefill
 from lychee_compile.codegen.specification import AttentionSpec
 from lychee_compile.kernels.policies.registry import find_policy
 
@@ -39,8 +39,6 @@ def _emit_sparse(spec: AttentionSpec, policy: str) -> list[str]:
     """Return the kernels of a policy: made from its levels, or as its emitter writes them."""
     record = find_policy(policy)
     if record is not None and record.levels is not None:
-        if record.levels.uneven:
-            return uneven.emit_uneven(spec, record.levels)
         return levels.emit_levels(spec, record.levels)
     return _emitter(policy)(spec)
 

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from decode_problems import Sizes
 from level_steps import Case, Steps, follow
-from uneven_steps import UnevenCase, UnevenSteps
-from uneven_steps import follow as follow_uneven
 
 import lychee_compile
 from lychee_compile.kernels.gpu.methods import policies_with_kernels
@@ -37,9 +35,9 @@ CASES = {
 @pytest.mark.parametrize("case", [each for each in CASES if "slopes" not in each])
 @pytest.mark.parametrize("policy", UNEVEN)
 def test_kernels_of_uneven_groups_choose_as_the_plain_form_does(policy: str, case: str) -> None:
-    given = UnevenCase(policy, budget=1024, sinks=16, recent=64, device="cuda", **CASES[case])
+    given = Case(policy, budget=1024, sinks=16, recent=64, device="cuda", **CASES[case])
     history = [*HISTORY[:4], "refit", *HISTORY[4:]]
-    follow_uneven(UnevenSteps(given, given.sizes.kv_len - 300), history)
+    follow(Steps(given, given.sizes.kv_len - 300), history)
 
 
 @pytest.mark.parametrize("case", CASES)

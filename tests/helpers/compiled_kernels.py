@@ -30,7 +30,6 @@ KERNELS = {
     "scan_window": {"SEEN": 4096},
     **{f"scan_{number}": {"STEPS": 4, "TILES": 16} for number in range(3)},
     **{f"rank_{number}": {"TILES": 16, "SCAN_TILES": 16} for number in range(3)},
-    **{f"keep_{number}": {"TILES": 16, "LOTS": 16} for number in range(2)},
     **{f"list_{number}": {"TILES": 16, "LOTS": 16} for number in range(3)},
     "spread_0": {"TILES": 16},
 }
@@ -45,10 +44,12 @@ TILE_KERNELS = {
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
-    "*u8": "fine coarse pages page_bins group_bins bins parents strength held sighted read",
+    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
     "channels candidates candidate_count listed listed_count chosen_list edge chosen counts "
-    "span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1",
+    "span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1 "
+    "child_ranks child_counts candidate_count open_1 open_2 order_1 order_2 begin_0 begin_1 "
+    "children_0 children_1",
     "*i64": "positions head_mass",
     "*bf16": "weights",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "

@@ -1,14 +1,12 @@
 """Steps of decoding by a declared policy: its kernels beside its plain form, on any device.
 
-Kernels rank by bins of an eighth of an octave. So groups whose shares lie that close to the cut may
-be chosen by one and not by the other, and each of several programs rounds down what is left at the
-cut. Below a coarser level both are compared within the groups that the kernels have kept.
+Clusters are fitted by the host now and then. So the plain form takes those that the kernels have,
+and is asked what it would choose by them; that both make the same clusters is tested apart.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,30 +15,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decode_problems import CAP, Problem, Sizes, make_problem
+from level_checks import assert_alike
 from torch import Tensor
 
-from lychee_compile.codegen.parts.decode import LARGEST
-from lychee_compile.codegen.parts.levels import RANKED
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common import launch_sparse
 from lychee_compile.kernels.gpu.common.launch_common import Scratch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
-from lychee_compile.kernels.gpu.methods import gpu_method
-from lychee_compile.kernels.levels.declaration import Pages
+from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
+from lychee_compile.kernels.gpu.levels.method import LevelMethod
+from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.operators.cache_index import CacheIndex, CacheWrite
-from lychee_compile.kernels.policies.registry import levels_of
+from lychee_compile.kernels.policies.registry import levels_of, make_index
+from lychee_compile.kernels.reference.chunk_index import ChunkIndex
+from lychee_compile.kernels.reference.chunk_table import bounds_of, decided
+from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.level_index import LevelIndex
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.question import Question
-from lychee_compile.kernels.reference.selection import Selection, select
+from lychee_compile.kernels.reference.selection import select
+from lychee_compile.kernels.reference.token_cluster_index import TokenClusterIndex
 from lychee_compile.kernels.reference.visible import visible_keys
-from lychee_compile.kernels.sizes import BINS
-
-TIE = 0.12
-"""Logs of shares in the same bin differ by less."""
-LOWEST = (LARGEST + 1 - BINS / 8) * math.log(2)
-"""Log of the share below which all groups are in one bin."""
 
 
 @dataclass
@@ -59,17 +55,31 @@ class Case:
     extra: bool = False
     seed: int = 0
     device: str = "cpu"
+    chunk: tuple[int, int] = (8, 16)
 
     @property
     def config(self) -> IndexConfig:
         """Options of the plain form's index."""
         return IndexConfig(
-            budget=self.budget, sinks=self.sinks, recent=self.recent, policy=self.policy
-        )
+            budget=self.budget, sinks=self.sinks, recent=self.recent, policy=self.policy,
+            chunk=self.chunk,
+        )  # fmt: skip
+
+    @property
+    def settings(self) -> GroupSettings:
+        """Settings of uneven groups."""
+        return GroupSettings.of(self.config)
+
+    def at_once(self, key: Tensor, end: Tensor) -> KVIndex:
+        """Return the plain form's index of the slots [0, end), int64 [B], made at once."""
+        index = make_index(len(key), key.shape[1], key.shape[3], self.config, key.device)
+        index.extend(key, end)
+        return index
 
     def problem(self, length: int, sparse: bool = True) -> Problem:
         """Return the attention whose first query is at the slot `length`."""
-        spec = SparseSpec(self.policy, self.budget, self.sinks, self.recent, 16, 65536)
+        sizes = self.budget, self.sinks, self.recent, 16, 65536
+        spec = SparseSpec(self.policy, *sizes, groups=self.settings)
         made = make_problem(
             self.dtype, self.sizes, self.score, self.mask, self.extra, self.layout,
             spec if sparse else None, length, self.seed,
@@ -100,16 +110,14 @@ class Read:
     output: Tensor
     slots: Tensor
     """Slots read, bool [B, Hkv, T, L]."""
-    kept: list[Tensor]
-    """Slots kept by each level but the last, bool [B, Hkv, T, L]."""
+    made: Mapping[str, Tensor]
+    """Scratch memory that the kernels have left, by name."""
 
 
 @dataclass
 class Asked:
-    """Choices of the plain form in one step, and the question that it was asked."""
+    """Choice of the plain form in one step, and the question that it was asked."""
 
-    index: LevelIndex
-    selection: Selection
     slots: Tensor
     """Slots read, bool [B, Hkv, T, L]."""
     question: Question | None
@@ -133,8 +141,10 @@ class Steps:
         case, self._number = self.case, 0
         problem = case.problem(self.length)
         self.key, self.value = problem.key, problem.value
-        self.method = gpu_method(case.policy)
-        self.index = self.method.new_index(self.method.layout_of(self.key), self.key.device)
+        self.method = LevelMethod(case.policy)
+        self.index = self.method.new_index(
+            self.method.layout_with(case.settings, self.key), self.key.device
+        )
         self.plain = CacheIndex(self.key, case.config)
         self.rebuild()
 
@@ -150,6 +160,11 @@ class Steps:
         ends = self.positions()[:, 0].tolist()
         self.index.build(self.case.problem(self.length).module(), self.key, ends)
         self.plain.distrust()
+
+    def refit(self) -> None:
+        """Fit the index of the kernels anew, as happens now and then."""
+        ends = self.index.parts.header[1:].tolist()
+        self.index.refit(self.case.problem(self.length).module(), self.key, ends)
 
     def problem(self) -> Problem:
         """Return the attention of the next step, with queries of its own."""
@@ -167,42 +182,46 @@ class Steps:
             taken = torch.randint(0, self.key.shape[2], slots.shape, generator=random)
             self.key[row, :, slots] = self.key[row, :, taken]
 
-    def step(self) -> tuple[Problem, Read, Asked]:
-        """Write, choose in both ways and attend; the next step goes on behind it."""
+    def compare(self) -> None:
+        """Write, choose in both ways and attend; the next step goes on behind it.
+
+        Both choices are compared, and the output with that of eager attention.
+        """
         self.write()
         problem, positions = self.problem(), self.positions()
         asked = self._ask(problem, positions)
         read = self._run(problem, positions)
         self.length += self.case.sizes.query_len
-        return problem, read, asked
+        assert_alike(self, problem, read, asked)
+        problem.assert_as_good_as_eager(read.output, read.slots)
+
+    def kept_slots(self, read: Read, number: int) -> Tensor:
+        """Return the slots in the pages that a level lists, bool [B, Hkv, T, L]."""
+        child, count = read.made[f"candidates_{number}"], read.made[f"count_{number}"]
+        size = levels_of(self.case.policy).levels[number + 1].groups.size
+        place = torch.arange(child.shape[1], device=child.device)
+        child = torch.where(place < count[:, None], child * size, -1)
+        inner = torch.arange(size, device=child.device)
+        slots = torch.where(child[..., None] < 0, -1, child[..., None] + inner)
+        return self._slots(slots.flatten(1))
 
     def _run(self, problem: Problem, positions: Tensor) -> Read:
         used = IndexOperands(self.index.layout, self.index.parts, positions)
         with kept_scratch(few_programs=self.key.device.type == "cpu") as made:
             output = self.method.run(problem.module(), problem.operands(), used)
-        heads, length = self.key.shape[1:3]
-
-        def slots_of(listed: Tensor) -> Tensor:
-            """Return listed slots [rows, N], -1 for none, as bool [B, Hkv, T, L]."""
-            rows = torch.zeros(len(listed), length + 1, dtype=torch.bool, device=listed.device)
-            listed = torch.where((listed < 0) | (listed >= length), length, listed)
-            rows.scatter_(1, listed.long(), True)
-            return rows[:, :-1].unflatten(0, (-1, problem.query.shape[2], heads)).transpose(1, 2)
-
-        levels = levels_of(self.case.policy).levels
-        kept = []
-        for number in range(len(levels) - 1):
-            child, count = made[f"candidates_{number}"], made[f"count_{number}"]
-            size = levels[number + 1].groups.size
-            place = torch.arange(child.shape[1], device=child.device)
-            child = torch.where(place < count[:, None], child * size, -1)
-            inner = torch.arange(size, device=child.device)
-            slots = torch.where(child[..., None] < 0, -1, child[..., None] + inner)
-            kept.append(slots_of(slots.flatten(1)))
         listed = made["chosen_list"].flatten(1)
-        slots = slots_of(listed)
+        slots = self._slots(listed)
         assert ((listed >= 0).sum(1) == slots.transpose(1, 2).flatten(0, 2).sum(1)).all(), "twice"
-        return Read(output, slots, kept)
+        return Read(output, slots, made)
+
+    def _slots(self, listed: Tensor) -> Tensor:
+        """Return listed slots [rows, N], -1 for none, as bool [B, Hkv, T, L]."""
+        heads, length = self.key.shape[1:3]
+        rows = torch.zeros(len(listed), length + 1, dtype=torch.bool, device=listed.device)
+        listed = torch.where((listed < 0) | (listed >= length), length, listed)
+        rows.scatter_(1, listed.long(), True)
+        shape = (-1, self.case.sizes.query_len, heads)
+        return rows[:, :-1].unflatten(0, shape).transpose(1, 2)
 
     def _ask(self, problem: Problem, positions: Tensor) -> Asked:
         case, length = self.case, self.key.shape[2]
@@ -211,18 +230,15 @@ class Steps:
                             self.key.device)  # fmt: skip
         first, end = mask.first.amin(1), mask.end.amax(1)
         self.plain.update(self.key, CacheWrite(first, positions, None, end), build=True)
+        share_fits(self.plain.index, self.index)
         index, asked = self.plain.index, []
-        assert isinstance(index, LevelIndex)
-        if index.stack.pairs is not None:  # kernels choose channels anew between steps
-            index.channels = self.index.parts.channels.long()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(index, "choose", noting(asked, index.choose))
-            selection = select(index, inputs, case.budget)
-        slots = selection.token_mask()
-        return Asked(index, selection, slots, asked[0] if asked else None)
+            slots = select(index, inputs, case.budget).token_mask()
+        return Asked(slots, asked[0] if asked else None)
 
 
-EVENTS = ("step", "rewind", "rewind far", "written by another")
+EVENTS = ("step", "rewind", "rewind far", "written by another", "refit")
 """Event that may happen to a cache before the next step."""
 
 
@@ -237,11 +253,11 @@ def follow(steps: Steps, history: list[str]) -> None:
         elif event == "written by another":
             steps.key[:, :, : steps.length // 2] = steps.key[:, :, : steps.length // 2].flip(2)
             steps.rebuild()
+        elif event == "refit":
+            steps.refit()
         if steps.length + case.sizes.query_len > case.sizes.kv_len:
             steps.length -= 20
-        problem, read, asked = steps.step()
-        assert_alike(case, problem, read, asked)
-        problem.assert_as_good_as_eager(read.output, read.slots)
+        steps.compare()
 
 
 def noting(calls: list[Question], choose: Callable[[Question], Any]) -> Callable[[Question], Any]:
@@ -287,111 +303,53 @@ def score_inputs(problem: Problem, case: Case) -> ScoreInputs:
     return ScoreInputs(problem.query, problem.key, length, mask, scale, cap)
 
 
-def same_ends(seen: Tensor) -> bool:
-    """Return True if all KV heads of a row see the same first and last slot.
-
-    `seen` is bool [B, Hkv, T, L].
-    """
-    ends = [each.to(torch.uint8).argmax(-1) for each in (seen, seen.flip(-1))]
-    return all(bool((each == each[:, :1]).all()) for each in ends)
-
-
-def assert_alike(case: Case, problem: Problem, read: Read, asked: Asked) -> None:
-    """Check that kernels and the plain form have chosen the same, up to ties, within the budget.
-
-    Sinks and recent tokens are those of a KV head for kernels, and those of the layer for the plain
-    form. If masks by head make these differ, the budget alone is checked. So it is if the layer
-    votes: the plain form may then choose a token that heads of another KV head alone see.
-    """
-    seen = problem.visible.unflatten(1, (-1, problem.spec.group)).any(2)
-    question, levels = asked.question, asked.index.stack.levels
-    apart = case.mask == "mask by head" and asked.index.stack.vote == "layer"
-    if apart or not same_ends(seen):
-        size = levels[-1].groups.size if levels else 1
-        sinks, recent = asked.index.always_read  # the page being written is read besides
-        most = max(case.budget, sinks + max(recent, size + case.sizes.query_len))
-        assert (read.slots & seen).sum(-1).max() <= most, "over the budget"
-        return
-    if question is None:
-        assert (read.slots & seen).sum(-1).max() <= case.budget, "over the budget"
-        if "mask" not in case.mask and case.score != "bias":  # else hidden slots take up room
-            assert torch.equal(read.slots & seen, seen), "everything fits, and is not read"
-        return
-    tie = TIE + rounding(problem)
-    within: Tensor | None = None
-    for number, kept in enumerate(read.kept):
-        size, keep = levels[number].groups.size, levels[number].keep
-        assert keep is not None
-        rank = asked.index.ranks(question, number, within)
-        chosen = by_page(kept, size).any(-1)
-        room = torch.full_like(question.room, keep.groups(case.budget, size))
-        check_best(chosen, rank, room, tie, -(-rank.shape[-1] // RANKED))
-        within = kept
-    always = always_of(question)
-    assert not (seen & always[:, None] & ~read.slots).any(), "a token that is always read is not"
-    if not levels:
-        assert torch.equal(read.slots & seen, asked.slots & seen)
-        return
-    rank, size = asked.index.ranks(question, len(levels) - 1, within), levels[-1].groups.size
-    own = read.slots & seen & ~always[:, None]
-    most = torch.maximum(question.budget, always_count(question))
-    assert (read.slots.sum(-1) <= most).all(), "over the budget"
-    if not isinstance(levels[-1].groups, Pages):
-        possible = question.candidates()[:, None] & (True if within is None else within)
-        rank = rank.masked_fill(~possible, -torch.inf)
-        check_best(
-            own, rank, question.room, tie, launch_sparse.MOST_SPARSE_SPLITS + rank.shape[-1] // 256
-        )
-        return
-    chosen = by_page(own, size).any(-1)
-    whole = (
-        chosen.repeat_interleave(size, -1)[..., : own.shape[-1]] & question.candidates()[:, None]
-    )
-    assert torch.equal(own, whole & seen), "a page that is read in part"
-    fits = (question.end - question.begin)[:, None] <= question.room
-    room = torch.where(fits, rank.shape[-1], question.room // size)
-    check_best(chosen, rank, room, tie, -(-rank.shape[-1] // RANKED))
+def share_fits(index: KVIndex, kernels: LevelDeviceIndex) -> None:
+    """Let the plain form have the clusters, and the channels, that the kernels were fitted to."""
+    named, rows = kernels.named, kernels.layout.batch
+    if isinstance(index, LevelIndex):
+        if index.stack.pairs is not None:
+            index.channels = named["channels"].long()
+    elif isinstance(index, TokenClusterIndex):
+        index.label = named["label"].long() - 1
+        index.tail = torch.minimum(named["waiting"][:, 0, 0].long(), index.fresh)
+        index.columns = {k: v.clone() for k, v in with_channel(kernels.columns(0, rows)).items()}
+    else:
+        share_chunk_clusters(index, kernels)
 
 
-def check_best(chosen: Tensor, rank: Tensor, room: Tensor, tie: float, rounded: int) -> None:
-    """Check that the `room` groups of largest rank are chosen, [B, Hkv, T, N], but for ties.
+def share_chunk_clusters(index: ChunkIndex, kernels: LevelDeviceIndex) -> None:
+    """Let the plain form have the clusters of chunks that the kernels have."""
+    named, rows = kernels.named, kernels.layout.batch
+    for number in range(len(index.labels)):
+        columns = with_channel(kernels.columns(number, rows))
+        index.clusters[number] = {name: held.clone() for name, held in columns.items()}
+        label = named[f"label_{number + 1}"].long() - 1
+        if number == len(index.labels) - 1:
+            count = index.span.shape[1]
+            label = F.pad(label, (0, max(count - label.shape[2], 0)), value=-1)[:, :, :count]
+        index.labels[number] = label
 
-    `rounded` programs may each leave one of the last bin out.
-    """
-    possible = rank > -torch.inf
-    assert not (chosen & ~possible).any(), "a group that may not be chosen"
-    rank = rank.clamp(min=LOWEST).masked_fill(~possible, -torch.inf)
-    count, room = chosen.sum(-1), torch.minimum(room, possible.sum(-1))
-    assert (count <= room).all(), "too many"
-    assert (count >= room - rounded).all(), "too few"
-    order = F.pad(rank.sort(-1, descending=True).values, (1, 1), value=-torch.inf)
-    order[..., 0] = torch.inf
-    last, other = (order.gather(-1, room[..., None] + more) for more in (0, 1))
-    assert (~chosen | (rank >= last - tie)).all(), "a group below the cut"
-    assert (chosen | ~possible | (rank <= other + tie)).all(), "a group above the cut is left out"
-
-
-def rounding(problem: Problem) -> float:
-    """Bound how far logs of shares move if fields are rounded to the dtype of the keys."""
-    if problem.key.dtype == torch.float32:
-        return 1e-3
-    heads = problem.query.float().norm(dim=-1).max() * problem.key.float().norm(dim=-1).max()
-    scale = problem.spec.head_dim**-0.5
-    return float(2 * scale * heads * torch.finfo(problem.key.dtype).eps / 2)
+    # Kernels do not know where a padded row begins: they count hidden keys of its first chunk.
+    cut = bounds_of(index.span, index.settings.chunk)[0] < index.start[:, None]
+    for name, held in index.fields.items():
+        mine = named[f"summary_{name}"][:, :, : held.shape[2]].float()
+        mine = mine if mine.dim() == 4 else mine[..., None]
+        mine = F.pad(mine, (0, 0, 0, held.shape[2] - mine.shape[2]))
+        index.fields[name] = torch.where(cut[:, None, :, None], mine, held)
 
 
-def always_of(question: Question) -> Tensor:
-    """Return the slots outside of the range to choose from: bool [B, T, L]."""
-    slot = torch.arange(question.visible.kv_len, device=question.begin.device)
-    return (slot < question.begin[..., None]) | (slot >= question.end[..., None])
+def with_channel(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return columns whose fields of one number have an axis for it, as the plain form has."""
+    numbers = ("tokens", "first", "end")
+    return {
+        name: held.float()[..., None] if held.dim() == 3 and name not in numbers else
+        held.float() if held.dim() == 4 else held.long()
+        for name, held in columns.items()
+    }  # fmt: skip
 
 
-def always_count(question: Question) -> Tensor:
-    """Return how many slots each query reads anyway, int64 [B, 1, T]."""
-    first, end = question.visible.first, question.visible.end
-    return ((question.begin - first) + (end - question.end)).clamp(min=0)[:, None]
-
-
-def by_page(slots: Tensor, size: int) -> Tensor:
-    """Reshape [..., L] to [..., pages, size]."""
-    return F.pad(slots, (0, -slots.shape[-1] % size)).unflatten(-1, (-1, size))
+def table_of(index, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the chunks that the kernels know, int32 [B, Hkv, N], and which of them are decided."""
+    end = index.parts.header[1 : 1 + rows].long()
+    span = index.named["span"][:rows]
+    return span, decided(span, end[:, None].expand(-1, span.shape[1]), index.layout.settings.chunk)

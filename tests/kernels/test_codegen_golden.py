@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "kernels"
 LAUNCHED = {
     "attend_all", "combine", "query_weights", "scan_tokens", "scan_pages", "scan_chosen", "attend",
     "encode", "record_fingerprints", "scan_0", "rank_0", "list_0", "scan_1", "rank_1",
-    "scan_2", "rank_2", "list_2", "keep_0", "keep_1", "spread_0", "scan_window",
+    "scan_2", "rank_2", "list_1", "list_2", "spread_0", "scan_window",
     "summarise_queries", "scan", "select_keys", "see_tiles", "list_keys",
 }  # fmt: skip
 FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE", "PAGE"}

@@ -21,10 +21,10 @@ from lychee_compile.extend import GpuMethod, register_policy
 from lychee_compile.kernels.gpu import methods
 from lychee_compile.kernels.gpu.common.launch_common import launch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
-from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
 from lychee_compile.kernels.gpu.levels.launch import run_levels
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
 from lychee_compile.kernels.gpu.levels.method import LevelMethod
+from lychee_compile.kernels.gpu.levels.page_index import PageDeviceIndex
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
@@ -155,7 +155,7 @@ def test_the_fields_of_a_state_are_matched_by_name() -> None:
     problem = make_problem(
         sizes=Sizes(1, 1, 2, 1, 200, 32), sparse=SparseSpec("quest", 64, 4, 16, 2, 65536)
     )
-    index = LevelDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
+    index = PageDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
     index.build(problem.module(), problem.key, [200])
     other = Shuffled(**index.parts._asdict())
     assert [*map(id, other)] == [*map(id, index.parts)][::-1]
@@ -172,7 +172,7 @@ def test_the_fields_of_a_state_are_matched_by_name() -> None:
 def test_a_method_refuses_the_index_of_another() -> None:
     problem = make_problem(sizes=Sizes(kv_len=200))
     sketches = SketchIndex(SketchLayout.of(problem.key), torch.device("cpu"))
-    boxes = LevelDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
+    boxes = PageDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
     for run, index in ((run_levels, sketches), (run_lychee, boxes)):
         with pytest.raises(TypeError, match=r"kernels .*read the index of a"):
             run(problem.module(), problem.operands(), IndexOperands(index.layout, index.parts))

@@ -17,8 +17,9 @@ from lychee_compile.codegen.specification import KV, B, H, Q, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.levels import launch as launch_levels
-from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
+from lychee_compile.kernels.gpu.levels import shares
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.gpu.levels.page_index import PageDeviceIndex
 from lychee_compile.kernels.levels.declaration import Level, LevelStack, Tokens
 from lychee_compile.kernels.levels.expressions import dot, key, query
 from lychee_compile.kernels.policies import registry
@@ -62,7 +63,7 @@ def index_up_to(problem, end):
 
 
 def empty_index(problem):
-    return LevelDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
+    return PageDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
 
 
 def run(problem, index, positions):
@@ -114,7 +115,7 @@ def test_the_pages_read_are_the_policys(name, lots, monkeypatch):
     if lots > 1:
         monkeypatch.setattr(levels, "RANKED", 16)
         monkeypatch.setattr(levels, "BYTES_AT_ONCE", 0)
-        monkeypatch.setattr(launch_levels, "PROGRAMS", 2)
+        monkeypatch.setattr(shares, "PROGRAMS", 2)
     problem = make_quest(**CASES[name])
     positions = positions_of(problem)
     index = index_up_to(problem, int(positions[0, 0]))

@@ -10,10 +10,10 @@ import triton_interpreter
 from decode_problems import DTYPES, MASKS, Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from uneven_steps import EVENTS, UnevenCase, UnevenSteps, follow, table_of
+from level_steps import EVENTS, Case, Steps, follow, table_of
 
+from lychee_compile.kernels.gpu.levels import chunk_index as device_chunks
 from lychee_compile.kernels.gpu.owners import _moved
-from lychee_compile.kernels.gpu.uneven import chunk_index as device_chunks
 from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack
 from lychee_compile.kernels.levels.expressions import (
     count,
@@ -46,7 +46,6 @@ SMALL = {
             ),
             Level(Chunks(), fields=MOMENTS, estimate=GAUSSIAN),
         ),
-        vote="layer",
     ),
     "boxes_of_chunks": LevelStack(
         levels=(
@@ -59,6 +58,7 @@ SMALL = {
             ),
         ),
         sinks=2,
+        vote="layer",
     ),
     "small_clusters": LevelStack(
         levels=(
@@ -91,13 +91,13 @@ def small_stacks() -> Iterator[None]:
 
 
 @st.composite
-def cases(draw) -> tuple[UnevenCase, int]:
+def cases(draw) -> tuple[Case, int]:
     """Draw an attention without its policy, and how many tokens it begins with."""
     slots = draw(st.integers(60, 180))
     batch, kv_heads, query_len = draw(st.sampled_from(ROWS))
     dim = draw(st.sampled_from([16, 24]))
     sizes = Sizes(batch, kv_heads, draw(st.integers(1, 4)), query_len, slots, dim, 16)
-    case = UnevenCase(
+    case = Case(
         policy="",
         sizes=sizes,
         budget=draw(st.integers(20, 90)),
@@ -117,7 +117,7 @@ def cases(draw) -> tuple[UnevenCase, int]:
 def test_kernels_choose_as_the_plain_form_does(policy, drawn, history):
     case, length = drawn
     case.policy = policy
-    follow(UnevenSteps(case, length), history)
+    follow(Steps(case, length), history)
 
 
 def new_keys(steps, first, last):
@@ -127,10 +127,11 @@ def new_keys(steps, first, last):
     late = 5 * torch.arange(len(key))[:, None]
     positions = (torch.arange(first, last) - late).to(torch.int64)
     fields = [named[f"summary_{name}"] for name in layout.stack.levels[-1].fields]
-    label = [named["label_1"]] if len(layout.stack.levels) > 1 else []
+    last = len(layout.stack.levels) - 1
+    label = [named[f"label_{last}"], named[f"open_{last}"]] if last else []
     for b in range(key.shape[0]):
         for h in range(key.shape[1]):
-            module.summarise_new[(1,)](
+            module.index_new[(1,)](
                 key, *key.stride(), index.parts.header, named["fingerprints"],
                 named["strength"], named["span"], named["span"].shape[2], *label, *fields,
                 positions, *positions.stride(), last - first,
@@ -159,8 +160,8 @@ def writes(draw, batch=2, slots=150):
 )
 def test_kernels_cut_as_the_plain_form_does_at_once(policy, drawn, chunk, dtype):
     length, ranges = drawn
-    case = UnevenCase(policy, Sizes(2, 2, 1, 1, 160, 16, 16), dtype=dtype, mask="rows", chunk=chunk)
-    steps = UnevenSteps(case, length)
+    case = Case(policy, Sizes(2, 2, 1, 1, 160, 16, 16), dtype=dtype, mask="rows", chunk=chunk)
+    steps = Steps(case, length)
     for turn, (first, last) in enumerate(ranges):
         random = torch.Generator().manual_seed(turn)
         for row in range(2):
@@ -169,7 +170,7 @@ def test_kernels_cut_as_the_plain_form_does_at_once(policy, drawn, chunk, dtype)
         new_keys(steps, first, last)
     end = torch.tensor([ranges[-1][1], ranges[-1][1] - 5])
     span, used = table_of(steps.index, 2)
-    once = steps.case.plain(steps.key, end)
+    once = steps.case.at_once(steps.key, end)
     numbers = once.span.shape[1]
     for head in range(2):
         assert torch.equal(torch.where(used, span, 0)[:, head, :numbers], once.span)
@@ -186,10 +187,10 @@ def test_kernels_cut_as_the_plain_form_does_at_once(policy, drawn, chunk, dtype)
 @given(seed=st.integers(0, 99), length=st.integers(20, 150), dtype=st.sampled_from(sorted(DTYPES)))
 @settings(max_examples=EXAMPLES)
 def test_radii_of_clusters_cover_their_keys(seed, length, dtype):
-    case = UnevenCase(
+    case = Case(
         "lycheecluster", Sizes(1, 2, 1, 1, 160, 16, 16), dtype=dtype, mask="length", seed=seed
     )
-    steps = UnevenSteps(case, length)
+    steps = Steps(case, length)
     new_keys(steps, length, length + 9)
     steps.refit()
     named, chunk = steps.index.named, steps.index.layout.settings.chunk
@@ -210,7 +211,7 @@ def test_radii_of_clusters_cover_their_keys(seed, length, dtype):
 
 
 def test_an_index_that_grows_keeps_its_chunks_and_clusters():
-    steps = UnevenSteps(UnevenCase("lycheecluster", Sizes(1, 2, 1, 1, 500, 16, 16)), 400)
+    steps = Steps(Case("lycheecluster", Sizes(1, 2, 1, 1, 500, 16, 16)), 400)
     larger = _moved(steps.index, steps.index.layout.resized(1024))
     old, new = steps.index.named, larger.named
     for name in ("span", "label_1", "label_2", "tokens_0", "tokens_1", "summary_chunk_mean"):

@@ -34,7 +34,7 @@ def emit_exact(spec: AttentionSpec) -> list[str]:
 def emit_bins(spec: AttentionSpec, sparse: SparseSpec, weighed: bool = False) -> list[str]:
     """Return functions that put shares of the softmax into bins, and choose by these.
 
-    `weighed` items count by their weights, which `weigh_bins` in `triton_lib/uneven.py` does, or
+    `weighed` items count by their weights, which `weigh_bins` in `triton_lib/levels.py` does, or
     there are none: then `count_bins` is left out.
     """
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31

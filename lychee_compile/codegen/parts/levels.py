@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.level_source import estimate_source, summary_source
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
-from lychee_compile.codegen.specification import KV, AttentionSpec, S
-from lychee_compile.kernels.levels.declaration import Level, LevelStack, Pages
+from lychee_compile.codegen.specification import KV, AttentionSpec, S, SparseSpec
+from lychee_compile.kernels.levels.declaration import Level, LevelStack
+from lychee_compile.kernels.levels.groups import Chunks, Clusters, TokenClusters
 from lychee_compile.kernels.sizes import BINS, power_of_two
 
 RANKED = 512
@@ -22,61 +24,101 @@ NUMBERS_AT_ONCE = 4096
 """Numbers of the keys of a group that are summarised at a time."""
 LISTED_AT_ONCE = 16
 """Children of a group that a program lists at a time."""
+_UNREAD = {"pages": "fresh // PAGE * PAGE", "chunks": "unread", "token clusters": "unread"}
+"""Formula of the first slot that is always read, by the kind of the groups of the last level."""
+_OF_KIND = {
+    "pages": ("bins", "chosen_of_tiles"),
+    "chunks": (
+        "levels", "span_bounds", "unread_slot", "weigh_bins", "weights_before", "weights_above",
+    ),
+}  # fmt: skip
+"""Functions that lists need, by the kind of the groups of the last level."""
 
 
 def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     """Return the kernels of a selection by the levels of `stack`.
 
-    Raises Unprintable for summaries and estimates that have no Triton form.
+    Raises Unprintable for summaries and estimates that have no Triton form, and for scores that
+    depend on the slot of a key if there are clusters.
     """
     assert spec.sparse is not None
+    if _by_slot(spec) and any(_has_clusters(level) for level in stack.levels):
+        raise Unprintable("scores depend on the slot of a key, of which a cluster has many")
     sinks, recent = stack.always_read(spec.sparse.sinks, spec.sparse.recent, spec.sparse.budget)
-    sparse = replace(spec.sparse, sinks=sinks, recent=recent)
-    unread = "fresh" if stack.last_size == 1 else "fresh // PAGE * PAGE"
-    is_listed = stack.last_size > 1 or len(stack.levels) > 1
-    names = "".join(f"summary_{name}, " for level in stack.levels for name in level.fields)
-    described = [_described(spec, number, level) for number, level in enumerate(stack.levels)]
+    sparse, kind = replace(spec.sparse, sinks=sinks, recent=recent), _last_kind(stack)
+    unread = "fresh" if kind == "pages" and stack.last_size == 1 else _UNREAD[kind]
+    lists = any(_is_listed(stack, number) for number in range(len(stack.levels)))
+    has_window = not stack.levels or (kind != "pages" and not sees_range(spec))
     return [
-        _constants(spec, stack),
-        *emit_bins(spec, sparse, weighed=not stack.levels),
-        *(library("bins", "chosen_of_tiles") if is_listed else []),
-        emit_always_read(spec, sparse, unread=unread),
+        _constants(spec, stack, sparse),
+        *emit_bins(spec, sparse, weighed=not stack.levels or kind == "chunks"),
+        *(library(*_OF_KIND[kind]) if lists else []),
+        emit_always_read(spec, sparse, unread, more="" if kind == "pages" else ", unread"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         *library("fingerprints", "record_fingerprints"),
         *([] if stack.pairs is None else library("levels", "load_query_channels")),
-        *(_of_level(spec, stack, number) for number in range(len(stack.levels))),
-        *([] if stack.levels else [fill("levels/window.py.jinja", spec)]),
-        fill("levels/summarise_new.py.jinja", spec, levels=described, names=names),
-        fill("levels/attend.py.jinja", spec, names=names, **_by_mass(stack)),
+        *([fill("levels/window.py.jinja", spec)] if has_window else []),
+        *(each for number in range(len(stack.levels)) for each in _of_level(spec, stack, number)),
+        *_attend(spec, stack, sparse),
     ]
 
 
-def _by_mass(stack: LevelStack) -> dict[str, bool]:
-    """Return that `attend` ends no choice by mass, if the list of whole groups has done so."""
-    return {"by_mass": False} if stack.last_size > 1 else {}
+def _kind(level: Level) -> str:
+    """Return the word that templates have for the groups of a level: pages if they are even."""
+    kinds = {Chunks: "chunks", Clusters: "clusters", TokenClusters: "token clusters"}
+    return kinds.get(type(level.groups), "pages")
 
 
-def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
-    assert spec.sparse is not None
-    sparse = spec.sparse
-    sinks, recent = stack.always_read(sparse.sinks, sparse.recent, sparse.budget)
+def _last_kind(stack: LevelStack) -> str:
+    """Return the kind of the groups of the last level."""
+    return _kind(stack.levels[-1]) if stack.levels else "pages"
+
+
+def _has_clusters(level: Level) -> bool:
+    return isinstance(level.groups, Clusters | TokenClusters)
+
+
+def _by_slot(spec: AttentionSpec) -> bool:
+    """True if scores depend on the slot of a key."""
+    return KV in spec.score.free_symbols
+
+
+def _is_listed(stack: LevelStack, number: int) -> bool:
+    """True if what is in the chosen groups of a level is listed.
+
+    Single tokens are not at the last level, and slots have the bins of their clusters of tokens.
+    """
+    is_last = number == len(stack.levels) - 1
+    return not is_last or (stack.last_size > 1 and _last_kind(stack) != "token clusters")
+
+
+def _constants(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> str:
     levels = [
         {
             "number": number,
+            "kind": _kind(level),
             "size": level.groups.size,
             "scanned": _scanned(spec, level),
             "channels": _gathered(spec, level),
             "gathered": power_of_two(_gathered(spec, level), 16),
-            "kept": level.keep and level.keep.groups(sparse.budget, level.groups.size),
+            "kept": _kept(level, sparse.budget),
         }
         for number, level in enumerate(stack.levels)
     ]
+    (shortest, longest), groups = sparse.groups.chunk, stack.levels and stack.levels[-1].groups
+    waiting = groups.window if isinstance(groups, TokenClusters) else 0
     return fill(
         "levels/constants.py.jinja",
         spec,
-        sinks=sinks,
-        recent=recent,
+        sinks=sparse.sinks,
+        recent=sparse.recent,
+        last_kind=_last_kind(stack),
         last_size=stack.last_size,
+        settings=sparse.groups.arguments,
+        chunk=sparse.groups.chunk,
+        look=power_of_two(longest // shortest + 2),
+        members=power_of_two(longest),
+        always=sparse.sinks + sparse.recent + 2 * waiting,
         ranked=RANKED,
         bins=BINS,
         largest=LARGEST,
@@ -85,13 +127,22 @@ def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
     )
 
 
+def _kept(level: Level, budget: int) -> int | None:
+    """Return how many pages, or tokens of clusters, a level keeps; None at the last level."""
+    if level.keep is None:
+        return None
+    if _has_clusters(level):
+        return level.keep.tokens(budget)
+    return level.keep.groups(budget, level.groups.size)
+
+
 def _scanned(spec: AttentionSpec, level: Level) -> int:
     """Return how many groups of a level a program scores at a time."""
     channels = sum(level.channels.values()) * spec.head_dim + level.key_channels(spec.head_dim)
     number = 4 if spec.dtype == "float32" else 2
-    size = power_of_two(channels, 16) * number
+    size = power_of_two(max(channels, spec.head_dim if level.fields else 1), 16) * number
     most = min(power_of_two(BYTES_AT_ONCE // size), 256)
-    if not sees_range(spec):
+    if _kind(level) == "pages" and not sees_range(spec):
         most = min(most, SEEN_AT_ONCE // level.groups.size)
     return max(most, 16)
 
@@ -101,9 +152,85 @@ def _gathered(spec: AttentionSpec, level: Level) -> int:
     return 0 if level.pairs is None else level.key_channels(spec.head_dim)
 
 
+def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> list[str]:
+    """Return the kernels of one level: scan, ranks, and the list of what is in chosen groups."""
+    level, is_last = stack.levels[number], number == len(stack.levels) - 1
+    kind, is_listed = _kind(level), _is_listed(stack, number)
+    shared = {
+        "number": number,
+        "kind": kind,
+        "last_kind": _last_kind(stack),
+        "in_clusters": number > 0 and isinstance(stack.levels[number - 1].groups, Clusters),
+        "is_listed": is_listed,
+        "is_last": is_last,
+        "covers": is_last and spec.sparse is not None and spec.sparse.coverage is not None,
+    }
+    scan = fill(
+        "levels/scan.py.jinja",
+        spec,
+        **shared,
+        size=level.groups.size,
+        checks=number == 0 and (kind == "pages" or sees_range(spec)),
+        fields=list(level.channels.items()),
+        estimate=_estimate(spec, level),
+        reads_keys=level.reads_keys,
+        gathers=level.pairs is not None,
+        by_slot=_by_slot(spec),
+    )
+    voting = {"by_layer": stack.vote == "layer", "keeps_first": level.keeps_first}
+    kernels = [scan, fill("levels/rank.py.jinja", spec, **shared, **voting)]
+    if kind == "token clusters":
+        kernels.append(fill("levels/spread.py.jinja", spec, **shared))
+    if is_listed:
+        below = 1 if is_last else stack.levels[number + 1].groups.size
+        children = level.groups.size // below
+        listed = {"children": children, "at_once": min(children, LISTED_AT_ONCE)}
+        kernels.append(fill("levels/list.py.jinja", spec, **shared, **listed))
+    return kernels
+
+
+def _estimate(spec: AttentionSpec, level: Level) -> str:
+    scale = float(spec.score.diff(S).subs(S, 0))
+    return estimate_source(level, precision(spec), scale, spec.head_dim)
+
+
+def _attend(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> list[str]:
+    """Return `attend`, and what brings the index up to date.
+
+    `attend` ends no choice by mass if the list of whole groups has done so.
+    """
+    kind, number = _last_kind(stack), len(stack.levels) - 1
+    names = "".join(f"summary_{name}, " for level in stack.levels for name in level.fields)
+    if kind == "chunks":
+        of_chunks = "".join(f"summary_{name}, " for name in stack.levels[-1].fields)
+        labels = f"label_{number}, open_{number}, " if number else ""
+        names = f"strength, span, numbers, {labels}{of_chunks}"
+    elif kind == "token clusters":
+        names = "label, waiting, "
+    shared: dict[str, object] = {"last_kind": kind, "kind": kind, "parts": names}
+    shared |= {"number": number, "in_clusters": False}
+    ended = {"by_mass": False} if kind == "pages" and stack.last_size > 1 else {}
+    attend = fill("levels/attend.py.jinja", spec, **shared, **ended)
+    return [_index_new(spec, stack, sparse, shared), attend]
+
+
+def _index_new(
+    spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec, shared: dict[str, object]
+) -> str:
+    """Return what brings the index up to date with the slots that a step has written."""
+    if shared["last_kind"] == "token clusters":
+        return fill("levels/index_waiting.py.jinja", spec, **shared)
+    if shared["last_kind"] == "pages":
+        levels = [_described(spec, *each) for each in enumerate(stack.levels)]
+        return fill("levels/index_pages.py.jinja", spec, **shared, levels=levels)
+    similar, level = sparse.groups.by_similarity, _described(spec, 0, stack.levels[-1])
+    level["tile"] = min(power_of_two(sparse.groups.chunk[1]), 16)
+    return fill("levels/index_chunks.py.jinja", spec, **shared, level=level, by_similarity=similar)
+
+
 def _described(spec: AttentionSpec, number: int, level: Level) -> dict[str, object]:
-    """Return what templates read of a level."""
-    source = summary_source(level, spec.head_dim)
+    """Return what templates read of the summaries of a level."""
+    source = summary_source(level, spec.head_dim, spec.dtype)
     tile = min(level.groups.size, max(NUMBERS_AT_ONCE // power_of_two(spec.head_dim, 16), 16))
     return {
         "number": number,
@@ -111,48 +238,3 @@ def _described(spec: AttentionSpec, number: int, level: Level) -> dict[str, obje
         "passes": source.passes,
         "fields": [(name, wide, source.fields[name]) for name, wide in level.channels.items()],
     }
-
-
-def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> str:
-    """Return the kernels of one level: scan, ranks, and the list of chosen groups."""
-    level, is_last = stack.levels[number], number == len(stack.levels) - 1
-    scan = fill(
-        "levels/scan.py.jinja",
-        spec,
-        number=number,
-        size=level.groups.size,
-        fields=list(level.channels.items()),
-        estimate=_estimate(spec, level),
-        reads_keys=level.reads_keys,
-        gathers=level.pairs is not None,
-        by_slot=KV in spec.score.free_symbols,
-    )
-    is_listed = not is_last or isinstance(level.groups, Pages)
-    covers = is_last and spec.sparse is not None and spec.sparse.coverage is not None
-    rank = fill(
-        "levels/rank.py.jinja",
-        spec,
-        number=number,
-        by_layer=stack.vote == "layer",
-        is_listed=is_listed,
-        covers=covers,
-        keeps_first=level.keeps_first,
-    )
-    if not is_listed:
-        return f"{scan.strip()}\n\n\n{rank.strip()}"
-    below = 1 if is_last else stack.levels[number + 1].groups.size
-    listing = fill(
-        "levels/list.py.jinja",
-        spec,
-        number=number,
-        children=level.groups.size // below,
-        at_once=min(level.groups.size // below, LISTED_AT_ONCE),
-        is_last=is_last,
-        covers=covers,
-    )
-    return "\n\n\n".join(part.strip() for part in (scan, rank, listing))
-
-
-def _estimate(spec: AttentionSpec, level: Level) -> str:
-    scale = float(spec.score.diff(S).subs(S, 0))
-    return estimate_source(level, precision(spec), scale, spec.head_dim)

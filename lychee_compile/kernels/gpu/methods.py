@@ -16,7 +16,6 @@ from lychee_compile.kernels.gpu.common.method import GpuMethod
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.levels.method import LevelMethod
 from lychee_compile.kernels.gpu.lychee.method import LycheeMethod
-from lychee_compile.kernels.gpu.uneven.method import UnevenMethod
 from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.policies.registry import (
     GpuKernels,
@@ -62,8 +61,7 @@ def gpu_method(policy: str) -> GpuMethod:
 def _method_of(policy: Policy) -> GpuKernels | None:
     """Return the method of a policy; None if it has no kernels."""
     if policy.gpu is None and policy.levels is not None:
-        kernels = UnevenMethod if policy.levels.uneven else LevelMethod
-        attach_kernels(policy.name, kernels(policy.name))
+        attach_kernels(policy.name, LevelMethod(policy.name))
         return gpu_method(policy.name)
     return policy.gpu
 
@@ -95,8 +93,8 @@ def layout_for(kernel: str, key: Tensor, policy: str | None = None) -> IndexLayo
     `key` is [B, Hkv, L, D]. `policy` is that of the module; None: the module is asked.
     """
     method = method_of_kernel(kernel) if policy is None else gpu_method(policy)
-    settings = settings_of(kernel) if isinstance(method, UnevenMethod) else None
-    if isinstance(method, UnevenMethod) and settings is not None:
+    settings = settings_of(kernel) if isinstance(method, LevelMethod) else None
+    if isinstance(method, LevelMethod) and settings is not None:
         return method.layout_with(settings, key)
     return method.layout_of(key)
 

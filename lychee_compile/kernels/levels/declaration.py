@@ -176,7 +176,7 @@ class LevelStack:
         if self.vote not in VOTES:
             raise ValueError(f"vote={self.vote!r}: expected one of {', '.join(VOTES)}")
         if self.uneven:
-            _check_uneven(self.levels)
+            _check_uneven(self.levels, self.vote)
         sizes = [level.groups.size for level in self.levels]
         if not self.uneven and any(fine >= coarse for coarse, fine in pairwise(sizes)):
             raise ValueError(f"levels go from coarse to fine, got groups of {sizes} slots")
@@ -238,8 +238,11 @@ class LevelStack:
         return total
 
 
-def _check_uneven(levels: tuple[Level, ...]) -> None:
-    """Raise ValueError unless levels are clusters above chunks, or clusters of tokens."""
+def _check_uneven(levels: tuple[Level, ...], vote: str) -> None:
+    """Raise ValueError unless levels are clusters above chunks, or clusters of tokens.
+
+    Each KV head has clusters of its own, so that heads of a layer cannot vote on these together.
+    """
     *above, last = (level.groups for level in levels)
     of_chunks = isinstance(last, Chunks) and all(isinstance(each, Clusters) for each in above)
     if not of_chunks and not (isinstance(last, TokenClusters) and not above):
@@ -247,6 +250,8 @@ def _check_uneven(levels: tuple[Level, ...]) -> None:
             "levels of uneven groups are Clusters, any number, above Chunks, or TokenClusters "
             f"alone; got {', '.join(type(level.groups).__name__ for level in levels)}"
         )
+    if vote == "layer" and not all(isinstance(level.groups, Chunks) for level in levels):
+        raise ValueError("vote='layer' is for groups that all KV heads share: clusters are no such")
     if any(level.keeps_first for level in levels):
         raise ValueError("`keeps_first` is for levels of pages")
 

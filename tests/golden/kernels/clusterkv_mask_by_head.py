@@ -323,7 +323,7 @@ def always_read(
 @triton.jit
 def bins_read(bins, first, begin, stop, known):
     """Count the slots [first, begin) and [stop, known) in each bin: int32 [BINS]."""
-    number = tl.arange(0, 128)
+    number = tl.arange(0, 32)
     slot = tl.where(number < begin - first, first + number, stop + number - (begin - first))
     inside = slot < tl.maximum(known, begin)
     return tl.histogram(tl.load(bins + slot, mask=inside, other=0).to(tl.int32), BINS)
@@ -450,7 +450,9 @@ def scan_window(
 
 
 @triton.jit
-def estimate_0(queries, summary_centroid, group, held):
+def estimate_0(
+    queries, summary_centroid, group, held,
+):
     """Estimate q.k for the groups [N] of level 0 that are held, bool [N]: [ROWS, N]."""
     d = tl.arange(0, DIM)
     inside = held[:, None] & (d < HEAD_DIM)[None, :]
@@ -461,25 +463,31 @@ def estimate_0(queries, summary_centroid, group, held):
 @triton.jit
 def scan_0(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    waiting, tokens_0, first_0, end_0, groups,
+    summary_centroid, scores, totals, counts, counts_stride,
     histogram,
-    waiting, tokens_0, first_0, end_0, summary_centroid,     scores, totals, counts, counts_stride,
+    candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of one key of each of STEPS * SCANNED_0 groups, by head."""
+    """Store log2 of the estimated mass of groups of level 0 for each head, and of its sum.
+
+    A group's score stands for one of its tokens, whatever their number. Counters of later
+    kernels are cleared here.
+    """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    queries, heads = load_queries(
-        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-    )
     space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
+    )
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
     unread = tl.minimum(tl.load(waiting + space), fresh)
     first, begin, stop, end = always_read(
@@ -490,37 +498,37 @@ def scan_0(
     scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
     for number in range(STEPS):
-        group = (tile * STEPS + number) * SCANNED_0 + tl.arange(0, SCANNED_0)
-        there = group < items
-        at = space * items + group
+        item = (tile * STEPS + number) * SCANNED_0 + tl.arange(0, SCANNED_0)
+        there, group = item < items, item
+        at = space * groups + group
         size = tl.load(tokens_0 + at, mask=there, other=0)
         low = tl.load(first_0 + at, mask=there, other=0)
         high = tl.load(end_0 + at, mask=there, other=0)
         used = size > 0
-
         held = used & (tl.minimum(high, known) > tl.maximum(low, first))
+        s = estimate_0(
+            queries, summary_centroid + space * groups * HEAD_DIM, group, held,
+        )
         mass = tl.full([ROWS, SCANNED_0], float("-inf"), tl.float32)
-        if tl.max(held.to(tl.int32), 0) > 0:
-            s = estimate_0(
-                queries, summary_centroid + space * items * HEAD_DIM, group, held,
-            )
-            bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
-            mass = tl.where(held[None, :], bits, float("-inf"))
+        bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        mass = tl.where(held[None, :], bits, mass)
         most = tl.maximum(top, tl.max(mass, 1))
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
-        tl.store(scores + group[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
     tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
         tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
         tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(candidate_count + head_row, 0)
 
 
 @triton.jit
 def rank_0(
-    scores, totals, group_bins, waiting, tokens_0, first_0, end_0, 
+    scores, totals, group_bins,
+    waiting, tokens_0, first_0, end_0, groups,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
@@ -543,18 +551,17 @@ def rank_0(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
     )
-    g, group = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
-    there = group < items
-    at = space * items + group
+    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+    there, group = item < items, item
+    value = tl.load(
+        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+        mask=(g < GROUP) & there[None, :], other=float("-inf"),
+    )
+    at = space * groups + group
     size = tl.load(tokens_0 + at, mask=there, other=0)
     low = tl.load(first_0 + at, mask=there, other=0)
     high = tl.load(end_0 + at, mask=there, other=0)
     used = size > 0
-
-    value = tl.load(
-        scores + (head_row.to(tl.int64) * GROUP + g) * items + group[None, :],
-        mask=(g < GROUP) & there[None, :], other=float("-inf"),
-    )
     possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
     share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
     entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
@@ -600,24 +607,24 @@ def spread_0(
 
 
 @triton.jit
-def note_new(
+def index_new(
     key, stride_b, stride_h, stride_l, stride_d,
     header, fingerprints, label, waiting, positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, kv_len,
 ):
     """Let the new keys wait for a cluster, and give them fingerprints."""
+    least = tl.load(waiting + b * kv_heads + kv_head)
     space = (b * kv_heads + kv_head).to(tl.int64)
     d = tl.arange(0, DIM)
+    inside = d < HEAD_DIM
     key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
-    least = tl.load(waiting + space)
-    for count in range(written):
-        slot = tl.load(positions + b * position_stride_b + count * position_stride_t).to(tl.int32)
+    for number in range(written):
+        slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
         slot = tl.where(slot < 0, slot + kv_len, slot)
-        place = key + slot.to(tl.int64) * stride_l + d * stride_d
-        newest = tl.load(place, mask=d < HEAD_DIM, other=0.0)
-        at = space * slots + slot
-        tl.store(fingerprints + at, tl.sum(fingerprint(newest[None, :]), 0))
-        tl.store(label + at, 0)
+        newest = tl.load(key + slot.to(tl.int64) * stride_l + d * stride_d, mask=inside, other=0.0)
+        mark = tl.sum(fingerprint(newest[None, :]), 0)
+        tl.store(fingerprints + space * slots + slot, mark)
+        tl.store(label + space * slots + slot, 0)
         least = tl.minimum(least, slot)
     tl.store(waiting + space, least)
     if (kv_head == 0) & (written > 0):
@@ -652,7 +659,7 @@ def attend(
         if EARLY:
             tl.extra.cuda.gdc_wait()
         if t == 0:
-            note_new(
+            index_new(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
                 header, fingerprints, label, waiting, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,

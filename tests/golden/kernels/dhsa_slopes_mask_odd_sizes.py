@@ -349,6 +349,13 @@ def weights_before(ranks, cut, lot, LOTS: tl.constexpr):
 
 
 @triton.jit
+def weights_above(counts, cut):
+    """Return the weights in all bins above the cut, of a histogram of these."""
+    place = tl.arange(0, BINS)
+    return tl.sum(tl.where(place > cut, tl.load(counts + place), 0), 0)
+
+
+@triton.jit
 def always_read(
     tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0, TILES: tl.constexpr
 ):
@@ -366,7 +373,7 @@ def always_read(
 @triton.jit
 def bins_read(bins, first, begin, stop, known):
     """Count the slots [first, begin) and [stop, known) in each bin: int32 [BINS]."""
-    number = tl.arange(0, 128)
+    number = tl.arange(0, 1)
     slot = tl.where(number < begin - first, first + number, stop + number - (begin - first))
     inside = slot < tl.maximum(known, begin)
     return tl.histogram(tl.load(bins + slot, mask=inside, other=0).to(tl.int32), BINS)
@@ -491,7 +498,9 @@ def scan_window(
 
 
 @triton.jit
-def estimate_0(queries, summary_vector, group, held):
+def estimate_0(
+    queries, summary_vector, group, held,
+):
     """Estimate q.k for the groups [N] of level 0 that are held, bool [N]: [ROWS, N]."""
     d = tl.arange(0, DIM)
     inside = held[:, None] & (d < HEAD_DIM)[None, :]
@@ -502,25 +511,31 @@ def estimate_0(queries, summary_vector, group, held):
 @triton.jit
 def scan_0(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    span, numbers, groups,
+    summary_vector, scores, totals, counts, counts_stride,
     histogram,
-    span, numbers, summary_vector,     scores, totals, counts, counts_stride,
+    candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0,
     STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of one key of each of STEPS * SCANNED_0 groups, by head."""
+    """Store log2 of the estimated mass of groups of level 0 for each head, and of its sum.
+
+    A group's score stands for one of its tokens, whatever their number. Counters of later
+    kernels are cleared here.
+    """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    queries, heads = load_queries(
-        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-    )
     space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0
+    )
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
     unread = unread_slot(span + space * numbers, fresh)
     first, begin, stop, end = always_read(
@@ -531,12 +546,11 @@ def scan_0(
     scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
     for number in range(STEPS):
-        group = (tile * STEPS + number) * SCANNED_0 + tl.arange(0, SCANNED_0)
-        there = group < items
-        at = space * items + group
+        item = (tile * STEPS + number) * SCANNED_0 + tl.arange(0, SCANNED_0)
+        there, group = item < items, item
+        at = space * groups + group
         low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
         used = (high > low) & (low + LONGEST < fresh)
-
         held = used & (tl.minimum(high, known) > tl.maximum(low, first))
         shown = tl.zeros([SCANNED_0], tl.int32)
         for inner in range(LONGEST):
@@ -546,37 +560,38 @@ def scan_0(
                 seen = visible(b, kv_head * GROUP + other, t, inner_slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0)
                 shown |= seen.to(tl.int32)
         held &= shown > 0
+        s = estimate_0(
+            queries, summary_vector + space * groups * HEAD_DIM, group, held,
+        )
         mass = tl.full([ROWS, SCANNED_0], float("-inf"), tl.float32)
-        if tl.max(held.to(tl.int32), 0) > 0:
-            s = estimate_0(
-                queries, summary_vector + space * items * HEAD_DIM, group, held,
-            )
-            for inner in range(LONGEST):
-                slot = (low + inner)[None, :]
-                within = held[None, :] & (slot < tl.minimum(high, known)[None, :])
-                here = visible(b, heads[:, None], t, slot, kv_len, within, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0)
-                bits = score(s, b, heads[:, None], t, slot, within, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0)
-                mass = tl.maximum(mass, tl.where(here, bits, float("-inf")))
+        for inner in range(LONGEST):
+            slot = (low + inner)[None, :]
+            within = held[None, :] & (slot < tl.minimum(high, known)[None, :])
+            here = visible(b, heads[:, None], t, slot, kv_len, within, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0)
+            bits = score(s, b, heads[:, None], t, slot, within, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0)
+            mass = tl.maximum(mass, tl.where(here, bits, float("-inf")))
         most = tl.maximum(top, tl.max(mass, 1))
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
-        tl.store(scores + group[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
     tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
         tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
         tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(candidate_count + head_row, 0)
 
 
 @triton.jit
 def rank_0(
-    scores, totals, group_bins, ranks, counts, counts_stride, span, numbers, 
+    scores, totals, group_bins, ranks, counts, counts_stride,
+    span, numbers, groups,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of RANKED groups, and sum up the tokens in each bin.
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
     No group that may be chosen is in the first bin.
     """
@@ -594,16 +609,15 @@ def rank_0(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0, TILES
     )
-    g, group = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
-    there = group < items
-    at = space * items + group
-    low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
-    used = (high > low) & (low + LONGEST < fresh)
-
+    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+    there, group = item < items, item
     value = tl.load(
-        scores + (head_row.to(tl.int64) * GROUP + g) * items + group[None, :],
+        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
         mask=(g < GROUP) & there[None, :], other=float("-inf"),
     )
+    at = space * groups + group
+    low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
+    used = (high > low) & (low + LONGEST < fresh)
     possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
     share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
     entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
@@ -617,7 +631,7 @@ def rank_0(
 @triton.jit
 def list_0(
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
-    span, numbers,
+    span, numbers, groups,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
@@ -641,67 +655,72 @@ def list_0(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0, TILES
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
-    lots, group = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
+    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
     mine = head_row.to(tl.int64) * lots + lot
+    there, group = item < items, item
     entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
-    there = (group < items) & (entry > 0)
-    at = space * items + group
+    cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    candidates += head_row.to(tl.int64) * candidate_room
+    bins += head_row.to(tl.int64) * candidate_room
+    there &= entry > 0
+    at = space * groups + group
     low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
     used = (high > low) & (low + LONGEST < fresh)
-
     low, high = tl.maximum(low, begin), tl.minimum(high, stop)
-    cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    size = high - low
     above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    at = (entry == cut) & (cut > 0)
-    weight = tl.where(at, high - low, 0)
+    higher, at_it = there & (entry > cut), there & (entry == cut)
+    weight = tl.where(at_it, size, 0)
     due_to = left - before - (tl.cumsum(weight, 0) - weight)
-    take = tl.where((entry > cut) & there, high - low, tl.maximum(tl.minimum(due_to, weight), 0))
-    place = above + tl.minimum(before, left) + tl.cumsum(take, 0) - take
-    into = head_row.to(tl.int64) * candidate_room + place
-    for start in range(0, LONGEST, 16):
+    take = tl.where(higher, size, tl.maximum(tl.minimum(due_to, weight), 0))
+    before += weights_above(counts + head_row * counts_stride, cut)
+    # What is above the cut comes first, in all lots, and then what is at the cut.
+    over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
+    place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
+    for start in range(0, tl.max(take, 0), 16):
         inner = start + tl.arange(0, 16)[None, :]
         mask = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
-        tl.store(candidates + into[:, None] + inner, low[:, None] + inner, mask=mask)
-        tl.store(bins + into[:, None] + inner, (inner * 0 + BINS - 1).to(tl.uint8), mask=mask)
-    if lot == lots - 1:
-        total = tl.max(tl.where(take > 0, place + take, 0), 0)
-        total = tl.maximum(total, above + tl.minimum(before, left))
-        tl.store(candidate_count + head_row, tl.minimum(total, candidate_room))
+        child = low[:, None] + inner
+        tl.store(bins + place[:, None] + inner, (inner * 0 + BINS - 1).to(tl.uint8), mask=mask)
+        tl.store(candidates + place[:, None] + inner, child, mask=mask)
+    last = tl.max(tl.where(take > 0, place + take, 0), 0)
+    tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
 
 
 @triton.jit
-def summarise_new(
+def index_new(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fingerprints, strength, span, numbers, summary_vector, 
-    positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, strength, span, numbers, summary_vector, positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, kv_len,
 ):
     """Rate the boundaries before the new keys, and summarise the chunks that these close.
 
     All new keys get fingerprints.
     """
+    of_row = (b * kv_heads + kv_head).to(tl.int64)
+    strength += of_row * slots
+    span += of_row * numbers
+    first_head = key + b.to(tl.int64) * stride_b
     space = (b * kv_heads + kv_head).to(tl.int64)
     d = tl.arange(0, DIM)
     inside = d < HEAD_DIM
-    strength += space * slots
-    span += space * numbers
-    key += b.to(tl.int64) * stride_b
-    own = key + kv_head.to(tl.int64) * stride_h
-    for count in range(written):
-        slot = tl.load(positions + b * position_stride_b + count * position_stride_t).to(tl.int32)
+    key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    for number in range(written):
+        slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
         slot = tl.where(slot < 0, slot + kv_len, slot)
-        newest = tl.load(own + slot.to(tl.int64) * stride_l + d * stride_d, mask=inside, other=0.0)
-        tl.store(fingerprints + space * slots + slot, tl.sum(fingerprint(newest[None, :]), 0))
+        newest = tl.load(key + slot.to(tl.int64) * stride_l + d * stride_d, mask=inside, other=0.0)
+        mark = tl.sum(fingerprint(newest[None, :]), 0)
+        tl.store(fingerprints + space * slots + slot, mark)
         if slot > 0:
             cosine = tl.full([], 0.0, tl.float32)
-            place = key + slot.to(tl.int64) * stride_l + d * stride_d
+            pair = first_head + slot.to(tl.int64) * stride_l + d * stride_d
             for _ in range(kv_heads):
-                here = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-                last = tl.load(place - stride_l, mask=inside, other=0.0).to(tl.float32)
+                here = tl.load(pair, mask=inside, other=0.0).to(tl.float32)
+                last = tl.load(pair - stride_l, mask=inside, other=0.0).to(tl.float32)
                 lengths = tl.maximum(tl.sqrt(tl.sum(here * here, 0)), 1e-12)
                 lengths *= tl.maximum(tl.sqrt(tl.sum(last * last, 0)), 1e-12)
                 cosine += tl.sum(here * last, 0) / lengths
-                place += stride_h
+                pair += stride_h
             cosine = tl.where(cosine == cosine, cosine / kv_heads, 0.0)
             rated = tl.floor((1.0 - cosine) * 127.5 + 0.5)
             rated = tl.minimum(tl.maximum(rated, 0.0), 255.0)
@@ -715,23 +734,22 @@ def summarise_new(
             # The strongest boundary wins, and the last of those.
             best = tl.max(tl.where(cuts, boundary * MEMBERS + offset, -1), 0)
             length = best % MEMBERS + 1
-            number = open_slot // SHORTEST
-            tl.store(span + number, (open_slot % SHORTEST << 16) + length)
-            behind = number + 1 + tl.arange(0, LOOK)
+            chunk = open_slot // SHORTEST
+            tl.store(span + chunk, (open_slot % SHORTEST << 16) + length)
+            behind = chunk + 1 + tl.arange(0, LOOK)
             tl.store(
                 span + behind, tl.zeros([LOOK], tl.int32),
                 mask=behind * SHORTEST < open_slot + length,
             )
             over_0_0 = tl.full([DIM], 0.0, tl.float32)
             for low in range(0, LONGEST, 16):
+                place = (open_slot + low + tl.arange(0, 16)).to(tl.int64)
                 member = low + tl.arange(0, 16) < length
-                within = (open_slot + low + tl.arange(0, 16)).to(tl.int64)
                 keys = tl.load(
-                    own + within[:, None] * stride_l + d[None, :] * stride_d,
-                    mask=member[:, None] & inside[None, :], other=0.0,
+                    key + place[:, None] * stride_l + d[None, :] * stride_d, mask=member[:, None] & inside[None, :], other=0.0
                 ).to(tl.float32)
                 over_0_0 = over_0_0 + tl.sum(tl.where(member[:, None], keys, 0.0), 0)
-            at = space * numbers + number
+            at = space * numbers + chunk
             field_vector = (tl.sqrt(length.to(tl.float32)) * ((over_0_0 / 1) / length)).to(tl.float16).to(tl.float32)
             tl.store(summary_vector + at * HEAD_DIM + d, field_vector.to(summary_vector.dtype.element_ty), mask=inside)
         tl.debug_barrier()
@@ -767,10 +785,9 @@ def attend(
         if EARLY:
             tl.extra.cuda.gdc_wait()
         if t == 0:
-            summarise_new(
+            index_new(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fingerprints, strength, span, numbers, summary_vector, 
-                positions, position_stride_b, position_stride_t, written,
+                header, fingerprints, strength, span, numbers, summary_vector, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,
             )
     else:

@@ -435,14 +435,15 @@ def estimate_0(
 @triton.jit
 def scan_0(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-scores, totals, counts, counts_stride, histogram,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, slots,
+    scores, totals, counts, counts_stride,
+    histogram,
     channels,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, slots, items, kv_heads, query_len, tiles, length,
-    STEPS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
+    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of STEPS * SCANNED_0 groups for each head, and of its sum.
+    """Store log2 of the estimated mass of groups of level 0 for each head, and of its sum.
 
     A group's score stands for every indexed token of it that some head sees. Counters of later
     kernels are cleared here. One more program looks if the index is stale.
@@ -452,10 +453,11 @@ scores, totals, counts, counts_stride, histogram,
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
     )
-    if tile == tiles:
+    if tile == scan_tiles:
         if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
             check_sample(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -468,7 +470,6 @@ scores, totals, counts, counts_stride, histogram,
         query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     )
     key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-    space = (b * kv_heads + kv_head).to(tl.int64) * (slots // SIZE_0)
     first, end = seen_range(b, t, kv_len, length)
     known = tl.minimum(end, fresh)
     g = tl.arange(0, ROWS)
@@ -482,17 +483,16 @@ scores, totals, counts, counts_stride, histogram,
         summarised = group * SIZE_0 + SIZE_0 <= fresh
         held = summarised & (shown > 0)
         s = estimate_0(
-            queries, key, key_stride_l, key_stride_d, channel,
-group, held,
+            queries, key, key_stride_l, key_stride_d, channel, group, held,
         )
         mass = score(s, b, heads[:, None], t, (group * SIZE_0)[None, :], held[None, :], length)
         mass = tl.where(held[None, :], mass, float("-inf"))
         most = tl.maximum(top, tl.max(mass, 1))
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
-        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & (item < items)[None, :])
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
-    tl.store(totals + (head_row.to(tl.int64) * tiles + tile) * ROWS + g, whole)
+    tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
         tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
@@ -506,7 +506,7 @@ def rank_0(
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of RANKED groups, and count the groups in each bin.
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
     No group that may be chosen is in the first bin. One without a summary is in the last.
     """
@@ -516,10 +516,11 @@ def rank_0(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
     )
-    first, begin, stop, _ = always_read(
+    first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
     g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
@@ -538,7 +539,7 @@ def rank_0(
 
 
 @triton.jit
-def summarise_new(
+def index_new(
     key, stride_b, stride_h, stride_l, stride_d,
     header, fingerprints, positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, kv_len,
@@ -589,7 +590,7 @@ def attend(
         if EARLY:
             tl.extra.cuda.gdc_wait()
         if t == 0:
-            summarise_new(
+            index_new(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
                 header, fingerprints, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,

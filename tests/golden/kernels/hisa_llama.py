@@ -419,7 +419,7 @@ def record_fingerprints(
 
 @triton.jit
 def estimate_0(
-    queries, key, key_stride_l, key_stride_d, summary_mean, group, held,
+    queries, summary_mean, group, held,
 ):
     """Estimate q.k for the groups [N] of level 0 that are held, bool [N]: [ROWS, N]."""
     d = tl.arange(0, DIM)
@@ -431,13 +431,15 @@ def estimate_0(
 @triton.jit
 def scan_0(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-summary_mean, scores, totals, counts, counts_stride, histogram,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, slots,
+    groups,
+    summary_mean, scores, totals, counts, counts_stride,
+    histogram,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, slots, items, kv_heads, query_len, tiles, length,
-    STEPS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
+    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of STEPS * SCANNED_0 groups for each head, and of its sum.
+    """Store log2 of the estimated mass of groups of level 0 for each head, and of its sum.
 
     A group's score stands for every indexed token of it that some head sees. Counters of later
     kernels are cleared here. One more program looks if the index is stale.
@@ -447,10 +449,11 @@ summary_mean, scores, totals, counts, counts_stride, histogram,
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
     )
-    if tile == tiles:
+    if tile == scan_tiles:
         if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
             check_sample(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -461,8 +464,6 @@ summary_mean, scores, totals, counts, counts_stride, histogram,
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
-    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-    space = (b * kv_heads + kv_head).to(tl.int64) * (slots // SIZE_0)
     first, end = seen_range(b, t, kv_len, length)
     known = tl.minimum(end, fresh)
     g = tl.arange(0, ROWS)
@@ -476,8 +477,7 @@ summary_mean, scores, totals, counts, counts_stride, histogram,
         summarised = group * SIZE_0 + SIZE_0 <= fresh
         held = summarised & (shown > 0)
         s = estimate_0(
-            queries, key, key_stride_l, key_stride_d,
-summary_mean + space * HEAD_DIM, group, held,
+            queries, summary_mean + space * groups * HEAD_DIM, group, held,
         )
         mass = score(s, b, heads[:, None], t, (group * SIZE_0)[None, :], held[None, :], length)
         mass += tl.log2(tl.maximum(shown, 1).to(tl.float32))[None, :]
@@ -486,9 +486,9 @@ summary_mean + space * HEAD_DIM, group, held,
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
         mass = tl.where(((shown > 0) & (summarised == 0))[None, :], float("inf"), mass)
-        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & (item < items)[None, :])
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
-    tl.store(totals + (head_row.to(tl.int64) * tiles + tile) * ROWS + g, whole)
+    tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
         tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
@@ -502,7 +502,7 @@ def rank_0(
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of RANKED groups, and count the groups in each bin.
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
     No group that may be chosen is in the first bin. One without a summary is in the last.
     """
@@ -512,10 +512,11 @@ def rank_0(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
     )
-    first, begin, stop, _ = always_read(
+    first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
     g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
@@ -539,7 +540,7 @@ def rank_0(
 def list_0(
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, kv_heads, query_len, tiles, length,
+    kv_len, items, kv_heads, query_len, tiles, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """List the children of the best of RANKED groups: the next level looks at these alone."""
@@ -550,15 +551,15 @@ def list_0(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     room = tl.full([], KEPT_0, tl.int32)
-    lots, item = tl.num_programs(1), tl.arange(0, RANKED)
+    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
     mine = head_row.to(tl.int64) * lots + lot
-    entry = tl.load(group_bins + mine * RANKED + item).to(tl.int32)
+    there, group = item < items, item
+    entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    candidates += head_row.to(tl.int64) * candidate_room
     of_lot = chosen_of_tiles(ranks + (mine - lot) * BINS, cut, left, at_cut, lots, LOTS)
     before = tl.sum(tl.where(tl.arange(0, LOTS) < lot, of_lot, 0), 0)
     chosen, place, _ = choose_by_bin(entry, cut, left, at_cut)
-    group = lot * RANKED + item
-    candidates += head_row.to(tl.int64) * candidate_room
     for low in range(0, 128, 16):
         inner = low + tl.arange(0, 16)[None, :]
         child = (group * 128)[:, None] + inner
@@ -585,14 +586,14 @@ def estimate_1(
 @triton.jit
 def scan_1(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-scores, totals, counts, counts_stride, histogram,
-    listed, listed_count,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, slots,
+    listed, listed_room, listed_count,
+    scores, totals, counts, counts_stride,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, slots, items, kv_heads, query_len, tiles, length,
-    STEPS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
+    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of STEPS * SCANNED_1 groups for each head, and of its sum.
+    """Store log2 of the estimated mass of groups of level 1 for each head, and of its sum.
 
     A group's score stands for every indexed token of it that some head sees. Counters of later
     kernels are cleared here.
@@ -603,6 +604,7 @@ scores, totals, counts, counts_stride, histogram,
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
     )
@@ -610,32 +612,31 @@ scores, totals, counts, counts_stride, histogram,
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
     key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-    space = (b * kv_heads + kv_head).to(tl.int64) * (slots // SIZE_1)
     first, end = seen_range(b, t, kv_len, length)
     known = tl.minimum(end, fresh)
     g = tl.arange(0, ROWS)
     scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+    count = tl.load(listed_count + head_row)
     for number in range(STEPS):
         item = (tile * STEPS + number) * SCANNED_1 + tl.arange(0, SCANNED_1)
-        there = item < tl.load(listed_count + head_row)
-        group = tl.load(listed + head_row.to(tl.int64) * items + item, mask=there, other=0)
+        there = item < count
+        group = tl.load(listed + head_row.to(tl.int64) * listed_room + item, mask=there, other=0)
         shown = tl.minimum(group * SIZE_1 + SIZE_1, known) - tl.maximum(group * SIZE_1, first)
         shown = tl.where(there, shown, 0)
         summarised = group * SIZE_1 + SIZE_1 <= fresh
         held = summarised & (shown > 0)
         s = estimate_1(
-            queries, key, key_stride_l, key_stride_d,
-group, held,
+            queries, key, key_stride_l, key_stride_d, group, held,
         )
         mass = score(s, b, heads[:, None], t, (group * SIZE_1)[None, :], held[None, :], length)
         mass = tl.where(held[None, :], mass, float("-inf"))
         most = tl.maximum(top, tl.max(mass, 1))
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
-        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & (item < items)[None, :])
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
-    tl.store(totals + (head_row.to(tl.int64) * tiles + tile) * ROWS + g, whole)
+    tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
     if tile == 0:
         tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
 
@@ -643,12 +644,12 @@ group, held,
 @triton.jit
 def rank_1(
     scores, totals, group_bins, counts, counts_stride,
-    listed, listed_count,
+    listed, listed_room, listed_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of RANKED groups, and count the groups in each bin.
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
     No group that may be chosen is in the first bin. One without a summary is in the last.
     """
@@ -658,15 +659,17 @@ def rank_1(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
     )
-    first, begin, stop, _ = always_read(
+    first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
     g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
-    there = item < tl.load(listed_count + head_row)
-    group = tl.load(listed + head_row.to(tl.int64) * items + item, mask=there, other=0)
+    count = tl.load(listed_count + head_row)
+    there = item < count
+    group = tl.load(listed + head_row.to(tl.int64) * listed_room + item, mask=there, other=0)
     value = tl.load(
         scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
         mask=(g < GROUP) & there[None, :], other=float("-inf"),
@@ -681,7 +684,7 @@ def rank_1(
 
 
 @triton.jit
-def summarise_new(
+def index_new(
     key, stride_b, stride_h, stride_l, stride_d,
     header, fingerprints, summary_mean, positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, kv_len,
@@ -744,7 +747,7 @@ def attend(
         if EARLY:
             tl.extra.cuda.gdc_wait()
         if t == 0:
-            summarise_new(
+            index_new(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
                 header, fingerprints, summary_mean, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,

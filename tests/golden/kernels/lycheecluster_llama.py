@@ -360,6 +360,13 @@ def weights_before(ranks, cut, lot, LOTS: tl.constexpr):
 
 
 @triton.jit
+def weights_above(counts, cut):
+    """Return the weights in all bins above the cut, of a histogram of these."""
+    place = tl.arange(0, BINS)
+    return tl.sum(tl.where(place > cut, tl.load(counts + place), 0), 0)
+
+
+@triton.jit
 def always_read(
     tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES: tl.constexpr
 ):
@@ -452,7 +459,9 @@ def record_fingerprints(
 
 
 @triton.jit
-def estimate_0(queries, summary_unit_mean, summary_unit_radius, group, held):
+def estimate_0(
+    queries, summary_unit_mean, summary_unit_radius, group, held,
+):
     """Estimate q.k for the groups [N] of level 0 that are held, bool [N]: [ROWS, N]."""
     d = tl.arange(0, DIM)
     inside = held[:, None] & (d < HEAD_DIM)[None, :]
@@ -465,18 +474,25 @@ def estimate_0(queries, summary_unit_mean, summary_unit_radius, group, held):
 def scan_0(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, slots,
+    span, numbers, tokens_0, first_0, end_0, groups,
+    summary_unit_mean, summary_unit_radius, scores, totals, counts, counts_stride,
     histogram,
-    span, numbers, tokens_0, first_0, end_0, summary_unit_mean, summary_unit_radius,     scores, totals, counts, counts_stride,
+    child_counts, candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
     STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of one key of each of STEPS * SCANNED_0 groups, by head."""
+    """Store log2 of the estimated mass of groups of level 0 for each head, and of its sum.
+
+    A group's score stands for one of its tokens, whatever their number. Counters of later
+    kernels are cleared here. One more program looks if the index is stale.
+    """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
     )
@@ -491,10 +507,6 @@ def scan_0(
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
-    space = (b * kv_heads + kv_head).to(tl.int64)
-    fresh = fresh_seen(
-        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
-    )
     unread = unread_slot(span + space * numbers, fresh)
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
@@ -504,42 +516,44 @@ def scan_0(
     scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
     for number in range(STEPS):
-        group = (tile * STEPS + number) * SCANNED_0 + tl.arange(0, SCANNED_0)
-        there = group < items
-        at = space * items + group
+        item = (tile * STEPS + number) * SCANNED_0 + tl.arange(0, SCANNED_0)
+        there, group = item < items, item
+        at = space * groups + group
         size = tl.load(tokens_0 + at, mask=there, other=0)
         low = tl.load(first_0 + at, mask=there, other=0)
         high = tl.load(end_0 + at, mask=there, other=0)
         used = size > 0
-
         held = used & (tl.minimum(high, known) > tl.maximum(low, first))
+        s = estimate_0(
+            queries, summary_unit_mean + space * groups * HEAD_DIM, summary_unit_radius + space * groups, group, held,
+        )
         mass = tl.full([ROWS, SCANNED_0], float("-inf"), tl.float32)
-        if tl.max(held.to(tl.int32), 0) > 0:
-            s = estimate_0(
-                queries, summary_unit_mean + space * items * HEAD_DIM, summary_unit_radius + space * items, group, held,
-            )
-            bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], length)
-            mass = tl.where(held[None, :], bits, float("-inf"))
+        bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], length)
+        mass = tl.where(held[None, :], bits, mass)
         most = tl.maximum(top, tl.max(mass, 1))
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
-        tl.store(scores + group[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
     tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
         tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
         tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(child_counts + head_row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(candidate_count + head_row, 0)
 
 
 @triton.jit
 def rank_0(
-    scores, totals, group_bins, ranks, counts, counts_stride, span, numbers, tokens_0, first_0, end_0, 
+    scores, totals, group_bins, ranks, counts, counts_stride,
+    span, numbers, tokens_0, first_0, end_0, groups,
+    children_0, child_ranks, child_counts,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of RANKED groups, and sum up the tokens in each bin.
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
     No group that may be chosen is in the first bin.
     """
@@ -557,18 +571,17 @@ def rank_0(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
-    g, group = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
-    there = group < items
-    at = space * items + group
+    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+    there, group = item < items, item
+    value = tl.load(
+        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+        mask=(g < GROUP) & there[None, :], other=float("-inf"),
+    )
+    at = space * groups + group
     size = tl.load(tokens_0 + at, mask=there, other=0)
     low = tl.load(first_0 + at, mask=there, other=0)
     high = tl.load(end_0 + at, mask=there, other=0)
     used = size > 0
-
-    value = tl.load(
-        scores + (head_row.to(tl.int64) * GROUP + g) * items + group[None, :],
-        mask=(g < GROUP) & there[None, :], other=float("-inf"),
-    )
     possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
     share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
     entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
@@ -576,16 +589,21 @@ def rank_0(
     tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
     found = weigh_bins(counts + head_row * counts_stride, entry, size)
     tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+    below = tl.load(children_0 + at, mask=there, other=0)
+    found = weigh_bins(child_counts + head_row * BINS, entry, below)
+    tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
 
 
 @triton.jit
-def keep_0(
-    group_bins, ranks, counts, counts_stride, span, numbers, tokens_0,
+def list_0(
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+    span, numbers, tokens_0, first_0, end_0, groups,
+    children_0, begin_0, order_1, child_groups, child_ranks, child_counts,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, tiles, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Mark the best of RANKED clusters, until all marked ones have KEPT_0 tokens."""
+    """List what is in the best of RANKED clusters, until all listed ones have KEPT_0 tokens."""
     head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
@@ -600,24 +618,45 @@ def keep_0(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
-    fits = stop - begin <= tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
-    room = tl.where(fits, 2**26, KEPT_0)
-    lots, item = tl.num_programs(1), tl.arange(0, RANKED)
-    group = lot * RANKED + item
+    room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
+    room = tl.where(stop - begin <= room, 2**26, KEPT_0)
+    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
     mine = head_row.to(tl.int64) * lots + lot
-    entry = tl.load(group_bins + mine * RANKED + item).to(tl.int32)
-    size = tl.load(tokens_0 + space * items + group, mask=group < items, other=0)
+    there, group = item < items, item
+    entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
-    _, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    at = (entry == cut) & (cut > 0)
-    weight = tl.where(at, size, 0)
-    before += tl.cumsum(weight, 0) - weight
-    kept = (entry > cut) | (at & (before < left))
-    tl.store(group_bins + mine * RANKED + item, kept.to(tl.uint8))
+    candidates += head_row.to(tl.int64) * candidate_room
+    there &= entry > 0
+    at = space * groups + group
+    size = tl.load(tokens_0 + at, mask=there, other=0)
+    low = tl.load(first_0 + at, mask=there, other=0)
+    high = tl.load(end_0 + at, mask=there, other=0)
+    used = size > 0
+    above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
+    higher, at_it = there & (entry > cut), there & (entry == cut)
+    weight = tl.where(at_it, size, 0)
+    due_to = left - before - (tl.cumsum(weight, 0) - weight)
+    own = tl.load(children_0 + at, mask=there, other=0)
+    take = tl.where(higher | (at_it & (due_to > 0)), own, 0)
+    above, before = weights_before(child_ranks + (mine - lot) * BINS, cut, lot, LOTS)
+    before += weights_above(child_counts + head_row * BINS, cut)
+    # What is above the cut comes first, in all lots, and then what is at the cut.
+    over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
+    place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
+    order = order_1 + space * child_groups + tl.load(begin_0 + at, mask=there, other=0)
+    for start in range(0, tl.max(take, 0), 16):
+        inner = start + tl.arange(0, 16)[None, :]
+        mask = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
+        child = tl.load(order[:, None] + inner, mask=mask, other=0)
+        tl.store(candidates + place[:, None] + inner, child, mask=mask)
+    last = tl.max(tl.where(take > 0, place + take, 0), 0)
+    tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
 
 
 @triton.jit
-def estimate_1(queries, summary_cluster_mean, summary_cluster_radius, group, held):
+def estimate_1(
+    queries, summary_cluster_mean, summary_cluster_radius, group, held,
+):
     """Estimate q.k for the groups [N] of level 1 that are held, bool [N]: [ROWS, N]."""
     d = tl.arange(0, DIM)
     inside = held[:, None] & (d < HEAD_DIM)[None, :]
@@ -629,24 +668,30 @@ def estimate_1(queries, summary_cluster_mean, summary_cluster_radius, group, hel
 @triton.jit
 def scan_1(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    span, numbers, tokens_1, first_1, end_1, summary_cluster_mean, summary_cluster_radius,     label_1, parents, parent_room, scores, totals, counts, counts_stride,
+    span, numbers, tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
+    summary_cluster_mean, summary_cluster_radius, label_1, scores, totals, counts, counts_stride,
+    child_counts, candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
     STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of one key of each of STEPS * SCANNED_1 groups, by head."""
+    """Store log2 of the estimated mass of groups of level 1 for each head, and of its sum.
+
+    A group's score stands for one of its tokens, whatever their number. Counters of later
+    kernels are cleared here.
+    """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    queries, heads = load_queries(
-        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-    )
     space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
     unread = unread_slot(span + space * numbers, fresh)
     first, begin, stop, end = always_read(
@@ -656,44 +701,48 @@ def scan_1(
     g = tl.arange(0, ROWS)
     scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
-    for number in range(STEPS):
-        group = (tile * STEPS + number) * SCANNED_1 + tl.arange(0, SCANNED_1)
-        there = group < items
-        at = space * items + group
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
+    count = known_count + tl.maximum(groups - open_group, 0)
+    for start in range(tile * SCANNED_1, count, scan_tiles * SCANNED_1):
+        item = start + tl.arange(0, SCANNED_1)
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        at = space * groups + group
         size = tl.load(tokens_1 + at, mask=there, other=0)
         low = tl.load(first_1 + at, mask=there, other=0)
         high = tl.load(end_1 + at, mask=there, other=0)
         used = size > 0
-
-        label = tl.load(label_1 + at, mask=used, other=0)
-        parent = parents + head_row.to(tl.int64) * parent_room + label - 1
-        used &= tl.load(parent, mask=used & (label > 0), other=1) > 0
+        used &= (tl.load(label_1 + at, mask=used, other=0) > 0) == is_listed
         held = used & (tl.minimum(high, known) > tl.maximum(low, first))
+        s = estimate_1(
+            queries, summary_cluster_mean + space * groups * HEAD_DIM, summary_cluster_radius + space * groups, group, held,
+        )
         mass = tl.full([ROWS, SCANNED_1], float("-inf"), tl.float32)
-        if tl.max(held.to(tl.int32), 0) > 0:
-            s = estimate_1(
-                queries, summary_cluster_mean + space * items * HEAD_DIM, summary_cluster_radius + space * items, group, held,
-            )
-            bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], length)
-            mass = tl.where(held[None, :], bits, float("-inf"))
+        bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], length)
+        mass = tl.where(held[None, :], bits, mass)
         most = tl.maximum(top, tl.max(mass, 1))
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
-        tl.store(scores + group[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
     tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
     if tile == 0:
         tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(child_counts + head_row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(candidate_count + head_row, 0)
 
 
 @triton.jit
 def rank_1(
-    scores, totals, group_bins, ranks, counts, counts_stride, span, numbers, tokens_1, first_1, end_1, 
+    scores, totals, group_bins, ranks, counts, counts_stride,
+    span, numbers, tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
+    children_1, child_ranks, child_counts,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of RANKED groups, and sum up the tokens in each bin.
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
     No group that may be chosen is in the first bin.
     """
@@ -711,18 +760,23 @@ def rank_1(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
-    g, group = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
-    there = group < items
-    at = space * items + group
+    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
+    count = known_count + tl.maximum(groups - open_group, 0)
+    if lot * RANKED >= count:
+        return
+    there, is_listed = item < count, item < known_count
+    place = listed + head_row.to(tl.int64) * listed_room + item
+    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+    value = tl.load(
+        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+        mask=(g < GROUP) & there[None, :], other=float("-inf"),
+    )
+    at = space * groups + group
     size = tl.load(tokens_1 + at, mask=there, other=0)
     low = tl.load(first_1 + at, mask=there, other=0)
     high = tl.load(end_1 + at, mask=there, other=0)
     used = size > 0
-
-    value = tl.load(
-        scores + (head_row.to(tl.int64) * GROUP + g) * items + group[None, :],
-        mask=(g < GROUP) & there[None, :], other=float("-inf"),
-    )
     possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
     share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
     entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
@@ -730,16 +784,21 @@ def rank_1(
     tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
     found = weigh_bins(counts + head_row * counts_stride, entry, size)
     tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+    below = tl.load(children_1 + at, mask=there, other=0)
+    found = weigh_bins(child_counts + head_row * BINS, entry, below)
+    tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
 
 
 @triton.jit
-def keep_1(
-    group_bins, ranks, counts, counts_stride, span, numbers, tokens_1,
+def list_1(
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+    span, numbers, tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
+    children_1, begin_1, order_2, child_groups, child_ranks, child_counts,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, tiles, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Mark the best of RANKED clusters, until all marked ones have KEPT_1 tokens."""
+    """List what is in the best of RANKED clusters, until all listed ones have KEPT_1 tokens."""
     head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
@@ -754,24 +813,51 @@ def keep_1(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
-    fits = stop - begin <= tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
-    room = tl.where(fits, 2**26, KEPT_1)
-    lots, item = tl.num_programs(1), tl.arange(0, RANKED)
-    group = lot * RANKED + item
+    room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
+    room = tl.where(stop - begin <= room, 2**26, KEPT_1)
+    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
     mine = head_row.to(tl.int64) * lots + lot
-    entry = tl.load(group_bins + mine * RANKED + item).to(tl.int32)
-    size = tl.load(tokens_1 + space * items + group, mask=group < items, other=0)
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
+    count = known_count + tl.maximum(groups - open_group, 0)
+    if lot * RANKED >= count:
+        return
+    there, is_listed = item < count, item < known_count
+    place = listed + head_row.to(tl.int64) * listed_room + item
+    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+    entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
-    _, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    at = (entry == cut) & (cut > 0)
-    weight = tl.where(at, size, 0)
-    before += tl.cumsum(weight, 0) - weight
-    kept = (entry > cut) | (at & (before < left))
-    tl.store(group_bins + mine * RANKED + item, kept.to(tl.uint8))
+    candidates += head_row.to(tl.int64) * candidate_room
+    there &= entry > 0
+    at = space * groups + group
+    size = tl.load(tokens_1 + at, mask=there, other=0)
+    low = tl.load(first_1 + at, mask=there, other=0)
+    high = tl.load(end_1 + at, mask=there, other=0)
+    used = size > 0
+    above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
+    higher, at_it = there & (entry > cut), there & (entry == cut)
+    weight = tl.where(at_it, size, 0)
+    due_to = left - before - (tl.cumsum(weight, 0) - weight)
+    own = tl.load(children_1 + at, mask=there, other=0)
+    take = tl.where(higher | (at_it & (due_to > 0)), own, 0)
+    above, before = weights_before(child_ranks + (mine - lot) * BINS, cut, lot, LOTS)
+    before += weights_above(child_counts + head_row * BINS, cut)
+    # What is above the cut comes first, in all lots, and then what is at the cut.
+    over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
+    place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
+    order = order_2 + space * child_groups + tl.load(begin_1 + at, mask=there, other=0)
+    for start in range(0, tl.max(take, 0), 16):
+        inner = start + tl.arange(0, 16)[None, :]
+        mask = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
+        child = tl.load(order[:, None] + inner, mask=mask, other=0)
+        tl.store(candidates + place[:, None] + inner, child, mask=mask)
+    last = tl.max(tl.where(take > 0, place + take, 0), 0)
+    tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
 
 
 @triton.jit
-def estimate_2(queries, summary_chunk_mean, summary_chunk_radius, group, held):
+def estimate_2(
+    queries, summary_chunk_mean, summary_chunk_radius, group, held,
+):
     """Estimate q.k for the groups [N] of level 2 that are held, bool [N]: [ROWS, N]."""
     d = tl.arange(0, DIM)
     inside = held[:, None] & (d < HEAD_DIM)[None, :]
@@ -783,24 +869,30 @@ def estimate_2(queries, summary_chunk_mean, summary_chunk_radius, group, held):
 @triton.jit
 def scan_2(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    span, numbers, summary_chunk_mean, summary_chunk_radius,     label_2, parents, parent_room, scores, totals, counts, counts_stride,
+    span, numbers, groups, listed, listed_room, listed_count, open_2,
+    summary_chunk_mean, summary_chunk_radius, label_2, scores, totals, counts, counts_stride,
+    candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
     STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of one key of each of STEPS * SCANNED_2 groups, by head."""
+    """Store log2 of the estimated mass of groups of level 2 for each head, and of its sum.
+
+    A group's score stands for one of its tokens, whatever their number. Counters of later
+    kernels are cleared here.
+    """
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    queries, heads = load_queries(
-        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-    )
     space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
     unread = unread_slot(span + space * numbers, fresh)
     first, begin, stop, end = always_read(
@@ -810,42 +902,44 @@ def scan_2(
     g = tl.arange(0, ROWS)
     scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
-    for number in range(STEPS):
-        group = (tile * STEPS + number) * SCANNED_2 + tl.arange(0, SCANNED_2)
-        there = group < items
-        at = space * items + group
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
+    count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
+    for start in range(tile * SCANNED_2, count, scan_tiles * SCANNED_2):
+        item = start + tl.arange(0, SCANNED_2)
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        at = space * groups + group
         low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
         used = (high > low) & (low + LONGEST < fresh)
-
-        label = tl.load(label_2 + at, mask=used, other=0)
-        parent = parents + head_row.to(tl.int64) * parent_room + label - 1
-        used &= tl.load(parent, mask=used & (label > 0), other=1) > 0
+        used &= (tl.load(label_2 + at, mask=used, other=0) > 0) == is_listed
         held = used & (tl.minimum(high, known) > tl.maximum(low, first))
+        s = estimate_2(
+            queries, summary_chunk_mean + space * groups * HEAD_DIM, summary_chunk_radius + space * groups, group, held,
+        )
         mass = tl.full([ROWS, SCANNED_2], float("-inf"), tl.float32)
-        if tl.max(held.to(tl.int32), 0) > 0:
-            s = estimate_2(
-                queries, summary_chunk_mean + space * items * HEAD_DIM, summary_chunk_radius + space * items, group, held,
-            )
-            bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], length)
-            mass = tl.where(held[None, :], bits, float("-inf"))
+        bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], length)
+        mass = tl.where(held[None, :], bits, mass)
         most = tl.maximum(top, tl.max(mass, 1))
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
-        tl.store(scores + group[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
     tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
     if tile == 0:
         tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(candidate_count + head_row, 0)
 
 
 @triton.jit
 def rank_2(
-    scores, totals, group_bins, ranks, counts, counts_stride, span, numbers, 
+    scores, totals, group_bins, ranks, counts, counts_stride,
+    span, numbers, groups, listed, listed_room, listed_count, open_2,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of RANKED groups, and sum up the tokens in each bin.
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
     No group that may be chosen is in the first bin.
     """
@@ -863,16 +957,21 @@ def rank_2(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
-    g, group = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
-    there = group < items
-    at = space * items + group
-    low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
-    used = (high > low) & (low + LONGEST < fresh)
-
+    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
+    count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
+    if lot * RANKED >= count:
+        return
+    there, is_listed = item < count, item < known_count
+    place = listed + head_row.to(tl.int64) * listed_room + item
+    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
     value = tl.load(
-        scores + (head_row.to(tl.int64) * GROUP + g) * items + group[None, :],
+        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
         mask=(g < GROUP) & there[None, :], other=float("-inf"),
     )
+    at = space * groups + group
+    low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
+    used = (high > low) & (low + LONGEST < fresh)
     possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
     share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
     entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
@@ -886,7 +985,7 @@ def rank_2(
 @triton.jit
 def list_2(
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
-    span, numbers,
+    span, numbers, groups, listed, listed_room, listed_count, open_2,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, tiles, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
@@ -910,67 +1009,78 @@ def list_2(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
-    lots, group = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
+    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
     mine = head_row.to(tl.int64) * lots + lot
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
+    count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
+    if lot * RANKED >= count:
+        return
+    there, is_listed = item < count, item < known_count
+    place = listed + head_row.to(tl.int64) * listed_room + item
+    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
     entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
-    there = (group < items) & (entry > 0)
-    at = space * items + group
+    cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    candidates += head_row.to(tl.int64) * candidate_room
+    bins += head_row.to(tl.int64) * candidate_room
+    there &= entry > 0
+    at = space * groups + group
     low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
     used = (high > low) & (low + LONGEST < fresh)
-
     low, high = tl.maximum(low, begin), tl.minimum(high, stop)
-    cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    size = high - low
     above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    at = (entry == cut) & (cut > 0)
-    weight = tl.where(at, high - low, 0)
+    higher, at_it = there & (entry > cut), there & (entry == cut)
+    weight = tl.where(at_it, size, 0)
     due_to = left - before - (tl.cumsum(weight, 0) - weight)
-    take = tl.where((entry > cut) & there, high - low, tl.maximum(tl.minimum(due_to, weight), 0))
-    place = above + tl.minimum(before, left) + tl.cumsum(take, 0) - take
-    into = head_row.to(tl.int64) * candidate_room + place
-    for start in range(0, LONGEST, 16):
+    take = tl.where(higher, size, tl.maximum(tl.minimum(due_to, weight), 0))
+    before += weights_above(counts + head_row * counts_stride, cut)
+    # What is above the cut comes first, in all lots, and then what is at the cut.
+    over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
+    place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
+    for start in range(0, tl.max(take, 0), 16):
         inner = start + tl.arange(0, 16)[None, :]
         mask = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
-        tl.store(candidates + into[:, None] + inner, low[:, None] + inner, mask=mask)
-        tl.store(bins + into[:, None] + inner, (inner * 0 + BINS - 1).to(tl.uint8), mask=mask)
-    if lot == lots - 1:
-        total = tl.max(tl.where(take > 0, place + take, 0), 0)
-        total = tl.maximum(total, above + tl.minimum(before, left))
-        tl.store(candidate_count + head_row, tl.minimum(total, candidate_room))
+        child = low[:, None] + inner
+        tl.store(bins + place[:, None] + inner, (inner * 0 + BINS - 1).to(tl.uint8), mask=mask)
+        tl.store(candidates + place[:, None] + inner, child, mask=mask)
+    last = tl.max(tl.where(take > 0, place + take, 0), 0)
+    tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
 
 
 @triton.jit
-def summarise_new(
+def index_new(
     key, stride_b, stride_h, stride_l, stride_d,
-    header, fingerprints, strength, span, numbers, label_2, summary_chunk_mean, summary_chunk_radius, 
-    positions, position_stride_b, position_stride_t, written,
+    header, fingerprints, strength, span, numbers, label_2, open_2, summary_chunk_mean, summary_chunk_radius, positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, kv_len,
 ):
     """Rate the boundaries before the new keys, and summarise the chunks that these close.
 
     All new keys get fingerprints.
     """
+    of_row = (b * kv_heads + kv_head).to(tl.int64)
+    strength += of_row * slots
+    span += of_row * numbers
+    first_head = key + b.to(tl.int64) * stride_b
     space = (b * kv_heads + kv_head).to(tl.int64)
     d = tl.arange(0, DIM)
     inside = d < HEAD_DIM
-    strength += space * slots
-    span += space * numbers
-    key += b.to(tl.int64) * stride_b
-    own = key + kv_head.to(tl.int64) * stride_h
-    for count in range(written):
-        slot = tl.load(positions + b * position_stride_b + count * position_stride_t).to(tl.int32)
+    key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    for number in range(written):
+        slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
         slot = tl.where(slot < 0, slot + kv_len, slot)
-        newest = tl.load(own + slot.to(tl.int64) * stride_l + d * stride_d, mask=inside, other=0.0)
-        tl.store(fingerprints + space * slots + slot, tl.sum(fingerprint(newest[None, :]), 0))
+        newest = tl.load(key + slot.to(tl.int64) * stride_l + d * stride_d, mask=inside, other=0.0)
+        mark = tl.sum(fingerprint(newest[None, :]), 0)
+        tl.store(fingerprints + space * slots + slot, mark)
         if slot > 0:
             cosine = tl.full([], 0.0, tl.float32)
-            place = key + slot.to(tl.int64) * stride_l + d * stride_d
+            pair = first_head + slot.to(tl.int64) * stride_l + d * stride_d
             for _ in range(kv_heads):
-                here = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-                last = tl.load(place - stride_l, mask=inside, other=0.0).to(tl.float32)
+                here = tl.load(pair, mask=inside, other=0.0).to(tl.float32)
+                last = tl.load(pair - stride_l, mask=inside, other=0.0).to(tl.float32)
                 lengths = tl.maximum(tl.sqrt(tl.sum(here * here, 0)), 1e-12)
                 lengths *= tl.maximum(tl.sqrt(tl.sum(last * last, 0)), 1e-12)
                 cosine += tl.sum(here * last, 0) / lengths
-                place += stride_h
+                pair += stride_h
             cosine = tl.where(cosine == cosine, cosine / kv_heads, 0.0)
             rated = tl.floor((1.0 - cosine) * 127.5 + 0.5)
             rated = tl.minimum(tl.maximum(rated, 0.0), 255.0)
@@ -984,37 +1094,36 @@ def summarise_new(
             # The strongest boundary wins, and the last of those.
             best = tl.max(tl.where(cuts, boundary * MEMBERS + offset, -1), 0)
             length = best % MEMBERS + 1
-            number = open_slot // SHORTEST
-            tl.store(span + number, (open_slot % SHORTEST << 16) + length)
-            behind = number + 1 + tl.arange(0, LOOK)
+            chunk = open_slot // SHORTEST
+            tl.store(span + chunk, (open_slot % SHORTEST << 16) + length)
+            behind = chunk + 1 + tl.arange(0, LOOK)
             tl.store(
                 span + behind, tl.zeros([LOOK], tl.int32),
                 mask=behind * SHORTEST < open_slot + length,
             )
             over_0_0 = tl.full([DIM], 0.0, tl.float32)
             for low in range(0, LONGEST, 16):
+                place = (open_slot + low + tl.arange(0, 16)).to(tl.int64)
                 member = low + tl.arange(0, 16) < length
-                within = (open_slot + low + tl.arange(0, 16)).to(tl.int64)
                 keys = tl.load(
-                    own + within[:, None] * stride_l + d[None, :] * stride_d,
-                    mask=member[:, None] & inside[None, :], other=0.0,
+                    key + place[:, None] * stride_l + d[None, :] * stride_d, mask=member[:, None] & inside[None, :], other=0.0
                 ).to(tl.float32)
                 over_0_0 = over_0_0 + tl.sum(tl.where(member[:, None], keys, 0.0), 0)
             over_1_0 = tl.full([], float("-inf"), tl.float32)
             for low in range(0, LONGEST, 16):
+                place = (open_slot + low + tl.arange(0, 16)).to(tl.int64)
                 member = low + tl.arange(0, 16) < length
-                within = (open_slot + low + tl.arange(0, 16)).to(tl.int64)
                 keys = tl.load(
-                    own + within[:, None] * stride_l + d[None, :] * stride_d,
-                    mask=member[:, None] & inside[None, :], other=0.0,
+                    key + place[:, None] * stride_l + d[None, :] * stride_d, mask=member[:, None] & inside[None, :], other=0.0
                 ).to(tl.float32)
                 over_1_0 = tl.maximum(over_1_0, tl.max(tl.where(member, tl.sum(tl.where(inside[None, :], (((-1.0 * ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32))[None, :] + keys) * ((-1.0 * ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32))[None, :] + keys)), 0.0), 1), float("-inf")), 0))
-            at = space * numbers + number
-            tl.store(label_2 + at, 0)
+            at = space * numbers + chunk
             field_chunk_mean = ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32)
             tl.store(summary_chunk_mean + at * HEAD_DIM + d, field_chunk_mean.to(summary_chunk_mean.dtype.element_ty), mask=inside)
             field_chunk_radius = tl.sqrt(over_1_0)
-            tl.store(summary_chunk_radius + at, field_chunk_radius)
+            tl.store(summary_chunk_radius + at, field_chunk_radius.to(summary_chunk_radius.dtype.element_ty))
+            tl.store(label_2 + at, 0)
+            tl.store(open_2 + space, tl.minimum(tl.load(open_2 + space), chunk))
         tl.debug_barrier()
     if (kv_head == 0) & (written > 0):
         last = written_slots(
@@ -1030,7 +1139,7 @@ def attend(
     value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
     partial, partial_top, partial_sum,
     kv_len, kv_heads, query_len, splits,
-    header, fingerprints, strength, span, numbers, label_2, summary_chunk_mean, summary_chunk_radius, slots,
+    header, fingerprints, strength, span, numbers, label_2, open_2, summary_chunk_mean, summary_chunk_radius, slots,
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
     histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, length,
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
@@ -1048,10 +1157,9 @@ def attend(
         if EARLY:
             tl.extra.cuda.gdc_wait()
         if t == 0:
-            summarise_new(
+            index_new(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-                header, fingerprints, strength, span, numbers, label_2, summary_chunk_mean, summary_chunk_radius, 
-                positions, position_stride_b, position_stride_t, written,
+                header, fingerprints, strength, span, numbers, label_2, open_2, summary_chunk_mean, summary_chunk_radius, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,
             )
     else:

@@ -416,7 +416,7 @@ def record_fingerprints(
 
 @triton.jit
 def estimate_0(
-    queries, key, key_stride_l, key_stride_d, summary_least, summary_greatest, group, held,
+    queries, summary_least, summary_greatest, group, held,
 ):
     """Estimate q.k for the groups [N] of level 0 that are held, bool [N]: [ROWS, N]."""
     d = tl.arange(0, DIM)
@@ -429,13 +429,15 @@ def estimate_0(
 @triton.jit
 def scan_0(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-summary_least, summary_greatest, scores, totals, counts, counts_stride, histogram,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, slots,
+    groups,
+    summary_least, summary_greatest, scores, totals, counts, counts_stride,
+    histogram,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, slots, items, kv_heads, query_len, tiles, length,
-    STEPS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
+    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of STEPS * SCANNED_0 groups for each head, and of its sum.
+    """Store log2 of the estimated mass of groups of level 0 for each head, and of its sum.
 
     A group's score stands for every indexed token of it that some head sees. Counters of later
     kernels are cleared here. One more program looks if the index is stale.
@@ -445,10 +447,11 @@ summary_least, summary_greatest, scores, totals, counts, counts_stride, histogra
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
     )
-    if tile == tiles:
+    if tile == scan_tiles:
         if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
             check_sample(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -459,8 +462,6 @@ summary_least, summary_greatest, scores, totals, counts, counts_stride, histogra
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
-    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-    space = (b * kv_heads + kv_head).to(tl.int64) * (slots // SIZE_0)
     first, end = seen_range(b, t, kv_len, length)
     known = tl.minimum(end, fresh)
     g = tl.arange(0, ROWS)
@@ -474,8 +475,7 @@ summary_least, summary_greatest, scores, totals, counts, counts_stride, histogra
         summarised = group * SIZE_0 + SIZE_0 <= fresh
         held = summarised & (shown > 0)
         s = estimate_0(
-            queries, key, key_stride_l, key_stride_d,
-summary_least + space * HEAD_DIM, summary_greatest + space * HEAD_DIM, group, held,
+            queries, summary_least + space * groups * HEAD_DIM, summary_greatest + space * groups * HEAD_DIM, group, held,
         )
         mass = score(s, b, heads[:, None], t, (group * SIZE_0)[None, :], held[None, :], length)
         mass += tl.log2(tl.maximum(shown, 1).to(tl.float32))[None, :]
@@ -484,9 +484,9 @@ summary_least + space * HEAD_DIM, summary_greatest + space * HEAD_DIM, group, he
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
         mass = tl.where(((shown > 0) & (summarised == 0))[None, :], float("inf"), mass)
-        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & (item < items)[None, :])
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
-    tl.store(totals + (head_row.to(tl.int64) * tiles + tile) * ROWS + g, whole)
+    tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
         tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
@@ -500,7 +500,7 @@ def rank_0(
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of RANKED groups, and count the groups in each bin.
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
     No group that may be chosen is in the first bin. One without a summary is in the last.
     """
@@ -510,10 +510,11 @@ def rank_0(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
     )
-    first, begin, stop, _ = always_read(
+    first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
     g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
@@ -536,7 +537,7 @@ def rank_0(
 def list_0(
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, kv_heads, query_len, tiles, length,
+    kv_len, items, kv_heads, query_len, tiles, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """List the slots of the best of RANKED groups, as candidates that `attend` reads for certain.
@@ -549,6 +550,7 @@ def list_0(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
     )
@@ -557,16 +559,16 @@ def list_0(
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
     room = tl.where(stop - begin <= room, candidate_room // SIZE_0, room // SIZE_0)
-    lots, item = tl.num_programs(1), tl.arange(0, RANKED)
+    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
     mine = head_row.to(tl.int64) * lots + lot
-    entry = tl.load(group_bins + mine * RANKED + item).to(tl.int32)
+    there, group = item < items, item
+    entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    candidates += head_row.to(tl.int64) * candidate_room
+    bins += head_row.to(tl.int64) * candidate_room
     of_lot = chosen_of_tiles(ranks + (mine - lot) * BINS, cut, left, at_cut, lots, LOTS)
     before = tl.sum(tl.where(tl.arange(0, LOTS) < lot, of_lot, 0), 0)
     chosen, place, _ = choose_by_bin(entry, cut, left, at_cut)
-    group = lot * RANKED + item
-    candidates += head_row.to(tl.int64) * candidate_room
-    bins += head_row.to(tl.int64) * candidate_room
     for low in range(0, 16, 16):
         inner = low + tl.arange(0, 16)[None, :]
         child = (group * 16)[:, None] + inner
@@ -579,7 +581,7 @@ def list_0(
 
 
 @triton.jit
-def summarise_new(
+def index_new(
     key, stride_b, stride_h, stride_l, stride_d,
     header, fingerprints, summary_least, summary_greatest, positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, kv_len,
@@ -646,7 +648,7 @@ def attend(
         if EARLY:
             tl.extra.cuda.gdc_wait()
         if t == 0:
-            summarise_new(
+            index_new(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
                 header, fingerprints, summary_least, summary_greatest, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,

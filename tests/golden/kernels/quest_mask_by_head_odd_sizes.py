@@ -424,7 +424,7 @@ def record_fingerprints(
 
 @triton.jit
 def estimate_0(
-    queries, key, key_stride_l, key_stride_d, summary_least, summary_greatest, group, held,
+    queries, summary_least, summary_greatest, group, held,
 ):
     """Estimate q.k for the groups [N] of level 0 that are held, bool [N]: [ROWS, N]."""
     d = tl.arange(0, DIM)
@@ -437,13 +437,15 @@ def estimate_0(
 @triton.jit
 def scan_0(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-summary_least, summary_greatest, scores, totals, counts, counts_stride, histogram,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, slots,
+    groups,
+    summary_least, summary_greatest, scores, totals, counts, counts_stride,
+    histogram,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, slots, items, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
-    STEPS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store log2 of the estimated mass of STEPS * SCANNED_0 groups for each head, and of its sum.
+    """Store log2 of the estimated mass of groups of level 0 for each head, and of its sum.
 
     A group's score stands for every indexed token of it that some head sees. Counters of later
     kernels are cleared here. One more program looks if the index is stale.
@@ -453,10 +455,11 @@ summary_least, summary_greatest, scores, totals, counts, counts_stride, histogra
     b, t = row // query_len, row % query_len
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
     )
-    if tile == tiles:
+    if tile == scan_tiles:
         if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
             check_sample(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -467,8 +470,6 @@ summary_least, summary_greatest, scores, totals, counts, counts_stride, histogra
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
-    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-    space = (b * kv_heads + kv_head).to(tl.int64) * (slots // SIZE_0)
     first, end = tl.full([], 2**30, tl.int32), tl.full([], 0, tl.int32)
     g = tl.arange(0, ROWS)
     scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
@@ -487,8 +488,7 @@ summary_least, summary_greatest, scores, totals, counts, counts_stride, histogra
         summarised = group * SIZE_0 + SIZE_0 <= fresh
         held = summarised & (shown > 0)
         s = estimate_0(
-            queries, key, key_stride_l, key_stride_d,
-summary_least + space * HEAD_DIM, summary_greatest + space * HEAD_DIM, group, held,
+            queries, summary_least + space * groups * HEAD_DIM, summary_greatest + space * groups * HEAD_DIM, group, held,
         )
         mass = score(s, b, heads[:, None], t, (group * SIZE_0)[None, :], held[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
         mass += tl.log2(tl.maximum(shown, 1).to(tl.float32))[None, :]
@@ -497,9 +497,9 @@ summary_least + space * HEAD_DIM, summary_greatest + space * HEAD_DIM, group, he
         total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
         top = most
         mass = tl.where(((shown > 0) & (summarised == 0))[None, :], float("inf"), mass)
-        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & (item < items)[None, :])
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
     whole = tl.where(total > 0, top + tl.log2(total), -1e30)
-    tl.store(totals + (head_row.to(tl.int64) * tiles + tile) * ROWS + g, whole)
+    tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
     tl.store(tile_first + head_row * tiles + tile, first)
     tl.store(tile_end + head_row * tiles + tile, end)
     if tile == 0:
@@ -515,7 +515,7 @@ def rank_0(
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of RANKED groups, and count the groups in each bin.
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
     No group that may be chosen is in the first bin. One without a summary is in the last.
     """
@@ -525,10 +525,11 @@ def rank_0(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
     )
-    first, begin, stop, _ = always_read(
+    first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, TILES
     )
     g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
@@ -551,7 +552,7 @@ def rank_0(
 def list_0(
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    kv_len, items, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """List the slots of the best of RANKED groups, as candidates that `attend` reads for certain.
@@ -564,6 +565,7 @@ def list_0(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
     )
@@ -572,16 +574,16 @@ def list_0(
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
     room = tl.where(stop - begin <= room, candidate_room // SIZE_0, room // SIZE_0)
-    lots, item = tl.num_programs(1), tl.arange(0, RANKED)
+    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
     mine = head_row.to(tl.int64) * lots + lot
-    entry = tl.load(group_bins + mine * RANKED + item).to(tl.int32)
+    there, group = item < items, item
+    entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    candidates += head_row.to(tl.int64) * candidate_room
+    bins += head_row.to(tl.int64) * candidate_room
     of_lot = chosen_of_tiles(ranks + (mine - lot) * BINS, cut, left, at_cut, lots, LOTS)
     before = tl.sum(tl.where(tl.arange(0, LOTS) < lot, of_lot, 0), 0)
     chosen, place, _ = choose_by_bin(entry, cut, left, at_cut)
-    group = lot * RANKED + item
-    candidates += head_row.to(tl.int64) * candidate_room
-    bins += head_row.to(tl.int64) * candidate_room
     for low in range(0, 16, 16):
         inner = low + tl.arange(0, 16)[None, :]
         child = (group * 16)[:, None] + inner
@@ -594,7 +596,7 @@ def list_0(
 
 
 @triton.jit
-def summarise_new(
+def index_new(
     key, stride_b, stride_h, stride_l, stride_d,
     header, fingerprints, summary_least, summary_greatest, positions, position_stride_b, position_stride_t, written,
     b, kv_head, slots, kv_heads, kv_len,
@@ -661,7 +663,7 @@ def attend(
         if EARLY:
             tl.extra.cuda.gdc_wait()
         if t == 0:
-            summarise_new(
+            index_new(
                 key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
                 header, fingerprints, summary_least, summary_greatest, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,

@@ -1,4 +1,4 @@
-"""The index of one key cache on a device for a policy of levels: summaries of its full groups."""
+"""Base of the indexes of levels on a device: fingerprints, and views by level."""
 
 from __future__ import annotations
 
@@ -8,59 +8,40 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.index import REFIT, DeviceIndex
+from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.record import record_fingerprints
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
-from lychee_compile.kernels.reference.dominant_pairs import (
-    REFIT_GROWTH,
-    channels_of,
-    fitted_tokens,
-)
-from lychee_compile.kernels.reference.level_values import summaries
-
-SUMMARISED_AT_ONCE = 8192
-"""Number of keys of a row that are summarised at a time, to bound the memory of building."""
+from lychee_compile.kernels.reference.clustered import Columns
 
 
 class LevelDeviceIndex(DeviceIndex):
-    """Summaries of the full groups of one cache, at each level."""
+    """An index of levels, whose memory is built by the functions of the plain form."""
 
     layout: LevelLayout
 
-    def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
-        """Summarise each full group in the slots [0, ends[b]) of `key` [B, Hkv, L, D].
+    def __init__(self, layout: LevelLayout, device: torch.device) -> None:
+        super().__init__(layout, device)
+        self.named = self.parts._asdict()
+        """Views of the memory, by name."""
 
-        A row that ends earlier than others gets its summaries as it fills its groups.
-        """
-        parts = self.parts._asdict()
-        for level in self.layout.stack.levels:
-            size = level.groups.size
-            full, at_once = max(ends) // size, max(SUMMARISED_AT_ONCE // size, 1)
-            for begin in range(0, full if level.fields else 0, at_once):
-                end = min(begin + at_once, full)
-                keys = key[:, :, begin * size : end * size].unflatten(2, (end - begin, size))
-                every = keys.new_ones(size, dtype=bool)
-                for name, value in summaries(level, keys, every).items():
-                    part = parts[f"summary_{name}"][: len(ends), :, begin:end]
-                    part.copy_(value if level.channels[name] else value[..., 0])
-        self._fit(key, ends)
-        record_fingerprints(module, key, parts["fingerprints"], max(ends))
+    def clear(self) -> None:
+        """Forget all that the index holds, but for who may trust it."""
+        for part in self.parts[1:]:
+            part.zero_()
+
+    def columns(self, number: int, rows: int) -> Columns:
+        """Return the numbers of the groups of a level, as `reference/clustered.py` has them."""
+        level, named = self.layout.stack.levels[number], self.named
+        found = {name: named[f"summary_{name}"][:rows] for name in level.fields}
+        if f"tokens_{number}" in named:
+            found |= {name: named[f"{name}_{number}"][:rows] for name in ("tokens", "first", "end")}
+        return found
+
+    def record(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Hash the keys in the slots [0, ends[b]), and trust the index."""
+        record_fingerprints(module, key, self.named["fingerprints"], max(ends))
         self.trust(ends)
 
-    def refit_after(self, end: int) -> int:
-        """Return how many keys may follow until channels are chosen anew."""
-        if self.layout.stack.pairs is None:
-            return super().refit_after(end)
-        return max(REFIT_GROWTH * int(fitted_tokens(torch.tensor(end))) - end, REFIT)
-
-    def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
-        """Choose the channels anew. Summaries stay: the keys of a group alone decide them."""
-        self._fit(key, ends)
-
-    def _fit(self, key: Tensor, ends: Sequence[int]) -> None:
-        """Choose the channels that estimates read, from the keys in the slots [0, ends[b])."""
-        pairs = self.layout.stack.pairs
-        if pairs is not None:
-            tokens = fitted_tokens(torch.tensor(ends))
-            found = channels_of(key[: len(ends)], tokens, pairs)
-            self.parts._asdict()["channels"][: len(ends)] = found
+    def written(self, rows: int) -> Tensor:
+        """Return the slot after the last one written in each row, int64 [rows]."""
+        return self.parts.header[1 : 1 + rows].long()

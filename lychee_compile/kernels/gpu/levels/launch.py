@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -15,15 +14,9 @@ from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
-from lychee_compile.kernels.levels.declaration import LevelStack
+from lychee_compile.kernels.gpu.levels.shares import Shares, shares_of_levels
 from lychee_compile.kernels.sizes import BINS, power_of_two
 
-PROGRAMS = 512
-"""About how many programs a scan has."""
-USUAL_STEPS = 8
-"""Times that a program of a scan goes on to further groups, unless rows are very long."""
-MOST_TILES = 1024
-"""Most programs of a scan for one row, as later kernels load what each has left at once."""
 WINDOW = 4096
 """Slots that a program of `scan_window` looks at."""
 
@@ -36,146 +29,111 @@ def run_levels(
 ) -> Tensor:
     """Return attention over the best groups of the last level, [B, Hq, T, Dv].
 
-    Groups that the slots just written have filled are summarised. Raises TypeError for an index of
-    another method.
+    What the slots just written have completed is indexed. Raises TypeError for an index of another
+    method.
     """
     layout = index.layout
     if not isinstance(layout, LevelLayout):
         raise TypeError(f"kernels of levels read the index of a LevelLayout, got {layout!r}")
     step = SparseStep(module, operands, index, tuning)
-    if not layout.stack.levels:
-        return _attend_to_window(step)
-    sizes = _sizes(module, layout.stack, layout.slots, step.rows)
-    arguments = _arguments(step, layout.stack, sizes)
-    for number in range(len(sizes)):
-        _rank(step, layout.stack, sizes, number, arguments)
-    last, of_tokens = sizes[-1], layout.stack.last_size == 1
-    examined = last.items if of_tokens else last.room
-    return step.attend(arguments, examined, paged=len(sizes) > 1 or not of_tokens)
+    shares = shares_of_levels(module, layout, step.rows)
+    looks = hasattr(module, "scan_window")
+    tiles = -(-layout.slots // WINDOW) if looks or layout.stack.uneven else shares[0].tiles
+    arguments = _arguments(step, shares, tiles)
+    if looks:
+        grid, own = (step.rows, tiles + 1), {**arguments, "SEEN": WINDOW}
+        launch(module.scan_window, grid, own, num_warps=4, num_stages=1)
+    for number in range(len(shares)):
+        _rank(step, shares, number, arguments, checks=number == 0 and not looks)
+    return _attend(step, shares, arguments)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Shares of the groups of one level of a row among programs."""
-
-    items: int
-    """Groups that are scored, at most."""
-    steps: int
-    """Times that a program of the scan takes its groups."""
-    tiles: int
-    """Programs of the scan."""
-    lots: int
-    """Programs that rank groups."""
-    room: int
-    """Children of the chosen groups, at most; 0: tokens have none."""
-
-
-def _sizes(module: ModuleType, stack: LevelStack, slots: int, rows: int) -> list[_Sizes]:
-    """Return the shares of each level, for an index of `slots`; `rows` are scanned together."""
-    found: list[_Sizes] = []
-    for number, level in enumerate(stack.levels):
-        size = level.groups.size
-        items = found[-1].room if found else slots // size
-        scans = -(-items // getattr(module, f"SCANNED_{number}").value)
-        steps = min(power_of_two(-(-rows * scans // PROGRAMS)), USUAL_STEPS)
-        steps = max(steps, power_of_two(-(-scans // MOST_TILES)))
-        lots = -(-items // module.RANKED.value)
-        if number + 1 < len(stack.levels):
-            kept = min(getattr(module, f"KEPT_{number}").value, items)
-            room = kept * (size // stack.levels[number + 1].groups.size)
-            # A row of children is as long as a row of the bins that they get.
-            room = -(-room // module.RANKED.value) * module.RANKED.value
-        else:
-            room = 0 if size == 1 else min(items * size, (module.BUDGET.value // size + 2) * size)
-        found.append(_Sizes(items, steps, -(-scans // steps), lots, room))
-    return found
-
-
-def _arguments(step: SparseStep, stack: LevelStack, sizes: list[_Sizes]) -> dict[str, object]:
+def _arguments(step: SparseStep, shares: list[Shares], tiles: int) -> dict[str, object]:
     """Return the arguments that the kernels of all levels share, by name."""
     rows, want = step.rows, step.wanted.want
-    for number, (level, size) in enumerate(zip(stack.levels, sizes, strict=True)):
-        want(f"scores_{number}", torch.float32, rows, step.operands.group, size.items)
-        want(f"totals_{number}", torch.float32, rows, size.tiles, step.module.ROWS.value)
-        want(f"bins_{number}", torch.uint8, rows, size.lots * step.module.RANKED.value)
-        if size.room:
-            want(f"ranks_{number}", torch.int32, rows, size.lots, BINS)
-            want(f"counts_{number}", torch.int32, rows, BINS)
-            want(f"candidates_{number}", torch.int32, rows, size.room)
-            want(f"count_{number}", torch.int32, rows)
-            if level is stack.levels[-1]:
-                want("bins", torch.uint8, rows, size.room)
-    arguments = step.arguments(sizes[0].tiles)
-    return {**arguments, **_for_attend(step, stack, sizes)}
+    want("candidate_count", torch.int32, rows)
+    for number, share in enumerate(shares):
+        want(f"scores_{number}", torch.float32, rows, step.operands.group, share.items)
+        want(f"totals_{number}", torch.float32, rows, share.tiles, step.module.ROWS.value)
+        want(f"bins_{number}", torch.uint8, rows, share.lots * step.module.RANKED.value)
+        for name in ("ranks", "child_ranks"):
+            want(f"{name}_{number}", torch.int32, rows, share.lots if share.room else 0, BINS)
+        want(f"counts_{number}", torch.int32, rows, BINS)
+        want(f"child_counts_{number}", torch.int32, rows, BINS)
+        want(f"candidates_{number}", torch.int32, rows, share.room)
+        want(f"count_{number}", torch.int32, rows)
+    spreads = hasattr(step.module, "spread_0")
+    room = step.index.layout.slots if spreads else shares[-1].room if shares else 0
+    want("bins", torch.uint8, rows, room)
+    arguments = {**step.arguments(tiles), "numbers": shares[-1].groups if shares else 0}
+    return arguments | _for_attend(step, shares)
 
 
-def _for_attend(step: SparseStep, stack: LevelStack, sizes: list[_Sizes]) -> dict[str, object]:
+def _for_attend(step: SparseStep, shares: list[Shares]) -> dict[str, object]:
     """Return where `attend` finds the bins of what may be chosen, by the names that it has."""
-    scratch, last = step.scratch, len(sizes) - 1
-    of_tokens = stack.last_size == 1
+    scratch, last = step.scratch, len(shares) - 1
+    of_tokens = bool(shares) and not (shares[-1].room or hasattr(step.module, "spread_0"))
     listed = last - of_tokens  # the level whose list holds the slots to choose from
     bins = scratch[f"bins_{last}"] if of_tokens else scratch["bins"]
-    stand_in = scratch["chosen_list"]
-    return {
-        "bins": bins,
-        "bin_room": bins.shape[1],
-        "candidates": scratch[f"candidates_{listed}"] if listed >= 0 else stand_in,
-        "candidate_count": scratch[f"count_{listed}"] if listed >= 0 else stand_in,
-    }
+    found = {"bins": bins, "bin_room": bins.shape[1], "candidates": scratch["chosen_list"]}
+    if listed >= 0:
+        found["candidates"] = scratch[f"candidates_{listed}"]
+        found["candidate_count"] = scratch[f"count_{listed}"]
+    return found
 
 
 def _rank(
     step: SparseStep,
-    stack: LevelStack,
-    sizes: list[_Sizes],
+    shares: list[Shares],
     number: int,
     arguments: Mapping[str, object],
+    checks: bool,
 ) -> None:
-    """Score the groups of a level, find the bins of their shares, and list the best."""
-    module, scratch, size = step.module, step.scratch, sizes[number]
-    is_last = number + 1 == len(sizes)
-    of_tokens = is_last and stack.last_size == 1
+    """Score the groups of a level, find the bins of their shares, and list what is in the best."""
+    module, scratch, share = step.module, step.scratch, shares[number]
+    of_tokens = number + 1 == len(shares) and not share.room
     counts = scratch["histogram"][:, int(number > 0)] if of_tokens else scratch[f"counts_{number}"]
-    own = {
+    named = ("scores", "totals", "ranks", "child_ranks", "child_counts", "candidates")
+    own: dict[str, object] = {
         **arguments,
-        "scores": scratch[f"scores_{number}"],
-        "totals": scratch[f"totals_{number}"],
+        **{name: scratch[f"{name}_{number}"] for name in named},
+        "candidate_count": scratch[f"count_{number}"],
+        "candidate_room": share.room,
         "group_bins": scratch[f"bins_{number}"],
         "counts": counts,
         "counts_stride": counts.stride(0),
-        "items": size.items,
-        "scan_tiles": size.tiles,
-        "SCAN_TILES": power_of_two(size.tiles),
-        "STEPS": size.steps,
-        "LOTS": power_of_two(size.lots),
+        "groups": share.groups,
+        "items": share.items,
+        "scan_tiles": share.tiles,
+        "SCAN_TILES": power_of_two(share.tiles),
+        "STEPS": share.steps,
+        "LOTS": power_of_two(share.lots),
     }
     if number:
         own["listed"] = scratch[f"candidates_{number - 1}"]
+        own["listed_room"] = shares[number - 1].room
         own["listed_count"] = scratch[f"count_{number - 1}"]
-    if size.room:
-        own["ranks"] = scratch[f"ranks_{number}"]
-        own["candidates"] = scratch[f"candidates_{number}"]
-        own["candidate_count"] = scratch[f"count_{number}"]
-        own["candidate_room"] = size.room
-    extra = 0 if number else 1  # the last programs compare some keys
-    waits = step.waits if number else {}
-    scan = getattr(module, f"scan_{number}")
-    tiles = {"tiles": size.tiles} if number else {}
-    launch(
-        scan, (step.rows, size.tiles + extra), {**own, **tiles}, num_warps=4, num_stages=3, **waits
-    )
-    kernels = [getattr(module, f"rank_{number}")]
-    kernels += [getattr(module, f"list_{number}")] if size.room else []
-    for kernel in kernels:
-        launch(kernel, (step.rows, size.lots), own, num_warps=4, num_stages=1, **step.waits)
+    if number + 1 < len(shares):
+        own["child_groups"] = shares[number + 1].groups
+    scan, grid = getattr(module, f"scan_{number}"), (step.rows, share.tiles + checks)
+    waits = {} if checks else step.waits  # one more program compares some keys
+    launch(scan, grid, own, num_warps=4, num_stages=3, **waits)
+    for name in (f"rank_{number}", f"list_{number}"):
+        if hasattr(module, name):
+            kernel = getattr(module, name)
+            launch(kernel, (step.rows, share.lots), own, num_warps=4, num_stages=1, **step.waits)
 
 
-def _attend_to_window(step: SparseStep) -> Tensor:
-    """Return attention over the first and the last tokens."""
-    tiles = -(-step.index.layout.slots // WINDOW)
-    step.wanted.want("candidate_count", torch.int32, step.rows)
-    arguments = step.arguments(tiles)
-    arguments |= {"SEEN": WINDOW, "bin_room": 1, "bins": step.scratch["histogram"]}
-    arguments |= {"candidates": step.scratch["chosen_list"]}
-    launch(step.module.scan_window, (step.rows, tiles + 1), arguments, num_warps=4, num_stages=1)
-    return step.attend(arguments, 1, paged=True)
+def _attend(step: SparseStep, shares: list[Shares], arguments: Mapping[str, object]) -> Tensor:
+    """Return attention over what the last level has chosen, or may choose."""
+    module, slots = step.module, step.index.layout.slots
+    if not shares:
+        return step.attend(arguments, 1, paged=True)
+    if not hasattr(module, "spread_0"):
+        examined = shares[-1].room or shares[-1].items
+        return step.attend(arguments, examined, paged=bool(len(shares) > 1 or shares[-1].room))
+    clusters = step.scratch["bins_0"]
+    own = {**arguments, "group_bins": clusters, "group_room": clusters.shape[1]}
+    grid = (step.rows, -(-slots // module.SPREAD.value))
+    launch(module.spread_0, grid, own, num_warps=4, num_stages=1, **step.waits)
+    return step.attend(arguments, slots, paged=False)

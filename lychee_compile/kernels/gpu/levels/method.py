@@ -11,9 +11,20 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.layout import IndexLayout, IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.levels.chunk_index import ChunkDeviceIndex
 from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
 from lychee_compile.kernels.gpu.levels.launch import run_levels
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.gpu.levels.page_index import PageDeviceIndex
+from lychee_compile.kernels.gpu.levels.token_cluster_index import TokenClusterDeviceIndex
+from lychee_compile.kernels.levels.groups import Chunks, GroupSettings, TokenClusters
+from lychee_compile.kernels.policies.registry import levels_of
+
+_INDEXES: dict[type, type[LevelDeviceIndex]] = {
+    Chunks: ChunkDeviceIndex,
+    TokenClusters: TokenClusterDeviceIndex,
+}
+"""Indexes by the groups of the last level; pages have another."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +34,27 @@ class LevelMethod:
     policy: str
     multiple: int = 1
     notices_writes: bool = True
-    covers_mass: bool = True
+
+    @property
+    def covers_mass(self) -> bool:
+        """True if a choice can end at a share of the softmax."""
+        return not levels_of(self.policy).uneven
 
     def layout_of(self, key: Tensor) -> LevelLayout:
-        """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
+        """Return the layout of an index for a cache `key` [B, Hkv, L, D], by default settings."""
         return LevelLayout.over(key, self.policy)
 
+    def layout_with(self, settings: GroupSettings, key: Tensor) -> LevelLayout:
+        """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
+        return LevelLayout.over(key, self.policy, settings)
+
     def new_index(self, layout: IndexLayout, device: torch.device) -> LevelDeviceIndex:
-        """Return an empty index, which is not trusted."""
-        return LevelDeviceIndex(layout, device)
+        """Return an empty index, which is not trusted. Raises TypeError for another's layout."""
+        if not isinstance(layout, LevelLayout):
+            raise TypeError(f"an index of levels has a LevelLayout, got {layout!r}")
+        levels = layout.stack.levels
+        kind = _INDEXES.get(type(levels[-1].groups) if levels else object, PageDeviceIndex)
+        return kind(layout, device)
 
     def run(
         self,
@@ -40,5 +63,5 @@ class LevelMethod:
         index: IndexOperands,
         tuning: Tuning | None = None,
     ) -> Tensor:
-        """Return attention over the best groups, [B, Hq, T, Dv]; summarise those just filled."""
+        """Return attention over the best groups, [B, Hq, T, Dv], and index new keys."""
         return run_levels(module, operands, index, tuning)

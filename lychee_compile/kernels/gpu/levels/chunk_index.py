@@ -8,8 +8,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.uneven.layout import UnevenLayout
-from lychee_compile.kernels.gpu.uneven.recorded_index import UnevenDeviceIndex
+from lychee_compile.kernels.gpu.levels.child_lists import child_lists, first_open
+from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
+from lychee_compile.kernels.gpu.levels.layout import LevelLayout
 from lychee_compile.kernels.reference.chunk_table import (
     bounds_of,
     cut_more,
@@ -32,10 +33,10 @@ COMPARED_AT_ONCE = 8192
 """Number of keys of a row whose boundaries are rated at a time, to bound the memory of building."""
 
 
-class ChunkDeviceIndex(UnevenDeviceIndex):
+class ChunkDeviceIndex(LevelDeviceIndex):
     """Chunks of one cache, and clusters of these. Kernels cut and summarise what steps append."""
 
-    def __init__(self, layout: UnevenLayout, device: torch.device) -> None:
+    def __init__(self, layout: LevelLayout, device: torch.device) -> None:
         super().__init__(layout, device)
         self.clustered = 0
         """Number of chunks, in the row with most, when all were last clustered."""
@@ -91,17 +92,39 @@ class ChunkDeviceIndex(UnevenDeviceIndex):
         mean = mean_of_chunks(key, span, start, chunk)
         count = int(used.sum(1).max())
         rebuild = count >= REBUILD * self.clustered
-        names = [f"label_{number}" for number in range(1, len(above) + 1)]
-        before = [self.named[name][:rows].long() - 1 for name in names]
+        before = [self.named[f"label_{number}"][:rows].long() - 1 for number in self._below]
         before[-1] = before[-1][:, :, :numbers]
         labels = label_chunks(
             above, mean, tokens, None if rebuild else before, self.layout.settings
         )
         self.clustered = count if rebuild else self.clustered
-        for name, label in zip(names, labels, strict=True):
-            self.named[name][:rows].zero_()
-            self.named[name][:rows, :, : label.shape[2]] = (label + 1).to(torch.int32)
         of_slot = numbers_of_slots(span, used, last, chunk)
         for number, label in enumerate(labels_of_slots(labels, of_slot)):
             none = torch.zeros_like(label[..., 0])
             write_columns(above[number], key, label, self.columns(number, rows), none)
+        self._list(labels, used)
+
+    @property
+    def _below(self) -> range:
+        """The levels whose groups are in clusters."""
+        return range(1, len(self.layout.stack.levels))
+
+    def _list(self, labels: Sequence[Tensor], used: Tensor) -> None:
+        """Keep the labels of the groups of each level, int64 [B, Hkv, N], as lists by cluster.
+
+        `used`, bool [B, N], are the chunks that there are.
+        """
+        rows, named, groups = len(used), self.named, self.layout.groups
+        for number, short in zip(self._below, labels, strict=True):
+            room = groups[number] - short.shape[2]
+            label = torch.nn.functional.pad(short, (0, room), value=-1)
+            if f"tokens_{number}" in named:
+                there = named[f"tokens_{number}"][:rows] > 0
+            else:
+                there = torch.nn.functional.pad(used, (0, room))[:, None]
+            order, begin, count = child_lists(label, groups[number - 1])
+            named[f"label_{number}"][:rows] = (label + 1).to(torch.int32)
+            named[f"order_{number}"][:rows] = order
+            named[f"open_{number}"][:rows, :, 0] = first_open(label, there).to(torch.int32)
+            named[f"begin_{number - 1}"][:rows] = begin
+            named[f"children_{number - 1}"][:rows] = count

@@ -8,13 +8,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.uneven.recorded_index import UnevenDeviceIndex
+from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
 from lychee_compile.kernels.levels.groups import TokenClusters
 from lychee_compile.kernels.reference.clustered import write_columns
 from lychee_compile.kernels.reference.token_clusters import cluster_tokens
 
 
-class TokenClusterDeviceIndex(UnevenDeviceIndex):
+class TokenClusterDeviceIndex(LevelDeviceIndex):
     """Clusters of the tokens of one cache. Those that steps append wait for the next refit."""
 
     @property

@@ -1,1 +1,0 @@
-"""The method of declared policies whose groups differ in length: chunks and clusters."""
