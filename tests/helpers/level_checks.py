@@ -118,8 +118,8 @@ def check_chunks(steps: Steps, question: Question, read: Read, own: Tensor, tie:
     """Check the clusters that each level keeps, and the chunks that are read."""
     index, looked = steps.plain.index, None
     levels = index.stack.levels
-    for number, label in enumerate(index.labels):
-        columns = index.clusters[number]
+    for number, label in enumerate(index.above.labels):
+        columns = index.above.columns[number]
         rank, possible = index.ranks(question, levels[number], columns, looked)
         marks = kept_clusters(steps, read, number, rank)
         tokens = torch.where(possible, columns["tokens"][:, :, None].long(), 0)
@@ -144,6 +144,15 @@ def check_chunks(steps: Steps, question: Question, read: Read, own: Tensor, tie:
     taken = torch.where(size > 0, of_slot.gather(-1, wide[1]) - of_slot.gather(-1, wide[0]), 0)
     assert (taken.sum(-1) == own.sum(-1)).all(), "a slot of no chunk"
     check_weighed(taken > 0, rank, size, question.room, tie)
+
+
+def below(kept: Tensor, label: Tensor) -> Tensor:
+    """Return the groups that belong to a kept cluster, or to none yet: bool [B, Hkv, Tq, N].
+
+    `kept` is bool [B, Hkv, Tq, C]; `label`, int [B, Hkv, N], is the cluster of each group, or -1.
+    """
+    wide = label[:, :, None].expand(-1, -1, kept.shape[2], -1)
+    return (wide < 0) | kept.gather(-1, wide.clamp(min=0).long())
 
 
 def kept_clusters(steps: Steps, read: Read, number: int, rank: Tensor) -> Tensor:

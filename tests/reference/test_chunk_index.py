@@ -75,13 +75,13 @@ def test_chunks_that_came_since_are_looked_into_until_they_join_a_cluster():
     keys = random(1, 1, 2, 900, 16)
     index = made("lycheecluster", keys, budget=150)
     index.extend(keys, torch.tensor([500]))
-    assert (index.labels[-1][:, :, index.span[0] > 0] >= 0).all()
+    assert (index.above.labels[-1][:, :, index.span[0] > 0] >= 0).all()
     index.extend(keys, torch.tensor([600]))
-    waiting = (index.labels[-1] < 0) & (index.span > 0)[:, None]
+    waiting = (index.above.labels[-1] < 0) & (index.span > 0)[:, None]
     assert waiting.any()
     index.extend(keys, torch.tensor([760]))
-    assert not ((index.labels[-1] < 0) & (index.span > 0)[:, None]).any()
-    for columns in index.clusters:
+    assert not ((index.above.labels[-1] < 0) & (index.span > 0)[:, None]).any()
+    for columns in index.above.columns:
         assert (columns["tokens"].sum(-1) == index.open[:, None]).all()
 
 

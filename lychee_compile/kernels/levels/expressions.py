@@ -17,7 +17,7 @@ over the keys of a group; all else is elementwise.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Protocol, TypeVar
 
 import sympy
@@ -146,6 +146,7 @@ def evaluate(expression: sympy.Expr, algebra: Algebra[V], values: Mapping[str, V
     return _apply(expression, algebra, inner)
 
 
+@lru_cache(maxsize=4096)
 def _operands(expression: sympy.Expr) -> Sequence[sympy.Expr]:
     """Return the operands of an expression, in an order that is the same in every process."""
     if isinstance(expression, sympy.Pow):

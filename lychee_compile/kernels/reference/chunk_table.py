@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.levels.declaration import Level
@@ -18,13 +19,20 @@ from lychee_compile.kernels.reference.level_values import summaries
 
 SUMMARISED_AT_ONCE = 2048
 """Number of chunks whose keys are gathered at a time, to bound the memory of building."""
+CACHED_NUMBERS = 2**18
+"""Number of numbers that are gathered at a time on a CPU, so that they stay in its cache."""
 Chunk = tuple[int, int]
 """Lengths of the shortest and the longest chunk."""
 
 
-def bounds_of(span: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """Return first slot and length of each chunk, int64, of spans int32 [..., N]; 0: none."""
-    number = torch.arange(span.shape[-1], device=span.device)
+def bounds_of(
+    span: Tensor, chunk: Chunk, number: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return first slot and length of each chunk, int64, of spans int32 [..., N]; 0: none.
+
+    `number`, int64 broadcastable to the spans, are the numbers of the chunks; None: 0 to N - 1.
+    """
+    number = torch.arange(span.shape[-1], device=span.device) if number is None else number
     return number * chunk[0] + (span >> 16), (span & 65535).long()
 
 
@@ -41,7 +49,7 @@ def open_from(span: Tensor, used: Tensor, chunk: Chunk) -> Tensor:
     """Return the slot after the last of the chunks `used`, bool [B, N]: int64 [B]."""
     low, length = bounds_of(span, chunk)
     behind = torch.where(used, low + length, 0)
-    return torch.nn.functional.pad(behind, (1, 0)).amax(-1)
+    return F.pad(behind, (1, 0)).amax(-1)
 
 
 def cut_more(
@@ -79,6 +87,21 @@ def numbers_of_slots(span: Tensor, used: Tensor, slots: int, chunk: Chunk) -> Te
     return torch.where((begun >= 0) & inside, begun, -1)
 
 
+def number_at(span: Tensor, slots: Tensor, chunk: Chunk) -> Tensor:
+    """Return the number of the chunk that each slot is in, int64 [B, T]; -1: none.
+
+    `slots`, int64 [B, T], are -1 for none; `span` is int32 [B, N].
+    """
+    back = -(-(chunk[1] - 1) // chunk[0])
+    number = (slots // chunk[0])[..., None] - torch.arange(back + 1, device=span.device)
+    known = (number >= 0) & (number < span.shape[1]) & (slots >= 0)[..., None]
+    at = torch.where(known, number, 0).flatten(1)
+    held = F.pad(span, (0, 1)).gather(1, at).view(number.shape)
+    low, length = bounds_of(held, chunk, number)
+    inside = known & (low <= slots[..., None]) & (slots[..., None] < low + length)
+    return torch.where(inside, number, -1).amax(-1)
+
+
 def keys_of_chunks(
     key: Tensor, span: Tensor, number: Tensor, start: Tensor, chunk: Chunk
 ) -> tuple[Tensor, Tensor]:
@@ -110,8 +133,9 @@ def summarise_chunks(
 
     See `keys_of_chunks`. Chunks that are not `used`, bool [B, M], stay as they are.
     """
-    for begin in range(0, number.shape[1], SUMMARISED_AT_ONCE):
-        part = slice(begin, begin + SUMMARISED_AT_ONCE)
+    at_once = _at_once(key, chunk)
+    for begin in range(0, number.shape[1], at_once):
+        part = slice(begin, begin + at_once)
         keys, valid = keys_of_chunks(key, span, number[:, part], start, chunk)
         row, place = used[:, part].nonzero(as_tuple=True)
         at = number[:, part][row, place]
@@ -131,8 +155,16 @@ def mean_of_chunks(key: Tensor, span: Tensor, start: Tensor, chunk: Chunk) -> Te
     """Return the mean key of every chunk, float32 [B, Hkv, N, D]; 0 for numbers without one."""
     numbers = torch.arange(span.shape[1], device=key.device).expand(span.shape[0], -1)
     found = []
-    for part in numbers.split(SUMMARISED_AT_ONCE, 1):
+    for part in numbers.split(_at_once(key, chunk), 1):
         keys, valid = keys_of_chunks(key, span, part, start, chunk)
         total = torch.where(valid[..., None], keys.float(), 0).sum(3)
         found.append(total / valid.sum(-1).clamp(min=1)[..., None])
     return torch.cat(found, 2)
+
+
+def _at_once(key: Tensor, chunk: Chunk) -> int:
+    """Return how many chunks of the rows of `key` [B, Hkv, L, D] are gathered at a time."""
+    if key.device.type != "cpu":
+        return SUMMARISED_AT_ONCE
+    batch, heads, _, head_dim = key.shape
+    return min(max(CACHED_NUMBERS // (batch * heads * chunk[1] * head_dim), 16), SUMMARISED_AT_ONCE)
