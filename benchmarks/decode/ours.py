@@ -58,7 +58,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
 def _sketch(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
     """Return a call of "lychee" that sketches the newest key again, as a decoding step does."""
     module = sketch_module(query, key, value, budget)
-    index = SketchIndex(SketchLayout.of(key), key.device)
+    index = SketchIndex(SketchLayout.over(key), key.device)
     index.build(module, key, [key.shape[2]] * key.shape[0])
     return sketch_step(module, index, query, key, value)
 

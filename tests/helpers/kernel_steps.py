@@ -95,7 +95,7 @@ def compiled(function: Callable[..., Any] = decode, **options: Any) -> Callable[
 
 def upkeep_of(keys: Tensor, growing: bool = False) -> Any:
     """Return the owner of the index of a cache [B, Hkv, L, D]; None if the cache has no index."""
-    return registry.owner_of(keys, "lychee" if growing else SketchLayout.of(keys))
+    return registry.owner_of(keys, "lychee" if growing else SketchLayout.over(keys))
 
 
 def read_by(weights: Tensor, cache: Cache) -> Tensor:

@@ -22,7 +22,6 @@ from lychee_compile.kernels.levels.declaration import Pages
 from lychee_compile.kernels.reference.chunk_index import ChunkIndex
 from lychee_compile.kernels.reference.chunk_table import bounds_of
 from lychee_compile.kernels.reference.question import Question
-from lychee_compile.kernels.reference.uneven_index import below
 from lychee_compile.kernels.sizes import BINS
 
 if TYPE_CHECKING:

@@ -35,11 +35,9 @@ SMALLEST = 100
 
 def built(problem: Problem, end: int, slots: int | None = None) -> SketchIndex:
     """Return an index of the keys in the slots [0, end), with room for `slots`."""
-    layout = SketchLayout.of(problem.key)
+    layout = SketchLayout.over(problem.key)
     if slots is not None:
-        layout = SketchLayout(
-            layout.batch, layout.kv_heads, layout.head_dim, slots, layout.axes_dtype
-        )
+        layout = layout.resized(slots)
     index = SketchIndex(layout, problem.key.device)
     index.build(problem.module(), problem.key, [end] * problem.key.shape[0])
     return index
@@ -47,7 +45,8 @@ def built(problem: Problem, end: int, slots: int | None = None) -> SketchIndex:
 
 def copied(state: SketchState) -> SketchState:
     """Return the parts of an index as they are now."""
-    return SketchState(*(part.clone() for part in state))
+    own = {name: part.clone() for name, part in state._asdict().items() if hasattr(state, name)}
+    return SketchState(**own, chunks={name: part.clone() for name, part in state.chunks.items()})
 
 
 @dataclass

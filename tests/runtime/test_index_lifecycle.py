@@ -26,7 +26,7 @@ from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.stateful_graph import CacheArgument, StatefulGraph
 
 KEY = torch.randn(2, 3, 2000, 16)
-LAYOUT = SketchLayout.of(KEY)
+LAYOUT = SketchLayout.over(KEY)
 
 
 def use(written: int = 1, layout: SketchLayout | None = LAYOUT) -> CacheUse:

@@ -93,9 +93,11 @@ def layout_for(kernel: str, key: Tensor, policy: str | None = None) -> IndexLayo
     `key` is [B, Hkv, L, D]. `policy` is that of the module; None: the module is asked.
     """
     method = method_of_kernel(kernel) if policy is None else gpu_method(policy)
-    settings = settings_of(kernel) if isinstance(method, LevelMethod) else None
+    settings = settings_of(kernel)
     if isinstance(method, LevelMethod) and settings is not None:
         return method.layout_with(settings, key)
+    if isinstance(method, LycheeMethod) and settings is not None:
+        return method.layout_with(settings, load(kernel).FLAT_TOKENS, key)
     return method.layout_of(key)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,6 +17,10 @@ from lychee_compile.kernels.gpu.common.layout import (
     header_part,
     views_of,
 )
+from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.levels.declaration import LevelStack
+from lychee_compile.kernels.levels.groups import GroupSettings
+from lychee_compile.kernels.policies.decode.lychee import LYCHEE
 from lychee_compile.kernels.reference.sketch_axes import sketch_bits
 from lychee_compile.kernels.sizes import PAGE, power_of_two, whole_scans
 
@@ -26,6 +30,9 @@ BLOCK, LARGEST_BLOCK, BLOCKS = 8192, 32768, 32
 A step reads the axes of all blocks and scans each block apart. Blocks therefore have more slots in
 an index that would have more than 32 of them.
 """
+NARROWED_SLOTS, NARROWED_ROW = 2**23, 2**18
+"""Least number of slots of all rows and KV heads together, and of one row, from which on chunks
+narrow a choice. Below, it takes less time to scan all pages."""
 PAGE_STEP, PAGE_MIDDLE = 0.75, 5.625
 """A page's mean is coded in steps of 0.75 of a coordinate's step, around the middle of 0 to 15."""
 
@@ -70,7 +77,8 @@ def block_size(slots: int) -> int:
     return max(BLOCK, min(power_of_two(-(-slots // BLOCKS)), LARGEST_BLOCK))
 
 
-class SketchState(NamedTuple):
+@dataclass(frozen=True)
+class SketchState:
     """The parts of an index, views of its memory. Kernels take them by these names."""
 
     header: Tensor
@@ -92,6 +100,27 @@ class SketchState(NamedTuple):
     """Quantisation steps, float32 [B, Hkv, blocks, r]."""
     spread: Tensor
     """Mean variance of 4-bit coordinates within a page, in steps, float32 [B, Hkv, blocks, r4]."""
+    chunks: Mapping[str, Tensor] = field(default_factory=dict)
+    """Chunks and their clusters by name, see `LevelLayout`; empty if they do not narrow choices."""
+
+    def _asdict(self) -> dict[str, Tensor]:
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return own | own.pop("chunks")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._asdict().values())
+
+    def __getitem__(self, part: slice, /) -> tuple[Tensor, ...]:
+        return tuple(self)[part]
+
+
+class ChunkLayout(LevelLayout):
+    """Sizes of the chunks that narrow choices, and of their clusters."""
+
+    @property
+    def stack(self) -> LevelStack:
+        """The levels by which lychee narrows a long context."""
+        return LYCHEE
 
 
 @dataclass(frozen=True)
@@ -102,16 +131,51 @@ class SketchLayout:
     kv_heads: int
     head_dim: int
     slots: int
-    axes_dtype: torch.dtype = torch.float16
+    dtype: torch.dtype = torch.float16
+    """Dtype of the keys."""
+    settings: GroupSettings | None = None
+    """Settings of chunks; None: they never narrow a choice."""
+    narrowed_row: int = 0
+    """Least number of slots of a row from which on chunks narrow a choice, if they ever do."""
     policy: str = "lychee"
 
     @classmethod
-    def of(cls, key: Tensor) -> SketchLayout:
-        """Return the layout for a cache `key` [B, Hkv, L, D]."""
+    def over(
+        cls, key: Tensor, settings: GroupSettings | None = None, flat_tokens: int = 0
+    ) -> SketchLayout:
+        """Return the layout for a cache `key` [B, Hkv, L, D].
+
+        Contexts of up to `flat_tokens` are scanned token by token.
+        """
         batch, heads, length, head_dim = key.shape
-        # Products of axes and queries, or keys, take one dtype.
-        dtype = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float16
-        return cls(batch, heads, head_dim, whole_scans(length), dtype)
+        least = 0 if settings is None else max(NARROWED_ROW, flat_tokens + 1)
+        return cls(batch, heads, head_dim, whole_scans(length), key.dtype, settings, least)
+
+    def of(self, key: Tensor) -> SketchLayout:
+        """Return the layout for a cache `key` [B, Hkv, L, D], with the same settings."""
+        return replace(
+            self.over(key), settings=self.settings, narrowed_row=self.narrowed_row
+        )
+
+    @property
+    def axes_dtype(self) -> torch.dtype:
+        """Dtype of axes: products of these and queries, or keys, take one dtype."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+
+    @property
+    def narrows(self) -> bool:
+        """True if chunks narrow a choice, which the number of slots alone decides."""
+        whole = self.batch * self.kv_heads * self.slots
+        long = self.slots >= self.narrowed_row and whole >= NARROWED_SLOTS
+        return self.settings is not None and long
+
+    @property
+    def chunks(self) -> ChunkLayout | None:
+        """Layout of the chunks that narrow choices; None if they do not."""
+        if self.settings is None or not self.narrows:
+            return None
+        sizes = self.batch, self.kv_heads, self.head_dim, self.slots
+        return ChunkLayout(*sizes, self.dtype, self.policy, self.settings)
 
     @property
     def block(self) -> int:
@@ -128,17 +192,24 @@ class SketchLayout:
         return replace(self, slots=slots, batch=self.batch if batch is None else batch)
 
     def grows_to(self, slots: int) -> bool:
-        """Return True if blocks have as many slots in an index of `slots`."""
-        return self.block == block_size(slots)
+        """Return True if an index of `slots` has blocks of the same size, and chunks if we have."""
+        same = self.narrows == self.resized(slots).narrows
+        return same and self.block == block_size(slots)
 
     @property
     def size(self) -> int:
         """Number of bytes in all."""
-        return bytes_of(self._parts())
+        return bytes_of([*self._parts(), *self._tables()])
 
     def views(self, memory: Tensor) -> SketchState:
         """Return the parts of `memory`, uint8 [size]."""
-        return SketchState(**views_of(memory, self._parts()))
+        views = views_of(memory, [*self._parts(), *self._tables()])
+        own = {name: views.pop(name) for name, *_ in self._parts()}
+        return SketchState(**own, chunks=views)
+
+    def _tables(self) -> Iterator[Part]:
+        """Yield the parts of chunks and clusters."""
+        return iter(()) if self.chunks is None else self.chunks.tables()
 
     def _parts(self) -> Iterator[Part]:
         """Yield name, shape and dtype of each part, in order."""
