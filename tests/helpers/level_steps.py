@@ -56,13 +56,14 @@ class Case:
     seed: int = 0
     device: str = "cpu"
     chunk: tuple[int, int] = (8, 16)
+    coverage: float | None = None
 
     @property
     def config(self) -> IndexConfig:
         """Options of the plain form's index."""
         return IndexConfig(
             budget=self.budget, sinks=self.sinks, recent=self.recent, policy=self.policy,
-            chunk=self.chunk,
+            chunk=self.chunk, coverage=self.coverage,
         )  # fmt: skip
 
     @property
@@ -79,7 +80,7 @@ class Case:
     def problem(self, length: int, sparse: bool = True) -> Problem:
         """Return the attention whose first query is at the slot `length`."""
         sizes = self.budget, self.sinks, self.recent, 16, 65536
-        spec = SparseSpec(self.policy, *sizes, groups=self.settings)
+        spec = SparseSpec(self.policy, *sizes, self.coverage, self.settings)
         made = make_problem(
             self.dtype, self.sizes, self.score, self.mask, self.extra, self.layout,
             spec if sparse else None, length, self.seed,
@@ -122,6 +123,8 @@ class Asked:
     """Slots read, bool [B, Hkv, T, L]."""
     question: Question | None
     """None: everything fits into the budget."""
+    inputs: ScoreInputs
+    """Queries, keys and mask of the step."""
 
 
 @dataclass
@@ -187,13 +190,18 @@ class Steps:
 
         Both choices are compared, and the output with that of eager attention.
         """
+        problem, read, asked = self.step()
+        assert_alike(self, problem, read, asked)
+        problem.assert_as_good_as_eager(read.output, read.slots)
+
+    def step(self) -> tuple[Problem, Read, Asked]:
+        """Write, choose in both ways and attend."""
         self.write()
         problem, positions = self.problem(), self.positions()
         asked = self._ask(problem, positions)
         read = self._run(problem, positions)
         self.length += self.case.sizes.query_len
-        assert_alike(self, problem, read, asked)
-        problem.assert_as_good_as_eager(read.output, read.slots)
+        return problem, read, asked
 
     def kept_slots(self, read: Read, number: int) -> Tensor:
         """Return the slots in the pages that a level lists, bool [B, Hkv, T, L]."""
@@ -235,7 +243,7 @@ class Steps:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(index, "choose", noting(asked, index.choose))
             slots = select(index, inputs, case.budget).token_mask()
-        return Asked(slots, asked[0] if asked else None)
+        return Asked(slots, asked[0] if asked else None, inputs)
 
 
 EVENTS = ("step", "rewind", "rewind far", "written by another", "refit")

@@ -70,6 +70,19 @@ def test_the_kernels_read_the_pages_of_the_policy() -> None:
     assert (mine[whole] > PAGE // 2).all()
 
 
+@pytest.mark.usefixtures("kernels_on_cpu", "seeded")
+def test_kernels_that_cover_no_share_leave_attention_exact() -> None:
+    cache = Cache().fill(100)
+    step = compiled(policy="mean-pages", dense_layers=0, budget=68, coverage=0.9)
+    for _ in range(2):
+        assert_exact(cache.step(step))
+    (site,) = lychee_compile.reports()[-1].sites
+    wanted = (
+        "no GPU kernel of policy='mean-pages' supports coverage (got 0.9); set coverage=None or"
+    )
+    assert wanted in str(site.reason)
+
+
 @pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("mask", ["causal", "rows", "window"])
 def test_with_room_for_all_or_no_index_all_is_read(trusted: bool, mask: str) -> None:

@@ -127,8 +127,8 @@ def new_keys(steps, first, last):
     late = 5 * torch.arange(len(key))[:, None]
     positions = (torch.arange(first, last) - late).to(torch.int64)
     fields = [named[f"summary_{name}"] for name in layout.stack.levels[-1].fields]
-    last = len(layout.stack.levels) - 1
-    label = [named[f"label_{last}"], named[f"open_{last}"]] if last else []
+    chunks = len(layout.stack.levels) - 1
+    label = [named[f"label_{chunks}"], named[f"open_{chunks}"]] if chunks else []
     for b in range(key.shape[0]):
         for h in range(key.shape[1]):
             module.index_new[(1,)](

@@ -55,10 +55,6 @@ def only_site(function: Any, *inputs: Any, atol: float = 1e-5, **options: Any) -
     [
         ({"budget": None}, "budget=None asks for exact attention"),
         ({"policy": "oracle", "dense_layers": 0}, "no GPU kernel supports policy='oracle'"),
-        (
-            {"policy": "clusterkv", "dense_layers": 0, "coverage": 0.9},
-            "no GPU kernel of policy='clusterkv' supports coverage (got 0.9); set coverage=None or",
-        ),
         ({"epsilon": 0.1}, "no GPU kernel supports epsilon (got 0.1); set epsilon=None, or"),
     ],
 )

@@ -219,7 +219,7 @@ def _attend(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> list[
         names = "label, waiting, "
     shared: dict[str, object] = {"last_kind": kind, "kind": kind, "parts": names}
     shared |= {"number": number, "in_clusters": False, "narrows": False}
-    ended = {"by_mass": False} if kind == "pages" and stack.last_size > 1 else {}
+    ended = {"by_mass": False} if _is_listed(stack, number) else {}
     attend = fill("levels/attend.py.jinja", spec, **shared, **ended)
     return [_index_new(spec, stack, sparse, shared), attend]
 

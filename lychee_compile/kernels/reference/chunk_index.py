@@ -184,9 +184,11 @@ class ChunkIndex(UnevenIndex):
         begin = torch.maximum(first, question.begin[:, None, :, None])
         behind = torch.minimum(end, question.end[:, None, :, None])
         size = torch.where(possible, behind - begin, 0)
-        rank = rank.masked_fill(~possible, -torch.inf)
-        order = rank.argsort(dim=-1, descending=True, stable=True)
-        size = size.gather(-1, order)
+        order = rank.masked_fill(~possible, -torch.inf).argsort(
+            dim=-1, descending=True, stable=True
+        )
+        needed = self.needed(question, self.stack.levels[-1], groups, order, size)
+        size = torch.where(needed, size.gather(-1, order), 0)
         left = room[..., None] - (size.cumsum(-1) - size)
         taken = torch.minimum(left.clamp(min=0), size)
         most = int((taken > 0).sum(-1).max()) if taken.numel() else 0

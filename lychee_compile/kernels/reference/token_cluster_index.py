@@ -118,6 +118,10 @@ class TokenClusterIndex(UnevenIndex):
         at = label.clamp(min=0)
         member = (label >= 0) & question.candidates()[:, None, :, :slots]
         member = member & possible.gather(-1, at)
+        size = torch.zeros_like(order).scatter_add(-1, at, member.long())
+        needed = self.needed(question, self.stack.levels[0], self.columns, order, size)
+        wanted = torch.empty_like(needed).scatter_(-1, order, needed)
+        member = member & wanted.gather(-1, at)
         place = place.gather(-1, at).masked_fill(~member, rank.shape[-1])
         return _first_tokens(place, member, question.room)
 

@@ -57,6 +57,35 @@ class UnevenIndex(KVIndex):
         [B, 1 or Hkv, N]. Groups that are not `looked_into`, bool [B, Hkv, Tq, N], have no share;
         None: all are.
         """
+        score, shown = self._scores(question, level, groups, looked_into)
+        share = question.share(score.masked_fill(~shown[:, :, None], -torch.inf))
+        if self.stack.vote == "layer":
+            share = share.logsumexp(1, keepdim=True).expand_as(share)
+        share = share.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo().min)
+        first, end = (groups[name][:, :, None] for name in ("first", "end"))
+        between = (first < question.end[:, None, :, None]) & (
+            end > question.begin[:, None, :, None]
+        )
+        return share, shown & between
+
+    def needed(
+        self, question: Question, level: Level, groups: Columns, order: Tensor, size: Tensor
+    ) -> Tensor:
+        """Return which groups it takes, in `order`, to cover the share that is asked for.
+
+        `size`, int64 [B, Hkv, Tq, N], are the tokens of each group that may be chosen: its mass is
+        that of one of its keys, times their number. The result is bool like `order`, of that shape.
+        """
+        if question.may_miss is None:
+            return torch.ones_like(order, dtype=torch.bool)
+        score, _ = self._scores(question, level, groups, None)
+        mass = question.share(score + size.log()[:, :, None])
+        return question.needed(mass.gather(-1, order), mass)
+
+    def _scores(
+        self, question: Question, level: Level, groups: Columns, looked_into: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores of groups, [B, Hkv, G, Tq, N], and which have a share: see `ranks`."""
         first, end = (groups[name][:, :, None].long() for name in ("first", "end"))
         visible = question.visible
         begin = torch.maximum(first, visible.first[:, None, :, None])
@@ -69,15 +98,7 @@ class UnevenIndex(KVIndex):
         fields = {name: groups[name] for name in level.fields}
         raw = estimate(level, question.query, fields, question.scale)
         score = question.split(question.capped(question.scale * raw))
-        score = score + self.bias(question, level, begin, behind)
-        share = question.share(score.masked_fill(~shown[:, :, None], -torch.inf))
-        if self.stack.vote == "layer":
-            share = share.logsumexp(1, keepdim=True).expand_as(share)
-        share = share.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo().min)
-        between = (first < question.end[:, None, :, None]) & (
-            end > question.begin[:, None, :, None]
-        )
-        return share, shown & between
+        return score + self.bias(question, level, begin, behind), shown
 
     def bias(
         self, question: Question, level: Level, begin: Tensor, end: Tensor

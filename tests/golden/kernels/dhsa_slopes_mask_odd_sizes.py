@@ -621,9 +621,9 @@ def rank_0(
     possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
     share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
     entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+    size = tl.minimum(high, stop) - tl.maximum(low, begin)
     mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
     tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
-    size = tl.minimum(high, stop) - tl.maximum(low, begin)
     found = weigh_bins(counts + head_row * counts_stride, entry, size)
     tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
 
@@ -679,10 +679,10 @@ def list_0(
     place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
     for start in range(0, tl.max(take, 0), 16):
         inner = start + tl.arange(0, 16)[None, :]
-        mask = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
+        fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
         child = low[:, None] + inner
-        tl.store(bins + place[:, None] + inner, (inner * 0 + BINS - 1).to(tl.uint8), mask=mask)
-        tl.store(candidates + place[:, None] + inner, child, mask=mask)
+        tl.store(bins + place[:, None] + inner, (inner * 0 + BINS - 1).to(tl.uint8), mask=fits)
+        tl.store(candidates + place[:, None] + inner, child, mask=fits)
     last = tl.max(tl.where(take > 0, place + take, 0), 0)
     tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
 

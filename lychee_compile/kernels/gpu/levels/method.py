@@ -18,7 +18,6 @@ from lychee_compile.kernels.gpu.levels.layout import LevelLayout
 from lychee_compile.kernels.gpu.levels.page_index import PageDeviceIndex
 from lychee_compile.kernels.gpu.levels.token_cluster_index import TokenClusterDeviceIndex
 from lychee_compile.kernels.levels.groups import Chunks, GroupSettings, TokenClusters
-from lychee_compile.kernels.policies.registry import levels_of
 
 _INDEXES: dict[type, type[LevelDeviceIndex]] = {
     Chunks: ChunkDeviceIndex,
@@ -34,11 +33,7 @@ class LevelMethod:
     policy: str
     multiple: int = 1
     notices_writes: bool = True
-
-    @property
-    def covers_mass(self) -> bool:
-        """True if a choice can end at a share of the softmax."""
-        return not levels_of(self.policy).uneven
+    covers_mass: bool = True
 
     def layout_of(self, key: Tensor) -> LevelLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D], by default settings."""
