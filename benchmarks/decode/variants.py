@@ -52,6 +52,8 @@ VARIANTS = (
     Variant("sdpa-mask", "sdpa + mask, repeat_kv", baselines.masked_forms, copies=True),
     Variant("lychee-exact", "lychee exact"),
     Variant("lychee-sparse", "lychee sparse", exact=False),
+    Variant("lychee-pages", "lychee by pages", exact=False),
+    Variant("lychee-chunks", "lychee by chunks", exact=False),
     *(Variant(policy, f"{policy} (ours)", exact=False) for policy in ours.OTHERS),
 )
 LABELS = {variant.name: variant.label for variant in VARIANTS}

@@ -63,6 +63,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
         done.note("refit", ends)
 
     monkeypatch.setattr(lifecycle, "load", lambda kernel: kernel)
+    monkeypatch.setattr("lychee_compile.kernels.gpu.methods.load", lambda kernel: None)
     monkeypatch.setattr(SketchIndex, "build", build)
     monkeypatch.setattr(SketchIndex, "refit", refit)
     lifecycle.warn_of_memory.cache_clear()

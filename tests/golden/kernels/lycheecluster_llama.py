@@ -746,7 +746,7 @@ def rank_1(
 
     No group that may be chosen is in the first bin.
     """
-    head_row, program = tl.program_id(0), tl.program_id(1)
+    head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
@@ -762,7 +762,7 @@ def rank_1(
     )
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
     count = known_count + tl.maximum(groups - open_group, 0)
-    for lot in range(program, (count + RANKED - 1) // RANKED, tl.num_programs(1)):
+    while lot * RANKED < count:
         g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
         there, is_listed = item < count, item < known_count
         place = listed + head_row.to(tl.int64) * listed_room + item
@@ -786,6 +786,7 @@ def rank_1(
         below = tl.load(children_1 + at, mask=there, other=0)
         found = weigh_bins(child_counts + head_row * BINS, entry, below)
         tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -798,7 +799,7 @@ def list_1(
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """List what is in the best of RANKED clusters, until all listed ones have KEPT_1 tokens."""
-    head_row, program = tl.program_id(0), tl.program_id(1)
+    head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
@@ -818,7 +819,7 @@ def list_1(
     count = known_count + tl.maximum(groups - open_group, 0)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
     candidates += head_row.to(tl.int64) * candidate_room
-    for lot in range(program, (count + RANKED - 1) // RANKED, tl.num_programs(1)):
+    while lot * RANKED < count:
         item = lot * RANKED + tl.arange(0, RANKED)
         mine = head_row.to(tl.int64) * lots + lot
         there, is_listed = item < count, item < known_count
@@ -850,6 +851,7 @@ def list_1(
             tl.store(candidates + place[:, None] + inner, child, mask=fits)
         last = tl.max(tl.where(take > 0, place + take, 0), 0)
         tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -941,7 +943,7 @@ def rank_2(
 
     No group that may be chosen is in the first bin.
     """
-    head_row, program = tl.program_id(0), tl.program_id(1)
+    head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
@@ -957,7 +959,7 @@ def rank_2(
     )
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
     count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
-    for lot in range(program, (count + RANKED - 1) // RANKED, tl.num_programs(1)):
+    while lot * RANKED < count:
         g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
         there, is_listed = item < count, item < known_count
         place = listed + head_row.to(tl.int64) * listed_room + item
@@ -977,6 +979,7 @@ def rank_2(
         tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
         found = weigh_bins(counts + head_row * counts_stride, entry, size)
         tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -991,7 +994,7 @@ def list_2(
 
     Of the chunk that the budget ends in, the first slots are listed.
     """
-    head_row, program = tl.program_id(0), tl.program_id(1)
+    head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
@@ -1011,7 +1014,7 @@ def list_2(
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
     candidates += head_row.to(tl.int64) * candidate_room
     bins += head_row.to(tl.int64) * candidate_room
-    for lot in range(program, (count + RANKED - 1) // RANKED, tl.num_programs(1)):
+    while lot * RANKED < count:
         item = lot * RANKED + tl.arange(0, RANKED)
         mine = head_row.to(tl.int64) * lots + lot
         there, is_listed = item < count, item < known_count
@@ -1041,6 +1044,7 @@ def list_2(
             tl.store(candidates + place[:, None] + inner, child, mask=fits)
         last = tl.max(tl.where(take > 0, place + take, 0), 0)
         tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+        lot += tl.num_programs(1)
 
 
 @triton.jit

@@ -1129,8 +1129,8 @@ def list_0(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
-    quota, fits = OVERFETCH * room, stop - begin <= tl.maximum(FLAT_SLOTS, room)
-    room = tl.where(fits, 2**26, KEPT_PER_TOKEN_0 * quota)
+    quota, is_short = OVERFETCH * room, stop - begin <= tl.maximum(FLAT_SLOTS, room)
+    room = tl.where(is_short, 2**26, KEPT_PER_TOKEN_0 * quota)
     lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
     mine = head_row.to(tl.int64) * lots + lot
     there, group = item < items, item
@@ -1256,7 +1256,7 @@ def rank_1(
 
     No group that may be chosen is in the first bin.
     """
-    head_row, program = tl.program_id(0), tl.program_id(1)
+    head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
@@ -1271,7 +1271,7 @@ def rank_1(
     )
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
     count = known_count + tl.maximum(groups - open_group, 0)
-    for lot in range(program, (count + RANKED - 1) // RANKED, tl.num_programs(1)):
+    while lot * RANKED < count:
         g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
         there, is_listed = item < count, item < known_count
         place = listed + head_row.to(tl.int64) * listed_room + item
@@ -1295,6 +1295,7 @@ def rank_1(
         below = tl.load(children_1 + at, mask=there, other=0)
         found = weigh_bins(child_counts + head_row * BINS, entry, below)
         tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -1311,7 +1312,7 @@ def list_1(
     They have enough if those are a multiple of what is left of the budget. In a short context
     everything is listed.
     """
-    head_row, program = tl.program_id(0), tl.program_id(1)
+    head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
@@ -1325,13 +1326,13 @@ def list_1(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
-    quota, fits = OVERFETCH * room, stop - begin <= tl.maximum(FLAT_SLOTS, room)
-    room = tl.where(fits, 2**26, KEPT_PER_TOKEN_1 * quota)
+    quota, is_short = OVERFETCH * room, stop - begin <= tl.maximum(FLAT_SLOTS, room)
+    room = tl.where(is_short, 2**26, KEPT_PER_TOKEN_1 * quota)
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
     count = known_count + tl.maximum(groups - open_group, 0)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
     candidates += head_row.to(tl.int64) * candidate_room
-    for lot in range(program, (count + RANKED - 1) // RANKED, tl.num_programs(1)):
+    while lot * RANKED < count:
         item = lot * RANKED + tl.arange(0, RANKED)
         mine = head_row.to(tl.int64) * lots + lot
         there, is_listed = item < count, item < known_count
@@ -1363,6 +1364,7 @@ def list_1(
             tl.store(candidates + place[:, None] + inner, child, mask=fits)
         last = tl.max(tl.where(take > 0, place + take, 0), 0)
         tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -1454,7 +1456,7 @@ def rank_2(
 
     No group that may be chosen is in the first bin.
     """
-    head_row, program = tl.program_id(0), tl.program_id(1)
+    head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
@@ -1469,7 +1471,7 @@ def rank_2(
     )
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
     count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
-    for lot in range(program, (count + RANKED - 1) // RANKED, tl.num_programs(1)):
+    while lot * RANKED < count:
         g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
         there, is_listed = item < count, item < known_count
         place = listed + head_row.to(tl.int64) * listed_room + item
@@ -1489,6 +1491,7 @@ def rank_2(
         tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
         found = weigh_bins(counts + head_row * counts_stride, entry, size)
         tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -1504,7 +1507,7 @@ def list_2(
     They have enough if those are a multiple of what is left of the budget. In a short context
     everything is listed.
     """
-    head_row, program = tl.program_id(0), tl.program_id(1)
+    head_row, lot = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     if EARLY:
@@ -1518,13 +1521,13 @@ def list_2(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
-    quota, fits = OVERFETCH * room, stop - begin <= tl.maximum(FLAT_SLOTS, room)
-    room = tl.where(fits, 2**26, quota)
+    quota, is_short = OVERFETCH * room, stop - begin <= tl.maximum(FLAT_SLOTS, room)
+    room = tl.where(is_short, 2**26, quota)
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
     count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
     candidates += head_row.to(tl.int64) * candidate_room
-    for lot in range(program, (count + RANKED - 1) // RANKED, tl.num_programs(1)):
+    while lot * RANKED < count:
         item = lot * RANKED + tl.arange(0, RANKED)
         mine = head_row.to(tl.int64) * lots + lot
         there, is_listed = item < count, item < known_count
@@ -1553,6 +1556,7 @@ def list_2(
             tl.store(candidates + place[:, None] + inner, child, mask=fits)
         last = tl.max(tl.where(take > 0, place + take, 0), 0)
         tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+        lot += tl.num_programs(1)
 
 
 @triton.jit

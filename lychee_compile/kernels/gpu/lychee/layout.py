@@ -137,6 +137,8 @@ class SketchLayout:
     """Settings of chunks; None: they never narrow a choice."""
     narrowed_row: int = 0
     """Least number of slots of a row from which on chunks narrow a choice, if they ever do."""
+    narrowed_slots: int = 0
+    """Least number of slots of all rows and KV heads together, likewise."""
     policy: str = "lychee"
 
     @classmethod
@@ -148,14 +150,19 @@ class SketchLayout:
         Contexts of up to `flat_tokens` are scanned token by token.
         """
         batch, heads, length, head_dim = key.shape
-        least = 0 if settings is None else max(NARROWED_ROW, flat_tokens + 1)
-        return cls(batch, heads, head_dim, whole_scans(length), key.dtype, settings, least)
+        sizes = batch, heads, head_dim, whole_scans(length)
+        if settings is None:
+            return cls(*sizes, key.dtype)
+        row = max(NARROWED_ROW, flat_tokens + 1)
+        return cls(*sizes, key.dtype, settings, row, NARROWED_SLOTS)
 
     def of(self, key: Tensor) -> SketchLayout:
         """Return the layout for a cache `key` [B, Hkv, L, D], with the same settings."""
+        batch, heads, length, head_dim = key.shape
         return replace(
-            self.over(key), settings=self.settings, narrowed_row=self.narrowed_row
-        )
+            self, batch=batch, kv_heads=heads, head_dim=head_dim, slots=whole_scans(length),
+            dtype=key.dtype,
+        )  # fmt: skip
 
     @property
     def axes_dtype(self) -> torch.dtype:
@@ -166,7 +173,7 @@ class SketchLayout:
     def narrows(self) -> bool:
         """True if chunks narrow a choice, which the number of slots alone decides."""
         whole = self.batch * self.kv_heads * self.slots
-        long = self.slots >= self.narrowed_row and whole >= NARROWED_SLOTS
+        long = self.slots >= self.narrowed_row and whole >= self.narrowed_slots
         return self.settings is not None and long
 
     @property

@@ -76,4 +76,5 @@ def run_narrowed(step: SparseStep, layout: SketchLayout, state: SketchState) -> 
     launch(
         module.scan_listed, (rows, programs), arguments, num_warps=4, num_stages=1, **step.waits
     )
-    return step.attend(arguments, room, paged=True)
+    usual = module.OVERFETCH.value * module.BUDGET.value
+    return step.attend(arguments, min(usual, room), paged=True)
