@@ -15,13 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import multiprocessing
 import sys
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,11 +27,11 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.coverage.calls import phases
-from benchmarks.coverage.measure import IMPLEMENTATIONS, Result, measure
+from benchmarks.coverage.measure import IMPLEMENTATIONS, Result
 from benchmarks.coverage.models import ARCHITECTURES, Architecture
+from benchmarks.coverage.processes import in_processes
 from benchmarks.coverage.table import MarkersError, markdown, replace_table, row, total
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
@@ -94,7 +90,7 @@ def _measure_all(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         bar = progress.add_task("coverage", total=len(tasks))
-        for results in _in_processes(tasks, chosen.jobs):
+        for results in in_processes(tasks, chosen.jobs):
             progress.advance(bar)
             name = results[0].architecture
             rows[name] += results
@@ -103,40 +99,6 @@ def _measure_all(
                 console.print(row(name, rows[name]), soft_wrap=True)
                 _print_remarks(rows[name], console, chosen.verbose)
     return [result for architecture in architectures for result in rows[architecture.name]]
-
-
-def _in_processes(tasks: Sequence[tuple[Architecture, str]], jobs: int) -> Iterator[list[Result]]:
-    """Yield the results of each task as they come. A process that dies is a failed result."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, context, initializer=_quiet)
-    try:
-        futures = {pool.submit(measure, *task): task for task in tasks}
-        for future in as_completed(futures):
-            yield _outcome(future, *futures[future])
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _outcome(
-    future: Future[list[Result]], architecture: Architecture, implementation: str
-) -> list[Result]:
-    error = future.exception()
-    if error is None:
-        return future.result()
-    failure = f"{type(error).__name__}: {error}"
-    return [
-        Result(architecture.name, implementation, phase, failure=failure)
-        for phase in phases(architecture)
-    ]
-
-
-def _quiet() -> None:
-    """Use one thread a process and silence libraries: results carry every message."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
 
 
 def _print_remarks(results: Sequence[Result], console: Console, verbose: bool) -> None:

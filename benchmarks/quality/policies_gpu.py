@@ -209,7 +209,11 @@ def _parser() -> argparse.ArgumentParser:
     add, names = parser.add_argument, policies_with_kernels()
     add("captures", type=Path, nargs="+", metavar="CAPTURE")
     add(
-        "--policies", nargs="+", choices=(*names, *LYCHEE_WAYS), default=names, metavar="NAME",
+        "--policies",
+        nargs="+",
+        choices=(*names, *LYCHEE_WAYS),
+        default=names,
+        metavar="NAME",
         help="all but the ways of lychee by default",
     )
     add("--budgets", type=tokens, nargs="+", default=[256, 512, 1024, 2048], metavar="N")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
 
 class Group(StrEnum):
@@ -30,9 +31,13 @@ class Group(StrEnum):
     ANALYSIS = "Analysis and rewrite"
 
 
-@dataclass(frozen=True)
-class Reason:
-    """One reason, filled in for one attention or softmax."""
+@dataclass(frozen=True, eq=False)
+class Reason(str):  # noqa: SLOT000  the fields need a place
+    """One reason, filled in for one attention or softmax.
+
+    As a str it is the words, followed by the remedy if there is one. So it can be sliced, searched,
+    compared, formatted and written as JSON like any text.
+    """
 
     code: str
     """Stable name in kebab-case, "within-budget"."""
@@ -41,9 +46,13 @@ class Reason:
     remedy: str = ""
     """Action that lifts the reason; empty if there is none."""
 
-    def __str__(self) -> str:
-        """Return the words, followed by the remedy if there is one."""
-        return f"{self.words}; {self.remedy}" if self.remedy else self.words
+    def __new__(cls, code: str, words: str, remedy: str = "") -> Self:  # noqa: ARG004  a field
+        """Return a str of the words and the remedy."""
+        return super().__new__(cls, f"{words}; {remedy}" if remedy else words)
+
+    def __getnewargs__(self) -> tuple[str, str, str]:  # type: ignore[override]  # of three, not one
+        """Return what `__new__` takes, for copies and pickles."""
+        return self.code, self.words, self.remedy
 
     def and_also(self, other: Reason) -> Reason:
         """Return a reason with the code of this one and the words and remedies of both."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import copy
+import json
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -73,6 +77,44 @@ def test_a_reason_as_text_has_its_remedy() -> None:
     assert str(ReasonedError(reason)) == str(reason)
     with pytest.raises(KeyError, match="epsilon"):
         reasons.EPSILON_NO_KERNEL()
+
+
+WITHIN = reasons.WITHIN_BUDGET(kv_len=512, budget=1024)
+TEXT = f"{WITHIN.words}; {WITHIN.remedy}"
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        lambda reason: reason[:20],
+        lambda reason: reason[-1],
+        len,
+        lambda reason: "budget of 1024" in reason,
+        lambda reason: reason.startswith("the key length"),
+        lambda reason: reason.upper().split(),
+        lambda reason: f"{reason:>120.40}",
+        lambda reason: re.search(r"budget below (\d+)", reason)[1],
+        lambda reason: json.dumps({"reason": reason}),
+        lambda reason: sorted([reason, "a", "z"]),
+        lambda reason: {reason: 1}[TEXT],
+        lambda reason: "- " + reason,
+    ],
+)
+def test_a_reason_can_be_used_as_its_text(taken: Callable[[str], object]) -> None:
+    assert taken(WITHIN) == taken(TEXT)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+@pytest.mark.parametrize("reason", [WITHIN, reasons.CACHE_ROLLS()])
+def test_a_copy_of_a_reason_has_its_parts(
+    copied: Callable[[Reason], Reason], reason: Reason
+) -> None:
+    made = copied(reason)
+    assert type(made) is Reason
+    assert asdict(made) == asdict(reason)
+    assert made == reason
 
 
 def test_two_reasons_are_one_with_the_code_of_the_first() -> None:

@@ -95,6 +95,14 @@ def test_every_module_can_be_imported():
         importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
+@pytest.mark.parametrize(
+    "path", sorted(BENCHMARKS.rglob("__main__.py")), ids=lambda path: path.parent.name
+)
+def test_no_main_of_a_package_starts_processes(path):
+    """A spawned process imports no `__main__` of a package, and so no function of it."""
+    assert not {"multiprocessing", "concurrent.futures"} & imports(path)
+
+
 def test_modules_and_files_on_the_page_exist():
     for command in commands():
         for path in re.findall(r"tests/\S+", command):

@@ -241,12 +241,12 @@ def test_wrong_arguments_are_named(command, capsys, arguments, words):
 
 
 def test_a_miss_is_an_exit_status(command, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "_in_processes", lambda tasks, jobs: iter([RESULTS[:3]]))
+    monkeypatch.setattr(command, "in_processes", lambda tasks, jobs: iter([RESULTS[:3]]))
     written = tmp_path / "table.md"
     assert command.main(["--only", "llama", "--markdown", str(written)]) == 1
     assert "**1/2**" in written.read_text()
     assert "sdpa 2/2, eager 1/2" in capsys.readouterr().out
-    monkeypatch.setattr(command, "_in_processes", lambda tasks, jobs: iter([RESULTS[:1]]))
+    monkeypatch.setattr(command, "in_processes", lambda tasks, jobs: iter([RESULTS[:1]]))
     assert command.main(["--only", "llama", "--implementations", "sdpa"]) == 0
 
 

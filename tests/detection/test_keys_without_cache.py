@@ -21,6 +21,14 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = No
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
 
 
+GROUPS = B * H * L * D // 64
+
+
+def groups(dtype: torch.dtype) -> Tensor:
+    """Return keys in rows of 64 numbers, whatever tokens they belong to."""
+    return (torch.rand(GROUPS, 64) * 100).to(dtype)
+
+
 def query() -> Tensor:
     return torch.randn(B, H * G, 1, D)
 
@@ -82,6 +90,32 @@ def as_integers(q: Tensor, c: Tensor, x: Tensor, pos: Tensor, scale: Tensor) -> 
     c.index_copy_(2, pos, x.to(torch.int8))
     scale.index_copy_(2, pos, x[..., :1])
     return attend(q, c.float() * scale, c.float())
+
+
+def groups_of_integers(q: Tensor, c: Tensor, x: Tensor, scale: Tensor, zero: Tensor) -> Any:
+    """Each row of 64 numbers has a scale; the newest keys are kept as they are."""
+    old = ((c.float() - zero) * scale).view(B, H, -1, D)
+    keys = torch.cat((old, x), 2)
+    return attend(q, keys, keys)
+
+
+def groups_and_newest(q: Tensor, c: Tensor, newest: Tensor, x: Tensor, scale: Tensor) -> Any:
+    old = (c.to(torch.float32) * scale).view(B, H, -1, D)
+    keys = torch.cat((old, newest, x), 2)
+    return attend(q, keys, keys), torch.cat((newest, x), 2)
+
+
+def halves_of_bytes(q: Tensor, c: Tensor, x: Tensor, scale: Tensor) -> Any:
+    """Two numbers of 4 bits lie in each byte."""
+    old = torch.stack(((c & 15).float(), (c >> 4).float()), -1).view(-1, 64)
+    keys = torch.cat(((old * scale).view(B, H, -1, D), x), 2)
+    return attend(q, keys, keys)
+
+
+def old_and_newest(q: Tensor, old: Tensor, newest: Tensor, x: Tensor) -> Any:
+    """Only the newest keys grow; the old ones are a prompt that several requests share."""
+    keys = torch.cat((old, newest, x), 2)
+    return attend(q, keys, keys), torch.cat((newest, x), 2)
 
 
 def paged(q: Tensor, c: Tensor, table: Tensor) -> Tensor:
@@ -155,6 +189,32 @@ CASES = [
         "cache-converted",
         "int8",
     ),
+    (
+        groups_of_integers,
+        (groups(torch.uint8), new(), torch.rand(GROUPS, 1), torch.rand(GROUPS, 1)),
+        "cache-converted",
+        "uint8",
+    ),
+    (
+        groups_and_newest,
+        (groups(torch.int8), new(), new(), torch.rand(GROUPS, 1)),
+        "cache-converted",
+        "int8",
+    ),
+    (
+        groups_and_newest,
+        (groups(torch.float8_e4m3fn), new(), new(), torch.rand(GROUPS, 1)),
+        "cache-converted",
+        "float8_e4m3fn",
+    ),
+    (
+        halves_of_bytes,
+        (groups(torch.uint8)[: GROUPS // 2], new(), torch.rand(GROUPS, 1)),
+        "cache-converted",
+        "uint8",
+    ),
+    (old_and_newest, (cache(), new(), new()), "cache-joined", "by cat"),
+    (old_and_newest, (cache(), torch.zeros(0), new()), "cache-joined", "by cat"),
     (paged, (torch.randn(10, H, 12, D), torch.randperm(10)), "cache-paged", "by index"),
     (index_selected, (cache(), new(), POS, torch.randperm(L)), "cache-paged", "by index_select"),
     (stacked, (cache(2, 2), new(), POS), "cache-stacked", "larger tensor"),
@@ -197,6 +257,32 @@ class Encoder(torch.nn.Module):
         if self.kind == "without the first":
             k, v = k[:, :, 1:], v[:, :, 1:]
         return (q[:, :, -1:] @ k.mT * 0.25).softmax(-1) @ v
+
+
+class Bytes(torch.nn.Module):
+    """Attention of one query over keys that are made of an input or a parameter of bytes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.project = kind, torch.nn.Linear(D, H * D)
+        made = torch.randint(255, (B, H, 60, D), dtype=torch.uint8)
+        self.learnt = torch.nn.Parameter(made, requires_grad=False)
+
+    def forward(self, q: Tensor, image: Tensor) -> Tensor:
+        if self.kind == "image":
+            keys = self.project(image.float() / 255).unflatten(-1, (H, D)).transpose(1, 2)
+        elif self.kind == "learnt":
+            keys = self.learnt.float() * 0.1
+        else:
+            keys = torch.where(image[:, None].expand(B, H, -1, -1), 1.0, q.mean())
+        return attend(q, keys, keys)
+
+
+@pytest.mark.parametrize("kind", ["image", "learnt", "mask"])
+def test_other_bytes_are_no_cache(kind: str) -> None:
+    image = torch.randint(255, (B, 60, D), dtype=torch.uint8)
+    found = site(Bytes(kind), query(), image > 99 if kind == "mask" else image)
+    assert (found.cache, found.reason.code) == ("none", "no-cache")
 
 
 @pytest.mark.parametrize("kind", ["memory", "repeated memory", "class token", "without the first"])

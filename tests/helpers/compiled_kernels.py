@@ -31,7 +31,10 @@ KERNELS = {
     "record_fingerprints": {},
     "scan_window": {"SEEN": 4096},
     **{f"scan_{number}": {"STEPS": 4, "TILES": 16} for number in range(3)},
-    **{f"rank_{number}": {"TILES": 16, "SCAN_TILES": 16} for number in range(3)},
+    **{
+        f"rank_{number}": {"TILES": 16, "SCAN_TILES": 16, "LOTS": 1, "LISTS": number == 0}
+        for number in range(3)
+    },
     **{f"list_{number}": {"TILES": 16, "LOTS": 16} for number in range(3)},
     "spread_0": {"TILES": 16},
 }

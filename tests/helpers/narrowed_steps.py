@@ -27,12 +27,12 @@ from lychee_compile.kernels.gpu.lychee import index as sketch_index
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+from lychee_compile.kernels.operators.cache_index import CacheIndex
 from lychee_compile.kernels.policies import registry
 from lychee_compile.kernels.policies.decode.lychee import LYCHEE
 from lychee_compile.kernels.reference.chunk_index import ChunkIndex
 from lychee_compile.kernels.reference.chunk_table import bounds_of
 from lychee_compile.kernels.reference.question import Question
-from lychee_compile.kernels.operators.cache_index import CacheIndex
 
 PLAIN = "narrowing"
 """Name of the policy of the plain form, within `short_contexts`."""

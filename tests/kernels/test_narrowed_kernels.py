@@ -26,11 +26,15 @@ def short() -> Iterator[None]:
 CASES = {
     "plain": (NarrowedCase("lychee", Sizes(1, 2, 2, 1, 230, 16, 16), budget=24), 200),
     "rows": (
-        NarrowedCase("lychee", Sizes(2, 1, 4, 1, 220, 24, 16), budget=30, mask="rows", dtype="float16"),
+        NarrowedCase(
+            "lychee", Sizes(2, 1, 4, 1, 220, 24, 16), budget=30, mask="rows", dtype="float16"
+        ),
         180,
     ),
     "two positions": (
-        NarrowedCase("lychee", Sizes(1, 1, 3, 2, 200, 16, 16), budget=24, recent=3, score="soft-cap"),
+        NarrowedCase(
+            "lychee", Sizes(1, 1, 3, 2, 200, 16, 16), budget=24, recent=3, score="soft-cap"
+        ),
         150,
     ),
     "mask": (
@@ -40,11 +44,14 @@ CASES = {
         200,
     ),
     "window": (
-        NarrowedCase("lychee", Sizes(2, 1, 1, 1, 200, 16, 16), budget=28, mask="padded", chunk=(3, 7)),
+        NarrowedCase(
+            "lychee", Sizes(2, 1, 1, 1, 200, 16, 16), budget=28, mask="padded", chunk=(3, 7)
+        ),
         160,
     ),
     "few are seen": (
-        NarrowedCase("lychee", Sizes(1, 1, 1, 1, 220, 16, 16), budget=24, flat_tokens=190), 120
+        NarrowedCase("lychee", Sizes(1, 1, 1, 1, 220, 16, 16), budget=24, flat_tokens=190),
+        120,
     ),
 }
 HISTORY = ["step", "rewind far", "step", "refit", "written by another"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from level_steps import EVENTS, Case, Steps, follow, table_of
 
+from lychee_compile.codegen.parts import levels
 from lychee_compile.kernels.gpu.levels import chunk_index as device_chunks
+from lychee_compile.kernels.gpu.levels import shares
+from lychee_compile.kernels.gpu.levels.child_lists import child_lists, first_open
 from lychee_compile.kernels.gpu.owners import _moved
 from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack
 from lychee_compile.kernels.levels.expressions import (
@@ -118,6 +122,50 @@ def test_kernels_choose_as_the_plain_form_does(policy, drawn, history):
     case, length = drawn
     case.policy = policy
     follow(Steps(case, length), history)
+
+
+@pytest.mark.parametrize("policy", ["dhsa", "lycheecluster", "one_level_of_clusters"])
+def test_many_programs_rank_and_list_as_one_does(policy, monkeypatch):
+    """Sixteen groups at a time, so that quotas end in a lot behind others."""
+    monkeypatch.setattr(levels, "RANKED", 16)
+    monkeypatch.setattr(levels, "BYTES_AT_ONCE", 0)
+    monkeypatch.setattr(shares, "PROGRAMS", 2)
+    case = Case(policy, Sizes(1, 2, 2, 1, 500, 16, 16), budget=60, chunk=(3, 5), seed=1)
+    follow(Steps(case, 440), ["step", "rewind far", "refit", "step"])
+
+
+def test_groups_are_looked_into_without_a_fit_for_a_long_time():
+    """All chunks since the last fit are open: far more than lists and scans are made for."""
+    case = Case("lycheecluster", Sizes(1, 1, 2, 4, 400, 16, 16), budget=40, chunk=(3, 5))
+    steps = Steps(case, 60)
+    first = steps.index.named["open_2"].clone()
+    follow(steps, ["step"] * 4)
+    steps.length = 40  # back before the last fit
+    for _ in range(3):
+        new_keys(steps, steps.length, steps.length + 90)
+        steps.length += 90
+        steps.plain.distrust()
+        follow(steps, ["step"])
+        assert steps.index.parts.header[0] == 1
+    assert (steps.index.named["open_2"] < first).all()
+
+
+@given(seed=st.integers(0, 99), clusters=st.integers(1, 9), groups=st.integers(0, 30))
+def test_lists_have_the_groups_of_each_cluster_in_order(seed, clusters, groups):
+    random = torch.Generator().manual_seed(seed)
+    label = torch.randint(-1, clusters, (2, 3, groups), generator=random)
+    used = torch.rand(2, 1, groups, generator=random) < 0.7
+    order, begin, count = child_lists(label, clusters)
+    waiting = first_open(label, used)
+    for row, head in itertools.product(range(2), range(3)):
+        own = label[row, head].tolist()
+        for number in range(clusters):
+            first = int(begin[row, head, number])
+            listed = order[row, head, first : first + int(count[row, head, number])]
+            assert listed.tolist() == [place for place, each in enumerate(own) if each == number]
+        there = used[row, 0].tolist()
+        open_groups = [place for place, each in enumerate(own) if each < 0 and there[place]]
+        assert int(waiting[row, head]) == min(open_groups, default=groups)
 
 
 def new_keys(steps, first, last):

@@ -130,3 +130,15 @@ def test_levels_that_do_not_fit_together_are_refused(groups):
     )  # fmt: skip
     with pytest.raises(ValueError, match="levels of uneven groups are Clusters"):
         LevelStack(levels)
+
+
+@pytest.mark.parametrize("groups", [(Clusters(), Chunks()), (TokenClusters(8, 8),)])
+def test_heads_of_a_layer_do_not_vote_on_clusters_that_each_has_for_itself(groups):
+    keeps = [*(Keep(2) for _ in groups[1:]), None]
+    levels = tuple(
+        Level(each, dot(query, field(name)), {name: mean(key)}, keep=keep)
+        for name, each, keep in zip("ab", groups, keeps, strict=False)
+    )
+    assert LevelStack(levels).levels == levels
+    with pytest.raises(ValueError, match="vote='layer' is for groups that all KV heads share"):
+        LevelStack(levels, vote="layer")

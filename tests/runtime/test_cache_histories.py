@@ -16,9 +16,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from strategies import row_chunks
 from tiny_models import VOCABULARY, Past, StaticKV, TinyDecoder
 from torch import Tensor
-from strategies import row_chunks
 
 from lychee_compile.kernels.operators.cache_index import CacheIndex
 from lychee_compile.kernels.reference.fingerprints import fingerprints

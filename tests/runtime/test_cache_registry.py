@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies import row_chunks
 from tiny_models import HEAD_DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY, Past, StaticKV, TinyDecoder
 from torch import Tensor
-from strategies import row_chunks
 from torch._dynamo.utils import counters
 
 import lychee_compile

@@ -28,7 +28,9 @@ class Listed:
     def of(number: Tensor, within: Tensor) -> Listed:
         """Return a list in order; numbers that no position looks into come last."""
         anybody = within.any(2)
-        order = torch.where(anybody, number, torch.iinfo(number.dtype).max).argsort(dim=-1, stable=True)
+        order = torch.where(anybody, number, torch.iinfo(number.dtype).max).argsort(
+            dim=-1, stable=True
+        )
         return Listed(
             number.gather(-1, order), within.gather(-1, order[:, :, None].expand_as(within))
         )

@@ -148,9 +148,7 @@ class ChunkClusters:
         label = self.labels[-1]
         if self._free is None:
             self._free = packed((span > 0) & (label < 0).any(1))
-        number, real = (
-            each[:, None].expand(-1, label.shape[1], -1) for each in self._free
-        )
+        number, real = (each[:, None].expand(-1, label.shape[1], -1) for each in self._free)
         real = real & (label.gather(-1, number) < 0)
         real = real[:, :, None].expand(-1, -1, listed.within.shape[2], -1)
         return Listed.of(

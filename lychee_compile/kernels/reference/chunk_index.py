@@ -218,9 +218,7 @@ class ChunkIndex(UnevenIndex):
         low, length = bounds_of(span, self.settings.chunk, number)
         return {**fields, "tokens": length, "first": low, "end": low + length}
 
-    def bias(
-        self, question: Question, level: Level, begin: Tensor, end: Tensor
-    ) -> Tensor | float:
+    def bias(self, question: Question, level: Level, begin: Tensor, end: Tensor) -> Tensor | float:
         """Return the largest bias of a slot of each chunk; clusters have none."""
         if question.visible.bias is None or not isinstance(level.groups, Chunks):
             return 0.0

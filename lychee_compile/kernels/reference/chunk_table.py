@@ -25,9 +25,7 @@ Chunk = tuple[int, int]
 """Lengths of the shortest and the longest chunk."""
 
 
-def bounds_of(
-    span: Tensor, chunk: Chunk, number: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def bounds_of(span: Tensor, chunk: Chunk, number: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return first slot and length of each chunk, int64, of spans int32 [..., N]; 0: none.
 
     `number`, int64 broadcastable to the spans, are the numbers of the chunks; None: 0 to N - 1.

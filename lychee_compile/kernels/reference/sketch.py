@@ -138,7 +138,9 @@ class KeySketches:
         blocks = int(slot.max()) // self.block + 1
         real = torch.arange(most, device=slot.device) < count.flatten()[:, None]
         lists = slot.flatten(0, 2)
-        owner, place, table = _tiles(lists[real], real.nonzero()[:, 0], self.block, blocks, len(lists))
+        owner, place, table = _tiles(
+            lists[real], real.nonzero()[:, 0], self.block, blocks, len(lists)
+        )
         row, block = owner // blocks, owner % blocks
         b, t = row // (own * query_len), row % query_len
         h = row // query_len % own * (heads // own)
@@ -154,8 +156,12 @@ class KeySketches:
         score = score.unflatten(0, (batch, own, query_len)).permute(0, 1, 4, 5, 2, 3).flatten(1, 2)
         if not self._any_lost:
             return score
-        error = self.error[..., 0].gather(-1, lists.view(batch, own, -1).repeat_interleave(heads // own, 1))
-        return score.masked_fill(error.isinf().unflatten(-1, (query_len, most))[:, :, None], torch.inf)
+        error = self.error[..., 0].gather(
+            -1, lists.view(batch, own, -1).repeat_interleave(heads // own, 1)
+        )
+        return score.masked_fill(
+            error.isinf().unflatten(-1, (query_len, most))[:, :, None], torch.inf
+        )
 
     def _weights(self, query: Tensor, scale: float, blocks: int) -> tuple[Tensor, Tensor]:
         """Return weights of codes [B, Hkv, S, R, r], and what is added [B, Hkv, S, R, 1].

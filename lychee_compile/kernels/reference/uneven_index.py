@@ -100,9 +100,7 @@ class UnevenIndex(KVIndex):
         score = question.split(question.capped(question.scale * raw))
         return score + self.bias(question, level, begin, behind), shown
 
-    def bias(
-        self, question: Question, level: Level, begin: Tensor, end: Tensor
-    ) -> Tensor | float:
+    def bias(self, question: Question, level: Level, begin: Tensor, end: Tensor) -> Tensor | float:
         """Return what a mask adds to the scores of groups, broadcastable to [B, Hkv, G, Tq, N].
 
         The groups lie in the slots [begin, end), each int64 [B, 1 or Hkv, Tq, N].
@@ -127,9 +125,7 @@ class UnevenIndex(KVIndex):
         tokens = torch.where(possible, groups["tokens"][:, :, None].long(), 0)
         rank = rank.masked_fill(~possible, -torch.inf)
         quota = torch.as_tensor(budget, device=rank.device)[..., None] * level.keep.per_token
-        order, inside = take_by_rank(
-            rank, tokens, quota.clamp(min=level.keep.least), whole=False
-        )
+        order, inside = take_by_rank(rank, tokens, quota.clamp(min=level.keep.least), whole=False)
         return torch.zeros_like(possible).scatter(-1, order, inside)
 
 

@@ -527,10 +527,11 @@ def scan_0(
 
 @triton.jit
 def rank_0(
-    scores, totals, group_bins,
+    scores, totals, scan_tiles,
+    group_bins,
     waiting, tokens_0, first_0, end_0, groups,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
+    kv_len, items, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups.

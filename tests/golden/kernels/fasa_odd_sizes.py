@@ -501,9 +501,10 @@ def scan_0(
 
 @triton.jit
 def rank_0(
-    scores, totals, group_bins, counts, counts_stride,
+    scores, totals, scan_tiles,
+    group_bins, counts, counts_stride,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
+    kv_len, items, kv_heads, query_len, tiles, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.

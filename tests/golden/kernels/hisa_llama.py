@@ -497,10 +497,11 @@ def scan_0(
 
 @triton.jit
 def rank_0(
-    scores, totals, group_bins, ranks, counts, counts_stride,
+    scores, totals, scan_tiles,
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
-    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, tiles, length,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, LOTS: tl.constexpr, LISTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
@@ -534,6 +535,14 @@ def rank_0(
     tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
     found = count_bins(counts + head_row * counts_stride, entry)
     tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+    if LISTS:
+        tl.debug_barrier()
+        list_0(
+            group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+            positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+            kv_len, items, kv_heads, query_len, tiles, length,
+            TILES, LOTS, False,
+        )
 
 
 @triton.jit
@@ -643,10 +652,11 @@ def scan_1(
 
 @triton.jit
 def rank_1(
-    scores, totals, group_bins, counts, counts_stride,
+    scores, totals, scan_tiles,
+    group_bins, counts, counts_stride,
     listed, listed_room, listed_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
+    kv_len, items, kv_heads, query_len, tiles, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.

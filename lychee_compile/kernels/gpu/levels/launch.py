@@ -125,6 +125,7 @@ def _rank(
         "SCAN_TILES": power_of_two(share.tiles),
         "STEPS": share.steps,
         "lots": share.lots,
+        "LISTS": share.lists,
         "LOTS": power_of_two(share.lots),
     }
     if number:
@@ -136,7 +137,7 @@ def _rank(
     scan, grid = getattr(module, f"scan_{number}"), (step.rows, share.tiles + checks)
     waits = {} if checks else step.waits  # one more program compares some keys
     launch(scan, grid, own, num_warps=4, num_stages=3, **waits)
-    for name in (f"rank_{number}", f"list_{number}"):
+    for name in (f"rank_{number}", *([] if share.lists else [f"list_{number}"])):
         if hasattr(module, name):
             kernel = getattr(module, name)
             grid = step.rows, share.programs

@@ -38,6 +38,8 @@ class Shares:
     """Programs that rank them."""
     room: int
     """Groups, or slots, in the chosen groups, at most; 0: nothing is listed."""
+    lists: bool
+    """True if the one program that ranks the groups of a row lists what is in the best too."""
 
 
 def shares_of_levels(module: ModuleType, layout: LevelLayout, rows: int) -> list[Shares]:
@@ -53,8 +55,9 @@ def shares_of_levels(module: ModuleType, layout: LevelLayout, rows: int) -> list
         steps = min(power_of_two(-(-rows * scans // PROGRAMS)), USUAL_STEPS)
         steps = max(steps, power_of_two(-(-scans // MOST_TILES)))
         lots, ranks = (-(-each // module.RANKED.value) for each in (items, usual))
+        lists = lots == 1 and not layout.in_clusters(number)
         room = _room(module, layout, number, items)
-        found.append(Shares(groups, items, steps, -(-scans // steps), lots, ranks, room))
+        found.append(Shares(groups, items, steps, -(-scans // steps), lots, ranks, room, lists))
     return found
 
 

@@ -29,9 +29,7 @@ class LycheeMethod:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
         return SketchLayout.over(key)
 
-    def layout_with(
-        self, settings: GroupSettings, flat_tokens: int, key: Tensor
-    ) -> SketchLayout:
+    def layout_with(self, settings: GroupSettings, flat_tokens: int, key: Tensor) -> SketchLayout:
         """Return the layout for a cache `key` [B, Hkv, L, D] that chunks may narrow.
 
         Contexts of up to `flat_tokens` are scanned token by token.

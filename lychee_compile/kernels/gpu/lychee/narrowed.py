@@ -73,8 +73,6 @@ def run_narrowed(step: SparseStep, layout: SketchLayout, state: SketchState) -> 
         "bin_room": room,
     }
     programs = max(1, min(-(-room // module.LISTED.value), LISTED_PROGRAMS // rows))
-    launch(
-        module.scan_listed, (rows, programs), arguments, num_warps=4, num_stages=1, **step.waits
-    )
+    launch(module.scan_listed, (rows, programs), arguments, num_warps=4, num_stages=1, **step.waits)
     usual = module.OVERFETCH.value * module.BUDGET.value
     return step.attend(arguments, min(usual, room), paged=True)

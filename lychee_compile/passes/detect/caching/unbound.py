@@ -13,6 +13,7 @@ import sympy
 import torch
 import torch.fx
 
+from lychee_compile import torch_private
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.caching.token_writes import Writes, prefix_of
 from lychee_compile.passes.detect.caching.unfolded import behind_views
@@ -99,7 +100,7 @@ class KeysWithoutCache:
         met = {key}
         while waiting and len(met) < FARTHEST:
             way = waiting.pop(0)
-            if self._is_cache(way[0]):
+            if self._is_cache(way[0]) or _is_stored_in_bytes(way):
                 yield way
                 continue
             for source in _sources(way[0], sympy.sympify(kv_len)):
@@ -113,10 +114,13 @@ class KeysWithoutCache:
         if storage.op in ("placeholder", "get_attr"):
             if any(_converts(view) for view in _views_to_storage(node)):
                 return False
-            converted = value_of(storage).dtype.itemsize == 1 and len(shape_of(storage)) > 2
-            return storage in self._writes or converted
+            return storage in self._writes or any(map(self._grown, storage.users))
         if operator_of(node).write is not None:
             return through_copies(first_input(node)).op == "placeholder"
+        return self._grown(node)
+
+    def _grown(self, node: torch.fx.Node) -> bool:
+        """True if `node` is a cache that the graph grows and returns."""
         return is_operator(node, "cat") and node in self._outputs and _grows(node)
 
     def rolls(self, node: torch.fx.Node) -> bool:
@@ -147,16 +151,30 @@ class KeysWithoutCache:
         return any(self.keeps_part(node) for node in slices)
 
 
+def _is_stored_in_bytes(way: Way) -> bool:
+    """True if the first node of `way` is an input of 8-bit numbers that become keys one by one."""
+    first, *steps = way
+    if storage_of(first).op not in ("placeholder", "get_attr"):
+        return False
+    dtype, learnt = value_of(first).dtype, torch_private.is_parameter(storage_of(first))
+    kept = dtype.itemsize == 1 and dtype != torch.bool and not learnt
+    return kept and all(operator_of(step).product is None for step in steps)
+
+
 def _sources(node: torch.fx.Node, kv_len: sympy.Expr) -> Iterator[torch.fx.Node]:
-    """Yield the operands of `node` that have an entry for every key, as far as can be told."""
+    """Yield the operands of `node` that have an entry for every key, as far as can be told.
+
+    An operand of the same shape has one too, in whatever shape tokens are stored.
+    """
     if node.op != "call_function" or is_operator(node, "softmax"):
         return
     described = operator_of(node)
     first = described.family is Family.GATHER or described.view is not None
-    joins = is_operator(node, "cat")
+    joins = described.family is Family.JOINING
     for place, each in enumerate(node.all_input_nodes):
         per_key = any(scalar_of(size) == kv_len for size in shape_of(each))
-        if is_tensor(each) and (per_key or joins or (first and place == 0)):
+        alike = described.is_elementwise and shape_of(each) == shape_of(node)
+        if is_tensor(each) and (per_key or alike or joins or (first and place == 0)):
             yield each
 
 
