@@ -61,7 +61,7 @@ class IndexConfig:
     seed: int = 0
     """Seed of the k-means clustering."""
     repair: bool = True
-    """Split clusters and units that grow too full or too wide, and fit the axes of sketches anew
+    """Cluster all chunks anew once they are twice as many, and fit the axes of sketches anew,
     as tokens arrive. Without repair an index gets worse the more is generated."""
     dense_layers: int | None = None
     """Number of first layers that stay exact; None: as in the policy's paper. A graph of one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -183,6 +182,6 @@ class ChunkClusters:
                 none = torch.zeros_like(label[..., 0])
                 write_columns(level, key, by_slot[number], columns, none)
             self.columns[number] = parts = columns
-        for above, below in pairwise(range(len(self.labels))):
-            more = self.columns[above + 1]["tokens"].shape[2] - self.labels[above].shape[2]
-            self.labels[above] = F.pad(self.labels[above], (0, more), value=-1)
+        for number, below in enumerate(self.columns[1:]):
+            more = below["tokens"].shape[2] - self.labels[number].shape[2]
+            self.labels[number] = F.pad(self.labels[number], (0, more), value=-1)

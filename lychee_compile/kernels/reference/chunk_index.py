@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.levels.declaration import Level
 from lychee_compile.kernels.levels.groups import Chunks
 from lychee_compile.kernels.reference.child_lists import Listed
 from lychee_compile.kernels.reference.chunk_clusters import ChunkClusters

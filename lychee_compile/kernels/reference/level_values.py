@@ -56,22 +56,26 @@ class _Elementwise:
 class _OfGroups(_Elementwise):
     """Values [..., T, D] over keys and channels; an axis without values has size 1."""
 
-    def __init__(self, valid: Tensor) -> None:
+    def __init__(self, valid: Tensor | None) -> None:
         self.valid = valid
-        """Keys that count, bool [..., T, 1]."""
+        """Keys that count, bool [..., T, 1]; None: all."""
 
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
         return (left * right).sum(-1, keepdim=True)
 
     def mean(self, value: Tensor) -> Tensor:
+        if self.valid is None:
+            return value.mean(-2, keepdim=True)
         value = torch.where(self.valid, value, 0).sum(-2, keepdim=True)
         return value / self.valid.sum(-2, keepdim=True).clamp(min=1)
 
     def least(self, value: Tensor) -> Tensor:
-        return torch.where(self.valid, value, torch.inf).amin(-2, keepdim=True)
+        value = value if self.valid is None else torch.where(self.valid, value, torch.inf)
+        return value.amin(-2, keepdim=True)
 
     def greatest(self, value: Tensor) -> Tensor:
-        return torch.where(self.valid, value, -torch.inf).amax(-2, keepdim=True)
+        value = value if self.valid is None else torch.where(self.valid, value, -torch.inf)
+        return value.amax(-2, keepdim=True)
 
 
 class _ByLabel(_Elementwise):
@@ -81,7 +85,7 @@ class _ByLabel(_Elementwise):
         self.label, self.count = label, count
         """Group of each key, int64 [L], and number of groups; that number: no group."""
         self.weight = None if weight is None else weight[:, None]
-        """How many keys each one stands for, float32 [L, 1]; None: for itself."""
+        """Number of keys that each one stands for, float32 [L, 1]; None: one."""
         each = torch.ones(len(label), 1, device=label.device) if weight is None else weight[:, None]
         self.held = each.new_zeros(count + 1, 1).index_add(0, label, each)
 
@@ -131,21 +135,24 @@ class _Sizes(_OfPairs):
 
 
 def summaries(
-    level: Level, keys: Tensor, valid: Tensor, stored: torch.dtype = torch.float32
+    level: Level, keys: Tensor, valid: Tensor | None, stored: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Return the fields of groups by name, float32 [..., D] or, without channels, [..., 1].
 
     `keys` is [..., T, D], the keys of each group. Those that are not `valid`, bool broadcastable to
-    [..., T], do not count, and may be any number. Fields with channels are rounded to the dtype in
-    which they are `stored` before others are made of them.
+    [..., T], do not count, and may be any number; None: all count. Fields with channels are rounded
+    to the dtype in which they are `stored` before others are made of them.
     """
-    algebra, found = _OfGroups(valid[..., None]), {}
-    values = {"key": torch.where(valid[..., None], keys.float(), 0)}
-    values["count"] = valid.sum(-1)[..., None, None].float()
+    keys = keys.float() if valid is None else torch.where(valid[..., None], keys.float(), 0)
+    count = keys.new_tensor(keys.shape[-2]) if valid is None else valid.sum(-1)[..., None, None]
+    values = {"key": keys, "count": count.float()}
     values["head_dim"] = torch.tensor(float(keys.shape[-1]))
+    algebra = _OfGroups(None if valid is None else valid[..., None])
+    found: dict[str, Tensor] = {}
+    known: dict[sympy.Expr, Tensor] = {}
     for name, summary in level.fields.items():
         found[name] = values[name] = _rounded(
-            level, name, evaluate(summary, algebra, values), stored
+            level, name, evaluate(summary, algebra, values, known), stored
         )
     width = {name: keys.shape[-1] if wide else 1 for name, wide in level.channels.items()}
     return {
@@ -172,8 +179,9 @@ def summaries_by_label(
     values = {"key": keys.float(), "count": algebra.held[label]}
     values["head_dim"] = torch.tensor(float(keys.shape[-1]))
     any_key = label.new_zeros(count + 1).scatter(0, label, torch.arange(len(label)).to(label))
+    known: dict[sympy.Expr, Tensor] = {}
     for name, summary in level.fields.items():
-        values[name] = _rounded(level, name, evaluate(summary, algebra, values), stored)
+        values[name] = _rounded(level, name, evaluate(summary, algebra, values, known), stored)
         one = values[name].expand(len(label), -1)[any_key]
         found[name] = torch.where(algebra.held > 0, one, 0)[:count]
     return found

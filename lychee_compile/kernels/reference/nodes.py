@@ -20,27 +20,16 @@ class Nodes:
 
     mean: Tensor
     """Mean key of the group and centre of its ball, float32 [B, Hkv, N, D]."""
-    variance: Tensor
-    """Variance of each key channel within the group, float32 [B, Hkv, N, D]."""
     radius: Tensor
     """Radius of the ball, float32 [B, Hkv, N]: no key of the group is further from `mean`."""
     tokens: Tensor
     """Number of keys in the group, int64 [B, Hkv, N]."""
 
-    @property
-    def count(self) -> int:
-        """Number of node slots per row and head, unused ones included."""
-        return self.mean.shape[2]
-
     def resized(self, count: int) -> Nodes:
-        """Return the nodes with room for `count`, new slots empty, or only the first `count`."""
-        if count <= self.count:
-            parts = (self.mean, self.variance, self.radius, self.tokens)
-            return Nodes(*(part[:, :, :count] for part in parts))
-        more = count - self.count
+        """Return the nodes with room for `count`, which are no fewer; new ones are empty."""
+        more = count - self.mean.shape[2]
         return Nodes(
             F.pad(self.mean, (0, 0, 0, more)),
-            F.pad(self.variance, (0, 0, 0, more)),
             F.pad(self.radius, (0, more)),
             F.pad(self.tokens, (0, more)),
         )

@@ -124,44 +124,37 @@ class KeySketches:
             return score
         return score.masked_fill(self.error[:, :, None, :slots, 0].isinf(), torch.inf)
 
-    def scores_at(self, query: Tensor, scale: float, slot: Tensor, count: Tensor) -> Tensor:
+    def scores_at(self, query: Tensor, scale: float, slot: Tensor) -> Tensor:
         """Estimate scale q.k for slots of each query's own: float32 [B, Hkv, G, Tq, M].
 
-        `query` is float32 [B, Hkv, G, Tq, D]. The first `count`, int64 [B, H, Tq], of its slots,
-        `slot` int64 [B, H, Tq, M], H being 1 or Hkv, are in order; scores of the others are 0. The
-        estimate is infinite for a key that is not finite.
+        `query` is float32 [B, Hkv, G, Tq, D]. The slots of a query, `slot` int64 [B, H, Tq, M], H
+        being 1 or Hkv, are in order; it may fill up with smaller ones, whose scores mean nothing.
+        The estimate is infinite for a key that is not finite.
         """
-        (batch, own, query_len, most), (_, heads, group) = slot.shape, query.shape[:3]
-        score = query.new_zeros(batch * own * query_len, most, heads // own, group)
-        if score.numel() == 0:
-            return score.new_zeros(*query.shape[:4], most)
-        blocks = int(slot.max()) // self.block + 1
-        real = torch.arange(most, device=slot.device) < count.flatten()[:, None]
-        lists = slot.flatten(0, 2)
-        owner, place, table = _tiles(
-            lists[real], real.nonzero()[:, 0], self.block, blocks, len(lists)
-        )
+        (batch, own, query_len, most), heads = slot.shape, query.shape[1]
+        if slot.numel() == 0:
+            return query.new_zeros(*query.shape[:4], most)
+        slot = slot.flatten(0, 2).cummax(-1).values
+        blocks = int(slot[:, -1].max()) // self.block + 1
+        owner, place, table = _tiles(slot, self.block, blocks)
         row, block = owner // blocks, owner % blocks
         b, t = row // (own * query_len), row % query_len
         h = row // query_len % own * (heads // own)
         h = h + torch.arange(heads // own, device=h.device)[:, None]
         at = ((b * heads + h) * self.codes.shape[2])[..., None] + table
         codes = self.codes.flatten(0, 2).index_select(0, at.flatten()).float()
-        weight, constant = self._weights(query.flatten(2, 3), scale, blocks)
         weight, constant = (
-            each.unflatten(3, (group, query_len))[b, h, block, :, t] for each in (weight, constant)
+            each.unflatten(3, (-1, query_len))[b, h, block, :, t]
+            for each in self._weights(query.flatten(2, 3), scale, blocks)
         )
-        part = codes.unflatten(0, at.shape) @ weight.mT + constant.mT
-        score[real] = part.flatten(1, 2)[:, place].transpose(0, 1)
-        score = score.unflatten(0, (batch, own, query_len)).permute(0, 1, 4, 5, 2, 3).flatten(1, 2)
+        score = (codes.unflatten(0, at.shape) @ weight.mT + constant.mT).flatten(1, 2)
+        score = score.index_select(1, place).unflatten(1, (batch, own, query_len, most))
+        score = score.permute(1, 2, 0, 5, 3, 4).flatten(1, 2)
         if not self._any_lost:
             return score
-        error = self.error[..., 0].gather(
-            -1, lists.view(batch, own, -1).repeat_interleave(heads // own, 1)
-        )
-        return score.masked_fill(
-            error.isinf().unflatten(-1, (query_len, most))[:, :, None], torch.inf
-        )
+        slot = slot.view(batch, own, -1).repeat_interleave(heads // own, 1)
+        lost = self.error[..., 0].gather(-1, slot).isinf().unflatten(-1, (query_len, most))
+        return score.masked_fill(lost[:, :, None], torch.inf)
 
     def _weights(self, query: Tensor, scale: float, blocks: int) -> tuple[Tensor, Tensor]:
         """Return weights of codes [B, Hkv, S, R, r], and what is added [B, Hkv, S, R, 1].
@@ -233,7 +226,8 @@ class KeySketches:
         due = (count > 0) & ~waiting & ((count >= GROWTH * fitted) | full)
         due = due if self._repair else due & first
         if bool(due.any()):
-            centre, axes, step = self._fit(keys, valid)
+            whole = bool(valid.all()) and _all_finite(keys)
+            centre, axes, step = fit_axes(keys, valid[:, None, :, None], whole)
             rows = due.nonzero().flatten()
             self.centre[rows, :, block] = centre[rows]
             self.axes[rows, :, block] = axes[rows]
@@ -241,12 +235,6 @@ class KeySketches:
             self.longest[rows, :, block] = 0
             self.fitted[:, block] = torch.where(due, count, fitted)
         return due
-
-    def _fit(self, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return centre, axes and steps for the keys [B, Hkv, T, D] where `valid`, bool [B, T]."""
-        whole = bool(valid.all()) and _all_finite(keys)
-        centre, axes, step, _ = fit_axes(keys, valid[:, None, :, None], whole)
-        return centre, axes, step
 
     def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
         """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
@@ -303,20 +291,19 @@ class KeySketches:
         self.error = F.pad(self.error, (0, 0, 0, more * self.block))
 
 
-def _tiles(
-    slot: Tensor, row: Tensor, block: int, blocks: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _tiles(slot: Tensor, block: int, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Put the slots of each row and block into tiles of `TILE`.
 
-    `slot` and `row`, below `rows`, are int64 [E]; rows rise, and the slots of each. Returns number of row times
-    `blocks` plus number of block of each tile, int64 [n]; the place of each slot in the tiles,
-    int64 [E]; and the slots of the tiles, int64 [n, TILE], 0 where a tile is not full.
+    `slot` is int64 [X, M], never falling in a row. Returns number of row times `blocks` plus number
+    of block of each tile, int64 [n]; the place of each slot in the tiles, int64 [X * M]; and the
+    slots of the tiles, int64 [n, TILE], 0 where a tile is not full.
     """
-    space = row * blocks + slot // block
-    size = torch.bincount(space, minlength=rows * blocks)
+    row = torch.arange(len(slot), device=slot.device)[:, None]
+    space, slot = (row * blocks + slot // block).flatten(), slot.flatten()
+    size = torch.bincount(space, minlength=len(row) * blocks)
     tiles = (size + TILE - 1).div(TILE, rounding_mode="floor")
-    inside = torch.arange(len(slot), device=slot.device) - (size.cumsum(0) - size)[space]
-    place = (tiles.cumsum(0) - tiles)[space] * TILE + inside
+    skipped = (tiles * TILE).cumsum(0) - tiles * TILE - (size.cumsum(0) - size)
+    place = torch.arange(len(slot), device=slot.device) + skipped[space]
     owner = torch.arange(len(tiles), device=slot.device).repeat_interleave(tiles)
     table = slot.new_zeros(len(owner) * TILE).scatter(0, place, slot)
     return owner, place, table.view(-1, TILE)

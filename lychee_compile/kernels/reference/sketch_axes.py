@@ -20,12 +20,11 @@ def sketch_bits(head_dim: int) -> list[int]:
 
 def fit_axes(
     keys: Tensor, valid: Tensor | None = None, whole: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Fit a centre [..., D], axes [..., D, r] and steps [..., r] to `keys`, float32 [..., T, D].
 
     Keys that are not `valid`, bool [..., T, 1], or not finite do not count; `whole` says that all
-    do. Also returns the coordinates of the keys along the axes, [..., T, r], which are 0 for keys
-    that do not count.
+    do.
     """
     usable = None if whole else keys.isfinite().all(-1, keepdim=True)
     usable = usable if usable is None or valid is None else usable & valid
@@ -39,12 +38,12 @@ def fit_axes(
     centred = keys.sub_(centre)
     centred = centred if usable is None else torch.where(usable, centred, 0)
     bits = sketch_bits(keys.shape[-1])
-    axes = _principal_axes(centred.transpose(-1, -2) @ centred / count, len(bits))
-    coordinates = centred @ axes
-    deviation = torch.linalg.vector_norm(coordinates, dim=-2) / count[..., 0].sqrt()
+    covariance = centred.transpose(-1, -2) @ centred / count
+    axes = _principal_axes(covariance, len(bits))
+    deviation = (axes * (covariance @ axes)).sum(-2).clamp(min=0).sqrt()
     step = torch.tensor([STEPS[each] for each in bits]).to(keys.device, non_blocking=True)
     size = size[..., 0]
-    return centre[..., 0, :] * size, axes, step * deviation * size, coordinates * size[..., None]
+    return centre[..., 0, :] * size, axes, step * deviation * size
 
 
 def _principal_axes(covariance: Tensor, kept: int) -> Tensor:

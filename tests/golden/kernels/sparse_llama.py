@@ -1054,12 +1054,13 @@ def scan_0(
 
 @triton.jit
 def rank_0(
-    scores, totals, group_bins, ranks, counts, counts_stride,
+    scores, totals, scan_tiles,
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     tokens_0, first_0, end_0, groups,
-    children_0, child_ranks, child_counts,
+    children_0, begin_0, order_1, child_groups, child_ranks, child_counts,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
-    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, tiles, length,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, LOTS: tl.constexpr, LISTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
@@ -1099,6 +1100,16 @@ def rank_0(
     below = tl.load(children_0 + at, mask=there, other=0)
     found = weigh_bins(child_counts + head_row * BINS, entry, below)
     tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+    if LISTS:
+        tl.debug_barrier()
+        list_0(
+            group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+            tokens_0, first_0, end_0, groups,
+            children_0, begin_0, order_1, child_groups, child_ranks, child_counts,
+            positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+            kv_len, items, kv_heads, query_len, tiles, length,
+            TILES, LOTS, False,
+        )
 
 
 @triton.jit
@@ -1245,11 +1256,12 @@ def scan_1(
 
 @triton.jit
 def rank_1(
-    scores, totals, group_bins, ranks, counts, counts_stride,
+    scores, totals, scan_tiles,
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
-    children_1, child_ranks, child_counts,
+    children_1, begin_1, order_2, child_groups, child_ranks, child_counts,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, scan_tiles, tiles, lots, length,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
@@ -1446,10 +1458,11 @@ def scan_2(
 
 @triton.jit
 def rank_2(
-    scores, totals, group_bins, ranks, counts, counts_stride,
+    scores, totals, scan_tiles,
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     span, groups, listed, listed_room, listed_count, open_2,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, scan_tiles, tiles, lots, length,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.

@@ -129,11 +129,13 @@ class SketchIndex(DeviceIndex):
         if min(map(min, counts)) < count:
             numbers = torch.tensor(counts).to(keys.device, non_blocking=True)[:, None, :, None]
             mask = (torch.arange(count, device=keys.device) < numbers)[..., None]
-        centre, axes, step, coordinates = fit_axes(keys, mask)
+        centre, axes, step = fit_axes(keys, mask)
         parts, fine, pages = self.parts, self.parts.spread.shape[-1], count // PAGE
         fitted = [(parts.centre, centre), (parts.axes, axes.mT), (parts.step, step)]
         if pages:
-            level = coordinates[..., : pages * PAGE, :fine] / step[..., None, :fine].clamp(1e-30)
+            centred = keys[..., : pages * PAGE, :] - centre[..., None, :]
+            level = centred.nan_to_num(0.0, 0.0, 0.0) @ axes[..., :fine]
+            level = level / step[..., None, :fine].clamp(1e-30)
             spread = level.clamp(-8, 8).unflatten(-2, (-1, PAGE)).var(-2, correction=0)
             if numbers is None:
                 mean = spread.mean(-2)

@@ -141,21 +141,21 @@ class LycheeIndex(ChunkIndex):
         candidates = self.candidates(question)
         if candidates is not None:
             slot, held = candidates
-            raw = self.sketches.scores_at(query, question.scale, slot, held.sum(-1))
+            raw = self.sketches.scores_at(query, question.scale, slot)
             return question.take_own(raw, slot, held)
         own = own_slots(question)
         if own is not None:
             slot, held = own.slot[:, None], own.held[:, None]
-            raw = self.sketches.scores_at(query, question.scale, slot, own.count[:, None])
+            raw = self.sketches.scores_at(query, question.scale, slot)
             return question.take_own(raw, slot, held)
         slots = int(self.tail.max())
         rank = question.token_share(self.sketches.scores(question.query, question.scale, slots))
         return question.take_tokens(rank)
 
     def candidates(self, question: Question) -> tuple[Tensor, Tensor] | None:
-        """Return slots that are worth a look, int64 [B, Hkv, Tq, M], and which are real, bool.
+        """Return slots in order, int64 [B, Hkv, Tq, M], and which are worth a look, bool.
 
-        They are in order. None: the sketches of all tokens are looked at. A query that sees at most
+        None: the sketches of all tokens are looked at. A query that sees at most
         `flat_tokens` tokens has them all.
         """
         total = question.choosable()
@@ -194,9 +194,10 @@ class LycheeIndex(ChunkIndex):
         return axes + nodes + quota * sum(bits) // 8
 
     def _narrows(self, question: Question, total: Tensor, quota: Tensor) -> bool:
-        """True if chunks are to narrow the choice from `total` tokens, int64 [B, 1, Tq], to `quota`.
+        """True if chunks are to narrow the choice from `total` tokens, int64 [B, 1, Tq].
 
-        What ends by the share that it covers needs the shares of all tokens.
+        `quota`, int64 [B, Hkv, Tq], are the candidates that are wanted. A choice that ends by the
+        share that it covers needs the shares of all tokens.
         """
         visible, most = question.visible, int(total.max())
         many = question.query_len * int(quota.max())
@@ -227,10 +228,10 @@ class LycheeIndex(ChunkIndex):
         )
         order = torch.where(length > 0, start, ALL).argsort(-1)
         slot, _, real = expand_runs(start.gather(-1, order), length.gather(-1, order))
-        if question.visible.counts is None:
-            return slot, real
-        seen = question.candidates()[:, None].expand(-1, slot.shape[1], -1, -1)
-        return _packed_slots(slot, real & seen.gather(-1, slot))
+        if question.visible.counts is not None:
+            seen = question.candidates()[:, None].expand(-1, slot.shape[1], -1, -1)
+            real &= seen.gather(-1, slot)
+        return slot, real
 
     def _sketch(self, key: Tensor) -> None:
         """Sketch the keys up to `tail` that have no sketch."""
@@ -247,9 +248,3 @@ class LycheeIndex(ChunkIndex):
     def _used(self) -> Tensor:
         """Return the chunks whose tokens can be chosen, bool [B, N]: all that are cut."""
         return self.span > 0
-
-
-def _packed_slots(slot: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the slots that are `held`, in order, and which are real: both [B, Hkv, Tq, M]."""
-    order = (~held).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(held.sum(-1).max())]
-    return slot.gather(-1, order), held.gather(-1, order)
