@@ -61,7 +61,7 @@ def sparse_spec(policy: str, budget: int, flat_tokens: int | None = None) -> Spa
 
 
 def way_spec(way: str, budget: int) -> SparseSpec:
-    """Return how "lychee" chooses `budget` tokens in one of `LYCHEE_WAYS`, however long a context."""
+    """Return how "lychee" chooses `budget` tokens in one of `LYCHEE_WAYS`, in any context."""
     return sparse_spec("lychee", budget, 2**30 if way == "lychee-flat" else 0)
 
 

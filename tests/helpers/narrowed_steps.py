@@ -21,11 +21,13 @@ from sparse_steps import Step
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.levels import chunk_index
 from lychee_compile.kernels.gpu.levels.index import columns_of
 from lychee_compile.kernels.gpu.lychee import index as sketch_index
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
+from lychee_compile.kernels.gpu.lychee.launch import run_lychee
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 from lychee_compile.kernels.operators.cache_index import CacheIndex
 from lychee_compile.kernels.policies import registry
@@ -106,6 +108,12 @@ class NarrowedSteps(Steps):
             build=self.sketches.build,
             refit=self.sketches.refit,
         )
+
+    def decode(self) -> None:
+        """Let the kernels alone decode a step."""
+        used = IndexOperands(self.sketches.layout, self.sketches.parts, self.positions())
+        problem = self.problem()
+        run_lychee(problem.module(), problem.operands(), used)
 
     def compare(self) -> None:
         """Write, choose in both ways and attend; the next step goes on behind it."""

@@ -1,14 +1,24 @@
-"""Kernels by which chunks narrow a long context of "lychee", interpreted, choose as the plain form."""
+"""Kernels by which chunks narrow a long context of "lychee" choose as the plain form does."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 import triton_interpreter
 from decode_problems import Sizes
-from level_steps import follow
+from level_steps import follow, table_of
 from narrowed_steps import NarrowedCase, NarrowedSteps, short_contexts
+
+from lychee_compile.kernels.gpu.lychee.layout import (
+    NARROWED_ROW,
+    NARROWED_SLOTS,
+    SketchLayout,
+)
+from lychee_compile.kernels.gpu.lychee.narrowed import narrows
+from lychee_compile.kernels.gpu.methods import layout_for
+from lychee_compile.kernels.levels.groups import GroupSettings
 
 triton_interpreter.use()
 pytestmark = [
@@ -18,7 +28,10 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def short() -> Iterator[None]:
+def short(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "alone_decide" in request.node.name:
+        yield  # lengths are as they are
+        return
     with short_contexts():
         yield
 
@@ -54,10 +67,82 @@ CASES = {
         120,
     ),
 }
-HISTORY = ["step", "rewind far", "step", "refit", "written by another"]
+HISTORIES = [["step", "rewind far", "refit"], ["written by another", "step", "rewind"]]
+"""Events before steps; cases take them in turn."""
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_kernels_choose_as_the_plain_form_does(name):
     case, length = CASES[name]
-    follow(NarrowedSteps(case, length), HISTORY)
+    follow(NarrowedSteps(case, length), HISTORIES[list(CASES).index(name) % 2])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", list(CASES))
+def test_kernels_choose_as_the_plain_form_does_for_long(name):
+    case, length = CASES[name]
+    follow(NarrowedSteps(case, length), [*HISTORIES[0], *HISTORIES[1], *HISTORIES[0]])
+
+
+def test_chunks_are_followed_while_the_context_is_scanned_flat():
+    case = NarrowedCase("lychee", Sizes(2, 2, 1, 1, 150, 16, 16), mask="rows", chunk=(3, 7))
+    steps = NarrowedSteps(case, 90)
+    for slots in (1000, 20):  # of both ways to look for tokens
+        case.flat_tokens = slots
+        for _ in range(9):
+            steps.write()
+            steps.decode()
+            steps.length += 1
+    end = torch.tensor([steps.length, steps.length - 5])
+    span, used = table_of(steps.index, 2)
+    once = case.at_once(steps.key, end)
+    for head in range(2):
+        found = torch.where(used, span, 0)[:, head, : once.span.shape[1]]
+        assert torch.equal(found, once.span)
+
+
+@pytest.mark.parametrize(("mask", "expected"), [("causal", True), ("mask by head", False)])
+def test_chunks_follow_what_each_site_writes_though_not_all_can_narrow(mask, expected):
+    case = NarrowedCase("lychee", Sizes(1, 1, 2, 1, 100, 16, 16), mask=mask, chunk=(3, 7))
+    problem = case.problem(90)
+    module = problem.module()
+    name = module.__name__.rpartition(".")[2]
+    assert hasattr(module, "index_chunks")
+    layout = layout_for(name, problem.key)
+    assert narrows(module, layout, 100) is expected
+    assert (layout.settings == case.settings) is expected
+    assert not narrows(module, layout, case.flat_tokens)
+
+
+def long_key(batch, slots):
+    return torch.empty(batch, 8, slots, 128, device="meta", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots", "flat_tokens", "expected"),
+    [
+        (1, NARROWED_SLOTS // 8, 65536, True),
+        (1, NARROWED_SLOTS // 8 - 512, 65536, False),
+        (16, NARROWED_ROW, 65536, True),
+        (64, NARROWED_ROW - 512, 65536, False),
+        (1, 2**21, 2**21, False),
+        (1, 2**21, 2**20, True),
+    ],
+)
+def test_sizes_alone_decide_if_chunks_narrow(batch, slots, flat_tokens, expected):
+    key, settings = long_key(batch, slots), GroupSettings(chunk=(4, 9))
+    layout = SketchLayout.over(key, settings, flat_tokens)
+    assert layout.narrows is expected
+    assert not SketchLayout.over(key).narrows
+    assert (layout.size > SketchLayout.over(key).size) is expected, "nothing is built in vain"
+    assert layout.of(long_key(batch, slots)) == layout
+    if expected:
+        assert layout.chunks is not None
+        assert layout.chunks.settings == settings
+
+
+def test_an_index_that_becomes_long_enough_for_chunks_is_built_anew():
+    short = SketchLayout(1, 8, 128, 4096, torch.float16, GroupSettings(), 8192, 1)
+    assert short.grows_to(6144)
+    assert not short.grows_to(8192)
+    assert short.resized(8192).narrows

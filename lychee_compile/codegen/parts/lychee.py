@@ -1,4 +1,4 @@
-"""The kernels that select tokens by sketches of their keys; in long contexts pages or chunks first."""
+"""Kernels that select tokens by sketches of their keys; in long contexts pages or chunks first."""
 
 from __future__ import annotations
 

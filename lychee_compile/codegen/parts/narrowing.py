@@ -1,4 +1,4 @@
-"""The kernels by which chunks narrow a long context, before sketches rank the tokens in the best."""
+"""The kernels by which chunks narrow a long context, before sketches rank the tokens in them."""
 
 from __future__ import annotations
 

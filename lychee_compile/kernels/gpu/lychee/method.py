@@ -19,7 +19,7 @@ from lychee_compile.kernels.levels.groups import GroupSettings
 
 @dataclass(frozen=True)
 class LycheeMethod:
-    """Tokens ranked by sketches of their keys; in a long context pages or chunks are ranked first."""
+    """Tokens ranked by sketches of their keys; in a long context pages or chunks come first."""
 
     multiple: int = 8
     notices_writes: bool = True

@@ -1,4 +1,4 @@
-"""Launch the kernels by which chunks narrow a long context, and sketches rank what is in the best."""
+"""Launch the kernels by which chunks narrow a long context, and sketches rank their tokens."""
 
 from __future__ import annotations
 
