@@ -1652,7 +1652,9 @@ def scan_listed(
     )
     total = denominators(totals, head_row, blocks, BLOCKS)
     known = tl.load(listed_count + head_row)
-    open_slot = tl.maximum(unread_slot(span + space * numbers, fresh), begin)
+    # No chunk that is listed reaches as far as this, even if slots before were never written.
+    open_slot = tl.maximum(unread_slot(span + space * numbers, fresh), fresh - LONGEST)
+    open_slot = tl.maximum(open_slot, begin)
     count = tl.minimum(known + tl.maximum(stop - open_slot, 0), candidate_room)
     for start in range(part * LISTED, count, tl.num_programs(1) * LISTED):
         item = start + tl.arange(0, LISTED)
