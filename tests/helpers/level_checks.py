@@ -145,15 +145,6 @@ def check_chunks(steps: Steps, question: Question, read: Read, own: Tensor, tie:
     check_weighed(taken > 0, rank, size, question.room, tie)
 
 
-def below(kept: Tensor, label: Tensor) -> Tensor:
-    """Return the groups that belong to a kept cluster, or to none yet: bool [B, Hkv, Tq, N].
-
-    `kept` is bool [B, Hkv, Tq, C]; `label`, int [B, Hkv, N], is the cluster of each group, or -1.
-    """
-    wide = label[:, :, None].expand(-1, -1, kept.shape[2], -1)
-    return (wide < 0) | kept.gather(-1, wide.clamp(min=0).long())
-
-
 def kept_clusters(steps: Steps, read: Read, number: int, rank: Tensor) -> Tensor:
     """Return the clusters whose groups a level lists, bool like `rank` [B, Hkv, T, C]."""
     named, (batch, heads, queries, clusters) = steps.index.named, rank.shape
@@ -250,3 +241,12 @@ def always_count(question: Question) -> Tensor:
 def by_page(slots: Tensor, size: int) -> Tensor:
     """Reshape [..., L] to [..., pages, size]."""
     return F.pad(slots, (0, -slots.shape[-1] % size)).unflatten(-1, (-1, size))
+
+
+def below(kept: Tensor, label: Tensor) -> Tensor:
+    """Return the groups that belong to a kept cluster, or to none yet: bool [B, Hkv, Tq, N].
+
+    `kept` is bool [B, Hkv, Tq, C]; `label`, int [B, Hkv, N], is the cluster of each group, or -1.
+    """
+    wide = label[:, :, None].expand(-1, -1, kept.shape[2], -1)
+    return (wide < 0) | kept.gather(-1, wide.clamp(min=0).long())

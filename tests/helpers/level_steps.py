@@ -327,16 +327,16 @@ def share_fits(index: KVIndex, kernels: LevelDeviceIndex) -> None:
 
 def share_chunk_clusters(index: ChunkIndex, kernels: LevelDeviceIndex) -> None:
     """Let the plain form have the clusters of chunks that the kernels have."""
-    named, rows, above = kernels.named, kernels.layout.batch, index.above
+    named, rows = kernels.named, kernels.layout.batch
+    above, count = index.above, index.span.shape[1]
     labels = [named[f"label_{number + 1}"].long() - 1 for number in range(len(above.labels))]
-    for number in range(len(labels)):
-        columns = with_channel(kernels.columns(number, rows))
-        above.columns[number] = {name: held.clone() for name, held in columns.items()}
     if labels:
-        count = index.span.shape[1]
         more = max(count - labels[-1].shape[2], 0)
         labels[-1] = F.pad(labels[-1], (0, more), value=-1)[:, :, :count]
     above.relabel(labels)
+    for number in range(len(labels)):
+        columns = with_channel(kernels.columns(number, rows))
+        above.columns[number] = {name: held.clone() for name, held in columns.items()}
 
     # Kernels do not know where a padded row begins: they count hidden keys of its first chunk.
     cut = bounds_of(index.span, index.settings.chunk)[0] < index.start[:, None]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from level_checks import below
 from level_steps import noting
 from strategies import CPU, random
-from uneven_steps import below
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack, Pages

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.reference.clustered import Columns
-from lychee_compile.kernels.reference.runs import expand_runs, packed
+from lychee_compile.kernels.reference.runs import expand_runs, packed, take_rows
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,7 @@ class Listed:
 
     def rows(self, values: Tensor) -> Tensor:
         """Return the values [B, 1 or Hkv, N, ...] of the groups: [B, Hkv, M, ...]."""
-        batch, heads, _ = self.number.shape
-        first = torch.arange(batch * values.shape[1], device=values.device) * values.shape[2]
-        first = first.view(batch, -1, 1).expand(-1, heads, -1)
-        flat = values.flatten(0, 2).index_select(0, (first + self.number).flatten())
-        return flat.view(*self.number.shape, *values.shape[3:])
+        return take_rows(values, self.number)
 
     def columns(self, columns: Columns) -> Columns:
         """Return the columns, each [B, 1 or Hkv, N, ...], of the groups."""

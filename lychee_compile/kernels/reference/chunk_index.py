@@ -185,9 +185,8 @@ class ChunkIndex(UnevenIndex):
         begin = torch.maximum(first, question.begin[:, None, :, None])
         behind = torch.minimum(end, question.end[:, None, :, None])
         size = torch.where(possible, behind - begin, 0)
-        order = rank.masked_fill(~possible, -torch.inf).argsort(
-            dim=-1, descending=True, stable=True
-        )
+        rank = rank.masked_fill(~possible, -torch.inf)
+        order = rank.argsort(dim=-1, descending=True, stable=True)
         needed = self.needed(question, self.stack.levels[-1], groups, order, size)
         size = torch.where(needed, size.gather(-1, order), 0)
         left = room[..., None] - (size.cumsum(-1) - size)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.kernels.reference.runs import take_rows
+
 ITERATIONS = 10
 """Number of Lloyd steps. Labels of real keys stop changing earlier (measured on Gemma-3)."""
 SEGMENT = 256
@@ -39,8 +41,7 @@ def cluster(
         return torch.zeros_like(tokens), 1
     order = used.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :count]
     used, weight = used.gather(2, order), tokens.gather(2, order).float()[..., None]
-    mean = mean.gather(2, order[..., None].expand(*order.shape, mean.shape[-1]))
-    mean = torch.where(mean.isfinite(), mean, 0)
+    mean = take_rows(mean, order).nan_to_num(0.0, 0.0, 0.0)
     common = (weight * mean).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
     direction = F.normalize(mean - common, dim=-1)
     if most is not None or count <= SEGMENT:
@@ -64,8 +65,7 @@ def _by_segments(direction: Tensor, used: Tensor, per_group: int, seed: int) -> 
     order = torch.where(used, coarse, COARSE).argsort(dim=-1, stable=True)
     segments = -(-count // SEGMENT)
     room = segments * SEGMENT - count
-    wide = order[..., None].expand(*order.shape, direction.shape[-1])
-    direction = F.pad(direction.gather(2, wide), (0, 0, 0, room))
+    direction = F.pad(take_rows(direction, order), (0, 0, 0, room))
     direction = direction.unflatten(2, (segments, SEGMENT)).flatten(1, 2)
     used = F.pad(used.gather(2, order), (0, room)).unflatten(2, (segments, SEGMENT)).flatten(1, 2)
     labels = _lloyd(direction, used, _groups(used, per_group, None), seed, ITERATIONS)
@@ -84,9 +84,10 @@ def _lloyd(direction: Tensor, used: Tensor, groups: Tensor, seed: int, iteration
     jitter = torch.rand(count, generator=torch.Generator().manual_seed(seed)).to(direction.device)
     spacing = members[..., None] / groups[..., None]
     first = ((slot + jitter) * spacing).long().clamp(max=direction.shape[2] - 1)
-    centre = direction.gather(2, first[..., None].expand(*first.shape, direction.shape[-1]))
+    centre = take_rows(direction, first)
     idle = slot >= groups[..., None]
-    weighted = torch.where(used[..., None], direction, 0)
+    weighted = torch.where(used[..., None], direction, 0).flatten(0, 2)
+    lot = count * torch.arange(members.numel(), device=slot.device).view(*members.shape, 1)
     labels = torch.zeros(used.shape, dtype=torch.int64, device=direction.device)
     for _ in range(iterations):
         likeness = (direction @ centre.transpose(-1, -2)).masked_fill(idle[:, :, None], -torch.inf)
@@ -94,8 +95,8 @@ def _lloyd(direction: Tensor, used: Tensor, groups: Tensor, seed: int, iteration
         if torch.equal(updated, labels):
             break
         labels = updated
-        member = (slot[:, None] == labels[:, :, None]).to(weighted.dtype)
-        total = member @ weighted
+        total = torch.zeros_like(centre).flatten(0, 2)
+        total = total.index_add(0, (labels + lot).flatten(), weighted).view_as(centre)
         centre = torch.where(total.any(-1, keepdim=True), F.normalize(total, dim=-1), centre)
     return labels
 
