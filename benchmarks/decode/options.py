@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.lengths import positive, tokens
-from benchmarks.decode.variants import VARIANTS
+from benchmarks.decode.variants import FORCED, VARIANTS
 
 SHAPE = ("heads", "kv_heads", "head_dim", "dtype", "budget")
 """Options that shape the attention, besides context and batch."""
@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str], page: str | None) -> argparse.Namespace:
 def _parser(page: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=page.splitlines()[0] if page else None)
     add, names = parser.add_argument, [variant.name for variant in VARIANTS]
-    usual = [name for name in names if name not in ("lychee-pages", "lychee-chunks")]
+    usual = [name for name in names if name not in FORCED]
     add(
         "--contexts",
         type=tokens,

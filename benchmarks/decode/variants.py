@@ -56,6 +56,9 @@ VARIANTS = (
     Variant("lychee-chunks", "lychee by chunks", exact=False),
     *(Variant(policy, f"{policy} (ours)", exact=False) for policy in ours.OTHERS),
 )
+FORCED = ("lychee-pages", "lychee-chunks")
+"""Variants in which "lychee" looks for tokens in a way that sizes might not choose; by default they
+are left out."""
 LABELS = {variant.name: variant.label for variant in VARIANTS}
 BASELINES = tuple(variant.name for variant in VARIANTS if variant.forms is not None)
 """Names of the dense variants; speed-ups are against the fastest of them in each cell."""
