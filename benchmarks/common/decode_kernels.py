@@ -73,9 +73,8 @@ def sketch_layout(key: Tensor, way: str | None = None) -> SketchLayout:
     settings = GroupSettings.of(IndexConfig())
     if way is None:
         return SketchLayout.over(key, settings, IndexConfig().flat_tokens)
-    if way != "lychee-chunks":
-        return SketchLayout.over(key)
-    return replace(SketchLayout.over(key, settings), narrowed_row=0, narrowed_slots=0)
+    chunks = settings if way == "lychee-chunks" else None
+    return replace(SketchLayout.over(key), settings=chunks)
 
 
 def sketch_module(query: Tensor, key: Tensor, value: Tensor, budget: int) -> ModuleType:

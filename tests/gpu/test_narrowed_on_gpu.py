@@ -37,8 +37,8 @@ def problem(case: str, flat_tokens: int, overfetch: int = 4) -> Problem:
 
 def decoded(problem: Problem, narrows: bool) -> list[torch.Tensor]:
     """Return the outputs of some steps that write the same keys, with a refit between them."""
-    layout = SketchLayout.over(problem.key, GroupSettings() if narrows else None)
-    layout = replace(layout, narrowed_row=0, narrowed_slots=0)
+    settings = GroupSettings() if narrows else None
+    layout = replace(SketchLayout.over(problem.key), settings=settings)
     index = SketchIndex(layout, problem.key.device)
     sizes, module = problem.query.shape[2], problem.module()
     batch, first = problem.key.shape[0], problem.key.shape[2] - 40

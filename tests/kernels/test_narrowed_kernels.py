@@ -132,17 +132,10 @@ def long_key(batch, slots):
 def test_sizes_alone_decide_if_chunks_narrow(batch, slots, flat_tokens, expected):
     key, settings = long_key(batch, slots), GroupSettings(chunk=(4, 9))
     layout = SketchLayout.over(key, settings, flat_tokens)
-    assert layout.narrows is expected
-    assert not SketchLayout.over(key).narrows
+    assert (layout.settings is not None) is expected
+    assert SketchLayout.over(key).settings is None
     assert (layout.size > SketchLayout.over(key).size) is expected, "nothing is built in vain"
     assert layout.of(long_key(batch, slots)) == layout
     if expected:
         assert layout.chunks is not None
         assert layout.chunks.settings == settings
-
-
-def test_an_index_that_becomes_long_enough_for_chunks_is_built_anew():
-    short = SketchLayout(1, 8, 128, 4096, torch.float16, GroupSettings(), 8192, 1)
-    assert short.grows_to(6144)
-    assert not short.grows_to(8192)
-    assert short.resized(8192).narrows

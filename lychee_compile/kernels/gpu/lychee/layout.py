@@ -77,6 +77,14 @@ def block_size(slots: int) -> int:
     return max(BLOCK, min(power_of_two(-(-slots // BLOCKS)), LARGEST_BLOCK))
 
 
+def pays_to_narrow(rows: int, slots: int, flat_tokens: int) -> bool:
+    """Return True if chunks narrow choices in a cache of so many slots, as sizes alone decide.
+
+    `rows` are those of all KV heads. Contexts of up to `flat_tokens` are scanned token by token.
+    """
+    return slots > max(NARROWED_ROW - 1, flat_tokens) and rows * slots >= NARROWED_SLOTS
+
+
 @dataclass(frozen=True)
 class SketchState:
     """The parts of an index, views of its memory. Kernels take them by these names."""
@@ -134,11 +142,7 @@ class SketchLayout:
     dtype: torch.dtype = torch.float16
     """Dtype of the keys."""
     settings: GroupSettings | None = None
-    """Settings of chunks; None: they never narrow a choice."""
-    narrowed_row: int = 0
-    """Least number of slots of a row from which on chunks narrow a choice, if they ever do."""
-    narrowed_slots: int = 0
-    """Least number of slots of all rows and KV heads together, likewise."""
+    """Settings of the chunks that narrow choices; None: they do not, and there are none."""
     policy: str = "lychee"
 
     @classmethod
@@ -147,14 +151,13 @@ class SketchLayout:
     ) -> SketchLayout:
         """Return the layout for a cache `key` [B, Hkv, L, D].
 
-        Contexts of up to `flat_tokens` are scanned token by token.
+        With `settings` chunks narrow its choices if it is long enough. Contexts of up to
+        `flat_tokens` are scanned token by token.
         """
         batch, heads, length, head_dim = key.shape
-        sizes = batch, heads, head_dim, whole_scans(length)
-        if settings is None:
-            return cls(*sizes, key.dtype)
-        row = max(NARROWED_ROW, flat_tokens + 1)
-        return cls(*sizes, key.dtype, settings, row, NARROWED_SLOTS)
+        if not pays_to_narrow(batch * heads, length, flat_tokens):
+            settings = None
+        return cls(batch, heads, head_dim, whole_scans(length), key.dtype, settings)
 
     def of(self, key: Tensor) -> SketchLayout:
         """Return the layout for a cache `key` [B, Hkv, L, D], with the same settings."""
@@ -170,16 +173,9 @@ class SketchLayout:
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
 
     @property
-    def narrows(self) -> bool:
-        """True if chunks narrow a choice, which the number of slots alone decides."""
-        whole = self.batch * self.kv_heads * self.slots
-        long = self.slots >= self.narrowed_row and whole >= self.narrowed_slots
-        return self.settings is not None and long
-
-    @property
     def chunks(self) -> ChunkLayout | None:
         """Layout of the chunks that narrow choices; None if they do not."""
-        if self.settings is None or not self.narrows:
+        if self.settings is None:
             return None
         sizes = self.batch, self.kv_heads, self.head_dim, self.slots
         return ChunkLayout(*sizes, self.dtype, self.policy, self.settings)
@@ -199,9 +195,8 @@ class SketchLayout:
         return replace(self, slots=slots, batch=self.batch if batch is None else batch)
 
     def grows_to(self, slots: int) -> bool:
-        """Return True if an index of `slots` has blocks of the same size, and chunks if we have."""
-        same = self.narrows == self.resized(slots).narrows
-        return same and self.block == block_size(slots)
+        """Return True if blocks have as many slots in an index of `slots`."""
+        return self.block == block_size(slots)
 
     @property
     def size(self) -> int:

@@ -22,7 +22,8 @@ LISTED_PROGRAMS = 2048
 
 def narrows(module: ModuleType, layout: SketchLayout, kv_len: int) -> bool:
     """Return True if chunks narrow a choice among `kv_len` slots, by kernels of a module."""
-    return layout.narrows and hasattr(module, "scan_listed") and kv_len > module.FLAT_TOKENS
+    has_chunks = layout.settings is not None and hasattr(module, "scan_listed")
+    return has_chunks and kv_len > module.FLAT_TOKENS
 
 
 def follow_chunks(step: SparseStep, layout: SketchLayout) -> None:
