@@ -24,6 +24,8 @@ KERNELS = {
     "scan_tokens": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_pages": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_chosen": {"BLOCK": 8192, "TILES": 16, "kv_heads": 8},
+    "scan_listed": {"BLOCK": 32768, "BLOCKS": 64, "TILES": 512, "kv_heads": 8},
+    "index_chunks": {},
     "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192},
     "encode": {"BLOCK": 8192},
     "record_fingerprints": {},
@@ -123,7 +125,7 @@ def main(*names: str) -> None:
             for capability in (80, 90) if ampere and "attend" in kernel else (90,):
                 hopper = capability == 90
                 listed = any(hasattr(module, f"list_{number}") for number in range(3))
-                paged = (hopper and hasattr(module, "scan_pages")) or listed
+                paged = hopper if hasattr(module, "scan_pages") else listed
                 more = constants | {"EARLY": hopper, "PAGED": paged}
                 made = compiled(getattr(module, kernel), spec, more, capability)
                 shared[f"{name}.{kernel}.{capability}"] = made.metadata.shared

@@ -12,7 +12,7 @@ from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, S, SparseSpec
 from lychee_compile.kernels.levels.declaration import Level, LevelStack
-from lychee_compile.kernels.levels.groups import Chunks, Clusters, TokenClusters
+from lychee_compile.kernels.levels.groups import Chunks, Clusters, GroupSettings, TokenClusters
 from lychee_compile.kernels.sizes import BINS, power_of_two
 
 RANKED = 512
@@ -58,8 +58,8 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         *library("fingerprints", "record_fingerprints"),
         *([] if stack.pairs is None else library("levels", "load_query_channels")),
-        *([fill("levels/window.py.jinja", spec)] if has_window else []),
-        *(each for number in range(len(stack.levels)) for each in _of_level(spec, stack, number)),
+        *([fill("levels/window.py.jinja", spec, narrows=False)] if has_window else []),
+        *(each for number in range(len(stack.levels)) for each in emit_level(spec, stack, number)),
         *_attend(spec, stack, sparse),
         *emit_of_levels(spec, stack),
     ]
@@ -100,14 +100,14 @@ def _constants(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> st
             "number": number,
             "kind": _kind(level),
             "size": level.groups.size,
-            "scanned": _scanned(spec, level),
+            "scanned": scanned_at_once(spec, level),
             "channels": _gathered(spec, level),
             "gathered": power_of_two(_gathered(spec, level), 16),
             "kept": _kept(level, sparse.budget),
         }
         for number, level in enumerate(stack.levels)
     ]
-    (shortest, longest), groups = sparse.groups.chunk, stack.levels and stack.levels[-1].groups
+    groups = stack.levels and stack.levels[-1].groups
     waiting = groups.window if isinstance(groups, TokenClusters) else 0
     return fill(
         "levels/constants.py.jinja",
@@ -117,9 +117,7 @@ def _constants(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> st
         last_kind=_last_kind(stack),
         last_size=stack.last_size,
         settings=sparse.groups.arguments,
-        chunk=sparse.groups.chunk,
-        look=power_of_two(longest // shortest + 2),
-        members=power_of_two(longest),
+        **chunk_sizes(sparse.groups),
         always=sparse.sinks + sparse.recent + 2 * waiting,
         ranked=RANKED,
         bins=BINS,
@@ -127,6 +125,13 @@ def _constants(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> st
         levels=levels,
         **SAMPLE,
     )
+
+
+def chunk_sizes(settings: GroupSettings) -> dict[str, object]:
+    """Return the holes of levels/constant_fragments.jinja."""
+    shortest, longest = settings.chunk
+    look, members = power_of_two(longest // shortest + 2), power_of_two(longest)
+    return {"chunk": settings.chunk, "look": look, "members": members}
 
 
 def _kept(level: Level, budget: int) -> int | None:
@@ -138,7 +143,7 @@ def _kept(level: Level, budget: int) -> int | None:
     return level.keep.groups(budget, level.groups.size)
 
 
-def _scanned(spec: AttentionSpec, level: Level) -> int:
+def scanned_at_once(spec: AttentionSpec, level: Level) -> int:
     """Return how many groups of a level a program scores at a time."""
     channels = sum(level.channels.values()) * spec.head_dim + level.key_channels(spec.head_dim)
     number = 4 if spec.dtype == "float32" else 2
@@ -154,14 +159,20 @@ def _gathered(spec: AttentionSpec, level: Level) -> int:
     return 0 if level.pairs is None else level.key_channels(spec.head_dim)
 
 
-def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> list[str]:
-    """Return the kernels of one level: scan, ranks, and the list of what is in chosen groups."""
+def emit_level(
+    spec: AttentionSpec, stack: LevelStack, number: int, narrows: bool = False
+) -> list[str]:
+    """Return the kernels of one level: scan, ranks, and the list of what is in chosen groups.
+
+    If the level `narrows` a choice by others, what the last level lists is ranked again.
+    """
     level, is_last = stack.levels[number], number == len(stack.levels) - 1
     kind, is_listed = _kind(level), _is_listed(stack, number)
     shared = {
         "number": number,
         "kind": kind,
         "last_kind": _last_kind(stack),
+        "narrows": narrows,
         "in_clusters": number > 0 and isinstance(stack.levels[number - 1].groups, Clusters),
         "is_listed": is_listed,
         "is_last": is_last,
@@ -172,6 +183,7 @@ def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> list[str]:
         spec,
         **shared,
         size=level.groups.size,
+        clears=number == 0 and not narrows,
         checks=number == 0 and (kind == "pages" or sees_range(spec)),
         fields=list(level.channels.items()),
         estimate=_estimate(spec, level),
@@ -204,16 +216,21 @@ def _attend(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> list[
     kind, number = _last_kind(stack), len(stack.levels) - 1
     names = "".join(f"summary_{name}, " for level in stack.levels for name in level.fields)
     if kind == "chunks":
-        of_chunks = "".join(f"summary_{name}, " for name in stack.levels[-1].fields)
-        labels = f"label_{number}, open_{number}, " if number else ""
-        names = f"strength, span, numbers, {labels}{of_chunks}"
+        names = parts_of_chunks(stack)
     elif kind == "token clusters":
         names = "label, waiting, "
     shared: dict[str, object] = {"last_kind": kind, "kind": kind, "parts": names}
-    shared |= {"number": number, "in_clusters": False}
+    shared |= {"number": number, "in_clusters": False, "narrows": False}
     ended = {"by_mass": False} if _is_listed(stack, number) else {}
     attend = fill("levels/attend.py.jinja", spec, **shared, **ended)
     return [_index_new(spec, stack, sparse, shared), attend]
+
+
+def parts_of_chunks(stack: LevelStack) -> str:
+    """Return the parts of an index that new chunks are written to, as parameters."""
+    number, fields = len(stack.levels) - 1, stack.levels[-1].fields
+    labels = f"label_{number}, open_{number}, " if number else ""
+    return f"strength, span, numbers, {labels}" + "".join(f"summary_{name}, " for name in fields)
 
 
 def _index_new(
@@ -225,6 +242,13 @@ def _index_new(
     if shared["last_kind"] == "pages":
         levels = [_described(spec, *each) for each in enumerate(stack.levels)]
         return fill("levels/index_pages.py.jinja", spec, **shared, levels=levels)
+    return emit_index_chunks(spec, stack, sparse, shared)
+
+
+def emit_index_chunks(
+    spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec, shared: dict[str, object]
+) -> str:
+    """Return what cuts and summarises the chunks that a step closes."""
     similar, level = sparse.groups.by_similarity, _described(spec, 0, stack.levels[-1])
     level["tile"] = min(power_of_two(sparse.groups.chunk[1]), 16)
     return fill("levels/index_chunks.py.jinja", spec, **shared, level=level, by_similarity=similar)

@@ -1,4 +1,4 @@
-"""The kernels that select tokens by sketches of their keys, and in long contexts pages first."""
+"""Kernels that select tokens by sketches of their keys; in long contexts pages or chunks first."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from lychee_compile.codegen.parts.certificate import emit_certificate, emit_constants
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.narrowing import emit_chunks, emit_narrowing
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S, SparseSpec
 from lychee_compile.kernels.gpu.lychee.layout import PAGE_MIDDLE, PAGE_STEP, Field, planes
+from lychee_compile.kernels.policies.decode.lychee import LYCHEE
 from lychee_compile.kernels.reference.sketch_axes import STEPS
 from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
 
@@ -41,6 +43,8 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         _fill("sketch_scores", spec),
         _fill("scan_tokens", spec),
         *(_page_scans(spec) if paged else []),
+        *emit_chunks(spec, LYCHEE),
+        *(_listed_scans(spec) if narrows(spec) else []),
         *library("sketch", "field_codes"),
         _fill("encode_keys", spec),
         *library("sketch", "page_code"),
@@ -66,6 +70,12 @@ def _certificate(spec: AttentionSpec) -> list[str]:
 def scans_pages(spec: AttentionSpec) -> bool:
     """True if whole pages can be scored: their keys differ in nothing but themselves."""
     return KV not in spec.score.free_symbols and H not in spec.visible.free_symbols
+
+
+def narrows(spec: AttentionSpec) -> bool:
+    """True if chunks can narrow a long context. A choice by mass needs the shares of all tokens."""
+    assert spec.sparse is not None
+    return scans_pages(spec) and spec.sparse.coverage is None
 
 
 def _fill(name: str, spec: AttentionSpec, **values: object) -> str:
@@ -128,4 +138,12 @@ def _page_scans(spec: AttentionSpec) -> list[str]:
         *library("pages", "plan_turns"),
         _fill("scan_pages", spec),
         _fill("scan_chosen", spec),
+    ]
+
+
+def _listed_scans(spec: AttentionSpec) -> list[str]:
+    return [
+        *emit_narrowing(spec, LYCHEE),
+        _fill("listed_scores", spec, base=_BASE),
+        _fill("scan_listed", spec),
     ]

@@ -109,11 +109,14 @@ def layout_for(
     says of the module; None: the module is asked.
     """
     method = method_of_kernel(kernel) if policy is None else gpu_method(policy)
-    settings = settings_of(kernel) if isinstance(method, LevelMethod) else None
+    settings = settings_of(kernel)
     if isinstance(method, LevelMethod) and settings is not None:
         return method.layout_with(settings, key)
     if isinstance(method, LycheeMethod):
-        return method.layout_of(key, measures(kernel) if measured is None else measured)
+        measured = measures(kernel) if measured is None else measured
+        if settings is None or measured:
+            return method.layout_of(key, measured)
+        return method.layout_with(settings, load(kernel).FLAT_TOKENS, key)
     return method.layout_of(key)
 
 

@@ -751,8 +751,8 @@ def rank_1(
     span, numbers, tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
     children_1, begin_1, order_2, child_groups, child_ranks, child_counts,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, tiles, length,
-    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, LOTS: tl.constexpr, LISTS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
@@ -772,43 +772,33 @@ def rank_1(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
-    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
     count = known_count + tl.maximum(groups - open_group, 0)
-    if lot * RANKED >= count:
-        return
-    there, is_listed = item < count, item < known_count
-    place = listed + head_row.to(tl.int64) * listed_room + item
-    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
-    value = tl.load(
-        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
-        mask=(g < GROUP) & there[None, :], other=float("-inf"),
-    )
-    at = space * groups + group
-    size = tl.load(tokens_1 + at, mask=there, other=0)
-    low = tl.load(first_1 + at, mask=there, other=0)
-    high = tl.load(end_1 + at, mask=there, other=0)
-    used = size > 0
-    possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
-    share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
-    entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
-    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
-    tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
-    found = weigh_bins(counts + head_row * counts_stride, entry, size)
-    tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
-    below = tl.load(children_1 + at, mask=there, other=0)
-    found = weigh_bins(child_counts + head_row * BINS, entry, below)
-    tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
-    if LISTS:
-        tl.debug_barrier()
-        list_1(
-            group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
-            span, numbers, tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
-            children_1, begin_1, order_2, child_groups, child_ranks, child_counts,
-            positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-            kv_len, items, kv_heads, query_len, tiles, length,
-            TILES, LOTS, False,
+    while lot * RANKED < count:
+        g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        value = tl.load(
+            scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+            mask=(g < GROUP) & there[None, :], other=float("-inf"),
         )
+        at = space * groups + group
+        size = tl.load(tokens_1 + at, mask=there, other=0)
+        low = tl.load(first_1 + at, mask=there, other=0)
+        high = tl.load(end_1 + at, mask=there, other=0)
+        used = size > 0
+        possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
+        share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
+        entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+        mine = head_row.to(tl.int64) * lots + lot
+        tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+        found = weigh_bins(counts + head_row * counts_stride, entry, size)
+        tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        below = tl.load(children_1 + at, mask=there, other=0)
+        found = weigh_bins(child_counts + head_row * BINS, entry, below)
+        tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -817,7 +807,7 @@ def list_1(
     span, numbers, tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
     children_1, begin_1, order_2, child_groups, child_ranks, child_counts,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, tiles, length,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """List what is in the best of RANKED clusters, until all listed ones have KEPT_1 tokens."""
@@ -837,43 +827,43 @@ def list_1(
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
     room = tl.where(stop - begin <= room, 2**26, KEPT_1)
-    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
-    mine = head_row.to(tl.int64) * lots + lot
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
     count = known_count + tl.maximum(groups - open_group, 0)
-    if lot * RANKED >= count:
-        return
-    there, is_listed = item < count, item < known_count
-    place = listed + head_row.to(tl.int64) * listed_room + item
-    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
-    entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
     candidates += head_row.to(tl.int64) * candidate_room
-    there &= entry > 0
-    at = space * groups + group
-    size = tl.load(tokens_1 + at, mask=there, other=0)
-    low = tl.load(first_1 + at, mask=there, other=0)
-    high = tl.load(end_1 + at, mask=there, other=0)
-    used = size > 0
-    above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    higher, at_it = there & (entry > cut), there & (entry == cut)
-    weight = tl.where(at_it, size, 0)
-    due_to = left - before - (tl.cumsum(weight, 0) - weight)
-    own = tl.load(children_1 + at, mask=there, other=0)
-    take = tl.where(higher | (at_it & (due_to > 0)), own, 0)
-    above, before = weights_before(child_ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    before += weights_above(child_counts + head_row * BINS, cut)
-    # What is above the cut comes first, in all lots, and then what is at the cut.
-    over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
-    place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
-    order = order_2 + space * child_groups + tl.load(begin_1 + at, mask=there, other=0)
-    for start in range(0, tl.max(take, 0), 16):
-        inner = start + tl.arange(0, 16)[None, :]
-        fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
-        child = tl.load(order[:, None] + inner, mask=fits, other=0)
-        tl.store(candidates + place[:, None] + inner, child, mask=fits)
-    last = tl.max(tl.where(take > 0, place + take, 0), 0)
-    tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+    while lot * RANKED < count:
+        item = lot * RANKED + tl.arange(0, RANKED)
+        mine = head_row.to(tl.int64) * lots + lot
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
+        there &= entry > 0
+        at = space * groups + group
+        size = tl.load(tokens_1 + at, mask=there, other=0)
+        low = tl.load(first_1 + at, mask=there, other=0)
+        high = tl.load(end_1 + at, mask=there, other=0)
+        used = size > 0
+        above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
+        higher, at_it = there & (entry > cut), there & (entry == cut)
+        weight = tl.where(at_it, size, 0)
+        due_to = left - before - (tl.cumsum(weight, 0) - weight)
+        own = tl.load(children_1 + at, mask=there, other=0)
+        take = tl.where(higher | (at_it & (due_to > 0)), own, 0)
+        above, before = weights_before(child_ranks + (mine - lot) * BINS, cut, lot, LOTS)
+        before += weights_above(child_counts + head_row * BINS, cut)
+        # What is above the cut comes first, in all lots, and then what is at the cut.
+        over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
+        place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
+        order = order_2 + space * child_groups + tl.load(begin_1 + at, mask=there, other=0)
+        for start in range(0, tl.max(take, 0), 16):
+            inner = start + tl.arange(0, 16)[None, :]
+            fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
+            child = tl.load(order[:, None] + inner, mask=fits, other=0)
+            tl.store(candidates + place[:, None] + inner, child, mask=fits)
+        last = tl.max(tl.where(take > 0, place + take, 0), 0)
+        tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -959,8 +949,8 @@ def rank_2(
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     span, numbers, groups, listed, listed_room, listed_count, open_2,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, tiles, length,
-    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, LOTS: tl.constexpr, LISTS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
@@ -980,38 +970,29 @@ def rank_2(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
-    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
     count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
-    if lot * RANKED >= count:
-        return
-    there, is_listed = item < count, item < known_count
-    place = listed + head_row.to(tl.int64) * listed_room + item
-    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
-    value = tl.load(
-        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
-        mask=(g < GROUP) & there[None, :], other=float("-inf"),
-    )
-    at = space * groups + group
-    low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
-    used = (high > low) & (low + LONGEST < fresh)
-    possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
-    share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
-    entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
-    size = tl.minimum(high, stop) - tl.maximum(low, begin)
-    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
-    tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
-    found = weigh_bins(counts + head_row * counts_stride, entry, size)
-    tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
-    if LISTS:
-        tl.debug_barrier()
-        list_2(
-            group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
-            span, numbers, groups, listed, listed_room, listed_count, open_2,
-            positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-            kv_len, items, kv_heads, query_len, tiles, length,
-            TILES, LOTS, False,
+    while lot * RANKED < count:
+        g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        value = tl.load(
+            scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+            mask=(g < GROUP) & there[None, :], other=float("-inf"),
         )
+        at = space * groups + group
+        low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
+        used = (high > low) & (low + LONGEST < fresh)
+        possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
+        share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
+        entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+        size = tl.minimum(high, stop) - tl.maximum(low, begin)
+        mine = head_row.to(tl.int64) * lots + lot
+        tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+        found = weigh_bins(counts + head_row * counts_stride, entry, size)
+        tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -1019,7 +1000,7 @@ def list_2(
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     span, numbers, groups, listed, listed_room, listed_count, open_2,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, tiles, length,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """List the slots of the best of RANKED chunks, as candidates that `attend` reads for certain.
@@ -1041,42 +1022,42 @@ def list_2(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
-    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
-    mine = head_row.to(tl.int64) * lots + lot
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
     count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
-    if lot * RANKED >= count:
-        return
-    there, is_listed = item < count, item < known_count
-    place = listed + head_row.to(tl.int64) * listed_room + item
-    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
-    entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
     candidates += head_row.to(tl.int64) * candidate_room
     bins += head_row.to(tl.int64) * candidate_room
-    there &= entry > 0
-    at = space * groups + group
-    low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
-    used = (high > low) & (low + LONGEST < fresh)
-    low, high = tl.maximum(low, begin), tl.minimum(high, stop)
-    size = high - low
-    above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    higher, at_it = there & (entry > cut), there & (entry == cut)
-    weight = tl.where(at_it, size, 0)
-    due_to = left - before - (tl.cumsum(weight, 0) - weight)
-    take = tl.where(higher, size, tl.maximum(tl.minimum(due_to, weight), 0))
-    before += weights_above(counts + head_row * counts_stride, cut)
-    # What is above the cut comes first, in all lots, and then what is at the cut.
-    over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
-    place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
-    for start in range(0, tl.max(take, 0), 16):
-        inner = start + tl.arange(0, 16)[None, :]
-        fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
-        child = low[:, None] + inner
-        tl.store(bins + place[:, None] + inner, (inner * 0 + BINS - 1).to(tl.uint8), mask=fits)
-        tl.store(candidates + place[:, None] + inner, child, mask=fits)
-    last = tl.max(tl.where(take > 0, place + take, 0), 0)
-    tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+    while lot * RANKED < count:
+        item = lot * RANKED + tl.arange(0, RANKED)
+        mine = head_row.to(tl.int64) * lots + lot
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
+        there &= entry > 0
+        at = space * groups + group
+        low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
+        used = (high > low) & (low + LONGEST < fresh)
+        low, high = tl.maximum(low, begin), tl.minimum(high, stop)
+        size = high - low
+        above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
+        higher, at_it = there & (entry > cut), there & (entry == cut)
+        weight = tl.where(at_it, size, 0)
+        due_to = left - before - (tl.cumsum(weight, 0) - weight)
+        take = tl.where(higher, size, tl.maximum(tl.minimum(due_to, weight), 0))
+        before += weights_above(counts + head_row * counts_stride, cut)
+        # What is above the cut comes first, in all lots, and then what is at the cut.
+        over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
+        place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
+        for start in range(0, tl.max(take, 0), 16):
+            inner = start + tl.arange(0, 16)[None, :]
+            fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
+            child = low[:, None] + inner
+            tl.store(bins + place[:, None] + inner, (inner * 0 + BINS - 1).to(tl.uint8), mask=fits)
+            tl.store(candidates + place[:, None] + inner, child, mask=fits)
+        last = tl.max(tl.where(take > 0, place + take, 0), 0)
+        tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+        lot += tl.num_programs(1)
 
 
 @triton.jit

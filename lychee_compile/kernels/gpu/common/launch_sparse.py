@@ -77,7 +77,7 @@ class SparseStep:
             **self.operands.arguments(self.module),
             **self.index.state._asdict(),
             **self.scratch,
-            **self._written(),
+            **self.written(),
             "slots": self.index.layout.slots,
             "tiles": tiles,
             "splits": self.splits,
@@ -106,7 +106,7 @@ class SparseStep:
             certify(self.module, self.operands, arguments, self.scratch, tuning)
         return combine(self.module, self.operands, self.scratch, self.splits, self.early)
 
-    def _written(self) -> dict[str, object]:
+    def written(self) -> dict[str, object]:
         """Return the slots just written, with strides and number; a stand-in if none were."""
         positions, names = self.index.positions, ("position_stride_b", "position_stride_t")
         if positions is None:

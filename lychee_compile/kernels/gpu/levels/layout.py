@@ -108,9 +108,13 @@ class LevelLayout:
 
     def _parts(self) -> Iterator[Part]:
         """Yield name, shape and dtype of each part, in order."""
-        groups, levels = self.groups, self.stack.levels
         yield header_part(self.batch)
         yield fingerprints_part(self.batch, self.kv_heads, self.slots)
+        yield from self.tables()
+
+    def tables(self) -> Iterator[Part]:
+        """Yield the parts that describe groups: all but the header and the fingerprints."""
+        groups, levels = self.groups, self.stack.levels
         last = levels[-1].groups if levels else None
         if isinstance(last, Chunks):
             yield self._part("strength", self.slots, dtype=torch.uint8)

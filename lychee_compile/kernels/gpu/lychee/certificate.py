@@ -11,7 +11,7 @@ from lychee_compile.kernels.gpu.common.launch_common import Scratch, launch
 from lychee_compile.kernels.gpu.common.launch_sparse import SparseStep
 
 
-def want_weights(wanted: Scratch, module: ModuleType, rows: int, blocks: int) -> None:
+def want_bound_weights(wanted: Scratch, module: ModuleType, rows: int, blocks: int) -> None:
     """Ask for the scratch memory of `weigh_blocks`."""
     heads, kept = module.ROWS.value, module.KEPT_COLUMNS.value
     wanted.want("bound_weights", torch.float32, rows, blocks, heads, kept)
