@@ -23,8 +23,12 @@ SEEN_AT_ONCE = 8192
 """Slots whose visibility a program of a scan finds out at a time."""
 NUMBERS_AT_ONCE = 4096
 """Numbers of the keys of a group that are summarised at a time."""
-LISTED_AT_ONCE = 16
-"""Children of a group that a program lists at a time."""
+LISTED_AT_ONCE = {"pages": 16, "chunks": 8, "clusters": 4}
+"""Children of a group that a program lists at a time, by the kind of the groups."""
+LISTED_OF_FEW = 128
+"""Groups in few clusters that a program lists at a time."""
+MOST_FEW = 128
+"""Largest number of clusters whose children are listed by the places that they get."""
 _UNREAD = {"pages": "fresh // PAGE * PAGE", "chunks": "unread", "token clusters": "unread"}
 """Formula of the first slot that is always read, by the kind of the groups of the last level."""
 _OF_KIND = {
@@ -104,6 +108,7 @@ def _constants(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> st
             "channels": _gathered(spec, level),
             "gathered": power_of_two(_gathered(spec, level), 16),
             "kept": _kept(level, sparse.budget),
+            "few": few_clusters(spec, stack, number),
         }
         for number, level in enumerate(stack.levels)
     ]
@@ -120,6 +125,7 @@ def _constants(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> st
         **chunk_sizes(sparse.groups),
         always=sparse.sinks + sparse.recent + 2 * waiting,
         ranked=RANKED,
+        listed=LISTED_OF_FEW,
         bins=BINS,
         largest=LARGEST,
         levels=levels,
@@ -132,6 +138,16 @@ def chunk_sizes(settings: GroupSettings) -> dict[str, object]:
     shortest, longest = settings.chunk
     look, members = power_of_two(longest // shortest + 2), power_of_two(longest)
     return {"chunk": settings.chunk, "look": look, "members": members}
+
+
+def few_clusters(spec: AttentionSpec, stack: LevelStack, number: int) -> int:
+    """Return a power of two that a level has at most as many clusters as; 0: they may be many."""
+    groups = stack.levels[number].groups
+    if number > 0 or not isinstance(groups, Clusters) or not groups.limited:
+        return 0
+    assert spec.sparse is not None
+    units = power_of_two(spec.sparse.groups.coarse_units)
+    return units if units <= MOST_FEW else 0
 
 
 def _kept(level: Level, budget: int) -> int | None:
@@ -177,6 +193,7 @@ def emit_level(
         "is_listed": is_listed,
         "is_last": is_last,
         "covers": is_last and spec.sparse is not None and spec.sparse.coverage is not None,
+        "few": few_clusters(spec, stack, number),
     }
     scan = fill(
         "levels/scan.py.jinja",
@@ -198,7 +215,8 @@ def emit_level(
     if is_listed:
         below = 1 if is_last else stack.levels[number + 1].groups.size
         children = level.groups.size // below
-        listed = {"children": children, "at_once": min(children, LISTED_AT_ONCE)}
+        most = LISTED_AT_ONCE[kind]
+        listed = {"children": children, "at_once": min(children, most) if kind == "pages" else most}
         kernels.append(fill("levels/list.py.jinja", spec, **shared, **listed))
     return kernels
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from lychee_compile.codegen.parts.levels import (
+    LISTED_OF_FEW,
     RANKED,
     chunk_sizes,
     emit_index_chunks,
     emit_level,
+    few_clusters,
     parts_of_chunks,
     scanned_at_once,
 )
@@ -63,6 +65,7 @@ def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
             "scanned": scanned_at_once(spec, level),
             "per_token": level.keep and level.keep.per_token,
             "kept": level.keep and level.keep.tokens(quota),
+            "few": few_clusters(spec, stack, number),
         }
         for number, level in enumerate(stack.levels)
     ]
@@ -73,6 +76,7 @@ def _constants(spec: AttentionSpec, stack: LevelStack) -> str:
         spec,
         settings=sparse.groups.arguments,
         ranked=RANKED,
+        listed=LISTED_OF_FEW,
         at_once=AT_ONCE,
         room=-(-room // 16) * 16,
         levels=levels,

@@ -137,10 +137,11 @@ def _rank(
     scan, grid = getattr(module, f"scan_{number}"), (step.rows, share.tiles + checks)
     waits = {} if checks else step.waits  # one more program compares some keys
     launch(scan, grid, own, num_warps=4, num_stages=3, **waits)
-    for name in (f"rank_{number}", *([] if share.lists else [f"list_{number}"])):
+    kernels = {f"rank_{number}": share.programs}
+    kernels |= {} if share.lists else {f"list_{number}": share.listers}
+    for name, programs in kernels.items():
         if hasattr(module, name):
-            kernel = getattr(module, name)
-            grid = step.rows, share.programs
+            kernel, grid = getattr(module, name), (step.rows, programs)
             launch(kernel, grid, own, num_warps=4, num_stages=1, **step.waits)
 
 

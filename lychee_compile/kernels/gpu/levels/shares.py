@@ -36,6 +36,8 @@ class Shares:
     """Parts of the groups that are ranked, each at once."""
     programs: int
     """Programs that rank them."""
+    listers: int
+    """Programs that list what is in the best."""
     room: int
     """Groups, or slots, in the chosen groups, at most; 0: nothing is listed."""
     lists: bool
@@ -55,9 +57,14 @@ def shares_of_levels(module: ModuleType, layout: LevelLayout, rows: int) -> list
         steps = min(power_of_two(-(-rows * scans // PROGRAMS)), USUAL_STEPS)
         steps = max(steps, power_of_two(-(-scans // MOST_TILES)))
         lots, ranks = (-(-each // module.RANKED.value) for each in (items, usual))
-        lists = lots == 1 and not layout.in_clusters(number)
+        listed = getattr(module, f"LISTED_{number}", None)
+        lists = lots == 1 and not layout.in_clusters(number) and listed is None
+        listers = ranks
+        if listed is not None:
+            listers = -(-_usual(module, layout, number + 1) // listed.value)
         room = _room(module, layout, number, items)
-        found.append(Shares(groups, items, steps, -(-scans // steps), lots, ranks, room, lists))
+        tiles = -(-scans // steps)
+        found.append(Shares(groups, items, steps, tiles, lots, ranks, listers, room, lists))
     return found
 
 
