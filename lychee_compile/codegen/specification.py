@@ -83,13 +83,15 @@ class AttentionSpec:
     """Condition for a visible key, of B, H, Q, KV, KV_LEN and elements of captured tensors."""
     captured: tuple[Captured, ...] = ()
     extra: bool = False
-    """True if there is an extra logit without a value, as of an attention sink."""
+    """True if there is an extra logit, as of an attention sink."""
     sparse: SparseSpec | None = None
     """Selection of a step of decoding; None: it reads all keys."""
     tiles: TileSpec | None = None
     """Choice of the tiles of a prefill; None: the site is for decoding."""
     autotune: bool = False
     """True if tile sizes are measured at the first call."""
+    extra_value: bool = False
+    """True if the extra logit has a value."""
 
     @property
     def policy(self) -> str | None:

@@ -21,6 +21,8 @@ from lychee_compile.passes.detect.caching.caches import (
     bind_cache,
     find_writes,
 )
+from lychee_compile.passes.detect.caching.memory_keys import bind_behind, over_cache
+from lychee_compile.passes.detect.caching.token_writes import Writes
 from lychee_compile.passes.layer_numbers import layer_numbers
 from lychee_compile.passes.lower.kernel_support import (
     no_decode_method,
@@ -92,7 +94,7 @@ def decide(
             keep = KeepAsIs(attention, attention.reason, attention.by_design)
             plans.append(Plan(attention, describe_unread(attention), None, keep))
             continue
-        cache = bind_cache(attention, graph, writes)
+        cache = _cache_of(attention, graph, writes, config)
         facts = _Facts(attention, place, cache, config)
         if reason := rules.unsupported(attention, needs_gradients):
             outcome: Outcome = facts.keep(reason)
@@ -102,6 +104,16 @@ def decide(
         site = replace(describe(attention, cache.kind), note=note)
         plans.append(Plan(attention, site, facts.binding, outcome))
     return plans
+
+
+def _cache_of(
+    attention: Attention, graph: torch.fx.Graph, writes: Writes, config: IndexConfig
+) -> CacheBinding | Unbound:
+    """Return the cache of an attention, perhaps behind a few other keys, or why there is none."""
+    cache = bind_cache(attention, graph, writes)
+    if isinstance(cache, CacheBinding) or config.budget is None:
+        return cache
+    return bind_behind(attention, graph, writes, config.budget) or cache
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,8 @@ class _Facts:
 
         A budget says nothing of few keys that come from no cache.
         """
-        exact = rules.exact_decoding(self.attention, self.place, self.config)
+        cached = over_cache(self.attention, self.binding)
+        exact = rules.exact_decoding(cached, self.place, self.config)
         none = isinstance(self.cache, Unbound) and self.cache.reason == reasons.NO_CACHE()
         if exact is None or exact.code != reasons.WITHIN_BUDGET.code or not none:
             return exact
@@ -193,5 +206,8 @@ class _Facts:
         return SparseDecodeKernel(attention, self.cache, config.policy, self._how_much(True))
 
     def _how_much(self, kernels: bool = False) -> str:
-        kv_len = self.attention.kv_len
-        return how_much(self.config, kv_len if isinstance(kv_len, int) else str(kv_len), kernels)
+        kv_len = over_cache(self.attention, self.binding).kv_len
+        known = kv_len if isinstance(kv_len, int) else str(kv_len)
+        reads = how_much(self.config, known, kernels)
+        in_front = 0 if self.binding is None else self.binding.in_front
+        return f"{reads}, and {in_front} in front of the cache" if in_front else reads

@@ -463,6 +463,12 @@ CACHE_REPLACED = _kind(
     "the cache is written as a whole, with values that are not the cache and new tokens",
     "write the new tokens alone, with index_copy_ at their positions",
 )
+CACHE_RESHAPED = _kind(
+    Group.CACHE,
+    "cache-reshaped",
+    "the grown cache is returned in another shape than it is given in",
+    "return the cache in the shape in which it is given",
+)
 CACHE_NOT_RETURNED = _kind(
     Group.CACHE,
     "cache-not-returned",

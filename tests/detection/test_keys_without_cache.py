@@ -75,9 +75,9 @@ def joined(q: Tensor, c: Tensor, x: Tensor, pos: Tensor, other: Tensor) -> Tenso
     return attend(torch.cat((q, q), -1), torch.cat((c, other), -1), c)
 
 
-def memory_in_front(q: Tensor, c: Tensor, x: Tensor, memory: Tensor) -> Any:
+def memory_behind(q: Tensor, c: Tensor, x: Tensor, memory: Tensor) -> Any:
     c = torch.cat((c, x), 2)
-    keys = torch.cat((memory.expand(B, -1, -1, -1), c), 2)
+    keys = torch.cat((c, memory.expand(B, -1, -1, -1)), 2)
     return attend(q, keys, keys), c
 
 
@@ -181,7 +181,7 @@ CASES = [
     (grown_and_scaled, (cache(), new(), torch.randn(D)), "cache-computed", "by mul"),
     (expanded, (cache(), new(), POS, torch.randn(D, D)), "cache-computed", "by matmul"),
     (joined, (cache(), new(), POS, cache()), "cache-joined", "by cat"),
-    (memory_in_front, (cache(), new(), torch.randn(1, H, 4, D)), "cache-joined", "by cat"),
+    (memory_behind, (cache(), new(), torch.randn(1, H, 4, D)), "cache-joined", "by cat"),
     (as_bytes, (cache(dtype=torch.float8_e4m3fn), new(), POS), "cache-converted", "float8_e4m3fn"),
     (
         as_integers,

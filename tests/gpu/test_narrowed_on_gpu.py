@@ -54,18 +54,20 @@ def decoded(problem: Problem, narrows: bool) -> list[torch.Tensor]:
     return outputs
 
 
+def lost(given: Problem, narrows: bool) -> float:
+    """Return the error of the last step, relative to attention over all keys."""
+    truth = given.attention(torch.float32)
+    return float((decoded(given, narrows)[-1].float() - truth).norm() / truth.norm())
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_chunks_that_narrow_nothing_choose_as_flat_scans(case: str) -> None:
-    flat = decoded(problem(case, 2**30), narrows=False)[-1].float()
-    wide = decoded(problem(case, 0, overfetch=100), narrows=True)[-1].float()
-    assert (wide - flat).norm() < 0.05 * flat.norm()
+def test_chunks_that_narrow_nothing_lose_what_flat_scans_do(case: str) -> None:
+    """Tokens whose shares are alike may be chosen in another order."""
+    flat, wide = lost(problem(case, 2**30), False), lost(problem(case, 0, overfetch=100), True)
+    assert abs(wide - flat) < 0.05 * flat, (flat, wide)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_lose_little(case: str) -> None:
-    given = problem(case, 0)
-    truth = given.attention(torch.float32)
-    flat = decoded(problem(case, 2**30), narrows=False)[-1]
-    chunks = decoded(given, narrows=True)[-1]
-    lost = [float((each.float() - truth).norm() / truth.norm()) for each in (flat, chunks)]
-    assert lost[1] < 2 * lost[0] + 0.05, lost
+    flat, chunks = lost(problem(case, 2**30), False), lost(problem(case, 0), True)
+    assert chunks < 2 * flat + 0.05, (flat, chunks)

@@ -60,6 +60,7 @@ class TrialCall:
     value: TensorForm
     captured: tuple[TensorForm, ...]
     extra: TensorForm | None
+    extra_value: TensorForm | None
     sparse: bool
     """True if a step of decoding selects keys."""
     written: int
@@ -75,6 +76,7 @@ class TrialCall:
             self.value.stand_in(),
             [each.stand_in() for each in self.captured],
             None if self.extra is None else self.extra.stand_in(),
+            None if self.extra_value is None else self.extra_value.stand_in(),
         )
 
 

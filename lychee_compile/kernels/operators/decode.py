@@ -68,18 +68,20 @@ def sparse_decode(
     state: Tensor,
     kernel: str,
     site: str = "",
+    extra_value: Tensor | None = None,
 ) -> Tensor:
     """Attend from `query` [B, Hq, T, D] to the best of `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
 
     `state`, uint8, is the memory of an index laid out for `key`. While the index is distrusted, all
     visible keys are read. `positions`, int [T] or [B, T], are the slots that were just written:
     their keys are added to the index. `site`, the module path of the attention, is for those who
-    record what is read. Fit for CUDA graphs: it waits for nothing, and reads and
-    writes its own tensors alone.
+    record what is read. `extra_value`, [B, Hq, T, Dv], is the value of the key whose logit is
+    `extra`. Fit for CUDA graphs: it waits for nothing, and reads and writes its own tensors alone.
     """
     layout = layout_for(kernel, key)
     index = IndexOperands(layout, layout.views(state), positions)
-    return _sparse(kernel, AttentionOperands(query, key, value, captured, extra), index, site)
+    operands = AttentionOperands(query, key, value, captured, extra, extra_value)
+    return _sparse(kernel, operands, index, site)
 
 
 sparse_decode.register_fake(fake_output)
@@ -100,6 +102,7 @@ def growing_sparse_decode(
     handle: Tensor,
     kernel: str,
     site: str = "",
+    extra_value: Tensor | None = None,
 ) -> Tensor:
     """Run `sparse_decode` over a cache that grows, whose index is found by `handle`.
 
@@ -107,7 +110,7 @@ def growing_sparse_decode(
     """
     index = handles.find(handle, GrowingCacheIndex).index_for(key, positions)
     handle[1] += 1
-    operands = AttentionOperands(query, key, value, captured, extra)
+    operands = AttentionOperands(query, key, value, captured, extra, extra_value)
     if index is None:
         kernels_told.set()
         return _exact(kernel, operands)

@@ -85,6 +85,7 @@ def sparse_attention(
     scale: float,
     softcap: float | None,
     site: str,
+    extra_value: Tensor | None = None,
 ) -> Tensor:
     """Attend from `query` [B, Hq, Tq, D] to the best of `key` [B, Hkv, L, D]: [B, Hq, Tq, Dv].
 
@@ -93,7 +94,7 @@ def sparse_attention(
     dense too if the index waits for a second call on the cache. A query that sees no key, as in an
     idle row of a server's batch, reads nothing and gets zeros.
     """
-    operands = Operands(query, key, value, mask, scale, softcap, extra)
+    operands = Operands(query, key, value, mask, scale, softcap, extra, extra_value)
     if query.shape[2] > LONGEST_QUERY:
         return dense_attention(operands).contiguous()
     owner = handles.find(handle, ReferenceCacheIndex)

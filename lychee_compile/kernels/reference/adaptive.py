@@ -54,7 +54,9 @@ def certified_attention(
 def _certify(index: KVIndex, operands: Operands, selection: Selection) -> Tensor:
     """Return the certificates of a selection, float32 [B, Hq, Tq]."""
     query, key = operands.query, operands.key
-    _, log_read = attend(replace(operands, value=key[..., :1], extra=None), selection)
+    _, log_read = attend(
+        replace(operands, value=key[..., :1], extra=None, extra_value=None), selection
+    )
     bound = log_unread_bound(index, query, selection, operands.softcap)
     return missed_share(key, query, replace(selection, log_unread_bound=bound), log_read)
 

@@ -36,8 +36,11 @@ def dense_attention(operands: Operands) -> Tensor:
         column = operands.extra.float().expand(*score.shape[:-1])[..., None]
         score = torch.cat((score, column), -1)
     nothing = (score == -torch.inf).all(-1, keepdim=True)
-    weight = score.softmax(-1).masked_fill(nothing, 0)[..., : operands.kv_len]
-    return weight.to(query.dtype) @ value
+    weight = score.softmax(-1).masked_fill(nothing, 0)
+    output = weight[..., : operands.kv_len].to(query.dtype) @ value
+    if operands.extra_value is not None:
+        output = output + (weight[..., -1:] * operands.extra_value).to(query.dtype)
+    return output
 
 
 def _grouped_attention(operands: Operands) -> Tensor:
@@ -82,4 +85,8 @@ def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
     nothing = (score == -torch.inf).all(-1)
     output = (weight @ rows_at(value, slot).to(work)).masked_fill(nothing[..., None], 0)
     output = output.transpose(2, 3).reshape(batch, query_heads, query_len, -1)
-    return output.to(query.dtype), log_total.transpose(2, 3).flatten(1, 2).float()
+    log_total = log_total.transpose(2, 3).flatten(1, 2)
+    if operands.extra is not None and operands.extra_value is not None:
+        share = (operands.extra - log_total).exp().nan_to_num(0)  # -inf - -inf: nothing is seen
+        output = output + share[..., None] * operands.extra_value
+    return output.to(query.dtype), log_total.float()

@@ -52,8 +52,10 @@ class Operands:
     """Bound that scores are bent to before mask and bias, softcap tanh(score / softcap); None: no
     bound."""
     extra: Tensor | None = None
-    """Logit of a key without a value (an attention sink), broadcastable to [B, Hq, Tq]: it takes
-    its share of the softmax and adds nothing to the output."""
+    """Logit of one more key, broadcastable to [B, Hq, Tq], which takes its share of the softmax."""
+    extra_value: Tensor | None = None
+    """Value of that key, [B, Hq, Tq, Dv]; None: it adds nothing to the output, like an attention
+    sink."""
 
     @property
     def kv_len(self) -> int:

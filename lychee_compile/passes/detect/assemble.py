@@ -12,6 +12,7 @@ from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
 from lychee_compile.passes.detect.axis_roles import AxisFacts, Roles, assign
 from lychee_compile.passes.detect.features import Features, features_of
+from lychee_compile.passes.detect.joined_keys import JoinedKeys
 from lychee_compile.passes.detect.operands import Operand, Place, deepest, places_behind, reader_of
 from lychee_compile.passes.detect.score import Score
 from lychee_compile.passes.detect.score_trace import Trace
@@ -119,6 +120,7 @@ def settle(
     roles = _roles(parts, features, operands, score)
     output = Place(parts.node, parts.out, sympy.S.One).operand(axes)
     assert output is not None
+    joined = JoinedKeys(parts.node, roles.key, elements, context.order)
     return Attention(
         node=parts.node,
         form=parts.form,
@@ -131,6 +133,7 @@ def settle(
         score=score,
         names=context.names,
         key_forms=_forms(chains["key"], places["key"], key, axes),
+        parts=joined.parts(chains, places),
         is_causal=parts.is_causal,
         dropout=parts.dropout,
         refused=parts.refused or _entangled(parts, chains, places, context),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import sympy
@@ -15,6 +15,17 @@ from lychee_compile.passes.detect.score import Score
 from lychee_compile.passes.graph.names import Names
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.axes import Axes, Axis, plain
+
+
+@dataclass(frozen=True)
+class KeyPart:
+    """Keys of an attention that lie side by side, with their values: a part of all its keys."""
+
+    axes: tuple[Axis, ...]
+    """Axis over these keys; none if there is one key."""
+    key_forms: tuple[Operand, ...]
+    """All tensors that show these keys, the farthest from the attention last."""
+    value: Operand
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,8 @@ class Attention:
     """Names of its tensors."""
     key_forms: tuple[Operand, ...] = ()
     """All tensors that show the keys, `key` included; one of them may be a cache."""
+    parts: tuple[KeyPart, ...] = ()
+    """Keys in front and keys behind them if keys and values are concatenations of both."""
     is_causal: bool = False
     """True if PyTorch's own causal mask applies: query i sees keys 0 to i."""
     dropout: float = 0.0
@@ -48,6 +61,18 @@ class Attention:
     def size(self, axes: Iterable[Axis]) -> int | sympy.Expr:
         """Return the number of values that some of its axes have together."""
         return plain(self.axes.product(axes))
+
+    def over(self, part: KeyPart) -> Attention:
+        """Return the attention over a part of the keys, without any mask or bias."""
+        return replace(
+            self,
+            roles=replace(self.roles, key=part.axes),
+            key=part.key_forms[-1],
+            value=part.value,
+            key_forms=part.key_forms,
+            score=replace(self.score, biases=(), masks=()),
+            parts=(),
+        )
 
     @property
     def query_len(self) -> int | sympy.Expr:

@@ -32,7 +32,9 @@ class Canonical:
     mask: torch.fx.Node | None
     """bool, True where visible, or additive; broadcastable to [B, Hq, Tq, L], L not broadcast."""
     extra: torch.fx.Node | None
-    """Logit of a key without value, broadcastable to [B, Hq, Tq]."""
+    """Logit of a key that has no value of its own, broadcastable to [B, Hq, Tq]."""
+    extra_value: torch.fx.Node | None = None
+    """Value of that key, [B, Hq, Tq, Dv]; None: it adds nothing to the output."""
 
 
 class Canonicaliser:

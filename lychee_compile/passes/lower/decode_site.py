@@ -33,6 +33,7 @@ from lychee_compile.kernels.policies.registry import estimates_shares
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.memory_keys import over_cache
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import module_path, outputs_of, static_size, value_of
@@ -57,7 +58,7 @@ def emit_exact_decode(attention: Attention, context: LoweringContext) -> tuple[t
     Raises `NoKernel` and `RewriteError`.
     """
     emit = context.emit
-    operands = _operands(attention, emit)
+    operands = _operands(attention, attention, emit)
     spec = kernel_specification(attention, operands, context.autotune)
     kernel = compile_kernels(spec, operands)
     attended = emit(torch.ops.lychee.exact_decode.default, *operands.arguments, kernel)
@@ -73,10 +74,11 @@ def emit_sparse_decode(
     `NoKernel` and `RewriteError`.
     """
     emit = context.emit
-    operands = _operands(attention, emit)
+    cached = over_cache(attention, binding)
+    operands = _operands(attention, cached, emit, binding.in_front)
     exact = kernel_specification(attention, operands, context.autotune)
     spec = replace(exact, sparse=_selection(context.config))
-    keys_of, keys = _shown_keys(attention, binding, emit)
+    keys_of, keys = _shown_keys(cached, binding, emit)
     written = tokens_written(binding)
     kernel = compile_kernels(spec, operands, written)
     fixed = binding.kind == "static" and _reads_all(value_of(operands.tensors.key), keys)
@@ -90,7 +92,9 @@ def emit_sparse_decode(
     ops = torch.ops.lychee
     target = ops.growing_sparse_decode if layout is None else ops.sparse_decode
     site = module_path(attention.node)
-    attended = emit(target.default, *operands.arguments, slots, index, kernel, site)
+    more = operands.tensors.extra_value
+    last = (site,) if more is None else (site, more)
+    attended = emit(target.default, *operands.arguments, slots, index, kernel, *last)
     return Canonicaliser(attention, emit).replacement(attended), kernel
 
 
@@ -112,16 +116,18 @@ def _selection(config: IndexConfig) -> SparseSpec:
     )
 
 
-def _operands(attention: Attention, emit: Emitter) -> KernelOperands:
+def _operands(
+    attention: Attention, cached: Attention, emit: Emitter, in_front: int = 0
+) -> KernelOperands:
     """Emit the operands of a decode kernel, which must not be copies of a cache.
 
-    To bring a cache into another layout at every step would cost more than a kernel wins. Raises
-    `NoKernel`.
+    To bring a cache into another layout at every step would cost more than a kernel wins. `cached`
+    is the attention over the keys behind those `in_front`. Raises `NoKernel`.
     """
-    operands = emit_kernel_operands(attention, emit)
+    operands = emit_kernel_operands(attention, emit, in_front)
     for name, operand, node in (
-        ("keys", attention.key, operands.tensors.key),
-        ("values", attention.value, operands.tensors.value),
+        ("keys", cached.key, operands.tensors.key),
+        ("values", cached.value, operands.tensors.value),
     ):
         if not share_storage(value_of(operand.node), value_of(node)):
             raise NoKernel(reasons.COPIED_OPERAND(name=name))

@@ -11,7 +11,7 @@ that takes a long expression, or one without a Triton form, the kernel reads the
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch.fx
@@ -58,6 +58,11 @@ class KernelExpressions:
     captured: tuple[Captured, ...]
     nodes: tuple[torch.fx.Node, ...]
     """Tensors of the graph for `captured`, in the same order."""
+
+    def behind(self, count: int) -> KernelExpressions:
+        """Return the expressions of a kernel for the keys behind the first `count`."""
+        shift = {KV: KV + count, KV_LEN: KV_LEN + count}
+        return replace(self, score=self.score.xreplace(shift), visible=self.visible.xreplace(shift))
 
 
 def kernel_expressions(attention: Attention, canonical: Canonicaliser) -> KernelExpressions:

@@ -53,6 +53,7 @@ def _trial_call(
         value=_form(tensors.value),
         captured=tuple(map(_form, operands.expressions.nodes)),
         extra=None if tensors.extra is None else _form(tensors.extra),
+        extra_value=None if tensors.extra_value is None else _form(tensors.extra_value),
         sparse=spec.sparse is not None,
         written=written,
         tiles=spec.tiles is not None,

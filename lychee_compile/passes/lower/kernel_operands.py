@@ -10,6 +10,7 @@ from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
+from lychee_compile.passes.lower.front_keys import emit_behind_front
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
 from lychee_compile.passes.lower.kernel_support import NoKernel, static
 
@@ -28,11 +29,17 @@ class KernelOperands:
         return tensors.query, tensors.key, tensors.value, captured, tensors.extra
 
 
-def emit_kernel_operands(attention: Attention, emit: Emitter) -> KernelOperands:
-    """Emit what a kernel for `attention` reads. Raises `NoKernel`."""
+def emit_kernel_operands(attention: Attention, emit: Emitter, in_front: int = 0) -> KernelOperands:
+    """Emit what a kernel for `attention` reads. Raises `NoKernel`.
+
+    The first `in_front` keys are no keys of the kernel, but an extra logit with a value.
+    """
     canonical = Canonicaliser(attention, emit)
     try:
         expressions = kernel_expressions(attention, canonical)
+        if in_front:
+            behind = expressions.behind(in_front)
+            return KernelOperands(behind, emit_behind_front(attention, emit))
         return KernelOperands(expressions, canonical.operands(masked=False))
     except RewriteError as error:
         raise NoKernel(error.reason) from error
@@ -52,5 +59,6 @@ def kernel_specification(
         visible=expressions.visible,
         captured=expressions.captured,
         extra=tensors.extra is not None,
+        extra_value=tensors.extra_value is not None,
         autotune=autotune,
     )

@@ -31,6 +31,7 @@ from lychee_compile.passes.graph.dataflow import (
 )
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
 from lychee_compile.passes.lower.context import LoweringContext
+from lychee_compile.passes.lower.front_keys import emit_behind_front
 from lychee_compile.passes.lower.written_slots import named_slots
 
 OPERATOR = "lychee::sparse_attention (reference)"
@@ -44,14 +45,14 @@ def emit_reference_sparse(
     The first attention over a cache also updates the index.
     """
     canonical = Canonicaliser(attention, context.emit)
-    operands, score = canonical.operands(), attention.score
+    operands, score = _operands(attention, binding, context), attention.score
     index = context.index_inputs.node_for(binding)
     if context.is_first_use(index):
         _update(attention, binding, operands, context)
     attended = context.emit(
         torch.ops.lychee.sparse_attention.default,
         operands.query, operands.key, operands.value, operands.mask, operands.extra, index,
-        score.scale, score.softcap, module_path(attention.node),
+        score.scale, score.softcap, module_path(attention.node), operands.extra_value,
     )  # fmt: skip
     return canonical.replacement(attended)
 
@@ -70,10 +71,17 @@ def emit_token_note(attention: Attention, binding: CacheBinding, context: Loweri
     All that the index needs of the mask is the row of the last query: the mask of a prefill is
     large. Raises `RewriteError`.
     """
-    operands = Canonicaliser(attention, context.emit).operands()
+    operands = _operands(attention, binding, context)
     mask = operands.mask
     last = None if mask is None else context.emit(aten.slice.Tensor, mask, 2, -1)
     _update(attention, binding, replace(operands, mask=last), context)
+
+
+def _operands(attention: Attention, binding: CacheBinding, context: LoweringContext) -> Canonical:
+    """Emit the operands of the attention over the keys of a cache."""
+    if binding.in_front:
+        return emit_behind_front(attention, context.emit)
+    return Canonicaliser(attention, context.emit).operands()
 
 
 def _update(

@@ -103,9 +103,11 @@ def combine(
     output = query.new_empty(*query.shape[:3], scratch["partial"].shape[-1])
     # Without extra logits the kernel reads none: any tensor stands for them, without a view of it.
     logits = (query, "bhtd") if extra is None else (extra.expand(query.shape[:3]), "bht")
+    more = operands.extra_value
     arguments = {
         **scratch,
         **strided("extra", *logits),
+        **({} if more is None else strided("extra_value", more, "bhtd")),
         **strided("output", output, "bhtd"),
         "kv_heads": operands.kv_heads,
         "query_len": operands.query_len,

@@ -23,7 +23,9 @@ class AttentionOperands:
     captured: Sequence[Tensor] = ()
     """Tensors that score and mask read, in the order of the module's `CAPTURED`."""
     extra: Tensor | None = None
-    """Logit of a key without a value, broadcastable to [B, Hq, T]; None: there is none."""
+    """Logit of one more key, broadcastable to [B, Hq, T]; None: there is none."""
+    extra_value: Tensor | None = None
+    """Value of that key, [B, Hq, T, Dv]; None: it adds nothing to the output."""
 
     heads: int = field(init=False)
     """Number of query heads, Hq."""

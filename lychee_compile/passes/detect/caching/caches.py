@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -62,6 +62,8 @@ class CacheBinding:
     outside_dim: int | None = None
     """Dimension of `source` and of the output that runs over tokens, if they have another shape
     than `key`; None otherwise."""
+    in_front: int = field(default=0, compare=False)
+    """Number of keys that the attention reads in front of those of the cache."""
 
     @property
     def reads_only(self) -> bool:
@@ -262,6 +264,8 @@ class _Binder:
             source = past
         elif self._is_empty(past, key):
             source = None
+        elif behind_views(past).op == "placeholder":
+            raise NotBoundError(reasons.CACHE_RESHAPED())
         else:
             raise NotBoundError(reasons.CACHE_PAST_NOT_INPUT())
         return CacheBinding(
@@ -273,20 +277,26 @@ class _Binder:
 
         keys = cat((past.view(rows * heads, tokens, features), new), 1)
         return keys.view(rows, heads, tokens + 1, features)
+
+        Raises `NotBoundError` if it is not returned in the shape in which it is given.
         """
         source = behind_views(parts[0])
         if len(parts) != 2 or source.op != "placeholder":
             return None
         before = dimension_in(parts[0], source, self._dim)
+        returned = False
         for place, node in enumerate(outputs_of(self._graph)):
             if not isinstance(node, torch.fx.Node) or behind_views(node) is not key:
                 continue
+            returned = True
             alike = before is not None and len(shape_of(node)) == len(shape_of(source))
             if alike and dimension_in(node, key, before) == self._dim:  # type: ignore[arg-type]
                 tokens = (parts[1], self._dim)
                 return CacheBinding(
                     self._key, self._dim, "dynamic", source, place, None, tokens, before
                 )
+        if returned:
+            raise NotBoundError(reasons.CACHE_RESHAPED())
         return None
 
     def _is_empty(self, past: torch.fx.Node, key: torch.fx.Node) -> bool:
