@@ -98,7 +98,7 @@ def measure(
     buffers = layer_inputs(model, context, device, dtype)
     first = buffers[0]
     module = sketch_module(first.query, first.key, first.value, budget)
-    indexes = [SketchIndex(SketchLayout.of(each.key), device) for each in buffers]
+    indexes = [SketchIndex(SketchLayout.over(each.key), device) for each in buffers]
     build = milliseconds(partial(indexes[0].build, module, first.key, [context]))
     for index, each in zip(indexes[1:], buffers[1:], strict=True):
         index.build(module, each.key, [context])

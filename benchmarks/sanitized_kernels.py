@@ -58,7 +58,7 @@ def decode() -> None:
             for _ in range(2)
         )
         query = torch.randn(1, 2 * group, 1, head_dim, dtype=torch.bfloat16, device="cuda")
-        index = SketchIndex(SketchLayout.of(key), key.device)
+        index = SketchIndex(SketchLayout.over(key), key.device)
         for step in range(length, length + 4):  # into a new block
             last.fill_(step)
             written = last[None].clone()

@@ -22,7 +22,8 @@ cuts the keys into groups of neighbours: a subclass says what summarises a group
 is estimated to be. `IndexConfig` holds the options that an index may look at.
 
 Prefill, in plain PyTorch, on any device: a function that answers a `PrefillQuestion` with the keys
-that each tile of queries reads.
+that each tile of queries reads. A `GroupUnion` is such a function for which a GPU has kernels: it
+reads the `KeyGroups` that any of the `Askers` of a tile prefers.
 
 Decoding by kernels of its own, on a GPU: a `GpuMethod`, which says how an index lies in memory
 (`IndexLayout`, `IndexState`), builds it (`DeviceIndex`) and runs a step (`AttentionOperands`,
@@ -84,6 +85,7 @@ from lychee_compile.kernels.levels.expressions import (
 )
 from lychee_compile.kernels.levels.groups import Chunks, Clusters, TokenClusters
 from lychee_compile.kernels.levels.words import describe
+from lychee_compile.kernels.policies.prefill.union import Askers, GroupUnion
 from lychee_compile.kernels.policies.registry import Policy, policies, register_policy
 from lychee_compile.kernels.reference.grouped import GroupedIndex
 from lychee_compile.kernels.reference.index import KVIndex
@@ -95,6 +97,7 @@ from lychee_compile.kernels.sizes import PAGE, SCAN_SLOTS, power_of_two, whole_s
 __all__ = [
     "PAGE",
     "SCAN_SLOTS",
+    "Askers",
     "AttentionOperands",
     "AttentionSpec",
     "Chunks",
@@ -103,6 +106,7 @@ __all__ = [
     "DominantPairs",
     "Emit",
     "GpuMethod",
+    "GroupUnion",
     "GroupedIndex",
     "IndexConfig",
     "IndexLayout",

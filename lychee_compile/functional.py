@@ -160,9 +160,11 @@ def sparse_attention(
     """
     factor = selection.scale if scale is None else scale
     if isinstance(selection, KernelSelection):
-        if q is selection.query and factor == selection.scale and not return_certificate:
+        own = q is selection.query and factor == selection.scale
+        if own and (selection.certifies or not return_certificate):
             _expect_values(k, v, selection)
-            return selection.attend(q, k, v)
+            run = selection.attend_certified if return_certificate else selection.attend
+            return run(q, k, v)
         selection = selection.plain
     _expect_operands(q, k, v, selection)
     operands = Operands(q, k, v, selection.visible.attention_mask, factor)

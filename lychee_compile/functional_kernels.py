@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,13 +17,16 @@ from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, B, Captured, H, Q, S, SparseSpec
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.gpu.common.certificate import missed_of
 from lychee_compile.kernels.gpu.common.launch_sparse import slots_read, watch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands, roomy
 from lychee_compile.kernels.gpu.common.module_cache import load, store
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.methods import (
+    certifies,
     gpu_method,
     layout_for,
+    measures_for_certificates,
     new_index,
     policies_with_kernels,
 )
@@ -69,6 +73,8 @@ class KernelIndex:
         """Number of keys of each row, int64 [B]."""
         self._waiting = 0
         """Number of last keys of each row that the next step of attention indexes."""
+        self._measured = False
+        """True once the index has parts that certificates alone need."""
         self._build(lengths.tolist())
 
     def update(self, key: Tensor, lengths: Tensor) -> None:
@@ -87,6 +93,20 @@ class KernelIndex:
         """Return attention from `query` [B, Hq, T, D] to the best of `key`: [B, Hq, T, Dv]."""
         parts = [self._attend(*each, key, value, choice) for each in choice.pieces(query)]
         return torch.cat(parts, 2)
+
+    def attend_certified(
+        self, query: Tensor, key: Tensor, value: Tensor, choice: Choice
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `attend` does, and certificates of the share not read: [B, Hq, T].
+
+        The first certificate builds the index anew, if it lacks what certificates need.
+        """
+        if not self._measured and measures_for_certificates(self.config.policy):
+            self._measured = True
+            self._build(self.end.tolist())
+        with watch() as steps:
+            output = self.attend(query, key, value, replace(choice, certified=True))
+        return output, torch.cat([missed_of(each.operands, each.scratch) for each in steps], 2)
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -150,6 +170,7 @@ class KernelIndex:
             config.flat_tokens,
             None if coverage == 1 else coverage,
             GroupSettings.of(config),
+            1.0 if choice.certified or self._measured else None,
         )
         dtype = str(self.key.dtype).removeprefix("torch.")
         sizes = heads // self.kv_heads, self.head_dim, value_dim
@@ -166,6 +187,8 @@ class Choice:
     """Factor of q.k."""
     budget: int
     """Number of tokens to read."""
+    certified: bool = False
+    """True if the share of the softmax that is not read is bounded."""
 
     def pieces(self, query: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """Return `query` [B, Hq, T, D] in pieces of few positions, with the mask of each."""
@@ -191,6 +214,11 @@ class KernelSelection:
         """Softmax scale that the tokens are chosen with."""
         return self.choice.scale
 
+    @property
+    def certifies(self) -> bool:
+        """True if kernels bound the share of the softmax that they do not read."""
+        return certifies(self.index.config.policy) and 0 < self.scale < math.inf
+
     def tokens(self) -> Tensor:
         """Return the slots that kernels read, int64 [B, Hkv, T, S]; -1 pads shorter lists.
 
@@ -214,11 +242,16 @@ class KernelSelection:
         """Return attention [B, Hq, T, Dv] from the queries that choose, by kernels."""
         return self.index.attend(query, key, value, self.choice)
 
+    def attend_certified(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `attend` does, and certificates [B, Hq, T], if the choice `certifies`."""
+        return self.index.attend_certified(query, key, value, self.choice)
+
     @cached_property
     def plain(self) -> Selection:
         """The choice of the plain form, on the same device.
 
-        Certificates need it, and attention from other queries than those that chose.
+        Attention from other queries than those that chose needs it, and so do certificates of
+        policies whose kernels have no bound.
         """
         mine, choice = self.index, self.choice
         index = make_index(mine.batch, mine.kv_heads, mine.head_dim, mine.config, mine.key.device)

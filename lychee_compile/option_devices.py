@@ -30,7 +30,7 @@ OPTION_DEVICES: Mapping[str, tuple[OptionDevice, ...]] = {
     "coverage": _EVERYWHERE,
     "boundaries": _CPU,
     "policy": _EVERYWHERE,
-    "epsilon": _EVERYWHERE,  # kernels do not widen a budget: with it, attention on a GPU is exact
+    "epsilon": _EVERYWHERE,  # kernels do not widen a budget: they read all keys instead
     "seed": _CPU,
     "repair": _CPU,
     "dense_layers": _EVERYWHERE,

@@ -128,6 +128,7 @@ class Recorder:
                 chunk_starts=no_chunks,
                 chunk_lengths=no_chunks,
                 mass=mass,
+                certificate=call.certificate,
             )
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import sympy
@@ -18,6 +19,12 @@ from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+from lychee_compile.kernels.levels.groups import GroupSettings
+
+LYCHEE_WAYS = ("lychee-flat", "lychee-pages", "lychee-chunks")
+"""Ways in which kernels of "lychee" look for tokens: through all sketches, the best pages first, or
+the best units, clusters and chunks first."""
 
 
 def load_module(spec: AttentionSpec) -> ModuleType:
@@ -43,12 +50,31 @@ def decode_module(
     return load_module(spec)
 
 
-def sparse_spec(policy: str, budget: int) -> SparseSpec:
-    """Return how kernels of `policy` choose `budget` tokens, other options at their defaults."""
+def sparse_spec(policy: str, budget: int, flat_tokens: int | None = None) -> SparseSpec:
+    """Return how kernels of `policy` choose `budget` tokens, other options at their defaults.
+
+    `flat_tokens` None is a default too.
+    """
     config = IndexConfig(budget=budget, policy=policy)
-    return SparseSpec(
-        policy, budget, config.sinks, config.recent, config.overfetch, config.flat_tokens
-    )
+    flat = config.flat_tokens if flat_tokens is None else flat_tokens
+    return SparseSpec(policy, budget, config.sinks, config.recent, config.overfetch, flat)
+
+
+def way_spec(way: str, budget: int) -> SparseSpec:
+    """Return how "lychee" chooses `budget` tokens in one of `LYCHEE_WAYS`, in any context."""
+    return sparse_spec("lychee", budget, 2**30 if way == "lychee-flat" else 0)
+
+
+def sketch_layout(key: Tensor, way: str | None = None) -> SketchLayout:
+    """Return the layout of an index of "lychee" for a cache `key` [B, Hkv, L, D].
+
+    `way` is one of `LYCHEE_WAYS`; None: as sizes decide.
+    """
+    settings = GroupSettings.of(IndexConfig())
+    if way is None:
+        return SketchLayout.over(key, settings, IndexConfig().flat_tokens)
+    chunks = settings if way == "lychee-chunks" else None
+    return replace(SketchLayout.over(key), settings=chunks)
 
 
 def sketch_module(query: Tensor, key: Tensor, value: Tensor, budget: int) -> ModuleType:

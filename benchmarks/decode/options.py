@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.lengths import positive, tokens
-from benchmarks.decode.variants import VARIANTS
+from benchmarks.decode.variants import FORCED, VARIANTS
 
 SHAPE = ("heads", "kv_heads", "head_dim", "dtype", "budget")
 """Options that shape the attention, besides context and batch."""
@@ -41,6 +41,7 @@ def parse(arguments: Sequence[str], page: str | None) -> argparse.Namespace:
 def _parser(page: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=page.splitlines()[0] if page else None)
     add, names = parser.add_argument, [variant.name for variant in VARIANTS]
+    usual = [name for name in names if name not in FORCED]
     add(
         "--contexts",
         type=tokens,
@@ -49,8 +50,8 @@ def _parser(page: str | None) -> argparse.ArgumentParser:
         help="as 8192, 8k or 2m; by default 8k to 512k",
     )
     add("--batches", type=positive, nargs="+", metavar="B", help="1, 4 and 16 by default")
-    choices = f"some of {', '.join(names)}; all by default"
-    add("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=choices)
+    choices = f"some of {', '.join(names)}; by default all that sizes may choose"
+    add("--variants", nargs="+", choices=names, default=usual, metavar="NAME", help=choices)
     add("--heads", type=positive, default=32, metavar="N", help="query heads, 32 by default")
     add("--kv-heads", type=positive, default=8, metavar="N", help="8 by default")
     add("--head-dim", type=positive, default=128, metavar="N", help="128 by default")

@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.common.decode_kernels import (
     decode_module,
     newest_slot,
+    sketch_layout,
     sketch_module,
     sketch_step,
     sparse_spec,
@@ -20,14 +21,16 @@ from lychee_compile.kernels.gpu.common.launch_exact import run_exact
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
-from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, block_size, planes
+from lychee_compile.kernels.gpu.lychee.layout import block_size, planes
 from lychee_compile.kernels.gpu.methods import gpu_method, policies_with_kernels
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.sizes import PAGE
 
 OTHERS = tuple(policy for policy in policies_with_kernels() if policy != "lychee")
 """Policies with kernels besides our own; each is a variant under its own name."""
-POLICIES = {"lychee-sparse": "lychee"} | {policy: policy for policy in OTHERS}
+SKETCHED = {"lychee-sparse": None, "lychee-pages": "lychee-pages", "lychee-chunks": "lychee-chunks"}
+"""Variants of "lychee", and the way in which each looks for tokens; None: as sizes decide."""
+POLICIES = dict.fromkeys(SKETCHED, "lychee") | {policy: policy for policy in OTHERS}
 """Policy of each sparse variant; "lychee-exact" has none."""
 
 
@@ -42,8 +45,8 @@ def prepare(
     """
     if name == "lychee-exact":
         return _exact(query, key, value)
-    if name == "lychee-sparse":
-        return _sketch(query, key, value, budget)
+    if name in SKETCHED:
+        return _sketch(query, key, value, budget, SKETCHED[name])
     if name in OTHERS:
         return _policy(name, query, key, value, budget)
     raise NotImplementedError(f"{name} has no kernel")
@@ -55,10 +58,12 @@ def _exact(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     return lambda: run_exact(module, operands)
 
 
-def _sketch(query: Tensor, key: Tensor, value: Tensor, budget: int) -> Callable[[], Tensor]:
+def _sketch(
+    query: Tensor, key: Tensor, value: Tensor, budget: int, way: str | None
+) -> Callable[[], Tensor]:
     """Return a call of "lychee" that sketches the newest key again, as a decoding step does."""
     module = sketch_module(query, key, value, budget)
-    index = SketchIndex(SketchLayout.of(key), key.device)
+    index = SketchIndex(sketch_layout(key, way), key.device)
     index.build(module, key, [key.shape[2]] * key.shape[0])
     return sketch_step(module, index, query, key, value)
 
@@ -81,7 +86,7 @@ def bytes_read(name: str, problem: Problem, budget: int) -> int:
     if name not in POLICIES or budget >= problem.context:
         return problem.cache_bytes()
     config = IndexConfig(budget=budget, policy=POLICIES[name])
-    if name == "lychee-sparse":
+    if name in ("lychee-sparse", "lychee-pages"):
         chosen = _sketch_bytes(problem, config)
     else:
         index = make_index(1, 1, problem.head_dim, config, torch.device("cpu"))

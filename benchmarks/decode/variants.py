@@ -52,8 +52,13 @@ VARIANTS = (
     Variant("sdpa-mask", "sdpa + mask, repeat_kv", baselines.masked_forms, copies=True),
     Variant("lychee-exact", "lychee exact"),
     Variant("lychee-sparse", "lychee sparse", exact=False),
+    Variant("lychee-pages", "lychee by pages", exact=False),
+    Variant("lychee-chunks", "lychee by chunks", exact=False),
     *(Variant(policy, f"{policy} (ours)", exact=False) for policy in ours.OTHERS),
 )
+FORCED = ("lychee-pages", "lychee-chunks")
+"""Variants in which "lychee" looks for tokens in a way that sizes might not choose; by default they
+are left out."""
 LABELS = {variant.name: variant.label for variant in VARIANTS}
 BASELINES = tuple(variant.name for variant in VARIANTS if variant.forms is not None)
 """Names of the dense variants; speed-ups are against the fastest of them in each cell."""

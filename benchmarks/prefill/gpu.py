@@ -6,10 +6,10 @@
 Llama-3.1-8B's attention, 32 query heads and 8 KV heads of 128, on queries and keys of a real model
 (`benchmarks.prefill.tensors` writes the file); batch 1, bfloat16. It is compared with SDPA's flash
 kernel, and with FlexAttention over as many pairs as lychee reads, in the blocks of 128 x 128 that
-hold most by lychee's own estimate. `--policies` adds others, which choose in PyTorch. Times are
-medians of calls, choosing included; GiB is the peak of memory that a call takes. Errors, relative
-to float64 attention over all keys, are means over sampled queries of every head. Without a file
-tensors are random, and errors mean nothing. `--device cpu --contexts 512` tries it out.
+hold most by lychee's own estimate. `--policies` adds others. Times are medians of calls, choosing
+included; GiB is the peak of memory that a call takes. Errors, relative to float64 attention over
+all keys, are means over sampled queries of every head. Without a file tensors are random, and
+errors mean nothing. `--device cpu --contexts 512` tries it out.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def measure(
                 took, error = milliseconds(run), error_at(run(), truth, sample)
                 pairs, memory = share_listed(other, operands, share), peak_of(run)
                 name, speedup = f"{policy} {share:g}", baseline / took
-                results.append(Result(name, context, took, speedup, error, pairs, None, memory))
+                parts = breakdown(other, operands, share) if chosen.breakdown else None
+                results.append(Result(name, context, took, speedup, error, pairs, parts, memory))
     return results
 
 

@@ -18,15 +18,21 @@ from benchmarks.prefill.truth import SCALE
 from lychee_compile.codegen.specification import KV, AttentionSpec, Q, S, TileSpec
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import PREFILL, TileTuning, candidates
-from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, PrefillLaunch, run_prefill
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, PrefillLaunch
 from lychee_compile.kernels.gpu.prefill.listed import (
     ListedPrefill,
     chooses_in_pytorch,
     listed_config,
 )
+from lychee_compile.kernels.gpu.prefill.ranked import RankedPrefill, run_by_kernels
 from lychee_compile.kernels.sizes import QUERY_TILE
 
 SINKS, RECENT = 16, 64
+KERNELS = (
+    "summarise_queries", "scan", "select_keys", "store_edges", "count_levels", "list_groups",
+    "list_last", "attend",
+)  # fmt: skip
+"""Kernels of a prefill, in the order in which they run."""
 
 
 def kernels(query: Tensor, policy: str = "lychee") -> ModuleType:
@@ -45,15 +51,22 @@ def attention(
     if chooses_in_pytorch(module):
         config = listed_config(module, share)
         return lambda: ListedPrefill(module, given, config).run()[0]
-    return lambda: run_prefill(module, given, PrefillBudget(share))[0]
+    return lambda: run_by_kernels(module, given, PrefillBudget(share))[0]
 
 
 def share_listed(
     module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
 ) -> float:
-    """Return the share of the pairs that is read where the choice is made in PyTorch."""
+    """Return the share of the pairs that any policy reads."""
+    if hasattr(module, "select_keys"):
+        return read_by_tiles(module, operands, share)[1]
     query, context = operands[0], operands[1].shape[2]
-    launch = ListedPrefill(module, AttentionOperands(*operands), listed_config(module, share))
+    given = AttentionOperands(*operands)
+    launch: ListedPrefill | RankedPrefill
+    if chooses_in_pytorch(module):
+        launch = ListedPrefill(module, given, listed_config(module, share))
+    else:
+        launch = RankedPrefill(module, given, PrefillBudget(share))
     read = seen = 0
     for first_tile, tiles in launch.slices():
         lists = launch.lists(first_tile, tiles)
@@ -91,17 +104,20 @@ def read_by_tiles(
 def breakdown(
     module: ModuleType, operands: tuple[Tensor, Tensor, Tensor], share: float
 ) -> dict[str, float]:
-    """Return the milliseconds of each kernel, by a profile of one call; empty off a GPU."""
+    """Return the milliseconds of each kernel, by a profile of one call; empty off a GPU.
+
+    PyTorch's own kernels are added up.
+    """
     if operands[0].device.type != "cuda":
         return {}
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run_prefill(module, AttentionOperands(*operands), PrefillBudget(share))
+        run_by_kernels(module, AttentionOperands(*operands), PrefillBudget(share))
         torch.cuda.synchronize()
-    names = ("summarise_queries", "scan", "select_keys", "attend")
     times = {each.key: each.device_time_total / 1e3 for each in profiler.key_averages()}
-    return {name: times[name] for name in names if name in times}
+    ours = {name: times.pop(name) for name in KERNELS if name in times}
+    return ours | {"PyTorch": sum(times.values())}
 
 
 def table_of_tunings(

@@ -7,7 +7,8 @@ The kernels of each policy attend from the last queries of a capture to its keys
 The error is that of the output against float64 attention over all keys, by norm, the mean over
 layers and queries. A policy is left out at budgets that it cannot have. The time is that of one
 attention, choosing included, in a CUDA graph that takes the layers in turn. Dense attention is the
-fastest that PyTorch has. `--device cpu` tries the benchmark out, by the clock, after
+fastest that PyTorch has. "lychee-flat", "lychee-pages" and "lychee-chunks" are ways in which lychee
+looks for tokens, whatever the context. `--device cpu` tries the benchmark out, by the clock, after
 `TRITON_INTERPRET=1`.
 """
 
@@ -30,7 +31,13 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common.decode_kernels import decode_module, sparse_spec
+from benchmarks.common.decode_kernels import (
+    LYCHEE_WAYS,
+    decode_module,
+    sketch_layout,
+    sparse_spec,
+    way_spec,
+)
 from benchmarks.common.lengths import length_name, positive, tokens
 from benchmarks.common.provenance import provenance
 from benchmarks.common.timing import time_calls
@@ -102,10 +109,15 @@ def measure(capture: Capture, chosen: argparse.Namespace) -> list[Point]:
 def _fits(policy: str, budget: int) -> bool:
     """Return True if the policy can have this budget."""
     try:
-        Options(policy=policy, budget=budget)
+        Options(policy=_policy(policy), budget=budget)
     except OptionError:
         return False
     return True
+
+
+def _policy(name: str) -> str:
+    """Return the policy of a line of the table: that of `LYCHEE_WAYS` is "lychee"."""
+    return "lychee" if name in LYCHEE_WAYS else name
 
 
 class _Layer:
@@ -126,10 +138,12 @@ class _Layer:
         numbers = range(len(self.positions))
         if policy == DENSE:
             return [functools.partial(self._attend, number) for number in numbers]
-        sparse = sparse_spec(policy, budget)
+        is_way = policy in LYCHEE_WAYS
+        sparse = way_spec(policy, budget) if is_way else sparse_spec(policy, budget)
         module = decode_module(self.query[:, :, :1], self.key, self.value, sparse)
-        method = gpu_method(policy)
-        index = method.new_index(method.layout_of(self.key), self.key.device)
+        method = gpu_method(_policy(policy))
+        layout = sketch_layout(self.key, policy) if is_way else method.layout_of(self.key)
+        index = method.new_index(layout, self.key.device)
         index.build(module, self.key, [self.key.shape[2]])
         used = IndexOperands(index.layout, index.parts)
         return [
@@ -195,7 +209,12 @@ def _parser() -> argparse.ArgumentParser:
     add, names = parser.add_argument, policies_with_kernels()
     add("captures", type=Path, nargs="+", metavar="CAPTURE")
     add(
-        "--policies", nargs="+", choices=names, default=names, metavar="NAME", help="all by default"
+        "--policies",
+        nargs="+",
+        choices=(*names, *LYCHEE_WAYS),
+        default=names,
+        metavar="NAME",
+        help="all but the ways of lychee by default",
     )
     add("--budgets", type=tokens, nargs="+", default=[256, 512, 1024, 2048], metavar="N")
     add("--queries", type=positive, default=8, metavar="N", help="last queries; 8 by default")

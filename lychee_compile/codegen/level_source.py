@@ -169,19 +169,19 @@ class _OfChunk(_OfGroup):
         return super()._over_keys(step, begin, value)
 
 
-class _OfPairs(_Elementwise):
+class PairSource(_Elementwise):
     """Values over queries [ROWS, DIM] and groups [N, DIM]: tensor cores multiply these."""
 
     def __init__(self, precision: str) -> None:
         self.precision = precision
 
     def dot(self, left: Source, right: Source) -> Source:
+        """Return a sum of products over channels."""
         left, right = sorted((left, right), key=lambda each: each.axes)[::-1]
         if not (left.whole or right.whole):
             left = _without_padding(left)
         if (left.axes, right.axes) == (("row", "channel"), ("group", "channel")):
-            rows, groups = _in_key_dtype(left), _in_key_dtype(right)
-            return Source(f"tl.dot({rows}, tl.trans({groups}){self.precision})", ("row", "group"))
+            return Source(self.product(left, right), ("row", "group"))
         product = self.multiply(left, right)
         if "channel" not in product.axes:
             raise Unprintable("a dot product needs a value with channels")
@@ -189,14 +189,20 @@ class _OfPairs(_Elementwise):
         axes = tuple(each for each in product.axes if each != "channel")
         return Source(f"tl.sum({product.text}, {axis})", axes)
 
+    def product(self, rows: Source, groups: Source) -> str:
+        """Return the product of queries [ROWS, DIM] and groups [N, DIM], in the keys' dtype."""
+        left, right = _in_key_dtype(rows), _in_key_dtype(groups)
+        return f"tl.dot({left}, tl.trans({right}){self.precision})"
 
-def summary_source(level: Level, channels: int, dtype: str) -> Summary:
+
+def summary_source(level: Level, channels: int, stored: str | None) -> Summary:
     """Return Triton source of the fields of a group, whose keys have so many channels.
 
     `keys` float32 [tile, DIM] are some of its keys, `inside` bool [DIM] the channels that they
     have. A chunk has `length` keys, and `member`, bool [tile], says which of a tile are; a page is
-    full. Fields of a chunk that have channels are rounded to `dtype`, that of the keys, before
-    others are made of them. Raises Unprintable for what has no Triton form.
+    full. Fields with channels are rounded to the dtype in which they are `stored`, as Triton calls
+    it; None: float32; before others are made of them. Raises Unprintable for what has no Triton
+    form.
     """
     even = not isinstance(level.groups, Chunks)
     algebra = _OfGroup(level.groups.size) if even else _OfChunk(1)
@@ -208,8 +214,8 @@ def summary_source(level: Level, channels: int, dtype: str) -> Summary:
         value = evaluate(summary.subs(known), algebra, values)
         if "member" in value.axes:
             raise Unprintable(f"the field {name} = {summary} is not taken over the keys of a group")
-        if not even and dtype != "float32" and level.channels[name]:
-            value = replace(value, text=f"{value.text}.to(tl.{dtype}).to(tl.float32)")
+        if stored is not None and level.channels[name]:
+            value = replace(value, text=f"{value.text}.to({stored}).to(tl.float32)")
         found[name], values[name] = value.text, value
     return Summary(algebra.passes, found)
 
@@ -221,19 +227,20 @@ def estimate_source(level: Level, precision: str, scale: float, channels: int) -
     ends the arguments of a product, `scale` is that of the softmax, `channels` is `head_dim`.
     Raises Unprintable for what has no Triton form.
     """
-    values = _group_values(level.channels) | {
+    values = group_values(level.channels) | {
         "query": Source("queries", ("row", "channel"), whole=True),
         "key": Source("keys", ("group", "channel"), whole=True),
         "softmax_scale": Source(repr(scale)),
     }
     estimate = level.estimate.subs(head_dim, channels)
-    found = evaluate(estimate, _OfPairs(precision), values)
+    found = evaluate(estimate, PairSource(precision), values)
     if set(found.axes) != {"row", "group"}:
         raise Unprintable(f"the estimate {level.estimate} does not depend on query and group")
     return found.text
 
 
-def _group_values(channels: Mapping[str, bool]) -> dict[str, Source]:
+def group_values(channels: Mapping[str, bool]) -> dict[str, Source]:
+    """Return the fields of a level, which have `channels` or not, by name."""
     return {
         name: Source(f"field_{name}", ("group", "channel") if wide else ("group",), whole=wide)
         for name, wide in channels.items()

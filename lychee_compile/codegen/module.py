@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lychee_compile.codegen.parts import common, decode, levels, listed, lychee, prefill
+from lychee_compile.codegen.parts import (
+    common,
+    decode,
+    levels,
+    listed,
+    lychee,
+    prefill,
+    ranked,
+)
+from lychee_compile.codegen.parts.site import sees_range
 from lychee_compile.codegen.specification import AttentionSpec
+from lychee_compile.kernels.policies.prefill.union import GroupUnion
 from lychee_compile.kernels.policies.registry import find_policy
 
 Emit = Callable[[AttentionSpec], list[str]]
 """A function that returns the parts of a module's text that are a policy's own, in order."""
 
 _decode_emitters: dict[str, Emit] = {"lychee": lychee.emit_lychee}
-_prefill_emitters: dict[str, Emit] = {"lychee": prefill.emit_prefill}
-"""Policies whose own kernels choose; the others choose in PyTorch."""
+_prefill_emitters: dict[str, Emit] = {
+    "lychee": prefill.emit_prefill,
+    "s2o": prefill.emit_prefill,
+    "streaming": ranked.emit_last,
+}
+"""Policies whose own kernels choose, beside those that are a `GroupUnion`."""
 
 
 def emit_module(spec: AttentionSpec) -> str:
@@ -23,10 +37,9 @@ def emit_module(spec: AttentionSpec) -> str:
     """
     parts = [common.emit_heading(spec)]
     if spec.tiles is not None:
-        policy = spec.tiles.policy
-        parts += [prefill.emit_constants(spec, chooses_by_kernels(policy))]
-        parts += common.emit_terms(spec)
-        parts += _prefill_emitters.get(policy, listed.emit_listed)(spec)
+        emit = _prefill_emitter(spec, spec.tiles.policy)
+        parts += [prefill.emit_constants(spec, emit is prefill.emit_prefill)]
+        parts += [*common.emit_terms(spec), *emit(spec)]
     else:
         parts += [decode.emit_constants(spec), *common.emit_terms(spec)]
         parts += decode.emit_exact(spec)
@@ -62,9 +75,33 @@ def policies_with_emitters() -> tuple[str, ...]:
     return tuple(_decode_emitters)
 
 
-def chooses_by_kernels(policy: str) -> bool:
-    """Return True if kernels of a policy's own choose for a prefill; if not, PyTorch does."""
-    return policy in _prefill_emitters
+def chooses_by_kernels(spec: AttentionSpec) -> bool:
+    """Return True if kernels choose for a prefill; if not, PyTorch's operators do."""
+    return spec.tiles is not None and (
+        _prefill_emitter(spec, spec.tiles.policy) is not listed.emit_listed
+    )
+
+
+def has_prefill_kernels(policy: str) -> bool:
+    """Return True if kernels choose for a prefill by this policy, of tokens in their order.
+
+    Masks with holes may be left to PyTorch.
+    """
+    record = find_policy(policy)
+    union = record is not None and isinstance(record.prefill, GroupUnion)
+    return union or policy in _prefill_emitters
+
+
+def _prefill_emitter(spec: AttentionSpec, policy: str) -> Emit:
+    """Return what emits the kernels of a prefill.
+
+    Only those of lychee know masks with holes, and queries in another order, whose own tokens are
+    no stretch of keys.
+    """
+    stretches = sees_range(spec) and not (spec.tiles is not None and spec.tiles.ordered)
+    if policy != "lychee" and not (has_prefill_kernels(policy) and stretches):
+        return listed.emit_listed
+    return _prefill_emitters.get(policy, ranked.emit_groups)
 
 
 def _emitter(policy: str) -> Emit:

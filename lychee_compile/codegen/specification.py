@@ -47,6 +47,9 @@ class SparseSpec:
     tokens are read as the budget allows."""
     groups: GroupSettings = field(default_factory=GroupSettings)
     """Settings by which chunks are cut and clusters are made."""
+    epsilon: float | None = None
+    """Largest share of the softmax that a row may leave unread: a row whose certificate is larger
+    reads all keys. 1: certificates are computed, and change nothing; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class TileSpec:
     """Name of the policy that chooses."""
     sinks: int
     recent: int
+    ordered: bool = False
+    """True if queries come in another order than the keys that they are the tokens of."""
 
 
 @dataclass(frozen=True)
@@ -106,4 +111,6 @@ class AttentionSpec:
             parts.append(f"b{self.sparse.budget}")
             if self.sparse.coverage is not None:
                 parts.append(f"c{self.sparse.coverage:g}".replace(".", "_"))
+            if self.sparse.epsilon is not None:
+                parts.append(f"e{self.sparse.epsilon:g}".replace(".", "_").replace("-", "m"))
         return "_".join(parts)

@@ -203,10 +203,11 @@ class _Facts:
             return ExactDecodeKernel(attention, self.cache.reason)
         if reason := no_gpu_index(attention, self.cache, config):
             return ExactDecodeKernel(attention, reason)
-        return SparseDecodeKernel(attention, self.cache, config.policy, self._how_much())
+        return SparseDecodeKernel(attention, self.cache, config.policy, self._how_much(True))
 
-    def _how_much(self) -> str:
+    def _how_much(self, kernels: bool = False) -> str:
         kv_len = over_cache(self.attention, self.binding).kv_len
-        reads = how_much(self.config, kv_len if isinstance(kv_len, int) else str(kv_len))
+        known = kv_len if isinstance(kv_len, int) else str(kv_len)
+        reads = how_much(self.config, known, kernels)
         in_front = 0 if self.binding is None else self.binding.in_front
         return f"{reads}, and {in_front} in front of the cache" if in_front else reads

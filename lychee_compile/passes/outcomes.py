@@ -248,12 +248,15 @@ Emitted = tuple[torch.fx.Node, Outcome]
 """Node that replaces the output of an attention, and the outcome with its generated module."""
 
 
-def how_much(config: IndexConfig, kv_len: int | str) -> str:
-    """Return how much sparse decoding reads of `kv_len` keys, in words."""
+def how_much(config: IndexConfig, kv_len: int | str, kernels: bool = False) -> str:
+    """Return how much sparse decoding reads of `kv_len` keys, in words.
+
+    With `epsilon` kernels read all keys of a query that the reference would read more keys of.
+    """
     words = f"budget {config.budget} of up to {kv_len} tokens"
     if config.coverage is not None and estimates_shares(config.policy):
         words += f", fewer if they hold {config.coverage:.4g} of the softmax"
-    return words + _choice(config)
+    return words + _choice(config, "all keys" if kernels else "more")
 
 
 def _how_much_of_a_prefill(config: IndexConfig, grid: Grid | None) -> str:
@@ -264,9 +267,9 @@ def _how_much_of_a_prefill(config: IndexConfig, grid: Grid | None) -> str:
     return f"each tile of {QUERY_TILE} queries reads {keys}{blocks}" + _choice(config)
 
 
-def _choice(config: IndexConfig) -> str:
+def _choice(config: IndexConfig, otherwise: str = "more") -> str:
     """Return the options that change what is read, in words; "" if all are the default."""
     words = "" if config.policy == IndexConfig.policy else f", policy {config.policy}"
     if config.epsilon is not None:
-        words += f", more where over {config.epsilon:.3g} of the softmax might be missed"
+        words += f", {otherwise} where over {config.epsilon:.3g} of the softmax might be missed"
     return words

@@ -610,8 +610,15 @@ BOUNDARIES_NO_KERNEL = _kind(
 EPSILON_NO_KERNEL = _kind(
     Group.KERNEL,
     "epsilon-no-kernel",
-    "no GPU kernel supports epsilon (got {epsilon:g})",
+    "no GPU kernel of a prefill supports epsilon (got {epsilon:g})",
     "set epsilon=None, or reference=True for the slow PyTorch path",
+)
+EPSILON_NO_BOUND = _kind(
+    Group.KERNEL,
+    "epsilon-no-bound",
+    "kernels have no bound of the keys that policy={policy!r} leaves unread, so that nothing "
+    "proves epsilon={epsilon:g}",
+    "set epsilon=None or policy to {known}, or reference=True for the slow PyTorch path",
 )
 COVERAGE_NO_KERNEL = _kind(
     Group.KERNEL,

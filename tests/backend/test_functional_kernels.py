@@ -86,16 +86,69 @@ def test_masks_hide_what_they_hide(kind: str) -> None:
     torch.testing.assert_close(output, dense(query, key, value, mask), rtol=1e-3, atol=1e-3)
 
 
-def test_a_certificate_and_other_queries_take_the_plain_form() -> None:
+def true_shares(query: Tensor, key: Tensor, read: Tensor, scale: float = 32**-0.5) -> Tensor:
+    """Return the share of the softmax outside of the slots `read`, bool [B, Hkv, T, L]."""
+    weight = (query.double() @ key.double().repeat_interleave(2, 1).mT * scale).softmax(-1)
+    return (weight * ~read.repeat_interleave(2, 1)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "more"),
+    [
+        ("quest", {}),
+        ("lychee", {}),
+        pytest.param("lycheecluster", {}, marks=pytest.mark.thorough),
+        ("quest", {"coverage": 0.7}),
+    ],
+)
+def test_kernels_return_certificates(policy: str, more: dict[str, object]) -> None:
+    query, key, value = tensors(203, 2)
+    index = built(key[:, :, :199], policy=policy, **more)
+    for end in (199, 203):
+        now, own = key[:, :, :end], value[:, :, :end]
+        mask = torch.ones(2, end, dtype=torch.bool).tril(end - 2)
+        selection = select(update_index(index, now), query, mask=mask)
+        assert isinstance(selection, KernelSelection)
+        read = selection.token_mask()
+        output, missed = sparse_attention(query, now, own, selection, return_certificate=True)
+        assert "plain" not in selection.__dict__
+        assert missed.shape == (1, 4, 2)
+        assert missed.dtype == torch.float32
+        logits = query.double() @ now.double().repeat_interleave(2, 1).mT / 32**0.5
+        weight = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+        unread = ~(selection.token_mask() & mask).repeat_interleave(2, 1)
+        assert ((weight * unread).sum(-1) <= missed).all()
+        assert (missed > 0).all()
+        assert (missed <= 1).all()
+        read = (read & mask).repeat_interleave(2, 1)
+        torch.testing.assert_close(output, dense(query, now, own, read), rtol=1e-3, atol=1e-3)
+    if more:
+        return
+    everything = select(index, query, budget=512)
+    _, missed = sparse_attention(query, key, value, everything, return_certificate=True)
+    assert not missed.any()
+
+
+@pytest.mark.parametrize(("policy", "scale"), [("hisa", None), ("quest", -0.2)])
+def test_without_a_bound_in_kernels_certificates_are_plain(
+    policy: str, scale: float | None
+) -> None:
+    query, key, value = tensors(150)
+    selection = select(built(key, policy=policy), query, budget=64, scale=scale)
+    _, missed = sparse_attention(query, key, value, selection, return_certificate=True)
+    read = selection.plain.token_mask()
+    assert (true_shares(query, key, read, scale or 32**-0.5) <= missed).all()
+
+
+def test_other_queries_take_the_plain_form() -> None:
     query, key, value = tensors(150)
     selection = select(built(key, policy="quest"), query, budget=64)
-    output, missed = sparse_attention(query, key, value, selection, return_certificate=True)
-    weight = (query @ key.repeat_interleave(2, 1).mT / 32**0.5).softmax(-1)
-    unread = ~selection.plain.token_mask().repeat_interleave(2, 1)
-    assert (missed >= (weight * unread).sum(-1)).all()
-    assert (missed <= 1).all()
+    other = query.clone()
+    output, missed = sparse_attention(other, key, value, selection, return_certificate=True)
+    read = selection.plain.token_mask()
+    assert (true_shares(query, key, read) <= missed).all()
     torch.testing.assert_close(
-        sparse_attention(query.clone(), key, value, selection), output, rtol=1e-4, atol=1e-4
+        output, dense(query, key, value, read.repeat_interleave(2, 1)), rtol=1e-4, atol=1e-4
     )
 
 

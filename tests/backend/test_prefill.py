@@ -161,8 +161,11 @@ def test_where_kernels_run_they_are_generated_for_it(
     ("option", "words"),
     [
         ({"policy": "quest"}, "policy='quest' cannot choose keys for prefill"),
-        ({"epsilon": 0.1}, "no GPU kernel supports epsilon (got 0.1)"),
-        ({"epsilon": 0.1, "policy": "s2o"}, "no GPU kernel supports epsilon (got 0.1)"),
+        ({"epsilon": 0.1}, "no GPU kernel of a prefill supports epsilon (got 0.1)"),
+        (
+            {"epsilon": 0.1, "policy": "s2o"},
+            "no GPU kernel of a prefill supports epsilon (got 0.1)",
+        ),
     ],
 )
 def test_what_has_no_kernel_stays_exact_where_kernels_run(

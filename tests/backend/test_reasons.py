@@ -69,7 +69,7 @@ def test_a_reason_as_text_has_its_remedy() -> None:
     reason = reasons.EPSILON_NO_KERNEL(epsilon=0.1)
     assert reason == Reason(
         "epsilon-no-kernel",
-        "no GPU kernel supports epsilon (got 0.1)",
+        "no GPU kernel of a prefill supports epsilon (got 0.1)",
         "set epsilon=None, or reference=True for the slow PyTorch path",
     )
     assert str(reason) == f"{reason.words}; {reason.remedy}"

@@ -9,7 +9,7 @@ import pytest
 
 import lychee_compile
 from lychee_compile import extend
-from lychee_compile.codegen.module import chooses_by_kernels
+from lychee_compile.codegen.module import has_prefill_kernels
 from lychee_compile.kernels.gpu.methods import policies_with_kernels
 from lychee_compile.kernels.policies.registry import policy_names, prefill_policy_names
 from lychee_compile.option_devices import OPTION_DEVICES
@@ -107,7 +107,7 @@ def test_the_kernel_column_of_policies_is_true(heading):
 def test_the_choosers_of_prefill_policies_are_true():
     table = described(section("docs/policies.md", "Prefill"))
     for name, cells in table.items():
-        assert cells[3] == ("kernels" if chooses_by_kernels(name) else "PyTorch"), name
+        assert cells[3] == ("kernels" if has_prefill_kernels(name) else "PyTorch"), name
 
 
 def test_the_page_of_reasons_is_up_to_date():

@@ -161,7 +161,7 @@ def test_sparse_attention_reads_what_the_specification_selects(case, monkeypatch
     spec = make_spec(dtype, group, head_dim, value_dim, sparse, **more)
     module, length = compiled(spec), slots - 50 - query_len
     problem = Problem(spec, batch, heads, slots, length, query_len)
-    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.over(problem.key), problem.key.device)
     assert_as_good_as_eager(problem.sparse(module, index), problem)  # nothing indexed yet
     index.build(module, problem.key, [length] * problem.key.shape[0])
     output, read, made = slots_read(monkeypatch, problem, lambda: problem.sparse(module, index))
@@ -181,7 +181,7 @@ def test_as_many_tokens_are_read_as_it_takes_to_cover_a_share(group, slots, monk
         spec = make_spec("bfloat16", group, 128, None, sparse)
         module, length = compiled(spec), slots - 50
         problem = Problem(spec, 1, 4, slots, length)
-        index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
+        index = SketchIndex(SketchLayout.over(problem.key), problem.key.device)
         index.build(module, problem.key, [length])
         output, read, _ = slots_read(monkeypatch, problem, lambda: problem.sparse(module, index))  # noqa: B023
         truth, eager = problem.attention(read), problem.attention(read, problem.query.dtype)
@@ -203,7 +203,7 @@ def test_a_trial_compiles_what_calls_launch_and_all_of_it_at_once():
     spec = make_spec("bfloat16", 4, 128, None, SparseSpec("lychee", 333, 16, 64, 16, 65536))
     module, slots = compiled(spec), 20000
     problem = Problem(spec, 1, 8, slots, slots - 51)
-    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.over(problem.key), problem.key.device)
 
     def step(given):
         index.build(given, problem.key, [problem.length])
@@ -287,7 +287,7 @@ def test_one_captured_graph_follows_lengths_contents_and_index(monkeypatch):
     spec = make_spec("bfloat16", 4, 128, None, sparse)
     module, slots, length = compiled(spec), 8192, 3000
     problem = Problem(spec, 2, 2, slots, length)
-    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.over(problem.key), problem.key.device)
     index.build(module, problem.key, [length] * problem.key.shape[0])
     fresh_key, fresh_value = problem.key[:, :, :1].clone(), problem.value[:, :, :1].clone()
     problem.sparse(module, index)
@@ -332,7 +332,7 @@ def test_a_step_sketches_keys_as_the_build_does():
     spec = make_spec("bfloat16", 4, 128, None, sparse)
     module = compiled(spec)
     problem = Problem(spec, 1, 2, 4096, 2000, query_len=8)
-    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.over(problem.key), problem.key.device)
     index.build(module, problem.key, [2000] * problem.key.shape[0])
     problem.sparse(module, index)
     whole = SketchIndex(index.layout, problem.key.device)

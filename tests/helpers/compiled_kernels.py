@@ -24,6 +24,8 @@ KERNELS = {
     "scan_tokens": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_pages": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_chosen": {"BLOCK": 8192, "TILES": 16, "kv_heads": 8},
+    "scan_listed": {"BLOCK": 32768, "BLOCKS": 64, "TILES": 512, "kv_heads": 8},
+    "index_chunks": {},
     "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192},
     "encode": {"BLOCK": 8192},
     "record_fingerprints": {},
@@ -35,6 +37,13 @@ KERNELS = {
     },
     **{f"list_{number}": {"TILES": 16, "LOTS": 16} for number in range(3)},
     "spread_0": {"TILES": 16},
+    "mark_read": {"KEYS": 64},
+    "bound_unread": {"STEPS": 4, "BLOCK": 8192},
+    "measure": {"BLOCK": 8192},
+    "measure_new": {"BLOCK": 8192},
+    "weigh_blocks": {},
+    "certify": {"SPLITS": 32, "BOUND_TILES": 128},
+    "read_uncertified": {"KEYS": 64},
 }
 """Kernels of decoding, with the constants that are fixed when they are launched."""
 TILE_KERNELS = {
@@ -43,20 +52,26 @@ TILE_KERNELS = {
     "select_keys": {"LANES": 4096},
     "see_tiles": {"QUERIES": 32, "KEYS": 128, "SELF": True},
     "list_keys": {"LANES": 4096},
+    "store_edges": {"SELF": True},
+    "list_last": {"LANES": 2048},
+    "count_levels": {"SHARING": 1, "ASKERS": 16, "LEVELS": 1024, "LANES": 256},
+    "list_groups": {"SHARING": 4, "ASKERS": 16, "LEVELS": 1024, "LANES": 256, "KEYS": 2048},
     "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8},
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
-    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read",
+    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read silent marks",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
     "channels candidates candidate_count listed listed_count chosen_list edge chosen counts "
     "span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1 "
-    "child_ranks child_counts candidate_count open_1 open_2 order_1 order_2 begin_0 begin_1 "
-    "children_0 children_1",
+    "child_ranks child_counts open_1 open_2 order_1 order_2 begin_0 begin_1 "
+    "children_0 children_1 list_count failing bounds at_levels places",
     "*i64": "positions head_mass",
     "*bf16": "weights",
+    "*fp16": "rank",
     "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
-    "partial_sum log_sums scores mean_bias",
+    "partial_sum log_sums scores mean_bias longest unread missed residual bound_weights "
+    "bound_reach",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}
@@ -110,7 +125,7 @@ def main(*names: str) -> None:
             for capability in (80, 90) if ampere and "attend" in kernel else (90,):
                 hopper = capability == 90
                 listed = any(hasattr(module, f"list_{number}") for number in range(3))
-                paged = (hopper and hasattr(module, "scan_pages")) or listed
+                paged = hopper if hasattr(module, "scan_pages") else listed
                 more = constants | {"EARLY": hopper, "PAGED": paged}
                 made = compiled(getattr(module, kernel), spec, more, capability)
                 shared[f"{name}.{kernel}.{capability}"] = made.metadata.shared

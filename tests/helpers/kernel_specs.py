@@ -57,6 +57,16 @@ SPECS = {
         (LENGTH,),
         sparse=replace(SPARSE, coverage=0.95),
     ),
+    "sparse_certified": AttentionSpec(
+        "bfloat16",
+        4,
+        128,
+        128,
+        S / math.sqrt(128),
+        POSITION >= KV,
+        (LENGTH,),
+        sparse=replace(SPARSE, epsilon=0.1),
+    ),
     "sparse_mask_extra_logit": AttentionSpec(
         "bfloat16", 8, 64, 64, S / 8, MASK, (Captured("mask", "bool", 4),), True, SPARSE
     ),
@@ -72,6 +82,16 @@ SPECS = {
     ),
     "quest_llama": AttentionSpec(
         "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,), sparse=QUEST
+    ),
+    "quest_certified": AttentionSpec(
+        "bfloat16",
+        4,
+        128,
+        128,
+        S / math.sqrt(128),
+        POSITION >= KV,
+        (LENGTH,),
+        sparse=replace(QUEST, epsilon=0.1),
     ),
     "quest_mask_by_head_odd_sizes": AttentionSpec(
         "float32",
@@ -123,7 +143,23 @@ SPECS = {
         S / math.sqrt(128) + SLOPE * (KV - Q),
         KV <= Q,
         (Captured("slopes", "float32", 1),),
-        tiles=TileSpec("s2o", 16, 64),
+        tiles=TileSpec("mine", 16, 64),  # a policy of one's own
+    ),
+    "prefill_streaming": AttentionSpec(
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("streaming", 16, 64)
+    ),
+    "prefill_s2o": AttentionSpec(
+        "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("s2o", 16, 64)
+    ),
+    "prefill_groups_slopes": AttentionSpec(
+        "float16",
+        3,
+        80,
+        64,
+        S / math.sqrt(80) + SLOPE * (KV - Q),
+        KV <= Q,
+        (Captured("slopes", "float32", 1),),
+        tiles=TileSpec("dhsa", 16, 64),
     ),
     "prefill_mask_softcap_odd_sizes": AttentionSpec(
         "float16",

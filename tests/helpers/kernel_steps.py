@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.runtime.cache_registry import registry
 
 SIZE, DIM, KV_HEADS, GROUP = 128, 16, 2, 2
@@ -95,7 +96,8 @@ def compiled(function: Callable[..., Any] = decode, **options: Any) -> Callable[
 
 def upkeep_of(keys: Tensor, growing: bool = False) -> Any:
     """Return the owner of the index of a cache [B, Hkv, L, D]; None if the cache has no index."""
-    return registry.owner_of(keys, "lychee" if growing else SketchLayout.of(keys))
+    settings = GroupSettings(chunk=SMALL["chunk"], sinks=SMALL["sinks"])
+    return registry.owner_of(keys, ("lychee", settings) if growing else SketchLayout.over(keys))
 
 
 def read_by(weights: Tensor, cache: Cache) -> Tensor:

@@ -22,7 +22,6 @@ from lychee_compile.kernels.levels.declaration import Pages
 from lychee_compile.kernels.reference.chunk_index import ChunkIndex
 from lychee_compile.kernels.reference.chunk_table import bounds_of
 from lychee_compile.kernels.reference.question import Question
-from lychee_compile.kernels.reference.uneven_index import below
 from lychee_compile.kernels.sizes import BINS
 
 if TYPE_CHECKING:
@@ -118,8 +117,8 @@ def check_chunks(steps: Steps, question: Question, read: Read, own: Tensor, tie:
     """Check the clusters that each level keeps, and the chunks that are read."""
     index, looked = steps.plain.index, None
     levels = index.stack.levels
-    for number, label in enumerate(index.labels):
-        columns = index.clusters[number]
+    for number, label in enumerate(index.above.labels):
+        columns = index.above.columns[number]
         rank, possible = index.ranks(question, levels[number], columns, looked)
         marks = kept_clusters(steps, read, number, rank)
         tokens = torch.where(possible, columns["tokens"][:, :, None].long(), 0)
@@ -146,6 +145,15 @@ def check_chunks(steps: Steps, question: Question, read: Read, own: Tensor, tie:
     check_weighed(taken > 0, rank, size, question.room, tie)
 
 
+def below(kept: Tensor, label: Tensor) -> Tensor:
+    """Return the groups that belong to a kept cluster, or to none yet: bool [B, Hkv, Tq, N].
+
+    `kept` is bool [B, Hkv, Tq, C]; `label`, int [B, Hkv, N], is the cluster of each group, or -1.
+    """
+    wide = label[:, :, None].expand(-1, -1, kept.shape[2], -1)
+    return (wide < 0) | kept.gather(-1, wide.clamp(min=0).long())
+
+
 def kept_clusters(steps: Steps, read: Read, number: int, rank: Tensor) -> Tensor:
     """Return the clusters whose groups a level lists, bool like `rank` [B, Hkv, T, C]."""
     named, (batch, heads, queries, clusters) = steps.index.named, rank.shape
@@ -161,11 +169,12 @@ def kept_clusters(steps: Steps, read: Read, number: int, rank: Tensor) -> Tensor
     kept = torch.zeros(*rank.shape[:3], clusters + 1, dtype=torch.bool, device=rank.device)
     of_listed = torch.where(times > 0, label, 0).clamp(max=clusters)
     kept = kept.scatter(-1, of_listed, True)[..., 1:]
-    lists = named[f"order_{number + 1}"].long(), named[f"children_{number}"]
-    numbers = torch.arange(lists[0].shape[-1], device=rank.device)
-    through = lists[1].cumsum(-1)
-    owner = torch.searchsorted(through, numbers.expand_as(lists[0]).contiguous(), right=True)
-    owner = torch.empty_like(owner).scatter_(-1, lists[0], owner)[:, :, None]
+    order = named[f"order_{number + 1}"].long()
+    begin, through = named[f"begin_{number}"], named[f"children_{number}"].cumsum(-1)
+    place = torch.arange(order.shape[-1], device=rank.device) - begin[..., :1]
+    owner = torch.searchsorted(through, place.contiguous(), right=True)
+    owner = torch.where(place < 0, clusters, owner)
+    owner = torch.empty_like(owner).scatter_(-1, order, owner)[:, :, None]
     wanted = owner < clusters
     wanted = wanted & kept.gather(-1, owner.clamp(max=clusters - 1).expand_as(label))
     assert torch.equal(times, wanted.long()), "a list that is not what the kept clusters hold"

@@ -21,6 +21,7 @@ from torch import Tensor
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.common import launch_sparse
+from lychee_compile.kernels.gpu.common.certificate import missed_of
 from lychee_compile.kernels.gpu.common.launch_common import Scratch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
@@ -57,6 +58,7 @@ class Case:
     device: str = "cpu"
     chunk: tuple[int, int] = (8, 16)
     coverage: float | None = None
+    epsilon: float | None = None
 
     @property
     def config(self) -> IndexConfig:
@@ -80,7 +82,7 @@ class Case:
     def problem(self, length: int, sparse: bool = True) -> Problem:
         """Return the attention whose first query is at the slot `length`."""
         sizes = self.budget, self.sinks, self.recent, 16, 65536
-        spec = SparseSpec(self.policy, *sizes, self.coverage, self.settings)
+        spec = SparseSpec(self.policy, *sizes, self.coverage, self.settings, self.epsilon)
         made = make_problem(
             self.dtype, self.sizes, self.score, self.mask, self.extra, self.layout,
             spec if sparse else None, length, self.seed,
@@ -113,6 +115,8 @@ class Read:
     """Slots read, bool [B, Hkv, T, L]."""
     made: Mapping[str, Tensor]
     """Scratch memory that the kernels have left, by name."""
+    missed: Tensor | None
+    """Certificates, float32 [B, Hq, T], if there are any."""
 
 
 @dataclass
@@ -125,6 +129,7 @@ class Asked:
     """None: everything fits into the budget."""
     inputs: ScoreInputs
     """Queries, keys and mask of the step."""
+    index: KVIndex
 
 
 @dataclass
@@ -211,18 +216,19 @@ class Steps:
         child = torch.where(place < count[:, None], child * size, -1)
         inner = torch.arange(size, device=child.device)
         slots = torch.where(child[..., None] < 0, -1, child[..., None] + inner)
-        return self._slots(slots.flatten(1))
+        return self.slots_of(slots.flatten(1))
 
     def _run(self, problem: Problem, positions: Tensor) -> Read:
         used = IndexOperands(self.index.layout, self.index.parts, positions)
         with kept_scratch(few_programs=self.key.device.type == "cpu") as made:
             output = self.method.run(problem.module(), problem.operands(), used)
         listed = made["chosen_list"].flatten(1)
-        slots = self._slots(listed)
+        slots = self.slots_of(listed)
         assert ((listed >= 0).sum(1) == slots.transpose(1, 2).flatten(0, 2).sum(1)).all(), "twice"
-        return Read(output, slots, made)
+        missed = missed_of(problem.operands(), made) if "missed" in made else None
+        return Read(output, slots, made, missed)
 
-    def _slots(self, listed: Tensor) -> Tensor:
+    def slots_of(self, listed: Tensor) -> Tensor:
         """Return listed slots [rows, N], -1 for none, as bool [B, Hkv, T, L]."""
         heads, length = self.key.shape[1:3]
         rows = torch.zeros(len(listed), length + 1, dtype=torch.bool, device=listed.device)
@@ -243,7 +249,7 @@ class Steps:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(index, "choose", noting(asked, index.choose))
             slots = select(index, inputs, case.budget).token_mask()
-        return Asked(slots, asked[0] if asked else None, inputs)
+        return Asked(slots, asked[0] if asked else None, inputs, index)
 
 
 EVENTS = ("step", "rewind", "rewind far", "written by another", "refit")
@@ -327,16 +333,16 @@ def share_fits(index: KVIndex, kernels: LevelDeviceIndex) -> None:
 
 def share_chunk_clusters(index: ChunkIndex, kernels: LevelDeviceIndex) -> None:
     """Let the plain form have the clusters of chunks that the kernels have."""
-    named, rows = kernels.named, kernels.layout.batch
-    for number in range(len(index.labels)):
+    named, rows, above = kernels.named, kernels.layout.batch, index.above
+    labels = [named[f"label_{number + 1}"].long() - 1 for number in range(len(above.labels))]
+    for number in range(len(labels)):
         columns = with_channel(kernels.columns(number, rows))
-        index.clusters[number] = {name: held.clone() for name, held in columns.items()}
-        label = named[f"label_{number + 1}"].long() - 1
-        if number == len(index.labels) - 1:
-            count = index.span.shape[1]
-            label = F.pad(label, (0, max(count - label.shape[2], 0)), value=-1)[:, :, :count]
-        index.labels[number] = label
-
+        above.columns[number] = {name: held.clone() for name, held in columns.items()}
+    if labels:
+        count = index.span.shape[1]
+        more = max(count - labels[-1].shape[2], 0)
+        labels[-1] = F.pad(labels[-1], (0, more), value=-1)[:, :, :count]
+    above.relabel(labels)
     # Kernels do not know where a padded row begins: they count hidden keys of its first chunk.
     cut = bounds_of(index.span, index.settings.chunk)[0] < index.start[:, None]
     for name, held in index.fields.items():

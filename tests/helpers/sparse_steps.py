@@ -18,7 +18,7 @@ from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
-from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
+from lychee_compile.kernels.gpu.lychee.layout import MeasuredLayout, SketchLayout, SketchState
 from lychee_compile.kernels.gpu.lychee.spec import (
     SelectionSizes,
     log_denominator,
@@ -35,19 +35,24 @@ SMALLEST = 100
 
 def built(problem: Problem, end: int, slots: int | None = None) -> SketchIndex:
     """Return an index of the keys in the slots [0, end), with room for `slots`."""
-    layout = SketchLayout.of(problem.key)
+    layout = layout_of(problem)
     if slots is not None:
-        layout = SketchLayout(
-            layout.batch, layout.kv_heads, layout.head_dim, slots, layout.axes_dtype
-        )
+        layout = layout.resized(slots)
     index = SketchIndex(layout, problem.key.device)
     index.build(problem.module(), problem.key, [end] * problem.key.shape[0])
     return index
 
 
+def layout_of(problem: Problem) -> SketchLayout:
+    """Return the layout of an index for a problem, which certificates need measured."""
+    certified = problem.spec.sparse is not None and problem.spec.sparse.epsilon is not None
+    return (MeasuredLayout if certified else SketchLayout).over(problem.key)
+
+
 def copied(state: SketchState) -> SketchState:
     """Return the parts of an index as they are now."""
-    return SketchState(*(part.clone() for part in state))
+    own = {name: part.clone() for name, part in state._asdict().items() if hasattr(state, name)}
+    return SketchState(**own, chunks={name: part.clone() for name, part in state.chunks.items()})
 
 
 @dataclass
@@ -108,6 +113,10 @@ class Step:
     def paged(self) -> bool:
         return "page_bins" in self.scratch
 
+    @property
+    def narrowed(self) -> bool:
+        return "candidates_2" in self.scratch
+
     def slots_read(self) -> Tensor:
         """Return the slots read, bool [B, Hkv, T, L], after checking that none is read twice."""
         batch, heads, kv_len, _ = self.problem.key.shape
@@ -125,11 +134,14 @@ class Step:
         The bins of the shares decide which are best, and are the reference's but for rounding.
         """
         always, rank, room = self._reference()
-        bins = self._paged_bins() if self.paged else self._by_row(self.scratch["bins"])
+        if self.narrowed:
+            bins = self._looked_at(-(-rank.shape[-1] // PAGE))[..., : rank.shape[-1]].clamp(min=0)
+        else:
+            bins = self._paged_bins() if self.paged else self._by_row(self.scratch["bins"])
         bins = bins[..., : rank.shape[-1]].int().masked_fill(rank == -torch.inf, 0)
         possible = bins > 0
         assert_near(bins[possible], rank[possible])
-        if not self.paged:
+        if not (self.paged or self.narrowed):
             assert (possible | (rank < -SMALLEST)).all(), "some are left out of the ranking"
         read = self.slots_read()
         assert (read | ~always).all(), "sinks or recent tokens are left out"
@@ -196,7 +208,8 @@ class Step:
 
     def _looked_at(self, pages: int) -> Tensor:
         """Return the bins of the slots looked into, int64 [B, Hkv, T, pages * PAGE]; -1: not."""
-        candidates, bins = self.scratch["candidates"].long(), self.scratch["bins"].long()
+        listed = "candidates_2" if self.narrowed else "candidates"
+        candidates, bins = self.scratch[listed].long(), self.scratch["bins"].long()
         count, nothing = self.scratch["candidate_count"][:, None], pages * PAGE
         slots = torch.where(torch.arange(candidates.shape[-1]) < count, candidates, nothing)
         by_slot = torch.full((len(slots), nothing + 1), -1).scatter(1, slots, bins)

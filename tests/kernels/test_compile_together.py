@@ -24,7 +24,7 @@ def sparse_problem() -> Problem:
 def test_nothing_runs_while_kernels_are_compiled() -> None:
     problem = sparse_problem()
     module = problem.module()
-    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.over(problem.key), problem.key.device)
     index.parts.fine.fill_(0)
     compile_together(module, lambda given: index.build(given, problem.key, [200]))
     assert not index.parts.fine.any()

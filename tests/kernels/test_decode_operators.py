@@ -70,7 +70,7 @@ def arguments(kind: str) -> tuple[Any, ...]:
     if kind == "exact":
         return (*given, kernel(sparse=False))
     if kind == "sparse":
-        index = SketchIndex(SketchLayout.of(given[1]), given[1].device)
+        index = SketchIndex(SketchLayout.over(given[1]), given[1].device)
         return (*given, positions, index.state, kernel(sparse=True))
     return (*given, positions, OWNER.tensor, kernel(sparse=True))
 
@@ -98,7 +98,7 @@ def test_fixed_and_growing_indexes_give_the_same() -> None:
     given, owner = operands(), GrowingCacheIndex()
     query, key, value, captured, sink = given
     name, positions = kernel(sparse=True), torch.tensor([LENGTH - 1, LENGTH])
-    index = SketchIndex(SketchLayout.of(key), key.device)
+    index = SketchIndex(SketchLayout.over(key), key.device)
     index.build(load(name), key, [LENGTH + 1] * key.shape[0])
     owner.index_for(key, positions)
     owner.after_call(key, CacheUse(name, lambda cache: cache, 2, None, "lychee"))

@@ -171,7 +171,7 @@ def test_the_fields_of_a_state_are_matched_by_name() -> None:
 
 def test_a_method_refuses_the_index_of_another() -> None:
     problem = make_problem(sizes=Sizes(kv_len=200))
-    sketches = SketchIndex(SketchLayout.of(problem.key), torch.device("cpu"))
+    sketches = SketchIndex(SketchLayout.over(problem.key), torch.device("cpu"))
     boxes = PageDeviceIndex(LevelLayout.over(problem.key, "quest"), torch.device("cpu"))
     for run, index in ((run_levels, sketches), (run_lychee, boxes)):
         with pytest.raises(TypeError, match=r"kernels .*read the index of a"):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import sympy
 import torch
 import triton_interpreter
-from decode_problems import MASKS, SCORES, Problem, Sizes, element, make_problem
+from decode_problems import MASKS, RANGES, SCORES, Problem, Sizes, element, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lychee_compile.codegen.module import emit_module
+from lychee_compile.codegen.module import chooses_by_kernels, emit_module
 from lychee_compile.codegen.parts.listed import split_score
 from lychee_compile.codegen.specification import KV, H, Q, S, TileSpec
 from lychee_compile.kernels.gpu.prefill import listed
@@ -26,7 +27,7 @@ from lychee_compile.kernels.reference.prefill_attention import (
     PrefillResult,
     prefill_attention,
 )
-from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
+from lychee_compile.kernels.reference.prefill_question import PrefillChoice, PrefillQuestion
 from lychee_compile.kernels.reference.tiles import Sight, tile_sight
 from lychee_compile.kernels.sizes import QUERY_TILE
 
@@ -38,13 +39,27 @@ pytestmark = [
 
 FEW = settings(max_examples=max(settings().max_examples // 6, 1))
 SINKS, RECENT = 4, 16
-CHOSEN_IN_PYTORCH = ("streaming", "dhsa", "s2o", "compact")
+CHOSEN_IN_PYTORCH = ("any streaming", "any dhsa", "any s2o", "any compact")
+"""The policies of these names, without kernels that choose."""
 
 
 @pytest.fixture(autouse=True)
 def many_queries_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted steps take their time, whatever they are about."""
     monkeypatch.setattr(listed, "SEEN_QUERIES", 64)
+
+
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register every policy under another name, as a function of which nothing is known."""
+    monkeypatch.setattr(registry, "_policies", dict(registry._policies))
+    for name in CHOSEN_IN_PYTORCH:
+        choice = registry.prefill_choice(name.removeprefix("any "))
+        registry.register_policy(name, None, tiles=partial(_ask, choice))
+
+
+def _ask(choice: PrefillChoice, question: PrefillQuestion) -> Tensor:
+    return choice(question)
 
 
 def problem_for(policy: str, **given) -> Problem:
@@ -81,6 +96,15 @@ def slots_read(prefill: ListedPrefill, problem: Problem) -> Tensor:
                 read[row, begin:end] = True
         parts.append(read.view(batch, heads, tiles, kv_len))
     return torch.cat(parts, 2)
+
+
+@pytest.mark.parametrize("policy", ["streaming", "dhsa", "s2o", "compact"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_kernels_choose_unless_a_mask_has_holes(policy: str, mask: str) -> None:
+    spec = problem_for(policy, mask=mask).spec
+    assert chooses_by_kernels(spec) == (mask in RANGES)
+    assert ("def see_tiles(" in emit_module(spec)) == (mask not in RANGES)
+    assert not chooses_by_kernels(replace(spec, tiles=replace(spec.tiles, ordered=True)))
 
 
 @st.composite
@@ -133,7 +157,7 @@ def test_kernels_read_what_the_plain_form_reads(policy: str, data: st.DataObject
     prefill = ListedPrefill(module, problem.operands(), config)
     read, expected = slots_read(prefill, problem), plain(problem, config)
     assert expected.read is not None
-    if policy != "s2o" or split_score(problem.spec.score).bias == 0:  # a bias rounds otherwise
+    if policy != "any s2o" or split_score(problem.spec.score).bias == 0:  # a bias rounds otherwise
         assert torch.equal(read & _some(problem), expected.read)
     sighted, _ = problem.visible.any(-1), prefill.run()
     near = {"float32": 1e-3, "bfloat16": 2e-2}[problem.spec.dtype]
@@ -145,7 +169,7 @@ def test_kernels_read_what_the_plain_form_reads(policy: str, data: st.DataObject
 def test_every_mask_and_bias_is_seen_as_the_plain_form_sees_it(mask: str) -> None:
     score = SCORES[MASKS.index(mask) % len(SCORES)]
     problem = problem_for(
-        "streaming", mask=mask, score=score, sizes=Sizes(2, 1, 2, 140, 180, 16, 16)
+        "any streaming", mask=mask, score=score, sizes=Sizes(2, 1, 2, 140, 180, 16, 16)
     )
     prefill = ListedPrefill(
         problem.module(), problem.operands(), listed_config(problem.module(), 1)
@@ -195,7 +219,7 @@ def test_tiles_done_apart_read_the_same(policy: str, monkeypatch: pytest.MonkeyP
 
 
 def test_queries_in_another_order_read_keys_at_their_own_positions() -> None:
-    problem = problem_for("s2o", mask="none", sizes=Sizes(1, 1, 2, 300, 300, 16, 16))
+    problem = problem_for("any s2o", mask="none", sizes=Sizes(1, 1, 2, 300, 300, 16, 16))
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     module = problem.module()
     config = listed_config(module, 0.6)
@@ -210,7 +234,9 @@ def test_queries_in_another_order_read_keys_at_their_own_positions() -> None:
 
 def test_rows_and_heads_that_see_different_keys() -> None:
     """The mask is a tensor per head; one head sees nothing at all, one row has no padding."""
-    problem = problem_for("compact", mask="mask by head", sizes=Sizes(2, 1, 2, 140, 200, 16, 16))
+    problem = problem_for(
+        "any compact", mask="mask by head", sizes=Sizes(2, 1, 2, 140, 200, 16, 16)
+    )
     (mask,) = problem.captured
     mask[0, 1] = False
     mask[1, :, :, 100:120] = True
@@ -274,7 +300,7 @@ def test_scores_are_split_into_a_product_and_a_bias(
     if expected is None:
         assert split is None
         problem = make_problem(score="slopes")
-        spec = replace(problem.spec, score=score, tiles=TileSpec("s2o", SINKS, RECENT))
+        spec = replace(problem.spec, score=score, tiles=TileSpec("compact", SINKS, RECENT))
         with pytest.raises(ValueError, match="no policy without kernels of its own ranks keys by"):
             emit_module(spec)
         return

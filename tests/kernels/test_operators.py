@@ -274,7 +274,7 @@ def test_token_ids_give_the_strengths():
     ids = torch.zeros(1, 61, dtype=torch.int64)
     ids[:, 2::3] = 7
     update_index(key, None, torch.arange(60), ids[:, :60], owner.tensor, 60)
-    assert not owner.cache.index.group_count.any()
+    assert not owner.cache.index.span.any()
     update_index(key, None, torch.tensor([60]), ids[:, 60:], owner.tensor, 1)
     assert {size for _, size in row_chunks(owner.cache.index, 1)[:-1]} == {3}
 

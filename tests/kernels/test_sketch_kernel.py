@@ -170,7 +170,7 @@ def small_blocks(monkeypatch):
 def alone(problem, row, end):
     """Return an index of one row of the keys."""
     key = problem.key[row : row + 1]
-    index = SketchIndex(SketchLayout.of(key), key.device)
+    index = SketchIndex(SketchLayout.over(key), key.device)
     index.build(problem.module(), key, [end])
     return index
 
@@ -196,7 +196,7 @@ def test_rows_of_a_batch_are_indexed_each_up_to_its_own_end(ends, small_blocks):
     problem = make_problem(sizes=Sizes(2, kv_len=1100), sparse=FLAT)
     for row, end in enumerate(ends):
         problem.key[row, :, end:] = 100  # nobody has written these
-    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.over(problem.key), problem.key.device)
     index.build(problem.module(), problem.key, ends)
     assert index.parts.header.tolist() == [1, *ends]
     for row, end in enumerate(ends):
@@ -205,7 +205,7 @@ def test_rows_of_a_batch_are_indexed_each_up_to_its_own_end(ends, small_blocks):
 
 def test_the_newest_block_of_every_row_is_refitted(small_blocks):
     problem = make_problem(sizes=Sizes(2, kv_len=1100), sparse=FLAT)
-    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.over(problem.key), problem.key.device)
     index.build(problem.module(), problem.key, (150, 400))
     ends = (300, 900)
     for row, end in enumerate(ends):
@@ -218,7 +218,7 @@ def test_the_newest_block_of_every_row_is_refitted(small_blocks):
 def test_refits_of_a_row_leave_rows_that_are_further_as_they_were(small_blocks):
     """Pages, too, that are full there and have just begun in the row that is refitted."""
     problem = make_problem(sizes=Sizes(2, kv_len=1100), sparse=PAGED)
-    index = SketchIndex(SketchLayout.of(problem.key), problem.key.device)
+    index = SketchIndex(SketchLayout.over(problem.key), problem.key.device)
     index.build(problem.module(), problem.key, (150, 700))
     problem.key[0, :, 150:300] += 1
     index.refit(problem.module(), problem.key, (293, 700))
@@ -230,7 +230,7 @@ def test_a_block_that_begins_takes_over_the_axes_before(monkeypatch):
     monkeypatch.setattr(sketch_layout, "BLOCK", 512)
     sizes = Sizes(kv_len=520, query_len=2, group=2)
     problem = make_problem(sizes=sizes, sparse=PAGED, length=511)
-    index = SketchIndex(SketchLayout.of(problem.key), torch.device("cpu"))
+    index = SketchIndex(SketchLayout.over(problem.key), torch.device("cpu"))
     filled = built(make_problem(sizes=Sizes(kv_len=300), sparse=PAGED), 300).parts
     for name in ("axes", "centre", "step", "spread"):
         getattr(index.parts, name)[:, :, :1] = getattr(filled, name)

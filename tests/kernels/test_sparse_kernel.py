@@ -143,7 +143,7 @@ def test_a_budget_for_everything_reads_everything(sparse):
 def test_an_index_that_is_not_trusted_is_not_used(sparse):
     problem = make_problem(sizes=Sizes(kv_len=150, query_len=2), mask="mask", sparse=sparse)
     positions = newest(problem)
-    empty = SketchIndex(SketchLayout.of(problem.key), torch.device("cpu"))
+    empty = SketchIndex(SketchLayout.over(problem.key), torch.device("cpu"))
     index = built(problem, int(positions[0]))
     index.distrust()
     for each in (empty, index):
@@ -257,7 +257,7 @@ def test_without_new_keys_all_that_are_indexed_may_be_chosen(sparse):
 @BOTH
 def test_without_new_keys_every_row_knows_its_own_end(sparse):
     problem = make_problem(sizes=Sizes(2, kv_len=400), sparse=replace(sparse, budget=350))
-    index = SketchIndex(SketchLayout.of(problem.key), torch.device("cpu"))
+    index = SketchIndex(SketchLayout.over(problem.key), torch.device("cpu"))
     index.build(problem.module(), problem.key, (400, 120))
     step = Step.run(problem, index, None)
     step.check()
@@ -373,7 +373,7 @@ def test_blocks_are_ranked_together(long):
     problem, state = long
     for sparse in (FLAT, PAGED):
         other = replace(problem, spec=replace(problem.spec, sparse=sparse))
-        index = SketchIndex(SketchLayout.of(problem.key), torch.device("cpu"))
+        index = SketchIndex(SketchLayout.over(problem.key), torch.device("cpu"))
         index.state.copy_(state)
         step = Step.run(other, index, newest(problem))
         step.check()

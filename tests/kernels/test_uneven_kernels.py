@@ -16,7 +16,6 @@ from level_steps import EVENTS, Case, Steps, follow, table_of
 from lychee_compile.codegen.parts import levels
 from lychee_compile.kernels.gpu.levels import chunk_index as device_chunks
 from lychee_compile.kernels.gpu.levels import shares
-from lychee_compile.kernels.gpu.levels.child_lists import child_lists, first_open
 from lychee_compile.kernels.gpu.owners import _moved
 from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack
 from lychee_compile.kernels.levels.expressions import (
@@ -150,22 +149,15 @@ def test_groups_are_looked_into_without_a_fit_for_a_long_time():
     assert (steps.index.named["open_2"] < first).all()
 
 
-@given(seed=st.integers(0, 99), clusters=st.integers(1, 9), groups=st.integers(0, 30))
-def test_lists_have_the_groups_of_each_cluster_in_order(seed, clusters, groups):
+@given(seed=st.integers(0, 99), groups=st.integers(0, 30))
+def test_the_first_open_group_is_used_and_in_no_cluster(seed, groups):
     random = torch.Generator().manual_seed(seed)
-    label = torch.randint(-1, clusters, (2, 3, groups), generator=random)
+    label = torch.randint(-1, 3, (2, 3, groups), generator=random)
     used = torch.rand(2, 1, groups, generator=random) < 0.7
-    order, begin, count = child_lists(label, clusters)
-    waiting = first_open(label, used)
+    found = device_chunks.first_open(label, used)
     for row, head in itertools.product(range(2), range(3)):
-        own = label[row, head].tolist()
-        for number in range(clusters):
-            first = int(begin[row, head, number])
-            listed = order[row, head, first : first + int(count[row, head, number])]
-            assert listed.tolist() == [place for place, each in enumerate(own) if each == number]
-        there = used[row, 0].tolist()
-        open_groups = [place for place, each in enumerate(own) if each < 0 and there[place]]
-        assert int(waiting[row, head]) == min(open_groups, default=groups)
+        there = (used[row, 0] & (label[row, head] < 0)).nonzero()[:, 0].tolist()
+        assert int(found[row, head]) == min(there, default=groups)
 
 
 def new_keys(steps, first, last):

@@ -55,7 +55,10 @@ def only_site(function: Any, *inputs: Any, atol: float = 1e-5, **options: Any) -
     [
         ({"budget": None}, "budget=None asks for exact attention"),
         ({"policy": "oracle", "dense_layers": 0}, "no GPU kernel supports policy='oracle'"),
-        ({"epsilon": 0.1}, "no GPU kernel supports epsilon (got 0.1); set epsilon=None, or"),
+        (
+            {"policy": "hisa", "epsilon": 0.1, "dense_layers": 0},
+            "policy='hisa' leaves unread, so that nothing proves epsilon=0.1; set epsilon=None or",
+        ),
     ],
 )
 def test_what_is_not_to_be_sparse_runs_an_exact_kernel(

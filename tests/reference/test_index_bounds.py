@@ -22,26 +22,44 @@ from strategies import (
 )
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.reference import grouped as grouped_module
-from lychee_compile.kernels.reference import tree as tree_module
+from lychee_compile.kernels.policies.decode.lychee import LYCHEE
+from lychee_compile.kernels.reference import chunk_table, clustered
+from lychee_compile.kernels.reference.chunk_table import bounds_of, numbers_of_slots
+from lychee_compile.kernels.reference.level_values import bound, estimate, moments
 from lychee_compile.kernels.reference.sketch import KeySketches
 
 scales = st.sampled_from([1.0, 0.125, -0.5, 3.0])
 
 
-def nodes_of(index, level):
-    return index.chunks if level == "chunks" else getattr(index.tree, level)
+UNIT, CLUSTER, CHUNK = range(3)
+
+
+@pytest.fixture(autouse=True)
+def early_fits():
+    """Let few tokens be enough for clusters, and for others to join them."""
+    with patch.object(clustered, "REFIT", 16):
+        yield
+
+
+def fields_of(index, level):
+    """Return mean, variance and tokens of all groups of a level: [B, Hkv, N, ...]."""
+    columns = index.chunk_columns(None) if level == CHUNK else index.above.columns[level]
+    mean, variance = moments(LYCHEE.levels[level], columns)
+    return mean, variance, columns["tokens"].expand(mean.shape[:3])
 
 
 def levels(index, row, head):
-    """For each level its nodes, and under each node in use the tokens that it stands for."""
-    chunks = [pair for pair in row_chunks(index, row) if pair[0] < int(index.tail[row])]
+    """For each level and group in use the tokens that it stands for."""
+    low, length = bounds_of(index.span, index.settings.chunk)
     under = {}
-    for column, (start, size) in enumerate(chunks):
-        cluster = int(index.tree.chunk_cluster[row, head, column])
-        unit = int(index.tree.cluster_unit[row, head, cluster])
-        for level, node in (("chunks", column), ("clusters", cluster), ("units", unit)):
-            under.setdefault((level, node), []).extend(range(start, start + size))
+    for number in (index.span[row] > 0).nonzero()[:, 0].tolist():
+        groups, labels = [(CHUNK, number)], index.above.labels
+        cluster = int(labels[1][row, head, number]) if labels[1].shape[2] else -1
+        if cluster >= 0:
+            groups += [(CLUSTER, cluster), (UNIT, int(labels[0][row, head, cluster]))]
+        first = int(low[row, number])
+        for group in groups:
+            under.setdefault(group, []).extend(range(first, first + int(length[row, number])))
     return under
 
 
@@ -52,23 +70,23 @@ def through(data, cache):
         yield place
 
 
-@given(grown_caches(), scales, st.sampled_from([2, 2048]), st.data())
-def test_every_score_is_within_the_bound_of_each_node_above(cache, scale, gathered, data):
-    shape = cache.shape
-    query = shape.queries(3, 2, cache.dtype)
-    grouped = query.reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
-    with (
-        patch.object(grouped_module, "GATHER_GROUPS", gathered),
-        patch.object(tree_module, "_BLOCK", gathered),
-    ):
+@given(grown_caches(), scales, st.sampled_from([2, 2**18]), st.data())
+def test_every_score_is_within_the_bound_of_its_chunk(cache, scale, gathered, data):
+    shape, level = cache.shape, LYCHEE.levels[CHUNK]
+    grouped = shape.queries(3, 2, cache.dtype).float()
+    grouped = grouped.reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
+    with patch.object(chunk_table, "CACHED_NUMBERS", gathered):
         for _ in through(data, cache):
             index = cache.index
+            if not index.span.any():
+                continue
             scores = scale * grouped.double() @ cache.key.double().transpose(-1, -2)
-            for level in ("chunks", "clusters", "units") if index.chunks.count else ():
-                bound = nodes_of(index, level).score_bound(grouped.float(), scale).double()
-                above = bound.gather(-1, wide_labels(index, level, bound, scores.shape[-1]))
-                covered = (token_columns(index, scores.shape[-1]) >= 0)[:, None, None]
-                assert (~covered | (scores <= above)).all(), level
+            of_slot = numbers_of_slots(
+                index.span, index.span > 0, scores.shape[-1], index.settings.chunk
+            )[:, None, None].expand_as(scores)
+            found = bound(level, grouped, index.fields, scale).double()
+            above = found.gather(-1, of_slot.clamp(min=0))
+            assert ((of_slot < 0) | (scores <= above)).all()
 
 
 @given(grown_caches(), scales, st.sampled_from([8, 64]), st.data())
@@ -83,7 +101,7 @@ def test_every_score_is_within_the_bound_of_its_token(cache, scale, block, data)
     for _ in through(data, cache):
         bound = index.score_bound(grouped.float(), scale)
         if bound is None:
-            assert int(index.group_count.sum()) == 0
+            assert not index.span.any()
             continue
         slots = bound.shape[-1]
         score = scale * grouped.double() @ cache.key[:, :, :slots].double().transpose(-1, -2)
@@ -103,67 +121,51 @@ def test_an_index_that_nobody_completed_is_true_and_the_same(cache, scale, data)
             late.apply(step, numbers, place)
     for place, (step, numbers) in enumerate(steps):
         early.apply(step, numbers, place)
-    assert late.index.tree.clusters.count == 0
+    assert not late.index.above.fitted_any
     query = cache.shape.queries(3, 2, cache.dtype)
     grouped = query.reshape(cache.shape.batch, cache.shape.kv_heads, -1, cache.shape.head_dim)
     bounds = [index.score_bound(grouped.float(), scale) for index in (early.index, late.index)]
     if bounds[0] is None:
-        assert int(late.index.group_count.sum()) == 0
+        assert not late.index.span.any()
         return
     slot = torch.arange(bounds[0].shape[-1])
     known = (slot >= early.index.start[:, None]) & (slot < early.index.tail[:, None])
     assert (~known[:, None, None] | (bounds[0] <= bounds[1])).all()
     late.index.complete(late.key)
-    assert torch.equal(late.index.chunks.tokens, early.index.chunks.tokens)
-
-
-def token_columns(index, tokens):
-    """Return the chunk each token is in, int64 [B, T], -1 for none."""
-    columns = torch.full((index.batch, tokens), -1)
-    for row in range(index.batch):
-        for column, (start, size) in enumerate(row_chunks(index, row)):
-            if start < int(index.tail[row]):
-                columns[row, start : start + size] = column
-    return columns
-
-
-def wide_labels(index, level, like, tokens):
-    """Return the node of a level that each token is under, 0 for none: [B, Hkv, R, T]."""
-    node = token_columns(index, tokens).clamp(min=0)[:, None].expand(-1, index.kv_heads, -1)
-    if level != "chunks":
-        node = index.tree.chunk_cluster.gather(2, node)
-    if level == "units":
-        node = index.tree.cluster_unit.gather(2, node)
-    return node[:, :, None].expand(-1, -1, like.shape[2], -1)
+    assert torch.equal(late.index.span, early.index.span)
+    used = (early.index.span > 0)[:, None, :, None]
+    for name, held in early.index.fields.items():
+        torch.testing.assert_close(late.index.fields[name].where(used, 0), held.where(used, 0))
 
 
 @given(grown_caches(), st.data())
-def test_nodes_hold_the_moments_of_the_keys_below(cache, data):
+def test_groups_hold_the_moments_of_the_keys_below(cache, data):
+    """Chunks always do; clusters right after a fit, and between fits they may hold more or less."""
     for _ in through(data, cache):
         pass
     index = cache.index
+    if bool((index.end - index.start >= 16).any()):
+        index.fit(cache.key)
     for row in range(index.batch):
         for head in range(index.kv_heads):
             under = levels(index, row, head)
-            for level in ("chunks", "clusters", "units"):
-                nodes = nodes_of(index, level)
+            for level in (UNIT, CLUSTER, CHUNK):
+                mean, variance, tokens = (each[row, head] for each in fields_of(index, level))
                 counts = {
-                    node: len(tokens) for (name, node), tokens in under.items() if name == level
+                    group: len(below) for (name, group), below in under.items() if name == level
                 }
-                held = nodes.tokens[row, head].tolist()
-                assert {node: count for node, count in enumerate(held) if count} == counts
-                for node in counts:
-                    key = cache.key[row, head, under[level, node]].double()
-                    assert_moments(nodes, row, head, node, key)
+                held = enumerate(tokens.tolist())
+                assert {group: count for group, count in held if count} == counts
+                for group in counts:
+                    key = cache.key[row, head, under[level, group]].double()
+                    assert_moments(mean[group], variance[group], key)
 
 
-def assert_moments(nodes, row, head, node, key):
+def assert_moments(mean, variance, key):
     size = key.abs().max() + 1e-30
-    mean = nodes.mean[row, head, node].double()
-    torch.testing.assert_close(mean / size, key.mean(0) / size, atol=1e-5, rtol=0)
-    variance = nodes.variance[row, head, node].double()
+    torch.testing.assert_close(mean.double() / size, key.mean(0) / size, atol=1e-5, rtol=0)
     expected = key.var(0, correction=0)
-    torch.testing.assert_close(variance / size**2, expected / size**2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(variance.double() / size**2, expected / size**2, atol=1e-5, rtol=0)
 
 
 @given(grown_caches(), st.data())
@@ -182,14 +184,13 @@ def test_the_index_covers_what_one_built_at_once_covers(cache, data):
 @given(grown_caches(), st.data())
 def test_the_shape_of_the_index_stays_within_its_configuration(cache, data):
     for _ in through(data, cache):
-        index, config = cache.index, cache.config
-        chunks = index.group_count[:, None]
-        assert ((index.tree.clusters.tokens > 0).sum(-1) <= chunks).all()
-        assert ((index.tree.units.tokens > 0).sum(-1) <= config.coarse_units).all()
-        in_use = (index.group_length > 0)[:, None].expand_as(index.tree.chunk_cluster)
-        members = torch.zeros(index.batch, index.kv_heads, index.tree.clusters.count + 1)
-        members.scatter_add_(2, index.tree.chunk_cluster, in_use.float())
-        assert (members <= 2 * config.cluster_chunks).all()
+        above, config = cache.index.above, cache.config
+        chunks = (cache.index.span > 0).sum(1)
+        if not above.fitted_any or not above.clustered:
+            continue
+        assert above.columns[UNIT]["tokens"].shape[2] <= config.coarse_units
+        assert above.columns[CLUSTER]["tokens"].shape[2] <= max(above.clustered, 1)
+        assert chunks.max() <= 2 * above.clustered + 2 * max(16, int(cache.end.max()) // 16)
 
 
 @given(heads, configs(), seeds, scales)
@@ -201,59 +202,53 @@ def test_estimates_of_equal_keys_are_exact(shape, config, seed, scale):
     index.complete(key)
     query = shape.queries(seed, 1).reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
     score = scale * query @ key[:, :, :1].transpose(-1, -2)
-    for nodes in (index.chunks, index.tree.clusters, index.tree.units):
-        used = (nodes.tokens > 0)[:, :, None]
-        wrong = (nodes.log_estimate(query, scale) - score).abs()
-        assert (wrong.where(used, 0) <= 1e-4 * (1 + score.abs())).all()
-        floor = nodes.log_mass_floor(query, scale) - nodes.tokens.float().log()[:, :, None]
-        assert ((floor - score).abs().where(used, 0) <= 1e-4 * (1 + score.abs())).all()
-
-
-@given(grown_caches(), scales, st.data())
-def test_the_floor_is_below_the_mass(cache, scale, data):
-    """Jensen: n exp(mean score) is at most the sum of exp(score)."""
-    for _ in through(data, cache):
-        pass
-    index, shape = cache.index, cache.shape
-    query = shape.queries(3, 1, cache.dtype)[:, :: shape.group]
-    score = scale * query.double() @ cache.key.double().transpose(-1, -2)
-    reach = abs(scale) * query.double().norm(dim=-1).amax()
-    for row in range(index.batch):
-        for head in range(index.kv_heads):
-            under = levels(index, row, head)
-            for (level, node), tokens in under.items():
-                floor = nodes_of(index, level).log_mass_floor(query.float(), scale)
-                rounding = 1e-5 * (
-                    1 + reach * cache.key[row, head, tokens].double().norm(dim=-1).amax()
-                )
-                mass = score[row, head, 0, tokens].logsumexp(0)
-                assert floor[row, head, 0, node] <= mass + rounding
+    for number, level in enumerate(LYCHEE.levels):
+        tokens = fields_of(index, number)[2]
+        groups = index.fields if number == CHUNK else index.above.columns[number]
+        fields = {name: groups[name] for name in level.fields}
+        wrong = (scale * estimate(level, query, fields, scale) - score).abs()
+        assert (wrong.where((tokens > 0)[:, :, None], 0) <= 1e-4 * (1 + score.abs())).all()
 
 
 def test_a_grafted_chunk_joins_its_own_kind():
     shape, config = Heads(1, 1, 1, 4), IndexConfig(chunk=(4, 4), recent=4, cluster_chunks=8)
-    topic = torch.eye(4)[torch.arange(96) // 4 % 2]
-    key = (topic + 0.01 * torch.arange(96)[:, None] / 96).view(1, 1, 96, 4)
+    topic = torch.eye(4)[torch.arange(136) // 4 % 2]
+    key = (topic + 0.01 * torch.arange(136)[:, None] / 136).view(1, 1, 136, 4)
     index = shape.index(config)
     index.extend(key[:, :, :84], torch.tensor([84]))
     index.complete(key)
-    before = index.tree.clusters.count
-    for end in range(85, 97):
+    before = index.above.columns[CLUSTER]["tokens"].shape[2]
+    for end in range(85, 129):
         index.extend(key, torch.tensor([end]))
         index.complete(key)
-    assert index.tree.clusters.count == before
-    labels = index.tree.chunk_cluster[0, 0, : int(index.group_count)]
-    assert set(labels[0::2].tolist()).isdisjoint(labels[1::2].tolist())
+    assert index.above.columns[CLUSTER]["tokens"].shape[2] == before
+    labels = index.above.labels[1][0, 0, : int((index.span > 0).sum())]
+    assert (labels >= 0).sum() >= 28
+    first, second = ({*each.tolist()} - {-1} for each in (labels[0::2], labels[1::2]))
+    assert first.isdisjoint(second)
 
 
-def test_a_full_cluster_is_split_while_decoding():
+def test_clusters_are_as_many_as_chunks_need_while_decoding():
     shape, config = Heads(1, 1, 1, 4), IndexConfig(chunk=(2, 2), recent=2, cluster_chunks=2)
     cache = GrownCache(shape, config, "common", torch.float32)
     cache.apply("grow", torch.tensor([50]), 0)
     for seed in range(60):
         cache.apply("grow", torch.tensor([2]), seed)
-    chunks = int(cache.index.group_count)
-    assert (cache.index.tree.clusters.tokens > 0).sum() >= math.ceil(chunks / 4)
+    chunks = int((cache.index.span > 0).sum())
+    assert (cache.index.above.columns[CLUSTER]["tokens"] > 0).sum() >= math.ceil(chunks / 4)
+
+
+def test_without_repair_chunks_are_never_clustered_anew():
+    shape = Heads(1, 1, 1, 4)
+    clusters = []
+    for repair in (True, False):
+        config = IndexConfig(chunk=(2, 2), recent=2, cluster_chunks=2, repair=repair)
+        cache = GrownCache(shape, config, "common", torch.float32)
+        for seed in range(8):
+            cache.apply("grow", torch.tensor([50]), seed)
+        clusters.append(int((cache.index.above.columns[CLUSTER]["tokens"] > 0).sum()))
+        assert not bool((cache.index.above.labels[1] < 0)[:, :, :180].any())
+    assert clusters[0] > 3 * clusters[1]
 
 
 @pytest.mark.parametrize("step", ["truncate", "restart"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -128,21 +129,23 @@ def test_a_key_that_is_not_finite_comes_first():
 
 @pytest.mark.parametrize("block", [16, 64, 4096])
 @pytest.mark.parametrize("lost", [False, True])
-def test_scores_at_slots_of_each_querys_own_are_those_of_all_slots(block, lost):
+@pytest.mark.parametrize("lists", [1, 3], ids=["for all heads", "for each head"])
+def test_scores_at_slots_of_each_querys_own_are_those_of_all_slots(block, lost, lists):
     """Some lie in one block, some in several, and one position has none."""
     key = random(0, 2, 3, 200, 8)
     key[1, :, 77] = torch.nan if lost else key[1, :, 77]
     sketches, query = sketched(key, block), random(1, 2, 3, 2, 3, 8)
     own = [[range(5, 14), range(30, 200, 7), ()], [range(70, 90), (63, 64, 199), range(16)]]
-    count = torch.tensor([[len(each) for each in row] for row in own])
-    slot = torch.zeros(2, 3, int(count.max()), dtype=torch.int64)
-    for row, position in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
-        given = torch.tensor(list(own[row][position]), dtype=torch.int64)
-        slot[row, position, : len(given)] = given
+    count = torch.zeros(2, lists, 3, dtype=torch.int64)
+    slot = torch.zeros(2, lists, 3, 170, dtype=torch.int64)
+    for row, head, position in itertools.product(range(2), range(lists), range(3)):
+        given = torch.tensor([each + head for each in own[row][position] if each + head < 200])
+        count[row, head, position] = len(given)
+        slot[row, head, position, : len(given)] = given
     scores = sketches.scores(query.flatten(2, 3), 0.3, 200).unflatten(2, (2, 3))
-    at = slot[:, None, None].expand(-1, 3, 2, -1, -1)
-    held = (torch.arange(slot.shape[-1]) < count[..., None])[:, None, None].expand_as(at)
-    got, expected = sketches.scores_at(query, 0.3, slot, count), scores.gather(-1, at)
+    at = slot[:, :, None].expand(-1, 3 if lists == 1 else -1, 2, -1, -1)
+    held = (torch.arange(170) < count[..., None])[:, :, None].expand_as(at)
+    got, expected = sketches.scores_at(query, 0.3, slot), scores.gather(-1, at)
     torch.testing.assert_close(got[held], expected[held])
 
 

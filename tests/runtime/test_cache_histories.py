@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from strategies import row_chunks
 from tiny_models import VOCABULARY, Past, StaticKV, TinyDecoder
 from torch import Tensor
 
@@ -43,29 +44,19 @@ def tokens(seed: int, count: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (BATCH, count), generator=generator)
 
 
-def check_nodes(index: KVIndex, key: Tensor) -> None:
-    """Check that a chunk has the mean of its keys, and every node above reaches all of them."""
-    offset = torch.arange(SPARSE["chunk"][1])
-    known = index.chunks.tokens > 0  # those that somebody has asked for
-    inside = (offset < index.group_length[..., None])[:, None] & known[..., None]
-    slot = (index.group_start[..., None] + offset).clamp(max=key.shape[2] - 1)
-    keys = key[torch.arange(BATCH)[:, None, None], :, slot].permute(0, 3, 1, 2, 4)
-    used = known[..., None]
-    mean = (keys * inside[..., None]).sum(3) / index.group_length.clamp(min=1)[:, None, :, None]
-    torch.testing.assert_close(mean * used, index.chunks.mean * used, atol=1e-5, rtol=1e-5)
-    if not bool(known.any()):
-        return
-    cluster = index.tree.labels_of(index.chunks)
-    unit = index.tree.cluster_unit.gather(2, cluster)
-    own = torch.arange(index.chunks.count).expand_as(unit)
-    for nodes, place in (
-        (index.chunks, own),
-        (index.tree.clusters, cluster),
-        (index.tree.units, unit),
-    ):
-        node = nodes.gather(place)
-        distance = torch.linalg.vector_norm((keys - node.mean[:, :, :, None]).double(), dim=-1)
-        assert bool((distance <= node.radius[..., None]).where(inside, True).all())
+def check_chunks(index: KVIndex, key: Tensor) -> None:
+    """Check that a chunk has the mean of its keys, and that its ball reaches all of them."""
+    for row in range(BATCH):
+        for start, size in row_chunks(index, row):
+            number = start // index.settings.chunk[0]
+            if not index.span[row, number] or index.waiting[row, number]:
+                continue  # nobody has asked for it
+            keys = key[row, :, start : start + size]
+            mean = index.fields["chunk_mean"][row, :, number]
+            torch.testing.assert_close(mean, keys.mean(1), atol=1e-5, rtol=1e-5)
+            distance = torch.linalg.vector_norm((keys - mean[:, None]).double(), dim=-1)
+            reach = index.fields["chunk_radius"][row, :, number].double()
+            assert bool((distance <= reach * (1 + 1e-5) + 1e-5).all())
 
 
 class Histories(RuleBasedStateMachine):
@@ -132,7 +123,7 @@ class Histories(RuleBasedStateMachine):
         assert torch.equal(cache.fingerprint[:, :length], fingerprints(key[:, :, :length]))
         index = cache.index
         assert bool((length - index.tail <= SPARSE["chunk"][1] + 1).all())
-        check_nodes(index, key)
+        check_chunks(index, key)
 
     def now(self, slot: int) -> int:
         return self.length(self.caches[slot]["all"])
@@ -320,4 +311,4 @@ def test_a_prompt_that_another_backend_compiled_is_noticed(
         for key in cache.keys:
             found = registry.index_of(key, config)
             assert found is not None
-            check_nodes(found.index, key)
+            check_chunks(found.index, key)

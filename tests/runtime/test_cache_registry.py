@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies import row_chunks
 from tiny_models import HEAD_DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY, Past, StaticKV, TinyDecoder
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -55,13 +56,9 @@ def check_cuts(index: Any, ids: Tensor) -> None:
     """Check that each chunk ends at the first of the strongest boundaries that lengths allow."""
     strength = STRENGTHS[ids]
     for row in range(BATCH):
-        count = int(index.group_count[row])
-        assert count > 3
-        for start, length in zip(
-            index.group_start[row, :count].tolist(),
-            index.group_length[row, :count].tolist(),
-            strict=True,
-        ):
+        *chunks, _ = row_chunks(index, row)
+        assert len(chunks) > 3
+        for start, length in chunks:
             window = strength[row, start + CHUNK[0] - 1 : start + CHUNK[1]]
             assert int(strength[row, start + length - 1]) == int(window.max())
 

@@ -26,7 +26,7 @@ from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.stateful_graph import CacheArgument, StatefulGraph
 
 KEY = torch.randn(2, 3, 2000, 16)
-LAYOUT = SketchLayout.of(KEY)
+LAYOUT = SketchLayout.over(KEY)
 
 
 def use(written: int = 1, layout: SketchLayout | None = LAYOUT) -> CacheUse:
@@ -63,6 +63,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
         done.note("refit", ends)
 
     monkeypatch.setattr(lifecycle, "load", lambda kernel: kernel)
+    monkeypatch.setattr("lychee_compile.kernels.gpu.methods.load", lambda kernel: None)
     monkeypatch.setattr(SketchIndex, "build", build)
     monkeypatch.setattr(SketchIndex, "refit", refit)
     lifecycle.warn_of_memory.cache_clear()

@@ -19,7 +19,7 @@ from lychee_compile.kernels.trust import Trust
 from lychee_compile.runtime.index_owner import IndexOwner
 
 KEY = torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(0))
-LAYOUT = SketchLayout.of(KEY)
+LAYOUT = SketchLayout.over(KEY)
 OWNERS: dict[str, Callable[[], IndexOwner]] = {
     "reference": lambda: ReferenceCacheIndex(IndexConfig()),
     "static": lambda: StaticCacheIndex(LAYOUT, KEY.device),

@@ -56,7 +56,7 @@ def test_many_calls_of_a_graph_leave_nothing_behind(
     monkeypatch.setattr(SketchIndex, "refit", refit)
     monkeypatch.setattr("lychee_compile.kernels.gpu.lifecycle.load", lambda _: None)
     keys = torch.zeros(1, 2, 512, 16)
-    layout = SketchLayout.of(keys)
+    layout = SketchLayout.over(keys)
     use = CacheUse("decode_lychee_f32_g2_d16_b40", lambda cache: cache, 1, layout, "lychee")
     graph = StatefulGraph(lambda *_: (), [CacheArgument(0, None, use=use)], IndexConfig(), None)
     assert growth(lambda: graph(keys), 1000, calls) < LITTLE

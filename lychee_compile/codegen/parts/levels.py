@@ -6,12 +6,13 @@ from dataclasses import replace
 
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.level_source import estimate_source, summary_source
+from lychee_compile.codegen.parts.certificate import emit_of_levels
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
 from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, S, SparseSpec
 from lychee_compile.kernels.levels.declaration import Level, LevelStack
-from lychee_compile.kernels.levels.groups import Chunks, Clusters, TokenClusters
+from lychee_compile.kernels.levels.groups import Chunks, Clusters, GroupSettings, TokenClusters
 from lychee_compile.kernels.sizes import BINS, power_of_two
 
 RANKED = 512
@@ -22,8 +23,12 @@ SEEN_AT_ONCE = 8192
 """Slots whose visibility a program of a scan finds out at a time."""
 NUMBERS_AT_ONCE = 4096
 """Numbers of the keys of a group that are summarised at a time."""
-LISTED_AT_ONCE = 16
-"""Children of a group that a program lists at a time."""
+LISTED_AT_ONCE = {"pages": 16, "chunks": 8, "clusters": 4}
+"""Children of a group that a program lists at a time, by the kind of the groups."""
+LISTED_OF_FEW = 128
+"""Groups in few clusters that a program lists at a time."""
+MOST_FEW = 128
+"""Largest number of clusters whose children are listed by the places that they get."""
 _UNREAD = {"pages": "fresh // PAGE * PAGE", "chunks": "unread", "token clusters": "unread"}
 """Formula of the first slot that is always read, by the kind of the groups of the last level."""
 _OF_KIND = {
@@ -57,9 +62,10 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         *library("fingerprints", "record_fingerprints"),
         *([] if stack.pairs is None else library("levels", "load_query_channels")),
-        *([fill("levels/window.py.jinja", spec)] if has_window else []),
-        *(each for number in range(len(stack.levels)) for each in _of_level(spec, stack, number)),
+        *([fill("levels/window.py.jinja", spec, narrows=False)] if has_window else []),
+        *(each for number in range(len(stack.levels)) for each in emit_level(spec, stack, number)),
         *_attend(spec, stack, sparse),
+        *emit_of_levels(spec, stack),
     ]
 
 
@@ -98,14 +104,15 @@ def _constants(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> st
             "number": number,
             "kind": _kind(level),
             "size": level.groups.size,
-            "scanned": _scanned(spec, level),
+            "scanned": scanned_at_once(spec, level),
             "channels": _gathered(spec, level),
             "gathered": power_of_two(_gathered(spec, level), 16),
             "kept": _kept(level, sparse.budget),
+            "few": few_clusters(spec, stack, number),
         }
         for number, level in enumerate(stack.levels)
     ]
-    (shortest, longest), groups = sparse.groups.chunk, stack.levels and stack.levels[-1].groups
+    groups = stack.levels and stack.levels[-1].groups
     waiting = groups.window if isinstance(groups, TokenClusters) else 0
     return fill(
         "levels/constants.py.jinja",
@@ -115,16 +122,32 @@ def _constants(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> st
         last_kind=_last_kind(stack),
         last_size=stack.last_size,
         settings=sparse.groups.arguments,
-        chunk=sparse.groups.chunk,
-        look=power_of_two(longest // shortest + 2),
-        members=power_of_two(longest),
+        **chunk_sizes(sparse.groups),
         always=sparse.sinks + sparse.recent + 2 * waiting,
         ranked=RANKED,
+        listed=LISTED_OF_FEW,
         bins=BINS,
         largest=LARGEST,
         levels=levels,
         **SAMPLE,
     )
+
+
+def chunk_sizes(settings: GroupSettings) -> dict[str, object]:
+    """Return the holes of levels/constant_fragments.jinja."""
+    shortest, longest = settings.chunk
+    look, members = power_of_two(longest // shortest + 2), power_of_two(longest)
+    return {"chunk": settings.chunk, "look": look, "members": members}
+
+
+def few_clusters(spec: AttentionSpec, stack: LevelStack, number: int) -> int:
+    """Return a power of two that a level has at most as many clusters as; 0: they may be many."""
+    groups = stack.levels[number].groups
+    if number > 0 or not isinstance(groups, Clusters) or not groups.limited:
+        return 0
+    assert spec.sparse is not None
+    units = power_of_two(spec.sparse.groups.coarse_units)
+    return units if units <= MOST_FEW else 0
 
 
 def _kept(level: Level, budget: int) -> int | None:
@@ -136,7 +159,7 @@ def _kept(level: Level, budget: int) -> int | None:
     return level.keep.groups(budget, level.groups.size)
 
 
-def _scanned(spec: AttentionSpec, level: Level) -> int:
+def scanned_at_once(spec: AttentionSpec, level: Level) -> int:
     """Return how many groups of a level a program scores at a time."""
     channels = sum(level.channels.values()) * spec.head_dim + level.key_channels(spec.head_dim)
     number = 4 if spec.dtype == "float32" else 2
@@ -152,24 +175,32 @@ def _gathered(spec: AttentionSpec, level: Level) -> int:
     return 0 if level.pairs is None else level.key_channels(spec.head_dim)
 
 
-def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> list[str]:
-    """Return the kernels of one level: scan, ranks, and the list of what is in chosen groups."""
+def emit_level(
+    spec: AttentionSpec, stack: LevelStack, number: int, narrows: bool = False
+) -> list[str]:
+    """Return the kernels of one level: scan, ranks, and the list of what is in chosen groups.
+
+    If the level `narrows` a choice by others, what the last level lists is ranked again.
+    """
     level, is_last = stack.levels[number], number == len(stack.levels) - 1
     kind, is_listed = _kind(level), _is_listed(stack, number)
     shared = {
         "number": number,
         "kind": kind,
         "last_kind": _last_kind(stack),
+        "narrows": narrows,
         "in_clusters": number > 0 and isinstance(stack.levels[number - 1].groups, Clusters),
         "is_listed": is_listed,
         "is_last": is_last,
         "covers": is_last and spec.sparse is not None and spec.sparse.coverage is not None,
+        "few": few_clusters(spec, stack, number),
     }
     scan = fill(
         "levels/scan.py.jinja",
         spec,
         **shared,
         size=level.groups.size,
+        clears=number == 0 and not narrows,
         checks=number == 0 and (kind == "pages" or sees_range(spec)),
         fields=list(level.channels.items()),
         estimate=_estimate(spec, level),
@@ -184,7 +215,8 @@ def _of_level(spec: AttentionSpec, stack: LevelStack, number: int) -> list[str]:
     if is_listed:
         below = 1 if is_last else stack.levels[number + 1].groups.size
         children = level.groups.size // below
-        listed = {"children": children, "at_once": min(children, LISTED_AT_ONCE)}
+        most = LISTED_AT_ONCE[kind]
+        listed = {"children": children, "at_once": min(children, most) if kind == "pages" else most}
         kernels.append(fill("levels/list.py.jinja", spec, **shared, **listed))
     return kernels
 
@@ -202,16 +234,21 @@ def _attend(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> list[
     kind, number = _last_kind(stack), len(stack.levels) - 1
     names = "".join(f"summary_{name}, " for level in stack.levels for name in level.fields)
     if kind == "chunks":
-        of_chunks = "".join(f"summary_{name}, " for name in stack.levels[-1].fields)
-        labels = f"label_{number}, open_{number}, " if number else ""
-        names = f"strength, span, numbers, {labels}{of_chunks}"
+        names = parts_of_chunks(stack)
     elif kind == "token clusters":
         names = "label, waiting, "
     shared: dict[str, object] = {"last_kind": kind, "kind": kind, "parts": names}
-    shared |= {"number": number, "in_clusters": False}
+    shared |= {"number": number, "in_clusters": False, "narrows": False}
     ended = {"by_mass": False} if _is_listed(stack, number) else {}
     attend = fill("levels/attend.py.jinja", spec, **shared, **ended)
     return [_index_new(spec, stack, sparse, shared), attend]
+
+
+def parts_of_chunks(stack: LevelStack) -> str:
+    """Return the parts of an index that new chunks are written to, as parameters."""
+    number, fields = len(stack.levels) - 1, stack.levels[-1].fields
+    labels = f"label_{number}, open_{number}, " if number else ""
+    return f"strength, span, numbers, {labels}" + "".join(f"summary_{name}, " for name in fields)
 
 
 def _index_new(
@@ -223,6 +260,13 @@ def _index_new(
     if shared["last_kind"] == "pages":
         levels = [_described(spec, *each) for each in enumerate(stack.levels)]
         return fill("levels/index_pages.py.jinja", spec, **shared, levels=levels)
+    return emit_index_chunks(spec, stack, sparse, shared)
+
+
+def emit_index_chunks(
+    spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec, shared: dict[str, object]
+) -> str:
+    """Return what cuts and summarises the chunks that a step closes."""
     similar, level = sparse.groups.by_similarity, _described(spec, 0, stack.levels[-1])
     level["tile"] = min(power_of_two(sparse.groups.chunk[1]), 16)
     return fill("levels/index_chunks.py.jinja", spec, **shared, level=level, by_similarity=similar)
@@ -230,7 +274,8 @@ def _index_new(
 
 def _described(spec: AttentionSpec, number: int, level: Level) -> dict[str, object]:
     """Return what templates read of the summaries of a level."""
-    source = summary_source(level, spec.head_dim, spec.dtype)
+    rounds = spec.dtype != "float32" and (level.rounds_fields or _kind(level) == "chunks")
+    source = summary_source(level, spec.head_dim, f"tl.{spec.dtype}" if rounds else None)
     tile = min(level.groups.size, max(NUMBERS_AT_ONCE // power_of_two(spec.head_dim, 16), 16))
     return {
         "number": number,

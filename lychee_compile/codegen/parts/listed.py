@@ -1,4 +1,4 @@
-"""Kernels for a prefill whose policy chooses in PyTorch: any policy without kernels of its own.
+"""Kernels for a prefill whose policy chooses in PyTorch: one without kernels for such a mask.
 
 `see_tiles`   what the queries of a tile see, and what the mask adds to their scores
 `list_keys`   the slots of the keys that a tile reads
@@ -48,15 +48,15 @@ def split_score(score: sympy.Expr) -> SplitScore | None:
     return SplitScore(float(factor * inner), float(factor), bias)
 
 
-def emit_listed(spec: AttentionSpec) -> list[str]:
-    """Return the functions and kernels of a prefill, but for its mask and score.
+def emit_terms_of_scores(spec: AttentionSpec) -> str:
+    """Return the constants of a score: its scale, its soft-cap, and if it has a bias.
 
     Raises ValueError for a score that `split_score` does not understand.
     """
     split = split_score(spec.score)
     if split is None:
         raise ValueError(f"no policy without kernels of its own ranks keys by {spec.score}")
-    constants = fill(
+    return fill(
         "prefill/listed_constants.py.jinja",
         spec,
         scale=split.scale,
@@ -64,10 +64,18 @@ def emit_listed(spec: AttentionSpec) -> list[str]:
         biased=split.bias != 0,
         by_head=spec.visible.has(H) or split.bias.has(H),
     )
+
+
+def emit_listed(spec: AttentionSpec) -> list[str]:
+    """Return the functions and kernels of a prefill, but for its mask and score.
+
+    Raises ValueError for a score that `split_score` does not understand.
+    """
+    terms, split = emit_terms_of_scores(spec), split_score(spec.score)
     return [
-        constants,
+        terms,
         fill("prefill/edges.py.jinja", spec),
-        fill("prefill/see_tiles.py.jinja", spec, biased=split.bias != 0),
+        fill("prefill/see_tiles.py.jinja", spec, biased=split is not None and split.bias != 0),
         *library("prefill", "load_edges", "list_keys"),
         *emit_attend(spec, listed=True),
     ]

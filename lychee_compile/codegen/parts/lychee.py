@@ -1,14 +1,17 @@
-"""The kernels that select tokens by sketches of their keys, and in long contexts pages first."""
+"""Kernels that select tokens by sketches of their keys; in long contexts pages or chunks first."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lychee_compile.codegen.parts.certificate import emit_certificate, emit_constants
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.narrowing import emit_chunks, emit_narrowing
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S, SparseSpec
 from lychee_compile.kernels.gpu.lychee.layout import PAGE_MIDDLE, PAGE_STEP, Field, planes
+from lychee_compile.kernels.policies.decode.lychee import LYCHEE
 from lychee_compile.kernels.reference.sketch_axes import STEPS
 from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
 
@@ -16,6 +19,8 @@ TURN = 16
 """Chosen pages of one block whose tokens a program scores at a time."""
 PROBES = 16
 """Number of slots of a block at which a score that depends on the slot is evaluated."""
+BOUNDED = 128
+"""Slots whose bounds a program computes at a time; it divides a block."""
 _BASE = 128
 """The number that `codes` adds: a bfloat16 of this size has a code in its last bits."""
 _VARIANCE = {bits: step**-2 for bits, step in STEPS.items()}
@@ -38,17 +43,39 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         _fill("sketch_scores", spec),
         _fill("scan_tokens", spec),
         *(_page_scans(spec) if paged else []),
+        *emit_chunks(spec, LYCHEE),
+        *(_listed_scans(spec) if narrows(spec) else []),
         *library("sketch", "field_codes"),
         _fill("encode_keys", spec),
         *library("sketch", "page_code"),
         *library("encode", "encode", "encode_new"),
         _fill("attend", spec),
+        *(_certificate(spec) if sparse.epsilon is not None else []),
+    ]
+
+
+def _certificate(spec: AttentionSpec) -> list[str]:
+    """Return the kernels that bound unread keys by sketches, and how far keys are from these."""
+    by_slot = KV in spec.score.free_symbols
+    bound = _fill("bound_unread", spec, size=1, even=True, at_once=BOUNDED, by_slot=by_slot)
+    shared = library("residuals", "sketch_levels", "load_axes", "store_residuals")
+    return [
+        emit_constants(spec, BOUNDED),
+        *shared,
+        *library("residuals", "measure", "measure_new", "weigh_blocks"),
+        *emit_certificate(spec, bound),
     ]
 
 
 def scans_pages(spec: AttentionSpec) -> bool:
     """True if whole pages can be scored: their keys differ in nothing but themselves."""
     return KV not in spec.score.free_symbols and H not in spec.visible.free_symbols
+
+
+def narrows(spec: AttentionSpec) -> bool:
+    """True if chunks can narrow a long context. A choice by mass needs the shares of all tokens."""
+    assert spec.sparse is not None
+    return scans_pages(spec) and spec.sparse.coverage is None
 
 
 def _fill(name: str, spec: AttentionSpec, **values: object) -> str:
@@ -111,4 +138,12 @@ def _page_scans(spec: AttentionSpec) -> list[str]:
         *library("pages", "plan_turns"),
         _fill("scan_pages", spec),
         _fill("scan_chosen", spec),
+    ]
+
+
+def _listed_scans(spec: AttentionSpec) -> list[str]:
+    return [
+        *emit_narrowing(spec, LYCHEE),
+        _fill("listed_scores", spec, base=_BASE),
+        _fill("scan_listed", spec),
     ]

@@ -12,20 +12,45 @@ differ. A part votes for the keys that its first, middle or last query sees. Of 
 always reads, only those at the ends remain. Keys that the last query of a part sees, and none
 before the part, are chosen before all others.
 
+Policy "s2o" has one part, whose denominator counts all keys, and stops early (`VOTES`).
+
 Numbers that change from prompt to prompt are not specialised on: nothing is compiled for a length.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lychee_compile.codegen.parts.site import fill, sees_range
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec
+from lychee_compile.kernels.policies.prefill import s2o
 from lychee_compile.kernels.policies.prefill.lychee import CENTRES_PER_TILE, SAMPLE
 from lychee_compile.kernels.sizes import BINS, QUERY_TILE
 
 
+@dataclass(frozen=True)
+class Votes:
+    """The parts of a tile that estimate shares of keys, and when a tile stops to read."""
+
+    parts: int
+    """Number of parts of a tile."""
+    sample: int
+    """Number of keys of which one stands for all in a denominator."""
+    wanes: bool = False
+    """True if a tile stops once the next keys add little."""
+
+
+VOTES = {
+    "lychee": Votes(CENTRES_PER_TILE, SAMPLE),
+    "s2o": Votes(1, 1, wanes=True),
+}
+"""Policies that rank single keys by the shares that parts of a tile give them."""
+
+
 def emit_prefill(spec: AttentionSpec) -> list[str]:
     """Return the functions and kernels of a prefill, but for its mask and score."""
+    votes = _votes(spec)
     return [
         fill("prefill/edges.py.jinja", spec),
         *library("prefill", "load_edges"),
@@ -33,7 +58,13 @@ def emit_prefill(spec: AttentionSpec) -> list[str]:
         fill("prefill/summarise_queries.py.jinja", spec),
         fill("prefill/scan.py.jinja", spec),
         *library("prefill", "bins_between", "room_for", "cut_of", "counted"),
-        fill("prefill/select_keys.py.jinja", spec),
+        fill(
+            "prefill/select_keys.py.jinja",
+            spec,
+            wanes=votes.wanes,
+            together=s2o.BLOCK,
+            least=s2o.LEAST_SHARE,
+        ),
         *emit_attend(spec),
     ]
 
@@ -58,10 +89,14 @@ def emit_constants(spec: AttentionSpec, by_kernels: bool) -> str:
         spec,
         tile=QUERY_TILE,
         by_kernels=by_kernels,
-        parts=CENTRES_PER_TILE,
-        sample=SAMPLE,
+        parts=_votes(spec).parts,
+        sample=_votes(spec).sample,
         bins=BINS,
     )
+
+
+def _votes(spec: AttentionSpec) -> Votes:
+    return VOTES.get("" if spec.tiles is None else spec.tiles.policy, VOTES["lychee"])
 
 
 def _attend_unmasked(spec: AttentionSpec) -> str:

@@ -63,17 +63,21 @@ def unread_slot(span, fresh):
 def weigh_bins(histogram, entry, weight):
     """Add the weights in each bin but the first to a histogram, and return them.
 
-    `entry` and `weight` [N] are the bins and weights of the items. One bit of the weights is
-    counted at a time.
+    `entry` and `weight` [N] are the bins and weights of the items. Eight bits of the weights are
+    summed up at a time, as a product of matrices that tell upper and lower halves of bins.
     """
-    place = tl.arange(0, BINS)
+    place, half = tl.arange(0, BINS), tl.arange(0, 16)
+    upper = entry[:, None] // 16 == half[None, :]
+    lower = (entry[:, None] % 16 == half[None, :]).to(tl.float32).to(tl.bfloat16)
     total = tl.zeros([BINS], tl.int32)
-    bit = tl.full([], 0, tl.int32)
+    shift = tl.full([], 0, tl.int32)
     rest = tl.where(entry > 0, weight, 0)
     while tl.max(rest, 0) > 0:
-        total += tl.histogram(tl.where((rest & 1) > 0, entry, 0), BINS) << bit
-        rest = rest >> 1
-        bit += 1
+        digit = tl.where(upper, rest[:, None] & 255, 0).to(tl.float32).to(tl.bfloat16)  # exact
+        sums = tl.dot(tl.trans(digit), lower)
+        total += tl.reshape(sums, [BINS]).to(tl.int32) << shift
+        rest = rest >> 8
+        shift += 8
     total = tl.where(place > 0, total, 0)
     tl.atomic_add(histogram + place, total, mask=total > 0, sem="relaxed")
     return total

@@ -34,6 +34,12 @@ LAST_BIN: tl.constexpr
 """The share that the last bin stands for, in eighths of an octave."""
 MAY_MISS: tl.constexpr
 """Share of the softmax that may be left out, of a choice by mass."""
+EPSILON: tl.constexpr
+"""Share of the softmax that a row may leave unread by its certificate."""
+SLACK: tl.constexpr
+"""Relative error of a sum of products, at most."""
+SLOPE: tl.constexpr
+"""Largest growth of a score, in bits, when q.k grows by 1."""
 PAGE: tl.constexpr
 """Slots summarised together."""
 SAMPLED: tl.constexpr

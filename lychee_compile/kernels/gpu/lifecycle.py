@@ -68,12 +68,19 @@ class CacheUse:
     """Layout of the index; None if the size of the cache is known only when the graph is called."""
     policy: str
     """Name of the policy whose kernels read the index."""
+    measured: bool = False
+    """True if the index has parts that certificates alone need."""
 
     @property
     def kind(self) -> Hashable:
-        """Layout, or else policy and settings: graphs that share an index have the same kind."""
+        """Layout, or else policy, settings and if sketches are measured, if they are.
+
+        Graphs that share an index have the same kind.
+        """
         if self.layout is not None:
             return self.layout
+        if self.measured:
+            return self.policy, "measured"
         settings = settings_of(self.kernel)
         return self.policy if settings is None else (self.policy, settings)
 

@@ -82,21 +82,47 @@ def covers_mass(policy: str) -> bool:
     return bool(getattr(gpu_method(policy), "covers_mass", False))
 
 
+def certifies(policy: str) -> bool:
+    """Return True if a policy's kernels can bound the share of the softmax that is not read.
+
+    A method says so by an attribute `certifies`; without one they cannot.
+    """
+    return bool(getattr(gpu_method(policy), "certifies", False))
+
+
+def measures_for_certificates(policy: str) -> bool:
+    """Return True if the index of a policy has parts that modules with certificates alone need."""
+    return isinstance(gpu_method(policy), LycheeMethod)
+
+
 def method_of_kernel(kernel: str) -> GpuMethod:
     """Return how the kernels of a generated module are run: the module names its policy."""
     return gpu_method(load(kernel).POLICY)
 
 
-def layout_for(kernel: str, key: Tensor, policy: str | None = None) -> IndexLayout:
+def layout_for(
+    kernel: str, key: Tensor, policy: str | None = None, measured: bool | None = None
+) -> IndexLayout:
     """Return the layout of the index that a generated module reads, for a cache `key`.
 
-    `key` is [B, Hkv, L, D]. `policy` is that of the module; None: the module is asked.
+    `key` is [B, Hkv, L, D]. `policy` is that of the module, and `measured` tells what `measures`
+    says of the module; None: the module is asked.
     """
     method = method_of_kernel(kernel) if policy is None else gpu_method(policy)
-    settings = settings_of(kernel) if isinstance(method, LevelMethod) else None
+    settings = settings_of(kernel)
     if isinstance(method, LevelMethod) and settings is not None:
         return method.layout_with(settings, key)
+    if isinstance(method, LycheeMethod):
+        measured = measures(kernel) if measured is None else measured
+        if settings is None or measured:
+            return method.layout_of(key, measured)
+        return method.layout_with(settings, load(kernel).FLAT_TOKENS, key)
     return method.layout_of(key)
+
+
+def measures(kernel: str) -> bool:
+    """Return True if a module needs an index that tells how far keys are from their sketches."""
+    return hasattr(load(kernel), "measure")
 
 
 def settings_of(kernel: str) -> GroupSettings | None:

@@ -20,12 +20,13 @@ from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.methods import layout_for, method_of_kernel, new_index
-from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget
 from lychee_compile.kernels.gpu.prefill.listed import (
     ListedPrefill,
     chooses_in_pytorch,
     listed_config,
 )
+from lychee_compile.kernels.gpu.prefill.ranked import run_by_kernels
 
 ENOUGH = 4096
 """Most keys, and most queries, of a trial prefill: kernels are compiled for any length."""
@@ -102,7 +103,7 @@ def _run(call: TrialCall, module: ModuleType) -> None:
     if call.tiles and chooses_in_pytorch(module):
         ListedPrefill(module, _shortened(operands), listed_config(module, 0.5)).run()
     elif call.tiles:
-        run_prefill(module, _shortened(operands), PrefillBudget(0.5))
+        run_by_kernels(module, _shortened(operands), PrefillBudget(0.5))
     elif call.sparse:
         _run_sparse(call, module, operands)
     else:

@@ -138,6 +138,13 @@ class Level:
         return self.estimate.has(key)
 
     @property
+    def rounds_fields(self) -> bool:
+        """True if fields are made of others as these are stored: the bound must hold for those."""
+        wide = {sympy.Symbol(name, real=True) for name, each in self.channels.items() if each}
+        made = [each for each in self.fields.values() if each.free_symbols & wide]
+        return self.bound is not None and bool(made)
+
+    @property
     def pairs(self) -> DominantPairs | None:
         """Channels of queries and keys that the estimate reads; None: all."""
         return self.groups.pairs if isinstance(self.groups, Tokens) else None
@@ -213,6 +220,14 @@ class LevelStack:
     def last_size(self) -> int:
         """Number of slots of the groups that are read whole: 1 for tokens."""
         return self.levels[-1].groups.size if self.levels else 1
+
+    @property
+    def has_bound(self) -> bool:
+        """True if the groups that are read whole, pages or chunks, have a bound."""
+        last = self.levels[-1] if self.levels else None
+        return (
+            last is not None and last.bound is not None and isinstance(last.groups, Pages | Chunks)
+        )
 
     @property
     def pairs(self) -> DominantPairs | None:

@@ -17,7 +17,7 @@ over the keys of a group; all else is elementwise.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Protocol, TypeVar
 
 import sympy
@@ -130,22 +130,34 @@ class Algebra(Protocol[V]):
         """Return the greatest value over the keys of a group."""
 
 
-def evaluate(expression: sympy.Expr, algebra: Algebra[V], values: Mapping[str, V]) -> V:
+def evaluate(
+    expression: sympy.Expr,
+    algebra: Algebra[V],
+    values: Mapping[str, V],
+    known: dict[sympy.Expr, V] | None = None,
+) -> V:
     """Return the value of an expression in an algebra, where symbols have `values` by name.
 
-    Raises ValueError for a symbol without a value and for a function that expressions do not have.
+    Values of expressions that are `known` are taken from there; others are added. Raises ValueError
+    for a symbol without a value and for a function that expressions do not have.
     """
     if isinstance(expression, sympy.Symbol):
         if expression.name not in values:
-            known = ", ".join(sorted(values))
-            raise ValueError(f"no {expression.name!r} here: {known} are known")
+            names = ", ".join(sorted(values))
+            raise ValueError(f"no {expression.name!r} here: {names} are known")
         return values[expression.name]
     if expression.is_number and not expression.has(_Reduction):
         return algebra.number(float(expression))
-    inner = [evaluate(each, algebra, values) for each in _operands(expression)]
-    return _apply(expression, algebra, inner)
+    if known is None or expression not in known:
+        inner = [evaluate(each, algebra, values, known) for each in _operands(expression)]
+        found = _apply(expression, algebra, inner)
+        if known is None:
+            return found
+        known[expression] = found
+    return known[expression]
 
 
+@lru_cache(maxsize=4096)
 def _operands(expression: sympy.Expr) -> Sequence[sympy.Expr]:
     """Return the operands of an expression, in an order that is the same in every process."""
     if isinstance(expression, sympy.Pow):

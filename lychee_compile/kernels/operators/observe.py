@@ -52,6 +52,9 @@ class KernelCall:
     """log2 of the sum of exp(score) over the keys read, float32 [B, Hq, T]."""
     log_all: Callable[[], Tensor]
     """Function that computes the same over all visible keys."""
+    certificate: Tensor | None = None
+    """Upper bound of the share of the softmax mass not read, float32 [B, Hq, T]; None without the
+    option `epsilon`."""
 
 
 kernel_observers: list[Callable[[KernelCall], None]] = []

@@ -13,8 +13,9 @@ from lychee_compile.kernels.gpu.common.autotune import autotune
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import PREFILL
-from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, run_prefill
+from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget
 from lychee_compile.kernels.gpu.prefill.listed import ListedPrefill, listed_config
+from lychee_compile.kernels.gpu.prefill.ranked import run_by_kernels
 from lychee_compile.kernels.operators.fakes import fake_output
 from lychee_compile.kernels.operators.observe import (
     PrefillCall,
@@ -97,7 +98,7 @@ def tiled_prefill(
         return easy
     module, operands = load(kernel), _in_order(query, key, value, captured, extra, order)
     read = PrefillBudget(budget, shortest, own=order is None)
-    run = partial(run_prefill, module, operands, read)
+    run = partial(run_by_kernels, module, operands, read)
     with torch.cuda.device_of(query):
         autotune(module, PREFILL, run, operands)
         output, _ = run()

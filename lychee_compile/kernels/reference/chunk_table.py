@@ -7,24 +7,30 @@ slot of its number it begins, times 2^16, plus its length. 0: there is no chunk 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.levels.declaration import Level
 from lychee_compile.kernels.reference.chunking import cut_chunks
 from lychee_compile.kernels.reference.level_values import summaries
 
-SUMMARISED_AT_ONCE = 2048
-"""Number of chunks whose keys are gathered at a time, to bound the memory of building."""
+GATHERED_NUMBERS = 2**24
+"""Number of numbers of keys that are gathered at a time, to bound the memory of building."""
+CACHED_NUMBERS = 2**17
+"""The same on a CPU, so that they stay in its cache."""
 Chunk = tuple[int, int]
 """Lengths of the shortest and the longest chunk."""
 
 
-def bounds_of(span: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """Return first slot and length of each chunk, int64, of spans int32 [..., N]; 0: none."""
-    number = torch.arange(span.shape[-1], device=span.device)
+def bounds_of(span: Tensor, chunk: Chunk, number: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return first slot and length of each chunk, int64, of spans int32 [..., N]; 0: none.
+
+    `number`, int64 broadcastable to the spans, are the numbers of the chunks; None: 0 to N - 1.
+    """
+    number = torch.arange(span.shape[-1], device=span.device) if number is None else number
     return number * chunk[0] + (span >> 16), (span & 65535).long()
 
 
@@ -41,7 +47,7 @@ def open_from(span: Tensor, used: Tensor, chunk: Chunk) -> Tensor:
     """Return the slot after the last of the chunks `used`, bool [B, N]: int64 [B]."""
     low, length = bounds_of(span, chunk)
     behind = torch.where(used, low + length, 0)
-    return torch.nn.functional.pad(behind, (1, 0)).amax(-1)
+    return F.pad(behind, (1, 0)).amax(-1)
 
 
 def cut_more(
@@ -79,21 +85,41 @@ def numbers_of_slots(span: Tensor, used: Tensor, slots: int, chunk: Chunk) -> Te
     return torch.where((begun >= 0) & inside, begun, -1)
 
 
-def keys_of_chunks(
-    key: Tensor, span: Tensor, number: Tensor, start: Tensor, chunk: Chunk
-) -> tuple[Tensor, Tensor]:
-    """Return the keys of the chunks `number`, int64 [B, M], padded to the longest.
+def number_at(span: Tensor, slots: Tensor, chunk: Chunk) -> Tensor:
+    """Return the number of the chunk that each slot is in, int64 [B, T]; -1: none.
 
-    The keys are [B, Hkv, M, T, D] of `key` [B, Hkv, L, D]. A mask, bool [B, 1, M, T], is False for
-    padding and for slots before `start`, int64 [B].
+    `slots`, int64 [B, T], are -1 for none; `span` is int32 [B, N].
     """
-    low, length = (each.gather(1, number)[..., None] for each in bounds_of(span, chunk))
-    offset = torch.arange(chunk[1], device=key.device)
-    slot = low + offset
-    valid = (offset < length) & (slot >= start[:, None, None])
-    row = torch.arange(key.shape[0], device=key.device)[:, None, None]
-    keys = key[row, :, slot.clamp(max=key.shape[2] - 1)]
-    return keys.permute(0, 3, 1, 2, 4), valid[:, None]
+    back = -(-(chunk[1] - 1) // chunk[0])
+    number = (slots // chunk[0])[..., None] - torch.arange(back + 1, device=span.device)
+    known = (number >= 0) & (number < span.shape[1]) & (slots >= 0)[..., None]
+    at = torch.where(known, number, 0).flatten(1)
+    held = F.pad(span, (0, 1)).gather(1, at).view(number.shape)
+    low, length = bounds_of(held, chunk, number)
+    inside = known & (low <= slots[..., None]) & (slots[..., None] < low + length)
+    return torch.where(inside, number, -1).amax(-1)
+
+
+def keys_of_chunks(
+    key: Tensor, span: Tensor, number: Tensor, used: Tensor, start: Tensor, chunk: Chunk
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield keys of the chunks `number`, int64 [B, M], where `used`, bool [B, M], by their length.
+
+    Each time these are chunks of one length: their rows and numbers, int64 [C], and their keys of
+    `key` [B, Hkv, L, D], [C, Hkv, T, D]. Slots before `start`, int64 [B], do not count.
+    """
+    row, place = used.nonzero(as_tuple=True)
+    number = number[row, place]
+    low, length = bounds_of(span[row, number], chunk, number)
+    first = torch.maximum(low, start[row])
+    size = low + length - first
+    at_once = CACHED_NUMBERS if key.device.type == "cpu" else GATHERED_NUMBERS
+    for tokens in range(1, chunk[1] + 1):
+        mine = (size == tokens).nonzero()[:, 0]
+        offset = torch.arange(tokens, device=key.device)
+        for part in mine.split(max(at_once // (tokens * key.shape[1] * key.shape[3]), 1)):
+            slot = first[part, None] + offset
+            yield row[part], number[part], key[row[part, None], :, slot].transpose(1, 2)
 
 
 def summarise_chunks(
@@ -110,15 +136,11 @@ def summarise_chunks(
 
     See `keys_of_chunks`. Chunks that are not `used`, bool [B, M], stay as they are.
     """
-    for begin in range(0, number.shape[1], SUMMARISED_AT_ONCE):
-        part = slice(begin, begin + SUMMARISED_AT_ONCE)
-        keys, valid = keys_of_chunks(key, span, number[:, part], start, chunk)
-        row, place = used[:, part].nonzero(as_tuple=True)
-        at = number[:, part][row, place]
-        for name, value in summaries(level, keys, valid, stored_dtype(into)).items():
-            taken = value[row, :, place]
+    stored = stored_dtype(into)
+    for row, at, keys in keys_of_chunks(key, span, number, used, start, chunk):
+        for name, value in summaries(level, keys, None, stored).items():
             held = into[name]
-            held[row, :, at] = (taken if held.dim() == 4 else taken[..., 0]).to(held.dtype)
+            held[row, :, at] = (value if held.dim() == 4 else value[..., 0]).to(held.dtype)
 
 
 def stored_dtype(columns: Mapping[str, Tensor]) -> torch.dtype:
@@ -129,10 +151,8 @@ def stored_dtype(columns: Mapping[str, Tensor]) -> torch.dtype:
 
 def mean_of_chunks(key: Tensor, span: Tensor, start: Tensor, chunk: Chunk) -> Tensor:
     """Return the mean key of every chunk, float32 [B, Hkv, N, D]; 0 for numbers without one."""
-    numbers = torch.arange(span.shape[1], device=key.device).expand(span.shape[0], -1)
-    found = []
-    for part in numbers.split(SUMMARISED_AT_ONCE, 1):
-        keys, valid = keys_of_chunks(key, span, part, start, chunk)
-        total = torch.where(valid[..., None], keys.float(), 0).sum(3)
-        found.append(total / valid.sum(-1).clamp(min=1)[..., None])
-    return torch.cat(found, 2)
+    number = torch.arange(span.shape[1], device=key.device).expand_as(span)
+    found = torch.zeros(*key.shape[:2], span.shape[1], key.shape[3], device=key.device)
+    for row, at, keys in keys_of_chunks(key, span, number, span > 0, start, chunk):
+        found[row, :, at] = keys.float().mean(2)
+    return found

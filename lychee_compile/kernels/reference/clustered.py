@@ -7,6 +7,7 @@ and the slot after its last, int32 [B, Hkv, C] each. 0 tokens: there is no such 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,7 +19,6 @@ from lychee_compile.kernels.levels.groups import Clusters, GroupSettings
 from lychee_compile.kernels.reference.chunk_table import stored_dtype
 from lychee_compile.kernels.reference.clustering import cluster
 from lychee_compile.kernels.reference.level_values import summaries_by_label
-from lychee_compile.kernels.reference.nodes import Nodes
 
 REFIT = 256
 """Least number of tokens after which chunks that have come since are added to clusters."""
@@ -70,9 +70,7 @@ def _cluster(
 ) -> tuple[Tensor, int]:
     assert isinstance(level.groups, Clusters)
     most = settings.coarse_units if level.groups.limited else None
-    unused = torch.zeros_like(mean[..., 0])
-    nodes = Nodes(mean, unused, unused, tokens)
-    label, count = cluster(nodes, settings.cluster_chunks, most, settings.seed)
+    label, count = cluster(mean, tokens, settings.cluster_chunks, most, settings.seed)
     return torch.where(tokens > 0, label, -1), count
 
 
@@ -129,17 +127,54 @@ def write_columns(
     """
     room = columns["tokens"].shape[2]
     slot = torch.arange(label.shape[2], device=key.device)
+    ones = torch.ones_like(slot)
     for b, begins in enumerate(first.tolist()):
         for h, begin in enumerate(begins):
             own = torch.where(label[b, h] >= begin, label[b, h] - begin, room - begin)
-            count = room - begin
-            held = slot.new_zeros(count + 1).index_add(0, own, torch.ones_like(slot))[:count]
-            least = torch.full_like(slot[:1], len(slot)).expand(count + 1)
-            low = least.scatter_reduce(0, own, slot, "amin")[:count]
-            high = slot.new_zeros(count + 1).scatter_reduce(0, own, slot + 1, "amax")[:count]
-            stored = stored_dtype(columns)
-            found = summaries_by_label(level, key[b, h, : len(slot)], own, count, stored)
-            named = {"tokens": held, "first": torch.where(held > 0, low, 0), "end": high}
-            for name, value in (named | found).items():
-                into = columns[name][b, h, begin:]
-                into.copy_(value if into.dim() == value.dim() else value[..., 0])
+            found: Columns = summaries_by_label(
+                level, key[b, h, : len(slot)], own, room - begin, stored_dtype(columns)
+            )
+            found |= _extents(own, room - begin, ones, slot, slot + 1)
+            _store(found, {name: held[b, h, begin:] for name, held in columns.items()})
+
+
+def merge_columns(level: Level, parts: Columns, label: Tensor, columns: Columns) -> None:
+    """Write the numbers of clusters, [B, Hkv, C, ...], from those of their members.
+
+    The fields of the level must follow from moments. `parts` are the columns of the members, with
+    their `mean` and `variance`, [B, Hkv, N, ...]; `label`, int64 [B, Hkv, N], is the cluster of
+    each, -1 for none. Two keys, one standard deviation on either side of the mean, stand for all
+    keys of a member: they have its mean and its variance.
+    """
+    room = columns["tokens"].shape[2]
+    label = torch.where((label >= 0) & (parts["tokens"] > 0), label, room)
+    names = ("tokens", "first", "end", "mean", "variance")
+    for b, h in itertools.product(*map(range, label.shape[:2])):
+        at = (label[b, h] < room).nonzero()[:, 0]
+        at = at if len(at) else at.new_zeros(1)
+        own = label[b, h, at]
+        tokens, low, high, centre, variance = (parts[name][b, h, at] for name in names)
+        keys = torch.cat((centre - variance.sqrt(), centre + variance.sqrt()))
+        stored, weight = stored_dtype(columns), 0.5 * tokens.repeat(2)
+        found: Columns = summaries_by_label(level, keys, own.repeat(2), room, stored, weight)
+        found |= _extents(own, room, tokens, low, high)
+        _store(found, {name: held[b, h] for name, held in columns.items()})
+
+
+def _extents(own: Tensor, count: int, tokens: Tensor, first: Tensor, end: Tensor) -> Columns:
+    """Return tokens, first slot and end of `count` clusters, from those of the parts of each.
+
+    `own`, int64 [N], is the cluster of each part, `count` for none.
+    """
+    held = tokens.new_zeros(count + 1).index_add(0, own, tokens)[:count]
+    far = torch.full_like(held[:1], torch.iinfo(held.dtype).max).expand(count + 1)
+    low = far.scatter_reduce(0, own, first, "amin")[:count]
+    high = tokens.new_zeros(count + 1).scatter_reduce(0, own, end, "amax")[:count]
+    return {"tokens": held, "first": torch.where(held > 0, low, 0), "end": high}
+
+
+def _store(found: Columns, columns: Columns) -> None:
+    """Copy the numbers of clusters, [C, ...], into columns of the same names."""
+    for name, value in found.items():
+        into = columns[name]
+        into.copy_(value if into.dim() == value.dim() else value[..., 0])

@@ -1,4 +1,4 @@
-"""Spherical k-means over node means, batched over rows and heads, deterministic for a seed."""
+"""Spherical k-means over mean keys, batched over rows and heads, deterministic for a seed."""
 
 from __future__ import annotations
 
@@ -6,90 +6,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lychee_compile.kernels.reference.nodes import Nodes
+from lychee_compile.kernels.reference.runs import take_rows
 
-ITERATIONS = 10
-"""Number of Lloyd steps. Labels of real keys stop changing earlier (measured on Gemma-3)."""
+ITERATIONS = 5
+"""Number of Lloyd steps: ten choose no better (measured on keys of a model at 12k tokens)."""
 SEGMENT = 256
-"""Number of nodes that are clustered together, so that the work is linear in all nodes."""
+"""Number of groups that are clustered together, so that the work is linear in all groups."""
 COARSE = 64
-"""Largest number of groups by which more nodes than a segment are ordered first."""
+"""Largest number of clusters by which more groups than a segment are ordered first."""
 COARSE_ITERATIONS = 3
 """Number of Lloyd steps of that order: it need not be exact."""
-SPLIT_ITERATIONS = 3
-"""Number of Lloyd steps when one group is split: it has few members."""
 
 
-def cluster(children: Nodes, per_group: int, most: int | None, seed: int) -> tuple[Tensor, int]:
-    """Group nodes by direction, and return labels, int64 [B, Hkv, N], and the number of groups.
+def cluster(
+    mean: Tensor, tokens: Tensor, per_group: int, most: int | None, seed: int
+) -> tuple[Tensor, int]:
+    """Cluster groups by direction, and return labels, int64 [B, Hkv, N], and the number of labels.
 
-    Means are compared by cosine, as LycheeCluster does (arXiv 2603.08453). They are centred first,
-    since keys share a large common component. A group has `per_group` members on average. Without
-    `most` it has at most twice as many; with `most` there are at most so many groups, of any size.
-    Labels are consecutive in each row and head. Unused nodes get label 0.
+    `mean` [B, Hkv, N, D] are the mean keys of the groups, and `tokens`, int64 [B, Hkv, N], their
+    numbers of keys; a group without keys is unused, and gets label 0. Means are compared by cosine,
+    as LycheeCluster does (arXiv 2603.08453). They are centred first, since keys share a large
+    common component. A cluster has `per_group` members on average. Without `most` it has at most
+    twice as many; with `most` there are at most so many clusters, of any size. Labels are
+    consecutive in each row and head.
 
-    Without `most` the number of groups grows with that of nodes, and to compare all of one with all
-    of the other would be quadratic. More nodes than `SEGMENT` are therefore ordered by a coarse
-    clustering, and clustered in segments of that order.
+    Without `most` the number of clusters grows with that of groups, and to compare all of one with
+    all of the other would be quadratic. More groups than `SEGMENT` are therefore ordered by a
+    coarse clustering, and clustered in segments of that order (cf. RetroInfer, arXiv 2505.02922,
+    whose segments are neighbouring keys).
     """
-    used = children.tokens > 0
-    weight = children.tokens.float()[..., None]
-    common = (weight * children.mean).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(
-        min=1
-    )
-    direction = F.normalize(children.mean - common, dim=-1)
-    if most is not None or used.shape[-1] <= SEGMENT:
+    used = tokens > 0
+    count = int(used.sum(-1).max()) if used.numel() else 0
+    if count == 0:
+        return torch.zeros_like(tokens), 1
+    order = used.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :count]
+    used, weight = used.gather(2, order), tokens.gather(2, order).float()[..., None]
+    mean = take_rows(mean, order).nan_to_num(0.0, 0.0, 0.0)
+    common = (weight * mean).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+    direction = F.normalize(mean - common, dim=-1)
+    if most is not None or count <= SEGMENT:
         labels = _lloyd(direction, used, _groups(used, per_group, most), seed, ITERATIONS)
     else:
         labels = _by_segments(direction, used, per_group, seed)
-    return _consecutive(labels, used, None if most is not None else 2 * per_group)
-
-
-def halves(children: Nodes) -> Tensor:
-    """Split nodes into two groups of near means, and return labels 0 and 1: [B, Hkv, N].
-
-    Neither group is empty if two nodes or more are used. 2-means begins with the node furthest from
-    the common mean, and with the node furthest from that one.
-    """
-    used = children.tokens > 0
-    mean, weight = children.mean, children.tokens.float()[..., None]
-    common = (weight * mean).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
-
-    def furthest_from(centre: Tensor) -> Tensor:
-        distance = (mean - centre).square().sum(-1).masked_fill(~used, -1)
-        chosen = distance.nan_to_num(nan=torch.inf).argmax(-1, keepdim=True)
-        return mean.gather(2, chosen[..., None].expand(*chosen.shape, mean.shape[-1]))
-
-    first = furthest_from(common)
-    second = furthest_from(first)
-    side = torch.zeros(used.shape, dtype=torch.int64, device=mean.device)
-    for _ in range(SPLIT_ITERATIONS):
-        nearer = (mean - second).square().sum(-1) < (mean - first).square().sum(-1)
-        side = nearer.long()
-        one, other = weight * nearer[..., None], weight * ~nearer[..., None]
-        first = (other * mean).sum(2, keepdim=True) / other.sum(2, keepdim=True).clamp(min=1)
-        second = (one * mean).sum(2, keepdim=True) / one.sum(2, keepdim=True).clamp(min=1)
-    alternate = used.long().cumsum(-1) % 2
-    full = torch.where(used, side, 0).sum(-1, keepdim=True)
-    lopsided = (full == 0) | (full == used.sum(-1, keepdim=True))
-    return torch.where(lopsided, alternate, side)
+    labels, found = _consecutive(labels, used, None if most is not None else 2 * per_group)
+    return torch.zeros_like(tokens).scatter(2, order, labels), found
 
 
 def _groups(used: Tensor, per_group: int, most: int | None) -> Tensor:
-    """Return the number of groups, int64 [B, Hkv], of the nodes `used`, bool [B, Hkv, N]."""
+    """Return the number of clusters, int64 [B, Hkv], of the groups `used`, bool [B, Hkv, N]."""
     groups = (used.sum(-1) + per_group - 1).div(per_group, rounding_mode="floor")
     return groups.clamp(min=1, max=most)
 
 
 def _by_segments(direction: Tensor, used: Tensor, per_group: int, seed: int) -> Tensor:
-    """Return labels, int64 [B, Hkv, N], by k-means within segments of nodes of like direction."""
+    """Return labels, int64 [B, Hkv, N], by k-means within segments of like directions."""
     heads, count = direction.shape[1], direction.shape[2]
     coarse = _lloyd(direction, used, _groups(used, SEGMENT, COARSE), seed, COARSE_ITERATIONS)
     order = torch.where(used, coarse, COARSE).argsort(dim=-1, stable=True)
     segments = -(-count // SEGMENT)
     room = segments * SEGMENT - count
-    wide = order[..., None].expand(*order.shape, direction.shape[-1])
-    direction = F.pad(direction.gather(2, wide), (0, 0, 0, room))
+    direction = F.pad(take_rows(direction, order), (0, 0, 0, room))
     direction = direction.unflatten(2, (segments, SEGMENT)).flatten(1, 2)
     used = F.pad(used.gather(2, order), (0, room)).unflatten(2, (segments, SEGMENT)).flatten(1, 2)
     labels = _lloyd(direction, used, _groups(used, per_group, None), seed, ITERATIONS)
@@ -101,16 +77,17 @@ def _by_segments(direction: Tensor, used: Tensor, per_group: int, seed: int) -> 
 def _lloyd(direction: Tensor, used: Tensor, groups: Tensor, seed: int, iterations: int) -> Tensor:
     """Return labels, int64 [B, Hkv, N], of unit vectors `direction` [B, Hkv, N, D] by k-means.
 
-    `groups`, int64 [B, Hkv], is the number of groups of the nodes `used`, bool [B, Hkv, N].
+    `groups`, int64 [B, Hkv], is the number of labels for the vectors `used`, bool [B, Hkv, N].
     """
     count, members = int(groups.max()), used.sum(-1)
     slot = torch.arange(count, device=direction.device)
     jitter = torch.rand(count, generator=torch.Generator().manual_seed(seed)).to(direction.device)
     spacing = members[..., None] / groups[..., None]
     first = ((slot + jitter) * spacing).long().clamp(max=direction.shape[2] - 1)
-    centre = direction.gather(2, first[..., None].expand(*first.shape, direction.shape[-1]))
+    centre = take_rows(direction, first)
     idle = slot >= groups[..., None]
-    weighted = torch.where(used[..., None], direction, 0)
+    weighted = torch.where(used[..., None], direction, 0).flatten(0, 2)
+    lot = count * torch.arange(members.numel(), device=slot.device).view(*members.shape, 1)
     labels = torch.zeros(used.shape, dtype=torch.int64, device=direction.device)
     for _ in range(iterations):
         likeness = (direction @ centre.transpose(-1, -2)).masked_fill(idle[:, :, None], -torch.inf)
@@ -118,9 +95,8 @@ def _lloyd(direction: Tensor, used: Tensor, groups: Tensor, seed: int, iteration
         if torch.equal(updated, labels):
             break
         labels = updated
-        total = torch.zeros_like(centre).scatter_add(
-            2, labels[..., None].expand_as(weighted), weighted
-        )
+        total = torch.zeros_like(centre).flatten(0, 2)
+        total = total.index_add(0, (labels + lot).flatten(), weighted).view_as(centre)
         centre = torch.where(total.any(-1, keepdim=True), F.normalize(total, dim=-1), centre)
     return labels
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,6 @@ class GroupedIndex(KVIndex):
     (`log_estimate`). It may define a bound of the group's scores (`group_bound`) and the lengths of
     groups (`group_range`). Groups of a range of lengths end at the strongest boundary.
     """
-
-    summarised_late: ClassVar[bool] = False
-    """True if new groups are not summarised by `extend`: the policy does so in `complete`."""
 
     def __init__(
         self, batch: int, kv_heads: int, head_dim: int, config: IndexConfig, device: torch.device
@@ -161,10 +157,7 @@ class GroupedIndex(KVIndex):
 
     def rewrite(self, key: Tensor, slots: Tensor) -> None:
         """Summarise anew the groups whose `slots`, int64 [B, T], were written; -1 is none."""
-        column = self.columns().gather(1, slots.clamp(min=0))
-        if not self.summarised_late:
-            self.summarise_groups(key, column, slots >= 0)
-        self.on_rewrite(key, slots, column)
+        self.summarise_groups(key, self.columns().gather(1, slots.clamp(min=0)), slots >= 0)
 
     def close(self, key: Tensor, rows: Tensor) -> None:
         """Let the last tokens of the rows `rows`, bool [B], be a group, however few they are."""
@@ -180,15 +173,6 @@ class GroupedIndex(KVIndex):
             row, slot = used[:, block].nonzero(as_tuple=True)
             for name, value in self.summarise(keys, valid).items():
                 self.summaries[name][row, :, columns[:, block][row, slot]] = value[row, :, slot]
-
-    def on_rewrite(self, key: Tensor, slots: Tensor, columns: Tensor) -> None:
-        """Follow a write of `slots`, int64 [B, T], in the groups `columns`; slot -1 is none."""
-
-    def on_append(self, key: Tensor, columns: Tensor, used: Tensor) -> None:
-        """Follow new groups: at `columns`, int64 [B, M], where `used`, bool [B, M]."""
-
-    def on_drop(self) -> None:
-        """Follow a loss of groups."""
 
     def _find_boundaries(self, key: Tensor, due: Tensor, last: int) -> None:
         """Learn boundary strengths of the rows `due`, bool [B], from their keys up to `last`."""
@@ -209,10 +193,8 @@ class GroupedIndex(KVIndex):
         column = columns[row, slot]
         self.group_start[row, column] = starts[row, slot]
         self.group_length[row, column] = lengths[row, slot]
-        if not self.summarised_late:
-            self.summarise_groups(key, columns, used)
+        self.summarise_groups(key, columns, used)
         self.tail = torch.maximum(self.tail, (starts + lengths).max(1).values)
-        self.on_append(key, columns, used)
 
     def _reserve(self, count: int) -> None:
         """Make room for `count` groups in each row."""
@@ -231,7 +213,6 @@ class GroupedIndex(KVIndex):
         self.group_length = torch.where(dropped, 0, self.group_length)
         left = torch.where(self.group_length > 0, self.group_start + self.group_length, 0)
         self.tail = torch.maximum(F.pad(left, (1, 0)).amax(1), self.start)
-        self.on_drop()
 
     def _group_bias(self, question: Question) -> Tensor:
         """Return the largest bias within each group: [B, 1 or Hkv, 1 or G, Tq, C]."""

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import sympy
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels.levels.declaration import Level
-from lychee_compile.kernels.levels.expressions import evaluate
+from lychee_compile.kernels.levels.expressions import (
+    dot,
+    evaluate,
+    field,
+    greatest,
+    key,
+    least,
+    mean,
+)
 from lychee_compile.kernels.reference.nodes import rounding_slack
 
 
@@ -47,38 +56,45 @@ class _Elementwise:
 class _OfGroups(_Elementwise):
     """Values [..., T, D] over keys and channels; an axis without values has size 1."""
 
-    def __init__(self, valid: Tensor) -> None:
+    def __init__(self, valid: Tensor | None) -> None:
         self.valid = valid
-        """Keys that count, bool [..., T, 1]."""
+        """Keys that count, bool [..., T, 1]; None: all."""
 
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
         return (left * right).sum(-1, keepdim=True)
 
     def mean(self, value: Tensor) -> Tensor:
+        if self.valid is None:
+            return value.mean(-2, keepdim=True)
         value = torch.where(self.valid, value, 0).sum(-2, keepdim=True)
         return value / self.valid.sum(-2, keepdim=True).clamp(min=1)
 
     def least(self, value: Tensor) -> Tensor:
-        return torch.where(self.valid, value, torch.inf).amin(-2, keepdim=True)
+        value = value if self.valid is None else torch.where(self.valid, value, torch.inf)
+        return value.amin(-2, keepdim=True)
 
     def greatest(self, value: Tensor) -> Tensor:
-        return torch.where(self.valid, value, -torch.inf).amax(-2, keepdim=True)
+        value = value if self.valid is None else torch.where(self.valid, value, -torch.inf)
+        return value.amax(-2, keepdim=True)
 
 
 class _ByLabel(_Elementwise):
     """Values [L, D] of keys; what is taken over a group stands at each of its keys."""
 
-    def __init__(self, label: Tensor, count: int) -> None:
+    def __init__(self, label: Tensor, count: int, weight: Tensor | None) -> None:
         self.label, self.count = label, count
         """Group of each key, int64 [L], and number of groups; that number: no group."""
-        ones = torch.ones(len(label), 1, device=label.device)
-        self.held = ones.new_zeros(count + 1, 1).index_add(0, label, ones)
+        self.weight = None if weight is None else weight[:, None]
+        """Number of keys that each one stands for, float32 [L, 1]; None: one."""
+        each = torch.ones(len(label), 1, device=label.device) if weight is None else weight[:, None]
+        self.held = each.new_zeros(count + 1, 1).index_add(0, label, each)
 
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
         return (left * right).sum(-1, keepdim=True)
 
     def mean(self, value: Tensor) -> Tensor:
         value = value.expand(len(self.label), -1)
+        value = value if self.weight is None else value * self.weight
         total = value.new_zeros(self.count + 1, value.shape[-1]).index_add(0, self.label, value)
         return (total / self.held.clamp(min=1))[self.label]
 
@@ -119,21 +135,24 @@ class _Sizes(_OfPairs):
 
 
 def summaries(
-    level: Level, keys: Tensor, valid: Tensor, stored: torch.dtype = torch.float32
+    level: Level, keys: Tensor, valid: Tensor | None, stored: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Return the fields of groups by name, float32 [..., D] or, without channels, [..., 1].
 
     `keys` is [..., T, D], the keys of each group. Those that are not `valid`, bool broadcastable to
-    [..., T], do not count, and may be any number. Fields with channels are rounded to the dtype in
-    which they are `stored` before others are made of them.
+    [..., T], do not count, and may be any number; None: all count. Fields with channels are rounded
+    to the dtype in which they are `stored` before others are made of them.
     """
-    algebra, found = _OfGroups(valid[..., None]), {}
-    values = {"key": torch.where(valid[..., None], keys.float(), 0)}
-    values["count"] = valid.sum(-1)[..., None, None].float()
+    keys = keys.float() if valid is None else torch.where(valid[..., None], keys.float(), 0)
+    count = keys.new_tensor(keys.shape[-2]) if valid is None else valid.sum(-1)[..., None, None]
+    values = {"key": keys, "count": count.float()}
     values["head_dim"] = torch.tensor(float(keys.shape[-1]))
+    algebra = _OfGroups(None if valid is None else valid[..., None])
+    found: dict[str, Tensor] = {}
+    known: dict[sympy.Expr, Tensor] = {}
     for name, summary in level.fields.items():
         found[name] = values[name] = _rounded(
-            level, name, evaluate(summary, algebra, values), stored
+            level, name, evaluate(summary, algebra, values, known), stored
         )
     width = {name: keys.shape[-1] if wide else 1 for name, wide in level.channels.items()}
     return {
@@ -143,22 +162,56 @@ def summaries(
 
 
 def summaries_by_label(
-    level: Level, keys: Tensor, label: Tensor, count: int, stored: torch.dtype = torch.float32
+    level: Level,
+    keys: Tensor,
+    label: Tensor,
+    count: int,
+    stored: torch.dtype = torch.float32,
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the fields of `count` groups by name, float32 [count, D] or [count, 1].
 
     `keys` is [L, D]; `label`, int64 [L], is the group of each key, `count` for those in none. A
-    group without keys has zeros. See `summaries` for `stored`.
+    group without keys has zeros. See `summaries` for `stored`. `weight`, float32 [L], is how many
+    keys each one stands for; None: for itself.
     """
-    algebra, found = _ByLabel(label, count), {}
+    algebra, found = _ByLabel(label, count, weight), {}
     values = {"key": keys.float(), "count": algebra.held[label]}
     values["head_dim"] = torch.tensor(float(keys.shape[-1]))
     any_key = label.new_zeros(count + 1).scatter(0, label, torch.arange(len(label)).to(label))
+    known: dict[sympy.Expr, Tensor] = {}
     for name, summary in level.fields.items():
-        values[name] = _rounded(level, name, evaluate(summary, algebra, values), stored)
+        values[name] = _rounded(level, name, evaluate(summary, algebra, values, known), stored)
         one = values[name].expand(len(label), -1)[any_key]
         found[name] = torch.where(algebra.held > 0, one, 0)[:count]
     return found
+
+
+def follows_from_moments(level: Level) -> bool:
+    """True if means and variances of parts of a group, per channel, tell all of its fields."""
+    return all(map(_of_moments, level.fields.values()))
+
+
+@cache
+def _of_moments(summary: sympy.Expr) -> bool:
+    """True if a summary compares no keys and takes means of polynomials of second degree alone."""
+    inner = [each.args[0] for each in summary.atoms(mean)]
+    return not summary.has(dot, least, greatest) and all(
+        each.is_polynomial(key) and sympy.degree(each, key) <= 2 for each in inner
+    )
+
+
+def moments(level: Level, fields: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the fields that are mean and variance of the keys of each group, if there are such.
+
+    Both are [B, Hkv, N, D]. A variance is found only with the mean that it is taken around.
+    """
+    names = {summary: name for name, summary in level.fields.items()}
+    centre = names.get(mean(key))
+    if centre is None:
+        return None, None
+    spread = names.get(mean((key - field(centre)) ** 2))
+    return fields[centre], None if spread is None else fields[spread]
 
 
 def _rounded(level: Level, name: str, value: Tensor, stored: torch.dtype) -> Tensor:

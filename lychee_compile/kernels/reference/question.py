@@ -110,6 +110,11 @@ class Question:
             raise ValueError("this policy reads the keys themselves: give select() the keys too")
         return self.key[:, :, : self.visible.kv_len]
 
+    def choosable(self) -> Tensor:
+        """Count the tokens to choose from, int64 [B, 1, Tq]."""
+        inside = self.visible.tokens_within(self.begin[..., None], self.end[..., None])[..., 0]
+        return torch.where(self.end > self.begin, inside, 0)[:, None]
+
     def held(self, start: Tensor, length: Tensor) -> Tensor:
         """Count the tokens to choose from in groups of slots [B, C]: int64 [B, Tq, C]."""
         begin, end = self._clip(start, length)
@@ -178,12 +183,12 @@ class Question:
     def take_own(self, raw: Tensor, slot: Tensor, held: Tensor) -> Runs:
         """Return the best `room` tokens among slots of each position's own, as `take_tokens` does.
 
-        `slot`, int64 [B, Tq, M], are slots that may be chosen where `held`, bool of the same shape.
-        `raw` [B, Hkv, G, Tq, M] are their raw scores. There are no biases.
+        `slot`, int64 [B, 1 or Hkv, Tq, M], are slots that may be chosen where `held`, bool of the
+        same shape. `raw` [B, Hkv, G, Tq, M] are their raw scores. There are no biases.
         """
-        rank = self.share(_hidden(self.capped(raw), held[:, None, None]))
-        best, taken = self._best(rank, held[:, None])
-        return self._runs(slot[:, None].expand_as(rank).gather(-1, best), taken)
+        rank = self.share(_hidden(self.capped(raw), held[:, :, None]))
+        best, taken = self._best(rank, held)
+        return self._runs(slot.expand_as(rank).gather(-1, best), taken)
 
     def _best(
         self, rank: Tensor, candidate: Tensor, within: Tensor | None = None

@@ -17,6 +17,7 @@ from lychee_compile.kernels.reference.recency import (
     newest_of,
     recent_spans,
 )
+from lychee_compile.kernels.reference.runs import expand_runs
 from lychee_compile.kernels.reference.scores import scores_at
 from lychee_compile.kernels.reference.visible import Visible
 
@@ -43,14 +44,8 @@ class Selection:
 
         Slots that the mask hides from every head are left out.
         """
-        ends = self.run_length.cumsum(-1)
-        size = int(ends[..., -1].max())
-        slot = torch.arange(size, device=ends.device).expand(*ends.shape[:-1], size).contiguous()
-        run = torch.searchsorted(ends, slot, right=True)
-        inside = run < ends.shape[-1]
-        run = run.clamp(max=ends.shape[-1] - 1)
-        offset = slot - (ends - self.run_length).gather(-1, run)
-        token = torch.where(inside, self.run_start.gather(-1, run) + offset, -1)
+        slot, _, real = expand_runs(self.run_start, self.run_length)
+        token = torch.where(real, slot, -1)
         if self.visible.counts is not None and self.visible.mask is not None:
             seen = self.visible.mask.any(1)[:, None].expand(-1, token.shape[1], -1, -1)
             token = torch.where(seen.gather(-1, token.clamp(min=0)), token, -1)

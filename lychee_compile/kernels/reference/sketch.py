@@ -9,8 +9,6 @@ step that is best for a Gaussian (Max, "Quantizing for minimum distortion", 1960
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +18,8 @@ from lychee_compile.kernels.reference.sketch_axes import STEPS, fit_axes, sketch
 
 BLOCK = 4096
 """Number of slots that share one set of axes: block s begins at slot s * BLOCK."""
+TILE = 64
+"""Number of slots of one block that are scored together, if a query has slots of its own."""
 FIRST_FIT, GROWTH = 16, 2
 """A block uses the axes of the block before until it has 1/16 of its keys. Then it gets axes of its
 own, and new ones each time its number of keys has doubled."""
@@ -124,31 +124,37 @@ class KeySketches:
             return score
         return score.masked_fill(self.error[:, :, None, :slots, 0].isinf(), torch.inf)
 
-    def scores_at(self, query: Tensor, scale: float, slot: Tensor, count: Tensor) -> Tensor:
+    def scores_at(self, query: Tensor, scale: float, slot: Tensor) -> Tensor:
         """Estimate scale q.k for slots of each query's own: float32 [B, Hkv, G, Tq, M].
 
-        `query` is float32 [B, Hkv, G, Tq, D]. The first `count`, int64 [B, Tq], of its slots,
-        `slot` int64 [B, Tq, M], are in order; scores of the others are 0. The estimate is infinite
-        for a key that is not finite.
+        `query` is float32 [B, Hkv, G, Tq, D]. The slots of a query, `slot` int64 [B, H, Tq, M], H
+        being 1 or Hkv, are in order; it may fill up with smaller ones, whose scores mean nothing.
+        The estimate is infinite for a key that is not finite.
         """
-        blocks = int(slot.max()) // self.block + 1
-        edges = torch.arange(1, blocks, device=slot.device) * self.block
-        weight, constant = self._weights(query.flatten(2, 3), scale, blocks)
-        weight, constant = (each.unflatten(3, query.shape[2:4]) for each in (weight, constant))
-        score = query.new_zeros(*query.shape[:4], slot.shape[-1])
-        for row, position in torch.cartesian_prod(*map(torch.arange, count.shape)).tolist():
-            own = slot[row, position, : count[row, position]]
-            ends = [0, *torch.searchsorted(own, edges).tolist(), len(own)]
-            for block, (begin, end) in enumerate(itertools.pairwise(ends)):
-                codes = self.codes[row].index_select(1, own[begin:end]).float()
-                part = weight[row, :, block, :, position] @ codes.transpose(-1, -2)
-                part.add_(constant[row, :, block, :, position])
-                score[row, :, :, position, begin:end] = part
+        (batch, own, query_len, most), heads = slot.shape, query.shape[1]
+        if slot.numel() == 0:
+            return query.new_zeros(*query.shape[:4], most)
+        slot = slot.flatten(0, 2).cummax(-1).values
+        blocks = int(slot[:, -1].max()) // self.block + 1
+        owner, place, table = _tiles(slot, self.block, blocks)
+        row, block = owner // blocks, owner % blocks
+        b, t = row // (own * query_len), row % query_len
+        h = row // query_len % own * (heads // own)
+        h = h + torch.arange(heads // own, device=h.device)[:, None]
+        at = ((b * heads + h) * self.codes.shape[2])[..., None] + table
+        codes = self.codes.flatten(0, 2).index_select(0, at.flatten()).float()
+        weight, constant = (
+            each.unflatten(3, (-1, query_len))[b, h, block, :, t]
+            for each in self._weights(query.flatten(2, 3), scale, blocks)
+        )
+        score = (codes.unflatten(0, at.shape) @ weight.mT + constant.mT).flatten(1, 2)
+        score = score.index_select(1, place).unflatten(1, (batch, own, query_len, most))
+        score = score.permute(1, 2, 0, 5, 3, 4).flatten(1, 2)
         if not self._any_lost:
             return score
-        lost = self.error[:, :, None, :, 0].isinf().expand(-1, -1, slot.shape[1], -1)
-        at = slot[:, None].expand(-1, lost.shape[1], -1, -1)
-        return score.masked_fill(lost.gather(-1, at)[:, :, None], torch.inf)
+        slot = slot.view(batch, own, -1).repeat_interleave(heads // own, 1)
+        lost = self.error[..., 0].gather(-1, slot).isinf().unflatten(-1, (query_len, most))
+        return score.masked_fill(lost[:, :, None], torch.inf)
 
     def _weights(self, query: Tensor, scale: float, blocks: int) -> tuple[Tensor, Tensor]:
         """Return weights of codes [B, Hkv, S, R, r], and what is added [B, Hkv, S, R, 1].
@@ -220,7 +226,8 @@ class KeySketches:
         due = (count > 0) & ~waiting & ((count >= GROWTH * fitted) | full)
         due = due if self._repair else due & first
         if bool(due.any()):
-            centre, axes, step = self._fit(keys, valid)
+            whole = bool(valid.all()) and _all_finite(keys)
+            centre, axes, step = fit_axes(keys, valid[:, None, :, None], whole)
             rows = due.nonzero().flatten()
             self.centre[rows, :, block] = centre[rows]
             self.axes[rows, :, block] = axes[rows]
@@ -228,11 +235,6 @@ class KeySketches:
             self.longest[rows, :, block] = 0
             self.fitted[:, block] = torch.where(due, count, fitted)
         return due
-
-    def _fit(self, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return centre, axes and steps for the keys [B, Hkv, T, D] where `valid`, bool [B, T]."""
-        centre, axes, step, _ = fit_axes(keys, valid[:, None, :, None])
-        return centre, axes, step
 
     def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
         """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
@@ -245,9 +247,12 @@ class KeySketches:
         codes, error, length = self._encoded(keys, row, torch.full_like(row, block))
         self._any_lost |= bool((error[..., 0].isinf() & fresh[:, None]).any())
         where = slice(block * self.block + first, block * self.block + last)
-        mask = fresh[:, None, :, None]
-        self.codes[:, :, where] = torch.where(mask, codes, self.codes[:, :, where])
-        self.error[:, :, where] = torch.where(mask, error, self.error[:, :, where])
+        if bool(fresh.all()):
+            self.codes[:, :, where], self.error[:, :, where] = codes, error
+        else:
+            mask = fresh[:, None, :, None]
+            self.codes[:, :, where] = torch.where(mask, codes, self.codes[:, :, where])
+            self.error[:, :, where] = torch.where(mask, error, self.error[:, :, where])
         reach = torch.where(fresh[:, None], length, 0).amax(-1)
         self.longest[:, :, block] = torch.maximum(self.longest[:, :, block], reach)
 
@@ -256,16 +261,20 @@ class KeySketches:
 
         Entry n of the keys is of the batch row `row` and the block `block`, each int64 [N].
         """
-        finite = keys.isfinite().all(-1)
-        centred = torch.where(finite[..., None], keys, 0) - self.centre[row, :, block][:, :, None]
+        finite = None if _all_finite(keys) else keys.isfinite().all(-1)
+        keys = keys if finite is None else torch.where(finite[..., None], keys, 0)
+        centred = keys - self.centre[row, :, block][:, :, None]
         axes, step = self.axes[row, :, block], self.step[row, :, block][:, :, None]
         inside = centred @ axes
-        level = torch.where(step > 0, inside / step.clamp(min=torch.finfo(step.dtype).tiny), 0)
-        codes = (level - 0.5).round().clamp(-self._half, self._half - 1)
-        coarse = _norm(inside - (codes + 0.5) * step)
-        fine = _norm(centred - inside @ axes.transpose(-1, -2))
-        error = torch.stack((coarse, fine), -1).masked_fill(~finite[..., None], torch.inf)
-        return codes.to(torch.int8), error, _norm(centred)
+        level = inside / step.clamp(min=torch.finfo(step.dtype).tiny)
+        level = level if bool((step > 0).all()) else torch.where(step > 0, level, 0)
+        codes = level.sub_(0.5).round_().clamp_(-self._half, self._half - 1)
+        length = _norm(centred)
+        fine = _norm(centred.sub_(inside @ axes.transpose(-1, -2)))
+        error = torch.stack((_norm(torch.addcmul(inside, codes + 0.5, step, value=-1)), fine), -1)
+        if finite is not None:
+            error = error.masked_fill(~finite[..., None], torch.inf)
+        return codes.to(torch.int8), error, length
 
     def _reserve(self, blocks: int) -> None:
         """Make room for `blocks` blocks, in amortised constant time per key."""
@@ -280,6 +289,29 @@ class KeySketches:
         self.fitted = F.pad(self.fitted, (0, more))
         self.codes = F.pad(self.codes, (0, 0, 0, more * self.block))
         self.error = F.pad(self.error, (0, 0, 0, more * self.block))
+
+
+def _tiles(slot: Tensor, block: int, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the slots of each row and block into tiles of `TILE`.
+
+    `slot` is int64 [X, M], never falling in a row. Returns number of row times `blocks` plus number
+    of block of each tile, int64 [n]; the place of each slot in the tiles, int64 [X * M]; and the
+    slots of the tiles, int64 [n, TILE], 0 where a tile is not full.
+    """
+    row = torch.arange(len(slot), device=slot.device)[:, None]
+    space, slot = (row * blocks + slot // block).flatten(), slot.flatten()
+    size = torch.bincount(space, minlength=len(row) * blocks)
+    tiles = (size + TILE - 1).div(TILE, rounding_mode="floor")
+    skipped = (tiles * TILE).cumsum(0) - tiles * TILE - (size.cumsum(0) - size)
+    place = torch.arange(len(slot), device=slot.device) + skipped[space]
+    owner = torch.arange(len(tiles), device=slot.device).repeat_interleave(tiles)
+    table = slot.new_zeros(len(owner) * TILE).scatter(0, place, slot)
+    return owner, place, table.view(-1, TILE)
+
+
+def _all_finite(keys: Tensor) -> bool:
+    """Return True only if all keys are finite; False as well if their sum is too large."""
+    return bool(keys.sum().isfinite())
 
 
 def _norm(vectors: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.chunking import similarity_strengths
 
+COMPARED_AT_ONCE = 2048
+"""Number of keys of a row that are compared at a time, so that they stay in the cache of a CPU."""
+
 
 class StrengthTrack:
     """Boundary strength after each token of a batch of rows, uint8; larger is stronger.
@@ -49,7 +52,13 @@ class StrengthTrack:
         """
         self.reserve(end)
         if self.mode in ("auto", "similarity") and end - begin > 1:
-            similar = similarity_strengths(key[:, :, begin:end])
+            similar = torch.cat(
+                [
+                    similarity_strengths(key[:, :, low : min(low + COMPARED_AT_ONCE + 1, end)])
+                    for low in range(begin, end - 1, COMPARED_AT_ONCE)
+                ],
+                1,
+            )
         else:
             similar = self.strength.new_zeros(key.shape[0], max(end - begin - 1, 0))
         part = slice(begin, begin + similar.shape[1])

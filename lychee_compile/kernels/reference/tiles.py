@@ -27,9 +27,7 @@ def summarise(vectors: Tensor, size: int) -> Nodes:
     valid = (slot < tokens).expand(batch, -1, -1)
     tokens_of = valid.sum(-1)[:, None].expand(-1, heads, -1)
     mean = blocks.sum(3) / tokens_of[..., None]
-    apart = (blocks - mean[:, :, :, None]).square() * valid[:, None, :, :, None]
-    variance = apart.sum(3) / tokens_of[..., None]
-    return Nodes(mean, variance, furthest(blocks, valid, mean), tokens_of)
+    return Nodes(mean, furthest(blocks, valid, mean), tokens_of)
 
 
 def pair_bound(queries: Nodes, keys: Nodes, scale: float) -> Tensor:

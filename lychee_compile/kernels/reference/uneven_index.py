@@ -98,36 +98,35 @@ class UnevenIndex(KVIndex):
         fields = {name: groups[name] for name in level.fields}
         raw = estimate(level, question.query, fields, question.scale)
         score = question.split(question.capped(question.scale * raw))
-        return score + self.bias(question, begin, behind), shown
+        return score + self.bias(question, level, begin, behind), shown
 
-    def bias(self, question: Question, begin: Tensor, end: Tensor) -> Tensor | float:
-        """Return what a mask adds to the scores of groups, broadcastable to [B, Hkv, G, Tq, N]."""
+    def bias(self, question: Question, level: Level, begin: Tensor, end: Tensor) -> Tensor | float:
+        """Return what a mask adds to the scores of groups, broadcastable to [B, Hkv, G, Tq, N].
+
+        The groups lie in the slots [begin, end), each int64 [B, 1 or Hkv, Tq, N].
+        """
         return 0.0
 
     def keep(
-        self, question: Question, level: Level, groups: Columns, looked_into: Tensor | None
+        self,
+        question: Question,
+        level: Level,
+        groups: Columns,
+        looked_into: Tensor | None,
+        budget: int | Tensor,
     ) -> Tensor:
         """Return the groups kept for the next level, bool [B, Hkv, Tq, N].
 
-        They are the best ones, until they have as many tokens as the level keeps.
+        They are the best ones, until they have as many tokens as the level keeps for a `budget`,
+        int or int64 [B, Hkv, Tq].
         """
         assert level.keep is not None
-        assert self.config.budget is not None
         rank, possible = self.ranks(question, level, groups, looked_into)
         tokens = torch.where(possible, groups["tokens"][:, :, None].long(), 0)
         rank = rank.masked_fill(~possible, -torch.inf)
-        quota = level.keep.tokens(self.config.budget)
-        order, inside = take_by_rank(rank, tokens, quota, whole=False)
+        quota = torch.as_tensor(budget, device=rank.device)[..., None] * level.keep.per_token
+        order, inside = take_by_rank(rank, tokens, quota.clamp(min=level.keep.least), whole=False)
         return torch.zeros_like(possible).scatter(-1, order, inside)
-
-
-def below(kept: Tensor, label: Tensor) -> Tensor:
-    """Return the groups that belong to a kept cluster, or to none yet: bool [B, Hkv, Tq, N].
-
-    `kept` is bool [B, Hkv, Tq, C]; `label`, int [B, Hkv, N], is the cluster of each group, or -1.
-    """
-    wide = label[:, :, None].expand(-1, -1, kept.shape[2], -1)
-    return (wide < 0) | kept.gather(-1, wide.clamp(min=0).long())
 
 
 def with_room(columns: Columns, count: int) -> Columns:

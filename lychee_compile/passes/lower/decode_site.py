@@ -26,7 +26,7 @@ from torch import Tensor
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
-from lychee_compile.kernels.gpu.methods import layout_for
+from lychee_compile.kernels.gpu.methods import layout_for, measures_for_certificates
 from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.operators import decode  # noqa: F401  registers the operators
 from lychee_compile.kernels.policies.registry import estimates_shares
@@ -83,7 +83,9 @@ def emit_sparse_decode(
     kernel = compile_kernels(spec, operands, written)
     fixed = binding.kind == "static" and _reads_all(value_of(operands.tensors.key), keys)
     layout = layout_for(kernel, keys) if fixed else None
-    use = CacheUse(kernel, keys_of, written, layout, context.config.policy)
+    policy, epsilon = context.config.policy, context.config.epsilon
+    measured = epsilon is not None and measures_for_certificates(policy)
+    use = CacheUse(kernel, keys_of, written, layout, policy, measured)
     index = context.index_inputs.node_for(binding, use)
     first = context.is_first_use(index)
     slots = _written_slots(binding, written, operands.tensors.key, emit) if first else None
@@ -110,6 +112,7 @@ def _selection(config: IndexConfig) -> SparseSpec:
         if not estimates_shares(config.policy) or config.coverage == 1
         else config.coverage,
         groups=GroupSettings.of(config),
+        epsilon=config.epsilon,
     )
 
 

@@ -9,7 +9,12 @@ import torch
 import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.methods import covers_mass, gpu_method, policies_with_kernels
+from lychee_compile.kernels.gpu.methods import (
+    certifies,
+    covers_mass,
+    gpu_method,
+    policies_with_kernels,
+)
 from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 from lychee_compile.kernels.policies.registry import reads_chunks
@@ -55,7 +60,10 @@ def no_decode_method(config: IndexConfig) -> Reason | None:
         )
     if config.boundaries == "tokens" and reads_chunks(config.policy):
         return reasons.BOUNDARIES_NO_KERNEL(policy=config.policy)
-    return no_prefill_method(config)
+    if config.epsilon is not None and not certifies(config.policy):
+        able = " or ".join(repr(each) for each in policies if certifies(each))
+        return reasons.EPSILON_NO_BOUND(policy=config.policy, epsilon=config.epsilon, known=able)
+    return None
 
 
 def no_prefill_method(config: IndexConfig) -> Reason | None:

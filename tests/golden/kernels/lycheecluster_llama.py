@@ -193,6 +193,8 @@ LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
 HEADS = tl.constexpr(4)  # query heads of a group, up to a power of two
 SCANNED_0 = tl.constexpr(128)  # groups of level 0 scored at a time
 KEPT_0 = tl.constexpr(16384)  # tokens in the groups of level 0 that are looked into
+FEW_0 = tl.constexpr(64)  # clusters of level 0, up to a power of two
+LISTED_0 = tl.constexpr(128)  # groups in them that a program lists at a time
 SCANNED_1 = tl.constexpr(128)  # groups of level 1 scored at a time
 KEPT_1 = tl.constexpr(4096)  # tokens in the groups of level 1 that are looked into
 SCANNED_2 = tl.constexpr(128)  # groups of level 2 scored at a time
@@ -330,17 +332,21 @@ def unread_slot(span, fresh):
 def weigh_bins(histogram, entry, weight):
     """Add the weights in each bin but the first to a histogram, and return them.
 
-    `entry` and `weight` [N] are the bins and weights of the items. One bit of the weights is
-    counted at a time.
+    `entry` and `weight` [N] are the bins and weights of the items. Eight bits of the weights are
+    summed up at a time, as a product of matrices that tell upper and lower halves of bins.
     """
-    place = tl.arange(0, BINS)
+    place, half = tl.arange(0, BINS), tl.arange(0, 16)
+    upper = entry[:, None] // 16 == half[None, :]
+    lower = (entry[:, None] % 16 == half[None, :]).to(tl.float32).to(tl.bfloat16)
     total = tl.zeros([BINS], tl.int32)
-    bit = tl.full([], 0, tl.int32)
+    shift = tl.full([], 0, tl.int32)
     rest = tl.where(entry > 0, weight, 0)
     while tl.max(rest, 0) > 0:
-        total += tl.histogram(tl.where((rest & 1) > 0, entry, 0), BINS) << bit
-        rest = rest >> 1
-        bit += 1
+        digit = tl.where(upper, rest[:, None] & 255, 0).to(tl.float32).to(tl.bfloat16)  # exact
+        sums = tl.dot(tl.trans(digit), lower)
+        total += tl.reshape(sums, [BINS]).to(tl.int32) << shift
+        rest = rest >> 8
+        shift += 8
     total = tl.where(place > 0, total, 0)
     tl.atomic_add(histogram + place, total, mask=total > 0, sem="relaxed")
     return total
@@ -549,10 +555,10 @@ def rank_0(
     scores, totals, scan_tiles,
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     span, numbers, tokens_0, first_0, end_0, groups,
-    children_0, begin_0, order_1, child_groups, child_ranks, child_counts,
+    children_0, begin_0, order_1, child_groups,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, tiles, length,
-    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, LOTS: tl.constexpr, LISTS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
@@ -590,29 +596,16 @@ def rank_0(
     tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
     found = weigh_bins(counts + head_row * counts_stride, entry, size)
     tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
-    below = tl.load(children_0 + at, mask=there, other=0)
-    found = weigh_bins(child_counts + head_row * BINS, entry, below)
-    tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
-    if LISTS:
-        tl.debug_barrier()
-        list_0(
-            group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
-            span, numbers, tokens_0, first_0, end_0, groups,
-            children_0, begin_0, order_1, child_groups, child_ranks, child_counts,
-            positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-            kv_len, items, kv_heads, query_len, tiles, length,
-            TILES, LOTS, False,
-        )
 
 
 @triton.jit
 def list_0(
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     span, numbers, tokens_0, first_0, end_0, groups,
-    children_0, begin_0, order_1, child_groups, child_ranks, child_counts,
+    children_0, begin_0, order_1, child_groups,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, tiles, length,
-    TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
+    TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """List what is in the best of RANKED clusters, until all listed ones have KEPT_0 tokens."""
     head_row, lot = tl.program_id(0), tl.program_id(1)
@@ -631,37 +624,32 @@ def list_0(
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
     room = tl.where(stop - begin <= room, 2**26, KEPT_0)
-    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
-    mine = head_row.to(tl.int64) * lots + lot
-    there, group = item < items, item
-    entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
-    cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
-    candidates += head_row.to(tl.int64) * candidate_room
+    unit = tl.arange(0, FEW_0)
+    there, group = unit < items, unit
+    entry = tl.load(group_bins + head_row.to(tl.int64) * (lots * RANKED) + unit).to(tl.int32)
     there &= entry > 0
     at = space * groups + group
     size = tl.load(tokens_0 + at, mask=there, other=0)
     low = tl.load(first_0 + at, mask=there, other=0)
     high = tl.load(end_0 + at, mask=there, other=0)
     used = size > 0
-    above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    higher, at_it = there & (entry > cut), there & (entry == cut)
-    weight = tl.where(at_it, size, 0)
-    due_to = left - before - (tl.cumsum(weight, 0) - weight)
-    own = tl.load(children_0 + at, mask=there, other=0)
-    take = tl.where(higher | (at_it & (due_to > 0)), own, 0)
-    above, before = weights_before(child_ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    before += weights_above(child_counts + head_row * BINS, cut)
-    # What is above the cut comes first, in all lots, and then what is at the cut.
-    over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
-    place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
-    order = order_1 + space * child_groups + tl.load(begin_0 + at, mask=there, other=0)
-    for start in range(0, tl.max(take, 0), 16):
-        inner = start + tl.arange(0, 16)[None, :]
-        fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
-        child = tl.load(order[:, None] + inner, mask=fits, other=0)
-        tl.store(candidates + place[:, None] + inner, child, mask=fits)
-    last = tl.max(tl.where(take > 0, place + take, 0), 0)
-    tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+    cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    candidates += head_row.to(tl.int64) * candidate_room
+    weight = tl.where(there & (entry == cut), size, 0)
+    is_kept = (entry > cut) | (tl.cumsum(weight, 0) - weight < left) & (entry == cut)
+    take = tl.load(children_0 + at, mask=there & is_kept, other=0)
+    behind = tl.cumsum(take, 0)
+    # What is listed at a place is where its cluster begins, less the place of the cluster, and the place.
+    shift = tl.load(begin_0 + at, mask=there & is_kept, other=0) - (behind - take)
+    total = tl.minimum(tl.sum(take, 0), candidate_room)
+    for start in range(lot * LISTED_0, total, tl.num_programs(1) * LISTED_0):
+        place = start + tl.arange(0, LISTED_0)
+        holder = tl.sum((behind[None, :] <= place[:, None]).to(tl.int32), 1)
+        of_holder = unit[None, :] == holder[:, None]
+        child = order_1 + space * child_groups + place + tl.sum(tl.where(of_holder, shift[None, :], 0), 1)
+        tl.store(candidates + place, tl.load(child, mask=place < total, other=0), mask=place < total)
+    if lot == 0:
+        tl.store(candidate_count + head_row, total)
 
 
 @triton.jit
@@ -751,8 +739,8 @@ def rank_1(
     span, numbers, tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
     children_1, begin_1, order_2, child_groups, child_ranks, child_counts,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, tiles, length,
-    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, LOTS: tl.constexpr, LISTS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
@@ -772,43 +760,33 @@ def rank_1(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
-    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
     count = known_count + tl.maximum(groups - open_group, 0)
-    if lot * RANKED >= count:
-        return
-    there, is_listed = item < count, item < known_count
-    place = listed + head_row.to(tl.int64) * listed_room + item
-    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
-    value = tl.load(
-        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
-        mask=(g < GROUP) & there[None, :], other=float("-inf"),
-    )
-    at = space * groups + group
-    size = tl.load(tokens_1 + at, mask=there, other=0)
-    low = tl.load(first_1 + at, mask=there, other=0)
-    high = tl.load(end_1 + at, mask=there, other=0)
-    used = size > 0
-    possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
-    share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
-    entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
-    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
-    tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
-    found = weigh_bins(counts + head_row * counts_stride, entry, size)
-    tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
-    below = tl.load(children_1 + at, mask=there, other=0)
-    found = weigh_bins(child_counts + head_row * BINS, entry, below)
-    tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
-    if LISTS:
-        tl.debug_barrier()
-        list_1(
-            group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
-            span, numbers, tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
-            children_1, begin_1, order_2, child_groups, child_ranks, child_counts,
-            positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-            kv_len, items, kv_heads, query_len, tiles, length,
-            TILES, LOTS, False,
+    while lot * RANKED < count:
+        g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        value = tl.load(
+            scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+            mask=(g < GROUP) & there[None, :], other=float("-inf"),
         )
+        at = space * groups + group
+        size = tl.load(tokens_1 + at, mask=there, other=0)
+        low = tl.load(first_1 + at, mask=there, other=0)
+        high = tl.load(end_1 + at, mask=there, other=0)
+        used = size > 0
+        possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
+        share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
+        entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+        mine = head_row.to(tl.int64) * lots + lot
+        tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+        found = weigh_bins(counts + head_row * counts_stride, entry, size)
+        tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        below = tl.load(children_1 + at, mask=there, other=0)
+        found = weigh_bins(child_counts + head_row * BINS, entry, below)
+        tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -817,7 +795,7 @@ def list_1(
     span, numbers, tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
     children_1, begin_1, order_2, child_groups, child_ranks, child_counts,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, tiles, length,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """List what is in the best of RANKED clusters, until all listed ones have KEPT_1 tokens."""
@@ -837,43 +815,43 @@ def list_1(
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
     room = tl.where(stop - begin <= room, 2**26, KEPT_1)
-    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
-    mine = head_row.to(tl.int64) * lots + lot
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
     count = known_count + tl.maximum(groups - open_group, 0)
-    if lot * RANKED >= count:
-        return
-    there, is_listed = item < count, item < known_count
-    place = listed + head_row.to(tl.int64) * listed_room + item
-    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
-    entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
     candidates += head_row.to(tl.int64) * candidate_room
-    there &= entry > 0
-    at = space * groups + group
-    size = tl.load(tokens_1 + at, mask=there, other=0)
-    low = tl.load(first_1 + at, mask=there, other=0)
-    high = tl.load(end_1 + at, mask=there, other=0)
-    used = size > 0
-    above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    higher, at_it = there & (entry > cut), there & (entry == cut)
-    weight = tl.where(at_it, size, 0)
-    due_to = left - before - (tl.cumsum(weight, 0) - weight)
-    own = tl.load(children_1 + at, mask=there, other=0)
-    take = tl.where(higher | (at_it & (due_to > 0)), own, 0)
-    above, before = weights_before(child_ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    before += weights_above(child_counts + head_row * BINS, cut)
-    # What is above the cut comes first, in all lots, and then what is at the cut.
-    over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
-    place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
-    order = order_2 + space * child_groups + tl.load(begin_1 + at, mask=there, other=0)
-    for start in range(0, tl.max(take, 0), 16):
-        inner = start + tl.arange(0, 16)[None, :]
-        fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
-        child = tl.load(order[:, None] + inner, mask=fits, other=0)
-        tl.store(candidates + place[:, None] + inner, child, mask=fits)
-    last = tl.max(tl.where(take > 0, place + take, 0), 0)
-    tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+    while lot * RANKED < count:
+        item = lot * RANKED + tl.arange(0, RANKED)
+        mine = head_row.to(tl.int64) * lots + lot
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
+        there &= entry > 0
+        at = space * groups + group
+        size = tl.load(tokens_1 + at, mask=there, other=0)
+        low = tl.load(first_1 + at, mask=there, other=0)
+        high = tl.load(end_1 + at, mask=there, other=0)
+        used = size > 0
+        above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
+        higher, at_it = there & (entry > cut), there & (entry == cut)
+        weight = tl.where(at_it, size, 0)
+        due_to = left - before - (tl.cumsum(weight, 0) - weight)
+        own = tl.load(children_1 + at, mask=there, other=0)
+        take = tl.where(higher | (at_it & (due_to > 0)), own, 0)
+        above, before = weights_before(child_ranks + (mine - lot) * BINS, cut, lot, LOTS)
+        before += weights_above(child_counts + head_row * BINS, cut)
+        # What is above the cut comes first, in all lots, and then what is at the cut.
+        over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
+        place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
+        order = order_2 + space * child_groups + tl.load(begin_1 + at, mask=there, other=0)
+        for start in range(0, tl.max(take, 0), 4):
+            inner = start + tl.arange(0, 4)[None, :]
+            fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
+            child = tl.load(order[:, None] + inner, mask=fits, other=0)
+            tl.store(candidates + place[:, None] + inner, child, mask=fits)
+        last = tl.max(tl.where(take > 0, place + take, 0), 0)
+        tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -959,8 +937,8 @@ def rank_2(
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     span, numbers, groups, listed, listed_room, listed_count, open_2,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, tiles, length,
-    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, LOTS: tl.constexpr, LISTS: tl.constexpr, EARLY: tl.constexpr,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
 
@@ -980,38 +958,29 @@ def rank_2(
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
-    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
     count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
-    if lot * RANKED >= count:
-        return
-    there, is_listed = item < count, item < known_count
-    place = listed + head_row.to(tl.int64) * listed_room + item
-    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
-    value = tl.load(
-        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
-        mask=(g < GROUP) & there[None, :], other=float("-inf"),
-    )
-    at = space * groups + group
-    low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
-    used = (high > low) & (low + LONGEST < fresh)
-    possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
-    share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
-    entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
-    size = tl.minimum(high, stop) - tl.maximum(low, begin)
-    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
-    tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
-    found = weigh_bins(counts + head_row * counts_stride, entry, size)
-    tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
-    if LISTS:
-        tl.debug_barrier()
-        list_2(
-            group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
-            span, numbers, groups, listed, listed_room, listed_count, open_2,
-            positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-            kv_len, items, kv_heads, query_len, tiles, length,
-            TILES, LOTS, False,
+    while lot * RANKED < count:
+        g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        value = tl.load(
+            scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+            mask=(g < GROUP) & there[None, :], other=float("-inf"),
         )
+        at = space * groups + group
+        low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
+        used = (high > low) & (low + LONGEST < fresh)
+        possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
+        share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
+        entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+        size = tl.minimum(high, stop) - tl.maximum(low, begin)
+        mine = head_row.to(tl.int64) * lots + lot
+        tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+        found = weigh_bins(counts + head_row * counts_stride, entry, size)
+        tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        lot += tl.num_programs(1)
 
 
 @triton.jit
@@ -1019,7 +988,7 @@ def list_2(
     group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
     span, numbers, groups, listed, listed_room, listed_count, open_2,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
-    kv_len, items, kv_heads, query_len, tiles, length,
+    kv_len, items, kv_heads, query_len, tiles, lots, length,
     TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """List the slots of the best of RANKED chunks, as candidates that `attend` reads for certain.
@@ -1041,42 +1010,42 @@ def list_2(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, unread, length, TILES
     )
     room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
-    lots, item = tl.num_programs(1), lot * RANKED + tl.arange(0, RANKED)
-    mine = head_row.to(tl.int64) * lots + lot
     known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
     count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
-    if lot * RANKED >= count:
-        return
-    there, is_listed = item < count, item < known_count
-    place = listed + head_row.to(tl.int64) * listed_room + item
-    group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
-    entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
     cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
     candidates += head_row.to(tl.int64) * candidate_room
     bins += head_row.to(tl.int64) * candidate_room
-    there &= entry > 0
-    at = space * groups + group
-    low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
-    used = (high > low) & (low + LONGEST < fresh)
-    low, high = tl.maximum(low, begin), tl.minimum(high, stop)
-    size = high - low
-    above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
-    higher, at_it = there & (entry > cut), there & (entry == cut)
-    weight = tl.where(at_it, size, 0)
-    due_to = left - before - (tl.cumsum(weight, 0) - weight)
-    take = tl.where(higher, size, tl.maximum(tl.minimum(due_to, weight), 0))
-    before += weights_above(counts + head_row * counts_stride, cut)
-    # What is above the cut comes first, in all lots, and then what is at the cut.
-    over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
-    place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
-    for start in range(0, tl.max(take, 0), 16):
-        inner = start + tl.arange(0, 16)[None, :]
-        fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
-        child = low[:, None] + inner
-        tl.store(bins + place[:, None] + inner, (inner * 0 + BINS - 1).to(tl.uint8), mask=fits)
-        tl.store(candidates + place[:, None] + inner, child, mask=fits)
-    last = tl.max(tl.where(take > 0, place + take, 0), 0)
-    tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+    while lot * RANKED < count:
+        item = lot * RANKED + tl.arange(0, RANKED)
+        mine = head_row.to(tl.int64) * lots + lot
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
+        there &= entry > 0
+        at = space * groups + group
+        low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
+        used = (high > low) & (low + LONGEST < fresh)
+        low, high = tl.maximum(low, begin), tl.minimum(high, stop)
+        size = high - low
+        above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
+        higher, at_it = there & (entry > cut), there & (entry == cut)
+        weight = tl.where(at_it, size, 0)
+        due_to = left - before - (tl.cumsum(weight, 0) - weight)
+        take = tl.where(higher, size, tl.maximum(tl.minimum(due_to, weight), 0))
+        before += weights_above(counts + head_row * counts_stride, cut)
+        # What is above the cut comes first, in all lots, and then what is at the cut.
+        over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
+        place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
+        for start in range(0, tl.max(take, 0), 8):
+            inner = start + tl.arange(0, 8)[None, :]
+            fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
+            child = low[:, None] + inner
+            tl.store(bins + place[:, None] + inner, (inner * 0 + BINS - 1).to(tl.uint8), mask=fits)
+            tl.store(candidates + place[:, None] + inner, child, mask=fits)
+        last = tl.max(tl.where(take > 0, place + take, 0), 0)
+        tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+        lot += tl.num_programs(1)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Prefill attention: prefill s2o bf16 g4 d128.
+"""Prefill attention: prefill mine bf16 g4 d128.
 
 score(s) = 0.0883883476483184*s + (kv - q)*slopes[h]
 visible: kv <= q
@@ -7,7 +7,7 @@ visible: kv <= q
 import triton
 import triton.language as tl
 
-POLICY = "s2o"  # the policy that selects keys; None: all visible keys are read
+POLICY = "mine"  # the policy that selects keys; None: all visible keys are read
 CAPTURED = ("slopes",)  # tensors that score and mask read, in the order of a call
 
 

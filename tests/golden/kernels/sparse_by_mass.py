@@ -940,6 +940,113 @@ def scan_chosen(
         note_small(value, total, found, histogram, 1)
 
 
+SHORTEST = tl.constexpr(8)  # slots of the shortest chunk
+LONGEST = tl.constexpr(16)  # slots of the longest chunk
+LOOK = tl.constexpr(4)  # numbers of chunks among which the last one of a row is
+MEMBERS = tl.constexpr(16)  # LONGEST, up to a power of two
+
+
+@triton.jit
+def span_bounds(spans, number, inside):
+    """Return first slot, and slot after the last, of each of the chunks `number`, int32 [N].
+
+    `spans` points to theirs. Equal: there is no such chunk, or it is not `inside`, bool [N].
+    """
+    span = tl.load(spans, mask=inside, other=0)
+    low = number * SHORTEST + (span >> 16)
+    return low, low + (span & 65535)
+
+
+@triton.jit
+def unread_slot(span, fresh):
+    """Return the first slot that is in no chunk which the keys before the slot `fresh` decided.
+
+    `span` points to the chunks of a row. The last one decided begins less than twice the longest
+    length before `fresh`.
+    """
+    number = tl.maximum(fresh - 2 * LONGEST, 0) // SHORTEST + tl.arange(0, LOOK)
+    low, high = span_bounds(span + number, number, number * SHORTEST < fresh)
+    return tl.max(tl.where((high > low) & (low + LONGEST < fresh), high, 0), 0)
+
+
+@triton.jit
+def index_chunks(
+    key, stride_b, stride_h, stride_l, stride_d,
+    strength, span, numbers, label_2, open_2, summary_chunk_mean, summary_chunk_variance, summary_chunk_radius, positions, position_stride_b, position_stride_t, written, slots, kv_heads, kv_len,
+):
+    """Rate the boundaries before the keys of this step, and summarise the chunks that they close."""
+    b, kv_head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    of_row = (b * kv_heads + kv_head).to(tl.int64)
+    strength += of_row * slots
+    span += of_row * numbers
+    first_head = key + b.to(tl.int64) * stride_b
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    d = tl.arange(0, DIM)
+    inside = d < HEAD_DIM
+    key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    for number in range(written):
+        slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
+        slot = tl.where(slot < 0, slot + kv_len, slot)
+        if slot > 0:
+            cosine = tl.full([], 0.0, tl.float32)
+            pair = first_head + slot.to(tl.int64) * stride_l + d * stride_d
+            for _ in range(kv_heads):
+                here = tl.load(pair, mask=inside, other=0.0).to(tl.float32)
+                last = tl.load(pair - stride_l, mask=inside, other=0.0).to(tl.float32)
+                lengths = tl.maximum(tl.sqrt(tl.sum(here * here, 0)), 1e-12)
+                lengths *= tl.maximum(tl.sqrt(tl.sum(last * last, 0)), 1e-12)
+                cosine += tl.sum(here * last, 0) / lengths
+                pair += stride_h
+            cosine = tl.where(cosine == cosine, cosine / kv_heads, 0.0)
+            rated = tl.floor((1.0 - cosine) * 127.5 + 0.5)
+            rated = tl.minimum(tl.maximum(rated, 0.0), 255.0)
+            tl.store(strength + slot - 1, rated.to(tl.int32).to(tl.uint8))
+        tl.debug_barrier()
+        open_slot = unread_slot(span, slot)
+        if open_slot + LONGEST == slot:
+            offset = tl.arange(0, MEMBERS)
+            cuts = (offset >= SHORTEST - 1) & (offset < LONGEST)
+            boundary = tl.load(strength + open_slot + offset, mask=cuts, other=0).to(tl.int32)
+            # The strongest boundary wins, and the last of those.
+            best = tl.max(tl.where(cuts, boundary * MEMBERS + offset, -1), 0)
+            length = best % MEMBERS + 1
+            chunk = open_slot // SHORTEST
+            tl.store(span + chunk, (open_slot % SHORTEST << 16) + length)
+            behind = chunk + 1 + tl.arange(0, LOOK)
+            tl.store(
+                span + behind, tl.zeros([LOOK], tl.int32),
+                mask=behind * SHORTEST < open_slot + length,
+            )
+            over_0_0 = tl.full([DIM], 0.0, tl.float32)
+            for low in range(0, LONGEST, 16):
+                place = (open_slot + low + tl.arange(0, 16)).to(tl.int64)
+                member = low + tl.arange(0, 16) < length
+                keys = tl.load(
+                    key + place[:, None] * stride_l + d[None, :] * stride_d, mask=member[:, None] & inside[None, :], other=0.0
+                ).to(tl.float32)
+                over_0_0 = over_0_0 + tl.sum(tl.where(member[:, None], keys, 0.0), 0)
+            over_1_0 = tl.full([DIM], 0.0, tl.float32)
+            over_1_1 = tl.full([], float("-inf"), tl.float32)
+            for low in range(0, LONGEST, 16):
+                place = (open_slot + low + tl.arange(0, 16)).to(tl.int64)
+                member = low + tl.arange(0, 16) < length
+                keys = tl.load(
+                    key + place[:, None] * stride_l + d[None, :] * stride_d, mask=member[:, None] & inside[None, :], other=0.0
+                ).to(tl.float32)
+                over_1_0 = over_1_0 + tl.sum(tl.where(member[:, None], (((-1.0 * ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32))[None, :] + keys) * ((-1.0 * ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32))[None, :] + keys)), 0.0), 0)
+                over_1_1 = tl.maximum(over_1_1, tl.max(tl.where(member, tl.sum(tl.where(inside[None, :], (((-1.0 * ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32))[None, :] + keys) * ((-1.0 * ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32))[None, :] + keys)), 0.0), 1), float("-inf")), 0))
+            at = space * numbers + chunk
+            field_chunk_mean = ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32)
+            tl.store(summary_chunk_mean + at * HEAD_DIM + d, field_chunk_mean.to(summary_chunk_mean.dtype.element_ty), mask=inside)
+            field_chunk_variance = ((over_1_0 / 1) / length).to(tl.bfloat16).to(tl.float32)
+            tl.store(summary_chunk_variance + at * HEAD_DIM + d, field_chunk_variance.to(summary_chunk_variance.dtype.element_ty), mask=inside)
+            field_chunk_radius = tl.sqrt(over_1_1)
+            tl.store(summary_chunk_radius + at, field_chunk_radius.to(summary_chunk_radius.dtype.element_ty))
+            tl.store(label_2 + at, 0)
+            tl.store(open_2 + space, tl.minimum(tl.load(open_2 + space), chunk))
+        tl.debug_barrier()
+
+
 @triton.jit
 def field_codes(
     centred, axes, step,

@@ -822,6 +822,892 @@ def scan_chosen(
         count_bins(histogram, found)
 
 
+SHORTEST = tl.constexpr(8)  # slots of the shortest chunk
+LONGEST = tl.constexpr(16)  # slots of the longest chunk
+LOOK = tl.constexpr(4)  # numbers of chunks among which the last one of a row is
+MEMBERS = tl.constexpr(16)  # LONGEST, up to a power of two
+
+
+@triton.jit
+def span_bounds(spans, number, inside):
+    """Return first slot, and slot after the last, of each of the chunks `number`, int32 [N].
+
+    `spans` points to theirs. Equal: there is no such chunk, or it is not `inside`, bool [N].
+    """
+    span = tl.load(spans, mask=inside, other=0)
+    low = number * SHORTEST + (span >> 16)
+    return low, low + (span & 65535)
+
+
+@triton.jit
+def unread_slot(span, fresh):
+    """Return the first slot that is in no chunk which the keys before the slot `fresh` decided.
+
+    `span` points to the chunks of a row. The last one decided begins less than twice the longest
+    length before `fresh`.
+    """
+    number = tl.maximum(fresh - 2 * LONGEST, 0) // SHORTEST + tl.arange(0, LOOK)
+    low, high = span_bounds(span + number, number, number * SHORTEST < fresh)
+    return tl.max(tl.where((high > low) & (low + LONGEST < fresh), high, 0), 0)
+
+
+@triton.jit
+def index_chunks(
+    key, stride_b, stride_h, stride_l, stride_d,
+    strength, span, numbers, label_2, open_2, summary_chunk_mean, summary_chunk_variance, summary_chunk_radius, positions, position_stride_b, position_stride_t, written, slots, kv_heads, kv_len,
+):
+    """Rate the boundaries before the keys of this step, and summarise the chunks that they close."""
+    b, kv_head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    of_row = (b * kv_heads + kv_head).to(tl.int64)
+    strength += of_row * slots
+    span += of_row * numbers
+    first_head = key + b.to(tl.int64) * stride_b
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    d = tl.arange(0, DIM)
+    inside = d < HEAD_DIM
+    key += b.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    for number in range(written):
+        slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
+        slot = tl.where(slot < 0, slot + kv_len, slot)
+        if slot > 0:
+            cosine = tl.full([], 0.0, tl.float32)
+            pair = first_head + slot.to(tl.int64) * stride_l + d * stride_d
+            for _ in range(kv_heads):
+                here = tl.load(pair, mask=inside, other=0.0).to(tl.float32)
+                last = tl.load(pair - stride_l, mask=inside, other=0.0).to(tl.float32)
+                lengths = tl.maximum(tl.sqrt(tl.sum(here * here, 0)), 1e-12)
+                lengths *= tl.maximum(tl.sqrt(tl.sum(last * last, 0)), 1e-12)
+                cosine += tl.sum(here * last, 0) / lengths
+                pair += stride_h
+            cosine = tl.where(cosine == cosine, cosine / kv_heads, 0.0)
+            rated = tl.floor((1.0 - cosine) * 127.5 + 0.5)
+            rated = tl.minimum(tl.maximum(rated, 0.0), 255.0)
+            tl.store(strength + slot - 1, rated.to(tl.int32).to(tl.uint8))
+        tl.debug_barrier()
+        open_slot = unread_slot(span, slot)
+        if open_slot + LONGEST == slot:
+            offset = tl.arange(0, MEMBERS)
+            cuts = (offset >= SHORTEST - 1) & (offset < LONGEST)
+            boundary = tl.load(strength + open_slot + offset, mask=cuts, other=0).to(tl.int32)
+            # The strongest boundary wins, and the last of those.
+            best = tl.max(tl.where(cuts, boundary * MEMBERS + offset, -1), 0)
+            length = best % MEMBERS + 1
+            chunk = open_slot // SHORTEST
+            tl.store(span + chunk, (open_slot % SHORTEST << 16) + length)
+            behind = chunk + 1 + tl.arange(0, LOOK)
+            tl.store(
+                span + behind, tl.zeros([LOOK], tl.int32),
+                mask=behind * SHORTEST < open_slot + length,
+            )
+            over_0_0 = tl.full([DIM], 0.0, tl.float32)
+            for low in range(0, LONGEST, 16):
+                place = (open_slot + low + tl.arange(0, 16)).to(tl.int64)
+                member = low + tl.arange(0, 16) < length
+                keys = tl.load(
+                    key + place[:, None] * stride_l + d[None, :] * stride_d, mask=member[:, None] & inside[None, :], other=0.0
+                ).to(tl.float32)
+                over_0_0 = over_0_0 + tl.sum(tl.where(member[:, None], keys, 0.0), 0)
+            over_1_0 = tl.full([DIM], 0.0, tl.float32)
+            over_1_1 = tl.full([], float("-inf"), tl.float32)
+            for low in range(0, LONGEST, 16):
+                place = (open_slot + low + tl.arange(0, 16)).to(tl.int64)
+                member = low + tl.arange(0, 16) < length
+                keys = tl.load(
+                    key + place[:, None] * stride_l + d[None, :] * stride_d, mask=member[:, None] & inside[None, :], other=0.0
+                ).to(tl.float32)
+                over_1_0 = over_1_0 + tl.sum(tl.where(member[:, None], (((-1.0 * ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32))[None, :] + keys) * ((-1.0 * ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32))[None, :] + keys)), 0.0), 0)
+                over_1_1 = tl.maximum(over_1_1, tl.max(tl.where(member, tl.sum(tl.where(inside[None, :], (((-1.0 * ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32))[None, :] + keys) * ((-1.0 * ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32))[None, :] + keys)), 0.0), 1), float("-inf")), 0))
+            at = space * numbers + chunk
+            field_chunk_mean = ((over_0_0 / 1) / length).to(tl.bfloat16).to(tl.float32)
+            tl.store(summary_chunk_mean + at * HEAD_DIM + d, field_chunk_mean.to(summary_chunk_mean.dtype.element_ty), mask=inside)
+            field_chunk_variance = ((over_1_0 / 1) / length).to(tl.bfloat16).to(tl.float32)
+            tl.store(summary_chunk_variance + at * HEAD_DIM + d, field_chunk_variance.to(summary_chunk_variance.dtype.element_ty), mask=inside)
+            field_chunk_radius = tl.sqrt(over_1_1)
+            tl.store(summary_chunk_radius + at, field_chunk_radius.to(summary_chunk_radius.dtype.element_ty))
+            tl.store(label_2 + at, 0)
+            tl.store(open_2 + space, tl.minimum(tl.load(open_2 + space), chunk))
+        tl.debug_barrier()
+
+
+SETTINGS = ((8, 16), True, 4, 64, 0, 16)  # how chunks and clusters are made: the arguments of `GroupSettings`
+OVERFETCH = tl.constexpr(16)  # candidates for each token that is left to choose
+FLAT_SLOTS = tl.constexpr(65536)  # slots seen by a query up to which all are candidates
+LISTED_ROOM = tl.constexpr(65568)  # candidates that there is room for
+LISTED = tl.constexpr(64)  # candidates that a program scores at a time
+RANKED = tl.constexpr(512)  # groups of a level that a program ranks
+SCANNED_0 = tl.constexpr(128)  # groups of level 0 scored at a time
+KEPT_PER_TOKEN_0 = tl.constexpr(4)  # tokens in the kept groups of level 0 for each candidate
+KEPT_0 = tl.constexpr(65536)  # those for all candidates
+FEW_0 = tl.constexpr(64)  # clusters of level 0, up to a power of two
+LISTED_0 = tl.constexpr(128)  # groups in them that a program lists at a time
+SCANNED_1 = tl.constexpr(128)  # groups of level 1 scored at a time
+KEPT_PER_TOKEN_1 = tl.constexpr(2)  # tokens in the kept groups of level 1 for each candidate
+KEPT_1 = tl.constexpr(32768)  # those for all candidates
+SCANNED_2 = tl.constexpr(128)  # groups of level 2 scored at a time
+
+
+@triton.jit
+def weigh_bins(histogram, entry, weight):
+    """Add the weights in each bin but the first to a histogram, and return them.
+
+    `entry` and `weight` [N] are the bins and weights of the items. Eight bits of the weights are
+    summed up at a time, as a product of matrices that tell upper and lower halves of bins.
+    """
+    place, half = tl.arange(0, BINS), tl.arange(0, 16)
+    upper = entry[:, None] // 16 == half[None, :]
+    lower = (entry[:, None] % 16 == half[None, :]).to(tl.float32).to(tl.bfloat16)
+    total = tl.zeros([BINS], tl.int32)
+    shift = tl.full([], 0, tl.int32)
+    rest = tl.where(entry > 0, weight, 0)
+    while tl.max(rest, 0) > 0:
+        digit = tl.where(upper, rest[:, None] & 255, 0).to(tl.float32).to(tl.bfloat16)  # exact
+        sums = tl.dot(tl.trans(digit), lower)
+        total += tl.reshape(sums, [BINS]).to(tl.int32) << shift
+        rest = rest >> 8
+        shift += 8
+    total = tl.where(place > 0, total, 0)
+    tl.atomic_add(histogram + place, total, mask=total > 0, sem="relaxed")
+    return total
+
+
+@triton.jit
+def weights_before(ranks, cut, lot, LOTS: tl.constexpr):
+    """Return the weights above the cut, and at the cut, in the lots before ours.
+
+    `ranks` has, for each lot, the weights in each bin or above.
+    """
+    other = tl.arange(0, LOTS)
+    ranks += other * BINS + cut
+    above = tl.load(ranks + 1, mask=other < tl.where(cut < BINS - 1, lot, 0), other=0)
+    through = tl.load(ranks, mask=other < tl.where(cut > 0, lot, 0), other=0)
+    return tl.sum(above, 0), tl.sum(tl.maximum(through - above, 0), 0)
+
+
+@triton.jit
+def weights_above(counts, cut):
+    """Return the weights in all bins above the cut, of a histogram of these."""
+    place = tl.arange(0, BINS)
+    return tl.sum(tl.where(place > cut, tl.load(counts + place), 0), 0)
+
+
+@triton.jit
+def scan_window(
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, histogram,
+    candidate_count, positions, position_stride_b, position_stride_t, written, header,
+    tile_first, tile_end, kv_len, slots, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    SEEN: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Find the first and the last slot that is seen among SEEN. One more program looks for changes.
+
+    """
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    if tile == tiles:
+        if (t == 0) | (fresh > fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)):
+            check_sample(
+                key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+                header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
+                b, kv_head, slots, kv_heads, kv_len,
+            )
+        return
+    slot = tile * SEEN + tl.arange(0, SEEN)
+    seen = visible(b, kv_head * GROUP, t, slot, kv_len, slot < kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+    tl.store(tile_first + head_row * tiles + tile, tl.min(tl.where(seen, slot, 2**30), 0))
+    tl.store(tile_end + head_row * tiles + tile, tl.max(tl.where(seen, slot + 1, 0), 0))
+
+
+@triton.jit
+def estimate_0(
+    queries, summary_unit_mean, summary_unit_variance, group, held,
+):
+    """Estimate q.k for the groups [N] of level 0 that are held, bool [N]: [ROWS, N]."""
+    d = tl.arange(0, DIM)
+    inside = held[:, None] & (d < HEAD_DIM)[None, :]
+    field_unit_mean = tl.load(summary_unit_mean + group[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    field_unit_variance = tl.load(summary_unit_variance + group[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    return (((0.5 * 0.125) * tl.dot((queries.to(tl.float32) * queries.to(tl.float32)).to(queries.dtype), tl.trans(field_unit_variance))) + tl.dot(queries, tl.trans(field_unit_mean)))
+
+
+@triton.jit
+def scan_0(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    tokens_0, first_0, end_0, groups,
+    summary_unit_mean, summary_unit_variance, scores, totals, counts, counts_stride,
+    child_counts, candidate_count,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store log2 of the estimated mass of groups of level 0 for each head, and of its sum.
+
+    A group's score stands for one of its tokens, whatever their number. Counters of later
+    kernels are cleared here.
+    """
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    known = tl.minimum(end, fresh)
+    g = tl.arange(0, ROWS)
+    scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
+    top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+    for number in range(STEPS):
+        item = (tile * STEPS + number) * SCANNED_0 + tl.arange(0, SCANNED_0)
+        there, group = item < items, item
+        at = space * groups + group
+        size = tl.load(tokens_0 + at, mask=there, other=0)
+        low = tl.load(first_0 + at, mask=there, other=0)
+        high = tl.load(end_0 + at, mask=there, other=0)
+        used = size > 0
+        held = used & (tl.minimum(high, known) > tl.maximum(low, first))
+        s = estimate_0(
+            queries, summary_unit_mean + space * groups * HEAD_DIM, summary_unit_variance + space * groups * HEAD_DIM, group, held,
+        )
+        mass = tl.full([ROWS, SCANNED_0], float("-inf"), tl.float32)
+        bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        mass = tl.where(held[None, :], bits, mass)
+        most = tl.maximum(top, tl.max(mass, 1))
+        total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
+        top = most
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
+    whole = tl.where(total > 0, top + tl.log2(total), -1e30)
+    tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
+    if tile == 0:
+        tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(child_counts + head_row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(candidate_count + head_row, 0)
+
+
+@triton.jit
+def rank_0(
+    scores, totals, scan_tiles,
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+    tokens_0, first_0, end_0, groups,
+    children_0, begin_0, order_1, child_groups,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, tiles, lots, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
+
+    No group that may be chosen is in the first bin.
+    """
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+    there, group = item < items, item
+    value = tl.load(
+        scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+        mask=(g < GROUP) & there[None, :], other=float("-inf"),
+    )
+    at = space * groups + group
+    size = tl.load(tokens_0 + at, mask=there, other=0)
+    low = tl.load(first_0 + at, mask=there, other=0)
+    high = tl.load(end_0 + at, mask=there, other=0)
+    used = size > 0
+    possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
+    share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
+    entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+    mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
+    tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+    found = weigh_bins(counts + head_row * counts_stride, entry, size)
+    tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+
+
+@triton.jit
+def list_0(
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+    tokens_0, first_0, end_0, groups,
+    children_0, begin_0, order_1, child_groups,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, tiles, lots, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """List what is in the best groups of each RANKED, until all listed ones have enough tokens.
+
+    They have enough if those are a multiple of what is left of the budget. In a short context
+    everything is listed.
+    """
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
+    quota, is_short = OVERFETCH * room, stop - begin <= tl.maximum(FLAT_SLOTS, room)
+    room = tl.where(is_short, 2**26, KEPT_PER_TOKEN_0 * quota)
+    unit = tl.arange(0, FEW_0)
+    there, group = unit < items, unit
+    entry = tl.load(group_bins + head_row.to(tl.int64) * (lots * RANKED) + unit).to(tl.int32)
+    there &= entry > 0
+    at = space * groups + group
+    size = tl.load(tokens_0 + at, mask=there, other=0)
+    low = tl.load(first_0 + at, mask=there, other=0)
+    high = tl.load(end_0 + at, mask=there, other=0)
+    used = size > 0
+    cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    candidates += head_row.to(tl.int64) * candidate_room
+    weight = tl.where(there & (entry == cut), size, 0)
+    is_kept = (entry > cut) | (tl.cumsum(weight, 0) - weight < left) & (entry == cut)
+    take = tl.load(children_0 + at, mask=there & is_kept, other=0)
+    behind = tl.cumsum(take, 0)
+    # What is listed at a place is where its cluster begins, less the place of the cluster, and the place.
+    shift = tl.load(begin_0 + at, mask=there & is_kept, other=0) - (behind - take)
+    total = tl.minimum(tl.sum(take, 0), candidate_room)
+    for start in range(lot * LISTED_0, total, tl.num_programs(1) * LISTED_0):
+        place = start + tl.arange(0, LISTED_0)
+        holder = tl.sum((behind[None, :] <= place[:, None]).to(tl.int32), 1)
+        of_holder = unit[None, :] == holder[:, None]
+        child = order_1 + space * child_groups + place + tl.sum(tl.where(of_holder, shift[None, :], 0), 1)
+        tl.store(candidates + place, tl.load(child, mask=place < total, other=0), mask=place < total)
+    if lot == 0:
+        tl.store(candidate_count + head_row, total)
+
+
+@triton.jit
+def estimate_1(
+    queries, summary_cluster_mean, summary_cluster_variance, group, held,
+):
+    """Estimate q.k for the groups [N] of level 1 that are held, bool [N]: [ROWS, N]."""
+    d = tl.arange(0, DIM)
+    inside = held[:, None] & (d < HEAD_DIM)[None, :]
+    field_cluster_mean = tl.load(summary_cluster_mean + group[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    field_cluster_variance = tl.load(summary_cluster_variance + group[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    return (((0.5 * 0.125) * tl.dot((queries.to(tl.float32) * queries.to(tl.float32)).to(queries.dtype), tl.trans(field_cluster_variance))) + tl.dot(queries, tl.trans(field_cluster_mean)))
+
+
+@triton.jit
+def scan_1(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
+    summary_cluster_mean, summary_cluster_variance, label_1, scores, totals, counts, counts_stride,
+    child_counts, candidate_count,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store log2 of the estimated mass of groups of level 1 for each head, and of its sum.
+
+    A group's score stands for one of its tokens, whatever their number. Counters of later
+    kernels are cleared here.
+    """
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    known = tl.minimum(end, fresh)
+    g = tl.arange(0, ROWS)
+    scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
+    top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
+    count = known_count + tl.maximum(groups - open_group, 0)
+    for start in range(tile * SCANNED_1, count, scan_tiles * SCANNED_1):
+        item = start + tl.arange(0, SCANNED_1)
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        at = space * groups + group
+        size = tl.load(tokens_1 + at, mask=there, other=0)
+        low = tl.load(first_1 + at, mask=there, other=0)
+        high = tl.load(end_1 + at, mask=there, other=0)
+        used = size > 0
+        used &= (tl.load(label_1 + at, mask=used, other=0) > 0) == is_listed
+        held = used & (tl.minimum(high, known) > tl.maximum(low, first))
+        s = estimate_1(
+            queries, summary_cluster_mean + space * groups * HEAD_DIM, summary_cluster_variance + space * groups * HEAD_DIM, group, held,
+        )
+        mass = tl.full([ROWS, SCANNED_1], float("-inf"), tl.float32)
+        bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        mass = tl.where(held[None, :], bits, mass)
+        most = tl.maximum(top, tl.max(mass, 1))
+        total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
+        top = most
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
+    whole = tl.where(total > 0, top + tl.log2(total), -1e30)
+    tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
+    if tile == 0:
+        tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(child_counts + head_row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(candidate_count + head_row, 0)
+
+
+@triton.jit
+def rank_1(
+    scores, totals, scan_tiles,
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+    tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
+    children_1, begin_1, order_2, child_groups, child_ranks, child_counts,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, tiles, lots, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
+
+    No group that may be chosen is in the first bin.
+    """
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
+    count = known_count + tl.maximum(groups - open_group, 0)
+    while lot * RANKED < count:
+        g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        value = tl.load(
+            scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+            mask=(g < GROUP) & there[None, :], other=float("-inf"),
+        )
+        at = space * groups + group
+        size = tl.load(tokens_1 + at, mask=there, other=0)
+        low = tl.load(first_1 + at, mask=there, other=0)
+        high = tl.load(end_1 + at, mask=there, other=0)
+        used = size > 0
+        possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
+        share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
+        entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+        mine = head_row.to(tl.int64) * lots + lot
+        tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+        found = weigh_bins(counts + head_row * counts_stride, entry, size)
+        tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        below = tl.load(children_1 + at, mask=there, other=0)
+        found = weigh_bins(child_counts + head_row * BINS, entry, below)
+        tl.store(child_ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        lot += tl.num_programs(1)
+
+
+@triton.jit
+def list_1(
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+    tokens_1, first_1, end_1, groups, listed, listed_room, listed_count, open_1,
+    children_1, begin_1, order_2, child_groups, child_ranks, child_counts,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, tiles, lots, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """List what is in the best groups of each RANKED, until all listed ones have enough tokens.
+
+    They have enough if those are a multiple of what is left of the budget. In a short context
+    everything is listed.
+    """
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
+    quota, is_short = OVERFETCH * room, stop - begin <= tl.maximum(FLAT_SLOTS, room)
+    room = tl.where(is_short, 2**26, KEPT_PER_TOKEN_1 * quota)
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_1 + space)
+    count = known_count + tl.maximum(groups - open_group, 0)
+    cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    candidates += head_row.to(tl.int64) * candidate_room
+    while lot * RANKED < count:
+        item = lot * RANKED + tl.arange(0, RANKED)
+        mine = head_row.to(tl.int64) * lots + lot
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
+        there &= entry > 0
+        at = space * groups + group
+        size = tl.load(tokens_1 + at, mask=there, other=0)
+        low = tl.load(first_1 + at, mask=there, other=0)
+        high = tl.load(end_1 + at, mask=there, other=0)
+        used = size > 0
+        above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
+        higher, at_it = there & (entry > cut), there & (entry == cut)
+        weight = tl.where(at_it, size, 0)
+        due_to = left - before - (tl.cumsum(weight, 0) - weight)
+        own = tl.load(children_1 + at, mask=there, other=0)
+        take = tl.where(higher | (at_it & (due_to > 0)), own, 0)
+        above, before = weights_before(child_ranks + (mine - lot) * BINS, cut, lot, LOTS)
+        before += weights_above(child_counts + head_row * BINS, cut)
+        # What is above the cut comes first, in all lots, and then what is at the cut.
+        over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
+        place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
+        order = order_2 + space * child_groups + tl.load(begin_1 + at, mask=there, other=0)
+        for start in range(0, tl.max(take, 0), 4):
+            inner = start + tl.arange(0, 4)[None, :]
+            fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
+            child = tl.load(order[:, None] + inner, mask=fits, other=0)
+            tl.store(candidates + place[:, None] + inner, child, mask=fits)
+        last = tl.max(tl.where(take > 0, place + take, 0), 0)
+        tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+        lot += tl.num_programs(1)
+
+
+@triton.jit
+def estimate_2(
+    queries, summary_chunk_mean, summary_chunk_variance, summary_chunk_radius, group, held,
+):
+    """Estimate q.k for the groups [N] of level 2 that are held, bool [N]: [ROWS, N]."""
+    d = tl.arange(0, DIM)
+    inside = held[:, None] & (d < HEAD_DIM)[None, :]
+    field_chunk_mean = tl.load(summary_chunk_mean + group[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    field_chunk_variance = tl.load(summary_chunk_variance + group[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    field_chunk_radius = tl.load(summary_chunk_radius + group, mask=held, other=0.0)
+    return (((0.5 * 0.125) * tl.dot((queries.to(tl.float32) * queries.to(tl.float32)).to(queries.dtype), tl.trans(field_chunk_variance))) + tl.dot(queries, tl.trans(field_chunk_mean)))
+
+
+@triton.jit
+def scan_2(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    span, groups, listed, listed_room, listed_count, open_2,
+    summary_chunk_mean, summary_chunk_variance, summary_chunk_radius, label_2, scores, totals, counts, counts_stride,
+    candidate_count,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store log2 of the estimated mass of groups of level 2 for each head, and of its sum.
+
+    A group's score stands for one of its tokens, whatever their number. Counters of later
+    kernels are cleared here.
+    """
+    head_row, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    known = tl.minimum(end, fresh)
+    g = tl.arange(0, ROWS)
+    scores += (head_row.to(tl.int64) * GROUP + g)[:, None] * items
+    top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
+    count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
+    for start in range(tile * SCANNED_2, count, scan_tiles * SCANNED_2):
+        item = start + tl.arange(0, SCANNED_2)
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        at = space * groups + group
+        low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
+        used = (high > low) & (low + LONGEST < fresh)
+        used &= (tl.load(label_2 + at, mask=used, other=0) > 0) == is_listed
+        held = used & (tl.minimum(high, known) > tl.maximum(low, first))
+        shown = tl.zeros([SCANNED_2], tl.int32)
+        for inner in range(LONGEST):
+            inner_slot = low + inner
+            inside = held & (inner_slot < tl.minimum(high, known))
+            for other in tl.static_range(0, 1):
+                seen = visible(b, kv_head * GROUP + other, t, inner_slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+                shown |= seen.to(tl.int32)
+        held &= shown > 0
+        s = estimate_2(
+            queries, summary_chunk_mean + space * groups * HEAD_DIM, summary_chunk_variance + space * groups * HEAD_DIM, summary_chunk_radius + space * groups, group, held,
+        )
+        mass = tl.full([ROWS, SCANNED_2], float("-inf"), tl.float32)
+        bits = score(s, b, heads[:, None], t, low[None, :], held[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        mass = tl.where(held[None, :], bits, mass)
+        most = tl.maximum(top, tl.max(mass, 1))
+        total = total * tl.exp2(top - most) + tl.sum(tl.exp2(mass - most[:, None]), 1)
+        top = most
+        tl.store(scores + item[None, :], mass, mask=(g < GROUP)[:, None] & there[None, :])
+    whole = tl.where(total > 0, top + tl.log2(total), -1e30)
+    tl.store(totals + (head_row.to(tl.int64) * scan_tiles + tile) * ROWS + g, whole)
+    if tile == 0:
+        tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(candidate_count + head_row, 0)
+
+
+@triton.jit
+def rank_2(
+    scores, totals, scan_tiles,
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+    span, groups, listed, listed_room, listed_count, open_2,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, tiles, lots, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store bins, uint8, of the shares of RANKED groups, and count what is in each bin.
+
+    No group that may be chosen is in the first bin.
+    """
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
+    count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
+    while lot * RANKED < count:
+        g, item = tl.arange(0, ROWS)[:, None], lot * RANKED + tl.arange(0, RANKED)
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        value = tl.load(
+            scores + (head_row.to(tl.int64) * GROUP + g) * items + item[None, :],
+            mask=(g < GROUP) & there[None, :], other=float("-inf"),
+        )
+        at = space * groups + group
+        low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
+        used = (high > low) & (low + LONGEST < fresh)
+        possible = used & (tl.max(value, 0) > float("-inf")) & (low < stop) & (high > begin)
+        share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
+        entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+        size = tl.minimum(high, stop) - tl.maximum(low, begin)
+        mine = head_row.to(tl.int64) * lots + lot
+        tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
+        found = weigh_bins(counts + head_row * counts_stride, entry, size)
+        tl.store(ranks + mine * BINS + tl.arange(0, BINS), tl.cumsum(found, 0, reverse=True))
+        lot += tl.num_programs(1)
+
+
+@triton.jit
+def list_2(
+    group_bins, ranks, counts, counts_stride, candidates, bins, candidate_room, candidate_count,
+    span, groups, listed, listed_room, listed_count, open_2,
+    positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
+    kv_len, items, kv_heads, query_len, tiles, lots, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    TILES: tl.constexpr, LOTS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """List what is in the best groups of each RANKED, until all listed ones have enough tokens.
+
+    They have enough if those are a multiple of what is left of the budget. In a short context
+    everything is listed.
+    """
+    head_row, lot = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    room = tl.maximum(BUDGET - (end - stop) - (begin - first), 0)
+    quota, is_short = OVERFETCH * room, stop - begin <= tl.maximum(FLAT_SLOTS, room)
+    room = tl.where(is_short, 2**26, quota)
+    known_count, open_group = tl.load(listed_count + head_row), tl.load(open_2 + space)
+    count = known_count + tl.maximum(fresh // SHORTEST - open_group, 0)
+    cut, left, at_cut = threshold(counts + head_row * counts_stride, room)
+    candidates += head_row.to(tl.int64) * candidate_room
+    while lot * RANKED < count:
+        item = lot * RANKED + tl.arange(0, RANKED)
+        mine = head_row.to(tl.int64) * lots + lot
+        there, is_listed = item < count, item < known_count
+        place = listed + head_row.to(tl.int64) * listed_room + item
+        group = tl.where(is_listed, tl.load(place, mask=is_listed, other=0), open_group + item - known_count)
+        entry = tl.load(group_bins + mine * RANKED + tl.arange(0, RANKED)).to(tl.int32)
+        there &= entry > 0
+        at = space * groups + group
+        low, high = span_bounds(span + at, group, there & (group * SHORTEST < fresh))
+        used = (high > low) & (low + LONGEST < fresh)
+        low, high = tl.maximum(low, begin), tl.minimum(high, stop)
+        size = high - low
+        above, before = weights_before(ranks + (mine - lot) * BINS, cut, lot, LOTS)
+        higher, at_it = there & (entry > cut), there & (entry == cut)
+        weight = tl.where(at_it, size, 0)
+        due_to = left - before - (tl.cumsum(weight, 0) - weight)
+        take = tl.where(higher, size, tl.maximum(tl.minimum(due_to, weight), 0))
+        before += weights_above(counts + head_row * counts_stride, cut)
+        # What is above the cut comes first, in all lots, and then what is at the cut.
+        over, rest = tl.where(higher, take, 0), tl.where(higher, 0, take)
+        place = tl.where(higher, above + tl.cumsum(over, 0), before + tl.cumsum(rest, 0)) - take
+        for start in range(0, tl.max(take, 0), 8):
+            inner = start + tl.arange(0, 8)[None, :]
+            fits = (inner < take[:, None]) & (place[:, None] + inner < candidate_room)
+            child = low[:, None] + inner
+            tl.store(candidates + place[:, None] + inner, child, mask=fits)
+        last = tl.max(tl.where(take > 0, place + take, 0), 0)
+        tl.atomic_max(candidate_count + head_row, tl.minimum(last, candidate_room), sem="relaxed")
+        lot += tl.num_programs(1)
+
+
+@triton.jit
+def listed_scores(packed, packed_coarse, weights, constants, mine, inside):
+    """Estimate q.k, [ROWS, N], from packed codes of keys [N] whose weights are `mine`."""
+    g = tl.arange(0, ROWS)
+    total = tl.load(constants + mine[None, :] * ROWS + g[:, None], mask=inside[None, :], other=0.0)
+    weights += mine[None, :] * (ROWS * KEPT_COLUMNS)
+    column = tl.arange(0, FINE_COLUMNS)[:, None]
+    within_0 = inside[None, :] & (column < 8)
+    at_0 = weights + (0 + column)
+    code_0 = ((packed.to(tl.int32) >> 0) & 15).to(tl.float32) + 128.0
+    column = tl.arange(0, FINE_COLUMNS)[:, None]
+    within_1 = inside[None, :] & (column < 8)
+    at_1 = weights + (8 + column)
+    code_1 = ((packed.to(tl.int32) >> 4) & 15).to(tl.float32) + 128.0
+    column = tl.arange(0, COARSE_COLUMNS)[:, None]
+    within_2 = inside[None, :] & (column < 4)
+    at_2 = weights + (16 + column)
+    code_2 = ((packed_coarse.to(tl.int32) >> 0) & 3).to(tl.float32) + 128.0
+    column = tl.arange(0, COARSE_COLUMNS)[:, None]
+    within_3 = inside[None, :] & (column < 4)
+    at_3 = weights + (20 + column)
+    code_3 = ((packed_coarse.to(tl.int32) >> 2) & 3).to(tl.float32) + 128.0
+    column = tl.arange(0, COARSE_COLUMNS)[:, None]
+    within_4 = inside[None, :] & (column < 4)
+    at_4 = weights + (24 + column)
+    code_4 = ((packed_coarse.to(tl.int32) >> 4) & 3).to(tl.float32) + 128.0
+    column = tl.arange(0, COARSE_COLUMNS)[:, None]
+    within_5 = inside[None, :] & (column < 4)
+    at_5 = weights + (28 + column)
+    code_5 = ((packed_coarse.to(tl.int32) >> 6) & 3).to(tl.float32) + 128.0
+    for head in tl.static_range(GROUP):
+        s = tl.zeros([mine.shape[0]], tl.float32)
+        weight = tl.load(at_0 + head * KEPT_COLUMNS, mask=within_0, other=0.0)
+        s += tl.sum(weight.to(tl.float32) * code_0, 0)
+        weight = tl.load(at_1 + head * KEPT_COLUMNS, mask=within_1, other=0.0)
+        s += tl.sum(weight.to(tl.float32) * code_1, 0)
+        weight = tl.load(at_2 + head * KEPT_COLUMNS, mask=within_2, other=0.0)
+        s += tl.sum(weight.to(tl.float32) * code_2, 0)
+        weight = tl.load(at_3 + head * KEPT_COLUMNS, mask=within_3, other=0.0)
+        s += tl.sum(weight.to(tl.float32) * code_3, 0)
+        weight = tl.load(at_4 + head * KEPT_COLUMNS, mask=within_4, other=0.0)
+        s += tl.sum(weight.to(tl.float32) * code_4, 0)
+        weight = tl.load(at_5 + head * KEPT_COLUMNS, mask=within_5, other=0.0)
+        s += tl.sum(weight.to(tl.float32) * code_5, 0)
+        total += tl.where((g == head)[:, None], s[None, :], 0.0)
+    return total
+
+
+@triton.jit
+def scan_listed(
+    fine, coarse, span, numbers, candidates, candidate_room, listed_count, candidate_count,
+    weights, constants, totals,
+    positions, position_stride_b, position_stride_t, written, header,
+    tile_first, tile_end, bins, histogram,
+    kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Store bins, uint8, of the shares of listed tokens and of those that are in no chunk yet."""
+    head_row, part = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    g = tl.arange(0, ROWS)
+    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+    histogram += head_row * (2 * BINS) + BINS
+    bins += head_row.to(tl.int64) * candidate_room
+    candidates += head_row.to(tl.int64) * candidate_room
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    fine += space * slots * FINE_BYTES
+    coarse += space * slots * COARSE_BYTES
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    _, begin, stop, _ = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
+    )
+    total = denominators(totals, head_row, blocks, BLOCKS)
+    known = tl.load(listed_count + head_row)
+    # No chunk that is listed reaches as far as this, even if slots before were never written.
+    open_slot = tl.maximum(unread_slot(span + space * numbers, fresh), fresh - LONGEST)
+    open_slot = tl.maximum(open_slot, begin)
+    count = tl.minimum(known + tl.maximum(stop - open_slot, 0), candidate_room)
+    for start in range(part * LISTED, count, tl.num_programs(1) * LISTED):
+        item = start + tl.arange(0, LISTED)
+        inside, is_listed = item < count, item < known
+        slot = tl.load(candidates + item, mask=is_listed, other=0)
+        slot = tl.where(is_listed, slot, tl.where(inside, open_slot + item - known, 0))
+        tl.store(candidates + item, slot, mask=inside & (item >= known))
+        packed, packed_coarse = load_codes(fine, coarse, slot, inside)
+        mine = head_row.to(tl.int64) * blocks + slot // BLOCK
+        s = listed_scores(packed, packed_coarse, weights, constants, mine, inside)
+        value = score(s, b, h, t, slot[None, :], inside[None, :], mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        found = bins_of(value, total, seen)
+        tl.store(bins + item, found.to(tl.uint8), mask=inside)
+        count_bins(histogram, found)
+    if part == 0:
+        tl.store(candidate_count + head_row, count)
+
+
 @triton.jit
 def field_codes(
     centred, axes, step,

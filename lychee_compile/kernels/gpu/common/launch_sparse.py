@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.gpu.common.certificate import certifies, certify, want_certificate
 from lychee_compile.kernels.gpu.common.device import overlapping, overlaps
 from lychee_compile.kernels.gpu.common.launch_common import Scratch, combine, launch, of_rows
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
@@ -65,6 +66,9 @@ class SparseStep:
             self.wanted.want("whole", torch.float32, self.rows, heads)
             self.wanted.want("head_mass", torch.int64, self.rows, heads)
         self.wanted.want("chosen_list", torch.int32, self.rows, self.splits, capacity)
+        if certifies(self.module):
+            slots = self.index.layout.slots
+            want_certificate(self.wanted, self.module, self.operands, self.splits, slots)
         self.scratch = self.wanted.allocate(self.operands.query.device)
         if _watchers:
             self.scratch["chosen_list"].fill_(-1)
@@ -73,7 +77,7 @@ class SparseStep:
             **self.operands.arguments(self.module),
             **self.index.state._asdict(),
             **self.scratch,
-            **self._written(),
+            **self.written(),
             "slots": self.index.layout.slots,
             "tiles": tiles,
             "splits": self.splits,
@@ -98,9 +102,11 @@ class SparseStep:
             num_stages=tuning.stages,
             **self.waits,
         )
+        if certifies(self.module):
+            certify(self.module, self.operands, arguments, self.scratch, tuning)
         return combine(self.module, self.operands, self.scratch, self.splits, self.early)
 
-    def _written(self) -> dict[str, object]:
+    def written(self) -> dict[str, object]:
         """Return the slots just written, with strides and number; a stand-in if none were."""
         positions, names = self.index.positions, ("position_stride_b", "position_stride_t")
         if positions is None:
@@ -128,6 +134,16 @@ def watch() -> Iterator[list[SparseStep]]:
 
 _watchers: list[list[SparseStep]] = []
 """Steps that run within each context of `watch`."""
+
+
+def has_chosen(step: SparseStep) -> bool:
+    """Return True if some row of a watched step has chosen keys, be it that it then read all keys.
+
+    This waits for the device.
+    """
+    if certifies(step.module):
+        return bool((step.scratch["list_count"] >= 0).any())
+    return bool((step.scratch["chosen_list"] >= 0).any())
 
 
 def slots_read(step: SparseStep) -> Tensor:

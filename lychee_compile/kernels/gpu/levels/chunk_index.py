@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.levels.child_lists import child_lists, first_open
-from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
+from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex, columns_of
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.reference.child_lists import ChildLists
 from lychee_compile.kernels.reference.chunk_table import (
     bounds_of,
     cut_more,
@@ -33,17 +33,19 @@ COMPARED_AT_ONCE = 8192
 """Number of keys of a row whose boundaries are rated at a time, to bound the memory of building."""
 
 
-class ChunkDeviceIndex(LevelDeviceIndex):
-    """Chunks of one cache, and clusters of these. Kernels cut and summarise what steps append."""
+class ChunkTables:
+    """Chunks of one cache, and clusters of these, in memory that an index has for them."""
 
-    def __init__(self, layout: LevelLayout, device: torch.device) -> None:
-        super().__init__(layout, device)
+    def __init__(self, layout: LevelLayout, named: Mapping[str, Tensor]) -> None:
+        self.layout, self.named = layout, named
         self.clustered = 0
         """Number of chunks, in the row with most, when all were last clustered."""
 
-    def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
-        """Cut, summarise and cluster the keys in the slots [0, ends[b]) of `key` [B, Hkv, L, D]."""
-        self.clear()
+    def build(self, key: Tensor, ends: Sequence[int]) -> None:
+        """Cut, summarise and cluster the keys in the slots [0, ends[b]) of `key` [B, Hkv, L, D].
+
+        The memory is all zeros before.
+        """
         rows, last = len(ends), max(ends)
         end = torch.tensor(ends, device=key.device)
         start, chunk = torch.zeros_like(end), self.layout.settings.chunk
@@ -52,12 +54,19 @@ class ChunkDeviceIndex(LevelDeviceIndex):
         number, real = cut_more(span, strength, start, end, chunk)
         self.named["strength"][:rows, :, :last] = strength[:, None]
         self.named["span"][:rows] = span[:, None]
-        into = self.columns(len(self.layout.stack.levels) - 1, rows)
+        last_level = len(self.layout.stack.levels) - 1
+        into = columns_of(self.layout.stack, self.named, last_level, rows)
         summarise_chunks(self.layout.stack.levels[-1], key, span, number, real, start, chunk, into)
         self.clustered = 0
-        if last >= REFIT:
+        self.refit(key, end)
+
+    def refit(self, key: Tensor, end: Tensor) -> None:
+        """Add the chunks that have come since to clusters, or cluster all anew if they are many.
+
+        Rows end at `end`, int64 [B].
+        """
+        if int(end.max()) >= REFIT:
             self._fit(key, end)
-        self.record(module, key, ends)
 
     def _strengths(self, key: Tensor) -> Tensor:
         """Return the strength of the boundary behind each of the keys, uint8 [B, L]."""
@@ -68,16 +77,6 @@ class ChunkDeviceIndex(LevelDeviceIndex):
                 block = similarity_strengths(key[:, :, begin : begin + COMPARED_AT_ONCE + 1])
                 strength[:, begin : begin + block.shape[1]] = block
         return strength
-
-    def refit_after(self, end: int) -> int:
-        """Return how many keys may follow those in the slots [0, end) before the next `refit`."""
-        return refit_after(end)
-
-    def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
-        """Add the chunks that have come since to clusters, or cluster all anew if they are many."""
-        end = self.written(len(ends))
-        if int(end.max()) >= REFIT:
-            self._fit(key, end)
 
     def _fit(self, key: Tensor, end: Tensor) -> None:
         """Label the chunks in the slots [0, end), int64 [B], and take the numbers of clusters."""
@@ -101,7 +100,8 @@ class ChunkDeviceIndex(LevelDeviceIndex):
         of_slot = numbers_of_slots(span, used, last, chunk)
         for number, label in enumerate(labels_of_slots(labels, of_slot)):
             none = torch.zeros_like(label[..., 0])
-            write_columns(above[number], key, label, self.columns(number, rows), none)
+            into = columns_of(self.layout.stack, self.named, number, rows)
+            write_columns(above[number], key, label, into, none)
         self._list(labels, used)
 
     @property
@@ -122,9 +122,43 @@ class ChunkDeviceIndex(LevelDeviceIndex):
                 there = named[f"tokens_{number}"][:rows] > 0
             else:
                 there = torch.nn.functional.pad(used, (0, room))[:, None]
-            order, begin, count = child_lists(label, groups[number - 1])
+            lists = ChildLists.of(label, groups[number - 1])
             named[f"label_{number}"][:rows] = (label + 1).to(torch.int32)
-            named[f"order_{number}"][:rows] = order
+            named[f"order_{number}"][:rows] = lists.member.to(torch.int32)
             named[f"open_{number}"][:rows, :, 0] = first_open(label, there).to(torch.int32)
-            named[f"begin_{number - 1}"][:rows] = begin
-            named[f"children_{number - 1}"][:rows] = count
+            named[f"begin_{number - 1}"][:rows] = lists.bounds[..., :-1].to(torch.int32)
+            named[f"children_{number - 1}"][:rows] = lists.bounds.diff().to(torch.int32)
+
+
+class ChunkDeviceIndex(LevelDeviceIndex):
+    """Chunks of one cache, and clusters of these. Kernels cut and summarise what steps append."""
+
+    def __init__(self, layout: LevelLayout, device: torch.device) -> None:
+        super().__init__(layout, device)
+        self.tables = ChunkTables(layout, self.named)
+        """What is known of chunks and clusters."""
+
+    def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Cut, summarise and cluster the keys in the slots [0, ends[b]) of `key` [B, Hkv, L, D]."""
+        self.clear()
+        self.tables.build(key, ends)
+        self.record(module, key, ends)
+
+    def refit_after(self, end: int) -> int:
+        """Return how many keys may follow those in the slots [0, end) before the next `refit`."""
+        return refit_after(end)
+
+    def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
+        """Add the chunks that have come since to clusters, or cluster all anew if they are many."""
+        self.tables.refit(key, self.written(len(ends)))
+
+
+def first_open(label: Tensor, used: Tensor) -> Tensor:
+    """Return the first group that is `used`, bool [B, Hkv, N], and in no cluster: [B, Hkv].
+
+    `label`, int64 [B, Hkv, N], is the cluster of each group; -1: none. If all are in one, the
+    result is N.
+    """
+    number = torch.arange(label.shape[-1], device=label.device)
+    waits = torch.where(used & (label < 0), number, label.shape[-1])
+    return torch.nn.functional.pad(waits, (0, 1), value=label.shape[-1]).amin(-1)

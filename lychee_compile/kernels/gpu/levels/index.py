@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.record import record_fingerprints
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.levels.declaration import LevelStack
 from lychee_compile.kernels.reference.clustered import Columns
 
 
@@ -31,11 +32,7 @@ class LevelDeviceIndex(DeviceIndex):
 
     def columns(self, number: int, rows: int) -> Columns:
         """Return the numbers of the groups of a level, as `reference/clustered.py` has them."""
-        level, named = self.layout.stack.levels[number], self.named
-        found = {name: named[f"summary_{name}"][:rows] for name in level.fields}
-        if f"tokens_{number}" in named:
-            found |= {name: named[f"{name}_{number}"][:rows] for name in ("tokens", "first", "end")}
-        return found
+        return columns_of(self.layout.stack, self.named, number, rows)
 
     def record(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Hash the keys in the slots [0, ends[b]), and trust the index."""
@@ -45,3 +42,14 @@ class LevelDeviceIndex(DeviceIndex):
     def written(self, rows: int) -> Tensor:
         """Return the slot after the last one written in each row, int64 [rows]."""
         return self.parts.header[1 : 1 + rows].long()
+
+
+def columns_of(stack: LevelStack, named: Mapping[str, Tensor], number: int, rows: int) -> Columns:
+    """Return the numbers of the groups of level `number`, of the first `rows` rows.
+
+    They are views of parts of an index, `named` as `LevelLayout` says.
+    """
+    found = {name: named[f"summary_{name}"][:rows] for name in stack.levels[number].fields}
+    if f"tokens_{number}" in named:
+        found |= {name: named[f"{name}_{number}"][:rows] for name in ("tokens", "first", "end")}
+    return found

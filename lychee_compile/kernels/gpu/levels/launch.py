@@ -40,18 +40,40 @@ def run_levels(
     looks = hasattr(module, "scan_window")
     tiles = -(-layout.slots // WINDOW) if looks or layout.stack.uneven else shares[0].tiles
     arguments = _arguments(step, shares, tiles)
+    rank_levels(step, shares, arguments, tiles)
+    return _attend(step, shares, arguments)
+
+
+def rank_levels(
+    step: SparseStep, shares: list[Shares], arguments: Mapping[str, object], tiles: int
+) -> None:
+    """Rank the groups of all levels, and list what is in the best.
+
+    `tiles` programs look which slots are seen, if that takes a kernel of its own.
+    """
+    looks = hasattr(step.module, "scan_window")
     if looks:
         grid, own = (step.rows, tiles + 1), {**arguments, "SEEN": WINDOW}
-        launch(module.scan_window, grid, own, num_warps=4, num_stages=1)
+        launch(step.module.scan_window, grid, own, num_warps=4, num_stages=1)
     for number in range(len(shares)):
         _rank(step, shares, number, arguments, checks=number == 0 and not looks)
-    return _attend(step, shares, arguments)
 
 
 def _arguments(step: SparseStep, shares: list[Shares], tiles: int) -> dict[str, object]:
     """Return the arguments that the kernels of all levels share, by name."""
     rows, want = step.rows, step.wanted.want
     want("candidate_count", torch.int32, rows)
+    want_levels(step, shares)
+    spreads = hasattr(step.module, "spread_0")
+    room = step.index.layout.slots if spreads else shares[-1].room if shares else 0
+    want("bins", torch.uint8, rows, room)
+    arguments = {**step.arguments(tiles), "numbers": shares[-1].groups if shares else 0}
+    return arguments | _for_attend(step, shares)
+
+
+def want_levels(step: SparseStep, shares: list[Shares]) -> None:
+    """Ask for the scratch memory of all levels."""
+    rows, want = step.rows, step.wanted.want
     for number, share in enumerate(shares):
         want(f"scores_{number}", torch.float32, rows, step.operands.group, share.items)
         want(f"totals_{number}", torch.float32, rows, share.tiles, step.module.ROWS.value)
@@ -62,11 +84,6 @@ def _arguments(step: SparseStep, shares: list[Shares], tiles: int) -> dict[str, 
         want(f"child_counts_{number}", torch.int32, rows, BINS)
         want(f"candidates_{number}", torch.int32, rows, share.room)
         want(f"count_{number}", torch.int32, rows)
-    spreads = hasattr(step.module, "spread_0")
-    room = step.index.layout.slots if spreads else shares[-1].room if shares else 0
-    want("bins", torch.uint8, rows, room)
-    arguments = {**step.arguments(tiles), "numbers": shares[-1].groups if shares else 0}
-    return arguments | _for_attend(step, shares)
 
 
 def _for_attend(step: SparseStep, shares: list[Shares]) -> dict[str, object]:
@@ -107,6 +124,7 @@ def _rank(
         "scan_tiles": share.tiles,
         "SCAN_TILES": power_of_two(share.tiles),
         "STEPS": share.steps,
+        "lots": share.lots,
         "LISTS": share.lists,
         "LOTS": power_of_two(share.lots),
     }
@@ -119,10 +137,12 @@ def _rank(
     scan, grid = getattr(module, f"scan_{number}"), (step.rows, share.tiles + checks)
     waits = {} if checks else step.waits  # one more program compares some keys
     launch(scan, grid, own, num_warps=4, num_stages=3, **waits)
-    for name in (f"rank_{number}", *([] if share.lists else [f"list_{number}"])):
+    kernels = {f"rank_{number}": share.programs}
+    kernels |= {} if share.lists else {f"list_{number}": share.listers}
+    for name, programs in kernels.items():
         if hasattr(module, name):
-            kernel = getattr(module, name)
-            launch(kernel, (step.rows, share.lots), own, num_warps=4, num_stages=1, **step.waits)
+            kernel, grid = getattr(module, name), (step.rows, programs)
+            launch(kernel, grid, own, num_warps=4, num_stages=1, **step.waits)
 
 
 def _attend(step: SparseStep, shares: list[Shares], arguments: Mapping[str, object]) -> Tensor:

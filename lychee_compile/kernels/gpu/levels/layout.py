@@ -36,7 +36,7 @@ class LevelLayout:
     - `tokens_<n>`, `first_<n>` and `end_<n>`, int32 [N], if it has clusters of any kind: see
       `reference/clustered.py`;
     - `begin_<n>` and `children_<n>`, int32 [N], if it has clusters of groups: place and number of
-      those of a cluster in the `order_<n + 1>`, int32, of all below, see `child_lists.py`;
+      those of a cluster in the `order_<n + 1>`, int32, of all below: see `ChildLists`;
     - `label_<n>` and `order_<n>`, int32 [N], if it lies below clusters: 1 + the cluster of each
       group, 0 for none; and `open_<n>`, int32 [1], the first group that may be in none;
     - each field as `summary_<name>`: in the keys' dtype [N, D], or float32 [N].
@@ -108,9 +108,13 @@ class LevelLayout:
 
     def _parts(self) -> Iterator[Part]:
         """Yield name, shape and dtype of each part, in order."""
-        groups, levels = self.groups, self.stack.levels
         yield header_part(self.batch)
         yield fingerprints_part(self.batch, self.kv_heads, self.slots)
+        yield from self.tables()
+
+    def tables(self) -> Iterator[Part]:
+        """Yield the parts that describe groups: all but the header and the fingerprints."""
+        groups, levels = self.groups, self.stack.levels
         last = levels[-1].groups if levels else None
         if isinstance(last, Chunks):
             yield self._part("strength", self.slots, dtype=torch.uint8)

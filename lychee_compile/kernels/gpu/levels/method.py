@@ -18,6 +18,7 @@ from lychee_compile.kernels.gpu.levels.layout import LevelLayout
 from lychee_compile.kernels.gpu.levels.page_index import PageDeviceIndex
 from lychee_compile.kernels.gpu.levels.token_cluster_index import TokenClusterDeviceIndex
 from lychee_compile.kernels.levels.groups import Chunks, GroupSettings, TokenClusters
+from lychee_compile.kernels.policies.registry import levels_of
 
 _INDEXES: dict[type, type[LevelDeviceIndex]] = {
     Chunks: ChunkDeviceIndex,
@@ -34,6 +35,11 @@ class LevelMethod:
     multiple: int = 1
     notices_writes: bool = True
     covers_mass: bool = True
+
+    @property
+    def certifies(self) -> bool:
+        """True if the groups that are read whole have a bound."""
+        return levels_of(self.policy).has_bound
 
     def layout_of(self, key: Tensor) -> LevelLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D], by default settings."""

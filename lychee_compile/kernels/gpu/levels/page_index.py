@@ -32,11 +32,12 @@ class PageDeviceIndex(LevelDeviceIndex):
         for level in self.layout.stack.levels:
             size = level.groups.size
             full, at_once = max(ends) // size, max(SUMMARISED_AT_ONCE // size, 1)
+            stored = key.dtype if level.rounds_fields else torch.float32
             for begin in range(0, full if level.fields else 0, at_once):
                 end = min(begin + at_once, full)
                 keys = key[:, :, begin * size : end * size].unflatten(2, (end - begin, size))
                 every = keys.new_ones(size, dtype=bool)
-                for name, value in summaries(level, keys, every).items():
+                for name, value in summaries(level, keys, every, stored).items():
                     part = self.named[f"summary_{name}"][: len(ends), :, begin:end]
                     part.copy_(value if level.channels[name] else value[..., 0])
         self._fit(key, ends)

@@ -33,7 +33,11 @@ class Shares:
     tiles: int
     """Programs of the scan."""
     lots: int
-    """Programs that rank groups."""
+    """Parts of the groups that are ranked, each at once."""
+    programs: int
+    """Programs that rank them."""
+    listers: int
+    """Programs that list what is in the best."""
     room: int
     """Groups, or slots, in the chosen groups, at most; 0: nothing is listed."""
     lists: bool
@@ -52,9 +56,15 @@ def shares_of_levels(module: ModuleType, layout: LevelLayout, rows: int) -> list
         scans = -(-usual // getattr(module, f"SCANNED_{number}").value)
         steps = min(power_of_two(-(-rows * scans // PROGRAMS)), USUAL_STEPS)
         steps = max(steps, power_of_two(-(-scans // MOST_TILES)))
-        lots, room = -(-items // module.RANKED.value), _room(module, layout, number, items)
-        lists = lots == 1 and not layout.in_clusters(number)
-        found.append(Shares(groups, items, steps, -(-scans // steps), lots, room, lists))
+        lots, ranks = (-(-each // module.RANKED.value) for each in (items, usual))
+        listed = getattr(module, f"LISTED_{number}", None)
+        lists = lots == 1 and not layout.in_clusters(number) and listed is None
+        listers = ranks
+        if listed is not None:
+            listers = -(-_usual(module, layout, number + 1) // listed.value)
+        room = _room(module, layout, number, items)
+        tiles = -(-scans // steps)
+        found.append(Shares(groups, items, steps, tiles, lots, ranks, listers, room, lists))
     return found
 
 
@@ -75,6 +85,8 @@ def _room(module: ModuleType, layout: LevelLayout, number: int, items: int) -> i
     groups, is_last = levels[number].groups, number + 1 == len(levels)
     if isinstance(groups, Clusters):
         return layout.groups[number + 1]
+    if isinstance(groups, Chunks) and hasattr(module, "LISTED_ROOM"):
+        return int(module.LISTED_ROOM.value)
     if isinstance(groups, Chunks):
         return -(-int(module.BUDGET.value) // 16) * 16
     if isinstance(groups, TokenClusters) or groups.size == 1:

@@ -1,4 +1,4 @@
-"""The sketches of the keys of one cache on a device, built and refitted in place."""
+"""The sketches of the keys of one cache on a device, and in long caches chunks; built in place."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import REFIT, DeviceIndex
+from lychee_compile.kernels.gpu.levels.chunk_index import ChunkTables
 from lychee_compile.kernels.gpu.lychee.launch import run_encode
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
+from lychee_compile.kernels.reference.clustered import refit_after
 from lychee_compile.kernels.reference.sketch_axes import fit_axes
 from lychee_compile.kernels.sizes import PAGE
 
@@ -23,10 +25,19 @@ LEAST_REFIT = 32
 
 
 class SketchIndex(DeviceIndex):
-    """Sketches of the keys of one cache."""
+    """Sketches of the keys of one cache, and its chunks if they narrow a choice."""
 
     layout: SketchLayout
     parts: SketchState
+
+    def __init__(self, layout: SketchLayout, device: torch.device) -> None:
+        super().__init__(layout, device)
+        self.chunks: ChunkTables | None = None
+        """Chunks and their clusters; None: they do not narrow a choice."""
+        if layout.chunks is not None:
+            self.chunks = ChunkTables(layout.chunks, self.parts.chunks)
+        self._clustered = 0
+        """Number of keys, in the longest row, when chunks were last put into clusters."""
 
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Sketch the keys in the slots [0, ends[b]) of each row of `key` [B, Hkv, L, D]."""
@@ -38,10 +49,18 @@ class SketchIndex(DeviceIndex):
         if end % size:
             self._fit(key, ends, rows, whole, 1, end % size)
         run_encode(module, key, self.layout, self.parts, 0, end)
+        if self.chunks is not None:
+            for part in self.parts.chunks.values():
+                part.zero_()
+            self.chunks.build(key, ends)
+            self._clustered = end
         self.trust(ends)
 
     def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
-        """Find the axes of each row's newest block anew, and sketch its keys again."""
+        """Find the axes of each row's newest block anew, and sketch its keys again.
+
+        Chunks that have come since are added to clusters if they are many.
+        """
         size = self.layout.block
         newest = [(end - 1) // size for end in ends]
         for block in sorted(set(newest) - {-1}):
@@ -51,19 +70,25 @@ class SketchIndex(DeviceIndex):
             # Up to the longest row: rows that are longer get the sketches that they have already.
             end = min(begin + size, max(ends))
             run_encode(module, key, self.layout, self.parts, begin, end)
+        self._clustered = min(self._clustered, max(ends))  # fewer after a rewind
+        if self.chunks is not None and max(ends) >= self._clustered + refit_after(self._clustered):
+            self.chunks.refit(key, self.parts.header[1 : 1 + len(ends)].long())
+            self._clustered = max(ends)
 
     def refit_after(self, end: int) -> int:
         """Return how many keys may follow those in the slots [0, end) before the next `refit`.
 
         They are as many as the newest block has, or those that fill it and some of the next block.
         A block is thus fitted each time its keys double. The first is fitted from few keys on, as
-        later blocks begin with its axes.
+        later blocks begin with its axes. Chunks are put into clusters as often as
+        `reference/clustered.py` says.
         """
         if end < REFIT:
             return max(end, LEAST_REFIT)
         size = self.layout.block
         count = (end - 1) % size + 1
-        return max(count if 2 * count <= size else size - count + REFIT, REFIT)
+        after = max(count if 2 * count <= size else size - count + REFIT, REFIT)
+        return after if self.chunks is None else min(after, refit_after(end))
 
     def _fit(
         self,
@@ -104,11 +129,13 @@ class SketchIndex(DeviceIndex):
         if min(map(min, counts)) < count:
             numbers = torch.tensor(counts).to(keys.device, non_blocking=True)[:, None, :, None]
             mask = (torch.arange(count, device=keys.device) < numbers)[..., None]
-        centre, axes, step, coordinates = fit_axes(keys, mask)
+        centre, axes, step = fit_axes(keys, mask)
         parts, fine, pages = self.parts, self.parts.spread.shape[-1], count // PAGE
         fitted = [(parts.centre, centre), (parts.axes, axes.mT), (parts.step, step)]
         if pages:
-            level = coordinates[..., : pages * PAGE, :fine] / step[..., None, :fine].clamp(1e-30)
+            centred = keys[..., : pages * PAGE, :] - centre[..., None, :]
+            level = centred.nan_to_num(0.0, 0.0, 0.0) @ axes[..., :fine]
+            level = level / step[..., None, :fine].clamp(1e-30)
             spread = level.clamp(-8, 8).unflatten(-2, (-1, PAGE)).var(-2, correction=0)
             if numbers is None:
                 mean = spread.mean(-2)

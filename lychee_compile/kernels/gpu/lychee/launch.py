@@ -14,14 +14,21 @@ from lychee_compile.kernels.gpu.common.launch_sparse import SparseStep
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands, strides
 from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.lychee.certificate import (
+    measure_new,
+    want_bound_weights,
+    weigh_blocks,
+)
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
+from lychee_compile.kernels.gpu.lychee.narrowed import follow_chunks, narrows, run_narrowed
+from lychee_compile.kernels.gpu.lychee.weights import query_weights, want_weights, with_stand_ins
 from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
 
 CHOSEN_PROGRAMS = 1024
 """About how many programs of `scan_chosen` share the turns of all rows."""
 PAGES_OF_WARP = 128 * PAGE
 """Slots whose pages one warp ranks."""
-WEIGHTS_REGISTERS, PAGES_REGISTERS, CHOSEN_REGISTERS = 96, 128, 96
+PAGES_REGISTERS, CHOSEN_REGISTERS = 128, 96
 """Most registers of a thread: programs of a kernel and of the next fit on the device together."""
 ENCODED = 64
 """Slots that one program of `encode` sketches."""
@@ -44,15 +51,23 @@ def run_lychee(
     if not (isinstance(layout, SketchLayout) and isinstance(state, SketchState)):
         raise TypeError(f"lychee's kernels read the index of a SketchLayout, got {layout!r}")
     step = SparseStep(module, operands, index, tuning)
+    follow_chunks(step, layout)
+    if narrows(module, layout, operands.kv_len):
+        return run_narrowed(step, layout, state)
     sizes = _Sizes.of(module, layout, operands.kv_len)
     arguments = _arguments(step, layout, state, sizes)
-    _query_weights(step, sizes, arguments)
+    if layout.measured:
+        weigh_blocks(step, arguments, layout.blocks)
+    query_weights(step, sizes.blocks, arguments)
     if sizes.paged:
         _rank_pages(step, layout, sizes, arguments)
     else:
         grid = step.rows, sizes.tiles + 1  # the last programs compare some keys
         launch(module.scan_tokens, grid, arguments, num_warps=4, num_stages=1, **step.waits)
-    return step.attend(arguments, sizes.examined, sizes.paged)
+    output = step.attend(arguments, sizes.examined, sizes.paged)
+    if layout.measured:
+        measure_new(step, arguments)
+    return output
 
 
 @dataclass(frozen=True)
@@ -91,15 +106,15 @@ def _arguments(
 ) -> dict[str, object]:
     """Return the arguments of all kernels by name."""
     rows, blocks, want = step.rows, sizes.blocks, step.wanted.want
-    heads, kept = power_of_two(step.operands.group, 16), power_of_two(state.step.shape[-1], 16)
-    want("weights", torch.bfloat16, rows, blocks, heads, kept)
-    want("constants", torch.float32, rows, blocks, heads)
-    want("totals", torch.float32, rows, blocks, heads)
+    heads = power_of_two(step.operands.group, 16)
+    want_weights(step, state, blocks)
     want("bins", torch.uint8, rows, sizes.room)
     if sizes.paged:
         _want_pages(step, layout, sizes, heads)
+    if layout.measured:
+        want_bound_weights(step.wanted, step.module, rows, layout.blocks)
     return {
-        **_stand_ins(step.arguments(sizes.tiles)),
+        **with_stand_ins(step.arguments(sizes.tiles)),
         "blocks": blocks,
         "BLOCK": layout.block,
         "BLOCKS": power_of_two(blocks),
@@ -122,30 +137,6 @@ def _want_pages(step: SparseStep, layout: SketchLayout, sizes: _Sizes, heads: in
     want("limits", torch.int32, rows, 4)
     want("candidates", torch.int32, rows, sizes.room)
     want("candidate_count", torch.int32, rows)
-
-
-def _stand_ins(arguments: Mapping[str, object]) -> dict[str, object]:
-    """Return `arguments`, with any pointer for those that no kernel reads unless it ranks pages."""
-    return {
-        "page_constants": arguments["constants"],
-        "arrivals": arguments["histogram"],
-        "candidates": arguments["chosen_list"],
-        "candidate_count": arguments["chosen_list"],
-        **arguments,
-    }
-
-
-def _query_weights(step: SparseStep, sizes: _Sizes, arguments: Mapping[str, object]) -> None:
-    """Weigh the codes of each block by the query, and clear what later kernels count."""
-    launch(
-        step.module.query_weights,
-        (step.rows, sizes.blocks),
-        arguments,
-        num_warps=4,
-        num_stages=1,
-        maxnreg=WEIGHTS_REGISTERS,
-        **step.waits,
-    )
 
 
 def _rank_pages(
@@ -191,3 +182,5 @@ def run_encode(
         programs = min(-(-(end - start) // ENCODED), MOST_PROGRAMS)
         grid, own = (rows, programs), {**arguments, "begin": start}
         launch(module.encode, grid, own, num_warps=4, num_stages=1)
+        if layout.measured:
+            launch(module.measure, grid, own, num_warps=4, num_stages=1)

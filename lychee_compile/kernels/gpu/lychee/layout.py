@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,6 +17,10 @@ from lychee_compile.kernels.gpu.common.layout import (
     header_part,
     views_of,
 )
+from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.levels.declaration import LevelStack
+from lychee_compile.kernels.levels.groups import GroupSettings
+from lychee_compile.kernels.policies.decode.lychee import LYCHEE
 from lychee_compile.kernels.reference.sketch_axes import sketch_bits
 from lychee_compile.kernels.sizes import PAGE, power_of_two, whole_scans
 
@@ -26,6 +30,9 @@ BLOCK, LARGEST_BLOCK, BLOCKS = 8192, 32768, 32
 A step reads the axes of all blocks and scans each block apart. Blocks therefore have more slots in
 an index that would have more than 32 of them.
 """
+NARROWED_SLOTS, NARROWED_ROW = 2**25, 2**21
+"""Least number of slots of all rows and KV heads together, and of one row, from which on chunks
+narrow a choice. Below, it takes less time to scan all pages."""
 PAGE_STEP, PAGE_MIDDLE = 0.75, 5.625
 """A page's mean is coded in steps of 0.75 of a coordinate's step, around the middle of 0 to 15."""
 
@@ -70,7 +77,16 @@ def block_size(slots: int) -> int:
     return max(BLOCK, min(power_of_two(-(-slots // BLOCKS)), LARGEST_BLOCK))
 
 
-class SketchState(NamedTuple):
+def pays_to_narrow(rows: int, slots: int, flat_tokens: int) -> bool:
+    """Return True if chunks narrow choices in a cache of so many slots, as sizes alone decide.
+
+    `rows` are those of all KV heads. Contexts of up to `flat_tokens` are scanned token by token.
+    """
+    return slots > max(NARROWED_ROW - 1, flat_tokens) and rows * slots >= NARROWED_SLOTS
+
+
+@dataclass(frozen=True)
+class SketchState:
     """The parts of an index, views of its memory. Kernels take them by these names."""
 
     header: Tensor
@@ -92,6 +108,30 @@ class SketchState(NamedTuple):
     """Quantisation steps, float32 [B, Hkv, blocks, r]."""
     spread: Tensor
     """Mean variance of 4-bit coordinates within a page, in steps, float32 [B, Hkv, blocks, r4]."""
+    residual: Tensor
+    """Distances of keys from their sketches, within the axes and out of them, float32
+    [B, Hkv, slots, 2]; [B, Hkv, 0, 2] in an index that is not measured."""
+    chunks: Mapping[str, Tensor] = field(default_factory=dict)
+    """Chunks and their clusters by name, see `LevelLayout`; empty if they do not narrow choices."""
+
+    def _asdict(self) -> dict[str, Tensor]:
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return own | own.pop("chunks")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._asdict().values())
+
+    def __getitem__(self, part: slice, /) -> tuple[Tensor, ...]:
+        return tuple(self)[part]
+
+
+class ChunkLayout(LevelLayout):
+    """Sizes of the chunks that narrow choices, and of their clusters."""
+
+    @property
+    def stack(self) -> LevelStack:
+        """The levels by which lychee narrows a long context."""
+        return LYCHEE
 
 
 @dataclass(frozen=True)
@@ -102,16 +142,48 @@ class SketchLayout:
     kv_heads: int
     head_dim: int
     slots: int
-    axes_dtype: torch.dtype = torch.float16
+    dtype: torch.dtype = torch.float16
+    """Dtype of the keys."""
+    settings: GroupSettings | None = None
+    """Settings of the chunks that narrow choices; None: they do not, and there are none."""
     policy: str = "lychee"
+    measured: bool = False
+    """True if the index tells how far keys are from their sketches, as certificates need it."""
 
     @classmethod
-    def of(cls, key: Tensor) -> SketchLayout:
-        """Return the layout for a cache `key` [B, Hkv, L, D]."""
+    def over(
+        cls, key: Tensor, settings: GroupSettings | None = None, flat_tokens: int = 0
+    ) -> SketchLayout:
+        """Return the layout for a cache `key` [B, Hkv, L, D].
+
+        With `settings` chunks narrow its choices if it is long enough. Contexts of up to
+        `flat_tokens` are scanned token by token.
+        """
         batch, heads, length, head_dim = key.shape
-        # Products of axes and queries, or keys, take one dtype.
-        dtype = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float16
-        return cls(batch, heads, head_dim, whole_scans(length), dtype)
+        if not pays_to_narrow(batch * heads, length, flat_tokens):
+            settings = None
+        return cls(batch, heads, head_dim, whole_scans(length), key.dtype, settings)
+
+    def of(self, key: Tensor) -> SketchLayout:
+        """Return the layout for a cache `key` [B, Hkv, L, D], with the same settings."""
+        batch, heads, length, head_dim = key.shape
+        return replace(
+            self, batch=batch, kv_heads=heads, head_dim=head_dim, slots=whole_scans(length),
+            dtype=key.dtype,
+        )  # fmt: skip
+
+    @property
+    def axes_dtype(self) -> torch.dtype:
+        """Dtype of axes: products of these and queries, or keys, take one dtype."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+
+    @property
+    def chunks(self) -> ChunkLayout | None:
+        """Layout of the chunks that narrow choices; None if they do not."""
+        if self.settings is None:
+            return None
+        sizes = self.batch, self.kv_heads, self.head_dim, self.slots
+        return ChunkLayout(*sizes, self.dtype, self.policy, self.settings)
 
     @property
     def block(self) -> int:
@@ -134,11 +206,17 @@ class SketchLayout:
     @property
     def size(self) -> int:
         """Number of bytes in all."""
-        return bytes_of(self._parts())
+        return bytes_of([*self._parts(), *self._tables()])
 
     def views(self, memory: Tensor) -> SketchState:
         """Return the parts of `memory`, uint8 [size]."""
-        return SketchState(**views_of(memory, self._parts()))
+        views = views_of(memory, [*self._parts(), *self._tables()])
+        own = {name: views.pop(name) for name, *_ in self._parts()}
+        return SketchState(**own, chunks=views)
+
+    def _tables(self) -> Iterator[Part]:
+        """Yield the parts of chunks and clusters."""
+        return iter(()) if self.chunks is None else self.chunks.tables()
 
     def _parts(self) -> Iterator[Part]:
         """Yield name, shape and dtype of each part, in order."""
@@ -155,3 +233,11 @@ class SketchLayout:
         yield "centre", (*each, self.blocks, self.head_dim), torch.float32
         yield "step", (*each, self.blocks, kept), torch.float32
         yield "spread", (*each, self.blocks, kept_fine), torch.float32
+        yield "residual", (*each, self.slots if self.measured else 0, 2), torch.float32
+
+
+@dataclass(frozen=True)
+class MeasuredLayout(SketchLayout):
+    """The layout of an index for certificates."""
+
+    measured: bool = True

@@ -13,23 +13,37 @@ from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
-from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
+from lychee_compile.kernels.gpu.lychee.layout import MeasuredLayout, SketchLayout
+from lychee_compile.kernels.levels.groups import GroupSettings
 
 
 @dataclass(frozen=True)
 class LycheeMethod:
-    """Tokens ranked by sketches of their keys; in a long context pages are ranked first."""
+    """Tokens ranked by sketches of their keys; in a long context pages or chunks come first."""
 
     multiple: int = 8
     notices_writes: bool = True
     covers_mass: bool = True
+    certifies: bool = True
 
-    def layout_of(self, key: Tensor) -> SketchLayout:
-        """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
-        return SketchLayout.of(key)
+    def layout_of(self, key: Tensor, measured: bool = False) -> SketchLayout:
+        """Return the layout of an index for a cache `key` [B, Hkv, L, D].
+
+        It is `measured` for modules that make certificates.
+        """
+        return (MeasuredLayout if measured else SketchLayout).over(key)
+
+    def layout_with(self, settings: GroupSettings, flat_tokens: int, key: Tensor) -> SketchLayout:
+        """Return the layout for a cache `key` [B, Hkv, L, D] that chunks may narrow.
+
+        Contexts of up to `flat_tokens` are scanned token by token.
+        """
+        return SketchLayout.over(key, settings, flat_tokens)
 
     def new_index(self, layout: IndexLayout, device: torch.device) -> SketchIndex:
-        """Return an empty index, which is not trusted."""
+        """Return an empty index, which is not trusted. Raises TypeError for another's layout."""
+        if not isinstance(layout, SketchLayout):
+            raise TypeError(f"an index of sketches has a SketchLayout, got {layout!r}")
         return SketchIndex(layout, device)
 
     def run(

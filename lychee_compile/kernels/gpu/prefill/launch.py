@@ -12,7 +12,6 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.launch_common import Scratch, launch
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands, strided
 from lychee_compile.kernels.gpu.common.tuning import TileTuning, tile_tuning_for
-from lychee_compile.kernels.policies.prefill.lychee import CENTRES_PER_TILE
 from lychee_compile.kernels.sizes import QUERY_TILE, power_of_two
 
 SCRATCH_BYTES = 2**29
@@ -21,6 +20,8 @@ TOGETHER = 16
 """Tiles of one head that read keys together, at most."""
 SUMMARY_BYTES, SCAN_CENTRE_BYTES = 2**14, 2**15
 """Most bytes of the centres that a program of `summarise_queries`, and one of `scan`, works on."""
+PRODUCT_ROWS = 16
+"""Centres of a program, at least, which a tensor core's product takes."""
 SCANNED = 4096
 """Keys that a program of `scan` reads, at least."""
 LANES = 4096
@@ -48,6 +49,21 @@ class PrefillBudget:
 
     A tile then always reads the keys near its own tokens.
     """
+
+    @property
+    def most(self) -> int:
+        """Number of keys that a tile reads at most; `ALL` if a share of them is asked for."""
+        return ALL if self.keys < 1 else min(int(self.keys), ALL)
+
+    def capacity(self, kv_len: int) -> int:
+        """Return the number of keys that a tile can choose of `kv_len`."""
+        most = int(self.keys * kv_len) + 1 if self.keys < 1 else self.most
+        return min(max(most, self.shortest), kv_len)
+
+    def arguments(self) -> dict[str, object]:
+        """Return the arguments of the kernels that choose, by name."""
+        share = self.keys if self.keys < 1 else 2.0
+        return {"share": share, "most": self.most, "shortest": self.shortest}
 
 
 def run_prefill(
@@ -88,8 +104,7 @@ class PrefillLaunch:
         self.output, self.log_sums = new_outputs(operands)
         self.tiles = -(-query_len // (QUERY_TILE * TOGETHER)) * TOGETHER
         """Tiles of one head, filled up with empty ones."""
-        most = int(budget.keys * kv_len) + 1 if budget.keys < 1 else self._most
-        self.capacity = min(max(most, budget.shortest), kv_len)
+        self.capacity = budget.capacity(kv_len)
         """Number of keys that a tile can choose."""
         self._rows = batch * heads * self.tiles
         row_bytes = kv_len + torch.int32.itemsize * self.capacity
@@ -101,11 +116,6 @@ class PrefillLaunch:
         self._arguments = self._named()
 
     @property
-    def _most(self) -> int:
-        """Number of keys that a tile reads at most; `ALL` if a share of them is asked for."""
-        return ALL if self._budget.keys < 1 else min(int(self._budget.keys), ALL)
-
-    @property
     def _key_bytes(self) -> int:
         """Bytes of a key, padded as products need it."""
         key = self._operands.key
@@ -114,8 +124,9 @@ class PrefillLaunch:
     def _scratch(self) -> Scratch:
         query, rows = self._operands.query, self._at_once
         scratch = Scratch()
-        scratch.want("centres", query.dtype, rows, CENTRES_PER_TILE, query.shape[-1])
-        scratch.want("totals", torch.float32, rows, CENTRES_PER_TILE)
+        parts = self._module.PARTS.value
+        scratch.want("centres", query.dtype, rows, parts, query.shape[-1])
+        scratch.want("totals", torch.float32, rows, parts)
         scratch.want("edge", torch.int32, rows, EDGE_NUMBERS)
         scratch.want("bins", torch.uint8, rows, self._bin_room)
         scratch.want("chosen", torch.int32, rows, self.capacity)
@@ -132,9 +143,7 @@ class PrefillLaunch:
             "splits": self._splits,
             "bin_room": self._bin_room,
             "capacity": self.capacity,
-            "share": budget.keys if budget.keys < 1 else 2.0,
-            "most": self._most,
-            "shortest": budget.shortest,
+            **budget.arguments(),
             "SELF": budget.own and operands.query_len == operands.kv_len,
             "LANES": LANES,
         }
@@ -147,8 +156,9 @@ class PrefillLaunch:
     def select(self, first_row: int, count: int) -> None:
         """Choose the keys of these rows, besides those that a tile always reads."""
         module, keys = self._module, max(16, min(KEY_BYTES // self._key_bytes, 64))
+        parts = module.PARTS.value
         summarised, scanning = (
-            max(2, min(size // (CENTRES_PER_TILE * self._key_bytes), TOGETHER))
+            min(max(PRODUCT_ROWS // parts, size // (parts * self._key_bytes)), TOGETHER)
             for size in (SUMMARY_BYTES, SCAN_CENTRE_BYTES)
         )
         named = {**self._arguments, "first_row": first_row, "KEYS": keys}

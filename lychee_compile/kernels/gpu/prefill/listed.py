@@ -182,7 +182,7 @@ class ListedPrefill:
         }
         grid = size[0] * size[1] * tiles, -(-kv_len // SEEN_KEYS)
         launch(module.see_tiles, grid, arguments, num_warps=4, num_stages=1)
-        of_rows = edge.expand(-1, heads, -1, -1).reshape(-1, EDGE_NUMBERS)
+        of_rows = edge.expand(-1, heads, -1, -1).reshape(-1, EDGE_NUMBERS).contiguous()
         return self._sight_of(first_tile, held, sighted, bias), of_rows
 
     def _sight_of(

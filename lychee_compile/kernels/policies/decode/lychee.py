@@ -2,264 +2,249 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
+from sympy import sqrt
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.reference.grouped import GroupedIndex
-from lychee_compile.kernels.reference.nodes import Nodes, furthest, log_count
+from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack
+from lychee_compile.kernels.levels.expressions import (
+    dot,
+    field,
+    greatest,
+    key,
+    mean,
+    norm,
+    query,
+    softmax_scale,
+)
+from lychee_compile.kernels.levels.groups import Chunks, Clusters
+from lychee_compile.kernels.reference.chunk_index import ChunkIndex
 from lychee_compile.kernels.reference.own_slots import own_slots
-from lychee_compile.kernels.reference.question import Question, Runs, group_mass, take_by_rank
+from lychee_compile.kernels.reference.question import Question, Runs
+from lychee_compile.kernels.reference.runs import expand_runs
 from lychee_compile.kernels.reference.sketch import BLOCK, KeySketches
 from lychee_compile.kernels.reference.sketch_axes import sketch_bits
-from lychee_compile.kernels.reference.tree import ClusterTree
 
-PROMPT_CHUNKS = 32
-"""Least number of chunks that an update must close to cluster all anew, as a prompt does.
-
-An update that closes fewer, as decoding does, grafts them one by one.
-"""
-REBUILD = 2
-"""Part of all chunks, as 1 / REBUILD, that may be rewritten before all are clustered anew."""
-NEGLIGIBLE_SHARE = 1e-4
-"""Share of the softmax mass: nodes proved to hold less than it together are not looked into."""
+UNITS_PER_CANDIDATE, CLUSTERS_PER_CANDIDATE = 4, 2
+"""Tokens in the units and in the clusters that are looked into, for each candidate token."""
+MOST_HIDDEN = 2
+"""A query narrows its choice if it sees at least 1 / MOST_HIDDEN of the slots in its range."""
+ALL = 2**40
+"""Number of candidates that no context has."""
 
 
-class LycheeIndex(GroupedIndex):
+def _moments(
+    groups: Chunks | Clusters, of: str, keep: Keep | None = None, ball: bool = False
+) -> Level:
+    """Return a level whose groups are ranked by mean and variance; with a `ball` it has a bound.
+
+    The estimate is the second-order cumulant expansion with a diagonal covariance, the log of the
+    mean of exp(s q.k) over s: q.m + s/2 sum_i q_i^2 v_i. It is exact for Gaussian keys.
+    """
+    centre, variance, radius = (field(f"{of}_{name}") for name in ("mean", "variance", "radius"))
+    fields = {centre.name: mean(key), variance.name: mean((key - centre) ** 2)}
+    if ball:
+        fields[radius.name] = sqrt(greatest(dot(key - centre, key - centre)))
+    return Level(
+        groups,
+        fields=fields,
+        estimate=dot(query, centre) + softmax_scale * dot(query**2, variance) / 2,
+        bound=dot(query, centre) + norm(query) * radius if ball else None,
+        keep=keep,
+    )
+
+
+LYCHEE = LevelStack(
+    levels=(
+        _moments(Clusters(limited=True), "unit", Keep(UNITS_PER_CANDIDATE)),
+        _moments(Clusters(), "cluster", Keep(CLUSTERS_PER_CANDIDATE)),
+        _moments(Chunks(), "chunk", ball=True),
+    ),
+)
+"""Chunks below fine clusters below coarse units, which narrow a long context down."""
+
+
+class LycheeIndex(ChunkIndex):
     """LycheeCluster: boundary-aware chunks below fine clusters below coarse units, per KV head.
 
-    Each node has the mean, the diagonal variance and the radius of its keys, and every key has a
-    sketch (`KeySketches`). The mass of a node is estimated by second-order cumulants, the score of
-    a token by its sketch. The triangle inequality, q.k <= q.c + |q| r, bounds scores by the balls
-    of all three levels, and Cauchy-Schwarz bounds what a sketch leaves out; the least bound holds.
-    Sinks and recent tokens are always read. While decoding, finished chunks are sketched and
-    grafted onto their nearest cluster; a cluster or unit that grows too full or too wide is split.
-    There are at most 64 coarse units.
+    Every key has a sketch (`KeySketches`), which ranks single tokens. In a long context the chunks
+    of most estimated mass are found first, by way of clusters and units (`LYCHEE`); the sketches of
+    their tokens are ranked then. The triangle inequality, q.k <= q.c + |q| r, bounds scores by the
+    ball of a chunk, and Cauchy-Schwarz bounds what a sketch leaves out; the lesser bound holds.
+    Sinks and recent tokens are always read.
 
     Not as in the paper: the paper chooses whole chunks, this chooses tokens. The best choice of
     chunks holds less of the mass than a choice of tokens by a sketch of 48 bits per 16 channels
     (measured: see benchmarks/results/summaries.md), which takes fewer bytes than the moments of
-    chunks. A context of up to `flat_tokens` is scanned by sketches alone. In a longer one units,
-    clusters and chunks narrow the tokens down to `overfetch` times those that are read. Chunks,
-    clusters and units are made when a long context or a certificate first asks for them.
+    chunks. A context of up to `flat_tokens` is scanned by sketches alone. In a longer one the
+    chunks hold `overfetch` times as many tokens as are read. Chunks, clusters and units are
+    summarised when a long context or a certificate first asks for them. Chunks join the nearest
+    cluster some at a time, and all are clustered anew when they are twice as many.
     """
 
-    summarised_late = True
+    stack = LYCHEE
+    late = True
+    from_start = True
 
     def __init__(
         self, batch: int, kv_heads: int, head_dim: int, config: IndexConfig, device: torch.device
     ) -> None:
         super().__init__(batch, kv_heads, head_dim, config, device)
-        self.tree = ClusterTree(batch, kv_heads, head_dim, config, device)
+        self.above.frozen = not config.repair
         self.sketches = KeySketches(batch, kv_heads, head_dim, device, repair=config.repair)
-        self.clustered = self.start.clone()
-        """Number of groups of each row, the first ones, that are in the tree, int64 [B]."""
-        self.stale = torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        """Groups in the tree whose keys were written since, bool [B, C']."""
-        self.rewritten = 0
-        """Number of groups summarised again since all were clustered."""
+        self.sketched = self.start.clone()
+        """Slot of each row after the last one that has a sketch, int64 [B]."""
 
     @property
-    def chunks(self) -> Nodes:
-        """The groups as nodes; one that is not in the tree yet has no tokens."""
-        number = torch.arange(self.group_length.shape[1], device=self.device)
-        tokens = torch.where(number < self.clustered[:, None], self.group_length, 0)
-        tokens = tokens[:, None].expand(-1, self.kv_heads, -1)
-        summary = self.summaries
-        return Nodes(summary["mean"], summary["variance"], summary["radius"], tokens)
+    def unread(self) -> Tensor:
+        """First token of each row that is always read: it has no sketch yet."""
+        return self.tail
 
-    def summarise(self, keys: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """Return mean, variance and radius of each chunk."""
-        weight = valid[:, None, :, :, None].float()
-        keys = torch.where(valid[:, None, :, :, None], keys, 0)
-        tokens = valid.sum(-1).clamp(min=1)[:, None, :, None]
-        mean = keys.sum(3) / tokens
-        variance = ((keys - mean[:, :, :, None]).square() * weight).sum(3) / tokens
-        return {"mean": mean, "variance": variance, "radius": furthest(keys, valid, mean)}
+    @property
+    def indexed(self) -> Tensor:
+        """Slot after the last token that can be chosen, int64 [B]: those of this step can be."""
+        return self.end
 
-    def log_estimate(self, query: Tensor, scale: float) -> Tensor:
-        """Return the estimate of each chunk's mass: see `Nodes.log_estimate`."""
-        return self.chunks.log_estimate(query, scale)
+    def extend(self, key: Tensor, end: Tensor) -> None:
+        """Cut new tokens into chunks, as far as cuts are decided, and sketch them."""
+        super().extend(key, end)
+        self._sketch(key)
 
-    def score_bound(self, query: Tensor, scale: float) -> Tensor | None:
-        """Return the least of the bounds of a token's sketch, chunk, cluster and unit.
+    def close(self, key: Tensor, rows: Tensor) -> None:
+        """Sketch the last tokens of the rows `rows`, bool [B], however few they are."""
+        super().close(key, rows)
+        self.tail = torch.where(rows, torch.maximum(self.end, self.start), self.tail)
+        self._sketch(key)
 
-        Before `complete` it is the bound of the sketch.
+    def truncate(self, keep: Tensor) -> None:
+        """Forget the tokens from position `keep`, int64 [B], on, and the chunks that they decided.
+
+        So later tokens are cut as if the forgotten ones had never been there.
         """
-        tree, count = self.tree, self.group_start.shape[1]
-        if count == 0:
-            return None
-        if not (self._is_complete() and tree.cluster_unit.shape[2]):
-            return self.sketches.score_bound(query, scale, int(self.tail.max()))
-        bound = self.chunks.score_bound(query, scale)
-        label = tree.labels_of(self.chunks)
-        unit = tree.cluster_unit.gather(2, label)
-        for nodes, above in ((tree.clusters, label), (tree.units, unit)):
-            wide = above[:, :, None].expand(-1, -1, bound.shape[2], -1)
-            bound = torch.minimum(bound, nodes.score_bound(query, scale).gather(-1, wide))
-        bound = self.spread(bound)
-        return torch.minimum(bound, self.sketches.score_bound(query, scale, bound.shape[-1]))
+        super().truncate(keep)
+        self._forget_sketches()
+
+    def restart(self, rows: Tensor, start: Tensor) -> None:
+        """Empty the rows where `rows`, bool [B], is set; they begin at `start`, int64 [B]."""
+        super().restart(rows, start)
+        self._forget_sketches()
+
+    def rewrite(self, key: Tensor, slots: Tensor) -> None:
+        """Sketch the keys in the slots, int64 [B, T], anew; -1 is none. Their chunks change."""
+        self.sketches.rewrite(key, self.start, self.tail, slots)
+        super().rewrite(key, slots)
 
     def choose(self, question: Question) -> Runs:
         """Return the tokens of most estimated mass, by their sketches."""
-        within = self._candidates(question)
-        own = own_slots(question) if within is None else None
+        query = question.split(question.query)
+        candidates = self.candidates(question)
+        if candidates is not None:
+            slot, held = candidates
+            raw = self.sketches.scores_at(query, question.scale, slot)
+            return question.take_own(raw, slot, held)
+        own = own_slots(question)
         if own is not None:
-            query = question.split(question.query)
-            raw = self.sketches.scores_at(query, question.scale, own.slot, own.count)
-            return question.take_own(raw, own.slot, own.held)
+            slot, held = own.slot[:, None], own.held[:, None]
+            raw = self.sketches.scores_at(query, question.scale, slot)
+            return question.take_own(raw, slot, held)
         slots = int(self.tail.max())
         rank = question.token_share(self.sketches.scores(question.query, question.scale, slots))
-        return question.take_tokens(rank, within)
+        return question.take_tokens(rank)
 
-    def on_append(self, key: Tensor, columns: Tensor, used: Tensor) -> None:
-        """Sketch the keys of the new chunks."""
-        first = torch.where(used, columns, self.group_start.shape[1]).amin(1, keepdim=True)
-        begin = self.group_start.gather(1, first.clamp(max=self.group_start.shape[1] - 1))[:, 0]
-        begin = torch.where(used.any(1), begin, self.tail)
-        self.sketches.encode(key, self.start, begin, self.tail)
+    def candidates(self, question: Question) -> tuple[Tensor, Tensor] | None:
+        """Return slots in order, int64 [B, Hkv, Tq, M], and which are worth a look, bool.
 
-    def on_rewrite(self, key: Tensor, slots: Tensor, columns: Tensor) -> None:
-        """Sketch the keys in the slots anew. Their chunks in the tree become stale."""
-        self.sketches.rewrite(key, self.start, self.tail, slots)
-        more = self.group_start.shape[1] - self.stale.shape[1]
-        stale = F.pad(self.stale, (0, more))
-        row, place = ((slots >= 0) & (columns < self.clustered[:, None])).nonzero(as_tuple=True)
-        stale[row, columns[row, place]] = True
-        self.stale = stale
+        None: the sketches of all tokens are looked at. A query that sees at most
+        `flat_tokens` tokens has them all.
+        """
+        total = question.choosable()
+        quota = self.config.overfetch * question.room
+        if not self._narrows(question, total, quota):
+            return None
+        whole = (total <= self.config.flat_tokens) | (total <= question.room)
+        slot, held = self._in_chunks(question, torch.where(whole, ALL, quota))
+        found = held.sum(-1)
+        short = ~whole & (found < torch.minimum(question.room, total))
+        if bool(short.any()):  # hidden tokens took the place of others
+            slot, held = self._in_chunks(question, torch.where(whole | short, ALL, quota))
+        return slot, held
 
-    def on_drop(self) -> None:
-        """Forget dropped chunks in all levels."""
-        self.clustered = torch.minimum(self.clustered, self.group_count)
-        number = torch.arange(self.stale.shape[1], device=self.device)
-        self.stale = self.stale & (number < self.clustered[:, None])
-        self.tree.refresh(self.chunks)
-        self.sketches.forget(self.start, self.tail)
+    def score_bound(self, query: Tensor, scale: float) -> Tensor | None:
+        """Return the lesser of the bounds of a token's chunk and of its sketch: [B, Hkv, R, N].
 
-    def complete(self, key: Tensor) -> None:
-        """Summarise the chunks that are new or were rewritten, and add them to the tree."""
-
-        def keys_of(which: Tensor) -> tuple[Tensor, Tensor]:
-            return self.group_keys(key, which)
-
-        rebuild = self._renew(key)
-        count = self.group_count
-        begin, last = int(self.clustered.min()), int(count.max())
-        columns = torch.arange(begin, last, device=self.device).expand(self.batch, -1)
-        used = (columns >= self.clustered[:, None]) & (columns < count[:, None])
-        if bool(used.any()):
-            self.summarise_groups(key, columns, used)
-        rebuild |= self.tree.clusters.count == 0 or int(used.sum(1).max()) >= PROMPT_CHUNKS
-        self.clustered = count
-        if rebuild and last > 0:
-            self.tree.build(self.chunks, keys_of)
-            self.rewritten = 0
-            return
-        for place in range(columns.shape[1]):
-            if bool(used[:, place].any()):
-                self.tree.graft(self.chunks, keys_of, columns[:, place], used[:, place])
-
-    def _renew(self, key: Tensor) -> bool:
-        """Summarise stale chunks anew, and return if so many were that the tree has aged."""
-        if not bool(self.stale.any()):
-            return False
-        row, column = self.stale.nonzero(as_tuple=True)
-        place = self.stale.cumsum(1)[row, column] - 1
-        columns = torch.zeros(self.batch, int(place.max()) + 1, dtype=torch.int64)
-        columns = columns.to(self.device)
-        used = torch.zeros_like(columns, dtype=torch.bool)
-        columns[row, place], used[row, place] = column, True
-        self.summarise_groups(key, columns, used)
-        self.stale = torch.zeros_like(self.stale)
-        self.tree.refresh(self.chunks)
-        self.rewritten += columns.shape[1]
-        return REBUILD * self.rewritten >= int(self.clustered.max())
-
-    def _is_complete(self) -> bool:
-        """True if the tree holds all chunks as they are now."""
-        return torch.equal(self.clustered, self.group_count) and not bool(self.stale.any())
+        Before `complete` it is the bound of the sketch.
+        """
+        slots = int(self.tail.max())
+        if slots == 0:
+            return None
+        by_sketch = self.sketches.score_bound(query, scale, slots)
+        by_chunk = None if self.any_waiting else super().score_bound(query, scale)
+        return by_sketch if by_chunk is None else torch.minimum(by_chunk, by_sketch)
 
     def bytes_per_step(self, tokens: int, budget: int) -> int:
-        """Count sketches and their axes; in a long context nodes, and fewer sketches."""
-        bits, node = sketch_bits(self.head_dim), 2 * 2 * self.head_dim
+        """Count sketches and their axes; in a long context summaries, and fewer sketches."""
+        bits = sketch_bits(self.head_dim)
         per_block = 2 * (self.head_dim * (len(bits) + 1) + len(bits))
         axes = -(-tokens // BLOCK) * per_block
         if tokens <= self.config.flat_tokens:
             return axes + tokens * sum(bits) // 8
-        usual = sum(self.config.chunk) / 2
         quota = self.config.overfetch * budget
-        clusters = tokens / usual / self.config.cluster_chunks
-        nodes = self.config.coarse_units + clusters + 2 * quota / usual
-        return axes + int(nodes * node) + quota * sum(bits) // 8
+        nodes = self.stack.bytes_per_step(tokens, quota, self.head_dim)
+        return axes + nodes + quota * sum(bits) // 8
 
-    def _candidates(self, question: Question) -> Tensor | None:
-        """Return the tokens whose sketches are worth a look, bool [B, Hkv, Tq, N]; None: all."""
-        tokens = question.held(self.group_start, self.group_length)
-        if (
-            int(tokens.sum(-1).max()) <= self.config.flat_tokens
-            or question.visible.bias is not None
-        ):
-            return None
+    def _narrows(self, question: Question, total: Tensor, quota: Tensor) -> bool:
+        """True if chunks are to narrow the choice from `total` tokens, int64 [B, 1, Tq].
+
+        `quota`, int64 [B, Hkv, Tq], are the candidates that are wanted. A choice that ends by the
+        share that it covers needs the shares of all tokens.
+        """
+        visible, most = question.visible, int(total.max())
+        many = question.query_len * int(quota.max())
+        if most <= self.config.flat_tokens or not 0 < many < most:
+            return False
+        if question.may_miss is not None:
+            return False
+        if visible.bias is not None or (visible.mask is not None and visible.mask.shape[1] > 1):
+            return False
+        width = (question.end - question.begin)[:, None]
+        if bool((MOST_HIDDEN * total < width).any()):
+            return False
         if question.key is not None:
             self.complete(question.key)
-        if not self._is_complete():
-            return None  # without the keys nothing can be built: all sketches are read
-        tree, chunks = self.tree, self.chunks
-        labels = tree.labels_of(chunks)
-        quota = self.config.overfetch * question.room
-        by_chunk = tokens[:, None].expand(-1, self.kv_heads, -1, -1)
-        by_cluster = _sum_into(by_chunk, labels, tree.clusters.count)
-        by_unit = _sum_into(by_cluster, tree.cluster_unit, tree.units.count)
-        unit = self._shortlist(question, tree.units, by_unit, 4 * quota)
-        by_cluster = torch.where(_below(unit, tree.cluster_unit), by_cluster, 0)
-        kept = self._shortlist(question, tree.clusters, by_cluster, 2 * quota)
-        by_chunk = torch.where(_below(kept, labels), by_chunk, 0)
-        chosen = self._shortlist(question, chunks, by_chunk, quota)
-        total = tokens.sum(-1)[:, None]
-        short = (total <= self.config.flat_tokens) | (total <= question.room)
-        return self.spread(chosen | short[..., None])
+        return not self.any_waiting  # without the keys nothing can be summarised
 
-    def _shortlist(self, question: Question, nodes: Nodes, tokens: Tensor, quota: Tensor) -> Tensor:
-        """Return the nodes of most mass that hold `quota` tokens, bool [B, Hkv, Tq, N]."""
-        matters = _not_negligible(question, nodes, tokens)
-        estimate = nodes.log_estimate(question.query, question.scale)
-        score = question.split(question.capped(estimate))
-        rank = question.share(group_mass(score, torch.where(matters, tokens, 0)))
-        order, inside = take_by_rank(rank, tokens, quota[..., None], whole=False)
-        return torch.zeros_like(matters).scatter(-1, order, inside) & matters
+    def _in_chunks(self, question: Question, quota: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the slots of the best chunks that hold `quota` tokens, see `candidates`.
 
+        Tokens that are in no chunk yet are among them.
+        """
+        start, length = self.best_chunks(question, quota, quota)
+        begin = torch.maximum(self.open[:, None], question.begin)
+        rest = (question.end - begin).clamp(min=0)
+        start, length = (
+            torch.cat((of, more[:, None, :, None].expand(*of.shape[:3], 1)), -1)
+            for of, more in ((start, begin), (length, rest))
+        )
+        order = torch.where(length > 0, start, ALL).argsort(-1)
+        slot, _, real = expand_runs(start.gather(-1, order), length.gather(-1, order))
+        if question.visible.counts is not None:
+            seen = question.candidates()[:, None].expand(-1, slot.shape[1], -1, -1)
+            real &= seen.gather(-1, slot)
+        return slot, real
 
-def _not_negligible(question: Question, nodes: Nodes, tokens: Tensor) -> Tensor:
-    """Return the nodes that may hold a share of the mass that matters to any head: bool.
+    def _sketch(self, key: Tensor) -> None:
+        """Sketch the keys up to `tail` that have no sketch."""
+        begin = torch.minimum(self.sketched, self.tail)
+        if bool((begin < self.tail).any()):
+            self.sketches.encode(key, self.start, begin, self.tail)
+            self.sketched = torch.maximum(self.sketched, self.tail)
 
-    `tokens`, int64 [B, Hkv, Tq, N], are the tokens of each node that may be chosen. Jensen's
-    inequality bounds the whole mass from below, over nodes that are wholly visible. The inequality
-    does not hold for soft-capped scores: there the lowest score stands for all.
-    """
-    query, scale = question.query, question.scale
-    raw = nodes.score_bound(query, scale)
-    bound = question.split(question.capped(raw)) + log_count(tokens)[:, :, None]
-    if question.softcap is None:
-        floor = nodes.log_mass_floor(query, scale)
-    else:
-        lowest = question.capped(-nodes.score_bound(-query, scale))
-        floor = lowest + log_count(nodes.tokens)[:, :, None]
-    whole = (tokens == nodes.tokens[:, :, None]) & (tokens > 0)
-    floor = question.split(floor).masked_fill(~whole[:, :, None], -torch.inf)
-    threshold = floor.logsumexp(-1, keepdim=True) + math.log(NEGLIGIBLE_SHARE / max(nodes.count, 1))
-    return (~(bound < threshold)).any(2) & (tokens > 0)  # a NaN proves nothing
+    def _forget_sketches(self) -> None:
+        """Forget the sketches from `tail` on."""
+        self.sketched = torch.minimum(torch.maximum(self.sketched, self.start), self.tail)
+        self.sketches.forget(self.start, self.sketched)
 
-
-def _below(chosen: Tensor, labels: Tensor) -> Tensor:
-    """Return the nodes below `chosen`, bool [B, Hkv, Tq, N'], by labels [B, Hkv, N]."""
-    wide = labels[:, :, None].expand(-1, -1, chosen.shape[2], -1)
-    return chosen.gather(-1, wide)
-
-
-def _sum_into(values: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Return the sums of `values` [B, Hkv, Tq, N] by `labels` [B, Hkv, N]: [B, Hkv, Tq, count]."""
-    total = values.new_zeros(*values.shape[:3], count)
-    return total.scatter_add(-1, labels[:, :, None].expand_as(values), values)
+    def _used(self) -> Tensor:
+        """Return the chunks whose tokens can be chosen, bool [B, N]: all that are cut."""
+        return self.span > 0

@@ -69,7 +69,7 @@ def _negligible(question: PrefillQuestion) -> Tensor:
     missing = (-question.candidates.shape[-1]) % PAGE
     whole = F.pad(question.candidates, (0, missing)).unflatten(-1, (-1, PAGE)).all(-1)
     floor = least.masked_fill(~whole[:, :, :, None], -torch.inf).logsumexp(-1, keepdim=True)
-    threshold = floor + math.log(NEGLIGIBLE_SHARE / pages.count)
+    threshold = floor + math.log(NEGLIGIBLE_SHARE / pages.tokens.shape[2])
     used = (parts.tokens > 0).unflatten(2, (question.tiles, -1))[..., None]
     small = (most.unflatten(2, (question.tiles, -1)) < threshold) | ~used
     return question.spread(small.all(3), PAGE)
