@@ -33,7 +33,7 @@ CASES = {
 def index_of(problem: Problem, policy: str, end: int):
     """Return an index of the keys in the slots [0, end)."""
     method, key = gpu_method(policy), problem.key
-    layout = MeasuredLayout.of(key) if policy == "lychee" else method.layout_of(key)
+    layout = MeasuredLayout.over(key) if policy == "lychee" else method.layout_of(key)
     index = method.new_index(layout, key.device)
     index.build(problem.module(), key, [end] * key.shape[0])
     return index
