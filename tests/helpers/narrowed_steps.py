@@ -172,6 +172,6 @@ class NarrowedSteps(Steps):
         """Return the slots that sketches have ranked, bool [B, Hkv, T, L]; none is listed twice."""
         listed, count = step.scratch["candidates_2"], step.scratch["candidate_count"]
         inside = torch.arange(listed.shape[1]) < count[:, None]
-        slots = self._slots(torch.where(inside, listed, -1))
+        slots = self.slots_of(torch.where(inside, listed, -1))
         assert torch.equal(slots.transpose(1, 2).flatten(0, 2).sum(-1), count.long()), "twice"
         return slots
