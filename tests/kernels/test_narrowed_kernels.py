@@ -18,6 +18,7 @@ from lychee_compile.kernels.gpu.lychee.layout import (
 )
 from lychee_compile.kernels.gpu.lychee.narrowed import narrows
 from lychee_compile.kernels.gpu.methods import layout_for
+from lychee_compile.kernels.gpu.owners import _moved
 from lychee_compile.kernels.levels.groups import GroupSettings
 
 triton_interpreter.use()
@@ -112,6 +113,15 @@ def test_chunks_follow_what_each_site_writes_though_not_all_can_narrow(mask, exp
     assert narrows(module, layout, 100) is expected
     assert (layout.settings == case.settings) is expected
     assert not narrows(module, layout, case.flat_tokens)
+
+
+def test_an_index_that_grows_knows_how_many_chunks_were_clustered():
+    steps = NarrowedSteps(NarrowedCase("lychee", Sizes(1, 1, 1, 1, 150, 16, 16)), 120)
+    larger = _moved(steps.sketches, steps.sketches.layout.resized(1024))
+    assert larger.chunks.clustered == steps.sketches.chunks.clustered > 0
+    ends = [steps.length + 16]
+    larger.refit(steps.case.problem(120).module(), steps.key, ends)
+    assert larger.chunks.clustered == steps.sketches.chunks.clustered, "no chunk is new"
 
 
 def long_key(batch, slots):

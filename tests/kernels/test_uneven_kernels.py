@@ -258,3 +258,4 @@ def test_an_index_that_grows_keeps_its_chunks_and_clusters():
         count = old[name].shape[2]
         assert torch.equal(new[name][:, :, :count], old[name])
         assert not new[name][:, :, count:].any(), "what is new belongs to nothing"
+    assert larger.tables.clustered == steps.index.tables.clustered > 0

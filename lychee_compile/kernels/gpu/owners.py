@@ -98,9 +98,7 @@ class GrowingCacheIndex(IndexLifecycle):
 def _moved(index: DeviceIndex, layout: IndexLayout) -> DeviceIndex:
     """Return a copy of the index in a layout with more slots."""
     larger = new_index(layout, index.state.device)
-    larger.parts.header.copy_(index.parts.header)
-    for old, new in zip(index.parts[1:], larger.parts[1:], strict=True):
-        new[:, :, : old.shape[2]] = old
+    larger.take_over(index)
     return larger
 
 

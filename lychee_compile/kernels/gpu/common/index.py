@@ -39,6 +39,12 @@ class DeviceIndex(ABC):
         header = torch.tensor([1, *ends], dtype=torch.int32)
         self.parts.header[: len(header)] = header.to(self.state.device, non_blocking=True)
 
+    def take_over(self, smaller: DeviceIndex) -> None:
+        """Copy all that an index of the same cache holds, which has fewer slots."""
+        self.parts.header.copy_(smaller.parts.header)
+        for old, new in zip(smaller.parts[1:], self.parts[1:], strict=True):
+            new[:, :, : old.shape[2]] = old
+
     @abstractmethod
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Index the keys in the slots [0, ends[b]) of each row of `key` [B, Hkv, L, D].

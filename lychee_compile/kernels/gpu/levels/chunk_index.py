@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex, columns_of
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
 from lychee_compile.kernels.reference.child_lists import ChildLists
@@ -136,7 +137,13 @@ class ChunkDeviceIndex(LevelDeviceIndex):
     def __init__(self, layout: LevelLayout, device: torch.device) -> None:
         super().__init__(layout, device)
         self.tables = ChunkTables(layout, self.named)
-        """What is known of chunks and clusters."""
+        """Tables of chunks and clusters, in the memory of the index."""
+
+    def take_over(self, smaller: DeviceIndex) -> None:
+        """Copy all that an index of the same cache holds, which has fewer slots."""
+        super().take_over(smaller)
+        if isinstance(smaller, ChunkDeviceIndex):
+            self.tables.clustered = smaller.tables.clustered
 
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Cut, summarise and cluster the keys in the slots [0, ends[b]) of `key` [B, Hkv, L, D]."""

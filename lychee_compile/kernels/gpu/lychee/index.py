@@ -39,6 +39,14 @@ class SketchIndex(DeviceIndex):
         self._clustered = 0
         """Number of keys, in the longest row, when chunks were last put into clusters."""
 
+    def take_over(self, smaller: DeviceIndex) -> None:
+        """Copy all that an index of the same cache holds, which has fewer slots."""
+        super().take_over(smaller)
+        if isinstance(smaller, SketchIndex):
+            self._clustered = smaller._clustered
+            if self.chunks is not None and smaller.chunks is not None:
+                self.chunks.clustered = smaller.chunks.clustered
+
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Sketch the keys in the slots [0, ends[b]) of each row of `key` [B, Hkv, L, D]."""
         size, end = self.layout.block, max(ends)
