@@ -13,7 +13,6 @@ from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.score_slope import score_slope
 from lychee_compile.codegen.specification import KV, AttentionSpec
 from lychee_compile.kernels.levels.declaration import LevelStack, Pages
-from lychee_compile.kernels.levels.groups import Chunks
 from lychee_compile.kernels.reference.nodes import rounding_slack
 from lychee_compile.kernels.sizes import power_of_two
 
@@ -31,9 +30,10 @@ def emit_of_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     """
     if spec.sparse is None or spec.sparse.epsilon is None:
         return []
-    last = stack.levels[-1] if stack.levels else None
-    if last is None or last.bound is None or not isinstance(last.groups, Pages | Chunks):
+    if not stack.has_bound:
         raise Unprintable("the last level has neither pages nor chunks with a bound")
+    last = stack.levels[-1]
+    assert last.bound is not None
     even, (shortest, longest) = isinstance(last.groups, Pages), spec.sparse.groups.chunk
     size = last.groups.size if even else power_of_two(longest)
     at_once = max(16, min(BOUNDED_AT_ONCE // size, 32))

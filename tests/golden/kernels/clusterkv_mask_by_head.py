@@ -412,8 +412,8 @@ def record_fingerprints(
 
 @triton.jit
 def scan_window(
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, histogram,
-    candidate_count, positions, position_stride_b, position_stride_t, written, header,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
+    histogram, candidate_count, positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, kv_len, slots, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     SEEN: tl.constexpr, EARLY: tl.constexpr,
 ):

@@ -1183,7 +1183,7 @@ def scan_1(
     child_counts, candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
-    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+    TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store log2 of the estimated mass of groups of level 1 for each head, and of its sum.
 
@@ -1388,7 +1388,7 @@ def scan_2(
     candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
-    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+    TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store log2 of the estimated mass of groups of level 2 for each head, and of its sum.
 

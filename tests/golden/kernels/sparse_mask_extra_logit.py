@@ -992,8 +992,8 @@ def weights_above(counts, cut):
 
 @triton.jit
 def scan_window(
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, histogram,
-    candidate_count, positions, position_stride_b, position_stride_t, written, header,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
+    positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, kv_len, slots, kv_heads, query_len, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
     SEEN: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -1221,7 +1221,7 @@ def scan_1(
     child_counts, candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
-    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+    TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store log2 of the estimated mass of groups of level 1 for each head, and of its sum.
 
@@ -1426,7 +1426,7 @@ def scan_2(
     candidate_count,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3,
-    STEPS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+    TILES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store log2 of the estimated mass of groups of level 2 for each head, and of its sum.
 
