@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lychee_compile.codegen.forms import Unprintable
-from lychee_compile.codegen.level_source import estimate_source, summary_source
+from lychee_compile.codegen.level_source import estimate_source
 from lychee_compile.codegen.parts.certificate import emit_of_levels
 from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.level_index import emit_index_new, parts_of_chunks
 from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, S, SparseSpec
@@ -21,8 +22,6 @@ BYTES_AT_ONCE = 32768
 """Bytes of summaries that a program of a scan loads at a time."""
 SEEN_AT_ONCE = 8192
 """Slots whose visibility a program of a scan finds out at a time."""
-NUMBERS_AT_ONCE = 4096
-"""Numbers of the keys of a group that are summarised at a time."""
 LISTED_AT_ONCE = {"pages": 16, "chunks": 8, "clusters": 4}
 """Children of a group that a program lists at a time, by the kind of the groups."""
 LISTED_OF_FEW = 128
@@ -241,45 +240,4 @@ def _attend(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> list[
     shared |= {"number": number, "in_clusters": False, "narrows": False}
     ended = {"by_mass": False} if _is_listed(stack, number) else {}
     attend = fill("levels/attend.py.jinja", spec, **shared, **ended)
-    return [_index_new(spec, stack, sparse, shared), attend]
-
-
-def parts_of_chunks(stack: LevelStack) -> str:
-    """Return the parts of an index that new chunks are written to, as parameters."""
-    number, fields = len(stack.levels) - 1, stack.levels[-1].fields
-    labels = f"label_{number}, open_{number}, " if number else ""
-    return f"strength, span, numbers, {labels}" + "".join(f"summary_{name}, " for name in fields)
-
-
-def _index_new(
-    spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec, shared: dict[str, object]
-) -> str:
-    """Return what brings the index up to date with the slots that a step has written."""
-    if shared["last_kind"] == "token clusters":
-        return fill("levels/index_waiting.py.jinja", spec, **shared)
-    if shared["last_kind"] == "pages":
-        levels = [_described(spec, *each) for each in enumerate(stack.levels)]
-        return fill("levels/index_pages.py.jinja", spec, **shared, levels=levels)
-    return emit_index_chunks(spec, stack, sparse, shared)
-
-
-def emit_index_chunks(
-    spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec, shared: dict[str, object]
-) -> str:
-    """Return what cuts and summarises the chunks that a step closes."""
-    similar, level = sparse.groups.by_similarity, _described(spec, 0, stack.levels[-1])
-    level["tile"] = min(power_of_two(sparse.groups.chunk[1]), 16)
-    return fill("levels/index_chunks.py.jinja", spec, **shared, level=level, by_similarity=similar)
-
-
-def _described(spec: AttentionSpec, number: int, level: Level) -> dict[str, object]:
-    """Return what templates read of the summaries of a level."""
-    rounds = spec.dtype != "float32" and (level.rounds_fields or _kind(level) == "chunks")
-    source = summary_source(level, spec.head_dim, f"tl.{spec.dtype}" if rounds else None)
-    tile = min(level.groups.size, max(NUMBERS_AT_ONCE // power_of_two(spec.head_dim, 16), 16))
-    return {
-        "number": number,
-        "tile": tile,
-        "passes": source.passes,
-        "fields": [(name, wide, source.fields[name]) for name, wide in level.channels.items()],
-    }
+    return [emit_index_new(spec, stack, sparse, shared), attend]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from lychee_compile.codegen.parts.level_index import emit_index_chunks, parts_of_chunks
 from lychee_compile.codegen.parts.levels import (
     LISTED_OF_FEW,
     RANKED,
     chunk_sizes,
-    emit_index_chunks,
     emit_level,
     few_clusters,
-    parts_of_chunks,
     scanned_at_once,
 )
 from lychee_compile.codegen.parts.site import fill, sees_range
