@@ -8,7 +8,8 @@ import pytest
 import torch
 import triton_interpreter
 from decode_problems import Sizes
-from level_steps import follow, table_of
+from level_fits import table_of
+from level_steps import follow
 from narrowed_steps import NarrowedCase, NarrowedSteps, short_contexts
 
 from lychee_compile.kernels.gpu.lychee.layout import (

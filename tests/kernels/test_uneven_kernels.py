@@ -11,7 +11,8 @@ import triton_interpreter
 from decode_problems import DTYPES, MASKS, Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from level_steps import EVENTS, Case, Steps, follow, table_of
+from level_fits import table_of
+from level_steps import EVENTS, Case, Steps, follow
 
 from lychee_compile.codegen.parts import levels
 from lychee_compile.kernels.gpu.levels import chunk_index as device_chunks
