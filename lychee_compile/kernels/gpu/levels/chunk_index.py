@@ -136,7 +136,7 @@ class ChunkDeviceIndex(LevelDeviceIndex):
     def __init__(self, layout: LevelLayout, device: torch.device) -> None:
         super().__init__(layout, device)
         self.tables = ChunkTables(layout, self.named)
-        """What is known of chunks and clusters."""
+        """Tables of the chunks and of their clusters."""
 
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Cut, summarise and cluster the keys in the slots [0, ends[b]) of `key` [B, Hkv, L, D]."""
