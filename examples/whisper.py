@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--context", type=int, default=1500, metavar="N", help="frames of sound (%(default)s)")
     add("--new-tokens", type=int, default=16, metavar="N", help="tokens to generate (%(default)s)")
     add("--budget", type=int, default=256, metavar="N", help="tokens read per step (%(default)s)")
-    add("--reference", action="store_true", help="on a GPU, plain operators that tell what is read")
+    add("--reference", action="store_true", help="on a GPU, run the plain operators, not kernels")
     return parser.parse_args(arguments)
 
 

@@ -1,9 +1,10 @@
 """Everything that a policy of your own needs: import it from here, and from nowhere deeper.
 
 A policy decides which keys a query reads. Declare it, and it runs on every device: a `LevelStack`
-of `Level`s from coarse to fine, of `Pages` of neighbouring keys or of single `Tokens`. A level says
-how a group of keys is summarised (`fields`) and how the score of a group is estimated from that,
-both as expressions of `query`, `key`, `softmax_scale`, `head_dim` and `field(name)`:
+of `Level`s from coarse to fine: `Pages` of neighbouring keys and single `Tokens`, `Clusters` above
+`Chunks`, or `TokenClusters`. A level says how a group of keys is summarised (`fields`) and how the
+score of a group is estimated from that, both as expressions of `query`, `key`, `softmax_scale`,
+`head_dim` and `field(name)`:
 
     best = dot(Max(query, 0), field("high")) + dot(Min(query, 0), field("low"))  # sympy's Max, Min
     pages = Level(Pages(16), best, fields={"low": least(key), "high": greatest(key)})

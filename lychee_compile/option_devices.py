@@ -45,7 +45,8 @@ OPTION_DEVICES: Mapping[str, tuple[OptionDevice, ...]] = {
 }
 """Devices on which each option of `Options` has an effect, by the name of the option.
 
-Policies that are declared with chunks use the options of chunks on every device.
+Policies that are declared with chunks use the options of chunks on every device. On a GPU "lychee"
+uses them in caches of millions of slots alone, see `pays_to_narrow` in `kernels/gpu/lychee`.
 """
 
 _OF_CHUNKS = frozenset({"chunk", "cluster_chunks", "coarse_units", "boundaries", "seed"})
@@ -73,4 +74,6 @@ def without_effect(options: Options, devices: Collection[OptionDevice]) -> Itera
     listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
     noun = "options {} have" if len(names) > 1 else "option {} has"
     where = " or ".join(_IN_WORDS[device] for device in sorted(devices))
-    yield f"{noun.format(listed)} no effect on {where}"
+    narrows = options.policy == "lychee" and not _OF_CHUNKS.isdisjoint(names)
+    sizes = ", unless a cache has millions of slots" if narrows else ""
+    yield f"{noun.format(listed)} no effect on {where}{sizes}"

@@ -39,7 +39,7 @@ class Call:
     """Slots read, int64 [B, Hkv, Tq, S]; -1 pads heads that read fewer than S."""
     chunk_starts: Tensor
     """First slot of every chunk of the index at that step, int64 [B, C]. The tail of a row, which
-    is not cut yet, counts as a chunk. The index of a GPU has none."""
+    is not cut yet, counts as a chunk. Generated kernels tell none."""
     chunk_lengths: Tensor
     """Number of tokens of every chunk, int64 [B, C]; 0: no chunk."""
     mass: Tensor | None

@@ -36,12 +36,12 @@ class IndexConfig:
     """Largest number of coarse units above the fine clusters."""
     overfetch: int = 16
     """Number of candidate tokens for each token that is read, in a context longer than
-    `flat_tokens`. Units, clusters and chunks narrow the context down to the candidates, whose
-    sketches are then ranked."""
+    `flat_tokens`. Units, clusters and chunks, or pages on a GPU, narrow the context down to the
+    candidates, whose sketches are then ranked."""
     flat_tokens: int = 65536
     """Longest context in which the sketches of all tokens are ranked. That is a better choice than
     one through units, clusters and chunks. On a CPU it is also faster up to some 100,000 tokens at
-    budget 1,024, and up to fewer at smaller budgets."""
+    budget 1,024 (measured: see benchmarks/results/index-cost.md)."""
     boundaries: str = "auto"
     """Cuts of chunks, one of `BOUNDARIES`: "tokens" cuts by boundary strengths of token ids,
     "similarity" where neighbouring keys differ, "fixed" at one length, and "auto" by token ids if
@@ -58,12 +58,14 @@ class IndexConfig:
     "compact" cannot decode."""
     epsilon: float | None = None
     """Largest share of the softmax mass that may be missed. The budget widens, up to all tokens,
-    until a certificate proves it. None: the budget is kept and nothing is proved."""
+    until a certificate proves it. Kernels do not widen it: a query whose certificate proves too
+    little reads all keys. None: the budget is kept and nothing is proved."""
     seed: int = 0
     """Seed of the k-means clustering."""
     repair: bool = True
-    """Cluster all chunks anew once they are twice as many, and fit the axes of sketches anew,
-    as tokens arrive. Without repair an index gets worse the more is generated."""
+    """Cluster all chunks of "lychee" anew once they are twice as many, and fit the axes of its
+    sketches anew, as tokens arrive. Without repair an index gets worse the more is generated. A GPU
+    always repairs."""
     dense_layers: int | None = None
     """Number of first layers that stay exact; None: as in the policy's paper. A graph of one
     attention that does not tell the number of its layer has none."""

@@ -5,7 +5,7 @@ alone, by a choice in PyTorch and generated kernels, and by the reference. `orde
 patches in blocks, if queries are patches:
 
     out = tiled_prefill(q, k, v, [], None, order, "causal", scale, 0.2, 16384, "prefill_lychee_...")
-    out = listed_prefill(q, k, v, [], None, order, "causal", scale, 0.2, 16384, "prefill_s2o_...")
+    out = listed_prefill(q, k, v, [mask], None, None, "", scale, 0.2, 16384, "prefill_s2o_...")
     out = sparse_prefill(q, k, v, mask, None, order, causal, scale, None, "lychee", 0.2, ...)
 """
 

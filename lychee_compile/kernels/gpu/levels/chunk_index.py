@@ -137,7 +137,7 @@ class ChunkDeviceIndex(LevelDeviceIndex):
     def __init__(self, layout: LevelLayout, device: torch.device) -> None:
         super().__init__(layout, device)
         self.tables = ChunkTables(layout, self.named)
-        """Tables of chunks and clusters, in the memory of the index."""
+        """Tables of the chunks and of their clusters."""
 
     def take_over(self, smaller: DeviceIndex) -> None:
         """Copy all that an index of the same cache holds, which has fewer slots."""

@@ -154,9 +154,10 @@ class KeysWithoutCache:
 def _is_stored_in_bytes(way: Way) -> bool:
     """True if the first node of `way` is an input of 8-bit numbers that become keys one by one."""
     first, *steps = way
-    if storage_of(first).op not in ("placeholder", "get_attr"):
+    storage = storage_of(first)
+    if storage.op not in ("placeholder", "get_attr"):
         return False
-    dtype, learnt = value_of(first).dtype, torch_private.is_parameter(storage_of(first))
+    dtype, learnt = value_of(storage).dtype, torch_private.is_parameter(storage)
     kept = dtype.itemsize == 1 and dtype != torch.bool and not learnt
     return kept and all(operator_of(step).product is None for step in steps)
 
