@@ -260,3 +260,22 @@ def test_an_index_that_grows_keeps_its_chunks_and_clusters():
         assert torch.equal(new[name][:, :, :count], old[name])
         assert not new[name][:, :, count:].any(), "what is new belongs to nothing"
     assert larger.tables.clustered == steps.index.tables.clustered > 0
+
+
+class Siblings(Steps):
+    """Steps of two tokens that do not see each other."""
+
+    def problem(self):
+        found = super().problem()
+        seen, slot = found.captured[0], torch.arange(self.key.shape[2])
+        seen[:] = slot < self.length
+        for query in range(2):
+            seen[:, :, query, self.length + query] = True
+        return found
+
+
+def test_a_chunk_that_a_hidden_slot_decides_is_read_by_the_step():
+    case = Case("dhsa", Sizes(1, 1, 1, 2, 120, 16, 16), budget=60, mask="mask")
+    steps = Siblings(case, 70)
+    for _ in range(20):
+        steps.compare()

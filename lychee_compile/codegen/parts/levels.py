@@ -57,6 +57,7 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         _constants(spec, stack, sparse),
         *emit_bins(spec, sparse, weighed=not stack.levels or kind == "chunks"),
         *(library(*_OF_KIND[kind]) if lists else []),
+        *(library("levels", "unread_before") if kind == "chunks" and not sees_range(spec) else []),
         emit_always_read(spec, sparse, unread, more="" if kind == "pages" else ", unread"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         *library("fingerprints", "record_fingerprints"),

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
+    from lychee_compile.codegen.triton_lib.bins import written_slots
     from lychee_compile.codegen.triton_lib.names import (
         BINS,
         CHANNELS,
@@ -57,6 +58,20 @@ def unread_slot(span, fresh):
     number = tl.maximum(fresh - 2 * LONGEST, 0) // SHORTEST + tl.arange(0, LOOK)
     low, high = span_bounds(span + number, number, number * SHORTEST < fresh)
     return tl.max(tl.where((high > low) & (low + LONGEST < fresh), high, 0), 0)
+
+
+@triton.jit
+def unread_before(span, fresh, positions, stride_b, stride_t, written, b, kv_len):
+    """Return what `unread_slot` does, where chunks that this step decides do not count.
+
+    A slot that this step has written, before `fresh`, may be hidden from the query. It may decide a
+    chunk before or after another program looks.
+    """
+    number = tl.maximum(fresh - 2 * LONGEST, 0) // SHORTEST + tl.arange(0, LOOK)
+    low, high = span_bounds(span + number, number, number * SHORTEST < fresh)
+    slot = written_slots(positions, stride_b, stride_t, written, b, kv_len, -1)
+    is_new = tl.max((low[:, None] + LONGEST == slot[None, :]).to(tl.int32), 1)
+    return tl.max(tl.where((high > low) & (low + LONGEST < fresh) & (is_new == 0), high, 0), 0)
 
 
 @triton.jit

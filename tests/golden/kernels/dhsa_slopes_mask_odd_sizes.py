@@ -360,6 +360,20 @@ def weights_above(counts, cut):
 
 
 @triton.jit
+def unread_before(span, fresh, positions, stride_b, stride_t, written, b, kv_len):
+    """Return what `unread_slot` does, where chunks that this step decides do not count.
+
+    A slot that this step has written, before `fresh`, may be hidden from the query. It may decide a
+    chunk before or after another program looks.
+    """
+    number = tl.maximum(fresh - 2 * LONGEST, 0) // SHORTEST + tl.arange(0, LOOK)
+    low, high = span_bounds(span + number, number, number * SHORTEST < fresh)
+    slot = written_slots(positions, stride_b, stride_t, written, b, kv_len, -1)
+    is_new = tl.max((low[:, None] + LONGEST == slot[None, :]).to(tl.int32), 1)
+    return tl.max(tl.where((high > low) & (low + LONGEST < fresh) & (is_new == 0), high, 0), 0)
+
+
+@triton.jit
 def always_read(
     tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0, TILES: tl.constexpr
 ):
@@ -541,7 +555,9 @@ def scan_0(
     queries, heads = load_queries(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
-    unread = unread_slot(span + space * numbers, fresh)
+    unread = unread_before(
+        span + space * numbers, fresh, positions, position_stride_b, position_stride_t, written, b, kv_len
+    )
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0, TILES
     )
@@ -610,7 +626,9 @@ def rank_0(
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0
     )
-    unread = unread_slot(span + space * numbers, fresh)
+    unread = unread_before(
+        span + space * numbers, fresh, positions, position_stride_b, position_stride_t, written, b, kv_len
+    )
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0, TILES
     )
@@ -664,7 +682,9 @@ def list_0(
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0
     )
-    unread = unread_slot(span + space * numbers, fresh)
+    unread = unread_before(
+        span + space * numbers, fresh, positions, position_stride_b, position_stride_t, written, b, kv_len
+    )
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0, TILES
     )
@@ -822,7 +842,9 @@ def attend(
         # A kernel before this one may have just revoked trust: what caches hold is too old.
         trusted = tl.load(header, cache_modifier=".cg") != 0
         space = (b * kv_heads + kv_head).to(tl.int64)
-        unread = unread_slot(span + space * numbers, fresh)
+        unread = unread_before(
+            span + space * numbers, fresh, positions, position_stride_b, position_stride_t, written, b, kv_len
+        )
         first, begin, stop, end = always_read(
             tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0, TILES
         )
