@@ -269,8 +269,8 @@ class Siblings(Steps):
         found = super().problem()
         seen, slot = found.captured[0], torch.arange(self.key.shape[2])
         seen[:] = slot < self.length
-        for query in range(2):
-            seen[:, :, query, self.length + query] = True
+        for number in range(2):
+            seen[:, :, number, self.length + number] = True
         return found
 
 
