@@ -486,6 +486,10 @@ def scan_0(
         first = tl.minimum(first, tl.min(tl.min(tl.where(seen, slot, 2**30), 0), 0))
         end = tl.maximum(end, tl.max(tl.max(tl.where(seen, slot + 1, 0), 0), 0))
         summarised = group * SIZE_0 + SIZE_0 <= fresh
+        if written > 1:  # a slot that this query does not see may have filled its page just now
+            for new in range(written):
+                newest = tl.load(positions + b * position_stride_b + new * position_stride_t).to(tl.int32)
+                summarised &= tl.where(newest < 0, newest + kv_len, newest) // SIZE_0 != group
         held = summarised & (shown > 0)
         s = estimate_0(
             queries, summary_least + space * groups * HEAD_DIM, summary_greatest + space * groups * HEAD_DIM, group, held,
