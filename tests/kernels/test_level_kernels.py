@@ -158,3 +158,11 @@ def test_a_range_that_the_budget_holds_is_read_whole(policy):
     """A window of 20 slots lies in two groups of the coarsest level."""
     sizes = Sizes(1, 1, 2, 1, 100, 16, 16)
     follow(Steps(Case(policy, sizes, budget=30, sinks=2, recent=4, mask="window"), 71), ["step"])
+
+
+def test_a_page_that_a_hidden_key_has_filled_has_no_summary_yet():
+    """Queries that do not see the newest keys have an older one as the first that is new."""
+    sizes = Sizes(1, 2, 2, 3, 400, 32)
+    case = Case("quest", sizes, budget=96, mask="mask by head", score="slopes", seed=4)
+    steps = Steps(case, 300)
+    follow(steps, ["step", "step", "rewind", "step"])
