@@ -149,7 +149,9 @@ def plain_shares(case: Case, problem: Problem, asked: Asked, read: Tensor) -> Te
     )
 
 
-@pytest.mark.parametrize("policy", ["quest", *SMALL])
+@pytest.mark.parametrize(
+    "policy", ["quest", *(pytest.param(each, marks=pytest.mark.thorough) for each in SMALL)]
+)
 @settings(max_examples=EXAMPLES)
 @given(drawn=cases(), history=st.lists(st.sampled_from(EVENTS), min_size=1, max_size=2))
 def test_no_certificate_is_violated(policy, drawn, history):

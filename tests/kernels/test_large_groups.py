@@ -92,16 +92,16 @@ def test_a_step_summarises_as_building_does(size, dtype, declared):
 def test_passes_share_what_they_have_in_common():
     match = dot(key, mean(key))
     level = Level(Pages(64), dot(query, field("f")), {"f": weighted_mean(key, exp(match))})
-    passes = summary_source(level, 64).passes
+    passes = summary_source(level, 64, None).passes
     assert [len(each) for each in passes] == [1, 2]
     twice = Level(Pages(64), dot(query, field("a") + field("b")),
                   {"a": mean(key), "b": mean(key) * 2 + mean(key * 0 + 3)})  # fmt: skip
-    assert [len(each) for each in summary_source(twice, 64).passes] == [1]
+    assert [len(each) for each in summary_source(twice, 64, None).passes] == [1]
 
 
 def test_a_field_that_is_no_summary_has_no_kernel():
     with pytest.raises(Unprintable, match="is not taken over the keys"):
-        summary_source(Level(Pages(16), dot(query, field("f")), {"f": 2 * key}), 64)
+        summary_source(Level(Pages(16), dot(query, field("f")), {"f": 2 * key}), 64, None)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])

@@ -327,9 +327,11 @@ def _spec_of(kernel: str) -> Any:
     import sympy
 
     from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, S, SparseSpec
+    from lychee_compile.kernels.levels.groups import GroupSettings
 
     length = sympy.Symbol("given_length", integer=True)
-    chosen = SparseSpec("lychee", 40, 4, 16, 16, 65536)
+    groups = GroupSettings(chunk=SMALL["chunk"], sinks=SMALL["sinks"])
+    chosen = SparseSpec("lychee", 40, 4, 16, 16, 65536, groups=groups)
     visible = sympy.Le(KV, length)
     return AttentionSpec(
         "float32", 2, 8, 8, 8**-0.5 * S, visible, (Captured("given_length", "int64", 0),),

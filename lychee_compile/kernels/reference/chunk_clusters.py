@@ -173,6 +173,8 @@ class ChunkClusters:
         """
         by_slot = labels_of_slots(self.labels, of_slot)
         for number in reversed(range(len(self.labels))):
+            more = parts["tokens"].shape[2] - self.labels[number].shape[2]
+            self.labels[number] = F.pad(self.labels[number], (0, more), value=-1)
             level, label = self.levels[number], self.labels[number]
             columns = with_room(self.columns[number], max(int(label.max()) + 1, 1))
             mean, variance = moments(self.levels[number + 1], parts)
@@ -182,6 +184,3 @@ class ChunkClusters:
                 none = torch.zeros_like(label[..., 0])
                 write_columns(level, key, by_slot[number], columns, none)
             self.columns[number] = parts = columns
-        for number, below in enumerate(self.columns[1:]):
-            more = below["tokens"].shape[2] - self.labels[number].shape[2]
-            self.labels[number] = F.pad(self.labels[number], (0, more), value=-1)

@@ -130,6 +130,8 @@ def write_columns(
     ones = torch.ones_like(slot)
     for b, begins in enumerate(first.tolist()):
         for h, begin in enumerate(begins):
+            if begin == room:
+                continue
             own = torch.where(label[b, h] >= begin, label[b, h] - begin, room - begin)
             found: Columns = summaries_by_label(
                 level, key[b, h, : len(slot)], own, room - begin, stored_dtype(columns)

@@ -157,8 +157,9 @@ def _is_stored_in_bytes(way: Way) -> bool:
     storage = storage_of(first)
     if storage.op not in ("placeholder", "get_attr"):
         return False
-    dtype, learnt = value_of(storage).dtype, torch_private.is_parameter(storage)
-    kept = dtype.itemsize == 1 and dtype != torch.bool and not learnt
+    dtype, learnt = value_of(first).dtype, torch_private.is_parameter(storage)
+    kept = dtype.itemsize == value_of(storage).dtype.itemsize == 1
+    kept &= dtype != torch.bool and not learnt
     return kept and all(operator_of(step).product is None for step in steps)
 
 
