@@ -136,8 +136,8 @@ def long_key(batch, slots):
         (1, NARROWED_SLOTS // 8 - 512, 65536, False),
         (16, NARROWED_ROW, 65536, True),
         (64, NARROWED_ROW - 512, 65536, False),
-        (1, 2**22, 2**22, False),
-        (1, 2**22, 2**21, True),
+        (1, 2**23, 2**23, False),
+        (1, 2**23, 2**22, True),
     ],
 )
 def test_sizes_alone_decide_if_chunks_narrow(batch, slots, flat_tokens, expected):

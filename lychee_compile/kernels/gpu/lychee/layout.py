@@ -30,7 +30,7 @@ BLOCK, LARGEST_BLOCK, BLOCKS = 8192, 32768, 32
 A step reads the axes of all blocks and scans each block apart. Blocks therefore have more slots in
 an index that would have more than 32 of them.
 """
-NARROWED_SLOTS, NARROWED_ROW = 2**25, 2**21
+NARROWED_SLOTS, NARROWED_ROW = 2**26, 2**21
 """Least number of slots of all rows and KV heads together, and of one row, from which on chunks
 narrow a choice. Below, it takes less time to scan all pages."""
 PAGE_STEP, PAGE_MIDDLE = 0.75, 5.625
