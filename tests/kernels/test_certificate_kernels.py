@@ -11,6 +11,7 @@ import triton_interpreter
 from decode_problems import CAP, DTYPES, LAYOUTS, MASKS, SCORES, Problem, Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known_policies import known_policies
 from level_steps import EVENTS, Asked, Case, Read, Steps, kept_scratch, score_inputs
 from torch import Tensor
 
@@ -27,7 +28,6 @@ from lychee_compile.kernels.levels.expressions import (
     norm,
     query,
 )
-from lychee_compile.kernels.policies import registry
 from lychee_compile.kernels.reference.attention import attend
 from lychee_compile.kernels.reference.certificate import log_unread_bound, missed_share
 from lychee_compile.kernels.reference.chunk_table import decided, numbers_of_slots
@@ -74,10 +74,7 @@ EXAMPLES = max(settings().max_examples // 3, 1)
 @pytest.fixture(autouse=True, scope="module")
 def small_stacks() -> Iterator[None]:
     """The small stacks are known until the tests of this file are over."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_policies", dict(registry._policies))
-        for name, stack in SMALL.items():
-            registry.register_policy(name, stack)
+    with known_policies(SMALL):
         yield
 
 

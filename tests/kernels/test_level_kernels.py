@@ -9,6 +9,7 @@ import triton_interpreter
 from decode_problems import DTYPES, LAYOUTS, MASKS, SCORES, Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known_policies import known_policies
 from level_steps import EVENTS, Case, Steps, follow
 from plain_caches import SMALL_HISA
 from sympy import exp
@@ -99,10 +100,7 @@ ROWS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (2, 2, 1), (1, 1, 4)]
 @pytest.fixture(autouse=True, scope="module")
 def small_stacks() -> Iterator[None]:
     """The small stacks are known until the tests of this file are over."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_policies", dict(registry._policies))
-        for name, stack in SMALL.items():
-            registry.register_policy(name, stack)
+    with known_policies(SMALL):
         yield
 
 

@@ -11,6 +11,7 @@ import triton_interpreter
 from decode_problems import DTYPES, MASKS, Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known_policies import known_policies
 from level_fits import table_of
 from level_steps import EVENTS, Case, Steps, follow
 
@@ -31,7 +32,6 @@ from lychee_compile.kernels.levels.expressions import (
     softmax_scale,
 )
 from lychee_compile.kernels.levels.groups import Chunks, Clusters, TokenClusters
-from lychee_compile.kernels.policies import registry
 
 triton_interpreter.use()
 pytestmark = [
@@ -86,11 +86,8 @@ ROWS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1)]
 @pytest.fixture(autouse=True, scope="module")
 def small_stacks() -> Iterator[None]:
     """Small stacks are known until these tests are over, and few tokens have clusters."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_policies", dict(registry._policies))
+    with known_policies(SMALL) as patch:
         patch.setattr(device_chunks, "REFIT", 16)
-        for name, stack in SMALL.items():
-            registry.register_policy(name, stack)
         yield
 
 
