@@ -13,6 +13,7 @@ import triton_interpreter
 from decode_problems import MASKS, RANGES, SCORES, Problem, Sizes, element, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tile_problems import RECENT, SINKS, prefill_problem
 from torch import Tensor
 
 from lychee_compile.codegen.module import chooses_by_kernels, emit_module
@@ -38,7 +39,6 @@ pytestmark = [
 ]
 
 FEW = settings(max_examples=max(settings().max_examples // 6, 1))
-SINKS, RECENT = 4, 16
 CHOSEN_IN_PYTORCH = ("any streaming", "any dhsa", "any s2o", "any compact")
 """The policies of these names, without kernels that choose."""
 
@@ -60,13 +60,6 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _ask(choice: PrefillChoice, question: PrefillQuestion) -> Tensor:
     return choice(question)
-
-
-def problem_for(policy: str, **given) -> Problem:
-    """Return a decoding problem whose specification is that of a prefill."""
-    problem = make_problem(**given)
-    problem.spec = replace(problem.spec, tiles=TileSpec(policy, SINKS, RECENT))
-    return problem
 
 
 def plain(problem: Problem, config: PrefillConfig, order: Tensor | None = None) -> PrefillResult:
@@ -101,7 +94,7 @@ def slots_read(prefill: ListedPrefill, problem: Problem) -> Tensor:
 @pytest.mark.parametrize("policy", ["streaming", "dhsa", "s2o", "compact"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_kernels_choose_unless_a_mask_has_holes(policy: str, mask: str) -> None:
-    spec = problem_for(policy, mask=mask).spec
+    spec = prefill_problem(policy, mask=mask).spec
     assert chooses_by_kernels(spec) == (mask in RANGES)
     assert ("def see_tiles(" in emit_module(spec)) == (mask not in RANGES)
     assert not chooses_by_kernels(replace(spec, tiles=replace(spec.tiles, ordered=True)))
@@ -120,7 +113,7 @@ def problems(draw, policies=CHOSEN_IN_PYTORCH) -> Problem:
         head_dim,
         value_dim,
     )
-    return problem_for(
+    return prefill_problem(
         draw(st.sampled_from(policies)),
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         sizes=sizes,
@@ -168,7 +161,7 @@ def test_kernels_read_what_the_plain_form_reads(policy: str, data: st.DataObject
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask_and_bias_is_seen_as_the_plain_form_sees_it(mask: str) -> None:
     score = SCORES[MASKS.index(mask) % len(SCORES)]
-    problem = problem_for(
+    problem = prefill_problem(
         "any streaming", mask=mask, score=score, sizes=Sizes(2, 1, 2, 140, 180, 16, 16)
     )
     prefill = ListedPrefill(
@@ -204,7 +197,7 @@ def _some(problem: Problem) -> Tensor:
 @pytest.mark.parametrize("policy", CHOSEN_IN_PYTORCH)
 def test_tiles_done_apart_read_the_same(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory decides how many tiles are done together, and facts of keys are worked out once."""
-    problem = problem_for(policy, sizes=Sizes(2, 1, 2, 260, 260, 16, 16), length=0)
+    problem = prefill_problem(policy, sizes=Sizes(2, 1, 2, 260, 260, 16, 16), length=0)
     module = problem.module()
     config = listed_config(module, 0.4)
     expected = slots_read(ListedPrefill(module, problem.operands(), config), problem)
@@ -219,7 +212,7 @@ def test_tiles_done_apart_read_the_same(policy: str, monkeypatch: pytest.MonkeyP
 
 
 def test_queries_in_another_order_read_keys_at_their_own_positions() -> None:
-    problem = problem_for("any s2o", mask="none", sizes=Sizes(1, 1, 2, 300, 300, 16, 16))
+    problem = prefill_problem("any s2o", mask="none", sizes=Sizes(1, 1, 2, 300, 300, 16, 16))
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     module = problem.module()
     config = listed_config(module, 0.6)
@@ -234,7 +227,7 @@ def test_queries_in_another_order_read_keys_at_their_own_positions() -> None:
 
 def test_rows_and_heads_that_see_different_keys() -> None:
     """The mask is a tensor per head; one head sees nothing at all, one row has no padding."""
-    problem = problem_for(
+    problem = prefill_problem(
         "any compact", mask="mask by head", sizes=Sizes(2, 1, 2, 140, 200, 16, 16)
     )
     (mask,) = problem.captured

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 import triton_interpreter
-from decode_problems import RANGES, Problem, Sizes, make_problem
+from decode_problems import RANGES, Problem, Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tile_problems import RECENT, SINKS, prefill_problem
 from torch import Tensor
 
 from lychee_compile.codegen.parts.listed import split_score
-from lychee_compile.codegen.specification import TileSpec
 from lychee_compile.kernels.gpu.prefill import launch, ranked
 from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, PrefillLaunch
 from lychee_compile.kernels.gpu.prefill.listed import listed_config
@@ -33,7 +33,6 @@ pytestmark = [
 ]
 
 FEW = settings(max_examples=max(settings().max_examples // 6, 1))
-SINKS, RECENT = 4, 16
 UNIONS = ("compact", "dhsa")
 POLICIES = ("streaming", "s2o", *UNIONS)
 
@@ -44,17 +43,10 @@ def few_tiles_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "TOGETHER", 2)
 
 
-def problem_for(policy: str, **given) -> Problem:
-    """Return a decoding problem whose specification is that of a prefill."""
-    problem = make_problem(**given)
-    problem.spec = replace(problem.spec, tiles=TileSpec(policy, SINKS, RECENT))
-    return problem
-
-
 @st.composite
 def problems(draw, policies=POLICIES) -> Problem:
     query_len, kv_len = draw(st.sampled_from([(130, 130), (40, 200), (200, 70), (140, 300)]))
-    return problem_for(
+    return prefill_problem(
         draw(st.sampled_from(policies)),
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         sizes=Sizes(draw(st.integers(1, 2)), 1, draw(st.integers(1, 3)), query_len, kv_len, 16, 16),
@@ -168,7 +160,7 @@ def test_groups_are_those_of_a_union_by_levels(policy: str, data: st.DataObject)
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 @pytest.mark.parametrize("policy", UNIONS)
 def test_rankings_are_those_of_the_plain_form(policy: str, scale: float) -> None:
-    problem = problem_for(policy, mask="none", sizes=Sizes(2, 2, 2, 200, 300, 16, 16))
+    problem = prefill_problem(policy, mask="none", sizes=Sizes(2, 2, 2, 200, 300, 16, 16))
     problem.spec = replace(problem.spec, score=problem.spec.score * scale)
     prefill = RankedPrefill(problem.module(), problem.operands(), PrefillBudget(0.3))
     choice = registry.prefill_choice(policy)
@@ -189,7 +181,7 @@ def test_rankings_are_those_of_the_plain_form(policy: str, scale: float) -> None
 
 @pytest.mark.parametrize("policy", UNIONS)
 def test_levels_read_nearly_what_the_plain_form_reads(policy: str) -> None:
-    problem = problem_for(policy, mask="causal", sizes=Sizes(1, 1, 2, 129, 600, 16, 16), seed=5)
+    problem = prefill_problem(policy, mask="causal", sizes=Sizes(1, 1, 2, 129, 600, 16, 16), seed=5)
     config = listed_config(problem.module(), 0.5)
     question = question_of(problem, config)
     prefill = RankedPrefill(problem.module(), problem.operands(), PrefillBudget(0.5))
@@ -199,7 +191,7 @@ def test_levels_read_nearly_what_the_plain_form_reads(policy: str) -> None:
 
 @pytest.mark.parametrize(("mask", "share"), [("none", 0.3), ("causal", 0.5), ("window", 0.7)])
 def test_s2o_reads_the_keys_of_the_highest_shares(mask: str, share: float) -> None:
-    problem = problem_for("s2o", mask=mask, sizes=Sizes(1, 1, 2, 129, 500, 16, 16), seed=1)
+    problem = prefill_problem("s2o", mask=mask, sizes=Sizes(1, 1, 2, 129, 500, 16, 16), seed=1)
     question = question_of(problem, listed_config(problem.module(), share))
     prefill = PrefillLaunch(problem.module(), problem.operands(), PrefillBudget(share))
     chosen = chosen_by(prefill, question)
@@ -219,7 +211,7 @@ def test_s2o_reads_the_keys_of_the_highest_shares(mask: str, share: float) -> No
 
 
 def test_s2o_stops_early_where_few_keys_matter() -> None:
-    problem = problem_for("s2o", mask="none", sizes=Sizes(1, 1, 1, 128, 1000, 16, 16))
+    problem = prefill_problem("s2o", mask="none", sizes=Sizes(1, 1, 1, 128, 1000, 16, 16))
     problem.query[:], problem.key[:] = 1, 0
     problem.key[:, :, 300:310] = 8
     for share, expected in ((0.5, 10), (2000, 1000 - SINKS - RECENT)):
@@ -233,7 +225,7 @@ def test_s2o_stops_early_where_few_keys_matter() -> None:
 
 @pytest.mark.parametrize("policy", ["streaming", *UNIONS])
 def test_tiles_done_apart_read_the_same(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = problem_for(policy, sizes=Sizes(1, 1, 2, 260, 260, 16, 16), length=0)
+    problem = prefill_problem(policy, sizes=Sizes(1, 1, 2, 260, 260, 16, 16), length=0)
     budget = PrefillBudget(0.6)
     expected = run_by_kernels(problem.module(), problem.operands(), budget)
     monkeypatch.setattr(ranked, "CHOICE_BYTES", 1)
@@ -247,7 +239,9 @@ def test_tiles_done_apart_read_the_same(policy: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("policy", UNIONS)
 def test_what_no_query_sees_decides_nothing(policy: str) -> None:
-    problem = problem_for(policy, mask="padded", sizes=Sizes(2, 1, 1, 130, 400, 16, 16), length=150)
+    problem = prefill_problem(
+        policy, mask="padded", sizes=Sizes(2, 1, 1, 130, 400, 16, 16), length=150
+    )
     outputs = []
     for garbage in (0.0, torch.nan, torch.inf):
         for b, start in enumerate((3, 10)):
@@ -259,7 +253,7 @@ def test_what_no_query_sees_decides_nothing(policy: str) -> None:
 
 
 def test_keys_that_are_all_alike_are_read_in_their_order() -> None:
-    problem = problem_for("compact", mask="none", sizes=Sizes(1, 1, 2, 130, 300, 16, 16))
+    problem = prefill_problem("compact", mask="none", sizes=Sizes(1, 1, 2, 130, 300, 16, 16))
     problem.key[:] = 0.25
     question = question_of(problem, listed_config(problem.module(), 0.5))
     prefill = RankedPrefill(problem.module(), problem.operands(), PrefillBudget(0.5))
@@ -272,7 +266,7 @@ def test_a_union_of_ones_own_is_chosen_by_kernels(monkeypatch: pytest.MonkeyPatc
     compact = registry.prefill_choice("compact")
     assert isinstance(compact, GroupUnion)
     registry.register_policy("apart", None, tiles=replace(compact, shared=False))
-    problem = problem_for("apart", mask="causal", sizes=Sizes(1, 2, 2, 130, 300, 16, 16))
+    problem = prefill_problem("apart", mask="causal", sizes=Sizes(1, 2, 2, 130, 300, 16, 16))
     config = listed_config(problem.module(), 0.6)
     question = question_of(problem, config)
     prefill = RankedPrefill(problem.module(), problem.operands(), PrefillBudget(0.6))
@@ -281,7 +275,7 @@ def test_a_union_of_ones_own_is_chosen_by_kernels(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("policy", ["streaming", "compact"])
 def test_kernels_attend_to_what_they_list(policy: str) -> None:
-    problem = problem_for(policy, mask="causal", sizes=Sizes(1, 1, 2, 200, 300, 16, 16), seed=2)
+    problem = prefill_problem(policy, mask="causal", sizes=Sizes(1, 1, 2, 200, 300, 16, 16), seed=2)
     config = listed_config(problem.module(), 0.6)
     question = question_of(problem, config)
     prefill = RankedPrefill(problem.module(), problem.operands(), PrefillBudget(0.6))
