@@ -31,26 +31,30 @@ def emit_exact(spec: AttentionSpec) -> list[str]:
     ]
 
 
-def emit_bins(spec: AttentionSpec, sparse: SparseSpec, weighed: bool = False) -> list[str]:
+def emit_bins(
+    spec: AttentionSpec, sparse: SparseSpec, weighed: bool = False, scored: bool = True
+) -> list[str]:
     """Return functions that put shares of the softmax into bins, and choose by these.
 
     `weighed` items count by their weights, which `weigh_bins` in `triton_lib/levels.py` does, or
-    there are none: then `count_bins` is left out.
+    there are none: then `count_bins` is left out. Without `scored` so is `note_mass`, for which
+    shares are not enough.
     """
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
     return [
         *library("bins", "written_slots", "fresh_from", "denominators", "shares_of"),
         *library("bins", "bins_of_shares", *([] if weighed else ["count_bins"]), "threshold"),
-        *(_emit_mass(spec) if sparse.coverage is not None else []),
+        *(_emit_mass(spec, scored) if sparse.coverage is not None else []),
         fill("decode/fresh_seen.py.jinja", spec),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
         *library("bins", "choose_by_bin"),
     ]
 
 
-def _emit_mass(spec: AttentionSpec) -> list[str]:
+def _emit_mass(spec: AttentionSpec, scored: bool) -> list[str]:
     """Return functions that end a choice at a share of the softmax."""
-    counted = library("mass", "note_small", "note_mass", "mass_of_bins", "note_left_out")
+    noted = ["note_heads", "note_small", *(["note_mass"] if scored else [])]
+    counted = library("mass", *noted, "mass_of_bins", "note_left_out")
     found = library("mass", "limit_of_mass", "threshold_of_mass")
     return [*counted, *found, fill("decode/log_always.py.jinja", spec)]
 

@@ -9,30 +9,50 @@ import triton.language as tl
 
 if TYPE_CHECKING:
     from lychee_compile.codegen.triton_lib.names import (
-        COARSE_BYTES,
-        COARSE_COLUMNS,
         DIM,
-        FINE_BYTES,
-        FINE_COLUMNS,
         HEAD_DIM,
         IN_REGISTERS,
-        KEPT_COLUMNS,
         PAGE_STEP,
         ROWS,
+        WEIGHT_COLUMNS,
     )
 
 
 @triton.jit
-def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
+def words_of(plane):
+    """Return a pointer to bytes as one to words of four bytes."""
+    return plane.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def dot4(codes, weights, total):
+    """Return `total` plus the products of four codes and their weights: int32, of any shape.
+
+    Codes are the bytes of a word without sign, weights those of a word with a sign.
+    """
+    if IN_REGISTERS:
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, weights, total],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )
+    else:
+        for byte in tl.static_range(4):
+            total += ((codes >> (8 * byte)) & 255) * ((weights << (24 - 8 * byte)) >> 24)
+    return total
+
+
+@triton.jit
+def load_weights(weights, mine, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the weights from FIRST on, bfloat16 [ROWS, COLUMNS]. Padding multiplies zeros."""
     column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    place = weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + FIRST + column[None, :]
-    return tl.load(place, mask=(column < WIDE)[None, :], other=0.0)
+    place = (mine * ROWS + g[:, None]) * WEIGHT_COLUMNS + FIRST + column[None, :]
+    inside = (FIRST + column < WEIGHT_COLUMNS)[None, :]
+    return tl.load(weights + place, mask=inside, other=0).to(tl.float32).to(tl.bfloat16)
 
 
 @triton.jit
 def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Return the codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
+    """Return the codes at SHIFT in the bytes `packed`, as bfloat16.
 
     They are put into the mantissa of 128.0, two at a time: no code has to be converted.
     """
@@ -47,25 +67,20 @@ def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
             lop3.b32 $1, high, {MASK * 0x10001}, 0x43004300, 0xEA;
             }}""",
             "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )
+        ) - 128.0
     else:
-        made = (((packed.to(tl.int16) >> SHIFT) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
+        made = ((packed >> SHIFT) & MASK).to(tl.float32).to(tl.bfloat16)
     return made
 
 
 @triton.jit
-def load_codes(fine, coarse, slot, inside):
-    """Return packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
-    byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
-    packed = tl.load(
-        fine + slot[None, :] * FINE_BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
+def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the bytes, uint8 [COLUMNS, N], of the tokens or pages `number` [N] in a plane."""
+    byte = tl.arange(0, COLUMNS)
+    return tl.load(
+        plane + number[None, :] * BYTES + byte[:, None],
+        mask=inside[None, :] & (byte < BYTES)[:, None], other=0,
     )
-    packed_coarse = tl.load(
-        coarse + slot[None, :] * COARSE_BYTES + column[:, None],
-        mask=inside[None, :] & (column < COARSE_BYTES)[:, None], other=0,
-    )
-    return packed, packed_coarse
 
 
 @triton.jit

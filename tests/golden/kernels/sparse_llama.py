@@ -183,7 +183,7 @@ SINKS = tl.constexpr(16)  # first tokens, always read
 RECENT = tl.constexpr(64)  # last tokens, always read
 PAGE_ROOM = tl.constexpr(1024)  # pages whose tokens are scored
 FLAT_PAGES = tl.constexpr(4096)  # pages seen by a query up to which the tokens of all are scored
-TURN = tl.constexpr(16)  # pages of one block whose tokens are scored at a time
+TURN = tl.constexpr(32)  # pages of one block whose tokens are scored at a time
 BINS = tl.constexpr(256)  # bins of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
 
@@ -200,8 +200,10 @@ FINE_COLUMNS = tl.constexpr(16)
 COARSE_BYTES = tl.constexpr(8)
 COARSE_COLUMNS = tl.constexpr(16)
 PAGE_STEP = tl.constexpr(0.75)  # step of a page's mean, in steps of a coordinate
-PAGE_ZERO = tl.constexpr(101.625)  # zero of a page's codes, in steps of a coordinate
+PAGE_ZERO = tl.constexpr(5.625)  # zero of a page's codes, in steps of a coordinate
+WEIGHT_COLUMNS = tl.constexpr(64)  # weights of a head, one for each code in the bytes of a sketch
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no PTX
+IN_WORDS = tl.constexpr(not triton.knobs.runtime.interpret)  # codes are multiplied four at a time
 
 
 RANKS_PAGES = True  # True if pages of a long context are ranked first
@@ -330,12 +332,6 @@ def choose_by_bin(entry, cut, left, at_cut):
 
 
 @triton.jit
-def bins_of(value, total, possible):
-    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits."""
-    return bins_of_shares(shares_of(value, total), possible)
-
-
-@triton.jit
 def always_read(
     tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES: tl.constexpr
 ):
@@ -415,7 +411,7 @@ def check_sample(
 @triton.jit
 def query_weights(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
+    axes, centre, step, spread, weights, scales, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
     kv_len, blocks, kv_heads: tl.constexpr, query_len, length,
     BLOCK: tl.constexpr, PAGED: tl.constexpr, EARLY: tl.constexpr,
@@ -430,16 +426,18 @@ def query_weights(
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     block = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
-    kept, d, g = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
+    place, d, g = tl.arange(0, WEIGHT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
+    kept = tl.where(place < 2 * FINE_BYTES, place, place - (2 * FINE_BYTES - KEPT_FINE))
+    real = (kept < KEPT) & ((place < KEPT_FINE) | (place >= 2 * FINE_BYTES))
     axis = tl.load(
         axes + (block * KEPT + kept)[None, :] * HEAD_DIM + d[:, None],
-        mask=(kept < KEPT)[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
+        mask=real[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
     )
-    steps = tl.load(step + block * KEPT + kept, mask=kept < KEPT, other=0.0)
+    steps = tl.load(step + block * KEPT + kept, mask=real, other=0.0)
     middle = tl.load(centre + block * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
-    variance = tl.zeros([KEPT_COLUMNS], tl.float32)
+    variance = tl.zeros([WEIGHT_COLUMNS], tl.float32)
     if PAGED:
-        variance = tl.load(spread + block * KEPT_FINE + kept, mask=kept < KEPT_FINE, other=0.0)
+        variance = tl.load(spread + block * KEPT_FINE + place, mask=place < KEPT_FINE, other=0.0)
     # The loads above are of old data; those below may be of data that the kernel before writes.
     # The kernels after this one read it too: they must not begin while that kernel still runs.
     if EARLY:
@@ -449,20 +447,22 @@ def query_weights(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
     exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
-    weight = exact.to(tl.bfloat16)
-    rounded = weight.to(tl.float32)
+    most = tl.maximum(tl.max(tl.abs(exact), 1), 1e-30)
+    weight = tl.floor(exact * (127 / most)[:, None] + 0.5)
+    rounded = weight * (most / 127)[:, None]
     constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
     if PAGED:
         # The same cumulants for a page whose variance is the usual one.
-        zero = PAGE_ZERO * tl.sum(tl.where((kept < KEPT_FINE)[None, :], rounded, 0.0), 1)
+        zero = PAGE_ZERO * tl.sum(tl.where((place < KEPT_FINE)[None, :], rounded, 0.0), 1)
         of_page = constant + 0.5 * SCALE * tl.sum(exact * exact * variance[None, :], 1) - zero
         tl.store(page_constants + (head_row.to(tl.int64) * blocks + tile) * ROWS + g, of_page)
-    moved = tl.where(kept < KEPT_FINE, 8.9000, 1.0087)
+    moved = tl.where(place < KEPT_FINE, 8.9000, 1.0087)
     of_block = constant + 0.5 * SCALE * tl.sum(exact * exact * moved[None, :], 1)
-    constant -= 135.5 * tl.sum(tl.where(((kept < 32))[None, :], rounded, 0.0), 1)
-    constant -= 129.5 * tl.sum(tl.where(((kept >= 32) & (kept < 64))[None, :], rounded, 0.0), 1)
+    zero = tl.where(place < KEPT_FINE, 7.5, 1.5)
+    constant -= tl.sum(rounded * zero[None, :], 1)
     mine = head_row.to(tl.int64) * blocks + tile
-    tl.store(weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + kept[None, :], weight)
+    tl.store(weights + (mine * ROWS + g[:, None]) * WEIGHT_COLUMNS + place[None, :], weight.to(tl.int8))
+    tl.store(scales + mine * ROWS + g, most / 127)
     tl.store(constants + mine * ROWS + g, constant)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
@@ -481,16 +481,27 @@ def query_weights(
 
 
 @triton.jit
-def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
+def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the bytes, uint8 [COLUMNS, N], of the tokens or pages `number` [N] in a plane."""
+    byte = tl.arange(0, COLUMNS)
+    return tl.load(
+        plane + number[None, :] * BYTES + byte[:, None],
+        mask=inside[None, :] & (byte < BYTES)[:, None], other=0,
+    )
+
+
+@triton.jit
+def load_weights(weights, mine, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the weights from FIRST on, bfloat16 [ROWS, COLUMNS]. Padding multiplies zeros."""
     column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    place = weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + FIRST + column[None, :]
-    return tl.load(place, mask=(column < WIDE)[None, :], other=0.0)
+    place = (mine * ROWS + g[:, None]) * WEIGHT_COLUMNS + FIRST + column[None, :]
+    inside = (FIRST + column < WEIGHT_COLUMNS)[None, :]
+    return tl.load(weights + place, mask=inside, other=0).to(tl.float32).to(tl.bfloat16)
 
 
 @triton.jit
 def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Return the codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
+    """Return the codes at SHIFT in the bytes `packed`, as bfloat16.
 
     They are put into the mantissa of 128.0, two at a time: no code has to be converted.
     """
@@ -508,48 +519,158 @@ def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
         )
     else:
         made = (((packed.to(tl.int16) >> SHIFT) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
-    return made
+    return made - 128.0
 
 
 @triton.jit
-def load_codes(fine, coarse, slot, inside):
-    """Return packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
-    byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
-    packed = tl.load(
-        fine + slot[None, :] * FINE_BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
-    )
-    packed_coarse = tl.load(
-        coarse + slot[None, :] * COARSE_BYTES + column[:, None],
-        mask=inside[None, :] & (column < COARSE_BYTES)[:, None], other=0,
-    )
-    return packed, packed_coarse
+def words_of(plane):
+    """Return a pointer to bytes as one to words of four bytes."""
+    return plane.to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def sketch_scores(packed, packed_coarse, weights, constants, mine):
-    """Estimate q.k, [ROWS, N], from packed codes of the block whose weights are `mine`."""
-    constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS))
-    w0 = load_weights(weights, mine, 0, 16, FINE_COLUMNS)
-    w1 = load_weights(weights, mine, 16, 16, FINE_COLUMNS)
-    w2 = load_weights(weights, mine, 32, 8, COARSE_COLUMNS)
-    w3 = load_weights(weights, mine, 40, 8, COARSE_COLUMNS)
-    w4 = load_weights(weights, mine, 48, 8, COARSE_COLUMNS)
-    w5 = load_weights(weights, mine, 56, 8, COARSE_COLUMNS)
-    total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]
-    total = tl.dot(w0, codes(packed, 0, 15), total)
-    total = tl.dot(w1, codes(packed, 4, 15), total)
-    total = tl.dot(w2, codes(packed_coarse, 0, 3), total)
-    total = tl.dot(w3, codes(packed_coarse, 2, 3), total)
-    total = tl.dot(w4, codes(packed_coarse, 4, 3), total)
-    total = tl.dot(w5, codes(packed_coarse, 6, 3), total)
+def dot4(codes, weights, total):
+    """Return `total` plus the products of four codes and their weights: int32, of any shape.
+
+    Codes are the bytes of a word without sign, weights those of a word with a sign.
+    """
+    if IN_REGISTERS:
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, weights, total],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )
+    else:
+        for byte in tl.static_range(4):
+            total += ((codes >> (8 * byte)) & 255) * ((weights << (24 - 8 * byte)) >> 24)
     return total
+
+
+@triton.jit
+def load_sketches(fine, coarse, number, inside):
+    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [COLUMNS, N]."""
+    if IN_WORDS:
+        fine = tl.load(
+            words_of(fine) + number[:, None] * 4 + tl.arange(0, 4)[None, :],
+            mask=inside[:, None], other=0,
+        )
+        fine_even, fine_odd = tl.split(tl.reshape(fine, [number.shape[0], 2, 2]))
+        fine_0, fine_2 = tl.split(fine_even)
+        fine_1, fine_3 = tl.split(fine_odd)
+        coarse = tl.load(
+            words_of(coarse) + number[:, None] * 2 + tl.arange(0, 2)[None, :],
+            mask=inside[:, None], other=0,
+        )
+        coarse_0, coarse_1 = tl.split(coarse)
+        packed = (fine_0, fine_1, fine_2, fine_3, coarse_0, coarse_1)
+    else:
+        packed = (
+            load_bytes(fine, number, inside, FINE_BYTES, FINE_COLUMNS),
+            load_bytes(coarse, number, inside, COARSE_BYTES, COARSE_COLUMNS),
+        )
+    return packed
+
+
+@triton.jit
+def token_products(packed, weights, mine):
+    """Return the products, float32 [ROWS, N], of codes and of the weights of the block `mine`."""
+    fine, coarse = packed
+    total = tl.zeros([ROWS, fine.shape[1]], tl.float32)
+    weight = load_weights(weights, mine, 0, FINE_COLUMNS)
+    total = tl.dot(weight, codes(fine, 0, 15), total)
+    weight = load_weights(weights, mine, 16, FINE_COLUMNS)
+    total = tl.dot(weight, codes(fine, 4, 15), total)
+    weight = load_weights(weights, mine, 32, COARSE_COLUMNS)
+    total = tl.dot(weight, codes(coarse, 0, 3), total)
+    weight = load_weights(weights, mine, 40, COARSE_COLUMNS)
+    total = tl.dot(weight, codes(coarse, 2, 3), total)
+    weight = load_weights(weights, mine, 48, COARSE_COLUMNS)
+    total = tl.dot(weight, codes(coarse, 4, 3), total)
+    weight = load_weights(weights, mine, 56, COARSE_COLUMNS)
+    total = tl.dot(weight, codes(coarse, 6, 3), total)
+    return total
+
+
+@triton.jit
+def token_codes(packed):
+    """Return the codes of tokens or pages as the bytes of words, int32 [N], from packed words."""
+    fine_0, fine_1, fine_2, fine_3, coarse_0, coarse_1 = packed
+    return (
+        fine_0 & 0x0f0f0f0f,
+        fine_1 & 0x0f0f0f0f,
+        fine_2 & 0x0f0f0f0f,
+        fine_3 & 0x0f0f0f0f,
+        (fine_0 >> 4) & 0x0f0f0f0f,
+        (fine_1 >> 4) & 0x0f0f0f0f,
+        (fine_2 >> 4) & 0x0f0f0f0f,
+        (fine_3 >> 4) & 0x0f0f0f0f,
+        coarse_0 & 0x03030303,
+        coarse_1 & 0x03030303,
+        (coarse_0 >> 2) & 0x03030303,
+        (coarse_1 >> 2) & 0x03030303,
+        (coarse_0 >> 4) & 0x03030303,
+        (coarse_1 >> 4) & 0x03030303,
+        (coarse_0 >> 6) & 0x03030303,
+        (coarse_1 >> 6) & 0x03030303,
+    )
+
+
+@triton.jit
+def token_product(codes, own):
+    """Return the products, int32 [N], of codes in words and of the weights of one head."""
+    product = tl.zeros_like(codes[0])
+    product = dot4(codes[0], tl.load(own + 0), product)
+    product = dot4(codes[1], tl.load(own + 1), product)
+    product = dot4(codes[2], tl.load(own + 2), product)
+    product = dot4(codes[3], tl.load(own + 3), product)
+    product = dot4(codes[4], tl.load(own + 4), product)
+    product = dot4(codes[5], tl.load(own + 5), product)
+    product = dot4(codes[6], tl.load(own + 6), product)
+    product = dot4(codes[7], tl.load(own + 7), product)
+    product = dot4(codes[8], tl.load(own + 8), product)
+    product = dot4(codes[9], tl.load(own + 9), product)
+    product = dot4(codes[10], tl.load(own + 10), product)
+    product = dot4(codes[11], tl.load(own + 11), product)
+    product = dot4(codes[12], tl.load(own + 12), product)
+    product = dot4(codes[13], tl.load(own + 13), product)
+    product = dot4(codes[14], tl.load(own + 14), product)
+    product = dot4(codes[15], tl.load(own + 15), product)
+    return product
+
+
+@triton.jit
+def token_shares(
+    packed, slot, inside, known, weights, scales, constants, mine, total, b, kv_head, t, kv_len, length,
+):
+    """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
+    g = tl.arange(0, ROWS)
+    seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
+    known &= seen
+    if IN_WORDS:
+        unpacked = token_codes(packed)
+        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
+        share = tl.zeros([slot.shape[0]], tl.float32)
+        for head in tl.static_range(GROUP):
+            h = kv_head * GROUP + head
+            product = token_product(unpacked, words + head * (WEIGHT_COLUMNS // 4)).to(tl.float32)
+            s = product * tl.load(scales + mine * ROWS + head) + tl.load(constants + mine * ROWS + head)
+            bits = score(s, b, h, t, slot, inside, length)
+            bits = tl.where(known, bits, float("-inf"))
+            own = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+            share += own
+    else:
+        h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+        scale, constant = tl.load(scales + mine * ROWS + g), tl.load(constants + mine * ROWS + g)
+        s = token_products(packed, weights, mine) * scale[:, None] + constant[:, None]
+        bits = score(s, b, h, t, slot[None, :], inside[None, :], length)
+        bits = tl.where(known[None, :], bits, float("-inf"))
+        share = shares_of(bits, total)
+    return share, seen
 
 
 @triton.jit
 def scan_tokens(
     fine, coarse, key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-    weights, constants, totals,
+    weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
@@ -562,8 +683,6 @@ def scan_tokens(
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
     if tile == tiles:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
@@ -585,22 +704,19 @@ def scan_tokens(
         slot = tile * TILE + tl.arange(0, TILE)
         inside = slot < kv_len
         space = (b * kv_heads + kv_head).to(tl.int64) * slots
-        packed, packed_coarse = load_codes(
-            fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
-        )
+        packed = load_sketches(fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside)
         fresh = fresh_seen(
             positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
         )
         if EARLY:
             tl.extra.cuda.gdc_wait()
-        s = sketch_scores(
-            packed, packed_coarse, weights, constants,
-            head_row.to(tl.int64) * blocks + tile * TILE // BLOCK,
-        )
+        known = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
+        mine = head_row.to(tl.int64) * blocks + tile * TILE // BLOCK
         total = denominators(totals, head_row, blocks, BLOCKS)
-        value = score(s, b, h, t, slot[None, :], inside[None, :], length)
-        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
-        entry = bins_of(value, total, seen & ((slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))))
+        share, seen = token_shares(
+            packed, slot, inside, known, weights, scales, constants, mine, total, b, kv_head, t, kv_len, length
+        )
+        entry = bins_of_shares(share, share > 0)
         tl.store(bins + head_row.to(tl.int64) * slots + slot, entry.to(tl.uint8))
         count_bins(histogram + head_row * (2 * BINS), entry)
 
@@ -619,25 +735,93 @@ def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
 
 
 @triton.jit
-def load_pages(pages, page, inside):
-    """Return packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
-    byte = tl.arange(0, FINE_COLUMNS)
-    return tl.load(
-        pages + page[None, :] * FINE_BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
+def load_pages(fine, number, inside):
+    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [COLUMNS, N]."""
+    if IN_WORDS:
+        fine = tl.load(
+            words_of(fine) + number[:, None] * 4 + tl.arange(0, 4)[None, :],
+            mask=inside[:, None], other=0,
+        )
+        fine_even, fine_odd = tl.split(tl.reshape(fine, [number.shape[0], 2, 2]))
+        fine_0, fine_2 = tl.split(fine_even)
+        fine_1, fine_3 = tl.split(fine_odd)
+        packed = (fine_0, fine_1, fine_2, fine_3)
+    else:
+        packed = (
+            load_bytes(fine, number, inside, FINE_BYTES, FINE_COLUMNS),
+        )
+    return packed
+
+
+@triton.jit
+def page_products(packed, weights, mine):
+    """Return the products, float32 [ROWS, N], of codes and of the weights of the block `mine`."""
+    fine, = packed
+    total = tl.zeros([ROWS, fine.shape[1]], tl.float32)
+    weight = load_weights(weights, mine, 0, FINE_COLUMNS)
+    total = tl.dot(weight, codes(fine, 0, 15), total)
+    weight = load_weights(weights, mine, 16, FINE_COLUMNS)
+    total = tl.dot(weight, codes(fine, 4, 15), total)
+    return total
+
+
+@triton.jit
+def page_codes(packed):
+    """Return the codes of tokens or pages as the bytes of words, int32 [N], from packed words."""
+    fine_0, fine_1, fine_2, fine_3 = packed
+    return (
+        fine_0 & 0x0f0f0f0f,
+        fine_1 & 0x0f0f0f0f,
+        fine_2 & 0x0f0f0f0f,
+        fine_3 & 0x0f0f0f0f,
+        (fine_0 >> 4) & 0x0f0f0f0f,
+        (fine_1 >> 4) & 0x0f0f0f0f,
+        (fine_2 >> 4) & 0x0f0f0f0f,
+        (fine_3 >> 4) & 0x0f0f0f0f,
     )
 
 
 @triton.jit
-def page_scores(packed, weights, constants, mine):
-    """Return products q.k, [ROWS, N], that stand for the keys of pages of the block `mine`."""
-    constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS))
-    total = tl.zeros([ROWS, packed.shape[1]], tl.float32)
-    weight = load_weights(weights, mine, 0, 16, FINE_COLUMNS)
-    total = tl.dot(weight, codes(packed, 0, 15), total)
-    weight = load_weights(weights, mine, 16, 16, FINE_COLUMNS)
-    total = tl.dot(weight, codes(packed, 4, 15), total)
-    return PAGE_STEP * total + constant[:, None]
+def page_product(codes, own):
+    """Return the products, int32 [N], of codes in words and of the weights of one head."""
+    product = tl.zeros_like(codes[0])
+    product = dot4(codes[0], tl.load(own + 0), product)
+    product = dot4(codes[1], tl.load(own + 1), product)
+    product = dot4(codes[2], tl.load(own + 2), product)
+    product = dot4(codes[3], tl.load(own + 3), product)
+    product = dot4(codes[4], tl.load(own + 4), product)
+    product = dot4(codes[5], tl.load(own + 5), product)
+    product = dot4(codes[6], tl.load(own + 6), product)
+    product = dot4(codes[7], tl.load(own + 7), product)
+    return product
+
+
+@triton.jit
+def page_shares(
+    packed, slot, inside, known, weights, scales, constants, mine, total, b, kv_head, t, kv_len, length,
+):
+    """Return the sum over heads of each share, float32 [N]."""
+    g = tl.arange(0, ROWS)
+    if IN_WORDS:
+        unpacked = page_codes(packed)
+        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
+        share = tl.zeros([slot.shape[0]], tl.float32)
+        for head in tl.static_range(GROUP):
+            h = kv_head * GROUP + head
+            product = page_product(unpacked, words + head * (WEIGHT_COLUMNS // 4)).to(tl.float32)
+            s = PAGE_STEP * product * tl.load(scales + mine * ROWS + head) + tl.load(constants + mine * ROWS + head)
+            bits = score(s, b, h, t, slot, inside, length)
+            bits = tl.where(known, bits, float("-inf"))
+            own = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+            share += own
+    else:
+        h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+        scale, constant = tl.load(scales + mine * ROWS + g), tl.load(constants + mine * ROWS + g)
+        s = PAGE_STEP * page_products(packed, weights, mine) * scale[:, None] + constant[:, None]
+        bits = score(s, b, h, t, slot[None, :], inside[None, :], length)
+        bits = tl.where(known[None, :], bits, float("-inf"))
+        share = shares_of(bits, total)
+    return share
 
 
 @triton.jit
@@ -680,7 +864,7 @@ def plan_turns(
 def scan_pages(
     pages, page_constants, ranks, whole, arrivals, plan, turns, limits, candidate_count,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-    weights, constants, totals,
+    weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
@@ -695,8 +879,6 @@ def scan_pages(
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
     if tile == tiles:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
@@ -726,11 +908,13 @@ def scan_pages(
         held = (page * PAGE < tl.minimum(end, fresh)) & (page * PAGE + PAGE > first)
         if EARLY:
             tl.extra.cuda.gdc_wait()
-        s = page_scores(packed, weights, page_constants, head_row.to(tl.int64) * blocks + tile)
-        value = score(s, b, h, t, (page * PAGE)[None, :], held[None, :], length)
         total = denominators(totals, head_row, blocks, BLOCKS)
-        tl.store(whole + head_row * ROWS + g, total)  # all programs of a row store the same
-        entry = bins_of(value, total, held)
+        tl.store(whole + head_row * ROWS + tl.arange(0, ROWS), total)  # all programs of a row store the same
+        share = page_shares(
+            packed, page * PAGE, held, held, weights, scales, page_constants,
+            head_row.to(tl.int64) * blocks + tile, total, b, kv_head, t, kv_len, length,
+        )
+        entry = bins_of_shares(share, share > 0)
         tl.store(bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page, entry.to(tl.uint8))
         counts = count_bins(histogram + head_row * (2 * BINS), entry)
         tl.store(mine + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
@@ -749,7 +933,7 @@ def scan_pages(
 @triton.jit
 def scan_chosen(
     fine, coarse, whole, page_bins, plan, turns, limits, candidates, candidate_room,
-    weights, constants, totals,
+    weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
@@ -760,8 +944,6 @@ def scan_chosen(
     head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
     histogram += head_row * (2 * BINS) + BINS
     page_bins += head_row.to(tl.int64) * (blocks * PER_BLOCK)
     bins += head_row.to(tl.int64) * candidate_room
@@ -779,30 +961,27 @@ def scan_chosen(
     _, begin, stop, _ = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
-    total = tl.load(whole + head_row * ROWS + g)
+    total = tl.load(whole + head_row * ROWS + tl.arange(0, ROWS))
     cut, left, at_cut = tl.load(limits), tl.load(limits + 1), tl.load(limits + 2)
     for turn in range(part, tl.load(limits + 3), tl.num_programs(1)):
         block, first_rank = tl.load(plan + turn * 4), tl.load(plan + turn * 4 + 1)
         skipped, count = tl.load(plan + turn * 4 + 2), tl.load(plan + turn * 4 + 3)
         entry = tl.load(page_bins + block * PER_BLOCK + number)
-        _, place, _ = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
-        # `place` grows along the pages: the page of a rank is the first that is not below it.
-        rank = skipped + tl.arange(0, TURN)
-        page = tl.sum((place[None, :] < rank[:, None]).to(tl.int32), 1)
-        slot = ((block * PER_BLOCK + page) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
-        slot = tl.reshape(slot, [TURN * PAGE])
-        listed = lane < count * PAGE
+        chosen, place, _ = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
+        # The first slot of each page goes to its place among the candidates; the others follow it.
+        own = chosen & (place >= skipped) & (place < skipped + count)
+        head = (first_rank + place - skipped) * PAGE
+        tl.store(candidates + head, (block * PER_BLOCK + number) * PAGE, mask=own)
+        tl.debug_barrier()
+        into, listed = first_rank * PAGE + lane, lane < count * PAGE
+        slot = tl.load(candidates + into // PAGE * PAGE, mask=listed, other=0) + lane % PAGE
         inside = listed & (slot >= begin) & (slot < stop)
-        packed, packed_coarse = load_codes(
-            fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
+        share, _ = token_shares(
+            load_sketches(fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside),
+            slot, inside, inside, weights, scales, constants, head_row.to(tl.int64) * blocks + block,
+            total, b, kv_head, t, kv_len, length,
         )
-        s = sketch_scores(
-            packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + block
-        )
-        value = score(s, b, h, t, slot[None, :], inside[None, :], length)
-        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
-        found = bins_of(value, total, seen)
-        into = first_rank * PAGE + lane
+        found = bins_of_shares(share, share > 0)
         tl.store(candidates + into, slot, mask=listed)
         tl.store(bins + into, found.to(tl.uint8), mask=listed)
         count_bins(histogram, found)
@@ -1561,57 +1740,88 @@ def list_2(
 
 
 @triton.jit
-def listed_scores(packed, packed_coarse, weights, constants, mine, inside):
-    """Estimate q.k, [ROWS, N], from packed codes of keys [N] whose weights are `mine`."""
+def listed_products(packed, weights, mine):
+    """Return the products, float32 [ROWS, N], of codes and of the weights of blocks `mine` [N]."""
+    fine, coarse = packed
     g = tl.arange(0, ROWS)
-    total = tl.load(constants + mine[None, :] * ROWS + g[:, None], mask=inside[None, :], other=0.0)
-    weights += mine[None, :] * (ROWS * KEPT_COLUMNS)
+    total = tl.zeros([ROWS, mine.shape[0]], tl.float32)
+    weights += mine[None, :] * (ROWS * WEIGHT_COLUMNS)
     column = tl.arange(0, FINE_COLUMNS)[:, None]
-    within_0 = inside[None, :] & (column < 16)
+    within_0 = column < FINE_BYTES
     at_0 = weights + (0 + column)
-    code_0 = ((packed.to(tl.int32) >> 0) & 15).to(tl.float32) + 128.0
+    code_0 = ((fine.to(tl.int32) >> 0) & 15).to(tl.float32)
     column = tl.arange(0, FINE_COLUMNS)[:, None]
-    within_1 = inside[None, :] & (column < 16)
-    at_1 = weights + (16 + column)
-    code_1 = ((packed.to(tl.int32) >> 4) & 15).to(tl.float32) + 128.0
+    within_16 = column < FINE_BYTES
+    at_16 = weights + (16 + column)
+    code_16 = ((fine.to(tl.int32) >> 4) & 15).to(tl.float32)
     column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_2 = inside[None, :] & (column < 8)
-    at_2 = weights + (32 + column)
-    code_2 = ((packed_coarse.to(tl.int32) >> 0) & 3).to(tl.float32) + 128.0
+    within_32 = column < COARSE_BYTES
+    at_32 = weights + (32 + column)
+    code_32 = ((coarse.to(tl.int32) >> 0) & 3).to(tl.float32)
     column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_3 = inside[None, :] & (column < 8)
-    at_3 = weights + (40 + column)
-    code_3 = ((packed_coarse.to(tl.int32) >> 2) & 3).to(tl.float32) + 128.0
+    within_40 = column < COARSE_BYTES
+    at_40 = weights + (40 + column)
+    code_40 = ((coarse.to(tl.int32) >> 2) & 3).to(tl.float32)
     column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_4 = inside[None, :] & (column < 8)
-    at_4 = weights + (48 + column)
-    code_4 = ((packed_coarse.to(tl.int32) >> 4) & 3).to(tl.float32) + 128.0
+    within_48 = column < COARSE_BYTES
+    at_48 = weights + (48 + column)
+    code_48 = ((coarse.to(tl.int32) >> 4) & 3).to(tl.float32)
     column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_5 = inside[None, :] & (column < 8)
-    at_5 = weights + (56 + column)
-    code_5 = ((packed_coarse.to(tl.int32) >> 6) & 3).to(tl.float32) + 128.0
+    within_56 = column < COARSE_BYTES
+    at_56 = weights + (56 + column)
+    code_56 = ((coarse.to(tl.int32) >> 6) & 3).to(tl.float32)
     for head in tl.static_range(GROUP):
         s = tl.zeros([mine.shape[0]], tl.float32)
-        weight = tl.load(at_0 + head * KEPT_COLUMNS, mask=within_0, other=0.0)
+        weight = tl.load(at_0 + head * WEIGHT_COLUMNS, mask=within_0, other=0)
         s += tl.sum(weight.to(tl.float32) * code_0, 0)
-        weight = tl.load(at_1 + head * KEPT_COLUMNS, mask=within_1, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_1, 0)
-        weight = tl.load(at_2 + head * KEPT_COLUMNS, mask=within_2, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_2, 0)
-        weight = tl.load(at_3 + head * KEPT_COLUMNS, mask=within_3, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_3, 0)
-        weight = tl.load(at_4 + head * KEPT_COLUMNS, mask=within_4, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_4, 0)
-        weight = tl.load(at_5 + head * KEPT_COLUMNS, mask=within_5, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_5, 0)
+        weight = tl.load(at_16 + head * WEIGHT_COLUMNS, mask=within_16, other=0)
+        s += tl.sum(weight.to(tl.float32) * code_16, 0)
+        weight = tl.load(at_32 + head * WEIGHT_COLUMNS, mask=within_32, other=0)
+        s += tl.sum(weight.to(tl.float32) * code_32, 0)
+        weight = tl.load(at_40 + head * WEIGHT_COLUMNS, mask=within_40, other=0)
+        s += tl.sum(weight.to(tl.float32) * code_40, 0)
+        weight = tl.load(at_48 + head * WEIGHT_COLUMNS, mask=within_48, other=0)
+        s += tl.sum(weight.to(tl.float32) * code_48, 0)
+        weight = tl.load(at_56 + head * WEIGHT_COLUMNS, mask=within_56, other=0)
+        s += tl.sum(weight.to(tl.float32) * code_56, 0)
         total += tl.where((g == head)[:, None], s[None, :], 0.0)
     return total
 
 
 @triton.jit
+def listed_shares(
+    packed, slot, inside, known, weights, scales, constants, mine, total, b, kv_head, t, kv_len, length,
+):
+    """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
+    g = tl.arange(0, ROWS)
+    seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
+    known &= seen
+    if IN_WORDS:
+        unpacked = token_codes(packed)
+        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
+        share = tl.zeros([slot.shape[0]], tl.float32)
+        for head in tl.static_range(GROUP):
+            h = kv_head * GROUP + head
+            product = token_product(unpacked, words + head * (WEIGHT_COLUMNS // 4)).to(tl.float32)
+            s = product * tl.load(scales + mine * ROWS + head) + tl.load(constants + mine * ROWS + head)
+            bits = score(s, b, h, t, slot, inside, length)
+            bits = tl.where(known, bits, float("-inf"))
+            own = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+            share += own
+    else:
+        h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+        at = mine[None, :] * ROWS + g[:, None]
+        s = listed_products(packed, weights, mine) * tl.load(scales + at) + tl.load(constants + at)
+        bits = score(s, b, h, t, slot[None, :], inside[None, :], length)
+        bits = tl.where(known[None, :], bits, float("-inf"))
+        share = shares_of(bits, total)
+    return share, seen
+
+
+@triton.jit
 def scan_listed(
     fine, coarse, span, numbers, candidates, candidate_room, listed_count, candidate_count,
-    weights, constants, totals,
+    weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
@@ -1621,8 +1831,6 @@ def scan_listed(
     head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
     histogram += head_row * (2 * BINS) + BINS
     bins += head_row.to(tl.int64) * candidate_room
     candidates += head_row.to(tl.int64) * candidate_room
@@ -1650,12 +1858,11 @@ def scan_listed(
         slot = tl.load(candidates + item, mask=is_listed, other=0)
         slot = tl.where(is_listed, slot, tl.where(inside, open_slot + item - known, 0))
         tl.store(candidates + item, slot, mask=inside & (item >= known))
-        packed, packed_coarse = load_codes(fine, coarse, slot, inside)
-        mine = head_row.to(tl.int64) * blocks + slot // BLOCK
-        s = listed_scores(packed, packed_coarse, weights, constants, mine, inside)
-        value = score(s, b, h, t, slot[None, :], inside[None, :], length)
-        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
-        found = bins_of(value, total, seen)
+        share, _ = listed_shares(
+            load_sketches(fine, coarse, slot, inside), slot, inside, inside, weights, scales, constants,
+            head_row.to(tl.int64) * blocks + slot // BLOCK, total, b, kv_head, t, kv_len, length,
+        )
+        found = bins_of_shares(share, share > 0)
         tl.store(bins + item, found.to(tl.uint8), mask=inside)
         count_bins(histogram, found)
     if part == 0:

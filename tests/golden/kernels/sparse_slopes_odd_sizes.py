@@ -192,12 +192,14 @@ NEWEST = tl.constexpr(8)  # those among them that are the newest
 KEPT = tl.constexpr(40)  # coordinates of a sketch
 KEPT_COLUMNS = tl.constexpr(64)
 KEPT_FINE = tl.constexpr(20)  # coordinates of 4 bits
-FINE_BYTES = tl.constexpr(10)
+FINE_BYTES = tl.constexpr(12)
 FINE_COLUMNS = tl.constexpr(16)
-COARSE_BYTES = tl.constexpr(5)
+COARSE_BYTES = tl.constexpr(8)
 COARSE_COLUMNS = tl.constexpr(16)
 PAGE_STEP = tl.constexpr(0.75)  # step of a page's mean, in steps of a coordinate
+WEIGHT_COLUMNS = tl.constexpr(64)  # weights of a head, one for each code in the bytes of a sketch
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no PTX
+IN_WORDS = tl.constexpr(not triton.knobs.runtime.interpret)  # codes are multiplied four at a time
 
 
 RANKS_PAGES = False  # True if pages of a long context are ranked first
@@ -326,12 +328,6 @@ def choose_by_bin(entry, cut, left, at_cut):
 
 
 @triton.jit
-def bins_of(value, total, possible):
-    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits."""
-    return bins_of_shares(shares_of(value, total), possible)
-
-
-@triton.jit
 def always_read(
     tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, slopes, slopes_stride_0, TILES: tl.constexpr
 ):
@@ -411,7 +407,7 @@ def check_sample(
 @triton.jit
 def query_weights(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
+    axes, centre, step, spread, weights, scales, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
     kv_len, blocks, kv_heads: tl.constexpr, query_len, length, slopes, slopes_stride_0,
     BLOCK: tl.constexpr, PAGED: tl.constexpr, EARLY: tl.constexpr,
@@ -426,12 +422,14 @@ def query_weights(
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     block = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
-    kept, d, g = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
+    place, d, g = tl.arange(0, WEIGHT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
+    kept = tl.where(place < 2 * FINE_BYTES, place, place - (2 * FINE_BYTES - KEPT_FINE))
+    real = (kept < KEPT) & ((place < KEPT_FINE) | (place >= 2 * FINE_BYTES))
     axis = tl.load(
         axes + (block * KEPT + kept)[None, :] * HEAD_DIM + d[:, None],
-        mask=(kept < KEPT)[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
+        mask=real[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
     )
-    steps = tl.load(step + block * KEPT + kept, mask=kept < KEPT, other=0.0)
+    steps = tl.load(step + block * KEPT + kept, mask=real, other=0.0)
     middle = tl.load(centre + block * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
     # The loads above are of old data; those below may be of data that the kernel before writes.
     # The kernels after this one read it too: they must not begin while that kernel still runs.
@@ -442,15 +440,17 @@ def query_weights(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
     exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
-    weight = exact.to(tl.bfloat16)
-    rounded = weight.to(tl.float32)
+    most = tl.maximum(tl.max(tl.abs(exact), 1), 1e-30)
+    weight = tl.floor(exact * (127 / most)[:, None] + 0.5)
+    rounded = weight * (most / 127)[:, None]
     constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
-    moved = tl.where(kept < KEPT_FINE, 8.9000, 1.0087)
+    moved = tl.where(place < KEPT_FINE, 8.9000, 1.0087)
     of_block = constant + 0.5 * SCALE * tl.sum(exact * exact * moved[None, :], 1)
-    constant -= 135.5 * tl.sum(tl.where(((kept < 20))[None, :], rounded, 0.0), 1)
-    constant -= 129.5 * tl.sum(tl.where(((kept >= 20) & (kept < 40))[None, :], rounded, 0.0), 1)
+    zero = tl.where(place < KEPT_FINE, 7.5, 1.5)
+    constant -= tl.sum(rounded * zero[None, :], 1)
     mine = head_row.to(tl.int64) * blocks + tile
-    tl.store(weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + kept[None, :], weight)
+    tl.store(weights + (mine * ROWS + g[:, None]) * WEIGHT_COLUMNS + place[None, :], weight.to(tl.int8))
+    tl.store(scales + mine * ROWS + g, most / 127)
     tl.store(constants + mine * ROWS + g, constant)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
@@ -471,16 +471,27 @@ def query_weights(
 
 
 @triton.jit
-def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
+def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the bytes, uint8 [COLUMNS, N], of the tokens or pages `number` [N] in a plane."""
+    byte = tl.arange(0, COLUMNS)
+    return tl.load(
+        plane + number[None, :] * BYTES + byte[:, None],
+        mask=inside[None, :] & (byte < BYTES)[:, None], other=0,
+    )
+
+
+@triton.jit
+def load_weights(weights, mine, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the weights from FIRST on, bfloat16 [ROWS, COLUMNS]. Padding multiplies zeros."""
     column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    place = weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + FIRST + column[None, :]
-    return tl.load(place, mask=(column < WIDE)[None, :], other=0.0)
+    place = (mine * ROWS + g[:, None]) * WEIGHT_COLUMNS + FIRST + column[None, :]
+    inside = (FIRST + column < WEIGHT_COLUMNS)[None, :]
+    return tl.load(weights + place, mask=inside, other=0).to(tl.float32).to(tl.bfloat16)
 
 
 @triton.jit
 def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Return the codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
+    """Return the codes at SHIFT in the bytes `packed`, as bfloat16.
 
     They are put into the mantissa of 128.0, two at a time: no code has to be converted.
     """
@@ -498,48 +509,144 @@ def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
         )
     else:
         made = (((packed.to(tl.int16) >> SHIFT) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
-    return made
+    return made - 128.0
 
 
 @triton.jit
-def load_codes(fine, coarse, slot, inside):
-    """Return packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
-    byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
-    packed = tl.load(
-        fine + slot[None, :] * FINE_BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
-    )
-    packed_coarse = tl.load(
-        coarse + slot[None, :] * COARSE_BYTES + column[:, None],
-        mask=inside[None, :] & (column < COARSE_BYTES)[:, None], other=0,
-    )
-    return packed, packed_coarse
+def words_of(plane):
+    """Return a pointer to bytes as one to words of four bytes."""
+    return plane.to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def sketch_scores(packed, packed_coarse, weights, constants, mine):
-    """Estimate q.k, [ROWS, N], from packed codes of the block whose weights are `mine`."""
-    constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS))
-    w0 = load_weights(weights, mine, 0, 10, FINE_COLUMNS)
-    w1 = load_weights(weights, mine, 10, 10, FINE_COLUMNS)
-    w2 = load_weights(weights, mine, 20, 5, COARSE_COLUMNS)
-    w3 = load_weights(weights, mine, 25, 5, COARSE_COLUMNS)
-    w4 = load_weights(weights, mine, 30, 5, COARSE_COLUMNS)
-    w5 = load_weights(weights, mine, 35, 5, COARSE_COLUMNS)
-    total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]
-    total = tl.dot(w0, codes(packed, 0, 15), total)
-    total = tl.dot(w1, codes(packed, 4, 15), total)
-    total = tl.dot(w2, codes(packed_coarse, 0, 3), total)
-    total = tl.dot(w3, codes(packed_coarse, 2, 3), total)
-    total = tl.dot(w4, codes(packed_coarse, 4, 3), total)
-    total = tl.dot(w5, codes(packed_coarse, 6, 3), total)
+def dot4(codes, weights, total):
+    """Return `total` plus the products of four codes and their weights: int32, of any shape.
+
+    Codes are the bytes of a word without sign, weights those of a word with a sign.
+    """
+    if IN_REGISTERS:
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, weights, total],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )
+    else:
+        for byte in tl.static_range(4):
+            total += ((codes >> (8 * byte)) & 255) * ((weights << (24 - 8 * byte)) >> 24)
     return total
+
+
+@triton.jit
+def load_sketches(fine, coarse, number, inside):
+    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [COLUMNS, N]."""
+    if IN_WORDS:
+        fine_0 = tl.load(words_of(fine) + number * 3 + 0, mask=inside, other=0)
+        fine_1 = tl.load(words_of(fine) + number * 3 + 1, mask=inside, other=0)
+        fine_2 = tl.load(words_of(fine) + number * 3 + 2, mask=inside, other=0)
+        coarse = tl.load(
+            words_of(coarse) + number[:, None] * 2 + tl.arange(0, 2)[None, :],
+            mask=inside[:, None], other=0,
+        )
+        coarse_0, coarse_1 = tl.split(coarse)
+        packed = (fine_0, fine_1, fine_2, coarse_0, coarse_1)
+    else:
+        packed = (
+            load_bytes(fine, number, inside, FINE_BYTES, FINE_COLUMNS),
+            load_bytes(coarse, number, inside, COARSE_BYTES, COARSE_COLUMNS),
+        )
+    return packed
+
+
+@triton.jit
+def token_products(packed, weights, mine):
+    """Return the products, float32 [ROWS, N], of codes and of the weights of the block `mine`."""
+    fine, coarse = packed
+    total = tl.zeros([ROWS, fine.shape[1]], tl.float32)
+    weight = load_weights(weights, mine, 0, FINE_COLUMNS)
+    total = tl.dot(weight, codes(fine, 0, 15), total)
+    weight = load_weights(weights, mine, 12, FINE_COLUMNS)
+    total = tl.dot(weight, codes(fine, 4, 15), total)
+    weight = load_weights(weights, mine, 24, COARSE_COLUMNS)
+    total = tl.dot(weight, codes(coarse, 0, 3), total)
+    weight = load_weights(weights, mine, 32, COARSE_COLUMNS)
+    total = tl.dot(weight, codes(coarse, 2, 3), total)
+    weight = load_weights(weights, mine, 40, COARSE_COLUMNS)
+    total = tl.dot(weight, codes(coarse, 4, 3), total)
+    return total
+
+
+@triton.jit
+def token_codes(packed):
+    """Return the codes of tokens or pages as the bytes of words, int32 [N], from packed words."""
+    fine_0, fine_1, fine_2, coarse_0, coarse_1 = packed
+    return (
+        fine_0 & 0x0f0f0f0f,
+        fine_1 & 0x0f0f0f0f,
+        fine_2 & 0x0f0f0f0f,
+        (fine_0 >> 4) & 0x0f0f0f0f,
+        (fine_1 >> 4) & 0x0f0f0f0f,
+        (fine_2 >> 4) & 0x0f0f0f0f,
+        coarse_0 & 0x03030303,
+        coarse_1 & 0x03030303,
+        (coarse_0 >> 2) & 0x03030303,
+        (coarse_1 >> 2) & 0x03030303,
+        (coarse_0 >> 4) & 0x03030303,
+        (coarse_1 >> 4) & 0x03030303,
+    )
+
+
+@triton.jit
+def token_product(codes, own):
+    """Return the products, int32 [N], of codes in words and of the weights of one head."""
+    product = tl.zeros_like(codes[0])
+    product = dot4(codes[0], tl.load(own + 0), product)
+    product = dot4(codes[1], tl.load(own + 1), product)
+    product = dot4(codes[2], tl.load(own + 2), product)
+    product = dot4(codes[3], tl.load(own + 3), product)
+    product = dot4(codes[4], tl.load(own + 4), product)
+    product = dot4(codes[5], tl.load(own + 5), product)
+    product = dot4(codes[6], tl.load(own + 6), product)
+    product = dot4(codes[7], tl.load(own + 7), product)
+    product = dot4(codes[8], tl.load(own + 8), product)
+    product = dot4(codes[9], tl.load(own + 9), product)
+    product = dot4(codes[10], tl.load(own + 10), product)
+    product = dot4(codes[11], tl.load(own + 11), product)
+    return product
+
+
+@triton.jit
+def token_shares(
+    packed, slot, inside, known, weights, scales, constants, mine, total, b, kv_head, t, kv_len, length, slopes, slopes_stride_0,
+):
+    """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
+    g = tl.arange(0, ROWS)
+    seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length, slopes, slopes_stride_0)
+    known &= seen
+    if IN_WORDS:
+        unpacked = token_codes(packed)
+        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
+        share = tl.zeros([slot.shape[0]], tl.float32)
+        for head in tl.static_range(GROUP):
+            h = kv_head * GROUP + head
+            product = token_product(unpacked, words + head * (WEIGHT_COLUMNS // 4)).to(tl.float32)
+            s = product * tl.load(scales + mine * ROWS + head) + tl.load(constants + mine * ROWS + head)
+            bits = score(s, b, h, t, slot, inside, length, slopes, slopes_stride_0)
+            bits = tl.where(known, bits, float("-inf"))
+            own = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+            share += own
+    else:
+        h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+        scale, constant = tl.load(scales + mine * ROWS + g), tl.load(constants + mine * ROWS + g)
+        s = token_products(packed, weights, mine) * scale[:, None] + constant[:, None]
+        bits = score(s, b, h, t, slot[None, :], inside[None, :], length, slopes, slopes_stride_0)
+        bits = tl.where(known[None, :], bits, float("-inf"))
+        share = shares_of(bits, total)
+    return share, seen
 
 
 @triton.jit
 def scan_tokens(
     fine, coarse, key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-    weights, constants, totals,
+    weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length, slopes, slopes_stride_0,
@@ -552,8 +659,6 @@ def scan_tokens(
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
     if tile == tiles:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
@@ -575,22 +680,19 @@ def scan_tokens(
         slot = tile * TILE + tl.arange(0, TILE)
         inside = slot < kv_len
         space = (b * kv_heads + kv_head).to(tl.int64) * slots
-        packed, packed_coarse = load_codes(
-            fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
-        )
+        packed = load_sketches(fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside)
         fresh = fresh_seen(
             positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
         )
         if EARLY:
             tl.extra.cuda.gdc_wait()
-        s = sketch_scores(
-            packed, packed_coarse, weights, constants,
-            head_row.to(tl.int64) * blocks + tile * TILE // BLOCK,
-        )
+        known = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
+        mine = head_row.to(tl.int64) * blocks + tile * TILE // BLOCK
         total = denominators(totals, head_row, blocks, BLOCKS)
-        value = score(s, b, h, t, slot[None, :], inside[None, :], length, slopes, slopes_stride_0)
-        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length, slopes, slopes_stride_0)
-        entry = bins_of(value, total, seen & ((slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))))
+        share, seen = token_shares(
+            packed, slot, inside, known, weights, scales, constants, mine, total, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
+        )
+        entry = bins_of_shares(share, share > 0)
         tl.store(bins + head_row.to(tl.int64) * slots + slot, entry.to(tl.uint8))
         count_bins(histogram + head_row * (2 * BINS), entry)
 
@@ -725,12 +827,11 @@ def encode_keys(keys, axes, centre, step):
     d = tl.arange(0, DIM)
     middle = tl.load(centre + d, mask=d < HEAD_DIM, other=0.0)
     centred = keys - middle[None, :]
-    fine = field_codes(centred, axes, step, 0, 10, FINE_COLUMNS, 16)
-    fine |= field_codes(centred, axes, step, 10, 10, FINE_COLUMNS, 16) << 4
-    coarse = field_codes(centred, axes, step, 20, 5, COARSE_COLUMNS, 4)
-    coarse |= field_codes(centred, axes, step, 25, 5, COARSE_COLUMNS, 4) << 2
-    coarse |= field_codes(centred, axes, step, 30, 5, COARSE_COLUMNS, 4) << 4
-    coarse |= field_codes(centred, axes, step, 35, 5, COARSE_COLUMNS, 4) << 6
+    fine = field_codes(centred, axes, step, 0, 12, FINE_COLUMNS, 16)
+    fine |= field_codes(centred, axes, step, 12, 8, FINE_COLUMNS, 16) << 4
+    coarse = field_codes(centred, axes, step, 20, 8, COARSE_COLUMNS, 4)
+    coarse |= field_codes(centred, axes, step, 28, 8, COARSE_COLUMNS, 4) << 2
+    coarse |= field_codes(centred, axes, step, 36, 4, COARSE_COLUMNS, 4) << 4
     return fine.to(tl.uint8), coarse.to(tl.uint8)
 
 

@@ -107,7 +107,7 @@ def _arguments(
     """Return the arguments of all kernels by name."""
     rows, blocks, want = step.rows, sizes.blocks, step.wanted.want
     heads = power_of_two(step.operands.group, 16)
-    want_weights(step, state, blocks)
+    want_weights(step, blocks)
     want("bins", torch.uint8, rows, sizes.room)
     if sizes.paged:
         _want_pages(step, layout, sizes, heads)

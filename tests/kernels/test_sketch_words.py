@@ -1,0 +1,57 @@
+"""Codes multiplied four at a time, as on a GPU, give what tensor cores give: the same bins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton.language as tl
+import triton_interpreter
+from decode_problems import Sizes, make_problem
+from sparse_steps import Step, built
+from test_sparse_kernel import FLAT, PAGED
+
+from lychee_compile.codegen.parts.sketches import WORDS_HEADS
+
+triton_interpreter.use()
+pytestmark = pytest.mark.usefixtures("kernel_folder")
+
+SHAPES = {  # heads of whole words, of padded words, and of a number of words that is no power of two
+    "llama": (64, 4),
+    "one head": (32, 1),
+    "padded": (72, 2),
+    "three words": (96, 3),
+    "wide": (256, 2),
+    "most heads": (16, WORDS_HEADS),
+}
+CASES = [
+    ("llama", "causal", "scaled", FLAT),
+    ("llama", "mask by head", "slopes", FLAT),
+    ("one head", "window", "soft-cap", FLAT),
+    ("padded", "rows", "scaled", PAGED),
+    ("three words", "causal", "bias", FLAT),
+    ("wide", "causal", "scaled", PAGED),
+    ("most heads", "mask", "scaled", FLAT),
+]
+
+
+@pytest.mark.parametrize(("shape", "mask", "score", "sparse"), CASES)
+def test_words_give_the_bins_of_products(shape, mask, score, sparse, monkeypatch):
+    head_dim, group = SHAPES[shape]
+    sizes = Sizes(2 if mask == "rows" else 1, group=group, kv_len=150, head_dim=head_dim)
+    problem = make_problem(sizes=sizes, mask=mask, score=score, sparse=sparse)
+    index, module = built(problem, 150), problem.module()
+    expected = Step.run(problem, index, None)
+    expected.check()
+    assert module.IN_WORDS.value is False
+    monkeypatch.setattr(module, "IN_WORDS", tl.constexpr(True))
+    found = Step.run(problem, index, None)
+    for name in ("weights", "bins", "histogram", "chosen_list"):
+        assert torch.equal(found.scratch[name], expected.scratch[name]), name
+    assert torch.equal(found.output, expected.output)
+
+
+def test_groups_of_many_heads_have_products_alone():
+    sizes = Sizes(group=WORDS_HEADS + 1, kv_len=40)
+    module = make_problem(sizes=sizes, sparse=FLAT).module()
+    assert not hasattr(module, "IN_WORDS")
+    assert not hasattr(module, "dot4")
