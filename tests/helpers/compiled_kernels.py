@@ -67,9 +67,9 @@ POINTERS = {
     "child_ranks child_counts open_1 open_2 order_1 order_2 begin_0 begin_1 "
     "children_0 children_1 list_count failing bounds at_levels places",
     "*i64": "positions head_mass",
-    "*bf16": "weights",
+    "*i8": "weights",
     "*fp16": "rank",
-    "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
+    "*fp32": "scales constants page_constants totals whole centre step spread partial partial_top "
     "partial_sum log_sums scores mean_bias longest unread missed residual bound_weights "
     "bound_reach",
 }
