@@ -21,7 +21,7 @@ KERNELS = {
     "attend_all": {"KEYS": 64},
     "combine": {"SPLITS": 32},
     "query_weights": {"kv_heads": 8, "BLOCK": 8192},
-    "scan_tokens": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
+    "scan_tokens": {"STEPS": 1, "BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_pages": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_chosen": {"BLOCK": 8192, "TILES": 16, "kv_heads": 8},
     "scan_listed": {"BLOCK": 32768, "BLOCKS": 64, "TILES": 512, "kv_heads": 8},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton.language as tl
@@ -11,10 +13,12 @@ from sparse_steps import Step, built
 from test_sparse_kernel import FLAT, PAGED
 
 from lychee_compile.codegen.parts.sketches import WORDS_HEADS
+from lychee_compile.kernels.gpu.lychee import launch as sketch_launch
 
 triton_interpreter.use()
 pytestmark = pytest.mark.usefixtures("kernel_folder")
 
+BY_MASS = replace(FLAT, coverage=0.9)
 SHAPES = {  # heads of whole words, of padded words, and of a number of words that is no power of two
     "llama": (64, 4),
     "one head": (32, 1),
@@ -55,3 +59,24 @@ def test_groups_of_many_heads_have_products_alone():
     module = make_problem(sizes=sizes, sparse=FLAT).module()
     assert not hasattr(module, "IN_WORDS")
     assert not hasattr(module, "dot4")
+
+
+@pytest.mark.parametrize(
+    ("mask", "sparse", "words"),
+    [("causal", FLAT, False), ("causal", FLAT, True), ("mask by head", BY_MASS, False)],
+    ids=["range", "words", "holes"],
+)
+def test_a_program_that_scans_several_tiles_does_as_several_do(mask, sparse, words, monkeypatch):
+    problem = make_problem(sizes=Sizes(group=2, kv_len=1100), mask=mask, sparse=sparse)
+    index, module = built(problem, 1100), problem.module()
+    monkeypatch.setattr(module, "IN_WORDS", tl.constexpr(words))
+    expected = Step.run(problem, index, None)
+    monkeypatch.setattr(sketch_launch, "SCAN_PROGRAMS", 1)
+    assert sketch_launch.scan_steps(3, index.layout.block) == 2
+    found = Step.run(problem, index, None)
+    found.check()
+    for name in ("bins", "histogram", "tile_first", "tile_end", "chosen_list"):
+        if mask == "causal" and name.startswith("tile"):
+            continue  # the kernels leave them alone
+        assert torch.equal(found.scratch[name], expected.scratch[name]), name
+    assert torch.equal(found.output, expected.output)

@@ -7,7 +7,13 @@ from dataclasses import replace
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.level_source import estimate_source
 from lychee_compile.codegen.parts.certificate import emit_of_levels
-from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.decode import (
+    COUNTING,
+    LARGEST,
+    SAMPLE,
+    emit_always_read,
+    emit_bins,
+)
 from lychee_compile.codegen.parts.level_index import emit_index_new, parts_of_chunks
 from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
@@ -55,7 +61,7 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     has_window = not stack.levels or (kind != "pages" and not sees_range(spec))
     return [
         _constants(spec, stack, sparse),
-        *emit_bins(spec, sparse, weighed=not stack.levels or kind == "chunks"),
+        *emit_bins(spec, sparse, COUNTING if stack.levels and kind != "chunks" else ()),
         *(library(*_OF_KIND[kind]) if lists else []),
         *(library("levels", "unread_before") if kind == "chunks" and not sees_range(spec) else []),
         emit_always_read(spec, sparse, unread, more="" if kind == "pages" else ", unread"),

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from lychee_compile.codegen.parts.certificate import emit_certificate, emit_constants
-from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.decode import (
+    COUNTING,
+    LARGEST,
+    NOTING,
+    SAMPLE,
+    emit_always_read,
+    emit_bins,
+)
 from lychee_compile.codegen.parts.narrowing import emit_chunks, emit_narrowing
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.parts.sketches import (
@@ -44,7 +51,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
     paged = scans_pages(spec)
     return [
         _constants(spec, sparse, paged),
-        *emit_bins(spec, sparse, scored=False),
+        *emit_bins(spec, sparse, COUNTING if paged else COUNTING[1:], NOTING[:2]),
         emit_always_read(spec, sparse, unread="fresh"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         _query_weights(spec, paged),

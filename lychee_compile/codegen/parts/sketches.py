@@ -10,6 +10,8 @@ from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec
 from lychee_compile.kernels.gpu.lychee.layout import Field, plane_bytes, planes
 
+HELD_WORDS = 64
+"""Most words of weights that the registers of each thread hold, for all of its tokens."""
 WORDS_HEADS = 8
 """Most heads of a group for which a thread multiplies the codes of its tokens, four at a time.
 
@@ -52,6 +54,35 @@ class Plane:
         return self.first + field.shift // field.bits * plane_bytes(self.fields)
 
 
+@dataclass(frozen=True)
+class Operand:
+    """Four codes in the bytes of a word, and where their weights are."""
+
+    word: str
+    """Name of the packed word."""
+    shift: int
+    """Lowest bit of a code in its byte."""
+    mask: str
+    """Bits of the codes in a word that is shifted, as a hexadecimal number."""
+    weights: int
+    """Place of the word of their weights among those of a head."""
+
+
+def _operands(sketches: Sequence[Plane]) -> list[Operand]:
+    """Return the operands of the products of a head."""
+    return [
+        Operand(
+            word,
+            field.shift,
+            "0x" + 4 * f"{2**field.bits - 1:02x}",
+            plane.place(field) // 4 + number,
+        )
+        for plane in sketches
+        for field in plane.fields
+        for number, word in enumerate(plane.word_names)
+    ]
+
+
 def planes_of(head_dim: int) -> tuple[Plane, ...]:
     """Return the planes of a sketch of keys of this length."""
     fine, coarse = planes(head_dim)
@@ -67,12 +98,12 @@ def weight_places(head_dim: int) -> int:
 def emit_sketches(spec: AttentionSpec) -> list[str]:
     """Return the functions that load and score the sketches of consecutive tokens."""
     sketches = planes_of(spec.head_dim)
-    shared = ["load_bytes", "load_weights", "codes", "words_of", "dot4"]
+    shared = ["load_bytes", "load_weights", "codes"]
     return [
-        *library("sketch", *shared[: 3 if spec.group > WORDS_HEADS else 5]),
+        *library("sketch", *shared, *(["words_of", "dot4"] if _by_words(spec) else [])),
         _fill("load_sketches", spec, sketches, of="sketches"),
-        _fill("products", spec, sketches, of="token"),
-        _shares(spec, sketches, "token_shares", "tokens", "token_products"),
+        *_products(spec, sketches, "token"),
+        _shares(spec, sketches, "tokens", "token"),
     ]
 
 
@@ -81,8 +112,8 @@ def emit_page_sketches(spec: AttentionSpec) -> list[str]:
     means = planes_of(spec.head_dim)[:1]
     return [
         _fill("load_sketches", spec, means, of="pages"),
-        _fill("products", spec, means, of="page"),
-        _shares(spec, means, "page_shares", "pages", "page_products"),
+        *_products(spec, means, "page"),
+        _shares(spec, means, "pages", "page"),
     ]
 
 
@@ -91,18 +122,36 @@ def emit_listed_sketches(spec: AttentionSpec) -> list[str]:
     sketches = planes_of(spec.head_dim)
     return [
         _fill("listed_products", spec, sketches),
-        _shares(spec, sketches, "listed_shares", "listed", "listed_products"),
+        _fill("product_of_head", spec, sketches, of="listed", held=False),
+        _shares(spec, sketches, "listed", "listed"),
     ]
 
 
-def _shares(
-    spec: AttentionSpec, sketches: Sequence[Plane], name: str, of: str, products: str
-) -> str:
-    return _fill("shares", spec, sketches, name=name, of=of, products=products)
+def _products(spec: AttentionSpec, sketches: Sequence[Plane], of: str) -> list[str]:
+    """Return the functions that multiply codes of tokens or pages by weights."""
+    by_words = _by_words(spec)
+    held = by_words and spec.group * len(_operands(sketches)) <= HELD_WORDS
+    return [
+        _fill("products", spec, sketches, of=of),
+        *([_fill("codes_in_words", spec, sketches, of=of)] if by_words else []),
+        _fill("product_of_head", spec, sketches, of=of, held=held),
+    ]
+
+
+def _shares(spec: AttentionSpec, sketches: Sequence[Plane], of: str, kind: str) -> str:
+    names = {"name": f"{kind}_shares", "products": f"{kind}_products"}
+    return _fill("shares", spec, sketches, of=of, **names)
+
+
+def _by_words(spec: AttentionSpec) -> bool:
+    return spec.group <= WORDS_HEADS
 
 
 def _fill(template: str, spec: AttentionSpec, sketches: Sequence[Plane], **values: object) -> str:
-    by_words = spec.group <= WORDS_HEADS
-    path = f"lychee/{template}.py.jinja"
-    words = [word for plane in sketches for word in plane.word_names]
-    return fill(path, spec, planes=sketches, words=words, by_words=by_words, **values)
+    shared = {
+        "planes": sketches,
+        "words": [word for plane in sketches for word in plane.word_names],
+        "operands": _operands(sketches),
+        "by_words": _by_words(spec),
+    }
+    return fill(f"lychee/{template}.py.jinja", spec, **shared, **values)

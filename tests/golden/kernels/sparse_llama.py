@@ -270,7 +270,12 @@ def count_bins(histogram, entry):
 
     `entry` [N] are the bins of the items.
     """
-    counts = tl.histogram(entry, BINS)
+    return add_counts(histogram, tl.histogram(entry, BINS))
+
+
+@triton.jit
+def add_counts(histogram, counts):
+    """Add `counts` [BINS] of all bins but the first to a histogram, and return them."""
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
     tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
@@ -516,10 +521,10 @@ def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
             lop3.b32 $1, high, {MASK * 0x10001}, 0x43004300, 0xEA;
             }}""",
             "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )
+        ) - 128.0
     else:
-        made = (((packed.to(tl.int16) >> SHIFT) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
-    return made - 128.0
+        made = ((packed >> SHIFT) & MASK).to(tl.float32).to(tl.bfloat16)
+    return made
 
 
 @triton.jit
@@ -615,31 +620,118 @@ def token_codes(packed):
 
 
 @triton.jit
-def token_product(codes, own):
-    """Return the products, int32 [N], of codes in words and of the weights of one head."""
+def token_weights(weights, scales, constants, mine):
+    """Return what products take of the block `mine`: the weights of all heads, or where they are."""
+    if IN_WORDS:
+        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
+        scales, constants = scales + mine * ROWS, constants + mine * ROWS
+        own = (
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 12)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 13)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 14)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 15)),
+            tl.load(scales + 0),
+            tl.load(constants + 0),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 12)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 13)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 14)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 15)),
+            tl.load(scales + 1),
+            tl.load(constants + 1),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 12)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 13)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 14)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 15)),
+            tl.load(scales + 2),
+            tl.load(constants + 2),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 12)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 13)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 14)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 15)),
+            tl.load(scales + 3),
+            tl.load(constants + 3),
+        )
+    else:
+        own = (weights, scales, constants, mine)
+    return own
+
+
+@triton.jit
+def token_product(codes, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included, by codes in words."""
     product = tl.zeros_like(codes[0])
-    product = dot4(codes[0], tl.load(own + 0), product)
-    product = dot4(codes[1], tl.load(own + 1), product)
-    product = dot4(codes[2], tl.load(own + 2), product)
-    product = dot4(codes[3], tl.load(own + 3), product)
-    product = dot4(codes[4], tl.load(own + 4), product)
-    product = dot4(codes[5], tl.load(own + 5), product)
-    product = dot4(codes[6], tl.load(own + 6), product)
-    product = dot4(codes[7], tl.load(own + 7), product)
-    product = dot4(codes[8], tl.load(own + 8), product)
-    product = dot4(codes[9], tl.load(own + 9), product)
-    product = dot4(codes[10], tl.load(own + 10), product)
-    product = dot4(codes[11], tl.load(own + 11), product)
-    product = dot4(codes[12], tl.load(own + 12), product)
-    product = dot4(codes[13], tl.load(own + 13), product)
-    product = dot4(codes[14], tl.load(own + 14), product)
-    product = dot4(codes[15], tl.load(own + 15), product)
-    return product
+    FIRST: tl.constexpr = HEAD * 18
+    product = dot4(codes[0], own[FIRST + 0], product)
+    product = dot4(codes[1], own[FIRST + 1], product)
+    product = dot4(codes[2], own[FIRST + 2], product)
+    product = dot4(codes[3], own[FIRST + 3], product)
+    product = dot4(codes[4], own[FIRST + 4], product)
+    product = dot4(codes[5], own[FIRST + 5], product)
+    product = dot4(codes[6], own[FIRST + 6], product)
+    product = dot4(codes[7], own[FIRST + 7], product)
+    product = dot4(codes[8], own[FIRST + 8], product)
+    product = dot4(codes[9], own[FIRST + 9], product)
+    product = dot4(codes[10], own[FIRST + 10], product)
+    product = dot4(codes[11], own[FIRST + 11], product)
+    product = dot4(codes[12], own[FIRST + 12], product)
+    product = dot4(codes[13], own[FIRST + 13], product)
+    product = dot4(codes[14], own[FIRST + 14], product)
+    product = dot4(codes[15], own[FIRST + 15], product)
+    scale, constant = own[FIRST + 16], own[FIRST + 17]
+    return product.to(tl.float32) * scale + constant
 
 
 @triton.jit
 def token_shares(
-    packed, slot, inside, known, weights, scales, constants, mine, total, b, kv_head, t, kv_len, length,
+    packed, slot, inside, known, own, total, b, kv_head, t, kv_len, length,
 ):
     """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
     g = tl.arange(0, ROWS)
@@ -647,18 +739,17 @@ def token_shares(
     known &= seen
     if IN_WORDS:
         unpacked = token_codes(packed)
-        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
         share = tl.zeros([slot.shape[0]], tl.float32)
         for head in tl.static_range(GROUP):
             h = kv_head * GROUP + head
-            product = token_product(unpacked, words + head * (WEIGHT_COLUMNS // 4)).to(tl.float32)
-            s = product * tl.load(scales + mine * ROWS + head) + tl.load(constants + mine * ROWS + head)
+            s = token_product(unpacked, own, head)
             bits = score(s, b, h, t, slot, inside, length)
             bits = tl.where(known, bits, float("-inf"))
-            own = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
-            share += own
+            part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+            share += part
     else:
         h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+        weights, scales, constants, mine = own
         scale, constant = tl.load(scales + mine * ROWS + g), tl.load(constants + mine * ROWS + g)
         s = token_products(packed, weights, mine) * scale[:, None] + constant[:, None]
         bits = score(s, b, h, t, slot[None, :], inside[None, :], length)
@@ -668,22 +759,37 @@ def token_shares(
 
 
 @triton.jit
+def bins_of_tile(
+    packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length
+):
+    """Store the bins of the shares of a tile's tokens, and return how many there are in each."""
+    inside = slot < kv_len
+    known = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
+    share, seen = token_shares(
+        packed, slot, inside, known, own, total, b, kv_head, t, kv_len, length
+    )
+    entry = bins_of_shares(share, share > 0)
+    tl.store(bins + slot, entry.to(tl.uint8))
+    return tl.histogram(entry, BINS)
+
+
+@triton.jit
 def scan_tokens(
     fine, coarse, key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
     weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of TILE tokens, estimated from their sketches.
+    """Store bins, uint8, of the shares of STEPS tiles of tokens, estimated from their sketches.
 
     One more program looks if the index is stale.
     """
-    head_row, tile = tl.program_id(0), tl.program_id(1)
+    head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    if tile == tiles:
+    if part == (tiles + STEPS - 1) // STEPS:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
@@ -699,26 +805,37 @@ def scan_tokens(
         return
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    span: tl.constexpr = STEPS * TILE
     first, end = seen_range(b, t, kv_len, length)
-    if (tile * TILE < end) & (tile * TILE + TILE > first):
-        slot = tile * TILE + tl.arange(0, TILE)
-        inside = slot < kv_len
+    if (part * span < end) & (part * span + span > first):
         space = (b * kv_heads + kv_head).to(tl.int64) * slots
-        packed = load_sketches(fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside)
+        fine += space * FINE_BYTES
+        coarse += space * COARSE_BYTES
+        slot = part * span + tl.arange(0, TILE)
+        packed = load_sketches(fine, coarse, slot, slot < kv_len)
         fresh = fresh_seen(
             positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
         )
         if EARLY:
             tl.extra.cuda.gdc_wait()
-        known = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
-        mine = head_row.to(tl.int64) * blocks + tile * TILE // BLOCK
         total = denominators(totals, head_row, blocks, BLOCKS)
-        share, seen = token_shares(
-            packed, slot, inside, known, weights, scales, constants, mine, total, b, kv_head, t, kv_len, length
+        own = token_weights(
+            weights, scales, constants, head_row.to(tl.int64) * blocks + part * span // BLOCK
         )
-        entry = bins_of_shares(share, share > 0)
-        tl.store(bins + head_row.to(tl.int64) * slots + slot, entry.to(tl.uint8))
-        count_bins(histogram + head_row * (2 * BINS), entry)
+        bins += head_row.to(tl.int64) * slots
+        histogram += head_row * (2 * BINS)
+        counts = bins_of_tile(
+            packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length
+        )
+        if STEPS > 1:
+            for step in range(1, STEPS):
+                slot += TILE
+                if (part * span + step * TILE < end) & (part * span + step * TILE + TILE > first):
+                    packed = load_sketches(fine, coarse, slot, slot < kv_len)
+                    counts += bins_of_tile(
+                        packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length
+                    )
+        add_counts(histogram, counts)
 
 
 @triton.jit
@@ -782,40 +899,94 @@ def page_codes(packed):
 
 
 @triton.jit
-def page_product(codes, own):
-    """Return the products, int32 [N], of codes in words and of the weights of one head."""
+def page_weights(weights, scales, constants, mine):
+    """Return what products take of the block `mine`: the weights of all heads, or where they are."""
+    if IN_WORDS:
+        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
+        scales, constants = scales + mine * ROWS, constants + mine * ROWS
+        own = (
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(scales + 0),
+            tl.load(constants + 0),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(scales + 1),
+            tl.load(constants + 1),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(scales + 2),
+            tl.load(constants + 2),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(scales + 3),
+            tl.load(constants + 3),
+        )
+    else:
+        own = (weights, scales, constants, mine)
+    return own
+
+
+@triton.jit
+def page_product(codes, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included, by codes in words."""
     product = tl.zeros_like(codes[0])
-    product = dot4(codes[0], tl.load(own + 0), product)
-    product = dot4(codes[1], tl.load(own + 1), product)
-    product = dot4(codes[2], tl.load(own + 2), product)
-    product = dot4(codes[3], tl.load(own + 3), product)
-    product = dot4(codes[4], tl.load(own + 4), product)
-    product = dot4(codes[5], tl.load(own + 5), product)
-    product = dot4(codes[6], tl.load(own + 6), product)
-    product = dot4(codes[7], tl.load(own + 7), product)
-    return product
+    FIRST: tl.constexpr = HEAD * 10
+    product = dot4(codes[0], own[FIRST + 0], product)
+    product = dot4(codes[1], own[FIRST + 1], product)
+    product = dot4(codes[2], own[FIRST + 2], product)
+    product = dot4(codes[3], own[FIRST + 3], product)
+    product = dot4(codes[4], own[FIRST + 4], product)
+    product = dot4(codes[5], own[FIRST + 5], product)
+    product = dot4(codes[6], own[FIRST + 6], product)
+    product = dot4(codes[7], own[FIRST + 7], product)
+    scale, constant = own[FIRST + 8], own[FIRST + 9]
+    return product.to(tl.float32) * (PAGE_STEP * scale) + constant
 
 
 @triton.jit
 def page_shares(
-    packed, slot, inside, known, weights, scales, constants, mine, total, b, kv_head, t, kv_len, length,
+    packed, slot, inside, known, own, total, b, kv_head, t, kv_len, length,
 ):
     """Return the sum over heads of each share, float32 [N]."""
     g = tl.arange(0, ROWS)
     if IN_WORDS:
         unpacked = page_codes(packed)
-        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
         share = tl.zeros([slot.shape[0]], tl.float32)
         for head in tl.static_range(GROUP):
             h = kv_head * GROUP + head
-            product = page_product(unpacked, words + head * (WEIGHT_COLUMNS // 4)).to(tl.float32)
-            s = PAGE_STEP * product * tl.load(scales + mine * ROWS + head) + tl.load(constants + mine * ROWS + head)
+            s = page_product(unpacked, own, head)
             bits = score(s, b, h, t, slot, inside, length)
             bits = tl.where(known, bits, float("-inf"))
-            own = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
-            share += own
+            part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+            share += part
     else:
         h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+        weights, scales, constants, mine = own
         scale, constant = tl.load(scales + mine * ROWS + g), tl.load(constants + mine * ROWS + g)
         s = PAGE_STEP * page_products(packed, weights, mine) * scale[:, None] + constant[:, None]
         bits = score(s, b, h, t, slot[None, :], inside[None, :], length)
@@ -910,9 +1081,9 @@ def scan_pages(
             tl.extra.cuda.gdc_wait()
         total = denominators(totals, head_row, blocks, BLOCKS)
         tl.store(whole + head_row * ROWS + tl.arange(0, ROWS), total)  # all programs of a row store the same
+        own = page_weights(weights, scales, page_constants, head_row.to(tl.int64) * blocks + tile)
         share = page_shares(
-            packed, page * PAGE, held, held, weights, scales, page_constants,
-            head_row.to(tl.int64) * blocks + tile, total, b, kv_head, t, kv_len, length,
+            packed, page * PAGE, held, held, own, total, b, kv_head, t, kv_len, length,
         )
         entry = bins_of_shares(share, share > 0)
         tl.store(bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page, entry.to(tl.uint8))
@@ -969,17 +1140,17 @@ def scan_chosen(
         entry = tl.load(page_bins + block * PER_BLOCK + number)
         chosen, place, _ = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
         # The first slot of each page goes to its place among the candidates; the others follow it.
-        own = chosen & (place >= skipped) & (place < skipped + count)
+        mine = chosen & (place >= skipped) & (place < skipped + count)
         head = (first_rank + place - skipped) * PAGE
-        tl.store(candidates + head, (block * PER_BLOCK + number) * PAGE, mask=own)
+        tl.store(candidates + head, (block * PER_BLOCK + number) * PAGE, mask=mine)
         tl.debug_barrier()
         into, listed = first_rank * PAGE + lane, lane < count * PAGE
         slot = tl.load(candidates + into // PAGE * PAGE, mask=listed, other=0) + lane % PAGE
         inside = listed & (slot >= begin) & (slot < stop)
-        share, _ = token_shares(
-            load_sketches(fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside),
-            slot, inside, inside, weights, scales, constants, head_row.to(tl.int64) * blocks + block,
-            total, b, kv_head, t, kv_len, length,
+        packed = load_sketches(fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside)
+        own = token_weights(weights, scales, constants, head_row.to(tl.int64) * blocks + block)
+        share, seen = token_shares(
+            packed, slot, inside, inside, own, total, b, kv_head, t, kv_len, length,
         )
         found = bins_of_shares(share, share > 0)
         tl.store(candidates + into, slot, mask=listed)
@@ -1789,8 +1960,41 @@ def listed_products(packed, weights, mine):
 
 
 @triton.jit
+def listed_weights(weights, scales, constants, mine):
+    """Return what products take of the block `mine`: the weights of all heads, or where they are."""
+    own = (weights, scales, constants, mine)
+    return own
+
+
+@triton.jit
+def listed_product(codes, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included, by codes in words."""
+    product = tl.zeros_like(codes[0])
+    weights, scales, constants, mine = own
+    words = words_of(weights) + (mine * ROWS + HEAD) * (WEIGHT_COLUMNS // 4)
+    product = dot4(codes[0], tl.load(words + 0), product)
+    product = dot4(codes[1], tl.load(words + 1), product)
+    product = dot4(codes[2], tl.load(words + 2), product)
+    product = dot4(codes[3], tl.load(words + 3), product)
+    product = dot4(codes[4], tl.load(words + 4), product)
+    product = dot4(codes[5], tl.load(words + 5), product)
+    product = dot4(codes[6], tl.load(words + 6), product)
+    product = dot4(codes[7], tl.load(words + 7), product)
+    product = dot4(codes[8], tl.load(words + 8), product)
+    product = dot4(codes[9], tl.load(words + 9), product)
+    product = dot4(codes[10], tl.load(words + 10), product)
+    product = dot4(codes[11], tl.load(words + 11), product)
+    product = dot4(codes[12], tl.load(words + 12), product)
+    product = dot4(codes[13], tl.load(words + 13), product)
+    product = dot4(codes[14], tl.load(words + 14), product)
+    product = dot4(codes[15], tl.load(words + 15), product)
+    scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+    return product.to(tl.float32) * scale + constant
+
+
+@triton.jit
 def listed_shares(
-    packed, slot, inside, known, weights, scales, constants, mine, total, b, kv_head, t, kv_len, length,
+    packed, slot, inside, known, own, total, b, kv_head, t, kv_len, length,
 ):
     """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
     g = tl.arange(0, ROWS)
@@ -1798,18 +2002,17 @@ def listed_shares(
     known &= seen
     if IN_WORDS:
         unpacked = token_codes(packed)
-        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
         share = tl.zeros([slot.shape[0]], tl.float32)
         for head in tl.static_range(GROUP):
             h = kv_head * GROUP + head
-            product = token_product(unpacked, words + head * (WEIGHT_COLUMNS // 4)).to(tl.float32)
-            s = product * tl.load(scales + mine * ROWS + head) + tl.load(constants + mine * ROWS + head)
+            s = listed_product(unpacked, own, head)
             bits = score(s, b, h, t, slot, inside, length)
             bits = tl.where(known, bits, float("-inf"))
-            own = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
-            share += own
+            part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+            share += part
     else:
         h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
+        weights, scales, constants, mine = own
         at = mine[None, :] * ROWS + g[:, None]
         s = listed_products(packed, weights, mine) * tl.load(scales + at) + tl.load(constants + at)
         bits = score(s, b, h, t, slot[None, :], inside[None, :], length)
@@ -1858,9 +2061,10 @@ def scan_listed(
         slot = tl.load(candidates + item, mask=is_listed, other=0)
         slot = tl.where(is_listed, slot, tl.where(inside, open_slot + item - known, 0))
         tl.store(candidates + item, slot, mask=inside & (item >= known))
-        share, _ = listed_shares(
-            load_sketches(fine, coarse, slot, inside), slot, inside, inside, weights, scales, constants,
-            head_row.to(tl.int64) * blocks + slot // BLOCK, total, b, kv_head, t, kv_len, length,
+        mine = head_row.to(tl.int64) * blocks + slot // BLOCK
+        share, seen = listed_shares(
+            load_sketches(fine, coarse, slot, inside), slot, inside, inside,
+            listed_weights(weights, scales, constants, mine), total, b, kv_head, t, kv_len, length,
         )
         found = bins_of_shares(share, share > 0)
         tl.store(bins + item, found.to(tl.uint8), mask=inside)

@@ -26,6 +26,9 @@ from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
 
 CHOSEN_PROGRAMS = 1024
 """About how many programs of `scan_chosen` share the turns of all rows."""
+SCAN_PROGRAMS, MOST_STEPS = 1024, 8
+"""Least number of programs of `scan_tokens` that are left if they take several tiles each, and most
+tiles of one."""
 PAGES_OF_WARP = 128 * PAGE
 """Slots whose pages one warp ranks."""
 PAGES_REGISTERS, CHOSEN_REGISTERS = 128, 96
@@ -62,12 +65,25 @@ def run_lychee(
     if sizes.paged:
         _rank_pages(step, layout, sizes, arguments)
     else:
-        grid = step.rows, sizes.tiles + 1  # the last programs compare some keys
-        launch(module.scan_tokens, grid, arguments, num_warps=4, num_stages=1, **step.waits)
+        steps = scan_steps(step.rows * sizes.tiles, layout.block)
+        grid = step.rows, -(-sizes.tiles // steps) + 1  # the last programs compare some keys
+        own = {**arguments, "STEPS": steps}
+        launch(module.scan_tokens, grid, own, num_warps=4, num_stages=1, **step.waits)
     output = step.attend(arguments, sizes.examined, sizes.paged)
     if layout.measured:
         measure_new(step, arguments)
     return output
+
+
+def scan_steps(tiles: int, block: int) -> int:
+    """Return how many tiles of one block a program of `scan_tokens` takes, of `tiles` in all rows.
+
+    It loads the weights of its block once. Some programs for each multiprocessor must be left.
+    """
+    steps = 1
+    while tiles >= 2 * steps * SCAN_PROGRAMS and 2 * steps * SCAN_SLOTS <= block:
+        steps *= 2
+    return min(steps, MOST_STEPS)
 
 
 @dataclass(frozen=True)
