@@ -13,8 +13,6 @@ LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
 SAMPLE = {"sampled": 32, "newest": 8}
 """Keys that each KV head compares with fingerprints in each step, and the newest among them."""
-COUNTING = ("count_bins", "add_counts")
-"""Functions of `triton_lib/bins.py` that count the items in each bin."""
 NOTING = ("note_heads", "note_small", "note_mass")
 """Functions of `triton_lib/mass.py` that add up the mass of items."""
 _OWN_ITEMS = 2048
@@ -40,18 +38,18 @@ def emit_exact(spec: AttentionSpec) -> list[str]:
 def emit_bins(
     spec: AttentionSpec,
     sparse: SparseSpec,
-    counting: Sequence[str] = COUNTING,
+    counts: bool = True,
     noting: Sequence[str] = NOTING,
 ) -> list[str]:
     """Return functions that put shares of the softmax into bins, and choose by these.
 
-    A policy that does not use all functions by which items are counted and their mass is noted
-    names those that it does.
+    Without `counts` there is no `count_bins`. A policy that does not use all functions by which the
+    mass of items is noted names those that it does.
     """
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
     return [
-        *library("bins", "written_slots", "fresh_from", "denominators", "shares_of"),
-        *library("bins", "bins_of_shares", *counting, "threshold"),
+        *library("bins", "written_slots", "fresh_from", "denominators"),
+        *library("bins", "bins_of_shares", *(["count_bins"] if counts else []), "threshold"),
         *(_emit_mass(spec, noting) if sparse.coverage is not None else []),
         fill("decode/fresh_seen.py.jinja", spec),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
@@ -87,6 +85,6 @@ def emit_selection(spec: AttentionSpec, unread: str = "fresh") -> list[str]:
     return [
         fill("decode/selection.py.jinja", spec, **sizes),
         *emit_bins(spec, spec.sparse),
-        *library("bins", "bins_of"),
+        *library("bins", "shares_of", "bins_of"),
         emit_always_read(spec, spec.sparse, unread),
     ]

@@ -8,7 +8,6 @@ from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.level_source import estimate_source
 from lychee_compile.codegen.parts.certificate import emit_of_levels
 from lychee_compile.codegen.parts.decode import (
-    COUNTING,
     LARGEST,
     SAMPLE,
     emit_always_read,
@@ -61,7 +60,8 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     has_window = not stack.levels or (kind != "pages" and not sees_range(spec))
     return [
         _constants(spec, stack, sparse),
-        *emit_bins(spec, sparse, COUNTING if stack.levels and kind != "chunks" else ()),
+        *(library("bins", "shares_of") if stack.levels else []),
+        *emit_bins(spec, sparse, counts=bool(stack.levels) and kind != "chunks"),
         *(library(*_OF_KIND[kind]) if lists else []),
         *(library("levels", "unread_before") if kind == "chunks" and not sees_range(spec) else []),
         emit_always_read(spec, sparse, unread, more="" if kind == "pages" else ", unread"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lychee_compile.codegen.parts.certificate import emit_certificate, emit_constants
 from lychee_compile.codegen.parts.decode import (
-    COUNTING,
     LARGEST,
     NOTING,
     SAMPLE,
@@ -14,7 +13,6 @@ from lychee_compile.codegen.parts.decode import (
 from lychee_compile.codegen.parts.narrowing import emit_chunks, emit_narrowing
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.parts.sketches import (
-    WORDS_HEADS,
     emit_listed_sketches,
     emit_page_sketches,
     emit_sketches,
@@ -51,7 +49,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
     paged = scans_pages(spec)
     return [
         _constants(spec, sparse, paged),
-        *emit_bins(spec, sparse, COUNTING if paged else COUNTING[1:], NOTING[:2]),
+        *emit_bins(spec, sparse, noting=NOTING[:2]),
         emit_always_read(spec, sparse, unread="fresh"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         _query_weights(spec, paged),
@@ -122,7 +120,6 @@ def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
         coarse_bytes=plane_bytes(coarse),
         coarse_columns=power_of_two(plane_bytes(coarse), 16),
         weight_columns=power_of_two(weight_places(spec.head_dim), 16),
-        by_words=spec.group <= WORDS_HEADS,
         page_step=PAGE_STEP,
         page_zero=PAGE_MIDDLE,
         scale=float(spec.score.diff(S).subs(S, 0)),

@@ -12,11 +12,6 @@ from lychee_compile.kernels.gpu.lychee.layout import Field, plane_bytes, planes
 
 HELD_WORDS = 64
 """Most words of weights that the registers of each thread hold, for all of its tokens."""
-WORDS_HEADS = 8
-"""Most heads of a group for which a thread multiplies the codes of its tokens, four at a time.
-
-It has all heads of a token, so that nothing is padded. Tensor cores multiply for larger groups.
-"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class Plane:
     """Place of its first weight among those of a head."""
 
     @property
-    def bytes(self) -> str:
+    def size(self) -> str:
         """Name of the constant that is its number of bytes."""
         return f"{self.name.upper()}_BYTES"
 
@@ -97,61 +92,32 @@ def weight_places(head_dim: int) -> int:
 
 def emit_sketches(spec: AttentionSpec) -> list[str]:
     """Return the functions that load and score the sketches of consecutive tokens."""
-    sketches = planes_of(spec.head_dim)
-    shared = ["load_bytes", "load_weights", "codes"]
-    return [
-        *library("sketch", *shared, *(["words_of", "dot4"] if _by_words(spec) else [])),
-        _fill("load_sketches", spec, sketches, of="sketches"),
-        *_products(spec, sketches, "token"),
-        _shares(spec, sketches, "tokens", "token"),
-    ]
+    shared = library("sketch", "words_of", "dot4", "load_bytes", "load_weights")
+    return [*shared, *_scores(spec, planes_of(spec.head_dim), "sketches", "token")]
 
 
 def emit_page_sketches(spec: AttentionSpec) -> list[str]:
     """Return the functions that load and score the means of pages, which have 4-bit codes alone."""
-    means = planes_of(spec.head_dim)[:1]
-    return [
-        _fill("load_sketches", spec, means, of="pages"),
-        *_products(spec, means, "page"),
-        _shares(spec, means, "pages", "page"),
-    ]
+    return _scores(spec, planes_of(spec.head_dim)[:1], "pages", "page")
 
 
 def emit_listed_sketches(spec: AttentionSpec) -> list[str]:
     """Return the functions that score sketches of tokens that lie anywhere."""
-    sketches = planes_of(spec.head_dim)
-    return [
-        _fill("listed_products", spec, sketches),
-        _fill("product_of_head", spec, sketches, of="listed", held=False),
-        _shares(spec, sketches, "listed", "listed"),
-    ]
+    return _scores(spec, planes_of(spec.head_dim), None, "listed")
 
 
-def _products(spec: AttentionSpec, sketches: Sequence[Plane], of: str) -> list[str]:
-    """Return the functions that multiply codes of tokens or pages by weights."""
-    by_words = _by_words(spec)
-    held = by_words and spec.group * len(_operands(sketches)) <= HELD_WORDS
-    return [
-        _fill("products", spec, sketches, of=of),
-        *([_fill("codes_in_words", spec, sketches, of=of)] if by_words else []),
-        _fill("product_of_head", spec, sketches, of=of, held=held),
-    ]
-
-
-def _shares(spec: AttentionSpec, sketches: Sequence[Plane], of: str, kind: str) -> str:
-    names = {"name": f"{kind}_shares", "products": f"{kind}_products"}
-    return _fill("shares", spec, sketches, of=of, **names)
-
-
-def _by_words(spec: AttentionSpec) -> bool:
-    return spec.group <= WORDS_HEADS
-
-
-def _fill(template: str, spec: AttentionSpec, sketches: Sequence[Plane], **values: object) -> str:
-    shared = {
+def _scores(
+    spec: AttentionSpec, sketches: Sequence[Plane], of: str | None, kind: str
+) -> list[str]:
+    """Return the functions that load sketches, unless `of` is None, and those that score them."""
+    operands = _operands(sketches)
+    values = {
+        "kind": kind,
         "planes": sketches,
         "words": [word for plane in sketches for word in plane.word_names],
-        "operands": _operands(sketches),
-        "by_words": _by_words(spec),
+        "operands": operands,
+        "held": kind != "listed" and spec.group * len(operands) <= HELD_WORDS,
     }
-    return fill(f"lychee/{template}.py.jinja", spec, **shared, **values)
+    loads = [] if of is None else [fill("lychee/load_sketches.py.jinja", spec, of=of, **values)]
+    scores = [fill(f"lychee/{each}.py.jinja", spec, **values) for each in ("products", "shares")]
+    return [*loads, *scores]

@@ -74,12 +74,7 @@ def count_bins(histogram, entry):
 
     `entry` [N] are the bins of the items.
     """
-    return add_counts(histogram, tl.histogram(entry, BINS))
-
-
-@triton.jit
-def add_counts(histogram, counts):
-    """Add `counts` [BINS] of all bins but the first to a histogram, and return them."""
+    counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
     tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")

@@ -69,8 +69,6 @@ FLAT_PAGES: tl.constexpr
 """Pages up to which the tokens of all are looked into."""
 TURN: tl.constexpr
 """Chosen pages of one block whose tokens are scored at a time."""
-WEIGHT_COLUMNS: tl.constexpr
-"""Weights of a head: as many as the codes in the bytes of a sketch, padded."""
 IN_REGISTERS: tl.constexpr
 """True if inline PTX can be used, which Triton's interpreter does not know."""
 IN_WORDS: tl.constexpr

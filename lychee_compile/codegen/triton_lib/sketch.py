@@ -8,14 +8,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from lychee_compile.codegen.triton_lib.names import (
-        DIM,
-        HEAD_DIM,
-        IN_REGISTERS,
-        PAGE_STEP,
-        ROWS,
-        WEIGHT_COLUMNS,
-    )
+    from lychee_compile.codegen.triton_lib.names import DIM, HEAD_DIM, IN_REGISTERS, PAGE_STEP
 
 
 @triton.jit
@@ -42,45 +35,18 @@ def dot4(codes, weights, total):
 
 
 @triton.jit
-def load_weights(weights, mine, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the weights from FIRST on, bfloat16 [ROWS, COLUMNS]. Padding multiplies zeros."""
-    column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    place = (mine * ROWS + g[:, None]) * WEIGHT_COLUMNS + FIRST + column[None, :]
-    inside = (FIRST + column < WEIGHT_COLUMNS)[None, :]
-    return tl.load(weights + place, mask=inside, other=0).to(tl.float32).to(tl.bfloat16)
-
-
-@triton.jit
-def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Return the codes at SHIFT in the bytes `packed`, as bfloat16.
-
-    They are put into the mantissa of 128.0, two at a time: no code has to be converted.
-    """
-    if IN_REGISTERS:
-        made = tl.inline_asm_elementwise(
-            f"""{{
-            .reg .b32 moved, low, high;
-            shr.b32 moved, $2, {SHIFT};
-            prmt.b32 low, moved, 0, 0x4140;
-            prmt.b32 high, moved, 0, 0x4342;
-            lop3.b32 $0, low, {MASK * 0x10001}, 0x43004300, 0xEA;
-            lop3.b32 $1, high, {MASK * 0x10001}, 0x43004300, 0xEA;
-            }}""",
-            "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
-        ) - 128.0
-    else:
-        made = ((packed >> SHIFT) & MASK).to(tl.float32).to(tl.bfloat16)
-    return made
-
-
-@triton.jit
 def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the bytes, uint8 [COLUMNS, N], of the tokens or pages `number` [N] in a plane."""
-    byte = tl.arange(0, COLUMNS)
-    return tl.load(
-        plane + number[None, :] * BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < BYTES)[:, None], other=0,
-    )
+    """Return the bytes, uint8 [N, COLUMNS], of the tokens or pages `number` [N] in a plane."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    there = inside[:, None] & (byte < BYTES)
+    return tl.load(plane + number[:, None] * BYTES + byte, mask=there, other=0)
+
+
+@triton.jit
+def load_weights(weights, FIRST: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the weights of a head from FIRST on, int32 [1 or N, COLUMNS]; 0 for padding."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    return tl.load(weights + FIRST + byte, mask=byte < BYTES, other=0).to(tl.int32)
 
 
 @triton.jit

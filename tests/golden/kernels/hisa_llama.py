@@ -195,6 +195,15 @@ SCANNED_1 = tl.constexpr(128)  # groups of level 1 scored at a time
 
 
 @triton.jit
+def shares_of(value, total):
+    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
+
+
+@triton.jit
 def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
     """Return the slots that this step has written, int32 [16], filled up with `nothing`."""
     number = tl.arange(0, 16)
@@ -226,15 +235,6 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def shares_of(value, total):
-    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
-
-
-@triton.jit
 def bins_of_shares(share, possible):
     """Return the bin of each item's share [N].
 
@@ -251,12 +251,7 @@ def count_bins(histogram, entry):
 
     `entry` [N] are the bins of the items.
     """
-    return add_counts(histogram, tl.histogram(entry, BINS))
-
-
-@triton.jit
-def add_counts(histogram, counts):
-    """Add `counts` [BINS] of all bins but the first to a histogram, and return them."""
+    counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
     tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")

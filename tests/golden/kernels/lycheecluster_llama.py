@@ -201,6 +201,15 @@ SCANNED_2 = tl.constexpr(128)  # groups of level 2 scored at a time
 
 
 @triton.jit
+def shares_of(value, total):
+    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
+
+
+@triton.jit
 def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
     """Return the slots that this step has written, int32 [16], filled up with `nothing`."""
     number = tl.arange(0, 16)
@@ -229,15 +238,6 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
     most = tl.max(parts, 0)
     total = most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
     return tl.gather(total, tl.minimum(tl.arange(0, ROWS), HEADS - 1), 0)
-
-
-@triton.jit
-def shares_of(value, total):
-    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
 
 
 @triton.jit

@@ -245,15 +245,6 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def shares_of(value, total):
-    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
-
-
-@triton.jit
 def bins_of_shares(share, possible):
     """Return the bin of each item's share [N].
 
@@ -270,12 +261,7 @@ def count_bins(histogram, entry):
 
     `entry` [N] are the bins of the items.
     """
-    return add_counts(histogram, tl.histogram(entry, BINS))
-
-
-@triton.jit
-def add_counts(histogram, counts):
-    """Add `counts` [BINS] of all bins but the first to a histogram, and return them."""
+    counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
     tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
@@ -486,48 +472,6 @@ def query_weights(
 
 
 @triton.jit
-def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the bytes, uint8 [COLUMNS, N], of the tokens or pages `number` [N] in a plane."""
-    byte = tl.arange(0, COLUMNS)
-    return tl.load(
-        plane + number[None, :] * BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < BYTES)[:, None], other=0,
-    )
-
-
-@triton.jit
-def load_weights(weights, mine, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the weights from FIRST on, bfloat16 [ROWS, COLUMNS]. Padding multiplies zeros."""
-    column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    place = (mine * ROWS + g[:, None]) * WEIGHT_COLUMNS + FIRST + column[None, :]
-    inside = (FIRST + column < WEIGHT_COLUMNS)[None, :]
-    return tl.load(weights + place, mask=inside, other=0).to(tl.float32).to(tl.bfloat16)
-
-
-@triton.jit
-def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Return the codes at SHIFT in the bytes `packed`, as bfloat16.
-
-    They are put into the mantissa of 128.0, two at a time: no code has to be converted.
-    """
-    if IN_REGISTERS:
-        made = tl.inline_asm_elementwise(
-            f"""{{
-            .reg .b32 moved, low, high;
-            shr.b32 moved, $2, {SHIFT};
-            prmt.b32 low, moved, 0, 0x4140;
-            prmt.b32 high, moved, 0, 0x4342;
-            lop3.b32 $0, low, {MASK * 0x10001}, 0x43004300, 0xEA;
-            lop3.b32 $1, high, {MASK * 0x10001}, 0x43004300, 0xEA;
-            }}""",
-            "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
-        ) - 128.0
-    else:
-        made = ((packed >> SHIFT) & MASK).to(tl.float32).to(tl.bfloat16)
-    return made
-
-
-@triton.jit
 def words_of(plane):
     """Return a pointer to bytes as one to words of four bytes."""
     return plane.to(tl.pointer_type(tl.int32))
@@ -551,8 +495,23 @@ def dot4(codes, weights, total):
 
 
 @triton.jit
+def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the bytes, uint8 [N, COLUMNS], of the tokens or pages `number` [N] in a plane."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    there = inside[:, None] & (byte < BYTES)
+    return tl.load(plane + number[:, None] * BYTES + byte, mask=there, other=0)
+
+
+@triton.jit
+def load_weights(weights, FIRST: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the weights of a head from FIRST on, int32 [1 or N, COLUMNS]; 0 for padding."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    return tl.load(weights + FIRST + byte, mask=byte < BYTES, other=0).to(tl.int32)
+
+
+@triton.jit
 def load_sketches(fine, coarse, number, inside):
-    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [COLUMNS, N]."""
+    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [N, columns]."""
     if IN_WORDS:
         fine = tl.load(
             words_of(fine) + number[:, None] * 4 + tl.arange(0, 4)[None, :],
@@ -576,47 +535,39 @@ def load_sketches(fine, coarse, number, inside):
 
 
 @triton.jit
-def token_products(packed, weights, mine):
-    """Return the products, float32 [ROWS, N], of codes and of the weights of the block `mine`."""
-    fine, coarse = packed
-    total = tl.zeros([ROWS, fine.shape[1]], tl.float32)
-    weight = load_weights(weights, mine, 0, FINE_COLUMNS)
-    total = tl.dot(weight, codes(fine, 0, 15), total)
-    weight = load_weights(weights, mine, 16, FINE_COLUMNS)
-    total = tl.dot(weight, codes(fine, 4, 15), total)
-    weight = load_weights(weights, mine, 32, COARSE_COLUMNS)
-    total = tl.dot(weight, codes(coarse, 0, 3), total)
-    weight = load_weights(weights, mine, 40, COARSE_COLUMNS)
-    total = tl.dot(weight, codes(coarse, 2, 3), total)
-    weight = load_weights(weights, mine, 48, COARSE_COLUMNS)
-    total = tl.dot(weight, codes(coarse, 4, 3), total)
-    weight = load_weights(weights, mine, 56, COARSE_COLUMNS)
-    total = tl.dot(weight, codes(coarse, 6, 3), total)
-    return total
-
-
-@triton.jit
 def token_codes(packed):
-    """Return the codes of tokens or pages as the bytes of words, int32 [N], from packed words."""
-    fine_0, fine_1, fine_2, fine_3, coarse_0, coarse_1 = packed
-    return (
-        fine_0 & 0x0f0f0f0f,
-        fine_1 & 0x0f0f0f0f,
-        fine_2 & 0x0f0f0f0f,
-        fine_3 & 0x0f0f0f0f,
-        (fine_0 >> 4) & 0x0f0f0f0f,
-        (fine_1 >> 4) & 0x0f0f0f0f,
-        (fine_2 >> 4) & 0x0f0f0f0f,
-        (fine_3 >> 4) & 0x0f0f0f0f,
-        coarse_0 & 0x03030303,
-        coarse_1 & 0x03030303,
-        (coarse_0 >> 2) & 0x03030303,
-        (coarse_1 >> 2) & 0x03030303,
-        (coarse_0 >> 4) & 0x03030303,
-        (coarse_1 >> 4) & 0x03030303,
-        (coarse_0 >> 6) & 0x03030303,
-        (coarse_1 >> 6) & 0x03030303,
-    )
+    """Return codes as a tuple: four in the bytes of a word, int32 [N], or one, int32 [N, columns]."""
+    if IN_WORDS:
+        fine_0, fine_1, fine_2, fine_3, coarse_0, coarse_1 = packed
+        unpacked = (
+            fine_0 & 0x0f0f0f0f,
+            fine_1 & 0x0f0f0f0f,
+            fine_2 & 0x0f0f0f0f,
+            fine_3 & 0x0f0f0f0f,
+            (fine_0 >> 4) & 0x0f0f0f0f,
+            (fine_1 >> 4) & 0x0f0f0f0f,
+            (fine_2 >> 4) & 0x0f0f0f0f,
+            (fine_3 >> 4) & 0x0f0f0f0f,
+            coarse_0 & 0x03030303,
+            coarse_1 & 0x03030303,
+            (coarse_0 >> 2) & 0x03030303,
+            (coarse_1 >> 2) & 0x03030303,
+            (coarse_0 >> 4) & 0x03030303,
+            (coarse_1 >> 4) & 0x03030303,
+            (coarse_0 >> 6) & 0x03030303,
+            (coarse_1 >> 6) & 0x03030303,
+        )
+    else:
+        fine, coarse = packed
+        unpacked = (
+            ((fine >> 0) & 15).to(tl.int32),
+            ((fine >> 4) & 15).to(tl.int32),
+            ((coarse >> 0) & 3).to(tl.int32),
+            ((coarse >> 2) & 3).to(tl.int32),
+            ((coarse >> 4) & 3).to(tl.int32),
+            ((coarse >> 6) & 3).to(tl.int32),
+        )
+    return unpacked
 
 
 @triton.jit
@@ -705,27 +656,45 @@ def token_weights(weights, scales, constants, mine):
 
 
 @triton.jit
-def token_product(codes, own, HEAD: tl.constexpr):
-    """Return q.k [N] of one head, its constant included, by codes in words."""
-    product = tl.zeros_like(codes[0])
-    FIRST: tl.constexpr = HEAD * 18
-    product = dot4(codes[0], own[FIRST + 0], product)
-    product = dot4(codes[1], own[FIRST + 1], product)
-    product = dot4(codes[2], own[FIRST + 2], product)
-    product = dot4(codes[3], own[FIRST + 3], product)
-    product = dot4(codes[4], own[FIRST + 4], product)
-    product = dot4(codes[5], own[FIRST + 5], product)
-    product = dot4(codes[6], own[FIRST + 6], product)
-    product = dot4(codes[7], own[FIRST + 7], product)
-    product = dot4(codes[8], own[FIRST + 8], product)
-    product = dot4(codes[9], own[FIRST + 9], product)
-    product = dot4(codes[10], own[FIRST + 10], product)
-    product = dot4(codes[11], own[FIRST + 11], product)
-    product = dot4(codes[12], own[FIRST + 12], product)
-    product = dot4(codes[13], own[FIRST + 13], product)
-    product = dot4(codes[14], own[FIRST + 14], product)
-    product = dot4(codes[15], own[FIRST + 15], product)
-    scale, constant = own[FIRST + 16], own[FIRST + 17]
+def token_product(unpacked, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included."""
+    if IN_WORDS:
+        product = tl.zeros_like(unpacked[0])
+        FIRST: tl.constexpr = HEAD * 18
+        product = dot4(unpacked[0], own[FIRST + 0], product)
+        product = dot4(unpacked[1], own[FIRST + 1], product)
+        product = dot4(unpacked[2], own[FIRST + 2], product)
+        product = dot4(unpacked[3], own[FIRST + 3], product)
+        product = dot4(unpacked[4], own[FIRST + 4], product)
+        product = dot4(unpacked[5], own[FIRST + 5], product)
+        product = dot4(unpacked[6], own[FIRST + 6], product)
+        product = dot4(unpacked[7], own[FIRST + 7], product)
+        product = dot4(unpacked[8], own[FIRST + 8], product)
+        product = dot4(unpacked[9], own[FIRST + 9], product)
+        product = dot4(unpacked[10], own[FIRST + 10], product)
+        product = dot4(unpacked[11], own[FIRST + 11], product)
+        product = dot4(unpacked[12], own[FIRST + 12], product)
+        product = dot4(unpacked[13], own[FIRST + 13], product)
+        product = dot4(unpacked[14], own[FIRST + 14], product)
+        product = dot4(unpacked[15], own[FIRST + 15], product)
+        scale, constant = own[FIRST + 16], own[FIRST + 17]
+    else:
+        weights, scales, constants, mine = own
+        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
+        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        weight = load_weights(weights, 0, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[0] * weight, 1)
+        weight = load_weights(weights, 16, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[1] * weight, 1)
+        weight = load_weights(weights, 32, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[2] * weight, 1)
+        weight = load_weights(weights, 40, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[3] * weight, 1)
+        weight = load_weights(weights, 48, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[4] * weight, 1)
+        weight = load_weights(weights, 56, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[5] * weight, 1)
+        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
     return product.to(tl.float32) * scale + constant
 
 
@@ -735,34 +704,24 @@ def token_shares(
 ):
     """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
     g = tl.arange(0, ROWS)
+    unpacked = token_codes(packed)
+    share = tl.zeros([slot.shape[0]], tl.float32)
     seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
     known &= seen
-    if IN_WORDS:
-        unpacked = token_codes(packed)
-        share = tl.zeros([slot.shape[0]], tl.float32)
-        for head in tl.static_range(GROUP):
-            h = kv_head * GROUP + head
-            s = token_product(unpacked, own, head)
-            bits = score(s, b, h, t, slot, inside, length)
-            bits = tl.where(known, bits, float("-inf"))
-            part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
-            share += part
-    else:
-        h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-        weights, scales, constants, mine = own
-        scale, constant = tl.load(scales + mine * ROWS + g), tl.load(constants + mine * ROWS + g)
-        s = token_products(packed, weights, mine) * scale[:, None] + constant[:, None]
-        bits = score(s, b, h, t, slot[None, :], inside[None, :], length)
-        bits = tl.where(known[None, :], bits, float("-inf"))
-        share = shares_of(bits, total)
+    for head in tl.static_range(GROUP):
+        h = kv_head * GROUP + head
+        bits = score(token_product(unpacked, own, head), b, h, t, slot, inside, length)
+        bits = tl.where(known, bits, float("-inf"))
+        part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+        share += part
     return share, seen
 
 
 @triton.jit
-def bins_of_tile(
+def store_bins(
     packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length
 ):
-    """Store the bins of the shares of a tile's tokens, and return how many there are in each."""
+    """Store the bins of the shares of a tile's tokens, and return them."""
     inside = slot < kv_len
     known = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
     share, seen = token_shares(
@@ -770,7 +729,7 @@ def bins_of_tile(
     )
     entry = bins_of_shares(share, share > 0)
     tl.store(bins + slot, entry.to(tl.uint8))
-    return tl.histogram(entry, BINS)
+    return entry
 
 
 @triton.jit
@@ -824,18 +783,20 @@ def scan_tokens(
         )
         bins += head_row.to(tl.int64) * slots
         histogram += head_row * (2 * BINS)
-        counts = bins_of_tile(
-            packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length
-        )
+        entry = store_bins(packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length)
         if STEPS > 1:
             for step in range(1, STEPS):
                 slot += TILE
                 if (part * span + step * TILE < end) & (part * span + step * TILE + TILE > first):
                     packed = load_sketches(fine, coarse, slot, slot < kv_len)
-                    counts += bins_of_tile(
-                        packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length
-                    )
-        add_counts(histogram, counts)
+                    store_bins(packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length)
+            # Counting has barriers: it is done once, for all tiles.
+            tl.debug_barrier()
+            slots_of_all = part * span + tl.arange(0, span)
+            there = (slots_of_all >= first) & (slots_of_all < end)
+            count_bins(histogram, tl.load(bins + slots_of_all, mask=there, other=0).to(tl.int32))
+        else:
+            count_bins(histogram, entry)
 
 
 @triton.jit
@@ -853,7 +814,7 @@ def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
 
 @triton.jit
 def load_pages(fine, number, inside):
-    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [COLUMNS, N]."""
+    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [N, columns]."""
     if IN_WORDS:
         fine = tl.load(
             words_of(fine) + number[:, None] * 4 + tl.arange(0, 4)[None, :],
@@ -871,31 +832,27 @@ def load_pages(fine, number, inside):
 
 
 @triton.jit
-def page_products(packed, weights, mine):
-    """Return the products, float32 [ROWS, N], of codes and of the weights of the block `mine`."""
-    fine, = packed
-    total = tl.zeros([ROWS, fine.shape[1]], tl.float32)
-    weight = load_weights(weights, mine, 0, FINE_COLUMNS)
-    total = tl.dot(weight, codes(fine, 0, 15), total)
-    weight = load_weights(weights, mine, 16, FINE_COLUMNS)
-    total = tl.dot(weight, codes(fine, 4, 15), total)
-    return total
-
-
-@triton.jit
 def page_codes(packed):
-    """Return the codes of tokens or pages as the bytes of words, int32 [N], from packed words."""
-    fine_0, fine_1, fine_2, fine_3 = packed
-    return (
-        fine_0 & 0x0f0f0f0f,
-        fine_1 & 0x0f0f0f0f,
-        fine_2 & 0x0f0f0f0f,
-        fine_3 & 0x0f0f0f0f,
-        (fine_0 >> 4) & 0x0f0f0f0f,
-        (fine_1 >> 4) & 0x0f0f0f0f,
-        (fine_2 >> 4) & 0x0f0f0f0f,
-        (fine_3 >> 4) & 0x0f0f0f0f,
-    )
+    """Return codes as a tuple: four in the bytes of a word, int32 [N], or one, int32 [N, columns]."""
+    if IN_WORDS:
+        fine_0, fine_1, fine_2, fine_3 = packed
+        unpacked = (
+            fine_0 & 0x0f0f0f0f,
+            fine_1 & 0x0f0f0f0f,
+            fine_2 & 0x0f0f0f0f,
+            fine_3 & 0x0f0f0f0f,
+            (fine_0 >> 4) & 0x0f0f0f0f,
+            (fine_1 >> 4) & 0x0f0f0f0f,
+            (fine_2 >> 4) & 0x0f0f0f0f,
+            (fine_3 >> 4) & 0x0f0f0f0f,
+        )
+    else:
+        fine, = packed
+        unpacked = (
+            ((fine >> 0) & 15).to(tl.int32),
+            ((fine >> 4) & 15).to(tl.int32),
+        )
+    return unpacked
 
 
 @triton.jit
@@ -952,20 +909,30 @@ def page_weights(weights, scales, constants, mine):
 
 
 @triton.jit
-def page_product(codes, own, HEAD: tl.constexpr):
-    """Return q.k [N] of one head, its constant included, by codes in words."""
-    product = tl.zeros_like(codes[0])
-    FIRST: tl.constexpr = HEAD * 10
-    product = dot4(codes[0], own[FIRST + 0], product)
-    product = dot4(codes[1], own[FIRST + 1], product)
-    product = dot4(codes[2], own[FIRST + 2], product)
-    product = dot4(codes[3], own[FIRST + 3], product)
-    product = dot4(codes[4], own[FIRST + 4], product)
-    product = dot4(codes[5], own[FIRST + 5], product)
-    product = dot4(codes[6], own[FIRST + 6], product)
-    product = dot4(codes[7], own[FIRST + 7], product)
-    scale, constant = own[FIRST + 8], own[FIRST + 9]
-    return product.to(tl.float32) * (PAGE_STEP * scale) + constant
+def page_product(unpacked, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included."""
+    if IN_WORDS:
+        product = tl.zeros_like(unpacked[0])
+        FIRST: tl.constexpr = HEAD * 10
+        product = dot4(unpacked[0], own[FIRST + 0], product)
+        product = dot4(unpacked[1], own[FIRST + 1], product)
+        product = dot4(unpacked[2], own[FIRST + 2], product)
+        product = dot4(unpacked[3], own[FIRST + 3], product)
+        product = dot4(unpacked[4], own[FIRST + 4], product)
+        product = dot4(unpacked[5], own[FIRST + 5], product)
+        product = dot4(unpacked[6], own[FIRST + 6], product)
+        product = dot4(unpacked[7], own[FIRST + 7], product)
+        scale, constant = own[FIRST + 8], own[FIRST + 9]
+    else:
+        weights, scales, constants, mine = own
+        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
+        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        weight = load_weights(weights, 0, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[0] * weight, 1)
+        weight = load_weights(weights, 16, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[1] * weight, 1)
+        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+    return product.to(tl.float32) * (scale * PAGE_STEP) + constant
 
 
 @triton.jit
@@ -974,24 +941,14 @@ def page_shares(
 ):
     """Return the sum over heads of each share, float32 [N]."""
     g = tl.arange(0, ROWS)
-    if IN_WORDS:
-        unpacked = page_codes(packed)
-        share = tl.zeros([slot.shape[0]], tl.float32)
-        for head in tl.static_range(GROUP):
-            h = kv_head * GROUP + head
-            s = page_product(unpacked, own, head)
-            bits = score(s, b, h, t, slot, inside, length)
-            bits = tl.where(known, bits, float("-inf"))
-            part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
-            share += part
-    else:
-        h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-        weights, scales, constants, mine = own
-        scale, constant = tl.load(scales + mine * ROWS + g), tl.load(constants + mine * ROWS + g)
-        s = PAGE_STEP * page_products(packed, weights, mine) * scale[:, None] + constant[:, None]
-        bits = score(s, b, h, t, slot[None, :], inside[None, :], length)
-        bits = tl.where(known[None, :], bits, float("-inf"))
-        share = shares_of(bits, total)
+    unpacked = page_codes(packed)
+    share = tl.zeros([slot.shape[0]], tl.float32)
+    for head in tl.static_range(GROUP):
+        h = kv_head * GROUP + head
+        bits = score(page_product(unpacked, own, head), b, h, t, slot, inside, length)
+        bits = tl.where(known, bits, float("-inf"))
+        part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+        share += part
     return share
 
 
@@ -1280,6 +1237,15 @@ SCANNED_1 = tl.constexpr(64)  # groups of level 1 scored at a time
 KEPT_PER_TOKEN_1 = tl.constexpr(2)  # tokens in the kept groups of level 1 for each candidate
 KEPT_1 = tl.constexpr(32768)  # those for all candidates
 SCANNED_2 = tl.constexpr(64)  # groups of level 2 scored at a time
+
+
+@triton.jit
+def shares_of(value, total):
+    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
 
 
 @triton.jit
@@ -1911,55 +1877,6 @@ def list_2(
 
 
 @triton.jit
-def listed_products(packed, weights, mine):
-    """Return the products, float32 [ROWS, N], of codes and of the weights of blocks `mine` [N]."""
-    fine, coarse = packed
-    g = tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, mine.shape[0]], tl.float32)
-    weights += mine[None, :] * (ROWS * WEIGHT_COLUMNS)
-    column = tl.arange(0, FINE_COLUMNS)[:, None]
-    within_0 = column < FINE_BYTES
-    at_0 = weights + (0 + column)
-    code_0 = ((fine.to(tl.int32) >> 0) & 15).to(tl.float32)
-    column = tl.arange(0, FINE_COLUMNS)[:, None]
-    within_16 = column < FINE_BYTES
-    at_16 = weights + (16 + column)
-    code_16 = ((fine.to(tl.int32) >> 4) & 15).to(tl.float32)
-    column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_32 = column < COARSE_BYTES
-    at_32 = weights + (32 + column)
-    code_32 = ((coarse.to(tl.int32) >> 0) & 3).to(tl.float32)
-    column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_40 = column < COARSE_BYTES
-    at_40 = weights + (40 + column)
-    code_40 = ((coarse.to(tl.int32) >> 2) & 3).to(tl.float32)
-    column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_48 = column < COARSE_BYTES
-    at_48 = weights + (48 + column)
-    code_48 = ((coarse.to(tl.int32) >> 4) & 3).to(tl.float32)
-    column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_56 = column < COARSE_BYTES
-    at_56 = weights + (56 + column)
-    code_56 = ((coarse.to(tl.int32) >> 6) & 3).to(tl.float32)
-    for head in tl.static_range(GROUP):
-        s = tl.zeros([mine.shape[0]], tl.float32)
-        weight = tl.load(at_0 + head * WEIGHT_COLUMNS, mask=within_0, other=0)
-        s += tl.sum(weight.to(tl.float32) * code_0, 0)
-        weight = tl.load(at_16 + head * WEIGHT_COLUMNS, mask=within_16, other=0)
-        s += tl.sum(weight.to(tl.float32) * code_16, 0)
-        weight = tl.load(at_32 + head * WEIGHT_COLUMNS, mask=within_32, other=0)
-        s += tl.sum(weight.to(tl.float32) * code_32, 0)
-        weight = tl.load(at_40 + head * WEIGHT_COLUMNS, mask=within_40, other=0)
-        s += tl.sum(weight.to(tl.float32) * code_40, 0)
-        weight = tl.load(at_48 + head * WEIGHT_COLUMNS, mask=within_48, other=0)
-        s += tl.sum(weight.to(tl.float32) * code_48, 0)
-        weight = tl.load(at_56 + head * WEIGHT_COLUMNS, mask=within_56, other=0)
-        s += tl.sum(weight.to(tl.float32) * code_56, 0)
-        total += tl.where((g == head)[:, None], s[None, :], 0.0)
-    return total
-
-
-@triton.jit
 def listed_weights(weights, scales, constants, mine):
     """Return what products take of the block `mine`: the weights of all heads, or where they are."""
     own = (weights, scales, constants, mine)
@@ -1967,28 +1884,46 @@ def listed_weights(weights, scales, constants, mine):
 
 
 @triton.jit
-def listed_product(codes, own, HEAD: tl.constexpr):
-    """Return q.k [N] of one head, its constant included, by codes in words."""
-    product = tl.zeros_like(codes[0])
-    weights, scales, constants, mine = own
-    words = words_of(weights) + (mine * ROWS + HEAD) * (WEIGHT_COLUMNS // 4)
-    product = dot4(codes[0], tl.load(words + 0), product)
-    product = dot4(codes[1], tl.load(words + 1), product)
-    product = dot4(codes[2], tl.load(words + 2), product)
-    product = dot4(codes[3], tl.load(words + 3), product)
-    product = dot4(codes[4], tl.load(words + 4), product)
-    product = dot4(codes[5], tl.load(words + 5), product)
-    product = dot4(codes[6], tl.load(words + 6), product)
-    product = dot4(codes[7], tl.load(words + 7), product)
-    product = dot4(codes[8], tl.load(words + 8), product)
-    product = dot4(codes[9], tl.load(words + 9), product)
-    product = dot4(codes[10], tl.load(words + 10), product)
-    product = dot4(codes[11], tl.load(words + 11), product)
-    product = dot4(codes[12], tl.load(words + 12), product)
-    product = dot4(codes[13], tl.load(words + 13), product)
-    product = dot4(codes[14], tl.load(words + 14), product)
-    product = dot4(codes[15], tl.load(words + 15), product)
-    scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+def listed_product(unpacked, own, HEAD):
+    """Return q.k [N] of one head, its constant included."""
+    if IN_WORDS:
+        product = tl.zeros_like(unpacked[0])
+        weights, scales, constants, mine = own
+        words = words_of(weights) + (mine * ROWS + HEAD) * (WEIGHT_COLUMNS // 4)
+        product = dot4(unpacked[0], tl.load(words + 0), product)
+        product = dot4(unpacked[1], tl.load(words + 1), product)
+        product = dot4(unpacked[2], tl.load(words + 2), product)
+        product = dot4(unpacked[3], tl.load(words + 3), product)
+        product = dot4(unpacked[4], tl.load(words + 4), product)
+        product = dot4(unpacked[5], tl.load(words + 5), product)
+        product = dot4(unpacked[6], tl.load(words + 6), product)
+        product = dot4(unpacked[7], tl.load(words + 7), product)
+        product = dot4(unpacked[8], tl.load(words + 8), product)
+        product = dot4(unpacked[9], tl.load(words + 9), product)
+        product = dot4(unpacked[10], tl.load(words + 10), product)
+        product = dot4(unpacked[11], tl.load(words + 11), product)
+        product = dot4(unpacked[12], tl.load(words + 12), product)
+        product = dot4(unpacked[13], tl.load(words + 13), product)
+        product = dot4(unpacked[14], tl.load(words + 14), product)
+        product = dot4(unpacked[15], tl.load(words + 15), product)
+        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+    else:
+        weights, scales, constants, mine = own
+        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
+        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        weight = load_weights(weights[:, None], 0, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[0] * weight, 1)
+        weight = load_weights(weights[:, None], 16, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[1] * weight, 1)
+        weight = load_weights(weights[:, None], 32, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[2] * weight, 1)
+        weight = load_weights(weights[:, None], 40, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[3] * weight, 1)
+        weight = load_weights(weights[:, None], 48, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[4] * weight, 1)
+        weight = load_weights(weights[:, None], 56, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[5] * weight, 1)
+        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
     return product.to(tl.float32) * scale + constant
 
 
@@ -1998,26 +1933,16 @@ def listed_shares(
 ):
     """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
     g = tl.arange(0, ROWS)
+    unpacked = token_codes(packed)
+    share = tl.zeros([slot.shape[0]], tl.float32)
     seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
     known &= seen
-    if IN_WORDS:
-        unpacked = token_codes(packed)
-        share = tl.zeros([slot.shape[0]], tl.float32)
-        for head in tl.static_range(GROUP):
-            h = kv_head * GROUP + head
-            s = listed_product(unpacked, own, head)
-            bits = score(s, b, h, t, slot, inside, length)
-            bits = tl.where(known, bits, float("-inf"))
-            part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
-            share += part
-    else:
-        h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-        weights, scales, constants, mine = own
-        at = mine[None, :] * ROWS + g[:, None]
-        s = listed_products(packed, weights, mine) * tl.load(scales + at) + tl.load(constants + at)
-        bits = score(s, b, h, t, slot[None, :], inside[None, :], length)
-        bits = tl.where(known[None, :], bits, float("-inf"))
-        share = shares_of(bits, total)
+    for head in tl.static_range(GROUP):
+        h = kv_head * GROUP + head
+        bits = score(listed_product(unpacked, own, head), b, h, t, slot, inside, length)
+        bits = tl.where(known, bits, float("-inf"))
+        part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+        share += part
     return share, seen
 
 

@@ -241,15 +241,6 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def shares_of(value, total):
-    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
-
-
-@triton.jit
 def bins_of_shares(share, possible):
     """Return the bin of each item's share [N].
 
@@ -261,8 +252,12 @@ def bins_of_shares(share, possible):
 
 
 @triton.jit
-def add_counts(histogram, counts):
-    """Add `counts` [BINS] of all bins but the first to a histogram, and return them."""
+def count_bins(histogram, entry):
+    """Add the number of items in each bin but the first to a histogram, and return it.
+
+    `entry` [N] are the bins of the items.
+    """
+    counts = tl.histogram(entry, BINS)
     place = tl.arange(0, BINS)
     counts = tl.where(place > 0, counts, 0)
     tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
@@ -467,48 +462,6 @@ def query_weights(
 
 
 @triton.jit
-def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the bytes, uint8 [COLUMNS, N], of the tokens or pages `number` [N] in a plane."""
-    byte = tl.arange(0, COLUMNS)
-    return tl.load(
-        plane + number[None, :] * BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < BYTES)[:, None], other=0,
-    )
-
-
-@triton.jit
-def load_weights(weights, mine, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the weights from FIRST on, bfloat16 [ROWS, COLUMNS]. Padding multiplies zeros."""
-    column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    place = (mine * ROWS + g[:, None]) * WEIGHT_COLUMNS + FIRST + column[None, :]
-    inside = (FIRST + column < WEIGHT_COLUMNS)[None, :]
-    return tl.load(weights + place, mask=inside, other=0).to(tl.float32).to(tl.bfloat16)
-
-
-@triton.jit
-def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Return the codes at SHIFT in the bytes `packed`, as bfloat16.
-
-    They are put into the mantissa of 128.0, two at a time: no code has to be converted.
-    """
-    if IN_REGISTERS:
-        made = tl.inline_asm_elementwise(
-            f"""{{
-            .reg .b32 moved, low, high;
-            shr.b32 moved, $2, {SHIFT};
-            prmt.b32 low, moved, 0, 0x4140;
-            prmt.b32 high, moved, 0, 0x4342;
-            lop3.b32 $0, low, {MASK * 0x10001}, 0x43004300, 0xEA;
-            lop3.b32 $1, high, {MASK * 0x10001}, 0x43004300, 0xEA;
-            }}""",
-            "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
-        ) - 128.0
-    else:
-        made = ((packed >> SHIFT) & MASK).to(tl.float32).to(tl.bfloat16)
-    return made
-
-
-@triton.jit
 def words_of(plane):
     """Return a pointer to bytes as one to words of four bytes."""
     return plane.to(tl.pointer_type(tl.int32))
@@ -532,8 +485,23 @@ def dot4(codes, weights, total):
 
 
 @triton.jit
+def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the bytes, uint8 [N, COLUMNS], of the tokens or pages `number` [N] in a plane."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    there = inside[:, None] & (byte < BYTES)
+    return tl.load(plane + number[:, None] * BYTES + byte, mask=there, other=0)
+
+
+@triton.jit
+def load_weights(weights, FIRST: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the weights of a head from FIRST on, int32 [1 or N, COLUMNS]; 0 for padding."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    return tl.load(weights + FIRST + byte, mask=byte < BYTES, other=0).to(tl.int32)
+
+
+@triton.jit
 def load_sketches(fine, coarse, number, inside):
-    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [COLUMNS, N]."""
+    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [N, columns]."""
     if IN_WORDS:
         fine_0 = tl.load(words_of(fine) + number * 3 + 0, mask=inside, other=0)
         fine_1 = tl.load(words_of(fine) + number * 3 + 1, mask=inside, other=0)
@@ -553,41 +521,34 @@ def load_sketches(fine, coarse, number, inside):
 
 
 @triton.jit
-def token_products(packed, weights, mine):
-    """Return the products, float32 [ROWS, N], of codes and of the weights of the block `mine`."""
-    fine, coarse = packed
-    total = tl.zeros([ROWS, fine.shape[1]], tl.float32)
-    weight = load_weights(weights, mine, 0, FINE_COLUMNS)
-    total = tl.dot(weight, codes(fine, 0, 15), total)
-    weight = load_weights(weights, mine, 12, FINE_COLUMNS)
-    total = tl.dot(weight, codes(fine, 4, 15), total)
-    weight = load_weights(weights, mine, 24, COARSE_COLUMNS)
-    total = tl.dot(weight, codes(coarse, 0, 3), total)
-    weight = load_weights(weights, mine, 32, COARSE_COLUMNS)
-    total = tl.dot(weight, codes(coarse, 2, 3), total)
-    weight = load_weights(weights, mine, 40, COARSE_COLUMNS)
-    total = tl.dot(weight, codes(coarse, 4, 3), total)
-    return total
-
-
-@triton.jit
 def token_codes(packed):
-    """Return the codes of tokens or pages as the bytes of words, int32 [N], from packed words."""
-    fine_0, fine_1, fine_2, coarse_0, coarse_1 = packed
-    return (
-        fine_0 & 0x0f0f0f0f,
-        fine_1 & 0x0f0f0f0f,
-        fine_2 & 0x0f0f0f0f,
-        (fine_0 >> 4) & 0x0f0f0f0f,
-        (fine_1 >> 4) & 0x0f0f0f0f,
-        (fine_2 >> 4) & 0x0f0f0f0f,
-        coarse_0 & 0x03030303,
-        coarse_1 & 0x03030303,
-        (coarse_0 >> 2) & 0x03030303,
-        (coarse_1 >> 2) & 0x03030303,
-        (coarse_0 >> 4) & 0x03030303,
-        (coarse_1 >> 4) & 0x03030303,
-    )
+    """Return codes as a tuple: four in the bytes of a word, int32 [N], or one, int32 [N, columns]."""
+    if IN_WORDS:
+        fine_0, fine_1, fine_2, coarse_0, coarse_1 = packed
+        unpacked = (
+            fine_0 & 0x0f0f0f0f,
+            fine_1 & 0x0f0f0f0f,
+            fine_2 & 0x0f0f0f0f,
+            (fine_0 >> 4) & 0x0f0f0f0f,
+            (fine_1 >> 4) & 0x0f0f0f0f,
+            (fine_2 >> 4) & 0x0f0f0f0f,
+            coarse_0 & 0x03030303,
+            coarse_1 & 0x03030303,
+            (coarse_0 >> 2) & 0x03030303,
+            (coarse_1 >> 2) & 0x03030303,
+            (coarse_0 >> 4) & 0x03030303,
+            (coarse_1 >> 4) & 0x03030303,
+        )
+    else:
+        fine, coarse = packed
+        unpacked = (
+            ((fine >> 0) & 15).to(tl.int32),
+            ((fine >> 4) & 15).to(tl.int32),
+            ((coarse >> 0) & 3).to(tl.int32),
+            ((coarse >> 2) & 3).to(tl.int32),
+            ((coarse >> 4) & 3).to(tl.int32),
+        )
+    return unpacked
 
 
 @triton.jit
@@ -646,23 +607,39 @@ def token_weights(weights, scales, constants, mine):
 
 
 @triton.jit
-def token_product(codes, own, HEAD: tl.constexpr):
-    """Return q.k [N] of one head, its constant included, by codes in words."""
-    product = tl.zeros_like(codes[0])
-    FIRST: tl.constexpr = HEAD * 14
-    product = dot4(codes[0], own[FIRST + 0], product)
-    product = dot4(codes[1], own[FIRST + 1], product)
-    product = dot4(codes[2], own[FIRST + 2], product)
-    product = dot4(codes[3], own[FIRST + 3], product)
-    product = dot4(codes[4], own[FIRST + 4], product)
-    product = dot4(codes[5], own[FIRST + 5], product)
-    product = dot4(codes[6], own[FIRST + 6], product)
-    product = dot4(codes[7], own[FIRST + 7], product)
-    product = dot4(codes[8], own[FIRST + 8], product)
-    product = dot4(codes[9], own[FIRST + 9], product)
-    product = dot4(codes[10], own[FIRST + 10], product)
-    product = dot4(codes[11], own[FIRST + 11], product)
-    scale, constant = own[FIRST + 12], own[FIRST + 13]
+def token_product(unpacked, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included."""
+    if IN_WORDS:
+        product = tl.zeros_like(unpacked[0])
+        FIRST: tl.constexpr = HEAD * 14
+        product = dot4(unpacked[0], own[FIRST + 0], product)
+        product = dot4(unpacked[1], own[FIRST + 1], product)
+        product = dot4(unpacked[2], own[FIRST + 2], product)
+        product = dot4(unpacked[3], own[FIRST + 3], product)
+        product = dot4(unpacked[4], own[FIRST + 4], product)
+        product = dot4(unpacked[5], own[FIRST + 5], product)
+        product = dot4(unpacked[6], own[FIRST + 6], product)
+        product = dot4(unpacked[7], own[FIRST + 7], product)
+        product = dot4(unpacked[8], own[FIRST + 8], product)
+        product = dot4(unpacked[9], own[FIRST + 9], product)
+        product = dot4(unpacked[10], own[FIRST + 10], product)
+        product = dot4(unpacked[11], own[FIRST + 11], product)
+        scale, constant = own[FIRST + 12], own[FIRST + 13]
+    else:
+        weights, scales, constants, mine = own
+        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
+        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        weight = load_weights(weights, 0, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[0] * weight, 1)
+        weight = load_weights(weights, 12, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[1] * weight, 1)
+        weight = load_weights(weights, 24, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[2] * weight, 1)
+        weight = load_weights(weights, 32, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[3] * weight, 1)
+        weight = load_weights(weights, 40, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[4] * weight, 1)
+        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
     return product.to(tl.float32) * scale + constant
 
 
@@ -672,34 +649,24 @@ def token_shares(
 ):
     """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
     g = tl.arange(0, ROWS)
+    unpacked = token_codes(packed)
+    share = tl.zeros([slot.shape[0]], tl.float32)
     seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length, slopes, slopes_stride_0)
     known &= seen
-    if IN_WORDS:
-        unpacked = token_codes(packed)
-        share = tl.zeros([slot.shape[0]], tl.float32)
-        for head in tl.static_range(GROUP):
-            h = kv_head * GROUP + head
-            s = token_product(unpacked, own, head)
-            bits = score(s, b, h, t, slot, inside, length, slopes, slopes_stride_0)
-            bits = tl.where(known, bits, float("-inf"))
-            part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
-            share += part
-    else:
-        h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-        weights, scales, constants, mine = own
-        scale, constant = tl.load(scales + mine * ROWS + g), tl.load(constants + mine * ROWS + g)
-        s = token_products(packed, weights, mine) * scale[:, None] + constant[:, None]
-        bits = score(s, b, h, t, slot[None, :], inside[None, :], length, slopes, slopes_stride_0)
-        bits = tl.where(known[None, :], bits, float("-inf"))
-        share = shares_of(bits, total)
+    for head in tl.static_range(GROUP):
+        h = kv_head * GROUP + head
+        bits = score(token_product(unpacked, own, head), b, h, t, slot, inside, length, slopes, slopes_stride_0)
+        bits = tl.where(known, bits, float("-inf"))
+        part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+        share += part
     return share, seen
 
 
 @triton.jit
-def bins_of_tile(
+def store_bins(
     packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
 ):
-    """Store the bins of the shares of a tile's tokens, and return how many there are in each."""
+    """Store the bins of the shares of a tile's tokens, and return them."""
     inside = slot < kv_len
     known = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
     share, seen = token_shares(
@@ -707,7 +674,7 @@ def bins_of_tile(
     )
     entry = bins_of_shares(share, share > 0)
     tl.store(bins + slot, entry.to(tl.uint8))
-    return tl.histogram(entry, BINS)
+    return entry
 
 
 @triton.jit
@@ -761,18 +728,20 @@ def scan_tokens(
         )
         bins += head_row.to(tl.int64) * slots
         histogram += head_row * (2 * BINS)
-        counts = bins_of_tile(
-            packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
-        )
+        entry = store_bins(packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length, slopes, slopes_stride_0)
         if STEPS > 1:
             for step in range(1, STEPS):
                 slot += TILE
                 if (part * span + step * TILE < end) & (part * span + step * TILE + TILE > first):
                     packed = load_sketches(fine, coarse, slot, slot < kv_len)
-                    counts += bins_of_tile(
-                        packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
-                    )
-        add_counts(histogram, counts)
+                    store_bins(packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length, slopes, slopes_stride_0)
+            # Counting has barriers: it is done once, for all tiles.
+            tl.debug_barrier()
+            slots_of_all = part * span + tl.arange(0, span)
+            there = (slots_of_all >= first) & (slots_of_all < end)
+            count_bins(histogram, tl.load(bins + slots_of_all, mask=there, other=0).to(tl.int32))
+        else:
+            count_bins(histogram, entry)
 
 
 SHORTEST = tl.constexpr(8)  # slots of the shortest chunk

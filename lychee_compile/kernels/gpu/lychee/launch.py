@@ -31,7 +31,7 @@ SCAN_PROGRAMS, MOST_STEPS = 1024, 8
 tiles of one."""
 PAGES_OF_WARP = 128 * PAGE
 """Slots whose pages one warp ranks."""
-PAGES_REGISTERS, CHOSEN_REGISTERS = 128, 96
+PAGES_REGISTERS, CHOSEN_REGISTERS, SCAN_REGISTERS = 128, 128, 128
 """Most registers of a thread: programs of a kernel and of the next fit on the device together."""
 ENCODED = 64
 """Slots that one program of `encode` sketches."""
@@ -68,7 +68,10 @@ def run_lychee(
         steps = scan_steps(step.rows * sizes.tiles, layout.block)
         grid = step.rows, -(-sizes.tiles // steps) + 1  # the last programs compare some keys
         own = {**arguments, "STEPS": steps}
-        launch(module.scan_tokens, grid, own, num_warps=4, num_stages=1, **step.waits)
+        launch(
+            module.scan_tokens, grid, own, num_warps=4, num_stages=1, maxnreg=SCAN_REGISTERS,
+            **step.waits,
+        )
     output = step.attend(arguments, sizes.examined, sizes.paged)
     if layout.measured:
         measure_new(step, arguments)

@@ -1,4 +1,4 @@
-"""Codes multiplied four at a time, as on a GPU, give what tensor cores give: the same bins."""
+"""Products of sketches of all sizes, four codes at a time as on a GPU; programs of several tiles."""
 
 from __future__ import annotations
 
@@ -12,35 +12,24 @@ from decode_problems import Sizes, make_problem
 from sparse_steps import Step, built
 from test_sparse_kernel import FLAT, PAGED
 
-from lychee_compile.codegen.parts.sketches import WORDS_HEADS
 from lychee_compile.kernels.gpu.lychee import launch as sketch_launch
 
 triton_interpreter.use()
 pytestmark = pytest.mark.usefixtures("kernel_folder")
 
 BY_MASS = replace(FLAT, coverage=0.9)
-SHAPES = {  # heads of whole words, of padded words, and of a number of words that is no power of two
-    "llama": (64, 4),
-    "one head": (32, 1),
-    "padded": (72, 2),
-    "three words": (96, 3),
-    "wide": (256, 2),
-    "most heads": (16, WORDS_HEADS),
-}
-CASES = [
-    ("llama", "causal", "scaled", FLAT),
-    ("llama", "mask by head", "slopes", FLAT),
-    ("one head", "window", "soft-cap", FLAT),
-    ("padded", "rows", "scaled", PAGED),
-    ("three words", "causal", "bias", FLAT),
-    ("wide", "causal", "scaled", PAGED),
-    ("most heads", "mask", "scaled", FLAT),
+CASES = [  # head_dim and heads of a group; words of planes are padded, or no power of two
+    (64, 4, "mask by head", "slopes", FLAT),
+    (32, 1, "window", "soft-cap", FLAT),
+    (72, 2, "rows", "scaled", PAGED),
+    (96, 3, "causal", "bias", FLAT),
+    (256, 2, "causal", "scaled", PAGED),
+    (16, 20, "mask", "scaled", FLAT),
 ]
 
 
-@pytest.mark.parametrize(("shape", "mask", "score", "sparse"), CASES)
-def test_words_give_the_bins_of_products(shape, mask, score, sparse, monkeypatch):
-    head_dim, group = SHAPES[shape]
+@pytest.mark.parametrize(("head_dim", "group", "mask", "score", "sparse"), CASES)
+def test_words_give_the_bins_of_single_codes(head_dim, group, mask, score, sparse, monkeypatch):
     sizes = Sizes(2 if mask == "rows" else 1, group=group, kv_len=150, head_dim=head_dim)
     problem = make_problem(sizes=sizes, mask=mask, score=score, sparse=sparse)
     index, module = built(problem, 150), problem.module()
@@ -52,13 +41,6 @@ def test_words_give_the_bins_of_products(shape, mask, score, sparse, monkeypatch
     for name in ("weights", "bins", "histogram", "chosen_list"):
         assert torch.equal(found.scratch[name], expected.scratch[name]), name
     assert torch.equal(found.output, expected.output)
-
-
-def test_groups_of_many_heads_have_products_alone():
-    sizes = Sizes(group=WORDS_HEADS + 1, kv_len=40)
-    module = make_problem(sizes=sizes, sparse=FLAT).module()
-    assert not hasattr(module, "IN_WORDS")
-    assert not hasattr(module, "dot4")
 
 
 @pytest.mark.parametrize(
