@@ -13,6 +13,8 @@ LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
 SAMPLE = {"sampled": 32, "newest": 8}
 """Keys that each KV head compares with fingerprints in each step, and the newest among them."""
+STAGES = ("choose", "attend")
+"""Kernels that decode/attend.py.jinja becomes."""
 NOTING = ("note_heads", "note_small", "note_mass")
 """Functions of `triton_lib/mass.py` that add up the mass of items."""
 _OWN_ITEMS = 2048

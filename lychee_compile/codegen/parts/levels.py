@@ -10,6 +10,7 @@ from lychee_compile.codegen.parts.certificate import emit_of_levels
 from lychee_compile.codegen.parts.decode import (
     LARGEST,
     SAMPLE,
+    STAGES,
     emit_always_read,
     emit_bins,
 )
@@ -245,6 +246,7 @@ def _attend(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> list[
         names = "label, waiting, "
     shared: dict[str, object] = {"last_kind": kind, "kind": kind, "parts": names}
     shared |= {"number": number, "in_clusters": False, "narrows": False}
-    ended = {"by_mass": False} if _is_listed(stack, number) else {}
-    attend = fill("levels/attend.py.jinja", spec, **shared, **ended)
-    return [emit_index_new(spec, stack, sparse, shared), attend]
+    ended: dict[str, object] = {"by_mass": False} if _is_listed(stack, number) else {}
+    shared |= ended
+    kernels = [fill("levels/attend.py.jinja", spec, **shared, stage=stage) for stage in STAGES]
+    return [emit_index_new(spec, stack, sparse, shared), *kernels]

@@ -7,6 +7,7 @@ from lychee_compile.codegen.parts.decode import (
     LARGEST,
     NOTING,
     SAMPLE,
+    STAGES,
     emit_always_read,
     emit_bins,
 )
@@ -62,7 +63,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         _fill("encode_keys", spec),
         *library("sketch", "page_code"),
         *library("encode", "encode", "encode_new"),
-        _fill("attend", spec),
+        *(_fill("attend", spec, stage=stage) for stage in STAGES),
         *(_certificate(spec) if sparse.epsilon is not None else []),
     ]
 
