@@ -106,9 +106,7 @@ def emit_listed_sketches(spec: AttentionSpec) -> list[str]:
     return _scores(spec, planes_of(spec.head_dim), None, "listed")
 
 
-def _scores(
-    spec: AttentionSpec, sketches: Sequence[Plane], of: str | None, kind: str
-) -> list[str]:
+def _scores(spec: AttentionSpec, sketches: Sequence[Plane], of: str | None, kind: str) -> list[str]:
     """Return the functions that load sketches, unless `of` is None, and those that score them."""
     operands = _operands(sketches)
     values = {

@@ -835,14 +835,15 @@ def choose(
         # The programs examine candidates, or all slots between those that are always read.
         # They take sixteen at a time, in turn.
         lane = tl.arange(0, LANES)
-        item = (lane // 16 * splits + split) * 16 + lane % 16
+        sixteen = (lane // 16 * splits + split) * 16
+        item = sixteen + lane % 16
         origin, items = begin // 16 * 16, stop - begin // 16 * 16
         bins += head_row.to(tl.int64) * bin_room
         candidates += head_row.to(tl.int64) * bin_room
         if PAGED:
             origin, items = origin * 0, tl.load(candidate_count + head_row)
-        inside = (item < bin_room) if PAGED else (origin + item < stop)
-        entry = tl.load(bins + origin + item, mask=inside, other=0)
+        # A mask that is the same for sixteen lets these be loaded at once.
+        entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
         room = tl.maximum(-(always - BUDGET), 0)
         if PAGED:
             cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
@@ -860,7 +861,7 @@ def choose(
             slot = origin + item
             inside = item < items
             if PAGED:
-                slot = tl.load(candidates + item, mask=inside, other=0)
+                slot = tl.load(candidates + item, mask=sixteen < items, other=0)
             else:
                 inside &= slot >= begin
             entry = tl.where(inside, entry, 0)
@@ -868,7 +869,8 @@ def choose(
             tl.store(chosen_list + count + place, slot, mask=chosen)
             count += more
             item += splits * LANES
-            entry = tl.load(bins + origin + item, mask=item < items, other=0)
+            sixteen += splits * LANES
+            entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
     tl.store(list_count + mine, count)
 
 
@@ -939,14 +941,15 @@ def attend(
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
             lane = tl.arange(0, LANES)
-            item = (lane // 16 * splits + split) * 16 + lane % 16
+            sixteen = (lane // 16 * splits + split) * 16
+            item = sixteen + lane % 16
             origin, items = begin // 16 * 16, stop - begin // 16 * 16
             bins += head_row.to(tl.int64) * bin_room
             candidates += head_row.to(tl.int64) * bin_room
             if PAGED:
                 origin, items = origin * 0, tl.load(candidate_count + head_row)
-            inside = (item < bin_room) if PAGED else (origin + item < stop)
-            entry = tl.load(bins + origin + item, mask=inside, other=0)
+            # A mask that is the same for sixteen lets these be loaded at once.
+            entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
             room = tl.maximum(-(always - BUDGET), 0)
             if PAGED:
                 cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
@@ -964,7 +967,7 @@ def attend(
                 slot = origin + item
                 inside = item < items
                 if PAGED:
-                    slot = tl.load(candidates + item, mask=inside, other=0)
+                    slot = tl.load(candidates + item, mask=sixteen < items, other=0)
                 else:
                     inside &= slot >= begin
                 entry = tl.where(inside, entry, 0)
@@ -972,7 +975,8 @@ def attend(
                 tl.store(chosen_list + count + place, slot, mask=chosen)
                 count += more
                 item += splits * LANES
-                entry = tl.load(bins + origin + item, mask=item < items, other=0)
+                sixteen += splits * LANES
+                entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
         tl.debug_barrier()
     if count >= 0:
         for start in range(0, count, KEYS):

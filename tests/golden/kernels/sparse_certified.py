@@ -793,7 +793,8 @@ def scan_tokens(
             # Counting has barriers: it is done once, for all tiles.
             tl.debug_barrier()
             slots_of_all = part * span + tl.arange(0, span)
-            there = (slots_of_all >= first) & (slots_of_all < end)
+            begin = slots_of_all // TILE * TILE
+            there = (begin < end) & (begin + TILE > first)
             count_bins(histogram, tl.load(bins + slots_of_all, mask=there, other=0).to(tl.int32))
         else:
             count_bins(histogram, entry)
@@ -2196,14 +2197,15 @@ def choose(
         # The programs examine candidates, or all slots between those that are always read.
         # They take sixteen at a time, in turn.
         lane = tl.arange(0, LANES)
-        item = (lane // 16 * splits + split) * 16 + lane % 16
+        sixteen = (lane // 16 * splits + split) * 16
+        item = sixteen + lane % 16
         origin, items = begin // 16 * 16, stop - begin // 16 * 16
         bins += head_row.to(tl.int64) * bin_room
         candidates += head_row.to(tl.int64) * bin_room
         if PAGED:
             origin, items = origin * 0, tl.load(candidate_count + head_row)
-        inside = (item < bin_room) if PAGED else (origin + item < stop)
-        entry = tl.load(bins + origin + item, mask=inside, other=0)
+        # A mask that is the same for sixteen lets these be loaded at once.
+        entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
         room = tl.maximum(-(always - BUDGET), 0)
         cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
         count = tl.maximum(always - split + splits - 1, 0) // splits
@@ -2216,7 +2218,7 @@ def choose(
             slot = origin + item
             inside = item < items
             if PAGED:
-                slot = tl.load(candidates + item, mask=inside, other=0)
+                slot = tl.load(candidates + item, mask=sixteen < items, other=0)
             else:
                 inside &= slot >= begin
             entry = tl.where(inside, entry, 0)
@@ -2224,7 +2226,8 @@ def choose(
             tl.store(chosen_list + count + place, slot, mask=chosen)
             count += more
             item += splits * LANES
-            entry = tl.load(bins + origin + item, mask=item < items, other=0)
+            sixteen += splits * LANES
+            entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
     tl.store(list_count + mine, count)
 
 
@@ -2292,14 +2295,15 @@ def attend(
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
             lane = tl.arange(0, LANES)
-            item = (lane // 16 * splits + split) * 16 + lane % 16
+            sixteen = (lane // 16 * splits + split) * 16
+            item = sixteen + lane % 16
             origin, items = begin // 16 * 16, stop - begin // 16 * 16
             bins += head_row.to(tl.int64) * bin_room
             candidates += head_row.to(tl.int64) * bin_room
             if PAGED:
                 origin, items = origin * 0, tl.load(candidate_count + head_row)
-            inside = (item < bin_room) if PAGED else (origin + item < stop)
-            entry = tl.load(bins + origin + item, mask=inside, other=0)
+            # A mask that is the same for sixteen lets these be loaded at once.
+            entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
             room = tl.maximum(-(always - BUDGET), 0)
             cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
             count = tl.maximum(always - split + splits - 1, 0) // splits
@@ -2312,7 +2316,7 @@ def attend(
                 slot = origin + item
                 inside = item < items
                 if PAGED:
-                    slot = tl.load(candidates + item, mask=inside, other=0)
+                    slot = tl.load(candidates + item, mask=sixteen < items, other=0)
                 else:
                     inside &= slot >= begin
                 entry = tl.where(inside, entry, 0)
@@ -2320,7 +2324,8 @@ def attend(
                 tl.store(chosen_list + count + place, slot, mask=chosen)
                 count += more
                 item += splits * LANES
-                entry = tl.load(bins + origin + item, mask=item < items, other=0)
+                sixteen += splits * LANES
+                entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
         tl.store(list_count + mine, count)
         tl.debug_barrier()
     if count >= 0:

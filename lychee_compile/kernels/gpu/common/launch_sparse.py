@@ -23,8 +23,6 @@ from lychee_compile.kernels.sizes import BINS, power_of_two
 
 MOST_SPARSE_SPLITS = 32
 """Programs that may share one row of a sparse step, at most."""
-ATTEND_LANES, CHOOSE_LANES = 1024, 4096
-"""Slots that a program of `attend` and of `choose` examines at a time, at most."""
 LISTED_REGISTERS = 128
 """Most registers of a thread of `attend` if the keys are listed."""
 
@@ -100,11 +98,10 @@ class SparseStep:
         `paged`, else all slots in order.
         """
         tuning = self.tuning
-        most = CHOOSE_LANES if self.lists else ATTEND_LANES
         own = {
             **arguments,
             "KEYS": tuning.keys,
-            "LANES": lanes(examined, self.splits, most),
+            "LANES": lanes(examined, self.splits),
             "PAGED": paged,
             "LISTED": self.lists,
         }
@@ -129,9 +126,9 @@ class SparseStep:
         return {"positions": wide, **strides, "written": wide.shape[1]}
 
 
-def lanes(examined: int, splits: int, most: int) -> int:
-    """Return how many slots a program examines at a time, `most` or fewer."""
-    return max(256, min(power_of_two(-(-examined // splits)), most))
+def lanes(examined: int, splits: int) -> int:
+    """Return how many slots a program examines at a time."""
+    return max(256, min(power_of_two(-(-examined // splits)), 1024))
 
 
 @contextmanager

@@ -69,7 +69,12 @@ def run_lychee(
         grid = step.rows, -(-sizes.tiles // steps) + 1  # the last programs compare some keys
         own = {**arguments, "STEPS": steps}
         launch(
-            module.scan_tokens, grid, own, num_warps=4, num_stages=1, maxnreg=SCAN_REGISTERS,
+            module.scan_tokens,
+            grid,
+            own,
+            num_warps=4,
+            num_stages=1,
+            maxnreg=SCAN_REGISTERS,
             **step.waits,
         )
     output = step.attend(arguments, sizes.examined, sizes.paged)
@@ -161,12 +166,15 @@ def _want_pages(step: SparseStep, layout: SketchLayout, sizes: _Sizes, heads: in
 def _rank_pages(
     step: SparseStep, layout: SketchLayout, sizes: _Sizes, arguments: Mapping[str, object]
 ) -> None:
-    """Rank all pages, and then the tokens of the best: one turn a program, or several."""
+    """Rank all pages, and then the tokens of the best: one turn a program, or several.
+
+    Programs of many rows have fewer warps, which wait for each other less.
+    """
     launch(
         step.module.scan_pages,
         (step.rows, sizes.tiles + 1),
         {**arguments, "bins": arguments["page_bins"]},
-        num_warps=max(1, layout.block // PAGES_OF_WARP),
+        num_warps=max(1, layout.block // PAGES_OF_WARP // (2 if step.lists else 1)),
         num_stages=1,
         maxnreg=PAGES_REGISTERS,
         **step.waits,
@@ -175,7 +183,7 @@ def _rank_pages(
         step.module.scan_chosen,
         (step.rows, max(1, min(sizes.turns, CHOSEN_PROGRAMS // step.rows))),
         arguments,
-        num_warps=4,
+        num_warps=2 if step.lists else 4,
         num_stages=1,
         maxnreg=CHOSEN_REGISTERS,
         **step.waits,
