@@ -148,8 +148,8 @@ def summarise_chunks(
         at = to[part].flatten()
         for name, value in summaries(level, keys, None, stored).items():
             held = into[name].view(-1, *into[name].shape[3:])
-            value = value if held.dim() == 2 else value[..., 0]
-            held.index_copy_(0, at, value.flatten(0, 1).to(held.dtype))
+            rows = (value if held.dim() == 2 else value[..., 0]).flatten(0, 1)
+            held.index_copy_(0, at, rows.to(held.dtype))
 
 
 def stored_dtype(columns: Mapping[str, Tensor]) -> torch.dtype:

@@ -19,7 +19,7 @@ def similarity_strengths(key: Tensor) -> Tensor:
     key = key.float()
     length = torch.linalg.vector_norm(key, dim=-1).clamp_(min=1e-12)
     product = (key[:, :, :-1] * key[:, :, 1:]).sum(-1)
-    cosine = (product / length[:, :, :-1] / length[:, :, 1:]).mean(1)
+    cosine = (product / (length[:, :, :-1] * length[:, :, 1:])).mean(1)
     return ((1 - cosine.nan_to_num(0.0)) * 127.5).round().clamp_(0, 255).to(torch.uint8)
 
 

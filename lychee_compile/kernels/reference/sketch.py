@@ -226,7 +226,8 @@ class KeySketches:
         """Give a block its axes, and return the rows that got new ones, bool [B].
 
         `keys` [B, Hkv, T, D] are valid where `valid`, bool [B, T]. In the rows `bare`, bool [B], no
-        key of the block is encoded yet; in the rows `first`, bool [B], no key at all. All keys are finite if `finite` says so.
+        key of the block is encoded yet; in the rows `first`, bool [B], no key at all. All keys are
+        finite if `finite` says so.
         """
         count, fitted = valid.sum(1), self.fitted[:, block]
         waiting = torch.zeros_like(bare)
@@ -283,9 +284,11 @@ class KeySketches:
         Entry n of the keys is of the batch row `row` and the block `block`, each int64 [N]. All
         keys are finite if `finite` says so.
         """
-        fitted = [each[row, :, block] for each in (self.centre, self.axes, self.step)]
+        centre, axes, step = (each[row, :, block] for each in (self.centre, self.axes, self.step))
         parts = [
-            self._encoded_part(part, *fitted, None if finite else part.isfinite().all(-1))
+            self._encoded_part(
+                part, centre, axes, step, None if finite else part.isfinite().all(-1)
+            )
             for part in keys.split(rows_at_once(keys), 2)
         ]
         codes, error, length = (torch.cat(each, 2) for each in zip(*parts, strict=True))
