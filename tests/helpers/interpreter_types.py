@@ -77,16 +77,16 @@ def remember_tensors() -> None:
     new_tensor = tl.tensor.__init__
     scalars: dict[str, dict[str, Any]] = {}
 
-    def tensor(self: Any, handle: Any, type: Any) -> None:
-        held = getattr(type, "of_tensors", None)
-        if held is None and type.__class__ is tl.dtype:
-            held = scalars.setdefault(type.name, {})
+    def tensor(self: Any, handle: Any, kind: Any) -> None:
+        held = getattr(kind, "of_tensors", None)
+        if held is None and type(kind) is tl.dtype:
+            held = scalars.setdefault(kind.name, {})
         if not held:
-            new_tensor(self, handle, type)
+            new_tensor(self, handle, kind)
             if held is not None:
                 held.update(self.__dict__)
         self.__dict__.update(held or {})
-        self.handle, self.type = handle, type
+        self.handle, self.type = handle, kind
 
     tl.tensor.__init__ = tensor
 
@@ -122,7 +122,7 @@ def remember_members() -> None:
 
 
 def call_operators_directly() -> None:
-    """Hand operators the interpreter's own semantics with neither a copy nor a check of keywords."""
+    """Hand operators the interpreter's semantics without copying and checking keywords."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_attr
