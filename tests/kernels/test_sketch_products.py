@@ -1,4 +1,4 @@
-"""Products of sketches of all sizes, four codes at a time as on a GPU; programs of several tiles."""
+"""Products of sketches, four codes at a time as on a GPU; programs that scan several tiles."""
 
 from __future__ import annotations
 
