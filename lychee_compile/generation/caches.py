@@ -43,21 +43,30 @@ def new_cache(kind: str, request: Request, tell: Callable[[str], None]) -> dict[
     if not request.is_usual:
         # Such a generate() may call the usual one several times: it must get a new cache each time.
         return {"cache_implementation": "dynamic" if kind == "dynamic" else "static"}
-    if request.drafts and not _can_take_back(kind, request):
-        kind = "dynamic"
-    cache = _MAKERS[kind](request, tell)
+    cache = _MAKERS[_suitable(kind, request)](request, tell)
     if cache is None:
         return {"cache_implementation": "static"}
     return {request.cache_name: cache, "cache_implementation": None}
 
 
-def _can_take_back(kind: str, request: Request) -> bool:
-    """True if a cache of the kind can forget its last tokens."""
-    config = request.model.config.get_text_config(decoder=True)
-    windows = getattr(config, "layer_types", None) or ()
-    if getattr(config, "sliding_window", None) and not windows:
-        return False
-    return kind == "growing" and all(each == "full_attention" for each in windows)
+def _suitable(kind: str, request: Request) -> str:
+    """Return the kind of cache to use if the user prefers `kind`.
+
+    A `StaticCache` cannot take drafts back, and gets new tensors when beams are reordered. A
+    `LycheeCache` can do both in place, but not take back what has left a sliding window.
+    """
+    if request.drafts and _has_windows(request.model.config.get_text_config(decoder=True)):
+        return "dynamic"
+    moves = request.drafts or (request.setting("num_beams") or 1) > 1
+    return "growing" if kind == "static" and moves else kind
+
+
+def _has_windows(config: Any) -> bool:
+    """True if a layer of the model may attend to a sliding window."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return any(kind != "full_attention" for kind in kinds)
+    return bool(getattr(config, "sliding_window", None))
 
 
 def _growing(request: Request, tell: Callable[[str], None]) -> Any:
@@ -78,7 +87,7 @@ def _growing(request: Request, tell: Callable[[str], None]) -> Any:
 
 
 def _static(request: Request, tell: Callable[[str], None]) -> Any:  # noqa: ARG001  as the others
-    """Return a `StaticCache` for all tokens; None if `generate()` itself has to find their number."""
+    """Return a `StaticCache` for all tokens; None if `generate()` has to find their number."""
     model, ids, new = request.model, request.ids, request.new_tokens
     if ids is None or new is None or model.config.is_encoder_decoder:
         return None

@@ -74,7 +74,7 @@ class GenerateHook:
     def _plain_state(self) -> dict[str, Any]:
         """Return what pickling and copying are to see of the instance: nothing of this package."""
         model = self.model
-        state = dict(type(model).__getstate__(model))
+        state: dict[str, Any] = dict(type(model).__getstate__.__get__(model)())
         for name in HOOKS:
             state.pop(name, None)
         return state
@@ -84,8 +84,8 @@ class GenerateHook:
         model = self.model
         self._compile_for(model.device.type)
         request = Request(model, plain, args, kwargs)
-        request.named |= new_cache(self._settings.cache, request, self._tell)
-        request.named["disable_compile"] = True  # the forward is compiled already
+        settings = new_cache(self._settings.cache, request, self._tell)
+        request.set(disable_compile=True, **settings)  # the forward is compiled already
         self._read_prompt(request, self._plain_forward(model))
         with self._compiled_forward(model):
             return plain(model, **request.named)
@@ -122,7 +122,7 @@ class GenerateHook:
         """Return the uncompiled forward, which takes the model first."""
         own = self._own if self._running else vars(model).get("forward")
         if own is None:
-            return type(model).forward  # type: ignore[no-any-return]
+            return type(model).forward
         return lambda _, *args, **kwargs: own(*args, **kwargs)
 
     def _forward(self, model: Any, plain: Forward) -> Forward:
@@ -133,7 +133,9 @@ class GenerateHook:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._call_for(kwargs)
             self._begins = False
-            return plain(reference(), *args, **kwargs) if call is None else call(reference(), plain, *args, **kwargs)
+            if call is None:
+                return plain(reference(), *args, **kwargs)
+            return call(reference(), plain, *args, **kwargs)
 
         return forward
 

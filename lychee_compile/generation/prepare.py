@@ -75,7 +75,7 @@ def restore(model: Any) -> None:
 
 def _with_generate(model: Any) -> Any:
     """Return the transformers model within wrappers. Raises TypeError if there is none."""
-    inner = torch_private.uncompiled(model)
+    inner: Any = torch_private.uncompiled(model)
     if callable(getattr(inner, "get_base_model", None)):
         return _with_generate(inner.get_base_model())
     if not callable(getattr(type(inner), "generate", None)):

@@ -7,6 +7,7 @@ That token is a step like those that follow: it brings the index up to date, or 
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def pieces(begin: int, end: int, chunk: int | None) -> list[tuple[int, int]]:
         return [(begin, end)]
     odd = (end - begin) % chunk
     cuts = [*([begin] if odd else []), *range(begin + odd, end + 1, chunk)]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(pairwise(cuts))
 
 
 class _Inputs:

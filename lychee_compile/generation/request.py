@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -47,6 +48,18 @@ class Request:
         self.cache_name = cache_name(model)
         self._parameters = {*parameters, *vars(GenerationConfig()), "tokenizer", "kwargs"}
 
+    def set(self, **settings: Any) -> None:
+        """Add settings to those of the call: to its configuration, if it brings one."""
+        config = self.named.get("generation_config")
+        if config is not None:
+            config = self.named["generation_config"] = copy(config)
+        for name, value in settings.items():
+            # A None in a configuration is filled from that of the model.
+            if config is not None and value is not None and name in vars(config):
+                setattr(config, name, value)
+            elif value is not None or self.setting(name) is not None:
+                self.named[name] = value
+
     def setting(self, name: str) -> Any:
         """Return a setting from the call, the given configuration or that of the model, or None."""
         for source in (self.named.get("generation_config"), self.model.generation_config):
@@ -64,8 +77,10 @@ class Request:
 
     @property
     def named_kind(self) -> str | None:
-        """The kind of cache that the user names in this call; the one in the model's own
-        configuration is a default that came with the weights."""
+        """The kind of cache that the user names in this call, or None.
+
+        One in the model's own configuration is a default that came with the weights.
+        """
         if self.named.get("cache_implementation") is not None:
             return str(self.named["cache_implementation"])
         config = self.named.get("generation_config")

@@ -1,4 +1,4 @@
-"""Settings of `prepare`: the options of the backend, the kind of cache, and how prompts are read."""
+"""Settings of `prepare`: options of the backend, kind of the cache, and how prompts are read."""
 
 from __future__ import annotations
 
