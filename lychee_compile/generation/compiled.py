@@ -38,7 +38,7 @@ class CompiledForward:
         self.chunk = _compiled(without)
         """Takes as many tokens as a chunk of a prompt has."""
         self.rest = _compiled(without)
-        """Takes any number of tokens of a prompt."""
+        """Takes any number of tokens, and never records CUDA graphs."""
 
 
 def _call(self: Any, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:

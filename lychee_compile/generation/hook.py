@@ -40,6 +40,8 @@ class GenerateHook:
         self._lock = threading.Lock()
         self._begins = True
         """True until `generate()` has called the forward once."""
+        self._outputs_stay = False
+        """True if `generate()` keeps outputs of the steps, which CUDA graphs would overwrite."""
         self._device = ""
         self._compile_for(model.device.type)
 
@@ -87,6 +89,7 @@ class GenerateHook:
         settings = new_cache(self._settings.cache, request, self._tell)
         request.set(disable_compile=True, **settings)  # the forward is compiled already
         self._read_prompt(request, self._plain_forward(model))
+        self._begins, self._outputs_stay = True, request.keeps_outputs
         with self._compiled_forward(model):
             return plain(model, **request.named)
 
@@ -103,7 +106,6 @@ class GenerateHook:
     def _compiled_forward(self, model: Any) -> Iterator[None]:
         """Let the instance forward through the backend."""
         with self._lock:
-            self._begins = True
             if not self._running:
                 self._own = vars(model).get("forward")
                 vars(model)["forward"] = self._forward(model, self._plain_forward(model))
@@ -146,7 +148,7 @@ class GenerateHook:
         if any(isinstance(each, EncoderDecoderCache) and _is_new(each) for each in caches):
             return None  # what an encoder leaves must not lie in the memory of a graph
         if count == 1:
-            return self._compiled.step
+            return self._compiled.rest if self._outputs_stay else self._compiled.step
         if count == self._settings.prefill_chunk:
             return self._compiled.chunk
         return self._compiled.drafts if count <= LONGEST_QUERY and not self._begins else None

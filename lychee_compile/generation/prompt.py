@@ -11,11 +11,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from transformers import StaticCache
 
 from lychee_compile.cache.lychee_cache import LycheeCache
 from lychee_compile.generation.compiled import CompiledForward, Forward
 from lychee_compile.generation.request import Request, positions
 from lychee_compile.generation.settings import Settings
+
+_IN_PLACE = (LycheeCache, StaticCache)
+"""Caches that are written in place."""
 
 
 class PromptReader:
@@ -36,15 +40,26 @@ class PromptReader:
         begin, end = int(cache.get_seq_length()), ids.shape[1] - 1
         inputs = _Inputs(request, cache, ids, mask)
         for first, last in pieces(begin, end, self._chunk):
+            call = self._call_for(last - first)
+            if first == 0 and call is not _plainly and isinstance(cache, _IN_PLACE):
+                _allocate(request.model, forward, inputs, cache)
             if isinstance(cache, LycheeCache):
                 cache.reserve(last - first)
-            call = self._call_for(last - first)
             call(request.model, forward, **inputs.of(first, last))
 
     def _call_for(self, count: int) -> Forward:
         if count == self._chunk:
             return self._compiled.chunk
         return self._compiled.rest if self._notes_tokens else _plainly
+
+
+def _allocate(model: Any, forward: Forward, inputs: _Inputs, cache: Any) -> None:
+    """Let an empty cache make its buffers outside of graphs: a graph would own those that it makes.
+
+    Only a forward tells the shapes of all layers.
+    """
+    forward(model, **inputs.of(0, 1))
+    cache.reset()
 
 
 def _plainly(model: Any, forward: Forward, /, **inputs: Any) -> Any:

@@ -14,8 +14,14 @@ from transformers import GenerationConfig, GenerationMixin
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the argument for the cache, the newest first: transformers renamed it in 5.24."""
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-_OTHER_PATHS = ("custom_generate", "negative_prompt_ids", "token_healing", "prefill_chunk_size")
-_WHOLE_OUTPUTS = ("output_attentions", "output_hidden_states", "is_assistant")
+_OTHER_PATHS = (
+    "custom_generate",
+    "negative_prompt_ids",
+    "token_healing",
+    "prefill_chunk_size",
+    "is_assistant",
+)
+_OUTPUTS = ("output_attentions", "output_hidden_states")
 _OF_PROMPT = ("inputs", "input_ids", "attention_mask", *CACHE_NAMES)
 
 
@@ -93,6 +99,11 @@ class Request:
         return any(bool(self.setting(name)) for name in _DRAFTING)
 
     @property
+    def keeps_outputs(self) -> bool:
+        """True if outputs of the forward beside the logits are kept."""
+        return any(bool(self.setting(name)) for name in _OUTPUTS)
+
+    @property
     def rows_each(self) -> int:
         """Number of rows that each row of the prompt becomes, as for beams."""
         return max(self.setting("num_beams") or 1, self.setting("num_return_sequences") or 1)
@@ -125,7 +136,7 @@ class Request:
             return "the model has an encoder"
         if model.config.get_text_config(decoder=True) is not model.config:
             return "the model reads more than text"
-        if self.drafts or any(self.setting(name) for name in (*_OTHER_PATHS, *_WHOLE_OUTPUTS)):
+        if self.drafts or self.keeps_outputs or any(map(self.setting, _OTHER_PATHS)):
             return "a setting of generate() needs the prompt in one piece"
         unknown = [name for name in named if name not in {*self._parameters, *_OF_PROMPT}]
         if self.ids is None or any(named[name] is not None for name in unknown):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from generating import EVERYTHING, decoder, generate, tokens, transformers
+from generating import EVERYTHING, decoder, generate, tokens
 from torch import nn
 
 import lychee_compile
@@ -118,7 +118,10 @@ def test_a_prepared_model_is_not_kept_alive() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"cache": "statik"}, "option cache='statik'.*'growing' or 'static' or 'dynamic'.*'static'"),
+        (
+            {"cache": "statik"},
+            "option cache='statik'.*'growing' or 'static' or 'dynamic'.*'static'",
+        ),
         ({"prefill": "fast"}, "option prefill='fast'.*'dense' or 'exact' or 'sparse'"),
         ({"prefill_chunk": 4}, "option prefill_chunk=4.*at least 17.*or None"),
         ({"prefill_chunk": "all"}, "option prefill_chunk='all'"),

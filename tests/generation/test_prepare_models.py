@@ -53,7 +53,10 @@ def bart() -> Any:
 @pytest.mark.parametrize("make", [t5, pytest.param(bart, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(
     "cache",
-    ["growing", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("static", "dynamic"))],
+    [
+        "growing",
+        *(pytest.param(each, marks=pytest.mark.thorough) for each in ("static", "dynamic")),
+    ],
 )
 def test_an_encoder_before_the_decoder(make: Callable[[], Any], cache: str) -> None:
     """Texts of several lengths, with and without beams."""
@@ -64,7 +67,9 @@ def test_an_encoder_before_the_decoder(make: Callable[[], Any], cache: str) -> N
             given |= {"max_new_tokens": 24, "do_sample": False}
             given["attention_mask"] = torch.ones_like(source)
             assert torch.equal(model.generate(source, **given), plain.generate(source, **given))
-    assert any(site.decision != "kept" for report in lychee_compile.reports() for site in report.sites)
+    assert any(
+        site.decision != "kept" for report in lychee_compile.reports() for site in report.sites
+    )
 
 
 IMAGE, PATCHES = VOCABULARY - 1, 4
@@ -77,9 +82,7 @@ def llava() -> Any:
         image_size=8, patch_size=4, projection_dim=16,
     )  # fmt: skip
     text = transformers.LlamaConfig(**small_decoders.SMALL, initializer_range=0.3)
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=IMAGE
-    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
@@ -173,6 +176,7 @@ def test_peft() -> None:
     assert_everything_read(recorder, STEPS)
 
 
+@pytest.mark.thorough
 def test_a_compiled_model_is_looked_through() -> None:
     model = decoder()
     compiled = torch.compile(model)
