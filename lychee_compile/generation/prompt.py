@@ -27,7 +27,7 @@ class PromptReader:
 
     def __init__(self, settings: Settings, compiled: CompiledForward, cuda: bool) -> None:
         self._compiled = compiled
-        self._chunk = settings.prefill_chunk
+        self._chunk, self._plain_until = settings.prefill_chunk, settings.plain_until
         self._notes_tokens = settings.notes_tokens and not cuda
         self.pays = self._chunk is not None or self._notes_tokens or cuda
         """True if a prompt is better read here than by `generate()`: to be cut, to hand its tokens
@@ -39,7 +39,7 @@ class PromptReader:
         ids, mask = request.rows()
         begin, end = int(cache.get_seq_length()), ids.shape[1] - 1
         inputs = _Inputs(request, cache, ids, mask)
-        for first, last in pieces(begin, end, self._chunk):
+        for first, last in pieces(begin, end, self._chunk, self._plain_until):
             call = self._call_for(last - first)
             if first == 0 and call is not _plainly and isinstance(cache, _IN_PLACE):
                 _allocate(request.model, forward, inputs, cache)
@@ -66,13 +66,19 @@ def _plainly(model: Any, forward: Forward, /, **inputs: Any) -> Any:
     return forward(model, **inputs)
 
 
-def pieces(begin: int, end: int, chunk: int | None) -> list[tuple[int, int]]:
-    """Cut a range of tokens into chunks; the odd piece comes first, where attention is cheapest."""
+def pieces(begin: int, end: int, chunk: int | None, plain_until: int = 0) -> list[tuple[int, int]]:
+    """Cut a range of tokens into chunks; the odd piece comes first, where attention is cheapest.
+
+    No chunk begins before `plain_until`: the odd piece is longer if need be.
+    """
     if begin >= end:
         return []
-    if chunk is None:
+    if chunk is None or end <= plain_until:
         return [(begin, end)]
     odd = (end - begin) % chunk
+    odd += -(-max(plain_until - begin - odd, 0) // chunk) * chunk
+    if begin + odd >= end:
+        return [(begin, end)]
     cuts = [*([begin] if odd else []), *range(begin + odd, end + 1, chunk)]
     return list(pairwise(cuts))
 

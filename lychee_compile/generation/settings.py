@@ -30,6 +30,9 @@ class Settings:
     """Kind of the cache that is made if the user brings none."""
     prefill_chunk: int | None
     """Number of tokens in a chunk of a prompt; None: prompts are not cut."""
+    plain_until: int
+    """Number of tokens at the start of a prompt that are not cut, since no chunk of them would be
+    sparse."""
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Settings:
@@ -45,7 +48,9 @@ class Settings:
         backend = Options.parse(None, options)
         cache = given.get("cache", CACHES[0])
         one_of("cache", cache, CACHES)
-        return cls(options, backend, cache, _chunk(given.get("prefill_chunk"), backend))
+        chunk = given.get("prefill_chunk")
+        whole = backend.prefill_from if chunk is None and backend.prefill == "sparse" else 0
+        return cls(options, backend, cache, _chunk(chunk, backend), whole)
 
     @property
     def sparse_prompts(self) -> bool:

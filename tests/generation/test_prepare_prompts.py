@@ -117,6 +117,22 @@ def test_a_range_is_cut_with_the_odd_piece_first(
     assert pieces(begin, end, chunk) == cuts
 
 
+@pytest.mark.parametrize(
+    ("begin", "end", "cuts"),
+    [
+        (0, 90, [(0, 50), (50, 70), (70, 90)]),
+        (0, 60, [(0, 60)]),
+        (0, 40, [(0, 40)]),
+        (45, 90, [(45, 50), (50, 70), (70, 90)]),
+        (60, 90, [(60, 70), (70, 90)]),
+    ],
+)
+def test_no_chunk_begins_where_attention_is_dense(
+    begin: int, end: int, cuts: list[tuple[int, int]]
+) -> None:
+    assert pieces(begin, end, 20, plain_until=45) == cuts
+
+
 @pytest.mark.parametrize("tokens", [1, 2047, 2048, 2049, 5000, 65_537, 131_072, 1_000_000])
 def test_capacities_are_few_and_at_most_a_quarter_too_large(tokens: int) -> None:
     slots = capacity(tokens)
