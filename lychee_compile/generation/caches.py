@@ -10,6 +10,8 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from lychee_compile.cache.lychee_cache import LycheeCache
 from lychee_compile.generation.request import Request
 
+DEFAULT_NEW = 20
+"""Least number of new tokens to make room for, which `generate()` adds if nothing says more."""
 LEAST = 2048
 """Least capacity of a cache."""
 ROOM = 1024
@@ -43,6 +45,8 @@ def new_cache(kind: str, request: Request, tell: Callable[[str], None]) -> dict[
     if not request.is_usual:
         # Such a generate() may call the usual one several times: it must get a new cache each time.
         return {"cache_implementation": "dynamic" if kind == "dynamic" else "static"}
+    if request.setting("is_assistant") and _has_windows(request):
+        return {}  # generate() makes one that remembers what leaves a window
     cache = _MAKERS[_suitable(kind, request)](request, tell)
     if cache is None:
         return {"cache_implementation": "static"}
@@ -55,14 +59,15 @@ def _suitable(kind: str, request: Request) -> str:
     A `StaticCache` cannot take drafts back, and gets new tensors when beams are reordered. A
     `LycheeCache` can do both in place, but not take back what has left a sliding window.
     """
-    if request.drafts and _has_windows(request.model.config.get_text_config(decoder=True)):
+    if request.drafts and _has_windows(request):
         return "dynamic"
     moves = request.drafts or (request.setting("num_beams") or 1) > 1
     return "growing" if kind == "static" and moves else kind
 
 
-def _has_windows(config: Any) -> bool:
+def _has_windows(request: Request) -> bool:
     """True if a layer of the model may attend to a sliding window."""
+    config = request.model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return any(kind != "full_attention" for kind in kinds)
@@ -91,7 +96,9 @@ def _static(request: Request, tell: Callable[[str], None]) -> Any:  # noqa: ARG0
     model, ids, new = request.model, request.ids, request.new_tokens
     if ids is None or new is None or model.config.is_encoder_decoder:
         return None
-    return StaticCache(config=model.config, max_cache_len=capacity(ids.shape[1] + new))
+    return StaticCache(
+        config=model.config, max_cache_len=capacity(ids.shape[1] + max(new, DEFAULT_NEW))
+    )
 
 
 def _dynamic(request: Request, tell: Callable[[str], None]) -> Any:  # noqa: ARG001  as the others

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import EncoderDecoderCache
@@ -123,9 +124,7 @@ class GenerateHook:
     def _plain_forward(self, model: Any) -> Forward:
         """Return the uncompiled forward, which takes the model first."""
         own = self._own if self._running else vars(model).get("forward")
-        if own is None:
-            return type(model).forward
-        return lambda _, *args, **kwargs: own(*args, **kwargs)
+        return type(model).forward if own is None else _OwnForward(own)
 
     def _forward(self, model: Any, plain: Forward) -> Forward:
         """Return the forward that the instance has while `generate()` runs."""
@@ -158,6 +157,16 @@ class GenerateHook:
         if words not in self._told:
             self._told.add(words)
             logger.warning("%s", words)
+
+
+@dataclass(frozen=True)
+class _OwnForward:
+    """A forward that the instance had before, as of accelerate; equal ones are compiled once."""
+
+    forward: Forward
+
+    def __call__(self, _: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
 
 def _is_new(cache: EncoderDecoderCache) -> bool:

@@ -13,13 +13,18 @@ from transformers import GenerationConfig, GenerationMixin
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the argument for the cache, the newest first: transformers renamed it in 5.24."""
-_DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_DRAFTING = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "is_assistant",
+)
 _OTHER_PATHS = (
     "custom_generate",
     "negative_prompt_ids",
     "token_healing",
     "prefill_chunk_size",
-    "is_assistant",
 )
 _OUTPUTS = ("output_attentions", "output_hidden_states")
 _OF_PROMPT = ("inputs", "input_ids", "attention_mask", *CACHE_NAMES)
@@ -95,7 +100,7 @@ class Request:
 
     @property
     def drafts(self) -> bool:
-        """True if tokens are drafted, and some of them taken back."""
+        """True if tokens are drafted, here or for another model, and some of them taken back."""
         return any(bool(self.setting(name)) for name in _DRAFTING)
 
     @property

@@ -20,7 +20,7 @@ _OWN = ("cache", "prefill_chunk")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model was prepared with."""
+    """Settings that a model was prepared with."""
 
     given: Mapping[str, Any]
     """Options of the backend as they were given, by the names that the backend knows."""

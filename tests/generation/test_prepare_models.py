@@ -18,6 +18,8 @@ from generating import (
     decoder,
     generate,
     greedy,
+    lookup,
+    padded,
     tokens,
     transformers,
 )
@@ -70,6 +72,18 @@ def test_an_encoder_before_the_decoder(make: Callable[[], Any], cache: str) -> N
     assert any(
         site.decision != "kept" for report in lychee_compile.reports() for site in report.sites
     )
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("given", [{}, {"prefill_chunk": 20}, {"cache": "static"}], ids=str)
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "bloom", "gpt2", "mistral"])
+def test_windows_sinks_and_positions_of_other_kinds(name: str, given: dict[str, Any]) -> None:
+    """Left padding and a draft, too: a window that has moved on takes nothing back."""
+    plain, model = (small_decoders.model_of(name) for _ in range(2))
+    with lychee_compile.prepare(model, **given, **EVERYTHING), lychee_compile.record() as recorder:
+        for way in (greedy, padded, lookup):
+            assert torch.equal(way(model, None, {}), way(plain, None, {})), way.__name__
+    assert recorder.calls
 
 
 IMAGE, PATCHES = VOCABULARY - 1, 4

@@ -141,6 +141,19 @@ def test_drafts_that_are_taken_back(way: Way) -> None:
     assert_everything_read(recorder, 2)
 
 
+@pytest.mark.thorough
+def test_both_models_of_assisted_decoding_may_be_prepared() -> None:
+    """The assistant's cache is kept from draft to draft, and takes back what was refused."""
+    model, assistant = decoder(), decoder()
+    assistant.lm_head.weight.add_(0.15 * torch.randn_like(assistant.lm_head.weight))
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    dense = generate(model, None, tokens(1, PROMPT, 7))
+    with lychee_compile.prepare(model, **EVERYTHING), lychee_compile.prepare(assistant, budget=127):
+        got = generate(model, None, tokens(1, PROMPT, 7), assistant_model=assistant)
+    assert torch.equal(got, dense)
+
+
 @pytest.mark.parametrize("cache", ["static", pytest.param("dynamic", marks=pytest.mark.thorough)])
 def test_other_caches(cache: str) -> None:
     model = decoder()
