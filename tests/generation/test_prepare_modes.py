@@ -178,7 +178,7 @@ def test_prompts_in_chunks(cache: str, way: Way) -> None:
     assert_everything_read(recorder, 2)
 
 
-def test_below_the_length_steps_are_sparse_from_the_first_on() -> None:
+def test_below_the_length_steps_are_sparse_in_every_mode() -> None:
     """48 of 60 to 73 keys hold nearly all of the softmax here, and give the dense tokens."""
     model = decoder()
     lychee_compile.prepare(model, **SPARSE)
@@ -189,6 +189,11 @@ def test_below_the_length_steps_are_sparse_from_the_first_on() -> None:
     assert all(bool((call.tokens_read == 48).all()) for call in recorder.calls)
     (report,) = lychee_compile.reports()
     assert [site.decision for site in report.sites] == ["sparse"] * LAYERS
+    for way in (sampled, configured, streamed, padded, beams, turns):
+        with lychee_compile.record() as recorder:
+            way(model, None, {})
+        assert max(call.kv_len for call in recorder.calls) > 48, way.__name__
+        assert max(int(call.tokens_read.max()) for call in recorder.calls) == 48, way.__name__
 
 
 def test_two_prepared_models_know_nothing_of_each_other() -> None:
