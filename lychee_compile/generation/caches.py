@@ -8,7 +8,7 @@ from typing import Any
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from lychee_compile.cache.lychee_cache import LycheeCache
-from lychee_compile.generation.request import Request
+from lychee_compile.generation.request import Request, argument_name
 
 DEFAULT_NEW = 20
 """Least number of new tokens to make room for, which `generate()` adds if nothing says more."""
@@ -50,7 +50,7 @@ def new_cache(kind: str, request: Request, tell: Callable[[str], None]) -> dict[
     cache = _MAKERS[_suitable(kind, request)](request, tell)
     if cache is None:
         return {"cache_implementation": "static"}
-    return {request.cache_name: cache, "cache_implementation": None}
+    return {argument_name(): cache, "cache_implementation": None}
 
 
 def _suitable(kind: str, request: Request) -> str:

@@ -37,7 +37,11 @@ class GenerateHook:
         self._model = weakref.ref(model)
         self._settings = settings
         self._told: set[str] = set()
+        self._previous = vars(model).get("generate")
+        """A `generate` that the instance had of its own."""
         self._running = 0
+        self._own: Forward | None = None
+        """A `forward` that the instance had of its own when `generate()` began."""
         self._lock = threading.Lock()
         self._begins = True
         """True until `generate()` has called the forward once."""
@@ -74,12 +78,22 @@ class GenerateHook:
         vars(model)["generate"] = generate
         vars(model)["__getstate__"] = self._plain_state
 
+    def remove(self) -> None:
+        """Take away what `install` gave the instance."""
+        state = vars(self.model)
+        for name in HOOKS:
+            state.pop(name, None)
+        if self._previous is not None:
+            state["generate"] = self._previous
+
     def _plain_state(self) -> dict[str, Any]:
         """Return what pickling and copying are to see of the instance: nothing of this package."""
         model = self.model
         state: dict[str, Any] = dict(type(model).__getstate__.__get__(model)())
         for name in HOOKS:
             state.pop(name, None)
+        if self._previous is not None:
+            state["generate"] = self._previous
         return state
 
     def generate(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -148,9 +162,11 @@ class GenerateHook:
             return None  # what an encoder leaves must not lie in the memory of a graph
         if count == 1:
             return self._compiled.rest if self._outputs_stay else self._compiled.step
+        if self._begins or not count:
+            return None  # the prompt, or what no cache is for
         if count == self._settings.prefill_chunk:
             return self._compiled.chunk
-        return self._compiled.drafts if count <= LONGEST_QUERY and not self._begins else None
+        return self._compiled.drafts if count <= LONGEST_QUERY else None
 
     def _tell(self, words: str) -> None:
         """Warn of something once."""

@@ -93,6 +93,6 @@ def _hook_of(model: Any) -> Any:
 
 def _remove(model: Any) -> None:
     """Take away what `prepare` gave the instance."""
-    if _hook_of(model) is not None:
-        for name in ("generate", "__getstate__"):
-            vars(model).pop(name, None)
+    hook = _hook_of(model)
+    if hook is not None:
+        hook.remove()

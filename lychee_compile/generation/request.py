@@ -30,8 +30,14 @@ _OUTPUTS = ("output_attentions", "output_hidden_states")
 _OF_PROMPT = ("inputs", "input_ids", "attention_mask", *CACHE_NAMES)
 
 
+def argument_name() -> str:
+    """Return the name by which `generate()` of the installed transformers takes a cache."""
+    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
+
+
 def cache_name(model: Any) -> str | None:
-    """Return the name by which `model` takes a cache; None if it takes none."""
+    """Return the name by which the forward of `model` takes a cache; None if it takes none."""
     known = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in known), None)
 
@@ -96,7 +102,8 @@ class Request:
             return str(self.named["cache_implementation"])
         config = self.named.get("generation_config")
         kind = getattr(config, "cache_implementation", None)
-        return None if kind == self.model.generation_config.cache_implementation else kind
+        default = getattr(self.model.generation_config, "cache_implementation", None)
+        return None if kind == default else kind
 
     @property
     def drafts(self) -> bool:

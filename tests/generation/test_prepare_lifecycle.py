@@ -50,6 +50,15 @@ def test_the_class_and_other_instances_are_untouched() -> None:
     assert "generate" not in vars(other)
 
 
+def test_a_generate_of_the_instance_comes_back() -> None:
+    model = decoder()
+    model.generate = own = lambda: None
+    with lychee_compile.prepare(model, **EVERYTHING):
+        assert model.generate is not own
+        assert copy.copy(model).generate is own
+    assert model.generate is own
+
+
 def test_an_error_within_generate_leaves_the_model_plain() -> None:
     model = decoder()
     before = state(model)
