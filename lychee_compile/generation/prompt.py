@@ -89,7 +89,7 @@ class _Inputs:
     def __init__(self, request: Request, cache: Any, ids: Any, mask: Any) -> None:
         known = inspect.signature(request.model.forward).parameters
         self._ids, self._mask = ids, mask
-        self._positions = positions(mask) if mask is not None and "position_ids" in known else None
+        self._positions = positions(ids, mask)
         assert request.cache_name is not None
         self._fixed: dict[str, Any] = {request.cache_name: cache, "use_cache": True}
         if "logits_to_keep" in known:
@@ -97,9 +97,11 @@ class _Inputs:
 
     def of(self, first: int, last: int) -> dict[str, Any]:
         """Return the inputs for tokens `first` to `last`, the end excluded."""
-        inputs = {"input_ids": self._ids[:, first:last].contiguous(), **self._fixed}
+        inputs = {
+            "input_ids": self._ids[:, first:last].contiguous(),
+            "position_ids": self._positions[:, first:last].contiguous(),
+            **self._fixed,
+        }
         if self._mask is not None:
             inputs["attention_mask"] = self._mask[:, :last].contiguous()
-        if self._positions is not None:
-            inputs["position_ids"] = self._positions[:, first:last].contiguous()
         return inputs

@@ -30,6 +30,11 @@ _OUTPUTS = ("output_attentions", "output_hidden_states")
 _OF_PROMPT = ("inputs", "input_ids", "attention_mask", *CACHE_NAMES)
 
 
+def _has_alibi(model: Any) -> bool:
+    """True if the configuration of a model asks for a bias by position."""
+    return bool(getattr(model.config, "alibi", False))
+
+
 def argument_name() -> str:
     """Return the name by which `generate()` of the installed transformers takes a cache."""
     known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -148,6 +153,8 @@ class Request:
             return "the model has an encoder"
         if model.config.get_text_config(decoder=True) is not model.config:
             return "the model reads more than text"
+        if "position_ids" not in inspect.signature(model.forward).parameters or _has_alibi(model):
+            return "the model counts positions from the mask of the whole text"
         if self.drafts or self.keeps_outputs or any(map(self.setting, _OTHER_PATHS)):
             return "a setting of generate() needs the prompt in one piece"
         unknown = [name for name in named if name not in {*self._parameters, *_OF_PROMPT}]
@@ -179,8 +186,13 @@ class Request:
         return ids.to(self.model.device), None if mask is None else mask.to(self.model.device)
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Return the positions of tokens in rows of which a mask [B, T] hides some: int64 [B, T]."""
+def positions(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the positions of tokens [B, T], of which a mask [B, T] may hide some.
+
+    They are int64 [B, T], or [1, T] if all rows have the same.
+    """
+    if mask is None:
+        return torch.arange(ids.shape[1], device=ids.device)[None]
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
