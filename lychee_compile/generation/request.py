@@ -110,15 +110,20 @@ class Request:
         default = getattr(self.model.generation_config, "cache_implementation", None)
         return None if kind == default else kind
 
+    def _asks_for(self, names: tuple[str, ...]) -> bool:
+        """True if one of these settings is given and not False. The value may be a tensor."""
+        values = map(self.setting, names)
+        return any(value is not None and value is not False for value in values)
+
     @property
     def drafts(self) -> bool:
         """True if tokens are drafted, here or for another model, and some of them taken back."""
-        return any(bool(self.setting(name)) for name in _DRAFTING)
+        return self._asks_for(_DRAFTING)
 
     @property
     def keeps_outputs(self) -> bool:
         """True if outputs of the forward beside the logits are kept."""
-        return any(bool(self.setting(name)) for name in _OUTPUTS)
+        return self._asks_for(_OUTPUTS)
 
     @property
     def rows_each(self) -> int:
@@ -155,7 +160,7 @@ class Request:
             return "the model reads more than text"
         if "position_ids" not in inspect.signature(model.forward).parameters or _has_alibi(model):
             return "the model counts positions from the mask of the whole text"
-        if self.drafts or self.keeps_outputs or any(map(self.setting, _OTHER_PATHS)):
+        if self.drafts or self.keeps_outputs or self._asks_for(_OTHER_PATHS):
             return "a setting of generate() needs the prompt in one piece"
         unknown = [name for name in named if name not in {*self._parameters, *_OF_PROMPT}]
         if self.ids is None or any(named[name] is not None for name in unknown):
