@@ -47,7 +47,11 @@ def new_cache(kind: str, request: Request, tell: Callable[[str], None]) -> dict[
         return {"cache_implementation": "dynamic" if kind == "dynamic" else "static"}
     if request.setting("is_assistant") and _has_windows(request):
         return {}  # generate() makes one that remembers what leaves a window
-    cache = _MAKERS[_suitable(kind, request)](request, tell)
+    kind = _suitable(kind, request)
+    if kind == "growing" and request.counts_in_mask:
+        tell("a dynamic cache is used: the model counts positions from the mask")
+        kind = "dynamic"
+    cache = _MAKERS[kind](request, tell)
     if cache is None:
         return {"cache_implementation": "static"}
     return {argument_name(): cache, "cache_implementation": None}

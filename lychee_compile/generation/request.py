@@ -30,11 +30,6 @@ _OUTPUTS = ("output_attentions", "output_hidden_states")
 _OF_PROMPT = ("inputs", "input_ids", "attention_mask", *CACHE_NAMES)
 
 
-def _has_alibi(model: Any) -> bool:
-    """True if the configuration of a model asks for a bias by position."""
-    return bool(getattr(model.config, "alibi", False))
-
-
 def argument_name() -> str:
     """Return the name by which `generate()` of the installed transformers takes a cache."""
     known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -121,6 +116,13 @@ class Request:
         return self._asks_for(_DRAFTING)
 
     @property
+    def counts_in_mask(self) -> bool:
+        """True for a decoder that finds positions in the mask of the whole text, as BLOOM does."""
+        known = inspect.signature(self.model.forward).parameters
+        alibi = bool(getattr(self.model.config, "alibi", False))
+        return not self.model.config.is_encoder_decoder and ("position_ids" not in known or alibi)
+
+    @property
     def keeps_outputs(self) -> bool:
         """True if outputs of the forward beside the logits are kept."""
         return self._asks_for(_OUTPUTS)
@@ -158,7 +160,7 @@ class Request:
             return "the model has an encoder"
         if model.config.get_text_config(decoder=True) is not model.config:
             return "the model reads more than text"
-        if "position_ids" not in inspect.signature(model.forward).parameters or _has_alibi(model):
+        if self.counts_in_mask:
             return "the model counts positions from the mask of the whole text"
         if self.drafts or self.keeps_outputs or self._asks_for(_OTHER_PATHS):
             return "a setting of generate() needs the prompt in one piece"
