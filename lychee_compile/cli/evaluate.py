@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from lychee_compile.cli.lengths import listed, numbers, positive
 from lychee_compile.evaluate.errors import EvaluationError, require
 from lychee_compile.evaluate.models import DTYPES, check_device
 from lychee_compile.evaluate.task_texts import TASKS
@@ -40,14 +40,6 @@ A policy is a name, or a name with options of the backend: lychee:recent=32:boun
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser of a command line whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `EvaluationError` with `message`, without the usage."""
-        raise EvaluationError(message)
-
-
 def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the `evaluate` command to the commands of `python -m lychee_compile`."""
     evaluate = commands.add_parser(
@@ -72,6 +64,7 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
             _add_text(parser)
         if subject in ("prefill", "all"):
             _add_prefill(parser)
+        parser.set_defaults(run=run)
 
 
 def _add_common(parser: argparse.ArgumentParser, subject: str) -> None:
@@ -85,7 +78,7 @@ def _add_common(parser: argparse.ArgumentParser, subject: str) -> None:
         _number(parser, "--budget", 1024, "tokens read per KV head and step")
     elif subject != "prefill":
         budgets = "256,512,1024,2048"
-        add("--budgets", type=_budgets, default=budgets, metavar="LIST", help=f"{READ} ({budgets})")
+        add("--budgets", type=numbers, default=budgets, metavar="LIST", help=f"{READ} ({budgets})")
     length = 32768 if subject == "drift" else 12288
     _number(parser, "--length", length, "tokens of a text or document")
     folder = Path("evaluation")
@@ -117,7 +110,7 @@ def _add_drift(parser: argparse.ArgumentParser, subject: str) -> None:
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    names = _listed(TASKS)
+    names = listed(TASKS)
     parser.add_argument("--tasks", type=names, default=list(TASKS), metavar="LIST", help=SOME_TASKS)
     _number(parser, "--repeats", 10, "questions of each task")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the questions (0)")
@@ -126,7 +119,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 def _add_text(parser: argparse.ArgumentParser) -> None:
     chosen = ["tokens", "similarity", "fixed"]
     summary = f"where chunks are cut, of {', '.join(BOUNDARIES)} ({','.join(chosen)})"
-    names = _listed(BOUNDARIES)
+    names = listed(BOUNDARIES)
     parser.add_argument("--boundaries", type=names, default=chosen, metavar="LIST", help=summary)
 
 
@@ -144,12 +137,12 @@ def _named(parser: argparse.ArgumentParser, name: str, summary: str, **more: Any
 
 def _number(parser: argparse.ArgumentParser, name: str, default: int, summary: str) -> None:
     shown = f"{summary} ({default:,})"
-    parser.add_argument(name, type=_positive, default=default, metavar="N", help=shown)
+    parser.add_argument(name, type=positive, default=default, metavar="N", help=shown)
 
 
-def run(settings: argparse.Namespace, command_line: Sequence[str]) -> None:
+def run(settings: argparse.Namespace) -> None:
     """Run the chosen subjects. Raise `EvaluationError` or `OptionError` if that is impossible."""
-    settings.command_line = shlex.join(["python", "-m", "lychee_compile", *command_line])
+    settings.command_line = shlex.join(["python", "-m", "lychee_compile", *settings.arguments])
     _complete(settings)
     # Imported late, so that errors of the command line show at once.
     from lychee_compile.evaluate.progress import make_console
@@ -195,16 +188,6 @@ def _for_subject(settings: argparse.Namespace, subject: str) -> argparse.Namespa
     return chosen
 
 
-def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
-    return int(text)
-
-
-def _budgets(text: str) -> list[int]:
-    return sorted({_positive(part) for part in text.split(",")})
-
-
 def _shares(text: str) -> list[float]:
     return sorted({_share(part) for part in text.split(",")})
 
@@ -217,16 +200,3 @@ def _share(text: str) -> float:
     if not 0 < share < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number between 0 and 1")
     return share
-
-
-def _listed(choices: Collection[str]) -> Callable[[str], list[str]]:
-    """Return a parser of names separated by commas, each of which is one of `choices`."""
-
-    def listed(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",")]
-        for name in names:
-            if name not in choices:
-                raise argparse.ArgumentTypeError(f"{name!r}: expected some of {', '.join(choices)}")
-        return list(dict.fromkeys(names))
-
-    return listed
