@@ -65,8 +65,10 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def dtype_of(config: Any, name: str | None, default: torch.dtype) -> torch.dtype:
-    """Return the dtype called `name`, or that of the configuration, or `default`."""
+    """Return the dtype called `name`; else that of `config`, unless it is None; else `default`."""
     if name is not None:
         return DTYPES[name]
+    if config is None:
+        return default
     found = getattr(text_configuration(config), "dtype", None) or getattr(config, "dtype", None)
     return found if isinstance(found, torch.dtype) else default

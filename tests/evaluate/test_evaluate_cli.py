@@ -12,9 +12,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from evaluated import LAYERS, saved_tiny_model
+from lychee_compile.evaluate.cli import SUBJECTS
 
 from lychee_compile.__main__ import main
-from lychee_compile.evaluate.cli import SUBJECTS
 from lychee_compile.evaluate.synthetic import synthetic_capture
 
 

@@ -106,12 +106,14 @@ def run(settings: argparse.Namespace) -> None:
         content = {**facts, "contexts": [each.to_dict() for each in explanations]}
         sys.stdout.write(json.dumps(content, indent=1) + "\n")
         return
-    weights = f"{model.parameters / 1e9:,.1f}B" if model.parameters >= 1e8 else f"{model.parameters:,}"
-    lines = [
-        f"{weights} weights, {size_name(model.weight_bytes)} in {facts['dtype']}; batch "
-        f"{settings.batch} on {device}; {shown_options(options)}"
-    ]
+    weights = (
+        f"{model.parameters / 1e9:,.1f}B" if model.parameters >= 1e8 else f"{model.parameters:,}"
+    )
+    size = f"{weights} weights, {size_name(model.weight_bytes)} in {facts['dtype']}"
+    lines = [f"{size}; batch {settings.batch} on {device}; {shown_options(options)}"]
     if traced:
-        lines.append(f"{traced} of {layers} layers were traced: each other one is like one of these")
+        lines.append(
+            f"{traced} of {layers} layers were traced: each other one is like one of these"
+        )
     title = f"{settings.model}: {facts['architecture']}"
     make_console().print(page(title, lines, explanations))

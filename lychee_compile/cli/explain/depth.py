@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +105,7 @@ def shallow_configuration(config: Any, layers: int) -> Any:
     return shallow
 
 
-def signatures(layers: Sequence[nn.Module], config: Any) -> list[Hashable]:
+def signatures(layers: Iterable[nn.Module], config: Any) -> list[Hashable]:
     """Return for each layer all that tells it from others, but for its number."""
     text = text_configuration(config)
     lists = [

@@ -128,14 +128,14 @@ def _times(costs: Costs, count: int) -> Costs:
 
 
 def _sum(costs: Sequence[Costs]) -> Costs:
-    seconds = [each.index_seconds for each in costs]
-    known = [each for each in seconds if each is not None]
+    known = [each.index_seconds for each in costs if each.index_seconds is not None]
     return Costs(
-        *(
-            sum(getattr(each, name) for each in costs)
-            for name in ("keys_read", "keys", "bytes_read", "dense_bytes", "index_bytes")
-        ),
-        sum(known) if len(known) == len(seconds) else None,
+        keys_read=sum(each.keys_read for each in costs),
+        keys=sum(each.keys for each in costs),
+        bytes_read=sum(each.bytes_read for each in costs),
+        dense_bytes=sum(each.dense_bytes for each in costs),
+        index_bytes=sum(each.index_bytes for each in costs),
+        index_seconds=sum(known) if len(known) == len(costs) else None,
     )
 
 

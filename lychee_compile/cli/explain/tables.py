@@ -20,7 +20,10 @@ def page(title: str, facts: Sequence[str], explanations: Sequence[Explanation]) 
     """Return a title, facts on the model, and the tables of all contexts."""
     parts: list[RenderableType] = [Text(title, "bold")]
     parts += [Text(fact) for fact in facts]
-    parts += [attention_table(explanations), costs_table(explanations)]
+    if any(each.kinds for each in explanations):
+        parts += [attention_table(explanations), costs_table(explanations)]
+    else:
+        parts.append(Text("no attention found: nothing to do for this backend"))
     notes = dict.fromkeys(note for each in explanations for note in each.notes)
     parts += [Padding(Text(f"- {note.removeprefix('- ')}"), (0, 0, 0, 2)) for note in notes]
     return Group(*parts)

@@ -94,6 +94,6 @@ def _told(config: Any, otherwise: str) -> Iterator[None]:
         raise
     except Exception as error:
         name = type(error).__name__
-        raise CommandError(f"{config.model_type}: {otherwise}: {name}: {one_line(error)}") from error
-
-
+        raise CommandError(
+            f"{config.model_type}: {otherwise}: {name}: {one_line(error)}"
+        ) from error
