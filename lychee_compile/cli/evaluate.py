@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
-from lychee_compile.cli.lengths import listed, numbers, positive
+from lychee_compile.cli.lengths import lengths, listed, numbers, tokens
+from lychee_compile.cli.parser import add_command, add_json
 from lychee_compile.evaluate.errors import EvaluationError, require
 from lychee_compile.evaluate.models import DTYPES, check_device
+from lychee_compile.evaluate.ruler.catalogue import RULER
+from lychee_compile.evaluate.task_questions import ALL_TASKS, GROUPS
 from lychee_compile.evaluate.task_texts import TASKS
 from lychee_compile.evaluate.variants import check_budgets, check_prefill, parse_variants
 from lychee_compile.kernels.config import BOUNDARIES
@@ -21,13 +26,16 @@ DRIFTING = "lychee,lychee:repair=False,quest,clusterkv"
 SUBJECTS = {
     "fidelity": "captured softmax mass, output error, bytes read and certificates",
     "drift": "error against generated tokens, of an index that follows and of one built anew",
-    "tasks": "pass keys, look-ups in JSON and code, and copying, by the model itself",
+    "tasks": "look-ups in real text, and the tasks of RULER, answered by the model itself",
     "text": "chunks cut at boundaries against fixed ones, by kind of text",
     "prefill": "prefill: captured mass and output error against query-key pairs computed",
     "all": "all of these, one after another",
 }
 READ = "tokens read per KV head and step"
-SOME_TASKS = f"of {', '.join(TASKS)} (all)"
+SOME_TASKS = (
+    f"of {', '.join(TASKS)}, together lookups, and after RULER {', '.join(RULER)}, together ruler "
+    "(lookups)"
+)
 EXAMPLES = """\
 examples:
   %(prog)s fidelity --model DIR --text code --length 12288 --budgets 512,1024 --out results
@@ -35,6 +43,7 @@ examples:
   %(prog)s text --model DIR --text code --text json --text chinese=FILE
   %(prog)s prefill --model DIR --length 12288 --shares 0.1,0.2,0.3
   %(prog)s tasks --model DIR --tasks pass-key,json-lookup --length 32000 --device cuda
+  %(prog)s tasks --model DIR --tasks ruler --length 4k,8k,32k --policies lychee,quest
 
 A policy is a name, or a name with options of the backend: lychee:recent=32:boundaries=fixed
 """
@@ -42,13 +51,9 @@ A policy is a name, or a name with options of the backend: lychee:recent=32:boun
 
 def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the `evaluate` command to the commands of `python -m lychee_compile`."""
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="measure policies on a real model",
-        description="Measure how good a choice of keys is, on a real model.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Measure how good a choice of keys is, on a real model."
+    summary = "how good choices of keys are, on a real model"
+    evaluate = add_command(commands, "evaluate", summary, about, EXAMPLES)
     subjects = evaluate.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for subject, summary in SUBJECTS.items():
         about = f"{summary[0].upper()}{summary[1:]}. Defaults are in brackets."
@@ -79,10 +84,15 @@ def _add_common(parser: argparse.ArgumentParser, subject: str) -> None:
     elif subject != "prefill":
         budgets = "256,512,1024,2048"
         add("--budgets", type=numbers, default=budgets, metavar="LIST", help=f"{READ} ({budgets})")
-    length = 32768 if subject == "drift" else 12288
-    _number(parser, "--length", length, "tokens of a text or document")
+    if subject == "tasks":
+        summary = "tokens of a document, as 8192 or 8k; several by commas (12288)"
+        parser.add_argument("--length", type=lengths, default="12288", metavar="LIST", help=summary)
+    else:
+        length = 32768 if subject == "drift" else 12288
+        _number(parser, "--length", length, "tokens of a text or document, as 8192 or 8k")
     folder = Path("evaluation")
     _named(parser, "--out", "where results go", default=folder, type=Path, metavar="DIR")
+    add_json(parser)
 
 
 def _add_captures(parser: argparse.ArgumentParser, subject: str) -> None:
@@ -110,8 +120,9 @@ def _add_drift(parser: argparse.ArgumentParser, subject: str) -> None:
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    names = listed(TASKS)
-    parser.add_argument("--tasks", type=names, default=list(TASKS), metavar="LIST", help=SOME_TASKS)
+    parser.add_argument(
+        "--tasks", type=_tasks, default=list(TASKS), metavar="LIST", help=SOME_TASKS
+    )
     _number(parser, "--repeats", 10, "questions of each task")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the questions (0)")
 
@@ -137,7 +148,7 @@ def _named(parser: argparse.ArgumentParser, name: str, summary: str, **more: Any
 
 def _number(parser: argparse.ArgumentParser, name: str, default: int, summary: str) -> None:
     shown = f"{summary} ({default:,})"
-    parser.add_argument(name, type=positive, default=default, metavar="N", help=shown)
+    parser.add_argument(name, type=tokens, default=default, metavar="N", help=shown)
 
 
 def run(settings: argparse.Namespace) -> None:
@@ -148,11 +159,13 @@ def run(settings: argparse.Namespace) -> None:
     from lychee_compile.evaluate.progress import make_console
     from lychee_compile.evaluate.session import Session
 
-    session = Session(settings, make_console())
+    session = Session(settings, make_console(sys.stderr if settings.json else None))
     subjects = list(SUBJECTS)[:-1] if settings.subject == "all" else [settings.subject]
     for subject in subjects:
         session.settings = _for_subject(settings, subject)
         getattr(session, subject)()
+    if settings.json:
+        sys.stdout.write(json.dumps(session.results, indent=1) + "\n")
 
 
 def _complete(settings: argparse.Namespace) -> None:
@@ -177,6 +190,8 @@ def _complete(settings: argparse.Namespace) -> None:
 def _for_subject(settings: argparse.Namespace, subject: str) -> argparse.Namespace:
     """Return the settings of one subject, of those of several if the subject is `all`."""
     chosen = argparse.Namespace(**{"capture": [], **vars(settings)})
+    if subject == "tasks":
+        chosen.lengths = settings.length if settings.subject == "tasks" else [settings.length]
     if subject != "tasks" and not settings.text:
         chosen.text = ["code", "json", "prose"] if subject == "text" else ["code"]
     if settings.subject == "all" and subject == "drift":
@@ -186,6 +201,12 @@ def _for_subject(settings: argparse.Namespace, subject: str) -> argparse.Namespa
     if settings.subject == "all" and subject == "prefill":
         chosen.policies = parse_variants(PREFILL)
     return chosen
+
+
+def _tasks(text: str) -> list[str]:
+    """Return the names of tasks that commas separate; the name of a group stands for its tasks."""
+    names = listed((*ALL_TASKS, *GROUPS))(text)
+    return list(dict.fromkeys(each for name in names for each in GROUPS.get(name, (name,))))
 
 
 def _shares(text: str) -> list[float]:

@@ -11,7 +11,9 @@ def tokens(text: str) -> int:
     """Return the number of tokens that `text` names, as "8192", "8k" or "2m"."""
     match = re.fullmatch(r"([0-9]+)([km]?)", text.strip().lower())
     if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected tokens, as 8192, 8k or 2m")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected an integer of at least 1, as 8192, 8k or 2m"
+        )
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]
 
 

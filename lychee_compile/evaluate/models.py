@@ -47,6 +47,17 @@ class LanguageModel:
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
 
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens with which an answer ends."""
+        given = [
+            getattr(getattr(self.model, "generation_config", None), "eos_token_id", None),
+            self.model.config.get_text_config().eos_token_id,
+            getattr(self.tokenizer, "eos_token_id", None),
+        ]
+        listed = [each if isinstance(each, list | tuple) else [each] for each in given]
+        return frozenset(each for some in listed for each in some if each is not None)
+
     def encode(self, text: str, special: bool = True) -> Tensor:
         """Return token ids, int64 [T], with a beginning-of-text token if the model has one."""
         ids = self.tokenizer(text, add_special_tokens=special).input_ids

@@ -60,7 +60,7 @@ def _ask(text: str, keys: list[str], values: list[str], depth: float) -> Problem
     noun, verb = ("numbers", "are") if many else ("number", "is")
     told = f"special magic {noun} for {named} mentioned in the provided text {verb}"
     return Problem(
-        document=f"Special magic numbers are hidden in the following text. Remember them.\n\n{text}",
+        document=f"Special magic numbers are hidden in the text below. Remember them.\n\n{text}",
         question=f"\n\nQuestion: What {verb} the special magic {noun} for {named} mentioned in the "
         "provided text?",
         lead=f"\nAnswer: The {told}",
