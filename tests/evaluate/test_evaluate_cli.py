@@ -12,9 +12,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from evaluated import LAYERS, saved_tiny_model
-from lychee_compile.evaluate.cli import SUBJECTS
 
 from lychee_compile.__main__ import main
+from lychee_compile.cli.evaluate import SUBJECTS
 from lychee_compile.evaluate.synthetic import synthetic_capture
 
 
@@ -62,7 +62,8 @@ def test_every_subject_measures_a_model(folder, tmp_path, capsys):
     assert all(0 < row["mass"] <= 1 and row["violations"] == 0 for row in fidelity["rows"])
     (drift,) = results["drift"]
     assert {point["generated"] for point in drift["points"]} == {0, 150}
-    assert len(results["tasks"]["answers"]) == 1 + 2 * 2
+    (tasks,) = results["tasks"]
+    assert len(tasks["answers"]) == 1 + 2 * 2
     (text,) = results["text"]
     assert {
         f"{p}:boundaries={b}" for p in ("lychee", "oracle") for b in ("tokens", "fixed")

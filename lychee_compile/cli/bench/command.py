@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lychee_compile.cli.bench.ways import WAYS, ways
+from lychee_compile.cli.bench.ways import WAYS, Way, ways
 from lychee_compile.cli.configurations import (
     chosen_device,
     dtype_of,
@@ -29,7 +30,12 @@ from lychee_compile.cli.parser import (
     backend_options,
     shown_options,
 )
-from lychee_compile.options import Options
+from lychee_compile.evaluate.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lychee_compile.cli.bench.measure import Cell
 
 DESCRIPTION = """\
 Measure the time per token of a model on this machine, dense and sparse, all in one run: greedy
@@ -74,64 +80,101 @@ def add_bench(commands: Commands[Any]) -> None:
 
 def run(settings: argparse.Namespace) -> None:
     """Measure. Raise `CommandError` or `OptionError` if that is impossible."""
-    from lychee_compile.cli.bench.measure import measure, room_for
     from lychee_compile.cli.bench.tables import page
     from lychee_compile.evaluate.progress import make_console, stage
-    from lychee_compile.evaluate.session import environment
 
     options = backend_options(settings)
-    budget = Options.parse(None, options).budget
-    room = room_for(settings.new_tokens)
-    if min(settings.context) <= room:
-        raise CommandError(
-            f"--context {min(settings.context)}: expected more than {room} tokens, so that "
-            f"--new-tokens {settings.new_tokens} fit"
-        )
+    room = _room(settings)
     device = chosen_device(settings.device)
     config = load_configuration(settings.model)
     console = make_console(sys.stderr)
     with stage(console, f"Loading {settings.model}", 1):
         model = _model(settings, config, device)
-    chosen = ways(settings.ways, [options], budget)
+    chosen = ways(settings.ways, options)
+    cells = _measured(settings, model, chosen, console)
+    facts = _facts(settings, model, options, room)
+    if settings.json:
+        content = {**facts, "cells": [cell.to_dict() for cell in cells]}
+        sys.stdout.write(json.dumps(content, indent=1) + "\n")
+        return
+    title = f"Time per token: {settings.model}"
+    make_console().print(page(title, _lines(facts, options), cells, chosen))
+
+
+def _room(settings: argparse.Namespace) -> int:
+    """Return the slots that are empty at first. Raise `CommandError` if a context is too short."""
+    from lychee_compile.cli.bench.measure import room_for
+
+    room, shortest = room_for(settings.new_tokens), min(settings.context)
+    if shortest <= room:
+        raise CommandError(
+            f"--context {shortest}: expected more than {room} tokens, so that "
+            f"--new-tokens {settings.new_tokens} fit"
+        )
+    return room
+
+
+def _measured(
+    settings: argparse.Namespace, model: Any, chosen: Sequence[Way], console: Console
+) -> list[Cell]:
+    """Measure all cells, and show how far that has come."""
+    from lychee_compile.cli.bench.measure import measure
+    from lychee_compile.evaluate.progress import stage
+
     cells = []
-    grid = list(product(settings.batch, settings.context))
-    with stage(console, "Decoding", len(grid) * len(chosen)) as advance:
-        for (batch, context), way in product(grid, chosen):
-            console.print(
-                f"{way.label}, batch {batch}, context {length_name(context)}", markup=False
-            )
+    grid = list(product(settings.batch, settings.context, chosen))
+    with stage(console, "Decoding", len(grid)) as advance:
+        for batch, context, way in grid:
+            name = f"{way.label}, batch {batch}, context {length_name(context)}"
+            console.print(name, markup=False)
             cells.append(measure(model, way, batch, context, settings.new_tokens))
             advance(1)
-    facts = {
+    return cells
+
+
+def _facts(
+    settings: argparse.Namespace, model: Any, options: Mapping[str, Any], room: int
+) -> dict[str, Any]:
+    """Return what the times depend on, as plain values."""
+    from lychee_compile.evaluate.session import environment
+
+    return {
         "model": settings.model,
         "architecture": type(model).__name__,
         "random_weights": settings.random_weights,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "environment": environment(str(device)),
+        "environment": environment(str(model.device)),
         "options": {name: str(value) for name, value in options.items()},
         "new_tokens": settings.new_tokens,
         "threads": torch.get_num_threads(),
         "cache": CACHE.format(room=room),
     }
-    if settings.json:
-        content = {**facts, "cells": [cell.to_dict() for cell in cells]}
-        sys.stdout.write(json.dumps(content, indent=1) + "\n")
-        return
-    where = facts["environment"]["device"]
-    threads = f", {facts['threads']} threads" if device.type == "cpu" else ""
-    weights = "random weights" if settings.random_weights else "loaded weights"
-    shape = f"{facts['architecture']}, {weights}, {facts['dtype']}"
-    machine = f"{where}{threads}; torch {torch.__version__}"
-    lines = [f"{shape}; {machine}; {shown_options(options)}", CACHE.format(room=room)]
-    make_console().print(page(f"Time per token: {settings.model}", lines, cells, chosen))
+
+
+def _lines(facts: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Return the facts in two lines."""
+    weights = "random weights" if facts["random_weights"] else "loaded weights"
+    machine = facts["environment"]["device"]
+    threads = f", {facts['threads']} threads" if machine == "cpu" else ""
+    parts = [
+        f"{facts['architecture']}, {weights}, {facts['dtype']}",
+        f"{machine}{threads}",
+        f"torch {torch.__version__}",
+        shown_options(options),
+    ]
+    return ["; ".join(parts), facts["cache"]]
 
 
 def _model(settings: argparse.Namespace, config: Any, device: torch.device) -> Any:
-    """Return the model, loaded or with random weights."""
+    """Return the model, loaded or with random weights. Raise `CommandError` if there is none."""
     from lychee_compile.evaluate.models import load_model
 
     if not settings.random_weights:
-        return load_model(settings.model, str(device), settings.dtype)
+        try:
+            return load_model(settings.model, str(device), settings.dtype)
+        except EvaluationError as error:
+            words = str(error).removeprefix("--model ").rstrip(".")
+            raise CommandError(f"{words}; --random-weights needs none") from error
     default = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = dtype_of(None, settings.dtype, default)
     return new_model(config, dtype, device)

@@ -14,7 +14,7 @@ from lychee_compile.cli.bench.filled_cache import filled_cache
 from lychee_compile.cli.bench.memory import cache_bytes, free_bytes
 from lychee_compile.cli.bench.steps import ROUNDS, WARM_UP, greedy_step, seconds_per_step
 from lychee_compile.cli.bench.ways import Way
-from lychee_compile.cli.bench.whole_buffer import WHOLE_BUFFER, register
+from lychee_compile.cli.bench.whole_buffer import register
 from lychee_compile.cli.errors import one_line
 from lychee_compile.cli.lengths import length_name
 from lychee_compile.cli.units import size_name
@@ -60,7 +60,7 @@ class Cell:
 
 def room_for(new_tokens: int) -> int:
     """Return the number of slots that must be empty at first, to decode so many timed tokens."""
-    return 1 + WARM_UP + ROUNDS * steps_of(new_tokens)
+    return 2 + WARM_UP + ROUNDS * steps_of(new_tokens)
 
 
 def steps_of(new_tokens: int) -> int:
@@ -79,11 +79,14 @@ def measure(model: Any, way: Way, batch: int, context: int, new_tokens: int) -> 
         needed, left = size_name(cell.cache_bytes), size_name(free)
         cell.note = f"a cache of {needed} does not fit into the {left} that are free"
         return cell
+    usual = model.config._attn_implementation
     try:
         _measure(model, way, cell, steps_of(new_tokens))
     except Exception as error:  # noqa: BLE001  other cells are still to be measured
         cell.milliseconds = None
         cell.status, cell.note = _told(error)
+    finally:
+        model.set_attn_implementation(usual)
     if model.device.type == "cuda":
         cell.peak_bytes = torch.cuda.max_memory_allocated(model.device)
     return cell
@@ -111,12 +114,13 @@ def _told(error: Exception) -> tuple[str, str]:
 
 @torch.no_grad()
 def _measure(model: Any, way: Way, cell: Cell, steps: int) -> None:
-    if way.attention == WHOLE_BUFFER:
-        register()
-    model.set_attn_implementation(way.attention)
     token = torch.ones(cell.batch, 1, dtype=torch.int64, device=model.device)
     filled = cell.context - room_for(steps * ROUNDS)
     cache = filled_cache(model, cell.batch, filled, cell.context)
+    if way.attention is not None:
+        register()
+        model.set_attn_implementation(way.attention)
+        greedy_step(model, model.forward, cache)(token)  # a model that it does not fit refuses here
     step = greedy_step(model, way.forward(model), cache)
     started = time.perf_counter()
     token = step(token)

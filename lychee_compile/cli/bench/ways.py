@@ -15,7 +15,7 @@ WAYS: Mapping[str, str] = {
     "compiled": "torch.compile with Inductor; CUDA graphs on a GPU",
     "flash": "the same without copies of grouped keys and without a mask, if that is right",
     "exact": "this backend with budget=None",
-    "lychee": "this backend with the budget and each of the policies",
+    "lychee": "this backend with the options below",
 }
 """What each way is, by its name."""
 
@@ -26,8 +26,8 @@ class Way:
 
     label: str
     """Name in tables."""
-    attention: str = "sdpa"
-    """Name of transformers' implementation of attention."""
+    attention: str | None = None
+    """Name of transformers' implementation of attention; None: the one that the model has."""
     backend: str | None = None
     """Backend of torch.compile; None: the model is not compiled."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -49,25 +49,13 @@ class Way:
         return torch.compile(model.forward, backend=self.backend, mode=mode)
 
 
-def ways(
-    names: Sequence[str], policies: Sequence[Mapping[str, Any]], budget: int | None
-) -> list[Way]:
-    """Return the ways called `names`; "lychee" is one for each of `policies`, given as options."""
-    dense = {
+def ways(names: Sequence[str], options: Mapping[str, Any]) -> list[Way]:
+    """Return the ways called `names`; `options` are those of this backend."""
+    known = {
         "eager": Way("eager"),
         "compiled": Way("compiled", backend="inductor"),
         "flash": Way("flash", WHOLE_BUFFER, "inductor"),
         "exact": Way("exact", backend="lychee", options={"budget": None}),
+        "lychee": Way(str(options.get("policy", "lychee")), backend="lychee", options=options),
     }
-    chosen = [dense[name] for name in WAYS if name in names and name in dense]
-    if "lychee" in names:
-        chosen += [
-            Way(_label(each), backend="lychee", options={**each, "budget": budget})
-            for each in policies
-        ]
-    return chosen
-
-
-def _label(options: Mapping[str, Any]) -> str:
-    more = [f"{name}={value}" for name, value in options.items() if name != "policy"]
-    return ":".join((str(options.get("policy", "lychee")), *more))
+    return [known[name] for name in WAYS if name in names]

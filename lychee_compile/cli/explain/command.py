@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +23,12 @@ from lychee_compile.cli.parser import (
     backend_options,
     shown_options,
 )
+from lychee_compile.cli.units import size_name
 from lychee_compile.options import Options
+
+if TYPE_CHECKING:
+    from lychee_compile.cli.explain.explanation import Explanation
+    from lychee_compile.cli.explain.trace import FakeModel
 
 DESCRIPTION = """\
 Tell what the backend would do with each attention of a model when it decodes, and why; how much
@@ -65,55 +71,77 @@ def run(settings: argparse.Namespace) -> None:
         raise CommandError("--context 1: expected at least 2 tokens")
     device = chosen_device(settings.device)
     config = load_configuration(settings.model)
-    dtype = dtype_of(config, settings.dtype, torch.bfloat16)
     # Imported late, so that errors of the command line show at once.
-    from lychee_compile.cli.explain.explanation import explanation_of
-    from lychee_compile.cli.explain.index_costs import IndexCosts
     from lychee_compile.cli.explain.tables import page
-    from lychee_compile.cli.explain.trace import FakeModel
-    from lychee_compile.cli.units import size_name
     from lychee_compile.evaluate.progress import make_console, stage
 
-    parsed = Options.parse(None, options)
-    console = make_console(sys.stderr)
-    index = IndexCosts(parsed, device.type == "cuda" and not parsed.reference)
-    explanations = []
-    with stage(console, f"Tracing {settings.model}", 1 + len(settings.context)) as advance:
-        model = FakeModel(config, dtype, device)
-        model.take_few_layers(parsed)
-        advance(1)
-        for context in settings.context:
-            decoding = model.decode(context, settings.batch, options)
-            explanations.append(
-                explanation_of(decoding, context, settings.batch, index, dtype, device)
-            )
-            advance(1)
-    layers = len(model.depth.stands_for) if model.depth else None
-    traced = model.depth.traced if model.depth else None
-    facts = {
-        "model": settings.model,
-        "architecture": type(model.model).__name__,
-        "parameters": model.parameters,
-        "weight_bytes": model.weight_bytes,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": str(device),
-        "batch": settings.batch,
-        "options": {name: str(value) for name, value in options.items()},
-        "layers": layers,
-        "layers_traced": traced,
-    }
+    steps = 1 + len(settings.context)
+    with stage(make_console(sys.stderr), f"Tracing {settings.model}", steps) as advance:
+        model, explanations = _explained(settings, config, device, options, advance)
+    facts = _facts(settings, model, options)
     if settings.json:
         content = {**facts, "contexts": [each.to_dict() for each in explanations]}
         sys.stdout.write(json.dumps(content, indent=1) + "\n")
         return
-    weights = (
-        f"{model.parameters / 1e9:,.1f}B" if model.parameters >= 1e8 else f"{model.parameters:,}"
-    )
-    size = f"{weights} weights, {size_name(model.weight_bytes)} in {facts['dtype']}"
-    lines = [f"{size}; batch {settings.batch} on {device}; {shown_options(options)}"]
-    if traced:
-        lines.append(
-            f"{traced} of {layers} layers were traced: each other one is like one of these"
-        )
     title = f"{settings.model}: {facts['architecture']}"
-    make_console().print(page(title, lines, explanations))
+    make_console().print(page(title, _lines(facts, options), explanations))
+
+
+def _explained(
+    settings: argparse.Namespace,
+    config: Any,
+    device: torch.device,
+    options: Mapping[str, Any],
+    advance: Callable[[int], object],
+) -> tuple[FakeModel, list[Explanation]]:
+    """Build the model without weights, and explain a step at each context."""
+    from lychee_compile.cli.explain.explanation import explanation_of
+    from lychee_compile.cli.explain.index_costs import IndexCosts
+    from lychee_compile.cli.explain.trace import FakeModel
+
+    parsed = Options.parse(None, options)
+    dtype = dtype_of(config, settings.dtype, torch.bfloat16)
+    index = IndexCosts(parsed, device.type == "cuda" and not parsed.reference)
+    model = FakeModel(config, dtype, device)
+    model.take_few_layers(parsed)
+    advance(1)
+    explanations = []
+    for context in settings.context:
+        decoding = model.decode(context, settings.batch, options)
+        kind = settings.batch, dtype, device
+        explanations.append(explanation_of(decoding, context, index, *kind))
+        advance(1)
+    return model, explanations
+
+
+def _facts(
+    settings: argparse.Namespace, model: FakeModel, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the explanations depend on, as plain values."""
+    return {
+        "model": settings.model,
+        "architecture": type(model.model).__name__,
+        "parameters": model.parameters,
+        "weight_bytes": model.weight_bytes,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "batch": settings.batch,
+        "options": {name: str(value) for name, value in options.items()},
+        "layers": model.layers,
+        "layers_traced": model.layers if model.depth is None else model.depth.traced,
+    }
+
+
+def _lines(facts: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Return the facts in a line or two."""
+    parts = [
+        f"{facts['layers']} layers, {size_name(facts['weight_bytes'])} of {facts['dtype']} weights",
+        f"batch {facts['batch']} on {facts['device']}",
+        shown_options(options),
+    ]
+    lines = ["; ".join(parts)]
+    if facts["layers_traced"] < facts["layers"]:
+        lines.append(
+            f"{facts['layers_traced']} layers were traced: every other is like one of them"
+        )
+    return lines

@@ -85,8 +85,8 @@ class Explanation:
 def explanation_of(
     decoding: Decoding,
     context: int,
-    batch: int,
     index: IndexCosts,
+    batch: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Explanation:

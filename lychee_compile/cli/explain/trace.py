@@ -15,7 +15,7 @@ import torch
 
 from lychee_compile import inspection, torch_private
 from lychee_compile.cli.caches import cache_bytes, new_static_cache, note_filled
-from lychee_compile.cli.configurations import new_model
+from lychee_compile.cli.configurations import new_model, text_configuration
 from lychee_compile.cli.errors import CommandError, one_line
 from lychee_compile.cli.explain.depth import Depth, find_depth, shallow_configuration
 from lychee_compile.evaluate.cache_argument import cache_argument
@@ -39,11 +39,12 @@ class FakeModel:
 
     def __init__(self, config: Any, dtype: torch.dtype, device: torch.device) -> None:
         """Build the model. Raise `CommandError` if it cannot be built."""
-        self._device = device
+        self.dtype, self.device = dtype, device
+        self._config = config
         self._mode = torch_private.FakeTensorMode(allow_non_fake_inputs=True)
-        self._dtype, self._config = dtype, config
         with self._mode, _told(config, "it cannot be built without weights"):
             self.model = new_model(config, dtype, device)
+            self.layers: int = text_configuration(config).num_hidden_layers
         self.parameters = sum(each.numel() for each in self.model.parameters())
         """Number of weights, each counted once."""
         self.weight_bytes = sum(
@@ -61,7 +62,7 @@ class FakeModel:
         try:
             with self._mode:
                 shallow = shallow_configuration(self._config, depth.traced)
-                model = new_model(shallow, self._dtype, self._device)
+                model = new_model(shallow, self.dtype, self.device)
         except Exception:  # noqa: BLE001  whatever it is, the whole model can be traced
             return
         if depth.is_start_of(self.model, self._config, model, shallow):
@@ -75,7 +76,7 @@ class FakeModel:
         with self._mode, torch.no_grad(), _told(self._config, "it cannot be traced"):
             cache = new_static_cache(self.model, batch, context)
             note_filled(cache, context - 1)
-            token = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
+            token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
             arguments = {cache_argument(self.model): cache, "use_cache": True}
             report = inspection.explain(self.model, token, options=options, **arguments)
             sizes = [cache_bytes(layer) for layer in cache.layers]
