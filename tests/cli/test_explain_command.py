@@ -38,27 +38,28 @@ def kinds(context):
 
 
 def test_a_deep_model_is_explained_by_its_kinds_of_layers(tmp_path, capsys):
-    content = explained(save_gemma(tmp_path), "--context 96,2k --budget 90 --batch 2", capsys)
-    assert (content["layers"], content["layers_traced"]) == (13, 6)
-    short, long = content["contexts"]
+    content = explained(save_gemma(tmp_path), "--context 2k --budget 90 --batch 2", capsys)
+    assert (content["layers"], content["layers_traced"]) == (7, 3)
+    (long,) = content["contexts"]
     found = kinds(long)
-    sliding = found["model.layers.{0-4,6-10,12}.self_attn"]
-    full = found["model.layers.{5,11}.self_attn"]
-    assert (sliding["count"], sliding["decision"]) == (11, "kept")
-    assert sliding["keys"] == sliding["keys_read"] == 11 * 64
+    sliding = found["model.layers.{0-1,3-4,6}.self_attn"]
+    full = found["model.layers.{2,5}.self_attn"]
+    assert (sliding["count"], sliding["decision"]) == (5, "kept")
+    assert sliding["keys"] == sliding["keys_read"] == 5 * 64
     assert (full["count"], full["decision"], full["reason"]) == (2, "sparse", None)
     assert (full["keys"], full["keys_read"]) == (2 * 2048, 2 * 90)
     assert full["index_bytes"] > 0
     per_key = 2 * 2 * 2 * (8 + 8)  # rows, KV heads, bytes
     sizes = {"bfloat16": 1, "float32": 2}[content["dtype"]]
-    assert long["cache_bytes"] == sizes * per_key * (11 * 64 + 2 * 2048)
+    assert long["cache_bytes"] == sizes * per_key * (5 * 64 + 2 * 2048)
     assert long["dense_bytes"] == long["cache_bytes"]
     assert long["share_of_dense_bytes"] < 1
     assert all(kind["decision"] == "sparse" or kind["reason"] for kind in found.values())
-    assert kinds(short)["model.layers.{5,11}.self_attn"]["decision"] == "sparse"
 
 
-@pytest.mark.parametrize("save", [save_llama, save_gpt_oss])
+@pytest.mark.parametrize(
+    "save", [save_gpt_oss, pytest.param(save_llama, marks=pytest.mark.thorough)]
+)
 @pytest.mark.usefixtures("seeded")
 def test_an_explanation_is_that_of_the_model_itself(save, tmp_path, capsys):
     folder = save(tmp_path)
@@ -103,7 +104,7 @@ def built(save, folder):
     return config, new_model(config, torch.float32, CPU)
 
 
-@pytest.mark.parametrize(("save", "dense", "traced"), [(save_gemma, 0, 6), (save_gemma, 3, 7),
+@pytest.mark.parametrize(("save", "dense", "traced"), [(save_gemma, 0, 3), (save_gemma, 3, 6),
                                                        (save_gpt_oss, 0, 2), (save_llama, 2, 3),
                                                        (save_llama, 0, 2)])  # fmt: skip
 def test_few_layers_stand_for_all(save, dense, traced, tmp_path):
@@ -139,7 +140,6 @@ def test_bytes_of_a_gpu_index_are_those_of_its_layout(policy):
     assert costs.bytes(shape) == gpu_method(policy).layout_of(key).size
     dense = 2 * key.numel() * 2
     assert 0 <= costs.bytes_per_step(shape, 1024) < dense
-    assert costs.build_seconds(shape) is None or policy
 
 
 @pytest.mark.parametrize("policy", ["lychee", "quest", "tokenselect"])

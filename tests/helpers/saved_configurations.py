@@ -18,14 +18,17 @@ def save_llama(folder: Path, layers: int = 5, **more: Any) -> Path:
     return folder
 
 
-def save_gemma(folder: Path, layers: int = 13) -> Path:
-    """Save a Gemma 3 of which each sixth layer attends to all, and the others to a window of 64."""
-    config = Gemma3TextConfig(num_hidden_layers=layers, sliding_window=64, **SIZES, **HEADS)
+def save_gemma(folder: Path, layers: int = 7) -> Path:
+    """Save a Gemma 3 of which each third layer attends to all, and the others to a window of 64."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * layers
+    config = Gemma3TextConfig(
+        num_hidden_layers=layers, layer_types=kinds[:layers], sliding_window=64, **SIZES, **HEADS
+    )
     config.save_pretrained(folder)
     return folder
 
 
-def save_gpt_oss(folder: Path, layers: int = 6) -> Path:
+def save_gpt_oss(folder: Path, layers: int = 5) -> Path:
     """Save a mixture of experts in which windows and full attention take turns, with sinks."""
     config = GptOssConfig(
         num_hidden_layers=layers, sliding_window=16, num_local_experts=2, num_experts_per_tok=1,

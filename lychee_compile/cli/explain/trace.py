@@ -6,6 +6,7 @@ cache of the asked length, and the backend decides about each attention as ever.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ class FakeModel:
 
         Raise `CommandError` if the model cannot be traced.
         """
-        with self._mode, torch.no_grad(), _told(self._config, "it cannot be traced"):
+        traced = _told(self._config, "it cannot be traced")
+        with self._mode, torch.no_grad(), warnings.catch_warnings(), traced:
+            warnings.simplefilter("ignore")  # of what Dynamo makes of the model's code
             cache = new_static_cache(self.model, batch, context)
             note_filled(cache, context - 1)
             token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)

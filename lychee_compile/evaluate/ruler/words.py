@@ -50,6 +50,7 @@ def planted(
         places = [round(depth * len(text)), *others]
     pieces = list(text)
     # From the back, so that places stay those of the text; the last of equal ones goes first.
-    for place, fact in sorted(zip(places, facts, strict=True), key=lambda each: -each[0]):
-        pieces.insert(place, fact)
+    order = sorted(range(len(facts)), key=lambda number: (places[number], number), reverse=True)
+    for number in order:
+        pieces.insert(places[number], facts[number])
     return " ".join(pieces)
