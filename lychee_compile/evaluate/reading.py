@@ -148,7 +148,7 @@ def answer_sparsely(
 
 
 def found_share(answer: str, wanted: Sequence[str]) -> float:
-    """Return the share of the `wanted` strings that an answer holds, in any case."""
+    """Return the share of the `wanted` strings that an answer holds, in upper or lower letters."""
     return sum(each.lower() in answer.lower() for each in wanted) / len(wanted)
 
 

@@ -1,4 +1,4 @@
-"""What all commands have in common: help, JSON, and errors of one line."""
+"""All commands alike: help, JSON, and errors of one line."""
 
 from __future__ import annotations
 

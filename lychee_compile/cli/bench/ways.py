@@ -17,7 +17,7 @@ WAYS: Mapping[str, str] = {
     "exact": "this backend with budget=None",
     "lychee": "this backend with the options below",
 }
-"""What each way is, by its name."""
+"""Description of each way, by its name."""
 
 
 @dataclass(frozen=True)
