@@ -87,14 +87,14 @@ def test_an_explanation_is_that_of_the_model_itself(save, tmp_path, capsys):
 
 
 def test_the_table_gives_reason_remedy_and_sizes(tmp_path, capsys):
-    folder = save_llama(tmp_path, layers=2)
+    folder = save_llama(tmp_path, layers=1)
     assert main(["explain", str(folder), "--device", "cpu", "--context", "1k"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for part in (
-        "model.layers.{0-1}.self_attn",
+        "model.layers.0.self_attn",
         "[within-budget]",
         "-> set budget below",
-        "131 kB",
+        "65.5 kB",
     ):
         assert part in shown
 

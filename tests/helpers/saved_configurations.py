@@ -28,7 +28,7 @@ def save_gemma(folder: Path, layers: int = 7) -> Path:
     return folder
 
 
-def save_gpt_oss(folder: Path, layers: int = 5) -> Path:
+def save_gpt_oss(folder: Path, layers: int = 4) -> Path:
     """Save a mixture of experts in which windows and full attention take turns, with sinks."""
     config = GptOssConfig(
         num_hidden_layers=layers, sliding_window=16, num_local_experts=2, num_experts_per_tok=1,
