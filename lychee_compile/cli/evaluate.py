@@ -124,6 +124,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         "--tasks", type=_tasks, default=list(TASKS), metavar="LIST", help=SOME_TASKS
     )
     _number(parser, "--repeats", 10, "questions of each task")
+    summary = "decode through kernels on a GPU, not through the plain PyTorch operators"
+    parser.add_argument("--kernels", action="store_true", help=summary)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the questions (0)")
 
 

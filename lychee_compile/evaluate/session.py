@@ -120,6 +120,7 @@ class Session:
                     length=length,
                     repeats=settings.repeats,
                     seed=settings.seed,
+                    kernels=settings.kernels,
                     advance=on,
                 )
             results.append(result)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from lychee_compile.evaluate.models import (
     LanguageModel,
-    compiled,
     nothing,
     prefill,
     prefill_at_once,
@@ -113,16 +115,18 @@ def run_tasks(
     length: int,
     repeats: int,
     seed: int = 0,
+    kernels: bool = False,
     advance: Callable[[int], object] = nothing,
 ) -> TaskResult:
     """Ask `repeats` questions of each task, at depths spread over documents of `length` tokens.
 
+    On a GPU generated kernels decode if `kernels` says so, and the plain PyTorch operators if not.
     `advance` is called with 1 after each answer. Raise `EvaluationError` for an unknown task or a
     length that does not fit, and `OptionError` for a budget that a policy cannot have.
     """
     check_tasks(names)
     check_budgets(variants, budgets)
-    ways = _Ways(model, variants, budgets)
+    ways = _Ways(model, variants, budgets, kernels)
     answers = []
     with unlimited_recompiles():
         for question in make_questions(model, names, length, repeats, seed):
@@ -135,9 +139,14 @@ class _Ways:
     """Model under every policy at every budget, compiled at the first question."""
 
     def __init__(
-        self, model: LanguageModel, variants: Sequence[Variant], budgets: Sequence[int]
+        self,
+        model: LanguageModel,
+        variants: Sequence[Variant],
+        budgets: Sequence[int],
+        kernels: bool,
     ) -> None:
         self._model = model
+        self._reference = model.device.type != "cpu" and not kernels
         self._ways = list(itertools.product(variants, budgets))
         self._compiled: dict[tuple[str, int], tuple[Callable[..., Any], Any]] = {}
 
@@ -148,7 +157,9 @@ class _Ways:
         dense = read_densely(self._model, cache, encoded)
         tokens = len(encoded.document)
         wanted = question.answers
-        said = answer_densely(self._model, cache, encoded, wanted) if wanted else ""
+        said = self._said(
+            question, dense, lambda: answer_densely(self._model, cache, encoded, wanted)
+        )
         answers = [self._answer(question, DENSE, None, tokens, dense, dense, said)]
         advance(1)
         for variant, budget in self._ways:
@@ -157,24 +168,32 @@ class _Ways:
             if config.prefill == "sparse":
                 own = prefill_at_once(forward, self._model.model, encoded.document)
             reading = read_sparsely(forward, self._model, own, encoded, config)
-            said = (
-                answer_sparsely(forward, self._model, own, encoded, config, wanted)
-                if wanted
-                else ""
-            )
+            asked = forward, self._model, own, encoded, config, wanted
+            said = self._said(question, reading, partial(answer_sparsely, *asked))
             way = variant.label, budget
             answers.append(self._answer(question, *way, tokens, reading, dense, said))
             advance(1)
         return answers
 
+    def _said(self, question: Question, reading: Reading, answer: Callable[[], str]) -> str:
+        """Return what greedy decoding says: the expected answer if it is exact, or `answer()`.
+
+        Without strings to find in a free answer it is the likeliest tokens of the expected one.
+        """
+        if not question.answers:
+            return self._model.tokenizer.decode(reading.predicted.tolist())
+        return question.answer if reading.exact else answer()
+
     def _compiled_for(self, variant: Variant, budget: int) -> tuple[Callable[..., Any], Any]:
         key = (variant.label, budget)
         if key not in self._compiled:
             # An index is looked up by its options: they have to be those of the compiled model.
-            reference = self._model.device.type != "cpu"
-            table = self._model.boundaries
+            table, reference = self._model.boundaries, self._reference
             options = variant.backend_options(budget, tokenizer=table, reference=reference)
-            self._compiled[key] = compiled(self._model.model, options), options.index_config()
+            forward = torch.compile(
+                self._model.model, backend="lychee", options=dict(vars(options))
+            )
+            self._compiled[key] = forward, options.index_config()
         return self._compiled[key]
 
     def _answer(
@@ -187,7 +206,7 @@ class _Ways:
         dense: Reading,
         said: str,
     ) -> TaskAnswer:
-        free = bool(question.answers)
+        wanted = question.answers
         return TaskAnswer(
             task=question.task,
             policy=policy,
@@ -195,9 +214,9 @@ class _Ways:
             depth=question.depth,
             document_tokens=document_tokens,
             expected=question.answer,
-            predicted=said if free else self._model.tokenizer.decode(reading.predicted.tolist()),
+            predicted=said,
             exact=reading.exact,
-            found=found_share(said, question.answers) if free else float(reading.exact),
+            found=found_share(said, wanted) if wanted else float(reading.exact),
             log_likelihood=reading.log_likelihood,
             agreement=reading.agreement(dense),
             divergence=reading.divergence(dense),
