@@ -48,7 +48,7 @@ def results_of(folder, *pictures):
 def test_every_subject_measures_a_model(folder, tmp_path, capsys):
     status = evaluate(
         f"all --model {folder} --out {tmp_path} --policies lychee,streaming --budgets 100,200 "
-        "--text code --length 1500 --steps 2 --budget 100 --drift-length 700 --prompt 400 "
+        "--text code --length 700 --steps 2 --budget 100 --drift-length 700 --prompt 400 "
         "--every 150 --queries 1 --tasks pass-key --repeats 1 --boundaries tokens,fixed "
         "--tiles 1 --shares 0.3 --save-captures"
     )
@@ -63,7 +63,7 @@ def test_every_subject_measures_a_model(folder, tmp_path, capsys):
     subjects = {"fidelity", "drift", "tasks", "text", "prefill"}
     assert set(results) == {"command", "environment", *subjects}
     (fidelity,) = results["fidelity"]
-    assert (fidelity["text"], fidelity["length"], fidelity["steps"]) == ("code", 1500, 2)
+    assert (fidelity["text"], fidelity["length"], fidelity["steps"]) == ("code", 700, 2)
     assert len(fidelity["rows"]) == 2 * 2 * (LAYERS + 1)
     assert all(0 < row["mass"] <= 1 and row["violations"] == 0 for row in fidelity["rows"])
     (drift,) = results["drift"]
@@ -75,7 +75,7 @@ def test_every_subject_measures_a_model(folder, tmp_path, capsys):
         f"{p}:boundaries={b}" for p in ("lychee", "oracle") for b in ("tokens", "fixed")
     } == set(text["configs"])
 
-    kept = tmp_path / "captures" / "code-1500.safetensors"
+    kept = tmp_path / "captures" / "code-700.safetensors"
     again = tmp_path / "again"
     command = f"fidelity --capture {kept} --policies lychee,streaming --budgets 100,200"
     assert evaluate(f"{command} --out {again}") == 0
