@@ -15,7 +15,7 @@ SAMPLE = {"sampled": 32, "newest": 8}
 """Keys that each KV head compares with fingerprints in each step, and the newest among them."""
 STAGES = ("choose", "attend")
 """Kernels that decode/attend.py.jinja becomes."""
-NOTING = ("note_heads", "note_small", "note_mass")
+NOTING = ("note_heads", "note_small", "note_mass", "note_left_out")
 """Functions of `triton_lib/mass.py` that add up the mass of items."""
 _OWN_ITEMS = 2048
 """Upper bound of the items that a program of `choose_by_bin` has."""
@@ -61,7 +61,7 @@ def emit_bins(
 
 def _emit_mass(spec: AttentionSpec, noting: Sequence[str]) -> list[str]:
     """Return functions that end a choice at a share of the softmax."""
-    counted = library("mass", *noting, "mass_of_bins", "note_left_out")
+    counted = library("mass", *noting, "mass_of_bins")
     found = library("mass", "limit_of_mass", "threshold_of_mass")
     return [*counted, *found, fill("decode/log_always.py.jinja", spec)]
 

@@ -9,6 +9,7 @@ from lychee_compile.codegen.level_source import estimate_source
 from lychee_compile.codegen.parts.certificate import emit_of_levels
 from lychee_compile.codegen.parts.decode import (
     LARGEST,
+    NOTING,
     SAMPLE,
     STAGES,
     emit_always_read,
@@ -62,7 +63,7 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     return [
         _constants(spec, stack, sparse),
         *(library("bins", "shares_of") if stack.levels else []),
-        *emit_bins(spec, sparse, counts=bool(stack.levels) and kind != "chunks"),
+        *emit_bins(spec, sparse, bool(stack.levels) and kind != "chunks", NOTING[: 3 + lists]),
         *(library(*_OF_KIND[kind]) if lists else []),
         *(library("levels", "unread_before") if kind == "chunks" and not sees_range(spec) else []),
         emit_always_read(spec, sparse, unread, more="" if kind == "pages" else ", unread"),

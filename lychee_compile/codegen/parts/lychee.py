@@ -50,7 +50,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
     paged = scans_pages(spec)
     return [
         _constants(spec, sparse, paged),
-        *emit_bins(spec, sparse, noting=NOTING[:2]),
+        *emit_bins(spec, sparse, noting=NOTING[:2] + NOTING[3:] * paged),
         emit_always_read(spec, sparse, unread="fresh"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         _query_weights(spec, paged),

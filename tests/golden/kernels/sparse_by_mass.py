@@ -307,14 +307,6 @@ def note_small(share, entry, untold):
 
 
 @triton.jit
-def mass_of_bins(counts):
-    """Return the mass of the items in each bin, by their numbers; 0 for the first two bins."""
-    place = tl.arange(0, BINS)
-    middle = ((place + (LAST_BIN - BINS + 1)) << 20 | 1 << 19).to(tl.float32, bitcast=True)
-    return tl.where(place > 1, counts.to(tl.float32) * middle, 0.0)
-
-
-@triton.jit
 def note_left_out(histogram, limits, each: tl.constexpr):
     """Store the mass of the pages that are not looked into as what no bin of their tokens tells.
 
@@ -330,6 +322,14 @@ def note_left_out(histogram, limits, each: tl.constexpr):
     small = tl.load(histogram + BINS) * tl.sum(tl.where(place == 1, out, 0.0), 0)
     mass = tl.minimum(mass, 1024.0) * 1048576.0 + small
     tl.store(histogram + BINS, tl.minimum(mass, 1073741824.0).to(tl.int32))
+
+
+@triton.jit
+def mass_of_bins(counts):
+    """Return the mass of the items in each bin, by their numbers; 0 for the first two bins."""
+    place = tl.arange(0, BINS)
+    middle = ((place + (LAST_BIN - BINS + 1)) << 20 | 1 << 19).to(tl.float32, bitcast=True)
+    return tl.where(place > 1, counts.to(tl.float32) * middle, 0.0)
 
 
 @triton.jit
