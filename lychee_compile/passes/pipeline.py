@@ -24,6 +24,7 @@ from lychee_compile.passes.graph.append import append_in_place, settled
 from lychee_compile.passes.graph.check import check_graph, output_count
 from lychee_compile.passes.graph.host_integers import HostIntegers, take_out_integers
 from lychee_compile.passes.graph.normalise import normalise
+from lychee_compile.passes.graph.parts import separate_parts
 from lychee_compile.passes.layer_numbers import ATTRIBUTES
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.kernel_support import runs_kernels
@@ -100,6 +101,7 @@ class Pass:
 
 def _normalise(compilation: Compilation) -> None:
     compilation.written = normalise(compilation.gm, compilation.mode)
+    separate_parts(compilation.gm.graph)
 
 
 def _detect(compilation: Compilation) -> None:

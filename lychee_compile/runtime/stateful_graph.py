@@ -44,14 +44,20 @@ class CacheArgument:
     """Use of the cache by generated kernels; None: the index is the reference's."""
     reads_only: bool = False
     """True if the graph does not write the cache."""
+    part: Callable[[Tensor], Tensor] | None = None
+    """Shows the cache in the input if it is a part of that; None if it is all of it."""
 
-    def before(self, inputs: Sequence[object]) -> Tensor | None:
-        """Return the cache as a call begins with it; None if a growing cache begins."""
+    def given(self, inputs: Sequence[object]) -> Tensor | None:
+        """Return the input that holds the cache; None if a growing cache begins."""
         if self.source is None:
             return None
-        cache = inputs[self.source]
-        assert isinstance(cache, Tensor)
-        return cache
+        given = inputs[self.source]
+        assert isinstance(given, Tensor)
+        return given
+
+    def shown(self, given: Tensor | None) -> Tensor | None:
+        """Return the cache in the input `given`, as a call begins with it."""
+        return given if given is None or self.part is None else self.part(given)
 
     def after(self, cache: Tensor | None, outputs: Sequence[object]) -> Tensor:
         """Return the cache as a call leaves it: an output, or `cache`, which it began with."""
@@ -83,8 +89,11 @@ class StatefulGraph:
 
     def __call__(self, *args: object) -> Sequence[object]:
         """Run the graph on the inputs that Dynamo passes, and follow the caches it wrote."""
-        caches = [each.before(args) for each in self._arguments]
-        last = self._last if self._last is not None and self._last.was_on(caches) else None
+        given = [each.given(args) for each in self._arguments]
+        last = self._last if self._last is not None and self._last.was_on(given) else None
+        caches = [
+            each.shown(cache) for each, cache in zip(self._arguments, given, strict=True)
+        ]
         entries = self._acquire(caches) if last is None else last.entries
         if last is None:
             self.new_caches.meet(entries, self._reads_only)
@@ -95,6 +104,7 @@ class StatefulGraph:
             raise
         if last is None:
             self._release(caches, outputs, entries)
+            self._remember(given, entries)
         else:
             last.update_versions(caches)
         self._keep_up(caches, outputs, entries)
@@ -142,7 +152,10 @@ class StatefulGraph:
             if argument.output is not None and cache is not None:
                 registry.drop(cache, kind, argument.token_dim)
             registry.release(argument.after(cache, outputs), kind, entry, argument.token_dim)
-        in_place = [cache for cache in caches if cache is not None]
+
+    def _remember(self, given: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
+        """Remember the inputs of a call whose caches are all written in place, with GPU indexes."""
+        in_place = [cache for cache in given if cache is not None]
         if all(each.output is None and each.use is not None for each in self._arguments):
             self._last = _LastCall(in_place, entries)
 

@@ -6,6 +6,7 @@ graph(keys, values, query, lychee_index_0)      after, the index of `keys`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from lychee_compile import torch_private
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.graph.aliasing import is_part
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.emitter import Emitter
+from lychee_compile.passes.graph.parts import input_of, view_of_part
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class IndexInput:
     """Use that generated kernels make of the cache; None: the index is the reference's."""
     reads_only: bool
     """True if the graph does not write the cache."""
+    part: Callable[[Tensor], Tensor] | None = None
+    """Shows the cache in the input if it is a part of that; None if it is all of it."""
 
 
 class IndexInputs:
@@ -70,10 +75,13 @@ class IndexInputs:
             size, dtype, device = use.layout.size, torch.uint8, value_of(binding.key).device
         mode = self._emit.mode
         node, fake = torch_private.add_state_input(self._gm, name, size, dtype, device, mode)
-        source = None if binding.source is None else self._own.index(binding.source)
+        source = None if binding.source is None else self._own.index(input_of(binding.source))
         outside = binding.outside_dim
         token_dim = binding.token_dim if outside is None else outside
-        return IndexInput(node, fake, source, binding.output, token_dim, use, binding.reads_only)
+        part = view_of_part(binding.source) if source is not None and is_part(binding.source) else None
+        return IndexInput(
+            node, fake, source, binding.output, token_dim, use, binding.reads_only, part
+        )
 
     def _remove(self, key: object) -> None:
         self._gm.graph.erase_node(self._added.pop(key).node)

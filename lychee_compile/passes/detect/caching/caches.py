@@ -23,7 +23,7 @@ from lychee_compile.passes.detect.caching.token_writes import (
 from lychee_compile.passes.detect.caching.unbound import KeysWithoutCache
 from lychee_compile.passes.detect.caching.unfolded import behind_views, dimension_in
 from lychee_compile.passes.detect.caching.write_positions import NotBoundError, PositionReader
-from lychee_compile.passes.graph.aliasing import storage_of, written_by
+from lychee_compile.passes.graph.aliasing import is_given, storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
     argument,
     aten,
@@ -51,7 +51,8 @@ class CacheBinding:
     kind: str
     """"static": of fixed size; "dynamic": grown by concatenation, an output."""
     source: torch.fx.Node | None
-    """The input that holds the cache before the call; None if a dynamic cache begins."""
+    """The input, or the part of one, that holds the cache before the call; None if a dynamic cache
+    begins."""
     output: int | None
     """Position among the outputs of the graph of the cache after the call; None if it is written in
     place."""
@@ -138,9 +139,9 @@ class _Binder:
         holder = self._behind_prefixes(self._key)
         if is_operator(holder, "cat"):
             return self._grown(holder)
-        if holder.op == "placeholder":
+        if is_given(holder):
             return self._read(holder)
-        if calls(holder, aten.copy_.default) and first_input(holder).op == "placeholder":
+        if calls(holder, aten.copy_.default) and is_given(first_input(holder)):
             return self._read(first_input(holder))
         write = self._write_at(holder)
         if write is not None:
@@ -174,7 +175,7 @@ class _Binder:
         node = through_copies(node)
         if prefix_of(node) is not None:
             return self._holds_cache(first_input(node))
-        if node.op == "placeholder" or operator_of(node).write is not None:
+        if is_given(node) or operator_of(node).write is not None:
             return True
         return calls(node, aten.copy_.default) or self._write_at(node) is not None
 
@@ -190,9 +191,9 @@ class _Binder:
             if output is None:
                 raise NotBoundError(reasons.CACHE_NOT_RETURNED())
         known = [node] if in_place else writes[:1] if output is None else []
-        if cache.op != "placeholder" and (part := self._explain.part_of(cache)):
+        if not is_given(cache) and (part := self._explain.part_of(cache)):
             raise NotBoundError(part)
-        if cache.op != "placeholder" or writes != known:
+        if not is_given(cache) or writes != known:
             raise NotBoundError(reasons.CACHE_NOT_INPUT())
         return self._static(cache, write.slots, write.tokens, output, node)
 
@@ -312,7 +313,7 @@ class _Binder:
         """
         cache = prefix_of(parts[0], self._dim) if len(parts) == 2 else None
         writes = [] if cache is None else self._writes.get(cache, [])
-        if cache is not None and cache.op == "placeholder" and len(writes) == 1:
+        if cache is not None and is_given(cache) and len(writes) == 1:
             found = self._begins_at(writes[0], cache, parts)
             if found is not None:
                 return self._static(cache, found, (parts[1], self._dim), None, key)
