@@ -21,6 +21,7 @@ from lychee_compile.passes.detect.caching.caches import (
     bind_cache,
     find_writes,
 )
+from lychee_compile.passes.detect.caching.loaded_caches import bind_loaded, load_of_values
 from lychee_compile.passes.detect.caching.memory_keys import bind_behind, over_cache
 from lychee_compile.passes.detect.caching.token_writes import Writes
 from lychee_compile.passes.layer_numbers import layer_numbers
@@ -111,9 +112,17 @@ def _cache_of(
 ) -> CacheBinding | Unbound:
     """Return the cache of an attention, perhaps behind a few other keys, or why there is none."""
     cache = bind_cache(attention, graph, writes)
-    if isinstance(cache, CacheBinding) or config.budget is None:
+    if config.budget is None or rules.reads_at_once(attention):
         return cache
-    return bind_behind(attention, graph, writes, config.budget) or cache
+    if not isinstance(cache, CacheBinding):
+        cache = (
+            bind_behind(attention, graph, writes, config.budget)
+            or bind_loaded(attention, graph, writes)
+            or cache
+        )
+    if isinstance(cache, CacheBinding) and not cache.in_front:
+        return replace(cache, values=load_of_values(attention, graph, writes))
+    return cache
 
 
 @dataclass(frozen=True)

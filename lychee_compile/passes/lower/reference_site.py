@@ -23,15 +23,11 @@ import torch.fx
 from lychee_compile.kernels.operators import reference  # noqa: F401  registers the operators
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
-from lychee_compile.passes.detect.token_ids import covers
-from lychee_compile.passes.graph.dataflow import (
-    aten,
-    module_path,
-    static_size,
-)
+from lychee_compile.passes.graph.dataflow import aten, module_path
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, emit_behind_front
 from lychee_compile.passes.lower.context import LoweringContext
-from lychee_compile.passes.lower.written_slots import named_slots
+from lychee_compile.passes.lower.loaded_site import emit_loaded_sparse
+from lychee_compile.passes.lower.written_tokens import knows_tokens, write_of
 
 OPERATOR = "lychee::sparse_attention (reference)"
 
@@ -43,6 +39,8 @@ def emit_reference_sparse(
 
     The first attention over a cache also updates the index.
     """
+    if binding.load is not None or binding.values is not None:
+        return emit_loaded_sparse(attention, binding, context)
     canonical = Canonicaliser(attention, context.emit)
     operands, score = _operands(attention, binding, context), attention.score
     index = context.index_inputs.node_for(binding)
@@ -54,14 +52,6 @@ def emit_reference_sparse(
         score.scale, score.softcap, module_path(attention.node), operands.extra_value,
     )  # fmt: skip
     return canonical.replacement(attended)
-
-
-def knows_tokens(attention: Attention, binding: CacheBinding, context: LoweringContext) -> bool:
-    """True if the token ids of the graph are those of the tokens written to the cache."""
-    if binding.reads_only:
-        return False
-    batch = attention.axes.product(attention.roles.batch)
-    return covers(context.token_ids, batch, binding.tokens_written)
 
 
 def emit_token_note(attention: Attention, binding: CacheBinding, context: LoweringContext) -> None:
@@ -88,10 +78,6 @@ def _update(
 ) -> None:
     """Let the index follow what this call writes to the cache."""
     emit = context.emit
-    index = context.index_inputs.node_for(binding)
-    positions = named_slots(binding, emit)
-    ids = context.token_ids if knows_tokens(attention, binding, context) else None
-    count = static_size(binding.tokens_written)
-    written = emit(aten.sym_size.int, *binding.tokens) if count is None else count  # type: ignore[misc]
+    positions, ids, index, written = write_of(attention, binding, context)
     update = torch.ops.lychee.update_index.default
     emit(update, operands.key, operands.mask, positions, ids, index, written)

@@ -10,6 +10,7 @@ import torch.fx
 
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.detect.caching.loads import Load
 from lychee_compile.passes.detect.caching.token_writes import (
     Slots,
     Span,
@@ -35,9 +36,20 @@ from lychee_compile.passes.graph.dataflow import (
     same,
     scalar_of,
     shape_of,
+    through_bits,
     through_copies,
 )
 from lychee_compile.passes.reasons import Reason
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A tensor beside the cache that keys are computed from, as a graph takes and gives it."""
+
+    source: torch.fx.Node | None
+    """The input, or the part of one, that holds it before the call; None if it begins here."""
+    output: int | None = None
+    """Position of the output that holds it after the call; None if that is the input."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,12 @@ class CacheBinding:
     than `key`; None otherwise."""
     in_front: int = field(default=0, compare=False)
     """Number of keys that the attention reads in front of those of the cache."""
+    load: Load | None = None
+    """The keys as an expression of the cache and other tensors; None if `key` shows them."""
+    watched: tuple[Watched, ...] = ()
+    """The other tensors that the keys depend on."""
+    values: Load | None = field(default=None, compare=False)
+    """The values of the attention as such an expression; None if they are a tensor as it is."""
 
     @property
     def reads_only(self) -> bool:
@@ -120,6 +138,36 @@ def bind_cache(
     return Unbound("none", explain.reason(attention.key.node, attention.kv_len))
 
 
+def bind_tensor(
+    tensor: torch.fx.Node,
+    token_dim: int,
+    attention: Attention,
+    graph: torch.fx.Graph,
+    writes: Writes,
+) -> CacheBinding | Unbound:
+    """Return the cache that `tensor` shows, which the keys of `attention` are computed from.
+
+    `token_dim` is its dimension that runs over tokens.
+    """
+    try:
+        return _Binder(tensor, attention, graph, writes, token_dim).bind()
+    except NotBoundError as error:
+        return Unbound(error.kind, error.reason)
+
+
+def is_held(node: torch.fx.Node, writes: Writes, graph: torch.fx.Graph) -> bool:
+    """True if `node` is a cache that the graph writes, after the write, or one that it grows."""
+    node = through_bits(node)
+    if is_given(node):
+        return node in writes
+    if operator_of(node).write is not None or calls(node, aten.copy_.default):
+        return True
+    return is_operator(node, "cat") and any(
+        isinstance(each, torch.fx.Node) and through_copies(each) is node
+        for each in outputs_of(graph)
+    )
+
+
 class _Binder:
     def __init__(
         self,
@@ -166,13 +214,13 @@ class _Binder:
 
     def _behind_prefixes(self, node: torch.fx.Node) -> torch.fx.Node:
         """Return the node behind slices that take the first entries of a dimension."""
-        node = through_copies(node)
+        node = through_bits(node)
         while (source := prefix_of(node)) is not None and self._holds_cache(source):
-            node = through_copies(source)
+            node = through_bits(source)
         return node
 
     def _holds_cache(self, node: torch.fx.Node) -> bool:
-        node = through_copies(node)
+        node = through_bits(node)
         if prefix_of(node) is not None:
             return self._holds_cache(first_input(node))
         if is_given(node) or operator_of(node).write is not None:
@@ -181,7 +229,7 @@ class _Binder:
 
     def _written(self, node: torch.fx.Node, write: TokenWrite) -> CacheBinding:
         """Return the binding of a cache to which `node` writes tokens, in place or not."""
-        cache = write.cache
+        cache = through_bits(write.cache)
         if self._explain.rolls(cache):
             raise NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         in_place, output = bool(written_by(node)), None
@@ -228,6 +276,9 @@ class _Binder:
         if not writes:
             return CacheBinding(self._key, self._dim, "static", cache, None)
         (write, *more) = writes
+        tokens = None if more or self._attention.node < write else self._through_view(write, cache)
+        if tokens is not None:
+            return self._static(cache, tokens.slots, tokens.tokens, None, write)
         if more or not calls(write, aten.copy_.default):
             raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
         if self._attention.node < write:
@@ -239,6 +290,15 @@ class _Binder:
         if found is None:
             raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
         return self._static(cache, *found, None, write)
+
+    def _through_view(self, write: torch.fx.Node, cache: torch.fx.Node) -> TokenWrite | None:
+        """Return the tokens that `write` writes to the bits of all of `cache`; None if it does not.
+
+        cache.view(uint8).index_copy_(2, positions, new.view(uint8))
+        """
+        if operator_of(write).write is None or through_bits(first_input(write)) is not cache:
+            return None
+        return self._write_at(write)
 
     def _replaced(
         self, cache: torch.fx.Node, fresh: torch.fx.Node, copy: torch.fx.Node

@@ -1,0 +1,256 @@
+"""Recover keys or values as an expression of what is stored.
+
+    keys = cache.to(float32) * scale            keys[b, h, kv, d] = cache[b, h, kv, d] * scale[b, h, kv, 0]
+    keys = cat((-x2, x1), -1) * sin + x * cos   keys[b, h, kv, d] = -x[b, h, kv, d + 8] * sin[kv, d] + ...
+
+An element is followed back by the same index arithmetic as that of a mask, to tensors that are
+given, that this call writes tokens to, or that no rule describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+import torch
+import torch.fx
+
+from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.detect.axis_roles import Roles
+from lychee_compile.passes.detect.operands import Layout, Operand
+from lychee_compile.passes.graph.aliasing import is_given, is_pure_view
+from lychee_compile.passes.graph.dataflow import (
+    argument,
+    first_input,
+    is_operator,
+    operator_of,
+    shape_of,
+    value_of,
+)
+from lychee_compile.passes.graph.names import Names
+from lychee_compile.passes.graph.operator_facts import View
+from lychee_compile.passes.symbolic.axes import Axes, Axis, Index, Indices, with_finer_axes
+from lychee_compile.passes.symbolic.elements import Elements
+from lychee_compile.passes.symbolic.elementwise import Element, piecewise
+
+_NAME = "load_{}"
+"""Name of the axis of each of the indices."""
+LARGEST = 60
+"""Largest number of operations of an expression that is evaluated at each read."""
+BATCH, HEAD, TOKEN, CHANNEL = INDEX = sympy.symbols("b h kv d", integer=True, nonnegative=True)
+"""Row, KV head, token and channel of a key or value: the symbols of an expression."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Keys or values as an expression of tensors of the graph."""
+
+    element: Element
+    """Element [b, h, kv, d], an expression of `INDEX` and of elements of the leaves."""
+    leaves: tuple[tuple[str, torch.fx.Node], ...]
+    """Tensors that the expression reads, by the names that it has for them."""
+    dtype: torch.dtype
+    """Dtype of the keys or values."""
+
+    def reads_of(self, name: str) -> list[Indices]:
+        """Return the indices at which the expression reads a leaf."""
+        found = self.element.atoms(sympy.Indexed)
+        return [each.indices for each in found if str(each.base) == name]
+
+    @property
+    def chooses_by_token(self) -> bool:
+        """True if keys of some tokens come from other tensors than those of others."""
+        conditions = (
+            condition
+            for each in self.element.atoms(sympy.Piecewise)
+            for _, condition in each.args
+        )
+        return any(each.has(TOKEN) for each in conditions)
+
+    def token_dim(self, name: str) -> int | None:
+        """Return the dimension of a leaf that runs over tokens; None if there is no such one."""
+        dims = {
+            dim
+            for indices in self.reads_of(name)
+            for dim, index in enumerate(indices)
+            if index.has(TOKEN)
+        }
+        whole = [
+            dim for dim in dims if all(each[dim] == TOKEN for each in self.reads_of(name))
+        ]
+        return whole[0] if len(dims) == len(whole) == 1 else None
+
+
+def load_of(
+    operand: Operand,
+    channels: tuple[Axis, ...],
+    attention: Attention,
+    is_stored: Callable[[torch.fx.Node, Indices], bool],
+) -> Load | None:
+    """Return keys or values as an expression; None if that is not found or is too large.
+
+    `channels` are the axes of their features. `is_stored` tells of a tensor and the indices at
+    which it is read if it is stored as it is.
+    """
+    module = operand.node.graph.owning_module
+    assert module is not None
+
+    def match(axes: Axes) -> Load:
+        axes.agree_with(attention.axes)
+        indices, names = _indices(operand.layout, attention, channels, axes)
+        elements = _StoredElements(axes, Names(module), is_stored)
+        element = axes.rejoined(elements.of(operand.node, indices)).xreplace(names)
+        leaves = [
+            (name, node)
+            for name, node in elements.leaves.items()
+            if any(str(each) == name for each in element.free_symbols)
+        ]
+        return Load(element, tuple(leaves), value_of(operand.node).dtype)
+
+    try:
+        load = with_finer_axes(match)
+    except _NotStoredError:
+        return None
+    if load is None or load.element.count_ops() > LARGEST or load.element.atoms(Axis):
+        return None
+    return load
+
+
+def runs_over_tokens(index: Index) -> bool:
+    """True if an index that `is_stored` is asked about depends on the token."""
+    return any(str(axis).startswith(_NAME.format(TOKEN)) for axis in index.atoms(Axis))
+
+
+def is_plain(load: Load, node: torch.fx.Node) -> bool:
+    """True if keys or values are stored as they are read: `node` shows one tensor."""
+    alone = isinstance(load.element, sympy.Indexed) and len(load.leaves) == 1
+    leaf = load.leaves[0][1] if alone else node
+    return alone and value_of(leaf).dtype == load.dtype and _views(node, leaf)
+
+
+def _views(node: torch.fx.Node, leaf: torch.fx.Node) -> bool:
+    while node is not leaf and is_pure_view(node):
+        node = first_input(node)
+    return node is leaf
+
+
+def _indices(
+    layout: Layout, attention: Attention, channels: tuple[Axis, ...], axes: Axes
+) -> tuple[Indices, dict[sympy.Symbol, sympy.Symbol]]:
+    """Return an index over each dimension of a layout, and the symbol of each axis in it."""
+    roles: Roles = attention.roles
+    digit: dict[Axis, Index] = {}
+    names = {}
+    for symbol, role in zip(
+        INDEX, (roles.batch, roles.kv_heads, roles.key, channels), strict=True
+    ):
+        name = _NAME.format(symbol)
+        rest = axes.index(name, attention.axes.product(role))
+        names[_axis(name)] = symbol
+        for axis in reversed(role[1:]):
+            rest, digit[axis] = axes.divide(rest, attention.axes.sizes[axis])
+        if role:
+            digit[role[0]] = rest
+    indices = []
+    for dimension in layout:
+        index: Index = sympy.S.Zero
+        for axis in dimension:
+            index = index * attention.axes.sizes[axis] + digit[axis]
+        indices.append(sympy.expand(index))
+    return tuple(indices), names
+
+
+def _axis(name: str) -> Axis:
+    return Axis(name, integer=True, nonnegative=True)
+
+
+class _NotStoredError(Exception):
+    """An element that is not computed from what is stored as an expression can tell."""
+
+
+class _StoredElements(Elements):
+    """Elements of tensors, followed back to what is stored and no further."""
+
+    def __init__(
+        self, axes: Axes, names: Names, is_stored: Callable[[torch.fx.Node, Indices], bool]
+    ) -> None:
+        super().__init__(axes, names)
+        self._is_stored = is_stored
+        self.leaves: dict[str, torch.fx.Node] = {}
+        """Tensors at which the way back ended, by name."""
+
+    def load(self, node: torch.fx.Node, indices: Indices) -> Element:
+        self.leaves[self.names.of(node)] = node
+        return super().load(node, indices)
+
+    def _evaluate(self, node: torch.fx.Node, indices: Indices) -> Element:
+        if is_given(node) or node.op != "call_function" or self._is_stored(node, indices):
+            return super()._evaluate(node, indices) if node.op == "get_attr" else self.load(
+                node, indices
+            )
+        if not _keeps_numbers(node):
+            return self.load(node, indices)
+        if is_operator(node, "cat") or is_operator(node, "stack"):
+            return self._joined(node, indices)
+        return super()._evaluate(node, indices)
+
+    def _joined(self, node: torch.fx.Node, indices: Indices) -> Element:
+        """Return the element of tensors that are joined, as a choice between theirs."""
+        dim = argument(node, "dim", 0) % len(indices)
+        stacked, at, start = is_operator(node, "stack"), indices[dim], sympy.S.Zero
+        choices = []
+        for part in argument(node, "tensors"):
+            if not stacked and len(shape_of(part)) != len(indices):
+                continue  # an empty tensor of one dimension
+            size = sympy.S.One if stacked else self.axes.size(shape_of(part)[dim])
+            inside = () if stacked else (sympy.expand(at - start),)
+            begin, start = start, start + size
+            if self._is_before(at, begin):
+                break
+            if not self._is_behind(at, start):
+                ours = (*indices[:dim], *inside, *indices[dim + 1 :])
+                choices.append((self.of(part, ours), sympy.Lt(at, start)))
+        *before, last = choices
+        return _choice([*before, (last[0], sympy.true)])
+
+    def _is_before(self, at: Index, begin: Index) -> bool:
+        return self.axes.is_below(at, begin) if begin != 0 else False
+
+    def _is_behind(self, at: Index, end: Index) -> bool:
+        return bool(sympy.expand(at - end).is_nonnegative)
+
+
+def _choice(branches: list[tuple[Element, Element]]) -> Element:
+    """Return a choice between values that may be choices themselves."""
+    flat = []
+    for value, condition in branches:
+        pairs = value.args if isinstance(value, sympy.Piecewise) else [(value, sympy.true)]
+        flat += [(each, sympy.And(condition, holds)) for each, holds in pairs]
+    return piecewise(flat)
+
+
+def _keeps_numbers(node: torch.fx.Node) -> bool:
+    """True if the numbers of `node` are those that its formula gives, but for rounding.
+
+    Integers of few bits may overflow, and few bits of a float round much.
+    """
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.dtype.is_complex:
+        return False
+    if operator_of(node).view is View.COPY:
+        return _holds(value.dtype, value_of(first_input(node)).dtype)
+    exact = operator_of(node).view is not None or value.dtype == torch.bool
+    return exact or value.dtype.itemsize > (1 if value.dtype.is_floating_point else 2)
+
+
+def _holds(after: torch.dtype, before: torch.dtype) -> bool:
+    """True if a conversion does no more than round."""
+    if after == before:
+        return True
+    if after.is_floating_point:
+        return after.itemsize > 1
+    if before.is_floating_point or torch.bool in (after, before):
+        return False
+    ours, theirs = torch.iinfo(after), torch.iinfo(before)
+    return ours.min <= theirs.min and theirs.max <= ours.max
