@@ -29,6 +29,8 @@ class _NoTextError(Exception):
 class _Printer(StrPrinter):
     """Writes numbers, elements of leaves and choices; raises `_NoTextError` for all else."""
 
+    printmethod = "_no_method"  # expressions do not print themselves
+
     def __init__(self, load: Load) -> None:
         super().__init__({"order": "none"})
         names = [name for name, _ in load.leaves]
