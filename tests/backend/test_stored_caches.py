@@ -1,0 +1,148 @@
+"""Decoding over caches that hold keys and values in other forms than attention reads them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from stored_caches import FORMS, Form, Sizes
+from torch import Tensor
+
+import lychee_compile
+from lychee_compile.kernels.operators.observe import SparseCall, observers
+
+pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+
+SMALL = {"budget": 24, "sinks": 2, "recent": 8, "chunk": (2, 4)}
+ALL = {**SMALL, "budget": 95}
+BEGIN = 60
+SHAPES = (
+    Sizes(),
+    Sizes(batch=1, heads=3, group=1, head_dim=8),
+    Sizes(heads=1, group=3, dtype=torch.bfloat16),
+)
+
+
+@pytest.fixture
+def calls() -> Iterator[list[SparseCall]]:
+    """Return the sparse calls of a test, each with what it has read."""
+    seen: list[SparseCall] = []
+    observers.append(seen.append)
+    yield seen
+    observers.remove(seen.append)
+
+
+class Twins:
+    """A cache that the backend decodes over, and a copy of it that PyTorch decodes over."""
+
+    def __init__(self, form: Form, sizes: Sizes, options: dict[str, Any]) -> None:
+        self.form, self.sizes = form, sizes
+        self.held = form.store(sizes)
+        self.copy = [each.clone() for each in self.held]
+        self.compiled = torch.compile(form.attend, backend="lychee", options=options)
+
+    def step(self, position: int, query: Tensor | None = None, key: Tensor | None = None) -> Any:
+        """Return what both give, after they have written the same."""
+        s = self.sizes
+        new = (s.query() if query is None else query, s.keys(1) if key is None else key, s.keys(1))
+        pos = torch.tensor([position])
+        got = self.compiled(*new, pos, *self.held)
+        want = self.form.attend(*new, pos, *self.copy)
+        for ours, theirs in zip(self.held, self.copy, strict=True):
+            assert torch.equal(ours.float(), theirs.float())
+        return got, want
+
+    def write(self, position: int, key: Tensor) -> None:
+        """Write a key outside of compiled code."""
+        value = self.sizes.keys(1)
+        for held in (self.held, self.copy):
+            self.form.step(key, value, torch.tensor([position]), *held)
+
+
+def close(pair: tuple[Tensor, Tensor]) -> None:
+    rough = pair[0].dtype != torch.float32
+    tolerance = {"atol": 3e-2, "rtol": 3e-2} if rough else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(*pair, **tolerance)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_all_keys_are_read_as_dense_attention_reads_them(
+    name: str, calls: list[SparseCall]
+) -> None:
+    """Steps, a rewind, a write from outside, and tables that change."""
+    form, place = FORMS[name], list(FORMS).index(name)
+    twins = Twins(form, SHAPES[place % 3], ALL)
+    for position in (BEGIN, BEGIN + 1, BEGIN + 2, BEGIN + 1, BEGIN + 2):
+        close(twins.step(position))
+    twins.write(20, twins.sizes.keys(1))
+    close(twins.step(BEGIN + 3))
+    if form.tables:
+        for held in (twins.held, twins.copy):
+            held[-1].mul_(0.5)
+        close(twins.step(BEGIN + 4))
+    assert len(calls) == 6 + bool(form.tables)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_key_that_is_written_outside_is_found(name: str, calls: list[SparseCall]) -> None:
+    """One key that outweighs all others: an index of the old keys would not choose it."""
+    form = FORMS[name]
+    twins = Twins(form, Sizes(group=1), SMALL)
+    for position in range(BEGIN, BEGIN + 3):
+        twins.step(position)
+    read = [int(call.selection.token_mask().sum(-1).max()) for call in calls]
+    assert len(read) == 3
+    assert max(read) <= 24
+    query = twins.sizes.query()
+    twins.write(30, planted(name, twins.sizes, query))
+    got, want = twins.step(BEGIN + 3, query)
+    torch.testing.assert_close(got, want, atol=0.1, rtol=0.1)
+
+
+def planted(name: str, sizes: Sizes, query: Tensor) -> Tensor:
+    """Return a key that outweighs all others for `query` once it is read.
+
+    Where keys are turned when they are read, the transpose of that turns the query back.
+    """
+    if "rotated" not in name and name != "latents":
+        return 6 * query
+    form = FORMS["rotated" if name == "rotated bytes" else name]
+    with torch.enable_grad():
+        key = torch.zeros_like(query, requires_grad=True)
+        keys, _ = form.step(key, query, torch.tensor([30]), *form.store(sizes))
+        (keys[:, :, 30:31] * query).sum().backward()
+    assert key.grad is not None
+    return 6 * key.grad
+
+
+def test_a_table_that_is_new_at_each_call_is_given_up_on(calls: list[SparseCall]) -> None:
+    twins = Twins(FORMS["rotated"], Sizes(), ALL)
+    for position in range(BEGIN, BEGIN + 8):
+        twins.held[-1] = twins.held[-1].clone()
+        close(twins.step(position))
+    assert 3 <= len(calls) < 8
+    (report,) = lychee_compile.reports()
+    assert any("beside the cache" in note for note in report.notes)
+
+
+def test_values_alone_may_be_stored_in_another_form(calls: list[SparseCall]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, *held: Tensor) -> Tensor:
+        ck, cv, scale = held
+        keys = ck.index_copy_(2, pos, k)
+        values = cv.index_copy_(2, pos, (v / scale).round().to(torch.int8)).float() * scale
+        mask = torch.arange(ck.shape[2]) <= pos[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, enable_gqa=True
+        )
+
+    s = Sizes()
+    held = [s.keys(), s.keys().mul(20).to(torch.int8), torch.full((s.heads, 1, 1), 0.05)]
+    copy = [each.clone() for each in held]
+    compiled = torch.compile(attend, backend="lychee", options=ALL)
+    for position in range(BEGIN, BEGIN + 3):
+        new = s.query(), s.keys(1), s.keys(1), torch.tensor([position])
+        close((compiled(*new, *held), attend(*new, *copy)))
+    assert len(calls) == 3
+    assert type(calls[0].operands.value).__name__ == "LoadedTensor"
