@@ -454,8 +454,8 @@ CACHE_NOT_BY_TOKEN = _kind(
 CACHE_ROWS_APART = _kind(
     Group.CACHE,
     "cache-rows-apart",
-    "each row of the cache is written at a position of its own",
-    "write all rows at the same positions, with rows padded in front",
+    "entries of the cache that are no rows of the batch are written at positions of their own",
+    "write all heads of a row at the same positions",
 )
 CACHE_REPLACED = _kind(
     Group.CACHE,

@@ -46,7 +46,9 @@ class _Parts:
 
 
 def size_expression(size: Any) -> sympy.Expr:
-    """Return a size of a tensor, int or SymInt, as a sympy expression."""
+    """Return a size of a tensor, int, SymInt or an expression already, as a sympy expression."""
+    if isinstance(size, sympy.Expr):
+        return size
     if isinstance(size, torch.SymInt):
         return torch_private.symbolic_expression(size)
     return sympy.Integer(size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.fx
@@ -12,6 +11,7 @@ from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.loads import Load
 from lychee_compile.passes.detect.caching.token_writes import (
+    RowSlots,
     Slots,
     Span,
     Tokens,
@@ -24,6 +24,7 @@ from lychee_compile.passes.detect.caching.token_writes import (
 from lychee_compile.passes.detect.caching.unbound import KeysWithoutCache
 from lychee_compile.passes.detect.caching.unfolded import behind_views, dimension_in
 from lychee_compile.passes.detect.caching.write_positions import NotBoundError, PositionReader
+from lychee_compile.passes.detect.operands import Layout
 from lychee_compile.passes.graph.aliasing import is_given, storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
     argument,
@@ -128,7 +129,8 @@ def bind_cache(
         if len(places) != 1 or key.layout[places[0]] != attention.roles.key:
             continue
         try:
-            return _Binder(key.node, attention, graph, writes, places[0]).bind()
+            batch = _batch_dim(key.layout, attention)
+            return _Binder(key.node, attention, graph, writes, (places[0], batch)).bind()
         except NotBoundError as error:
             met.append(Unbound(error.kind, error.reason))
     nearer = [each for each in met if each.reason.code != reasons.NO_CACHE.code]
@@ -140,17 +142,18 @@ def bind_cache(
 
 def bind_tensor(
     tensor: torch.fx.Node,
-    token_dim: int,
+    dims: tuple[int, int | None],
     attention: Attention,
     graph: torch.fx.Graph,
     writes: Writes,
 ) -> CacheBinding | Unbound:
     """Return the cache that `tensor` shows, which the keys of `attention` are computed from.
 
-    `token_dim` is its dimension that runs over tokens.
+    `dims` are its dimensions that run over tokens and over rows; None if no dimension runs over
+    rows alone.
     """
     try:
-        return _Binder(tensor, attention, graph, writes, token_dim).bind()
+        return _Binder(tensor, attention, graph, writes, dims).bind()
     except NotBoundError as error:
         return Unbound(error.kind, error.reason)
 
@@ -168,6 +171,12 @@ def is_held(node: torch.fx.Node, writes: Writes, graph: torch.fx.Graph) -> bool:
     )
 
 
+def _batch_dim(layout: Layout, attention: Attention) -> int | None:
+    """Return the dimension that runs over the rows of a batch and nothing else; None: there is none."""
+    batch = attention.roles.batch
+    return layout.index(batch) if batch and batch in layout else None
+
+
 class _Binder:
     def __init__(
         self,
@@ -175,13 +184,20 @@ class _Binder:
         attention: Attention,
         graph: torch.fx.Graph,
         writes: Writes,
-        token_dim: int,
+        dims: tuple[int, int | None],
     ) -> None:
-        self._key, self._attention, self._graph, self._dim = key, attention, graph, token_dim
+        """Bind `key`, whose dimensions `dims` run over tokens and over rows."""
+        self._key, self._attention, self._graph = key, attention, graph
+        self._dim, self._batch = dims
         self._writes, self._explain = writes, KeysWithoutCache(graph, writes)
-        self._write_at = partial(
-            token_write, token_dim=token_dim, reader=PositionReader(graph, frozenset(writes))
-        )
+        self._reader = PositionReader(graph, frozenset(writes))
+
+    def _write_at(self, node: torch.fx.Node) -> TokenWrite | None:
+        """Return the tokens that `node` writes; None if it writes none. Raises `NotBoundError`."""
+        found = token_write(node, self._dim, self._reader)
+        if found is not None and found.rows not in (None, self._batch):
+            raise NotBoundError(reasons.CACHE_ROWS_APART())
+        return found
 
     def bind(self) -> CacheBinding:
         holder = self._behind_prefixes(self._key)
@@ -264,7 +280,8 @@ class _Binder:
         write: torch.fx.Node,
     ) -> CacheBinding:
         """Return the binding of a cache of fixed size, if `slots` still name what was written."""
-        named = slots if isinstance(slots, torch.fx.Node) else None
+        named = slots.node if isinstance(slots, RowSlots) else slots
+        named = named if isinstance(named, torch.fx.Node) else None
         later = [] if named is None else self._writes.get(storage_of(named), [])
         if any(write < each and each < self._attention.node for each in later):
             raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())

@@ -61,7 +61,7 @@ def bind_loaded(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> 
         written = is_held(leaf, writes, graph)
         dim = load.token_dim(name)
         if written and dim is not None:
-            binding = bind_tensor(leaf, dim, attention, graph, writes)
+            binding = bind_tensor(leaf, (dim, load.batch_dim(name)), attention, graph, writes)
             if isinstance(binding, Unbound) or not _alike(binding, bindings):
                 return None
             if binding.kind == "dynamic" and not _holds_all(leaf, dim, attention):

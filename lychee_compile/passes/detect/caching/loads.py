@@ -70,16 +70,17 @@ class Load:
 
     def token_dim(self, name: str) -> int | None:
         """Return the dimension of a leaf that runs over tokens; None if there is no such one."""
-        dims = {
-            dim
-            for indices in self.reads_of(name)
-            for dim, index in enumerate(indices)
-            if index.has(TOKEN)
-        }
-        whole = [
-            dim for dim in dims if all(each[dim] == TOKEN for each in self.reads_of(name))
-        ]
-        return whole[0] if len(dims) == len(whole) == 1 else None
+        return self._dim_of(name, TOKEN)
+
+    def batch_dim(self, name: str) -> int | None:
+        """Return the dimension of a leaf that runs over rows; None if there is no such one."""
+        return self._dim_of(name, BATCH)
+
+    def _dim_of(self, name: str, symbol: sympy.Symbol) -> int | None:
+        reads = self.reads_of(name)
+        dims = {dim for each in reads for dim, index in enumerate(each) if index.has(symbol)}
+        whole = all(each[dim] == symbol for each in reads for dim in dims)
+        return min(dims) if len(dims) == 1 and whole else None
 
 
 def load_of(
