@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,7 +74,8 @@ def test_all_keys_are_read_as_dense_attention_reads_them(
 ) -> None:
     """Steps, a rewind, a write from outside, and tables that change."""
     form, place = FORMS[name], list(FORMS).index(name)
-    twins = Twins(form, SHAPES[place % 3], ALL)
+    sizes = replace(SHAPES[place % 3], batch=1) if name == "pages" else SHAPES[place % 3]
+    twins = Twins(form, sizes, ALL)
     for position in (BEGIN, BEGIN + 1, BEGIN + 2, BEGIN + 1, BEGIN + 2):
         close(twins.step(position))
     twins.write(20, twins.sizes.keys(1))
@@ -89,7 +91,7 @@ def test_all_keys_are_read_as_dense_attention_reads_them(
 def test_a_key_that_is_written_outside_is_found(name: str, calls: list[SparseCall]) -> None:
     """One key that outweighs all others: an index of the old keys would not choose it."""
     form = FORMS[name]
-    twins = Twins(form, Sizes(group=1), SMALL)
+    twins = Twins(form, Sizes(group=1, batch=1 if name == "pages" else 2), SMALL)
     for position in range(BEGIN, BEGIN + 3):
         twins.step(position)
     read = [int(call.selection.token_mask().sum(-1).max()) for call in calls]
@@ -146,3 +148,26 @@ def test_values_alone_may_be_stored_in_another_form(calls: list[SparseCall]) -> 
         close((compiled(*new, *held), attend(*new, *copy)))
     assert len(calls) == 3
     assert type(calls[0].operands.value).__name__ == "LoadedTensor"
+
+
+def test_pages_that_change_places_and_rows_that_share_pages(calls: list[SparseCall]) -> None:
+    """A page goes to another row, and a write to a shared page changes the keys of two rows."""
+    sizes = Sizes(group=1)
+    twins = Twins(FORMS["pages of rows"], sizes, SMALL)
+    for position in range(BEGIN, BEGIN + 3):
+        twins.step(position)
+    for held in (twins.held, twins.copy):
+        held[-1][0, 2], held[-1][1, 3] = held[-1][1, 3].clone(), held[-1][0, 2].clone()
+    query = twins.sizes.query()
+    twins.write(20, 6 * query)
+    got, want = twins.step(BEGIN + 3, query)
+    torch.testing.assert_close(got, want, atol=0.1, rtol=0.1)
+    assert len(calls) == 4
+    for held in (twins.held, twins.copy):
+        held[-1][1, 3] = held[-1][0, 2]  # token 18 of row 0 is token 26 of row 1
+    twins.step(BEGIN + 4)
+    query = twins.sizes.query()
+    key = 6 * query[:1].expand_as(query)
+    twins.step(18, key=key)
+    got, want = twins.step(BEGIN + 5, torch.cat((query[1:], query[:1])))
+    torch.testing.assert_close(got, want, atol=0.1, rtol=0.1)

@@ -243,6 +243,51 @@ def latent_step(
     return keys, put(cv, pos, v)
 
 
+PAGE = 8
+
+
+def pages(s: Sizes) -> Tensors:
+    """One table for all rows would hold their tokens in one place: so it is one row."""
+    count = s.slots // PAGE
+    stored = [torch.randn(count, PAGE, s.heads, s.head_dim, dtype=s.dtype) for _ in range(2)]
+    return [*stored, torch.randperm(count)]
+
+
+def pages_step(
+    k: Tensor, v: Tensor, pos: Tensor, ck: Tensor, cv: Tensor, table: Tensor
+) -> tuple[Tensor, Tensor]:
+    page, slot = table[pos // PAGE], pos % PAGE
+    found = []
+    for cache, new in ((ck, k), (cv, v)):
+        cache[page, slot] = new[0].transpose(0, 1)
+        found.append(cache[table].flatten(0, 1)[None].transpose(1, 2))
+    return found[0], found[1]
+
+
+def pages_of_rows(s: Sizes) -> Tensors:
+    count = s.batch * s.slots // PAGE
+    number = torch.randint(-127, 128, (2, count, s.heads, PAGE, s.head_dim), dtype=torch.int8)
+    unit = 0.02 + 0.01 * torch.rand(2, count, s.heads, PAGE, 1)
+    table = torch.randperm(count).view(s.batch, -1)
+    return [number[0].clone(), unit[0].clone(), number[1].clone(), unit[1].clone(), table]
+
+
+def pages_of_rows_step(
+    k: Tensor, v: Tensor, pos: Tensor, ck: Tensor, ks: Tensor, cv: Tensor, vs: Tensor, table: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pages of quantised tokens, heads before tokens."""
+    rows = torch.arange(k.shape[0])[:, None]
+    page, slot = table[rows, pos // PAGE], pos % PAGE
+    found = []
+    for cache, scale, new in ((ck, ks, k), (cv, vs, v)):
+        number, unit = scaled(new.transpose(1, 2))
+        cache[page, :, slot] = number
+        scale[page, :, slot] = unit
+        read = cache[table].to(k.dtype) * scale[table].to(k.dtype)
+        found.append(read.transpose(1, 2).flatten(2, 3))
+    return found[0], found[1]
+
+
 def beside(s: Sizes) -> Tensors:
     return [torch.stack((s.keys().transpose(1, 2), s.keys().transpose(1, 2)), 2)]
 
@@ -264,4 +309,6 @@ FORMS = {
     "pairs rotated": Form(with_tables, pairs_rotated_step, tables=2),
     "rotated bytes": Form(bytes_and_tables, rotated_bytes_step, tables=2),
     "latents": Form(latents, latent_step),
+    "pages": Form(pages, pages_step),
+    "pages of rows": Form(pages_of_rows, pages_of_rows_step),
 }

@@ -9,10 +9,12 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.operators.cache_index import CacheIndex
 from lychee_compile.kernels.operators.reference import attended, follow
 from lychee_compile.kernels.reference.loaded_tensor import LoadedTensor
 from lychee_compile.kernels.reference.loads import Load
@@ -21,9 +23,14 @@ from lychee_compile.kernels.reference.operands import Operands
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-def described(expression: str, dtype: torch.dtype) -> str:
-    """Return a description of keys or values for the operators: "float32: at(0, b, h, kv, d)"."""
-    return f"{str(dtype).removeprefix('torch.')}: {expression}"
+def described(expression: str, dtype: torch.dtype, page: str = "", size: int = 0) -> str:
+    """Return a description of keys or values for the operators.
+
+    "float32: at(0, b, h, kv, d)", or, with the page of a token and the tokens of a page,
+    "float32: at(0, entry(1, b, kv//16), kv%16, h, d); 16: entry(1, b, kv//16)".
+    """
+    text = f"{str(dtype).removeprefix('torch.')}: {expression}"
+    return f"{text}; {size}: {page}" if page else text
 
 
 @torch.library.custom_op("lychee::update_loaded_index", mutates_args=("handle",), tags=_TAGS)
@@ -39,7 +46,9 @@ def update_loaded_index(
 ) -> None:
     """Run `update_index` over the keys of a load, `sizes` [B, Hkv, L, D]."""
     keys = _tensor(key, key_load, sizes)
-    follow(keys, mask, positions, token_ids, handle, written)
+    _, _, pages = key_load.partition("; ")
+    check = partial(_check_pages, key, pages, sizes) if pages else None
+    follow(keys, mask, positions, token_ids, handle, written, check)
 
 
 @update_loaded_index.register_fake
@@ -82,7 +91,27 @@ def _tensor(tensors: Sequence[Tensor], load: str, sizes: Sequence[int]) -> Tenso
     """Return keys or values as a tensor, which evaluates what is read of it."""
     if not load:
         return tensors[0]
-    dtype, _, expression = load.partition(": ")
+    dtype, _, expression = load.partition("; ")[0].partition(": ")
     batch, heads, tokens, channels = sizes
     shape = batch, heads, tokens, channels
     return LoadedTensor.of(Load(expression, getattr(torch, dtype), tuple(tensors), shape))
+
+
+def _check_pages(
+    tensors: Sequence[Tensor], pages: str, sizes: Sequence[int], cache: CacheIndex, slot: Tensor
+) -> None:
+    """Distrust the index of a cache if a page that was written holds other known tokens too.
+
+    `slot`, int64 [B, T], are the slots written. A table may list a page more than once, for rows
+    that share a prefix: a write to it changes all of them.
+    """
+    size, _, expression = pages.partition(": ")
+    batch, _, tokens, _ = sizes
+    first = torch.arange(0, tokens, int(size), device=slot.device)
+    load = Load(expression, torch.int64, tuple(tensors), (batch, 1, tokens, 1))
+    page = load.shared(first)[:, 0, :, 0]
+    end = torch.maximum(cache.known, slot.max(1).values + 1)
+    held = torch.where(first < end[:, None], page, -1)
+    written = page.gather(1, slot // int(size)).unique()
+    if bool((torch.isin(held, written).sum() > len(written)).any()):
+        cache.distrust()

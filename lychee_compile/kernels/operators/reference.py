@@ -7,13 +7,14 @@ ordered in a functional graph because `update_index` declares that it mutates th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels import handles
-from lychee_compile.kernels.operators.cache_index import CacheWrite
+from lychee_compile.kernels.operators.cache_index import CacheIndex, CacheWrite
 from lychee_compile.kernels.operators.fakes import fake_output
 from lychee_compile.kernels.operators.observe import SparseCall, observers
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
@@ -93,8 +94,12 @@ def follow(
     token_ids: Tensor | None,
     handle: Tensor,
     written: int,
+    check: Callable[[CacheIndex, Tensor], None] | None = None,
 ) -> None:
-    """Do what the operator `update_index` does; `key` may be evaluated when it is read."""
+    """Do what the operator `update_index` does; `key` may be evaluated when it is read.
+
+    `check` is called with the index and the slots written, int64 [B, T], before the update.
+    """
     owner = handles.find(handle, ReferenceCacheIndex)
     handle[1] += 1
     owner.begin_call()
@@ -109,6 +114,8 @@ def follow(
         positions = torch.arange(max(stop - max(written, 1), 0), stop, device=key.device)
     # As in indexing, a negative position counts from the end.
     positions = (positions.to(torch.int64) % kv_len).expand(batch, -1)
+    if check is not None:
+        check(cache, positions)
     strengths = None
     if token_ids is not None and owner.strength_of is not None:
         strengths = owner.strength_of(token_ids).expand(batch, -1)

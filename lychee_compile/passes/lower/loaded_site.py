@@ -24,7 +24,7 @@ from lychee_compile.kernels.operators import loaded  # noqa: F401  registers the
 from lychee_compile.kernels.operators.loaded import described
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
-from lychee_compile.passes.detect.caching.load_text import load_text
+from lychee_compile.passes.detect.caching.load_text import load_text, page_text
 from lychee_compile.passes.detect.caching.loads import Load
 from lychee_compile.passes.graph.dataflow import module_path
 from lychee_compile.passes.lower.canonical import Canonicaliser
@@ -67,4 +67,5 @@ def _operand(load: Load | None) -> tuple[list[torch.fx.Node], str] | None:
     text = None if load is None else load_text(load)
     if load is None or text is None:
         return None
-    return [leaf for _, leaf in load.leaves], described(text, load.dtype)
+    size = 0 if load.pages is None else load.pages.size
+    return [leaf for _, leaf in load.leaves], described(text, load.dtype, page_text(load), size)

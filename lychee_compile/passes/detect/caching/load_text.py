@@ -22,6 +22,11 @@ def load_text(load: Load) -> str | None:
         return None
 
 
+def page_text(load: Load) -> str:
+    """Return the expression of the page that a token lies in; "" if tokens do not lie in pages."""
+    return "" if load.pages is None else _Printer(load, "entry").doprint(load.pages.page)
+
+
 class _NoTextError(Exception):
     """An operation, or a size that only a call tells."""
 
@@ -31,11 +36,11 @@ class _Printer(StrPrinter):
 
     printmethod = "_no_method"  # expressions do not print themselves
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, reader: str = "at") -> None:
         super().__init__({"order": "none"})
         names = [name for name, _ in load.leaves]
         self._numbers: Mapping[str, int] = {name: place for place, name in enumerate(names)}
-        self._reader = "at"
+        self._reader = reader
 
     def _print_Symbol(self, expr: sympy.Symbol) -> str:
         if expr in INDEX:

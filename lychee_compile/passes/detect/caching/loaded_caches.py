@@ -26,6 +26,7 @@ from lychee_compile.passes.detect.caching.caches import (
 )
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.loads import Load, is_plain, load_of, runs_over_tokens
+from lychee_compile.passes.detect.caching.paged_caches import bind_paged
 from lychee_compile.passes.detect.caching.token_writes import Writes
 from lychee_compile.passes.graph.aliasing import is_given, is_pure_view, storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
@@ -58,17 +59,13 @@ def bind_loaded(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> 
     bindings: list[CacheBinding] = []
     watched: list[Watched] = []
     for name, leaf in load.leaves:
-        written = is_held(leaf, writes, graph)
-        dim = load.token_dim(name)
-        if written and dim is not None:
-            binding = bind_tensor(leaf, (dim, load.batch_dim(name)), attention, graph, writes)
-            if isinstance(binding, Unbound) or not _alike(binding, bindings):
-                return None
-            if binding.kind == "dynamic" and not _holds_all(leaf, dim, attention):
+        if is_held(leaf, writes, graph):
+            binding = _bound(name, leaf, load, attention, graph, writes)
+            if binding is None or not _alike(binding, bindings):
                 return None
             bindings.append(binding)
             continue
-        sources = None if written else _steady_sources(leaf, writes)
+        sources = _steady_sources(leaf, writes)
         if sources is None:
             return None
         watched += [Watched(each) for each in sources]
@@ -110,15 +107,43 @@ def _loaded(
 ) -> CacheBinding | None:
     if not bindings:
         return None
+    if len({load.pages_of(name) for name, leaf in load.leaves if _is_of(leaf, bindings)}) > 1:
+        return None
     main = max(bindings, key=lambda each: _numbers_of_token(each))
     beside = [Watched(each.source, each.output) for each in bindings if each is not main]
     return replace(main, load=load, watched=tuple(dict.fromkeys([*beside, *watched])))
+
+
+def _bound(
+    name: str,
+    leaf: torch.fx.Node,
+    load: Load,
+    attention: Attention,
+    graph: torch.fx.Graph,
+    writes: Writes,
+) -> CacheBinding | None:
+    """Return the binding of a leaf that the call writes tokens to; None if it is not understood."""
+    dim, pages = load.token_dim(name), load.pages_of(name)
+    if pages is not None:
+        return bind_paged(leaf, pages, load, attention, graph, writes)
+    if dim is None:
+        return None
+    binding = bind_tensor(leaf, (dim, load.batch_dim(name)), attention, graph, writes)
+    if isinstance(binding, Unbound):
+        return None
+    if binding.kind == "dynamic" and not _holds_all(leaf, dim, attention):
+        return None
+    return binding
 
 
 def _holds_all(leaf: torch.fx.Node, dim: int, attention: Attention) -> bool:
     """True if a cache has as many tokens as attention has keys: so the newest is the last key."""
     axes = attention.axes
     return axes.size(shape_of(leaf)[dim]) == axes.product(attention.roles.key)
+
+
+def _is_of(leaf: torch.fx.Node, bindings: list[CacheBinding]) -> bool:
+    return any(each.key is leaf for each in bindings)
 
 
 def _numbers_of_token(binding: CacheBinding) -> int:

@@ -10,7 +10,7 @@ given, that this call writes tokens to, or that no rule describes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 import torch
@@ -43,6 +43,20 @@ BATCH, HEAD, TOKEN, CHANNEL = INDEX = sympy.symbols("b h kv d", integer=True, no
 
 
 @dataclass(frozen=True)
+class Pages:
+    """A leaf that holds tokens in pages, which a table lists."""
+
+    page_dim: int
+    """Dimension that runs over pages."""
+    slot_dim: int
+    """Dimension that runs over the tokens of a page."""
+    page: sympy.Indexed
+    """Entry of the table for row `BATCH` and token `TOKEN`."""
+    size: int
+    """Number of tokens of a page."""
+
+
+@dataclass(frozen=True)
 class Load:
     """Keys or values as an expression of tensors of the graph."""
 
@@ -52,6 +66,31 @@ class Load:
     """Tensors that the expression reads, by the names that it has for them."""
     dtype: torch.dtype
     """Dtype of the keys or values."""
+    names: Names = field(compare=False, repr=False)
+    """Names of the tensors of the graph."""
+
+    @property
+    def pages(self) -> Pages | None:
+        """How pages of tokens are found; None if tokens do not lie in pages."""
+        found = (self.pages_of(name) for name, _ in self.leaves)
+        return next((each for each in found if each is not None), None)
+
+    def pages_of(self, name: str) -> Pages | None:
+        """Return how a leaf holds pages of tokens; None if it does not."""
+        reads = set(self.reads_of(name))
+        if len(reads) != 1:
+            return None
+        (indices,) = reads
+        dims = [dim for dim, index in enumerate(indices) if index.has(TOKEN)]
+        slots = [dim for dim in dims if isinstance(indices[dim], sympy.Mod)]
+        if len(dims) != 2 or len(slots) != 1:
+            return None
+        (page_dim,) = set(dims) - set(slots)
+        page, (token, size) = indices[page_dim], indices[slots[0]].args
+        if token != TOKEN or not size.is_Integer or not isinstance(page, sympy.Indexed):
+            return None
+        elsewhere = page.xreplace({sympy.floor(TOKEN / size): sympy.S.Zero}).has(TOKEN)
+        return None if elsewhere else Pages(page_dim, slots[0], page, int(size))
 
     def reads_of(self, name: str) -> list[Indices]:
         """Return the indices at which the expression reads a leaf."""
@@ -100,14 +139,15 @@ def load_of(
     def match(axes: Axes) -> Load:
         axes.agree_with(attention.axes)
         indices, names = _indices(operand.layout, attention, channels, axes)
-        elements = _StoredElements(axes, Names(module), is_stored)
+        names_of = Names(module)
+        elements = _StoredElements(axes, names_of, is_stored)
         element = axes.rejoined(elements.of(operand.node, indices)).xreplace(names)
         leaves = [
             (name, node)
             for name, node in elements.leaves.items()
             if any(str(each) == name for each in element.free_symbols)
         ]
-        return Load(element, tuple(leaves), value_of(operand.node).dtype)
+        return Load(element, tuple(leaves), value_of(operand.node).dtype, names_of)
 
     try:
         load = with_finer_axes(match)
@@ -241,7 +281,7 @@ def _keeps_numbers(node: torch.fx.Node) -> bool:
         return False
     if operator_of(node).view is View.COPY:
         return _holds(value.dtype, value_of(first_input(node)).dtype)
-    exact = operator_of(node).view is not None or value.dtype == torch.bool
+    exact = not operator_of(node).is_elementwise or value.dtype == torch.bool
     return exact or value.dtype.itemsize > (1 if value.dtype.is_floating_point else 2)
 
 

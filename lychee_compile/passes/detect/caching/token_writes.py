@@ -90,7 +90,7 @@ def token_write(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> 
     blend = reader.blend(node, token_dim)
     if blend is None:
         return None
-    return _at(*blend)
+    return written_at(*blend)
 
 
 def view_write(
@@ -189,7 +189,7 @@ def _index_put(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> T
     if accumulate:
         raise NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
     found = reader.at_all_rows(argument(node, "indices"), shape_of(cache), token_dim)
-    return _at(cache, found)
+    return written_at(cache, found)
 
 
 def _scatter(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> TokenWrite:
@@ -198,10 +198,10 @@ def _scatter(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> Tok
     if not along or not is_tensor(source) or argument(node, "reduce") is not None:
         raise NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
     found = reader.same_everywhere(index, shape_of(cache), token_dim)
-    return _at(cache, found)
+    return written_at(cache, found)
 
 
-def _at(cache: torch.fx.Node, found: Positions) -> TokenWrite:
+def written_at(cache: torch.fx.Node, found: Positions) -> TokenWrite:
     """Return the write to `cache` at the positions that were found."""
     slots = _single(found.node)
     if found.row_dim is not None:

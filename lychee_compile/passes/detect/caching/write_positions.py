@@ -82,17 +82,17 @@ class PositionReader:
             raise NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
         if given == [index] and len(shape_of(index)) < 2:
             return Positions(index, 0 if shape_of(index) else None)
-        wide = _broadcast_shape([shape_of(each) for each in given])
+        wide = broadcast_shape([shape_of(each) for each in given])
 
         def match(axes: Axes) -> Positions:
-            elements, ours = self._elements(axes), _whole(axes, wide)
+            elements, ours = self._elements(axes), axes_over(axes, wide)
             taken: dict[sympy.Basic, int] = {}
             for dim, each in enumerate(indices):
                 if each is not None and dim != token_dim:
                     place = elements.of(each, broadcast(ours, shape_of(each), wide))
                     taken.update(dict.fromkeys(_covered(place, shape[dim], ours, wide), dim))
             position = elements.of(index, broadcast(ours, shape_of(index), wide))
-            return self._holder(elements, position, index, taken)
+            return self.holder(elements, position, index, taken)
 
         return self._found(match)
 
@@ -107,9 +107,9 @@ class PositionReader:
             raise NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
 
         def match(axes: Axes) -> Positions:
-            elements, ours = self._elements(axes), _whole(axes, sizes)
+            elements, ours = self._elements(axes), axes_over(axes, sizes)
             position = elements.of(index, ours)
-            return self._holder(elements, position, index, _others(ours, token_dim))
+            return self.holder(elements, position, index, _others(ours, token_dim))
 
         return self._found(match)
 
@@ -135,7 +135,7 @@ class PositionReader:
     def _blend(
         self, axes: Axes, node: torch.fx.Node, caches: list[torch.fx.Node], token_dim: int
     ) -> tuple[torch.fx.Node, Positions] | None:
-        elements, ours = self._elements(axes), _whole(axes, shape_of(node))
+        elements, ours = self._elements(axes), axes_over(axes, shape_of(node))
         choice = _two_ways(elements.of(node, ours)) if caches else None
         if choice is None:
             return None
@@ -145,14 +145,18 @@ class PositionReader:
         position = _solved(equal, token) if isinstance(token, Axis) else None
         if cache is None or position is None:
             return None
-        return cache, self._holder(elements, position, node, _others(ours, token_dim))
+        return cache, self.holder(elements, position, node, _others(ours, token_dim))
 
     def _elements(self, axes: Axes) -> Elements:
         module = self._graph.owning_module
         assert module is not None
-        return Elements(axes, Names(module), self._written)
+        return self.elements(axes, Names(module))
 
-    def _holder(
+    def elements(self, axes: Axes, names: Names) -> Elements:
+        """Return the elements of the tensors of the graph that are not written to, by name."""
+        return Elements(axes, names, self._written)
+
+    def holder(
         self,
         elements: Elements,
         position: sympy.Basic,
@@ -219,7 +223,8 @@ class PositionReader:
         return found
 
 
-def _whole(axes: Axes, shape: Shape) -> Indices:
+def axes_over(axes: Axes, shape: Shape) -> Indices:
+    """Return an index over each dimension of a shape."""
     return tuple(axes.index(f"w{dim}", size) for dim, size in enumerate(shape))
 
 
@@ -238,7 +243,7 @@ def _alike(left: Shape, right: Shape) -> bool:
     return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
 
 
-def _broadcast_shape(shapes: list[Shape]) -> Shape:
+def broadcast_shape(shapes: list[Shape]) -> Shape:
     """Return the shape that all of `shapes` broadcast to."""
     rank = max(map(len, shapes))
     wide: list[Any] = [1] * rank
