@@ -149,6 +149,8 @@ class _Reading:
             at = next((n for n, each in enumerate(outer) if each is self._places[name]), None)
             dims.append(at)
             if name == "kv" and at is not None:
+                if tensor.shape[at] < end:
+                    return None
                 tensor = tensor.narrow(at, begin, size)
             elif at is not None and tensor.shape[at] != size:
                 return None
@@ -161,8 +163,9 @@ class _Reading:
         return isinstance(place, Tensor) and place.shape[-1] > 1
 
     def _within(self, place: Any, size: int) -> Any:
-        """Return an index that is inside; rows, heads and tokens are so by themselves."""
-        if isinstance(place, int) or any(place is each for each in self._places.values()):
+        """Return an index that is inside; rows and heads are so by themselves."""
+        alone = isinstance(place, int) or any(place is each for each in self._places.values())
+        if alone and (place is not self._places["kv"] or size >= self._load.shape[2]):
             return place
         return _inside(place, size)
 
