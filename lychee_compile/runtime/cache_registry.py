@@ -66,7 +66,7 @@ class Entry:
     beside: list[TensorState] = field(default_factory=list)
     """Other tensors that the keys were computed from in the last call."""
     replaced: int = 0
-    """Number of calls in a row that came with another tensor beside the cache than the call before."""
+    """Number of calls in a row that came with another tensor beside than the call before."""
 
     @property
     def storage(self) -> StorageWeakRef | None:
@@ -76,7 +76,8 @@ class Entry:
     def check(self, cache: Tensor, beside: Sequence[Tensor] = ()) -> None:
         """Distrust the index if somebody else may have written the cache since the last call.
 
-        Keys may also be computed from the tensors `beside`, in the same order at each call. A cache without versions is evidence of nothing. Its index is distrusted, unless whoever
+        Keys may also be computed from the tensors `beside`, in the same order at each call.
+        A cache without versions is evidence of nothing. Its index is distrusted, unless whoever
         uses the index notices writes.
         """
         now = torch_private.version_of(cache)
@@ -146,7 +147,8 @@ class CacheRegistry:
     ) -> Entry:
         """Return the entry of `cache`, a new one if it has none.
 
-        Keys may also be computed from the tensors `beside`. The index is distrusted if the cache may have been written since the last `release`.
+        Keys may also be computed from the tensors `beside`.
+        The index is distrusted if the cache may have been written since the last `release`.
         """
         key = _identity(cache, kind, token_dim)
         with self._lock:

@@ -104,9 +104,7 @@ class StatefulGraph:
     ) -> None:
         self._compiled = compiled
         self._arguments = tuple(arguments)
-        self._kinds: tuple[Hashable, ...] = tuple(
-            _kind(each, config) for each in arguments
-        )
+        self._kinds: tuple[Hashable, ...] = tuple(_kind(each, config) for each in arguments)
         self._config = config
         self._strength_of = strength_of
         self._last: _LastCall | None = None
@@ -117,9 +115,7 @@ class StatefulGraph:
         """Run the graph on the inputs that Dynamo passes, and follow the caches it wrote."""
         given = [each.given(args) for each in self._arguments]
         last = self._last if self._last is not None and self._last.was_on(given) else None
-        caches = [
-            each.shown(cache) for each, cache in zip(self._arguments, given, strict=True)
-        ]
+        caches = [each.shown(cache) for each, cache in zip(self._arguments, given, strict=True)]
         entries = self._acquire(caches, args) if last is None else last.entries
         if last is None:
             self.new_caches.meet(entries, self._reads_only)
@@ -136,9 +132,7 @@ class StatefulGraph:
         self._keep_up(caches, outputs, entries)
         return outputs
 
-    def _acquire(
-        self, caches: Sequence[Tensor | None], inputs: Sequence[object]
-    ) -> list[Entry]:
+    def _acquire(self, caches: Sequence[Tensor | None], inputs: Sequence[object]) -> list[Entry]:
         """Return an entry for each cache, from the registry or new."""
         registry.sweep()
         return [

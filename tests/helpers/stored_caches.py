@@ -126,9 +126,7 @@ def with_zero(s: Sizes) -> Tensors:
     return tensors
 
 
-def with_zero_step(
-    k: Tensor, v: Tensor, pos: Tensor, *held: Tensor
-) -> tuple[Tensor, Tensor]:
+def with_zero_step(k: Tensor, v: Tensor, pos: Tensor, *held: Tensor) -> tuple[Tensor, Tensor]:
     found = []
     for new, (cache, scale, zero) in ((k, held[:3]), (v, held[3:])):
         low, high = new.amin(-1, keepdim=True).float(), new.amax(-1, keepdim=True).float()
@@ -167,9 +165,7 @@ def bytes_of(s: Sizes) -> Tensors:
     return [s.keys().to(torch.float8_e4m3fn) for _ in range(2)]
 
 
-def bytes_step(
-    k: Tensor, v: Tensor, pos: Tensor, ck: Tensor, cv: Tensor
-) -> tuple[Tensor, Tensor]:
+def bytes_step(k: Tensor, v: Tensor, pos: Tensor, ck: Tensor, cv: Tensor) -> tuple[Tensor, Tensor]:
     for cache, new in ((ck, k), (cv, v)):
         cache.view(torch.uint8).index_copy_(2, pos, new.to(cache.dtype).view(torch.uint8))
     return ck.to(k.dtype), cv.to(k.dtype)

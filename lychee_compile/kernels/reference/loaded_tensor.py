@@ -64,7 +64,7 @@ class LoadedTensor(Tensor):
 
 
 _FACTS = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")),
     Tensor.dim, Tensor.size, Tensor.numel, Tensor.element_size, Tensor.is_floating_point,
     Tensor.is_contiguous,
 }  # fmt: skip
@@ -107,7 +107,12 @@ def _getitem(key: LoadedTensor, places: Any) -> Tensor | None:
     row, head, slot = places
     if isinstance(head, Tensor) or head != _ALL:
         return _at_heads(key, places)
-    if not isinstance(row, Tensor) and row == _ALL and isinstance(slot, slice) and slot.step in (None, 1):
+    if (
+        not isinstance(row, Tensor)
+        and row == _ALL
+        and isinstance(slot, slice)
+        and slot.step in (None, 1)
+    ):
         begin, end, _ = slot.indices(key.tokens)
         return key.part(begin, max(begin, end))
     if isinstance(row, Tensor) and isinstance(slot, Tensor) and row.dtype == slot.dtype:

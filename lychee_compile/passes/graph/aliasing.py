@@ -10,7 +10,6 @@ import torch.fx
 from lychee_compile.passes.graph.dataflow import argument, first_input, operator_of
 from lychee_compile.passes.graph.operator_facts import Memory, View
 
-
 _PART = "lychee_part"
 """Name of the mark on a node that is a part of an input and counts as memory of its own."""
 

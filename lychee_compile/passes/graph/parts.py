@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch.fx
@@ -122,10 +123,8 @@ def _bounds(part: torch.fx.Node) -> _Bounds | None:
     """Return the part of the input that a node shows; None if that depends on symbolic sizes."""
     chain = list(_chain(part))
     source = chain[0]
-    bounds: list[tuple[int, int]] = []
     dims = list(range(len(shape_of(source))))
-    for size in shape_of(source):
-        bounds.append((0, size if isinstance(size, int) else -1))
+    bounds = [(0, size if isinstance(size, int) else -1) for size in shape_of(source)]
     for step in chain[1:]:
         several = step.target is operator.getitem
         maker = first_input(step) if several else step
@@ -165,7 +164,7 @@ def _chain(part: torch.fx.Node) -> Iterator[torch.fx.Node]:
 def _disjoint(left: _Bounds, right: _Bounds) -> bool:
     """True if two parts share no element."""
     return any(
-        0 <= min(a[1], b[1]) and (a[0] + max(a[1], 1) <= b[0] or b[0] + max(b[1], 1) <= a[0])
+        min(a[1], b[1]) >= 0 and (a[0] + max(a[1], 1) <= b[0] or b[0] + max(b[1], 1) <= a[0])
         for a, b in zip(left, right, strict=True)
     )
 
@@ -177,9 +176,11 @@ def _read_what_is_written(part: torch.fx.Node, order: dict[torch.fx.Node, int]) 
     """
     for user in sorted(part.users, key=order.__getitem__):
         if written_by(user) == [part] and user.args[:1] == (part,):
-            place = order[user]
-            part.replace_all_uses_with(
-                user, delete_user_cb=lambda each, place=place: order[each] > place
-            )
+            later = partial(_is_behind, order, order[user])
+            part.replace_all_uses_with(user, delete_user_cb=later)
             _read_what_is_written(user, order)
             return
+
+
+def _is_behind(order: dict[torch.fx.Node, int], place: int, node: torch.fx.Node) -> bool:
+    return order[node] > place

@@ -27,7 +27,7 @@ from lychee_compile.passes.graph.dataflow import aten, module_path
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, emit_behind_front
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.loaded_site import emit_loaded_sparse
-from lychee_compile.passes.lower.written_tokens import knows_tokens, write_of
+from lychee_compile.passes.lower.written_tokens import write_of
 
 OPERATOR = "lychee::sparse_attention (reference)"
 

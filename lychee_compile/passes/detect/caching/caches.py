@@ -172,7 +172,7 @@ def is_held(node: torch.fx.Node, writes: Writes, graph: torch.fx.Graph) -> bool:
 
 
 def _batch_dim(layout: Layout, attention: Attention) -> int | None:
-    """Return the dimension that runs over the rows of a batch and nothing else; None: there is none."""
+    """Return the dimension that runs over the rows of a batch alone; None if there is none."""
     batch = attention.roles.batch
     return layout.index(batch) if batch and batch in layout else None
 
@@ -281,8 +281,7 @@ class _Binder:
     ) -> CacheBinding:
         """Return the binding of a cache of fixed size, if `slots` still name what was written."""
         named = slots.node if isinstance(slots, RowSlots) else slots
-        named = named if isinstance(named, torch.fx.Node) else None
-        later = [] if named is None else self._writes.get(storage_of(named), [])
+        later = [] if isinstance(named, Span) else self._writes.get(storage_of(named), [])
         if any(write < each and each < self._attention.node for each in later):
             raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
         return CacheBinding(self._key, self._dim, "static", cache, output, slots, tokens)

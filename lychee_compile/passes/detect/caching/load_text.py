@@ -5,11 +5,11 @@ scale[b, h, kv, 0] * cache[b, h, kv, d]  ->  "at(0, b, h, kv, 0)*at(1, b, h, kv,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import sympy
-from sympy.printing.str import StrPrinter
+from sympy.core.relational import Relational
 
 from lychee_compile.passes.detect.caching.loads import INDEX, Load
 
@@ -17,79 +17,102 @@ from lychee_compile.passes.detect.caching.loads import INDEX, Load
 def load_text(load: Load) -> str | None:
     """Return the expression of `load`, its leaves numbered in order; None if it has no text."""
     try:
-        return _Printer(load).doprint(load.element)
+        return _Writer(load, "at").text(load.element)
     except _NoTextError:
         return None
 
 
 def page_text(load: Load) -> str:
     """Return the expression of the page that a token lies in; "" if tokens do not lie in pages."""
-    return "" if load.pages is None else _Printer(load, "entry").doprint(load.pages.page)
+    return "" if load.pages is None else _Writer(load, "entry").text(load.pages.page)
 
 
 class _NoTextError(Exception):
-    """An operation, or a size that only a call tells."""
+    """An operation that has no text, or a size that only a call tells."""
 
 
-class _Printer(StrPrinter):
+class _Writer:
     """Writes numbers, elements of leaves and choices; raises `_NoTextError` for all else."""
 
-    printmethod = "_no_method"  # expressions do not print themselves
-
-    def __init__(self, load: Load, reader: str = "at") -> None:
-        super().__init__({"order": "none"})
-        names = [name for name, _ in load.leaves]
-        self._numbers: Mapping[str, int] = {name: place for place, name in enumerate(names)}
+    def __init__(self, load: Load, reader: str) -> None:
+        """Read leaves by the function `reader`; those that are indices are read by "entry"."""
+        self._numbers = {name: place for place, (name, _) in enumerate(load.leaves)}
         self._reader = reader
 
-    def _print_Symbol(self, expr: sympy.Symbol) -> str:
-        if expr in INDEX:
-            return str(expr)
-        if expr.name not in self._numbers:
-            raise _NoTextError
-        return f"{self._reader}({self._numbers[expr.name]})"
+    def text(self, value: Any) -> str:
+        """Return the text of an expression."""
+        if value.is_Number and value.is_finite:
+            return f"({value})" if value.is_negative else str(value)
+        for kind, write in _KINDS.items():
+            if isinstance(value, kind):
+                return write(self, value)
+        raise _NoTextError
 
-    def _print_Indexed(self, expr: sympy.Indexed) -> str:
-        number = self._numbers.get(str(expr.base))
-        if number is None:
-            raise _NoTextError
+    def symbol(self, value: sympy.Symbol) -> str:
+        """Return an index, or a leaf of one number."""
+        if value in INDEX:
+            return str(value)
+        return f"{self._reader}({self._number(value.name)})"
+
+    def indexed(self, value: sympy.Indexed) -> str:
+        """Return an element of a leaf."""
         reader, self._reader = self._reader, "entry"
-        places = [self._print(each) for each in expr.indices]
+        places = [self.text(each) for each in value.indices]
         self._reader = reader
-        return f"{reader}({', '.join([str(number), *places])})"
+        return f"{reader}({', '.join([self._number(str(value.base)), *places])})"
 
-    def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
-        *choices, (last, holds) = expr.args
+    def _number(self, name: str) -> str:
+        if name not in self._numbers:
+            raise _NoTextError
+        return str(self._numbers[name])
+
+    def choice(self, value: sympy.Piecewise) -> str:
+        """Return the first value whose condition holds."""
+        *choices, (text, holds) = value.args
         if holds != sympy.true:
             raise _NoTextError
-        text = self._print(last)
-        for value, condition in reversed(choices):
-            text = f"where({self._print(condition)}, {self._print(value)}, {text})"
+        text = self.text(text)
+        for each, condition in reversed(choices):
+            text = f"where({self.text(condition)}, {self.text(each)}, {text})"
         return text
 
-    def _print_Relational(self, expr: Any) -> str:
-        signs = {"Equality": "==", "Unequality": "!="}
-        name = type(expr).__name__
-        return f"({self._print(expr.lhs)} {signs.get(name, expr.rel_op)} {self._print(expr.rhs)})"
+    def relation(self, value: Relational) -> str:
+        """Return a comparison."""
+        return f"({self.text(value.lhs)} {value.rel_op} {self.text(value.rhs)})"
 
-    def _print_And(self, expr: sympy.And) -> str:
-        return "(" + " & ".join(map(self._print, expr.args)) + ")"
+    def product(self, value: sympy.Expr) -> str:
+        """Return a product, a quotient or a power."""
+        above, below = sympy.fraction(value)
+        if below != 1:
+            return f"({self.text(above)})/({self.text(below)})"
+        if isinstance(value, sympy.Pow):
+            if not value.exp.is_Integer:
+                raise _NoTextError
+            return f"({self.text(value.base)})**{value.exp}"
+        return self.joined("*")(value)
 
-    def _print_Or(self, expr: sympy.Or) -> str:
-        return "(" + " | ".join(map(self._print, expr.args)) + ")"
+    def joined(self, sign: str) -> Callable[[Any], str]:
+        """Return a function that writes all arguments with a sign between them."""
+        return lambda value: "(" + sign.join(map(self.text, value.args)) + ")"
 
-    def _print_Not(self, expr: sympy.Not) -> str:
-        return f"~{self._print(expr.args[0])}"
+    def floor(self, value: sympy.floor) -> str:
+        """Return a quotient of integers."""
+        above, below = sympy.fraction(sympy.together(value.args[0]))
+        return f"(({self.text(above)})//({self.text(below)}))"
 
-    def _print_floor(self, expr: sympy.floor) -> str:
-        above, below = sympy.fraction(sympy.together(expr.args[0]))
-        return f"(({self._print(above)})//({self._print(below)}))"
 
-    def _print_Mod(self, expr: sympy.Mod) -> str:
-        return f"(({self._print(expr.args[0])})%({self._print(expr.args[1])}))"
-
-    def _print_Function(self, expr: Any) -> str:
-        raise _NoTextError
-
-    def emptyPrinter(self, expr: Any) -> str:
-        raise _NoTextError
+_KINDS: dict[type, Callable[[_Writer, Any], str]] = {
+    sympy.Symbol: _Writer.symbol,
+    sympy.Indexed: _Writer.indexed,
+    sympy.Add: lambda writer, value: writer.joined(" + ")(value),
+    sympy.Mul: _Writer.product,
+    sympy.Pow: _Writer.product,
+    sympy.Piecewise: _Writer.choice,
+    Relational: _Writer.relation,
+    sympy.And: lambda writer, value: writer.joined(" & ")(value),
+    sympy.Or: lambda writer, value: writer.joined(" | ")(value),
+    sympy.Not: lambda writer, value: f"~{writer.text(value.args[0])}",
+    sympy.floor: _Writer.floor,
+    sympy.Mod: lambda writer, value: writer.joined("%")(value),
+}
+"""Function that writes each kind of expression."""

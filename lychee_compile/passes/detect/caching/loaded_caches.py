@@ -72,20 +72,18 @@ def bind_loaded(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> 
     return _loaded(load, bindings, watched)
 
 
-def load_of_values(
-    attention: Attention, graph: torch.fx.Graph, writes: Writes
-) -> Load | None:
+def load_of_values(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> Load | None:
     """Return the values of `attention` as an expression; None if they are a tensor as it is."""
     load = _load(attention, graph, writes, values=True)
     if load is None or _read_too_early(load, attention.value.node, attention, graph):
         return None
-    stored = any(is_given(storage_of(leaf)) or is_held(leaf, writes, graph) for _, leaf in load.leaves)
+    stored = any(
+        is_given(storage_of(leaf)) or is_held(leaf, writes, graph) for _, leaf in load.leaves
+    )
     return load if stored else None
 
 
-def _load(
-    attention: Attention, graph: torch.fx.Graph, writes: Writes, values: bool
-) -> Load | None:
+def _load(attention: Attention, graph: torch.fx.Graph, writes: Writes, values: bool) -> Load | None:
     operand = attention.value if values else attention.key
     channels = attention.roles.value_dim if values else attention.roles.head_dim
 
@@ -109,7 +107,7 @@ def _loaded(
         return None
     if len({load.pages_of(name) for name, leaf in load.leaves if _is_of(leaf, bindings)}) > 1:
         return None
-    main = max(bindings, key=lambda each: _numbers_of_token(each))
+    main = max(bindings, key=_numbers_of_token)
     beside = [Watched(each.source, each.output) for each in bindings if each is not main]
     return replace(main, load=load, watched=tuple(dict.fromkeys([*beside, *watched])))
 
@@ -168,17 +166,10 @@ def _steady_sources(leaf: torch.fx.Node, writes: Writes) -> list[torch.fx.Node] 
 
     None if the graph writes to one, or if only a run tells what it depends on.
     """
-    sources = []
-    for node in ancestors(leaf):
-        if storage_of(node) in writes:
-            return None
-        if is_tensor(node) and node.op == "placeholder":
-            sources.append(node)
-        elif node.op == "call_function" and not _is_steady(node):
-            return None
-        elif node.op == "placeholder" and value_of(node) is not None and not _is_size(node):
-            return None
-    return sources
+    behind = list(ancestors(leaf))
+    if any(storage_of(node) in writes or not _is_steady(node) for node in behind):
+        return None
+    return [node for node in behind if node.op == "placeholder" and is_tensor(node)]
 
 
 def _is_size(node: torch.fx.Node) -> bool:
@@ -186,10 +177,12 @@ def _is_size(node: torch.fx.Node) -> bool:
 
 
 def _is_steady(node: torch.fx.Node) -> bool:
-    """True if the same inputs give the same numbers at the same places, however many keys there are.
+    """True if the same inputs give the same numbers at the same places for any number of keys.
 
     Where sizes are symbolic, places must not depend on them.
     """
+    if node.op != "call_function":
+        return node.op == "get_attr" or is_tensor(node) or _is_size(node)
     if _is_size(node) or calls(node, aten.arange.default):
         return True
     pure = bool(operator_key(node)) or node.target in PURE_CALLS

@@ -1,7 +1,8 @@
 """Recover keys or values as an expression of what is stored.
 
-    keys = cache.to(float32) * scale            keys[b, h, kv, d] = cache[b, h, kv, d] * scale[b, h, kv, 0]
-    keys = cat((-x2, x1), -1) * sin + x * cos   keys[b, h, kv, d] = -x[b, h, kv, d + 8] * sin[kv, d] + ...
+    keys = cache.to(float32) * scale         cache[b, h, kv, d] * scale[b, h, kv, 0]
+    keys = cache[table].flatten(1, 2)        cache[table[b, kv // 16], kv % 16, h, d]
+    keys = cat((-x2, x1), -1) * sin          where(d < 8, -x[b, h, kv, d + 8] * sin[kv, d], ...)
 
 An element is followed back by the same index arithmetic as that of a mask, to tensors that are
 given, that this call writes tokens to, or that no rule describes.
@@ -101,9 +102,7 @@ class Load:
     def chooses_by_token(self) -> bool:
         """True if keys of some tokens come from other tensors than those of others."""
         conditions = (
-            condition
-            for each in self.element.atoms(sympy.Piecewise)
-            for _, condition in each.args
+            condition for each in self.element.atoms(sympy.Piecewise) for _, condition in each.args
         )
         return any(each.has(TOKEN) for each in conditions)
 
@@ -183,9 +182,7 @@ def _indices(
     roles: Roles = attention.roles
     digit: dict[Axis, Index] = {}
     names = {}
-    for symbol, role in zip(
-        INDEX, (roles.batch, roles.kv_heads, roles.key, channels), strict=True
-    ):
+    for symbol, role in zip(INDEX, (roles.batch, roles.kv_heads, roles.key, channels), strict=True):
         name = _NAME.format(symbol)
         rest = axes.index(name, attention.axes.product(role))
         names[_axis(name)] = symbol
@@ -227,8 +224,10 @@ class _StoredElements(Elements):
 
     def _evaluate(self, node: torch.fx.Node, indices: Indices) -> Element:
         if is_given(node) or node.op != "call_function" or self._is_stored(node, indices):
-            return super()._evaluate(node, indices) if node.op == "get_attr" else self.load(
-                node, indices
+            return (
+                super()._evaluate(node, indices)
+                if node.op == "get_attr"
+                else self.load(node, indices)
             )
         if not _keeps_numbers(node):
             return self.load(node, indices)

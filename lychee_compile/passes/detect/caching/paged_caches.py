@@ -1,8 +1,8 @@
 """Bind a cache of pages to the write of a call: tokens are written where a table says.
 
     page, slot = table[rows, position // 16], position % 16
-    index_put_(cache, [page, slot], new)                            cache [pages, 16, heads, features]
-    keys = cache[table].view(batch, tokens, heads, features)        cache[table[b, kv // 16], kv % 16]
+    index_put_(cache, [page, slot], new)                        cache [pages, 16, heads, features]
+    keys = cache[table].view(batch, tokens, heads, features)    cache[table[b, kv // 16], kv % 16]
 
 The write is at `position` if that in the place of `kv` gives the indices written.
 """
@@ -51,9 +51,7 @@ def bind_paged(
     found = _tokens(write, pages, load, PositionReader(graph, frozenset(writes)))
     if found is None:
         return None
-    return CacheBinding(
-        leaf, pages.slot_dim, "static", cache, None, found.slots, found.tokens
-    )
+    return CacheBinding(leaf, pages.slot_dim, "static", cache, None, found.slots, found.tokens)
 
 
 def _tokens(

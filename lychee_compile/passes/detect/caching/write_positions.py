@@ -113,9 +113,7 @@ class PositionReader:
 
         return self._found(match)
 
-    def blend(
-        self, node: torch.fx.Node, token_dim: int
-    ) -> tuple[torch.fx.Node, Positions] | None:
+    def blend(self, node: torch.fx.Node, token_dim: int) -> tuple[torch.fx.Node, Positions] | None:
         """Return an input and a position if `node` is the input but for the slot there.
 
         The position is a number, a symbolic size or a tensor. None if `node` is anything else.
@@ -183,10 +181,12 @@ class PositionReader:
             dims = self._dims_of(elements, node, position, order)
             if dims is None:
                 continue
-            token = [dim for dim, axis in zip(dims, order, strict=True) if axis not in apart]
+            token = next(
+                (d for d, axis in zip(dims, order, strict=True) if axis not in apart), None
+            )
             if not apart:
-                return Positions(node, *(token or [None]))
-            return Positions(node, *(token or [None]), rows[apart[0]], dims[0])
+                return Positions(node, token)
+            return Positions(node, token, rows[apart[0]], dims[0])
         raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
 
     def _dims_of(
