@@ -24,6 +24,7 @@ from lychee_compile.passes.detect.caching.caches import (
 from lychee_compile.passes.detect.caching.loaded_caches import bind_loaded, load_of_values
 from lychee_compile.passes.detect.caching.memory_keys import bind_behind, over_cache
 from lychee_compile.passes.detect.caching.token_writes import Writes
+from lychee_compile.passes.detect.formula import formula
 from lychee_compile.passes.layer_numbers import layer_numbers
 from lychee_compile.passes.lower.kernel_support import (
     no_decode_method,
@@ -102,7 +103,7 @@ def decide(
         else:
             outcome = facts.outcome()
         note = facts.note() if outcome.decision == "sparse" else ""
-        site = replace(describe(attention, cache.kind), note=note)
+        site = replace(describe(attention, cache.kind), note=note, **_formulas(facts.binding))
         plans.append(Plan(attention, site, facts.binding, outcome))
     return plans
 
@@ -123,6 +124,12 @@ def _cache_of(
     if isinstance(cache, CacheBinding) and not cache.in_front:
         return replace(cache, values=load_of_values(attention, graph, writes))
     return cache
+
+
+def _formulas(binding: CacheBinding | None) -> dict[str, str]:
+    """Return how keys and values are computed from what is stored, for the report."""
+    loads = {} if binding is None else {"keys": binding.load, "values": binding.values}
+    return {name: formula(load.labelled()) for name, load in loads.items() if load is not None}
 
 
 @dataclass(frozen=True)

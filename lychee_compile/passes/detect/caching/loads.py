@@ -27,6 +27,7 @@ from lychee_compile.passes.graph.dataflow import (
     is_operator,
     operator_of,
     shape_of,
+    through_bits,
     value_of,
 )
 from lychee_compile.passes.graph.names import Names
@@ -98,6 +99,20 @@ class Load:
         found = self.element.atoms(sympy.Indexed)
         return [each.indices for each in found if str(each.base) == name]
 
+    def labelled(self) -> Element:
+        """Return the element with the names of inputs in the place of those of writes to them."""
+        sources = {name: _written(leaf) for name, leaf in self.leaves}
+        bases = [self.names.base(each) for each in sources.values()]
+        alone = {base for base in bases if bases.count(base) == 1}
+        labels = {
+            name: base if base in alone else self.names.of(source)
+            for (name, source), base in zip(sources.items(), bases, strict=True)
+        }
+        return self.element.replace(
+            lambda each: isinstance(each, sympy.Symbol) and each.name in labels,
+            lambda each: sympy.Symbol(labels[each.name]),
+        )
+
     @property
     def chooses_by_token(self) -> bool:
         """True if keys of some tokens come from other tensors than those of others."""
@@ -155,6 +170,14 @@ def load_of(
     if load is None or load.element.count_ops() > LARGEST or load.element.atoms(Axis):
         return None
     return load
+
+
+def _written(leaf: torch.fx.Node) -> torch.fx.Node:
+    """Return the tensor that `leaf` shows, before the writes of the call."""
+    source = through_bits(leaf)
+    while operator_of(source).write is not None:
+        source = through_bits(first_input(source))
+    return source
 
 
 def runs_over_tokens(index: Index) -> bool:
