@@ -103,7 +103,8 @@ def decide(
         else:
             outcome = facts.outcome()
         note = facts.note() if outcome.decision == "sparse" else ""
-        site = replace(describe(attention, cache.kind), note=note, **_formulas(facts.binding))
+        keys, values = _formulas(facts.binding)
+        site = replace(describe(attention, cache.kind), note=note, keys=keys, values=values)
         plans.append(Plan(attention, site, facts.binding, outcome))
     return plans
 
@@ -126,10 +127,11 @@ def _cache_of(
     return cache
 
 
-def _formulas(binding: CacheBinding | None) -> dict[str, str]:
-    """Return how keys and values are computed from what is stored, for the report."""
-    loads = {} if binding is None else {"keys": binding.load, "values": binding.values}
-    return {name: formula(load.labelled()) for name, load in loads.items() if load is not None}
+def _formulas(binding: CacheBinding | None) -> tuple[str, str]:
+    """Return how keys and values are computed from what is stored; "" if they are not."""
+    loads = (None, None) if binding is None else (binding.load, binding.values)
+    keys, values = ("" if load is None else formula(load.labelled()) for load in loads)
+    return keys, values
 
 
 @dataclass(frozen=True)

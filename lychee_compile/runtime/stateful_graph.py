@@ -224,7 +224,7 @@ class StatefulGraph:
 def _kind(argument: CacheArgument, config: IndexConfig) -> Hashable:
     """Return what indexes of one cache differ in: graphs of the same kind share an index."""
     kind: Hashable = config if argument.use is None else argument.use.kind
-    return kind if argument.keys is None else (kind, argument.keys)
+    return kind if argument.keys is None else (kind, argument.keys, len(argument.beside))
 
 
 class _LastCall:
