@@ -6,11 +6,14 @@ it. Facts are those of the attention, of its cache, of the options and of the de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch.fx
 
+from lychee_compile import torch_private
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.passes import reasons, rules
 from lychee_compile.passes.describe import describe, describe_unread
@@ -47,6 +50,9 @@ from lychee_compile.passes.outcomes import (
 )
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.site import Site
+
+logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -119,12 +125,28 @@ def _cache_of(
     if not isinstance(cache, CacheBinding):
         cache = (
             bind_behind(attention, graph, writes, config.budget)
-            or bind_loaded(attention, graph, writes)
+            or _recovered(bind_loaded, attention, graph, writes)
             or cache
         )
     if isinstance(cache, CacheBinding) and not cache.in_front:
-        return replace(cache, values=load_of_values(attention, graph, writes))
+        return replace(cache, values=_recovered(load_of_values, attention, graph, writes))
     return cache
+
+
+def _recovered(
+    find: Callable[[Attention, torch.fx.Graph, Writes], Found | None],
+    attention: Attention,
+    graph: torch.fx.Graph,
+    writes: Writes,
+) -> Found | None:
+    """Return what `find` recovers; None if it fails: then keys or values stay as they are."""
+    try:
+        return find(attention, graph, writes)
+    except torch_private.RestartAnalysis:
+        raise
+    except Exception:  # whatever it is, the attention itself is understood
+        logger.debug("no expression of keys or values was recovered", exc_info=True)
+        return None
 
 
 def _formulas(binding: CacheBinding | None) -> tuple[str, str]:

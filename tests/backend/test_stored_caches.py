@@ -180,3 +180,42 @@ def test_pages_that_change_places_and_rows_that_share_pages(calls: list[SparseCa
     twins.step(18, key=key)
     got, want = twins.step(BEGIN + 5, torch.cat((query[1:], query[:1])))
     torch.testing.assert_close(got, want, atol=0.1, rtol=0.1)
+
+
+def by_index(cache: Tensor, new: Tensor, pos: Tensor) -> Tensor:
+    cache[torch.arange(len(cache))[:, None], :, pos] = new.transpose(1, 2)
+    return cache
+
+
+def by_scatter(cache: Tensor, new: Tensor, pos: Tensor) -> Tensor:
+    return cache.scatter_(2, pos[:, None, :, None].expand_as(new), new)
+
+
+def quantised(cache: Tensor, new: Tensor, pos: Tensor) -> Tensor:
+    """A fixed scale, so that one tensor holds all."""
+    number = (new * 25).round().clamp(-127, 127)
+    stored = by_index(cache, number.to(torch.int8), pos)
+    return stored.float() * 0.04
+
+
+@pytest.mark.parametrize("put", [by_index, by_scatter, quantised])
+def test_rows_that_go_on_pause_rewind_and_are_replaced(put: Any, calls: list[SparseCall]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, ck: Tensor, cv: Tensor) -> Tensor:
+        keys, values = put(ck, k, pos), put(cv, v, pos)
+        mask = torch.arange(keys.shape[2]) <= pos[:, None, -1:, None]
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, enable_gqa=True
+        )
+
+    s = Sizes(batch=3)
+    held = [s.keys(), s.keys()]
+    if put is quantised:
+        held = [each.mul(25).to(torch.int8) for each in held]
+    copy = [each.clone() for each in held]
+    compiled = torch.compile(attend, backend="lychee", options=ALL)
+    steps = [(60, 40, 90), (61, 40, 91), (62, 41, 80), (63, 0, 81), (64, 1, 82)]
+    for positions in steps:
+        pos = torch.tensor(positions)[:, None]
+        new = s.query(), s.keys(1), s.keys(1)
+        close((compiled(*new, pos, *held), attend(*new, pos, *copy)))
+    assert len(calls) == len(steps)
