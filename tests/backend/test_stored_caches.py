@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stored_caches import FORMS, Form, Sizes
+from stored_caches import FORMS, Form, Sizes, angles, scaled
 from torch import Tensor
 
 import lychee_compile
@@ -219,3 +219,55 @@ def test_rows_that_go_on_pause_rewind_and_are_replaced(put: Any, calls: list[Spa
         new = s.query(), s.keys(1), s.keys(1)
         close((compiled(*new, pos, *held), attend(*new, pos, *copy)))
     assert len(calls) == len(steps)
+
+
+def grown_and_rotated(
+    q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, cos: Tensor, sin: Tensor
+) -> Any:
+    """Keys are stored before their rotation, and all of them are turned at each step."""
+    ck, cv = torch.cat((ck, k), 2), torch.cat((cv, v), 2)
+    cos, sin = cos[: ck.shape[2]], sin[: ck.shape[2]]
+    turned = torch.stack((-ck[..., 1::2], ck[..., ::2]), -1).flatten(-2)
+    keys = ck * cos.repeat_interleave(2, -1) + turned * sin.repeat_interleave(2, -1)
+    out = torch.nn.functional.scaled_dot_product_attention(q, keys, cv, enable_gqa=True)
+    return out, ck, cv, cos, sin
+
+
+def grown_bytes(
+    q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, ks: Tensor, vs: Tensor
+) -> Any:
+    """Numbers of 8 bits and their scales grow side by side."""
+    number, unit = scaled(k)
+    ck, ks = torch.cat((ck, number), 2), torch.cat((ks, unit), 2)
+    number, unit = scaled(v)
+    cv, vs = torch.cat((cv, number), 2), torch.cat((vs, unit), 2)
+    keys, values = ck.float() * ks, cv.float() * vs
+    out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+    return out, ck, cv, ks, vs
+
+
+@pytest.mark.parametrize("form", [grown_and_rotated, grown_bytes])
+def test_a_growing_cache_is_an_expression_too(form: Any, calls: list[SparseCall]) -> None:
+    """Steps, tokens that are taken back, and a key that is written outside."""
+    s = Sizes(slots=60)
+    if form is grown_bytes:
+        (ck, ks), (cv, vs) = scaled(s.keys()), scaled(s.keys())
+        held = [ck, cv, ks, vs]
+    else:
+        tables = angles(Sizes(slots=96))
+        held = [s.keys(), s.keys(), tables.cos(), tables.sin()]
+    step = torch.compile(form, backend="lychee", options=ALL)
+    tables = held[2:]
+    for number in range(9):
+        if number == 5:
+            held = [each[:, :, :62].contiguous() if each.dim() == 4 else each for each in held]
+        if number == 7:
+            held[0][:, :, 20].mul_(2)
+        new = s.query(), s.keys(1), s.keys(1)
+        given = [*held[:2], *tables] if form is grown_and_rotated else held
+        want = form(*new, *(each.clone() for each in given))
+        got, *held = step(*new, *given)
+        close((got, want[0]))
+        for ours, theirs in zip(held, want[1:], strict=True):
+            assert torch.equal(ours, theirs)
+    assert len(calls) >= 8
