@@ -120,14 +120,14 @@ def _cache_of(
 ) -> CacheBinding | Unbound:
     """Return the cache of an attention, perhaps behind a few other keys, or why there is none."""
     cache = bind_cache(attention, graph, writes)
-    if config.budget is None or rules.reads_at_once(attention):
+    if config.budget is None:
         return cache
     if not isinstance(cache, CacheBinding):
-        cache = (
-            bind_behind(attention, graph, writes, config.budget)
-            or _recovered(bind_loaded, attention, graph, writes)
-            or cache
-        )
+        cache = bind_behind(attention, graph, writes, config.budget) or cache
+    if rules.reads_at_once(attention):
+        return cache
+    if not isinstance(cache, CacheBinding):
+        cache = _recovered(bind_loaded, attention, graph, writes) or cache
     if isinstance(cache, CacheBinding) and not cache.in_front:
         return replace(cache, values=_recovered(load_of_values, attention, graph, writes))
     return cache

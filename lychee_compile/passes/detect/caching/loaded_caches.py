@@ -191,7 +191,7 @@ def _is_steady(node: torch.fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return False
     described, numbers = operator_of(node), [n for n in node.all_input_nodes if not is_tensor(n)]
-    if described.view in _KEEPING_PLACES or operator_key(node) in ("unsqueeze", "squeeze"):
+    if described.view in _KEEPING_PLACES or is_operator(node, "unsqueeze"):
         return True
     tensors = (node, *node.all_input_nodes)
     static = all(isinstance(size, int) for each in tensors for size in shape_of(each))
