@@ -8,6 +8,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import interpreter_types
 import pytest
 import torch
 
@@ -61,35 +62,8 @@ def hasten() -> None:
     interpreter.GridExecutor.__call__ = launched
     interpreter.InterpretedFunction.__call__ = call
     interpreter.GridExecutor.hastened = True
-    _remember_types()
+    interpreter_types.remember()
     _skip_overflow_checks()
-
-
-def _remember_types() -> None:
-    """Look a type's NumPy type up once, and give a block of known type and shape known values."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    numpy_type, new_block = interpreter._get_np_dtype, tl.block_type.__init__
-    numpy_types: dict[str, Any] = {}
-    blocks: dict[Any, dict[str, Any]] = {}
-
-    def numpy_type_of(kind: Any) -> Any:
-        name = kind.scalar.name
-        if name not in numpy_types:
-            numpy_types[name] = numpy_type(kind)
-        return numpy_types[name]
-
-    def block(self: Any, element_ty: Any, shape: Any) -> None:
-        if type(element_ty) is not tl.dtype or any(type(size) is not int for size in shape):
-            return new_block(self, element_ty, shape)
-        known = (element_ty.name, *shape)
-        if known not in blocks:
-            new_block(self, element_ty, shape)
-            blocks[known] = dict(self.__dict__)
-        return self.__dict__.update(blocks[known])
-
-    interpreter._get_np_dtype, tl.block_type.__init__ = numpy_type_of, block
 
 
 def _skip_overflow_checks() -> None:

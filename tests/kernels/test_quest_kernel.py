@@ -161,8 +161,17 @@ def test_the_policy_itself_chooses_as_many_of_the_same_rank():
     assert read.sum() == chosen.sum() * PAGE + PAGE
 
 
-@pytest.mark.parametrize(("mask", "budget"), [("causal", 300), ("mask", 300), ("window", 20)])
-@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize(
+    ("mask", "budget", "trusted"),
+    [
+        ("causal", 300, True),
+        ("window", 20, True),
+        ("mask", 300, False),
+        pytest.param("causal", 300, False, marks=pytest.mark.thorough),
+        pytest.param("window", 20, False, marks=pytest.mark.thorough),
+        pytest.param("mask", 300, True, marks=pytest.mark.thorough),
+    ],
+)
 def test_with_room_for_all_or_no_index_all_is_read(mask, budget, trusted):
     """A page cut by a window needs no more room than it shows tokens, if all fit."""
     sizes = Sizes(1, 2, 2, 1, 300, 32)

@@ -121,7 +121,14 @@ def test_kernels_choose_as_the_plain_form_does(policy, drawn, history):
     follow(Steps(case, length), history)
 
 
-@pytest.mark.parametrize("policy", ["dhsa", "lycheecluster", "one_level_of_clusters"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "dhsa",
+        "lycheecluster",
+        pytest.param("one_level_of_clusters", marks=pytest.mark.thorough),
+    ],
+)
 def test_many_programs_rank_and_list_as_one_does(policy, monkeypatch):
     """Sixteen groups at a time, so that quotas end in a lot behind others."""
     monkeypatch.setattr(levels, "RANKED", 16)

@@ -77,8 +77,15 @@ def image(batch: int) -> Tensor:
     return torch.randn(batch, 2 * SIDE, 2 * SIDE, WIDTH)
 
 
-@pytest.mark.parametrize("dynamic", [{0: (0,)}, None], ids=["batch", "all sizes"])
-@pytest.mark.parametrize(("fill", "scaled"), [(-100.0, False), (-torch.inf, True)])
+@pytest.mark.parametrize(
+    ("dynamic", "fill", "scaled"),
+    [
+        pytest.param({0: (0,)}, -100.0, False, id="batch"),
+        pytest.param(None, -torch.inf, True, id="all sizes, scaled"),
+        pytest.param({0: (0,)}, -torch.inf, True, id="batch, scaled", marks=pytest.mark.thorough),
+        pytest.param(None, -100.0, False, id="all sizes", marks=pytest.mark.thorough),
+    ],
+)
 def test_shifted_windows_of_any_batch_are_one_operator(dynamic, fill, scaled) -> None:
     model = ShiftedWindows(fill, scaled).eval()
     site = only_site(model, (image(2),), (image(3),), dynamic)

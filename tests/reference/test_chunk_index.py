@@ -18,7 +18,7 @@ from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack, P
 from lychee_compile.kernels.levels.expressions import dot, field, key, mean, query
 from lychee_compile.kernels.levels.groups import Chunks, Clusters, TokenClusters
 from lychee_compile.kernels.policies.registry import make_index
-from lychee_compile.kernels.reference import clustered
+from lychee_compile.kernels.reference import chunk_table, clustered
 from lychee_compile.kernels.reference.chunk_table import bounds_of
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import select
@@ -98,6 +98,28 @@ def test_a_bound_holds_for_every_key_of_a_chunk():
     bound = index.score_bound(queries, 0.5)
     scores = 0.5 * queries @ keys[:, :, : bound.shape[-1]].transpose(-1, -2)
     assert (scores <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("apart", [False, True], ids=["heads in turn", "tokens in turn"])
+def test_chunks_have_the_moments_of_their_keys(monkeypatch, dtype, apart):
+    """Keys may lie in memory head by head or token by token, and come in several parts."""
+    monkeypatch.setattr(chunk_table, "CACHED_NUMBERS", 1000)
+    keys = (3 + random(2, 2, 3, 200, 16)).to(dtype)
+    keys = keys.transpose(1, 2).contiguous().transpose(1, 2) if apart else keys
+    index = made("lychee", keys)
+    index.extend(keys, torch.tensor([200, 120]))
+    index.complete(keys)
+    low, length = bounds_of(index.span, (8, 16))
+    for row, number in (index.span > 0).nonzero().tolist():
+        begin = int(low[row, number])
+        held = keys[row, :, begin : begin + int(length[row, number])].double()
+        mean_key, variance = held.mean(1), held.var(1, correction=0)
+        radius = (held - mean_key[:, None]).norm(dim=-1).amax(1, keepdim=True)
+        expected = {"mean": mean_key, "variance": variance, "radius": radius}
+        for name, value in expected.items():
+            got = index.fields[f"chunk_{name}"][row, :, number].double()
+            torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_full_ring_reads_within_the_budget():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from itertools import pairwise
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DTYPES, KINDS, Heads, heads, histories, random, seeds
 
+from lychee_compile.kernels.reference import sketch_axes
 from lychee_compile.kernels.reference.sketch import KeySketches
-from lychee_compile.kernels.reference.sketch_axes import sketch_bits
+from lychee_compile.kernels.reference.sketch_axes import ITERATIONS, STEPS, fit_axes, sketch_bits
 
 CPU = torch.device("cpu")
 
@@ -156,3 +158,79 @@ def test_rows_are_sketched_as_they_would_be_alone():
     for row in range(2):
         alone = sketched(key[row : row + 1], 64, 20, start[row : row + 1])
         assert torch.equal(both.codes[row, :, start[row] :], alone.codes[0, :, start[row] :])
+
+
+def plain_axes(keys):
+    """Return mean, axes and steps of keys [T, D] in float64, by the definition: no parts, no QR."""
+    centre = keys.double().mean(0)
+    centred = keys.double() - centre
+    covariance = centred.T @ centred / len(keys)
+    bits = sketch_bits(keys.shape[1])
+    start = torch.randn(len(covariance), len(bits), generator=torch.Generator().manual_seed(0))
+    axes = start.double()
+    for _ in range(ITERATIONS):
+        product = torch.linalg.qr(covariance @ covariance @ axes)
+        axes = product.Q * product.R.diagonal().sign()
+    deviation = (centred @ axes).square().mean(0).sqrt()
+    return centre, axes, deviation * torch.tensor([STEPS[each] for each in bits])
+
+
+def plain_sketch(keys, centre, axes, step):
+    """Return codes [T, r], errors [T, 2] and lengths [T] of keys [T, D] by projection, float64."""
+    centre, axes, step = centre.double(), axes.double(), step.double()
+    half = torch.tensor([2.0 ** (each - 1) for each in sketch_bits(keys.shape[1])])
+    centred = keys.double() - centre
+    inside = centred @ axes
+    codes = torch.where(step > 0, inside / step, 0).sub(0.5).round().clamp(-half, half - 1)
+    within = (inside - (codes + 0.5) * step).norm(dim=1)
+    outside = (centred - inside @ axes.T).norm(dim=1)
+    return codes, torch.stack((within, outside), 1), centred.norm(dim=1)
+
+
+def uneven_keys(tokens, head_dim, mean=3.0, least=0.1):
+    """Return keys [T, D] with a common mean, whose spread differs from axis to axis.
+
+    If the `least` spread is 0, so is that of all but a quarter of the axes.
+    """
+    turn = torch.linalg.qr(random(1, head_dim, head_dim)).Q
+    spread = torch.logspace(0, math.log10(least or 0.1), head_dim)
+    spread[(head_dim + 3) // 4 if least == 0 else head_dim :] = 0
+    return mean + random(2, tokens, head_dim) * spread @ turn
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "size"),
+    [(700, 128, 1.0), (300, 64, 1e-12), (257, 80, 1e12), (90, 5, 1.0), (600, 16, 3e20)],
+)
+def test_axes_are_those_of_the_definition(monkeypatch, tokens, head_dim, size):
+    """Keys are taken in several parts, and numbers may be so large that their squares are not."""
+    monkeypatch.setattr(sketch_axes, "CACHED_NUMBERS", 256 * head_dim)
+    keys = uneven_keys(tokens, head_dim)
+    centre, axes, step = fit_axes(size * keys[None, None])
+    expected = plain_axes(keys)
+    torch.testing.assert_close(centre[0, 0].double() / size, expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(axes[0, 0].double(), expected[1], rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(step[0, 0].double() / size, expected[2], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("least", [0.3, 1e-4, 0.0], ids=["full", "near a subspace", "within one"])
+@pytest.mark.parametrize("shape", [(1, 1, 700, 64), (2, 3, 300, 16), (1, 2, 90, 5)])
+def test_sketches_are_those_of_the_definition(monkeypatch, shape, least):
+    """By Pythagoras or not, a key is as far from its sketch as it is: rows and heads differ."""
+    monkeypatch.setattr(sketch_axes, "CACHED_NUMBERS", 1)
+    batch, heads, tokens, head_dim = shape
+    means = range(batch * heads)
+    key = torch.stack([uneven_keys(tokens, head_dim, 3.0 * each, least) for each in means])
+    key = key.view(shape)
+    sketches = sketched(key)
+    for row, head in itertools.product(range(batch), range(heads)):
+        of = [each[row, head, 0] for each in (sketches.centre, sketches.axes, sketches.step)]
+        codes, error, length = plain_sketch(key[row, head], *of)
+        real = of[2] > 1e-3 * of[2].max()  # in the others there is nothing but rounding
+        apart = (sketches.codes[row, head, :tokens] - codes)[:, real].abs()
+        assert apart.max() <= 1
+        assert (apart > 0).float().mean() < 1e-3  # keys on the edge between two codes
+        far = 1e-5 * float(length.max())
+        got = sketches.error[row, head, :tokens].double()
+        torch.testing.assert_close(got, error, rtol=1e-4, atol=far)
+        assert abs(float(sketches.longest[row, head, 0] - length.max())) < far

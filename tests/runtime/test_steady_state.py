@@ -80,7 +80,7 @@ def test_a_static_cache_is_decoded_for_long_by_one_graph() -> None:
     assert len(registry) == 1
 
 
-@pytest.mark.parametrize("steps", [512, pytest.param(4096, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("steps", [128, pytest.param(4096, marks=pytest.mark.thorough)])
 @pytest.mark.usefixtures("without_inductor", "seeded")
 def test_steps_over_a_growing_cache_are_two_compilations(steps: int) -> None:
     step = compiled(grow)

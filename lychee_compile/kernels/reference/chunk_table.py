@@ -16,10 +16,11 @@ from torch import Tensor
 from lychee_compile.kernels.levels.declaration import Level
 from lychee_compile.kernels.reference.chunking import cut_chunks
 from lychee_compile.kernels.reference.level_values import summaries
+from lychee_compile.kernels.reference.runs import rows_of
 
 GATHERED_NUMBERS = 2**24
 """Number of numbers of keys that are gathered at a time, to bound the memory of building."""
-CACHED_NUMBERS = 2**17
+CACHED_NUMBERS = 2**18
 """The same on a CPU, so that they stay in its cache."""
 Chunk = tuple[int, int]
 """Lengths of the shortest and the longest chunk."""
@@ -101,25 +102,28 @@ def number_at(span: Tensor, slots: Tensor, chunk: Chunk) -> Tensor:
 
 
 def keys_of_chunks(
-    key: Tensor, span: Tensor, number: Tensor, used: Tensor, start: Tensor, chunk: Chunk
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield keys of the chunks `number`, int64 [B, M], where `used`, bool [B, M], by their length.
+    key: Tensor, span: Tensor, row: Tensor, number: Tensor, start: Tensor, chunk: Chunk
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield keys of the chunks `number` of the rows `row`, each int64 [M], by their length.
 
-    Each time these are chunks of one length: their rows and numbers, int64 [C], and their keys of
-    `key` [B, Hkv, L, D], [C, Hkv, T, D]. Slots before `start`, int64 [B], do not count.
+    Each time these are chunks of one length: their places, int64 [C], in `number`, and their keys
+    of `key` [B, Hkv, L, D], [C, Hkv, T, D]. Slots before `start`, int64 [B], do not count.
     """
-    row, place = used.nonzero(as_tuple=True)
-    number = number[row, place]
     low, length = bounds_of(span[row, number], chunk, number)
     first = torch.maximum(low, start[row])
     size = low + length - first
     at_once = CACHED_NUMBERS if key.device.type == "cpu" else GATHERED_NUMBERS
+    begin = rows_of(key, row, first)
     for tokens in range(1, chunk[1] + 1):
         mine = (size == tokens).nonzero()[:, 0]
         offset = torch.arange(tokens, device=key.device)
         for part in mine.split(max(at_once // (tokens * key.shape[1] * key.shape[3]), 1)):
-            slot = first[part, None] + offset
-            yield row[part], number[part], key[row[part, None], :, slot].transpose(1, 2)
+            if key.is_contiguous():  # on a CPU it is many times as fast to copy whole rows
+                at = begin[part, :, None] + offset
+                keys = key.view(-1, key.shape[3]).index_select(0, at.flatten())
+                yield part, keys.view(*at.shape, key.shape[3])
+            else:
+                yield part, key[row[part, None], :, first[part, None] + offset].transpose(1, 2)
 
 
 def summarise_chunks(
@@ -134,13 +138,18 @@ def summarise_chunks(
 ) -> None:
     """Write the fields of the chunks `number`, int64 [B, M], where `used`, into [B, Hkv, N, ...].
 
-    See `keys_of_chunks`. Chunks that are not `used`, bool [B, M], stay as they are.
+    Fields are contiguous. Chunks that are not `used`, bool [B, M], stay as they are.
     """
     stored = stored_dtype(into)
-    for row, at, keys in keys_of_chunks(key, span, number, used, start, chunk):
+    row, place = used.nonzero(as_tuple=True)
+    number = number[row, place]
+    to = rows_of(next(iter(into.values())), row, number)
+    for part, keys in keys_of_chunks(key, span, row, number, start, chunk):
+        at = to[part].flatten()
         for name, value in summaries(level, keys, None, stored).items():
-            held = into[name]
-            held[row, :, at] = (value if held.dim() == 4 else value[..., 0]).to(held.dtype)
+            held = into[name].view(-1, *into[name].shape[3:])
+            rows = (value if held.dim() == 2 else value[..., 0]).flatten(0, 1)
+            held.index_copy_(0, at, rows.to(held.dtype))
 
 
 def stored_dtype(columns: Mapping[str, Tensor]) -> torch.dtype:
@@ -151,8 +160,8 @@ def stored_dtype(columns: Mapping[str, Tensor]) -> torch.dtype:
 
 def mean_of_chunks(key: Tensor, span: Tensor, start: Tensor, chunk: Chunk) -> Tensor:
     """Return the mean key of every chunk, float32 [B, Hkv, N, D]; 0 for numbers without one."""
-    number = torch.arange(span.shape[1], device=key.device).expand_as(span)
+    row, number = (span > 0).nonzero(as_tuple=True)
     found = torch.zeros(*key.shape[:2], span.shape[1], key.shape[3], device=key.device)
-    for row, at, keys in keys_of_chunks(key, span, number, span > 0, start, chunk):
-        found[row, :, at] = keys.float().mean(2)
+    for part, keys in keys_of_chunks(key, span, row, number, start, chunk):
+        found[row[part], :, number[part]] = keys.float().mean(2)
     return found

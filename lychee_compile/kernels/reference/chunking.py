@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from lychee_compile.kernels.reference.runs import packed
 
 
 def similarity_strengths(key: Tensor) -> Tensor:
@@ -15,8 +16,10 @@ def similarity_strengths(key: Tensor) -> Tensor:
     `key` is [B, Hkv, T, D]. The result is uint8 [B, T - 1]: 0 if a key and its successor point the
     same way in every head, 255 if they point in opposite directions.
     """
-    direction = F.normalize(key.float(), dim=-1)
-    cosine = (direction[:, :, :-1] * direction[:, :, 1:]).sum(-1).mean(1)
+    key = key.float()
+    length = torch.linalg.vector_norm(key, dim=-1).clamp_(min=1e-12)
+    product = (key[:, :, :-1] * key[:, :, 1:]).sum(-1)
+    cosine = (product / (length[:, :, :-1] * length[:, :, 1:])).mean(1)
     return ((1 - cosine.nan_to_num(0.0)) * 127.5).round().clamp_(0, 255).to(torch.uint8)
 
 
@@ -75,9 +78,5 @@ def cut_chunks(
     """
     cuts = best_cuts(strength, end, chunk)
     closed = follow_cuts(cuts, first) & (cuts <= strength.shape[1])
-    count = int(closed.sum(1).max()) if closed.numel() else 0
-    order = torch.argsort((~closed).to(torch.uint8), dim=1, stable=True)[:, :count]
-    used = closed.gather(1, order)
-    starts = torch.where(used, order, 0)
-    lengths = torch.where(used, cuts.gather(1, order) - order, 0)
-    return starts, lengths
+    starts, used = packed(closed)
+    return starts, torch.where(used, cuts.gather(1, starts) - starts, 0)

@@ -95,9 +95,11 @@ def _merged(mean: Tensor, tokens: Tensor, label: Tensor, count: int) -> tuple[Te
     """Return mean and number of tokens of each of `count` clusters, from those of their members."""
     place = torch.where((label < 0) | (tokens == 0), count, label)
     weight = tokens.float()[..., None]
-    wide = place[..., None].expand_as(mean)
     total = mean.new_zeros(*mean.shape[:2], count + 1, mean.shape[3])
-    total = total.scatter_add(2, wide, weight * mean)[:, :, :count]
+    first = torch.arange(place.shape[:2].numel(), device=place.device).view(*place.shape[:2], 1)
+    at = (first * (count + 1) + place).flatten()
+    total.view(-1, mean.shape[3]).index_add_(0, at, (weight * mean).flatten(0, 2))
+    total = total[:, :, :count]
     held = tokens.new_zeros(*tokens.shape[:2], count + 1).scatter_add(2, place, tokens)
     held = held[:, :, :count]
     return total / held.clamp(min=1)[..., None], held
@@ -156,7 +158,8 @@ def merge_columns(level: Level, parts: Columns, label: Tensor, columns: Columns)
         at = at if len(at) else at.new_zeros(1)
         own = label[b, h, at]
         tokens, low, high, centre, variance = (parts[name][b, h, at] for name in names)
-        keys = torch.cat((centre - variance.sqrt(), centre + variance.sqrt()))
+        deviation = variance.sqrt()
+        keys = torch.cat((centre - deviation, centre + deviation))
         stored, weight = stored_dtype(columns), 0.5 * tokens.repeat(2)
         found: Columns = summaries_by_label(level, keys, own.repeat(2), room, stored, weight)
         found |= _extents(own, room, tokens, low, high)
@@ -168,7 +171,7 @@ def _extents(own: Tensor, count: int, tokens: Tensor, first: Tensor, end: Tensor
 
     `own`, int64 [N], is the cluster of each part, `count` for none.
     """
-    held = tokens.new_zeros(count + 1).index_add(0, own, tokens)[:count]
+    held = tokens.new_zeros(count + 1).index_add_(0, own, tokens)[:count]
     far = torch.full_like(held[:1], torch.iinfo(held.dtype).max).expand(count + 1)
     low = far.scatter_reduce(0, own, first, "amin")[:count]
     high = tokens.new_zeros(count + 1).scatter_reduce(0, own, end, "amax")[:count]

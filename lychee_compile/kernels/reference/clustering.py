@@ -86,17 +86,21 @@ def _lloyd(direction: Tensor, used: Tensor, groups: Tensor, seed: int, iteration
     first = ((slot + jitter) * spacing).long().clamp(max=direction.shape[2] - 1)
     centre = take_rows(direction, first)
     idle = slot >= groups[..., None]
+    any_idle = bool(idle.any())
     weighted = torch.where(used[..., None], direction, 0).flatten(0, 2)
     lot = count * torch.arange(members.numel(), device=slot.device).view(*members.shape, 1)
     labels = torch.zeros(used.shape, dtype=torch.int64, device=direction.device)
-    for _ in range(iterations):
-        likeness = (direction @ centre.transpose(-1, -2)).masked_fill(idle[:, :, None], -torch.inf)
+    for step in range(iterations):
+        likeness = direction @ centre.transpose(-1, -2)
+        if any_idle:
+            likeness = likeness.masked_fill_(idle[:, :, None], -torch.inf)
         updated = likeness.argmax(-1)
-        if torch.equal(updated, labels):
-            break
+        done = step == iterations - 1 or torch.equal(updated, labels)
         labels = updated
+        if done:
+            break
         total = torch.zeros_like(centre).flatten(0, 2)
-        total = total.index_add(0, (labels + lot).flatten(), weighted).view_as(centre)
+        total = total.index_add_(0, (labels + lot).flatten(), weighted).view_as(centre)
         centre = torch.where(total.any(-1, keepdim=True), F.normalize(total, dim=-1), centre)
     return labels
 

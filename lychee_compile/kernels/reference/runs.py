@@ -46,3 +46,12 @@ def take_rows(values: Tensor, number: Tensor) -> Tensor:
     first = torch.arange(values.shape[0] * values.shape[1], device=values.device) * values.shape[2]
     at = first.view(values.shape[0], -1, 1) + number
     return values.flatten(0, 2).index_select(0, at.flatten()).view(*at.shape, *values.shape[3:])
+
+
+def rows_of(values: Tensor, row: Tensor, number: Tensor) -> Tensor:
+    """Return where numbers of rows, each int64 [C], stand in the flat values [B * H * N]: [C, H].
+
+    The values are [B, H, N, ...].
+    """
+    heads = torch.arange(values.shape[1], device=row.device)
+    return (row[:, None] * values.shape[1] + heads) * values.shape[2] + number[:, None]

@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.nodes import rounding_slack
-from lychee_compile.kernels.reference.sketch_axes import STEPS, fit_axes, sketch_bits
+from lychee_compile.kernels.reference.sketch_axes import (
+    STEPS,
+    fit_axes,
+    rows_at_once,
+    sketch_bits,
+)
 
 BLOCK = 4096
 """Number of slots that share one set of axes: block s begins at slot s * BLOCK."""
@@ -23,6 +28,9 @@ TILE = 64
 FIRST_FIT, GROWTH = 16, 2
 """A block uses the axes of the block before until it has 1/16 of its keys. Then it gets axes of its
 own, and new ones each time its number of keys has doubled."""
+SHORT = 1 / 64
+"""Square of the distance of a key from its subspace, as a part of its squared distance from the
+centre, below which the distance is computed from the key itself."""
 
 
 class KeySketches:
@@ -88,7 +96,8 @@ class KeySketches:
         row, place = (slots >= 0).nonzero(as_tuple=True)
         slot = slots[row, place]
         block = slot // self.block
-        codes, error, reach = self._encoded(key[row, :, slot].float()[:, :, None], row, block)
+        keys = key[row, :, slot].float()[:, :, None]
+        codes, error, reach = self._encoded(keys, row, block, _all_finite(keys))
         self._any_lost |= bool(error.isinf().any())
         self.codes[row, :, slot], self.error[row, :, slot] = codes[:, :, 0], error[:, :, 0]
         for number in range(len(row)):  # several slots may lie in one block
@@ -200,17 +209,25 @@ class KeySketches:
         keys = key[:, :, low : low + len(slots)].float()
         valid = (slots >= start[:, None]) & (slots < end[:, None])
         bare = begin <= start.clamp(min=low)
-        due = self._inherit_or_fit(block, keys, valid, bare, begin <= start)
+        finite = _all_finite(keys)
+        due = self._inherit_or_fit(block, keys, valid, bare, begin <= start, finite)
         fresh = valid & (due[:, None] | (slots >= begin[:, None]))
-        self._store(block, keys, fresh)
+        self._store(block, keys, fresh, finite)
 
     def _inherit_or_fit(
-        self, block: int, keys: Tensor, valid: Tensor, bare: Tensor, first: Tensor
+        self,
+        block: int,
+        keys: Tensor,
+        valid: Tensor,
+        bare: Tensor,
+        first: Tensor,
+        finite: bool,
     ) -> Tensor:
         """Give a block its axes, and return the rows that got new ones, bool [B].
 
         `keys` [B, Hkv, T, D] are valid where `valid`, bool [B, T]. In the rows `bare`, bool [B], no
-        key of the block is encoded yet; in the rows `first`, bool [B], no key at all.
+        key of the block is encoded yet; in the rows `first`, bool [B], no key at all. All keys are
+        finite if `finite` says so.
         """
         count, fitted = valid.sum(1), self.fitted[:, block]
         waiting = torch.zeros_like(bare)
@@ -226,7 +243,7 @@ class KeySketches:
         due = (count > 0) & ~waiting & ((count >= GROWTH * fitted) | full)
         due = due if self._repair else due & first
         if bool(due.any()):
-            whole = bool(valid.all()) and _all_finite(keys)
+            whole = finite and bool(valid.all())
             centre, axes, step = fit_axes(keys, valid[:, None, :, None], whole)
             rows = due.nonzero().flatten()
             self.centre[rows, :, block] = centre[rows]
@@ -236,15 +253,18 @@ class KeySketches:
             self.fitted[:, block] = torch.where(due, count, fitted)
         return due
 
-    def _store(self, block: int, keys: Tensor, fresh: Tensor) -> None:
-        """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T]."""
+    def _store(self, block: int, keys: Tensor, fresh: Tensor, finite: bool) -> None:
+        """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T].
+
+        All keys are finite if `finite` says so.
+        """
         columns = fresh.any(0).nonzero()
         if not len(columns):
             return
         first, last = int(columns[0]), int(columns[-1]) + 1
         keys, fresh = keys[:, :, first:last], fresh[:, first:last]
         row = torch.arange(keys.shape[0], device=keys.device)
-        codes, error, length = self._encoded(keys, row, torch.full_like(row, block))
+        codes, error, length = self._encoded(keys, row, torch.full_like(row, block), finite)
         self._any_lost |= bool((error[..., 0].isinf() & fresh[:, None]).any())
         where = slice(block * self.block + first, block * self.block + last)
         if bool(fresh.all()):
@@ -256,25 +276,44 @@ class KeySketches:
         reach = torch.where(fresh[:, None], length, 0).amax(-1)
         self.longest[:, :, block] = torch.maximum(self.longest[:, :, block], reach)
 
-    def _encoded(self, keys: Tensor, row: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _encoded(
+        self, keys: Tensor, row: Tensor, block: Tensor, finite: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes, errors and distances from the centre of the keys [N, Hkv, T, D].
 
-        Entry n of the keys is of the batch row `row` and the block `block`, each int64 [N].
+        Entry n of the keys is of the batch row `row` and the block `block`, each int64 [N]. All
+        keys are finite if `finite` says so.
         """
-        finite = None if _all_finite(keys) else keys.isfinite().all(-1)
+        centre, axes, step = (each[row, :, block] for each in (self.centre, self.axes, self.step))
+        parts = [
+            self._encoded_part(
+                part, centre, axes, step, None if finite else part.isfinite().all(-1)
+            )
+            for part in keys.split(rows_at_once(keys), 2)
+        ]
+        codes, error, length = (torch.cat(each, 2) for each in zip(*parts, strict=True))
+        return codes, error, length
+
+    def _encoded_part(
+        self, keys: Tensor, centre: Tensor, axes: Tensor, step: Tensor, finite: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `_encoded` does, by centre [N, Hkv, D], axes and steps of each entry.
+
+        Keys that are not `finite`, bool [N, Hkv, T], have infinite errors; None: all are.
+        """
         keys = keys if finite is None else torch.where(finite[..., None], keys, 0)
-        centred = keys - self.centre[row, :, block][:, :, None]
-        axes, step = self.axes[row, :, block], self.step[row, :, block][:, :, None]
+        centred, step = keys - centre[:, :, None], step[:, :, None]
         inside = centred @ axes
+        length, within = _norm(centred), _norm(inside)
+        outside = _lengths_outside(centred, inside, axes, length, within)
         level = inside / step.clamp(min=torch.finfo(step.dtype).tiny)
         level = level if bool((step > 0).all()) else torch.where(step > 0, level, 0)
-        codes = level.sub_(0.5).round_().clamp_(-self._half, self._half - 1)
-        length = _norm(centred)
-        fine = _norm(centred.sub_(inside @ axes.transpose(-1, -2)))
-        error = torch.stack((_norm(torch.addcmul(inside, codes + 0.5, step, value=-1)), fine), -1)
+        level = level.sub_(0.5).round_().clamp_(-self._half, self._half - 1)
+        codes = level.to(torch.int8)
+        error = torch.stack((_norm(inside.addcmul_(level.add_(0.5), step, value=-1)), outside), -1)
         if finite is not None:
             error = error.masked_fill(~finite[..., None], torch.inf)
-        return codes.to(torch.int8), error, length
+        return codes, error, length
 
     def _reserve(self, blocks: int) -> None:
         """Make room for `blocks` blocks, in amortised constant time per key."""
@@ -317,3 +356,21 @@ def _all_finite(keys: Tensor) -> bool:
 def _norm(vectors: Tensor) -> Tensor:
     """Return the Euclidean length of vectors [..., D]: [...]."""
     return torch.linalg.vector_norm(vectors, dim=-1)
+
+
+def _lengths_outside(
+    vectors: Tensor, inside: Tensor, axes: Tensor, length: Tensor, within: Tensor
+) -> Tensor:
+    """Return how far vectors [..., T, D] are from the subspace of orthonormal `axes` [..., D, r].
+
+    Their coordinates `inside`, [..., T, r], are `within` long, and they themselves are of `length`,
+    each [..., T]. By Pythagoras that tells the distance, unless it is so short that rounding shows:
+    such vectors are projected.
+    """
+    share = 1 - (within / length).square_()
+    outside = length * share.clamp(min=0).sqrt_()
+    short = (~(share >= SHORT)).flatten(0, -2).any(0).nonzero()[:, 0]  # NaN is short too
+    if len(short):
+        vectors, inside = vectors[..., short, :], inside[..., short, :]
+        outside[..., short] = _norm(vectors - inside @ axes.mT)
+    return outside
