@@ -19,12 +19,12 @@ from lychee_compile.kernels.policies.registry import has_index
 from lychee_compile.options import Options
 from lychee_compile.passes.decide import Plan, decide
 from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
+from lychee_compile.passes.detect.caching.parts import separate_parts
 from lychee_compile.passes.detect.detect import find_attention
 from lychee_compile.passes.graph.append import append_in_place, settled
 from lychee_compile.passes.graph.check import check_graph, output_count
 from lychee_compile.passes.graph.host_integers import HostIntegers, take_out_integers
 from lychee_compile.passes.graph.normalise import normalise
-from lychee_compile.passes.graph.parts import separate_parts
 from lychee_compile.passes.layer_numbers import ATTRIBUTES
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.kernel_support import runs_kernels

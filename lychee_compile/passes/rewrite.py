@@ -25,8 +25,7 @@ from lychee_compile.passes.graph.dataflow import module_path
 from lychee_compile.passes.graph.dead_code import erase_dead_code
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.kernel_support import NoKernel
-from lychee_compile.passes.lower.reference_site import emit_token_note
-from lychee_compile.passes.lower.written_tokens import knows_tokens
+from lychee_compile.passes.lower.reference_site import emit_token_note, knows_tokens
 from lychee_compile.passes.outcomes import Emitted, Outcome
 from lychee_compile.passes.reasons import Reason
 

@@ -50,7 +50,7 @@ class CacheArgument:
     beside: tuple[TensorPlace, ...] = ()
     """Other tensors that the keys are computed from."""
     keys: Hashable = None
-    """How keys are computed from the cache; None if they are what it holds."""
+    """Expression of keys of what the cache holds; None if they are what it holds."""
 
     def given(self, inputs: Sequence[object]) -> Tensor | None:
         """Return the input that holds the cache; None if a growing cache begins."""

@@ -151,7 +151,7 @@ def stacked_across(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Tensor:
 
 
 def turned_by_a_state(q: Tensor, c: Tensor, x: Tensor, pos: Tensor, state: Tensor) -> Tensor:
-    """What keys are multiplied by changes at each call."""
+    """The factor of keys changes at each call."""
     c.index_copy_(2, pos, x)
     state.add_(0.01)
     return attend(q, c * state, c)

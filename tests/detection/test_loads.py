@@ -18,9 +18,9 @@ from lychee_compile.passes.detect.caching.caches import CacheBinding, bind_cache
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.loaded_caches import bind_loaded, load_of_values
 from lychee_compile.passes.detect.caching.loads import Load
+from lychee_compile.passes.detect.caching.parts import separate_parts
 from lychee_compile.passes.detect.detect import find_attention
 from lychee_compile.passes.graph.normalise import normalise
-from lychee_compile.passes.graph.parts import separate_parts
 
 PLAIN = ("layers in one tensor", "values beside keys", "heads of values behind those of keys")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tracing import Traced
 
+from lychee_compile.passes.detect.caching.parts import input_of, separate_parts, view_of_part
 from lychee_compile.passes.graph.aliasing import is_part, storage_of
-from lychee_compile.passes.graph.parts import input_of, separate_parts, view_of_part
 
 
 def parts_of(function: Callable[..., Any]) -> tuple[Traced, list[torch.fx.Node]]:

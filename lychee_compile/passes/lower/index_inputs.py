@@ -17,10 +17,10 @@ from lychee_compile import torch_private
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.passes.detect.caching.caches import CacheBinding, Watched
 from lychee_compile.passes.detect.caching.load_text import load_text
+from lychee_compile.passes.detect.caching.parts import input_of, view_of_part
 from lychee_compile.passes.graph.aliasing import is_part
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.emitter import Emitter
-from lychee_compile.passes.graph.parts import input_of, view_of_part
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class IndexInput:
     beside: tuple[TensorPlace, ...] = ()
     """Other tensors that the keys are computed from."""
     keys: str | None = None
-    """How keys are computed from the cache; None if they are what it holds."""
+    """Expression of keys of what the cache holds; None if they are what it holds."""
 
 
 class IndexInputs:

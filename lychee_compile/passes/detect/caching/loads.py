@@ -69,7 +69,7 @@ class Load:
 
     @property
     def pages(self) -> Pages | None:
-        """How pages of tokens are found; None if tokens do not lie in pages."""
+        """Way to find the page of a token; None if tokens do not lie in pages."""
         found = (self.pages_of(name) for name, _ in self.leaves)
         return next((each for each in found if each is not None), None)
 
