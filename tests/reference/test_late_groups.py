@@ -1,4 +1,4 @@
-"""Summaries of chunks and clusters are made when somebody reads them, in time linear in the keys."""
+"""Summaries of chunks and clusters are made once they are read, in time linear in the keys."""
 
 from __future__ import annotations
 
