@@ -32,8 +32,9 @@ from transformers.distributed import DistributedConfig
 
 import lychee_compile
 from benchmarks.common.lengths import positive, tokens
-from benchmarks.common.llama_model import filled_cache, llama_config
+from benchmarks.common.llama_model import llama_config
 from benchmarks.common.provenance import device_name, provenance, write_json
+from lychee_compile.cli.bench.filled_cache import filled_cache
 from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.report.report import Report
 

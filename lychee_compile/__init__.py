@@ -1,8 +1,9 @@
 """A PyTorch compiler backend that makes attention over long contexts sparse.
 
 `torch.compile(model, backend="lychee")` needs no import of this package; what is here looks into it
-(`explain`, `reports`, `record`), configures it (`Options`, `boundary_table`), keeps keys and values
-for it (`LycheeCache`) or uses its index by hand (`functional`).
+(`explain`, `reports`, `record`), configures it (`Options`, `boundary_table`), takes transformers'
+`generate()` through it (`prepare`, `restore`), keeps keys and values for it (`LycheeCache`) or uses
+its index by hand (`functional`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lychee_compile.backend import reset
     from lychee_compile.boundaries import BoundaryTable, boundary_table
     from lychee_compile.cache.lychee_cache import LycheeCache
+    from lychee_compile.generation.prepare import prepare, restore
     from lychee_compile.inspection import explain, reports
     from lychee_compile.kernels.policies.registry import register_policy
     from lychee_compile.options import Options
@@ -29,10 +31,12 @@ _HOMES = {
     "boundary_table": "boundaries",
     "explain": "inspection",
     "functional": "functional",
+    "prepare": "generation.prepare",
     "record": "recorder",
     "register_policy": "kernels.policies.registry",
     "reports": "inspection",
     "reset": "backend",
+    "restore": "generation.prepare",
 }
 
 __version__ = "0.2.0"
@@ -44,10 +48,12 @@ __all__ = [
     "boundary_table",
     "explain",
     "functional",
+    "prepare",
     "record",
     "register_policy",
     "reports",
     "reset",
+    "restore",
 ]
 
 

@@ -53,30 +53,30 @@ class Options(IndexConfig):
 
     def __new__(cls, *_: object, **named: object) -> Self:
         """Refuse unknown names here: the generated `__init__` would not name the nearest one."""
-        _check_names(named)
+        check_names(named)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Validate and normalise, each option alone and then together."""
         if self.budget is not None:
-            self._set("budget", _integer("budget", self.budget, at_least=1, expected_or="None"))
+            self._set("budget", integer("budget", self.budget, at_least=1, expected_or="None"))
         for name, least in _AT_LEAST.items():
-            self._set(name, _integer(name, getattr(self, name), at_least=least))
-        self._set("seed", _integer("seed", self.seed, at_least=0, at_most=2**63 - 1))
+            self._set(name, integer(name, getattr(self, name), at_least=least))
+        self._set("seed", integer("seed", self.seed, at_least=0, at_most=2**63 - 1))
         self._set("chunk", _chunk(self.chunk))
-        _one_of("boundaries", self.boundaries, BOUNDARIES)
-        _one_of("policy", self.policy, tuple(each.name for each in policies()))
+        one_of("boundaries", self.boundaries, BOUNDARIES)
+        one_of("policy", self.policy, tuple(each.name for each in policies()))
         self._set("tokenizer", _token_source(self.tokenizer))
         _check_mode(self.mode)
         self._set("epsilon", _share("epsilon", self.epsilon))
         self._set("coverage", _share("coverage", self.coverage, whole=True))
         if self.dense_layers is not None:
-            least = _integer("dense_layers", self.dense_layers, at_least=0, expected_or="None")
+            least = integer("dense_layers", self.dense_layers, at_least=0, expected_or="None")
             self._set("dense_layers", least)
         for name in ("strict", "reference", "repair"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
-        _one_of("prefill", self.prefill, PREFILLS)
+        one_of("prefill", self.prefill, PREFILLS)
         self._set("prefill_budget", _share_or_number("prefill_budget", self.prefill_budget))
         self._set("inductor", _inductor_patches(self.inductor))
         self._check_together()
@@ -88,7 +88,7 @@ class Options(IndexConfig):
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
         """Return the options in the keyword arguments that torch.compile passes to a backend."""
         named = dict(options or {})
-        _check_names(named)
+        check_names(named)
         inner = named.get("mode")
         if mode is not None and inner is not None and mode != inner:
             raise OptionError(f"mode={mode!r} and options['mode']={inner!r} contradict each other")
@@ -153,8 +153,9 @@ class Options(IndexConfig):
             )
 
 
-def _check_names(names: Collection[str]) -> None:
-    known = [each.name for each in fields(Options)]
+def check_names(names: Collection[str], more: Collection[str] = ()) -> None:
+    """Raise `OptionError` for names that are neither those of options nor among `more`."""
+    known = [*more, *(each.name for each in fields(Options))]
     for name in names:
         if name not in known:
             raise OptionError(
@@ -172,9 +173,10 @@ def _wrong(name: str, value: object, expected: str) -> OptionError:
     return OptionError(f"option {name}={value!r} ({type(value).__name__}): expected {expected}")
 
 
-def _integer(
+def integer(
     name: str, value: object, at_least: int, at_most: int | None = None, expected_or: str = ""
 ) -> int:
+    """Return an integer within bounds. Raises `OptionError` for anything else."""
     upper = f" and at most {at_most}" if at_most is not None else ""
     expected = f"an integer of at least {at_least}{upper}"
     if expected_or:
@@ -210,7 +212,8 @@ def _share_or_number(name: str, value: object) -> int | float:
     raise _wrong(name, value, expected)
 
 
-def _one_of(name: str, value: object, choices: Collection[str]) -> None:
+def one_of(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise `OptionError` for a value that is not among the `choices`."""
     if value not in choices:
         listed = " or ".join(map(repr, choices))
         raise _wrong(name, value, listed + _did_you_mean(value, choices))
@@ -221,7 +224,7 @@ def _chunk(value: object) -> tuple[int, int]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise _wrong("chunk", value, expected)
     try:
-        shortest, longest = (_integer("chunk", each, 1, LONGEST_CHUNK) for each in value)
+        shortest, longest = (integer("chunk", each, 1, LONGEST_CHUNK) for each in value)
     except OptionError:
         raise _wrong("chunk", value, expected) from None
     if shortest > longest:
@@ -234,7 +237,7 @@ def _check_mode(mode: object) -> None:
         return
     from lychee_compile import torch_private  # loads the compiler, which few options need
 
-    _one_of("mode", mode, torch_private.inductor_modes())
+    one_of("mode", mode, torch_private.inductor_modes())
 
 
 def _inductor_patches(patches: object) -> dict[str, Any]:

@@ -1,13 +1,8 @@
-"""The Llama that whole-model benchmarks decode with, and a cache full of random keys."""
+"""The Llama that whole-model benchmarks decode with."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from transformers import LlamaConfig, StaticCache
-
-from lychee_compile.evaluate.cache_argument import cache_argument
+from transformers import LlamaConfig
 
 
 def llama_config(layers: int, hidden: int, least_kv_heads: int = 1) -> LlamaConfig:
@@ -24,16 +19,3 @@ def llama_config(layers: int, hidden: int, least_kv_heads: int = 1) -> LlamaConf
         max_position_embeddings=1 << 20,
         rope_theta=500000.0,
     )
-
-
-@torch.no_grad()
-def filled_cache(model: Any, batch: int, filled: int, slots: int) -> StaticCache:
-    """Return a cache of `slots` slots for `model`, `filled` of them with random keys and values."""
-    cache = StaticCache(model.config, max_cache_len=slots)
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-    model.model(token, **{cache_argument(model.model): cache})
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.cumulative_length.fill_(filled)
-    return cache

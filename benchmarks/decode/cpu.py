@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from benchmarks.common.lengths import tokens
-from benchmarks.common.llama_model import filled_cache
+from lychee_compile.cli.bench.filled_cache import filled_cache
 from lychee_compile.evaluate.cache_argument import cache_argument
 
 WARM_UP, STEPS = 4, 24

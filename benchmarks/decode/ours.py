@@ -21,7 +21,7 @@ from lychee_compile.kernels.gpu.common.launch_exact import run_exact
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
-from lychee_compile.kernels.gpu.lychee.layout import block_size, planes
+from lychee_compile.kernels.gpu.lychee.layout import block_size, plane_bytes, planes
 from lychee_compile.kernels.gpu.methods import gpu_method, policies_with_kernels
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.sizes import PAGE
@@ -101,8 +101,8 @@ def _sketch_bytes(problem: Problem, config: IndexConfig) -> int:
     axes = -(-problem.context // block_size(problem.context)) * (
         2 * kept * problem.head_dim + 4 * problem.head_dim
     )
-    sketch = fine[0].width + coarse[0].width
+    sketch = plane_bytes(fine) + plane_bytes(coarse)
     if problem.context <= config.flat_tokens:
         return axes + problem.context * sketch
     looked_at = config.overfetch * (config.budget or 0)
-    return axes + problem.context // PAGE * fine[0].width + looked_at * sketch
+    return axes + problem.context // PAGE * plane_bytes(fine) + looked_at * sketch

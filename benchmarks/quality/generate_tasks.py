@@ -33,7 +33,8 @@ from examples.long_document.answers import Forced, compiled_with
 from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.evaluate.models import LanguageModel, compiled, load, prefill, read_on
 from lychee_compile.evaluate.reading import Encoded, Reading, encode, read_densely, read_sparsely
-from lychee_compile.evaluate.tasks import TASKS, make_questions
+from lychee_compile.evaluate.task_questions import make_questions
+from lychee_compile.evaluate.task_texts import TASKS
 from lychee_compile.options import Options
 
 

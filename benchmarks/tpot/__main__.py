@@ -29,7 +29,8 @@ from benchmarks.tpot.measure import llama, measure
 from benchmarks.tpot.plot import save_plot
 from benchmarks.tpot.records import Report
 from benchmarks.tpot.table import tables
-from benchmarks.tpot.ways import WAYS, register
+from benchmarks.tpot.ways import WAYS
+from lychee_compile.cli.bench.whole_buffer import register
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import LlamaForCausalLM, StaticCache
+from transformers import LlamaForCausalLM
 
-from benchmarks.common.llama_model import filled_cache, llama_config
+from benchmarks.common.llama_model import llama_config
 from benchmarks.common.status import FAILED, SKIPPED
 from benchmarks.tpot.records import Record
 from benchmarks.tpot.ways import WAYS, Way
 from lychee_compile import backend, torch_private
-from lychee_compile.evaluate.cache_argument import cache_argument
+from lychee_compile.cli.bench.filled_cache import filled_cache
+from lychee_compile.cli.bench.steps import greedy_step, seconds_per_step
 from lychee_compile.passes.lower import kernel_modules
 
-WARM_UP, STEPS, ROUNDS = 8, 16, 5
+STEPS = 16
+"""Number of steps of a round."""
 ROOM = 256
 """Number of slots of a cache that are empty at first."""
 SPARE = 6 << 30
 """Bytes that a model's activations, CUDA graphs and the index of its first layers may take."""
-
-Step = Callable[[Tensor], Tensor]
-"""One step of greedy decoding: the next token [B, 1] after a token [B, 1]."""
 
 
 def llama(layers: int, hidden: int, device: torch.device) -> Any:
@@ -72,7 +69,7 @@ def _measure(model: Any, way: Way, record: Record, budget: int) -> None:
     model.set_attn_implementation(way.attention)
     filled = max(record.context - ROOM, 1)
     cache = filled_cache(model, record.batch, filled, record.context)
-    step = _step(model, way.compiled(model.forward, budget), cache)
+    step = greedy_step(model, way.compiled(model.forward, budget), cache)
     token = torch.ones(record.batch, 1, dtype=torch.int64, device=model.device)
     with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         with _timed_compilation() as spent:
@@ -81,38 +78,13 @@ def _measure(model: Any, way: Way, record: Record, budget: int) -> None:
             record.first_step_seconds = time.perf_counter() - started
         record.inductor_seconds, record.lychee_seconds = spent["inductor"], spent["lychee"]
         record.kernel_seconds = spent["kernels"]
-        record.milliseconds = 1e3 * _seconds_per_step(step, token)
+        record.milliseconds = 1e3 * seconds_per_step(step, token, STEPS)
     record.graph_skips = counters["inductor"]["cudagraph_skips"]
     record.sites = {
         kind: counters["lychee"][kind]
         for kind in ("sparse", "exact", "kept")
         if counters["lychee"][kind]
     }
-
-
-def _seconds_per_step(step: Step, token: Tensor) -> float:
-    """Return the median over rounds of the mean time of a step, after a warm-up."""
-    for _ in range(WARM_UP):
-        token = step(token)
-    times = []
-    for _ in range(ROUNDS):
-        _synchronise(token)
-        started = time.perf_counter()
-        for _ in range(STEPS):
-            token = step(token)
-        _synchronise(token)
-        times.append((time.perf_counter() - started) / STEPS)
-    return statistics.median(times)
-
-
-def _step(model: Any, forward: Callable[..., Any], cache: StaticCache) -> Step:
-    """Return a step of `forward`, that of `model` compiled, over `cache`; it does not wait."""
-    arguments = {cache_argument(model): cache, "use_cache": True}
-
-    def step(token: Tensor) -> Tensor:
-        return forward(token, **arguments).logits[:, -1:].argmax(-1).clone()
-
-    return step
 
 
 @contextmanager
@@ -146,8 +118,3 @@ def _cache_bytes(model: Any, batch: int, context: int) -> int:
     config = model.config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return numbers * batch * context * model.dtype.itemsize
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()

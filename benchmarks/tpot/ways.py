@@ -7,13 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-FLASH = "dense_gqa"
-"""Name by which transformers knows the baseline without `repeat_kv`."""
+from lychee_compile.cli.bench.whole_buffer import WHOLE_BUFFER
 
 
 @dataclass(frozen=True)
@@ -39,36 +34,13 @@ class Way:
         return torch.compile(forward, fullgraph=True, **arguments)
 
 
-def _flash(
-    _module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend to the whole buffer, without copies of grouped keys and without a mask.
-
-    This is the fastest that dense attention gets. It is right only if the buffer is full.
-    """
-    output = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
-    return output.transpose(1, 2), None
-
-
-def register() -> None:
-    """Make the baseline without `repeat_kv` known to transformers."""
-    AttentionInterface.register(FLASH, _flash)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(FLASH, lambda *_, **__: None)
-
-
 _INDUCTOR = {"mode": "reduce-overhead"}
 _LYCHEE = {"backend": "lychee", "options": {"mode": "reduce-overhead", "budget": None}}
 
 WAYS = {
     "eager": Way("HF eager", None),
     "inductor": Way("HF + torch.compile", _INDUCTOR),
-    "flash": Way("flash, no repeat_kv", _INDUCTOR, FLASH),
+    "flash": Way("flash, no repeat_kv", _INDUCTOR, WHOLE_BUFFER),
     "exact": Way("lychee exact", _LYCHEE),
     "sparse": Way("lychee sparse", _LYCHEE, sparse=True),
 }

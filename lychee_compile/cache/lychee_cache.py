@@ -25,9 +25,8 @@ class LycheeCache(Cache):
     [B, Hkv, slots, D], and moves to larger ones when they are full. Each token is copied about
     once, however many follow. Layers with a sliding window are those of transformers.
 
-        cache = LycheeCache(model.config)
-        compile_config = CompileConfig(backend="lychee", mode=None, options={"budget": 1024})
-        model.generate(**inputs, cache=cache, compile_config=compile_config)
+        lychee_compile.prepare(model, budget=1024)
+        model.generate(**inputs)  # makes one, and takes one: generate(**inputs, cache=cache)
 
         model.forward = torch.compile(model.forward, backend="lychee")
         model.generate(**inputs, cache=LycheeCache(model.config), disable_compile=True)

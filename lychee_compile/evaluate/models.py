@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,17 @@ class LanguageModel:
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
 
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens with which an answer ends."""
+        given = [
+            getattr(getattr(self.model, "generation_config", None), "eos_token_id", None),
+            self.model.config.get_text_config().eos_token_id,
+            getattr(self.tokenizer, "eos_token_id", None),
+        ]
+        listed = [each if isinstance(each, list | tuple) else [each] for each in given]
+        return frozenset(each for some in listed for each in some if each is not None)
+
     def encode(self, text: str, special: bool = True) -> Tensor:
         """Return token ids, int64 [T], with a beginning-of-text token if the model has one."""
         ids = self.tokenizer(text, add_special_tokens=special).input_ids
@@ -53,27 +65,41 @@ class LanguageModel:
 
 
 def load(name: str, device: str = "cpu", dtype: str | None = None) -> LanguageModel:
-    """Return the model `name`, a folder or a name that transformers knows.
+    """Return the model `name`, a folder or a name that transformers knows, and its tokenizer.
 
     Without `dtype` it is float32 on a CPU and bfloat16 elsewhere. Raise `EvaluationError` if it
     cannot be loaded.
     """
     require("transformers", "loading a model")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer
 
     check_device(device)
-    chosen = dtype or ("float32" if device == "cpu" else "bfloat16")
+    with _told(f"--model {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return LanguageModel(Path(name).name or name, load_model(name, device, dtype), tokenizer)
+
+
+def load_model(name: str, device: str = "cpu", dtype: str | None = None) -> Any:
+    """Return the model `name` without its tokenizer, as `load` does."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    chosen = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    with _told(f"--model {name}"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[chosen])
+    return model.eval().to(device)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Raise `EvaluationError` in place of what transformers raises if it cannot load something."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         brief = " ".join(str(error).split())
-        raise EvaluationError(f"--model {name}: it cannot be loaded: {brief}") from error
-    short = Path(name).name or name
-    return LanguageModel(short, model.eval().to(device), tokenizer)
+        raise EvaluationError(f"{what}: it cannot be loaded: {brief}") from error
 
 
 def check_device(device: str) -> None:

@@ -85,11 +85,11 @@ def plot_tasks(path: Path, result: TaskResult) -> None:
         sparse = [row for row in of_task if row.policy != DENSE]
         for row in of_task:
             if row.policy == DENSE:
-                axes.axhline(row.exact, color="black", lw=1, label=DENSE)
+                axes.axhline(row.found, color="black", lw=1, label=DENSE)
         for number, policy in enumerate(dict.fromkeys(row.policy for row in sparse)):
             mine = [row for row in sparse if row.policy == policy]
             budgets = [row.budget or result.length for row in mine]
-            _line(axes, budgets, [row.exact for row in mine], policy, number)
+            _line(axes, budgets, [row.found for row in mine], policy, number)
         axes.set_xscale("log", base=2)
         _ticks(axes, {row.budget or result.length for row in sparse})
         axes.set_ylim(-0.05, 1.05)

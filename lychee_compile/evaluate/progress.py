@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -18,9 +19,10 @@ from rich.progress import (
 )
 
 
-def make_console() -> Console:
-    """Return a console as wide as the terminal; 140 columns if the output is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+def make_console(file: TextIO | None = None) -> Console:
+    """Return a console on `file`, by default stdout; 140 columns wide if it is no terminal."""
+    shown = file or sys.stdout
+    return Console(file=shown, width=None if shown.isatty() else 140, highlight=False)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from lychee_compile.kernels.operators.cache_index import CacheWrite
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
 from lychee_compile.runtime.cache_registry import registry
 
+SLACK = 16
+"""Number of tokens that a free answer may have besides twice those of the expected one."""
 TOKEN_DIM = 2
 """Axis of the tokens in keys of transformers' caches, [B, Hkv, L, D]."""
 
@@ -66,7 +68,7 @@ class Reading:
 
 def encode(question: Question, model: LanguageModel) -> Encoded:
     """Return the tokens of a question; a token across its end belongs to the answer."""
-    document = model.encode(question.document)
+    document = model.encode(question.document, special=not question.framed)
     asked = model.encode(question.question, special=False)
     whole = model.encode(question.question + question.answer, special=False)
     same = 0
@@ -104,6 +106,72 @@ def read_sparsely(
         forward(token[None, None].to(model.device), **branch).logits[0] for token in encoded.decoded
     ]
     return _reading(torch.cat(logits), encoded)
+
+
+@torch.no_grad()
+def answer_densely(
+    model: LanguageModel, cache: Any, encoded: Encoded, wanted: Sequence[str]
+) -> str:
+    """Return what dense attention answers freely, as `answer_sparsely` does."""
+    branch = fork(cache)
+    argument = cache_argument(model.model)
+
+    def forward(tokens: Tensor) -> Tensor:
+        return model.model(tokens[None], **{argument: branch}).logits[0, -1]
+
+    return _answer(forward, forward(encoded.question.to(model.device)), model, encoded, wanted)
+
+
+@torch.no_grad()
+def answer_sparsely(
+    forward: Callable[..., Any],
+    model: LanguageModel,
+    cache: Any,
+    encoded: Encoded,
+    config: IndexConfig,
+    wanted: Sequence[str],
+) -> str:
+    """Return the answer that the compiled `forward` decodes greedily after the question.
+
+    It ends when it holds all `wanted` strings, or at an end token, or when it is about twice as
+    long as the expected answer. `cache` stays as it is.
+    """
+    note_document(cache, encoded.document, config, model.boundaries)
+    branch = fork(cache)
+    argument = cache_argument(model.model)
+
+    def step(token: Tensor) -> Tensor:
+        return forward(token[None], **{argument: branch}).logits[0, -1]
+
+    logits = [step(token[None].to(model.device)) for token in encoded.question][-1]
+    return _answer(step, logits, model, encoded, wanted)
+
+
+def found_share(answer: str, wanted: Sequence[str]) -> float:
+    """Return the share of the `wanted` strings that an answer holds, in upper or lower letters."""
+    return sum(each.lower() in answer.lower() for each in wanted) / len(wanted)
+
+
+def _answer(
+    step: Callable[[Tensor], Tensor],
+    logits: Tensor,
+    model: LanguageModel,
+    encoded: Encoded,
+    wanted: Sequence[str],
+) -> str:
+    """Return the text of greedy steps from `logits` [vocabulary] on; `step` takes a token [1]."""
+    tokens: list[int] = []
+    text = ""
+    for _ in range(2 * len(encoded.answer) + SLACK):
+        token = logits.argmax()[None]
+        if int(token) in model.end_tokens:
+            break
+        tokens.append(int(token))
+        text = model.tokenizer.decode(tokens)
+        if found_share(text, wanted) == 1:
+            break
+        logits = step(token)
+    return text
 
 
 def note_document(cache: Any, token_ids: Tensor, config: IndexConfig, table: BoundaryTable) -> None:

@@ -46,10 +46,11 @@ class Session:
         self.settings = settings
         self._console = console
         self._taken: dict[tuple[str, tuple[int, ...]], Capture] = {}
-        self._results: dict[str, Any] = {
+        self.results: dict[str, Any] = {
             "command": settings.command_line,
             "environment": environment(settings.device),
         }
+        """All results so far, for JSON."""
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -106,20 +107,29 @@ class Session:
         """Ask questions about long documents."""
         settings = self.settings
         ways = 1 + len(settings.policies) * len(settings.budgets)
-        total = len(settings.tasks) * settings.repeats * ways
-        model = self.model
-        with self._stage(f"Asking {len(settings.tasks) * settings.repeats} questions", total) as on:
-            result = run_tasks(
-                model,
-                settings.tasks,
-                settings.policies,
-                settings.budgets,
-                length=settings.length,
-                repeats=settings.repeats,
-                seed=settings.seed,
-                advance=on,
-            )
-        self._show_tasks(result)
+        asked = len(settings.tasks) * settings.repeats
+        model, results = self.model, list[TaskResult]()
+        for length in settings.lengths:
+            label = f"Asking {asked} questions about {length:,} tokens"
+            with self._stage(label, asked * ways) as on:
+                result = run_tasks(
+                    model,
+                    settings.tasks,
+                    settings.policies,
+                    settings.budgets,
+                    length=length,
+                    repeats=settings.repeats,
+                    seed=settings.seed,
+                    kernels=settings.kernels,
+                    advance=on,
+                )
+            results.append(result)
+            self._console.print(tables.tasks_table(result))
+            self._keep("tasks", [each.to_dict() for each in results])
+            number = "" if len(settings.lengths) == 1 else f"-{length}"
+            self._draw(f"answers_against_budget{number}.png", plots.plot_tasks, result)
+        if len(results) > 1:
+            self._console.print(tables.lengths_table(results))
 
     def prefill(self) -> None:
         """Measure captured mass and error of prefill, against the share of pairs computed."""
@@ -137,11 +147,6 @@ class Session:
         label = f"Attending to {captured.text} ({len(captured.token_ids):,} tokens)"
         with self._stage(label, tiles) as on:
             return prefill(captured.to(chosen.device), chosen.policies, chosen.shares, on)
-
-    def _show_tasks(self, result: TaskResult) -> None:
-        self._console.print(tables.tasks_table(result))
-        self._keep("tasks", result.to_dict())
-        self._draw("answers_against_budget.png", plots.plot_tasks, result)
 
     def _captures(
         self, positions: Sequence[int] | None = None, take: Callable[..., Capture] = capture
@@ -201,10 +206,10 @@ class Session:
 
     def _keep(self, section: str, result: Any) -> None:
         """Write all results so far, so that a long run that breaks off leaves some."""
-        self._results[section] = result
+        self.results[section] = result
         path = self.settings.out / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self._results, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
         self._console.print(f"Results: {path}", markup=False)
 
     def _draw(self, name: str, plot: Callable[..., None], results: Any) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 from lychee_compile.evaluate.drift import ANEW, FOLLOWED, DriftResult
 from lychee_compile.evaluate.fidelity import FidelityResult, FidelityRow
 from lychee_compile.evaluate.prefill import PrefillResult
-from lychee_compile.evaluate.tasks import TaskResult
+from lychee_compile.evaluate.tasks import TaskResult, TaskRow
 
 ORACLE = "oracle"
 DRIFT_MARKS = (8192, 16384, 30720)
@@ -129,12 +129,28 @@ def tasks_table(result: TaskResult) -> Group:
             row.task,
             row.policy,
             "" if row.budget is None else f"{row.budget:,}",
-            f"{row.exact * row.questions:.0f} of {row.questions}",
+            f"{round(row.found * row.questions, 1):g} of {row.questions}",
             f"{row.log_likelihood:.2f}",
             f"{row.agreement:.1%}",
             f"{row.divergence:.4f}",
         )
     return _titled(title, table)
+
+
+def lengths_table(results: Sequence[TaskResult]) -> Group:
+    """Return a table of the share of answers found, by length, over all tasks."""
+    table = _table(("policy", "left"), ("budget", "right"))
+    for result in results:
+        table.add_column(f"{result.length:,}", justify="right")
+    found = [{(row.policy, row.budget): row for row in _overall(result)} for result in results]
+    for policy, budget in found[0]:
+        cells = (f"{rows[policy, budget].found:.1%}" for rows in found)
+        table.add_row(policy, "" if budget is None else f"{budget:,}", *cells)
+    return _titled(f"Answers found by {results[0].model}, by tokens of a document", table)
+
+
+def _overall(result: TaskResult) -> list[TaskRow]:
+    return [row for row in result.rows() if row.task == "all"]
 
 
 def prefill_table(result: PrefillResult) -> Group:

@@ -40,6 +40,10 @@ class Question:
     """Text that follows the question."""
     depth: float
     """Position of the answer in the document, 0 to 1."""
+    answers: tuple[str, ...] = ()
+    """Strings that a free answer should hold; none: greedy decoding must give `answer`."""
+    framed: bool = False
+    """True if the texts have the special tokens of a chat template already."""
 
 
 @dataclass(frozen=True)

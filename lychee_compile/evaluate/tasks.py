@@ -9,30 +9,35 @@ document sparsely as well, in a pass of its own.
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
-from lychee_compile.evaluate.errors import EvaluationError
+import torch
+
 from lychee_compile.evaluate.models import (
     LanguageModel,
-    compiled,
     nothing,
     prefill,
     prefill_at_once,
 )
-from lychee_compile.evaluate.reading import Reading, encode, read_densely, read_sparsely
-from lychee_compile.evaluate.task_texts import TASKS, Filler, Question, make_question
+from lychee_compile.evaluate.reading import (
+    Reading,
+    answer_densely,
+    answer_sparsely,
+    encode,
+    found_share,
+    read_densely,
+    read_sparsely,
+)
+from lychee_compile.evaluate.task_questions import check_tasks, make_questions
+from lychee_compile.evaluate.task_texts import Question
 from lychee_compile.evaluate.variants import Variant, check_budgets, describe
 from lychee_compile.torch_private import unlimited_recompiles
 
 DENSE = "dense"
-RESERVED = 96
-"""Number of tokens kept free for question and answer."""
-SHORTEST = 512
-"""Least number of tokens of a document."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,12 @@ class TaskAnswer:
     document_tokens: int
     expected: str
     predicted: str
-    """Text of the likeliest token at each position of the expected answer."""
+    """Text of the likeliest token at each position of the expected answer; of a task after RULER
+    the text that greedy decoding gives."""
     exact: bool
     """True if greedy decoding gives the expected answer."""
+    found: float
+    """Share of the expected strings that greedy decoding gives, 0 to 1."""
     log_likelihood: float
     """Log-likelihood of the expected answer."""
     agreement: float
@@ -66,6 +74,7 @@ class TaskRow:
     budget: int | None
     questions: int
     exact: float
+    found: float
     log_likelihood: float
     agreement: float
     divergence: float
@@ -97,13 +106,6 @@ class TaskResult:
         return {**vars(self), "rows": [asdict(row) for row in rows], "answers": answers}
 
 
-def check_tasks(names: Sequence[str]) -> None:
-    """Raise `EvaluationError` for a task that does not exist."""
-    for name in names:
-        if name not in TASKS:
-            raise EvaluationError(f"--tasks {name}: expected some of {', '.join(TASKS)}")
-
-
 def run_tasks(
     model: LanguageModel,
     names: Sequence[str],
@@ -113,16 +115,18 @@ def run_tasks(
     length: int,
     repeats: int,
     seed: int = 0,
+    kernels: bool = False,
     advance: Callable[[int], object] = nothing,
 ) -> TaskResult:
     """Ask `repeats` questions of each task, at depths spread over documents of `length` tokens.
 
+    On a GPU generated kernels decode if `kernels` says so, and the plain PyTorch operators if not.
     `advance` is called with 1 after each answer. Raise `EvaluationError` for an unknown task or a
     length that does not fit, and `OptionError` for a budget that a policy cannot have.
     """
     check_tasks(names)
     check_budgets(variants, budgets)
-    ways = _Ways(model, variants, budgets)
+    ways = _Ways(model, variants, budgets, kernels)
     answers = []
     with unlimited_recompiles():
         for question in make_questions(model, names, length, repeats, seed):
@@ -131,42 +135,18 @@ def run_tasks(
     return TaskResult(model.name, length, configs, answers)
 
 
-def make_questions(
-    model: LanguageModel, names: Sequence[str], length: int, repeats: int, seed: int = 0
-) -> list[Question]:
-    """Return `repeats` questions of each task, at depths spread over documents of `length` tokens.
-
-    Raise `EvaluationError` for a length that does not fit.
-    """
-    longest = model.longest
-    if length < SHORTEST or (longest is not None and length > longest):
-        bound = "" if longest is None else f" and at most {longest:,}, what the model was made for"
-        raise EvaluationError(f"--length {length}: expected at least {SHORTEST} tokens{bound}")
-
-    def count(texts: Sequence[str]) -> list[int]:
-        encoded = model.tokenizer(list(texts), add_special_tokens=False).input_ids
-        return [len(ids) for ids in encoded]
-
-    fillers: dict[str, Filler] = {}
-    questions = []
-    for name, number in itertools.product(names, range(repeats)):
-        kind = TASKS[name][0]
-        if kind not in fillers:
-            fillers[kind] = Filler(kind, count)
-        chance = random.Random(f"{seed} {name} {number}")
-        depth = (number + 0.5) / repeats
-        room = length - RESERVED
-        questions.append(make_question(name, fillers[kind], room, depth, count, chance))
-    return questions
-
-
 class _Ways:
     """Model under every policy at every budget, compiled at the first question."""
 
     def __init__(
-        self, model: LanguageModel, variants: Sequence[Variant], budgets: Sequence[int]
+        self,
+        model: LanguageModel,
+        variants: Sequence[Variant],
+        budgets: Sequence[int],
+        kernels: bool,
     ) -> None:
         self._model = model
+        self._reference = model.device.type != "cpu" and not kernels
         self._ways = list(itertools.product(variants, budgets))
         self._compiled: dict[tuple[str, int], tuple[Callable[..., Any], Any]] = {}
 
@@ -176,7 +156,11 @@ class _Ways:
         cache = prefill(self._model.model, encoded.document)
         dense = read_densely(self._model, cache, encoded)
         tokens = len(encoded.document)
-        answers = [self._answer(question, DENSE, None, tokens, dense, dense)]
+        wanted = question.answers
+        said = self._said(
+            question, dense, lambda: answer_densely(self._model, cache, encoded, wanted)
+        )
+        answers = [self._answer(question, DENSE, None, tokens, dense, dense, said)]
         advance(1)
         for variant, budget in self._ways:
             forward, config = self._compiled_for(variant, budget)
@@ -184,18 +168,32 @@ class _Ways:
             if config.prefill == "sparse":
                 own = prefill_at_once(forward, self._model.model, encoded.document)
             reading = read_sparsely(forward, self._model, own, encoded, config)
-            answers.append(self._answer(question, variant.label, budget, tokens, reading, dense))
+            asked = forward, self._model, own, encoded, config, wanted
+            said = self._said(question, reading, partial(answer_sparsely, *asked))
+            way = variant.label, budget
+            answers.append(self._answer(question, *way, tokens, reading, dense, said))
             advance(1)
         return answers
+
+    def _said(self, question: Question, reading: Reading, answer: Callable[[], str]) -> str:
+        """Return what greedy decoding says: the expected answer if it is exact, or `answer()`.
+
+        Without strings to find in a free answer it is the likeliest tokens of the expected one.
+        """
+        if not question.answers:
+            return self._model.tokenizer.decode(reading.predicted.tolist())
+        return question.answer if reading.exact else answer()
 
     def _compiled_for(self, variant: Variant, budget: int) -> tuple[Callable[..., Any], Any]:
         key = (variant.label, budget)
         if key not in self._compiled:
             # An index is looked up by its options: they have to be those of the compiled model.
-            reference = self._model.device.type != "cpu"
-            table = self._model.boundaries
+            table, reference = self._model.boundaries, self._reference
             options = variant.backend_options(budget, tokenizer=table, reference=reference)
-            self._compiled[key] = compiled(self._model.model, options), options.index_config()
+            forward = torch.compile(
+                self._model.model, backend="lychee", options=dict(vars(options))
+            )
+            self._compiled[key] = forward, options.index_config()
         return self._compiled[key]
 
     def _answer(
@@ -206,7 +204,9 @@ class _Ways:
         document_tokens: int,
         reading: Reading,
         dense: Reading,
+        said: str,
     ) -> TaskAnswer:
+        wanted = question.answers
         return TaskAnswer(
             task=question.task,
             policy=policy,
@@ -214,8 +214,9 @@ class _Ways:
             depth=question.depth,
             document_tokens=document_tokens,
             expected=question.answer,
-            predicted=self._model.tokenizer.decode(reading.predicted.tolist()),
+            predicted=said,
             exact=reading.exact,
+            found=found_share(said, wanted) if wanted else float(reading.exact),
             log_likelihood=reading.log_likelihood,
             agreement=reading.agreement(dense),
             divergence=reading.divergence(dense),
@@ -229,6 +230,7 @@ def _row(task: str, policy: str, budget: int | None, answers: Sequence[TaskAnswe
         budget,
         questions=len(answers),
         exact=fmean(answer.exact for answer in answers),
+        found=fmean(answer.found for answer in answers),
         log_likelihood=fmean(answer.log_likelihood for answer in answers),
         agreement=fmean(answer.agreement for answer in answers),
         divergence=fmean(answer.divergence for answer in answers),

@@ -44,7 +44,7 @@ class Variant:
                 raise OptionError(
                     f"policy {text!r}: expected NAME or NAME:option=value, got {setting!r} in it"
                 )
-            options[name.strip()] = _literal(value.strip())
+            options[name.strip()] = literal(value.strip())
         variant = cls(policy, options)
         variant.backend_options(None)
         return variant
@@ -104,7 +104,8 @@ def describe(options: Options) -> dict[str, Any]:
     }
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """Return the Python value that `text` writes, or `text` itself if it writes none."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

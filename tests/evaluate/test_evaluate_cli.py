@@ -12,10 +12,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from evaluated import LAYERS, saved_tiny_model
+from rich.console import Console
 
 from lychee_compile.__main__ import main
-from lychee_compile.evaluate.cli import SUBJECTS
+from lychee_compile.cli.evaluate import SUBJECTS, add_evaluate
+from lychee_compile.cli.parser import Parser, parse_line
+from lychee_compile.evaluate.ruler.catalogue import RULER
 from lychee_compile.evaluate.synthetic import synthetic_capture
+from lychee_compile.evaluate.tables import lengths_table, tasks_table
+from lychee_compile.evaluate.task_texts import TASKS
+from lychee_compile.evaluate.tasks import TaskAnswer, TaskResult
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,8 @@ def test_every_subject_measures_a_model(folder, tmp_path, capsys):
     assert all(0 < row["mass"] <= 1 and row["violations"] == 0 for row in fidelity["rows"])
     (drift,) = results["drift"]
     assert {point["generated"] for point in drift["points"]} == {0, 150}
-    assert len(results["tasks"]["answers"]) == 1 + 2 * 2
+    (tasks,) = results["tasks"]
+    assert len(tasks["answers"]) == 1 + 2 * 2
     (text,) = results["text"]
     assert {
         f"{p}:boundaries={b}" for p in ("lychee", "oracle") for b in ("tokens", "fixed")
@@ -115,6 +122,52 @@ def test_errors_are_one_line_that_says_what_to_do(command, message, folder, caps
     *_, line = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("python -m lychee_compile: error: ")
     assert message in line
+
+
+def test_json_alone_is_on_stdout(tmp_path, capsys):
+    synthetic_capture(300, 3).save(tmp_path / "capture")
+    command = f"fidelity --capture {tmp_path / 'capture'} --policies streaming --budgets 100"
+    assert evaluate(f"{command} --json") == 0
+    printed = capsys.readouterr()
+    shown = json.loads(printed.out)
+    assert shown == results_of(Path("evaluation"))
+    assert shown["fidelity"][0]["rows"][0]["policy"] == "streaming"
+    assert "Fidelity:" in printed.err
+
+
+def settings_of(command):
+    parser = Parser()
+    add_evaluate(parser.add_subparsers())
+    return parse_line(parser, ["evaluate", *shlex.split(command)])
+
+
+def test_tasks_go_by_groups_and_lengths_by_thousands():
+    settings = settings_of("tasks --model x --tasks pass-key,ruler,multi-key --length 8k,4096,4k")
+    assert settings.tasks == ["pass-key", *RULER]
+    assert settings.length == [4096, 8192]
+    assert settings_of("tasks --model x").tasks == list(TASKS)
+    assert settings_of("tasks --model x").length == [12288]
+    assert settings_of("fidelity --model x --length 8k").length == 8192
+
+
+def test_answers_found_are_shown_by_length():
+    def result(length, found):
+        facts = {"task": "single-key", "depth": 0.5, "document_tokens": length, "expected": "1"}
+        scores = {"exact": False, "log_likelihood": -1.0, "agreement": 0.5, "divergence": 0.1}
+        answers = [
+            TaskAnswer(policy=policy, budget=budget, predicted="2", found=found, **facts, **scores)
+            for policy, budget in (("dense", None), ("lychee", 512))
+        ]
+        return TaskResult("tiny", length, {}, answers)
+
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(lengths_table([result(4096, 0.75), result(8192, 0.5)]))
+        console.print(tasks_table(result(4096, 0.75)))
+    words = " ".join(shown.get().split())
+    assert "4,096 8,192" in words
+    assert "dense 75.0% 50.0% lychee 512 75.0% 50.0%" in words
+    assert "lychee 512 0.8 of 1" in words
 
 
 def test_a_capture_of_neighbouring_tokens_has_no_drift(tmp_path, capsys):

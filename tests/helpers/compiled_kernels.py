@@ -21,12 +21,13 @@ KERNELS = {
     "attend_all": {"KEYS": 64},
     "combine": {"SPLITS": 32},
     "query_weights": {"kv_heads": 8, "BLOCK": 8192},
-    "scan_tokens": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
+    "scan_tokens": {"STEPS": 1, "BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_pages": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_chosen": {"BLOCK": 8192, "TILES": 16, "kv_heads": 8},
     "scan_listed": {"BLOCK": 32768, "BLOCKS": 64, "TILES": 512, "kv_heads": 8},
     "index_chunks": {},
-    "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192},
+    "choose": {"KEYS": 64, "TILES": 16, "LANES": 4096, "BLOCK": 8192},
+    "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192, "LISTED": False},
     "encode": {"BLOCK": 8192},
     "record_fingerprints": {},
     "scan_window": {"SEEN": 4096},
@@ -67,9 +68,9 @@ POINTERS = {
     "child_ranks child_counts open_1 open_2 order_1 order_2 begin_0 begin_1 "
     "children_0 children_1 list_count failing bounds at_levels places",
     "*i64": "positions head_mass",
-    "*bf16": "weights",
+    "*i8": "weights",
     "*fp16": "rank",
-    "*fp32": "constants page_constants totals whole centre step spread partial partial_top "
+    "*fp32": "scales constants page_constants totals whole centre step spread partial partial_top "
     "partial_sum log_sums scores mean_bias longest unread missed residual bound_weights "
     "bound_reach",
 }

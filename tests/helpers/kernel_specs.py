@@ -106,8 +106,15 @@ SPECS = {
     "hisa_llama": AttentionSpec(
         "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,), sparse=HISA
     ),
-    "fasa_odd_sizes": AttentionSpec(
-        "float16", 3, 80, 64, S / math.sqrt(80), POSITION >= KV, (LENGTH,), sparse=FASA
+    "fasa_by_mass_odd_sizes": AttentionSpec(
+        "float16",
+        3,
+        80,
+        64,
+        S / math.sqrt(80),
+        POSITION >= KV,
+        (LENGTH,),
+        sparse=replace(FASA, coverage=0.9),
     ),
     "lycheecluster_llama": AttentionSpec(
         "bfloat16", 4, 128, 128, S / math.sqrt(128), POSITION >= KV, (LENGTH,), sparse=LYCHEECLUSTER

@@ -22,7 +22,7 @@ from lychee_compile.codegen.module import emit_module
 GOLDEN = Path(__file__).parents[1] / "golden" / "kernels"
 LAUNCHED = {
     "attend_all", "combine", "query_weights", "scan_tokens", "scan_pages", "scan_chosen", "attend",
-    "encode", "record_fingerprints", "scan_0", "rank_0", "list_0", "scan_1", "rank_1",
+    "choose", "encode", "record_fingerprints", "scan_0", "rank_0", "list_0", "scan_1", "rank_1",
     "scan_2", "rank_2", "list_1", "list_2", "spread_0", "scan_window",
     "mark_read", "bound_unread", "certify", "read_uncertified",
     "measure", "measure_new", "weigh_blocks", "scan_listed", "index_chunks",

@@ -47,7 +47,8 @@ def test_every_function_of_the_library_is_in_some_module():
         if isinstance(each, ast.FunctionDef)
     }
     assert functions
-    assert [name for name, file in functions.items() if library(file, name)[0] not in modules] == []
+    unused = {name for name, file in functions.items() if library(file, name)[0] not in modules}
+    assert unused == {"bins_of"}  # for kernels of one's own, see `emit_selection`
 
 
 def test_the_library_imports_nothing_of_ours_when_it_runs():

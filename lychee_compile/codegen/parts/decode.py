@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
@@ -11,6 +13,10 @@ LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
 SAMPLE = {"sampled": 32, "newest": 8}
 """Keys that each KV head compares with fingerprints in each step, and the newest among them."""
+STAGES = ("choose", "attend")
+"""Kernels that decode/attend.py.jinja becomes."""
+NOTING = ("note_heads", "note_small", "note_mass", "note_left_out")
+"""Functions of `triton_lib/mass.py` that add up the mass of items."""
 _OWN_ITEMS = 2048
 """Upper bound of the items that a program of `choose_by_bin` has."""
 
@@ -31,26 +37,31 @@ def emit_exact(spec: AttentionSpec) -> list[str]:
     ]
 
 
-def emit_bins(spec: AttentionSpec, sparse: SparseSpec, weighed: bool = False) -> list[str]:
+def emit_bins(
+    spec: AttentionSpec,
+    sparse: SparseSpec,
+    counts: bool = True,
+    noting: Sequence[str] = NOTING,
+) -> list[str]:
     """Return functions that put shares of the softmax into bins, and choose by these.
 
-    `weighed` items count by their weights, which `weigh_bins` in `triton_lib/levels.py` does, or
-    there are none: then `count_bins` is left out.
+    Without `counts` there is no `count_bins`. A policy that does not use all functions by which the
+    mass of items is noted names those that it does.
     """
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
     return [
-        *library("bins", "written_slots", "fresh_from", "denominators", "shares_of"),
-        *library("bins", "bins_of_shares", *([] if weighed else ["count_bins"]), "threshold"),
-        *(_emit_mass(spec) if sparse.coverage is not None else []),
+        *library("bins", "written_slots", "fresh_from", "denominators"),
+        *library("bins", "bins_of_shares", *(["count_bins"] if counts else []), "threshold"),
+        *(_emit_mass(spec, noting) if sparse.coverage is not None else []),
         fill("decode/fresh_seen.py.jinja", spec),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
         *library("bins", "choose_by_bin"),
     ]
 
 
-def _emit_mass(spec: AttentionSpec) -> list[str]:
+def _emit_mass(spec: AttentionSpec, noting: Sequence[str]) -> list[str]:
     """Return functions that end a choice at a share of the softmax."""
-    counted = library("mass", "note_small", "note_mass", "mass_of_bins", "note_left_out")
+    counted = library("mass", *noting, "mass_of_bins")
     found = library("mass", "limit_of_mass", "threshold_of_mass")
     return [*counted, *found, fill("decode/log_always.py.jinja", spec)]
 
@@ -76,6 +87,6 @@ def emit_selection(spec: AttentionSpec, unread: str = "fresh") -> list[str]:
     return [
         fill("decode/selection.py.jinja", spec, **sizes),
         *emit_bins(spec, spec.sparse),
-        *library("bins", "bins_of"),
+        *library("bins", "shares_of", "bins_of"),
         emit_always_read(spec, spec.sparse, unread),
     ]

@@ -7,7 +7,14 @@ from dataclasses import replace
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.level_source import estimate_source
 from lychee_compile.codegen.parts.certificate import emit_of_levels
-from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.decode import (
+    LARGEST,
+    NOTING,
+    SAMPLE,
+    STAGES,
+    emit_always_read,
+    emit_bins,
+)
 from lychee_compile.codegen.parts.level_index import emit_index_new, parts_of_chunks
 from lychee_compile.codegen.parts.site import fill, precision, sees_range
 from lychee_compile.codegen.rendering import library
@@ -55,7 +62,8 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     has_window = not stack.levels or (kind != "pages" and not sees_range(spec))
     return [
         _constants(spec, stack, sparse),
-        *emit_bins(spec, sparse, weighed=not stack.levels or kind == "chunks"),
+        *(library("bins", "shares_of") if stack.levels else []),
+        *emit_bins(spec, sparse, bool(stack.levels) and kind != "chunks", NOTING[: 3 + lists]),
         *(library(*_OF_KIND[kind]) if lists else []),
         *(library("levels", "unread_before") if kind == "chunks" and not sees_range(spec) else []),
         emit_always_read(spec, sparse, unread, more="" if kind == "pages" else ", unread"),
@@ -239,6 +247,7 @@ def _attend(spec: AttentionSpec, stack: LevelStack, sparse: SparseSpec) -> list[
         names = "label, waiting, "
     shared: dict[str, object] = {"last_kind": kind, "kind": kind, "parts": names}
     shared |= {"number": number, "in_clusters": False, "narrows": False}
-    ended = {"by_mass": False} if _is_listed(stack, number) else {}
-    attend = fill("levels/attend.py.jinja", spec, **shared, **ended)
-    return [emit_index_new(spec, stack, sparse, shared), attend]
+    ended: dict[str, object] = {"by_mass": False} if _is_listed(stack, number) else {}
+    shared |= ended
+    kernels = [fill("levels/attend.py.jinja", spec, **shared, stage=stage) for stage in STAGES]
+    return [emit_index_new(spec, stack, sparse, shared), *kernels]

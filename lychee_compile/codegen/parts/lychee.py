@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lychee_compile.codegen.parts.certificate import emit_certificate, emit_constants
-from lychee_compile.codegen.parts.decode import LARGEST, SAMPLE, emit_always_read, emit_bins
+from lychee_compile.codegen.parts.decode import (
+    LARGEST,
+    NOTING,
+    SAMPLE,
+    STAGES,
+    emit_always_read,
+    emit_bins,
+)
 from lychee_compile.codegen.parts.narrowing import emit_chunks, emit_narrowing
 from lychee_compile.codegen.parts.site import fill
+from lychee_compile.codegen.parts.sketches import (
+    emit_listed_sketches,
+    emit_page_sketches,
+    emit_sketches,
+    weight_places,
+)
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S, SparseSpec
-from lychee_compile.kernels.gpu.lychee.layout import PAGE_MIDDLE, PAGE_STEP, Field, planes
+from lychee_compile.kernels.gpu.lychee.layout import (
+    PAGE_MIDDLE,
+    PAGE_STEP,
+    Field,
+    plane_bytes,
+    planes,
+)
+from lychee_compile.kernels.gpu.lychee.spec import SMALLEST
 from lychee_compile.kernels.policies.decode.lychee import LYCHEE
 from lychee_compile.kernels.reference.sketch_axes import STEPS
 from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
 
-TURN = 16
+TURN = 32
 """Chosen pages of one block whose tokens a program scores at a time."""
 PROBES = 16
 """Number of slots of a block at which a score that depends on the slot is evaluated."""
 BOUNDED = 128
 """Slots whose bounds a program computes at a time; it divides a block."""
-_BASE = 128
-"""The number that `codes` adds: a bfloat16 of this size has a code in its last bits."""
 _VARIANCE = {bits: step**-2 for bits, step in STEPS.items()}
 """Variance of coordinates of so many bits over a block, in steps."""
 
@@ -34,13 +50,11 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
     paged = scans_pages(spec)
     return [
         _constants(spec, sparse, paged),
-        *emit_bins(spec, sparse),
-        *library("bins", "bins_of"),
+        *emit_bins(spec, sparse, noting=NOTING[:2] + NOTING[3:] * paged),
         emit_always_read(spec, sparse, unread="fresh"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         _query_weights(spec, paged),
-        *library("sketch", "load_weights", "codes", "load_codes"),
-        _fill("sketch_scores", spec),
+        *emit_sketches(spec),
         _fill("scan_tokens", spec),
         *(_page_scans(spec) if paged else []),
         *emit_chunks(spec, LYCHEE),
@@ -49,7 +63,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         _fill("encode_keys", spec),
         *library("sketch", "page_code"),
         *library("encode", "encode", "encode_new"),
-        _fill("attend", spec),
+        *(_fill("attend", spec, stage=stage) for stage in STAGES),
         *(_certificate(spec) if sparse.epsilon is not None else []),
     ]
 
@@ -102,39 +116,37 @@ def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
         kept=kept,
         kept_columns=power_of_two(kept, 16),
         kept_fine=sum(field.width for field in fine),
-        fine_bytes=fine[0].width,
-        fine_columns=power_of_two(fine[0].width, 16),
-        coarse_bytes=coarse[0].width,
-        coarse_columns=power_of_two(coarse[0].width, 16),
+        fine_bytes=plane_bytes(fine),
+        fine_columns=power_of_two(plane_bytes(fine), 16),
+        coarse_bytes=plane_bytes(coarse),
+        coarse_columns=power_of_two(plane_bytes(coarse), 16),
+        weight_columns=power_of_two(weight_places(spec.head_dim), 16),
         page_step=PAGE_STEP,
-        page_zero=PAGE_MIDDLE + PAGE_STEP * _BASE,
+        page_zero=PAGE_MIDDLE,
         scale=float(spec.score.diff(S).subs(S, 0)),
     )
 
 
 def _query_weights(spec: AttentionSpec, paged: bool) -> str:
+    fine_zero, coarse_zero = (Field(0, 1, 0, bits).offset for bits in (4, 2))
     return _fill(
         "query_weights",
         spec,
         paged=paged,
         by_slot=KV in spec.score.free_symbols,
-        planes=[_zeros(fields) for fields in planes(spec.head_dim) if fields],
+        fine_zero=fine_zero,
+        coarse_zero=coarse_zero,
         fine_variance=_VARIANCE[4],
         coarse_variance=_VARIANCE[2],
+        smallest=SMALLEST,
         probes=PROBES,
     )
-
-
-def _zeros(fields: Sequence[Field]) -> tuple[float, int, int]:
-    """Return what `codes` adds to each coordinate of a plane, its first coordinate and its end."""
-    return _BASE + fields[0].offset, fields[0].first, fields[-1].first + fields[-1].width
 
 
 def _page_scans(spec: AttentionSpec) -> list[str]:
     return [
         *library("bins", "chosen_of_tiles"),
-        *library("pages", "load_pages"),
-        _fill("page_scores", spec),
+        *emit_page_sketches(spec),
         *library("pages", "plan_turns"),
         _fill("scan_pages", spec),
         _fill("scan_chosen", spec),
@@ -144,6 +156,6 @@ def _page_scans(spec: AttentionSpec) -> list[str]:
 def _listed_scans(spec: AttentionSpec) -> list[str]:
     return [
         *emit_narrowing(spec, LYCHEE),
-        _fill("listed_scores", spec, base=_BASE),
+        *emit_listed_sketches(spec),
         _fill("scan_listed", spec),
     ]

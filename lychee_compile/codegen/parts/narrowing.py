@@ -48,6 +48,7 @@ def emit_narrowing(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     levels = range(len(stack.levels))
     return [
         _constants(spec, stack),
+        *library("bins", "shares_of"),
         *library("levels", "weigh_bins", "weights_before", "weights_above"),
         *([] if sees_range(spec) else [fill("levels/window.py.jinja", spec, narrows=True)]),
         *(each for number in levels for each in emit_level(spec, stack, number, narrows=True)),

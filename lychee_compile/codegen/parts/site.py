@@ -48,6 +48,7 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
     certified   True if the share of the softmax that is not read is bounded
     by_head     True if query heads of one group can see different keys
     wide        a cast to 64 bits, if a mask can have more elements than 32 bits count; else ""
+    stage       the kernel that decode/attend.py.jinja becomes, "attend" or "choose"
     rows        query heads of a group, padded to what a tensor core's product takes
     heads       query heads of a group, up to a power of two
     dim, width  head_dim and value_dim, padded to what a tensor core's product takes
@@ -62,6 +63,7 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
         "certified": spec.sparse is not None and spec.sparse.epsilon is not None,
         "by_head": spec.visible.has(H),
         "wide": ".to(tl.int64)" if any(each.rank > 1 for each in spec.captured) else "",
+        "stage": "attend",
         "rows": power_of_two(spec.group, 16),
         "heads": power_of_two(spec.group),
         "dim": power_of_two(spec.head_dim, 16),

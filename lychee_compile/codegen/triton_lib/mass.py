@@ -22,23 +22,32 @@ def note_mass(value, total, entry, head_mass, untold, each):
     """Add the shares of items [N] up: for each head, and for those in the second bin.
 
     The bins `entry` [N] are made of scores `value` [ROWS, N] in bits. An item stands for `each`
-    tokens, a number or one for each item [1, N]. `head_mass`, int64 [ROWS], counts in 2^-24. Sums
-    of integers depend on no order.
+    tokens, a number or one for each item [1, N].
     """
-    g = tl.arange(0, ROWS)
     share = tl.where((entry > 0)[None, :], tl.exp2(value - total[:, None]), 0.0) * each
-    own = tl.minimum(tl.sum(share, 1), 1048576.0)
-    mass = (own * 16777216.0 + 0.5).to(tl.int64)
-    tl.atomic_add(head_mass + g, mass, mask=g < GROUP, sem="relaxed")
-    note_small(value, total, entry, untold, each)
+    note_heads(tl.sum(share, 1), head_mass)
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    note_small(tl.sum(tl.where(real, share, 0.0), 0), entry, untold)
 
 
 @triton.jit
-def note_small(value, total, entry, untold, each):
-    """Add the mass of the items in the second bin to `untold`, int32, in 2^-20: see `note_mass`."""
-    small = (tl.arange(0, ROWS) < GROUP)[:, None] & (entry == 1)[None, :]
-    share = tl.where(small, tl.exp2(value - total[:, None]), 0.0) * each
-    mass = tl.minimum(tl.sum(tl.sum(share, 1), 0), 256.0)
+def note_heads(own, head_mass):
+    """Add the mass of each head, `own` [ROWS], to `head_mass`, int64 [ROWS], in 2^-24.
+
+    Sums of integers depend on no order.
+    """
+    g = tl.arange(0, ROWS)
+    mass = (tl.minimum(own, 1048576.0) * 16777216.0 + 0.5).to(tl.int64)
+    tl.atomic_add(head_mass + g, mass, mask=g < GROUP, sem="relaxed")
+
+
+@triton.jit
+def note_small(share, entry, untold):
+    """Add the mass of the items in the second bin to `untold`, int32, in 2^-20.
+
+    `share` [N] and the bins `entry` [N] are those of all heads together.
+    """
+    mass = tl.minimum(tl.sum(tl.where(entry == 1, share, 0.0), 0), 256.0)
     tl.atomic_add(untold, (mass * 1048576.0 + 0.5).to(tl.int32), sem="relaxed")
 
 

@@ -71,6 +71,8 @@ TURN: tl.constexpr
 """Chosen pages of one block whose tokens are scored at a time."""
 IN_REGISTERS: tl.constexpr
 """True if inline PTX can be used, which Triton's interpreter does not know."""
+IN_WORDS: tl.constexpr
+"""True if codes are multiplied four at a time, as the bytes of words."""
 
 RANKED: tl.constexpr
 """Groups of a level that a program ranks."""

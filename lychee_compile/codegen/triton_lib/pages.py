@@ -11,22 +11,10 @@ if TYPE_CHECKING:
     from lychee_compile.codegen.triton_lib.bins import chosen_of_tiles, threshold
     from lychee_compile.codegen.triton_lib.names import (
         BINS,
-        FINE_BYTES,
-        FINE_COLUMNS,
         FLAT_PAGES,
         PAGE,
         PAGE_ROOM,
         TURN,
-    )
-
-
-@triton.jit
-def load_pages(pages, page, inside):
-    """Return packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
-    byte = tl.arange(0, FINE_COLUMNS)
-    return tl.load(
-        pages + page[None, :] * FINE_BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
     )
 
 

@@ -8,64 +8,45 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from lychee_compile.codegen.triton_lib.names import (
-        COARSE_BYTES,
-        COARSE_COLUMNS,
-        DIM,
-        FINE_BYTES,
-        FINE_COLUMNS,
-        HEAD_DIM,
-        IN_REGISTERS,
-        KEPT_COLUMNS,
-        PAGE_STEP,
-        ROWS,
-    )
+    from lychee_compile.codegen.triton_lib.names import DIM, HEAD_DIM, IN_REGISTERS, PAGE_STEP
 
 
 @triton.jit
-def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
-    column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    place = weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + FIRST + column[None, :]
-    return tl.load(place, mask=(column < WIDE)[None, :], other=0.0)
+def words_of(plane):
+    """Return a pointer to bytes as one to words of four bytes."""
+    return plane.to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Return the codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
+def dot4(codes, weights, total):
+    """Return `total` plus the products of four codes and their weights: int32, of any shape.
 
-    They are put into the mantissa of 128.0, two at a time: no code has to be converted.
+    Codes are the bytes of a word without sign, weights those of a word with a sign.
     """
     if IN_REGISTERS:
-        made = tl.inline_asm_elementwise(
-            f"""{{
-            .reg .b32 moved, low, high;
-            shr.b32 moved, $2, {SHIFT};
-            prmt.b32 low, moved, 0, 0x4140;
-            prmt.b32 high, moved, 0, 0x4342;
-            lop3.b32 $0, low, {MASK * 0x10001}, 0x43004300, 0xEA;
-            lop3.b32 $1, high, {MASK * 0x10001}, 0x43004300, 0xEA;
-            }}""",
-            "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, weights, total],
+            dtype=tl.int32, is_pure=True, pack=1,
         )
     else:
-        made = (((packed.to(tl.int16) >> SHIFT) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
-    return made
+        for byte in tl.static_range(4):
+            total += ((codes >> (8 * byte)) & 255) * ((weights << (24 - 8 * byte)) >> 24)
+    return total
 
 
 @triton.jit
-def load_codes(fine, coarse, slot, inside):
-    """Return packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
-    byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
-    packed = tl.load(
-        fine + slot[None, :] * FINE_BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
-    )
-    packed_coarse = tl.load(
-        coarse + slot[None, :] * COARSE_BYTES + column[:, None],
-        mask=inside[None, :] & (column < COARSE_BYTES)[:, None], other=0,
-    )
-    return packed, packed_coarse
+def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the bytes, uint8 [N, COLUMNS], of the tokens or pages `number` [N] in a plane."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    there = inside[:, None] & (byte < BYTES)
+    return tl.load(plane + number[:, None] * BYTES + byte, mask=there, other=0)
+
+
+@triton.jit
+def load_weights(weights, FIRST: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the weights of a head from FIRST on, int32 [1 or N, COLUMNS]; 0 for padding."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    return tl.load(weights + FIRST + byte, mask=byte < BYTES, other=0).to(tl.int32)
 
 
 @triton.jit

@@ -188,6 +188,15 @@ SCANNED_0 = tl.constexpr(128)  # groups of level 0 scored at a time
 
 
 @triton.jit
+def shares_of(value, total):
+    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
+
+
+@triton.jit
 def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
     """Return the slots that this step has written, int32 [16], filled up with `nothing`."""
     number = tl.arange(0, 16)
@@ -216,15 +225,6 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
     most = tl.max(parts, 0)
     total = most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
     return tl.gather(total, tl.minimum(tl.arange(0, ROWS), HEADS - 1), 0)
-
-
-@triton.jit
-def shares_of(value, total):
-    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
 
 
 @triton.jit
@@ -795,6 +795,86 @@ def index_new(
 
 
 @triton.jit
+def choose(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    partial, partial_top, partial_sum,
+    kv_len, kv_heads, query_len, splits,
+    header, fingerprints, strength, span, numbers, summary_vector, slots,
+    tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, list_count, capacity, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0,
+    KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """List the selected keys. Every program finds the threshold itself, and the tokens above it."""
+    head_row, split = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    mine = head_row.to(tl.int64) * splits + split
+    chosen_list += mine * capacity
+    # A kernel before this one may have just revoked trust: what caches hold is too old.
+    trusted = tl.load(header, cache_modifier=".cg") != 0
+    space = (b * kv_heads + kv_head).to(tl.int64)
+    unread = unread_before(
+        span + space * numbers, fresh, positions, position_stride_b, position_stride_t, written, b, kv_len
+    )
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, unread, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0, TILES
+    )
+    sinks = begin - first
+    always = sinks + end - stop
+    count = tl.full([], -1, tl.int32)
+    if trusted & (end > 0) & (always <= capacity):
+        # The programs examine candidates, or all slots between those that are always read.
+        # They take sixteen at a time, in turn.
+        lane = tl.arange(0, LANES)
+        sixteen = (lane // 16 * splits + split) * 16
+        item = sixteen + lane % 16
+        origin, items = begin // 16 * 16, stop - begin // 16 * 16
+        bins += head_row.to(tl.int64) * bin_room
+        candidates += head_row.to(tl.int64) * bin_room
+        if PAGED:
+            origin, items = origin * 0, tl.load(candidate_count + head_row)
+        # A mask that is the same for sixteen lets these be loaded at once.
+        entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
+        room = tl.maximum(-(always - BUDGET), 0)
+        if PAGED:
+            cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
+        else:
+            known = tl.minimum(end, fresh)
+            read = bins_read(bins, first, begin, stop, known)
+            cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room, read)
+        count = tl.maximum(always - split + splits - 1, 0) // splits
+        for start in range(0, count, 32):
+            own = start + tl.arange(0, 32)
+            which = split + own * splits
+            slot = tl.where(which < sinks, first + which, stop + which - sinks)
+            tl.store(chosen_list + own, slot, mask=own < count)
+        for start in range(0, items, splits * LANES):
+            slot = origin + item
+            inside = item < items
+            if PAGED:
+                slot = tl.load(candidates + item, mask=sixteen < items, other=0)
+            else:
+                inside &= slot >= begin
+            entry = tl.where(inside, entry, 0)
+            chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
+            tl.store(chosen_list + count + place, slot, mask=chosen)
+            count += more
+            item += splits * LANES
+            sixteen += splits * LANES
+            entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+    tl.store(list_count + mine, count)
+
+
+@triton.jit
 def attend(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -803,14 +883,15 @@ def attend(
     kv_len, kv_heads, query_len, splits,
     header, fingerprints, strength, span, numbers, summary_vector, slots,
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
-    histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, list_count, capacity, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0,
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
-    EARLY: tl.constexpr,
+    LISTED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Attend from the heads of one group at one position to the selected keys.
 
-    Every program finds the threshold itself, and the tokens above it in its share of the slots.
-    One more program adds the newest keys to the index: nothing selects from these yet.
+    Unless they are listed, every program finds the threshold itself, and the tokens above it in its
+    share of the slots. One more program adds the newest keys to the index: nothing selects from
+    these yet.
     """
     head_row, split = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -824,21 +905,26 @@ def attend(
                 header, fingerprints, strength, span, numbers, summary_vector, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,
             )
+        return
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    mine = head_row.to(tl.int64) * splits + split
+    chosen_list += mine * capacity
+    if LISTED:
+        count = tl.load(list_count + mine)
     else:
-        queries, heads = load_queries(
-            query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-        )
-        key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-        value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        result = tl.zeros([ROWS, WIDTH], tl.float32)
-        fresh = fresh_seen(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0
-        )
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
         # A kernel before this one may have just revoked trust: what caches hold is too old.
         trusted = tl.load(header, cache_modifier=".cg") != 0
         space = (b * kv_heads + kv_head).to(tl.int64)
@@ -850,18 +936,20 @@ def attend(
         )
         sinks = begin - first
         always = sinks + end - stop
+        count = tl.full([], -1, tl.int32)
         if trusted & (end > 0) & (always <= capacity):
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
             lane = tl.arange(0, LANES)
-            item = (lane // 16 * splits + split) * 16 + lane % 16
+            sixteen = (lane // 16 * splits + split) * 16
+            item = sixteen + lane % 16
             origin, items = begin // 16 * 16, stop - begin // 16 * 16
             bins += head_row.to(tl.int64) * bin_room
             candidates += head_row.to(tl.int64) * bin_room
             if PAGED:
                 origin, items = origin * 0, tl.load(candidate_count + head_row)
-            inside = (item < bin_room) if PAGED else (origin + item < stop)
-            entry = tl.load(bins + origin + item, mask=inside, other=0)
+            # A mask that is the same for sixteen lets these be loaded at once.
+            entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
             room = tl.maximum(-(always - BUDGET), 0)
             if PAGED:
                 cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
@@ -869,7 +957,6 @@ def attend(
                 known = tl.minimum(end, fresh)
                 read = bins_read(bins, first, begin, stop, known)
                 cut, left, at_cut = threshold(histogram + head_row * (2 * BINS), room, read)
-            chosen_list += (head_row.to(tl.int64) * splits + split) * capacity
             count = tl.maximum(always - split + splits - 1, 0) // splits
             for start in range(0, count, 32):
                 own = start + tl.arange(0, 32)
@@ -880,7 +967,7 @@ def attend(
                 slot = origin + item
                 inside = item < items
                 if PAGED:
-                    slot = tl.load(candidates + item, mask=inside, other=0)
+                    slot = tl.load(candidates + item, mask=sixteen < items, other=0)
                 else:
                     inside &= slot >= begin
                 entry = tl.where(inside, entry, 0)
@@ -888,34 +975,36 @@ def attend(
                 tl.store(chosen_list + count + place, slot, mask=chosen)
                 count += more
                 item += splits * LANES
-                entry = tl.load(bins + origin + item, mask=item < items, other=0)
-            tl.debug_barrier()
-            for start in range(0, count, KEYS):
-                number = start + tl.arange(0, KEYS)
-                slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                top, total, result = attend_to(
-                    slot, number < count, queries, heads, top, total, result, b, t, kv_len,
-                    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0,
-                )
-            if fresh % splits == split:
-                turns = (count + SAMPLED - 1) // SAMPLED
-                number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
-                slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                compared = (number < count) & (slot < fresh)
-                d = tl.arange(0, DIM)
-                keys = tl.load(
-                    key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
-                    mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-                )
-                fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-                if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
-                    tl.store(header, 2)
-        else:
-            top, total, result = read_all(
-                queries, heads, top, total, result, b, t, kv_len, split, splits,
+                sixteen += splits * LANES
+                entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+        tl.debug_barrier()
+    if count >= 0:
+        for start in range(0, count, KEYS):
+            number = start + tl.arange(0, KEYS)
+            slot = tl.load(chosen_list + number, mask=number < count, other=0)
+            top, total, result = attend_to(
+                slot, number < count, queries, heads, top, total, result, b, t, kv_len,
                 key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0,
-                KEYS,
             )
-        store_part(
-            top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+        if fresh % splits == split:
+            turns = (count + SAMPLED - 1) // SAMPLED
+            number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
+            slot = tl.load(chosen_list + number, mask=number < count, other=0)
+            compared = (number < count) & (slot < fresh)
+            d = tl.arange(0, DIM)
+            keys = tl.load(
+                key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
+                mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+            )
+            fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+            if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
+                tl.store(header, 2)
+    else:
+        top, total, result = read_all(
+            queries, heads, top, total, result, b, t, kv_len, split, splits,
+            key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length, slopes, slopes_stride_0,
+            KEYS,
         )
+    store_part(
+        top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+    )

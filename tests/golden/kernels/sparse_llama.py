@@ -183,7 +183,7 @@ SINKS = tl.constexpr(16)  # first tokens, always read
 RECENT = tl.constexpr(64)  # last tokens, always read
 PAGE_ROOM = tl.constexpr(1024)  # pages whose tokens are scored
 FLAT_PAGES = tl.constexpr(4096)  # pages seen by a query up to which the tokens of all are scored
-TURN = tl.constexpr(16)  # pages of one block whose tokens are scored at a time
+TURN = tl.constexpr(32)  # pages of one block whose tokens are scored at a time
 BINS = tl.constexpr(256)  # bins of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
 
@@ -200,8 +200,10 @@ FINE_COLUMNS = tl.constexpr(16)
 COARSE_BYTES = tl.constexpr(8)
 COARSE_COLUMNS = tl.constexpr(16)
 PAGE_STEP = tl.constexpr(0.75)  # step of a page's mean, in steps of a coordinate
-PAGE_ZERO = tl.constexpr(101.625)  # zero of a page's codes, in steps of a coordinate
+PAGE_ZERO = tl.constexpr(5.625)  # zero of a page's codes, in steps of a coordinate
+WEIGHT_COLUMNS = tl.constexpr(64)  # weights of a head, one for each code in the bytes of a sketch
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no PTX
+IN_WORDS = tl.constexpr(not triton.knobs.runtime.interpret)  # codes are multiplied four at a time
 
 
 RANKS_PAGES = True  # True if pages of a long context are ranked first
@@ -240,15 +242,6 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
     most = tl.max(parts, 0)
     total = most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
     return tl.gather(total, tl.minimum(tl.arange(0, ROWS), HEADS - 1), 0)
-
-
-@triton.jit
-def shares_of(value, total):
-    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
 
 
 @triton.jit
@@ -327,12 +320,6 @@ def choose_by_bin(entry, cut, left, at_cut):
     ours = due(left, total & 65535, at_cut)
     chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
     return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
-
-
-@triton.jit
-def bins_of(value, total, possible):
-    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits."""
-    return bins_of_shares(shares_of(value, total), possible)
 
 
 @triton.jit
@@ -415,7 +402,7 @@ def check_sample(
 @triton.jit
 def query_weights(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
+    axes, centre, step, spread, weights, scales, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
     kv_len, blocks, kv_heads: tl.constexpr, query_len, length,
     BLOCK: tl.constexpr, PAGED: tl.constexpr, EARLY: tl.constexpr,
@@ -430,16 +417,18 @@ def query_weights(
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     block = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
-    kept, d, g = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
+    place, d, g = tl.arange(0, WEIGHT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
+    kept = tl.where(place < 2 * FINE_BYTES, place, place - (2 * FINE_BYTES - KEPT_FINE))
+    real = (kept < KEPT) & ((place < KEPT_FINE) | (place >= 2 * FINE_BYTES))
     axis = tl.load(
         axes + (block * KEPT + kept)[None, :] * HEAD_DIM + d[:, None],
-        mask=(kept < KEPT)[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
+        mask=real[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
     )
-    steps = tl.load(step + block * KEPT + kept, mask=kept < KEPT, other=0.0)
+    steps = tl.load(step + block * KEPT + kept, mask=real, other=0.0)
     middle = tl.load(centre + block * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
-    variance = tl.zeros([KEPT_COLUMNS], tl.float32)
+    variance = tl.zeros([WEIGHT_COLUMNS], tl.float32)
     if PAGED:
-        variance = tl.load(spread + block * KEPT_FINE + kept, mask=kept < KEPT_FINE, other=0.0)
+        variance = tl.load(spread + block * KEPT_FINE + place, mask=place < KEPT_FINE, other=0.0)
     # The loads above are of old data; those below may be of data that the kernel before writes.
     # The kernels after this one read it too: they must not begin while that kernel still runs.
     if EARLY:
@@ -449,20 +438,22 @@ def query_weights(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
     exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
-    weight = exact.to(tl.bfloat16)
-    rounded = weight.to(tl.float32)
+    most = tl.maximum(tl.max(tl.abs(exact), 1), 1e-30)
+    weight = tl.floor(exact * (127 / most)[:, None] + 0.5)
+    rounded = weight * (most / 127)[:, None]
     constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
     if PAGED:
         # The same cumulants for a page whose variance is the usual one.
-        zero = PAGE_ZERO * tl.sum(tl.where((kept < KEPT_FINE)[None, :], rounded, 0.0), 1)
+        zero = PAGE_ZERO * tl.sum(tl.where((place < KEPT_FINE)[None, :], rounded, 0.0), 1)
         of_page = constant + 0.5 * SCALE * tl.sum(exact * exact * variance[None, :], 1) - zero
         tl.store(page_constants + (head_row.to(tl.int64) * blocks + tile) * ROWS + g, of_page)
-    moved = tl.where(kept < KEPT_FINE, 8.9000, 1.0087)
+    moved = tl.where(place < KEPT_FINE, 8.9000, 1.0087)
     of_block = constant + 0.5 * SCALE * tl.sum(exact * exact * moved[None, :], 1)
-    constant -= 135.5 * tl.sum(tl.where(((kept < 32))[None, :], rounded, 0.0), 1)
-    constant -= 129.5 * tl.sum(tl.where(((kept >= 32) & (kept < 64))[None, :], rounded, 0.0), 1)
+    zero = tl.where(place < KEPT_FINE, 7.5, 1.5)
+    constant -= tl.sum(rounded * zero[None, :], 1)
     mine = head_row.to(tl.int64) * blocks + tile
-    tl.store(weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + kept[None, :], weight)
+    tl.store(weights + (mine * ROWS + g[:, None]) * WEIGHT_COLUMNS + place[None, :], weight.to(tl.int8))
+    tl.store(scales + mine * ROWS + g, most / 127)
     tl.store(constants + mine * ROWS + g, constant)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
@@ -481,90 +472,283 @@ def query_weights(
 
 
 @triton.jit
-def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
-    column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    place = weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + FIRST + column[None, :]
-    return tl.load(place, mask=(column < WIDE)[None, :], other=0.0)
+def words_of(plane):
+    """Return a pointer to bytes as one to words of four bytes."""
+    return plane.to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Return the codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
+def dot4(codes, weights, total):
+    """Return `total` plus the products of four codes and their weights: int32, of any shape.
 
-    They are put into the mantissa of 128.0, two at a time: no code has to be converted.
+    Codes are the bytes of a word without sign, weights those of a word with a sign.
     """
     if IN_REGISTERS:
-        made = tl.inline_asm_elementwise(
-            f"""{{
-            .reg .b32 moved, low, high;
-            shr.b32 moved, $2, {SHIFT};
-            prmt.b32 low, moved, 0, 0x4140;
-            prmt.b32 high, moved, 0, 0x4342;
-            lop3.b32 $0, low, {MASK * 0x10001}, 0x43004300, 0xEA;
-            lop3.b32 $1, high, {MASK * 0x10001}, 0x43004300, 0xEA;
-            }}""",
-            "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, weights, total],
+            dtype=tl.int32, is_pure=True, pack=1,
         )
     else:
-        made = (((packed.to(tl.int16) >> SHIFT) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
-    return made
-
-
-@triton.jit
-def load_codes(fine, coarse, slot, inside):
-    """Return packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
-    byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
-    packed = tl.load(
-        fine + slot[None, :] * FINE_BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
-    )
-    packed_coarse = tl.load(
-        coarse + slot[None, :] * COARSE_BYTES + column[:, None],
-        mask=inside[None, :] & (column < COARSE_BYTES)[:, None], other=0,
-    )
-    return packed, packed_coarse
-
-
-@triton.jit
-def sketch_scores(packed, packed_coarse, weights, constants, mine):
-    """Estimate q.k, [ROWS, N], from packed codes of the block whose weights are `mine`."""
-    constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS))
-    w0 = load_weights(weights, mine, 0, 16, FINE_COLUMNS)
-    w1 = load_weights(weights, mine, 16, 16, FINE_COLUMNS)
-    w2 = load_weights(weights, mine, 32, 8, COARSE_COLUMNS)
-    w3 = load_weights(weights, mine, 40, 8, COARSE_COLUMNS)
-    w4 = load_weights(weights, mine, 48, 8, COARSE_COLUMNS)
-    w5 = load_weights(weights, mine, 56, 8, COARSE_COLUMNS)
-    total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]
-    total = tl.dot(w0, codes(packed, 0, 15), total)
-    total = tl.dot(w1, codes(packed, 4, 15), total)
-    total = tl.dot(w2, codes(packed_coarse, 0, 3), total)
-    total = tl.dot(w3, codes(packed_coarse, 2, 3), total)
-    total = tl.dot(w4, codes(packed_coarse, 4, 3), total)
-    total = tl.dot(w5, codes(packed_coarse, 6, 3), total)
+        for byte in tl.static_range(4):
+            total += ((codes >> (8 * byte)) & 255) * ((weights << (24 - 8 * byte)) >> 24)
     return total
+
+
+@triton.jit
+def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the bytes, uint8 [N, COLUMNS], of the tokens or pages `number` [N] in a plane."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    there = inside[:, None] & (byte < BYTES)
+    return tl.load(plane + number[:, None] * BYTES + byte, mask=there, other=0)
+
+
+@triton.jit
+def load_weights(weights, FIRST: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the weights of a head from FIRST on, int32 [1 or N, COLUMNS]; 0 for padding."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    return tl.load(weights + FIRST + byte, mask=byte < BYTES, other=0).to(tl.int32)
+
+
+@triton.jit
+def load_sketches(fine, coarse, number, inside):
+    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [N, columns]."""
+    if IN_WORDS:
+        fine = tl.load(
+            words_of(fine) + number[:, None] * 4 + tl.arange(0, 4)[None, :],
+            mask=inside[:, None], other=0,
+        )
+        fine_even, fine_odd = tl.split(tl.reshape(fine, [number.shape[0], 2, 2]))
+        fine_0, fine_2 = tl.split(fine_even)
+        fine_1, fine_3 = tl.split(fine_odd)
+        coarse = tl.load(
+            words_of(coarse) + number[:, None] * 2 + tl.arange(0, 2)[None, :],
+            mask=inside[:, None], other=0,
+        )
+        coarse_0, coarse_1 = tl.split(coarse)
+        packed = (fine_0, fine_1, fine_2, fine_3, coarse_0, coarse_1)
+    else:
+        packed = (
+            load_bytes(fine, number, inside, FINE_BYTES, FINE_COLUMNS),
+            load_bytes(coarse, number, inside, COARSE_BYTES, COARSE_COLUMNS),
+        )
+    return packed
+
+
+@triton.jit
+def token_codes(packed):
+    """Return codes as a tuple: four in the bytes of a word, int32 [N], or one, int32 [N, columns]."""
+    if IN_WORDS:
+        fine_0, fine_1, fine_2, fine_3, coarse_0, coarse_1 = packed
+        unpacked = (
+            fine_0 & 0x0f0f0f0f,
+            fine_1 & 0x0f0f0f0f,
+            fine_2 & 0x0f0f0f0f,
+            fine_3 & 0x0f0f0f0f,
+            (fine_0 >> 4) & 0x0f0f0f0f,
+            (fine_1 >> 4) & 0x0f0f0f0f,
+            (fine_2 >> 4) & 0x0f0f0f0f,
+            (fine_3 >> 4) & 0x0f0f0f0f,
+            coarse_0 & 0x03030303,
+            coarse_1 & 0x03030303,
+            (coarse_0 >> 2) & 0x03030303,
+            (coarse_1 >> 2) & 0x03030303,
+            (coarse_0 >> 4) & 0x03030303,
+            (coarse_1 >> 4) & 0x03030303,
+            (coarse_0 >> 6) & 0x03030303,
+            (coarse_1 >> 6) & 0x03030303,
+        )
+    else:
+        fine, coarse = packed
+        unpacked = (
+            ((fine >> 0) & 15).to(tl.int32),
+            ((fine >> 4) & 15).to(tl.int32),
+            ((coarse >> 0) & 3).to(tl.int32),
+            ((coarse >> 2) & 3).to(tl.int32),
+            ((coarse >> 4) & 3).to(tl.int32),
+            ((coarse >> 6) & 3).to(tl.int32),
+        )
+    return unpacked
+
+
+@triton.jit
+def token_weights(weights, scales, constants, mine):
+    """Return what products take of the block `mine`: the weights of all heads, or where they are."""
+    if IN_WORDS:
+        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
+        scales, constants = scales + mine * ROWS, constants + mine * ROWS
+        own = (
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 12)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 13)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 14)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 15)),
+            tl.load(scales + 0),
+            tl.load(constants + 0),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 12)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 13)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 14)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 15)),
+            tl.load(scales + 1),
+            tl.load(constants + 1),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 12)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 13)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 14)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 15)),
+            tl.load(scales + 2),
+            tl.load(constants + 2),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 12)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 13)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 14)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 15)),
+            tl.load(scales + 3),
+            tl.load(constants + 3),
+        )
+    else:
+        own = (weights, scales, constants, mine)
+    return own
+
+
+@triton.jit
+def token_product(unpacked, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included."""
+    if IN_WORDS:
+        product = tl.zeros_like(unpacked[0])
+        FIRST: tl.constexpr = HEAD * 18
+        product = dot4(unpacked[0], own[FIRST + 0], product)
+        product = dot4(unpacked[1], own[FIRST + 1], product)
+        product = dot4(unpacked[2], own[FIRST + 2], product)
+        product = dot4(unpacked[3], own[FIRST + 3], product)
+        product = dot4(unpacked[4], own[FIRST + 4], product)
+        product = dot4(unpacked[5], own[FIRST + 5], product)
+        product = dot4(unpacked[6], own[FIRST + 6], product)
+        product = dot4(unpacked[7], own[FIRST + 7], product)
+        product = dot4(unpacked[8], own[FIRST + 8], product)
+        product = dot4(unpacked[9], own[FIRST + 9], product)
+        product = dot4(unpacked[10], own[FIRST + 10], product)
+        product = dot4(unpacked[11], own[FIRST + 11], product)
+        product = dot4(unpacked[12], own[FIRST + 12], product)
+        product = dot4(unpacked[13], own[FIRST + 13], product)
+        product = dot4(unpacked[14], own[FIRST + 14], product)
+        product = dot4(unpacked[15], own[FIRST + 15], product)
+        scale, constant = own[FIRST + 16], own[FIRST + 17]
+    else:
+        weights, scales, constants, mine = own
+        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
+        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        weight = load_weights(weights, 0, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[0] * weight, 1)
+        weight = load_weights(weights, 16, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[1] * weight, 1)
+        weight = load_weights(weights, 32, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[2] * weight, 1)
+        weight = load_weights(weights, 40, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[3] * weight, 1)
+        weight = load_weights(weights, 48, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[4] * weight, 1)
+        weight = load_weights(weights, 56, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[5] * weight, 1)
+        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+    return product.to(tl.float32) * scale + constant
+
+
+@triton.jit
+def token_shares(
+    packed, slot, inside, known, own, total, b, kv_head, t, kv_len, length,
+):
+    """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
+    g = tl.arange(0, ROWS)
+    unpacked = token_codes(packed)
+    share = tl.zeros([slot.shape[0]], tl.float32)
+    seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
+    known &= seen
+    for head in tl.static_range(GROUP):
+        h = kv_head * GROUP + head
+        bits = score(token_product(unpacked, own, head), b, h, t, slot, inside, length)
+        bits = tl.where(known, bits, float("-inf"))
+        part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+        share += part
+    return share, seen
+
+
+@triton.jit
+def store_bins(
+    packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length
+):
+    """Store the bins of the shares of a tile's tokens, and return them."""
+    inside = slot < kv_len
+    known = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
+    share, seen = token_shares(
+        packed, slot, inside, known, own, total, b, kv_head, t, kv_len, length
+    )
+    entry = bins_of_shares(share, share > 0)
+    tl.store(bins + slot, entry.to(tl.uint8))
+    return entry
 
 
 @triton.jit
 def scan_tokens(
     fine, coarse, key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-    weights, constants, totals,
+    weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of TILE tokens, estimated from their sketches.
+    """Store bins, uint8, of the shares of STEPS tiles of tokens, estimated from their sketches.
 
     One more program looks if the index is stale.
     """
-    head_row, tile = tl.program_id(0), tl.program_id(1)
+    head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-    if tile == tiles:
+    if part == (tiles + STEPS - 1) // STEPS:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
@@ -580,29 +764,40 @@ def scan_tokens(
         return
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    span: tl.constexpr = STEPS * TILE
     first, end = seen_range(b, t, kv_len, length)
-    if (tile * TILE < end) & (tile * TILE + TILE > first):
-        slot = tile * TILE + tl.arange(0, TILE)
-        inside = slot < kv_len
+    if (part * span < end) & (part * span + span > first):
         space = (b * kv_heads + kv_head).to(tl.int64) * slots
-        packed, packed_coarse = load_codes(
-            fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
-        )
+        fine += space * FINE_BYTES
+        coarse += space * COARSE_BYTES
+        slot = part * span + tl.arange(0, TILE)
+        packed = load_sketches(fine, coarse, slot, slot < kv_len)
         fresh = fresh_seen(
             positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
         )
         if EARLY:
             tl.extra.cuda.gdc_wait()
-        s = sketch_scores(
-            packed, packed_coarse, weights, constants,
-            head_row.to(tl.int64) * blocks + tile * TILE // BLOCK,
-        )
         total = denominators(totals, head_row, blocks, BLOCKS)
-        value = score(s, b, h, t, slot[None, :], inside[None, :], length)
-        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
-        entry = bins_of(value, total, seen & ((slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))))
-        tl.store(bins + head_row.to(tl.int64) * slots + slot, entry.to(tl.uint8))
-        count_bins(histogram + head_row * (2 * BINS), entry)
+        own = token_weights(
+            weights, scales, constants, head_row.to(tl.int64) * blocks + part * span // BLOCK
+        )
+        bins += head_row.to(tl.int64) * slots
+        histogram += head_row * (2 * BINS)
+        entry = store_bins(packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length)
+        if STEPS > 1:
+            for step in range(1, STEPS):
+                slot += TILE
+                if (part * span + step * TILE < end) & (part * span + step * TILE + TILE > first):
+                    packed = load_sketches(fine, coarse, slot, slot < kv_len)
+                    store_bins(packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length)
+            # Counting has barriers: it is done once, for all tiles.
+            tl.debug_barrier()
+            slots_of_all = part * span + tl.arange(0, span)
+            begin = slots_of_all // TILE * TILE
+            there = (begin < end) & (begin + TILE > first)
+            count_bins(histogram, tl.load(bins + slots_of_all, mask=there, other=0).to(tl.int32))
+        else:
+            count_bins(histogram, entry)
 
 
 @triton.jit
@@ -619,25 +814,143 @@ def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
 
 
 @triton.jit
-def load_pages(pages, page, inside):
-    """Return packed means, uint8 [FINE_COLUMNS, N], of the pages [N]."""
-    byte = tl.arange(0, FINE_COLUMNS)
-    return tl.load(
-        pages + page[None, :] * FINE_BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
-    )
+def load_pages(fine, number, inside):
+    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [N, columns]."""
+    if IN_WORDS:
+        fine = tl.load(
+            words_of(fine) + number[:, None] * 4 + tl.arange(0, 4)[None, :],
+            mask=inside[:, None], other=0,
+        )
+        fine_even, fine_odd = tl.split(tl.reshape(fine, [number.shape[0], 2, 2]))
+        fine_0, fine_2 = tl.split(fine_even)
+        fine_1, fine_3 = tl.split(fine_odd)
+        packed = (fine_0, fine_1, fine_2, fine_3)
+    else:
+        packed = (
+            load_bytes(fine, number, inside, FINE_BYTES, FINE_COLUMNS),
+        )
+    return packed
 
 
 @triton.jit
-def page_scores(packed, weights, constants, mine):
-    """Return products q.k, [ROWS, N], that stand for the keys of pages of the block `mine`."""
-    constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS))
-    total = tl.zeros([ROWS, packed.shape[1]], tl.float32)
-    weight = load_weights(weights, mine, 0, 16, FINE_COLUMNS)
-    total = tl.dot(weight, codes(packed, 0, 15), total)
-    weight = load_weights(weights, mine, 16, 16, FINE_COLUMNS)
-    total = tl.dot(weight, codes(packed, 4, 15), total)
-    return PAGE_STEP * total + constant[:, None]
+def page_codes(packed):
+    """Return codes as a tuple: four in the bytes of a word, int32 [N], or one, int32 [N, columns]."""
+    if IN_WORDS:
+        fine_0, fine_1, fine_2, fine_3 = packed
+        unpacked = (
+            fine_0 & 0x0f0f0f0f,
+            fine_1 & 0x0f0f0f0f,
+            fine_2 & 0x0f0f0f0f,
+            fine_3 & 0x0f0f0f0f,
+            (fine_0 >> 4) & 0x0f0f0f0f,
+            (fine_1 >> 4) & 0x0f0f0f0f,
+            (fine_2 >> 4) & 0x0f0f0f0f,
+            (fine_3 >> 4) & 0x0f0f0f0f,
+        )
+    else:
+        fine, = packed
+        unpacked = (
+            ((fine >> 0) & 15).to(tl.int32),
+            ((fine >> 4) & 15).to(tl.int32),
+        )
+    return unpacked
+
+
+@triton.jit
+def page_weights(weights, scales, constants, mine):
+    """Return what products take of the block `mine`: the weights of all heads, or where they are."""
+    if IN_WORDS:
+        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
+        scales, constants = scales + mine * ROWS, constants + mine * ROWS
+        own = (
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(scales + 0),
+            tl.load(constants + 0),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(scales + 1),
+            tl.load(constants + 1),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(scales + 2),
+            tl.load(constants + 2),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(scales + 3),
+            tl.load(constants + 3),
+        )
+    else:
+        own = (weights, scales, constants, mine)
+    return own
+
+
+@triton.jit
+def page_product(unpacked, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included."""
+    if IN_WORDS:
+        product = tl.zeros_like(unpacked[0])
+        FIRST: tl.constexpr = HEAD * 10
+        product = dot4(unpacked[0], own[FIRST + 0], product)
+        product = dot4(unpacked[1], own[FIRST + 1], product)
+        product = dot4(unpacked[2], own[FIRST + 2], product)
+        product = dot4(unpacked[3], own[FIRST + 3], product)
+        product = dot4(unpacked[4], own[FIRST + 4], product)
+        product = dot4(unpacked[5], own[FIRST + 5], product)
+        product = dot4(unpacked[6], own[FIRST + 6], product)
+        product = dot4(unpacked[7], own[FIRST + 7], product)
+        scale, constant = own[FIRST + 8], own[FIRST + 9]
+    else:
+        weights, scales, constants, mine = own
+        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
+        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        weight = load_weights(weights, 0, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[0] * weight, 1)
+        weight = load_weights(weights, 16, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[1] * weight, 1)
+        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+    return product.to(tl.float32) * (scale * PAGE_STEP) + constant
+
+
+@triton.jit
+def page_shares(
+    packed, slot, inside, known, own, total, b, kv_head, t, kv_len, length,
+):
+    """Return the sum over heads of each share, float32 [N]."""
+    g = tl.arange(0, ROWS)
+    unpacked = page_codes(packed)
+    share = tl.zeros([slot.shape[0]], tl.float32)
+    for head in tl.static_range(GROUP):
+        h = kv_head * GROUP + head
+        bits = score(page_product(unpacked, own, head), b, h, t, slot, inside, length)
+        bits = tl.where(known, bits, float("-inf"))
+        part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+        share += part
+    return share
 
 
 @triton.jit
@@ -680,7 +993,7 @@ def plan_turns(
 def scan_pages(
     pages, page_constants, ranks, whole, arrivals, plan, turns, limits, candidate_count,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-    weights, constants, totals,
+    weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
@@ -695,8 +1008,6 @@ def scan_pages(
     head_row, tile = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
     if tile == tiles:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
@@ -726,11 +1037,13 @@ def scan_pages(
         held = (page * PAGE < tl.minimum(end, fresh)) & (page * PAGE + PAGE > first)
         if EARLY:
             tl.extra.cuda.gdc_wait()
-        s = page_scores(packed, weights, page_constants, head_row.to(tl.int64) * blocks + tile)
-        value = score(s, b, h, t, (page * PAGE)[None, :], held[None, :], length)
         total = denominators(totals, head_row, blocks, BLOCKS)
-        tl.store(whole + head_row * ROWS + g, total)  # all programs of a row store the same
-        entry = bins_of(value, total, held)
+        tl.store(whole + head_row * ROWS + tl.arange(0, ROWS), total)  # all programs of a row store the same
+        own = page_weights(weights, scales, page_constants, head_row.to(tl.int64) * blocks + tile)
+        share = page_shares(
+            packed, page * PAGE, held, held, own, total, b, kv_head, t, kv_len, length,
+        )
+        entry = bins_of_shares(share, share > 0)
         tl.store(bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page, entry.to(tl.uint8))
         counts = count_bins(histogram + head_row * (2 * BINS), entry)
         tl.store(mine + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
@@ -749,7 +1062,7 @@ def scan_pages(
 @triton.jit
 def scan_chosen(
     fine, coarse, whole, page_bins, plan, turns, limits, candidates, candidate_room,
-    weights, constants, totals,
+    weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
@@ -760,8 +1073,6 @@ def scan_chosen(
     head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
     histogram += head_row * (2 * BINS) + BINS
     page_bins += head_row.to(tl.int64) * (blocks * PER_BLOCK)
     bins += head_row.to(tl.int64) * candidate_room
@@ -779,30 +1090,27 @@ def scan_chosen(
     _, begin, stop, _ = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
-    total = tl.load(whole + head_row * ROWS + g)
+    total = tl.load(whole + head_row * ROWS + tl.arange(0, ROWS))
     cut, left, at_cut = tl.load(limits), tl.load(limits + 1), tl.load(limits + 2)
     for turn in range(part, tl.load(limits + 3), tl.num_programs(1)):
         block, first_rank = tl.load(plan + turn * 4), tl.load(plan + turn * 4 + 1)
         skipped, count = tl.load(plan + turn * 4 + 2), tl.load(plan + turn * 4 + 3)
         entry = tl.load(page_bins + block * PER_BLOCK + number)
-        _, place, _ = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
-        # `place` grows along the pages: the page of a rank is the first that is not below it.
-        rank = skipped + tl.arange(0, TURN)
-        page = tl.sum((place[None, :] < rank[:, None]).to(tl.int32), 1)
-        slot = ((block * PER_BLOCK + page) * PAGE)[:, None] + tl.arange(0, PAGE)[None, :]
-        slot = tl.reshape(slot, [TURN * PAGE])
-        listed = lane < count * PAGE
+        chosen, place, _ = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
+        # The first slot of each page goes to its place among the candidates; the others follow it.
+        mine = chosen & (place >= skipped) & (place < skipped + count)
+        head = (first_rank + place - skipped) * PAGE
+        tl.store(candidates + head, (block * PER_BLOCK + number) * PAGE, mask=mine)
+        tl.debug_barrier()
+        into, listed = first_rank * PAGE + lane, lane < count * PAGE
+        slot = tl.load(candidates + into // PAGE * PAGE, mask=listed, other=0) + lane % PAGE
         inside = listed & (slot >= begin) & (slot < stop)
-        packed, packed_coarse = load_codes(
-            fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
+        packed = load_sketches(fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside)
+        own = token_weights(weights, scales, constants, head_row.to(tl.int64) * blocks + block)
+        share, seen = token_shares(
+            packed, slot, inside, inside, own, total, b, kv_head, t, kv_len, length,
         )
-        s = sketch_scores(
-            packed, packed_coarse, weights, constants, head_row.to(tl.int64) * blocks + block
-        )
-        value = score(s, b, h, t, slot[None, :], inside[None, :], length)
-        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
-        found = bins_of(value, total, seen)
-        into = first_rank * PAGE + lane
+        found = bins_of_shares(share, share > 0)
         tl.store(candidates + into, slot, mask=listed)
         tl.store(bins + into, found.to(tl.uint8), mask=listed)
         count_bins(histogram, found)
@@ -930,6 +1238,15 @@ SCANNED_1 = tl.constexpr(64)  # groups of level 1 scored at a time
 KEPT_PER_TOKEN_1 = tl.constexpr(2)  # tokens in the kept groups of level 1 for each candidate
 KEPT_1 = tl.constexpr(32768)  # those for all candidates
 SCANNED_2 = tl.constexpr(64)  # groups of level 2 scored at a time
+
+
+@triton.jit
+def shares_of(value, total):
+    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
 
 
 @triton.jit
@@ -1561,57 +1878,79 @@ def list_2(
 
 
 @triton.jit
-def listed_scores(packed, packed_coarse, weights, constants, mine, inside):
-    """Estimate q.k, [ROWS, N], from packed codes of keys [N] whose weights are `mine`."""
+def listed_weights(weights, scales, constants, mine):
+    """Return what products take of the block `mine`: the weights of all heads, or where they are."""
+    own = (weights, scales, constants, mine)
+    return own
+
+
+@triton.jit
+def listed_product(unpacked, own, HEAD):
+    """Return q.k [N] of one head, its constant included."""
+    if IN_WORDS:
+        product = tl.zeros_like(unpacked[0])
+        weights, scales, constants, mine = own
+        words = words_of(weights) + (mine * ROWS + HEAD) * (WEIGHT_COLUMNS // 4)
+        product = dot4(unpacked[0], tl.load(words + 0), product)
+        product = dot4(unpacked[1], tl.load(words + 1), product)
+        product = dot4(unpacked[2], tl.load(words + 2), product)
+        product = dot4(unpacked[3], tl.load(words + 3), product)
+        product = dot4(unpacked[4], tl.load(words + 4), product)
+        product = dot4(unpacked[5], tl.load(words + 5), product)
+        product = dot4(unpacked[6], tl.load(words + 6), product)
+        product = dot4(unpacked[7], tl.load(words + 7), product)
+        product = dot4(unpacked[8], tl.load(words + 8), product)
+        product = dot4(unpacked[9], tl.load(words + 9), product)
+        product = dot4(unpacked[10], tl.load(words + 10), product)
+        product = dot4(unpacked[11], tl.load(words + 11), product)
+        product = dot4(unpacked[12], tl.load(words + 12), product)
+        product = dot4(unpacked[13], tl.load(words + 13), product)
+        product = dot4(unpacked[14], tl.load(words + 14), product)
+        product = dot4(unpacked[15], tl.load(words + 15), product)
+        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+    else:
+        weights, scales, constants, mine = own
+        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
+        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        weight = load_weights(weights[:, None], 0, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[0] * weight, 1)
+        weight = load_weights(weights[:, None], 16, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[1] * weight, 1)
+        weight = load_weights(weights[:, None], 32, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[2] * weight, 1)
+        weight = load_weights(weights[:, None], 40, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[3] * weight, 1)
+        weight = load_weights(weights[:, None], 48, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[4] * weight, 1)
+        weight = load_weights(weights[:, None], 56, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[5] * weight, 1)
+        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+    return product.to(tl.float32) * scale + constant
+
+
+@triton.jit
+def listed_shares(
+    packed, slot, inside, known, own, total, b, kv_head, t, kv_len, length,
+):
+    """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
     g = tl.arange(0, ROWS)
-    total = tl.load(constants + mine[None, :] * ROWS + g[:, None], mask=inside[None, :], other=0.0)
-    weights += mine[None, :] * (ROWS * KEPT_COLUMNS)
-    column = tl.arange(0, FINE_COLUMNS)[:, None]
-    within_0 = inside[None, :] & (column < 16)
-    at_0 = weights + (0 + column)
-    code_0 = ((packed.to(tl.int32) >> 0) & 15).to(tl.float32) + 128.0
-    column = tl.arange(0, FINE_COLUMNS)[:, None]
-    within_1 = inside[None, :] & (column < 16)
-    at_1 = weights + (16 + column)
-    code_1 = ((packed.to(tl.int32) >> 4) & 15).to(tl.float32) + 128.0
-    column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_2 = inside[None, :] & (column < 8)
-    at_2 = weights + (32 + column)
-    code_2 = ((packed_coarse.to(tl.int32) >> 0) & 3).to(tl.float32) + 128.0
-    column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_3 = inside[None, :] & (column < 8)
-    at_3 = weights + (40 + column)
-    code_3 = ((packed_coarse.to(tl.int32) >> 2) & 3).to(tl.float32) + 128.0
-    column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_4 = inside[None, :] & (column < 8)
-    at_4 = weights + (48 + column)
-    code_4 = ((packed_coarse.to(tl.int32) >> 4) & 3).to(tl.float32) + 128.0
-    column = tl.arange(0, COARSE_COLUMNS)[:, None]
-    within_5 = inside[None, :] & (column < 8)
-    at_5 = weights + (56 + column)
-    code_5 = ((packed_coarse.to(tl.int32) >> 6) & 3).to(tl.float32) + 128.0
+    unpacked = token_codes(packed)
+    share = tl.zeros([slot.shape[0]], tl.float32)
+    seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
+    known &= seen
     for head in tl.static_range(GROUP):
-        s = tl.zeros([mine.shape[0]], tl.float32)
-        weight = tl.load(at_0 + head * KEPT_COLUMNS, mask=within_0, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_0, 0)
-        weight = tl.load(at_1 + head * KEPT_COLUMNS, mask=within_1, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_1, 0)
-        weight = tl.load(at_2 + head * KEPT_COLUMNS, mask=within_2, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_2, 0)
-        weight = tl.load(at_3 + head * KEPT_COLUMNS, mask=within_3, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_3, 0)
-        weight = tl.load(at_4 + head * KEPT_COLUMNS, mask=within_4, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_4, 0)
-        weight = tl.load(at_5 + head * KEPT_COLUMNS, mask=within_5, other=0.0)
-        s += tl.sum(weight.to(tl.float32) * code_5, 0)
-        total += tl.where((g == head)[:, None], s[None, :], 0.0)
-    return total
+        h = kv_head * GROUP + head
+        bits = score(listed_product(unpacked, own, head), b, h, t, slot, inside, length)
+        bits = tl.where(known, bits, float("-inf"))
+        part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+        share += part
+    return share, seen
 
 
 @triton.jit
 def scan_listed(
     fine, coarse, span, numbers, candidates, candidate_room, listed_count, candidate_count,
-    weights, constants, totals,
+    weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length,
@@ -1621,8 +1960,6 @@ def scan_listed(
     head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
     histogram += head_row * (2 * BINS) + BINS
     bins += head_row.to(tl.int64) * candidate_room
     candidates += head_row.to(tl.int64) * candidate_room
@@ -1650,12 +1987,12 @@ def scan_listed(
         slot = tl.load(candidates + item, mask=is_listed, other=0)
         slot = tl.where(is_listed, slot, tl.where(inside, open_slot + item - known, 0))
         tl.store(candidates + item, slot, mask=inside & (item >= known))
-        packed, packed_coarse = load_codes(fine, coarse, slot, inside)
         mine = head_row.to(tl.int64) * blocks + slot // BLOCK
-        s = listed_scores(packed, packed_coarse, weights, constants, mine, inside)
-        value = score(s, b, h, t, slot[None, :], inside[None, :], length)
-        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length)
-        found = bins_of(value, total, seen)
+        share, seen = listed_shares(
+            load_sketches(fine, coarse, slot, inside), slot, inside, inside,
+            listed_weights(weights, scales, constants, mine), total, b, kv_head, t, kv_len, length,
+        )
+        found = bins_of_shares(share, share > 0)
         tl.store(bins + item, found.to(tl.uint8), mask=inside)
         count_bins(histogram, found)
     if part == 0:
@@ -1824,6 +2161,77 @@ def encode_new(
 
 
 @triton.jit
+def choose(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    partial, partial_top, partial_sum,
+    kv_len, kv_heads, query_len, splits,
+    header, fingerprints, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr,
+    tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, list_count, capacity, length,
+    KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """List the selected keys. Every program finds the threshold itself, and the tokens above it."""
+    head_row, split = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    mine = head_row.to(tl.int64) * splits + split
+    chosen_list += mine * capacity
+    # A kernel before this one may have just revoked trust: what caches hold is too old.
+    trusted = tl.load(header, cache_modifier=".cg") != 0
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
+    )
+    sinks = begin - first
+    always = sinks + end - stop
+    count = tl.full([], -1, tl.int32)
+    if trusted & (end > 0) & (always <= capacity):
+        # The programs examine candidates, or all slots between those that are always read.
+        # They take sixteen at a time, in turn.
+        lane = tl.arange(0, LANES)
+        sixteen = (lane // 16 * splits + split) * 16
+        item = sixteen + lane % 16
+        origin, items = begin // 16 * 16, stop - begin // 16 * 16
+        bins += head_row.to(tl.int64) * bin_room
+        candidates += head_row.to(tl.int64) * bin_room
+        if PAGED:
+            origin, items = origin * 0, tl.load(candidate_count + head_row)
+        # A mask that is the same for sixteen lets these be loaded at once.
+        entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
+        room = tl.maximum(-(always - BUDGET), 0)
+        cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
+        count = tl.maximum(always - split + splits - 1, 0) // splits
+        for start in range(0, count, 32):
+            own = start + tl.arange(0, 32)
+            which = split + own * splits
+            slot = tl.where(which < sinks, first + which, stop + which - sinks)
+            tl.store(chosen_list + own, slot, mask=own < count)
+        for start in range(0, items, splits * LANES):
+            slot = origin + item
+            inside = item < items
+            if PAGED:
+                slot = tl.load(candidates + item, mask=sixteen < items, other=0)
+            else:
+                inside &= slot >= begin
+            entry = tl.where(inside, entry, 0)
+            chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
+            tl.store(chosen_list + count + place, slot, mask=chosen)
+            count += more
+            item += splits * LANES
+            sixteen += splits * LANES
+            entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+    tl.store(list_count + mine, count)
+
+
+@triton.jit
 def attend(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -1832,14 +2240,15 @@ def attend(
     kv_len, kv_heads, query_len, splits,
     header, fingerprints, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr,
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
-    histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, length,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, list_count, capacity, length,
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
-    EARLY: tl.constexpr,
+    LISTED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Attend from the heads of one group at one position to the selected keys.
 
-    Every program finds the threshold itself, and the tokens above it in its share of the slots.
-    One more program adds the newest keys to the index: nothing selects from these yet.
+    Unless they are listed, every program finds the threshold itself, and the tokens above it in its
+    share of the slots. One more program adds the newest keys to the index: nothing selects from
+    these yet.
     """
     head_row, split = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -1854,21 +2263,26 @@ def attend(
                 positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, blocks, BLOCK, kv_len,
             )
+        return
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    mine = head_row.to(tl.int64) * splits + split
+    chosen_list += mine * capacity
+    if LISTED:
+        count = tl.load(list_count + mine)
     else:
-        queries, heads = load_queries(
-            query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-        )
-        key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-        value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        result = tl.zeros([ROWS, WIDTH], tl.float32)
-        fresh = fresh_seen(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
-        )
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
         # A kernel before this one may have just revoked trust: what caches hold is too old.
         trusted = tl.load(header, cache_modifier=".cg") != 0
         first, begin, stop, end = always_read(
@@ -1876,21 +2290,22 @@ def attend(
         )
         sinks = begin - first
         always = sinks + end - stop
+        count = tl.full([], -1, tl.int32)
         if trusted & (end > 0) & (always <= capacity):
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
             lane = tl.arange(0, LANES)
-            item = (lane // 16 * splits + split) * 16 + lane % 16
+            sixteen = (lane // 16 * splits + split) * 16
+            item = sixteen + lane % 16
             origin, items = begin // 16 * 16, stop - begin // 16 * 16
             bins += head_row.to(tl.int64) * bin_room
             candidates += head_row.to(tl.int64) * bin_room
             if PAGED:
                 origin, items = origin * 0, tl.load(candidate_count + head_row)
-            inside = (item < bin_room) if PAGED else (origin + item < stop)
-            entry = tl.load(bins + origin + item, mask=inside, other=0)
+            # A mask that is the same for sixteen lets these be loaded at once.
+            entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
             room = tl.maximum(-(always - BUDGET), 0)
             cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
-            chosen_list += (head_row.to(tl.int64) * splits + split) * capacity
             count = tl.maximum(always - split + splits - 1, 0) // splits
             for start in range(0, count, 32):
                 own = start + tl.arange(0, 32)
@@ -1901,7 +2316,7 @@ def attend(
                 slot = origin + item
                 inside = item < items
                 if PAGED:
-                    slot = tl.load(candidates + item, mask=inside, other=0)
+                    slot = tl.load(candidates + item, mask=sixteen < items, other=0)
                 else:
                     inside &= slot >= begin
                 entry = tl.where(inside, entry, 0)
@@ -1909,34 +2324,36 @@ def attend(
                 tl.store(chosen_list + count + place, slot, mask=chosen)
                 count += more
                 item += splits * LANES
-                entry = tl.load(bins + origin + item, mask=item < items, other=0)
-            tl.debug_barrier()
-            for start in range(0, count, KEYS):
-                number = start + tl.arange(0, KEYS)
-                slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                top, total, result = attend_to(
-                    slot, number < count, queries, heads, top, total, result, b, t, kv_len,
-                    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
-                )
-            if fresh % splits == split:
-                turns = (count + SAMPLED - 1) // SAMPLED
-                number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
-                slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                compared = (number < count) & (slot < fresh)
-                d = tl.arange(0, DIM)
-                keys = tl.load(
-                    key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
-                    mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-                )
-                fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-                if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
-                    tl.store(header, 2)
-        else:
-            top, total, result = read_all(
-                queries, heads, top, total, result, b, t, kv_len, split, splits,
+                sixteen += splits * LANES
+                entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+        tl.debug_barrier()
+    if count >= 0:
+        for start in range(0, count, KEYS):
+            number = start + tl.arange(0, KEYS)
+            slot = tl.load(chosen_list + number, mask=number < count, other=0)
+            top, total, result = attend_to(
+                slot, number < count, queries, heads, top, total, result, b, t, kv_len,
                 key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
-                KEYS,
             )
-        store_part(
-            top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+        if fresh % splits == split:
+            turns = (count + SAMPLED - 1) // SAMPLED
+            number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
+            slot = tl.load(chosen_list + number, mask=number < count, other=0)
+            compared = (number < count) & (slot < fresh)
+            d = tl.arange(0, DIM)
+            keys = tl.load(
+                key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
+                mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+            )
+            fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+            if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
+                tl.store(header, 2)
+    else:
+        top, total, result = read_all(
+            queries, heads, top, total, result, b, t, kv_len, split, splits,
+            key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
+            KEYS,
         )
+    store_part(
+        top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+    )

@@ -192,12 +192,14 @@ NEWEST = tl.constexpr(8)  # those among them that are the newest
 KEPT = tl.constexpr(40)  # coordinates of a sketch
 KEPT_COLUMNS = tl.constexpr(64)
 KEPT_FINE = tl.constexpr(20)  # coordinates of 4 bits
-FINE_BYTES = tl.constexpr(10)
+FINE_BYTES = tl.constexpr(12)
 FINE_COLUMNS = tl.constexpr(16)
-COARSE_BYTES = tl.constexpr(5)
+COARSE_BYTES = tl.constexpr(8)
 COARSE_COLUMNS = tl.constexpr(16)
 PAGE_STEP = tl.constexpr(0.75)  # step of a page's mean, in steps of a coordinate
+WEIGHT_COLUMNS = tl.constexpr(64)  # weights of a head, one for each code in the bytes of a sketch
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no PTX
+IN_WORDS = tl.constexpr(not triton.knobs.runtime.interpret)  # codes are multiplied four at a time
 
 
 RANKS_PAGES = False  # True if pages of a long context are ranked first
@@ -236,15 +238,6 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
     most = tl.max(parts, 0)
     total = most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
     return tl.gather(total, tl.minimum(tl.arange(0, ROWS), HEADS - 1), 0)
-
-
-@triton.jit
-def shares_of(value, total):
-    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
 
 
 @triton.jit
@@ -323,12 +316,6 @@ def choose_by_bin(entry, cut, left, at_cut):
     ours = due(left, total & 65535, at_cut)
     chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
     return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
-
-
-@triton.jit
-def bins_of(value, total, possible):
-    """Return the bin of each item's share [N], by scores [ROWS, N] of a group's heads, in bits."""
-    return bins_of_shares(shares_of(value, total), possible)
 
 
 @triton.jit
@@ -411,7 +398,7 @@ def check_sample(
 @triton.jit
 def query_weights(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    axes, centre, step, spread, weights, constants, page_constants, totals, histogram, arrivals,
+    axes, centre, step, spread, weights, scales, constants, page_constants, totals, histogram, arrivals,
     positions, position_stride_b, position_stride_t, written, header,
     kv_len, blocks, kv_heads: tl.constexpr, query_len, length, slopes, slopes_stride_0,
     BLOCK: tl.constexpr, PAGED: tl.constexpr, EARLY: tl.constexpr,
@@ -426,12 +413,14 @@ def query_weights(
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
     block = (b * kv_heads + kv_head).to(tl.int64) * blocks + tile
-    kept, d, g = tl.arange(0, KEPT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
+    place, d, g = tl.arange(0, WEIGHT_COLUMNS), tl.arange(0, DIM), tl.arange(0, ROWS)
+    kept = tl.where(place < 2 * FINE_BYTES, place, place - (2 * FINE_BYTES - KEPT_FINE))
+    real = (kept < KEPT) & ((place < KEPT_FINE) | (place >= 2 * FINE_BYTES))
     axis = tl.load(
         axes + (block * KEPT + kept)[None, :] * HEAD_DIM + d[:, None],
-        mask=(kept < KEPT)[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
+        mask=real[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
     )
-    steps = tl.load(step + block * KEPT + kept, mask=kept < KEPT, other=0.0)
+    steps = tl.load(step + block * KEPT + kept, mask=real, other=0.0)
     middle = tl.load(centre + block * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
     # The loads above are of old data; those below may be of data that the kernel before writes.
     # The kernels after this one read it too: they must not begin while that kernel still runs.
@@ -442,15 +431,17 @@ def query_weights(
         query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
     )
     exact = tl.dot(queries, axis.to(queries.dtype)) * steps[None, :]
-    weight = exact.to(tl.bfloat16)
-    rounded = weight.to(tl.float32)
+    most = tl.maximum(tl.max(tl.abs(exact), 1), 1e-30)
+    weight = tl.floor(exact * (127 / most)[:, None] + 0.5)
+    rounded = weight * (most / 127)[:, None]
     constant = tl.sum(queries.to(tl.float32) * middle[None, :], 1)
-    moved = tl.where(kept < KEPT_FINE, 8.9000, 1.0087)
+    moved = tl.where(place < KEPT_FINE, 8.9000, 1.0087)
     of_block = constant + 0.5 * SCALE * tl.sum(exact * exact * moved[None, :], 1)
-    constant -= 135.5 * tl.sum(tl.where(((kept < 20))[None, :], rounded, 0.0), 1)
-    constant -= 129.5 * tl.sum(tl.where(((kept >= 20) & (kept < 40))[None, :], rounded, 0.0), 1)
+    zero = tl.where(place < KEPT_FINE, 7.5, 1.5)
+    constant -= tl.sum(rounded * zero[None, :], 1)
     mine = head_row.to(tl.int64) * blocks + tile
-    tl.store(weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + kept[None, :], weight)
+    tl.store(weights + (mine * ROWS + g[:, None]) * WEIGHT_COLUMNS + place[None, :], weight.to(tl.int8))
+    tl.store(scales + mine * ROWS + g, most / 127)
     tl.store(constants + mine * ROWS + g, constant)
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
@@ -471,90 +462,238 @@ def query_weights(
 
 
 @triton.jit
-def load_weights(weights, mine, FIRST: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the weights [ROWS, COLUMNS] of the coordinates from FIRST on."""
-    column, g = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    place = weights + (mine * ROWS + g[:, None]) * KEPT_COLUMNS + FIRST + column[None, :]
-    return tl.load(place, mask=(column < WIDE)[None, :], other=0.0)
+def words_of(plane):
+    """Return a pointer to bytes as one to words of four bytes."""
+    return plane.to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def codes(packed, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Return the codes at SHIFT in the bytes `packed`, plus 128, as bfloat16.
+def dot4(codes, weights, total):
+    """Return `total` plus the products of four codes and their weights: int32, of any shape.
 
-    They are put into the mantissa of 128.0, two at a time: no code has to be converted.
+    Codes are the bytes of a word without sign, weights those of a word with a sign.
     """
     if IN_REGISTERS:
-        made = tl.inline_asm_elementwise(
-            f"""{{
-            .reg .b32 moved, low, high;
-            shr.b32 moved, $2, {SHIFT};
-            prmt.b32 low, moved, 0, 0x4140;
-            prmt.b32 high, moved, 0, 0x4342;
-            lop3.b32 $0, low, {MASK * 0x10001}, 0x43004300, 0xEA;
-            lop3.b32 $1, high, {MASK * 0x10001}, 0x43004300, 0xEA;
-            }}""",
-            "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, weights, total],
+            dtype=tl.int32, is_pure=True, pack=1,
         )
     else:
-        made = (((packed.to(tl.int16) >> SHIFT) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
-    return made
-
-
-@triton.jit
-def load_codes(fine, coarse, slot, inside):
-    """Return packed codes, uint8 [FINE_COLUMNS, N] and [COARSE_COLUMNS, N], of the slots [N]."""
-    byte, column = tl.arange(0, FINE_COLUMNS), tl.arange(0, COARSE_COLUMNS)
-    packed = tl.load(
-        fine + slot[None, :] * FINE_BYTES + byte[:, None],
-        mask=inside[None, :] & (byte < FINE_BYTES)[:, None], other=0,
-    )
-    packed_coarse = tl.load(
-        coarse + slot[None, :] * COARSE_BYTES + column[:, None],
-        mask=inside[None, :] & (column < COARSE_BYTES)[:, None], other=0,
-    )
-    return packed, packed_coarse
-
-
-@triton.jit
-def sketch_scores(packed, packed_coarse, weights, constants, mine):
-    """Estimate q.k, [ROWS, N], from packed codes of the block whose weights are `mine`."""
-    constant = tl.load(constants + mine * ROWS + tl.arange(0, ROWS))
-    w0 = load_weights(weights, mine, 0, 10, FINE_COLUMNS)
-    w1 = load_weights(weights, mine, 10, 10, FINE_COLUMNS)
-    w2 = load_weights(weights, mine, 20, 5, COARSE_COLUMNS)
-    w3 = load_weights(weights, mine, 25, 5, COARSE_COLUMNS)
-    w4 = load_weights(weights, mine, 30, 5, COARSE_COLUMNS)
-    w5 = load_weights(weights, mine, 35, 5, COARSE_COLUMNS)
-    total = tl.zeros([ROWS, packed.shape[1]], tl.float32) + constant[:, None]
-    total = tl.dot(w0, codes(packed, 0, 15), total)
-    total = tl.dot(w1, codes(packed, 4, 15), total)
-    total = tl.dot(w2, codes(packed_coarse, 0, 3), total)
-    total = tl.dot(w3, codes(packed_coarse, 2, 3), total)
-    total = tl.dot(w4, codes(packed_coarse, 4, 3), total)
-    total = tl.dot(w5, codes(packed_coarse, 6, 3), total)
+        for byte in tl.static_range(4):
+            total += ((codes >> (8 * byte)) & 255) * ((weights << (24 - 8 * byte)) >> 24)
     return total
+
+
+@triton.jit
+def load_bytes(plane, number, inside, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the bytes, uint8 [N, COLUMNS], of the tokens or pages `number` [N] in a plane."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    there = inside[:, None] & (byte < BYTES)
+    return tl.load(plane + number[:, None] * BYTES + byte, mask=there, other=0)
+
+
+@triton.jit
+def load_weights(weights, FIRST: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the weights of a head from FIRST on, int32 [1 or N, COLUMNS]; 0 for padding."""
+    byte = tl.arange(0, COLUMNS)[None, :]
+    return tl.load(weights + FIRST + byte, mask=byte < BYTES, other=0).to(tl.int32)
+
+
+@triton.jit
+def load_sketches(fine, coarse, number, inside):
+    """Return packed codes as a tuple: of words, int32 [N], or of planes, uint8 [N, columns]."""
+    if IN_WORDS:
+        fine_0 = tl.load(words_of(fine) + number * 3 + 0, mask=inside, other=0)
+        fine_1 = tl.load(words_of(fine) + number * 3 + 1, mask=inside, other=0)
+        fine_2 = tl.load(words_of(fine) + number * 3 + 2, mask=inside, other=0)
+        coarse = tl.load(
+            words_of(coarse) + number[:, None] * 2 + tl.arange(0, 2)[None, :],
+            mask=inside[:, None], other=0,
+        )
+        coarse_0, coarse_1 = tl.split(coarse)
+        packed = (fine_0, fine_1, fine_2, coarse_0, coarse_1)
+    else:
+        packed = (
+            load_bytes(fine, number, inside, FINE_BYTES, FINE_COLUMNS),
+            load_bytes(coarse, number, inside, COARSE_BYTES, COARSE_COLUMNS),
+        )
+    return packed
+
+
+@triton.jit
+def token_codes(packed):
+    """Return codes as a tuple: four in the bytes of a word, int32 [N], or one, int32 [N, columns]."""
+    if IN_WORDS:
+        fine_0, fine_1, fine_2, coarse_0, coarse_1 = packed
+        unpacked = (
+            fine_0 & 0x0f0f0f0f,
+            fine_1 & 0x0f0f0f0f,
+            fine_2 & 0x0f0f0f0f,
+            (fine_0 >> 4) & 0x0f0f0f0f,
+            (fine_1 >> 4) & 0x0f0f0f0f,
+            (fine_2 >> 4) & 0x0f0f0f0f,
+            coarse_0 & 0x03030303,
+            coarse_1 & 0x03030303,
+            (coarse_0 >> 2) & 0x03030303,
+            (coarse_1 >> 2) & 0x03030303,
+            (coarse_0 >> 4) & 0x03030303,
+            (coarse_1 >> 4) & 0x03030303,
+        )
+    else:
+        fine, coarse = packed
+        unpacked = (
+            ((fine >> 0) & 15).to(tl.int32),
+            ((fine >> 4) & 15).to(tl.int32),
+            ((coarse >> 0) & 3).to(tl.int32),
+            ((coarse >> 2) & 3).to(tl.int32),
+            ((coarse >> 4) & 3).to(tl.int32),
+        )
+    return unpacked
+
+
+@triton.jit
+def token_weights(weights, scales, constants, mine):
+    """Return what products take of the block `mine`: the weights of all heads, or where they are."""
+    if IN_WORDS:
+        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
+        scales, constants = scales + mine * ROWS, constants + mine * ROWS
+        own = (
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(scales + 0),
+            tl.load(constants + 0),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(scales + 1),
+            tl.load(constants + 1),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 0)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 1)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 2)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 3)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 4)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 5)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 6)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 7)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 8)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 9)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 10)),
+            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 11)),
+            tl.load(scales + 2),
+            tl.load(constants + 2),
+        )
+    else:
+        own = (weights, scales, constants, mine)
+    return own
+
+
+@triton.jit
+def token_product(unpacked, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included."""
+    if IN_WORDS:
+        product = tl.zeros_like(unpacked[0])
+        FIRST: tl.constexpr = HEAD * 14
+        product = dot4(unpacked[0], own[FIRST + 0], product)
+        product = dot4(unpacked[1], own[FIRST + 1], product)
+        product = dot4(unpacked[2], own[FIRST + 2], product)
+        product = dot4(unpacked[3], own[FIRST + 3], product)
+        product = dot4(unpacked[4], own[FIRST + 4], product)
+        product = dot4(unpacked[5], own[FIRST + 5], product)
+        product = dot4(unpacked[6], own[FIRST + 6], product)
+        product = dot4(unpacked[7], own[FIRST + 7], product)
+        product = dot4(unpacked[8], own[FIRST + 8], product)
+        product = dot4(unpacked[9], own[FIRST + 9], product)
+        product = dot4(unpacked[10], own[FIRST + 10], product)
+        product = dot4(unpacked[11], own[FIRST + 11], product)
+        scale, constant = own[FIRST + 12], own[FIRST + 13]
+    else:
+        weights, scales, constants, mine = own
+        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
+        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        weight = load_weights(weights, 0, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[0] * weight, 1)
+        weight = load_weights(weights, 12, FINE_BYTES, FINE_COLUMNS)
+        product += tl.sum(unpacked[1] * weight, 1)
+        weight = load_weights(weights, 24, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[2] * weight, 1)
+        weight = load_weights(weights, 32, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[3] * weight, 1)
+        weight = load_weights(weights, 40, COARSE_BYTES, COARSE_COLUMNS)
+        product += tl.sum(unpacked[4] * weight, 1)
+        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+    return product.to(tl.float32) * scale + constant
+
+
+@triton.jit
+def token_shares(
+    packed, slot, inside, known, own, total, b, kv_head, t, kv_len, length, slopes, slopes_stride_0,
+):
+    """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
+    g = tl.arange(0, ROWS)
+    unpacked = token_codes(packed)
+    share = tl.zeros([slot.shape[0]], tl.float32)
+    seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length, slopes, slopes_stride_0)
+    known &= seen
+    for head in tl.static_range(GROUP):
+        h = kv_head * GROUP + head
+        bits = score(token_product(unpacked, own, head), b, h, t, slot, inside, length, slopes, slopes_stride_0)
+        bits = tl.where(known, bits, float("-inf"))
+        part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
+        share += part
+    return share, seen
+
+
+@triton.jit
+def store_bins(
+    packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
+):
+    """Store the bins of the shares of a tile's tokens, and return them."""
+    inside = slot < kv_len
+    known = (slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))
+    share, seen = token_shares(
+        packed, slot, inside, known, own, total, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
+    )
+    entry = bins_of_shares(share, share > 0)
+    tl.store(bins + slot, entry.to(tl.uint8))
+    return entry
 
 
 @triton.jit
 def scan_tokens(
     fine, coarse, key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints,
-    weights, constants, totals,
+    weights, scales, constants, totals,
     positions, position_stride_b, position_stride_t, written, header,
     tile_first, tile_end, bins, histogram,
     kv_len, slots, blocks, kv_heads: tl.constexpr, query_len, tiles, length, slopes, slopes_stride_0,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Store bins, uint8, of the shares of TILE tokens, estimated from their sketches.
+    """Store bins, uint8, of the shares of STEPS tiles of tokens, estimated from their sketches.
 
     One more program looks if the index is stale.
     """
-    head_row, tile = tl.program_id(0), tl.program_id(1)
+    head_row, part = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
     b, t = row // query_len, row % query_len
-    g = tl.arange(0, ROWS)
-    h = (kv_head * GROUP + tl.minimum(g, GROUP - 1))[:, None]
-    if tile == tiles:
+    if part == (tiles + STEPS - 1) // STEPS:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
@@ -570,29 +709,40 @@ def scan_tokens(
         return
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    span: tl.constexpr = STEPS * TILE
     first, end = seen_range(b, t, kv_len, length, slopes, slopes_stride_0)
-    if (tile * TILE < end) & (tile * TILE + TILE > first):
-        slot = tile * TILE + tl.arange(0, TILE)
-        inside = slot < kv_len
+    if (part * span < end) & (part * span + span > first):
         space = (b * kv_heads + kv_head).to(tl.int64) * slots
-        packed, packed_coarse = load_codes(
-            fine + space * FINE_BYTES, coarse + space * COARSE_BYTES, slot, inside
-        )
+        fine += space * FINE_BYTES
+        coarse += space * COARSE_BYTES
+        slot = part * span + tl.arange(0, TILE)
+        packed = load_sketches(fine, coarse, slot, slot < kv_len)
         fresh = fresh_seen(
             positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
         )
         if EARLY:
             tl.extra.cuda.gdc_wait()
-        s = sketch_scores(
-            packed, packed_coarse, weights, constants,
-            head_row.to(tl.int64) * blocks + tile * TILE // BLOCK,
-        )
         total = denominators(totals, head_row, blocks, BLOCKS)
-        value = score(s, b, h, t, slot[None, :], inside[None, :], length, slopes, slopes_stride_0)
-        seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, length, slopes, slopes_stride_0)
-        entry = bins_of(value, total, seen & ((slot >= first + SINKS) & (slot < tl.minimum(end - RECENT, fresh))))
-        tl.store(bins + head_row.to(tl.int64) * slots + slot, entry.to(tl.uint8))
-        count_bins(histogram + head_row * (2 * BINS), entry)
+        own = token_weights(
+            weights, scales, constants, head_row.to(tl.int64) * blocks + part * span // BLOCK
+        )
+        bins += head_row.to(tl.int64) * slots
+        histogram += head_row * (2 * BINS)
+        entry = store_bins(packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length, slopes, slopes_stride_0)
+        if STEPS > 1:
+            for step in range(1, STEPS):
+                slot += TILE
+                if (part * span + step * TILE < end) & (part * span + step * TILE + TILE > first):
+                    packed = load_sketches(fine, coarse, slot, slot < kv_len)
+                    store_bins(packed, slot, own, total, bins, first, end, fresh, b, kv_head, t, kv_len, length, slopes, slopes_stride_0)
+            # Counting has barriers: it is done once, for all tiles.
+            tl.debug_barrier()
+            slots_of_all = part * span + tl.arange(0, span)
+            begin = slots_of_all // TILE * TILE
+            there = (begin < end) & (begin + TILE > first)
+            count_bins(histogram, tl.load(bins + slots_of_all, mask=there, other=0).to(tl.int32))
+        else:
+            count_bins(histogram, entry)
 
 
 SHORTEST = tl.constexpr(8)  # slots of the shortest chunk
@@ -725,12 +875,11 @@ def encode_keys(keys, axes, centre, step):
     d = tl.arange(0, DIM)
     middle = tl.load(centre + d, mask=d < HEAD_DIM, other=0.0)
     centred = keys - middle[None, :]
-    fine = field_codes(centred, axes, step, 0, 10, FINE_COLUMNS, 16)
-    fine |= field_codes(centred, axes, step, 10, 10, FINE_COLUMNS, 16) << 4
-    coarse = field_codes(centred, axes, step, 20, 5, COARSE_COLUMNS, 4)
-    coarse |= field_codes(centred, axes, step, 25, 5, COARSE_COLUMNS, 4) << 2
-    coarse |= field_codes(centred, axes, step, 30, 5, COARSE_COLUMNS, 4) << 4
-    coarse |= field_codes(centred, axes, step, 35, 5, COARSE_COLUMNS, 4) << 6
+    fine = field_codes(centred, axes, step, 0, 12, FINE_COLUMNS, 16)
+    fine |= field_codes(centred, axes, step, 12, 8, FINE_COLUMNS, 16) << 4
+    coarse = field_codes(centred, axes, step, 20, 8, COARSE_COLUMNS, 4)
+    coarse |= field_codes(centred, axes, step, 28, 8, COARSE_COLUMNS, 4) << 2
+    coarse |= field_codes(centred, axes, step, 36, 4, COARSE_COLUMNS, 4) << 4
     return fine.to(tl.uint8), coarse.to(tl.uint8)
 
 
@@ -864,6 +1013,77 @@ def encode_new(
 
 
 @triton.jit
+def choose(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    partial, partial_top, partial_sum,
+    kv_len, kv_heads, query_len, splits,
+    header, fingerprints, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr,
+    tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, list_count, capacity, length, slopes, slopes_stride_0,
+    KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """List the selected keys. Every program finds the threshold itself, and the tokens above it."""
+    head_row, split = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    mine = head_row.to(tl.int64) * splits + split
+    chosen_list += mine * capacity
+    # A kernel before this one may have just revoked trust: what caches hold is too old.
+    trusted = tl.load(header, cache_modifier=".cg") != 0
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, slopes, slopes_stride_0, TILES
+    )
+    sinks = begin - first
+    always = sinks + end - stop
+    count = tl.full([], -1, tl.int32)
+    if trusted & (end > 0) & (always <= capacity):
+        # The programs examine candidates, or all slots between those that are always read.
+        # They take sixteen at a time, in turn.
+        lane = tl.arange(0, LANES)
+        sixteen = (lane // 16 * splits + split) * 16
+        item = sixteen + lane % 16
+        origin, items = begin // 16 * 16, stop - begin // 16 * 16
+        bins += head_row.to(tl.int64) * bin_room
+        candidates += head_row.to(tl.int64) * bin_room
+        if PAGED:
+            origin, items = origin * 0, tl.load(candidate_count + head_row)
+        # A mask that is the same for sixteen lets these be loaded at once.
+        entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
+        room = tl.maximum(-(always - BUDGET), 0)
+        cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
+        count = tl.maximum(always - split + splits - 1, 0) // splits
+        for start in range(0, count, 32):
+            own = start + tl.arange(0, 32)
+            which = split + own * splits
+            slot = tl.where(which < sinks, first + which, stop + which - sinks)
+            tl.store(chosen_list + own, slot, mask=own < count)
+        for start in range(0, items, splits * LANES):
+            slot = origin + item
+            inside = item < items
+            if PAGED:
+                slot = tl.load(candidates + item, mask=sixteen < items, other=0)
+            else:
+                inside &= slot >= begin
+            entry = tl.where(inside, entry, 0)
+            chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
+            tl.store(chosen_list + count + place, slot, mask=chosen)
+            count += more
+            item += splits * LANES
+            sixteen += splits * LANES
+            entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+    tl.store(list_count + mine, count)
+
+
+@triton.jit
 def attend(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -872,14 +1092,15 @@ def attend(
     kv_len, kv_heads, query_len, splits,
     header, fingerprints, fine, coarse, pages, axes, centre, step, spread, slots, blocks, BLOCK: tl.constexpr,
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
-    histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, length, slopes, slopes_stride_0,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, list_count, capacity, length, slopes, slopes_stride_0,
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
-    EARLY: tl.constexpr,
+    LISTED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Attend from the heads of one group at one position to the selected keys.
 
-    Every program finds the threshold itself, and the tokens above it in its share of the slots.
-    One more program adds the newest keys to the index: nothing selects from these yet.
+    Unless they are listed, every program finds the threshold itself, and the tokens above it in its
+    share of the slots. One more program adds the newest keys to the index: nothing selects from
+    these yet.
     """
     head_row, split = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -894,21 +1115,26 @@ def attend(
                 positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, blocks, BLOCK, kv_len,
             )
+        return
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    mine = head_row.to(tl.int64) * splits + split
+    chosen_list += mine * capacity
+    if LISTED:
+        count = tl.load(list_count + mine)
     else:
-        queries, heads = load_queries(
-            query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-        )
-        key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-        value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        result = tl.zeros([ROWS, WIDTH], tl.float32)
-        fresh = fresh_seen(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length, slopes, slopes_stride_0
-        )
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
         # A kernel before this one may have just revoked trust: what caches hold is too old.
         trusted = tl.load(header, cache_modifier=".cg") != 0
         first, begin, stop, end = always_read(
@@ -916,21 +1142,22 @@ def attend(
         )
         sinks = begin - first
         always = sinks + end - stop
+        count = tl.full([], -1, tl.int32)
         if trusted & (end > 0) & (always <= capacity):
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
             lane = tl.arange(0, LANES)
-            item = (lane // 16 * splits + split) * 16 + lane % 16
+            sixteen = (lane // 16 * splits + split) * 16
+            item = sixteen + lane % 16
             origin, items = begin // 16 * 16, stop - begin // 16 * 16
             bins += head_row.to(tl.int64) * bin_room
             candidates += head_row.to(tl.int64) * bin_room
             if PAGED:
                 origin, items = origin * 0, tl.load(candidate_count + head_row)
-            inside = (item < bin_room) if PAGED else (origin + item < stop)
-            entry = tl.load(bins + origin + item, mask=inside, other=0)
+            # A mask that is the same for sixteen lets these be loaded at once.
+            entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
             room = tl.maximum(-(always - BUDGET), 0)
             cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
-            chosen_list += (head_row.to(tl.int64) * splits + split) * capacity
             count = tl.maximum(always - split + splits - 1, 0) // splits
             for start in range(0, count, 32):
                 own = start + tl.arange(0, 32)
@@ -941,7 +1168,7 @@ def attend(
                 slot = origin + item
                 inside = item < items
                 if PAGED:
-                    slot = tl.load(candidates + item, mask=inside, other=0)
+                    slot = tl.load(candidates + item, mask=sixteen < items, other=0)
                 else:
                     inside &= slot >= begin
                 entry = tl.where(inside, entry, 0)
@@ -949,34 +1176,36 @@ def attend(
                 tl.store(chosen_list + count + place, slot, mask=chosen)
                 count += more
                 item += splits * LANES
-                entry = tl.load(bins + origin + item, mask=item < items, other=0)
-            tl.debug_barrier()
-            for start in range(0, count, KEYS):
-                number = start + tl.arange(0, KEYS)
-                slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                top, total, result = attend_to(
-                    slot, number < count, queries, heads, top, total, result, b, t, kv_len,
-                    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length, slopes, slopes_stride_0,
-                )
-            if fresh % splits == split:
-                turns = (count + SAMPLED - 1) // SAMPLED
-                number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
-                slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                compared = (number < count) & (slot < fresh)
-                d = tl.arange(0, DIM)
-                keys = tl.load(
-                    key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
-                    mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-                )
-                fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-                if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
-                    tl.store(header, 2)
-        else:
-            top, total, result = read_all(
-                queries, heads, top, total, result, b, t, kv_len, split, splits,
+                sixteen += splits * LANES
+                entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+        tl.debug_barrier()
+    if count >= 0:
+        for start in range(0, count, KEYS):
+            number = start + tl.arange(0, KEYS)
+            slot = tl.load(chosen_list + number, mask=number < count, other=0)
+            top, total, result = attend_to(
+                slot, number < count, queries, heads, top, total, result, b, t, kv_len,
                 key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length, slopes, slopes_stride_0,
-                KEYS,
             )
-        store_part(
-            top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+        if fresh % splits == split:
+            turns = (count + SAMPLED - 1) // SAMPLED
+            number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
+            slot = tl.load(chosen_list + number, mask=number < count, other=0)
+            compared = (number < count) & (slot < fresh)
+            d = tl.arange(0, DIM)
+            keys = tl.load(
+                key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
+                mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+            )
+            fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+            if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
+                tl.store(header, 2)
+    else:
+        top, total, result = read_all(
+            queries, heads, top, total, result, b, t, kv_len, split, splits,
+            key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length, slopes, slopes_stride_0,
+            KEYS,
         )
+    store_part(
+        top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+    )

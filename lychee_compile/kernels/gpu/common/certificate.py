@@ -30,7 +30,6 @@ def want_certificate(
     """Ask for the scratch memory of certificates, of an index over `slots`."""
     rows = operands.rows
     _, tiles = _shares(module, operands)
-    wanted.want("list_count", torch.int32, rows, splits)
     wanted.want("marks", torch.uint8, rows, slots)
     wanted.want("longest", torch.float32, rows, splits)
     wanted.want("unread", torch.float32, rows, tiles, module.ROWS.value)

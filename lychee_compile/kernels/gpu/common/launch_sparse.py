@@ -18,11 +18,13 @@ from lychee_compile.kernels.gpu.common.device import overlapping, overlaps
 from lychee_compile.kernels.gpu.common.launch_common import Scratch, combine, launch, of_rows
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.gpu.common.tuning import Tuning, tuning_for
+from lychee_compile.kernels.gpu.common.tuning import Tuning, lists_apart, tuning_for
 from lychee_compile.kernels.sizes import BINS, power_of_two
 
 MOST_SPARSE_SPLITS = 32
 """Programs that may share one row of a sparse step, at most."""
+LISTED_REGISTERS = 128
+"""Most registers of a thread of `attend` if the keys are listed."""
 
 
 class SparseStep:
@@ -42,6 +44,8 @@ class SparseStep:
         self.module, self.operands, self.index = module, operands, index
         self.tuning = tuning or tuning_for(module, "sparse", operands)
         self.rows = operands.rows
+        self.lists = lists_apart(module, operands)
+        """True if a kernel of its own lists the keys to read."""
         self.splits = max(1, min(self.tuning.programs // self.rows, MOST_SPARSE_SPLITS))
         """Programs of `attend` that share a row."""
         self.early = overlaps(operands.query.device)
@@ -66,6 +70,7 @@ class SparseStep:
             self.wanted.want("whole", torch.float32, self.rows, heads)
             self.wanted.want("head_mass", torch.int64, self.rows, heads)
         self.wanted.want("chosen_list", torch.int32, self.rows, self.splits, capacity)
+        self.wanted.want("list_count", torch.int32, self.rows, self.splits)
         if certifies(self.module):
             slots = self.index.layout.slots
             want_certificate(self.wanted, self.module, self.operands, self.splits, slots)
@@ -93,15 +98,19 @@ class SparseStep:
         `paged`, else all slots in order.
         """
         tuning = self.tuning
-        own = {"KEYS": tuning.keys, "LANES": lanes(examined, self.splits), "PAGED": paged}
-        launch(
-            self.module.attend,
-            (self.rows, self.splits + 1),
-            {**arguments, **own},
-            num_warps=tuning.warps,
-            num_stages=tuning.stages,
-            **self.waits,
-        )
+        own = {
+            **arguments,
+            "KEYS": tuning.keys,
+            "LANES": lanes(examined, self.splits),
+            "PAGED": paged,
+            "LISTED": self.lists,
+        }
+        options = {"num_warps": tuning.warps, "num_stages": tuning.stages, **self.waits}
+        if self.lists:
+            grid = self.rows, self.splits
+            launch(self.module.choose, grid, own, num_warps=4, num_stages=1, **self.waits)
+            options["maxnreg"] = LISTED_REGISTERS
+        launch(self.module.attend, (self.rows, self.splits + 1), own, **options)
         if certifies(self.module):
             certify(self.module, self.operands, arguments, self.scratch, tuning)
         return combine(self.module, self.operands, self.scratch, self.splits, self.early)
@@ -118,7 +127,7 @@ class SparseStep:
 
 
 def lanes(examined: int, splits: int) -> int:
-    """Return how many slots a program of `attend` examines at a time."""
+    """Return how many slots a program examines at a time."""
     return max(256, min(power_of_two(-(-examined // splits)), 1024))
 
 

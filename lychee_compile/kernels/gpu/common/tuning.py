@@ -26,6 +26,12 @@ REGISTERS = 192
 """Most numbers that a thread can hold of the scores, weights and results of a tile of queries."""
 SHARED_BYTES = 200_000
 """Most bytes of shared memory for a tile of queries and the keys and values in flight."""
+LISTED_ROWS = 64
+"""Rows from which on a kernel of its own lists the keys that a sparse step reads.
+
+Programs that both list and attend have many registers, so that few of them run at a time. With few
+rows that costs less time than a launch.
+"""
 PREFILL = "prefill"
 """The mode of prefill, beside "exact" and "sparse"."""
 
@@ -66,7 +72,12 @@ def tuning_for(module: ModuleType, mode: str, operands: AttentionOperands) -> Tu
     measured = _tuned.get(_problem(module, mode, operands))
     if isinstance(measured, Tuning):
         return measured
-    return _by_rule(mode, _entry_bytes(operands), _multiprocessors(operands.query.device))
+    return _usual(mode, operands)
+
+
+def lists_apart(module: ModuleType, operands: AttentionOperands) -> bool:
+    """Return True if a kernel of its own lists the keys that a sparse step reads."""
+    return operands.rows >= LISTED_ROWS and hasattr(module, "choose")
 
 
 def tile_tuning_for(module: ModuleType, operands: AttentionOperands) -> TileTuning:
@@ -92,7 +103,7 @@ def candidates(mode: str, operands: AttentionOperands) -> Sequence[Tuning | Tile
     if mode == PREFILL:
         return _tile_candidates(operands)
     size = _entry_bytes(operands)
-    usual = _by_rule(mode, size, _multiprocessors(operands.key.device))
+    usual = _usual(mode, operands)
     tunings = [usual]
     for keys in (32, 64, 128):
         for warps in (4, 8):
@@ -139,14 +150,21 @@ def _entry_bytes(operands: AttentionOperands) -> int:
     return (key.shape[-1] + value.shape[-1]) * key.element_size()
 
 
+def _usual(mode: str, operands: AttentionOperands) -> Tuning:
+    many = operands.rows >= LISTED_ROWS
+    return _by_rule(mode, _entry_bytes(operands), _multiprocessors(operands.query.device), many)
+
+
 @lru_cache(maxsize=64)
-def _by_rule(mode: str, size: int, multiprocessors: int) -> Tuning:
-    """Return the usual tuning for keys and values of `size` bytes."""
+def _by_rule(mode: str, size: int, multiprocessors: int, many: bool) -> Tuning:
+    """Return the usual tuning for keys and values of `size` bytes, and for few or `many` rows."""
     keys = 64
     while keys > 16 and 2 * keys * size > FLIGHT_BYTES:
         keys //= 2
     if mode == "exact":
         return Tuning(3 * multiprocessors, keys, 4, 3 if 3 * keys * size <= FLIGHT_BYTES else 2)
+    if many:
+        return Tuning(4 * multiprocessors, keys, 4, 2)
     return Tuning(2 * multiprocessors, keys, 8 if keys == 64 else 4, 2)
 
 

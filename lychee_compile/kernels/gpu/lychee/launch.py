@@ -26,9 +26,12 @@ from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
 
 CHOSEN_PROGRAMS = 1024
 """About how many programs of `scan_chosen` share the turns of all rows."""
+SCAN_PROGRAMS, MOST_STEPS = 1024, 8
+"""Least number of programs of `scan_tokens` that are left if they take several tiles each, and most
+tiles of one."""
 PAGES_OF_WARP = 128 * PAGE
 """Slots whose pages one warp ranks."""
-PAGES_REGISTERS, CHOSEN_REGISTERS = 128, 96
+PAGES_REGISTERS, CHOSEN_REGISTERS, SCAN_REGISTERS = 128, 128, 128
 """Most registers of a thread: programs of a kernel and of the next fit on the device together."""
 ENCODED = 64
 """Slots that one program of `encode` sketches."""
@@ -62,12 +65,33 @@ def run_lychee(
     if sizes.paged:
         _rank_pages(step, layout, sizes, arguments)
     else:
-        grid = step.rows, sizes.tiles + 1  # the last programs compare some keys
-        launch(module.scan_tokens, grid, arguments, num_warps=4, num_stages=1, **step.waits)
+        steps = scan_steps(step.rows * sizes.tiles, layout.block)
+        grid = step.rows, -(-sizes.tiles // steps) + 1  # the last programs compare some keys
+        own = {**arguments, "STEPS": steps}
+        launch(
+            module.scan_tokens,
+            grid,
+            own,
+            num_warps=4,
+            num_stages=1,
+            maxnreg=SCAN_REGISTERS,
+            **step.waits,
+        )
     output = step.attend(arguments, sizes.examined, sizes.paged)
     if layout.measured:
         measure_new(step, arguments)
     return output
+
+
+def scan_steps(tiles: int, block: int) -> int:
+    """Return how many tiles of one block a program of `scan_tokens` takes, of `tiles` in all rows.
+
+    It loads the weights of its block once. Some programs for each multiprocessor must be left.
+    """
+    steps = 1
+    while tiles >= 2 * steps * SCAN_PROGRAMS and 2 * steps * SCAN_SLOTS <= block:
+        steps *= 2
+    return min(steps, MOST_STEPS)
 
 
 @dataclass(frozen=True)
@@ -107,7 +131,7 @@ def _arguments(
     """Return the arguments of all kernels by name."""
     rows, blocks, want = step.rows, sizes.blocks, step.wanted.want
     heads = power_of_two(step.operands.group, 16)
-    want_weights(step, state, blocks)
+    want_weights(step, blocks)
     want("bins", torch.uint8, rows, sizes.room)
     if sizes.paged:
         _want_pages(step, layout, sizes, heads)
@@ -142,12 +166,15 @@ def _want_pages(step: SparseStep, layout: SketchLayout, sizes: _Sizes, heads: in
 def _rank_pages(
     step: SparseStep, layout: SketchLayout, sizes: _Sizes, arguments: Mapping[str, object]
 ) -> None:
-    """Rank all pages, and then the tokens of the best: one turn a program, or several."""
+    """Rank all pages, and then the tokens of the best: one turn a program, or several.
+
+    Programs of many rows have fewer warps, which wait for each other less.
+    """
     launch(
         step.module.scan_pages,
         (step.rows, sizes.tiles + 1),
         {**arguments, "bins": arguments["page_bins"]},
-        num_warps=max(1, layout.block // PAGES_OF_WARP),
+        num_warps=max(1, layout.block // PAGES_OF_WARP // (2 if step.lists else 1)),
         num_stages=1,
         maxnreg=PAGES_REGISTERS,
         **step.waits,
@@ -156,7 +183,7 @@ def _rank_pages(
         step.module.scan_chosen,
         (step.rows, max(1, min(sizes.turns, CHOSEN_PROGRAMS // step.rows))),
         arguments,
-        num_warps=4,
+        num_warps=2 if step.lists else 4,
         num_stages=1,
         maxnreg=CHOSEN_REGISTERS,
         **step.waits,

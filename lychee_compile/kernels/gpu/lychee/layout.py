@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -63,8 +63,13 @@ def planes(head_dim: int) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
     return _fields(0, fine, 4), _fields(fine, len(bits) - fine, 2)
 
 
+def plane_bytes(fields: Sequence[Field]) -> int:
+    """Return the bytes of a token in a plane: kernels read whole words of four."""
+    return -(-fields[0].width // 4) * 4 if fields else 0
+
+
 def _fields(first: int, count: int, bits: int) -> tuple[Field, ...]:
-    columns = -(-count * bits // 8)
+    columns = -(-count * bits // 32) * 4
     starts = range(0, count, max(columns, 1))
     return tuple(
         Field(first + start, min(columns, count - start), bits * number, bits)
@@ -221,7 +226,7 @@ class SketchLayout:
     def _parts(self) -> Iterator[Part]:
         """Yield name, shape and dtype of each part, in order."""
         each, fields = (self.batch, self.kv_heads), planes(self.head_dim)
-        fine, coarse = (plane[0].width if plane else 0 for plane in fields)
+        fine, coarse = (plane_bytes(plane) for plane in fields)
         kept = len(sketch_bits(self.head_dim))
         kept_fine = sum(field.width for field in fields[0])
         yield header_part(self.batch)

@@ -52,7 +52,7 @@ def run_narrowed(step: SparseStep, layout: SketchLayout, state: SketchState) -> 
     module, rows, blocks = step.module, step.rows, layout.blocks
     shares = shares_of_levels(module, chunks, rows)
     room, tiles = shares[-1].room, -(-layout.slots // WINDOW)
-    want_weights(step, state, blocks)
+    want_weights(step, blocks)
     want_levels(step, shares)
     step.wanted.want("bins", torch.uint8, rows, room)
     step.wanted.want("candidate_count", torch.int32, rows)

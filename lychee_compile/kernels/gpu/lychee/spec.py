@@ -36,6 +36,10 @@ Finish = Callable[[Tensor], Tensor]
 """A function from raw scores [B, Hkv, G, T, N] to those of the softmax: scale, soft-cap, biases."""
 
 
+SMALLEST = 1e-30
+"""Least of the greatest weights of a head and block, in float32: weights are divided by it."""
+
+
 @dataclass(frozen=True)
 class SelectionSizes:
     """Numbers of tokens to select."""
@@ -56,7 +60,7 @@ def token_scores(query: Tensor, state: SketchState) -> Tensor:
     weight, constant = _weights(query, state)
     size = _block(state)
     return (
-        _blockwise(weight, codes, size)
+        _blockwise(_rounded(weight), codes, size)
         + constant.repeat_interleave(size, -1)[..., : codes.shape[2]]
     )
 
@@ -70,11 +74,11 @@ def page_scores(query: Tensor, state: SketchState, scale: float) -> Tensor:
     kept = state.spread.shape[-1]
     means = _unpacked(state.pages, fine, centred=False)
     weight, constant = _weights(query, state)
-    weight = weight[..., :kept]
+    rounded, weight = _rounded(weight)[..., :kept], weight[..., :kept]
     variance = (weight.square() * state.spread[:, :, None, None]).sum(-1)
     constant = constant + scale / 2 * variance
     size = _block(state) // PAGE
-    score = _blockwise(weight, means * PAGE_STEP - PAGE_MIDDLE, size)
+    score = _blockwise(rounded, means * PAGE_STEP - PAGE_MIDDLE, size)
     return score + constant.repeat_interleave(size, -1)[..., : means.shape[2]]
 
 
@@ -183,6 +187,15 @@ def _weights(query: Tensor, state: SketchState) -> tuple[Tensor, Tensor]:
     axes = state.axes.float()[:, :, None, None]
     weight = (axes @ query[..., None])[..., 0] * state.step[:, :, None, None]
     return weight, (query * state.centre[:, :, None, None]).sum(-1)
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    """Return weights [..., r], each a whole number of 127ths of the greatest of its head.
+
+    Codes and such weights are small integers, whose products are exact.
+    """
+    most = weight.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
+    return (weight * (127 / most) + 0.5).floor() * (most / 127)
 
 
 def _unpacked(packed: Tensor, fields: Sequence[Field], centred: bool = True) -> Tensor:

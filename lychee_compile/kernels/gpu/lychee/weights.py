@@ -8,18 +8,18 @@ import torch
 
 from lychee_compile.kernels.gpu.common.launch_common import launch
 from lychee_compile.kernels.gpu.common.launch_sparse import SparseStep
-from lychee_compile.kernels.gpu.lychee.layout import SketchState
 from lychee_compile.kernels.sizes import power_of_two
 
 WEIGHTS_REGISTERS = 96
 """Most registers of a thread: programs of a kernel and of the next fit on the device together."""
 
 
-def want_weights(step: SparseStep, state: SketchState, blocks: int) -> None:
+def want_weights(step: SparseStep, blocks: int) -> None:
     """Ask for the scratch memory of `query_weights`."""
     rows, want = step.rows, step.wanted.want
-    heads, kept = power_of_two(step.operands.group, 16), power_of_two(state.step.shape[-1], 16)
-    want("weights", torch.bfloat16, rows, blocks, heads, kept)
+    heads = power_of_two(step.operands.group, 16)
+    want("weights", torch.int8, rows, blocks, heads, step.module.WEIGHT_COLUMNS.value)
+    want("scales", torch.float32, rows, blocks, heads)
     want("constants", torch.float32, rows, blocks, heads)
     want("totals", torch.float32, rows, blocks, heads)
 

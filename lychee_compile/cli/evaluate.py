@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
-from collections.abc import Callable, Collection, Sequence
+import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from lychee_compile.cli.lengths import lengths, listed, numbers, tokens
+from lychee_compile.cli.parser import add_command, add_json
 from lychee_compile.evaluate.errors import EvaluationError, require
 from lychee_compile.evaluate.models import DTYPES, check_device
+from lychee_compile.evaluate.ruler.catalogue import RULER
+from lychee_compile.evaluate.task_questions import ALL_TASKS, GROUPS
 from lychee_compile.evaluate.task_texts import TASKS
 from lychee_compile.evaluate.variants import check_budgets, check_prefill, parse_variants
 from lychee_compile.kernels.config import BOUNDARIES
@@ -21,13 +26,16 @@ DRIFTING = "lychee,lychee:repair=False,quest,clusterkv"
 SUBJECTS = {
     "fidelity": "captured softmax mass, output error, bytes read and certificates",
     "drift": "error against generated tokens, of an index that follows and of one built anew",
-    "tasks": "pass keys, look-ups in JSON and code, and copying, by the model itself",
+    "tasks": "look-ups in real text, and the tasks of RULER, answered by the model itself",
     "text": "chunks cut at boundaries against fixed ones, by kind of text",
     "prefill": "prefill: captured mass and output error against query-key pairs computed",
     "all": "all of these, one after another",
 }
 READ = "tokens read per KV head and step"
-SOME_TASKS = f"of {', '.join(TASKS)} (all)"
+SOME_TASKS = (
+    f"of {', '.join(TASKS)}, together lookups, and after RULER {', '.join(RULER)}, together ruler "
+    "(lookups)"
+)
 EXAMPLES = """\
 examples:
   %(prog)s fidelity --model DIR --text code --length 12288 --budgets 512,1024 --out results
@@ -35,28 +43,17 @@ examples:
   %(prog)s text --model DIR --text code --text json --text chinese=FILE
   %(prog)s prefill --model DIR --length 12288 --shares 0.1,0.2,0.3
   %(prog)s tasks --model DIR --tasks pass-key,json-lookup --length 32000 --device cuda
+  %(prog)s tasks --model DIR --tasks ruler --length 4k,8k,32k --policies lychee,quest
 
 A policy is a name, or a name with options of the backend: lychee:recent=32:boundaries=fixed
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser of a command line whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `EvaluationError` with `message`, without the usage."""
-        raise EvaluationError(message)
-
-
 def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the `evaluate` command to the commands of `python -m lychee_compile`."""
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="measure policies on a real model",
-        description="Measure how good a choice of keys is, on a real model.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Measure how good a choice of keys is, on a real model."
+    summary = "how good choices of keys are, on a real model"
+    evaluate = add_command(commands, "evaluate", summary, about, EXAMPLES)
     subjects = evaluate.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for subject, summary in SUBJECTS.items():
         about = f"{summary[0].upper()}{summary[1:]}. Defaults are in brackets."
@@ -72,6 +69,7 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
             _add_text(parser)
         if subject in ("prefill", "all"):
             _add_prefill(parser)
+        parser.set_defaults(run=run)
 
 
 def _add_common(parser: argparse.ArgumentParser, subject: str) -> None:
@@ -85,11 +83,16 @@ def _add_common(parser: argparse.ArgumentParser, subject: str) -> None:
         _number(parser, "--budget", 1024, "tokens read per KV head and step")
     elif subject != "prefill":
         budgets = "256,512,1024,2048"
-        add("--budgets", type=_budgets, default=budgets, metavar="LIST", help=f"{READ} ({budgets})")
-    length = 32768 if subject == "drift" else 12288
-    _number(parser, "--length", length, "tokens of a text or document")
+        add("--budgets", type=numbers, default=budgets, metavar="LIST", help=f"{READ} ({budgets})")
+    if subject == "tasks":
+        summary = "tokens of a document, as 8192 or 8k; several by commas (12288)"
+        parser.add_argument("--length", type=lengths, default="12288", metavar="LIST", help=summary)
+    else:
+        length = 32768 if subject == "drift" else 12288
+        _number(parser, "--length", length, "tokens of a text or document, as 8192 or 8k")
     folder = Path("evaluation")
     _named(parser, "--out", "where results go", default=folder, type=Path, metavar="DIR")
+    add_json(parser)
 
 
 def _add_captures(parser: argparse.ArgumentParser, subject: str) -> None:
@@ -117,16 +120,19 @@ def _add_drift(parser: argparse.ArgumentParser, subject: str) -> None:
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    names = _listed(TASKS)
-    parser.add_argument("--tasks", type=names, default=list(TASKS), metavar="LIST", help=SOME_TASKS)
+    parser.add_argument(
+        "--tasks", type=_tasks, default=list(TASKS), metavar="LIST", help=SOME_TASKS
+    )
     _number(parser, "--repeats", 10, "questions of each task")
+    summary = "decode through kernels on a GPU, not through the plain PyTorch operators"
+    parser.add_argument("--kernels", action="store_true", help=summary)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the questions (0)")
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
     chosen = ["tokens", "similarity", "fixed"]
     summary = f"where chunks are cut, of {', '.join(BOUNDARIES)} ({','.join(chosen)})"
-    names = _listed(BOUNDARIES)
+    names = listed(BOUNDARIES)
     parser.add_argument("--boundaries", type=names, default=chosen, metavar="LIST", help=summary)
 
 
@@ -144,22 +150,24 @@ def _named(parser: argparse.ArgumentParser, name: str, summary: str, **more: Any
 
 def _number(parser: argparse.ArgumentParser, name: str, default: int, summary: str) -> None:
     shown = f"{summary} ({default:,})"
-    parser.add_argument(name, type=_positive, default=default, metavar="N", help=shown)
+    parser.add_argument(name, type=tokens, default=default, metavar="N", help=shown)
 
 
-def run(settings: argparse.Namespace, command_line: Sequence[str]) -> None:
+def run(settings: argparse.Namespace) -> None:
     """Run the chosen subjects. Raise `EvaluationError` or `OptionError` if that is impossible."""
-    settings.command_line = shlex.join(["python", "-m", "lychee_compile", *command_line])
+    settings.command_line = shlex.join(["python", "-m", "lychee_compile", *settings.arguments])
     _complete(settings)
     # Imported late, so that errors of the command line show at once.
     from lychee_compile.evaluate.progress import make_console
     from lychee_compile.evaluate.session import Session
 
-    session = Session(settings, make_console())
+    session = Session(settings, make_console(sys.stderr if settings.json else None))
     subjects = list(SUBJECTS)[:-1] if settings.subject == "all" else [settings.subject]
     for subject in subjects:
         session.settings = _for_subject(settings, subject)
         getattr(session, subject)()
+    if settings.json:
+        sys.stdout.write(json.dumps(session.results, indent=1) + "\n")
 
 
 def _complete(settings: argparse.Namespace) -> None:
@@ -184,6 +192,8 @@ def _complete(settings: argparse.Namespace) -> None:
 def _for_subject(settings: argparse.Namespace, subject: str) -> argparse.Namespace:
     """Return the settings of one subject, of those of several if the subject is `all`."""
     chosen = argparse.Namespace(**{"capture": [], **vars(settings)})
+    if subject == "tasks":
+        chosen.lengths = settings.length if settings.subject == "tasks" else [settings.length]
     if subject != "tasks" and not settings.text:
         chosen.text = ["code", "json", "prose"] if subject == "text" else ["code"]
     if settings.subject == "all" and subject == "drift":
@@ -195,14 +205,10 @@ def _for_subject(settings: argparse.Namespace, subject: str) -> argparse.Namespa
     return chosen
 
 
-def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
-    return int(text)
-
-
-def _budgets(text: str) -> list[int]:
-    return sorted({_positive(part) for part in text.split(",")})
+def _tasks(text: str) -> list[str]:
+    """Return the names of tasks that commas separate; the name of a group stands for its tasks."""
+    names = listed((*ALL_TASKS, *GROUPS))(text)
+    return list(dict.fromkeys(each for name in names for each in GROUPS.get(name, (name,))))
 
 
 def _shares(text: str) -> list[float]:
@@ -217,16 +223,3 @@ def _share(text: str) -> float:
     if not 0 < share < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number between 0 and 1")
     return share
-
-
-def _listed(choices: Collection[str]) -> Callable[[str], list[str]]:
-    """Return a parser of names separated by commas, each of which is one of `choices`."""
-
-    def listed(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",")]
-        for name in names:
-            if name not in choices:
-                raise argparse.ArgumentTypeError(f"{name!r}: expected some of {', '.join(choices)}")
-        return list(dict.fromkeys(names))
-
-    return listed

@@ -1,4 +1,4 @@
-"""Decode attention: decode fasa f16 g3 d80 v64 b1024.
+"""Decode attention: decode fasa f16 g3 d80 v64 b1024 c0 9.
 
 score(s) = 0.111803398874989*s
 visible: length + q >= kv
@@ -186,11 +186,21 @@ NEWEST = tl.constexpr(8)  # those among them that are the newest
 RANKED = tl.constexpr(512)  # groups that a program ranks
 BINS = tl.constexpr(256)  # bins of a histogram of shares; the first is for what cannot be chosen
 LAST_BIN = tl.constexpr(1112)  # a share of 2^12, in eighths of an octave
+MAY_MISS = tl.constexpr(0.09999999999999998)  # share of the softmax that may be left out
 HEADS = tl.constexpr(4)  # query heads of a group, up to a power of two
 SIZE_0 = tl.constexpr(1)  # slots of a group of level 0
 SCANNED_0 = tl.constexpr(256)  # groups of level 0 scored at a time
 CHANNELS = tl.constexpr(20)  # channels of queries and keys that estimates read
 GATHERED = tl.constexpr(32)  # CHANNELS, padded to what a tensor core's product takes
+
+
+@triton.jit
+def shares_of(value, total):
+    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
+    # After a product, eight threads have the same items; `gather` gives each thread its own.
+    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
 
 
 @triton.jit
@@ -222,15 +232,6 @@ def denominators(totals, head_row, blocks, BLOCKS: tl.constexpr):
     most = tl.max(parts, 0)
     total = most + tl.log2(tl.sum(tl.exp2(parts - most[None, :]), 0))
     return tl.gather(total, tl.minimum(tl.arange(0, ROWS), HEADS - 1), 0)
-
-
-@triton.jit
-def shares_of(value, total):
-    """Return the sum over a group's heads of each item's share [N], by scores [ROWS, N] in bits."""
-    real = (tl.arange(0, ROWS) < GROUP)[:, None]
-    share = tl.sum(tl.where(real, tl.exp2(value - total[:, None]), 0.0), 0)
-    # After a product, eight threads have the same items; `gather` gives each thread its own.
-    return tl.gather(share, tl.arange(0, value.shape[1]), 0)
 
 
 @triton.jit
@@ -271,6 +272,117 @@ def threshold(histogram, room, read=0):
     found = tl.max(tl.where(through > room, all_three, 0), 0)
     above = (found >> 27 & 0x7FFFFFF).to(tl.int32)
     return (found >> 54).to(tl.int32), -(above - room), (found & 0x7FFFFFF).to(tl.int32)
+
+
+@triton.jit
+def note_heads(own, head_mass):
+    """Add the mass of each head, `own` [ROWS], to `head_mass`, int64 [ROWS], in 2^-24.
+
+    Sums of integers depend on no order.
+    """
+    g = tl.arange(0, ROWS)
+    mass = (tl.minimum(own, 1048576.0) * 16777216.0 + 0.5).to(tl.int64)
+    tl.atomic_add(head_mass + g, mass, mask=g < GROUP, sem="relaxed")
+
+
+@triton.jit
+def note_small(share, entry, untold):
+    """Add the mass of the items in the second bin to `untold`, int32, in 2^-20.
+
+    `share` [N] and the bins `entry` [N] are those of all heads together.
+    """
+    mass = tl.minimum(tl.sum(tl.where(entry == 1, share, 0.0), 0), 256.0)
+    tl.atomic_add(untold, (mass * 1048576.0 + 0.5).to(tl.int32), sem="relaxed")
+
+
+@triton.jit
+def note_mass(value, total, entry, head_mass, untold, each):
+    """Add the shares of items [N] up: for each head, and for those in the second bin.
+
+    The bins `entry` [N] are made of scores `value` [ROWS, N] in bits. An item stands for `each`
+    tokens, a number or one for each item [1, N].
+    """
+    share = tl.where((entry > 0)[None, :], tl.exp2(value - total[:, None]), 0.0) * each
+    note_heads(tl.sum(share, 1), head_mass)
+    real = (tl.arange(0, ROWS) < GROUP)[:, None]
+    note_small(tl.sum(tl.where(real, share, 0.0), 0), entry, untold)
+
+
+@triton.jit
+def mass_of_bins(counts):
+    """Return the mass of the items in each bin, by their numbers; 0 for the first two bins."""
+    place = tl.arange(0, BINS)
+    middle = ((place + (LAST_BIN - BINS + 1)) << 20 | 1 << 19).to(tl.float32, bitcast=True)
+    return tl.where(place > 1, counts.to(tl.float32) * middle, 0.0)
+
+
+@triton.jit
+def limit_of_mass(mass, log_always, whole, head_mass):
+    """Return how much of the `mass` of the tokens to choose from may be left out.
+
+    `log_always` [ROWS] is log2 of the sum of weights over what is always read, `whole` [ROWS] the
+    row's denominators. A head's part of `mass` is by `head_mass`, int64 [ROWS]. What is left out is
+    taken to be as much for all heads, each of which has its own softmax.
+    """
+    g = tl.arange(0, ROWS)
+    part = tl.load(head_mass + g, mask=g < GROUP, other=0).to(tl.float32)
+    part = mass * part / tl.maximum(tl.sum(part, 0), 1.0)
+    seen = part + tl.exp2(tl.minimum(log_always - tl.load(whole + g), 100.0))
+    weight = tl.where((g < GROUP) & (seen > 0), 1 / tl.maximum(seen, 1e-30), 0.0)
+    return MAY_MISS * GROUP * GROUP / tl.maximum(tl.sum(weight, 0), 1e-30)
+
+
+@triton.jit
+def threshold_of_mass(histogram, room, log_always, whole, head_mass, read=0):
+    """Return what `threshold` does, or a higher bin if what is below it may be left out.
+
+    All items of that bin are then chosen. See `limit_of_mass` for what may be left out.
+    """
+    cut, left, at_cut = threshold(histogram, room, read)
+    place = tl.arange(0, BINS)
+    counts = tl.load(histogram + place)
+    untold = tl.maximum(tl.sum(tl.where(place == 0, counts, 0), 0), 0).to(tl.float32) / 1048576.0
+    counts = tl.where(place > 0, counts - read, 0)
+    mass = mass_of_bins(counts)
+    whole_mass = tl.sum(mass, 0) + untold
+    limit = limit_of_mass(whole_mass, log_always, whole, head_mass)
+    below = tl.cumsum(mass, 0) - mass + untold
+    enough = tl.max(tl.where((below <= limit) & (place > 1), place, 1), 0)
+    in_bin = tl.sum(tl.where(place == enough, counts, 0), 0)
+    higher = enough > cut
+    cut = tl.where(higher, enough, cut)
+    left = tl.where(higher, in_bin, left)
+    at_cut = tl.where(higher, in_bin, at_cut)
+    nothing = whole_mass <= limit
+    return tl.where(nothing, BINS - 1, cut), tl.where(nothing, 0, left), at_cut
+
+
+@triton.jit
+def log_always(
+    first, stop, sinks, always, queries, heads, b, t, kv_len,
+    key, key_stride_l, key_stride_d, length, KEYS: tl.constexpr,
+):
+    """Return log2 of the sum of weights over what is always read, for each head: [ROWS]."""
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    d = tl.arange(0, DIM)
+    for start in range(0, always, KEYS):
+        which = start + tl.arange(0, KEYS)
+        inside = which < always
+        slot = tl.where(which < sinks, first + which, stop + which - sinks)
+        seen = visible(b, heads[:, None], t, slot[None, :], kv_len, inside[None, :], length)
+        keys = tl.load(
+            key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
+            mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+        )
+        s = tl.dot(queries, tl.trans(keys))
+        bits = score(s, b, heads[:, None], t, slot[None, :], inside[None, :], length)
+        bits = tl.where(seen & inside[None, :], bits, -1e30)
+        higher = tl.maximum(top, tl.max(bits, 1))
+        weight = tl.where(bits > -1e30, tl.exp2(bits - higher[:, None]), 0.0)
+        total = total * tl.exp2(top - higher) + tl.sum(weight, 1)
+        top = higher
+    return top + tl.log2(total)
 
 
 @triton.jit
@@ -437,7 +549,7 @@ def scan_0(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d, fingerprints, slots,
     scores, totals, counts, counts_stride,
-    histogram,
+    histogram, head_mass,
     channels,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, scan_tiles, tiles, length,
@@ -496,6 +608,7 @@ def scan_0(
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
         tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
+        tl.store(head_mass + head_row * ROWS + g, tl.zeros([ROWS], tl.int64))
         tl.store(counts + head_row * counts_stride + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
 
 
@@ -503,6 +616,7 @@ def scan_0(
 def rank_0(
     scores, totals, scan_tiles,
     group_bins, counts, counts_stride,
+    whole, head_mass,
     positions, position_stride_b, position_stride_t, written, header, tile_first, tile_end,
     kv_len, items, kv_heads, query_len, tiles, length,
     TILES: tl.constexpr, SCAN_TILES: tl.constexpr, EARLY: tl.constexpr,
@@ -534,6 +648,10 @@ def rank_0(
     possible = (tl.max(value, 0) > float("-inf")) & (slot < stop) & (slot + SIZE_0 > begin)
     share = shares_of(value, denominators(totals, head_row, scan_tiles, SCAN_TILES))
     entry = tl.maximum(bins_of_shares(share, possible), possible.to(tl.int32))
+    total = denominators(totals, head_row, scan_tiles, SCAN_TILES)
+    tl.store(whole + head_row * ROWS + tl.arange(0, ROWS), total)  # all programs of a row store the same
+    untold = counts + head_row * counts_stride
+    note_mass(value, total, entry, head_mass + head_row * ROWS, untold, 1)
     mine = head_row.to(tl.int64) * tl.num_programs(1) + lot
     tl.store(group_bins + mine * RANKED + tl.arange(0, RANKED), entry.to(tl.uint8))
     found = count_bins(counts + head_row * counts_stride, entry)
@@ -567,6 +685,92 @@ def index_new(
 
 
 @triton.jit
+def choose(
+    query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    value, value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    partial, partial_top, partial_sum,
+    kv_len, kv_heads, query_len, splits,
+    header, fingerprints, slots,
+    tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, list_count, capacity, length,
+    whole, head_mass,
+    KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """List the selected keys. Every program finds the threshold itself, and the tokens above it."""
+    head_row, split = tl.program_id(0), tl.program_id(1)
+    kv_head, row = head_row % kv_heads, head_row // kv_heads
+    b, t = row // query_len, row % query_len
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    mine = head_row.to(tl.int64) * splits + split
+    chosen_list += mine * capacity
+    # A kernel before this one may have just revoked trust: what caches hold is too old.
+    trusted = tl.load(header, cache_modifier=".cg") != 0
+    first, begin, stop, end = always_read(
+        tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
+    )
+    sinks = begin - first
+    always = sinks + end - stop
+    count = tl.full([], -1, tl.int32)
+    if trusted & (end > 0) & (always <= capacity):
+        # The programs examine candidates, or all slots between those that are always read.
+        # They take sixteen at a time, in turn.
+        lane = tl.arange(0, LANES)
+        sixteen = (lane // 16 * splits + split) * 16
+        item = sixteen + lane % 16
+        origin, items = begin // 16 * 16, stop - begin // 16 * 16
+        bins += head_row.to(tl.int64) * bin_room
+        candidates += head_row.to(tl.int64) * bin_room
+        if PAGED:
+            origin, items = origin * 0, tl.load(candidate_count + head_row)
+        # A mask that is the same for sixteen lets these be loaded at once.
+        entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
+        room = tl.maximum(-(always - BUDGET), 0)
+        mass = log_always(
+            first, stop, sinks, always, queries, heads, b, t, kv_len,
+            key, key_stride_l, key_stride_d, length, KEYS,
+        )
+        whole += head_row * ROWS
+        head_mass += head_row * ROWS
+        cut, left, at_cut = threshold_of_mass(histogram + head_row * (2 * BINS) + PAGED * BINS, room, mass, whole, head_mass)
+        count = tl.maximum(always - split + splits - 1, 0) // splits
+        for start in range(0, count, 32):
+            own = start + tl.arange(0, 32)
+            which = split + own * splits
+            slot = tl.where(which < sinks, first + which, stop + which - sinks)
+            tl.store(chosen_list + own, slot, mask=own < count)
+        for start in range(0, items, splits * LANES):
+            slot = origin + item
+            inside = item < items
+            if PAGED:
+                slot = tl.load(candidates + item, mask=sixteen < items, other=0)
+            else:
+                inside &= slot >= begin
+            entry = tl.where(inside, entry, 0)
+            chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
+            tl.store(chosen_list + count + place, slot, mask=chosen)
+            count += more
+            item += splits * LANES
+            sixteen += splits * LANES
+            entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+    tl.store(list_count + mine, count)
+
+
+@triton.jit
 def attend(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -575,14 +779,16 @@ def attend(
     kv_len, kv_heads, query_len, splits,
     header, fingerprints, slots,
     tile_first, tile_end, tiles, positions, position_stride_b, position_stride_t, written,
-    histogram, bins, bin_room, candidates, candidate_count, chosen_list, capacity, length,
+    histogram, bins, bin_room, candidates, candidate_count, chosen_list, list_count, capacity, length,
+    whole, head_mass,
     KEYS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PAGED: tl.constexpr,
-    EARLY: tl.constexpr,
+    LISTED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Attend from the heads of one group at one position to the selected keys.
 
-    Every program finds the threshold itself, and the tokens above it in its share of the slots.
-    One more program adds the newest keys to the index: nothing selects from these yet.
+    Unless they are listed, every program finds the threshold itself, and the tokens above it in its
+    share of the slots. One more program adds the newest keys to the index: nothing selects from
+    these yet.
     """
     head_row, split = tl.program_id(0), tl.program_id(1)
     kv_head, row = head_row % kv_heads, head_row // kv_heads
@@ -596,21 +802,26 @@ def attend(
                 header, fingerprints, positions, position_stride_b, position_stride_t, written,
                 b, kv_head, slots, kv_heads, kv_len,
             )
+        return
+    queries, heads = load_queries(
+        query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
+    )
+    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+    value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    fresh = fresh_seen(
+        positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    mine = head_row.to(tl.int64) * splits + split
+    chosen_list += mine * capacity
+    if LISTED:
+        count = tl.load(list_count + mine)
     else:
-        queries, heads = load_queries(
-            query, b, kv_head, t, query_stride_b, query_stride_h, query_stride_t, query_stride_d
-        )
-        key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-        value += b.to(tl.int64) * value_stride_b + kv_head.to(tl.int64) * value_stride_h
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        result = tl.zeros([ROWS, WIDTH], tl.float32)
-        fresh = fresh_seen(
-            positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, length
-        )
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
         # A kernel before this one may have just revoked trust: what caches hold is too old.
         trusted = tl.load(header, cache_modifier=".cg") != 0
         first, begin, stop, end = always_read(
@@ -618,21 +829,28 @@ def attend(
         )
         sinks = begin - first
         always = sinks + end - stop
+        count = tl.full([], -1, tl.int32)
         if trusted & (end > 0) & (always <= capacity):
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
             lane = tl.arange(0, LANES)
-            item = (lane // 16 * splits + split) * 16 + lane % 16
+            sixteen = (lane // 16 * splits + split) * 16
+            item = sixteen + lane % 16
             origin, items = begin // 16 * 16, stop - begin // 16 * 16
             bins += head_row.to(tl.int64) * bin_room
             candidates += head_row.to(tl.int64) * bin_room
             if PAGED:
                 origin, items = origin * 0, tl.load(candidate_count + head_row)
-            inside = (item < bin_room) if PAGED else (origin + item < stop)
-            entry = tl.load(bins + origin + item, mask=inside, other=0)
+            # A mask that is the same for sixteen lets these be loaded at once.
+            entry = tl.load(bins + origin + item, mask=sixteen < (bin_room if PAGED else items), other=0)
             room = tl.maximum(-(always - BUDGET), 0)
-            cut, left, at_cut = threshold(histogram + head_row * (2 * BINS) + PAGED * BINS, room)
-            chosen_list += (head_row.to(tl.int64) * splits + split) * capacity
+            mass = log_always(
+                first, stop, sinks, always, queries, heads, b, t, kv_len,
+                key, key_stride_l, key_stride_d, length, KEYS,
+            )
+            whole += head_row * ROWS
+            head_mass += head_row * ROWS
+            cut, left, at_cut = threshold_of_mass(histogram + head_row * (2 * BINS) + PAGED * BINS, room, mass, whole, head_mass)
             count = tl.maximum(always - split + splits - 1, 0) // splits
             for start in range(0, count, 32):
                 own = start + tl.arange(0, 32)
@@ -643,7 +861,7 @@ def attend(
                 slot = origin + item
                 inside = item < items
                 if PAGED:
-                    slot = tl.load(candidates + item, mask=inside, other=0)
+                    slot = tl.load(candidates + item, mask=sixteen < items, other=0)
                 else:
                     inside &= slot >= begin
                 entry = tl.where(inside, entry, 0)
@@ -651,34 +869,36 @@ def attend(
                 tl.store(chosen_list + count + place, slot, mask=chosen)
                 count += more
                 item += splits * LANES
-                entry = tl.load(bins + origin + item, mask=item < items, other=0)
-            tl.debug_barrier()
-            for start in range(0, count, KEYS):
-                number = start + tl.arange(0, KEYS)
-                slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                top, total, result = attend_to(
-                    slot, number < count, queries, heads, top, total, result, b, t, kv_len,
-                    key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
-                )
-            if fresh % splits == split:
-                turns = (count + SAMPLED - 1) // SAMPLED
-                number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
-                slot = tl.load(chosen_list + number, mask=number < count, other=0)
-                compared = (number < count) & (slot < fresh)
-                d = tl.arange(0, DIM)
-                keys = tl.load(
-                    key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
-                    mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-                )
-                fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
-                if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
-                    tl.store(header, 2)
-        else:
-            top, total, result = read_all(
-                queries, heads, top, total, result, b, t, kv_len, split, splits,
+                sixteen += splits * LANES
+                entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+        tl.debug_barrier()
+    if count >= 0:
+        for start in range(0, count, KEYS):
+            number = start + tl.arange(0, KEYS)
+            slot = tl.load(chosen_list + number, mask=number < count, other=0)
+            top, total, result = attend_to(
+                slot, number < count, queries, heads, top, total, result, b, t, kv_len,
                 key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
-                KEYS,
             )
-        store_part(
-            top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+        if fresh % splits == split:
+            turns = (count + SAMPLED - 1) // SAMPLED
+            number = fresh // splits % tl.maximum(turns, 1) * SAMPLED + tl.arange(0, SAMPLED)
+            slot = tl.load(chosen_list + number, mask=number < count, other=0)
+            compared = (number < count) & (slot < fresh)
+            d = tl.arange(0, DIM)
+            keys = tl.load(
+                key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
+                mask=compared[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+            )
+            fingerprints += (b * kv_heads + kv_head).to(tl.int64) * slots
+            if tl.max(changed_keys(keys, slot, compared, fingerprints), 0) > 0:
+                tl.store(header, 2)
+    else:
+        top, total, result = read_all(
+            queries, heads, top, total, result, b, t, kv_len, split, splits,
+            key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, length,
+            KEYS,
         )
+    store_part(
+        top, total, result, head_row, split, splits, partial, partial_top, partial_sum
+    )

@@ -1,0 +1,1 @@
+"""`prepare` and `restore`: transformers' `generate()` through the backend, by one line."""
