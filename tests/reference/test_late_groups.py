@@ -35,7 +35,9 @@ OPTIONS: dict[str, Any] = {"sinks": 2, "recent": 8, "chunk": (2, 4), "budget": 2
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.thorough)]
+)
 def test_groups_are_made_when_they_are_read(
     options: dict[str, Any], read: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

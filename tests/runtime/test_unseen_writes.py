@@ -106,9 +106,15 @@ def test_a_growing_cache_that_is_changed_is_read_in_full(mode: Any) -> None:
     assert found == [True, False, False, False, True]
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
-    "change", [through_data, a_prefix_through_data, of_the_storage, through_numpy, in_place]
+    ("change", "mode"),
+    [
+        (through_data, torch.no_grad),
+        (a_prefix_through_data, torch.inference_mode),
+        (of_the_storage, torch.inference_mode),
+        (through_numpy, torch.no_grad),
+        (in_place, torch.inference_mode),
+    ],
 )
 def test_an_index_on_a_cpu_describes_changed_keys(change: Change, mode: Any) -> None:
     config = Options.parse(None, SMALL).index_config()
