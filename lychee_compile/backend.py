@@ -117,7 +117,16 @@ def _compile_rewritten(compilation: Compilation) -> Callable[..., Any]:
         return compiled
     table = options.boundary_table()
     arguments = [
-        CacheArgument(each.source, each.output, each.token_dim, each.use, each.reads_only)
+        CacheArgument(
+            each.source,
+            each.output,
+            each.token_dim,
+            each.use,
+            each.reads_only,
+            each.part,
+            each.beside,
+            each.keys,
+        )
         for each in indexes
     ]
     lookup = None if table is None else table.lookup

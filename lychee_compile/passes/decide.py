@@ -6,11 +6,14 @@ it. Facts are those of the attention, of its cache, of the options and of the de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch.fx
 
+from lychee_compile import torch_private
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.passes import reasons, rules
 from lychee_compile.passes.describe import describe, describe_unread
@@ -21,8 +24,10 @@ from lychee_compile.passes.detect.caching.caches import (
     bind_cache,
     find_writes,
 )
+from lychee_compile.passes.detect.caching.loaded_caches import bind_loaded, load_of_values
 from lychee_compile.passes.detect.caching.memory_keys import bind_behind, over_cache
 from lychee_compile.passes.detect.caching.token_writes import Writes
+from lychee_compile.passes.detect.formula import formula
 from lychee_compile.passes.layer_numbers import layer_numbers
 from lychee_compile.passes.lower.kernel_support import (
     no_decode_method,
@@ -45,6 +50,9 @@ from lychee_compile.passes.outcomes import (
 )
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.site import Site
+
+logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,8 @@ def decide(
         else:
             outcome = facts.outcome()
         note = facts.note() if outcome.decision == "sparse" else ""
-        site = replace(describe(attention, cache.kind), note=note)
+        keys, values = _formulas(facts.binding)
+        site = replace(describe(attention, cache.kind), note=note, keys=keys, values=values)
         plans.append(Plan(attention, site, facts.binding, outcome))
     return plans
 
@@ -111,9 +120,40 @@ def _cache_of(
 ) -> CacheBinding | Unbound:
     """Return the cache of an attention, perhaps behind a few other keys, or why there is none."""
     cache = bind_cache(attention, graph, writes)
-    if isinstance(cache, CacheBinding) or config.budget is None:
+    if config.budget is None:
         return cache
-    return bind_behind(attention, graph, writes, config.budget) or cache
+    if not isinstance(cache, CacheBinding):
+        cache = bind_behind(attention, graph, writes, config.budget) or cache
+    if rules.reads_at_once(attention):
+        return cache
+    if not isinstance(cache, CacheBinding):
+        cache = _recovered(bind_loaded, attention, graph, writes) or cache
+    if isinstance(cache, CacheBinding) and not cache.in_front:
+        return replace(cache, values=_recovered(load_of_values, attention, graph, writes))
+    return cache
+
+
+def _recovered(
+    find: Callable[[Attention, torch.fx.Graph, Writes], Found | None],
+    attention: Attention,
+    graph: torch.fx.Graph,
+    writes: Writes,
+) -> Found | None:
+    """Return what `find` recovers; None if it fails: then keys or values stay as they are."""
+    try:
+        return find(attention, graph, writes)
+    except torch_private.RestartAnalysis:
+        raise
+    except Exception:  # whatever it is, the attention itself is understood
+        logger.debug("no expression of keys or values was recovered", exc_info=True)
+        return None
+
+
+def _formulas(binding: CacheBinding | None) -> tuple[str, str]:
+    """Return how keys and values are computed from what is stored; "" if they are not."""
+    loads = (None, None) if binding is None else (binding.load, binding.values)
+    keys, values = ("" if load is None else formula(load.labelled()) for load in loads)
+    return keys, values
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lychee_compile.kernels.policies.registry import has_index
 from lychee_compile.options import Options
 from lychee_compile.passes.decide import Plan, decide
 from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
+from lychee_compile.passes.detect.caching.parts import separate_parts
 from lychee_compile.passes.detect.detect import find_attention
 from lychee_compile.passes.graph.append import append_in_place, settled
 from lychee_compile.passes.graph.check import check_graph, output_count
@@ -100,6 +101,7 @@ class Pass:
 
 def _normalise(compilation: Compilation) -> None:
     compilation.written = normalise(compilation.gm, compilation.mode)
+    separate_parts(compilation.gm.graph)
 
 
 def _detect(compilation: Compilation) -> None:

@@ -454,8 +454,8 @@ CACHE_NOT_BY_TOKEN = _kind(
 CACHE_ROWS_APART = _kind(
     Group.CACHE,
     "cache-rows-apart",
-    "each row of the cache is written at a position of its own",
-    "write all rows at the same positions, with rows padded in front",
+    "entries of the cache that are no rows of the batch are written at positions of their own",
+    "write all heads of a row at the same positions",
 )
 CACHE_REPLACED = _kind(
     Group.CACHE,
@@ -502,7 +502,8 @@ CACHE_PAGED = _kind(
 CACHE_STACKED = _kind(
     Group.CACHE,
     "cache-stacked",
-    "the cache is a part of a larger tensor, as of one that holds several layers",
+    "the cache is a part of a larger tensor, and the graph does not show that its other uses "
+    "leave this part alone",
     "pass the keys of each layer as a tensor of their own",
 )
 CACHE_VIEWED = _kind(
@@ -562,6 +563,13 @@ CACHE_MAY_WRAP = _kind(
     "cache-may-wrap",
     "the slots written come out of {operator}, as in a ring buffer: older tokens lie behind the "
     "newest, and decode kernels cannot choose among these",
+    "set reference=True for the slow PyTorch path, which handles it",
+)
+KEYS_COMPUTED_NO_KERNEL = _kind(
+    Group.CACHE,
+    "keys-computed-no-kernel",
+    "the keys are computed from what is stored as they are read, and decode kernels read keys as "
+    "they are stored",
     "set reference=True for the slow PyTorch path, which handles it",
 )
 CACHE_LAYOUT = _kind(

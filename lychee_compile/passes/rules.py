@@ -66,6 +66,13 @@ def is_prefill(attention: Attention, cached: bool) -> bool:
     return query_len > LONGEST_QUERY if isinstance(query_len, int) else not cached
 
 
+def reads_at_once(attention: Attention) -> bool:
+    """True if an attention has as many queries as keys, or more than one that decodes has."""
+    query_len = attention.query_len
+    many = isinstance(query_len, int) and query_len > LONGEST_QUERY
+    return query_len == attention.kv_len or many
+
+
 def exact_prefill(attention: Attention, place: int | None, config: IndexConfig) -> Reason | None:
     """Return why a prefill stays exact though `prefill="sparse"` is asked for; None if it need not.
 
@@ -93,7 +100,7 @@ def exact_decoding(attention: Attention, place: int | None, config: IndexConfig)
     query_len, kv_len = attention.query_len, attention.kv_len
     if config.budget is None:
         return reasons.BUDGET_NONE()
-    if query_len == kv_len or (isinstance(query_len, int) and query_len > LONGEST_QUERY):
+    if reads_at_once(attention):
         return reasons.PREFILL(query_len=query_len)
     if attention.is_causal:
         return reasons.CAUSAL_FROM_FIRST_KEY()

@@ -59,6 +59,11 @@ class Site:
     kernel: str = ""
     """Name of the operator or the generated kernel that runs. `Report.sources` has the source of a
     generated one."""
+    keys: str = ""
+    """Keys as a formula of what is stored, and of row b, head h, token kv and channel d; "" if they
+    are stored as they are read."""
+    values: str = ""
+    """Values as such a formula."""
     note: str = ""
     """Remark on an option that was not applied to a sparse site; "" if there is none."""
 

@@ -14,6 +14,9 @@ from lychee_compile.report.grouping import group_sites
 STYLES: dict[Decision, str] = {"sparse": "green", "exact": "cyan", "kept": "yellow"}
 """Colour of each decision."""
 
+LONGEST_FORMULA = 100
+"""Largest number of letters of a formula of keys or values that is shown."""
+
 
 def site_table(sites: Sequence[Site]) -> Table:
     """Return a table of sites, with those that differ in nothing but their name in one row."""
@@ -40,9 +43,18 @@ def _cells(pattern: str, members: Sequence[Site]) -> list[Text]:
         _lines(Text(pattern or "(unnamed)"), Text(f"{count}{site.source}", style="dim")),
         Text(f"{site.form}\n{site.query_heads} q, {site.kv_heads} kv\n× {site.head_dim}"),
         Text(f"{site.query_len} q\n{site.kv_len} kv"),
-        Text(f"{site.score}\n{_named(site.mask, 'mask')}\n{_named(site.cache, 'cache')}"),
+        _lines(
+            Text(f"{site.score}\n{_named(site.mask, 'mask')}\n{_named(site.cache, 'cache')}"),
+            _formula("keys", site.keys),
+            _formula("values", site.values),
+        ),
         _decision(site),
     ]
+
+
+def _formula(noun: str, words: str) -> Text:
+    """Return how keys or values are computed, unless that is long."""
+    return Text(f"{noun} {words}" if 0 < len(words) <= LONGEST_FORMULA else "", style="dim")
 
 
 def _decision(site: Site) -> Text:

@@ -7,7 +7,7 @@ cache gets a new index, a dropped cache drops it, and two caches through one gra
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -34,6 +34,27 @@ class Uses:
         return self.storage is not None and self.storage.expired()
 
 
+@dataclass(frozen=True)
+class TensorState:
+    """The memory of a tensor and its contents, as far as PyTorch tells whether they changed."""
+
+    storage: StorageWeakRef
+    layout: Hashable
+    version: int | None
+    """Version of the tensor; None if PyTorch counts no versions of it."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorState:
+        """Return the state of a tensor now."""
+        layout = tensor.storage_offset(), tensor.stride(), tensor.dtype
+        version = torch_private.version_of(tensor)
+        return cls(StorageWeakRef(tensor.untyped_storage()), layout, version)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """True if it is certain that `tensor` is as it was."""
+        return self.version is not None and self == TensorState.of(tensor)
+
+
 @dataclass(eq=False)
 class Entry:
     """An index and the cache that it belongs to, if it belongs to one yet."""
@@ -42,21 +63,32 @@ class Entry:
     version: int | None = None
     """Version of the cache tensor after the last call; None if PyTorch counts no versions of it."""
     uses: Uses = field(default_factory=Uses)
+    beside: list[TensorState] = field(default_factory=list)
+    """Other tensors that the keys were computed from in the last call."""
+    replaced: int = 0
+    """Number of calls in a row that came with another tensor beside than the call before."""
 
     @property
     def storage(self) -> StorageWeakRef | None:
         """Storage of the cache; None before the first call on the cache has ended."""
         return self.uses.storage
 
-    def check(self, cache: Tensor) -> None:
+    def check(self, cache: Tensor, beside: Sequence[Tensor] = ()) -> None:
         """Distrust the index if somebody else may have written the cache since the last call.
 
+        Keys may also be computed from the tensors `beside`, in the same order at each call.
         A cache without versions is evidence of nothing. Its index is distrusted, unless whoever
         uses the index notices writes.
         """
         now = torch_private.version_of(cache)
         if self.version != now or (now is None and not self.owner.notices_writes):
             self.owner.distrust()
+        same = [state.is_of(each) for state, each in zip(self.beside, beside, strict=True)]
+        if not all(same):
+            self.owner.distrust()
+        memory = [state.storage for state in self.beside]
+        come = [StorageWeakRef(each.untyped_storage()) for each in beside]
+        self.replaced = 0 if memory == come else self.replaced + 1
 
 
 class CacheRegistry:
@@ -106,10 +138,16 @@ class CacheRegistry:
         return owner.cache if isinstance(owner, ReferenceCacheIndex) else None
 
     def acquire(
-        self, cache: Tensor, kind: Hashable, token_dim: int, make: Callable[[], IndexOwner]
+        self,
+        cache: Tensor,
+        kind: Hashable,
+        token_dim: int,
+        make: Callable[[], IndexOwner],
+        beside: Sequence[Tensor] = (),
     ) -> Entry:
         """Return the entry of `cache`, a new one if it has none.
 
+        Keys may also be computed from the tensors `beside`.
         The index is distrusted if the cache may have been written since the last `release`.
         """
         key = _identity(cache, kind, token_dim)
@@ -117,14 +155,22 @@ class CacheRegistry:
             entry = self._entries.get(key)
         if entry is None or entry.storage is None or entry.storage.expired():
             return Entry(make())
-        entry.check(cache)
+        entry.check(cache, beside)
         return entry
 
-    def release(self, cache: Tensor, kind: Hashable, entry: Entry, token_dim: int) -> None:
+    def release(
+        self,
+        cache: Tensor,
+        kind: Hashable,
+        entry: Entry,
+        token_dim: int,
+        beside: Sequence[Tensor] = (),
+    ) -> None:
         """Note that the index of `entry` describes `cache` as it is, now that a graph has run."""
         entry.uses.storage = StorageWeakRef(cache.untyped_storage())
         entry.uses.count += 1
         entry.version = torch_private.version_of(cache)
+        entry.beside = [TensorState.of(each) for each in beside]
         with self._lock:
             self._entries[_identity(cache, kind, token_dim)] = entry
 

@@ -22,6 +22,12 @@ NEW_KEYS = (
 )
 """Words that tell the user so."""
 
+NEW_TABLES = (
+    "keys depend on a tensor beside the cache that is a new one at each call, so that no index "
+    "pays: attention reads all keys. Pass the same tensor at each call, such as a buffer"
+)
+"""Words that tell the user of such a tensor."""
+
 
 class NewCaches:
     """The new caches of one graph, and whether those before them came a second time."""
@@ -53,6 +59,19 @@ class NewCaches:
             if entry.storage is None and waits:
                 entry.owner.delay_build()
 
+    def meet_replaced(self, entry: Entry) -> None:
+        """Let attention read all keys if they depend on a tensor that is another one at each call.
+
+        Each such call would compare all keys with those that were indexed.
+        """
+        if entry.replaced < WORTH_TELLING:
+            return
+        entry.owner.delay_build()
+        if entry.replaced == WORTH_TELLING:
+            _warn_of_replaced()
+            if self.tell is not None:
+                self.tell(NEW_TABLES)
+
     def _learn(self) -> None:
         """Find out what became of the new caches before."""
         if any(uses.count > 1 for uses in self._last):
@@ -73,3 +92,8 @@ class NewCaches:
 @only_once
 def _warn() -> None:
     logger.warning("%s", NEW_KEYS)
+
+
+@only_once
+def _warn_of_replaced() -> None:
+    logger.warning("%s", NEW_TABLES)

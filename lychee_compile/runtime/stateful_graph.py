@@ -23,6 +23,7 @@ from lychee_compile.kernels.operators.observe import (
     warn_of_replays,
 )
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
+from lychee_compile.passes.lower.index_inputs import TensorPlace
 from lychee_compile.runtime.cache_registry import Entry, registry
 from lychee_compile.runtime.index_owner import IndexOwner
 from lychee_compile.runtime.new_caches import NewCaches
@@ -44,20 +45,51 @@ class CacheArgument:
     """Use of the cache by generated kernels; None: the index is the reference's."""
     reads_only: bool = False
     """True if the graph does not write the cache."""
+    part: Callable[[Tensor], Tensor] | None = None
+    """Shows the cache in the input if it is a part of that; None if it is all of it."""
+    beside: tuple[TensorPlace, ...] = ()
+    """Other tensors that the keys are computed from."""
+    keys: Hashable = None
+    """Expression of keys of what the cache holds; None if they are what it holds."""
 
-    def before(self, inputs: Sequence[object]) -> Tensor | None:
-        """Return the cache as a call begins with it; None if a growing cache begins."""
+    def given(self, inputs: Sequence[object]) -> Tensor | None:
+        """Return the input that holds the cache; None if a growing cache begins."""
         if self.source is None:
             return None
-        cache = inputs[self.source]
-        assert isinstance(cache, Tensor)
-        return cache
+        given = inputs[self.source]
+        assert isinstance(given, Tensor)
+        return given
+
+    def shown(self, given: Tensor | None) -> Tensor | None:
+        """Return the cache in the input `given`, as a call begins with it."""
+        return given if given is None or self.part is None else self.part(given)
+
+    def beside_before(self, inputs: Sequence[object]) -> list[Tensor]:
+        """Return the other tensors as a call begins with them."""
+        return [_tensor(inputs, each.source, each.part) for each in self.beside]
+
+    def beside_after(self, inputs: Sequence[object], outputs: Sequence[object]) -> list[Tensor]:
+        """Return the other tensors as a call leaves them."""
+        return [
+            _tensor(inputs, each.source, each.part)
+            if each.output is None
+            else _tensor(outputs, each.output, None)
+            for each in self.beside
+        ]
 
     def after(self, cache: Tensor | None, outputs: Sequence[object]) -> Tensor:
         """Return the cache as a call leaves it: an output, or `cache`, which it began with."""
         after = cache if self.output is None else outputs[self.output]
         assert isinstance(after, Tensor)
         return after
+
+
+def _tensor(
+    values: Sequence[object], place: int | None, part: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    tensor = None if place is None else values[place]
+    assert isinstance(tensor, Tensor)
+    return tensor if part is None else part(tensor)
 
 
 class StatefulGraph:
@@ -72,9 +104,7 @@ class StatefulGraph:
     ) -> None:
         self._compiled = compiled
         self._arguments = tuple(arguments)
-        self._kinds: tuple[Hashable, ...] = tuple(
-            config if each.use is None else each.use.kind for each in arguments
-        )
+        self._kinds: tuple[Hashable, ...] = tuple(_kind(each, config) for each in arguments)
         self._config = config
         self._strength_of = strength_of
         self._last: _LastCall | None = None
@@ -83,9 +113,10 @@ class StatefulGraph:
 
     def __call__(self, *args: object) -> Sequence[object]:
         """Run the graph on the inputs that Dynamo passes, and follow the caches it wrote."""
-        caches = [each.before(args) for each in self._arguments]
-        last = self._last if self._last is not None and self._last.was_on(caches) else None
-        entries = self._acquire(caches) if last is None else last.entries
+        given = [each.given(args) for each in self._arguments]
+        last = self._last if self._last is not None and self._last.was_on(given) else None
+        caches = [each.shown(cache) for each, cache in zip(self._arguments, given, strict=True)]
+        entries = self._acquire(caches, args) if last is None else last.entries
         if last is None:
             self.new_caches.meet(entries, self._reads_only)
         try:
@@ -94,26 +125,38 @@ class StatefulGraph:
             self._drop(caches)
             raise
         if last is None:
-            self._release(caches, outputs, entries)
+            self._release(caches, args, outputs, entries)
+            self._remember(given, entries)
         else:
             last.update_versions(caches)
         self._keep_up(caches, outputs, entries)
         return outputs
 
-    def _acquire(self, caches: Sequence[Tensor | None]) -> list[Entry]:
+    def _acquire(self, caches: Sequence[Tensor | None], inputs: Sequence[object]) -> list[Entry]:
         """Return an entry for each cache, from the registry or new."""
         registry.sweep()
         return [
-            self._entry(argument, kind, cache)
+            self._entry(argument, kind, cache, inputs)
             for argument, kind, cache in zip(self._arguments, self._kinds, caches, strict=True)
         ]
 
-    def _entry(self, argument: CacheArgument, kind: Hashable, cache: Tensor | None) -> Entry:
+    def _entry(
+        self,
+        argument: CacheArgument,
+        kind: Hashable,
+        cache: Tensor | None,
+        inputs: Sequence[object],
+    ) -> Entry:
         if cache is None:
             return Entry(self._new_owner(argument, None))
         entry = registry.acquire(
-            cache, kind, argument.token_dim, lambda: self._new_owner(argument, cache)
+            cache,
+            kind,
+            argument.token_dim,
+            lambda: self._new_owner(argument, cache),
+            argument.beside_before(inputs),
         )
+        self.new_caches.meet_replaced(entry)
         if isinstance(entry.owner, ReferenceCacheIndex):  # GPU indexes have no token boundaries
             entry.owner.strength_of = self._strength_of
         return entry
@@ -133,7 +176,11 @@ class StatefulGraph:
                 registry.drop(cache, kind, argument.token_dim)
 
     def _release(
-        self, caches: Sequence[Tensor | None], outputs: Sequence[object], entries: Sequence[Entry]
+        self,
+        caches: Sequence[Tensor | None],
+        inputs: Sequence[object],
+        outputs: Sequence[object],
+        entries: Sequence[Entry],
     ) -> None:
         """Register the entries under the caches that the call has left."""
         for argument, kind, cache, entry in zip(
@@ -141,8 +188,17 @@ class StatefulGraph:
         ):
             if argument.output is not None and cache is not None:
                 registry.drop(cache, kind, argument.token_dim)
-            registry.release(argument.after(cache, outputs), kind, entry, argument.token_dim)
-        in_place = [cache for cache in caches if cache is not None]
+            registry.release(
+                argument.after(cache, outputs),
+                kind,
+                entry,
+                argument.token_dim,
+                argument.beside_after(inputs, outputs),
+            )
+
+    def _remember(self, given: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
+        """Remember the inputs of a call whose caches are all written in place, with GPU indexes."""
+        in_place = [cache for cache in given if cache is not None]
         if all(each.output is None and each.use is not None for each in self._arguments):
             self._last = _LastCall(in_place, entries)
 
@@ -163,6 +219,12 @@ class StatefulGraph:
                 _warn_of_inference_mode()
                 continue
             entry.owner.after_call(argument.after(cache, outputs), argument.use)
+
+
+def _kind(argument: CacheArgument, config: IndexConfig) -> Hashable:
+    """Return what indexes of one cache differ in: graphs of the same kind share an index."""
+    kind: Hashable = config if argument.use is None else argument.use.kind
+    return kind if argument.keys is None else (kind, argument.keys, len(argument.beside))
 
 
 class _LastCall:

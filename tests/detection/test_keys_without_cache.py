@@ -136,6 +136,40 @@ def stacked(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Tensor:
     return attend(q, c[1, 0], c[1, 1])
 
 
+def stacked_and_moved(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Tensor:
+    """Layers are read and written as a whole too."""
+    c[1, 0].index_copy_(2, pos, x)
+    c[0].mul_(0.5)
+    return attend(q, c[1, 0], c[0, 1])
+
+
+def stacked_across(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Tensor:
+    """Parts overlap: layer 1, and the values of all layers."""
+    c[1, 0].index_copy_(2, pos, x)
+    c[:, 1].mul_(0.5)
+    return attend(q, c[1, 0], c[1, 1])
+
+
+def turned_by_a_state(q: Tensor, c: Tensor, x: Tensor, pos: Tensor, state: Tensor) -> Tensor:
+    """The factor of keys changes at each call."""
+    c.index_copy_(2, pos, x)
+    state.add_(0.01)
+    return attend(q, c * state, c)
+
+
+def overflowing(q: Tensor, c: Tensor, x: Tensor, pos: Tensor, zero: Tensor) -> Tensor:
+    """The difference of two numbers of 8 bits has 8 bits."""
+    c.index_copy_(2, pos, x.to(torch.int8))
+    return attend(q, (c - zero).float(), c.float())
+
+
+def growing_in_front(q: Tensor, c: Tensor, x: Tensor, past: Tensor) -> Any:
+    """Keys behind the cache move on when it grows."""
+    past = torch.cat((past, x), 2)
+    keys = torch.cat((past, c), 2)
+    return attend(q, keys * 2, keys), past
+
+
 def unbound_layers(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Tensor:
     keys, values = c.unbind(0)
     keys[:, :, 3:4] = x
@@ -158,6 +192,12 @@ def rows_apart_by_where(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Any:
     return attend(q, c, c), c
 
 
+def heads_apart(q: Tensor, c: Tensor, x: Tensor, pos: Tensor) -> Tensor:
+    rows, heads = torch.arange(B)[:, None], torch.arange(H)
+    c[rows, heads, pos] = x[:, :, 0]
+    return attend(q, c, c)
+
+
 def replaced(q: Tensor, c: Tensor, x: Tensor) -> Tensor:
     c.copy_(c * 0.5 + x)
     return attend(q, c, c)
@@ -175,20 +215,11 @@ def given_back_changed(q: Tensor, c: Tensor, x: Tensor, pos: Tensor, scale: Tens
 
 
 ROWS = torch.tensor([[70], [71]])
+HEADS = torch.tensor([[70, 71], [72, 73]])
 CASES = [
-    (rotated, (cache(), new(), POS, torch.randn(L, D)), "cache-computed", "by mul, add"),
     (normalised, (cache(), new(), POS), "cache-computed", "by layer_norm"),
-    (grown_and_scaled, (cache(), new(), torch.randn(D)), "cache-computed", "by mul"),
     (expanded, (cache(), new(), POS, torch.randn(D, D)), "cache-computed", "by matmul"),
-    (joined, (cache(), new(), POS, cache()), "cache-joined", "by cat"),
     (memory_behind, (cache(), new(), torch.randn(1, H, 4, D)), "cache-joined", "by cat"),
-    (as_bytes, (cache(dtype=torch.float8_e4m3fn), new(), POS), "cache-converted", "float8_e4m3fn"),
-    (
-        as_integers,
-        (cache(dtype=torch.int8), new(), POS, torch.rand(B, H, L, 1)),
-        "cache-converted",
-        "int8",
-    ),
     (
         groups_of_integers,
         (groups(torch.uint8), new(), torch.rand(GROUPS, 1), torch.rand(GROUPS, 1)),
@@ -217,15 +248,41 @@ CASES = [
     (old_and_newest, (cache(), torch.zeros(0), new()), "cache-joined", "by cat"),
     (paged, (torch.randn(10, H, 12, D), torch.randperm(10)), "cache-paged", "by index"),
     (index_selected, (cache(), new(), POS, torch.randperm(L)), "cache-paged", "by index_select"),
-    (stacked, (cache(2, 2), new(), POS), "cache-stacked", "larger tensor"),
-    (unbound_layers, (cache(2), new(), POS), "cache-stacked", "larger tensor"),
-    (rows_apart, (cache(), new(), ROWS), "cache-rows-apart", "of its own"),
-    (rows_apart_by_scatter, (cache(), new(), ROWS), "cache-rows-apart", "of its own"),
-    (rows_apart_by_where, (cache(), new(), ROWS), "cache-rows-apart", "of its own"),
+    (stacked_and_moved, (cache(2, 2), new(), POS), "cache-stacked", "larger tensor"),
+    (stacked_across, (cache(2, 2), new(), POS), "cache-stacked", "larger tensor"),
+    (heads_apart, (cache(), new(), HEADS), "cache-rows-apart", "no rows of the batch"),
+    (turned_by_a_state, (cache(), new(), POS, torch.randn(D)), "cache-computed", "by mul"),
+    (
+        overflowing,
+        (cache(dtype=torch.int8), new(), POS, cache(dtype=torch.int8)),
+        "cache-converted",
+        "int8",
+    ),
+    (growing_in_front, (cache(), new(), cache()), "cache-joined", "by cat"),
     (replaced, (cache(), new()), "cache-replaced", "as a whole"),
     (dropped, (cache(), new(), POS), "cache-not-returned", "neither returned"),
-    (given_back_changed, (cache(), new(), POS, torch.randn(D)), "cache-computed", "by mul"),
 ]
+
+
+READ_AS_STORED = [
+    (rotated, (cache(), new(), POS, torch.randn(L, D))),
+    (grown_and_scaled, (cache(), new(), torch.randn(D))),
+    (joined, (cache(), new(), POS, cache())),
+    (as_bytes, (cache(dtype=torch.float8_e4m3fn), new(), POS)),
+    (as_integers, (cache(dtype=torch.int8), new(), POS, torch.rand(B, H, L, 1))),
+    (stacked, (cache(2, 2), new(), POS)),
+    (unbound_layers, (cache(2), new(), POS)),
+    (rows_apart, (cache(), new(), ROWS)),
+    (rows_apart_by_scatter, (cache(), new(), ROWS)),
+    (rows_apart_by_where, (cache(), new(), ROWS)),
+    (given_back_changed, (cache(), new(), POS, torch.randn(D))),
+]
+
+
+@pytest.mark.parametrize(("function", "inputs"), READ_AS_STORED)
+def test_keys_that_are_an_expression_of_what_is_stored(function: Any, inputs: Any) -> None:
+    found = site(function, query(), *inputs)
+    assert (found.decision, found.reason) == ("sparse", None)
 
 
 @pytest.mark.parametrize(("function", "inputs", "code", "words"), CASES)

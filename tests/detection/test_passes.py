@@ -54,6 +54,11 @@ def negative_position(q, k, v, k_new, v_new, at):
     return attend(q, k, v, at + 1)
 
 
+def row_by_row(q, k, v, k_new, v_new, at):
+    k[torch.arange(BATCH), :, torch.tensor([at, at + 1])] = k_new[:, :, 0]
+    return attend(q, k, v, at + 2)
+
+
 def ring(q, k, v, k_new, v_new, at):
     positions = torch.tensor([at]) % (START + STEPS // 2)
     k[:, :, positions] = k_new
@@ -158,6 +163,7 @@ BOUND = [
     scattered,
     position_tensor,
     negative_position,
+    row_by_row,
     ring,
     slice_write,
     slice_from_the_end,
@@ -214,8 +220,9 @@ def written_twice(q, k, v, k_new, v_new, at):
     return attend(q, k, v, at + 2)
 
 
-def row_by_row(q, k, v, k_new, v_new, at):
-    k[torch.arange(BATCH), :, torch.tensor([at, at + 1])] = k_new[:, :, 0]
+def heads_apart(q, k, v, k_new, v_new, at):
+    rows, heads = torch.arange(BATCH)[:, None], torch.arange(HEADS)
+    k[rows, heads, torch.tensor([[at, at + 1], [at + 1, at]])] = k_new[:, :, 0]
     return attend(q, k, v, at + 2)
 
 
@@ -240,7 +247,7 @@ def computed(q, k, v, k_new, v_new, at):
         (rolled, "sliding", "rolls"),
         (window, "sliding", "sliding window"),
         (written_twice, "none", "more than once"),
-        (row_by_row, "none", "at a position of its own"),
+        (heads_apart, "none", "no rows of the batch"),
         (by_bool_mask, "none", "other indices than token positions"),
         (read_before_written, "none", "after it is read"),
         (repeated(expand_rounded), "none", "computed from the cache anew at each step (by to)"),

@@ -7,16 +7,20 @@ ordered in a functional graph because `update_index` declares that it mutates th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lychee_compile.kernels import handles
-from lychee_compile.kernels.operators.cache_index import CacheWrite
+from lychee_compile.kernels.operators.cache_index import CacheIndex, CacheWrite
 from lychee_compile.kernels.operators.fakes import fake_output
 from lychee_compile.kernels.operators.observe import SparseCall, observers
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
 from lychee_compile.kernels.reference.adaptive import certified_attention
 from lychee_compile.kernels.reference.attention import attend, dense_attention
+from lychee_compile.kernels.reference.loaded_tensor import LoadedTensor
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import select
 from lychee_compile.kernels.reference.visible import seen_span
@@ -48,25 +52,7 @@ def update_index(
     in a dense prefill, only notes what a later build needs. Fewer are not even noted if the index
     waits for a second call.
     """
-    owner = handles.find(handle, ReferenceCacheIndex)
-    handle[1] += 1
-    owner.begin_call()
-    if owner.waits and written <= LONGEST_QUERY:
-        return
-    cache = owner.index_for(key)
-    batch, _, kv_len, _ = key.shape
-    rows = mask if mask is None or written <= LONGEST_QUERY else mask[..., -1:, :]
-    first, end = seen_span(rows, batch, kv_len, key.device)
-    if positions is None:
-        stop = kv_len if written else max(int(end.max()), 1)
-        positions = torch.arange(max(stop - max(written, 1), 0), stop, device=key.device)
-    # As in indexing, a negative position counts from the end.
-    positions = (positions.to(torch.int64) % kv_len).expand(batch, -1)
-    strengths = None
-    if token_ids is not None and owner.strength_of is not None:
-        strengths = owner.strength_of(token_ids).expand(batch, -1)
-    write = CacheWrite(first, positions, strengths, end)
-    cache.update(key, write, build=written <= LONGEST_QUERY)
+    follow(key, mask, positions, token_ids, handle, written)
 
 
 @update_index.register_fake
@@ -95,12 +81,56 @@ def sparse_attention(
     idle row of a server's batch, reads nothing and gets zeros.
     """
     operands = Operands(query, key, value, mask, scale, softcap, extra, extra_value)
-    if query.shape[2] > LONGEST_QUERY:
-        return dense_attention(operands).contiguous()
+    return attended(operands, handle, site)
+
+
+sparse_attention.register_fake(fake_output)
+
+
+def follow(
+    key: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    token_ids: Tensor | None,
+    handle: Tensor,
+    written: int,
+    check: Callable[[CacheIndex, Tensor], None] | None = None,
+) -> None:
+    """Do what the operator `update_index` does; `key` may be evaluated when it is read.
+
+    `check` is called with the index and the slots written, int64 [B, T], before the update.
+    """
+    owner = handles.find(handle, ReferenceCacheIndex)
+    handle[1] += 1
+    owner.begin_call()
+    if owner.waits and written <= LONGEST_QUERY:
+        return
+    cache = owner.index_for(key)
+    batch, _, kv_len, _ = key.shape
+    rows = mask if mask is None or written <= LONGEST_QUERY else mask[..., -1:, :]
+    first, end = seen_span(rows, batch, kv_len, key.device)
+    if positions is None:
+        stop = kv_len if written else max(int(end.max()), 1)
+        positions = torch.arange(max(stop - max(written, 1), 0), stop, device=key.device)
+    # As in indexing, a negative position counts from the end.
+    positions = (positions.to(torch.int64) % kv_len).expand(batch, -1)
+    if check is not None:
+        check(cache, positions)
+    strengths = None
+    if token_ids is not None and owner.strength_of is not None:
+        strengths = owner.strength_of(token_ids).expand(batch, -1)
+    write = CacheWrite(first, positions, strengths, end)
+    cache.update(key, write, build=written <= LONGEST_QUERY)
+
+
+def attended(operands: Operands, handle: Tensor, site: str) -> Tensor:
+    """Do what `sparse_attention` does; keys and values may be evaluated when they are read."""
+    if operands.query.shape[2] > LONGEST_QUERY:
+        return dense_attention(_evaluated(operands)).contiguous()
     owner = handles.find(handle, ReferenceCacheIndex)
     if owner.waits:
-        return dense_attention(operands).contiguous()
-    index = owner.index_for(key).index
+        return dense_attention(_evaluated(operands)).contiguous()
+    index = owner.index_for(operands.key).index
     budget, epsilon, certificate = index.config.budget, index.config.epsilon, None
     if epsilon is None or budget is None:
         selection = select(index, operands.score_inputs, budget, site)
@@ -112,4 +142,10 @@ def sparse_attention(
     return output.contiguous()
 
 
-sparse_attention.register_fake(fake_output)
+def _evaluated(operands: Operands) -> Operands:
+    """Return operands whose keys and values are plain tensors, to read all of them."""
+    key, value = (
+        each.whole() if isinstance(each, LoadedTensor) else each
+        for each in (operands.key, operands.value)
+    )
+    return replace(operands, key=key, value=value)

@@ -10,6 +10,27 @@ import torch.fx
 from lychee_compile.passes.graph.dataflow import argument, first_input, operator_of
 from lychee_compile.passes.graph.operator_facts import Memory, View
 
+_PART = "lychee_part"
+"""Name of the mark on a node that is a part of an input and counts as memory of its own."""
+
+
+def as_part(node: torch.fx.Node) -> None:
+    """Let a view of a part of an input count as memory of its own.
+
+    Nothing else in the graph may show an element of it.
+    """
+    node.meta[_PART] = node.name  # the name, as other nodes may take over the meta of this one
+
+
+def is_part(node: torch.fx.Node) -> bool:
+    """True if a node is a part of an input that counts as memory of its own."""
+    return node.meta.get(_PART) == node.name
+
+
+def is_given(node: torch.fx.Node) -> bool:
+    """True if a node is an input, or a part of one that counts as memory of its own."""
+    return node.op == "placeholder" or is_part(node)
+
 
 def storage_of(node: torch.fx.Node) -> torch.fx.Node:
     """Return the node whose memory `node` may show, or `node` if it has memory of its own."""
@@ -21,16 +42,16 @@ def storage_of(node: torch.fx.Node) -> torch.fx.Node:
 
 def memory_behind(node: torch.fx.Node) -> torch.fx.Node | None:
     """Return the tensor whose memory an operator may show; None if the operator makes its own."""
-    if node.op != "call_function" or not node.args:
+    if node.op != "call_function" or not node.args or is_part(node):
         return None
-    is_part = node.target is operator.getitem
-    maker = first_input(node) if is_part else node
+    several = node.target is operator.getitem
+    maker = first_input(node) if several else node
     if not _may_share(maker):
         return None
     written = written_by(maker)
     source: Any = written[0] if written else maker.args[0]
     if isinstance(source, (list, tuple)):  # broadcast_tensors and meshgrid take a list
-        place = node.args[1] if is_part else 0
+        place = node.args[1] if several else 0
         assert isinstance(place, int)
         source = source[place]
     return source if isinstance(source, torch.fx.Node) else None

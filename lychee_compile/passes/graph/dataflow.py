@@ -130,6 +130,20 @@ def through_copies(node: torch.fx.Node) -> torch.fx.Node:
     return node
 
 
+def through_bits(node: torch.fx.Node) -> torch.fx.Node:
+    """Return the first node up the graph that is no copy and shows no bits as another dtype.
+
+    The number of bytes of an element stays the same.
+    """
+    node = through_copies(node)
+    while calls(node, aten.view.dtype):
+        source = first_input(node)
+        if value_of(source).dtype.itemsize != value_of(node).dtype.itemsize:
+            break
+        node = through_copies(source)
+    return node
+
+
 def same(left: Any, right: Any) -> bool:
     """True if two sizes are proved equal; no guard is added."""
     return statically_known_true(left == right)

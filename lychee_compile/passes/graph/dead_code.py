@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch.fx
 
-from lychee_compile.passes.graph.aliasing import storage_of, written_by
+from lychee_compile.passes.graph.aliasing import is_part, storage_of, written_by
 from lychee_compile.passes.graph.dataflow import operator_key
 from lychee_compile.passes.graph.operators import PURE_CALLS
 from lychee_compile.torch_private import is_foreign
@@ -51,7 +51,12 @@ def _has_effect(node: torch.fx.Node) -> bool:
     if is_foreign(node):
         return True
     targets = [storage_of(each) for each in written_by(node)]
-    if targets and all(each.op == "call_function" and not is_foreign(each) for each in targets):
+    if targets and all(map(_is_made_here, targets)):
         return False
     known = operator_key(node) or node.target in PURE_CALLS
     return bool(node.is_impure()) or (node.op == "call_function" and not known)
+
+
+def _is_made_here(memory: torch.fx.Node) -> bool:
+    """True if an operator of the graph made some memory."""
+    return memory.op == "call_function" and not is_foreign(memory) and not is_part(memory)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.detect.score import Mask
-from lychee_compile.passes.graph.check import check_replacement
+from lychee_compile.passes.graph.check import RewriteError, check_replacement
 from lychee_compile.passes.graph.dataflow import aten, is_tensor, value_of
 from lychee_compile.passes.graph.emitter import Emitter
-from lychee_compile.passes.lower.rearrange import AxisSizes, Rearranger
+from lychee_compile.passes.lower.rearrange import AxisSizes, Rearranger, Size
+from lychee_compile.passes.symbolic.axes import Axis
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,8 @@ class Canonicaliser:
         With `repeated`, all have one dtype and as many heads as the query. Without `masked`, there
         is no mask.
         """
-        attention, roles = self._attention, self._attention.roles
-        query, mask = self._query(), self.mask() if masked else None
-        key = self._rearrange(attention.key, roles.key_layout(), whole=True)
-        value = self._rearrange(attention.value, roles.value_layout(), whole=True)
+        query, mask, extra = self.question(masked=masked)
+        key, value = self.key(), self.value()
         if repeated:
             dtype = value_of(query).dtype
             key, value = (self._cast(self._repeated(each), dtype) for each in (key, value))
@@ -62,8 +64,34 @@ class Canonicaliser:
             key=key,
             value=value,
             mask=mask,
-            extra=self._extra(),
+            extra=extra,
         )
+
+    def question(
+        self, *, masked: bool = True
+    ) -> tuple[torch.fx.Node, torch.fx.Node | None, torch.fx.Node | None]:
+        """Emit query, mask and extra logit of `operands`. Raises `RewriteError`."""
+        return self._query(), self.mask() if masked else None, self._extra()
+
+    def key(self) -> torch.fx.Node:
+        """Emit the keys [B, Hkv, L, D]. Raises `RewriteError`."""
+        return self._rearrange(self._attention.key, self._attention.roles.key_layout(), whole=True)
+
+    def value(self) -> torch.fx.Node:
+        """Emit the values [B, Hkv, L, Dv]. Raises `RewriteError`."""
+        roles = self._attention.roles
+        return self._rearrange(self._attention.value, roles.value_layout(), whole=True)
+
+    def extent(self, axes: Iterable[Axis]) -> Size:
+        """Emit the number of values that axes have together. Raises `RewriteError`."""
+        total: Size = 1
+        for axis in axes:
+            size = self._sizes(axis)
+            if size is None:
+                raise RewriteError(reasons.SIZE_NOT_IN_GRAPH())
+            both = isinstance(total, int) and isinstance(size, int)
+            total = total * size if both else self.emit(operator.mul, total, size)  # type: ignore[operator]
+        return total
 
     def _cast(self, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
         return node if value_of(node).dtype == dtype else self.emit(aten.to.dtype, node, dtype)

@@ -6,6 +6,7 @@ graph(keys, values, query, lychee_index_0)      after, the index of `keys`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,24 @@ from torch import Tensor
 
 from lychee_compile import torch_private
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
-from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.caches import CacheBinding, Watched
+from lychee_compile.passes.detect.caching.load_text import load_text
+from lychee_compile.passes.detect.caching.parts import input_of, view_of_part
+from lychee_compile.passes.graph.aliasing import is_part
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.emitter import Emitter
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Place of a tensor among the inputs and outputs of a graph."""
+
+    source: int | None
+    """Number of the input that is the tensor before a call, or holds it; None if it begins here."""
+    output: int | None
+    """Number of the output that is the tensor after a call; None if it is written in place."""
+    part: Callable[[Tensor], Tensor] | None
+    """Shows the tensor in the input if it is a part of that; None if it is all of it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,12 @@ class IndexInput:
     """Use that generated kernels make of the cache; None: the index is the reference's."""
     reads_only: bool
     """True if the graph does not write the cache."""
+    part: Callable[[Tensor], Tensor] | None = None
+    """Shows the cache in the input if it is a part of that; None if it is all of it."""
+    beside: tuple[TensorPlace, ...] = ()
+    """Other tensors that the keys are computed from."""
+    keys: str | None = None
+    """Expression of keys of what the cache holds; None if they are what it holds."""
 
 
 class IndexInputs:
@@ -70,10 +92,21 @@ class IndexInputs:
             size, dtype, device = use.layout.size, torch.uint8, value_of(binding.key).device
         mode = self._emit.mode
         node, fake = torch_private.add_state_input(self._gm, name, size, dtype, device, mode)
-        source = None if binding.source is None else self._own.index(binding.source)
+        place = self._place(binding)
         outside = binding.outside_dim
         token_dim = binding.token_dim if outside is None else outside
-        return IndexInput(node, fake, source, binding.output, token_dim, use, binding.reads_only)
+        beside = tuple(map(self._place, binding.watched))
+        return IndexInput(
+            node, fake, place.source, place.output, token_dim, use, binding.reads_only,
+            place.part, beside, None if binding.load is None else load_text(binding.load),
+        )  # fmt: skip
+
+    def _place(self, tensor: CacheBinding | Watched) -> TensorPlace:
+        if tensor.source is None:
+            return TensorPlace(None, tensor.output, None)
+        source = self._own.index(input_of(tensor.source))
+        part = view_of_part(tensor.source) if is_part(tensor.source) else None
+        return TensorPlace(source, tensor.output, part)
 
     def _remove(self, key: object) -> None:
         self._gm.graph.erase_node(self._added.pop(key).node)

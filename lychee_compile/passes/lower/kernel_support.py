@@ -21,6 +21,7 @@ from lychee_compile.kernels.policies.registry import reads_chunks
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.token_writes import RowSlots
 from lychee_compile.passes.graph.dataflow import static_size, value_of
 from lychee_compile.passes.lower.written_slots import wrapping_operator
 from lychee_compile.passes.reasons import Reason, ReasonedError
@@ -123,8 +124,11 @@ def no_gpu_index(attention: Attention, binding: CacheBinding, config: IndexConfi
         return reasons.CACHE_MAY_WRAP(operator=operator)
     if binding.outside_dim is not None:
         return reasons.CACHE_VIEWED()
+    if binding.load is not None:
+        return reasons.KEYS_COMPUTED_NO_KERNEL()
     device = value_of(attention.key.node).device
-    if isinstance(binding.slots, torch.fx.Node) and value_of(binding.slots).device != device:
+    slots = binding.slots.node if isinstance(binding.slots, RowSlots) else binding.slots
+    if isinstance(slots, torch.fx.Node) and value_of(slots).device != device:
         return reasons.POSITIONS_DEVICE()
     return None
 

@@ -11,6 +11,20 @@ After; `index` is a new input of the graph, which stands for the index of `k_cac
     k = index_copy_(k_cache, 2, positions, k_new)
     update_index(k, mask, positions, token_ids, index, 1)
     out = sparse_attention(q, k, v, mask, None, index, scale, None, "layers.0.self_attn")
+
+Keys or values may be computed as they are read. Before, over a cache of 8-bit numbers:
+
+    stored = index_copy_(cache, 2, positions, quantised)
+    scales = index_copy_(scale, 2, positions, new_scale)
+    out = scaled_dot_product_attention(q, stored.to(float32) * scales, v, mask)
+
+After; nothing is left of the product over all tokens:
+
+    stored = index_copy_(cache, 2, positions, quantised)
+    scales = index_copy_(scale, 2, positions, new_scale)
+    load = "float32: at(0, b, h, kv, d)*at(1, b, h, kv, 0)"
+    update_loaded_index([stored, scales], load, sizes, mask, positions, token_ids, index, 1)
+    out = loaded_attention(q, [stored, scales], load, [v], "", sizes, mask, None, index, ...)
 """
 
 from __future__ import annotations
@@ -21,14 +35,13 @@ import torch
 import torch.fx
 
 from lychee_compile.kernels.operators import reference  # noqa: F401  registers the operators
+from lychee_compile.kernels.operators.loaded import described
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.load_text import load_text, page_text
+from lychee_compile.passes.detect.caching.loads import Load
 from lychee_compile.passes.detect.token_ids import covers
-from lychee_compile.passes.graph.dataflow import (
-    aten,
-    module_path,
-    static_size,
-)
+from lychee_compile.passes.graph.dataflow import aten, module_path, static_size
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, emit_behind_front
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.written_slots import named_slots
@@ -43,6 +56,8 @@ def emit_reference_sparse(
 
     The first attention over a cache also updates the index.
     """
+    if binding.load is not None or binding.values is not None:
+        return _emit_loaded(attention, binding, context)
     canonical = Canonicaliser(attention, context.emit)
     operands, score = _operands(attention, binding, context), attention.score
     index = context.index_inputs.node_for(binding)
@@ -54,14 +69,6 @@ def emit_reference_sparse(
         score.scale, score.softcap, module_path(attention.node), operands.extra_value,
     )  # fmt: skip
     return canonical.replacement(attended)
-
-
-def knows_tokens(attention: Attention, binding: CacheBinding, context: LoweringContext) -> bool:
-    """True if the token ids of the graph are those of the tokens written to the cache."""
-    if binding.reads_only:
-        return False
-    batch = attention.axes.product(attention.roles.batch)
-    return covers(context.token_ids, batch, binding.tokens_written)
 
 
 def emit_token_note(attention: Attention, binding: CacheBinding, context: LoweringContext) -> None:
@@ -88,10 +95,69 @@ def _update(
 ) -> None:
     """Let the index follow what this call writes to the cache."""
     emit = context.emit
+    positions, ids, index, written = _write_of(attention, binding, context)
+    update = torch.ops.lychee.update_index.default
+    emit(update, operands.key, operands.mask, positions, ids, index, written)
+
+
+def _emit_loaded(
+    attention: Attention, binding: CacheBinding, context: LoweringContext
+) -> torch.fx.Node:
+    """Emit sparse attention and return its output. Raises `RewriteError`.
+
+    The first attention over a cache also updates the index.
+    """
+    emit, score = context.emit, attention.score
+    canonical = Canonicaliser(attention, emit)
+    query, mask, extra = canonical.question()
+    key, key_load = _operand(binding.load) or ([canonical.key()], "")
+    value, value_load = _operand(binding.values) or ([canonical.value()], "")
+    roles = attention.roles
+    axes = (roles.batch, roles.kv_heads, roles.key, roles.head_dim, roles.value_dim)
+    sizes = [canonical.extent(each) for each in axes]
+    index = context.index_inputs.node_for(binding)
+    ops = torch.ops.lychee
+    if context.is_first_use(index):
+        positions, ids, _, written = _write_of(attention, binding, context)
+        emit(
+            ops.update_loaded_index.default,
+            key, key_load, sizes[:4], mask, positions, ids, index, written,
+        )  # fmt: skip
+    attended = emit(
+        ops.loaded_attention.default, query, key, key_load, value, value_load, sizes,
+        mask, extra, index, score.scale, score.softcap, module_path(attention.node),
+    )  # fmt: skip
+    return canonical.replacement(attended)
+
+
+def _operand(load: Load | None) -> tuple[list[torch.fx.Node], str] | None:
+    """Return the tensors that keys or values are computed from, and how; None if they are not."""
+    text = None if load is None else load_text(load)
+    if load is None or text is None:
+        return None
+    size = 0 if load.pages is None else load.pages.size
+    return [leaf for _, leaf in load.leaves], described(text, load.dtype, page_text(load), size)
+
+
+def knows_tokens(attention: Attention, binding: CacheBinding, context: LoweringContext) -> bool:
+    """True if the token ids of the graph are those of the tokens written to the cache."""
+    if binding.reads_only:
+        return False
+    batch = attention.axes.product(attention.roles.batch)
+    return covers(context.token_ids, batch, binding.tokens_written)
+
+
+def _write_of(
+    attention: Attention, binding: CacheBinding, context: LoweringContext
+) -> tuple[torch.fx.Node | None, torch.fx.Node | None, torch.fx.Node, torch.fx.Node | int]:
+    """Emit the slots that a call writes, and return them, token ids, index and number of tokens.
+
+    Slots are None if the graph does not name them, and token ids if it does not know them.
+    """
+    emit = context.emit
     index = context.index_inputs.node_for(binding)
     positions = named_slots(binding, emit)
     ids = context.token_ids if knows_tokens(attention, binding, context) else None
     count = static_size(binding.tokens_written)
     written = emit(aten.sym_size.int, *binding.tokens) if count is None else count  # type: ignore[misc]
-    update = torch.ops.lychee.update_index.default
-    emit(update, operands.key, operands.mask, positions, ids, index, written)
+    return positions, ids, index, written

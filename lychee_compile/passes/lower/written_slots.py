@@ -8,7 +8,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.detect.caching.caches import CacheBinding
-from lychee_compile.passes.detect.caching.token_writes import Span
+from lychee_compile.passes.detect.caching.token_writes import RowSlots, Span
 from lychee_compile.passes.graph.dataflow import ancestors, aten, operator_key, shape_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 
@@ -17,8 +17,10 @@ REMAINDERS = ("remainder", "fmod")
 
 
 def named_slots(binding: CacheBinding, emit: Emitter) -> torch.fx.Node | None:
-    """Return or emit the slots written, int [T]; None if the graph does not name them."""
+    """Return or emit the slots written, int [T] or [B, T]; None: the graph does not name them."""
     slots = binding.slots
+    if isinstance(slots, RowSlots):
+        return _of_rows(slots, emit)
     if isinstance(slots, Span):
         stop = emit(operator.add, slots.start, slots.count) if slots.stop is None else slots.stop
         device = value_of(binding.key).device
@@ -28,6 +30,18 @@ def named_slots(binding: CacheBinding, emit: Emitter) -> torch.fx.Node | None:
     return emit(aten.reshape.default, slots, [-1])
 
 
+def _of_rows(slots: RowSlots, emit: Emitter) -> torch.fx.Node:
+    """Emit slots of each row, int [B, T]."""
+    kept = [slots.row_dim, *([] if slots.token_dim is None else [slots.token_dim])]
+    node = slots.node
+    for dim in reversed(range(len(shape_of(node)))):
+        if dim not in kept:
+            node = emit(aten.squeeze.dim, node, dim)
+    if len(kept) == 1:
+        return emit(aten.unsqueeze.default, node, -1)
+    return emit(aten.transpose.int, node, 0, 1) if kept[0] > kept[1] else node
+
+
 def wrapping_operator(binding: CacheBinding) -> str | None:
     """Return the operator that may bring the slots written back to the first ones.
 
@@ -35,7 +49,11 @@ def wrapping_operator(binding: CacheBinding) -> str | None:
     `pos`. None: the graph shows no such operator, or does not compute the slots.
     """
     slots = binding.slots
-    named = (slots.start, slots.stop) if isinstance(slots, Span) else (slots,)
+    named: tuple[object, ...] = (slots,)
+    if isinstance(slots, Span):
+        named = slots.start, slots.stop
+    elif isinstance(slots, RowSlots):
+        named = (slots.node,)
     waiting = [each for each in named if isinstance(each, torch.fx.Node)]
     met = set(waiting)
     while waiting:

@@ -46,7 +46,9 @@ class _Parts:
 
 
 def size_expression(size: Any) -> sympy.Expr:
-    """Return a size of a tensor, int or SymInt, as a sympy expression."""
+    """Return a size of a tensor, int, SymInt or an expression already, as a sympy expression."""
+    if isinstance(size, sympy.Expr):
+        return size
     if isinstance(size, torch.SymInt):
         return torch_private.symbolic_expression(size)
     return sympy.Integer(size)
@@ -78,6 +80,34 @@ class Axes:
         """Return a size as an expression; equal sizes are written in the same symbols."""
         expression = size_expression(size)
         return expression.xreplace(self._equal_sizes) if self._equal_sizes else expression
+
+    def agree_with(self, other: Axes) -> None:
+        """Take over which sizes are equal in every run."""
+        self._equal_sizes = dict(other._equal_sizes)
+
+    def rejoined(self, expression: Any) -> Any:
+        """Return an expression with the axes that were split in the place of their parts.
+
+        A part that is left alone becomes a quotient or a remainder.
+        """
+        for whole, parts in reversed(self._parts.items()):
+            expression = self._rejoined(expression, whole, parts)
+        return expression
+
+    def _rejoined(self, expression: Any, whole: Axis, parts: _Parts) -> Any:
+        if not expression.has(parts.outer, parts.inner):
+            return expression
+        if isinstance(expression, sympy.Expr) and expression.is_polynomial(parts.outer):
+            joined = sympy.expand(
+                expression.subs(parts.outer, (whole - parts.inner) / parts.inner_size)
+            )
+            if not joined.has(parts.inner) and not joined.has(sympy.Rational):
+                return joined
+        if isinstance(expression, Axis):
+            size = parts.inner_size
+            outer = expression == parts.outer
+            return sympy.floor(whole / size) if outer else sympy.Mod(whole, size)
+        return expression.func(*(self._rejoined(each, whole, parts) for each in expression.args))
 
     def index(self, name: str, size: Any) -> Index:
         """Return the index that runs over a whole dimension `name`: an axis, its parts, or 0."""

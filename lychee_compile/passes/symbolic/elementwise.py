@@ -54,10 +54,10 @@ def choose(function: Callable[..., Element], *operands: Element) -> Element:
     ]
     if math.prod(len(each) for each in options) > LONGEST_CHOICE:
         raise TooLarge
-    branches_of_result = []
+    branches_of_result: list[tuple[Element, Boolean]] = []
     for combination in itertools.product(*options):
         condition = sympy.And(*(pair[1] for pair in combination))
-        if condition != sympy.false:
+        if condition != sympy.false and all(condition != each[1] for each in branches_of_result):
             branches_of_result.append((function(*(pair[0] for pair in combination)), condition))
     return piecewise(branches_of_result)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.fx
 
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.detect.caching.loads import Load
 from lychee_compile.passes.detect.caching.token_writes import (
+    RowSlots,
     Slots,
     Span,
     Tokens,
@@ -23,7 +24,8 @@ from lychee_compile.passes.detect.caching.token_writes import (
 from lychee_compile.passes.detect.caching.unbound import KeysWithoutCache
 from lychee_compile.passes.detect.caching.unfolded import behind_views, dimension_in
 from lychee_compile.passes.detect.caching.write_positions import NotBoundError, PositionReader
-from lychee_compile.passes.graph.aliasing import storage_of, written_by
+from lychee_compile.passes.detect.operands import Layout
+from lychee_compile.passes.graph.aliasing import is_given, storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
     argument,
     aten,
@@ -35,9 +37,20 @@ from lychee_compile.passes.graph.dataflow import (
     same,
     scalar_of,
     shape_of,
+    through_bits,
     through_copies,
 )
 from lychee_compile.passes.reasons import Reason
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A tensor beside the cache that keys are computed from, as a graph takes and gives it."""
+
+    source: torch.fx.Node | None
+    """The input, or the part of one, that holds it before the call; None if it begins here."""
+    output: int | None = None
+    """Position of the output that holds it after the call; None if that is the input."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,8 @@ class CacheBinding:
     kind: str
     """"static": of fixed size; "dynamic": grown by concatenation, an output."""
     source: torch.fx.Node | None
-    """The input that holds the cache before the call; None if a dynamic cache begins."""
+    """The input, or the part of one, that holds the cache before the call; None if a dynamic cache
+    begins."""
     output: int | None
     """Position among the outputs of the graph of the cache after the call; None if it is written in
     place."""
@@ -64,6 +78,12 @@ class CacheBinding:
     than `key`; None otherwise."""
     in_front: int = field(default=0, compare=False)
     """Number of keys that the attention reads in front of those of the cache."""
+    load: Load | None = None
+    """The keys as an expression of the cache and other tensors; None if `key` shows them."""
+    watched: tuple[Watched, ...] = ()
+    """The other tensors that the keys depend on."""
+    values: Load | None = field(default=None, compare=False)
+    """The values of the attention as such an expression; None if they are a tensor as it is."""
 
     @property
     def reads_only(self) -> bool:
@@ -109,7 +129,8 @@ def bind_cache(
         if len(places) != 1 or key.layout[places[0]] != attention.roles.key:
             continue
         try:
-            return _Binder(key.node, attention, graph, writes, places[0]).bind()
+            batch = _batch_dim(key.layout, attention)
+            return _Binder(key.node, attention, graph, writes, (places[0], batch)).bind()
         except NotBoundError as error:
             met.append(Unbound(error.kind, error.reason))
     nearer = [each for each in met if each.reason.code != reasons.NO_CACHE.code]
@@ -119,6 +140,43 @@ def bind_cache(
     return Unbound("none", explain.reason(attention.key.node, attention.kv_len))
 
 
+def bind_tensor(
+    tensor: torch.fx.Node,
+    dims: tuple[int, int | None],
+    attention: Attention,
+    graph: torch.fx.Graph,
+    writes: Writes,
+) -> CacheBinding | Unbound:
+    """Return the cache that `tensor` shows, which the keys of `attention` are computed from.
+
+    `dims` are its dimensions that run over tokens and over rows; None if no dimension runs over
+    rows alone.
+    """
+    try:
+        return _Binder(tensor, attention, graph, writes, dims).bind()
+    except NotBoundError as error:
+        return Unbound(error.kind, error.reason)
+
+
+def is_held(node: torch.fx.Node, writes: Writes, graph: torch.fx.Graph) -> bool:
+    """True if `node` is a cache that the graph writes, after the write, or one that it grows."""
+    node = through_bits(node)
+    if is_given(node):
+        return node in writes
+    if operator_of(node).write is not None or calls(node, aten.copy_.default):
+        return True
+    return is_operator(node, "cat") and any(
+        isinstance(each, torch.fx.Node) and through_copies(each) is node
+        for each in outputs_of(graph)
+    )
+
+
+def _batch_dim(layout: Layout, attention: Attention) -> int | None:
+    """Return the dimension that runs over the rows of a batch alone; None if there is none."""
+    batch = attention.roles.batch
+    return layout.index(batch) if batch and batch in layout else None
+
+
 class _Binder:
     def __init__(
         self,
@@ -126,21 +184,28 @@ class _Binder:
         attention: Attention,
         graph: torch.fx.Graph,
         writes: Writes,
-        token_dim: int,
+        dims: tuple[int, int | None],
     ) -> None:
-        self._key, self._attention, self._graph, self._dim = key, attention, graph, token_dim
+        """Bind `key`, whose dimensions `dims` run over tokens and over rows."""
+        self._key, self._attention, self._graph = key, attention, graph
+        self._dim, self._batch = dims
         self._writes, self._explain = writes, KeysWithoutCache(graph, writes)
-        self._write_at = partial(
-            token_write, token_dim=token_dim, reader=PositionReader(graph, frozenset(writes))
-        )
+        self._reader = PositionReader(graph, frozenset(writes))
+
+    def _write_at(self, node: torch.fx.Node) -> TokenWrite | None:
+        """Return the tokens that `node` writes; None if it writes none. Raises `NotBoundError`."""
+        found = token_write(node, self._dim, self._reader)
+        if found is not None and found.rows not in (None, self._batch):
+            raise NotBoundError(reasons.CACHE_ROWS_APART())
+        return found
 
     def bind(self) -> CacheBinding:
         holder = self._behind_prefixes(self._key)
         if is_operator(holder, "cat"):
             return self._grown(holder)
-        if holder.op == "placeholder":
+        if is_given(holder):
             return self._read(holder)
-        if calls(holder, aten.copy_.default) and first_input(holder).op == "placeholder":
+        if calls(holder, aten.copy_.default) and is_given(first_input(holder)):
             return self._read(first_input(holder))
         write = self._write_at(holder)
         if write is not None:
@@ -165,22 +230,22 @@ class _Binder:
 
     def _behind_prefixes(self, node: torch.fx.Node) -> torch.fx.Node:
         """Return the node behind slices that take the first entries of a dimension."""
-        node = through_copies(node)
+        node = through_bits(node)
         while (source := prefix_of(node)) is not None and self._holds_cache(source):
-            node = through_copies(source)
+            node = through_bits(source)
         return node
 
     def _holds_cache(self, node: torch.fx.Node) -> bool:
-        node = through_copies(node)
+        node = through_bits(node)
         if prefix_of(node) is not None:
             return self._holds_cache(first_input(node))
-        if node.op == "placeholder" or operator_of(node).write is not None:
+        if is_given(node) or operator_of(node).write is not None:
             return True
         return calls(node, aten.copy_.default) or self._write_at(node) is not None
 
     def _written(self, node: torch.fx.Node, write: TokenWrite) -> CacheBinding:
         """Return the binding of a cache to which `node` writes tokens, in place or not."""
-        cache = write.cache
+        cache = through_bits(write.cache)
         if self._explain.rolls(cache):
             raise NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         in_place, output = bool(written_by(node)), None
@@ -190,9 +255,9 @@ class _Binder:
             if output is None:
                 raise NotBoundError(reasons.CACHE_NOT_RETURNED())
         known = [node] if in_place else writes[:1] if output is None else []
-        if cache.op != "placeholder" and (part := self._explain.part_of(cache)):
+        if not is_given(cache) and (part := self._explain.part_of(cache)):
             raise NotBoundError(part)
-        if cache.op != "placeholder" or writes != known:
+        if not is_given(cache) or writes != known:
             raise NotBoundError(reasons.CACHE_NOT_INPUT())
         return self._static(cache, write.slots, write.tokens, output, node)
 
@@ -215,8 +280,8 @@ class _Binder:
         write: torch.fx.Node,
     ) -> CacheBinding:
         """Return the binding of a cache of fixed size, if `slots` still name what was written."""
-        named = slots if isinstance(slots, torch.fx.Node) else None
-        later = [] if named is None else self._writes.get(storage_of(named), [])
+        named = slots.node if isinstance(slots, RowSlots) else slots
+        later = [] if isinstance(named, Span) else self._writes.get(storage_of(named), [])
         if any(write < each and each < self._attention.node for each in later):
             raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
         return CacheBinding(self._key, self._dim, "static", cache, output, slots, tokens)
@@ -227,6 +292,9 @@ class _Binder:
         if not writes:
             return CacheBinding(self._key, self._dim, "static", cache, None)
         (write, *more) = writes
+        tokens = None if more or self._attention.node < write else self._through_view(write, cache)
+        if tokens is not None:
+            return self._static(cache, tokens.slots, tokens.tokens, None, write)
         if more or not calls(write, aten.copy_.default):
             raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
         if self._attention.node < write:
@@ -238,6 +306,15 @@ class _Binder:
         if found is None:
             raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
         return self._static(cache, *found, None, write)
+
+    def _through_view(self, write: torch.fx.Node, cache: torch.fx.Node) -> TokenWrite | None:
+        """Return the tokens that `write` writes to the bits of all of `cache`; None if it does not.
+
+        cache.view(uint8).index_copy_(2, positions, new.view(uint8))
+        """
+        if operator_of(write).write is None or through_bits(first_input(write)) is not cache:
+            return None
+        return self._write_at(write)
 
     def _replaced(
         self, cache: torch.fx.Node, fresh: torch.fx.Node, copy: torch.fx.Node
@@ -312,7 +389,7 @@ class _Binder:
         """
         cache = prefix_of(parts[0], self._dim) if len(parts) == 2 else None
         writes = [] if cache is None else self._writes.get(cache, [])
-        if cache is not None and cache.op == "placeholder" and len(writes) == 1:
+        if cache is not None and is_given(cache) and len(writes) == 1:
             found = self._begins_at(writes[0], cache, parts)
             if found is not None:
                 return self._static(cache, found, (parts[1], self._dim), None, key)

@@ -51,8 +51,20 @@ class Span:
     count: Slot | None = None
 
 
-Slots = torch.fx.Node | Span
-"""Slots of a cache: a tensor of integers, or slots side by side."""
+@dataclass(frozen=True)
+class RowSlots:
+    """Slots of each row."""
+
+    node: torch.fx.Node
+    """Tensor of integers that holds them."""
+    row_dim: int
+    """Dimension that runs over rows."""
+    token_dim: int | None
+    """Dimension that runs over tokens; None if there is one only."""
+
+
+Slots = torch.fx.Node | Span | RowSlots
+"""Slots of a cache: a tensor of integers, slots side by side, or slots of each row."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +75,14 @@ class TokenWrite:
     """The cache before the write, through copies."""
     slots: Slots
     tokens: Tokens
+    rows: int | None = None
+    """Dimension of the cache whose entries have slots of their own; None if all share them."""
 
 
 def token_write(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> TokenWrite | None:
     """Return the write that `node` makes along `token_dim`; None if it writes no tokens.
 
-    Raises `NotBoundError` if it writes to a tensor, but not at slots that all rows share.
+    Raises `NotBoundError` if it writes to a tensor, but not at slots that all heads share.
     """
     kind = operator_of(node).write
     if kind is not None:
@@ -76,8 +90,7 @@ def token_write(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> 
     blend = reader.blend(node, token_dim)
     if blend is None:
         return None
-    cache, position = blend
-    return TokenWrite(cache, _single(position), 1)
+    return written_at(*blend)
 
 
 def view_write(
@@ -175,8 +188,8 @@ def _index_put(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> T
     cache, accumulate = first_input(node), argument(node, "accumulate", False)
     if accumulate:
         raise NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
-    found = reader.shared_by_rows(argument(node, "indices"), shape_of(cache), token_dim)
-    return TokenWrite(through_copies(cache), _single(found.node), _count(found))
+    found = reader.at_all_rows(argument(node, "indices"), shape_of(cache), token_dim)
+    return written_at(cache, found)
 
 
 def _scatter(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> TokenWrite:
@@ -185,7 +198,16 @@ def _scatter(node: torch.fx.Node, token_dim: int, reader: PositionReader) -> Tok
     if not along or not is_tensor(source) or argument(node, "reduce") is not None:
         raise NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
     found = reader.same_everywhere(index, shape_of(cache), token_dim)
-    return TokenWrite(through_copies(cache), _single(found.node), _count(found))
+    return written_at(cache, found)
+
+
+def written_at(cache: torch.fx.Node, found: Positions) -> TokenWrite:
+    """Return the write to `cache` at the positions that were found."""
+    slots = _single(found.node)
+    if found.row_dim is not None:
+        assert isinstance(found.node, torch.fx.Node)
+        slots = RowSlots(found.node, found.row_dim, found.dim)
+    return TokenWrite(through_copies(cache), slots, _count(found), found.rows)
 
 
 def _count(found: Positions) -> Tokens:

@@ -1,4 +1,4 @@
-"""Find the position that a write puts tokens at, if all rows and heads share it.
+"""Find the position that a write puts tokens at: one that all heads share, and perhaps all rows.
 
 cache[arange(rows)[:, None], positions]               positions
 scatter(cache, 2, positions.view(-1, 1).expand(...))  positions
@@ -8,9 +8,9 @@ cache * (1 - hot) + new * hot                         position, if hot is arange
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, permutations
 from typing import Any
 
 import sympy
@@ -57,6 +57,10 @@ class Positions:
     """A tensor of integers that holds them; a number or a symbolic size if there is one only."""
     dim: int | None
     """Dimension of `node` that runs over tokens; None if there is one only."""
+    rows: int | None = None
+    """Dimension of the cache whose entries have positions of their own; None if all share them."""
+    row_dim: int | None = None
+    """Dimension of `node` that runs over these entries."""
 
 
 class PositionReader:
@@ -65,12 +69,12 @@ class PositionReader:
     def __init__(self, graph: torch.fx.Graph, written: frozenset[torch.fx.Node]) -> None:
         self._graph, self._written = graph, written
 
-    def shared_by_rows(
+    def at_all_rows(
         self, indices: Sequence[torch.fx.Node | None], shape: Shape, token_dim: int
     ) -> Positions:
         """Return the positions at which `x[indices] = ...` writes to all rows of a tensor.
 
-        Raises `NotBoundError` if it writes to some rows only, or at positions of their own.
+        Raises `NotBoundError` if it writes to some rows only.
         """
         index = indices[token_dim] if token_dim < len(indices) else None
         given = [each for each in indices if each is not None]
@@ -78,24 +82,22 @@ class PositionReader:
             raise NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
         if given == [index] and len(shape_of(index)) < 2:
             return Positions(index, 0 if shape_of(index) else None)
-        wide = _broadcast_shape([shape_of(each) for each in given])
+        wide = broadcast_shape([shape_of(each) for each in given])
 
         def match(axes: Axes) -> Positions:
-            elements, ours = self._elements(axes), _whole(axes, wide)
-            taken = set()
+            elements, ours = self._elements(axes), axes_over(axes, wide)
+            taken: dict[sympy.Basic, int] = {}
             for dim, each in enumerate(indices):
                 if each is not None and dim != token_dim:
                     place = elements.of(each, broadcast(ours, shape_of(each), wide))
-                    taken |= _covered(place, shape[dim], ours, wide)
+                    taken.update(dict.fromkeys(_covered(place, shape[dim], ours, wide), dim))
             position = elements.of(index, broadcast(ours, shape_of(index), wide))
-            if _axes(position) & taken:
-                raise NotBoundError(reasons.CACHE_ROWS_APART())
-            return self._holder(elements, position, index)
+            return self.holder(elements, position, index, taken)
 
         return self._found(match)
 
     def same_everywhere(self, index: torch.fx.Node, shape: Shape, token_dim: int) -> Positions:
-        """Return the positions in `index`, if it repeats them over all other dimensions.
+        """Return the positions in `index`, if it repeats them over all dimensions but one.
 
         Raises `NotBoundError` if it does not.
         """
@@ -105,19 +107,16 @@ class PositionReader:
             raise NotBoundError(reasons.CACHE_NOT_BY_TOKEN())
 
         def match(axes: Axes) -> Positions:
-            elements, ours = self._elements(axes), _whole(axes, sizes)
+            elements, ours = self._elements(axes), axes_over(axes, sizes)
             position = elements.of(index, ours)
-            if _axes(position) - _axes(ours[token_dim]):
-                raise NotBoundError(reasons.CACHE_ROWS_APART())
-            return self._holder(elements, position, index)
+            return self.holder(elements, position, index, _others(ours, token_dim))
 
         return self._found(match)
 
-    def blend(self, node: torch.fx.Node, token_dim: int) -> tuple[torch.fx.Node, Any] | None:
+    def blend(self, node: torch.fx.Node, token_dim: int) -> tuple[torch.fx.Node, Positions] | None:
         """Return an input and a position if `node` is the input but for the slot there.
 
-        The position is a number, a symbolic size or a tensor of one element. None if `node` is
-        anything else. Raises `NotBoundError` if rows have positions of their own.
+        The position is a number, a symbolic size or a tensor. None if `node` is anything else.
         """
         if node.op != "call_function" or token_dim >= len(shape_of(node)):
             return None
@@ -133,8 +132,8 @@ class PositionReader:
 
     def _blend(
         self, axes: Axes, node: torch.fx.Node, caches: list[torch.fx.Node], token_dim: int
-    ) -> tuple[torch.fx.Node, Any] | None:
-        elements, ours = self._elements(axes), _whole(axes, shape_of(node))
+    ) -> tuple[torch.fx.Node, Positions] | None:
+        elements, ours = self._elements(axes), axes_over(axes, shape_of(node))
         choice = _two_ways(elements.of(node, ours)) if caches else None
         if choice is None:
             return None
@@ -144,38 +143,78 @@ class PositionReader:
         position = _solved(equal, token) if isinstance(token, Axis) else None
         if cache is None or position is None:
             return None
-        if _axes(position):
-            raise NotBoundError(reasons.CACHE_ROWS_APART())
-        return cache, self._holder(elements, position, node).node
+        return cache, self.holder(elements, position, node, _others(ours, token_dim))
 
     def _elements(self, axes: Axes) -> Elements:
         module = self._graph.owning_module
         assert module is not None
-        return Elements(axes, Names(module), self._written)
+        return self.elements(axes, Names(module))
 
-    def _holder(self, elements: Elements, position: sympy.Basic, index: torch.fx.Node) -> Positions:
-        """Return the tensor behind `index`, or the number, whose elements are `position`."""
+    def elements(self, axes: Axes, names: Names) -> Elements:
+        """Return the elements of the tensors of the graph that are not written to, by name."""
+        return Elements(axes, names, self._written)
+
+    def holder(
+        self,
+        elements: Elements,
+        position: sympy.Basic,
+        index: torch.fx.Node,
+        rows: Mapping[sympy.Basic, int],
+    ) -> Positions:
+        """Return the tensor behind `index`, or the number, whose elements are `position`.
+
+        `rows` are the axes over which the write covers a whole dimension of the cache. Raises
+        `NotBoundError` if positions differ along more than one of them, or no tensor is found.
+        """
         if position.is_Integer:
             return Positions(int(position), None)
         free = _axes(position)
+        apart = sorted(free & set(rows), key=str)
+        if len(apart) > 1:
+            raise NotBoundError(reasons.CACHE_ROWS_APART())
+        order = [*apart, *sorted(free - set(apart), key=str)]
         for node in islice(ancestors(index), NEAREST):
             if storage_of(node) in self._written:
                 continue
             if not free and not is_tensor(node) and scalar_of(node) == position:
                 return Positions(node, None)
-            if not is_tensor(node) or value_of(node).dtype not in (torch.int32, torch.int64):
+            dims = self._dims_of(elements, node, position, order)
+            if dims is None:
                 continue
-            long = [dim for dim, size in enumerate(shape_of(node)) if not same(size, 1)]
-            if len(long) != len(free) or len(free) > 1:
-                continue
-            at: Indices = tuple(
-                next(iter(free)) if dim in long else ZERO for dim in range(len(shape_of(node)))
+            token = next(
+                (d for d, axis in zip(dims, order, strict=True) if axis not in apart), None
             )
-            sizes = [elements.axes.size(shape_of(node)[dim]) for dim in long]
-            whole = sizes == [elements.axes.sizes[axis] for axis in free]
-            if whole and elements.of(node, at) == position:
-                return Positions(node, long[0] if long else None)
+            if not apart:
+                return Positions(node, token)
+            return Positions(node, token, rows[apart[0]], dims[0])
         raise NotBoundError(reasons.CACHE_WRITE_UNKNOWN())
+
+    def _dims_of(
+        self,
+        elements: Elements,
+        node: torch.fx.Node,
+        position: sympy.Basic,
+        order: Sequence[sympy.Basic],
+    ) -> tuple[int, ...] | None:
+        """Return the dimensions of a tensor of integers that run over the axes `order`.
+
+        None if its elements are not `position`.
+        """
+        if not is_tensor(node) or value_of(node).dtype not in (torch.int32, torch.int64):
+            return None
+        sizes = shape_of(node)
+        long = [dim for dim, size in enumerate(sizes) if not same(size, 1)]
+        if len(long) != len(order) or len(order) > 2:
+            return None
+        for dims in permutations(long):
+            extents = [elements.axes.size(sizes[dim]) for dim in dims]
+            at = [ZERO] * len(sizes)
+            for dim, axis in zip(dims, order, strict=True):
+                at[dim] = axis
+            whole = extents == [elements.axes.sizes[axis] for axis in order]
+            if whole and elements.of(node, tuple(at)) == position:
+                return dims
+        return None
 
     def _found(self, match: Any) -> Positions:
         found = with_finer_axes(match)
@@ -184,8 +223,16 @@ class PositionReader:
         return found
 
 
-def _whole(axes: Axes, shape: Shape) -> Indices:
+def axes_over(axes: Axes, shape: Shape) -> Indices:
+    """Return an index over each dimension of a shape."""
     return tuple(axes.index(f"w{dim}", size) for dim, size in enumerate(shape))
+
+
+def _others(ours: Indices, token_dim: int) -> dict[sympy.Basic, int]:
+    """Return the axes of all dimensions but that of tokens, with their dimensions."""
+    return {
+        axis: dim for dim, index in enumerate(ours) if dim != token_dim for axis in _axes(index)
+    }
 
 
 def _axes(expression: sympy.Basic) -> set[sympy.Basic]:
@@ -196,7 +243,7 @@ def _alike(left: Shape, right: Shape) -> bool:
     return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
 
 
-def _broadcast_shape(shapes: list[Shape]) -> Shape:
+def broadcast_shape(shapes: list[Shape]) -> Shape:
     """Return the shape that all of `shapes` broadcast to."""
     rank = max(map(len, shapes))
     wide: list[Any] = [1] * rank

@@ -1,0 +1,118 @@
+"""Write the expression of keys or values as `kernels.reference.loads` evaluates it.
+
+scale[b, h, kv, 0] * cache[b, h, kv, d]  ->  "at(0, b, h, kv, 0)*at(1, b, h, kv, d)"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+from sympy.core.relational import Relational
+
+from lychee_compile.passes.detect.caching.loads import INDEX, Load
+
+
+def load_text(load: Load) -> str | None:
+    """Return the expression of `load`, its leaves numbered in order; None if it has no text."""
+    try:
+        return _Writer(load, "at").text(load.element)
+    except _NoTextError:
+        return None
+
+
+def page_text(load: Load) -> str:
+    """Return the expression of the page that a token lies in; "" if tokens do not lie in pages."""
+    return "" if load.pages is None else _Writer(load, "entry").text(load.pages.page)
+
+
+class _NoTextError(Exception):
+    """An operation that has no text, or a size that only a call tells."""
+
+
+class _Writer:
+    """Writes numbers, elements of leaves and choices; raises `_NoTextError` for all else."""
+
+    def __init__(self, load: Load, reader: str) -> None:
+        """Read leaves by the function `reader`; those that are indices are read by "entry"."""
+        self._numbers = {name: place for place, (name, _) in enumerate(load.leaves)}
+        self._reader = reader
+
+    def text(self, value: Any) -> str:
+        """Return the text of an expression."""
+        if value.is_Number and value.is_finite:
+            return f"({value})" if value.is_negative else str(value)
+        for kind, write in _KINDS.items():
+            if isinstance(value, kind):
+                return write(self, value)
+        raise _NoTextError
+
+    def symbol(self, value: sympy.Symbol) -> str:
+        """Return an index, or a leaf of one number."""
+        if value in INDEX:
+            return str(value)
+        return f"{self._reader}({self._number(value.name)})"
+
+    def indexed(self, value: sympy.Indexed) -> str:
+        """Return an element of a leaf."""
+        reader, self._reader = self._reader, "entry"
+        places = [self.text(each) for each in value.indices]
+        self._reader = reader
+        return f"{reader}({', '.join([self._number(str(value.base)), *places])})"
+
+    def _number(self, name: str) -> str:
+        if name not in self._numbers:
+            raise _NoTextError
+        return str(self._numbers[name])
+
+    def choice(self, value: sympy.Piecewise) -> str:
+        """Return the first value whose condition holds."""
+        *choices, (text, holds) = value.args
+        if holds != sympy.true:
+            raise _NoTextError
+        text = self.text(text)
+        for each, condition in reversed(choices):
+            text = f"where({self.text(condition)}, {self.text(each)}, {text})"
+        return text
+
+    def relation(self, value: Relational) -> str:
+        """Return a comparison."""
+        return f"({self.text(value.lhs)} {value.rel_op} {self.text(value.rhs)})"
+
+    def product(self, value: sympy.Expr) -> str:
+        """Return a product, a quotient or a power."""
+        above, below = sympy.fraction(value)
+        if below != 1:
+            return f"({self.text(above)})/({self.text(below)})"
+        if isinstance(value, sympy.Pow):
+            if not value.exp.is_Integer:
+                raise _NoTextError
+            return f"({self.text(value.base)})**{value.exp}"
+        return self.joined("*")(value)
+
+    def joined(self, sign: str) -> Callable[[Any], str]:
+        """Return a function that writes all arguments with a sign between them."""
+        return lambda value: "(" + sign.join(map(self.text, value.args)) + ")"
+
+    def floor(self, value: sympy.floor) -> str:
+        """Return a quotient of integers."""
+        above, below = sympy.fraction(sympy.together(value.args[0]))
+        return f"(({self.text(above)})//({self.text(below)}))"
+
+
+_KINDS: dict[type, Callable[[_Writer, Any], str]] = {
+    sympy.Symbol: _Writer.symbol,
+    sympy.Indexed: _Writer.indexed,
+    sympy.Add: lambda writer, value: writer.joined(" + ")(value),
+    sympy.Mul: _Writer.product,
+    sympy.Pow: _Writer.product,
+    sympy.Piecewise: _Writer.choice,
+    Relational: _Writer.relation,
+    sympy.And: lambda writer, value: writer.joined(" & ")(value),
+    sympy.Or: lambda writer, value: writer.joined(" | ")(value),
+    sympy.Not: lambda writer, value: f"~{writer.text(value.args[0])}",
+    sympy.floor: _Writer.floor,
+    sympy.Mod: lambda writer, value: writer.joined("%")(value),
+}
+"""Function that writes each kind of expression."""
