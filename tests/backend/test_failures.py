@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.utils import counters
 
@@ -122,6 +122,54 @@ def test_a_graph_that_is_compiled_anew_counts_once(
         decision
     ]
     assert counters["lychee"]["found"] == counters["lychee"][decision] == 1
+
+
+class OfFloats(nn.Module):
+    """Attention of a module that keeps two floats, one of which becomes a constant at a restart."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.scale, self.eps = kind, 0.3, 1e-5
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query = F.layer_norm(query, (16,), eps=self.eps)
+        query, key, value = (
+            each.unflatten(-1, (2, 8)).transpose(1, 2) for each in (query, key, value)
+        )
+        scores = query @ key.mT * self.scale
+        if self.kind == "kept":
+            scores = (scores / self.scale).tanh() * self.scale
+        weights = scores.sigmoid() if self.kind == "none" else scores.softmax(-1)
+        return weights @ value
+
+
+@pytest.mark.parametrize(
+    ("kind", "strict"), [("sparse", True), ("kept", False), ("kept", True), ("none", False)]
+)
+def test_a_restart_that_a_float_causes_counts_once(
+    kind: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_graph, attempts = torch_private.inductor, []
+
+    def counted(*given: Any) -> Any:
+        attempts.append(given)
+        return compile_graph(*given)
+
+    monkeypatch.setattr(torch_private, "inductor", counted)
+    options, model = {**SPARSE, "strict": strict}, OfFloats(kind)
+    inputs = torch.randn(1, 1, 16), *torch.randn(2, 1, SIZE, 16)
+    compiled = torch.compile(model, backend="lychee", dynamic=True, options=options)
+    if kind == "kept" and strict:
+        with pytest.raises(BackendCompilerFailed, match="scores"):
+            compiled(*inputs)
+        assert attempts == []
+    else:
+        compiled(*inputs)
+        assert len(attempts) == 2, "a restart"
+    (report,) = lychee_compile.reports()
+    found = [] if kind == "none" else [kind]
+    assert [site.decision for site in report.sites] == found
+    assert counters["lychee"]["found"] == counters["lychee"][kind] == len(found)
 
 
 def test_a_graph_without_a_report_is_compiled(

@@ -453,15 +453,6 @@ def test_weights_that_average_weights_are_one_attention() -> None:
     assert len(report.sites) == 1
 
 
-def test_a_single_key() -> None:
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query @ key.mT).softmax(-1) @ value
-
-    report = explained(attend, *operands(keys=1))
-    assert report.sites == []
-    assert [each.reason for each in report.rejected] == [reasons.ONE_KEY()]
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_dropout_in_place(training: bool) -> None:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -471,28 +462,3 @@ def test_dropout_in_place(training: bool) -> None:
     (site,) = lychee_compile.explain(attend, *operands()).sites
     dropped = site.reason == reasons.DROPOUT(probability=0.25)
     assert (site.decision, dropped) == (("kept", True) if training else ("exact", False))
-
-
-class Named(nn.Module):
-    """Scores with terms of tensors that steps have moved, picked from and cast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias_table = nn.Parameter(torch.randn(QUERIES + KEYS, HEADS))
-        self.positions = nn.Parameter(torch.randn(HEADS, QUERIES, KEYS))
-        distance = torch.arange(QUERIES)[:, None] - torch.arange(KEYS) + KEYS
-        self.register_buffer("distance", distance)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scores = query @ key.mT + self.positions.double().cpu().float()
-        scores = scores + self.bias_table[self.distance].permute(2, 0, 1)
-        return scores.softmax(-1) @ value
-
-
-@torch.no_grad()
-def test_terms_of_a_score_have_the_names_of_their_tensors() -> None:
-    (site,) = lychee_compile.explain(Named(), *operands()).sites
-    assert "positions[h, q, kv]" in site.score
-    assert "bias_table[" in site.score
-    assert "cpu" not in site.score
-    assert "index[" not in site.score

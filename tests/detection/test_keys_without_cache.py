@@ -348,9 +348,10 @@ def test_keys_of_an_encoder_are_no_cache(kind: str) -> None:
     assert (found.cache, found.reason.code) == ("none", "no-cache")
 
 
-def test_few_keys_without_a_cache_are_not_within_a_budget() -> None:
+@pytest.mark.parametrize("kind", ["plain", "memory", "class token", "without the first"])
+def test_few_keys_without_a_cache_are_not_within_a_budget(kind: str) -> None:
     """The reason stays one of design: a strict compilation does not fail for it."""
-    found = site(Encoder("memory"), torch.randn(B, 60, 32), budget=500)
+    found = site(Encoder(kind), torch.randn(B, 60, 32), budget=500)
     assert (found.reason.code, found.by_design) == ("no-cache", True)
 
 

@@ -74,3 +74,30 @@ def test_the_keys_of_an_encoder_have_no_free_slots(model: Any) -> None:
 def test_one_cache_for_both_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match=r"EncoderDecoderCache\(LycheeCache\(model.config\)"):
         generated(model, text(40), LycheeCache(model.config))
+
+
+def tiny(name: str) -> Any:
+    """Return an encoder-decoder model of another family than Bart."""
+    torch.manual_seed(0)
+    shared: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "decoder_start_token_id": 1}
+    if name == "T5":
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    else:
+        layers = {f"{part}_layers": 2 for part in ("encoder", "decoder")}
+        heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+        widths = {f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")}
+        sizes = {"d_model": 32, "max_position_embeddings": 128, **layers, **heads, **widths}
+    config = getattr(transformers, f"{name}Config")(**shared, **sizes)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["T5", "MBart", "Pegasus"])
+def test_other_models_take_a_pair_and_refuse_one_cache(name: str) -> None:
+    model = tiny(name)
+    given = {"input_ids": text(40), "decoder_input_ids": text(7)}
+    expected = model(**given).logits
+    for cross in (transformers.DynamicCache(), LycheeCache(model.config)):
+        got = model(**given, **{CACHE: pair(model, cross)}).logits
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="for encoder-decoder models pass EncoderDecoderCache"):
+        model(**given, **{CACHE: LycheeCache(model.config)})

@@ -137,7 +137,7 @@ class Family(Enum):
     DROPOUT = auto()
     EXPONENTIAL = auto()
     PADDING = auto()
-    """Sets zeros around the elements of its input."""
+    """Sets other elements around those of its input."""
     JOINING = auto()
     """Puts tensors together into one, each as a part of it."""
     NORMALISATION = auto()

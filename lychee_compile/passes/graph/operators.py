@@ -190,7 +190,7 @@ def _selections() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("index_select", rule=Rule.INDEX_SELECT, family=Family.GATHER)
     yield from _row("embedding", rule=Rule.EMBEDDING, family=Family.GATHER)
     yield from _row("gather take_along_dim", family=Family.GATHER)
-    yield from _row("constant_pad_nd", family=Family.PADDING)
+    yield from _row("constant_pad_nd pad", family=Family.PADDING)
 
 
 def _products() -> Iterator[tuple[str, AtenOperator]]:
