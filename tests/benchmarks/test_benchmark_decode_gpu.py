@@ -441,6 +441,7 @@ def test_lengths_have_names():
 # The command
 
 
+@pytest.mark.thorough
 def test_the_command_on_a_cpu(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
 

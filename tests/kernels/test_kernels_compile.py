@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 SHARED_MEMORY = 99 * 1024
 """Bytes that a block may use on the GPUs with least of it (compute capability 8.6)."""
-OFTEN = ("sparse_mask_extra_logit",)
+OFTEN = ("sparse_slopes_odd_sizes",)
 
 
 @pytest.mark.parametrize(

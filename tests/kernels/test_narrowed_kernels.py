@@ -86,6 +86,7 @@ def test_kernels_choose_as_the_plain_form_does_for_long(name):
     follow(NarrowedSteps(case, length), [*HISTORIES[0], *HISTORIES[1], *HISTORIES[0]])
 
 
+@pytest.mark.thorough
 def test_chunks_are_followed_while_the_context_is_scanned_flat():
     case = NarrowedCase("lychee", Sizes(2, 2, 1, 1, 150, 16, 16), mask="rows", chunk=(3, 7))
     steps = NarrowedSteps(case, 90)

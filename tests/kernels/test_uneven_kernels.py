@@ -138,6 +138,7 @@ def test_many_programs_rank_and_list_as_one_does(policy, monkeypatch):
     follow(Steps(case, 440), ["step", "rewind far", "refit", "step"])
 
 
+@pytest.mark.thorough
 def test_groups_are_looked_into_without_a_fit_for_a_long_time():
     """All chunks since the last fit are open: far more than lists and scans are made for."""
     case = Case("lycheecluster", Sizes(1, 1, 2, 4, 400, 16, 16), budget=40, chunk=(3, 5))
