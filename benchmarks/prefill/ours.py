@@ -128,7 +128,7 @@ def table_of_tunings(
     table = Table(
         "queries", "keys", "warps", "stages", "registers", "ms", title=f"attend, share {share:g}"
     )
-    for tuning in candidates(PREFILL, attended):
+    for tuning in candidates(module, PREFILL, attended):
         assert isinstance(tuning, TileTuning)
         launch = PrefillLaunch(module, attended, budget, tuning)
         first = next(launch.slices())

@@ -30,7 +30,7 @@ def test_the_fastest_that_runs_is_remembered(monkeypatch):
     module = SimpleNamespace(__name__="tuned", AUTOTUNE=True)
     monkeypatch.setattr(tuning, "_multiprocessors", lambda _: 132)
     given = operands()
-    fast = candidates("exact", given)[2]
+    fast = candidates(module, "exact", given)[2]
     ran = []
     header = torch.zeros(2, dtype=torch.int32)
 
@@ -51,7 +51,7 @@ def test_the_fastest_that_runs_is_remembered(monkeypatch):
     autotune.autotune(module, "exact", run, on_gpu, header)
     assert header[0] == 0
     assert tuning_for(module, "exact", given) == fast
-    assert any(each.keys == 128 for each in candidates("exact", given))
+    assert any(each.keys == 128 for each in candidates(module, "exact", given))
     count = len(ran)
     autotune.autotune(module, "exact", run, on_gpu)  # once is enough
     assert len(ran) == count

@@ -13,6 +13,7 @@ from lychee_compile.kernels.gpu.common import tuning
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import (
     FLIGHT_BYTES,
+    LISTED_ROWS,
     PREFILL,
     REGISTERS,
     TileTuning,
@@ -66,7 +67,7 @@ def test_tiles_fit_into_shared_memory(head_dim, value_dim, dtype, mode):
 @given(sizes, sizes, dtypes, modes)
 def test_the_rule_is_among_the_candidates(head_dim, value_dim, dtype, mode):
     these = operands(head_dim, value_dim, dtype)
-    found = candidates(mode, these)
+    found = candidates(MODULE, mode, these)
     assert tuning_for(MODULE, mode, these) in found
     assert len(set(found)) == len(found)
     assert all(each.keys in (16, 32, 64, 128) and each.programs >= 1 for each in found)
@@ -75,7 +76,7 @@ def test_the_rule_is_among_the_candidates(head_dim, value_dim, dtype, mode):
 @given(sizes, sizes, dtypes)
 def test_tiles_of_queries_divide_a_tile_and_fit_into_registers(head_dim, value_dim, dtype):
     these = operands(head_dim, value_dim, dtype)
-    rule, found = tile_tuning_for(MODULE, these), candidates(PREFILL, these)
+    rule, found = tile_tuning_for(MODULE, these), candidates(MODULE, PREFILL, these)
     assert rule in found
     assert len(set(found)) == len(found)
     width = power_of_two(value_dim, 16)
@@ -91,6 +92,16 @@ def test_what_was_measured_for_whole_sequences_counts_for_them_alone():
     remember(MODULE, PREFILL, these, best)
     assert tile_tuning_for(MODULE, these) == best
     assert isinstance(tuning_for(MODULE, "exact", these), Tuning)
+
+
+def test_only_kernels_that_list_apart_have_the_rule_for_many_rows():
+    lists = ModuleType("lists")
+    lists.choose = None
+    few, many = operands(), operands(batch=LISTED_ROWS)
+    assert tuning_for(lists, "sparse", few) == tuning_for(MODULE, "sparse", few)
+    assert tuning_for(MODULE, "sparse", many) == tuning_for(MODULE, "sparse", few)
+    assert tuning_for(lists, "sparse", many) != tuning_for(MODULE, "sparse", many)
+    assert tuning_for(lists, "exact", many) == tuning_for(MODULE, "exact", many)
 
 
 def test_what_was_measured_goes_before_the_rule():

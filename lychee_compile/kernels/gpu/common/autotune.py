@@ -40,7 +40,7 @@ def autotune(
     from triton.testing import do_bench
 
     with _trusted(header):
-        times = {each: _time(do_bench, run, each) for each in candidates(mode, operands)}
+        times = {each: _time(do_bench, run, each) for each in candidates(module, mode, operands)}
     best = min(times, key=lambda each: times[each])
     remember(module, mode, operands, best)
     logger.info(

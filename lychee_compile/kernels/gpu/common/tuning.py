@@ -72,7 +72,7 @@ def tuning_for(module: ModuleType, mode: str, operands: AttentionOperands) -> Tu
     measured = _tuned.get(_problem(module, mode, operands))
     if isinstance(measured, Tuning):
         return measured
-    return _usual(mode, operands)
+    return _usual(module, mode, operands)
 
 
 def lists_apart(module: ModuleType, operands: AttentionOperands) -> bool:
@@ -98,12 +98,14 @@ def remember(
     _tuned[_problem(module, mode, operands)] = tuning
 
 
-def candidates(mode: str, operands: AttentionOperands) -> Sequence[Tuning | TileTuning]:
+def candidates(
+    module: ModuleType, mode: str, operands: AttentionOperands
+) -> Sequence[Tuning | TileTuning]:
     """Return the tunings worth trying, that of the rule among them."""
     if mode == PREFILL:
         return _tile_candidates(operands)
     size = _entry_bytes(operands)
-    usual = _usual(mode, operands)
+    usual = _usual(module, mode, operands)
     tunings = [usual]
     for keys in (32, 64, 128):
         for warps in (4, 8):
@@ -150,20 +152,20 @@ def _entry_bytes(operands: AttentionOperands) -> int:
     return (key.shape[-1] + value.shape[-1]) * key.element_size()
 
 
-def _usual(mode: str, operands: AttentionOperands) -> Tuning:
-    many = operands.rows >= LISTED_ROWS
-    return _by_rule(mode, _entry_bytes(operands), _multiprocessors(operands.query.device), many)
+def _usual(module: ModuleType, mode: str, operands: AttentionOperands) -> Tuning:
+    multiprocessors = _multiprocessors(operands.query.device)
+    return _by_rule(mode, _entry_bytes(operands), multiprocessors, lists_apart(module, operands))
 
 
 @lru_cache(maxsize=64)
-def _by_rule(mode: str, size: int, multiprocessors: int, many: bool) -> Tuning:
-    """Return the usual tuning for keys and values of `size` bytes, and for few or `many` rows."""
+def _by_rule(mode: str, size: int, multiprocessors: int, listed: bool) -> Tuning:
+    """Return the usual tuning for keys and values of `size` bytes, which may be `listed` apart."""
     keys = 64
     while keys > 16 and 2 * keys * size > FLIGHT_BYTES:
         keys //= 2
     if mode == "exact":
         return Tuning(3 * multiprocessors, keys, 4, 3 if 3 * keys * size <= FLIGHT_BYTES else 2)
-    if many:
+    if listed:
         return Tuning(4 * multiprocessors, keys, 4, 2)
     return Tuning(2 * multiprocessors, keys, 8 if keys == 64 else 4, 2)
 
