@@ -16,7 +16,7 @@ SAMPLE = {"sampled": 32, "newest": 8}
 STAGES = ("choose", "attend")
 """Kernels that decode/attend.py.jinja becomes."""
 NOTING = ("note_heads", "note_small", "note_mass", "note_left_out")
-"""Functions of `triton_lib/mass.py` that add up the mass of items."""
+"""Functions of `triton_lib/mass.py` that add up the mass of items. Lists need the last one."""
 _OWN_ITEMS = 2048
 """Upper bound of the items that a program of `choose_by_bin` has."""
 

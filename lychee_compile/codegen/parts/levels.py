@@ -59,11 +59,12 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     sparse, kind = replace(spec.sparse, sinks=sinks, recent=recent), _last_kind(stack)
     unread = "fresh" if kind == "pages" and stack.last_size == 1 else _UNREAD[kind]
     lists = any(_is_listed(stack, number) for number in range(len(stack.levels)))
+    noting = NOTING if lists else [name for name in NOTING if name != "note_left_out"]
     has_window = not stack.levels or (kind != "pages" and not sees_range(spec))
     return [
         _constants(spec, stack, sparse),
         *(library("bins", "shares_of") if stack.levels else []),
-        *emit_bins(spec, sparse, bool(stack.levels) and kind != "chunks", NOTING[: 3 + lists]),
+        *emit_bins(spec, sparse, counts=bool(stack.levels) and kind != "chunks", noting=noting),
         *(library(*_OF_KIND[kind]) if lists else []),
         *(library("levels", "unread_before") if kind == "chunks" and not sees_range(spec) else []),
         emit_always_read(spec, sparse, unread, more="" if kind == "pages" else ", unread"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from lychee_compile.codegen.parts.certificate import emit_certificate, emit_constants
 from lychee_compile.codegen.parts.decode import (
     LARGEST,
-    NOTING,
     SAMPLE,
     STAGES,
     emit_always_read,
@@ -48,9 +47,10 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
     assert spec.sparse is not None
     sparse = spec.sparse
     paged = scans_pages(spec)
+    noting = ["note_heads", "note_small", *(["note_left_out"] if paged else [])]
     return [
         _constants(spec, sparse, paged),
-        *emit_bins(spec, sparse, noting=NOTING[:2] + NOTING[3:] * paged),
+        *emit_bins(spec, sparse, noting=noting),
         emit_always_read(spec, sparse, unread="fresh"),
         *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
         _query_weights(spec, paged),
