@@ -45,6 +45,22 @@ def test_listed_keys_are_those_that_are_chosen(case, trusted, monkeypatch):
     assert torch.equal(found.output, expected.output)
 
 
+def test_drafts_are_listed_as_they_are_chosen(monkeypatch):
+    """Each query position has lists of its own, and the step brings the index up to date."""
+    steps = []
+    for rows in (tuning.LISTED_ROWS, 1):
+        monkeypatch.setattr(tuning, "LISTED_ROWS", rows)
+        sizes = Sizes(2, kv_heads=2, group=2, query_len=3, kv_len=200)
+        problem = make_problem(sizes=sizes, sparse=FLAT)
+        few = tuning.tuning_for(problem.module(), "exact", problem.operands())
+        steps.append(Step.run(problem, built(problem, 197), torch.arange(197, 200), few))
+        steps[-1].check()
+    apart, listed = steps
+    assert torch.equal(listed.slots_read(), apart.slots_read())
+    assert torch.equal(listed.output, apart.output)
+    assert torch.equal(listed.index.state, apart.index.state)
+
+
 def test_few_rows_list_and_read_at_once(monkeypatch):
     problem = make_problem(sizes=Sizes(kv_len=100), sparse=FLAT)
     launched = []
