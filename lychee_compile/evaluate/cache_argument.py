@@ -1,19 +1,16 @@
-"""Name of the argument by which a model of transformers takes its cache.
-
-Newer releases of transformers (5.24 among them) call it `cache` in `forward()` and in `generate()`
-and warn about the older name `past_key_values`. Older releases (5.17 among them), and models whose
-code does not come with transformers, know the older name alone.
-"""
+"""Name of the argument for the cache, of a model that is known to take one."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
+
+from lychee_compile.cache.argument import CACHE_NAMES, cache_name
 
 
 def cache_argument(model: Any) -> str:
-    """Return "cache" if the forward of `model`, which is not compiled, takes it by that name.
+    """Return the name by which the forward of `model`, which is not compiled, takes its cache.
 
-    Return "past_key_values" otherwise. Pass the cache as `model(ids, **{name: cache})`.
+    It is "past_key_values" if the forward does not tell. Pass the cache as
+    `model(ids, **{name: cache})`.
     """
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return cache_name(model) or CACHE_NAMES[-1]

@@ -13,10 +13,11 @@ from typing import Any
 
 from transformers import EncoderDecoderCache
 
+from lychee_compile.cache.argument import CACHE_NAMES
 from lychee_compile.generation.caches import new_cache
 from lychee_compile.generation.compiled import CompiledForward, Forward
 from lychee_compile.generation.prompt import PromptReader
-from lychee_compile.generation.request import CACHE_NAMES, Request, token_count
+from lychee_compile.generation.request import Request, token_count
 from lychee_compile.generation.settings import Settings
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
-CACHE_NAMES = ("cache", "past_key_values")
-"""Names of the argument for the cache, the newest first: transformers renamed it in 5.24."""
+from lychee_compile.cache.argument import CACHE_NAMES, cache_name
+
 _DRAFTING = (
     "assistant_model",
     "prompt_lookup_num_tokens",
@@ -34,12 +34,6 @@ def argument_name() -> str:
     """Return the name by which `generate()` of the installed transformers takes a cache."""
     known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
-
-
-def cache_name(model: Any) -> str | None:
-    """Return the name by which the forward of `model` takes a cache; None if it takes none."""
-    known = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_NAMES if name in known), None)
 
 
 class Request:
