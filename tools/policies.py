@@ -44,9 +44,9 @@ def page() -> str:
 
 
 def _decoding() -> Iterator[Policy]:
-    """Yield the built-in policies that decode."""
+    """Yield the built-in policies that decode, without those that other parts register."""
     for each in policies():
-        if each.index is not None and each.index.__module__.startswith("lychee_compile."):
+        if each.index is not None and each.index.__module__.startswith("lychee_compile.kernels."):
             yield each
 
 
