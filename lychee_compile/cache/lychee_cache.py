@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
-from lychee_compile.cache.growing_layer import GrowingLayer, Shared, larger, mark_static, rounded
+from lychee_compile.cache.growing_layer import GrowingLayer, Shared, larger, rounded
+from lychee_compile.cache.stored_layer import Storage, StoredLayer, mark_static
 
 EAGER_STEPS = 2
 """Number of single tokens decoded eagerly in a row after which a cache counts as eager."""
@@ -62,12 +63,18 @@ class LycheeCache(Cache):
 
     layers: list[Any]
 
-    def __init__(self, config: PreTrainedConfig, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        capacity: int | None = None,
+        storage: str = "device",
+        dtype: str | None = None,
+    ) -> None:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity must be at least 1 slot, not {capacity}")
         with_encoder = bool(getattr(config, "is_encoder_decoder", False))
         slots = 0 if capacity is None else rounded(capacity)
-        self._shared = Shared(slots, encoder_decoder=with_encoder)
+        self._shared = Shared(slots, Storage(storage, dtype), encoder_decoder=with_encoder)
         layers: list[Any] = StaticCache(config, max_cache_len=_UNBOUNDED).layers
         growing = [number for number, layer in enumerate(layers) if type(layer) is StaticLayer]
         for number, layer in enumerate(layers):
@@ -193,10 +200,10 @@ class LycheeCache(Cache):
     def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
             if isinstance(layer, StaticLayer) and layer.is_initialized:
-                keys, values = layer.keys, layer.values
-                assert keys is not None
-                assert values is not None
-                layer.keys, layer.values = change(keys), change(values)
+                if isinstance(layer, StoredLayer):
+                    layer.change_buffers(change)
+                else:
+                    layer.keys, layer.values = change(layer.keys), change(layer.values)
                 layer.batch_size = layer.keys.shape[0]
                 mark_static(layer)
 
