@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lychee_compile.cache.number_formats import bits
-from lychee_compile.cache.stored_layer import Storage, StoredLayer, mark_static
+from lychee_compile.cache.storage import Storage
+from lychee_compile.cache.stored_layer import StoredLayer, mark_static
 from lychee_compile.kernels.sizes import whole_scans
 
 ROOM = 1024

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from lychee_compile.cache.growing_layer import GrowingLayer, Shared, larger, rounded
-from lychee_compile.cache.stored_layer import Storage, StoredLayer, mark_static
+from lychee_compile.cache.storage import Storage
+from lychee_compile.cache.stored_layer import StoredLayer, mark_static
 
 EAGER_STEPS = 2
 """Number of single tokens decoded eagerly in a row after which a cache counts as eager."""

@@ -1,53 +1,18 @@
-"""Keys and values of one layer as a cache holds them: in which form, and in whose memory."""
+"""Keys and values of one layer as a cache holds them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from lychee_compile.cache.number_formats import FORMATS, NumberFormat, bits
+from lychee_compile.cache.number_formats import bits
+from lychee_compile.cache.storage import Storage
 from lychee_compile.kernels.host_memory import lies_on_host, zeros_on_host
-from lychee_compile.options import one_of
-
-STORAGES = ("device", "host")
-"""Values of `LycheeCache(storage=...)`."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Where and how the layers of a cache hold their keys and values."""
-
-    memory: str = "device"
-    """"device", or "host": memory of the host that kernels of a GPU read over the link."""
-    dtype: str | None = None
-    """Name of the format of the numbers."""
-
-    def __post_init__(self) -> None:
-        """Raise `OptionError` (a ValueError) for values that do not exist."""
-        one_of("storage", self.memory, STORAGES)
-        one_of("dtype", self.dtype, tuple(FORMATS))
-
-    @property
-    def format(self) -> NumberFormat:
-        """Format of the numbers."""
-        return FORMATS[self.dtype]
-
-    @property
-    def is_usual(self) -> bool:
-        """True if buffers hold what attention reads, in the memory of the device."""
-        return self == Storage()
-
-    def zeros(self, like: Tensor, slots: int) -> Tensor:
-        """Return a buffer [B, H, slots, N] of zeros for tokens such as `like` [B, H, T, N]."""
-        shape = (*like.shape[:2], slots, like.shape[3])
-        if self.memory == "host" and like.is_cuda and not torch.compiler.is_compiling():
-            return zeros_on_host(shape, like.dtype, like.device)
-        return like.new_zeros(shape)
 
 
 class StoredLayer(StaticLayer):
@@ -59,6 +24,7 @@ class StoredLayer(StaticLayer):
 
     keys: Any
     values: Any
+    max_cache_len: int
 
     def __init__(self, slots: int, storage: Storage) -> None:
         super().__init__(max_cache_len=slots)
@@ -126,6 +92,16 @@ class StoredLayer(StaticLayer):
         assert self.states_dtype is not None
         return self.storage.format.decode(parts, self.states_dtype)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredLayer:
+        """Return a copy whose buffers lie in the same kind of memory."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            on_host = isinstance(value, Tensor) and lies_on_host(value)
+            copied = _copy_on_host(value) if on_host else copy.deepcopy(value, memo)
+            setattr(twin, name, copied)
+        return twin
+
     def move_buffers(self, slots: int, used: int) -> None:
         """Move to new buffers of `slots` slots, one after the other, with the first `used`."""
         for kind in ("keys", "values"):
@@ -134,6 +110,10 @@ class StoredLayer(StaticLayer):
                 new = self.storage.zeros(old, slots)
                 new[:, :, :used] = old[:, :, :used]
                 setattr(self, name, new)
+
+
+def _copy_on_host(buffer: Tensor) -> Tensor:
+    return zeros_on_host(tuple(buffer.shape), buffer.dtype, buffer.device).copy_(buffer)
 
 
 def mark_static(layer: Any) -> None:

@@ -68,6 +68,11 @@ def zeros_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
         return torch.as_tensor(memory, device=device).view(dtype).view(shape)
 
 
+def any_on_host() -> bool:
+    """True if any tensor lies in such memory now."""
+    return bool(_locked)
+
+
 def lies_on_host(tensor: Tensor) -> bool:
     """True if `tensor` is one of a CUDA device whose memory is that of the host."""
     if not _locked or tensor.device.type != "cuda":
@@ -92,10 +97,9 @@ def near(tensor: Tensor) -> Tensor:
 
 @cache
 def warn_of_reading(what: str, remedy: str) -> None:
-    """Warn, once per process for each text, that all keys are read over the link."""
+    """Warn, once per process for each text, that `what` reads all keys over the link."""
     logger.warning(
-        "%s reads all keys and values of a LycheeCache in host memory over the link, at each call: "
-        "%s",
+        "%s reads all keys and values of a LycheeCache in host memory, at each call: %s",
         what,
         remedy,
     )
