@@ -150,14 +150,11 @@ class Server:
         if len(self.free) < count - len(shared):
             return False
         fresh = [self.free.pop(0) for _ in range(count - len(shared))]
-        if request.shared and not shared:  # the first of its kind: its pages stay for others
+        read = len(shared) * PAGE
+        if request.shared and not shared:  # the first that has this text: its pages stay
             shared = self.prefix = [fresh.pop(0) for _ in range(request.shared // PAGE)]
-            read = 0
-        else:
-            read = len(shared) * PAGE
         request.pages = fresh
-        listed = torch.tensor([*shared, *fresh], device=self.table.device)
-        self.table[row, :count] = listed
+        self.table[row, :count] = torch.tensor([*shared, *fresh], device=self.table.device)
         positions = torch.arange(read, len(request.prompt), device=self.table.device)[None]
         token = self.model(request.prompt[None, read:], positions, self.table[row : row + 1])
         self.ids[row], self.positions[row] = token[0], len(request.prompt)
@@ -192,9 +189,7 @@ def some_requests(chosen: argparse.Namespace) -> list[Request]:
         text = torch.randint(VOCABULARY, (own,), generator=generator)
         shared = chosen.prefix if number % 3 != 2 else 0
         prompt = torch.cat((prefix, text)) if shared else text
-        requests.append(
-            Request(prompt.to(chosen.device), shared, chosen.new_tokens - number % 3)
-        )
+        requests.append(Request(prompt.to(chosen.device), shared, chosen.new_tokens - number % 3))
     return requests
 
 
@@ -241,6 +236,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--budget", type=int, default=512, metavar="N", help="tokens read per step (%(default)s)")
     add("--width", type=int, default=512, metavar="N", help="hidden size (%(default)s)")
     add("--layers", type=int, default=2, metavar="N", help="(%(default)s)")
+    add("--no-dense", action="store_true", help="do not serve by torch.compile alone as well")
     return parser.parse_args(arguments)
 
 
@@ -249,8 +245,7 @@ class Compared:
     """Answers and rates in all ways, and what became of each attention."""
 
     alone: list[list[int]]
-    dense: Served
-    sparse: Served
+    served: dict[str, Served]
     decisions: list[str]
 
 
@@ -265,19 +260,27 @@ def main(arguments: Sequence[str] = ()) -> Compared:
         layer.query_key_value.weight[: chosen.width] *= 12
     mode = "reduce-overhead" if chosen.device == "cuda" else None
     options = {"budget": chosen.budget, "mode": mode}
-    dense = serve(model, chosen, pages, torch.compile(model, fullgraph=True, mode=mode))
+    served = {}
+    if not chosen.no_dense:
+        step = torch.compile(model, fullgraph=True, mode=mode)
+        served["torch.compile"] = serve(model, chosen, pages, step)
     step = torch.compile(model, backend="lychee", fullgraph=True, options=options)
-    sparse = serve(model, chosen, pages, step)
+    served["lychee"] = serve(model, chosen, pages, step)
     decisions = [site.decision for site in lychee_compile.reports()[-1].sites]
-    result = Compared(one_by_one(model, chosen, pages), dense, sparse, decisions)
+    result = Compared(one_by_one(model, chosen, pages), served, decisions)
+    show(result, chosen)
+    return result
+
+
+def show(result: Compared, chosen: argparse.Namespace) -> None:
+    """Print the report, and how fast and how well each way has answered."""
     print(lychee_compile.reports()[-1])
-    for name, served in (("dense ", dense), ("lychee", sparse)):
+    for name, served in result.served.items():
         same = sum(ours == theirs for ours, theirs in zip(served.said, result.alone, strict=True))
         print(
-            f"{name}: {served.rate:8.1f} tokens a second in steps of {chosen.rows} rows; "
+            f"{name:>13}: {served.rate:8.1f} tokens a second in steps of {chosen.rows} rows; "
             f"{same} of {chosen.requests} answers are those of dense decoding one by one"
         )
-    return result
 
 
 if __name__ == "__main__":

@@ -56,9 +56,22 @@ class LycheeCache(Cache):
     DynamicCache())`. The second may be a `LycheeCache` too: it holds the keys of the encoder
     without free slots. A `LycheeCache` alone raises `ValueError` at the first forward.
 
+    `storage="host"` holds keys and values of layers without a window in page-locked memory of the
+    host, which kernels of a GPU read over the link: the memory of the host limits the context. The
+    index lies in memory of the device. It is built after the first compiled step, which reads all
+    keys once more. Uncompiled forwards copy what they read to the device, a layer at a time.
+    Compiled attention that is not sparse over such a cache reads all of it at each call, with a
+    warning. On a CPU both storages are the same.
+
+    `dtype` is the form of the numbers of these layers, with the bytes of one number beside those of
+    bfloat16, 2: "fp8" (1), "int8" with a scale for 32 channels of a token (1 1/16), and "int4"
+    with a scale and a least number for 32 channels of a token (5/8). All tokens are rounded when
+    they are written. The first forward of all attends to its own tokens before they are rounded.
+
     `config` is the model's. `capacity` is the number of slots to begin with, rounded up to a
     multiple of 512; by default it is what the first forward needs, and half as much or 1024 again.
-    Raises `ValueError` for models with layers that hold anything but keys and values of full or
+    Raises `OptionError` (a ValueError) for another `storage` or `dtype`, `RuntimeError` if memory
+    of the host cannot be locked, and `ValueError` for models with layers that hold anything but keys and values of full or
     sliding-window attention, such as indexers.
     """
 

@@ -85,9 +85,9 @@ def near(tensor: Tensor) -> Tensor:
     """Return a copy of `tensor` in the memory of its device, or `tensor` itself if it lies there.
 
     For whoever reads it more than once. `tensor` itself is also returned if there is no memory for
-    a copy: then every reading goes over the link.
+    a copy, or if it is computed as it is read: then every reading goes over the link.
     """
-    if not lies_on_host(tensor):
+    if type(tensor) is not Tensor or not lies_on_host(tensor):
         return tensor
     try:
         return tensor.clone(memory_format=torch.contiguous_format)

@@ -17,6 +17,7 @@ import lychee_compile
 from lychee_compile import LycheeCache
 from lychee_compile.cache.number_formats import FORMATS
 from lychee_compile.cache.stored_layer import StoredLayer
+from lychee_compile.runtime import host_caches
 
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 SHAPE = {"sinks": 2, "recent": 16, "chunk": (4, 8)}
@@ -209,3 +210,27 @@ def test_generate_of_a_prepared_model(given: dict[str, Any]) -> None:
     assert torch.equal(got.sequences, dense)
     cache = got["cache" if "cache" in got else "past_key_values"]
     assert cache.layers[0].keys.dtype is (torch.int8 if "cache_dtype" in given else torch.float32)
+
+
+def test_attention_that_reads_all_of_host_memory_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if the keys of the first layer, and nothing else, were in memory of the host."""
+    model, ids = model_of("llama"), ids_of(40, rows=1)
+    cache = LycheeCache(model.config, capacity=512)
+    monkeypatch.setattr(host_caches, "any_on_host", lambda: True)
+    monkeypatch.setattr(host_caches, "lies_on_host", lambda each: each is cache.layers[0].keys)
+    host_caches.warn_of_reading.cache_clear()
+    for budget, told in ((40, 0), (None, 1)):
+        step = torch.compile(model, backend="lychee", options={"budget": budget, **SHAPE})
+        cache.reset()
+        with torch.no_grad():
+            forward(model, cache, ids, 0, 37)
+            for place in (37, 38, 39):
+                cache.reserve(1)
+                forward(step, cache, ids, place, place + 1)
+        messages = [each.getMessage() for each in caplog.records]
+        about = [each for each in messages if "in host memory" in each]
+        assert len(about) == told
+    assert "layers.0.self_attn reads all keys" in about[0]
+    assert "budget" in about[0]
