@@ -71,8 +71,8 @@ class LycheeCache(Cache):
     `config` is the model's. `capacity` is the number of slots to begin with, rounded up to a
     multiple of 512; by default it is what the first forward needs, and half as much or 1024 again.
     Raises `OptionError` (a ValueError) for another `storage` or `dtype`, `RuntimeError` if memory
-    of the host cannot be locked, and `ValueError` for models with layers that hold anything but keys and values of full or
-    sliding-window attention, such as indexers.
+    of the host cannot be locked, and `ValueError` for models with layers that hold anything but
+    keys and values of full or sliding-window attention, such as indexers.
     """
 
     layers: list[Any]
