@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 import lychee_compile
 
-VOCABULARY, HEADS, KV_HEADS, PAGE = 256, 8, 2, 16
+VOCABULARY, GROUP, PAGE = 256, 4, 16
 
 
 class Pages(nn.Module):
     """Keys or values of one layer: pages of int8, and a scale for each token and head."""
 
-    def __init__(self, count: int, head_dim: int) -> None:
+    def __init__(self, count: int, heads: int, head_dim: int) -> None:
         super().__init__()
-        numbers = torch.zeros(count, KV_HEADS, PAGE, head_dim, dtype=torch.int8)
+        numbers = torch.zeros(count, heads, PAGE, head_dim, dtype=torch.int8)
         self.register_buffer("numbers", numbers, persistent=False)
-        self.register_buffer("scales", torch.zeros(count, KV_HEADS, PAGE, 1), persistent=False)
+        self.register_buffer("scales", torch.zeros(count, heads, PAGE, 1), persistent=False)
 
     def update(self, new: Tensor, positions: Tensor, table: Tensor) -> Tensor:
         """Write new [B, Hkv, T, D] at `positions` [B, T]; return all that `table` [B, P] lists."""
@@ -51,14 +51,15 @@ class Block(nn.Module):
 
     def __init__(self, width: int, pages: int) -> None:
         super().__init__()
-        self.head_dim = width // HEADS
-        self.sizes = [width, KV_HEADS * self.head_dim, KV_HEADS * self.head_dim]
+        self.head_dim = min(width // 8, 128)
+        self.sizes = [width, width // GROUP, width // GROUP]
         self.query_key_value = nn.Linear(width, sum(self.sizes), bias=False)
         self.project = nn.Linear(width, width, bias=False)
         self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.gate_up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(2 * width, width, bias=False)
-        self.keys, self.values = Pages(pages, self.head_dim), Pages(pages, self.head_dim)
+        heads = width // self.head_dim // GROUP
+        self.keys, self.values = (Pages(pages, heads, self.head_dim) for _ in range(2))
 
     def forward(self, x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
         """Map x [B, T, width] at `positions` [B, T] to the same shape."""
@@ -255,7 +256,8 @@ def main(arguments: Sequence[str] = ()) -> Compared:
     chosen = parse(arguments)
     torch.manual_seed(0)
     pages = chosen.rows + (chosen.rows + 1) * -(-(chosen.context + chosen.new_tokens) // PAGE)
-    model = Decoder(chosen.width, chosen.layers, pages).eval().to(chosen.device)
+    dtype = torch.bfloat16 if chosen.device == "cuda" else torch.float32
+    model = Decoder(chosen.width, chosen.layers, pages).eval().to(chosen.device, dtype)
     for layer in model.layers:  # random queries attend to all alike, as trained ones do not
         layer.query_key_value.weight[: chosen.width] *= 12
     mode = "reduce-overhead" if chosen.device == "cuda" else None
