@@ -33,7 +33,7 @@ class Shared:
     slots: int
     """Capacity of every layer."""
     storage: Storage = field(default_factory=Storage)
-    """Where and how layers hold their keys and values."""
+    """Memory and form in which layers hold their keys and values."""
     at_most: int = 0
     """Upper bound of the number of tokens: those counted last and all announced since."""
     shown: int | None = None

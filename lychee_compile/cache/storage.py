@@ -1,4 +1,4 @@
-"""Where and how the layers of a cache hold their keys and values."""
+"""Memory and form in which the layers of a cache hold their keys and values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STORAGES = ("device", "host")
 
 @dataclass(frozen=True)
 class Storage:
-    """Where and how the layers of a cache hold their keys and values."""
+    """Memory and form in which the layers of a cache hold their keys and values."""
 
     memory: str = "device"
     """"device", or "host": memory of the host that kernels of a GPU read over the link."""

@@ -221,7 +221,7 @@ def test_generate_of_a_prepared_model(given: dict[str, Any]) -> None:
 def test_attention_that_reads_all_of_host_memory_is_told_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As if the keys of the first layer, and nothing else, were in memory of the host."""
+    """Take the keys of the first layer, and nothing else, for memory of the host."""
     model, ids = model_of("llama"), ids_of(40, rows=1)
     cache = LycheeCache(model.config, capacity=512)
     monkeypatch.setattr(host_caches, "any_on_host", lambda: True)
