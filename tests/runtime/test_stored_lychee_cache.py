@@ -22,6 +22,7 @@ from lychee_compile.runtime import host_caches
 pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 SHAPE = {"sinks": 2, "recent": 16, "chunk": (4, 8)}
 DTYPES = ("fp8", "int8", "int4")
+THOROUGHLY = ("int4", *(pytest.param(name, marks=pytest.mark.thorough) for name in DTYPES[:2]))
 STEP = {"fp8": 2**-4, "int8": 0.5 / 127, "int4": 0.5 / 15}
 """Largest error of a number, relative to the largest or to the spread of its group."""
 
@@ -76,7 +77,7 @@ def wider(model: Any) -> Any:
     return type(model)(model.config).eval()
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", THOROUGHLY)
 def test_steps_are_sparse_and_read_what_is_held(name: str) -> None:
     """Steps, tokens that are taken back, and rows that are reordered, beside uncompiled forwards.
 
@@ -203,7 +204,10 @@ def test_keys_of_an_encoder_are_not_rounded_in_silence() -> None:
         model(ids_of(9), decoder_input_ids=ids_of(3), **{CACHE: pair})
 
 
-@pytest.mark.parametrize("given", [{"cache_dtype": "int8"}, {"storage": "host"}])
+@pytest.mark.parametrize(
+    "given",
+    [{"cache_dtype": "int8"}, pytest.param({"storage": "host"}, marks=pytest.mark.thorough)],
+)
 def test_generate_of_a_prepared_model(given: dict[str, Any]) -> None:
     """On a CPU memory of the host is the ordinary one."""
     model = transformers.LlamaForCausalLM(model_of("llama").config).eval()

@@ -66,6 +66,7 @@ class Rounded(cache_utils.QuantizedLayer):
         return numbers.float() * scale
 
 
+@pytest.mark.thorough
 def test_a_quantised_cache_with_a_residual_is_kept_with_the_reason() -> None:
     def make(model: Any) -> Any:
         return transformers.Cache(layers=[Rounded() for _ in range(model.config.num_hidden_layers)])
