@@ -13,6 +13,8 @@ from lychee_compile.kernels.policies.registry import find_policy, policy_names
 POLICIES = sorted(policy_names())
 OFTEN = ("lychee", "quest", "lycheecluster")
 """Policies that CI also decodes with a budget for everything: ranges, pages, and two levels."""
+TWINS = ("hisa", "dhsa", "tokenselect", "longheads")
+"""Policies that another one here resembles: CI leaves them out."""
 OPTIONS = {"budget": 40, "sinks": 2, "recent": 8, "chunk": (2, 4), "dense_layers": 0}
 
 
@@ -46,7 +48,10 @@ def test_decoding_with_a_budget_for_everything_is_dense(policy, growing, uncompi
     assert counters["lychee"]["sparse"] > 0
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(each, marks=pytest.mark.thorough if each in TWINS else ()) for each in POLICIES],
+)
 @torch.no_grad()
 def test_every_policy_decodes_within_a_small_budget(policy, uncompiled_graphs):
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ SIZE, PROMPT, STEPS, BATCH = 160, 100, 6, 2
 OPTIONS = {"budget": 32, "sinks": 2, "recent": 8, "chunk": (2, 4), "overfetch": 1}
 EVERYTHING = {**OPTIONS, "budget": SIZE - 1}
 PADDING = 40
+RAGGED = pytest.mark.parametrize("ragged", [pytest.param(False, marks=pytest.mark.thorough), True])
 
 pytestmark = pytest.mark.usefixtures("uncompiled_graphs")
 
@@ -38,7 +39,7 @@ def decode(options: dict[str, object], mass: bool, ragged: bool = False) -> Reco
     return recorder
 
 
-@pytest.mark.parametrize("ragged", [False, True])
+@RAGGED
 def test_every_sparse_call_within_the_context_is_recorded(ragged: bool) -> None:
     recorder = decode(OPTIONS, mass=True, ragged=ragged)
     assert len(recorder.calls) == STEPS * LAYERS
@@ -57,7 +58,7 @@ def test_every_sparse_call_within_the_context_is_recorded(ragged: bool) -> None:
             assert slots.unique().numel() == slots.numel()
 
 
-@pytest.mark.parametrize("ragged", [False, True])
+@RAGGED
 def test_mass_is_a_share_of_dense_attention(ragged: bool) -> None:
     for call in decode(OPTIONS, mass=True, ragged=ragged).calls:
         assert call.mass is not None
@@ -66,7 +67,7 @@ def test_mass_is_a_share_of_dense_attention(ragged: bool) -> None:
         assert bool((call.mass < 1).all())
 
 
-@pytest.mark.parametrize("ragged", [False, True])
+@RAGGED
 def test_mass_is_one_where_everything_is_read(ragged: bool) -> None:
     for call in decode(EVERYTHING, mass=True, ragged=ragged).calls:
         expected = torch.full((BATCH, KV_HEADS, 1), call.kv_len)
