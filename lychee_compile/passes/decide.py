@@ -29,6 +29,7 @@ from lychee_compile.passes.detect.caching.memory_keys import bind_behind, over_c
 from lychee_compile.passes.detect.caching.token_writes import Writes
 from lychee_compile.passes.detect.formula import formula
 from lychee_compile.passes.layer_numbers import layer_numbers
+from lychee_compile.passes.lower.kernel_loads import no_load
 from lychee_compile.passes.lower.kernel_support import (
     no_decode_method,
     no_gpu_index,
@@ -241,7 +242,7 @@ class _Facts:
             return ExactDecodeKernel(attention, reason)
         if isinstance(self.cache, Unbound):
             return ExactDecodeKernel(attention, self.cache.reason)
-        if reason := no_gpu_index(attention, self.cache, config):
+        if reason := no_gpu_index(attention, self.cache, config) or no_load(attention, self.cache):
             return ExactDecodeKernel(attention, reason)
         return SparseDecodeKernel(attention, self.cache, config.policy, self._how_much(True))
 
