@@ -44,6 +44,8 @@ class Read:
     address: str
     mask: str
     """Slots and channels that are read; "": it is one number, or the same for all."""
+    other: str
+    """Zero, for slots and channels that are not read."""
     cast: str
     """Text after the load."""
 
@@ -127,7 +129,8 @@ class _Writer:
         address = " + ".join([tensor.name, *self._offsets(tensor.name, places)])
         mask = self._mask(self.depends[symbol], self._needed(tensor, places, when))
         cast = "" if index else "" if tensor.dtype == "float32" else ".to(tl.float32)"
-        self.reads[element, index] = symbol, Read(name, address, mask, cast)
+        other = "0.0" if "float" in tensor.dtype else "0"  # no integer is cast to 8 bits
+        self.reads[element, index] = symbol, Read(name, address, mask, other, cast)
         return symbol
 
     def _depends(self, places: Iterable[sympy.Basic]) -> frozenset[sympy.Symbol]:
