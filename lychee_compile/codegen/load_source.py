@@ -25,11 +25,11 @@ from lychee_compile.codegen.specification import KV, KV_HEAD, B, D, LoadSpec, St
 
 Element = sympy.Symbol | sympy.Indexed
 """An element of a tensor; one without dimensions is a symbol."""
-NUMBERS = frozenset(
-    ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "int8", "uint8", "int16",
-     "int32", "int64")
-)  # fmt: skip
-"""Dtypes of which numbers may be."""
+ITEM_BYTES = {
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "float16": 2, "bfloat16": 2, "float32": 4,
+    "int8": 1, "uint8": 1, "int16": 2, "int32": 4, "int64": 8,
+}  # fmt: skip
+"""Dtypes of which numbers may be, and their bytes."""
 INDICES = frozenset(("int32", "int64"))
 """Dtypes of which indices may be."""
 _PLACES = (B, KV_HEAD, KV, D)
@@ -57,6 +57,8 @@ class LoadSource:
     reads: list[Read]
     """Elements that are read, in an order in which each knows its indices."""
     result: str
+    bytes_read: int
+    """Bytes of what is read for one key or value."""
 
 
 def load_source(load: LoadSpec, channels: str, count: int) -> LoadSource:
@@ -76,15 +78,15 @@ class _Writer:
     """Variables of the elements that were read so far, as numbers or as indices."""
     depends: dict[sympy.Symbol, frozenset[sympy.Symbol]] = field(default_factory=dict)
     """Places that each variable depends on."""
+    bytes_read: int = 0
 
     def source(self) -> LoadSource:
         element = sympy.sympify(self.load.element)
-        conditions = self._conditions(element)
-        for each, where in conditions.items():
-            self._read(each, where, index=False)
-        names = {each: self.reads[each, False][0] for each in conditions}
+        names: dict[sympy.Basic, sympy.Symbol] = {}
+        for each, others, where in self._together(self._conditions(element)):
+            names |= dict.fromkeys(others, self._read(each, where, index=False))
         reads = [read for _, read in self.reads.values()]
-        return LoadSource(reads, self._print(element.xreplace(names)))
+        return LoadSource(reads, self._print(element.xreplace(names)), self.bytes_read)
 
     def _conditions(self, element: sympy.Basic) -> dict[Element, Boolean]:
         """Return the elements of tensors that are numbers of an expression, and when they count."""
@@ -104,6 +106,48 @@ class _Writer:
                 waiting += [(each, when) for each in value.args]
         return found
 
+    def _together(
+        self, conditions: dict[Element, Boolean]
+    ) -> list[tuple[Element, list[Element], Boolean]]:
+        """Return what to read, the elements that it stands for, and when it counts.
+
+        Two elements of a tensor of which always one counts are read at once: as x[d + 8] for d < 8
+        and x[d - 8] for other channels, in a rotation.
+        """
+        found: list[tuple[Element, list[Element], Boolean]] = []
+        waiting = dict(conditions)
+        while waiting:
+            element, when = next(iter(waiting.items()))
+            del waiting[element]
+            other = next((each for each in waiting if self._completes(element, when, each, waiting)), None)
+            if other is None:
+                found.append((element, [element], when))
+                continue
+            del waiting[other]
+            places = [
+                mine if mine == theirs else sympy.Piecewise((mine, when), (theirs, sympy.true))
+                for mine, theirs in zip(element.indices, other.indices, strict=True)
+            ]
+            whole = sympy.Indexed(element.base, *places)
+            found.append((whole, [element, other], sympy.true))
+        return found
+
+    def _completes(
+        self, element: Element, when: Boolean, other: Element, conditions: dict[Element, Boolean]
+    ) -> bool:
+        """True if always one of two elements of a tensor counts, which depends on the channel."""
+        both = isinstance(element, sympy.Indexed) and isinstance(other, sympy.Indexed)
+        if not both or element.base != other.base or self._needless(element, when):
+            return False
+        channels = when.free_symbols | conditions[other].free_symbols == {D}
+        return channels and sympy.Equivalent(when, sympy.Not(conditions[other])) == sympy.true
+
+    def _needless(self, element: Element, when: Boolean) -> bool:
+        """True if an element may be read although it does not count."""
+        tensor = self._tensor(element)
+        assert tensor is not None
+        return self._in_range(tensor, list(indices_of(element)))
+
     def _tensor(self, value: sympy.Basic) -> Stored | None:
         name = value.name if isinstance(value, sympy.Symbol) else None
         name = str(value.base) if isinstance(value, sympy.Indexed) else name
@@ -115,7 +159,7 @@ class _Writer:
             return self.reads[element, index][0]
         tensor, indices = self._tensor(element), indices_of(element)
         assert tensor is not None
-        if tensor.dtype not in (INDICES if index else NUMBERS):
+        if tensor.dtype not in (INDICES if index else ITEM_BYTES):
             raise Unprintable(f"{tensor.dtype} is no dtype of {'indices' if index else 'numbers'}")
         inner = {
             each: self._read(each, when, index=True)
@@ -129,6 +173,8 @@ class _Writer:
         address = " + ".join([tensor.name, *self._offsets(tensor.name, places)])
         mask = self._mask(self.depends[symbol], self._needed(tensor, places, when))
         cast = "" if index else "" if tensor.dtype == "float32" else ".to(tl.float32)"
+        size = ITEM_BYTES[tensor.dtype]
+        self.bytes_read += size * (self.count if D in self.depends[symbol] else 1)
         other = "0.0" if "float" in tensor.dtype else "0"  # no integer is cast to 8 bits
         self.reads[element, index] = symbol, Read(name, address, mask, other, cast)
         return symbol

@@ -44,7 +44,7 @@ class Form:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, pos: Tensor, *held: Tensor) -> Any:
         keys, values = self.step(key, value, pos, *held)
-        mask = torch.arange(keys.shape[2]) <= pos[:, None]
+        mask = torch.arange(keys.shape[2], device=pos.device) <= pos[:, None]
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
 
 
@@ -272,7 +272,7 @@ def pages_of_rows_step(
     k: Tensor, v: Tensor, pos: Tensor, ck: Tensor, ks: Tensor, cv: Tensor, vs: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Pages of quantised tokens, heads before tokens."""
-    rows = torch.arange(k.shape[0])[:, None]
+    rows = torch.arange(k.shape[0], device=k.device)[:, None]
     page, slot = table[rows, pos // PAGE], pos % PAGE
     found = []
     for cache, scale, new in ((ck, ks, k), (cv, vs, v)):

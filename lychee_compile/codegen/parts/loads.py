@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lychee_compile.codegen.load_source import load_source
+from lychee_compile.codegen.load_source import ITEM_BYTES, LoadSource, load_source
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.specification import AttentionSpec, LoadSpec
 
@@ -14,17 +14,28 @@ def emit_loads(spec: AttentionSpec) -> list[str]:
     """
     loads = [("key", spec.keys, "HEAD_DIM", spec.head_dim)]
     loads.append(("value", spec.values, "VALUE_DIM", spec.value_dim))
-    found = [_emit(spec, *each) for each in loads if each[1] is not None]
-    names = ", ".join(f'"{name}"' for name, load, *_ in loads if load is not None)
-    comma = "," if len(found) == 1 else ""
-    return [f"LOADS = ({names}{comma})  # operands that are tuples of tensors", *found] * bool(found)
+    functions, names, size = [], [], 0
+    for name, load, channels, count in loads:
+        if load is None:
+            size += count * ITEM_BYTES[spec.dtype]
+            continue
+        source = load_source(load, channels, count)
+        functions.append(_function(spec, name, load, source, channels))
+        names.append(f'"{name}"')
+        size += source.bytes_read
+    if not functions:
+        return []
+    comma = "," if len(names) == 1 else ""
+    constants = (
+        f"LOADS = ({', '.join(names)}{comma})  # operands that are tuples of tensors\n"
+        f"ENTRY_BYTES = {size}  # bytes that one key and its value are computed from"
+    )
+    return [constants, *functions]
 
 
-def _emit(
-    spec: AttentionSpec, name: str, load: LoadSpec | None, channels: str, count: int
+def _function(
+    spec: AttentionSpec, name: str, load: LoadSpec, source: LoadSource, channels: str
 ) -> str:
-    assert load is not None
-    source = load_source(load, channels, count)
     names = [part for each in load.tensors for part in _parameters(each.name, len(each.sizes))]
     return fill(
         "common/load.py.jinja",
