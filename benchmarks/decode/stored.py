@@ -4,8 +4,8 @@
         [--forms bfloat16 int8 ...] [--seconds 0.2]
 
 Each form is read exactly, and sparsely by the policy "lychee". Keys and values are dequantised, and
-rotated or gathered from pages, by the kernels. The shape is that of Llama-3.1-8B. A CUDA graph holds
-several calls, which rotate through two caches. `--device cpu` tries the benchmark out.
+rotated or gathered from pages, by the kernels. The shape is that of Llama-3.1-8B. A CUDA graph
+holds several calls, which rotate through two caches. `--device cpu` tries the benchmark out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -83,7 +83,9 @@ def _rotated(batch: int, context: int, device: torch.device) -> list[Tensor]:
     return [*_int8(batch, context, device), *tables]
 
 
-def _rotation(cache: sympy.IndexedBase, scale: sympy.IndexedBase, *tables: sympy.IndexedBase) -> sympy.Expr:  # fmt: skip
+def _rotation(
+    cache: sympy.IndexedBase, scale: sympy.IndexedBase, *tables: sympy.IndexedBase
+) -> sympy.Expr:
     half, (cos, sin) = HEAD_DIM // 2, tables
 
     def number(channel: sympy.Expr) -> sympy.Expr:
@@ -91,7 +93,7 @@ def _rotation(cache: sympy.IndexedBase, scale: sympy.IndexedBase, *tables: sympy
 
     low = number(D) * cos[KV, D] - number(D + half) * sin[KV, D]
     high = number(D) * cos[KV, D - half] + number(D - half) * sin[KV, D - half]
-    return sympy.Piecewise((low, D < half), (high, True))
+    return sympy.Piecewise((low, sympy.Lt(D, half)), (high, True))
 
 
 def _pages(batch: int, context: int, device: torch.device) -> list[Tensor]:
@@ -153,13 +155,18 @@ def _calls(
         form, of_values = FORMS[name], FORMS["float8" if name == "float8" else "int8"]
         of_values = FORMS["pages"] if name == "pages" else of_values
         keys, values = (each.make(batch, context, device) for each in (form, of_values))
-        spec = _with(spec, _load(form, keys, "key"), _load(of_values, values, "value"))
+        spec = replace(
+            spec, keys=_load(form, keys, "key"), values=_load(of_values, values, "value")
+        )
         shown = LoadedTensor.of(Load(form.text, dtype, tuple(keys), shape))
         key = value = query.as_strided(shape, (0, 0, 0, 0))
         parts = {"key_parts": keys, "value_parts": values}
     last = newest_slot(key)
     operands = AttentionOperands(query, key, value, [last], **parts)
-    exact, sparse = load_module(spec), load_module(_with(spec, sparse=sparse_spec("lychee", budget)))
+    exact, sparse = (
+        load_module(spec),
+        load_module(replace(spec, sparse=sparse_spec("lychee", budget))),
+    )
     index = SketchIndex(sketch_layout(key), device)
     index.build(sparse, shown, [context] * batch)
     used = IndexOperands(index.layout, index.parts, last[None])
@@ -167,11 +174,6 @@ def _calls(
         "exact": lambda: run_exact(exact, operands),
         "sparse": lambda: run_lychee(sparse, operands, used),
     }
-
-
-def _with(spec: AttentionSpec, keys: LoadSpec | None = None, values: LoadSpec | None = None, **changed: object) -> AttentionSpec:  # fmt: skip
-    loads = {"keys": keys, "values": values} if keys is not None else {}
-    return AttentionSpec(**{**spec.__dict__, **loads, **changed})
 
 
 @torch.no_grad()

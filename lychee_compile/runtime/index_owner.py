@@ -25,7 +25,7 @@ class IndexOwner(Protocol):
         """Check the index, or read all keys, at the next call: the cache may have been written."""
 
     def recheck(self) -> None:
-        """Compare the keys at the next call: a tensor that they are computed from has changed."""
+        """Compare the keys at the next call: what they are computed from has changed."""
 
     def delay_build(self) -> None:
         """Build the index of a new cache only if a second call comes."""

@@ -52,6 +52,11 @@ class CacheArgument:
     keys: Hashable = None
     """Expression of keys of what the cache holds; None if they are what it holds."""
 
+    @property
+    def stays(self) -> bool:
+        """True if a call leaves all tensors in place."""
+        return self.output is None and all(each.output is None for each in self.beside)
+
     def given(self, inputs: Sequence[object]) -> Tensor | None:
         """Return the input that holds the cache; None if a growing cache begins."""
         if self.source is None:
@@ -209,10 +214,7 @@ class StatefulGraph:
     def _remember(self, given: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Remember the inputs of a call whose caches are all written in place, with GPU indexes."""
         in_place = [cache for cache in given if cache is not None]
-        places = [each for argument in self._arguments for each in (argument, *argument.beside)]
-        if all(each.output is None for each in places) and all(
-            each.use is not None for each in self._arguments
-        ):
+        if all(each.stays and each.use is not None for each in self._arguments):
             self._last = _LastCall(in_place, entries, self._arguments)
 
     def _keep_up(

@@ -100,9 +100,9 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
     fixed |= {name: 1 for name in names if name.endswith("stride_d")}
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
     constexprs: dict[tuple[int, ...], Any] = {}
-    for name, load in (("key", spec.keys), ("value", spec.values)):
-        if load is not None and name in names:
-            signature[name], ones = of_tensors(load)
+    for name, each in (("key", spec.keys), ("value", spec.values)):
+        if each is not None and name in names:
+            signature[name], ones = of_tensors(each)
             constexprs |= {(names.index(name), place): 1 for place in ones}
     aligned: dict[tuple[int, ...], Any] = {
         (names.index(name), place): [["tt.divisibility", 16]]

@@ -42,7 +42,7 @@ def stored(name: str, dtype: str, *sizes: int | None) -> tuple[sympy.IndexedBase
 
 
 def rotated_bytes() -> LoadSpec:
-    """Return keys of 128 channels: int8, a scale per token, rotated in halves when they are read."""
+    """Return keys of 128 channels: int8, a scale per token, rotated in halves when read."""
     cache, cosines = stored("key_0", "int8", None, None, None, 128), ("bfloat16", None, 64)
     scale = stored("key_1", "float32", None, None, None, None)
     cos, sin = stored("key_2", *cosines), stored("key_3", *cosines)

@@ -46,8 +46,8 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
     by_written  ", written" if recent tokens count back from the slots written, else ""
     by_mass     True if a choice ends once it holds a share of the softmax
     certified   True if the share of the softmax that is not read is bounded
-    key_operand, value_operand  parameters, or arguments, of kernels for all keys or values: a pointer
-                and strides; or one tuple, if they are a load
+    key_operand, value_operand  parameters, or arguments, for all keys or values: a pointer and
+                strides; or one tuple, if they are a load
     key_own     the same for functions that have keys alone: their strides have shorter names
     key_at      the same for functions of one row and KV head; a load needs the KV head by name
     kv_at       the same for keys and values

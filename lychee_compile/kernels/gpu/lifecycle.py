@@ -63,8 +63,8 @@ class CacheUse:
     kernel: str
     """Name of the generated module that attends to the cache."""
     keys: Callable[..., Tensor]
-    """Views the cache as keys [B, Hkv, L, D]. If keys are computed from more tensors, it takes these
-    behind the cache."""
+    """Views the cache as keys [B, Hkv, L, D]. If keys are computed from more tensors, these are
+    further arguments."""
     written: int
     """Number of tokens that a call writes; 0 if the graph only reads."""
     layout: IndexLayout | None
@@ -140,7 +140,7 @@ class IndexLifecycle(ABC):
         self._calls = 0
 
     def recheck(self) -> None:
-        """Compare all keys before the next call: a tensor that they are computed from has changed."""
+        """Compare all keys before the next call: what they are computed from has changed."""
         self._changed = self.trusted
 
     def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:

@@ -51,7 +51,7 @@ def exact_decode(
     `value` is [B, Hkv, L, Dv]; `extra`, broadcastable to [B, Hq, T], is the logit of a key without
     a value.
     """
-    return _exact(kernel, AttentionOperands(query, key, value, captured, extra))
+    return run_exact_kernel(kernel, AttentionOperands(query, key, value, captured, extra))
 
 
 exact_decode.register_fake(fake_output)
@@ -81,7 +81,7 @@ def sparse_decode(
     layout = layout_for(kernel, key)
     index = IndexOperands(layout, layout.views(state), positions)
     operands = AttentionOperands(query, key, value, captured, extra, extra_value)
-    return _sparse(kernel, operands, index, site)
+    return run_sparse_kernel(kernel, operands, index, site)
 
 
 sparse_decode.register_fake(fake_output)
@@ -113,113 +113,17 @@ def growing_sparse_decode(
     operands = AttentionOperands(query, key, value, captured, extra, extra_value)
     if index is None:
         kernels_told.set()
-        return _exact(kernel, operands)
-    return _sparse(kernel, operands, IndexOperands(index.layout, index.parts, positions), site)
+        return run_exact_kernel(kernel, operands)
+    return run_sparse_kernel(
+        kernel, operands, IndexOperands(index.layout, index.parts, positions), site
+    )
 
 
 growing_sparse_decode.register_fake(fake_output)
 
 
-@torch.library.custom_op("lychee::loaded_sparse_decode", mutates_args=("state",))
-def loaded_sparse_decode(
-    query: Tensor,
-    key: list[Tensor],
-    value: list[Tensor],
-    sizes: list[int],
-    captured: list[Tensor],
-    extra: Tensor | None,
-    positions: Tensor | None,
-    state: Tensor,
-    kernel: str,
-    site: str = "",
-) -> Tensor:
-    """Run `sparse_decode` over keys and values that kernels compute from what is stored.
-
-    `key` and `value` are the tensors that they are computed from, in the module's order, or one
-    tensor that holds them as they are. `sizes` are [B, Hkv, L, D, Dv].
-    """
-    operands = _loaded(kernel, query, key, value, sizes, captured, extra)
-    layout = layout_for(kernel, operands.key)
-    return _sparse(kernel, operands, IndexOperands(layout, layout.views(state), positions), site)
-
-
-@torch.library.custom_op(
-    "lychee::loaded_growing_decode",
-    mutates_args=("handle",),
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
-def loaded_growing_decode(
-    query: Tensor,
-    key: list[Tensor],
-    value: list[Tensor],
-    sizes: list[int],
-    captured: list[Tensor],
-    extra: Tensor | None,
-    positions: Tensor | None,
-    handle: Tensor,
-    kernel: str,
-    site: str = "",
-) -> Tensor:
-    """Run `loaded_sparse_decode` over a cache that grows, whose index is found by `handle`."""
-    operands = _loaded(kernel, query, key, value, sizes, captured, extra)
-    index = handles.find(handle, GrowingCacheIndex).index_for(operands.key, positions)
-    handle[1] += 1
-    if index is None:
-        kernels_told.set()
-        return _exact(kernel, operands)
-    return _sparse(kernel, operands, IndexOperands(index.layout, index.parts, positions), site)
-
-
-@torch.library.custom_op("lychee::loaded_exact_decode", mutates_args=())
-def loaded_exact_decode(
-    query: Tensor,
-    key: list[Tensor],
-    value: list[Tensor],
-    sizes: list[int],
-    captured: list[Tensor],
-    extra: Tensor | None,
-    kernel: str,
-) -> Tensor:
-    """Run `exact_decode` over keys and values that kernels compute from what is stored."""
-    return _exact(kernel, _loaded(kernel, query, key, value, sizes, captured, extra))
-
-
-def _fake_loaded(
-    query: Tensor, key: list[Tensor], value: list[Tensor], sizes: list[int], *_: object, **__: object
-) -> Tensor:  # fmt: skip
-    return query.new_empty(*query.shape[:3], sizes[4])
-
-
-loaded_sparse_decode.register_fake(_fake_loaded)
-loaded_growing_decode.register_fake(_fake_loaded)
-loaded_exact_decode.register_fake(_fake_loaded)
-
-
-def _loaded(
-    kernel: str,
-    query: Tensor,
-    key: list[Tensor],
-    value: list[Tensor],
-    sizes: list[int],
-    captured: list[Tensor],
-    extra: Tensor | None,
-) -> AttentionOperands:
-    """Return the operands of a launch; what kernels compute is told by its shape alone."""
-    batch, heads, tokens, head_dim, value_dim = sizes
-    shapes = {"key": (batch, heads, tokens, head_dim), "value": (batch, heads, tokens, value_dim)}
-    given, loads = {"key": key, "value": value}, load(kernel).LOADS
-    shown = {
-        name: query.as_strided(shapes[name], (0, 0, 0, 0)) if name in loads else given[name][0]
-        for name in given
-    }
-    parts = {name: given[name] if name in loads else () for name in given}
-    return AttentionOperands(
-        query, shown["key"], shown["value"], captured, extra,
-        key_parts=parts["key"], value_parts=parts["value"],
-    )  # fmt: skip
-
-
-def _exact(kernel: str, operands: AttentionOperands) -> Tensor:
+def run_exact_kernel(kernel: str, operands: AttentionOperands) -> Tensor:
+    """Return attention over all visible keys by a generated module."""
     module = load(kernel)
     run = partial(run_exact, module, operands)
     with torch.cuda.device_of(operands.query):
@@ -227,7 +131,10 @@ def _exact(kernel: str, operands: AttentionOperands) -> Tensor:
         return run()
 
 
-def _sparse(kernel: str, operands: AttentionOperands, index: IndexOperands, site: str) -> Tensor:
+def run_sparse_kernel(
+    kernel: str, operands: AttentionOperands, index: IndexOperands, site: str
+) -> Tensor:
+    """Return attention over the best keys by a generated module, and index new keys."""
     module = load(kernel)
     run = partial(gpu_method(module.POLICY).run, module, operands, index)
     with torch.cuda.device_of(operands.query):

@@ -47,7 +47,7 @@ class ReferenceCacheIndex:
             self.cache.distrust()
 
     def recheck(self) -> None:
-        """Compare the keys before the next use: a tensor that they are computed from has changed."""
+        """Compare the keys before the next use: what they are computed from has changed."""
         self.distrust()
 
     def delay_build(self) -> None:

@@ -15,6 +15,7 @@ Everything that a launch needs is checked here, while the graph is compiled.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,10 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.gpu.methods import layout_for, measures_for_certificates
 from lychee_compile.kernels.levels.groups import GroupSettings
-from lychee_compile.kernels.operators import decode  # noqa: F401  registers the operators
+from lychee_compile.kernels.operators import (  # noqa: F401  they register the operators
+    decode,
+    loaded_decode,
+)
 from lychee_compile.kernels.policies.registry import estimates_shares
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
@@ -39,9 +43,10 @@ from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import module_path, outputs_of, static_size, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonicaliser
+from lychee_compile.passes.lower.computed_keys import computed_keys
 from lychee_compile.passes.lower.context import LoweringContext
+from lychee_compile.passes.lower.kernel_loads import is_loaded
 from lychee_compile.passes.lower.kernel_modules import compile_kernels
-from lychee_compile.passes.lower.kernel_loads import computed_keys, is_loaded
 from lychee_compile.passes.lower.kernel_operands import (
     KernelOperands,
     emit_kernel_operands,
@@ -53,18 +58,36 @@ from lychee_compile.passes.lower.rearrange import Rearranger
 from lychee_compile.passes.lower.written_slots import named_slots
 from lychee_compile.torch_private import share_storage
 
+logger = logging.getLogger(__name__)
 
-def emit_exact_decode(attention: Attention, context: LoweringContext) -> tuple[torch.fx.Node, str]:
+
+def emit_exact_decode(
+    attention: Attention, context: LoweringContext, binding: CacheBinding | None = None
+) -> tuple[torch.fx.Node, str]:
     """Emit a kernel that reads all visible keys; return the output and the kernel's name.
 
-    Raises `NoKernel` and `RewriteError`.
+    If keys of the cache of `binding` are computed from what is stored, the kernel does that, unless
+    it cannot: then the graph does. Raises `NoKernel` and `RewriteError`.
     """
     emit = context.emit
-    operands = _operands(attention, attention, emit)
-    spec = kernel_specification(attention, operands, context.autotune)
-    kernel = compile_kernels(spec, operands)
-    attended = emit(torch.ops.lychee.exact_decode.default, *operands.arguments, kernel)
-    return Canonicaliser(attention, emit).replacement(attended), kernel
+    if binding is not None and is_loaded(attention, binding):
+        try:
+            with emit.attempt():
+                operands = emit_loaded_operands(attention, binding, emit)
+                return _emit_exact(attention, operands, context)
+        except (NoKernel, RewriteError):
+            logger.debug("%s: the graph computes its keys", attention.node, exc_info=True)
+    return _emit_exact(attention, _operands(attention, attention, emit), context)
+
+
+def _emit_exact(
+    attention: Attention, operands: KernelOperands, context: LoweringContext
+) -> tuple[torch.fx.Node, str]:
+    kernel = compile_kernels(kernel_specification(attention, operands, context.autotune), operands)
+    ops = torch.ops.lychee
+    target = ops.exact_decode if operands.loads is None else ops.loaded_exact_decode
+    attended = context.emit(target.default, *operands.arguments, kernel)
+    return Canonicaliser(attention, context.emit).replacement(attended), kernel
 
 
 def emit_sparse_decode(

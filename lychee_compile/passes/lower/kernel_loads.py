@@ -2,13 +2,11 @@
 
     keys = cache.to(float32) * scale            key_0[b, h, kv, d] * key_1[b, h, kv, 0]
 
-A kernel gets the tensors of such an expression instead of keys. The index of a cache is built
-between calls, by the host: a function gives it the keys then.
+A kernel gets the tensors of such an expression instead of keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,17 +18,13 @@ from torch import Tensor
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.load_source import load_source
 from lychee_compile.codegen.specification import LoadSpec, Stored
-from lychee_compile.kernels.reference.loaded_tensor import LoadedTensor
-from lychee_compile.kernels.reference.loads import Load as Evaluated
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.loads import CHANNEL, Load
 from lychee_compile.passes.detect.operands import Operand
-from lychee_compile.passes.graph.aliasing import written_by
-from lychee_compile.passes.graph.dataflow import first_input, outputs_of, shape_of, value_of
-from lychee_compile.passes.graph.emitter import Emitter
+from lychee_compile.passes.graph.dataflow import shape_of, value_of
 from lychee_compile.passes.lower.canonical import Canonicaliser
 from lychee_compile.passes.lower.kernel_support import NoKernel, static
 from lychee_compile.passes.lower.rearrange import Size
@@ -175,86 +169,3 @@ def _sizes(load: Load, name: str, leaf: torch.fx.Node) -> tuple[int | None, ...]
         size if isinstance(size, int) and any(each[dim].has(CHANNEL) for each in reads) else None
         for dim, size in enumerate(shape_of(leaf))
     )
-
-
-def computed_keys(
-    binding: CacheBinding, loads: KernelLoads, emit: Emitter
-) -> Callable[..., Tensor]:
-    """Return a function from a cache, and the tensors beside it, to keys [B, Hkv, L, D].
-
-    Keys are evaluated as they are read. Raises `NoKernel` if the tensors do not tell their sizes,
-    or what the graph computes besides.
-    """
-    assert binding.load is not None
-    graph = torch.fx.Graph()
-    own = {
-        node: graph.placeholder(f"given_{number}")
-        for number, node in enumerate(_given(binding, emit.graph))
-    }
-    graph.output(tuple(_copied(leaf, graph, own) for _, leaf in binding.load.leaves))
-    return partial(_evaluated, torch.fx.GraphModule({}, graph), loads, _places(binding, loads))
-
-
-def _given(binding: CacheBinding, graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    """Return the nodes that the cache and the tensors beside it are, after a call."""
-    outputs = outputs_of(graph)
-    given = []
-    for each in (binding, *binding.watched):
-        node = each.source if each.output is None else outputs[each.output]
-        assert isinstance(node, torch.fx.Node)
-        given.append(node)
-    return given
-
-
-def _copied(
-    node: torch.fx.Node, graph: torch.fx.Graph, own: dict[torch.fx.Node, torch.fx.Node]
-) -> torch.fx.Node:
-    """Copy a node, and what it is computed from, to another graph.
-
-    A tensor that the call writes in place is as it is after the write.
-    """
-    if node in own:
-        return own[node]
-    if node.op != "call_function":
-        raise NoKernel(reasons.KEYS_COMPUTED_NO_KERNEL(why=f"{node} is known to the graph alone"))
-    if written_by(node):
-        return _copied(first_input(node), graph, own)
-    for each in node.all_input_nodes:
-        own[each] = _copied(each, graph, own)
-    own[node] = graph.node_copy(node, own.__getitem__)
-    return own[node]
-
-
-def _places(
-    binding: CacheBinding, loads: KernelLoads
-) -> tuple[tuple[int, tuple[int, int]], ...]:
-    """Return the sizes of keys that a call tells: each a dimension of keys, and where it is."""
-    load, places = binding.load, []
-    assert load is not None
-    for dim, size in enumerate(loads.sizes[:4]):
-        if isinstance(size, int):
-            continue
-        of = {0: load.batch_dim, 2: load.token_dim}.get(dim)
-        found = [(n, of(name)) for n, (name, leaf) in enumerate(load.leaves) if of is not None]
-        known = [(n, at) for n, at in found if at is not None and load.leaves[n][1] is binding.key]
-        if not known:
-            name = "the size of the keys"
-            raise NoKernel(reasons.SIZE_SYMBOLIC(name=name, size=value_of(size)))
-        places.append((dim, known[0]))
-    return tuple(places)
-
-
-def _evaluated(
-    leaves_of: Callable[..., tuple[Tensor, ...]],
-    loads: KernelLoads,
-    places: tuple[tuple[int, tuple[int, int]], ...],
-    *given: Tensor,
-) -> Tensor:
-    with torch.no_grad():
-        leaves = leaves_of(*given)
-    shape = [size if isinstance(size, int) else 0 for size in loads.sizes[:4]]
-    for dim, (number, at) in places:
-        shape[dim] = leaves[number].shape[at]
-    batch, heads, tokens, channels = shape
-    load = Evaluated(loads.key_text, loads.dtype, leaves, (batch, heads, tokens, channels))
-    return LoadedTensor.of(load)

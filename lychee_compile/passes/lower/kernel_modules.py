@@ -81,7 +81,10 @@ def _parts(operands: KernelOperands) -> dict[str, Any]:
     if loads.keys is not None:
         found |= {"key": shown(values=False), "key_parts": forms(loads.key_nodes, loads.keys)}
     if loads.values is not None:
-        found |= {"value": shown(values=True), "value_parts": forms(loads.value_nodes, loads.values)}
+        found |= {
+            "value": shown(values=True),
+            "value_parts": forms(loads.value_nodes, loads.values),
+        }
     return found
 
 
