@@ -33,23 +33,31 @@ class Steps:
         self.run = torch.compile(self.form.attend, backend="lychee", options=options)
         self.position = LENGTH
 
-    def step(self) -> tuple[Tensor, Tensor]:
+    def step(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a step's output, that of eager PyTorch, and the exact one in float64."""
         torch.compiler.cudagraph_mark_step_begin()
         new = [each.cuda() for each in (SIZES.query(), SIZES.keys(1), SIZES.keys(1))]
         position = torch.tensor([self.position], device="cuda")
         self.position += 1
-        dense = self.form.attend(*new, position, *[each.clone() for each in self.held])
-        return self.run(*new, position, *self.held), dense
+        copies = [each.clone() for each in self.held]
+        wide = [each.double() if each.dtype == torch.bfloat16 else each.clone() for each in copies]
+        exact = self.form.attend(*[each.double() for each in new], position, *wide)
+        eager = self.form.attend(*new, position, *copies)
+        return self.run(*new, position, *self.held), eager, exact
 
 
-def assert_dense(step: tuple[Tensor, Tensor]) -> None:
-    torch.testing.assert_close(*step, atol=2e-2, rtol=2e-2)
+def assert_dense(step: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Check that a step is about as close to exact attention as eager PyTorch, which rounds keys
+    more often."""
+    got, eager, exact = step
+    error, allowed = (float((each - exact).abs().max()) for each in (got, eager))
+    assert error <= 1.5 * allowed + 5e-3
 
 
-def assert_sparse(step: tuple[Tensor, Tensor]) -> None:
-    got, dense = step
+def assert_sparse(step: tuple[Tensor, Tensor, Tensor]) -> None:
+    got, _, exact = step
     assert bool(got.isfinite().all())
-    assert float((got - dense).float().norm() / dense.float().norm()) > 0.05
+    assert float((got - exact).norm() / exact.norm()) > 0.1
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
