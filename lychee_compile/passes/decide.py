@@ -250,7 +250,7 @@ class _Facts:
         return (
             no_decode_method(config)
             or no_gpu_index(attention, cache, config)
-            or no_load(attention, cache)
+            or no_load(attention, cache, config.policy)
         )
 
     def _how_much(self, kernels: bool = False) -> str:

@@ -138,3 +138,34 @@ def test_a_growing_cache_of_bytes() -> None:
         if count > 1:
             assert_sparse((got, dense), cache)
     assert_decided("sparse")
+
+
+def test_what_no_kernel_computes_is_read_exactly() -> None:
+    """The graph computes keys from scales of 64 bits."""
+
+    def attend(query: Tensor, key: Tensor, pos: Tensor, stored: Tensor, scale: Tensor) -> Any:
+        stored.index_copy_(2, pos, (key / scale).round().to(torch.int8))
+        keys = (stored * scale).to(query.dtype)
+        mask = torch.arange(SIZE) <= pos[:, None]
+        return F.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
+
+    run = torch.compile(attend, backend="lychee", options=SMALL)
+    held = [torch.zeros(1, 2, SIZE, 16, dtype=torch.int8), torch.full((1, 2, 1, 16), 0.03).double()]
+    given = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), torch.tensor([LENGTH])
+    dense = attend(*given, *[each.clone() for each in held])
+    assert_exact((run(*given, *held), dense))
+    (site,) = lychee_compile.reports()[-1].sites
+    assert (site.decision, site.reason.code) == ("exact", "keys-computed-no-kernel")
+    assert "float64" in site.reason.words
+
+
+def test_exact_kernels_compute_keys_and_values() -> None:
+    form, sizes = FORMS["scale per token"], Sizes(slots=SIZE)
+    held = form.store(sizes)
+    run = torch.compile(form.attend, backend="lychee", options={"budget": None})
+    given = sizes.query(), sizes.keys(1), sizes.keys(1), torch.tensor([LENGTH])
+    dense = form.attend(*given, *[each.clone() for each in held])
+    assert_exact((run(*given, *held), dense))
+    (site,) = lychee_compile.reports()[-1].sites
+    assert (site.decision, site.reason.code) == ("exact", "budget-none")
+    assert "loads" in site.kernel

@@ -18,6 +18,7 @@ from torch import Tensor
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.load_source import load_source
 from lychee_compile.codegen.specification import LoadSpec, Stored
+from lychee_compile.kernels.gpu.methods import computes_keys
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
@@ -59,8 +60,16 @@ class KernelLoads:
         return torch.empty(self.sizes[:4], dtype=self.dtype, device="meta")  # type: ignore[arg-type]
 
 
-def no_load(attention: Attention, binding: CacheBinding) -> Reason | None:
-    """Return why kernels cannot compute the keys of a cache; None if they can, or need not."""
+def no_load(
+    attention: Attention, binding: CacheBinding, policy: str | None = None
+) -> Reason | None:
+    """Return why kernels cannot compute the keys of a cache; None if they can, or need not.
+
+    `policy` is that by which kernels select; None: they read all keys.
+    """
+    if binding.load is not None and policy is not None and not computes_keys(policy):
+        why = f"those of policy {policy!r} read keys as they are stored"
+        return reasons.KEYS_COMPUTED_NO_KERNEL(why=why)
     try:
         _specification(binding.load, attention, values=False)
     except Unprintable as why:
