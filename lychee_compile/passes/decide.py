@@ -29,7 +29,6 @@ from lychee_compile.passes.detect.caching.memory_keys import bind_behind, over_c
 from lychee_compile.passes.detect.caching.token_writes import Writes
 from lychee_compile.passes.detect.formula import formula
 from lychee_compile.passes.layer_numbers import layer_numbers
-from lychee_compile.passes.lower.kernel_loads import no_load
 from lychee_compile.passes.lower.kernel_support import (
     no_decode_method,
     no_gpu_index,
@@ -37,6 +36,7 @@ from lychee_compile.passes.lower.kernel_support import (
     no_prefill_method,
     runs_kernels,
 )
+from lychee_compile.passes.lower.loads.kernel_loads import no_load
 from lychee_compile.passes.lower.patch_grids import find_grid
 from lychee_compile.passes.outcomes import (
     ExactDecodeKernel,

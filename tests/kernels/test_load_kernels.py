@@ -20,7 +20,7 @@ from lychee_compile.kernels.gpu.common.module_cache import load, store
 from lychee_compile.kernels.gpu.common.operands import parts_argument
 from lychee_compile.passes.detect.caching.loaded_caches import bind_loaded, load_of_values
 from lychee_compile.passes.detect.caching.loads import Load
-from lychee_compile.passes.lower.kernel_loads import load_specification
+from lychee_compile.passes.lower.loads.kernel_loads import load_specification
 
 triton_interpreter.use()
 pytestmark = pytest.mark.usefixtures("seeded", "kernel_folder")

@@ -43,9 +43,7 @@ from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import module_path, outputs_of, static_size, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonicaliser
-from lychee_compile.passes.lower.computed_keys import computed_keys
 from lychee_compile.passes.lower.context import LoweringContext
-from lychee_compile.passes.lower.kernel_loads import is_loaded
 from lychee_compile.passes.lower.kernel_modules import compile_kernels
 from lychee_compile.passes.lower.kernel_operands import (
     KernelOperands,
@@ -54,6 +52,8 @@ from lychee_compile.passes.lower.kernel_operands import (
     kernel_specification,
 )
 from lychee_compile.passes.lower.kernel_support import NoKernel, tokens_written
+from lychee_compile.passes.lower.loads.computed_keys import computed_keys
+from lychee_compile.passes.lower.loads.kernel_loads import is_loaded
 from lychee_compile.passes.lower.rearrange import Rearranger
 from lychee_compile.passes.lower.written_slots import named_slots
 from lychee_compile.torch_private import share_storage

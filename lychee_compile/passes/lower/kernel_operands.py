@@ -12,8 +12,8 @@ from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, emit_behind_front
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
-from lychee_compile.passes.lower.kernel_loads import KernelLoads, kernel_loads
 from lychee_compile.passes.lower.kernel_support import NoKernel, static
+from lychee_compile.passes.lower.loads.kernel_loads import KernelLoads, kernel_loads
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from lychee_compile.passes.detect.caching.caches import CacheBinding, Watched
 from lychee_compile.passes.graph.aliasing import written_by
 from lychee_compile.passes.graph.dataflow import first_input, outputs_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
-from lychee_compile.passes.lower.kernel_loads import KernelLoads
 from lychee_compile.passes.lower.kernel_support import NoKernel
+from lychee_compile.passes.lower.loads.kernel_loads import KernelLoads
 
 
 def computed_keys(
