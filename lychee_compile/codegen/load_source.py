@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -60,6 +61,7 @@ class LoadSource:
     """Bytes of what is read for one key or value."""
 
 
+@lru_cache(maxsize=256)
 def load_source(load: LoadSpec, channels: str, count: int) -> LoadSource:
     """Return the source of `load`, over `b`, `h`, `kv`, `d`, `there` and the names of tensors.
 
@@ -73,8 +75,10 @@ class _Writer:
     load: LoadSpec
     channels: str
     count: int
-    reads: dict[tuple[Element, bool], tuple[sympy.Symbol, Read]] = field(default_factory=dict)
-    """Variables of the elements that were read so far, as numbers or as indices."""
+    reads: dict[tuple[Element, bool, Boolean], tuple[sympy.Symbol, Read]] = field(
+        default_factory=dict
+    )
+    """Variables of the elements that were read so far, as indices or not, and when they count."""
     depends: dict[sympy.Symbol, frozenset[sympy.Symbol]] = field(default_factory=dict)
     """Places that each variable depends on."""
     bytes_read: int = 0
@@ -90,8 +94,8 @@ class _Writer:
 
     def _read(self, element: Element, when: Boolean, index: bool) -> sympy.Symbol:
         """Return the variable of an element that counts under a condition."""
-        if (element, index) in self.reads:
-            return self.reads[element, index][0]
+        if (element, index, when) in self.reads:
+            return self.reads[element, index, when][0]
         tensor, indices = tensor_of(element, self.load), indices_of(element)
         if tensor is None or tensor.dtype not in (INDICES if index else ITEM_BYTES):
             kind = "indices" if index else "numbers"
@@ -105,7 +109,7 @@ class _Writer:
         mask = self._mask(depends, self._needed(tensor, places, when))
         other = "0.0" if "float" in tensor.dtype else "0"  # no integer is cast to 8 bits
         cast = "" if index or tensor.dtype == "float32" else ".to(tl.float32)"
-        self.reads[element, index] = symbol, Read(name, address, mask, other, cast)
+        self.reads[element, index, when] = symbol, Read(name, address, mask, other, cast)
         return symbol
 
     def _place(self, index: sympy.Expr, when: Boolean) -> sympy.Expr:

@@ -103,12 +103,8 @@ def _keeps_numbers(node: torch.fx.Node) -> bool:
     if operator_of(node).view is View.COPY:
         return _holds(value.dtype, value_of(first_input(node)).dtype)
     exact = not operator_of(node).is_elementwise or value.dtype == torch.bool
-    exact = exact or operator_of(node).name in _WITHIN
+    exact = exact or operator_of(node).keeps_range
     return exact or value.dtype.itemsize > (1 if value.dtype.is_floating_point else 2)
-
-
-_WITHIN = frozenset(("bitwise_and", "bitwise_right_shift"))
-"""Operators whose integers never need more bits than those that they are made of."""
 
 
 def _holds(after: torch.dtype, before: torch.dtype) -> bool:
