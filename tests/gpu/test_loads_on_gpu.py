@@ -18,7 +18,7 @@ pytestmark = [
 SIZES = Sizes(batch=2, heads=2, group=4, slots=2048, head_dim=128, dtype=torch.bfloat16)
 LENGTH, STEPS = 1500, 6
 STORED = [
-    "scale per token", "scale per channel", "scale per group", "float8", "half rotated",
+    "scale per token", "scale per channel", "scale per group", "float8", "4 bits", "half rotated",
     "rotated bytes", "pages of rows",
 ]  # fmt: skip
 
