@@ -6,8 +6,8 @@
     number_1 = tl.load(key_1 + ..., mask=there, other=0).to(tl.float32)
     found = number_0 * number_1
 
-Each element is read once, be it in several places of an expression. Numbers are float32, and
-indices that a tensor holds, as a table of pages does, are integers.
+Each element is read once, be it in several places of an expression. Numbers are float32. Integers
+are indices that a tensor holds, as a table of pages does, and numbers that bits are taken from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.expressions import indices_of
 from lychee_compile.codegen.forms import Unprintable
-from lychee_compile.codegen.load_reads import Element, in_range, tensor_of, wanted_by
+from lychee_compile.codegen.load_reads import Element, Wanted, in_range, tensor_of, wanted_by
 from lychee_compile.codegen.printer import print_expression
 from lychee_compile.codegen.specification import KV, KV_HEAD, B, D, LoadSpec, Stored
 
@@ -86,14 +86,26 @@ class _Writer:
     def source(self) -> LoadSource:
         names: dict[sympy.Basic, sympy.Symbol] = {}
         for each in wanted_by(self.load, self.count):
-            symbol = self._read(each.element, each.when, index=False)
+            symbol = self._read(each.element, each.when, index=False, whole=self._is_cut(each))
             names |= dict.fromkeys(each.stands_for, symbol)
         reads = [read for _, read in self.reads.values()]
         result = self._print(sympy.sympify(self.load.element).xreplace(names))
         return LoadSource(reads, result, self.bytes_read)
 
-    def _read(self, element: Element, when: Boolean, index: bool) -> sympy.Symbol:
-        """Return the variable of an element that counts under a condition."""
+    def _is_cut(self, wanted: Wanted) -> bool:
+        """True if bits of an element are a number: a quotient or remainder of an integer."""
+        cuts = sympy.sympify(self.load.element).atoms(sympy.Mod, sympy.floor)
+        tensor = tensor_of(wanted.element, self.load)
+        whole = tensor is not None and "int" in tensor.dtype
+        return whole and any(cut.has(each) for cut in cuts for each in wanted.stands_for)
+
+    def _read(
+        self, element: Element, when: Boolean, index: bool, whole: bool = False
+    ) -> sympy.Symbol:
+        """Return the variable of an element that counts under a condition.
+
+        It is an integer if the element is an index, or a number that is `whole`.
+        """
         if (element, index, when) in self.reads:
             return self.reads[element, index, when][0]
         tensor, indices = tensor_of(element, self.load), indices_of(element)
@@ -102,13 +114,16 @@ class _Writer:
             raise Unprintable(f"{element}: {tensor and tensor.dtype} is no dtype of {kind}")
         places = [self._place(each, when) for each in indices]
         name = f"{'index' if index else 'number'}_{len(self.reads)}"
-        symbol = sympy.Symbol(name, integer=True) if index else sympy.Symbol(name, real=True)
+        unsigned = {"nonnegative": True} if whole and tensor.dtype == "uint8" else {}
+        facts = {"integer": True, **unsigned} if index or whole else {"real": True}
+        symbol = sympy.Symbol(name, **facts)
         depends = self.depends[symbol] = self._depends(places)
         self.bytes_read += ITEM_BYTES[tensor.dtype] * (self.count if D in depends else 1)
         address = " + ".join([tensor.name, *self._offsets(tensor.name, places)])
         mask = self._mask(depends, self._needed(tensor, places, when))
         other = "0.0" if "float" in tensor.dtype else "0"  # no integer is cast to 8 bits
-        cast = "" if index or tensor.dtype == "float32" else ".to(tl.float32)"
+        cast = ".to(tl.int32)" if whole else ".to(tl.float32)"
+        cast = "" if index or tensor.dtype == "float32" else cast
         self.reads[element, index, when] = symbol, Read(name, address, mask, other, cast)
         return symbol
 
