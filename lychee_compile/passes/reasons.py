@@ -491,7 +491,8 @@ CACHE_CONVERTED = _kind(
     Group.CACHE,
     "cache-converted",
     "the cache is stored as {dtype} and converted when it is read",
-    "store the keys as float32, bfloat16 or float16",
+    "store the keys as float32, bfloat16 or float16, or write each token to quantised ones in "
+    "place, as LycheeCache does",
 )
 CACHE_PAGED = _kind(
     Group.CACHE,

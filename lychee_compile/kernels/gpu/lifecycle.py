@@ -37,6 +37,7 @@ from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.record import compare_keys
 from lychee_compile.kernels.gpu.methods import notices_writes, settings_of
+from lychee_compile.kernels.host_memory import near
 from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
 from lychee_compile.kernels.trust import Trust
@@ -219,7 +220,7 @@ class IndexLifecycle(ABC):
         ends = self._ends(key) if use.written else [key.shape[2]] * key.shape[0]
         with indexing(key, max(ends)):
             self.index = self._index_for(key, use)
-            self.index.build(load(use.kernel), key, ends)
+            self.index.build(load(use.kernel), near(key), ends)
         self.trust, self._calls = Trust.TRUSTED, 0
         self._fitted = ends
         after = self._refit_after(ends, use)
