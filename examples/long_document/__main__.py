@@ -43,6 +43,8 @@ LANGUAGE_TOKENS = 6000
 """Number of tokens of the default document for a language model, which is slow on a CPU."""
 LOOKUP_TOKENS = {"cpu": 24_000, "cuda": 120_000}
 """Number of tokens of the default document for the model of the demo, by device."""
+LANGUAGE_BUDGET, LOOKUP_BUDGET = 1024, 256
+"""Number of tokens that a step reads, for a language model and for the model of the demo."""
 TOKENS_TO_ASK = 60
 """Number of tokens kept free for the planted fact and the question."""
 
@@ -60,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--document", type=Path, metavar="FILE", help="UTF-8 text (default: Python's reference)")
     add("--question", metavar="TEXT", help="(default: a fact is planted in the middle, asked for)")
     add("--tokens", type=int, metavar="N", help="length of the default document")
-    add("--budget", type=int, default=1024, metavar="N", help="tokens read per KV head and step")
+    add("--budget", type=int, metavar="N", help="tokens read per KV head and step (256 or 1024)")
     add("--policy", default="lychee", metavar="NAME", help="how the tokens are chosen")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--gemma", action="store_true", help="let Gemma-3-270M answer")
@@ -68,7 +70,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=32, metavar="N", help="length of the answer")
     picture = Path("long_document_chunks.png")
     add("--output", type=Path, default=picture, metavar="FILE", help="the picture, a PNG")
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    if chosen.budget is None:
+        chosen.budget = LANGUAGE_BUDGET if chosen.gemma or chosen.model else LOOKUP_BUDGET
+    return chosen
 
 
 def check(chosen: argparse.Namespace) -> None:

@@ -104,8 +104,11 @@ def _parting(tokenizer: Any, dense: Sequence[int], sparse: Sequence[int]) -> str
 
 
 def show_steps(console: Console, recording: Recording, tokenizer: Any) -> None:
-    """Print for each decode step its token, the tokens it read, and the mass that these hold."""
-    _heading(console, "What each decode step read")
+    """Print what each step of the answer read, and the mass that these tokens hold.
+
+    Its first step decodes the last token of the question.
+    """
+    _heading(console, "What each step of the answer read")
     if not recording.steps:
         console.print("The whole cache: no attention was sparse, for the reasons above.\n")
         return
@@ -120,7 +123,8 @@ def show_steps(console: Console, recording: Recording, tokenizer: Any) -> None:
         "worst head",
     ):
         table.add_column(name, justify="left" if name in ("token", "worst head") else "right")
-    decoded = zip(recording.steps, recording.decoded, strict=True)
+    asked = recording.prompt.question.shape[1] - 1
+    decoded = list(zip(recording.steps, recording.decoded, strict=True))[asked:]
     for number, (calls, token) in enumerate(decoded):
         read, cached = mean_read(calls), calls[0].kv_len
         mass, worst, where = _captured(calls)

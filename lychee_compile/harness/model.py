@@ -54,7 +54,9 @@ class LycheeLM(HFLM):
         **arguments: Any,
     ) -> None:
         if str(batch_size or 1) != "1":
-            raise OptionError(f"batch_size={batch_size}: the model lychee decodes one row at a time")
+            raise OptionError(
+                f"batch_size={batch_size}: the model lychee decodes one row at a time"
+            )
         if question_tokens < 0:
             raise OptionError(f"question_tokens={question_tokens}: at least 0 is needed")
         own = {each.name for each in fields(Options)} - {*_OF_HARNESS} | {*_OF_PREPARE}

@@ -74,7 +74,9 @@ def scores(model, folder, tasks, name, **arguments):
     return results["results"][name], [each["resps"] for each in results["samples"][name]]
 
 
-@pytest.mark.parametrize(("name", "metric"), [("lookup_choice", "acc"), ("lookup_generation", "exact_match")])
+@pytest.mark.parametrize(
+    ("name", "metric"), [("lookup_choice", "acc"), ("lookup_generation", "exact_match")]
+)
 def test_answers_are_decoded_sparsely(without_inductor, folder, tasks, name, metric):
     with lychee_compile.record() as recorder:
         found, _ = scores("lychee", folder, tasks, name, budget=128, question_tokens=8)
