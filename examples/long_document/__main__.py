@@ -45,6 +45,8 @@ LOOKUP_TOKENS = {"cpu": 24_000, "cuda": 120_000}
 """Number of tokens of the default document for the model of the demo, by device."""
 LANGUAGE_BUDGET, LOOKUP_BUDGET = 1024, 256
 """Number of tokens that a step reads, for a language model and for the model of the demo."""
+SHORTEST = 1000
+"""Least number of tokens of the default document."""
 TOKENS_TO_ASK = 60
 """Number of tokens kept free for the planted fact and the question."""
 
@@ -79,11 +81,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def check(chosen: argparse.Namespace) -> None:
     """Raise an error for every wrong option that can be told without loading a model."""
     Options(budget=chosen.budget, policy=chosen.policy)
-    for name in ("new_tokens", "tokens"):
-        least = 1 if name == "new_tokens" else 1000
-        if (getattr(chosen, name) or least) < least:
-            option = f"--{name.replace('_', '-')}"
-            raise RefusedError(f"{option} {getattr(chosen, name)}: at least {least} is needed")
+    _check_at_least("--new-tokens", chosen.new_tokens, 1)
+    _check_at_least("--tokens", chosen.tokens, SHORTEST)
     _check_question(chosen)
     folder = chosen.output.absolute().parent
     if chosen.output.is_dir() or not os.access(folder, os.W_OK):
@@ -96,6 +95,11 @@ def check(chosen: argparse.Namespace) -> None:
         raise RefusedError(f"{names} not installed: pip install 'lychee_compile[demo]'")
     if chosen.gemma:
         gemma.check()
+
+
+def _check_at_least(option: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise RefusedError(f"{option} {value}: at least {least} is needed")
 
 
 def _check_question(chosen: argparse.Namespace) -> None:
