@@ -12,10 +12,10 @@ from rich.console import Console
 from examples.long_document import answers
 from examples.long_document.__main__ import main
 from examples.long_document.answers import Measured, Recording, decode_steps
+from examples.long_document.lookup import make_model, make_tokenizer
 from examples.long_document.picture import draw
 from examples.long_document.prompt import Prompt
 from examples.long_document.reading import Reading
-from examples.long_document.lookup import make_model, make_tokenizer
 from examples.long_document.task import (
     EXPECTED,
     FACT,
