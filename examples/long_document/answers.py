@@ -100,23 +100,37 @@ class Measured:
 
 @dataclass(frozen=True)
 class Recording:
-    """Record of what each decode step of an answer read."""
+    """Record of what decode steps of an answer read.
+
+    Steps that read every key, as the first ones do on a GPU, are not recorded.
+    """
 
     prompt: Prompt
     answer: list[int]
     """Token ids of the answer."""
     steps: list[list[Call]]
-    """The sparse attentions of each step, in the order of the layers."""
+    """The sparse attentions of each of the last steps, in the order of the layers."""
 
     @property
     def decoded(self) -> list[int]:
-        """Token that each step decodes: the question's, then all of the answer but its last."""
-        return [*self.prompt.question[0].tolist(), *self.answer[:-1]]
+        """Token that each recorded step decodes: the question's, then all of the answer but one."""
+        every = self._every
+        return every[len(every) - len(self.steps) :]
+
+    @property
+    def asked(self) -> int:
+        """Number of recorded steps that decode the question."""
+        return max(len(self.steps) - len(self.answer) + 1, 0)
 
     @property
     def tokens(self) -> list[int]:
         """Token ids in the cache at the end."""
-        return [*self.prompt.document[0].tolist(), *self.decoded]
+        return [*self.prompt.document[0].tolist(), *self._every]
+
+    @property
+    def _every(self) -> list[int]:
+        """Token of every step, recorded or not."""
+        return [*self.prompt.question[0].tolist(), *self.answer[:-1]]
 
 
 class Forced(LogitsProcessor):
@@ -196,8 +210,9 @@ class Answerer:
         """Answer once more and record what is read, which takes longer."""
         with way.prepared(self._model), lychee_compile.record(mass=True) as recorder:
             run = self.answer(f"{way.name}: recording what is read", way)
-        # The first step has the document's last token, which is no part of the question.
-        return Recording(self._prompt, run.answer, decode_steps(recorder.calls)[1:])
+        # A step before them may have had the document's last token.
+        most = self._prompt.question.shape[1] + len(run.answer) - 1
+        return Recording(self._prompt, run.answer, decode_steps(recorder.calls)[-most:])
 
     def answer(self, label: str, way: Way, steps: int | None = None) -> Run:
         """Answer greedily, in at most `steps` steps, those of the question included.

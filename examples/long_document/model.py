@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -58,9 +59,11 @@ def device() -> str:
 
 
 def quiet() -> None:
-    """Silence transformers: its progress bars and warnings would break up those of the demo."""
+    """Silence what would break up the progress bars: warnings, and those of transformers."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # Inductor's advice to round products, which would change what is compared.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def load_tokenizer(folder: Path) -> tuple[Any, Any]:

@@ -47,7 +47,7 @@ def draw(path: Path, recording: Recording, tokenizer: Any, options: Options) -> 
     reading = Reading.of(recording.steps)
     entries = _entries(reading, recording, tokenizer, options)
     words = [tokenizer.decode([token]) for token in recording.decoded]
-    fact, asked = recording.prompt.fact, recording.prompt.question.shape[1]
+    fact, asked = recording.prompt.fact, recording.asked
     rows = ["totals", "steps"] + (["near"] if fact else [])
     height = max(11.0, 3 + 0.15 * len(words)) + (5 if fact else 0)
     with mpl.rc_context({"font.family": _installed(FONTS), "font.size": 11}):
@@ -77,7 +77,7 @@ def _title(recording: Recording, options: Options) -> str:
     )
     if fact is None:
         return words
-    answer = recording.steps[recording.prompt.question.shape[1] - 1 :]
+    answer = recording.steps[max(recording.asked - 1, 0) :]
     seen = sum(
         any(bool(((call.tokens >= fact.start) & (call.tokens < fact.stop)).any()) for call in step)
         for step in answer

@@ -110,7 +110,10 @@ def show_steps(console: Console, recording: Recording, tokenizer: Any) -> None:
     """
     _heading(console, "What each step of the answer read")
     if not recording.steps:
-        console.print("The whole cache: no attention was sparse, for the reasons above.\n")
+        console.print(
+            "Nothing was recorded: no attention was sparse, for the reasons above, or its steps "
+            "were replays of a CUDA graph.\n"
+        )
         return
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for name in (
@@ -123,8 +126,8 @@ def show_steps(console: Console, recording: Recording, tokenizer: Any) -> None:
         "worst head",
     ):
         table.add_column(name, justify="left" if name in ("token", "worst head") else "right")
-    asked = recording.prompt.question.shape[1] - 1
-    decoded = list(zip(recording.steps, recording.decoded, strict=True))[asked:]
+    last_asked = max(recording.asked - 1, 0)
+    decoded = list(zip(recording.steps, recording.decoded, strict=True))[last_asked:]
     for number, (calls, token) in enumerate(decoded):
         read, cached = mean_read(calls), calls[0].kv_len
         mass, worst, where = _captured(calls)
@@ -179,13 +182,12 @@ def show_times(console: Console, answers: dict[str, Measured], recording: Record
         table.add_column(name, justify="right" if name else "left")
     *dense, sparse = answers.values()
     fastest = min(each.seconds_per_token for each in dense)
-    keys = recording.prompt.document.shape[1]
-    read = [1.0] * len(dense) + [_share_read(recording)]
-    for (name, each), share in zip(answers.items(), read, strict=True):
+    for name, each in answers.items():
+        share = _share_read(recording) if each is sparse else 1.0
         table.add_row(
             name,
             f"{each.seconds_per_token * 1e3:.1f} ms",
-            f"{keys * share:,.0f} ({share:.0%})",
+            "not recorded" if share is None else f"{share:.1%}",
             f"{fastest / each.seconds_per_token:.2f}x",
             f"{each.first_seconds:.2f} s",
             f"{each.compile_seconds:.0f} s",
@@ -199,10 +201,10 @@ def show_times(console: Console, answers: dict[str, Measured], recording: Record
     )
 
 
-def _share_read(recording: Recording) -> float:
-    """Return the share of the cache that sparse steps read, 1 if there are none."""
+def _share_read(recording: Recording) -> float | None:
+    """Return the share of the cache that sparse steps read; None if none was recorded."""
     shares = [mean_read(calls) / calls[0].kv_len for calls in recording.steps]
-    return fmean(shares) if shares else 1.0
+    return fmean(shares) if shares else None
 
 
 def _heading(console: Console, text: str) -> None:
