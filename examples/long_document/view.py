@@ -195,8 +195,8 @@ def show_times(console: Console, answers: dict[str, Measured], recording: Record
         )
     console.print(table)
     console.print(
-        f"Time per token: median of {sparse.steps} decode steps, all compiled before. Speed: over "
-        "the fastest dense way.\n"
+        f"Time per token: tenth percentile of {sparse.steps} decode steps, compiled before. Speed: "
+        "over the fastest dense way.\n"
         "First token: of lychee, with the index of all keys built. Compiling: first steps, once.\n"
     )
 
