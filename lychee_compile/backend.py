@@ -22,6 +22,7 @@ from lychee_compile.passes.pipeline import FINISHING, REWRITING, Compilation, an
 from lychee_compile.report.grouping import reason_lines
 from lychee_compile.report.report import Report
 from lychee_compile.runtime.cache_registry import registry
+from lychee_compile.runtime.host_caches import Inputs, inputs_of_keys, told_of_host_caches
 from lychee_compile.runtime.stateful_graph import CacheArgument, StatefulGraph
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,10 @@ def lychee(
     """
     chosen = Options.parse(mode, options)
     compilation = None
+    keys: list[Inputs] = []
     try:
         compilation = analyse(gm, example_inputs, chosen)
+        keys = inputs_of_keys(compilation.plans, compilation.gm.graph)
         run(REWRITING, compilation)
         _announce(report_of(compilation))
         _refuse_if_strict(compilation)
@@ -66,6 +69,7 @@ def lychee(
         report = _record(compilation)
         if report is not None and isinstance(compiled, StatefulGraph):
             compiled.new_caches.tell = report.notes.append
+        compiled = told_of_host_caches(compiled, compilation.plans, keys)
     return compiled
 
 

@@ -163,9 +163,10 @@ def check_names(names: Collection[str], more: Collection[str] = ()) -> None:
             )
 
 
-def _did_you_mean(value: object, known: Collection[str]) -> str:
+def _did_you_mean(value: object, known: Collection[str | None]) -> str:
     """Return a guess to append to a message, empty if no name is near."""
-    near = difflib.get_close_matches(str(value), known, n=1)
+    names = [each for each in known if each is not None]
+    near = difflib.get_close_matches(str(value), names, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -212,7 +213,7 @@ def _share_or_number(name: str, value: object) -> int | float:
     raise _wrong(name, value, expected)
 
 
-def one_of(name: str, value: object, choices: Collection[str]) -> None:
+def one_of(name: str, value: object, choices: Collection[str | None]) -> None:
     """Raise `OptionError` for a value that is not among the `choices`."""
     if value not in choices:
         listed = " or ".join(map(repr, choices))

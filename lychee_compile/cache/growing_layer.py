@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticLayer
 
+from lychee_compile.cache.number_formats import bits
+from lychee_compile.cache.storage import Storage
+from lychee_compile.cache.stored_layer import StoredLayer, mark_static
 from lychee_compile.kernels.sizes import whole_scans
 
 ROOM = 1024
 """Least number of free slots when a cache chooses its own capacity."""
 
+_ENCODER_KEYS = (
+    "a LycheeCache with storage= or dtype= got the keys of an encoder, which cross-attention reads "
+    "as they are held: pass EncoderDecoderCache(LycheeCache(...), DynamicCache())"
+)
 _OF_TWO_KINDS = (
     "a LycheeCache got the keys of a decoder and those of an encoder: for encoder-decoder models "
     "pass EncoderDecoderCache(LycheeCache(model.config), DynamicCache())"
@@ -26,6 +32,8 @@ class Shared:
 
     slots: int
     """Capacity of every layer."""
+    storage: Storage = field(default_factory=Storage)
+    """Memory and form in which layers hold their keys and values."""
     at_most: int = 0
     """Upper bound of the number of tokens: those counted last and all announced since."""
     shown: int | None = None
@@ -48,7 +56,7 @@ class Shared:
         return self.encoder_decoder and self.announced is None
 
 
-class GrowingLayer(StaticLayer):
+class GrowingLayer(StoredLayer):
     """Keys and values [B, Hkv, slots, D] of one layer: a `StaticLayer` that can get more slots.
 
     In a compiled graph it is a `StaticLayer`: whole buffers, written at positions that a device
@@ -56,11 +64,9 @@ class GrowingLayer(StaticLayer):
     """
 
     is_croppable = True
-    keys: Any
-    values: Any
 
     def __init__(self, shared: Shared, last: bool) -> None:
-        super().__init__(max_cache_len=shared.slots)
+        super().__init__(shared.slots, shared.storage)
         self.shared, self.last = shared, last
         self.length: int | None = 0
         """Number of tokens; None after compiled steps, which only the device counts."""
@@ -72,27 +78,32 @@ class GrowingLayer(StaticLayer):
         super().lazy_initialization(key_states, value_states)
         if torch.compiler.is_compiling():
             self.shared.graph_made = True
+        else:
+            mark_static(self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, Hkv, T, D], and return what attention reads.
 
+        The first tokens of all are read as they come, be they held in a form that rounds them.
         Raises `ValueError` if they are those of an encoder, and the cache is a decoder's.
         """
-        announced = self.shared.announced
-        if announced is not None and key_states.shape[2] != announced:
+        announced, count = self.shared.announced, key_states.shape[2]
+        if announced is not None and count != announced:
             raise ValueError(_OF_TWO_KINDS)
+        if self.shared.holds_encoder and not self.storage.is_usual:
+            raise ValueError(_ENCODER_KEYS)
         if torch.compiler.is_compiling():
             self._write_in_graph(key_states, value_states)
         else:
             self._write(key_states, value_states)
-        keys, values, shown = self.keys, self.values, self.shared.shown
+        shown = self.shared.shown
         if self.last:
             self.shared.shown = None  # it was announced for this forward alone
-        if shown is None:
-            return keys, values
-        return keys[:, :, :shown], values[:, :, :shown]
+        if shown == self.length == count and not self.storage.is_usual:
+            return key_states, value_states
+        return self.read("keys", shown), self.read("values", shown)
 
     def _write_in_graph(self, key_states: Tensor, value_states: Tensor) -> None:
         """Write at positions on the device; Python runs here while tracing, so it cannot count."""
@@ -107,8 +118,7 @@ class GrowingLayer(StaticLayer):
         value_states = value_states.masked_fill((positions >= slots)[:, None], torch.nan)
         positions = positions.clamp(max=slots - 1)
         self.cumulative_length.add_(count)
-        self.keys.index_copy_(2, positions, key_states)
-        self.values.index_copy_(2, positions, value_states)
+        self.copy_in(positions, key_states, value_states)
         self.length = None
         self.shared.eager_steps = 0
 
@@ -124,8 +134,7 @@ class GrowingLayer(StaticLayer):
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[2] < self.shared.slots:
             self.move()
-        self.keys[:, :, begin:end] = key_states
-        self.values[:, :, begin:end] = value_states
+        self.put(begin, key_states, value_states)
         self.length = end
         self.cumulative_length.fill_(self.length)
         self.shared.at_most = max(self.shared.at_most, self.length)
@@ -155,12 +164,7 @@ class GrowingLayer(StaticLayer):
 
     def move(self) -> None:
         """Move to new buffers, of the capacity that all layers are to have."""
-        used, slots = self.used, self.shared.slots
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], slots, old.shape[3])
-            new[:, :, :used] = old[:, :, :used]
-            setattr(self, name, new)
+        self.move_buffers(self.shared.slots, self.used)
         self.cumulative_length = self.cumulative_length.clone()
         self.max_cache_len = self.shared.slots
         mark_static(self)
@@ -193,22 +197,14 @@ class GrowingLayer(StaticLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch in place, so that CUDA graphs find the buffers where they were."""
         if self.is_initialized:
-            for buffer in (self.keys, self.values):
-                filled = buffer[:, :, : self.used]
+            for buffer in self.buffers():
+                filled = bits(buffer)[:, :, : self.used]
                 filled.copy_(filled.index_select(0, beam_idx.to(buffer.device)))
 
     def reset(self) -> None:
         """Forget all tokens and keep the buffers."""
         super().reset()
         self.length = 0
-
-
-def mark_static(layer: Any) -> None:
-    """Tell CUDA graphs that the buffers of `layer` stay where they are."""
-    from lychee_compile import torch_private  # loads the compiler: not before a cache is filled
-
-    for tensor in (layer.keys, layer.values, layer.cumulative_length):
-        torch_private.mark_static_address(tensor)
 
 
 def rounded(slots: int) -> int:

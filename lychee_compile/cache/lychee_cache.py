@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
-from lychee_compile.cache.growing_layer import GrowingLayer, Shared, larger, mark_static, rounded
+from lychee_compile.cache.growing_layer import GrowingLayer, Shared, larger, rounded
+from lychee_compile.cache.storage import Storage
+from lychee_compile.cache.stored_layer import StoredLayer, mark_static
 
 EAGER_STEPS = 2
 """Number of single tokens decoded eagerly in a row after which a cache counts as eager."""
@@ -54,20 +56,39 @@ class LycheeCache(Cache):
     DynamicCache())`. The second may be a `LycheeCache` too: it holds the keys of the encoder
     without free slots. A `LycheeCache` alone raises `ValueError` at the first forward.
 
+    `storage="host"` holds keys and values of layers without a window in page-locked memory of the
+    host, which kernels of a GPU read over the link: the memory of the host limits the context. The
+    index lies in memory of the device. It is built after the first compiled step, which reads all
+    keys once more. Uncompiled forwards copy what they read to the device, a layer at a time.
+    Compiled attention that is not sparse over such a cache reads all of it at each call, with a
+    warning. On a CPU both storages are the same.
+
+    `dtype` is the form of the numbers of these layers, with the bytes of one number beside those of
+    bfloat16, 2: "fp8" (1), "int8" with a scale for 32 channels of a token (1 1/16), and "int4"
+    with a scale and a least number for 32 channels of a token (5/8). All tokens are rounded when
+    they are written. The first forward of all attends to its own tokens before they are rounded.
+
     `config` is the model's. `capacity` is the number of slots to begin with, rounded up to a
     multiple of 512; by default it is what the first forward needs, and half as much or 1024 again.
-    Raises `ValueError` for models with layers that hold anything but keys and values of full or
-    sliding-window attention, such as indexers.
+    Raises `OptionError` (a ValueError) for another `storage` or `dtype`, `RuntimeError` if memory
+    of the host cannot be locked, and `ValueError` for models with layers that hold anything but
+    keys and values of full or sliding-window attention, such as indexers.
     """
 
     layers: list[Any]
 
-    def __init__(self, config: PreTrainedConfig, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        capacity: int | None = None,
+        storage: str = "device",
+        dtype: str | None = None,
+    ) -> None:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity must be at least 1 slot, not {capacity}")
         with_encoder = bool(getattr(config, "is_encoder_decoder", False))
         slots = 0 if capacity is None else rounded(capacity)
-        self._shared = Shared(slots, encoder_decoder=with_encoder)
+        self._shared = Shared(slots, Storage(storage, dtype), encoder_decoder=with_encoder)
         layers: list[Any] = StaticCache(config, max_cache_len=_UNBOUNDED).layers
         growing = [number for number, layer in enumerate(layers) if type(layer) is StaticLayer]
         for number, layer in enumerate(layers):
@@ -193,10 +214,10 @@ class LycheeCache(Cache):
     def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
             if isinstance(layer, StaticLayer) and layer.is_initialized:
-                keys, values = layer.keys, layer.values
-                assert keys is not None
-                assert values is not None
-                layer.keys, layer.values = change(keys), change(values)
+                if isinstance(layer, StoredLayer):
+                    layer.change_buffers(change)
+                else:
+                    layer.keys, layer.values = change(layer.keys), change(layer.values)
                 layer.batch_size = layer.keys.shape[0]
                 mark_static(layer)
 

@@ -10,6 +10,7 @@ from transformers.cache_utils import StaticLayer
 
 from lychee_compile.cache.lychee_cache import LycheeCache
 from lychee_compile.generation.request import Request, argument_name
+from lychee_compile.generation.settings import Settings
 
 DEFAULT_NEW = 20
 """Least number of new tokens to make room for, which `generate()` adds if nothing says more."""
@@ -28,11 +29,12 @@ def capacity(tokens: int) -> int:
     return max(-(-tokens // step) * step, LEAST)
 
 
-def new_cache(kind: str, request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Return the arguments of `generate()` that make it use a new cache of the kind.
+def new_cache(settings: Settings, request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Return the arguments of `generate()` that make it use a new cache as the settings say.
 
     The result is empty if the user named a cache, or the model takes none; `tell` is then told why.
     """
+    kind = settings.cache
     if request.cache is not None:
         return {}
     if request.setting("use_cache") is False:
@@ -43,6 +45,8 @@ def new_cache(kind: str, request: Request, tell: Callable[[str], None]) -> dict[
     if request.cache_name is None:
         tell(f"{type(request.model).__name__} takes no cache of keys and values: nothing is sparse")
         return {}
+    if settings.stores_otherwise and (not request.is_usual or _suitable(kind, request) != kind):
+        tell("storage and cache_dtype have no effect: generate() of this model needs another cache")
     if not request.is_usual:
         # Such a generate() may call the usual one several times: it must get a new cache each time.
         return {"cache_implementation": "dynamic" if kind == "dynamic" else "static"}
@@ -52,7 +56,7 @@ def new_cache(kind: str, request: Request, tell: Callable[[str], None]) -> dict[
     if kind == "growing" and request.counts_in_mask:
         tell("a dynamic cache is used: the model counts positions from the mask")
         kind = "dynamic"
-    cache = _MAKERS[kind](request, tell)
+    cache = _MAKERS[kind](settings, request, tell)
     if cache is None:
         return {"cache_implementation": "static"}
     return {argument_name(): cache, "cache_implementation": None}
@@ -91,7 +95,7 @@ def _has_windows(request: Request) -> bool:
     return bool(getattr(config, "sliding_window", None))
 
 
-def _growing(request: Request, tell: Callable[[str], None]) -> Any:
+def _growing(settings: Settings, request: Request, tell: Callable[[str], None]) -> Any:
     """Return a `LycheeCache` with room for the prompt and for some of what is generated."""
     model, ids, new = request.model, request.ids, request.new_tokens
     slots = None
@@ -99,16 +103,16 @@ def _growing(request: Request, tell: Callable[[str], None]) -> Any:
         room = max(ids.shape[1] // 2, ROOM)
         slots = capacity(ids.shape[1] + (room if new is None else min(new, room)))
     try:
-        cache = LycheeCache(model.config, slots)
+        cache = LycheeCache(model.config, slots, settings.storage, settings.cache_dtype)
     except ValueError as error:
         tell(f"a dynamic cache is used: {error}")
-        return _dynamic(request, tell)
+        return _dynamic(settings, request, tell)
     if not model.config.is_encoder_decoder:
         return cache
     return EncoderDecoderCache(cache, DynamicCache())
 
 
-def _static(request: Request, tell: Callable[[str], None]) -> Any:  # noqa: ARG001  as the others
+def _static(_: Settings, request: Request, __: Callable[[str], None]) -> Any:
     """Return a `StaticCache` for all tokens; None if `generate()` has to find their number."""
     model, ids, new = request.model, request.ids, request.new_tokens
     if ids is None or new is None or model.config.is_encoder_decoder:
@@ -118,7 +122,7 @@ def _static(request: Request, tell: Callable[[str], None]) -> Any:  # noqa: ARG0
     )
 
 
-def _dynamic(request: Request, tell: Callable[[str], None]) -> Any:  # noqa: ARG001  as the others
+def _dynamic(_: Settings, request: Request, __: Callable[[str], None]) -> Any:
     config = request.model.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
     if not request.model.config.is_encoder_decoder:

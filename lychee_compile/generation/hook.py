@@ -102,7 +102,7 @@ class GenerateHook:
         model = self.model
         self._compile_for(model.device.type)
         request = Request(model, plain, args, kwargs)
-        settings = new_cache(self._settings.cache, request, self._tell)
+        settings = new_cache(self._settings, request, self._tell)
         request.set(disable_compile=True, **settings)  # the forward is compiled already
         self._read_prompt(request, self._plain_forward(model))
         self._begins, self._outputs_stay = True, request.keeps_outputs

@@ -46,6 +46,8 @@ def prepare(model: Any, **options: Any) -> Prepared:
     - `cache`: the cache that `generate()` gets if the call names none. "growing" is a
       `LycheeCache`: it needs no length beforehand, and keeps the turns of a conversation. "static"
       is a `StaticCache` for all tokens that may be generated. "dynamic" is a `DynamicCache`.
+    - `storage` and `cache_dtype`: memory and form of the numbers of a growing cache, `storage` and
+      `dtype` of `LycheeCache`.
     - `prefill`: "dense" (the default, which the backend calls "exact") or "sparse".
     - `prefill_chunk`: the number of tokens in which a prompt goes through the backend, at least 17.
       None: 4096 for a sparse prefill; a dense prompt is read in one piece.

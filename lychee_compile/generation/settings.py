@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lychee_compile.cache.number_formats import FORMATS
+from lychee_compile.cache.storage import STORAGES
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
-from lychee_compile.options import Options, check_names, integer, one_of
+from lychee_compile.options import OptionError, Options, check_names, integer, one_of
 
 CACHES = ("growing", "static", "dynamic")
 """Values of the option `cache` of `prepare`."""
@@ -15,7 +17,7 @@ PREFILLS = {"dense": "exact", "exact": "exact", "sparse": "sparse"}
 """Values of the option `prefill` of `prepare`, and what the backend calls them."""
 SPARSE_CHUNK = 4096
 """Number of tokens in a chunk of a prompt that is read sparsely, if the user names none."""
-_OWN = ("cache", "prefill_chunk")
+_OWN = ("cache", "storage", "cache_dtype", "prefill_chunk")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Settings:
     """The same options, with defaults for the others."""
     cache: str
     """Kind of the cache that is made if the user brings none."""
+    storage: str
+    """Memory that a growing cache lies in, "device" or "host"."""
+    cache_dtype: str | None
+    """Form of the numbers of a growing cache."""
     prefill_chunk: int | None
     """Number of tokens in a chunk of a prompt; None: prompts are not cut."""
     plain_until: int
@@ -48,9 +54,11 @@ class Settings:
         backend = Options.parse(None, options)
         cache = given.get("cache", CACHES[0])
         one_of("cache", cache, CACHES)
+        storage, cache_dtype = _stored(given, cache)
         chunk = given.get("prefill_chunk")
         whole = backend.prefill_from if chunk is None and backend.prefill == "sparse" else 0
-        return cls(options, backend, cache, _chunk(chunk, backend), whole)
+        chunk = _chunk(chunk, backend)
+        return cls(options, backend, cache, storage, cache_dtype, chunk, whole)
 
     @property
     def sparse_prompts(self) -> bool:
@@ -58,9 +66,27 @@ class Settings:
         return self.backend.prefill == "sparse"
 
     @property
+    def stores_otherwise(self) -> bool:
+        """True if keys and values are to be held in another memory or form than usual."""
+        return self.storage != STORAGES[0] or self.cache_dtype is not None
+
+    @property
     def notes_tokens(self) -> bool:
         """True if the index wants to know the tokens of a prompt."""
         return self.backend.tokenizer is not None
+
+
+def _stored(given: Mapping[str, Any], cache: str) -> tuple[str, str | None]:
+    """Return memory and form of the numbers of a cache of this kind."""
+    storage, dtype = given.get("storage", STORAGES[0]), given.get("cache_dtype")
+    one_of("storage", storage, STORAGES)
+    one_of("cache_dtype", dtype, tuple(FORMATS))
+    if cache != CACHES[0] and (storage, dtype) != (STORAGES[0], None):
+        raise OptionError(
+            f"options storage={storage!r} and cache_dtype={dtype!r} are those of a growing cache, "
+            f'and option cache is {cache!r}: use cache="{CACHES[0]}"'
+        )
+    return storage, dtype
 
 
 def _chunk(value: object, backend: Options) -> int | None:

@@ -137,7 +137,7 @@ class SparseDecodeKernel:
 
     def instead(self, failure: Reason) -> Outcome:
         """Read all keys."""
-        return ExactDecodeKernel(self.attention, failure)
+        return ExactDecodeKernel(self.attention, failure, binding=self.binding)
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ class ExactDecodeKernel:
     reason: Reason
     by_pytorch: KeepAsIs | OneSdpa | None = None
     """Outcome without such a kernel, if the attention is meant to be exact; None otherwise."""
+    binding: CacheBinding | None = None
+    """Cache of the keys, which a kernel may compute from what it holds; None: there is none."""
     module: str = ""
     """Name of the generated module, once there is one."""
     by_design: ClassVar[bool] = False
@@ -161,7 +163,7 @@ class ExactDecodeKernel:
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Generate the kernel, try it, and emit its operator."""
-        output, module = emit_exact_decode(self.attention, context)
+        output, module = emit_exact_decode(self.attention, context, self.binding)
         return output, replace(self, module=module)
 
     def instead(self, failure: Reason) -> Outcome:

@@ -195,3 +195,14 @@ def test_an_example_can_be_copied_alone(path):
             assert node.module.partition(".")[0] not in here
         elif isinstance(node, ast.Import):
             assert not {name.name.partition(".")[0] for name in node.names} & here
+
+
+def test_a_server_gives_each_request_the_tokens_that_it_gets_alone(capsys):
+    """Rows are taken over by other requests, a prefix is shared, and the budget holds all."""
+    sizes = {"rows": 2, "requests": 4, "prefix": 32, "context": 90, "new-tokens": 5, "width": 64}
+    given = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    compared = example("serving").main([*given, "--budget", "95", "--device", "cpu", "--no-dense"])
+    assert compared.decisions == ["sparse"] * 2
+    assert compared.served["lychee"].said == compared.alone
+    assert [len(each) for each in compared.alone] == [5, 4, 3, 5]
+    assert "4 of 4 answers are those of dense decoding" in words(capsys)

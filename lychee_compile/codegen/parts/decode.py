@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lychee_compile.codegen.parts.loads import emit_loads
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
@@ -29,11 +30,25 @@ def emit_constants(spec: AttentionSpec) -> str:
 def emit_exact(spec: AttentionSpec) -> list[str]:
     """Return the kernels of exact attention: `attend_all` and `combine`, with what they call."""
     return [
+        *emit_loads(spec),
         *library("decode", "load_queries"),
         fill("decode/attend_to.py.jinja", spec),
         *library("decode", "store_part"),
         fill("decode/combine.py.jinja", spec),
         fill("decode/attend_all.py.jinja", spec),
+    ]
+
+
+def emit_fingerprints(spec: AttentionSpec) -> list[str]:
+    """Return functions and kernels that compare keys with what was indexed.
+
+    `compare_keys`, a kernel that compares all of them, is for keys that are loads: these change
+    when a table or a scale does.
+    """
+    return [
+        *library("fingerprints", "fingerprint", "changed_keys"),
+        fill("decode/check_sample.py.jinja", spec),
+        *([] if spec.keys is None else [fill("decode/compare_keys.py.jinja", spec)]),
     ]
 
 

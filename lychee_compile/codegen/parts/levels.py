@@ -14,6 +14,7 @@ from lychee_compile.codegen.parts.decode import (
     STAGES,
     emit_always_read,
     emit_bins,
+    emit_fingerprints,
 )
 from lychee_compile.codegen.parts.level_index import emit_index_new, parts_of_chunks
 from lychee_compile.codegen.parts.site import fill, precision, sees_range
@@ -68,8 +69,8 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         *(library(*_OF_KIND[kind]) if lists else []),
         *(library("levels", "unread_before") if kind == "chunks" and not sees_range(spec) else []),
         emit_always_read(spec, sparse, unread, more="" if kind == "pages" else ", unread"),
-        *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
-        *library("fingerprints", "record_fingerprints"),
+        *emit_fingerprints(spec),
+        fill("decode/record_fingerprints.py.jinja", spec),
         *([] if stack.pairs is None else library("levels", "load_query_channels")),
         *([fill("levels/window.py.jinja", spec, narrows=False)] if has_window else []),
         *(each for number in range(len(stack.levels)) for each in emit_level(spec, stack, number)),

@@ -9,6 +9,7 @@ from lychee_compile.codegen.parts.decode import (
     STAGES,
     emit_always_read,
     emit_bins,
+    emit_fingerprints,
 )
 from lychee_compile.codegen.parts.narrowing import emit_chunks, emit_narrowing
 from lychee_compile.codegen.parts.site import fill
@@ -52,7 +53,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         _constants(spec, sparse, paged),
         *emit_bins(spec, sparse, noting=noting),
         emit_always_read(spec, sparse, unread="fresh"),
-        *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
+        *emit_fingerprints(spec),
         _query_weights(spec, paged),
         *emit_sketches(spec),
         _fill("scan_tokens", spec),
@@ -62,7 +63,8 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         *library("sketch", "field_codes"),
         _fill("encode_keys", spec),
         *library("sketch", "page_code"),
-        *library("encode", "encode", "encode_new"),
+        _fill("encode", spec),
+        _fill("encode_new", spec),
         *(_fill("attend", spec, stage=stage) for stage in STAGES),
         *(_certificate(spec) if sparse.epsilon is not None else []),
     ]
@@ -76,7 +78,9 @@ def _certificate(spec: AttentionSpec) -> list[str]:
     return [
         emit_constants(spec, BOUNDED),
         *shared,
-        *library("residuals", "measure", "measure_new", "weigh_blocks"),
+        _fill("measure", spec),
+        _fill("measure_new", spec),
+        *library("residuals", "weigh_blocks"),
         *emit_certificate(spec, bound),
     ]
 
