@@ -30,7 +30,7 @@ from lychee_compile.kernels.operators import (  # noqa: F401  registers
 from lychee_compile.kernels.policies.prefill.lychee import log_shares
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import Sight, tile_sight
-from lychee_compile.kernels.sizes import QUERY_TILE
+from lychee_compile.kernels.sizes import QUERY_TILE, SLOT_BITS
 from lychee_compile.passes.symbolic.elementwise import Flag
 
 triton_interpreter.use()
@@ -41,6 +41,7 @@ pytestmark = [
 
 FEW = settings(max_examples=max(settings().max_examples // 6, 1))
 SINKS, RECENT, EVERYTHING = 4, 16, PrefillBudget(1e6)
+SLOTS = (1 << SLOT_BITS) - 1
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +99,10 @@ def test_everything_read_is_as_good_as_eager_attention(problem, tuning):
     assert torch.equal(output[blind], torch.zeros_like(output[blind]))
 
 
-def chosen_by_kernels(problem, budget):
+def chosen_by_kernels(problem, budget, coverage=None):
     """Return keys that tiles chose, bool [B, Hq, tiles, L], the output, and log-sum-exps."""
-    launch = PrefillLaunch(problem.module(), problem.operands(), PrefillBudget(budget))
+    read = PrefillBudget(budget, coverage=coverage)
+    launch = PrefillLaunch(problem.module(), problem.operands(), read)
     batch, heads, query_len, _ = problem.query.shape
     kv_len = problem.key.shape[2]
     chosen = torch.zeros(batch * heads * launch.tiles, kv_len, dtype=torch.bool)
@@ -108,7 +110,7 @@ def chosen_by_kernels(problem, budget):
         launch.select(first_row, count)
         for place in range(count):
             number = int(launch.scratch["counts"][place])
-            slots = launch.scratch["chosen"][place, :number].long()
+            slots = launch.scratch["chosen"][place, :number].long() & SLOTS
             assert len(set(slots.tolist())) == number
             chosen[first_row + place, slots] = True
         launch.attend(first_row, count)
@@ -131,18 +133,20 @@ def specified(problem, budget):
     )
     room = (allowed - always).clamp(min=0).expand(batch, heads, -1)
     key = problem.key.float()
-    return PrefillQuestion(problem.query.float(), key, 1 / math.sqrt(head_dim), None, seen, room)
+    scale = 1 / math.sqrt(head_dim)
+    return PrefillQuestion(problem.query.float(), key, scale, None, seen, room, draws=True)
 
 
-def assert_best(chosen, question):
-    """Check that all room is used, and that no key left out is in a better bin than one chosen."""
+def assert_drawn(chosen, question):
+    """Check that all room is used, and keys are those that the specification draws.
+
+    Rounding may move a share to the next bin. That moves its key, and the last of equal priority.
+    """
     candidates = question.candidates
     assert not (chosen & ~candidates).any()
     assert torch.equal(chosen.sum(-1), torch.minimum(question.room, candidates.sum(-1)))
-    rank = log_shares(question)
-    worst = rank.masked_fill(~chosen, torch.inf).amin(-1)
-    best = rank.masked_fill(chosen | ~candidates, -torch.inf).amax(-1)
-    assert (best <= worst + math.log(2) / 8 + 1e-3).all()
+    expected = question.draw(log_shares(question)).read
+    assert (chosen ^ expected).sum() <= 0.02 * expected.sum()
 
 
 @pytest.mark.parametrize(
@@ -161,10 +165,12 @@ def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch)
     problem = tiled(sizes=Sizes(1, 1, 2, 300, 300, 32, 16), mask=mask, length=0, seed=1)
     chosen, output, log_sums = chosen_by_kernels(problem, budget)
     question = specified(problem, budget)
-    assert_best(chosen, question)
+    assert_drawn(chosen, question)
+    weight = question.draw(log_shares(question)).log_weight.masked_fill(~chosen, 0)
+    weight = weight.repeat_interleave(QUERY_TILE, 2)[:, :, :300].double()
     read = (chosen | question.sight.always).repeat_interleave(QUERY_TILE, 2)[:, :, :300]
     seen = read & problem.visible
-    score = problem.finish_scores().masked_fill(~seen, -torch.inf)
+    score = (problem.finish_scores() + weight).masked_fill(~seen, -torch.inf)
     expected = score.softmax(-1).nan_to_num() @ problem.value.double().repeat_interleave(2, 1)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
@@ -173,17 +179,17 @@ def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch)
 @pytest.mark.parametrize("misleading", [False, True])
 def test_a_sample_that_misleads_changes_nothing(misleading, monkeypatch):
     """All bins are counted if the budget ends in none of those that a sample suggests."""
-    monkeypatch.setattr(launch_prefill, "LANES", 64)
+    monkeypatch.setattr(launch_prefill, "LANES", 256)
     problem = tiled(sizes=Sizes(1, 1, 1, 130, 1000, 16, 16), mask="none", seed=3)
-    if misleading:  # the sample is of runs of 16 slots, one in fifteen
+    if misleading:  # the sample is of runs of 16 slots, one in three
         slot = torch.arange(1000)
-        problem.key[:, :, slot // 16 % 15 != 0] *= 3
+        problem.key[:, :, slot // 16 % 3 != 0] *= 3
     module, calls = problem.module(), []
     counted = module.counted
     monkeypatch.setattr(module, "counted", lambda *each: calls.append(1) or counted(*each))
     chosen, _, _ = chosen_by_kernels(problem, 0.3)
     assert bool(calls) == misleading
-    assert_best(chosen, specified(problem, 0.3))
+    assert_drawn(chosen, specified(problem, 0.3))
 
 
 @pytest.mark.parametrize(
@@ -255,12 +261,13 @@ def test_a_mask_that_is_the_same_for_all_queries():
 @pytest.mark.parametrize("mask", ["padding mask", "mask"])
 def test_where_a_mask_has_holes_no_hidden_key_counts(mask):
     problem = tiled(sizes=Sizes(2, 1, 1, 140, 300, 32, 32), mask=mask, length=160)
+    unseen = ~problem.visible.any(1).any(1)
+    problem.value.masked_fill_(unseen[:, None, :, None], torch.nan)
     _, output, log_sums = chosen_by_kernels(problem, 0.3)
     assert output.isfinite().all()
     dense = problem.finish_scores().masked_fill(~problem.visible, -torch.inf).logsumexp(-1)
     sighted = problem.visible.any(-1)
-    assert (log_sums.double() <= dense + 1e-4)[sighted].all()
-    assert (log_sums.double() > dense - 3)[sighted].float().mean() > 0.9
+    assert ((log_sums.double() - dense).abs() < 1)[sighted].float().mean() > 0.9
 
 
 def test_a_mask_as_a_tensor_leaves_out_no_query_of_a_chunk():

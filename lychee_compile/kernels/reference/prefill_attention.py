@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.certificate import bounded_share
+from lychee_compile.kernels.reference.drawing import Drawn
 from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.operands import Operands
-from lychee_compile.kernels.reference.prefill_question import PrefillChoice, PrefillQuestion
+from lychee_compile.kernels.reference.prefill_question import (
+    PrefillChoice,
+    PrefillQuestion,
+    as_drawn,
+)
 from lychee_compile.kernels.reference.scores import rows_at
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.tiles import Sight, TileSight, tile_sight
@@ -40,6 +45,9 @@ class PrefillConfig:
     a certificate proves it. None: the budget is kept and nothing is proved."""
     shortest: int = 0
     """Number of keys below which a tile reads all that it sees."""
+    coverage: float | None = None
+    """Share of the estimated softmax over the candidates at which a policy that draws keys ends, see
+    `PrefillQuestion.draw`. None: at the budget alone."""
 
     def room(self, sight: TileSight, heads: int) -> Tensor:
         """Return how many keys may be chosen, int64 [B or 1, heads, tiles], by what tiles see."""
@@ -58,7 +66,7 @@ class PrefillResult:
     output: Tensor
     """[B, Hq, T, Dv], in the dtype of the queries."""
     log_sum: Tensor
-    """Log-sum-exp of the scores read, float32 [B, Hq, T]."""
+    """Log-sum-exp of the scores read, float32 [B, Hq, T]; drawn keys count for others too."""
     certificate: Tensor
     """Upper bound of the share of the softmax that was not read, float32 [B, Hq, T]; 1 if nobody
     asked for it."""
@@ -142,8 +150,9 @@ class _Attention:
         always = question.sight.always.expand_as(question.candidates)
         choose, room = self.config.choice, question.room
         while True:
-            read = always | choose(replace(question, room=room))
-            output, log_sum = self._attend(begin, end, read)
+            drawn = as_drawn(choose(replace(question, room=room)))
+            read = always | drawn.read
+            output, log_sum = self._attend(begin, end, replace(drawn, read=read))
             share = torch.ones_like(log_sum, dtype=torch.float32)
             if self.certify:
                 share = self._missed(begin, end, question, ~read, log_sum)
@@ -163,21 +172,23 @@ class _Attention:
             softcap=operands.softcap,
             sight=sight,
             room=config.room(sight, heads).expand(batch, -1, -1),
+            draws=not self.certify,
+            coverage=config.coverage,
             facts=self.facts,
         )
 
-    def _attend(self, begin: int, end: int, read: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(self, begin: int, end: int, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """Return the output [B, Hq, end - begin, Dv] and its log-sum-exp [B, Hq, end - begin]."""
         parts = [
-            self._attend_tile(first, min(first + QUERY_TILE, end), read[:, :, tile])
+            self._attend_tile(first, min(first + QUERY_TILE, end), drawn.of_tile(tile))
             for tile, first in enumerate(range(begin, end, QUERY_TILE))
         ]
         outputs, sums = zip(*parts, strict=True)
         return torch.cat(outputs, 2), torch.cat(sums, 2)
 
-    def _attend_tile(self, first: int, last: int, read: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend from the queries [first, last) to the keys where `read`, bool [B, Hq, L]."""
-        operands = self.operands
+    def _attend_tile(self, first: int, last: int, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """Attend from the queries [first, last) to the keys of their tile."""
+        operands, read = self.operands, drawn.read
         query_len = operands.query.shape[2]
         work = torch.promote_types(operands.query.dtype, torch.float32)
         batch, heads, _ = read.shape
@@ -193,6 +204,8 @@ class _Attention:
         bias = self.sight.bias(first, last)
         if bias is not None:
             score = score + self._at(bias, slot).to(work)
+        if drawn.log_weight is not None:
+            score = score + drawn.log_weight.gather(-1, slot)[:, :, None].to(work)
         score = score.masked_fill(~seen, -torch.inf)
         log_sum = score.logsumexp(-1)
         if operands.extra is not None:
