@@ -176,6 +176,30 @@ def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch)
     torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_a_coverage_ends_the_list_as_specified(mask):
+    problem = tiled(sizes=Sizes(1, 1, 2, 300, 300, 32, 16), mask=mask, length=0, seed=1)
+    problem.query *= 3
+    chosen, _, _ = chosen_by_kernels(problem, 0.6, coverage=0.7)
+    question = replace(specified(problem, 0.6), coverage=0.7)
+    expected = question.draw(log_shares(question)).read
+    assert (chosen ^ expected).sum() <= 0.02 * expected.sum()
+    assert expected.sum() < question.room.minimum(question.candidates.sum(-1)).sum()
+
+
+def test_keys_of_very_long_sequences_stand_for_themselves(monkeypatch):
+    """A slot needs all bits then, and the best keys are read."""
+    monkeypatch.setattr(launch_prefill, "SLOT_BITS", 8)
+    problem = tiled(sizes=Sizes(1, 1, 1, 300, 300, 32, 16), length=0, seed=1)
+    chosen, output, log_sums = chosen_by_kernels(problem, 0.3)
+    question = specified(problem, 0.3)
+    expected = question.take(log_shares(question))
+    assert (chosen ^ expected).sum() <= 0.1 * expected.sum()  # shares of one bin are equal
+    read = (chosen | question.sight.always).repeat_interleave(QUERY_TILE, 2)[:, :, :300]
+    score = problem.finish_scores().masked_fill(~(read & problem.visible), -torch.inf)
+    torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("misleading", [False, True])
 def test_a_sample_that_misleads_changes_nothing(misleading, monkeypatch):
     """All bins are counted if the budget ends in none of those that a sample suggests."""
@@ -289,8 +313,8 @@ def test_queries_in_another_order_have_no_keys_of_their_own():
     logits = torch.randn(1, 1, 300)
     operands_of = problem.query, problem.key, problem.value
     tiled_prefill = torch.ops.lychee.tiled_prefill.default
-    got = tiled_prefill(*operands_of, [], logits, order, "", 1.0, 1e6, 0, module)
-    expected = tiled_prefill(*operands_of, [], logits, None, "", 1.0, 1e6, 0, module)
+    got = tiled_prefill(*operands_of, [], logits, order, "", 1.0, 1e6, None, 0, module)
+    expected = tiled_prefill(*operands_of, [], logits, None, "", 1.0, 1e6, None, 0, module)
     torch.testing.assert_close(got, expected)
     given = AttentionOperands(*operands_of, [], logits)
     launch = PrefillLaunch(problem.module(), given, PrefillBudget(0.1, own=False))
