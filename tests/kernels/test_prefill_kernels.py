@@ -176,9 +176,9 @@ def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch)
     torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mask", ["causal", "window"])
+@pytest.mark.parametrize("mask", ["none", "causal"])
 def test_a_coverage_ends_the_list_as_specified(mask):
-    problem = tiled(sizes=Sizes(1, 1, 2, 300, 300, 32, 16), mask=mask, length=0, seed=1)
+    problem = tiled(sizes=Sizes(1, 1, 2, 130, 700, 32, 16), mask=mask, length=570, seed=1)
     problem.query *= 3
     chosen, _, _ = chosen_by_kernels(problem, 0.6, coverage=0.7)
     question = replace(specified(problem, 0.6), coverage=0.7)
@@ -194,7 +194,7 @@ def test_keys_of_very_long_sequences_stand_for_themselves(monkeypatch):
     chosen, output, log_sums = chosen_by_kernels(problem, 0.3)
     question = specified(problem, 0.3)
     expected = question.take(log_shares(question))
-    assert (chosen ^ expected).sum() <= 0.1 * expected.sum()  # shares of one bin are equal
+    assert (chosen ^ expected).sum() <= 0.25 * expected.sum()  # shares of one bin are equal
     read = (chosen | question.sight.always).repeat_interleave(QUERY_TILE, 2)[:, :, :300]
     score = problem.finish_scores().masked_fill(~(read & problem.visible), -torch.inf)
     torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
@@ -239,11 +239,14 @@ def test_keys_may_outweigh_what_is_read_first_by_far(dtype, times):
 
 
 def test_a_base_of_what_is_read_first_is_as_good_as_online_softmax(monkeypatch):
-    problem = tiled(sizes=Sizes(1, 1, 1, 300, 300, 16, 16), length=0)
+    problem = tiled(sizes=Sizes(1, 1, 1, 130, 500, 16, 16), mask="none")
     module, small = problem.module(), TileTuning(128, 16, 4, 2)
-    usual = run_prefill(module, problem.operands(), PrefillBudget(0.7), tuning=small)
+    launch = PrefillLaunch(module, problem.operands(), PrefillBudget(0.4), small)
+    launch.select(*next(launch.slices()))
+    assert (launch.scratch["chosen"][0, :100] >> SLOT_BITS).count_nonzero() > 20  # some are drawn
+    usual = run_prefill(module, problem.operands(), PrefillBudget(0.4), tuning=small)
     monkeypatch.setattr(module, "MOST", triton.language.constexpr(0.0))  # always too much
-    again = run_prefill(module, problem.operands(), PrefillBudget(0.7), tuning=small)
+    again = run_prefill(module, problem.operands(), PrefillBudget(0.4), tuning=small)
     for each in zip(usual, again, strict=True):
         torch.testing.assert_close(*each, atol=1e-5, rtol=1e-5)
 

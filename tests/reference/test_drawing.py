@@ -42,7 +42,7 @@ def test_luck_is_as_likely_as_weights_assume():
     luck = luck_of(torch.arange(SLOTS))
     assert (int(luck.min()), int(luck.max())) == (0, LUCKIEST)
     for least in range(1, LUCKIEST + 1):
-        chance = 2.0 ** -(least // 8) * (1 - least % 8 / 16)
+        chance = 2.0 ** (-least / 8)
         seen = (luck >= least).double().mean().item()
         assert abs(seen - chance) < 5 * math.sqrt(chance / SLOTS) + 2**-16
 
@@ -133,8 +133,7 @@ def test_the_covering_bin_by_a_plain_loop():
         assert each == max(enough, default=0)
 
 
-def test_weights_of_the_first_octave():
-    cut = torch.tensor(50)
-    weight = log_weight(cut, torch.tensor([51, 50, 42, 34, UNSEEN])).exp()
-    expected = [1, 1 / (1 - 0.5 / 16), 2 / (1 - 0.5 / 16), 4 / (1 - 0.5 / 16), 1]
-    torch.testing.assert_close(weight, torch.tensor(expected))
+def test_weights_of_the_first_octaves():
+    weight = log_weight(torch.tensor(50), torch.tensor([51, 50, 42, 34, UNSEEN]))
+    expected = torch.tensor([0, 0.5, 8.5, 16.5, 0]) / 8 * math.log(2)
+    torch.testing.assert_close(weight, expected)

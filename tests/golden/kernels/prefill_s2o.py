@@ -272,11 +272,12 @@ def select_keys(
     lane, level = tl.arange(0, LANES), tl.arange(0, BINS)
     skip = tl.maximum((stop - begin) // LANES, 1)
     slot = begin // 16 * 16 + lane // 16 * (16 * skip) + lane % 16
-    held = tl.histogram(bins_between(bins, bin_room, slot, begin, stop), BINS)
+    sampled = bins_between(bins, bin_room, slot, begin, stop)
+    held = tl.histogram(sampled, BINS)
     held = tl.where(level > 0, held, 0)
     room = room_for(among, always, share, most, shortest, capacity)
-    sampled = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
-    cut, _ = cut_of(held, level, sampled)
+    part = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
+    cut, _ = cut_of(held, level, part)
     low = tl.minimum(tl.maximum(cut - 4, 0), BINS - 9)
     # A byte for each of eight bins from low + 1 on counts 16 keys; the last has all above, too.
     byte, near = tl.arange(0, 8), tl.zeros([8], tl.int32)
