@@ -28,6 +28,7 @@ from lychee_compile.kernels.operators import (  # noqa: F401  registers
     prefill as prefill_operators,
 )
 from lychee_compile.kernels.policies.prefill.lychee import log_shares
+from lychee_compile.kernels.reference.drawing import luck_of
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import Sight, tile_sight
 from lychee_compile.kernels.sizes import QUERY_TILE, SLOT_BITS
@@ -174,6 +175,14 @@ def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch)
     expected = score.softmax(-1).nan_to_num() @ problem.value.double().repeat_interleave(2, 1)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_luck_is_that_of_the_specification():
+    problem = tiled(sizes=Sizes(1, 1, 1, 130, 1000, 16, 16), mask="none")
+    launch = PrefillLaunch(problem.module(), problem.operands(), PrefillBudget(0.3))
+    launch.select(*next(launch.slices()))
+    luck = luck_of(torch.arange(len(launch.scratch["luck"])))
+    assert torch.equal(launch.scratch["luck"].int(), luck)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal"])

@@ -96,8 +96,16 @@ def deal_luck(luck, bin_room, LANES: tl.constexpr, SLOT_BITS: tl.constexpr):
     mixed = slot.to(tl.uint32)
     mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
     mixed = (mixed ^ (mixed >> 16)) * 0xC2B2AE35
-    number = tl.maximum((mixed >> 16).to(tl.int32), 1).to(tl.float32)
-    raised = tl.minimum(1143 - (number.to(tl.int32, bitcast=True) >> 20), LUCKIEST)
+    number = tl.maximum((mixed >> 16).to(tl.int32), 1).to(tl.float32).to(tl.int32, bitcast=True)
+    raised = 8 * (127 + 15 - (number >> 23))
+    raised += ((number & 0x7FFFFF) < 6996167).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 5719293).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 4548395).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 3474676).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 2490071).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 1587185).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 759234).to(tl.int32)
+    raised = tl.minimum(raised, LUCKIEST)
     if SLOT_BITS >= 31:
         raised = tl.zeros([LANES], tl.int32)
     tl.store(luck + slot, raised.to(tl.uint8), mask=slot < bin_room)
@@ -106,10 +114,8 @@ def deal_luck(luck, bin_room, LANES: tl.constexpr, SLOT_BITS: tl.constexpr):
 @triton.jit
 def lift_of(item, SLOT_BITS: tl.constexpr):
     """Return the slots of listed items [N], and log2 of how many keys each stands for."""
-    depth = (item >> SLOT_BITS) - 1
-    octaves, eighths = depth >> 3, (depth & 7).to(tl.float32)
-    lift = octaves.to(tl.float32) - tl.log2(1 - (eighths + 0.5) * 0.0625)
-    return item & ((1 << SLOT_BITS) - 1), tl.where(depth < 0, 0.0, lift)
+    # Few instructions: every thread does this for all its columns of a product.
+    return item & ((1 << SLOT_BITS) - 1), (item >> SLOT_BITS).to(tl.float32) * 0.0625
 
 
 @triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len"])
@@ -230,17 +236,13 @@ def scan(
         )
         s = tl.dot(keys, asking)
         bits = score(s, b, h, q[None, :], slot[:, None], inside[:, None])
-        seen, new = seen_by(
-            b, h, begin[None, :], query_len, slot[:, None], kv_len, inside[:, None]
-        )
-        bits = tl.where(seen, bits - total[None, :], float("-inf"))
+        bits -= total[None, :]  # all parts see what is stored
         share = tl.max(tl.reshape(bits, [KEYS, PARTS, TILES]), 1)
         near = (slot[:, None] >= owns[None, :]) & (slot[:, None] < own_ends[None, :])
         among = (slot[:, None] >= begins[None, :]) & (slot[:, None] < stops[None, :])
         lucky = tl.load(luck + slot, mask=inside, other=0).to(tl.float32)
         level = tl.minimum(tl.maximum(share * 8 + LAST_BIN, 2.0), LAST_BIN + 7.0)
         level += lucky[:, None]
-        level = tl.where(share > float("-inf"), level, 1.0)
         level = tl.where(near, 0.0, level)
         tl.store(bins + slot[:, None], level.to(tl.uint8), mask=among)
 
@@ -349,8 +351,9 @@ def select_keys(
         item = slot
         if SLOT_BITS < 31:
             lucky = tl.load(luck + slot, mask=slot < bin_room, other=0).to(tl.int32)
-            drawn = (entry > 1) & (entry < BINS - 1)
-            item += tl.where(drawn, tl.maximum(cut + 1 - entry + lucky, 0), 0) << SLOT_BITS
+            depth = cut - entry + lucky
+            drawn = (depth >= 0) & (entry > 1) & (entry < BINS - 1)
+            item += tl.where(drawn, 2 * depth + 1, 0) << SLOT_BITS
         tl.store(chosen + (count - 1) + place, item, mask=taken)
         last = tl.max(order, 0)
         tied = tl.minimum(last & 65535, left)
@@ -374,9 +377,14 @@ def attend_unmasked(
     """
     d, width, line = tl.arange(0, DIM), tl.arange(0, WIDTH), slot.to(tl.int64)[:, None]
     keys = tl.load(key + line * key_stride_l + d[None, :] * key_stride_d)
-    s = tl.dot(asking, tl.trans(keys))
+    # A product puts the lifts into the scores. An addition would have every thread work out those of
+    # all its columns, in more registers than there are.
+    more = tl.arange(0, 16)
+    once = tl.where(more == 0, 7.842065147748378, 0.0)[None, :] + tl.zeros([asking.shape[0], 16], tl.float32)
+    lifts = tl.where((more == 0)[:, None], lift[None, :], 0.0)
+    s = tl.dot(once.to(asking.dtype), lifts.to(asking.dtype))
+    s = tl.dot(asking, tl.trans(keys), s)
     bits = score(s, b, h, q[:, None], slot[None, :], (slot >= 0)[None, :])
-    bits += lift[None, :]
     weight = tl.exp2(bits - base[:, None])
     total += tl.sum(weight, 1)
     values = tl.load(value + line * value_stride_l + width[None, :] * value_stride_d)

@@ -106,8 +106,16 @@ def deal_luck(luck, bin_room, LANES: tl.constexpr, SLOT_BITS: tl.constexpr):
     mixed = slot.to(tl.uint32)
     mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
     mixed = (mixed ^ (mixed >> 16)) * 0xC2B2AE35
-    number = tl.maximum((mixed >> 16).to(tl.int32), 1).to(tl.float32)
-    raised = tl.minimum(1143 - (number.to(tl.int32, bitcast=True) >> 20), LUCKIEST)
+    number = tl.maximum((mixed >> 16).to(tl.int32), 1).to(tl.float32).to(tl.int32, bitcast=True)
+    raised = 8 * (127 + 15 - (number >> 23))
+    raised += ((number & 0x7FFFFF) < 6996167).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 5719293).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 4548395).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 3474676).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 2490071).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 1587185).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 759234).to(tl.int32)
+    raised = tl.minimum(raised, LUCKIEST)
     if SLOT_BITS >= 31:
         raised = tl.zeros([LANES], tl.int32)
     tl.store(luck + slot, raised.to(tl.uint8), mask=slot < bin_room)
@@ -116,10 +124,8 @@ def deal_luck(luck, bin_room, LANES: tl.constexpr, SLOT_BITS: tl.constexpr):
 @triton.jit
 def lift_of(item, SLOT_BITS: tl.constexpr):
     """Return the slots of listed items [N], and log2 of how many keys each stands for."""
-    depth = (item >> SLOT_BITS) - 1
-    octaves, eighths = depth >> 3, (depth & 7).to(tl.float32)
-    lift = octaves.to(tl.float32) - tl.log2(1 - (eighths + 0.5) * 0.0625)
-    return item & ((1 << SLOT_BITS) - 1), tl.where(depth < 0, 0.0, lift)
+    # Few instructions: every thread does this for all its columns of a product.
+    return item & ((1 << SLOT_BITS) - 1), (item >> SLOT_BITS).to(tl.float32) * 0.0625
 
 
 @triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len"])
@@ -363,8 +369,9 @@ def select_keys(
         item = slot
         if SLOT_BITS < 31:
             lucky = tl.load(luck + slot, mask=slot < bin_room, other=0).to(tl.int32)
-            drawn = (entry > 1) & (entry < BINS - 1)
-            item += tl.where(drawn, tl.maximum(cut + 1 - entry + lucky, 0), 0) << SLOT_BITS
+            depth = cut - entry + lucky
+            drawn = (depth >= 0) & (entry > 1) & (entry < BINS - 1)
+            item += tl.where(drawn, 2 * depth + 1, 0) << SLOT_BITS
         tl.store(chosen + (count - 1) + place, item, mask=taken)
         last = tl.max(order, 0)
         tied = tl.minimum(last & 65535, left)

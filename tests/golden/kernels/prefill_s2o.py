@@ -203,15 +203,11 @@ def scan(
         )
         s = tl.dot(keys, asking)
         bits = score(s, b, h, q[None, :], slot[:, None], inside[:, None])
-        seen, new = seen_by(
-            b, h, begin[None, :], query_len, slot[:, None], kv_len, inside[:, None]
-        )
-        bits = tl.where(seen, bits - total[None, :], float("-inf"))
+        bits -= total[None, :]  # all parts see what is stored
         share = tl.max(tl.reshape(bits, [KEYS, PARTS, TILES]), 1)
         near = (slot[:, None] >= owns[None, :]) & (slot[:, None] < own_ends[None, :])
         among = (slot[:, None] >= begins[None, :]) & (slot[:, None] < stops[None, :])
         level = tl.minimum(tl.maximum(share * 8 + LAST_BIN, 2.0), BINS - 1.0)
-        level = tl.where(share > float("-inf"), level, 1.0)
         level = tl.where(near, 0.0, level)
         tl.store(bins + slot[:, None], level.to(tl.uint8), mask=among)
 
