@@ -200,7 +200,7 @@ def test_keys_of_very_long_sequences_stand_for_themselves(monkeypatch):
     """A slot needs all bits then, and the best keys are read."""
     monkeypatch.setattr(launch_prefill, "SLOT_BITS", 8)
     problem = tiled(sizes=Sizes(1, 1, 1, 300, 300, 32, 16), length=0, seed=1)
-    chosen, output, log_sums = chosen_by_kernels(problem, 0.3)
+    chosen, _, log_sums = chosen_by_kernels(problem, 0.3)
     question = specified(problem, 0.3)
     expected = question.take(log_shares(question))
     assert (chosen ^ expected).sum() <= 0.25 * expected.sum()  # shares of one bin are equal

@@ -43,7 +43,7 @@ class Votes:
     wanes: bool = False
     """True if a tile stops once the next keys add little."""
     draws: bool = False
-    """True if keys of small shares are drawn by chance. Denominators count candidates alone then."""
+    """True if keys of small shares are drawn by chance. Denominators count candidates alone."""
 
 
 VOTES = {

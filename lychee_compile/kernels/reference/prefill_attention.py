@@ -46,8 +46,8 @@ class PrefillConfig:
     shortest: int = 0
     """Number of keys below which a tile reads all that it sees."""
     coverage: float | None = None
-    """Share of the estimated softmax over the candidates at which a policy that draws keys ends, see
-    `PrefillQuestion.draw`. None: at the budget alone."""
+    """Share of the estimated softmax over the candidates at which a policy that draws keys ends,
+    see `PrefillQuestion.draw`. None: at the budget alone."""
 
     def room(self, sight: TileSight, heads: int) -> Tensor:
         """Return how many keys may be chosen, int64 [B or 1, heads, tiles], by what tiles see."""

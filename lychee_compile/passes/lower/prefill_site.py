@@ -51,7 +51,8 @@ def emit_prefill_reference(
         operands.query, operands.key, operands.value, operands.mask, operands.extra,
         _order(grid, operands.query, context),
         plainly_causal or attention.is_causal, score.scale, score.softcap,
-        config.policy, float(config.prefill_budget), _coverage(config), config.sinks, config.recent, config.epsilon,
+        config.policy, float(config.prefill_budget), _coverage(config), config.sinks,
+        config.recent, config.epsilon,
         config.prefill_from, module_path(attention.node),
     )  # fmt: skip
     return canonical.replacement(attended)
