@@ -28,6 +28,7 @@ from lychee_compile.kernels.operators import (  # noqa: F401  registers
     prefill as prefill_operators,
 )
 from lychee_compile.kernels.policies.prefill.lychee import log_shares
+from lychee_compile.kernels.reference import drawing
 from lychee_compile.kernels.reference.drawing import luck_of
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import Sight, tile_sight
@@ -49,6 +50,7 @@ SLOTS = (1 << SLOT_BITS) - 1
 def few_tiles_together(monkeypatch):
     """Heads are filled up with empty tiles, which take their time here."""
     monkeypatch.setattr(launch_prefill, "TOGETHER", 4)
+    monkeypatch.setattr(drawing, "DRAWN_FROM", 0)  # small problems draw keys, too
 
 
 def tiled(**given):
@@ -196,9 +198,13 @@ def test_a_coverage_ends_the_list_as_specified(mask):
     assert expected.sum() < question.room.minimum(question.candidates.sum(-1)).sum()
 
 
-def test_keys_of_very_long_sequences_stand_for_themselves(monkeypatch):
-    """A slot needs all bits then, and the best keys are read."""
-    monkeypatch.setattr(launch_prefill, "SLOT_BITS", 8)
+@pytest.mark.parametrize("why", ["long", "small"])
+def test_very_long_sequences_and_small_budgets_read_the_best_keys(why, monkeypatch):
+    """A slot needs all its bits, or there is too little room to draw."""
+    if why == "long":
+        monkeypatch.setattr(launch_prefill, "SLOT_BITS", 8)
+    else:
+        monkeypatch.setattr(drawing, "DRAWN_FROM", 512)
     problem = tiled(sizes=Sizes(1, 1, 1, 300, 300, 32, 16), length=0, seed=1)
     chosen, _, log_sums = chosen_by_kernels(problem, 0.3)
     question = specified(problem, 0.3)

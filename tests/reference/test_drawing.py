@@ -6,16 +6,20 @@ import math
 
 import pytest
 import torch
+from prefill_problems import prefill_config
 from torch import Tensor
 
 from lychee_compile.kernels.reference.drawing import (
     LEAST,
     UNSEEN,
     covering_bin,
+    draws_keys,
     log_weight,
     luck_of,
     share_bins,
 )
+from lychee_compile.kernels.reference.operands import Operands
+from lychee_compile.kernels.reference.prefill_attention import prefill_attention
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import Sight, tile_sight
 from lychee_compile.kernels.sizes import BINS, LUCKIEST, WHOLE_SHARE
@@ -36,6 +40,21 @@ def shares(kv_len: int, spread: float, seed: int = 0) -> Tensor:
     """Return logarithms of shares that add up to 1, float32 [L]."""
     generator = torch.Generator().manual_seed(seed)
     return (spread * torch.randn(kv_len, generator=generator)).log_softmax(-1)
+
+
+def test_small_budgets_draw_no_keys():
+    assert [draws_keys(*each) for each in ((0.2, 2559), (0.2, 2560), (600, 9000), (600, 500))] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 1300, 8) for _ in range(3))
+    operands = Operands(query, key, value, None, 1.0)
+    few, many = (
+        prefill_attention(operands, prefill_config(budget=keys), causal=True) for keys in (500, 520)
+    )
+    assert torch.equal(few.log_sum, few.log_read)
+    assert bool((many.log_sum >= many.log_read).all())
+    assert not torch.equal(many.log_sum, many.log_read)
 
 
 def test_luck_is_as_likely_as_weights_assume():

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from lychee_compile.kernels.sizes import LUCKIEST, WHOLE_SHARE
 
+DRAWN_FROM = 512
+"""Number of keys of a budget from which on keys are drawn. With room to choose some 128 keys the best
+lose as little, and with less room drawn keys lose more."""
 UNSEEN = 1
 """Bin of a key that no part of a tile sees."""
 LEAST, LARGEST = 2, WHOLE_SHARE + 7
@@ -42,6 +45,14 @@ class Drawn:
         """Return what one tile reads, [B, Hq, L]."""
         weight = None if self.log_weight is None else self.log_weight[:, :, tile]
         return Drawn(self.read[:, :, tile], weight)
+
+
+def draws_keys(budget: float, kv_len: int) -> bool:
+    """Return True if tiles have room enough to draw keys.
+
+    `budget` is the number of keys that a tile reads; below 1, the share of the `kv_len` keys.
+    """
+    return min(budget * kv_len if budget < 1 else budget, kv_len) >= DRAWN_FROM
 
 
 def luck_of(slot: Tensor) -> Tensor:

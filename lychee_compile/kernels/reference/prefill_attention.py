@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.certificate import bounded_share
-from lychee_compile.kernels.reference.drawing import Drawn
+from lychee_compile.kernels.reference.drawing import Drawn, draws_keys
 from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.prefill_question import (
@@ -175,7 +175,7 @@ class _Attention:
             softcap=operands.softcap,
             sight=sight,
             room=config.room(sight, heads).expand(batch, -1, -1),
-            draws=not self.certify,
+            draws=not self.certify and draws_keys(config.budget, operands.kv_len),
             coverage=config.coverage,
             facts=self.facts,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.launch_common import Scratch, launch
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands, strided
 from lychee_compile.kernels.gpu.common.tuning import TileTuning, tile_tuning_for
+from lychee_compile.kernels.reference.drawing import draws_keys
 from lychee_compile.kernels.sizes import QUERY_TILE, SLOT_BITS, power_of_two
 
 SCRATCH_BYTES = 2**29
@@ -71,7 +72,6 @@ class PrefillBudget:
             "most": self.most,
             "shortest": self.shortest,
             "coverage": self.coverage or 0.0,
-            "COVERS": self.coverage is not None,
         }
 
 
@@ -120,7 +120,8 @@ class PrefillLaunch:
         at_once = SCRATCH_BYTES // (row_bytes * TOGETHER) * TOGETHER
         self._at_once = max(TOGETHER, min(at_once, self._rows))
         self._splits = max(1, kv_len // SCANNED)
-        self._slot_bits = SLOT_BITS if kv_len <= 1 << SLOT_BITS else 31
+        draws = draws_keys(budget.keys, kv_len) and kv_len <= 1 << SLOT_BITS
+        self._slot_bits = SLOT_BITS if draws else 31
         self._bin_room = -(-kv_len // 16) * 16  # rows of bins that can be read 16 at a time
         self.scratch = self._scratch().allocate(query.device)
         self._arguments = self._named()
@@ -158,6 +159,7 @@ class PrefillLaunch:
             "SELF": budget.own and operands.query_len == operands.kv_len,
             "LANES": LANES,
             "SLOT_BITS": self._slot_bits,
+            "COVERS": budget.coverage is not None and self._slot_bits < 31,
         }
 
     def slices(self) -> Iterator[tuple[int, int]]:
