@@ -45,6 +45,7 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
     is_range    True if the keys that a query sees are a range of slots, the same for all heads
     by_written  ", written" if recent tokens count back from the slots written, else ""
     by_mass     True if a choice ends once it holds a share of the softmax
+    draws       True if tokens of small shares are drawn by chance
     certified   True if the share of the softmax that is not read is bounded
     by_head     True if query heads of one group can see different keys
     wide        a cast to 64 bits, if a mask can have more elements than 32 bits count; else ""
@@ -60,6 +61,7 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
         "is_range": sees_range(spec),
         "by_written": "" if sees_range(spec) else ", written",
         "by_mass": spec.sparse is not None and spec.sparse.coverage is not None,
+        "draws": spec.sparse is not None and spec.sparse.draws,
         "certified": spec.sparse is not None and spec.sparse.epsilon is not None,
         "by_head": spec.visible.has(H),
         "wide": ".to(tl.int64)" if any(each.rank > 1 for each in spec.captured) else "",

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from lychee_compile.codegen.triton_lib.names import LUCKIEST
+    from lychee_compile.codegen.triton_lib.names import BINS, LUCKIEST, SLOT_BITS
 
 
 @triton.jit(do_not_specialize=["bin_room"])
@@ -32,3 +32,35 @@ def lift_of(item, SLOT_BITS: tl.constexpr):
     octaves, eighths = depth >> 3, (depth & 7).to(tl.float32)
     lift = octaves.to(tl.float32) - tl.log2(1 - (eighths + 0.5) * 0.0625)
     return item & ((1 << SLOT_BITS) - 1), tl.where(depth < 0, 0.0, lift)
+
+
+@triton.jit
+def salt_of(step, kv_head):
+    """Return the number that the luck of a KV head depends on in the step that writes slot `step`."""
+    return (step * 64 + kv_head).to(tl.uint32) * 0x9E3779B1
+
+
+@triton.jit
+def luck_of(slot, salt):
+    """Return how many bins luck raises each slot by, int32 from 0 to LUCKIEST."""
+    mixed = slot.to(tl.uint32) + salt
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
+    mixed = (mixed ^ (mixed >> 16)) * 0xC2B2AE35
+    number = tl.maximum((mixed >> 16).to(tl.int32), 1).to(tl.float32)
+    return tl.minimum(1143 - (number.to(tl.int32, bitcast=True) >> 20), LUCKIEST)
+
+
+@triton.jit
+def priorities(entry, slot, salt):
+    """Return the bins [N] of priorities, by the bins of shares; the first stays what it is."""
+    return tl.where(entry > 0, tl.minimum(entry + luck_of(slot, salt), BINS - 1), 0)
+
+
+@triton.jit
+def drawn_items(slot, entry, cut, salt):
+    """Return slots [N], with how far the bin of each share is below the cut above SLOT_BITS.
+
+    `entry` [N] are the bins of priorities. Bits of 0 mean that the slot stands for itself.
+    """
+    depth = cut - (entry - luck_of(slot, salt))
+    return slot + (tl.maximum(depth + 1, 0) << SLOT_BITS)
