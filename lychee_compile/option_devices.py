@@ -37,6 +37,7 @@ OPTION_DEVICES: Mapping[str, tuple[OptionDevice, ...]] = {
     "dense_layers": _EVERYWHERE,
     "prefill": _EVERYWHERE,
     "prefill_budget": _EVERYWHERE,
+    "prefill_coverage": _EVERYWHERE,
     "prefill_from": _EVERYWHERE,
     "reference": _GPU,  # a CPU always runs the PyTorch operators
     "tokenizer": _CPU,
@@ -62,6 +63,11 @@ def without_effect(options: Options, devices: Collection[OptionDevice]) -> Itera
     """
     if options.coverage is not None and not estimates_shares(options.policy):
         yield f"option coverage has no effect with policy={options.policy!r}, which ranks nothing"
+    if options.prefill_coverage is not None and options.policy != "lychee":
+        yield (
+            f"option prefill_coverage has no effect with policy={options.policy!r}, which draws no "
+            "keys"
+        )
     used = _OF_CHUNKS if reads_chunks(options.policy) else frozenset()
     names = [
         each.name

@@ -78,6 +78,8 @@ class Options(IndexConfig):
                 raise _wrong(name, getattr(self, name), "True or False")
         one_of("prefill", self.prefill, PREFILLS)
         self._set("prefill_budget", _share_or_number("prefill_budget", self.prefill_budget))
+        coverage = _share("prefill_coverage", self.prefill_coverage, whole=True)
+        self._set("prefill_coverage", coverage)
         self._set("inductor", _inductor_patches(self.inductor))
         self._check_together()
 

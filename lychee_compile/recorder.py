@@ -165,7 +165,7 @@ def prefill_mass(call: PrefillCall) -> Tensor:
     """Return the share of the dense softmax on the keys that `call` read: float32 [B, Hq, T]."""
     config = PrefillConfig(_all_candidates, budget=call.operands.kv_len)
     everything = prefill_attention(call.operands, config, call.causal, call.order)
-    read, dense, extra = call.result.log_sum, everything.log_sum, call.operands.extra
+    read, dense, extra = call.result.log_read, everything.log_sum, call.operands.extra
     if extra is not None:  # an extra logit belongs to no key
         read, dense = (_without(each, extra) for each in (read, dense))
     return (read - dense).exp().nan_to_num(nan=1.0).clamp(max=1)  # who sees nothing misses nothing

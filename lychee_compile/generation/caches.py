@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from lychee_compile.cache.lychee_cache import LycheeCache
 from lychee_compile.generation.request import Request, argument_name
@@ -55,6 +56,18 @@ def new_cache(kind: str, request: Request, tell: Callable[[str], None]) -> dict[
     if cache is None:
         return {"cache_implementation": "static"}
     return {argument_name(): cache, "cache_implementation": None}
+
+
+def is_written_in_place(cache: Any) -> bool:
+    """True if steps write into tensors that every layer of a cache keeps.
+
+    A `DynamicCache` takes the results of each step as its new tensors. CUDA graphs would overwrite
+    those at the next step.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(isinstance(layer, StaticLayer) for layer in layers)
 
 
 def _suitable(kind: str, request: Request) -> str:

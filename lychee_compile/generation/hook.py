@@ -14,7 +14,7 @@ from typing import Any
 from transformers import EncoderDecoderCache
 
 from lychee_compile.cache.argument import CACHE_NAMES
-from lychee_compile.generation.caches import new_cache
+from lychee_compile.generation.caches import is_written_in_place, new_cache
 from lychee_compile.generation.compiled import CompiledForward, Forward
 from lychee_compile.generation.prompt import PromptReader
 from lychee_compile.generation.request import Request, token_count
@@ -158,11 +158,12 @@ class GenerateHook:
     def _call_for(self, inputs: Mapping[str, Any]) -> Forward | None:
         """Return what compiles a call of the forward; None if the call stays uncompiled."""
         count = token_count(inputs)
-        caches = (inputs.get(name) for name in CACHE_NAMES)
+        caches = [each for name in CACHE_NAMES if (each := inputs.get(name)) is not None]
         if any(isinstance(each, EncoderDecoderCache) and _is_new(each) for each in caches):
             return None  # what an encoder leaves must not lie in the memory of a graph
         if count == 1:
-            return self._compiled.rest if self._outputs_stay else self._compiled.step
+            in_place = not self._outputs_stay and all(map(is_written_in_place, caches))
+            return self._compiled.step if in_place else self._compiled.rest
         if self._begins or not count:
             return None  # the prompt, or what no cache is for
         if count == self._settings.prefill_chunk:

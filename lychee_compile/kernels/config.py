@@ -81,6 +81,9 @@ class IndexConfig:
     """Number of keys that a tile of a sparse prefill reads, an int, or their share of the keys that
     it sees, a float up to 1.0, which is all of them. Sinks, recent tokens and keys that only some
     of its queries see count among them, and are always read."""
+    prefill_coverage: float | None = None
+    """Share of the softmax over the keys a tile may choose, by estimate, at which choosing ends: it
+    reads those that hold it and a sample of the others. None: as many keys as the budget."""
     prefill_from: int = 16384
     """Number of keys from which on a prefill is sparse. A tile that sees fewer keys reads all of
     them: below, sparse attention saves no time."""

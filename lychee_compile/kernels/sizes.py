@@ -14,7 +14,7 @@ BINS = 256
 LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
 LUCKIEST = 63
-"""Most bins that luck raises a key by when the keys of a prefill are drawn: a factor of 2^(63/8)."""
+"""Most bins that luck raises a key by when keys of a prefill are drawn: a factor of 2^(63/8)."""
 WHOLE_SHARE = BINS - LUCKIEST - 9
 """Bin of a share of 1 when keys are drawn: the luckiest key of the largest share has one below the
 last."""

@@ -266,6 +266,8 @@ def _how_much_of_a_prefill(config: IndexConfig, grid: Grid | None) -> str:
     keys = f"{100 * budget:.4g} % of the keys it sees" if budget < 1 else f"up to {budget} keys"
     keys = "all keys it sees" if budget >= ALL_KEYS else keys
     blocks = "" if grid is None else f", in {grid.words()}"
+    if config.prefill_coverage is not None and config.policy == IndexConfig.policy:
+        keys += f", fewer if they hold {config.prefill_coverage:.4g} of the softmax"
     return f"each tile of {QUERY_TILE} queries reads {keys}{blocks}" + _choice(config)
 
 

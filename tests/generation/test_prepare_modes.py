@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cache_names import CACHE
 from generating import (
     EVERYTHING,
     LAYERS,
@@ -207,3 +209,27 @@ def test_two_prepared_models_know_nothing_of_each_other() -> None:
         assert max(int(call.tokens_read.max()) for call in recorder.calls) == most
         if most > 48:
             assert torch.equal(got, greedy(decoder(seed), None, {}))
+
+
+@pytest.mark.parametrize(
+    ("cache", "own", "use"),
+    [
+        ("growing", False, "step"),
+        ("static", False, "step"),
+        ("dynamic", False, "rest"),
+        ("static", True, "rest"),
+    ],
+)
+def test_cuda_graphs_are_for_caches_written_in_place(cache: str, own: bool, use: str) -> None:
+    """The next replay of a graph would overwrite what a step leaves in a `DynamicCache`."""
+    model, called = decoder(), []
+    lychee_compile.prepare(model, cache=cache, **EVERYTHING)
+    compiled = model.generate.lychee_hook._compiled
+
+    def noting(use: str) -> Callable[..., Any]:
+        return lambda model, forward, **given: called.append(use) or forward(model, **given)
+
+    compiled.step, compiled.rest = noting("step"), noting("rest")
+    given = {CACHE: transformers.DynamicCache(config=model.config)} if own else {}
+    generate(model, None, tokens(1, PROMPT), max_new_tokens=3, **given)
+    assert called == [use] * 2

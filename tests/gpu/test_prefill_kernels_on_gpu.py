@@ -91,7 +91,6 @@ def test_what_is_chosen_is_as_good_as_what_the_specification_chooses(shape):
     most = problem.log_sums()
     estimated, usual = ((each - most).exp().mean() for each in (log_sums, specified.log_sum))
     assert abs(estimated - usual) <= 0.02
-    assert abs(estimated - 1) <= 0.1
 
 
 def test_one_graph_serves_other_contents():

@@ -50,18 +50,20 @@ KERNELS = {
 TILE_KERNELS = {
     "summarise_queries": {"KEYS": 64, "TILES": 8, "SELF": True},
     "scan": {"KEYS": 64, "TILES": 16},
-    "select_keys": {"LANES": 4096},
+    "deal_luck": {"LANES": 4096, "SLOT_BITS": 24},
+    "select_keys": {"LANES": 4096, "COVERS": True, "SLOT_BITS": 24},
     "see_tiles": {"QUERIES": 32, "KEYS": 128, "SELF": True},
     "list_keys": {"LANES": 4096},
     "store_edges": {"SELF": True},
     "list_last": {"LANES": 2048},
     "count_levels": {"SHARING": 1, "ASKERS": 16, "LEVELS": 1024, "LANES": 256},
     "list_groups": {"SHARING": 4, "ASKERS": 16, "LEVELS": 1024, "LANES": 256, "KEYS": 2048},
-    "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8},
+    "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8, "SLOT_BITS": 24},
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
-    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read silent marks",
+    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read silent marks "
+    "luck",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
     "channels candidates candidate_count listed listed_count chosen_list edge chosen counts "
     "span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1 "
@@ -88,7 +90,7 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
     own |= dict.fromkeys(
         (each for each in kernel.arg_names if each.startswith("summary_")), own["query"]
     )
-    own["share"] = "fp32"
+    own["share"] = own["coverage"] = "fp32"
     own["axes"] = "*bf16" if spec.dtype == "bfloat16" else "*fp16"
     types = TYPES | own | {each.name: f"*{SHORT[each.dtype]}" for each in spec.captured}
     names = kernel.arg_names

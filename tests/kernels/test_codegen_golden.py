@@ -27,7 +27,7 @@ LAUNCHED = {
     "mark_read", "bound_unread", "certify", "read_uncertified",
     "measure", "measure_new", "weigh_blocks", "scan_listed", "index_chunks",
     "summarise_queries", "scan", "select_keys", "see_tiles", "list_keys", "store_edges",
-    "list_last", "count_levels", "list_groups",
+    "list_last", "count_levels", "list_groups", "deal_luck",
 }  # fmt: skip
 FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE", "PAGE"}
 FOR_THE_HOST |= {"SETTINGS", "ALWAYS", "SCALE", "SOFTCAP", "BIASED", "BY_HEAD", "BOUNDED"}

@@ -69,11 +69,13 @@ def test_a_step_draws_by_shares_and_luck(problem, programs):
     salt = salt_of(torch.tensor([kv_len - problem.query.shape[2]]), heads)
     luck = luck_of((torch.arange(share.shape[-1]) + salt) & 0xFFFFFFFF)
     always, rank, room = drawn._reference()
-    possible = torch.nn.functional.pad(rank > -torch.inf, (0, share.shape[-1]))[..., : share.shape[-1]]
+    possible = torch.nn.functional.pad(rank > -torch.inf, (0, share.shape[-1]))[
+        ..., : share.shape[-1]
+    ]
     possible = possible & (share > 0)
     assert torch.equal(priority[possible].int(), (share + luck).clamp(max=BINS - 1)[possible].int())
     priority = torch.where(possible, priority, 0).int()
-    depth = by_slot(drawn, lambda items: (items >> SLOT_BITS), kv_len)
+    depth = by_slot(drawn, lambda items: items >> SLOT_BITS, kv_len)
     read = depth >= 0
     assert (read | ~always).all()
     assert (depth[always] == 0).all(), "sinks and recent tokens stand for themselves"
@@ -83,7 +85,7 @@ def test_a_step_draws_by_shares_and_luck(problem, programs):
     priority, share, selected = (each[..., :width] for each in (priority, share, selected))
     assert (selected | ~(priority > cut)).all()
     assert not (selected & (priority < cut)).any()
-    wanted = (cut - share + 1).clamp(min=0).int()
+    wanted = (2 * (cut - share) + 1).clamp(min=0).int()
     assert torch.equal(depth[..., :width][selected].int(), wanted[selected])
     lift = torch.zeros_like(read, dtype=torch.float32)
     lift[..., :width] = torch.where(selected, log_weight(cut + 1, share + 1), 0.0)
@@ -101,16 +103,18 @@ def assert_weighted(problem, output, read, lift):
     assert (output.double() - wanted).abs().max() < 1e-4
 
 
-def test_drawing_misses_less_than_the_largest_shares_do():
-    """Many tokens of small shares: those that are read stand for the others."""
+def test_tokens_that_are_drawn_stand_for_those_that_are_not():
+    """Tokens of small shares have other values than those of large ones."""
     errors = torch.zeros(2)
     for seed in range(4):
-        problem = make_problem(
-            "float32", Sizes(1, 2, 4, 1, 480, 64), mask="causal", sparse=SPARSE, seed=seed
-        )
+        sizes = Sizes(1, 2, 4, 1, 480, 64)
+        problem = make_problem("float32", sizes, mask="causal", sparse=SPARSE, seed=seed)
         score = problem.finish_scores().masked_fill(~problem.visible, -torch.inf)
-        wide = problem.value.repeat_interleave(4, 1)
-        dense = score.softmax(-1).float() @ wide
+        share = score.softmax(-1).float()
+        place = share.unflatten(1, (2, 4)).sum((2, 3)).argsort(-1, descending=True).argsort(-1)
+        value = torch.where(place < 60, -1.0, 1.0)[..., None].expand_as(problem.value)
+        problem = replace(problem, value=value.contiguous())
+        dense = share @ value.repeat_interleave(4, 1)
         for number, step in enumerate(drawn_and_plain(problem)):
-            errors[number] += (step.output - dense).norm() / dense.norm()
-    assert errors[0] < 0.8 * errors[1]
+            errors[number] += (step.output - dense).abs().mean() / 4
+    assert errors[0] < 0.4 * errors[1]

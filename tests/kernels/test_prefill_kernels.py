@@ -28,6 +28,7 @@ from lychee_compile.kernels.operators import (  # noqa: F401  registers
     prefill as prefill_operators,
 )
 from lychee_compile.kernels.policies.prefill.lychee import log_shares
+from lychee_compile.kernels.reference.drawing import luck_of
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
 from lychee_compile.kernels.reference.tiles import Sight, tile_sight
 from lychee_compile.kernels.sizes import QUERY_TILE, SLOT_BITS
@@ -176,6 +177,38 @@ def test_the_keys_that_matter_most_are_read(mask, budget, together, monkeypatch)
     torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
 
 
+def test_luck_is_that_of_the_specification():
+    problem = tiled(sizes=Sizes(1, 1, 1, 130, 1000, 16, 16), mask="none")
+    launch = PrefillLaunch(problem.module(), problem.operands(), PrefillBudget(0.3))
+    launch.select(*next(launch.slices()))
+    luck = luck_of(torch.arange(len(launch.scratch["luck"])))
+    assert torch.equal(launch.scratch["luck"].int(), luck)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_a_coverage_ends_the_list_as_specified(mask):
+    problem = tiled(sizes=Sizes(1, 1, 2, 130, 700, 32, 16), mask=mask, length=570, seed=1)
+    problem.query *= 3
+    chosen, _, _ = chosen_by_kernels(problem, 0.6, coverage=0.7)
+    question = replace(specified(problem, 0.6), coverage=0.7)
+    expected = question.draw(log_shares(question)).read
+    assert (chosen ^ expected).sum() <= 0.02 * expected.sum()
+    assert expected.sum() < question.room.minimum(question.candidates.sum(-1)).sum()
+
+
+def test_keys_of_very_long_sequences_stand_for_themselves(monkeypatch):
+    """A slot needs all bits then, and the best keys are read."""
+    monkeypatch.setattr(launch_prefill, "SLOT_BITS", 8)
+    problem = tiled(sizes=Sizes(1, 1, 1, 300, 300, 32, 16), length=0, seed=1)
+    chosen, _, log_sums = chosen_by_kernels(problem, 0.3)
+    question = specified(problem, 0.3)
+    expected = question.take(log_shares(question))
+    assert (chosen ^ expected).sum() <= 0.25 * expected.sum()  # shares of one bin are equal
+    read = (chosen | question.sight.always).repeat_interleave(QUERY_TILE, 2)[:, :, :300]
+    score = problem.finish_scores().masked_fill(~(read & problem.visible), -torch.inf)
+    torch.testing.assert_close(log_sums.double(), score.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("misleading", [False, True])
 def test_a_sample_that_misleads_changes_nothing(misleading, monkeypatch):
     """All bins are counted if the budget ends in none of those that a sample suggests."""
@@ -215,11 +248,14 @@ def test_keys_may_outweigh_what_is_read_first_by_far(dtype, times):
 
 
 def test_a_base_of_what_is_read_first_is_as_good_as_online_softmax(monkeypatch):
-    problem = tiled(sizes=Sizes(1, 1, 1, 300, 300, 16, 16), length=0)
+    problem = tiled(sizes=Sizes(1, 1, 1, 130, 500, 16, 16), mask="none")
     module, small = problem.module(), TileTuning(128, 16, 4, 2)
-    usual = run_prefill(module, problem.operands(), PrefillBudget(0.7), tuning=small)
+    launch = PrefillLaunch(module, problem.operands(), PrefillBudget(0.4), small)
+    launch.select(*next(launch.slices()))
+    assert (launch.scratch["chosen"][0, :100] >> SLOT_BITS).count_nonzero() > 20  # some are drawn
+    usual = run_prefill(module, problem.operands(), PrefillBudget(0.4), tuning=small)
     monkeypatch.setattr(module, "MOST", triton.language.constexpr(0.0))  # always too much
-    again = run_prefill(module, problem.operands(), PrefillBudget(0.7), tuning=small)
+    again = run_prefill(module, problem.operands(), PrefillBudget(0.4), tuning=small)
     for each in zip(usual, again, strict=True):
         torch.testing.assert_close(*each, atol=1e-5, rtol=1e-5)
 
@@ -289,8 +325,8 @@ def test_queries_in_another_order_have_no_keys_of_their_own():
     logits = torch.randn(1, 1, 300)
     operands_of = problem.query, problem.key, problem.value
     tiled_prefill = torch.ops.lychee.tiled_prefill.default
-    got = tiled_prefill(*operands_of, [], logits, order, "", 1.0, 1e6, 0, module)
-    expected = tiled_prefill(*operands_of, [], logits, None, "", 1.0, 1e6, 0, module)
+    got = tiled_prefill(*operands_of, [], logits, order, "", 1.0, 1e6, None, 0, module)
+    expected = tiled_prefill(*operands_of, [], logits, None, "", 1.0, 1e6, None, 0, module)
     torch.testing.assert_close(got, expected)
     given = AttentionOperands(*operands_of, [], logits)
     launch = PrefillLaunch(problem.module(), given, PrefillBudget(0.1, own=False))

@@ -15,7 +15,7 @@ STAGES = ("choose", "attend")
 """Kernels that decode/attend.py.jinja becomes."""
 NOTING = ("note_heads", "note_small", "note_mass", "note_left_out")
 """Functions of `triton_lib/mass.py` that add up the mass of items. Lists need the last one."""
-DRAWING = ("salt_of", "luck_of", "priorities", "drawn_items", "lift_of")
+DRAWING = ("luck_of", "salt_of", "priorities", "drawn_items", "lift_of")
 """Functions of `triton_lib/drawing.py` by which a step draws tokens."""
 _OWN_ITEMS = 2048
 """Upper bound of the items that a program of `choose_by_bin` has."""

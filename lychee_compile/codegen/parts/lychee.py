@@ -70,7 +70,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         _fill("encode_keys", spec),
         *library("sketch", "page_code"),
         *library("encode", "encode", "encode_new"),
-        *(_fill("attend", spec, stage=stage) for stage in STAGES),
+        *(_fill("attend", spec, stage=stage, slot_bits=SLOT_BITS) for stage in STAGES),
         *(_certificate(spec) if sparse.epsilon is not None else []),
     ]
 

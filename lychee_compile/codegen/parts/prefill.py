@@ -21,11 +21,12 @@ Numbers that change from prompt to prompt are not specialised on: nothing is com
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lychee_compile.codegen.parts.site import fill, sees_range
 from lychee_compile.codegen.rendering import library
-from lychee_compile.codegen.specification import AttentionSpec
+from lychee_compile.codegen.specification import AttentionSpec, S
 from lychee_compile.kernels.policies.prefill import s2o
 from lychee_compile.kernels.policies.prefill.lychee import CENTRES_PER_TILE, SAMPLE
 from lychee_compile.kernels.sizes import BINS, LUCKIEST, QUERY_TILE, WHOLE_SHARE
@@ -42,7 +43,7 @@ class Votes:
     wanes: bool = False
     """True if a tile stops once the next keys add little."""
     draws: bool = False
-    """True if keys of small shares are drawn by chance. Denominators count candidates alone then."""
+    """True if keys of small shares are drawn by chance. Denominators count candidates alone."""
 
 
 VOTES = {
@@ -59,7 +60,7 @@ def emit_prefill(spec: AttentionSpec) -> list[str]:
         fill("prefill/edges.py.jinja", spec),
         *library("prefill", "load_edges"),
         fill("prefill/seen_by.py.jinja", spec),
-        *(library("drawing", "deal_luck", "lift_of") if votes.draws else []),
+        *(library("drawing", "luck_of", "deal_luck", "lift_of") if votes.draws else []),
         fill("prefill/summarise_queries.py.jinja", spec, draws=votes.draws),
         fill("prefill/scan.py.jinja", spec, draws=votes.draws),
         *library("prefill", "bins_between", "room_for", "cut_of", "counted"),
@@ -110,4 +111,9 @@ def _votes(spec: AttentionSpec) -> Votes:
 
 def _attend_unmasked(spec: AttentionSpec, draws: bool) -> str:
     most = 15 if spec.dtype == "float16" else 100  # far from overflow
-    return fill("prefill/attend_unmasked.py.jinja", spec, most=most, draws=draws)
+    factor, rest = spec.score.as_independent(S)
+    bits = float(factor) / math.log(2) if factor.is_number and rest == S else 0.0
+    held = bits if 2**-12 < abs(bits) < 2**12 else None
+    return fill(
+        "prefill/attend_unmasked.py.jinja", spec, most=most, draws=draws, bits_of_score=held
+    )

@@ -40,8 +40,10 @@ def draw(
     priority = (entry + luck_of((slot + salt) & 0xFFFFFFFF)).clamp(max=BINS - 1)
     priority = torch.where(candidate, priority, 0)
     most = min(int(room.max()) + 1, rank.shape[-1])
-    best = priority.sort(-1, descending=True, stable=True)
-    first, place = best.values[..., :most], best.indices[..., :most]
+    # Equal priorities keep the order of their places.
+    order = priority.long() * 2**32 - torch.arange(rank.shape[-1], device=rank.device)
+    place = order.topk(most, -1).indices
+    first = priority.gather(-1, place)
     number = torch.arange(most, device=rank.device)
     taken = (number < room[..., None]) & (first > 0)
     # The first that is not taken ends the choice; there is none if all candidates are.

@@ -22,6 +22,8 @@ UNSEEN = 1
 """Bin of a key that no part of a tile sees."""
 LEAST, LARGEST = 2, WHOLE_SHARE + 7
 """Bins of the smallest and of the largest share."""
+EIGHTHS = (6996167, 5719293, 4548395, 3474676, 2490071, 1587185, 759234)
+"""The mantissas of 2^(7/8), 2^(6/8), ... 2^(1/8) in float32, rounded up."""
 MIXERS = (0x85EBCA6B, 0xC2B2AE35)
 """Odd factors that mix the bits of a slot's number (MurmurHash3)."""
 
@@ -45,13 +47,15 @@ class Drawn:
 def luck_of(slot: Tensor) -> Tensor:
     """Return how many bins luck raises each slot by, int32 from 0 to `LUCKIEST`.
 
-    A slot is raised by 8 a + c or more, with c < 8, with the probability 2^-a (1 - c / 16).
+    A slot is raised by n or more with the probability 2^(-n / 8).
     """
     mixed = slot.long()
     for factor in MIXERS:
         mixed = (mixed ^ (mixed >> 16)) * factor & 0xFFFFFFFF
-    number = (mixed >> 16).clamp(min=1).float()  # u is number / 2^16
-    return (1143 - (number.view(torch.int32) >> 20)).clamp(max=LUCKIEST)
+    number = (mixed >> 16).clamp(min=1).float().view(torch.int32)  # u is that, over 2^16
+    octaves = 127 + 15 - (number >> 23)
+    eighths = sum((number & 0x7FFFFF < each).int() for each in EIGHTHS)
+    return (8 * octaves + eighths).clamp(max=LUCKIEST)
 
 
 def share_bins(log_share: Tensor) -> Tensor:
@@ -65,11 +69,10 @@ def log_weight(cut: Tensor, share: Tensor) -> Tensor:
     """Return the logarithm of what a key counts that is read, float32.
 
     `share` is the bin of its share, int32, and `cut` the bin of the highest priority that is not
-    read, or 0. The key may have been read if its luck was `depth` or, among equals, `depth` + 1.
+    read, or 0. The key was read if its luck was `depth` or, among equals, `depth` + 1.
     """
     depth = cut - share
-    chance = 1 - (depth % 8 + 0.5) / 16
-    weight = (depth // 8).float() * math.log(2) - chance.log()
+    weight = (depth + 0.5) * (math.log(2) / 8)
     return weight.masked_fill((depth < 0) | (share == UNSEEN), 0)
 
 

@@ -43,7 +43,9 @@ class PrefillQuestion:
     room: Tensor
     """Number of keys that may be chosen, int64 [B, Hq, tiles]."""
     draws: bool = False
-    """True if keys of small shares may be drawn by chance, so that those read stand for others."""
+    """True if keys of small shares may be drawn by chance, so that those read stand for others.
+
+    It is False if a certificate is asked for, and on a GPU if a function chooses in PyTorch."""
     coverage: float | None = None
     """Share of the estimated softmax over the candidates at which `draw` ends; None: the room."""
     facts: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)

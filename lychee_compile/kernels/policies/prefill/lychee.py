@@ -32,12 +32,12 @@ def choose_by_centres(question: PrefillQuestion) -> Drawn:
     first tokens far more than the queries do. Pages that provably hold next to nothing come last.
 
     Keys are drawn (`reference/drawing.py`): those of large shares are read, and of those of small
-    shares a sample, whose keys count for the rest. With a fifth of 16k keys the output is off by
-    0.077 and not by 0.106 then.
+    shares a sample, whose keys count for the rest. With a fifth of 32k keys the output is off by
+    0.036 then, and not by 0.055.
 
     Single keys are ranked and not nodes of them, for one head and not for those that share its
-    keys. With a fifth of 32k keys the output is then off by 0.055. It is off by 0.090 with pages of
-    sixteen, and by 0.068 if a tile is 32 positions of four heads
+    keys. With the best fifth of 32k keys the output is then off by 0.055. It is off by 0.090 with
+    pages of sixteen, and by 0.068 if a tile is 32 positions of four heads
     (benchmarks/prefill/tile_choices.py).
     """
     return question.draw(log_shares(question).masked_fill(_negligible(question), -torch.inf))
