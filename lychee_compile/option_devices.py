@@ -29,6 +29,7 @@ OPTION_DEVICES: Mapping[str, tuple[OptionDevice, ...]] = {
     "flat_tokens": _EVERYWHERE,
     "coverage": _EVERYWHERE,
     "boundaries": _CPU,
+    "draw": _EVERYWHERE,
     "policy": _EVERYWHERE,
     "epsilon": _EVERYWHERE,  # kernels do not widen a budget: they read all keys instead
     "seed": _CPU,

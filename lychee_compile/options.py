@@ -73,7 +73,7 @@ class Options(IndexConfig):
         if self.dense_layers is not None:
             least = integer("dense_layers", self.dense_layers, at_least=0, expected_or="None")
             self._set("dense_layers", least)
-        for name in ("strict", "reference", "repair"):
+        for name in ("strict", "reference", "repair", "draw"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
         one_of("prefill", self.prefill, PREFILLS)
@@ -129,11 +129,27 @@ class Options(IndexConfig):
                 "other: coverage reads fewer tokens by an estimate, epsilon more by a proof; give "
                 "one of them"
             )
+        self._check_draw()
         if self.boundaries == "tokens" and self.tokenizer is None:
             raise OptionError(
                 'option boundaries="tokens" needs option tokenizer: a tokenizer, a BoundaryTable, '
                 'or a uint8 tensor [vocab]; without one use boundaries="auto" or "similarity"'
             )
+
+    def _check_draw(self) -> None:
+        if not self.draw:
+            return
+        if self.policy != "lychee":
+            raise OptionError(
+                f'option draw=True needs policy="lychee", not policy={self.policy!r}, which has no '
+                "estimate of each token's share to draw by"
+            )
+        for name in ("coverage", "epsilon"):
+            if getattr(self, name) is not None:
+                raise OptionError(
+                    f"options draw=True and {name}={getattr(self, name)} contradict each other: "
+                    "tokens that are drawn stand for others, and what is not read has no bound"
+                )
 
     def _check_budget(self) -> None:
         always = self.sinks + self.recent

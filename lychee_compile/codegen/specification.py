@@ -78,6 +78,8 @@ class SparseSpec:
     epsilon: float | None = None
     """Largest share of the softmax that a row may leave unread: a row whose certificate is larger
     reads all keys. 1: certificates are computed, and change nothing; None: there are none."""
+    draws: bool = False
+    """True if tokens of small shares are drawn by chance, and stand for others."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class AttentionSpec:
             parts.append(f"b{self.sparse.budget}")
             if self.sparse.coverage is not None:
                 parts.append(f"c{self.sparse.coverage:g}".replace(".", "_"))
+            if self.sparse.draws:
+                parts.append("drawn")
             if self.sparse.epsilon is not None:
                 parts.append(f"e{self.sparse.epsilon:g}".replace(".", "_").replace("-", "m"))
         return "_".join(parts)

@@ -51,6 +51,11 @@ class IndexConfig:
     query position read the fewest of the best tokens that hold it together with sinks and recent
     tokens, and at most `budget`. It is the mean over the query heads of the KV head. None: as many
     as the budget."""
+    draw: bool = False
+    """Draw the tokens of small shares by chance, with policy "lychee". A token that is read counts
+    as often as tokens like it are not, so that a step sums over all tokens on average (priority
+    sampling, Duffield, Lund and Thorup, 2007). Luck depends on the slot, the KV head and the step:
+    the same step always reads the same."""
     policy: str = "lychee"
     """Method of choosing tokens. To decode: "lychee", "lycheecluster", "quest", "clusterkv",
     "tokenselect", "longheads", "fasa", "hisa", "dhsa", "streaming", "oracle", or one of your own.

@@ -98,6 +98,16 @@ SPECS = {
         (LENGTH,),
         sparse=replace(SPARSE, coverage=0.95),
     ),
+    "sparse_drawn": AttentionSpec(
+        "bfloat16",
+        4,
+        128,
+        128,
+        S / math.sqrt(128),
+        POSITION >= KV,
+        (LENGTH,),
+        sparse=replace(SPARSE, draws=True),
+    ),
     "sparse_certified": AttentionSpec(
         "bfloat16",
         4,

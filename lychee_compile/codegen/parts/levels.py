@@ -8,7 +8,6 @@ from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.level_source import estimate_source
 from lychee_compile.codegen.parts.certificate import emit_of_levels
 from lychee_compile.codegen.parts.decode import (
-    LARGEST,
     NOTING,
     SAMPLE,
     STAGES,
@@ -22,7 +21,7 @@ from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, S, SparseSpec
 from lychee_compile.kernels.levels.declaration import Level, LevelStack
 from lychee_compile.kernels.levels.groups import Chunks, Clusters, GroupSettings, TokenClusters
-from lychee_compile.kernels.sizes import BINS, power_of_two
+from lychee_compile.kernels.sizes import BINS, LARGEST, power_of_two
 
 RANKED = 512
 """Groups that a program ranks."""

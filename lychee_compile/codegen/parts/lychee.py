@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lychee_compile.codegen.parts.certificate import emit_certificate, emit_constants
 from lychee_compile.codegen.parts.decode import (
-    LARGEST,
     SAMPLE,
     STAGES,
     emit_always_read,
@@ -31,7 +30,15 @@ from lychee_compile.kernels.gpu.lychee.layout import (
 from lychee_compile.kernels.gpu.lychee.spec import SMALLEST
 from lychee_compile.kernels.policies.decode.lychee import LYCHEE
 from lychee_compile.kernels.reference.sketch_axes import STEPS
-from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
+from lychee_compile.kernels.sizes import (
+    BINS,
+    LARGEST,
+    LUCKIEST,
+    PAGE,
+    SCAN_SLOTS,
+    SLOT_BITS,
+    power_of_two,
+)
 
 TURN = 32
 """Chosen pages of one block whose tokens a program scores at a time."""
@@ -65,7 +72,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         *library("sketch", "page_code"),
         _fill("encode", spec),
         _fill("encode_new", spec),
-        *(_fill("attend", spec, stage=stage) for stage in STAGES),
+        *(_fill("attend", spec, stage=stage, slot_bits=SLOT_BITS) for stage in STAGES),
         *(_certificate(spec) if sparse.epsilon is not None else []),
     ]
 
@@ -114,6 +121,8 @@ def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
         turn=TURN,
         bins=BINS,
         largest=LARGEST,
+        luckiest=LUCKIEST,
+        slot_bits=SLOT_BITS,
         **SAMPLE,
         tile=SCAN_SLOTS,
         page=PAGE,

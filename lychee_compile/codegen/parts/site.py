@@ -45,6 +45,7 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
     is_range    True if the keys that a query sees are a range of slots, the same for all heads
     by_written  ", written" if recent tokens count back from the slots written, else ""
     by_mass     True if a choice ends once it holds a share of the softmax
+    draws       True if tokens of small shares are drawn by chance
     certified   True if the share of the softmax that is not read is bounded
     key_operand, value_operand  parameters, or arguments, for all keys or values: a pointer and
                 strides; or one tuple, if they are a load
@@ -65,6 +66,7 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
         "is_range": sees_range(spec),
         "by_written": "" if sees_range(spec) else ", written",
         "by_mass": spec.sparse is not None and spec.sparse.coverage is not None,
+        "draws": spec.sparse is not None and spec.sparse.draws,
         "certified": spec.sparse is not None and spec.sparse.epsilon is not None,
         "by_head": spec.visible.has(H),
         "wide": ".to(tl.int64)" if any(each.rank > 1 for each in spec.captured) else "",

@@ -67,7 +67,8 @@ def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
     """Attend to the selected keys alone, with the mask and bias of the original call.
 
     Returns the output [B, Hq, Tq, Dv] in the query's dtype and the log-sum-exp of its scores,
-    float32 [B, Hq, Tq]. A query that may see nothing gets zeros, as PyTorch's own attention gives.
+    float32 [B, Hq, Tq]. A token that stands for several counts as often. A query that
+    may see nothing gets zeros, as PyTorch's own attention gives.
     Computed in float32, or in float64 for float64 queries.
     """
     query, value = operands.query, operands.value
@@ -76,6 +77,8 @@ def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
     slot, padding = slots_read(selection)
     work = torch.promote_types(query.dtype, torch.float32)
     score = scores_at(operands.score_inputs, selection.visible, slot, padding, work)
+    if selection.log_weight is not None:
+        score = score + selection.token_log_weight()[..., None, :].to(work)
     weight, log_total = score.softmax(-1), score.logsumexp(-1)
     if operands.extra is not None:
         wide = operands.extra.to(work).expand(batch, query_heads, query_len)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.kernels.reference.decode_drawing import salt_of
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.question import Question, query_rows
@@ -38,6 +40,18 @@ class Selection:
     log_unread_bound: Tensor | None = None
     """Upper bound of log sum of exp(score) over the unread keys, float32 [B, Hq, Tq]; None if
     nobody computed it."""
+    log_weight: Tensor | None = None
+    """Logarithm of how many tokens each token of a run stands for, float32 [B, Hkv, Tq, R]; None:
+    each for itself."""
+
+    def token_log_weight(self) -> Tensor:
+        """Return the logarithms of how many tokens each of `tokens` stands for: float32.
+
+        The result is [B, Hkv, Tq, S]. The selection must have weights.
+        """
+        assert self.log_weight is not None
+        _, run, _ = expand_runs(self.run_start, self.run_length)
+        return self.log_weight.gather(-1, run)
 
     def tokens(self) -> Tensor:
         """Return the slots read, int64 [B, Hkv, Tq, S]; -1 pads queries that read fewer than S.
@@ -85,18 +99,33 @@ def select(
     if bool(fits.all()):
         length = (always.recent_start - always.sinks_end).clamp(min=0)
         chosen = _per_head(always.sinks_end, heads), _per_head(length, heads)
+        log_weight = None
     else:
         question = _question(inputs, always.beside(visible), always, room, most, site)
         if coverage is not None and coverage < 1:
             log_always = _log_always(inputs, visible, always, heads)
             question = replace(question, may_miss=1 - coverage, log_always=log_always)
-        chosen = index.choose(question)
+        if index.config.draw:
+            step = index.end if index.step is None else index.step
+            question = replace(question, salt=salt_of(step, heads))
+        start, length, *weights = index.choose(question)
+        log_weight = weights[0] if weights else None
+        chosen = start, length
         if always.apart is not None:
             chosen = around(*chosen, always.apart)
+            log_weight = _repeated(log_weight)
     starts = _per_head(visible.first, heads), chosen[0], _per_head(always.recent_start, heads)
     sinks, recent = always.sinks_length(visible), always.recent_length(visible)
     lengths = _per_head(sinks, heads), chosen[1], _per_head(recent, heads)
-    return Selection(torch.cat(starts, -1), torch.cat(lengths, -1), visible, inputs.scale)
+    if log_weight is not None:
+        log_weight = F.pad(log_weight, (1, 1))  # sinks and recent tokens stand for themselves
+    start, length = torch.cat(starts, -1), torch.cat(lengths, -1)
+    return Selection(start, length, visible, inputs.scale, log_weight=log_weight)
+
+
+def _repeated(log_weight: Tensor | None) -> Tensor | None:
+    """Return the weights [B, Hkv, Tq, R] of runs that `around` has cut in two, and of its own."""
+    return None if log_weight is None else F.pad(torch.cat((log_weight, log_weight), -1), (0, 1))
 
 
 def slots_read(selection: Selection) -> tuple[Tensor, Tensor]:

@@ -170,6 +170,7 @@ def _selection(config: IndexConfig) -> SparseSpec:
         else config.coverage,
         groups=GroupSettings.of(config),
         epsilon=config.epsilon,
+        draws=config.draw,
     )
 
 

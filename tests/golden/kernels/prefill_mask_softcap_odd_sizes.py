@@ -99,11 +99,9 @@ def seen_by(b, h, begin, query_len, slot, kv_len, inside, mask, mask_stride_0, m
     return seen & (begin >= 0), last & (before == 0) & (begin >= 0)
 
 
-@triton.jit(do_not_specialize=["bin_room"])
-def deal_luck(luck, bin_room, LANES: tl.constexpr, SLOT_BITS: tl.constexpr):
-    """Store how many bins luck raises each slot by, uint8 [bin_room]; 0 if no key is drawn."""
-    slot = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    mixed = slot.to(tl.uint32)
+@triton.jit
+def luck_of(mixed):
+    """Return how many bins luck raises each of the numbers [N], uint32, by: int32."""
     mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
     mixed = (mixed ^ (mixed >> 16)) * 0xC2B2AE35
     number = tl.maximum((mixed >> 16).to(tl.int32), 1).to(tl.float32).to(tl.int32, bitcast=True)
@@ -115,7 +113,14 @@ def deal_luck(luck, bin_room, LANES: tl.constexpr, SLOT_BITS: tl.constexpr):
     raised += ((number & 0x7FFFFF) < 2490071).to(tl.int32)
     raised += ((number & 0x7FFFFF) < 1587185).to(tl.int32)
     raised += ((number & 0x7FFFFF) < 759234).to(tl.int32)
-    raised = tl.minimum(raised, LUCKIEST)
+    return tl.minimum(raised, LUCKIEST)
+
+
+@triton.jit(do_not_specialize=["bin_room"])
+def deal_luck(luck, bin_room, LANES: tl.constexpr, SLOT_BITS: tl.constexpr):
+    """Store how many bins luck raises each slot by, uint8 [bin_room]; 0 if no key is drawn."""
+    slot = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    raised = luck_of(slot.to(tl.uint32))
     if SLOT_BITS >= 31:
         raised = tl.zeros([LANES], tl.int32)
     tl.store(luck + slot, raised.to(tl.uint8), mask=slot < bin_room)

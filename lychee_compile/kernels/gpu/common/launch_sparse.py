@@ -163,6 +163,8 @@ def slots_read(step: SparseStep) -> Tensor:
     """
     operands, header = step.operands, step.index.state.header
     slots = of_rows(operands, step.scratch["chosen_list"].flatten(1).long())
+    if hasattr(step.module, "SLOT_BITS"):  # above, how many tokens one stands for
+        slots = torch.where(slots < 0, slots, slots % (1 << step.module.SLOT_BITS.value))
     weight = of_rows(operands, step.scratch["partial_sum"].flatten(1))
     all_keys = (slots < 0).all(-1) & (weight > 0).any(-1)
     count = int((slots >= 0).sum(-1).max())
