@@ -173,7 +173,7 @@ class IndexLifecycle(ABC):
                 self._work(cache, use, beside)
 
     def delay_build(self) -> None:
-        """Build the index only if a second call comes. One that there is, is distrusted."""
+        """Build the index only if a second call comes, and distrust an index that exists."""
         if self.trusted:
             self.distrust()
         self._calls_to_wait = max(self._calls_to_wait, 1)
