@@ -123,7 +123,7 @@ class _Writer:
         mask = self._mask(depends, self._needed(tensor, places, when))
         other = "0.0" if "float" in tensor.dtype else "0"  # no integer is cast to 8 bits
         cast = ".to(tl.int32)" if whole else ".to(tl.float32)"
-        cast = "" if index or tensor.dtype == "float32" else cast
+        cast = "" if index or tensor.dtype == ("int64" if whole else "float32") else cast
         self.reads[element, index, when] = symbol, Read(name, address, mask, other, cast)
         return symbol
 

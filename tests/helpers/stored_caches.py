@@ -181,6 +181,30 @@ def packed_step(k: Tensor, v: Tensor, pos: Tensor, *held: Tensor) -> tuple[Tenso
     return found[0], found[1]
 
 
+def in_words(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise to 8 bits, four numbers to an integer of four times `bits`, with zero points."""
+    low, high = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
+    unit = (high - low) / 255
+    code = ((x - low) / unit).round().to(torch.int32 if bits == 8 else torch.int64)
+    parts = [part << bits * place for place, part in enumerate(code.chunk(4, -1))]
+    return parts[0] | parts[1] | parts[2] | parts[3], unit, low
+
+
+def words(s: Sizes) -> Tensors:
+    return [*in_words(s.keys(), 8), *in_words(s.keys(), 16)]
+
+
+def words_step(k: Tensor, v: Tensor, pos: Tensor, *held: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys lie in integers of 32 bits, values in those of 64: float32 holds neither."""
+    found = []
+    for new, bits, (cache, scale, zero) in ((k, 8, held[:3]), (v, 16, held[3:])):
+        for tensor, each in zip((cache, scale, zero), in_words(new, bits), strict=True):
+            put(tensor, pos, each)
+        codes = torch.cat([(cache >> bits * place) & 255 for place in range(4)], -1)
+        found.append(codes.to(k.dtype) * scale.to(k.dtype) + zero.to(k.dtype))
+    return found[0], found[1]
+
+
 def bytes_of(s: Sizes) -> Tensors:
     return [s.keys().to(torch.float8_e4m3fn) for _ in range(2)]
 
@@ -328,4 +352,5 @@ FORMS = {
     "latents": Form(latents, latent_step),
     "pages": Form(pages, pages_step),
     "pages of rows": Form(pages_of_rows, pages_of_rows_step),
+    "words": Form(words, words_step),
 }
