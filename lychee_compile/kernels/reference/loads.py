@@ -4,7 +4,8 @@
 
 Names in an expression: `b`, `h`, `kv` and `d` are row, KV head, token and channel. `at(n, ...)` is
 a number of the n-th tensor, in float32 at least. `entry(n, ...)` is an integer as it is, as a table
-of pages holds them, and `bits(n, ...)` one in 64 bits, which is cut into parts. `where` and the operators of Python are those of PyTorch.
+of pages holds them. `bits(n, ...)` is one in 64 bits, of which a part is taken. `where` and the
+operators of Python are those of PyTorch.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def page_text(load: Load) -> str:
     return "" if load.pages is None else _Writer(load, "entry").text(load.pages.page)
 
 
-_WIDE = (torch.int32, torch.int64)
+_WIDE = (torch.int32, torch.int64, torch.uint32)
 """Dtypes of integers that float32 rounds."""
 
 
