@@ -52,6 +52,20 @@ def test_the_table_names_every_option() -> None:
             {"cpu"},
             ["option coverage has no effect with policy='streaming', which ranks nothing"],
         ),
+        (
+            {"draw": True, "budget": None},
+            {"cpu"},
+            ["option draw has no effect with budget=None, which reads all tokens"],
+        ),
+        (
+            {"prefill_coverage": 0.9, "prefill_budget": 511},
+            {"cuda"},
+            [
+                "option prefill_coverage has no effect with prefill_budget=511: keys are drawn "
+                "from a budget of 512 on"
+            ],
+        ),
+        ({"prefill_coverage": 0.9}, {"cuda"}, []),
         ({"reference": True}, {"cpu"}, ["option reference has no effect on a CPU"]),
     ],
 )
