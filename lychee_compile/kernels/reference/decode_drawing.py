@@ -1,4 +1,4 @@
-"""Drawing of the tokens of a decoding step: large shares are read, and small ones by chance.
+"""Drawing of the tokens of a decode step: large shares are read, and small ones by chance.
 
 Priority sampling, as in `drawing.py`. Shares are bins of an eighth of an octave, as kernels make
 them. The luck of a token depends on its slot, on the KV head and on the step, so that what one step
