@@ -153,8 +153,8 @@ class Options(IndexConfig):
             if getattr(self, name) is not None:
                 raise OptionError(
                     f"options draw=True and {name}={getattr(self, name)} contradict each other: "
-                    "tokens that are drawn stand for others, so that the share that is read neither "
-                    "ends nor widens a choice"
+                    "tokens that are drawn stand for others, so that the share that is read "
+                    "neither ends nor widens a choice"
                 )
 
     def _check_budget(self) -> None:

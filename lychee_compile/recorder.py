@@ -138,11 +138,12 @@ def record(*, mass: bool = False) -> Iterator[Recorder]:
     """Record every sparse attention that runs within the context.
 
     With `mass` each call also scores all keys, to tell what share of the dense softmax mass was
-    read: this is slow, for study alone. Generated kernels that draw tokens do not tell it. Generated kernels that decode tell the slots that they
-    read; each recorded call then waits for the device. Replays of a CUDA graph run no operator:
-    they are not recorded, nor is the call that captures the graph, with a warning. Generated
-    kernels of a prefill report nothing, with a warning; the option `reference` makes the plain
-    PyTorch operators run on a GPU too. A warning is logged if nothing at all was recorded.
+    read: this is slow, for study alone. Generated kernels that draw tokens do not tell the share.
+    Generated kernels that decode tell the slots that they read; each recorded call then waits for
+    the device. Replays of a CUDA graph run no operator: they are not recorded, nor is the call that
+    captures the graph, with a warning. Generated kernels of a prefill report nothing, with a
+    warning; the option `reference` makes the plain PyTorch operators run on a GPU too. A warning is
+    logged if nothing at all was recorded.
     """
     recorder = Recorder(mass)
     observers.append(recorder.observe)

@@ -16,8 +16,8 @@ LARGEST = 12
 LUCKIEST = 63
 """Most bins that luck raises a key by when keys are drawn: a factor of 2^(63/8)."""
 WHOLE_SHARE = BINS - LUCKIEST - 9
-"""Bin of a share of 1 when keys of a prefill are drawn: the luckiest key of the largest share has one
-below the last."""
+"""Bin of a share of 1 when keys of a prefill are drawn: the luckiest key of the largest share has
+one below the last."""
 SLOT_BITS = 24
 """Bits of a slot in a list of drawn keys; the bits above hold how seldom such a key is drawn."""
 

@@ -105,6 +105,7 @@ def test_options_that_contradict_drawing_are_named(given, words):
     with pytest.raises(OptionError, match=words):
         Options(**{"draw": True, **given})
 
+
 def test_a_certificate_counts_what_is_read_once():
     """What a token stands for is not read: it must not make a certificate smaller."""
     options = {"budget": 64, "sinks": 2, "recent": 16, "draw": True}
@@ -114,7 +115,9 @@ def test_a_certificate_counts_what_is_read_once():
     assert (selection.log_weight > 0).any()
     _, log_read = attend(operands, selection)
     score = (query.unflatten(1, (2, 2)) @ key[:, :, None].mT * operands.scale).flatten(1, 2)
-    share = score.softmax(-1).masked_fill(~selection.token_mask().repeat_interleave(2, 1), 0).sum(-1)
+    share = (
+        score.softmax(-1).masked_fill(~selection.token_mask().repeat_interleave(2, 1), 0).sum(-1)
+    )
     assert torch.allclose((log_read - score.logsumexp(-1)).exp(), share, atol=1e-5)
     _, certificate = functional.sparse_attention(
         query, key, value, selection, return_certificate=True
@@ -139,7 +142,8 @@ def test_weights_survive_a_cache_that_wraps():
     index.newest = torch.tensor([[200]])
     selection = select(index, operands.score_inputs, 64)
     token, weight = selection.tokens()[0, 0, 0], selection.token_log_weight()[0, 0, 0]
-    assert (token >= 0).all() and len(token.unique()) == len(token) == 64
+    assert (token >= 0).all()
+    assert len(token.unique()) == len(token) == 64
     newest = (token > 184) & (token <= 200)
     assert int(newest.sum()) == 16
     assert not weight[newest | (token < 2)].any()

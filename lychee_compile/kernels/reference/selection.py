@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ def select(
     fits = choosable[:, None] <= room if coverage is None else choosable == 0
     if bool(fits.all()):
         length = (always.recent_start - always.sinks_end).clamp(min=0)
-        chosen = _per_head(always.sinks_end, heads), _per_head(length, heads), None
+        chosen = _Chosen(_per_head(always.sinks_end, heads), _per_head(length, heads))
     else:
         question = _question(inputs, always.beside(visible), always, room, most, site)
         if coverage is not None and coverage < 1:
@@ -108,13 +109,18 @@ def select(
     return _with_always_read(chosen, always, visible, inputs.scale)
 
 
-def _chosen(
-    index: KVIndex, question: Question, apart: Span | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the policy's choice as starts, lengths and log weights of runs, [B, Hkv, Tq, R].
+class _Chosen(NamedTuple):
+    """Runs between the sinks and the recent tokens, each [B, Hkv, Tq, R], as in a `Selection`."""
+
+    start: Tensor
+    length: Tensor
+    log_weight: Tensor | None = None
+
+
+def _chosen(index: KVIndex, question: Question, apart: Span | None) -> _Chosen:
+    """Return the policy's choice.
 
     The slots `apart`, which are newer than all others of a cache that wraps, become one more run.
-    The log weights are those of a `Selection`.
     """
     if index.config.draw:
         step = index.end if index.step is None else index.step
@@ -122,19 +128,16 @@ def _chosen(
     start, length, *weights = index.choose(question)
     log_weight = weights[0] if weights else None
     if apart is None:
-        return start, length, log_weight
+        return _Chosen(start, length, log_weight)
     if log_weight is not None:  # `around` cuts every run in two, and adds one
         log_weight = F.pad(torch.cat((log_weight, log_weight), -1), (0, 1))
-    return *around(start, length, apart), log_weight
+    return _Chosen(*around(start, length, apart), log_weight)
 
 
 def _with_always_read(
-    chosen: tuple[Tensor, Tensor, Tensor | None],
-    always: _AlwaysRead,
-    visible: Visible,
-    scale: float,
+    chosen: _Chosen, always: _AlwaysRead, visible: Visible, scale: float
 ) -> Selection:
-    """Return the selection of what `_chosen` returns between the sinks and the recent tokens."""
+    """Return the selection of what is chosen and of the sinks and recent tokens."""
     start, length, log_weight = chosen
     heads = start.shape[1]
     sinks, recent = always.sinks_length(visible), always.recent_length(visible)
