@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Literal
 
 from lychee_compile.kernels.policies.registry import estimates_shares, reads_chunks
+from lychee_compile.kernels.reference.drawing import DRAWN_FROM
 from lychee_compile.options import Options
 
 OptionDevice = Literal["cpu", "cuda"]
@@ -68,6 +69,13 @@ def without_effect(options: Options, devices: Collection[OptionDevice]) -> Itera
             f"option prefill_coverage has no effect with policy={options.policy!r}, which draws no "
             "keys"
         )
+    elif options.prefill_coverage is not None and 1 <= options.prefill_budget < DRAWN_FROM:
+        yield (
+            f"option prefill_coverage has no effect with prefill_budget={options.prefill_budget}: "
+            f"keys are drawn from a budget of {DRAWN_FROM} on"
+        )
+    if options.draw and options.budget is None:
+        yield "option draw has no effect with budget=None, which reads all tokens"
     used = _OF_CHUNKS if reads_chunks(options.policy) else frozenset()
     names = [
         each.name

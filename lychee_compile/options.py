@@ -129,6 +129,11 @@ class Options(IndexConfig):
                 "other: coverage reads fewer tokens by an estimate, epsilon more by a proof; give "
                 "one of them"
             )
+        if self.prefill_coverage is not None and self.epsilon is not None:
+            raise OptionError(
+                f"options prefill_coverage={self.prefill_coverage} and epsilon={self.epsilon} "
+                "contradict each other: with epsilon a prefill draws no keys; give one of them"
+            )
         self._check_draw()
         if self.boundaries == "tokens" and self.tokenizer is None:
             raise OptionError(
@@ -148,7 +153,8 @@ class Options(IndexConfig):
             if getattr(self, name) is not None:
                 raise OptionError(
                     f"options draw=True and {name}={getattr(self, name)} contradict each other: "
-                    "tokens that are drawn stand for others, and what is not read has no bound"
+                    "tokens that are drawn stand for others, so that the share that is read "
+                    "neither ends nor widens a choice"
                 )
 
     def _check_budget(self) -> None:

@@ -11,12 +11,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 import lychee_compile
 from examples.long_document.prompt import Prompt
 from lychee_compile.evaluate.cache_argument import cache_argument
+from lychee_compile.generation.forced import Forced
 from lychee_compile.recorder import Call
 
 Advance = Callable[[], object]
@@ -132,21 +133,6 @@ class Recording:
         return [*self.prompt.question[0].tolist(), *self.answer[:-1]]
 
 
-class Forced(LogitsProcessor):
-    """Logits processor that makes greedy decoding choose the tokens `forced` [1, N] first."""
-
-    def __init__(self, prompt_length: int, forced: torch.Tensor) -> None:
-        self.prompt_length = prompt_length
-        self.forced = forced
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores, float [1, vocabulary], that allow the next forced token alone."""
-        step = input_ids.shape[1] - self.prompt_length
-        if step >= self.forced.shape[1]:
-            return scores
-        return torch.full_like(scores, -torch.inf).index_fill_(1, self.forced[:, step], 0.0)
-
-
 class _Stopwatch(BaseStreamer):
     """Streamer that keeps the time at which each token came."""
 
@@ -228,7 +214,7 @@ class Answerer:
                 document,
                 attention_mask=torch.ones_like(document),
                 **{self._argument: self._cache_for(way)},
-                logits_processor=[Forced(document.shape[1], question)],
+                logits_processor=[Forced(document.shape[1], question[0])],
                 streamer=stopwatch,
                 max_new_tokens=total,
                 do_sample=False,

@@ -14,10 +14,10 @@ BINS = 256
 LARGEST = 12
 """log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
 LUCKIEST = 63
-"""Most bins that luck raises a key by when keys of a prefill are drawn: a factor of 2^(63/8)."""
+"""Most bins that luck raises a key by when keys are drawn: a factor of 2^(63/8)."""
 WHOLE_SHARE = BINS - LUCKIEST - 9
-"""Bin of a share of 1 when keys are drawn: the luckiest key of the largest share has one below the
-last."""
+"""Bin of a share of 1 when keys of a prefill are drawn: the luckiest key of the largest share has
+one below the last."""
 SLOT_BITS = 24
 """Bits of a slot in a list of drawn keys; the bits above hold how seldom such a key is drawn."""
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lychee_compile import functional
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.attention import attend, dense_attention
@@ -103,3 +104,47 @@ def test_steps_are_dense_on_average():
 def test_options_that_contradict_drawing_are_named(given, words):
     with pytest.raises(OptionError, match=words):
         Options(**{"draw": True, **given})
+
+
+def test_a_certificate_counts_what_is_read_once():
+    """What a token stands for is not read: it must not make a certificate smaller."""
+    options = {"budget": 64, "sinks": 2, "recent": 16, "draw": True}
+    _, operands = step_of(400)
+    query, key, value = operands.query, operands.key, operands.value
+    selection = functional.select(functional.build_index(key, options=options), query)
+    assert (selection.log_weight > 0).any()
+    _, log_read = attend(operands, selection)
+    score = (query.unflatten(1, (2, 2)) @ key[:, :, None].mT * operands.scale).flatten(1, 2)
+    share = (
+        score.softmax(-1).masked_fill(~selection.token_mask().repeat_interleave(2, 1), 0).sum(-1)
+    )
+    assert torch.allclose((log_read - score.logsumexp(-1)).exp(), share, atol=1e-5)
+    _, certificate = functional.sparse_attention(
+        query, key, value, selection, return_certificate=True
+    )
+    assert (certificate >= 1 - share - 1e-6).all()
+
+
+def test_tokens_that_a_kv_head_does_not_see_are_never_drawn():
+    """They have no share, and kernels do not draw them either."""
+    index, operands = step_of(400)
+    hidden = torch.zeros(1, 4, 1, 400, dtype=torch.bool)
+    hidden[:, :2, :, 100:300] = True  # KV head 0 sees half of what KV head 1 sees
+    seen = replace(operands, mask=~hidden)
+    read = select(index, seen.score_inputs, 300).token_mask()[0, :, 0]
+    assert read[0].nonzero().flatten().tolist() == [*range(100), *range(300, 400)]
+    assert int(read[1].sum()) == 300
+
+
+def test_weights_survive_a_cache_that_wraps():
+    """The newest tokens, which `around` cuts out of the choice, stand for themselves."""
+    index, operands = step_of(400)
+    index.newest = torch.tensor([[200]])
+    selection = select(index, operands.score_inputs, 64)
+    token, weight = selection.tokens()[0, 0, 0], selection.token_log_weight()[0, 0, 0]
+    assert (token >= 0).all()
+    assert len(token.unique()) == len(token) == 64
+    newest = (token > 184) & (token <= 200)
+    assert int(newest.sum()) == 16
+    assert not weight[newest | (token < 2)].any()
+    assert (weight[~newest & (token >= 2)] > 0).any()

@@ -1,4 +1,4 @@
-"""Drawing of the tokens of a decoding step: large shares are read, and small ones by chance.
+"""Drawing of the tokens of a decode step: large shares are read, and small ones by chance.
 
 Priority sampling, as in `drawing.py`. Shares are bins of an eighth of an octave, as kernels make
 them. The luck of a token depends on its slot, on the KV head and on the step, so that what one step
@@ -32,13 +32,14 @@ def draw(
 
     `rank`, `slot` and `candidate` are [B, Hkv, Tq, N]; `salt` is int64 [B, Hkv, 1, 1]. Returns the
     places of what is drawn, the logarithm of how many candidates each stands for, float32, and
-    which are real, each [B, Hkv, Tq, M].
+    which are real, each [B, Hkv, Tq, M]. A candidate without a share, which no head of its KV head
+    sees, is never drawn.
     """
     share = rank.float().nan_to_num(nan=torch.inf).exp()
     entry = (share.view(torch.int32) >> 20) - (LAST_BIN - BINS + 1)
     entry = entry.clamp(1, BINS - 1)
     priority = (entry + luck_of((slot + salt) & 0xFFFFFFFF)).clamp(max=BINS - 1)
-    priority = torch.where(candidate, priority, 0)
+    priority = torch.where(candidate & (share > 0), priority, 0)
     most = min(int(room.max()) + 1, rank.shape[-1])
     # Equal priorities keep the order of their places.
     order = priority.long() * 2**32 - torch.arange(rank.shape[-1], device=rank.device)

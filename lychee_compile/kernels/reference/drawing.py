@@ -1,11 +1,12 @@
-"""Drawing of the keys of a prefill: large shares are read, and small ones by chance.
+"""Drawing of keys: large shares are read, and small ones by chance.
 
 Priority sampling (Duffield, Lund and Thorup, 2007). A key of the share p has the priority p / u,
 and u is its luck, between 0 and 1. The keys of highest priority are read. Let t be the highest
 priority that is not read: a key with p >= t is read whatever its luck, and any other with the
 probability p / t. It counts t / p times, so that sums over the keys that are read are those over
 all keys on average. Shares and priorities are bins of an eighth of an octave, in integers, and
-luck is that of a slot: all devices draw the same keys.
+luck is that of a slot: all devices draw the same keys. Luck and weights serve prefill and decoding,
+whose steps `decode_drawing.py` draws for; all else here is for a prefill.
 """
 
 from __future__ import annotations

@@ -187,9 +187,10 @@ class Question:
         `room` may do.
         """
         candidate = self.candidates()[:, None, :, : rank.shape[-1]]
-        if self.salt is not None and within is None:
+        if self.salt is not None:
             slot = torch.arange(rank.shape[-1], device=rank.device)
-            return self._drawn(rank, slot.expand_as(rank), candidate)
+            among = candidate if within is None else candidate & within
+            return self._drawn(rank, slot.expand_as(rank), among)
         return self._runs(*self._best(rank, candidate, within))
 
     def take_own(self, raw: Tensor, slot: Tensor, held: Tensor) -> Choice:

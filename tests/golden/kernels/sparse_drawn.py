@@ -345,7 +345,7 @@ def luck_of(mixed):
 
 @triton.jit
 def salt_of(step, kv_head):
-    """Return the number by which the luck of a KV head moves in the step that writes slot `step`."""
+    """Return the number that moves the luck of a KV head in the step that writes slot `step`."""
     return (step * 64 + kv_head).to(tl.uint32) * 0x9E3779B1
 
 
