@@ -39,6 +39,7 @@ def _quiet_dynamo() -> None:
 
     if hasattr(config, "side_effect_replay_policy"):
         config.side_effect_replay_policy = "silent"
+    config.run_gc_after_compile = False  # which goes through all young objects each time
     if hasattr(guards, "profile_guard_manager"):
         guards.profile_guard_manager = lambda *_: 0.0
     _internal.trace_log.handlers.clear()
@@ -68,6 +69,18 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch_private, "inductor", lambda gm, inputs, mode, patches: aot_eager(gm, list(inputs))
     )
+
+
+@pytest.fixture
+def uncompiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what the backend makes of a graph as it is, an operator at a time: quickest of all.
+
+    It is for tests of what is read and decided. Those of what graphs become, of writes and of their
+    order keep AOTAutograd, by `without_inductor`.
+    """
+    from lychee_compile import torch_private
+
+    monkeypatch.setattr(torch_private, "inductor", lambda gm, inputs, mode, patches: gm.forward)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def bench(folder, arguments):
     return main(["bench", str(folder), *given])
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("uncompiled_graphs")
 def test_dense_and_sparse_decoding_are_measured_in_one_run(tmp_path, capsys):
     folder = save_llama(tmp_path, layers=2)
     ways = "--ways eager,lychee --new-tokens 3 --budget 90"

@@ -17,7 +17,7 @@ from lychee_compile.report.report import Report
 
 HEADS, QUERIES, KEYS, DIM = 2, 20, 24, 8
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def operands(keys: int = KEYS) -> tuple[Tensor, Tensor, Tensor]:

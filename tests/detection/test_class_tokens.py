@@ -17,7 +17,7 @@ WIDTH = HEADS * DIM
 OPTIONS = {"budget": 16, "sinks": 2, "recent": 4, "chunk": (2, 4), "dense_layers": 0}
 
 THOROUGH = pytest.mark.thorough
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def parameter(*shape: int) -> nn.Parameter:

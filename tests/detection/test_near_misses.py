@@ -16,7 +16,7 @@ from lychee_compile.passes import reasons
 SIZE = 40
 EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def flex_of_scaled_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

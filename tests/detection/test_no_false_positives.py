@@ -22,7 +22,7 @@ SIZE, START, STEPS = 48, 30, 4
 BATCH, HEADS, DIM = 2, 4, 16
 EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def the_report() -> Report:

@@ -254,7 +254,7 @@ SCORES = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 @pytest.mark.parametrize("change", SCORES)
 def test_attention_over_scores_that_are_written_is_right(change: Step) -> None:
     """A part written with a step is kept; other writes may be sparse. The output is right."""

@@ -13,7 +13,7 @@ from lychee_compile.report.report import Report
 
 HEADS, QUERIES, DIM = 2, 20, 8
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def operands(keys: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ SPARSE = {**EVERYTHING, "budget": 32, "overfetch": 1}
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """(query, key cache, value cache, new key, new value, position) -> attention output."""
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, seen: int, **given: Any) -> Tensor:

@@ -14,7 +14,7 @@ from lychee_compile.report.report import Report
 TOKENS, WIDTH, HEADS, FEW = 24, 32, 4, 8
 READ_ALL = {"prefill": "sparse", "prefill_from": 0, "prefill_budget": 2**30}
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 class Linformer(nn.Module):

@@ -14,7 +14,7 @@ import lychee_compile
 
 STEPS = 3
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def constants(sizes: Sizes) -> Given:

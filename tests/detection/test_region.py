@@ -47,7 +47,7 @@ def decode(step: Step) -> list[Site]:
     return lychee_compile.reports()[-1].sites
 
 
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 @pytest.mark.parametrize("step", SAME, ids=lambda step: step.__name__)
 def test_the_output_is_that_of_eager(step: Step, caplog) -> None:
     sites = decode(step)

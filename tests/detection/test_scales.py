@@ -14,7 +14,7 @@ WIDTH = HEADS * DIM
 OPTIONS = {"budget": 32, "sinks": 2, "recent": 4, "chunk": (2, 4), "dense_layers": 0}
 EVERYTHING = OPTIONS | {"budget": LENGTH}
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 class Decoder(nn.Module):
@@ -95,7 +95,7 @@ def decoded(model: Decoder, options: dict, *scales: float, band: float = 1e-5) -
     [
         (Decoder, "s*scale"),
         (Divided, "s/scale"),
-        (ScaledByProduct, "s*scale"),
+        pytest.param(ScaledByProduct, "s*scale", marks=pytest.mark.thorough),
         (ScaledQueries, "s"),
         (OneOperator, "0.3*s"),  # Dynamo takes this scale for a constant
     ],
@@ -116,7 +116,13 @@ def test_a_scale_may_be_anything_in_later_calls() -> None:
     assert site.decision == "sparse"
 
 
-@pytest.mark.parametrize(("dtype", "band"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "band"),
+    [
+        (torch.bfloat16, 2e-2),
+        pytest.param(torch.float16, 4e-3, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_symbolic_scale_costs_one_rounding_of_the_query(dtype: torch.dtype, band: float) -> None:
     site = decoded(Decoder(0.3, dtype), EVERYTHING, 0.3, 0.7, band=band)
     assert site.decision == "sparse"

@@ -13,7 +13,7 @@ import lychee_compile
 
 HEADS, QUERIES, KEYS, DIM = 2, 20, 24, 8
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def operands() -> tuple[Tensor, Tensor, Tensor]:

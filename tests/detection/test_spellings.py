@@ -18,7 +18,7 @@ SIZE, START, STEPS = 48, 30, 6
 TOKENS, QUERIES = 24, 9
 EVERYTHING = {"budget": SIZE - 1, "sinks": 2, "recent": 8, "chunk": (2, 4)}
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 each_spelling = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda each: each.name)
 each_first, each_second = (
     pytest.mark.parametrize(

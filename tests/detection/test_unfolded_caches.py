@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lychee_compile
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 B, H, D, L, STEPS = 2, 2, 16, 40, 3
 SMALL = {"budget": 24, "sinks": 2, "recent": 16}

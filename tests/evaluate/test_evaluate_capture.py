@@ -23,7 +23,7 @@ from lychee_compile.evaluate.capture import Capture, capture, last_positions
 from lychee_compile.evaluate.errors import EvaluationError, require
 from lychee_compile.evaluate.synthetic import synthetic_capture
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def dense_attention_outputs(model, ids):

@@ -44,7 +44,7 @@ def results_of(folder, *pictures):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 def test_every_subject_measures_a_model(folder, tmp_path, capsys):
     status = evaluate(
         f"all --model {folder} --out {tmp_path} --policies lychee,streaming --budgets 100,200 "

@@ -133,7 +133,7 @@ def read_both_ways(model, variant, budget, document=400):
     return encoded, dense, sparse
 
 
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 def test_reading_everything_sparsely_is_reading_densely(model):
     everything = Variant("lychee", {"sinks": 200, "recent": 300})
     encoded, dense, sparse = read_both_ways(model, everything, 501, document=490)
@@ -150,7 +150,7 @@ def test_reading_everything_sparsely_is_reading_densely(model):
     assert replace(dense, expected=dense.predicted).exact
 
 
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 def test_reading_little_differs_and_reads_within_the_budget(model):
     with record() as recorder:
         _, dense, sparse = read_both_ways(model, Variant("lychee"), 100)
@@ -159,7 +159,7 @@ def test_reading_little_differs_and_reads_within_the_budget(model):
     assert sparse.divergence(dense) > 1e-4
 
 
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 def test_the_document_is_cut_at_the_boundaries_of_its_tokens(model):
     with record() as recorder:
         encoded, _, _ = read_both_ways(model, Variant("lychee", {"boundaries": "tokens"}), 100)
@@ -176,7 +176,7 @@ def test_the_document_is_cut_at_the_boundaries_of_its_tokens(model):
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 def test_tasks_run_by_every_way(model):
     counted = []
     result = run_tasks(
@@ -203,7 +203,7 @@ def test_tasks_run_by_every_way(model):
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 def test_documents_are_read_sparsely_where_a_variant_says_so(model):
     sparse = "lychee:prefill=sparse:prefill_from=64:prefill_budget"
     variants = parse_variants(f"{sparse}=100000,{sparse}=0.05")

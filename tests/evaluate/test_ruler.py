@@ -246,7 +246,7 @@ def test_the_share_found_ignores_case_and_order():
     assert found_share("", ["x"]) == 0
 
 
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 def test_a_sparse_answer_that_reads_everything_is_the_dense_one(model):
     from lychee_compile.evaluate.models import compiled
 
@@ -264,7 +264,7 @@ def test_a_sparse_answer_that_reads_everything_is_the_dense_one(model):
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 def test_ruler_runs_by_every_way(model):
     names = ["multi-value", "frequent-words"]
     result = run_tasks(model, names, parse_variants("streaming"), [4096], length=3000, repeats=1)

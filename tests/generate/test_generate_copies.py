@@ -13,7 +13,7 @@ from cache_names import CACHE
 from generating import EVERYTHING, PROMPT, decoder, empty, entered, greedy, tokens
 from torch._dynamo.utils import counters
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def saved_and_loaded(model: Any) -> Any:

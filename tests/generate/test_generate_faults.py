@@ -32,7 +32,7 @@ from lychee_compile.kernels.out_of_memory import warn_of_memory
 from lychee_compile.kernels.policies.decode.lychee import LycheeIndex
 from lychee_compile.runtime.cache_registry import registry
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def dense(ids: Tensor, dtype: torch.dtype = torch.float32, **given: Any) -> Tensor:

@@ -30,7 +30,7 @@ from lychee_compile.kernels import index_log
 from lychee_compile.kernels.operators import cache_index
 from lychee_compile.kernels.policies.decode.lychee import LycheeIndex
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def test_a_prompt_in_chunks() -> None:

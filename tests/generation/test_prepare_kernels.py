@@ -15,7 +15,7 @@ from lychee_compile.kernels.gpu.lifecycle import IndexLifecycle
 
 triton_interpreter.use()
 pytestmark = [
-    pytest.mark.usefixtures("without_inductor", "kernels_on_cpu", "seeded"),
+    pytest.mark.usefixtures("uncompiled_graphs", "kernels_on_cpu", "seeded"),
     pytest.mark.filterwarnings("ignore:(overflow|divide by zero) encountered:RuntimeWarning"),
 ]
 

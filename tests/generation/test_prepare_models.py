@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import lychee_compile
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 STEPS = NEW - 1
 
 

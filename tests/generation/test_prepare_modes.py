@@ -34,7 +34,7 @@ from torch._dynamo.utils import counters
 
 import lychee_compile
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 STEPS = NEW - 1
 Given = dict[str, Any]
 

@@ -28,7 +28,7 @@ from lychee_compile.boundaries import BoundaryTable
 from lychee_compile.generation.caches import LEAST, capacity
 from lychee_compile.generation.prompt import pieces
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 
 
 def test_the_first_step_of_a_prompt_in_chunks_is_sparse_already() -> None:

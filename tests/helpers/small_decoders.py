@@ -39,6 +39,8 @@ def model_of(name: str, attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
     if name == "llama":
         config = transformers.LlamaConfig(**SMALL)
+    elif name == "llama of one layer":
+        config = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 1})
     elif name == "qwen3":
         config = transformers.Qwen3Config(**SMALL)
     elif name == "mistral":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -129,6 +130,11 @@ def evaluate(element: Any, at: dict[sympy.Symbol, int], values: dict[str, Tensor
         return at[element] if element in at else values[element.name].item()
     if not element.args:
         return bool(element) if isinstance(element, Boolean) else float(element)
-    parts = [evaluate(each, at, values) for each in element.args]
-    made = element.func(*(sympy.sympify(each) for each in parts))
+    return _applied(element.func, *(evaluate(each, at, values) for each in element.args))
+
+
+@functools.lru_cache(2**16, typed=True)
+def _applied(function: Callable[..., Any], *parts: bool | float) -> bool | float:
+    """Return the number that a function of sympy gives, which few of all places differ in."""
+    made = function(*(sympy.sympify(each) for each in parts))
     return bool(made) if isinstance(made, Boolean) else float(made)

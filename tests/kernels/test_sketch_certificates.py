@@ -110,7 +110,13 @@ def test_no_certificate_is_violated(problem):
     check(problem, Step.run(problem, index, torch.arange(end, problem.key.shape[2])))
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(each, marks=pytest.mark.thorough if each == "float16" else ())
+        for each in DTYPES
+    ],
+)
 def test_keys_that_steps_write_are_measured(dtype):
     """Sketches grow by steps alone, are fitted anew, and are written again after a rewind."""
     sparse = SparseSpec("lychee", 60, 4, 8, 2, 65536, epsilon=1.0)

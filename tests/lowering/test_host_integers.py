@@ -10,7 +10,6 @@ import torch
 from cache_names import CACHE
 from small_decoders import model_of, transformers
 from torch import Tensor
-from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 import lychee_compile
@@ -28,11 +27,9 @@ def integers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     given: list[int] = []
 
     def compile_and_watch(gm: Any, inputs: Any, mode: Any, patches: Any) -> Callable[..., Any]:
-        compiled = aot_eager(gm, list(inputs))
-
         def run(*args: Any) -> Any:
             given.extend(each for each in args if isinstance(each, int))
-            return compiled(*args)
+            return gm(*args)
 
         return run
 

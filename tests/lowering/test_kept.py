@@ -67,7 +67,7 @@ def test_attention_whose_weights_are_asked_for(name: str) -> None:
         assert site.reason == reasons.WEIGHTS_RETURNED(what="weights")
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.thorough)])
 def test_the_same_attention_is_sparse_where_they_are_not(name: str) -> None:
     model = built(name, "eager")
     compiled(model)(**inputs(name, model, "static"))

@@ -24,7 +24,7 @@ def registry(monkeypatch):
     monkeypatch.setattr(policies, "_policies", dict(policies._policies))
 
 
-@pytest.mark.usefixtures("registry", "without_inductor", "seeded")
+@pytest.mark.usefixtures("registry", "uncompiled_graphs", "seeded")
 def test_the_example_reads_more_than_a_window(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     errors = importlib.import_module("custom_policy").main()

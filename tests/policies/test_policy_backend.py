@@ -11,6 +11,8 @@ import lychee_compile
 from lychee_compile.kernels.policies.registry import find_policy, policy_names
 
 POLICIES = sorted(policy_names())
+OFTEN = ("lychee", "quest", "lycheecluster")
+"""Policies that CI also decodes with a budget for everything: ranges, pages, and two levels."""
 OPTIONS = {"budget": 40, "sinks": 2, "recent": 8, "chunk": (2, 4), "dense_layers": 0}
 
 
@@ -23,7 +25,9 @@ def least_budget(policy: str) -> int:
 @pytest.mark.parametrize(
     ("policy", "growing"),
     [
-        pytest.param(each, growing, marks=pytest.mark.thorough if growing else ())
+        pytest.param(
+            each, growing, marks=pytest.mark.thorough if growing or each not in OFTEN else ()
+        )
         for each in POLICIES
         for growing in (False, True)
         if not (each == "lychee" and growing)
@@ -31,7 +35,7 @@ def least_budget(policy: str) -> int:
     + [("lychee", True)],
 )
 @torch.no_grad()
-def test_decoding_with_a_budget_for_everything_is_dense(policy, growing, without_inductor):
+def test_decoding_with_a_budget_for_everything_is_dense(policy, growing, uncompiled_graphs):
     torch.manual_seed(0)
     size, model = max(160, least_budget(policy) + 60), TinyDecoder().eval()
     options = {**OPTIONS, "policy": policy, "budget": size - 1}
@@ -44,7 +48,7 @@ def test_decoding_with_a_budget_for_everything_is_dense(policy, growing, without
 
 @pytest.mark.parametrize("policy", POLICIES)
 @torch.no_grad()
-def test_every_policy_decodes_within_a_small_budget(policy, without_inductor):
+def test_every_policy_decodes_within_a_small_budget(policy, uncompiled_graphs):
     torch.manual_seed(0)
     budget = max(OPTIONS["budget"], least_budget(policy))
     model, cache = TinyDecoder().eval(), StaticKV.empty(2, budget + 360)
@@ -63,7 +67,7 @@ def test_every_policy_decodes_within_a_small_budget(policy, without_inductor):
 @pytest.mark.parametrize(("given_layers", "sparse"), [(None, 0), (1, 1), (0, 2)])
 @torch.no_grad()
 def test_a_policy_leaves_the_layers_dense_that_its_paper_does(
-    given_layers, sparse, without_inductor
+    given_layers, sparse, uncompiled_graphs
 ):
     model, cache = TinyDecoder().eval(), StaticKV.empty(1, 200)
     options = {**OPTIONS, "policy": "quest", "dense_layers": given_layers}

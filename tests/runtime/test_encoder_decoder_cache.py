@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lychee_compile import LycheeCache
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 OPTIONS = {"budget": 4096, "sinks": 2, "recent": 16}
 
 

@@ -162,7 +162,11 @@ def test_kernels_that_notice_no_writes_read_caches_of_inference_mode_in_full(
     assert "torch.no_grad()" in warning
 
 
-@pytest.mark.parametrize("options", [{}, {"coverage": 0.5}, {"policy": "quest"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.thorough), {"coverage": 0.5}, {"policy": "quest"}],
+    ids=str,
+)
 def test_what_kernels_read_is_recorded(options: dict[str, Any]) -> None:
     step, cache = compiled(**options, dense_layers=0), Cache(batch=2).fill(100)
     cache.step(step)
@@ -253,7 +257,13 @@ def test_a_growing_cache_outgrows_its_index(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(registry) == 1
 
 
-@pytest.mark.parametrize("order", [(0, 2, 1, 3), (1, 2, 0, 3)], ids=["BLHD", "HLBD"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param((0, 2, 1, 3), marks=pytest.mark.thorough, id="BLHD"),
+        pytest.param((1, 2, 0, 3), id="HLBD"),
+    ],
+)
 def test_a_cache_in_another_layout_is_read_where_it_lies(order: tuple[int, ...]) -> None:
     back = [order.index(dim) for dim in range(4)]
 

@@ -20,7 +20,7 @@ from lychee_compile import LycheeCache
 
 triton_interpreter.use()
 pytestmark = [
-    pytest.mark.usefixtures("without_inductor", "seeded"),
+    pytest.mark.usefixtures("uncompiled_graphs", "seeded"),
     pytest.mark.filterwarnings("ignore:(overflow|divide by zero) encountered:RuntimeWarning"),
 ]
 growing_layer = sys.modules["lychee_compile.cache.growing_layer"]
@@ -278,7 +278,7 @@ def test_a_conversation_goes_on_and_a_cache_serves_again() -> None:
     ],
 )
 def test_beams_and_drafts(kind: str, way: str) -> None:
-    model, draft, ids = model_of("llama"), model_of("qwen3"), some_ids(40)
+    model, draft, ids = model_of("llama of one layer"), model_of("qwen3"), some_ids(40)
     draft.generation_config.num_assistant_tokens = 2
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     given: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 5}
@@ -291,7 +291,7 @@ def test_beams_and_drafts(kind: str, way: str) -> None:
 
 @pytest.mark.parametrize("dynamic_sizes", [None, pytest.param(False, marks=pytest.mark.thorough)])
 def test_growing_compiles_once_more_and_not_again(dynamic_sizes: bool | None) -> None:
-    model, ids = model_of("llama"), some_ids(3200)
+    model, ids = model_of("llama of one layer"), some_ids(3200)
     options = {**SHAPE, "budget": 20_000}
     step = torch.compile(model, backend="lychee", options=options, dynamic=dynamic_sizes)
     cache, other = LycheeCache(model.config, capacity=512), dynamic(model)
@@ -342,7 +342,7 @@ def test_steps_that_nobody_announced_do_not_overwrite_the_past() -> None:
 
 
 def test_a_compiled_prompt_may_make_the_buffers() -> None:
-    model, ids = model_of("llama"), some_ids(60)
+    model, ids = model_of("llama of one layer"), some_ids(60)
     step = torch.compile(model, backend="lychee", options=EVERYTHING)
     cache, other = LycheeCache(model.config, capacity=512), dynamic(model)
     got = list(feed(step, cache, ids, [40, 1]))
@@ -355,7 +355,7 @@ def test_a_compiled_prompt_may_make_the_buffers() -> None:
 
 
 def test_a_compiled_prompt_fills_a_cache_made_beforehand() -> None:
-    model, ids = model_of("llama"), some_ids(60)
+    model, ids = model_of("llama of one layer"), some_ids(60)
     step = torch.compile(model, backend="lychee", options=EVERYTHING)
     cache, other = LycheeCache(model.config, capacity=512), dynamic(model)
     cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))

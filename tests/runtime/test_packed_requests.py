@@ -15,7 +15,7 @@ import lychee_compile
 
 triton_interpreter.use()
 pytestmark = [
-    pytest.mark.usefixtures("without_inductor", "seeded"),
+    pytest.mark.usefixtures("uncompiled_graphs", "seeded"),
     pytest.mark.filterwarnings("ignore:(overflow|divide by zero) encountered:RuntimeWarning"),
 ]
 

@@ -15,7 +15,7 @@ OPTIONS = {"budget": 32, "sinks": 2, "recent": 8, "chunk": (2, 4), "overfetch": 
 EVERYTHING = {**OPTIONS, "budget": SIZE - 1}
 PADDING = 40
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs")
 
 
 @torch.no_grad()

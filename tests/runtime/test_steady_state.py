@@ -66,7 +66,7 @@ def test_many_calls_of_a_graph_leave_nothing_behind(
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 def test_a_static_cache_is_decoded_for_long_by_one_graph() -> None:
     step, cache = compiled(), Cache().fill(60)
 
@@ -81,7 +81,7 @@ def test_a_static_cache_is_decoded_for_long_by_one_graph() -> None:
 
 
 @pytest.mark.parametrize("steps", [128, pytest.param(4096, marks=pytest.mark.thorough)])
-@pytest.mark.usefixtures("without_inductor", "seeded")
+@pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 def test_steps_over_a_growing_cache_are_two_compilations(steps: int) -> None:
     step = compiled(grow)
     keys, values = torch.randn(1, 1, 41, 8), torch.randn(1, 1, 41, 8)

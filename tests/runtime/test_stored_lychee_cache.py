@@ -21,7 +21,7 @@ from lychee_compile.cache.stored_layer import StoredLayer
 from lychee_compile.kernels.host_memory import zeros_on_host
 from lychee_compile.runtime import host_caches
 
-pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 SHAPE = {"sinks": 2, "recent": 16, "chunk": (4, 8)}
 DTYPES = ("fp8", "int8", "int4")
 THOROUGHLY = ("int4", *(pytest.param(name, marks=pytest.mark.thorough) for name in DTYPES[:2]))

@@ -59,10 +59,14 @@ Change = Callable[[Tensor], None]
 QUEST: dict[str, Any] = {"policy": "quest", "dense_layers": 0, "budget": 60}
 KERNELS = [
     (through_data, torch.no_grad, {}, 2, 1, torch.bfloat16),
-    (a_prefix_through_data, torch.no_grad, QUEST, 1, 1, torch.float32),
     (through_numpy, torch.inference_mode, {"flat_tokens": 0}, 1, 3, torch.float32),
     (in_place, torch.inference_mode, QUEST, 2, 1, torch.float32),
-    (of_the_storage, torch.inference_mode, {}, 1, 2, torch.float16),
+    pytest.param(
+        a_prefix_through_data, torch.no_grad, QUEST, 1, 1, torch.float32, marks=pytest.mark.thorough
+    ),
+    pytest.param(
+        of_the_storage, torch.inference_mode, {}, 1, 2, torch.float16, marks=pytest.mark.thorough
+    ),
 ]
 
 
@@ -84,7 +88,9 @@ def test_kernels_read_all_keys_in_the_step_that_finds_changed_ones(
 
 
 @pytest.mark.usefixtures("kernels_on_cpu")
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, pytest.param(torch.inference_mode, marks=pytest.mark.thorough)]
+)
 def test_a_growing_cache_that_is_changed_is_read_in_full(mode: Any) -> None:
     step = compiled(grow)
 
