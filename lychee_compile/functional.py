@@ -51,8 +51,8 @@ def build_index(
     [B], are the lengths of the rows; None: all are L. Raises ValueError for shapes that do not fit.
 
     On a GPU kernels build and read the index, and the result is a `KernelIndex`. With `boundaries`,
-    with the options `reference` or `epsilon`, and for a policy without kernels it is a `KVIndex`
-    there too, whose operations are PyTorch's own.
+    with the options `reference`, `epsilon` or `draw`, and for a policy without kernels it is a
+    `KVIndex` there too, whose operations are PyTorch's own.
     """
     _expect(k.dim() == 4, "k must be [B, Hkv, L, D]", k)
     chosen = options if isinstance(options, Options) else Options.parse(None, options)

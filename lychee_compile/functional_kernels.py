@@ -46,13 +46,13 @@ def has_kernels(key: Tensor, config: IndexConfig) -> bool:
     """Return True if kernels index the keys [B, Hkv, L, D] and choose from them by `config`.
 
     They do on a GPU, for dtypes and sizes that kernels have, for a policy with kernels, without
-    `epsilon` and unless `reference` is set.
+    `epsilon` or `draw`, and unless `reference` is set.
     """
     if key.device.type not in KERNEL_DEVICES or config.reference or config.epsilon is not None:
         return False
     if key.dtype not in DTYPES or key.shape[3] > LARGEST_HEAD:
         return False
-    if config.policy not in policies_with_kernels() or config.budget is None:
+    if config.policy not in policies_with_kernels() or config.budget is None or config.draw:
         return False
     method = gpu_method(config.policy)
     covers = config.coverage is None or getattr(method, "covers_mass", False)

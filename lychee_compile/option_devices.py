@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Literal
 
 from lychee_compile.kernels.policies.registry import estimates_shares, reads_chunks
+from lychee_compile.kernels.reference.drawing import DRAWN_FROM
 from lychee_compile.options import Options
 
 OptionDevice = Literal["cpu", "cuda"]
@@ -29,6 +30,7 @@ OPTION_DEVICES: Mapping[str, tuple[OptionDevice, ...]] = {
     "flat_tokens": _EVERYWHERE,
     "coverage": _EVERYWHERE,
     "boundaries": _CPU,
+    "draw": _EVERYWHERE,
     "policy": _EVERYWHERE,
     "epsilon": _EVERYWHERE,  # kernels do not widen a budget: they read all keys instead
     "seed": _CPU,
@@ -36,6 +38,7 @@ OPTION_DEVICES: Mapping[str, tuple[OptionDevice, ...]] = {
     "dense_layers": _EVERYWHERE,
     "prefill": _EVERYWHERE,
     "prefill_budget": _EVERYWHERE,
+    "prefill_coverage": _EVERYWHERE,
     "prefill_from": _EVERYWHERE,
     "reference": _GPU,  # a CPU always runs the PyTorch operators
     "tokenizer": _CPU,
@@ -61,6 +64,18 @@ def without_effect(options: Options, devices: Collection[OptionDevice]) -> Itera
     """
     if options.coverage is not None and not estimates_shares(options.policy):
         yield f"option coverage has no effect with policy={options.policy!r}, which ranks nothing"
+    if options.prefill_coverage is not None and options.policy != "lychee":
+        yield (
+            f"option prefill_coverage has no effect with policy={options.policy!r}, which draws no "
+            "keys"
+        )
+    elif options.prefill_coverage is not None and 1 <= options.prefill_budget < DRAWN_FROM:
+        yield (
+            f"option prefill_coverage has no effect with prefill_budget={options.prefill_budget}: "
+            f"keys are drawn from a budget of {DRAWN_FROM} on"
+        )
+    if options.draw and options.budget is None:
+        yield "option draw has no effect with budget=None, which reads all tokens"
     used = _OF_CHUNKS if reads_chunks(options.policy) else frozenset()
     names = [
         each.name

@@ -73,11 +73,13 @@ class Options(IndexConfig):
         if self.dense_layers is not None:
             least = integer("dense_layers", self.dense_layers, at_least=0, expected_or="None")
             self._set("dense_layers", least)
-        for name in ("strict", "reference", "repair"):
+        for name in ("strict", "reference", "repair", "draw"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
         one_of("prefill", self.prefill, PREFILLS)
         self._set("prefill_budget", _share_or_number("prefill_budget", self.prefill_budget))
+        coverage = _share("prefill_coverage", self.prefill_coverage, whole=True)
+        self._set("prefill_coverage", coverage)
         self._set("inductor", _inductor_patches(self.inductor))
         self._check_together()
 
@@ -127,11 +129,33 @@ class Options(IndexConfig):
                 "other: coverage reads fewer tokens by an estimate, epsilon more by a proof; give "
                 "one of them"
             )
+        if self.prefill_coverage is not None and self.epsilon is not None:
+            raise OptionError(
+                f"options prefill_coverage={self.prefill_coverage} and epsilon={self.epsilon} "
+                "contradict each other: with epsilon a prefill draws no keys; give one of them"
+            )
+        self._check_draw()
         if self.boundaries == "tokens" and self.tokenizer is None:
             raise OptionError(
                 'option boundaries="tokens" needs option tokenizer: a tokenizer, a BoundaryTable, '
                 'or a uint8 tensor [vocab]; without one use boundaries="auto" or "similarity"'
             )
+
+    def _check_draw(self) -> None:
+        if not self.draw:
+            return
+        if self.policy != "lychee":
+            raise OptionError(
+                f'option draw=True needs policy="lychee", not policy={self.policy!r}, which has no '
+                "estimate of each token's share to draw by"
+            )
+        for name in ("coverage", "epsilon"):
+            if getattr(self, name) is not None:
+                raise OptionError(
+                    f"options draw=True and {name}={getattr(self, name)} contradict each other: "
+                    "tokens that are drawn stand for others, so that the share that is read "
+                    "neither ends nor widens a choice"
+                )
 
     def _check_budget(self) -> None:
         always = self.sinks + self.recent

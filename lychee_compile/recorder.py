@@ -44,7 +44,7 @@ class Call:
     """Number of tokens of every chunk, int64 [B, C]; 0: no chunk."""
     mass: Tensor | None
     """Share of the dense softmax mass on the slots read, float32 [B, Hq, Tq]; None if not asked
-    for."""
+    for, and if generated kernels draw tokens (option `draw`)."""
     certificate: Tensor | None = None
     """Upper bound of the share of the softmax mass not read, float32 [B, Hq, Tq]; None without the
     option `epsilon`."""
@@ -117,7 +117,7 @@ class Recorder:
         """Record what generated kernels have read."""
         no_chunks = call.tokens.new_zeros(call.tokens.shape[0], 0)
         mass = None
-        if self._mass:  # who sees nothing misses nothing
+        if self._mass and call.log_read is not None:  # who sees nothing misses nothing
             share = (call.log_read - call.log_all()).exp2()
             mass = share.nan_to_num(nan=1.0).clamp(max=1)
         self.calls.append(
@@ -138,11 +138,12 @@ def record(*, mass: bool = False) -> Iterator[Recorder]:
     """Record every sparse attention that runs within the context.
 
     With `mass` each call also scores all keys, to tell what share of the dense softmax mass was
-    read: this is slow, for study alone. Generated kernels that decode tell the slots that they
-    read; each recorded call then waits for the device. Replays of a CUDA graph run no operator:
-    they are not recorded, nor is the call that captures the graph, with a warning. Generated
-    kernels of a prefill report nothing, with a warning; the option `reference` makes the plain
-    PyTorch operators run on a GPU too. A warning is logged if nothing at all was recorded.
+    read: this is slow, for study alone. Generated kernels that draw tokens do not tell the share.
+    Generated kernels that decode tell the slots that they read; each recorded call then waits for
+    the device. Replays of a CUDA graph run no operator: they are not recorded, nor is the call that
+    captures the graph, with a warning. Generated kernels of a prefill report nothing, with a
+    warning; the option `reference` makes the plain PyTorch operators run on a GPU too. A warning is
+    logged if nothing at all was recorded.
     """
     recorder = Recorder(mass)
     observers.append(recorder.observe)
@@ -165,7 +166,7 @@ def prefill_mass(call: PrefillCall) -> Tensor:
     """Return the share of the dense softmax on the keys that `call` read: float32 [B, Hq, T]."""
     config = PrefillConfig(_all_candidates, budget=call.operands.kv_len)
     everything = prefill_attention(call.operands, config, call.causal, call.order)
-    read, dense, extra = call.result.log_sum, everything.log_sum, call.operands.extra
+    read, dense, extra = call.result.log_read, everything.log_sum, call.operands.extra
     if extra is not None:  # an extra logit belongs to no key
         read, dense = (_without(each, extra) for each in (read, dense))
     return (read - dense).exp().nan_to_num(nan=1.0).clamp(max=1)  # who sees nothing misses nothing

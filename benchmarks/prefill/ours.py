@@ -25,12 +25,12 @@ from lychee_compile.kernels.gpu.prefill.listed import (
     listed_config,
 )
 from lychee_compile.kernels.gpu.prefill.ranked import RankedPrefill, run_by_kernels
-from lychee_compile.kernels.sizes import QUERY_TILE
+from lychee_compile.kernels.sizes import QUERY_TILE, SLOT_BITS
 
 SINKS, RECENT = 16, 64
 KERNELS = (
-    "summarise_queries", "scan", "select_keys", "store_edges", "count_levels", "list_groups",
-    "list_last", "attend",
+    "deal_luck", "summarise_queries", "scan", "select_keys", "store_edges", "count_levels",
+    "list_groups", "list_last", "attend",
 )  # fmt: skip
 """Kernels of a prefill, in the order in which they run."""
 
@@ -93,7 +93,7 @@ def read_by_tiles(
         always = edge[:, 1] - edge[:, 0] + edge[:, 3] - edge[:, 2] + edge[:, 5] - edge[:, 4]
         read += int((counts + always).sum())
         for row in range(count):
-            slots = launch.scratch["chosen"][row, : int(counts[row])].long()
+            slots = launch.scratch["chosen"][row, : int(counts[row])].long() % (1 << SLOT_BITS)
             counts_by_block[first + row].scatter_add_(
                 0, slots // QUERY_TILE, torch.ones_like(slots).int()
             )

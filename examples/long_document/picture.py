@@ -22,6 +22,8 @@ from lychee_compile import Options
 LISTED = 12
 """Number of chunks whose text is shown."""
 FACT_COLOUR = "crimson"
+NEAR = 400
+"""Number of tokens on each side of the planted fact that are drawn once more."""
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei")
 MONOSPACE = ("DejaVu Sans Mono", "Noto Sans Mono CJK SC", "WenQuanYi Zen Hei Mono")
 
@@ -45,25 +47,42 @@ def draw(path: Path, recording: Recording, tokenizer: Any, options: Options) -> 
     reading = Reading.of(recording.steps)
     entries = _entries(reading, recording, tokenizer, options)
     words = [tokenizer.decode([token]) for token in recording.decoded]
-    height = max(11.0, 3 + 0.15 * len(words))
+    fact, asked = recording.prompt.fact, recording.asked
+    rows = ["totals", "steps"] + (["near"] if fact else [])
+    height = max(11.0, 3 + 0.15 * len(words)) + (5 if fact else 0)
     with mpl.rc_context({"font.family": _installed(FONTS), "font.size": 11}):
         figure = Figure(figsize=(20, height), layout="constrained")
         axes = figure.subplot_mosaic(
-            [["totals", "texts"], ["steps", "texts"]], width_ratios=[2.6, 1], height_ratios=[1, 5]
-        )
-        figure.suptitle(
-            f"Which chunks of a document of {recording.prompt.document.shape[1]:,} tokens each "
-            f"decode step read from (policy {options.policy}, budget {options.budget:,})",
-            fontsize=15,
-        )
+            [[row, "texts"] for row in rows],
+            width_ratios=[2.6, 1], height_ratios=[1, 5, 3][: len(rows)],
+        )  # fmt: skip
+        figure.suptitle(_title(recording, options), fontsize=15)
         _draw_totals(axes["totals"], reading, entries)
-        _draw_steps(axes["steps"], reading, words, asked=recording.prompt.question.shape[1])
-        if recording.prompt.fact is not None:
-            _mark_fact(axes["steps"], recording.prompt.fact)
+        _draw_steps(axes["steps"], reading, words, asked)
+        if fact:
+            _mark_fact(axes["steps"], fact)
+            _draw_near(axes["near"], reading, words, asked, fact)
         _draw_texts(axes["texts"], entries)
         axes["totals"].sharex(axes["steps"])
         axes["totals"].tick_params(labelbottom=False)
         figure.savefig(path, dpi=100, format="png")
+
+
+def _title(recording: Recording, options: Options) -> str:
+    """Return words on how much is read, and on how often the planted fact is."""
+    document, fact = recording.prompt.document.shape[1], recording.prompt.fact
+    words = (
+        f"Which chunks of a document of {document:,} tokens each decode step reads from: "
+        f"at most {options.budget or document:,} tokens per KV head (policy {options.policy})"
+    )
+    if fact is None:
+        return words
+    answer = recording.steps[max(recording.asked - 1, 0) :]
+    seen = sum(
+        any(bool(((call.tokens >= fact.start) & (call.tokens < fact.stop)).any()) for call in step)
+        for step in answer
+    )
+    return f"{words}\nThe planted fact is read in {seen} of the {len(answer)} steps of the answer"
 
 
 def _entries(
@@ -103,6 +122,26 @@ def _draw_totals(axes: Axes, reading: Reading, entries: Sequence[_Entry]) -> Non
 
 def _draw_steps(axes: Axes, reading: Reading, words: Sequence[str], asked: int) -> None:
     """Draw chunks from left to right and steps downwards; `asked` steps are the question's."""
+    mesh = _draw_mesh(axes, reading, words, asked)
+    axes.set_ylabel("decode step: question, and below the line answer")
+    axes.set_xlabel("position in the document (token); a column is a chunk")
+    ticks = range(0, reading.readers + 1, max(1, reading.readers // 8))
+    bar = axes.figure.colorbar(mesh, ax=axes, location="bottom", shrink=0.5, aspect=50, ticks=ticks)
+    bar.set_label("how many (layer, KV head) read something of the chunk in the step")
+
+
+def _draw_near(axes: Axes, reading: Reading, words: Sequence[str], asked: int, fact: range) -> None:
+    """Draw the steps once more, around the planted fact, whose bounds are lines."""
+    _draw_mesh(axes, reading, words, asked)
+    axes.set_xlim(max(fact.start - NEAR, 0), min(fact.stop + NEAR, int(reading.edges[-1])))
+    for edge in (fact.start, fact.stop):
+        axes.axvline(edge, color=FACT_COLOUR)
+    axes.set_title("The same around the planted fact, which is between the lines", loc="left")
+    axes.set_yticks([])
+
+
+def _draw_mesh(axes: Axes, reading: Reading, words: Sequence[str], asked: int) -> Any:
+    """Draw the counts, and a line below the steps of the question. Return matplotlib's mesh."""
     colours = mpl.colormaps["viridis_r"](np.linspace(0.1, 1, reading.readers))
     mesh = axes.pcolormesh(
         reading.edges, np.arange(len(words) + 1), reading.counts,
@@ -115,11 +154,7 @@ def _draw_steps(axes: Axes, reading: Reading, words: Sequence[str], asked: int) 
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
     axes.axhline(asked, color="black", linewidth=1.2)
-    axes.set_ylabel("decode step: question, and below the line answer")
-    axes.set_xlabel("position in the document (token); a column is a chunk")
-    ticks = range(0, reading.readers + 1, max(1, reading.readers // 8))
-    bar = axes.figure.colorbar(mesh, ax=axes, location="bottom", shrink=0.5, aspect=50, ticks=ticks)
-    bar.set_label("how many (layer, KV head) read something of the chunk in the step")
+    return mesh
 
 
 def _mark_fact(axes: Axes, fact: range) -> None:

@@ -19,6 +19,10 @@ class Prompt:
     fact: range | None = None
     """Positions of the planted fact in `document`; None if no fact was planted."""
 
+    def to(self, device: str) -> Prompt:
+        """Return the same prompt on another device."""
+        return Prompt(self.document.to(device), self.question.to(device), self.fact)
+
 
 def encode(task: Task, tokenizer: Any) -> Prompt:
     """Return the tokens of `task`."""

@@ -9,6 +9,9 @@ import numpy as np
 
 from lychee_compile.recorder import Call
 
+PAGE = 16
+"""Number of tokens in a page, where kernels read by pages."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -28,7 +31,7 @@ class Reading:
         counts = np.zeros((len(steps), len(edges) - 1), dtype=np.int64)
         for row, calls in zip(counts, steps, strict=True):
             for call in calls:
-                for tokens in call.tokens[0, :, 0].numpy():
+                for tokens in call.tokens[0, :, 0].cpu().numpy():
                     chunks = np.searchsorted(edges, tokens[tokens >= 0], side="right") - 1
                     row[np.unique(chunks)] += 1
         return cls(edges, counts, sum(call.tokens.shape[1] for call in steps[-1]))
@@ -60,6 +63,9 @@ class Reading:
 
 
 def _edges(call: Call) -> np.ndarray:
+    """Return the edges of the chunks, or of pages of `PAGE` tokens if there are no chunks."""
     chunks = call.chunk_lengths[0] > 0
-    starts = call.chunk_starts[0][chunks].numpy()
+    if not chunks.any():
+        return np.unique([*range(0, call.kv_len, PAGE), call.kv_len])
+    starts = call.chunk_starts[0][chunks].cpu().numpy()
     return np.unique([*starts, call.kv_len])

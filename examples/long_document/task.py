@@ -13,7 +13,13 @@ QUESTION_FOR_FACT = (
     "\n\nQuestion: What is the pass key of the lighthouse?"
     "\nAnswer: The pass key of the lighthouse is"
 )
+OTHERS = (
+    "harbour", "windmill", "castle", "bridge", "library", "museum", "garden", "tower", "market",
+    "school", "stable", "chapel", "theatre", "station", "farm", "quarry", "bakery", "shipyard",
+)  # fmt: skip
+"""Places whose pass keys a document may hold, too."""
 TOPICS = ("execmodel", "objects", "import", "class", "exceptions", "types", "specialnames")
+"""Chapters of Python's language reference with which a document begins."""
 
 
 class RefusedError(Exception):
@@ -37,10 +43,11 @@ class Task:
 
 
 def reference_manual() -> str:
-    """Return chapters of Python's language reference, which every Python has."""
+    """Return the chapters of Python's language reference, which every Python has."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name].strip() for name in TOPICS if name in topics)
+    names = [*TOPICS, *sorted(set(topics) - {*TOPICS})]
+    return "\n\n".join(topics[name].strip() for name in names if name in topics)
 
 
 def read_document(path: Path) -> str:
@@ -64,6 +71,17 @@ def compose(document: str, question: str | None) -> Task:
         return Task(document, f"\n\nQuestion: {question.strip()}\nAnswer:")
     planted, start = plant(document, FACT)
     return Task(planted, QUESTION_FOR_FACT, start)
+
+
+def with_others(document: str) -> str:
+    """Return the document with a pass key of each of `OTHERS` between its paragraphs."""
+    paragraphs = document.split("\n\n")
+    gap = len(paragraphs) / len(OTHERS)
+    for number, place in reversed(list(enumerate(OTHERS))):
+        key = 10_007 + 4_729 * number
+        other = FACT.replace("lighthouse", place).replace(EXPECTED, str(key))
+        paragraphs.insert(round((number + 0.5) * gap), other)
+    return "\n\n".join(paragraphs)
 
 
 def plant(document: str, fact: str) -> tuple[str, int]:

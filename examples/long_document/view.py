@@ -11,6 +11,7 @@ from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -54,6 +55,16 @@ def show_task(console: Console, source: str, prompt: Prompt, task: Task) -> None
     console.print(f"Asked: {' '.join(task.question.split())} ...\n", markup=False)
 
 
+def show_model(console: Console, name: str, device: str) -> None:
+    """Print which model answers, on which device, and what decodes sparsely there."""
+    console.print(f"Model: {name}", markup=False)
+    if device == "cuda":
+        where = f"{torch.cuda.get_device_name()}; sparse steps run generated Triton kernels"
+    else:
+        where = f"CPU, {torch.get_num_threads()} threads; sparse steps run PyTorch operators"
+    console.print(f"Device: {where}\n", markup=False)
+
+
 def show_reports(console: Console, reports: Sequence[Report]) -> None:
     """Print the decision on each attention; graphs compiled alike are shown once."""
     _heading(console, "What lychee_compile found")
@@ -76,7 +87,7 @@ def show_answers(
             verdict = Text(" fact found", "green") if found else Text(" fact missed", "red")
         console.print(Text(name, "bold") + verdict)
         console.print(Text(text.strip()), style="dim")
-    dense, sparse = (measured.answer for measured in answers.values())
+    *_, dense, sparse = (measured.answer for measured in answers.values())
     console.print(f"Token streams: {_parting(tokenizer, dense, sparse)}\n", markup=False)
 
 
@@ -93,10 +104,16 @@ def _parting(tokenizer: Any, dense: Sequence[int], sparse: Sequence[int]) -> str
 
 
 def show_steps(console: Console, recording: Recording, tokenizer: Any) -> None:
-    """Print for each decode step its token, the tokens it read, and the mass that these hold."""
-    _heading(console, "What each decode step read")
+    """Print what each step of the answer read, and the mass that these tokens hold.
+
+    Its first step decodes the last token of the question.
+    """
+    _heading(console, "What each step of the answer read")
     if not recording.steps:
-        console.print("The whole cache: no attention was sparse, for the reasons above.\n")
+        console.print(
+            "Nothing was recorded: no attention was sparse, for the reasons above, or its steps "
+            "were replays of a CUDA graph.\n"
+        )
         return
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for name in (
@@ -109,7 +126,8 @@ def show_steps(console: Console, recording: Recording, tokenizer: Any) -> None:
         "worst head",
     ):
         table.add_column(name, justify="left" if name in ("token", "worst head") else "right")
-    decoded = zip(recording.steps, recording.decoded, strict=True)
+    last_asked = max(recording.asked - 1, 0)
+    decoded = list(zip(recording.steps, recording.decoded, strict=True))[last_asked:]
     for number, (calls, token) in enumerate(decoded):
         read, cached = mean_read(calls), calls[0].kv_len
         mass, worst, where = _captured(calls)
@@ -153,19 +171,40 @@ def layer_name(site: str) -> str:
     return f"layer {number[1]}" if number else site
 
 
-def show_times(console: Console, answers: dict[str, Measured]) -> None:
-    """Print the time per token, measured apart from compiling and from the recorder."""
+def show_times(console: Console, answers: dict[str, Measured], recording: Recording) -> None:
+    """Print what each way costs, measured apart from the recorder; the last way is the sparse one.
+
+    Speed-ups are over the fastest of the dense ways.
+    """
     _heading(console, "Time")
     table = Table(box=SIMPLE_HEAD, show_edge=False)
-    for name in ("", "time per token", "of dense"):
+    for name in ("", "time per token", "keys read", "speed", "first token", "compiling"):
         table.add_column(name, justify="right" if name else "left")
-    dense = next(iter(answers.values())).seconds_per_token
-    for name, measured in answers.items():
-        own = measured.seconds_per_token
-        table.add_row(name, f"{own * 1e3:.1f} ms", f"{own / dense:.2f}x")
+    *dense, sparse = answers.values()
+    fastest = min(each.seconds_per_token for each in dense)
+    for name, each in answers.items():
+        share = _share_read(recording) if each is sparse else 1.0
+        table.add_row(
+            name,
+            f"{each.seconds_per_token * 1e3:.1f} ms",
+            "not recorded" if share is None else f"{share:.1%}",
+            f"{fastest / each.seconds_per_token:.2f}x",
+            f"{each.first_seconds:.2f} s",
+            f"{each.compile_seconds:.0f} s",
+            style="bold" if each is sparse else None,
+        )
     console.print(table)
-    steps = " and ".join(str(measured.steps) for measured in answers.values())
-    console.print(f"Medians over {steps} decode steps, all compiled before.\n")
+    console.print(
+        f"Time per token: tenth percentile of {sparse.steps} decode steps, compiled before. Speed: "
+        "over the fastest dense way.\n"
+        "First token: of lychee, with the index of all keys built. Compiling: first steps, once.\n"
+    )
+
+
+def _share_read(recording: Recording) -> float | None:
+    """Return the share of the cache that sparse steps read; None if none was recorded."""
+    shares = [mean_read(calls) / calls[0].kv_len for calls in recording.steps]
+    return fmean(shares) if shares else None
 
 
 def _heading(console: Console, text: str) -> None:

@@ -46,11 +46,16 @@ class StoredLayer(StaticLayer):
         yield from self.parts("values")
 
     def change_buffers(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace each buffer by what `change` makes of it; floats of 8 bits come as integers."""
+        """Replace each buffer by what `change` makes of it, in the same kind of memory.
+
+        Floats of 8 bits come as integers.
+        """
         for kind in ("keys", "values"):
             for name in self.names_of(kind):
                 buffer = getattr(self, name)
-                setattr(self, name, change(bits(buffer)).view(buffer.dtype))
+                changed = change(bits(buffer)).view(buffer.dtype)
+                on_host = lies_on_host(buffer)
+                setattr(self, name, _copy_on_host(changed) if on_host else changed)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
@@ -99,6 +104,8 @@ class StoredLayer(StaticLayer):
         for name, value in vars(self).items():
             on_host = isinstance(value, Tensor) and lies_on_host(value)
             copied = _copy_on_host(value) if on_host else copy.deepcopy(value, memo)
+            if on_host:
+                vars(copied).update(vars(value))  # marks of `mark_static`, which CUDA graphs need
             setattr(twin, name, copied)
         return twin
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import sympy
 
@@ -24,15 +24,20 @@ LOADED = {
     "uint8": _INT32,
 }
 """Text after a load from a tensor of each dtype."""
+VARIABLES = (S, B, H, Q, KV, KV_LEN)
+"""Variables of score and mask."""
 _BUILT = (sympy.Add, sympy.Mul, sympy.Abs, sympy.Max, sympy.Min, sympy.Mod)
 """Functions that give integers for integers."""
 
 
 class CapturedTensors:
-    """The captured tensors of a site, by name."""
+    """The captured tensors of a site, by name, and the variables of a kernel."""
 
-    def __init__(self, tensors: Mapping[str, Captured]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Captured], variables: Collection[sympy.Symbol] = VARIABLES
+    ) -> None:
         self._tensors = tensors
+        self.variables = variables
 
     def tensor_of(self, element: sympy.Symbol | sympy.Indexed) -> Captured:
         """Return the tensor of an element.
@@ -52,9 +57,9 @@ class CapturedTensors:
     def is_integer(self, expression: sympy.Basic) -> bool:
         """True if the text of a number has an integer type."""
         if isinstance(expression, (sympy.Symbol, sympy.Indexed)):
-            if expression in (B, H, Q, KV, KV_LEN):
-                return True
-            return expression != S and "int" in self.tensor_of(expression).dtype
+            if expression in self.variables:
+                return bool(expression.is_integer)
+            return "int" in self.tensor_of(expression).dtype
         if isinstance(expression, (sympy.floor, sympy.ceiling)):
             return all(map(self.is_integer, fraction(expression.args[0])))
         if isinstance(expression, sympy.Piecewise):

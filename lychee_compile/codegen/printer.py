@@ -10,14 +10,14 @@ made of integers alone is an exact integer; all other numbers are float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import reduce, singledispatchmethod
 
 import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanFunction, BooleanTrue
 
-from lychee_compile.codegen.captured_tensors import LOADED, CapturedTensors
+from lychee_compile.codegen.captured_tensors import LOADED, VARIABLES, CapturedTensors
 from lychee_compile.codegen.expressions import (
     LARGEST_POWER,
     fraction,
@@ -30,7 +30,7 @@ from lychee_compile.codegen.expressions import (
     truncates_down,
 )
 from lychee_compile.codegen.forms import Form, Level, Unprintable, literal, real_number
-from lychee_compile.codegen.specification import KV, KV_LEN, B, Captured, H, Q, S
+from lychee_compile.codegen.specification import KV, Captured
 
 __all__ = ["Unprintable", "print_expression"]
 
@@ -39,9 +39,14 @@ LARGEST_FACTOR = 128
 
 
 def print_expression(
-    expression: sympy.Expr | Boolean, captured: Mapping[str, Captured], mask: str = ""
+    expression: sympy.Expr | Boolean,
+    captured: Mapping[str, Captured],
+    mask: str = "",
+    variables: Collection[sympy.Symbol] = VARIABLES,
 ) -> str:
-    """Return Triton source of `expression`, over variables `s`, `b`, `h`, `q`, `kv` and `kv_len`.
+    """Return Triton source of `expression`, over `variables` of the kernel by their names.
+
+    These are `s`, `b`, `h`, `q`, `kv` and `kv_len` for score and mask.
 
     An element of a captured tensor is read through a pointer of its name and the strides
     `<name>_stride_0`, ... `mask` is the name of a bool tensor along kv. An element that depends on
@@ -51,12 +56,12 @@ def print_expression(
     Raises Unprintable for functions, symbols and dtypes without a Triton form. It is also raised
     for indices that may be negative: PyTorch counts these from the end.
     """
-    return _Printer(captured, mask).form(sympy.sympify(expression)).text
+    return _Printer(CapturedTensors(captured, variables), mask).form(sympy.sympify(expression)).text
 
 
 class _Printer:
-    def __init__(self, captured: Mapping[str, Captured], mask: str) -> None:
-        self._captured, self._mask = CapturedTensors(captured), mask
+    def __init__(self, captured: CapturedTensors, mask: str) -> None:
+        self._captured, self._mask = captured, mask
 
     def form(self, expression: sympy.Basic) -> Form:
         return literal(expression) if expression.is_number else self._form(expression)
@@ -74,7 +79,7 @@ class _Printer:
 
     @_form.register
     def _symbol(self, symbol: sympy.Symbol) -> Form:
-        if symbol in (S, B, H, Q, KV, KV_LEN):
+        if symbol in self._captured.variables:
             return Form(symbol.name)
         return self._element(symbol)
 

@@ -17,6 +17,11 @@ B, H, Q, KV, KV_LEN = (
 )
 """Batch row, query head, query position within the call, slot of the cache, number of slots."""
 
+KV_HEAD = H
+"""KV head, in expressions of keys and values, which have no query head."""
+D = sympy.Symbol("d", integer=True, nonnegative=True)
+"""Channel of a key or value."""
+
 SHORT_DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
 
@@ -29,6 +34,29 @@ class Captured:
     dtype: str
     """Name of a dtype: "bool", "float32", "int64", ..."""
     rank: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor whose elements keys or values are computed from."""
+
+    name: str
+    """Name of the tensor in expressions."""
+    dtype: str
+    """Name of a dtype: "int8", "float8_e4m3fn", "int64", ..."""
+    sizes: tuple[int | None, ...]
+    """Sizes that a kernel has to know, by dimension; None: it need not know this one."""
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """Keys or values as an expression of what is stored."""
+
+    element: sympy.Expr
+    """Element [b, h, kv, d] of keys or values, an expression of B, KV_HEAD, KV, D and elements of
+    tensors. Indices that may be negative are remainders already."""
+    tensors: tuple[Stored, ...]
+    """Tensors that the expression reads, in the order of a call."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +78,8 @@ class SparseSpec:
     epsilon: float | None = None
     """Largest share of the softmax that a row may leave unread: a row whose certificate is larger
     reads all keys. 1: certificates are computed, and change nothing; None: there are none."""
+    draws: bool = False
+    """True if tokens of small shares are drawn by chance, and stand for others."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +122,10 @@ class AttentionSpec:
     """True if tile sizes are measured at the first call."""
     extra_value: bool = False
     """True if the extra logit has a value."""
+    keys: LoadSpec | None = None
+    """Keys as an expression of what is stored; None: they are stored as they are."""
+    values: LoadSpec | None = None
+    """Values as such an expression."""
 
     @property
     def policy(self) -> str | None:
@@ -107,10 +141,13 @@ class AttentionSpec:
         parts += [SHORT_DTYPES[self.dtype], f"g{self.group}", f"d{self.head_dim}"]
         if self.value_dim != self.head_dim:
             parts.append(f"v{self.value_dim}")
+        parts += ["loads"] if self.keys is not None or self.values is not None else []
         if self.sparse is not None:
             parts.append(f"b{self.sparse.budget}")
             if self.sparse.coverage is not None:
                 parts.append(f"c{self.sparse.coverage:g}".replace(".", "_"))
+            if self.sparse.draws:
+                parts.append("drawn")
             if self.sparse.epsilon is not None:
                 parts.append(f"e{self.sparse.epsilon:g}".replace(".", "_").replace("-", "m"))
         return "_".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ def load_model(name: str, device: str = "cpu", dtype: str | None = None) -> Any:
     chosen = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # Inductor's advice on a GPU: float32 is asked for to compare with.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     with _told(f"--model {name}"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[chosen])
     return model.eval().to(device)

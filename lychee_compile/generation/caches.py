@@ -34,7 +34,6 @@ def new_cache(settings: Settings, request: Request, tell: Callable[[str], None])
 
     The result is empty if the user named a cache, or the model takes none; `tell` is then told why.
     """
-    kind = settings.cache
     if request.cache is not None:
         return {}
     if request.setting("use_cache") is False:
@@ -45,8 +44,21 @@ def new_cache(settings: Settings, request: Request, tell: Callable[[str], None])
     if request.cache_name is None:
         tell(f"{type(request.model).__name__} takes no cache of keys and values: nothing is sparse")
         return {}
-    if settings.stores_otherwise and (not request.is_usual or _suitable(kind, request) != kind):
-        tell("storage and cache_dtype have no effect: generate() of this model needs another cache")
+    arguments = _arguments(settings, request, tell)
+    made = arguments.get(argument_name())
+    if settings.stores_otherwise and not isinstance(own_keys(made), LycheeCache):
+        tell("storage and cache_dtype have no effect: this generate() needs another cache")
+    return arguments
+
+
+def own_keys(cache: Any) -> Any:
+    """Return the cache of a decoder's own keys in a pair; `cache` itself if it is no pair."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _arguments(settings: Settings, request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Return the arguments that name or hold a new cache; none if `generate()` has to make it."""
+    kind = settings.cache
     if not request.is_usual:
         # Such a generate() may call the usual one several times: it must get a new cache each time.
         return {"cache_implementation": "dynamic" if kind == "dynamic" else "static"}
@@ -68,9 +80,7 @@ def is_written_in_place(cache: Any) -> bool:
     A `DynamicCache` takes the results of each step as its new tensors. CUDA graphs would overwrite
     those at the next step.
     """
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    layers = getattr(cache, "layers", ())
+    layers = getattr(own_keys(cache), "layers", ())
     return bool(layers) and all(isinstance(layer, StaticLayer) for layer in layers)
 
 

@@ -82,9 +82,10 @@ def _stored(given: Mapping[str, Any], cache: str) -> tuple[str, str | None]:
     one_of("storage", storage, STORAGES)
     one_of("cache_dtype", dtype, tuple(FORMATS))
     if cache != CACHES[0] and (storage, dtype) != (STORAGES[0], None):
+        name, value = ("cache_dtype", dtype) if storage == STORAGES[0] else ("storage", storage)
         raise OptionError(
-            f"options storage={storage!r} and cache_dtype={dtype!r} are those of a growing cache, "
-            f'and option cache is {cache!r}: use cache="{CACHES[0]}"'
+            f"option {name}={value!r} is for a growing cache, and cache={cache!r} is none: "
+            f'use cache="{CACHES[0]}", or leave {name} out'
         )
     return storage, dtype
 

@@ -51,6 +51,11 @@ class IndexConfig:
     query position read the fewest of the best tokens that hold it together with sinks and recent
     tokens, and at most `budget`. It is the mean over the query heads of the KV head. None: as many
     as the budget."""
+    draw: bool = False
+    """Draw the tokens of small shares by chance, with policy "lychee". A token that is read counts
+    as often as tokens like it are not, so that a step sums over all tokens on average (priority
+    sampling, Duffield, Lund and Thorup, 2007). Luck depends on the slot, the KV head and the step:
+    the same step always reads the same."""
     policy: str = "lychee"
     """Method of choosing tokens. To decode: "lychee", "lycheecluster", "quest", "clusterkv",
     "tokenselect", "longheads", "fasa", "hisa", "dhsa", "streaming", "oracle", or one of your own.
@@ -76,6 +81,9 @@ class IndexConfig:
     """Number of keys that a tile of a sparse prefill reads, an int, or their share of the keys that
     it sees, a float up to 1.0, which is all of them. Sinks, recent tokens and keys that only some
     of its queries see count among them, and are always read."""
+    prefill_coverage: float | None = None
+    """Share of the softmax over the keys a tile may choose, by estimate, at which choosing ends: it
+    reads those that hold it and a sample of the others. None: as many keys as the budget."""
     prefill_from: int = 16384
     """Number of keys from which on a prefill is sparse. A tile that sees fewer keys reads all of
     them: below, sparse attention saves no time."""

@@ -23,14 +23,21 @@ logger = logging.getLogger(__name__)
 class _LockedMemory:
     """Zeroed memory of the host that a device can address, until nothing shows it."""
 
+    _is_locked = False
+
     def __init__(self, size: int, device: torch.device) -> None:
-        """Lock `size` bytes. Raises `RuntimeError` if the driver refuses."""
-        self._bytes, self._device = torch.zeros(size, dtype=torch.uint8), device
-        self._is_locked = False
-        with torch.cuda.device(device):
-            torch.cuda.check_error(
-                int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), size, 0))
-            )
+        """Lock `size` bytes. Raises `RuntimeError` if there are too few, or the driver refuses."""
+        try:
+            self._bytes, self._device = torch.zeros(size, dtype=torch.uint8), device
+            with torch.cuda.device(device):
+                torch.cuda.check_error(
+                    int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), size, 0))
+                )
+        except RuntimeError as error:
+            raise RuntimeError(
+                f'storage="host" could not lock {size / 1e9:.2f} GB of memory of the host: use '
+                'storage="device", a shorter context, or numbers of fewer bits (dtype="int8")'
+            ) from error
         self._is_locked = True
         _locked.add(self)
 

@@ -11,6 +11,15 @@ SCAN_SLOTS = 512
 """Slots that one program of a scan over tokens takes; GPU indexes have room for a multiple."""
 BINS = 256
 """Bins of a histogram of softmax shares."""
+LARGEST = 12
+"""log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
+LUCKIEST = 63
+"""Most bins that luck raises a key by when keys are drawn: a factor of 2^(63/8)."""
+WHOLE_SHARE = BINS - LUCKIEST - 9
+"""Bin of a share of 1 when keys of a prefill are drawn: the luckiest key of the largest share has
+one below the last."""
+SLOT_BITS = 24
+"""Bits of a slot in a list of drawn keys; the bits above hold how seldom such a key is drawn."""
 
 
 def power_of_two(value: int, at_least: int = 1) -> int:

@@ -36,6 +36,7 @@ from lychee_compile.passes.lower.kernel_support import (
     no_prefill_method,
     runs_kernels,
 )
+from lychee_compile.passes.lower.loads.kernel_loads import no_load
 from lychee_compile.passes.lower.patch_grids import find_grid
 from lychee_compile.passes.outcomes import (
     ExactDecodeKernel,
@@ -120,9 +121,9 @@ def _cache_of(
 ) -> CacheBinding | Unbound:
     """Return the cache of an attention, perhaps behind a few other keys, or why there is none."""
     cache = bind_cache(attention, graph, writes)
-    if config.budget is None:
+    if config.budget is None and not runs_kernels(attention, config):
         return cache
-    if not isinstance(cache, CacheBinding):
+    if not isinstance(cache, CacheBinding) and config.budget is not None:
         cache = bind_behind(attention, graph, writes, config.budget) or cache
     if rules.reads_at_once(attention):
         return cache
@@ -236,14 +237,21 @@ class _Facts:
         if missing := no_kernel(attention):
             return self._exact(exact.and_also(missing)) if exact else self.keep(missing)
         if exact:
-            return ExactDecodeKernel(attention, exact, self._exact(exact))
-        if reason := no_decode_method(config):
-            return ExactDecodeKernel(attention, reason)
+            return ExactDecodeKernel(attention, exact, self._exact(exact), self.binding)
         if isinstance(self.cache, Unbound):
-            return ExactDecodeKernel(attention, self.cache.reason)
-        if reason := no_gpu_index(attention, self.cache, config):
-            return ExactDecodeKernel(attention, reason)
+            return ExactDecodeKernel(attention, no_decode_method(config) or self.cache.reason)
+        if reason := self._no_selection(self.cache):
+            return ExactDecodeKernel(attention, reason, binding=self.cache)
         return SparseDecodeKernel(attention, self.cache, config.policy, self._how_much(True))
+
+    def _no_selection(self, cache: CacheBinding) -> Reason | None:
+        """Return why no kernel selects keys of a cache; None if one does."""
+        attention, config = self.attention, self.config
+        return (
+            no_decode_method(config)
+            or no_gpu_index(attention, cache, config)
+            or no_load(attention, cache, config.policy)
+        )
 
     def _how_much(self, kernels: bool = False) -> str:
         kv_len = over_cache(self.attention, self.binding).kv_len

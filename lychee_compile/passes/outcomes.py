@@ -137,7 +137,7 @@ class SparseDecodeKernel:
 
     def instead(self, failure: Reason) -> Outcome:
         """Read all keys."""
-        return ExactDecodeKernel(self.attention, failure)
+        return ExactDecodeKernel(self.attention, failure, binding=self.binding)
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ class ExactDecodeKernel:
     reason: Reason
     by_pytorch: KeepAsIs | OneSdpa | None = None
     """Outcome without such a kernel, if the attention is meant to be exact; None otherwise."""
+    binding: CacheBinding | None = None
+    """Cache of the keys, which a kernel may compute from what it holds; None: there is none."""
     module: str = ""
     """Name of the generated module, once there is one."""
     by_design: ClassVar[bool] = False
@@ -161,7 +163,7 @@ class ExactDecodeKernel:
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Generate the kernel, try it, and emit its operator."""
-        output, module = emit_exact_decode(self.attention, context)
+        output, module = emit_exact_decode(self.attention, context, self.binding)
         return output, replace(self, module=module)
 
     def instead(self, failure: Reason) -> Outcome:
@@ -256,6 +258,8 @@ def how_much(config: IndexConfig, kv_len: int | str, kernels: bool = False) -> s
     words = f"budget {config.budget} of up to {kv_len} tokens"
     if config.coverage is not None and estimates_shares(config.policy):
         words += f", fewer if they hold {config.coverage:.4g} of the softmax"
+    if config.draw:
+        words += ", those of small shares drawn by chance"
     return words + _choice(config, "all keys" if kernels else "more")
 
 
@@ -264,6 +268,8 @@ def _how_much_of_a_prefill(config: IndexConfig, grid: Grid | None) -> str:
     keys = f"{100 * budget:.4g} % of the keys it sees" if budget < 1 else f"up to {budget} keys"
     keys = "all keys it sees" if budget >= ALL_KEYS else keys
     blocks = "" if grid is None else f", in {grid.words()}"
+    if config.prefill_coverage is not None and config.policy == IndexConfig.policy:
+        keys += f", fewer if they hold {config.prefill_coverage:.4g} of the softmax"
     return f"each tile of {QUERY_TILE} queries reads {keys}{blocks}" + _choice(config)
 
 

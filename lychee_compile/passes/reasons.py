@@ -569,8 +569,8 @@ CACHE_MAY_WRAP = _kind(
 KEYS_COMPUTED_NO_KERNEL = _kind(
     Group.CACHE,
     "keys-computed-no-kernel",
-    "the keys are computed from what is stored as they are read, and decode kernels read keys as "
-    "they are stored",
+    "the keys are computed from what is stored as they are read, and decode kernels cannot compute "
+    "them: {why}",
     "set reference=True for the slow PyTorch path, which handles it",
 )
 CACHE_LAYOUT = _kind(

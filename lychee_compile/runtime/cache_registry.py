@@ -83,12 +83,19 @@ class Entry:
         now = torch_private.version_of(cache)
         if self.version != now or (now is None and not self.owner.notices_writes):
             self.owner.distrust()
-        same = [state.is_of(each) for state, each in zip(self.beside, beside, strict=True)]
-        if not all(same):
-            self.owner.distrust()
+        if not all(map(self._is_as_it_was, self.beside, beside)):
+            self.owner.recheck()
+        self.replaced = 0 if self.is_beside(beside) else self.replaced + 1
+
+    def _is_as_it_was(self, state: TensorState, tensor: Tensor) -> bool:
+        if state.version is None and self.owner.notices_writes:
+            return state == TensorState.of(tensor)
+        return state.is_of(tensor)
+
+    def is_beside(self, beside: Sequence[Tensor]) -> bool:
+        """True if the last call came with the same tensors beside the cache."""
         memory = [state.storage for state in self.beside]
-        come = [StorageWeakRef(each.untyped_storage()) for each in beside]
-        self.replaced = 0 if memory == come else self.replaced + 1
+        return memory == [StorageWeakRef(each.untyped_storage()) for each in beside]
 
 
 class CacheRegistry:

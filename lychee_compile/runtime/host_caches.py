@@ -56,7 +56,7 @@ def _behind(plan: Plan) -> Iterator[torch.fx.Node]:
 def told_of_host_caches(
     compiled: Callable[..., Any], plans: Sequence[Plan], keys: Sequence[Inputs]
 ) -> Callable[..., Any]:
-    """Return `compiled`, with a warning before its first call if it reads such caches whole.
+    """Return `compiled`, with a warning before its first call that reads such a cache whole.
 
     `plans` say what became of each attention, and `keys` is what `inputs_of_keys` gave for them.
     """
@@ -78,7 +78,7 @@ def _words(plan: Plan) -> tuple[str, str]:
 
 
 class _Telling:
-    """A compiled graph that warns at its first call if it reads caches in host memory whole."""
+    """A compiled graph that warns once that it reads caches in host memory whole."""
 
     def __init__(
         self, compiled: Callable[..., Any], whole: Sequence[tuple[Inputs, tuple[str, str]]]
@@ -87,10 +87,15 @@ class _Telling:
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph on the inputs that Dynamo passes."""
-        whole, self._whole = self._whole, ()
-        for places, words in whole:
+        if self._whole and any_on_host():
+            self._look(args)
+        return self._compiled(*args)
+
+    def _look(self, args: Sequence[Any]) -> None:
+        """Warn if one of the inputs that hold keys lies in host memory."""
+        for places, words in self._whole:
             given = (args[place] for place in places)
             if any(isinstance(each, Tensor) and lies_on_host(each) for each in given):
                 warn_of_reading(*words)
-                break
-        return self._compiled(*args)
+                self._whole = ()
+                return

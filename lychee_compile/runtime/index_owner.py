@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -23,8 +24,17 @@ class IndexOwner(Protocol):
     def distrust(self) -> None:
         """Check the index, or read all keys, at the next call: the cache may have been written."""
 
+    def recheck(self) -> None:
+        """Compare the keys at the next call: what they are computed from has changed."""
+
     def delay_build(self) -> None:
         """Build the index of a new cache only if a second call comes."""
 
-    def after_call(self, cache: Tensor, use: CacheUse) -> None:
-        """Bring the index up to date, now that a graph has run on `cache`."""
+    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+        """Compare the keys if `recheck` has asked for it. They depend on `beside` too."""
+
+    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor] = ()) -> None:
+        """Bring the index up to date, now that a graph has run on `cache`.
+
+        `beside` are the other tensors that keys are computed from.
+        """

@@ -24,7 +24,7 @@ from lychee_compile.kernels.operators.observe import (
 )
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
 from lychee_compile.passes.lower.index_inputs import TensorPlace
-from lychee_compile.runtime.cache_registry import Entry, registry
+from lychee_compile.runtime.cache_registry import Entry, TensorState, registry
 from lychee_compile.runtime.index_owner import IndexOwner
 from lychee_compile.runtime.new_caches import NewCaches
 
@@ -51,6 +51,11 @@ class CacheArgument:
     """Other tensors that the keys are computed from."""
     keys: Hashable = None
     """Expression of keys of what the cache holds; None if they are what it holds."""
+
+    @property
+    def stays(self) -> bool:
+        """True if a call leaves all tensors in place."""
+        return self.output is None and all(each.output is None for each in self.beside)
 
     def given(self, inputs: Sequence[object]) -> Tensor | None:
         """Return the input that holds the cache; None if a growing cache begins."""
@@ -114,11 +119,12 @@ class StatefulGraph:
     def __call__(self, *args: object) -> Sequence[object]:
         """Run the graph on the inputs that Dynamo passes, and follow the caches it wrote."""
         given = [each.given(args) for each in self._arguments]
-        last = self._last if self._last is not None and self._last.was_on(given) else None
+        last = self._last if self._last is not None and self._last.was_on(given, args) else None
         caches = [each.shown(cache) for each, cache in zip(self._arguments, given, strict=True)]
         entries = self._acquire(caches, args) if last is None else last.entries
         if last is None:
             self.new_caches.meet(entries, self._reads_only)
+        self._compare(caches, args, entries)
         try:
             outputs = self._compiled(*args, *[entry.owner.tensor for entry in entries])
         except BaseException:
@@ -128,9 +134,18 @@ class StatefulGraph:
             self._release(caches, args, outputs, entries)
             self._remember(given, entries)
         else:
-            last.update_versions(caches)
-        self._keep_up(caches, outputs, entries)
+            last.update_versions(caches, args)
+        self._keep_up(caches, args, outputs, entries)
         return outputs
+
+    def _compare(
+        self, caches: Sequence[Tensor | None], inputs: Sequence[object], entries: Sequence[Entry]
+    ) -> None:
+        """Let kernels compare keys that are computed from something that has changed."""
+        for argument, cache, entry in zip(self._arguments, caches, entries, strict=True):
+            if argument.keys is not None and argument.use is not None and cache is not None:
+                beside = argument.beside_before(inputs)
+                entry.owner.before_call(cache, argument.use, beside)
 
     def _acquire(self, caches: Sequence[Tensor | None], inputs: Sequence[object]) -> list[Entry]:
         """Return an entry for each cache, from the registry or new."""
@@ -199,11 +214,15 @@ class StatefulGraph:
     def _remember(self, given: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Remember the inputs of a call whose caches are all written in place, with GPU indexes."""
         in_place = [cache for cache in given if cache is not None]
-        if all(each.output is None and each.use is not None for each in self._arguments):
-            self._last = _LastCall(in_place, entries)
+        if all(each.stays and each.use is not None for each in self._arguments):
+            self._last = _LastCall(in_place, entries, self._arguments)
 
     def _keep_up(
-        self, caches: Sequence[Tensor | None], outputs: Sequence[object], entries: Sequence[Entry]
+        self,
+        caches: Sequence[Tensor | None],
+        inputs: Sequence[object],
+        outputs: Sequence[object],
+        entries: Sequence[Entry],
     ) -> None:
         """Build and refit GPU indexes that are due. The reference's operators do so themselves."""
         if kernel_observers and any(each.use is not None for each in self._arguments):
@@ -218,7 +237,8 @@ class StatefulGraph:
             if entry.version is None and not notices_writes(argument.use.policy):
                 _warn_of_inference_mode()
                 continue
-            entry.owner.after_call(argument.after(cache, outputs), argument.use)
+            beside = () if argument.keys is None else argument.beside_after(inputs, outputs)
+            entry.owner.after_call(argument.after(cache, outputs), argument.use, beside)
 
 
 def _kind(argument: CacheArgument, config: IndexConfig) -> Hashable:
@@ -233,12 +253,18 @@ class _LastCall:
     Only for caches that are written in place and have GPU indexes, as in steady decoding.
     """
 
-    def __init__(self, caches: Sequence[Tensor], entries: Sequence[Entry]) -> None:
+    def __init__(
+        self,
+        caches: Sequence[Tensor],
+        entries: Sequence[Entry],
+        arguments: Sequence[CacheArgument],
+    ) -> None:
         self.entries = list(entries)
+        self._arguments = arguments
         self._removals = registry.removals
         self._caches = [(weakref.ref(cache), cache.data_ptr()) for cache in caches]
 
-    def was_on(self, caches: Sequence[Tensor | None]) -> bool:
+    def was_on(self, caches: Sequence[Tensor | None], inputs: Sequence[object]) -> bool:
         """True if these are the same caches and their entries are still registered.
 
         If so, an index is distrusted whose cache somebody else may have written.
@@ -248,16 +274,20 @@ class _LastCall:
         for cache, (known, address) in zip(caches, self._caches, strict=True):
             if cache is None or cache.data_ptr() != address or known() is not cache:
                 return False
-        for cache, entry in zip(caches, self.entries, strict=True):
+        beside = [each.beside_before(inputs) for each in self._arguments]
+        if not all(map(Entry.is_beside, self.entries, beside)):
+            return False
+        for cache, entry, others in zip(caches, self.entries, beside, strict=True):
             if cache is not None:
-                entry.check(cache)
+                entry.check(cache, others)
         return True
 
-    def update_versions(self, caches: Sequence[Tensor | None]) -> None:
-        """Note the versions of the caches, now that a graph has run on them."""
-        for cache, entry in zip(caches, self.entries, strict=True):
+    def update_versions(self, caches: Sequence[Tensor | None], inputs: Sequence[object]) -> None:
+        """Note the versions of all tensors, now that a graph has run on them."""
+        for argument, cache, entry in zip(self._arguments, caches, self.entries, strict=True):
             if cache is not None:
                 entry.version = torch_private.version_of(cache)
+                entry.beside = [TensorState.of(each) for each in argument.beside_before(inputs)]
                 entry.uses.count += 1
 
 

@@ -18,6 +18,12 @@ UNLESS_HUGE = ", unless a cache has millions of slots"
 OPERANDS = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, SIZE, 8)
 
 
+TOO_FEW_TO_DRAW = (
+    "option prefill_coverage has no effect with prefill_budget=511: keys are drawn from a budget "
+    "of 512 on"
+)
+
+
 def test_the_table_names_every_option() -> None:
     assert set(OPTION_DEVICES) == {each.name for each in dataclasses.fields(Options)}
     assert all(OPTION_DEVICES.values())
@@ -52,6 +58,17 @@ def test_the_table_names_every_option() -> None:
             {"cpu"},
             ["option coverage has no effect with policy='streaming', which ranks nothing"],
         ),
+        (
+            {"draw": True, "budget": None},
+            {"cpu"},
+            ["option draw has no effect with budget=None, which reads all tokens"],
+        ),
+        (
+            {"prefill_coverage": 0.9, "prefill_budget": 511},
+            {"cuda"},
+            [TOO_FEW_TO_DRAW],
+        ),
+        ({"prefill_coverage": 0.9}, {"cuda"}, []),
         ({"reference": True}, {"cpu"}, ["option reference has no effect on a CPU"]),
     ],
 )

@@ -56,6 +56,7 @@ def test_defaults_are_those_of_the_index():
         ({"coverage": True}, ["coverage=True", "bool", "up to 1"]),
         ({"coverage": "0.9"}, ["coverage='0.9'", "str"]),
         ({"coverage": 0.9, "epsilon": 0.1}, ["coverage=0.9", "epsilon=0.1", "one of them"]),
+        ({"prefill_coverage": 0.9, "epsilon": 0.1}, ["prefill_coverage=0.9", "draws no keys"]),
         ({"budget": 80}, ["budget=80", "sinks (16)", "recent (64)", "81", "None"]),
         ({"budget": 79, "policy": "streaming"}, ["budget=79", "at least 81"]),
         ({"budget": 0}, ["budget=0", "at least 1"]),

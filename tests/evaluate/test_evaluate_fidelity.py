@@ -161,6 +161,16 @@ def test_epsilon_certifies_every_choice():
     assert row.violations == 0
 
 
+def test_tokens_that_are_drawn_are_measured_as_they_are_read():
+    """Their certificates hold: what a token stands for is not read."""
+    taken = synthetic_capture(600, 2)
+    result = fidelity(taken, parse_variants("lychee,lychee:draw=True"), [128])
+    largest, drawn = (result.row(label, 128) for label in ("lychee", "lychee:draw=True"))
+    assert drawn.tokens == largest.tokens
+    assert drawn.mass < largest.mass
+    assert drawn.violations == 0
+
+
 def test_a_share_to_cover_reads_fewer_tokens():
     taken = synthetic_capture(600, 2)
     labels = ["lychee:coverage=0.5", "lychee:coverage=0.8", "lychee"]

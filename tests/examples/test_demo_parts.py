@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import random
 
@@ -9,13 +10,23 @@ import pytest
 import torch
 from rich.console import Console
 
+from examples.long_document import answers
 from examples.long_document.__main__ import main
 from examples.long_document.answers import Measured, Recording, decode_steps
+from examples.long_document.lookup import make_model, make_tokenizer
 from examples.long_document.picture import draw
 from examples.long_document.prompt import Prompt
 from examples.long_document.reading import Reading
-from examples.long_document.task import first_paragraphs, plant
-from examples.long_document.view import show_answers, show_steps
+from examples.long_document.task import (
+    EXPECTED,
+    FACT,
+    OTHERS,
+    QUESTION_FOR_FACT,
+    first_paragraphs,
+    plant,
+    with_others,
+)
+from examples.long_document.view import show_answers, show_steps, show_times
 from lychee_compile import Options
 from lychee_compile.recorder import Call
 
@@ -104,6 +115,25 @@ def test_picture_is_a_png(tmp_path, recording):
     assert (tmp_path / "picture").read_bytes().startswith(PNG)
 
 
+def without_chunks(each):
+    """Return a call as generated kernels record it."""
+    nothing = torch.zeros(1, 0, dtype=torch.int64)
+    return dataclasses.replace(each, chunk_starts=nothing, chunk_lengths=nothing)
+
+
+@pytest.mark.parametrize("recorded", [1, 2])
+def test_steps_as_kernels_record_them(tmp_path, recording, recorded):
+    """The first steps on a GPU are exact, hence not recorded, and kernels tell no chunks."""
+    steps = [[without_chunks(each) for each in step] for step in recording.steps[-recorded:]]
+    last = dataclasses.replace(recording, steps=steps)
+    assert last.decoded == recording.decoded[-recorded:]
+    assert last.tokens == recording.tokens
+    assert last.asked == recorded - 1
+    assert Reading.of(steps).edges.tolist() == [*range(0, 98, 16), 98]
+    assert "'4' 3 98 3.1%" in shown(show_steps, last, Letters())
+    draw(tmp_path / "picture", last, Letters(), Options())
+
+
 def shown(show, *arguments):
     """Return the text that a function of the view writes."""
     page = io.StringIO()
@@ -126,14 +156,46 @@ def test_steps_show_tokens_read_and_mass(recording):
     ],
 )
 def test_answers_show_where_they_part(sparse, expected):
-    answers = {
-        name: Measured(list(map(ord, text)), 0.1, 5)
+    measured = {
+        name: Measured(list(map(ord, text)), 3.0, 1.0, 0.1, 5)
         for name, text in (("dense", "48213."), ("sparse", sparse))
     }
-    page = shown(show_answers, Letters(), answers, "48213")
+    page = shown(show_answers, Letters(), measured, "48213")
     assert f"Token streams: {expected}" in page
     assert page.count("fact found") + page.count("fact missed") == 2
     assert ("fact missed" in page) == ("48213" not in sparse)
+
+
+def test_times_compare_with_the_fastest_dense_way(recording):
+    measured = {
+        name: Measured([1], 3.0, 1.0, seconds, 5)
+        for name, seconds in (("eager", 0.04), ("inductor", 0.08), ("sparse", 0.02))
+    }
+    page = shown(show_times, measured, recording)
+    assert "eager 40.0 ms" in page
+    assert "0.50x" in page
+    assert "sparse 20.0 ms 3.1% 2.00x" in page
+
+
+def test_other_keys_are_spread_over_the_document():
+    document = with_others("\n\n".join(f"Paragraph {number}." for number in range(90)))
+    places = [document.index(f"the pass key of the {place} is".capitalize()) for place in OTHERS]
+    assert places == sorted(places)
+    assert places[0] < len(document) / 10 < len(document) * 0.9 < places[-1]
+    assert EXPECTED not in document
+
+
+@pytest.mark.parametrize("place", ["lighthouse", "castle"])
+def test_the_lookup_model_answers(seeded, place):
+    """Dense attention of the demo's model finds one of many facts of one form."""
+    text = "\n\n".join(f"Names refer to objects, number {number}." for number in range(60))
+    document = plant(with_others(text), FACT)[0]
+    question = QUESTION_FOR_FACT.replace("lighthouse", place)
+    tokenizer = make_tokenizer([text, *OTHERS, "light", "house"])
+    ids = tokenizer(document + question, return_tensors="pt").input_ids
+    answer = make_model().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6)
+    expected = document.partition(f"pass key of the {place} is ")[2][:5]
+    assert tokenizer.decode(answer[0, ids.shape[1] :]).strip() == expected
 
 
 @pytest.fixture
@@ -161,8 +223,9 @@ def model(tmp_path):
 
 
 @pytest.mark.parametrize("budget", [pytest.param(96, marks=pytest.mark.thorough), 2048])
-def test_all_of_it(tmp_path, capsys, model, budget):
+def test_all_of_it(tmp_path, capsys, monkeypatch, without_inductor, model, budget):
     """A random model finds nothing, but with a budget that covers all it says what dense says."""
+    monkeypatch.setattr(answers, "DENSE_BACKEND", "aot_eager")
     rng = random.Random(0)
     document = tmp_path / "document.txt"
     document.write_text(" ".join(f"w{rng.randrange(1, 100)}" for _ in range(500)))

@@ -206,3 +206,9 @@ def test_a_server_gives_each_request_the_tokens_that_it_gets_alone(capsys):
     assert compared.served["lychee"].said == compared.alone
     assert [len(each) for each in compared.alone] == [5, 4, 3, 5]
     assert "4 of 4 answers are those of dense decoding" in words(capsys)
+
+
+def test_a_server_needs_prompts_that_are_longer_than_the_prefix(capsys):
+    with pytest.raises(SystemExit):
+        example("serving").main(["--prefix", "600", "--context", "700"])
+    assert "--context 700: at least 800 for --prefix 600" in capsys.readouterr().err

@@ -89,8 +89,8 @@ def test_what_is_chosen_is_as_good_as_what_the_specification_chooses(shape):
     error, expected = ((each - truth).norm() / truth.norm() for each in (output, specified.output))
     assert error <= 1.03 * expected + 0.01
     most = problem.log_sums()
-    captured, usual = ((each - most).exp().mean() for each in (log_sums, specified.log_sum))
-    assert usual - 0.01 <= captured <= 1.001
+    estimated, usual = ((each - most).exp().mean() for each in (log_sums, specified.log_sum))
+    assert abs(estimated - usual) <= 0.02
 
 
 def test_one_graph_serves_other_contents():

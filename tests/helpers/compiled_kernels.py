@@ -14,7 +14,7 @@ from typing import Any
 from kernel_specs import SPECS
 
 from lychee_compile.codegen.module import emit_module
-from lychee_compile.codegen.specification import AttentionSpec
+from lychee_compile.codegen.specification import AttentionSpec, LoadSpec
 from lychee_compile.kernels.gpu.common.module_cache import load, store
 
 KERNELS = {
@@ -30,6 +30,7 @@ KERNELS = {
     "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192, "LISTED": False},
     "encode": {"BLOCK": 8192},
     "record_fingerprints": {},
+    "compare_keys": {},
     "scan_window": {"SEEN": 4096},
     **{f"scan_{number}": {"STEPS": 4, "TILES": 16} for number in range(3)},
     **{
@@ -50,18 +51,20 @@ KERNELS = {
 TILE_KERNELS = {
     "summarise_queries": {"KEYS": 64, "TILES": 8, "SELF": True},
     "scan": {"KEYS": 64, "TILES": 16},
-    "select_keys": {"LANES": 4096},
+    "deal_luck": {"LANES": 4096, "SLOT_BITS": 24},
+    "select_keys": {"LANES": 4096, "COVERS": True, "SLOT_BITS": 24},
     "see_tiles": {"QUERIES": 32, "KEYS": 128, "SELF": True},
     "list_keys": {"LANES": 4096},
     "store_edges": {"SELF": True},
     "list_last": {"LANES": 2048},
     "count_levels": {"SHARING": 1, "ASKERS": 16, "LEVELS": 1024, "LANES": 256},
     "list_groups": {"SHARING": 4, "ASKERS": 16, "LEVELS": 1024, "LANES": 256, "KEYS": 2048},
-    "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8},
+    "attend": {"ROWS": 128, "KEYS": 64, "WARPS": 8, "SLOT_BITS": 24},
 }
 """Kernels of prefill, with the constants that are fixed when they are launched."""
 POINTERS = {
-    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read silent marks",
+    "*u8": "fine coarse pages page_bins group_bins bins strength held sighted read silent marks "
+    "luck",
     "*i32": "header fingerprints tile_first tile_end histogram ranks plan limits arrivals "
     "channels candidates candidate_count listed listed_count chosen_list edge chosen counts "
     "span waiting label label_1 label_2 tokens_0 first_0 end_0 tokens_1 first_1 end_1 "
@@ -75,7 +78,10 @@ POINTERS = {
     "bound_reach",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
-SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1"}
+SHORT = {
+    "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int64": "i64", "bool": "i1",
+    "int32": "i32", "int8": "i8", "uint8": "u8", "float8_e4m3fn": "fp8e4nv",
+}  # fmt: skip
 
 
 def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capability: int) -> Any:
@@ -88,26 +94,53 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
     own |= dict.fromkeys(
         (each for each in kernel.arg_names if each.startswith("summary_")), own["query"]
     )
-    own["share"] = "fp32"
+    own["share"] = own["coverage"] = "fp32"
     own["axes"] = "*bf16" if spec.dtype == "bfloat16" else "*fp16"
     types = TYPES | own | {each.name: f"*{SHORT[each.dtype]}" for each in spec.captured}
     names = kernel.arg_names
     fixed = {name: constants[name] for name in names if name in constants}
     fixed |= {name: 1 for name in names if name.endswith("stride_d")}
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    for name, each in (("key", spec.keys), ("value", spec.values)):
+        if each is not None and name in names:
+            signature[name], ones = of_tensors(each)
+            constexprs |= {(names.index(name), place): 1 for place in ones}
+    aligned: dict[tuple[int, ...], Any] = {
+        (names.index(name), place): [["tt.divisibility", 16]]
+        for name, kinds in signature.items()
+        if isinstance(kinds, tuple)
+        for place, kind in enumerate(kinds)
+        if kind != "constexpr"
+    }
     source = triton.compiler.ASTSource(
         kernel,
         signature,
-        constexprs={(names.index(name),): value for name, value in fixed.items()},
-        attrs={
+        constexprs=constexprs | {(names.index(name),): value for name, value in fixed.items()},
+        attrs=aligned
+        | {
             (place,): [["tt.divisibility", 16]]
             for place, name in enumerate(names)
             if name not in fixed
+            and isinstance(signature[name], str)
             and (types.get(name, "")[:1] == "*" or "stride" in name or name == "bin_room")
         },
     )
     options = {"num_warps": constants.get("WARPS", 4), "num_stages": 2}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def of_tensors(load: LoadSpec) -> tuple[tuple[str, ...], list[int]]:
+    """Return the type of an operand that is a tuple of tensors, and the places of strides of 1."""
+    kinds: list[str] = []
+    ones = []
+    for each in load.tensors:
+        rank = len(each.sizes)
+        kinds += [f"*{SHORT[each.dtype]}", *["i32"] * rank]
+        if rank:
+            kinds[-1] = "constexpr"
+            ones.append(len(kinds) - 1)
+    return tuple(kinds), ones
 
 
 def main(*names: str) -> None:

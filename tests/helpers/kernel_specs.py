@@ -12,10 +12,13 @@ from lychee_compile.codegen.specification import (
     AttentionSpec,
     B,
     Captured,
+    D,
     H,
+    LoadSpec,
     Q,
     S,
     SparseSpec,
+    Stored,
     TileSpec,
 )
 from lychee_compile.passes.symbolic.elementwise import Flag
@@ -30,6 +33,44 @@ QUEST, HISA, FASA, DHSA, LYCHEECLUSTER, CLUSTERKV = (
     replace(SPARSE, policy=name)
     for name in ("quest", "hisa", "fasa", "dhsa", "lycheecluster", "clusterkv")
 )
+
+
+def stored(name: str, dtype: str, *sizes: int | None) -> tuple[sympy.IndexedBase, Stored]:
+    """Return a tensor of an expression, and what a kernel knows of it."""
+    integer = {"integer": True} if "int" in dtype else {}
+    return sympy.IndexedBase(sympy.Symbol(name, **integer)), Stored(name, dtype, sizes)
+
+
+def rotated_bytes() -> LoadSpec:
+    """Return keys of 128 channels: int8, a scale per token, rotated in halves when read."""
+    cache, cosines = stored("key_0", "int8", None, None, None, 128), ("bfloat16", None, 64)
+    scale = stored("key_1", "float32", None, None, None, None)
+    cos, sin = stored("key_2", *cosines), stored("key_3", *cosines)
+
+    def number(channel: sympy.Expr) -> sympy.Expr:
+        return cache[0][B, H, KV, channel] * scale[0][B, H, KV, 0]
+
+    low = number(D) * cos[0][KV, D] - number(D + 64) * sin[0][KV, D]
+    high = number(D) * cos[0][KV, D - 64] + number(D - 64) * sin[0][KV, D - 64]
+    element = sympy.Piecewise((low, D < 64), (high, True))
+    return LoadSpec(element, (cache[1], scale[1], cos[1], sin[1]))
+
+
+def float8(scale: sympy.Expr) -> LoadSpec:
+    """Return values of 8 bits, with one scale for all."""
+    cache, tensor = stored("value_0", "float8_e4m3fn", None, None, None, 128)
+    return LoadSpec(cache[B, H, KV, D] * scale, (tensor, Stored(str(scale), "float32", ())))
+
+
+def paged_bytes() -> LoadSpec:
+    """Return keys of 128 channels: int8 in pages of 16 tokens, a scale and zero point per group."""
+    table, cache = stored("key_0", "int32", None, None), stored("key_1", "int8", *[None] * 3, 128)
+    unit, zero = (stored(name, "float16", *[None] * 3, 4) for name in ("key_2", "key_3"))
+    page, slot = sympy.Mod(table[0][B, sympy.floor(KV / 16)], 4096), sympy.Mod(KV, 16)
+    group = page, slot, H, sympy.floor(D / 32)
+    element = (cache[0][page, slot, H, D] - zero[0][group]) * unit[0][group]
+    return LoadSpec(element, (table[1], cache[1], unit[1], zero[1]))
+
 
 SPECS = {
     "exact_causal": AttentionSpec(
@@ -56,6 +97,16 @@ SPECS = {
         POSITION >= KV,
         (LENGTH,),
         sparse=replace(SPARSE, coverage=0.95),
+    ),
+    "sparse_drawn": AttentionSpec(
+        "bfloat16",
+        4,
+        128,
+        128,
+        S / math.sqrt(128),
+        POSITION >= KV,
+        (LENGTH,),
+        sparse=replace(SPARSE, draws=True),
     ),
     "sparse_certified": AttentionSpec(
         "bfloat16",
@@ -138,6 +189,29 @@ SPECS = {
         sympy.And(MASK_BY_HEAD, POSITION >= KV),
         (Captured("mask", "bool", 4), LENGTH),
         sparse=CLUSTERKV,
+    ),
+    "sparse_loads_certified": AttentionSpec(
+        "bfloat16",
+        4,
+        128,
+        128,
+        S / math.sqrt(128),
+        POSITION >= KV,
+        (LENGTH,),
+        sparse=replace(SPARSE, epsilon=0.1),
+        keys=rotated_bytes(),
+        values=float8(sympy.Symbol("value_1")),
+    ),
+    "fasa_loads_by_mass": AttentionSpec(
+        "bfloat16",
+        4,
+        128,
+        128,
+        S / math.sqrt(128),
+        POSITION >= KV,
+        (LENGTH,),
+        sparse=replace(FASA, coverage=0.9),
+        keys=paged_bytes(),
     ),
     "prefill_llama": AttentionSpec(
         "bfloat16", 4, 128, 128, S / math.sqrt(128), KV <= Q, tiles=TileSpec("lychee", 16, 64)

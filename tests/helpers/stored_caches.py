@@ -44,7 +44,7 @@ class Form:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, pos: Tensor, *held: Tensor) -> Any:
         keys, values = self.step(key, value, pos, *held)
-        mask = torch.arange(keys.shape[2]) <= pos[:, None]
+        mask = torch.arange(keys.shape[2], device=pos.device) <= pos[:, None]
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
 
 
@@ -161,6 +161,50 @@ def per_group_step(
     return found[0], found[1]
 
 
+def packed(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise to 4 bits, two numbers a byte, with a scale and a zero point for each token."""
+    low, high = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
+    unit = (high - low) / 15
+    code = ((x - low) / unit).round().to(torch.uint8)
+    return code[..., ::2] | (code[..., 1::2] << 4), unit, low
+
+
+def packed_step(k: Tensor, v: Tensor, pos: Tensor, *held: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of keys lie side by side in a byte; those of values are half a vector apart."""
+    found = []
+    for new, (cache, scale, zero) in ((k, held[:3]), (v, held[3:])):
+        for tensor, each in zip((cache, scale, zero), packed(new), strict=True):
+            put(tensor, pos, each)
+        parts = cache & 15, cache >> 4
+        codes = torch.stack(parts, -1).flatten(-2) if new is k else torch.cat(parts, -1)
+        found.append(codes.to(k.dtype) * scale.to(k.dtype) + zero.to(k.dtype))
+    return found[0], found[1]
+
+
+def in_words(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise to 8 bits, four numbers to an integer of four times `bits`, with zero points."""
+    low, high = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
+    unit = (high - low) / 255
+    code = ((x - low) / unit).round().to(torch.int32 if bits == 8 else torch.int64)
+    parts = [part << bits * place for place, part in enumerate(code.chunk(4, -1))]
+    return parts[0] | parts[1] | parts[2] | parts[3], unit, low
+
+
+def words(s: Sizes) -> Tensors:
+    return [*in_words(s.keys(), 8), *in_words(s.keys(), 16)]
+
+
+def words_step(k: Tensor, v: Tensor, pos: Tensor, *held: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys lie in integers of 32 bits, values in those of 64: float32 holds neither."""
+    found = []
+    for new, bits, (cache, scale, zero) in ((k, 8, held[:3]), (v, 16, held[3:])):
+        for tensor, each in zip((cache, scale, zero), in_words(new, bits), strict=True):
+            put(tensor, pos, each)
+        codes = torch.cat([(cache >> bits * place) & 255 for place in range(4)], -1)
+        found.append(codes.to(k.dtype) * scale.to(k.dtype) + zero.to(k.dtype))
+    return found[0], found[1]
+
+
 def bytes_of(s: Sizes) -> Tensors:
     return [s.keys().to(torch.float8_e4m3fn) for _ in range(2)]
 
@@ -272,7 +316,7 @@ def pages_of_rows_step(
     k: Tensor, v: Tensor, pos: Tensor, ck: Tensor, ks: Tensor, cv: Tensor, vs: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Pages of quantised tokens, heads before tokens."""
-    rows = torch.arange(k.shape[0])[:, None]
+    rows = torch.arange(k.shape[0], device=k.device)[:, None]
     page, slot = table[rows, pos // PAGE], pos % PAGE
     found = []
     for cache, scale, new in ((ck, ks, k), (cv, vs, v)):
@@ -300,6 +344,7 @@ FORMS = {
     "zero points": Form(with_zero, with_zero_step),
     "scale per group": Form(per_group, per_group_step),
     "float8": Form(bytes_of, bytes_step),
+    "4 bits": Form(lambda s: [each for _ in range(2) for each in packed(s.keys())], packed_step),
     "rotated": Form(with_tables, rotated_step, tables=2),
     "half rotated": Form(with_tables, half_rotated_step, tables=2),
     "pairs rotated": Form(with_tables, pairs_rotated_step, tables=2),
@@ -307,4 +352,5 @@ FORMS = {
     "latents": Form(latents, latent_step),
     "pages": Form(pages, pages_step),
     "pages of rows": Form(pages_of_rows, pages_of_rows_step),
+    "words": Form(words, words_step),
 }

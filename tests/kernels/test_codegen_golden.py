@@ -25,13 +25,13 @@ LAUNCHED = {
     "choose", "encode", "record_fingerprints", "scan_0", "rank_0", "list_0", "scan_1", "rank_1",
     "scan_2", "rank_2", "list_1", "list_2", "spread_0", "scan_window",
     "mark_read", "bound_unread", "certify", "read_uncertified",
-    "measure", "measure_new", "weigh_blocks", "scan_listed", "index_chunks",
+    "measure", "measure_new", "compare_keys", "weigh_blocks", "scan_listed", "index_chunks",
     "summarise_queries", "scan", "select_keys", "see_tiles", "list_keys", "store_edges",
-    "list_last", "count_levels", "list_groups",
+    "list_last", "count_levels", "list_groups", "deal_luck",
 }  # fmt: skip
 FOR_THE_HOST = {"POLICY", "CAPTURED", "RANKS_PAGES", "FLAT_TOKENS", "AUTOTUNE", "PAGE"}
 FOR_THE_HOST |= {"SETTINGS", "ALWAYS", "SCALE", "SOFTCAP", "BIASED", "BY_HEAD", "BOUNDED"}
-FOR_THE_HOST |= {"KEPT_0", "KEPT_1", "LISTED_ROOM"}
+FOR_THE_HOST |= {"KEPT_0", "KEPT_1", "LISTED_ROOM", "LOADS", "ENTRY_BYTES"}
 """Names that launches look at, and no kernel."""
 
 

@@ -184,7 +184,14 @@ def test_the_bound_of_pairs_holds(kind: str):
     assert pairs >= 100_000
 
 
-ARGUMENTS = {"policy": "lychee", "budget": 0.3, "sinks": 2, "recent": 4, "epsilon": None}
+ARGUMENTS = {
+    "policy": "lychee",
+    "budget": 0.3,
+    "coverage": None,
+    "sinks": 2,
+    "recent": 4,
+    "epsilon": None,
+}
 
 
 @pytest.mark.parametrize("changed", [{}, {"policy": "s2o", "shortest": 1000}, {"epsilon": 0.1}])

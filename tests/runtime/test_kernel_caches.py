@@ -183,6 +183,20 @@ def test_what_kernels_read_is_recorded(options: dict[str, Any]) -> None:
         torch.testing.assert_close(call.mass.double(), mass, atol=1e-4, rtol=1e-4)
 
 
+def test_of_tokens_that_kernels_draw_the_slots_alone_are_recorded() -> None:
+    """What they stand for is in the sums of the kernels, and is not read."""
+    step, cache = compiled(draw=True, dense_layers=0), Cache(batch=2).fill(100)
+    cache.step(step)
+    with lychee_compile.record(mass=True) as recorder:
+        got, _ = cache.step(step)
+    (call,) = recorder.calls
+    read = read_by(got, cache)
+    told = torch.zeros_like(read).scatter(-1, call.tokens.clamp(min=0), True)
+    assert not (read & ~told).any()
+    assert torch.equal(told.sum(-1), call.tokens_read)
+    assert call.mass is None
+
+
 def test_calls_that_read_all_keys_are_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     step, cache = compiled(), Cache().fill(100)
     with caplog.at_level(logging.WARNING, "lychee_compile"), lychee_compile.record() as recorder:
@@ -199,14 +213,14 @@ def test_who_records_a_replay_is_told_that_it_tells_nothing(
     warn_of_replays.cache_clear()
     step, cache = compiled(), Cache().fill(100)
     cache.step(step)
-    run = decode_operators._sparse
+    run = decode_operators.run_sparse_kernel
 
     def replay(*given: Any) -> Tensor:
         with monkeypatch.context() as patch:
             patch.setattr(decode_operators, "kernel_observers", [])
             return run(*given)
 
-    monkeypatch.setattr(decode_operators, "_sparse", replay)
+    monkeypatch.setattr(decode_operators, "run_sparse_kernel", replay)
     with caplog.at_level(logging.WARNING, "lychee_compile"), lychee_compile.record() as recorder:
         cache.step(step)
     assert not recorder.calls

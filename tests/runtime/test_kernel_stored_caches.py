@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 import triton_interpreter
 from kernel_steps import SIZE, Cache, assert_exact, assert_sparse, compiled, decode
-from stored_caches import FORMS, Sizes
 from torch import Tensor
 
 import lychee_compile
@@ -77,15 +76,3 @@ def test_rows_are_written_at_positions_of_their_own() -> None:
         dense = apart(query, *copies, positions, *new)
         got = step(query, cache.keys, cache.values, positions, *new)
         assert_exact((got, dense)) if number == 0 else assert_sparse((got, dense), cache)
-
-
-@pytest.mark.parametrize("name", ["scale per token", "rotated", "pages"])
-def test_keys_that_are_computed_when_they_are_read_are_read_exactly(name: str) -> None:
-    sizes = Sizes(batch=1)
-    form, held = FORMS[name], FORMS[name].store(sizes)
-    step = torch.compile(form.attend, backend="lychee", options={"budget": 40, "recent": 16})
-    given = sizes.query(), sizes.keys(1), sizes.keys(1), torch.tensor([60])
-    copies = [each.clone() for each in held]
-    torch.testing.assert_close(step(*given, *held), form.attend(*given, *copies))
-    (site,) = lychee_compile.reports()[-1].sites
-    assert (site.decision, site.reason.code) == ("exact", "keys-computed-no-kernel")

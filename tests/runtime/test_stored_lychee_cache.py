@@ -15,8 +15,10 @@ from torch import Tensor
 
 import lychee_compile
 from lychee_compile import LycheeCache
+from lychee_compile.cache import stored_layer
 from lychee_compile.cache.number_formats import FORMATS
 from lychee_compile.cache.stored_layer import StoredLayer
+from lychee_compile.kernels.host_memory import zeros_on_host
 from lychee_compile.runtime import host_caches
 
 pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
@@ -170,6 +172,43 @@ def test_rows_are_repeated_and_selected() -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_changes_of_the_batch_and_copies_stay_in_memory_of_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Take buffers for memory of the host if they come from `zeros_on_host`, or were there before.
+
+    Copies keep the marks by which CUDA graphs know buffers that stay where they are.
+    """
+    model, ids = model_of("llama"), ids_of(30)
+    cache = LycheeCache(model.config, dtype="fp8")
+    with torch.no_grad():
+        forward(model, cache, ids, 0, 29)
+    held = [each for layer in cache.layers for each in layer.buffers()]
+
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype, _: torch.device) -> Tensor:
+        held.append(torch.zeros(shape, dtype=dtype))
+        return held[-1]
+
+    def lies_on_host(tensor: Tensor) -> bool:
+        return any(each is tensor for each in held)
+
+    monkeypatch.setattr(stored_layer, "zeros_on_host", zeros)
+    monkeypatch.setattr(stored_layer, "lies_on_host", lies_on_host)
+    twin = copy.deepcopy(cache)
+    cache.batch_select_indices(torch.tensor([1, 0, 1]))
+    for layer, copied in zip(cache.layers, twin.layers, strict=True):
+        for now, then in zip(layer.buffers(), copied.buffers(), strict=True):
+            assert lies_on_host(now)
+            assert lies_on_host(then)
+            assert torch.equal(now.float(), then.float()[[1, 0, 1]])
+            assert vars(now) == vars(then) != {}
+
+
+def test_memory_that_the_host_does_not_have_is_told_of() -> None:
+    with pytest.raises(RuntimeError, match=r'storage="host" could not lock .* GB.*"device"'):
+        zeros_on_host((1 << 60,), torch.uint8, torch.device("cuda", 0))
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -186,9 +225,24 @@ def test_errors_name_the_option_and_its_choices(wrong: dict[str, Any], words: st
         lychee_compile.prepare(model_of("llama"), **renamed)
 
 
-def test_a_form_belongs_to_a_growing_cache() -> None:
-    with pytest.raises(ValueError, match=r"cache_dtype='int8'.*use cache="):
-        lychee_compile.prepare(model_of("llama"), cache="static", cache_dtype="int8")
+@pytest.mark.parametrize("given", [{"cache_dtype": "int8"}, {"storage": "host"}])
+def test_a_form_belongs_to_a_growing_cache(given: dict[str, Any]) -> None:
+    ((name, value),) = given.items()
+    words = rf"option {name}='{value}' .* cache='static' .* use cache=\"growing\""
+    with pytest.raises(ValueError, match=words):
+        lychee_compile.prepare(model_of("llama"), cache="static", **given)
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+def test_a_form_that_another_cache_does_not_have_is_told_of(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """BLOOM counts positions from the mask, so that it gets a `DynamicCache`."""
+    model, ids = model_of(name, "eager"), ids_of(20)
+    with lychee_compile.prepare(model, budget=1000, cache_dtype="int8", **SHAPE):
+        model.generate(ids, max_new_tokens=2, pad_token_id=0, attention_mask=ids > 0)
+    told = [each for each in caplog.records if "cache_dtype have no effect" in each.getMessage()]
+    assert len(told) == (name == "bloom")
 
 
 def test_keys_of_an_encoder_are_not_rounded_in_silence() -> None:

@@ -81,7 +81,7 @@ def emit_certificate(spec: AttentionSpec, bound_unread: str) -> list[str]:
     assert spec.sparse.epsilon is not None
     again = fill("decode/read_uncertified.py.jinja", spec) if spec.sparse.epsilon < 1 else ""
     return [
-        *library("certificate", "mark_read"),
+        fill("decode/mark_read.py.jinja", spec),
         bound_unread,
         *library("certificate", "certify"),
         *filter(None, [again]),

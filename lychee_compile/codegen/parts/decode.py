@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lychee_compile.codegen.parts.loads import emit_loads
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec, SparseSpec
-from lychee_compile.kernels.sizes import BINS, PAGE, power_of_two
+from lychee_compile.kernels.sizes import BINS, LARGEST, PAGE, power_of_two
 
-LARGEST = 12
-"""log2 of the share that the last bin stands for. An estimated denominator may be that far off."""
 SAMPLE = {"sampled": 32, "newest": 8}
 """Keys that each KV head compares with fingerprints in each step, and the newest among them."""
 STAGES = ("choose", "attend")
 """Kernels that decode/attend.py.jinja becomes."""
 NOTING = ("note_heads", "note_small", "note_mass", "note_left_out")
 """Functions of `triton_lib/mass.py` that add up the mass of items. Lists need the last one."""
+DRAWING = ("luck_of", "salt_of", "priorities", "drawn_items", "lift_of")
+"""Functions of `triton_lib/drawing.py` by which a step draws tokens."""
 _OWN_ITEMS = 2048
 """Upper bound of the items that a program of `choose_by_bin` has."""
 
@@ -29,11 +30,25 @@ def emit_constants(spec: AttentionSpec) -> str:
 def emit_exact(spec: AttentionSpec) -> list[str]:
     """Return the kernels of exact attention: `attend_all` and `combine`, with what they call."""
     return [
+        *emit_loads(spec),
         *library("decode", "load_queries"),
         fill("decode/attend_to.py.jinja", spec),
         *library("decode", "store_part"),
         fill("decode/combine.py.jinja", spec),
         fill("decode/attend_all.py.jinja", spec),
+    ]
+
+
+def emit_fingerprints(spec: AttentionSpec) -> list[str]:
+    """Return functions and kernels that compare keys with what was indexed.
+
+    `compare_keys`, a kernel that compares all of them, is for keys that are loads: these change
+    when a table or a scale does.
+    """
+    return [
+        *library("fingerprints", "fingerprint", "changed_keys"),
+        fill("decode/check_sample.py.jinja", spec),
+        *([] if spec.keys is None else [fill("decode/compare_keys.py.jinja", spec)]),
     ]
 
 
@@ -56,6 +71,7 @@ def emit_bins(
         fill("decode/fresh_seen.py.jinja", spec),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
         *library("bins", "choose_by_bin"),
+        *(library("drawing", *DRAWING) if sparse.draws else []),
     ]
 
 

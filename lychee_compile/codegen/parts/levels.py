@@ -8,12 +8,12 @@ from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.level_source import estimate_source
 from lychee_compile.codegen.parts.certificate import emit_of_levels
 from lychee_compile.codegen.parts.decode import (
-    LARGEST,
     NOTING,
     SAMPLE,
     STAGES,
     emit_always_read,
     emit_bins,
+    emit_fingerprints,
 )
 from lychee_compile.codegen.parts.level_index import emit_index_new, parts_of_chunks
 from lychee_compile.codegen.parts.site import fill, precision, sees_range
@@ -21,7 +21,7 @@ from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, S, SparseSpec
 from lychee_compile.kernels.levels.declaration import Level, LevelStack
 from lychee_compile.kernels.levels.groups import Chunks, Clusters, GroupSettings, TokenClusters
-from lychee_compile.kernels.sizes import BINS, power_of_two
+from lychee_compile.kernels.sizes import BINS, LARGEST, power_of_two
 
 RANKED = 512
 """Groups that a program ranks."""
@@ -68,8 +68,8 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
         *(library(*_OF_KIND[kind]) if lists else []),
         *(library("levels", "unread_before") if kind == "chunks" and not sees_range(spec) else []),
         emit_always_read(spec, sparse, unread, more="" if kind == "pages" else ", unread"),
-        *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
-        *library("fingerprints", "record_fingerprints"),
+        *emit_fingerprints(spec),
+        fill("decode/record_fingerprints.py.jinja", spec),
         *([] if stack.pairs is None else library("levels", "load_query_channels")),
         *([fill("levels/window.py.jinja", spec, narrows=False)] if has_window else []),
         *(each for number in range(len(stack.levels)) for each in emit_level(spec, stack, number)),

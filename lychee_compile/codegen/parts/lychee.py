@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from lychee_compile.codegen.parts.certificate import emit_certificate, emit_constants
 from lychee_compile.codegen.parts.decode import (
-    LARGEST,
     SAMPLE,
     STAGES,
     emit_always_read,
     emit_bins,
+    emit_fingerprints,
 )
 from lychee_compile.codegen.parts.narrowing import emit_chunks, emit_narrowing
 from lychee_compile.codegen.parts.site import fill
@@ -30,7 +30,15 @@ from lychee_compile.kernels.gpu.lychee.layout import (
 from lychee_compile.kernels.gpu.lychee.spec import SMALLEST
 from lychee_compile.kernels.policies.decode.lychee import LYCHEE
 from lychee_compile.kernels.reference.sketch_axes import STEPS
-from lychee_compile.kernels.sizes import BINS, PAGE, SCAN_SLOTS, power_of_two
+from lychee_compile.kernels.sizes import (
+    BINS,
+    LARGEST,
+    LUCKIEST,
+    PAGE,
+    SCAN_SLOTS,
+    SLOT_BITS,
+    power_of_two,
+)
 
 TURN = 32
 """Chosen pages of one block whose tokens a program scores at a time."""
@@ -52,7 +60,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         _constants(spec, sparse, paged),
         *emit_bins(spec, sparse, noting=noting),
         emit_always_read(spec, sparse, unread="fresh"),
-        *library("fingerprints", "fingerprint", "changed_keys", "check_sample"),
+        *emit_fingerprints(spec),
         _query_weights(spec, paged),
         *emit_sketches(spec),
         _fill("scan_tokens", spec),
@@ -62,8 +70,9 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
         *library("sketch", "field_codes"),
         _fill("encode_keys", spec),
         *library("sketch", "page_code"),
-        *library("encode", "encode", "encode_new"),
-        *(_fill("attend", spec, stage=stage) for stage in STAGES),
+        _fill("encode", spec),
+        _fill("encode_new", spec),
+        *(_fill("attend", spec, stage=stage, slot_bits=SLOT_BITS) for stage in STAGES),
         *(_certificate(spec) if sparse.epsilon is not None else []),
     ]
 
@@ -76,7 +85,9 @@ def _certificate(spec: AttentionSpec) -> list[str]:
     return [
         emit_constants(spec, BOUNDED),
         *shared,
-        *library("residuals", "measure", "measure_new", "weigh_blocks"),
+        _fill("measure", spec),
+        _fill("measure_new", spec),
+        *library("residuals", "weigh_blocks"),
         *emit_certificate(spec, bound),
     ]
 
@@ -110,6 +121,8 @@ def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
         turn=TURN,
         bins=BINS,
         largest=LARGEST,
+        luckiest=LUCKIEST,
+        slot_bits=SLOT_BITS,
         **SAMPLE,
         tile=SCAN_SLOTS,
         page=PAGE,

@@ -45,7 +45,13 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
     is_range    True if the keys that a query sees are a range of slots, the same for all heads
     by_written  ", written" if recent tokens count back from the slots written, else ""
     by_mass     True if a choice ends once it holds a share of the softmax
+    draws       True if tokens of small shares are drawn by chance
     certified   True if the share of the softmax that is not read is bounded
+    key_operand, value_operand  parameters, or arguments, for all keys or values: a pointer and
+                strides; or one tuple, if they are a load
+    key_own     the same for functions that have keys alone: their strides have shorter names
+    key_at      the same for functions of one row and KV head; a load needs the KV head by name
+    kv_at       the same for keys and values
     by_head     True if query heads of one group can see different keys
     wide        a cast to 64 bits, if a mask can have more elements than 32 bits count; else ""
     stage       the kernel that decode/attend.py.jinja becomes, "attend" or "choose"
@@ -60,14 +66,33 @@ def _site_values(spec: AttentionSpec) -> dict[str, object]:
         "is_range": sees_range(spec),
         "by_written": "" if sees_range(spec) else ", written",
         "by_mass": spec.sparse is not None and spec.sparse.coverage is not None,
+        "draws": spec.sparse is not None and spec.sparse.draws,
         "certified": spec.sparse is not None and spec.sparse.epsilon is not None,
         "by_head": spec.visible.has(H),
         "wide": ".to(tl.int64)" if any(each.rank > 1 for each in spec.captured) else "",
         "stage": "attend",
+        **_loads(spec),
         "rows": power_of_two(spec.group, 16),
         "heads": power_of_two(spec.group),
         "dim": power_of_two(spec.head_dim, 16),
         "width": power_of_two(spec.value_dim, 16),
+    }
+
+
+def _loads(spec: AttentionSpec) -> dict[str, str]:
+    """Return the holes for keys and values."""
+
+    def operand(name: str, is_load: bool, dims: str, prefix: str = "") -> str:
+        return ", ".join([name, *(f"{prefix}stride_{dim}" for dim in dims if not is_load)])
+
+    keys, values = spec.keys is not None, spec.values is not None
+    key, value = operand("key", keys, "ld", "key_"), operand("value", values, "ld", "value_")
+    return {
+        "key_operand": operand("key", keys, "bhld", "key_"),
+        "value_operand": operand("value", values, "bhld", "value_"),
+        "key_own": operand("key", keys, "bhld"),
+        "key_at": f"kv_head, {key}" if keys else key,
+        "kv_at": f"kv_head, {key}, {value}" if keys or values else f"{key}, {value}",
     }
 
 

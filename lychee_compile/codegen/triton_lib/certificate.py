@@ -1,16 +1,9 @@
-"""Kernels of certificates: what was read, and the share of the softmax that may be unread.
-
-`mark_read`, grid (rows, splits):
-
-chosen_list     int32 [rows, splits, capacity]      slots that a program of `attend` has read
-list_count      int32 [rows, splits]                how many; -1: the row has read all keys
-marks           uint8 [rows, slots]                 written: 1 for these slots
-longest         float32 [rows, splits]              written: largest squared length of their keys
+"""Certificates: the share of the softmax that may be unread.
 
 `certify`, grid (rows,):
 
 unread          float32 [rows, bound_tiles, ROWS]   log2 of what programs of `bound_unread` found
-longest, list_count                                 see `mark_read`
+longest, list_count                                 see decode/mark_read.py.jinja
 partial_top, partial_sum    float32 [rows, splits, GROUP]   what was read, see `combine`
 header          int32 [1 + B]                       1 if the index is trusted
 missed          float32 [rows, GROUP]               written: upper bounds of the share not read
@@ -27,40 +20,12 @@ import triton.language as tl
 if TYPE_CHECKING:
     from lychee_compile.codegen.triton_lib.decode import load_queries
     from lychee_compile.codegen.triton_lib.names import (
-        DIM,
         EPSILON,
         GROUP,
-        HEAD_DIM,
         ROWS,
         SLACK,
         SLOPE,
     )
-
-
-@triton.jit
-def mark_read(
-    chosen_list, list_count, capacity, marks, longest, slots,
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    kv_heads, query_len, splits, KEYS: tl.constexpr,
-):
-    """Mark the slots that one program has read, and store the largest squared length of keys."""
-    head_row, split = tl.program_id(0), tl.program_id(1)
-    kv_head, b = head_row % kv_heads, head_row // kv_heads // query_len
-    d, mine = tl.arange(0, DIM), head_row.to(tl.int64) * splits + split
-    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-    marks += head_row.to(tl.int64) * slots
-    count, most = tl.load(list_count + mine), tl.full([], 0.0, tl.float32)
-    for start in range(0, count, KEYS):
-        number = start + tl.arange(0, KEYS)
-        slot = tl.load(chosen_list + mine * capacity + number, mask=number < count, other=0)
-        tl.store(marks + slot, tl.full([KEYS], 1, tl.uint8), mask=number < count)
-        keys = tl.load(
-            key + slot.to(tl.int64)[:, None] * key_stride_l + d[None, :] * key_stride_d,
-            mask=(number < count)[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-        ).to(tl.float32)
-        squares = tl.sum(keys * keys, 1)
-        most = tl.maximum(most, tl.max(tl.where(squares == squares, squares, float("inf")), 0))
-    tl.store(longest + mine, most)
 
 
 @triton.jit

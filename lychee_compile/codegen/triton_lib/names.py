@@ -32,6 +32,10 @@ BINS: tl.constexpr
 """Bins of a histogram of shares."""
 LAST_BIN: tl.constexpr
 """The share that the last bin stands for, in eighths of an octave."""
+LUCKIEST: tl.constexpr
+"""Bins that luck raises a drawn key by, at most."""
+SLOT_BITS: tl.constexpr
+"""Bits of a slot in a list of drawn keys."""
 MAY_MISS: tl.constexpr
 """Share of the softmax that may be left out, of a choice by mass."""
 EPSILON: tl.constexpr

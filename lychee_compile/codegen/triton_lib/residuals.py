@@ -4,11 +4,9 @@ A key is k = centre + A^T x + e with the axes A as rows, coordinates x of its sk
 For any c and f with e = A^T c + f, and for any query, q.e = (A q).(c + A f) + (q - A^T A q).f: this
 holds for axes that are not orthonormal too. Cauchy and Schwarz bound both terms by lengths.
 
-`measure`, grid (B * Hkv, programs of 64 slots); see `encode` in encode.py for what it shares:
+`measure` and `measure_new`, templates of the folder lychee, store them for keys:
 
-residual        float32 [B, Hkv, slots, 2]          written: lengths of c + A f and of f, rounded up
-
-`measure_new`, grid (B * Hkv,), does the same for the slots that a step has written, `positions`.
+residual        float32 [B, Hkv, slots, 2]          lengths of c + A f and of f, rounded up
 
 `weigh_blocks`, grid (rows, blocks):
 
@@ -96,63 +94,6 @@ def store_residuals(keys, fine, coarse, axes, centre, step, block, residual, at,
     outside = tl.where(outside == outside, outside, float("inf"))
     tl.store(residual + at * 2, coarser, mask=inside)
     tl.store(residual + at * 2 + 1, outside, mask=inside)
-
-
-@triton.jit(do_not_specialize=["begin", "end"])
-def measure(
-    key, stride_b, stride_h, stride_l, stride_d, fine, coarse, axes, centre, step, residual,
-    begin, end, slots, kv_heads, blocks, BLOCK: tl.constexpr,
-):
-    """Measure the sketches in the slots [begin, end), 64 a program; begin is a multiple of 64."""
-    space = tl.program_id(0)
-    first = begin + tl.program_id(1) * 64
-    block, d = space.to(tl.int64) * blocks + first // BLOCK, tl.arange(0, DIM)
-    place = key + (space // kv_heads).to(tl.int64) * stride_b
-    place += (space % kv_heads).to(tl.int64) * stride_h
-    for part in range(4):
-        slot = first + part * 16 + tl.arange(0, 16)
-        inside = slot < end
-        keys = tl.load(
-            place + slot.to(tl.int64)[:, None] * stride_l + d[None, :] * stride_d,
-            mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-        )
-        at = space.to(tl.int64) * slots + slot
-        store_residuals(keys, fine, coarse, axes, centre, step, block, residual, at, inside)
-
-
-@triton.jit
-def measure_new(
-    key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    fine, coarse, axes, centre, step, residual,
-    positions, position_stride_b, position_stride_t, written, slots, kv_heads, blocks, kv_len,
-    BLOCK: tl.constexpr,
-):
-    """Measure the sketches of the keys that this step has written.
-
-    A block that has just begun has other axes than before: what it had is of no use.
-    """
-    space = tl.program_id(0)
-    b, kv_head = space // kv_heads, space % kv_heads
-    row, d = tl.arange(0, 16), tl.arange(0, DIM)
-    key += b.to(tl.int64) * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-    for number in range(written):
-        slot = tl.load(positions + b * position_stride_b + number * position_stride_t).to(tl.int32)
-        slot = tl.where(slot < 0, slot + kv_len, slot)
-        if slot % BLOCK == 0:
-            for start in range(1, BLOCK, 1024):
-                other = start + tl.arange(0, 1024)
-                held = (other < BLOCK) & (slot + other < slots)
-                into = residual + (space.to(tl.int64) * slots + slot + other) * 2
-                tl.store(into, tl.full([1024], float("inf"), tl.float32), mask=held)
-        tl.debug_barrier()
-        inside = row == 0
-        keys = tl.load(
-            key + slot.to(tl.int64) * key_stride_l + row[:, None] * 0 + d[None, :] * key_stride_d,
-            mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-        )
-        block = space.to(tl.int64) * blocks + slot // BLOCK
-        at = space.to(tl.int64) * slots + slot + row * 0
-        store_residuals(keys, fine, coarse, axes, centre, step, block, residual, at, inside)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
+from lychee_compile.kernels.gpu.common.record import compare_keys
 from lychee_compile.kernels.gpu.methods import notices_writes, settings_of
 from lychee_compile.kernels.host_memory import near
 from lychee_compile.kernels.index_log import indexing
@@ -61,8 +63,9 @@ class CacheUse:
 
     kernel: str
     """Name of the generated module that attends to the cache."""
-    keys: Callable[[Tensor], Tensor]
-    """Views the cache as keys [B, Hkv, L, D]."""
+    keys: Callable[..., Tensor]
+    """Views the cache as keys [B, Hkv, L, D]. If keys are computed from more tensors, these are
+    further arguments."""
     written: int
     """Number of tokens that a call writes; 0 if the graph only reads."""
     layout: IndexLayout | None
@@ -111,6 +114,8 @@ class IndexLifecycle(ABC):
         """Number of calls after which the index was last known to be trusted by kernels."""
         self._header_read: _AsyncRead | None = None
         """The header on its way from the device."""
+        self._changed = False
+        """True if all keys are to be compared before the next call."""
 
     @property
     def trusted(self) -> bool:
@@ -135,8 +140,29 @@ class IndexLifecycle(ABC):
             self._revoke()
         self._calls = 0
 
-    def after_call(self, cache: Tensor, use: CacheUse) -> None:
-        """Build or refit the index if that is due, now that a graph has run on `cache`."""
+    def recheck(self) -> None:
+        """Compare all keys before the next call: what they are computed from has changed."""
+        self._changed = self.trusted
+
+    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+        """Let the device compare all keys if something beside `cache` has changed.
+
+        `beside` are the other tensors that keys are computed from. If a key has changed, kernels
+        read all keys from now on, and the host learns of it after the call.
+        """
+        changed, self._changed = self._changed, False
+        if changed and self.trusted and self.index is not None:
+            parts = self.index.parts._asdict()
+            with torch.cuda.device_of(cache):
+                key = use.keys(cache, *beside)
+                compare_keys(load(use.kernel), key, parts["header"], parts["fingerprints"])
+            self._next_look = self._calls + 1
+
+    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor] = ()) -> None:
+        """Build or refit the index if that is due, now that a graph has run on `cache`.
+
+        `beside` are the other tensors that keys are computed from.
+        """
         self._calls += 1
         if self.trust is Trust.TRUSTED:
             due = self._header_read is not None or self._calls >= self._next_look
@@ -144,10 +170,12 @@ class IndexLifecycle(ABC):
             due = self.trust is Trust.DISTRUSTED and self._calls > self._calls_to_wait
         if due:
             with torch.cuda.device_of(cache):
-                self._work(cache, use)
+                self._work(cache, use, beside)
 
     def delay_build(self) -> None:
-        """Build the index only if a second call comes."""
+        """Build the index only if a second call comes, and distrust an index that exists."""
+        if self.trusted:
+            self.distrust()
         self._calls_to_wait = max(self._calls_to_wait, 1)
 
     def give_up(self) -> None:
@@ -171,12 +199,14 @@ class IndexLifecycle(ABC):
         if self.index is not None:
             self.index.distrust()
 
-    def _work(self, cache: Tensor, use: CacheUse) -> None:
+    def _work(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+        shown = partial(use.keys, cache, *beside)
         try:
             if not self.trusted:
-                self._build(use.keys(cache), use)
+                self._build(shown(), use)
+                self._plan_look(cache)
             elif self._header_read is not None:
-                self._look(cache, use, self._header_read)
+                self._look(cache, use, shown, self._header_read)
             elif self.index is not None:
                 self._header_read = _AsyncRead(self.index.parts.header, self._calls)
         except torch.OutOfMemoryError:
@@ -197,18 +227,23 @@ class IndexLifecycle(ABC):
         # The layers of a model are built in the same call, and refitted in different ones.
         self._next_refit = after + self._turn * REFIT_STRIDE % max(after // 2, 1)
         self._sound_calls = 0
-        self._plan_look(key)
 
-    def _plan_look(self, key: Tensor) -> None:
+    def _plan_look(self, cache: Tensor) -> None:
         """Decide at which call the header is read next."""
         self._next_look = self._next_refit
         if self.notices_writes:
-            every = LOOK_INFERENCE if key.is_inference() else LOOK
+            every = LOOK_INFERENCE if cache.is_inference() else LOOK
             # Layers look in different calls.
             look = self._calls + every - (self._calls + self._turn) % every
             self._next_look = min(look, self._next_refit)
 
-    def _look(self, cache: Tensor, use: CacheUse, header_read: _AsyncRead) -> None:
+    def _look(
+        self,
+        cache: Tensor,
+        use: CacheUse,
+        shown: Callable[[], Tensor],
+        header_read: _AsyncRead,
+    ) -> None:
         """Distrust or refit the index by its header, once that has arrived."""
         header_read.written += use.written
         if not header_read.has_arrived():
@@ -219,10 +254,10 @@ class IndexLifecycle(ABC):
             self._lose(self._sound_calls)
             return
         self._sound_calls = header_read.calls
-        key = use.keys(cache)
         if header_read.calls >= self._next_refit:
+            key = shown()
             self._refit(key, use, ends[: key.shape[0]], header_read.written)
-        self._plan_look(key)
+        self._plan_look(cache)
 
     def _refit(self, key: Tensor, use: CacheUse, seen: list[int], written: int) -> None:
         """Fit the newest block anew; `seen` are the ends of rows, `written` tokens ago at most."""

@@ -90,6 +90,14 @@ def certifies(policy: str) -> bool:
     return bool(getattr(gpu_method(policy), "certifies", False))
 
 
+def computes_keys(policy: str) -> bool:
+    """Return True if a policy's kernels can compute keys from what is stored.
+
+    A method says so by an attribute `computes_keys`; without one they read stored keys alone.
+    """
+    return bool(getattr(gpu_method(policy), "computes_keys", False))
+
+
 def measures_for_certificates(policy: str) -> bool:
     """Return True if the index of a policy has parts that modules with certificates alone need."""
     return isinstance(gpu_method(policy), LycheeMethod)

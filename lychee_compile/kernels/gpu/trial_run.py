@@ -19,6 +19,7 @@ from lychee_compile.kernels.gpu.common.launch_exact import run_exact
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
+from lychee_compile.kernels.gpu.common.record import compare_keys
 from lychee_compile.kernels.gpu.methods import layout_for, method_of_kernel, new_index
 from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget
 from lychee_compile.kernels.gpu.prefill.listed import (
@@ -27,6 +28,8 @@ from lychee_compile.kernels.gpu.prefill.listed import (
     listed_config,
 )
 from lychee_compile.kernels.gpu.prefill.ranked import run_by_kernels
+from lychee_compile.kernels.reference.loaded_tensor import LoadedTensor
+from lychee_compile.kernels.reference.loads import Load
 
 ENOUGH = 4096
 """Most keys, and most queries, of a trial prefill: kernels are compiled for any length."""
@@ -67,6 +70,12 @@ class TrialCall:
     """Number of tokens that the call writes."""
     tiles: bool = False
     """True if it is a prefill whose tiles select keys."""
+    key_parts: tuple[TensorForm, ...] = ()
+    """Tensors that keys are computed from, if kernels do that."""
+    value_parts: tuple[TensorForm, ...] = ()
+    """Tensors that values are computed from, likewise."""
+    key_load: str = ""
+    """Expression of keys of `key_parts`, as `kernels.reference.loads` evaluates it."""
 
     def operands(self) -> AttentionOperands:
         """Return operands of this form, full of zeros."""
@@ -77,7 +86,17 @@ class TrialCall:
             [each.stand_in() for each in self.captured],
             None if self.extra is None else self.extra.stand_in(),
             None if self.extra_value is None else self.extra_value.stand_in(),
+            [each.stand_in() for each in self.key_parts],
+            [each.stand_in() for each in self.value_parts],
         )
+
+    def shown_key(self, operands: AttentionOperands) -> Tensor:
+        """Return the keys of operands as an index is built from them."""
+        if not self.key_parts:
+            return operands.key
+        batch, heads, length, head_dim = self.key.shape
+        shape, parts = (batch, heads, length, head_dim), tuple(operands.key_parts)
+        return LoadedTensor.of(Load(self.key_load, self.key.dtype, parts, shape))
 
 
 def try_kernels(call: TrialCall) -> None:
@@ -125,12 +144,15 @@ def _shortened(operands: AttentionOperands) -> AttentionOperands:
 
 def _run_sparse(call: TrialCall, module: ModuleType, operands: AttentionOperands) -> None:
     """Run one step of decoding over an index of the first key of each row."""
-    method, key = method_of_kernel(call.kernel), operands.key
+    method, key = method_of_kernel(call.kernel), call.shown_key(operands)
     index = new_index(layout_for(call.kernel, key), key.device)
     index.build(module, key, [1] * key.shape[0])
     written = torch.arange(key.shape[2] - call.written, key.shape[2], device=key.device)
     positions = written if call.written else None
     method.run(module, operands, IndexOperands(index.layout, index.parts, positions))
+    if call.key_parts:
+        parts = index.parts._asdict()
+        compare_keys(module, key, parts["header"], parts["fingerprints"])
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

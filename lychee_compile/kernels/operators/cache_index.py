@@ -130,7 +130,8 @@ class CacheIndex:
         # Rows of packed requests wrap too, but may still grow.
         full = wraps & ((index.end == end) | (index.tail == index.start))
         index.newest = None
-        index.fresh = torch.where(wraps, end, positions.min(1).values)
+        index.step = positions.min(1).values
+        index.fresh = torch.where(wraps, end, index.step)
         if bool(held.any()):
             index.rewrite(key, torch.where(held, positions, -1))
         index.extend(key, end)

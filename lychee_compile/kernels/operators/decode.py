@@ -19,7 +19,7 @@ from lychee_compile.kernels.gpu.common.autotune import autotune
 from lychee_compile.kernels.gpu.common.certificate import certifies, missed_of
 from lychee_compile.kernels.gpu.common.launch_common import log_weight
 from lychee_compile.kernels.gpu.common.launch_exact import log_weight_of_all, run_exact
-from lychee_compile.kernels.gpu.common.launch_sparse import has_chosen, slots_read, watch
+from lychee_compile.kernels.gpu.common.launch_sparse import draws, has_chosen, slots_read, watch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
@@ -51,7 +51,7 @@ def exact_decode(
     `value` is [B, Hkv, L, Dv]; `extra`, broadcastable to [B, Hq, T], is the logit of a key without
     a value.
     """
-    return _exact(kernel, AttentionOperands(query, key, value, captured, extra))
+    return run_exact_kernel(kernel, AttentionOperands(query, key, value, captured, extra))
 
 
 exact_decode.register_fake(fake_output)
@@ -81,7 +81,7 @@ def sparse_decode(
     layout = layout_for(kernel, key)
     index = IndexOperands(layout, layout.views(state), positions)
     operands = AttentionOperands(query, key, value, captured, extra, extra_value)
-    return _sparse(kernel, operands, index, site)
+    return run_sparse_kernel(kernel, operands, index, site)
 
 
 sparse_decode.register_fake(fake_output)
@@ -113,14 +113,17 @@ def growing_sparse_decode(
     operands = AttentionOperands(query, key, value, captured, extra, extra_value)
     if index is None:
         kernels_told.set()
-        return _exact(kernel, operands)
-    return _sparse(kernel, operands, IndexOperands(index.layout, index.parts, positions), site)
+        return run_exact_kernel(kernel, operands)
+    return run_sparse_kernel(
+        kernel, operands, IndexOperands(index.layout, index.parts, positions), site
+    )
 
 
 growing_sparse_decode.register_fake(fake_output)
 
 
-def _exact(kernel: str, operands: AttentionOperands) -> Tensor:
+def run_exact_kernel(kernel: str, operands: AttentionOperands) -> Tensor:
+    """Return attention over all visible keys by a generated module."""
     module = load(kernel)
     run = partial(run_exact, module, operands)
     with torch.cuda.device_of(operands.query):
@@ -128,7 +131,10 @@ def _exact(kernel: str, operands: AttentionOperands) -> Tensor:
         return run()
 
 
-def _sparse(kernel: str, operands: AttentionOperands, index: IndexOperands, site: str) -> Tensor:
+def run_sparse_kernel(
+    kernel: str, operands: AttentionOperands, index: IndexOperands, site: str
+) -> Tensor:
+    """Return attention over the best keys by a generated module, and index new keys."""
     module = load(kernel)
     run = partial(gpu_method(module.POLICY).run, module, operands, index)
     with torch.cuda.device_of(operands.query):
@@ -152,7 +158,7 @@ def _observed(
         warn_of_recording()  # a method that launches all by itself
     elif has_chosen(steps[-1]):
         log_all = partial(log_weight_of_all, module, operands)
-        log_read = log_weight(operands, steps[-1].scratch)
+        log_read = None if draws(module) else log_weight(operands, steps[-1].scratch)
         missed = missed_of(operands, steps[-1].scratch) if certifies(module) else None
         call = KernelCall(site, slots_read(steps[-1]), log_read, log_all, missed)
         for observer in kernel_observers:

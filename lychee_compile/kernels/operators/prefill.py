@@ -48,6 +48,7 @@ def sparse_prefill(
     softcap: float | None,
     policy: str,
     budget: float,
+    coverage: float | None,
     sinks: int,
     recent: int,
     epsilon: float | None,
@@ -64,7 +65,8 @@ def sparse_prefill(
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     if operands.kv_len < shortest:
         return _dense(operands, causal).contiguous()
-    config = PrefillConfig(prefill_choice(policy), budget, sinks, recent, epsilon, shortest)
+    choice = prefill_choice(policy)
+    config = PrefillConfig(choice, budget, sinks, recent, epsilon, shortest, coverage)
     result = prefill_attention(operands, config, causal, order, keep_read=bool(prefill_observers))
     for observer in prefill_observers:
         observer(PrefillCall(site, operands, causal, order, result))
@@ -85,6 +87,7 @@ def tiled_prefill(
     plain: str,
     scale: float,
     budget: float,
+    coverage: float | None,
     shortest: int,
     kernel: str,
 ) -> Tensor:
@@ -97,7 +100,7 @@ def tiled_prefill(
     if (easy := _without_choice(query, key, value, plain, scale, shortest)) is not None:
         return easy
     module, operands = load(kernel), _in_order(query, key, value, captured, extra, order)
-    read = PrefillBudget(budget, shortest, own=order is None)
+    read = PrefillBudget(budget, shortest, coverage, own=order is None)
     run = partial(run_by_kernels, module, operands, read)
     with torch.cuda.device_of(query):
         autotune(module, PREFILL, run, operands)
@@ -127,7 +130,7 @@ def listed_prefill(
 ) -> Tensor:
     """Run `sparse_prefill`, choosing in PyTorch and attending by the generated module `kernel`.
 
-    The arguments are those of `tiled_prefill`.
+    The arguments are those of `tiled_prefill`, but for the coverage: such policies draw no keys.
     """
     if (easy := _without_choice(query, key, value, plain, scale, shortest)) is not None:
         return easy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -46,6 +46,10 @@ class ReferenceCacheIndex:
         if self.cache is not None:
             self.cache.distrust()
 
+    def recheck(self) -> None:
+        """Compare the keys before the next use: what they are computed from has changed."""
+        self.distrust()
+
     def delay_build(self) -> None:
         """Build the index of a new cache only if a second call comes."""
         self._calls_to_wait = 1
@@ -55,7 +59,10 @@ class ReferenceCacheIndex:
         self.waits = self._calls_to_wait > 0
         self._calls_to_wait = 0
 
-    def after_call(self, cache: Tensor, use: CacheUse) -> None:
+    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+        """Do nothing: the operators compare keys themselves."""
+
+    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor] = ()) -> None:
         """Do nothing: the operators have brought the index up to date."""
 
 

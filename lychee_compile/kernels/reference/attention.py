@@ -66,27 +66,43 @@ def _grouped_attention(operands: Operands) -> Tensor:
 def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
     """Attend to the selected keys alone, with the mask and bias of the original call.
 
-    Returns the output [B, Hq, Tq, Dv] in the query's dtype and the log-sum-exp of its scores,
-    float32 [B, Hq, Tq]. A query that may see nothing gets zeros, as PyTorch's own attention gives.
-    Computed in float32, or in float64 for float64 queries.
+    Returns the output [B, Hq, Tq, Dv] in the query's dtype and the log-sum-exp of the scores that
+    are read, float32 [B, Hq, Tq]. In the output a token counts as often as the selection says; in
+    the log-sum-exp each counts once, so that it is less than that of all keys. A query that may see
+    nothing gets zeros, as PyTorch's own attention gives. Computed in float32, or in float64 for
+    float64 queries.
     """
-    query, value = operands.query, operands.value
-    batch, query_heads, query_len, _ = query.shape
-    heads = operands.key.shape[1]
     slot, padding = slots_read(selection)
-    work = torch.promote_types(query.dtype, torch.float32)
+    work = torch.promote_types(operands.query.dtype, torch.float32)
     score = scores_at(operands.score_inputs, selection.visible, slot, padding, work)
-    weight, log_total = score.softmax(-1), score.logsumexp(-1)
+    log_read = log_counted = score.logsumexp(-1)
+    if selection.log_weight is not None:
+        score = score + selection.token_log_weight()[..., None, :].to(work)
+        log_counted = score.logsumexp(-1)
+    nothing = (log_counted == -torch.inf)[..., None]
+    output = (score.softmax(-1) @ rows_at(operands.value, slot).to(work)).masked_fill(nothing, 0)
+    output, log_read, log_counted = map(_by_query_head, (output, log_read, log_counted))
     if operands.extra is not None:
-        wide = operands.extra.to(work).expand(batch, query_heads, query_len)
-        log_keys, wide = log_total, wide.unflatten(1, (heads, -1)).transpose(2, 3)
-        log_total = torch.logaddexp(log_keys, wide)
-        weight = weight * (log_keys - log_total).exp()[..., None]
-    nothing = (score == -torch.inf).all(-1)
-    output = (weight @ rows_at(value, slot).to(work)).masked_fill(nothing[..., None], 0)
-    output = output.transpose(2, 3).reshape(batch, query_heads, query_len, -1)
-    log_total = log_total.transpose(2, 3).flatten(1, 2)
-    if operands.extra is not None and operands.extra_value is not None:
-        share = (operands.extra - log_total).exp().nan_to_num(0)  # -inf - -inf: nothing is seen
-        output = output + share[..., None] * operands.extra_value
-    return output.to(query.dtype), log_total.float()
+        extra = operands.extra.to(work)
+        output = _beside_extra(output, log_counted, extra, operands.extra_value)
+        log_read = torch.logaddexp(log_read, extra)
+    return output.to(operands.query.dtype), log_read.float()
+
+
+def _by_query_head(values: Tensor) -> Tensor:
+    """Return values [B, Hkv, Tq, G, ...] as [B, Hq, Tq, ...]."""
+    return values.transpose(2, 3).flatten(1, 2)
+
+
+def _beside_extra(
+    output: Tensor, log_sum: Tensor, extra: Tensor, extra_value: Tensor | None
+) -> Tensor:
+    """Return the output [B, Hq, Tq, Dv] over keys, and over one more of the logit `extra`.
+
+    `log_sum`, [B, Hq, Tq], is the log-sum-exp of the keys. Without a value that key adds nothing.
+    """
+    log_total = torch.logaddexp(log_sum, extra)
+    # -inf - -inf: nothing is seen
+    of_keys, of_extra = ((each - log_total).exp().nan_to_num(0) for each in (log_sum, extra))
+    output = output * of_keys[..., None]
+    return output if extra_value is None else output + of_extra[..., None] * extra_value

@@ -23,7 +23,7 @@ from lychee_compile.kernels.reference.chunk_table import (
     summarise_chunks,
 )
 from lychee_compile.kernels.reference.level_values import bound
-from lychee_compile.kernels.reference.question import Question, Runs
+from lychee_compile.kernels.reference.question import Choice, Question, Runs
 from lychee_compile.kernels.reference.runs import packed
 from lychee_compile.kernels.reference.uneven_index import UnevenIndex, empty_columns, with_room
 
@@ -167,7 +167,7 @@ class ChunkIndex(UnevenIndex):
         lengths = lengths.clamp(min=0)
         return torch.where(lengths > 0, torch.cat((first, tail), 1), 0), lengths
 
-    def choose(self, question: Question) -> Runs:
+    def choose(self, question: Question) -> Choice:
         """Return the best chunks, the last of them cut to the budget."""
         assert self.config.budget is not None
         return self.best_chunks(question, self.config.budget, question.room, covers=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.reference.question import Question, Runs
+from lychee_compile.kernels.reference.question import Choice, Question
 from lychee_compile.kernels.reference.strengths import StrengthTrack
 
 
@@ -49,6 +49,10 @@ class KVIndex(abc.ABC):
         not wrap, any slot behind its last one. None: no row wraps."""
         self.fresh: Tensor | None = None
         """First slot that the last step wrote, int64 [B]; None: the index is used without steps."""
+        self.step: Tensor | None = None
+        """Least slot that the last step wrote, int64 [B], also in a cache that wraps. Tokens that
+        are drawn by chance have another luck at another step. None: the index is used without
+        steps."""
 
     @abc.abstractmethod
     def extend(self, key: Tensor, end: Tensor) -> None:
@@ -58,7 +62,7 @@ class KVIndex(abc.ABC):
         """
 
     @abc.abstractmethod
-    def choose(self, question: Question) -> Runs:
+    def choose(self, question: Question) -> Choice:
         """Return the tokens that matter most to each query, as runs of slots."""
 
     @abc.abstractmethod

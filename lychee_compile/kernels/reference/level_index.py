@@ -19,7 +19,7 @@ from lychee_compile.kernels.reference.dominant_pairs import (
 )
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.level_values import bound, estimate, summaries
-from lychee_compile.kernels.reference.question import Question, Runs, group_mass
+from lychee_compile.kernels.reference.question import Choice, Question, Runs, group_mass
 
 SUMMARISED_AT_ONCE = 32768
 """Number of keys that are summarised at a time, to bound the memory of building."""
@@ -124,7 +124,7 @@ class LevelIndex(KVIndex):
                 self.full[number] = full
         self.tail = torch.where(rows, self.end, self.tail)
 
-    def choose(self, question: Question) -> Runs:
+    def choose(self, question: Question) -> Choice:
         """Return the best groups of the last level, within the best of those above it."""
         if not self.stack.levels:
             begin = question.end[:, None, :, None].expand(*question.room.shape, 1)

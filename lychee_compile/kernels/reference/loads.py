@@ -4,7 +4,8 @@
 
 Names in an expression: `b`, `h`, `kv` and `d` are row, KV head, token and channel. `at(n, ...)` is
 a number of the n-th tensor, in float32 at least. `entry(n, ...)` is an integer as it is, as a table
-of pages holds them. `where` and the operators of Python are those of PyTorch.
+of pages holds them. `bits(n, ...)` is one in 64 bits, of which a part is taken. `where` and the
+operators of Python are those of PyTorch.
 """
 
 from __future__ import annotations
@@ -86,13 +87,18 @@ class _Reading:
 
     def result(self) -> Tensor:
         """Return the numbers, in the dtype of the load; sizes that they do not depend on are 1."""
-        names = {**self._places, "at": self._at, "entry": self._entry, "where": _where}
+        readers = {"at": self._at, "entry": self._entry, "bits": self._bits}
+        names = {**self._places, **readers, "where": _where}
         found = eval(_compiled(self._load.expression), {"__builtins__": {}}, names)
         return found[(None,) * (4 - found.dim())].to(self._load.dtype)
 
     def _at(self, number: int, *places: Any) -> Tensor:
         """Return numbers of a tensor in float32 at least."""
         return self._entry(number, *places).to(self._work)
+
+    def _bits(self, number: int, *places: Any) -> Tensor:
+        """Return integers of a tensor in 64 bits."""
+        return self._entry(number, *places).long()
 
     def _entry(self, number: int, *places: Any) -> Tensor:
         """Return entries of a tensor at places, each an int or a tensor."""

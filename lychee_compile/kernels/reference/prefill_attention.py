@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.certificate import bounded_share
+from lychee_compile.kernels.reference.drawing import Drawn, draws_keys
 from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.operands import Operands
-from lychee_compile.kernels.reference.prefill_question import PrefillChoice, PrefillQuestion
+from lychee_compile.kernels.reference.prefill_question import (
+    PrefillChoice,
+    PrefillQuestion,
+    as_drawn,
+)
 from lychee_compile.kernels.reference.scores import rows_at
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.tiles import Sight, TileSight, tile_sight
@@ -40,6 +45,9 @@ class PrefillConfig:
     a certificate proves it. None: the budget is kept and nothing is proved."""
     shortest: int = 0
     """Number of keys below which a tile reads all that it sees."""
+    coverage: float | None = None
+    """Share of the estimated softmax over the candidates at which a policy that draws keys ends,
+    see `PrefillQuestion.draw`. None: at the budget alone."""
 
     def room(self, sight: TileSight, heads: int) -> Tensor:
         """Return how many keys may be chosen, int64 [B or 1, heads, tiles], by what tiles see."""
@@ -58,7 +66,9 @@ class PrefillResult:
     output: Tensor
     """[B, Hq, T, Dv], in the dtype of the queries."""
     log_sum: Tensor
-    """Log-sum-exp of the scores read, float32 [B, Hq, T]."""
+    """Log-sum-exp of the scores read, float32 [B, Hq, T]; drawn keys count for others too."""
+    log_read: Tensor
+    """The same, with each key that is read counted once."""
     certificate: Tensor
     """Upper bound of the share of the softmax that was not read, float32 [B, Hq, T]; 1 if nobody
     asked for it."""
@@ -93,17 +103,18 @@ def prefill_attention(
         certify or config.epsilon is not None,
     )
     slices = [
-        attention.some_tiles(begin, min(begin + AT_ONCE * QUERY_TILE, query_len))[: 3 + keep_read]
+        attention.some_tiles(begin, min(begin + AT_ONCE * QUERY_TILE, query_len))[: 4 + keep_read]
         for begin in range(0, query_len, AT_ONCE * QUERY_TILE)
     ]
-    output, log_sum, certificate, *kept = (torch.cat(part, 2) for part in zip(*slices, strict=True))
+    parts = [torch.cat(part, 2) for part in zip(*slices, strict=True)]
+    read = parts.pop() if keep_read else None
     if order is not None:
         back = order.argsort()
-        output, log_sum, certificate = (
-            each.index_select(2, back) for each in (output, log_sum, certificate)
-        )
-    read = kept[0] if kept else None
-    return PrefillResult(output.to(operands.query.dtype), log_sum.float(), certificate, read)
+        parts = [each.index_select(2, back) for each in parts]
+    output, log_sum, log_read, certificate = parts
+    return PrefillResult(
+        output.to(operands.query.dtype), log_sum.float(), log_read.float(), certificate, read
+    )
 
 
 def _reordered(operands: Operands, order: Tensor) -> Operands:
@@ -136,20 +147,21 @@ class _Attention:
         """Facts of the keys that the policy has worked out."""
         return {}
 
-    def some_tiles(self, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return output, log-sum-exp, certificates and keys read of the queries [begin, end)."""
+    def some_tiles(self, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return what `PrefillResult` holds, in its order, of the queries [begin, end)."""
         question = self._question(begin, end)
         always = question.sight.always.expand_as(question.candidates)
         choose, room = self.config.choice, question.room
         while True:
-            read = always | choose(replace(question, room=room))
-            output, log_sum = self._attend(begin, end, read)
+            drawn = as_drawn(choose(replace(question, room=room)))
+            read = always | drawn.read
+            output, log_sum, log_read = self._attend(begin, end, replace(drawn, read=read))
             share = torch.ones_like(log_sum, dtype=torch.float32)
             if self.certify:
                 share = self._missed(begin, end, question, ~read, log_sum)
             failing = _failing(share, self.config.epsilon) & (room < read.shape[-1])
             if not bool(failing.any()):
-                return output, log_sum, share, read
+                return output, log_sum, log_read, share, read
             room = torch.where(failing, 2 * room + QUERY_TILE, room)
 
     def _question(self, begin: int, end: int) -> PrefillQuestion:
@@ -163,21 +175,23 @@ class _Attention:
             softcap=operands.softcap,
             sight=sight,
             room=config.room(sight, heads).expand(batch, -1, -1),
+            draws=not self.certify and draws_keys(config.budget, operands.kv_len),
+            coverage=config.coverage,
             facts=self.facts,
         )
 
-    def _attend(self, begin: int, end: int, read: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the output [B, Hq, end - begin, Dv] and its log-sum-exp [B, Hq, end - begin]."""
+    def _attend(self, begin: int, end: int, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output [B, Hq, end - begin, Dv] and both log-sum-exps [B, Hq, end - begin]."""
         parts = [
-            self._attend_tile(first, min(first + QUERY_TILE, end), read[:, :, tile])
+            self._attend_tile(first, min(first + QUERY_TILE, end), drawn.of_tile(tile))
             for tile, first in enumerate(range(begin, end, QUERY_TILE))
         ]
-        outputs, sums = zip(*parts, strict=True)
-        return torch.cat(outputs, 2), torch.cat(sums, 2)
+        outputs, sums, sums_read = zip(*parts, strict=True)
+        return torch.cat(outputs, 2), torch.cat(sums, 2), torch.cat(sums_read, 2)
 
-    def _attend_tile(self, first: int, last: int, read: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend from the queries [first, last) to the keys where `read`, bool [B, Hq, L]."""
-        operands = self.operands
+    def _attend_tile(self, first: int, last: int, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend from the queries [first, last) to the keys of their tile."""
+        operands, read = self.operands, drawn.read
         query_len = operands.query.shape[2]
         work = torch.promote_types(operands.query.dtype, torch.float32)
         batch, heads, _ = read.shape
@@ -194,13 +208,16 @@ class _Attention:
         if bias is not None:
             score = score + self._at(bias, slot).to(work)
         score = score.masked_fill(~seen, -torch.inf)
-        log_sum = score.logsumexp(-1)
+        extra = None
         if operands.extra is not None:
-            wide = operands.extra.to(work).expand(batch, heads, query_len)
-            log_sum = torch.logaddexp(log_sum, wide[:, :, first:last])
+            extra = operands.extra.to(work).expand(batch, heads, query_len)[:, :, first:last]
+        log_read = log_sum = _log_sum(score, extra)
+        if drawn.log_weight is not None:
+            score = score + drawn.log_weight.gather(-1, slot)[:, :, None].to(work)
+            log_sum = _log_sum(score, extra)
         nothing = log_sum == -torch.inf
         weight = (score - log_sum.masked_fill(nothing, 0)[..., None]).exp()
-        return (weight @ values).masked_fill(nothing[..., None], 0), log_sum
+        return (weight @ values).masked_fill(nothing[..., None], 0), log_sum, log_read
 
     def _at(self, rows: Tensor, slot: Tensor) -> Tensor:
         """Return rows [B or 1, Hq or 1, P, L] at the slots [B, Hq, S]: [B, Hq, P, S]."""
@@ -231,6 +248,12 @@ class _Attention:
         head_dim = self.operands.query.shape[-1]
         share = bounded_share(log_unread, log_sum.float(), scale, reach, head_dim)
         return share.masked_fill(~self.sight.rows(begin, end).any(-1), 0)
+
+
+def _log_sum(score: Tensor, extra: Tensor | None) -> Tensor:
+    """Return the log-sum-exp of scores [..., S] and of an extra logit [...]."""
+    log_sum = score.logsumexp(-1)
+    return log_sum if extra is None else torch.logaddexp(log_sum, extra)
 
 
 def _failing(share: Tensor, epsilon: float | None) -> Tensor:

@@ -9,6 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.reference.drawing import (
+    UNSEEN,
+    Drawn,
+    covering_bin,
+    log_weight,
+    luck_of,
+    share_bins,
+)
 from lychee_compile.kernels.reference.key_groups import KeyGroups, keys_before, standing
 from lychee_compile.kernels.reference.nodes import Nodes
 from lychee_compile.kernels.reference.softcap import capped
@@ -34,6 +42,12 @@ class PrefillQuestion:
     """Keys that the tiles see."""
     room: Tensor
     """Number of keys that may be chosen, int64 [B, Hq, tiles]."""
+    draws: bool = False
+    """True if keys of small shares may be drawn by chance, so that those read stand for others.
+
+    It is False if a certificate is asked for, and on a GPU if a function chooses in PyTorch."""
+    coverage: float | None = None
+    """Share of the estimated softmax over the candidates at which `draw` ends; None: the room."""
     facts: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     """Results of `once`; all questions of one prefill share them."""
 
@@ -110,6 +124,28 @@ class PrefillQuestion:
         taken = above | (level & (level.cumsum(-1, dtype=torch.int32) <= left))
         return taken & self.candidates & (self.room > 0)[..., None]
 
+    def draw(self, log_share: Tensor) -> Drawn:
+        """Return the candidates that are read by their log shares [B, Hq, tiles, L], see `drawing`.
+
+        As many as there is room for are read. With a coverage they are fewer if the keys that are
+        read whatever their luck hold so much; then a whole bin of priorities ends the choice.
+        Without `draws` the candidates of the largest shares are taken.
+        """
+        if not self.draws:
+            return Drawn(self.take(log_share))
+        share = share_bins(log_share)
+        luck = luck_of(torch.arange(share.shape[-1], device=share.device))
+        priority = torch.where(share == UNSEEN, share, share + luck)
+        read = self.take(priority.float())
+        left = priority.masked_fill(read | ~self.candidates, 0)
+        cut = left.amax(-1, keepdim=True)
+        if self.coverage is not None:
+            enough = covering_bin(share, self.candidates, self.coverage)
+            ends = (enough > cut) & (cut > 0)
+            cut = torch.where(ends, enough, cut)
+            read = read & ~(ends & (priority <= cut))
+        return Drawn(read, log_weight(cut, share).masked_fill(~read, 0))
+
     def take_groups(self, rank: Tensor, groups: KeyGroups) -> Tensor:
         """Return the first `room` candidates of groups in falling order of `rank`, bool.
 
@@ -126,5 +162,12 @@ class PrefillQuestion:
         return of_groups.repeat_interleave(size, dim=-1)[..., : self.key.shape[2]]
 
 
-PrefillChoice = Callable[[PrefillQuestion], Tensor]
-"""Policy of a prefill: returns the candidates that each tile reads, bool [B, Hq, tiles, L]."""
+PrefillChoice = Callable[[PrefillQuestion], Tensor | Drawn]
+"""Policy of a prefill: returns the candidates that each tile reads, bool [B, Hq, tiles, L].
+
+It may return what `PrefillQuestion.draw` returns instead."""
+
+
+def as_drawn(chosen: Tensor | Drawn) -> Drawn:
+    """Return the answer of a policy as `Drawn`."""
+    return chosen if isinstance(chosen, Drawn) else Drawn(chosen)

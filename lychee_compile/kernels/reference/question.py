@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.reference.decode_drawing import draw
 from lychee_compile.kernels.reference.nodes import log_count
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import Visible, per_kv_head
@@ -17,6 +18,11 @@ _LEAST_SHARE = -80.0
 Runs = tuple[Tensor, Tensor]
 """First slots and lengths of runs of slots that do not overlap, int64 [B, Hkv, Tq, R]. Length 0:
 no run."""
+DrawnRuns = tuple[Tensor, Tensor, Tensor]
+"""`Runs`, and the logarithm of how many tokens each of their tokens stands for, float32
+[B, Hkv, Tq, R]."""
+Choice = Runs | DrawnRuns
+"""Answer of a policy to a question."""
 
 
 LEAST_SHARE = 1e-30
@@ -57,6 +63,9 @@ class Question:
     log_always: Tensor | None = None
     """Log of the sum of exp(score) over what is always read, [B, Hkv, G, Tq]; None: not known, or
     not needed because `may_miss` is None."""
+    salt: Tensor | None = None
+    """Numbers that the luck of tokens depends on, int64 [B, Hkv, 1, 1], if tokens of small shares
+    are drawn by chance; None: the tokens of the largest shares are read."""
 
     @property
     def group(self) -> int:
@@ -169,7 +178,7 @@ class Question:
         """
         return self.share(self._biased(raw, within[:, :, None, :, : raw.shape[-1]]), of_all)
 
-    def take_tokens(self, rank: Tensor, within: Tensor | None = None) -> Runs:
+    def take_tokens(self, rank: Tensor, within: Tensor | None = None) -> Choice:
         """Return the best `room` tokens by `rank` [B, Hkv, Tq, N], N <= L, each a run, in order.
 
         Slots that may not be chosen, or are not `within`, bool of the same shape, are left out
@@ -178,15 +187,21 @@ class Question:
         `room` may do.
         """
         candidate = self.candidates()[:, None, :, : rank.shape[-1]]
+        if self.salt is not None:
+            slot = torch.arange(rank.shape[-1], device=rank.device)
+            among = candidate if within is None else candidate & within
+            return self._drawn(rank, slot.expand_as(rank), among)
         return self._runs(*self._best(rank, candidate, within))
 
-    def take_own(self, raw: Tensor, slot: Tensor, held: Tensor) -> Runs:
+    def take_own(self, raw: Tensor, slot: Tensor, held: Tensor) -> Choice:
         """Return the best `room` tokens among slots of each position's own, as `take_tokens` does.
 
         `slot`, int64 [B, 1 or Hkv, Tq, M], are slots that may be chosen where `held`, bool of the
         same shape. `raw` [B, Hkv, G, Tq, M] are their raw scores. There are no biases.
         """
         rank = self.share(_hidden(self.capped(raw), held[:, :, None]))
+        if self.salt is not None:
+            return self._drawn(rank, slot.expand_as(rank), held)
         best, taken = self._best(rank, held)
         return self._runs(slot.expand_as(rank).gather(-1, best), taken)
 
@@ -208,6 +223,18 @@ class Question:
         if self.may_miss is not None:
             taken = taken & self.needed(best.values, rank)
         return best.indices, taken
+
+    def _drawn(self, rank: Tensor, slot: Tensor, candidate: Tensor) -> DrawnRuns:
+        """Return `room` of the tokens in `slot` [B, Hkv, Tq, N], drawn by their shares `rank`.
+
+        Tokens that are no `candidate`, bool [B, 1 or Hkv, Tq, N], are left out.
+        """
+        assert self.salt is not None
+        place, log_weight, taken = draw(rank, slot, candidate, self.room, self.salt)
+        slot = torch.where(taken, slot.gather(-1, place), self.visible.kv_len)
+        slot, order = slot.sort(-1)
+        taken = slot < self.visible.kv_len
+        return torch.where(taken, slot, 0), taken.long(), log_weight.gather(-1, order)
 
     def _runs(self, slot: Tensor, taken: Tensor) -> Runs:
         """Return the slots `taken` [B, Hkv, Tq, R], each a run, in order."""

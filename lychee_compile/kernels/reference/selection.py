@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.kernels.reference.decode_drawing import salt_of
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.question import Question, query_rows
@@ -38,6 +41,18 @@ class Selection:
     log_unread_bound: Tensor | None = None
     """Upper bound of log sum of exp(score) over the unread keys, float32 [B, Hq, Tq]; None if
     nobody computed it."""
+    log_weight: Tensor | None = None
+    """Logarithm of how many tokens each token of a run stands for, float32 [B, Hkv, Tq, R]; None:
+    each for itself."""
+
+    def token_log_weight(self) -> Tensor:
+        """Return the logarithms of how many tokens each of `tokens` stands for: float32.
+
+        The result is [B, Hkv, Tq, S]. The selection must have weights.
+        """
+        assert self.log_weight is not None
+        _, run, _ = expand_runs(self.run_start, self.run_length)
+        return self.log_weight.gather(-1, run)
 
     def tokens(self) -> Tensor:
         """Return the slots read, int64 [B, Hkv, Tq, S]; -1 pads queries that read fewer than S.
@@ -84,19 +99,54 @@ def select(
     fits = choosable[:, None] <= room if coverage is None else choosable == 0
     if bool(fits.all()):
         length = (always.recent_start - always.sinks_end).clamp(min=0)
-        chosen = _per_head(always.sinks_end, heads), _per_head(length, heads)
+        chosen = _Chosen(_per_head(always.sinks_end, heads), _per_head(length, heads))
     else:
         question = _question(inputs, always.beside(visible), always, room, most, site)
         if coverage is not None and coverage < 1:
             log_always = _log_always(inputs, visible, always, heads)
             question = replace(question, may_miss=1 - coverage, log_always=log_always)
-        chosen = index.choose(question)
-        if always.apart is not None:
-            chosen = around(*chosen, always.apart)
-    starts = _per_head(visible.first, heads), chosen[0], _per_head(always.recent_start, heads)
+        chosen = _chosen(index, question, always.apart)
+    return _with_always_read(chosen, always, visible, inputs.scale)
+
+
+class _Chosen(NamedTuple):
+    """Runs between the sinks and the recent tokens, each [B, Hkv, Tq, R], as in a `Selection`."""
+
+    start: Tensor
+    length: Tensor
+    log_weight: Tensor | None = None
+
+
+def _chosen(index: KVIndex, question: Question, apart: Span | None) -> _Chosen:
+    """Return the policy's choice.
+
+    The slots `apart`, which are newer than all others of a cache that wraps, become one more run.
+    """
+    if index.config.draw:
+        step = index.end if index.step is None else index.step
+        question = replace(question, salt=salt_of(step, index.kv_heads))
+    start, length, *weights = index.choose(question)
+    log_weight = weights[0] if weights else None
+    if apart is None:
+        return _Chosen(start, length, log_weight)
+    if log_weight is not None:  # `around` cuts every run in two, and adds one
+        log_weight = F.pad(torch.cat((log_weight, log_weight), -1), (0, 1))
+    return _Chosen(*around(start, length, apart), log_weight)
+
+
+def _with_always_read(
+    chosen: _Chosen, always: _AlwaysRead, visible: Visible, scale: float
+) -> Selection:
+    """Return the selection of what is chosen and of the sinks and recent tokens."""
+    start, length, log_weight = chosen
+    heads = start.shape[1]
     sinks, recent = always.sinks_length(visible), always.recent_length(visible)
-    lengths = _per_head(sinks, heads), chosen[1], _per_head(recent, heads)
-    return Selection(torch.cat(starts, -1), torch.cat(lengths, -1), visible, inputs.scale)
+    first, last = _per_head(visible.first, heads), _per_head(always.recent_start, heads)
+    start = torch.cat((first, start, last), -1)
+    length = torch.cat((_per_head(sinks, heads), length, _per_head(recent, heads)), -1)
+    if log_weight is not None:
+        log_weight = F.pad(log_weight, (1, 1))  # sinks and recent tokens stand for themselves
+    return Selection(start, length, visible, scale, log_weight=log_weight)
 
 
 def slots_read(selection: Selection) -> tuple[Tensor, Tensor]:

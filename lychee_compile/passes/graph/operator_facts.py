@@ -166,7 +166,9 @@ class AtenOperator:
     truths: Truths | None = None
     """Elementwise function of truth values, if it is one."""
     bits: Truths | None = None
-    """Bitwise function, if it is one; it is followed between truth values only."""
+    """Bitwise function, if it is one. It is followed between truth values, and for lowest bits."""
+    keeps_range: bool = False
+    """True if its integers never need more bits than those that they are made of."""
     steps: tuple[StepKind | None, ...] = ()
     """Effect on scores, for each operand that they may be; empty if scores are not followed."""
     product: ProductKind | None = None

@@ -152,7 +152,7 @@ def _other_elementwise() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("reciprocal", numbers=lambda a: 1 / a)
     yield from _row("floor_divide", numbers=lambda a, b: sympy.floor(a / b))
     yield from _row("remainder", numbers=sympy.Mod)
-    yield from _row("bitwise_right_shift/__rshift__", numbers=_shifted_right)
+    yield from _row("bitwise_right_shift/__rshift__", numbers=_shifted_right, keeps_range=True)
     yield from _row("le/less_equal", numbers=sympy.Le)
     yield from _row("lt/less", numbers=sympy.Lt)
     yield from _row("ge/greater_equal", numbers=sympy.Ge)
@@ -164,7 +164,7 @@ def _other_elementwise() -> Iterator[tuple[str, AtenOperator]]:
     yield from _row("logical_or", truths=sympy.Or)
     yield from _row("logical_xor", truths=_exclusive_or)
     yield from _row("bitwise_not", bits=sympy.Not)
-    yield from _row("bitwise_and/__and__", bits=sympy.And)
+    yield from _row("bitwise_and/__and__", bits=sympy.And, keeps_range=True)
     yield from _row("bitwise_or/__or__", bits=sympy.Or)
     yield from _row("bitwise_xor/__xor__", bits=_exclusive_or)
 

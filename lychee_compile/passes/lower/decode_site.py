@@ -15,6 +15,7 @@ Everything that a launch needs is checked here, while the graph is compiled.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,10 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.gpu.methods import layout_for, measures_for_certificates
 from lychee_compile.kernels.levels.groups import GroupSettings
-from lychee_compile.kernels.operators import decode  # noqa: F401  registers the operators
+from lychee_compile.kernels.operators import (  # noqa: F401  they register the operators
+    decode,
+    loaded_decode,
+)
 from lychee_compile.kernels.policies.registry import estimates_shares
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
@@ -44,25 +48,46 @@ from lychee_compile.passes.lower.kernel_modules import compile_kernels
 from lychee_compile.passes.lower.kernel_operands import (
     KernelOperands,
     emit_kernel_operands,
+    emit_loaded_operands,
     kernel_specification,
 )
 from lychee_compile.passes.lower.kernel_support import NoKernel, tokens_written
+from lychee_compile.passes.lower.loads.computed_keys import computed_keys
+from lychee_compile.passes.lower.loads.kernel_loads import is_loaded
 from lychee_compile.passes.lower.rearrange import Rearranger
 from lychee_compile.passes.lower.written_slots import named_slots
 from lychee_compile.torch_private import share_storage
 
+logger = logging.getLogger(__name__)
 
-def emit_exact_decode(attention: Attention, context: LoweringContext) -> tuple[torch.fx.Node, str]:
+
+def emit_exact_decode(
+    attention: Attention, context: LoweringContext, binding: CacheBinding | None = None
+) -> tuple[torch.fx.Node, str]:
     """Emit a kernel that reads all visible keys; return the output and the kernel's name.
 
-    Raises `NoKernel` and `RewriteError`.
+    If keys of the cache of `binding` are computed from what is stored, the kernel does that, unless
+    it cannot: then the graph does. Raises `NoKernel` and `RewriteError`.
     """
     emit = context.emit
-    operands = _operands(attention, attention, emit)
-    spec = kernel_specification(attention, operands, context.autotune)
-    kernel = compile_kernels(spec, operands)
-    attended = emit(torch.ops.lychee.exact_decode.default, *operands.arguments, kernel)
-    return Canonicaliser(attention, emit).replacement(attended), kernel
+    if binding is not None and is_loaded(attention, binding):
+        try:
+            with emit.attempt():
+                operands = emit_loaded_operands(attention, binding, emit)
+                return _emit_exact(attention, operands, context)
+        except (NoKernel, RewriteError):
+            logger.debug("%s: the graph computes its keys", attention.node, exc_info=True)
+    return _emit_exact(attention, _operands(attention, attention, emit), context)
+
+
+def _emit_exact(
+    attention: Attention, operands: KernelOperands, context: LoweringContext
+) -> tuple[torch.fx.Node, str]:
+    kernel = compile_kernels(kernel_specification(attention, operands, context.autotune), operands)
+    ops = torch.ops.lychee
+    target = ops.exact_decode if operands.loads is None else ops.loaded_exact_decode
+    attended = context.emit(target.default, *operands.arguments, kernel)
+    return Canonicaliser(attention, context.emit).replacement(attended), kernel
 
 
 def emit_sparse_decode(
@@ -74,28 +99,60 @@ def emit_sparse_decode(
     `NoKernel` and `RewriteError`.
     """
     emit = context.emit
-    cached = over_cache(attention, binding)
-    operands = _operands(attention, cached, emit, binding.in_front)
+    if is_loaded(attention, binding):
+        operands = emit_loaded_operands(attention, binding, emit)
+    else:
+        cached = over_cache(attention, binding)
+        operands = _operands(attention, cached, emit, binding.in_front)
     exact = kernel_specification(attention, operands, context.autotune)
     spec = replace(exact, sparse=_selection(context.config))
-    keys_of, keys = _shown_keys(cached, binding, emit)
     written = tokens_written(binding)
     kernel = compile_kernels(spec, operands, written)
-    fixed = binding.kind == "static" and _reads_all(value_of(operands.tensors.key), keys)
-    layout = layout_for(kernel, keys) if fixed else None
-    policy, epsilon = context.config.policy, context.config.epsilon
-    measured = epsilon is not None and measures_for_certificates(policy)
-    use = CacheUse(kernel, keys_of, written, layout, policy, measured)
+    use = _use_of(kernel, attention, binding, operands, context)
     index = context.index_inputs.node_for(binding, use)
     first = context.is_first_use(index)
-    slots = _written_slots(binding, written, operands.tensors.key, emit) if first else None
-    ops = torch.ops.lychee
-    target = ops.growing_sparse_decode if layout is None else ops.sparse_decode
-    site = module_path(attention.node)
-    more = operands.tensors.extra_value
+    slots = _written_slots(binding, written, operands, emit) if first else None
+    site, more = module_path(attention.node), operands.tensors.extra_value
     last = (site,) if more is None else (site, more)
-    attended = emit(target.default, *operands.arguments, slots, index, kernel, *last)
+    target = _operator(operands, grows=use.layout is None)
+    attended = emit(target, *operands.arguments, slots, index, kernel, *last)
     return Canonicaliser(attention, emit).replacement(attended), kernel
+
+
+def _operator(operands: KernelOperands, *, grows: bool) -> Callable[..., Tensor]:
+    """Return the operator of a step over a cache that grows, or does not."""
+    ops = torch.ops.lychee
+    if operands.loads is None:
+        return (ops.growing_sparse_decode if grows else ops.sparse_decode).default
+    return (ops.loaded_growing_decode if grows else ops.loaded_sparse_decode).default
+
+
+def _use_of(
+    kernel: str,
+    attention: Attention,
+    binding: CacheBinding,
+    operands: KernelOperands,
+    context: LoweringContext,
+) -> CacheUse:
+    """Return the use that a kernel makes of a cache. Raises `NoKernel`."""
+    loads = operands.loads
+    keys: Tensor | None
+    if loads is not None and loads.keys is not None:
+        keys_of, keys = computed_keys(binding, loads, context.emit), loads.shape_of_keys()
+        whole = keys is not None
+    else:
+        keys_of, keys = _shown_keys(over_cache(attention, binding), binding, context.emit)
+        whole = _reads_all(value_of(operands.tensors.key), keys)
+    fixed = binding.kind == "static" and whole and keys is not None
+    policy, epsilon = context.config.policy, context.config.epsilon
+    return CacheUse(
+        kernel,
+        keys_of,
+        tokens_written(binding),
+        layout_for(kernel, keys) if fixed and keys is not None else None,
+        policy,
+        epsilon is not None and measures_for_certificates(policy),
+    )
 
 
 def _selection(config: IndexConfig) -> SparseSpec:
@@ -113,6 +170,7 @@ def _selection(config: IndexConfig) -> SparseSpec:
         else config.coverage,
         groups=GroupSettings.of(config),
         epsilon=config.epsilon,
+        draws=config.draw,
     )
 
 
@@ -172,15 +230,16 @@ def _reads_all(key: Tensor, cache: Tensor) -> bool:
 
 
 def _written_slots(
-    binding: CacheBinding, written: int, key: torch.fx.Node, emit: Emitter
+    binding: CacheBinding, written: int, operands: KernelOperands, emit: Emitter
 ) -> torch.fx.Node | None:
     """Emit the slots that this call writes, int64 [T]; None if it writes none.
 
-    Those of a cache that grows are the last ones of `key` [B, Hkv, L, D].
+    Those of a cache that grows are the last ones of the keys.
     """
     if binding.reads_only or binding.kind == "static":
         return named_slots(binding, emit)
-    kv_len = emit(torch.ops.aten.sym_size.int, key, 2)
+    key, loads = operands.tensors.key, operands.loads
+    kv_len = emit(torch.ops.aten.sym_size.int, key, 2) if loads is None else loads.sizes[2]
     first = emit(operator.sub, kv_len, written)
     device = value_of(key).device
     return emit(torch.ops.aten.arange.start, first, kv_len, device=device, dtype=torch.int64)

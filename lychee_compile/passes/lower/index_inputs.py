@@ -78,7 +78,7 @@ class IndexInputs:
 
         Attentions share an input if they read the same cache through indexes of the same layout.
         """
-        key = binding if use is None else (binding.source, binding.output, use.layout)
+        key = binding if use is None else _identity(binding, use)
         if key not in self._added:
             self._added[key] = self._new(binding, use)
             self._emit.on_undo(lambda: self._remove(key))
@@ -110,3 +110,10 @@ class IndexInputs:
 
     def _remove(self, key: object) -> None:
         self._gm.graph.erase_node(self._added.pop(key).node)
+
+
+def _identity(binding: CacheBinding, use: CacheUse) -> object:
+    """Return what attentions have in common that share a GPU index."""
+    text = None if binding.load is None else load_text(binding.load)
+    leaves = () if binding.load is None else tuple(leaf for _, leaf in binding.load.leaves)
+    return binding.source, binding.output, use.layout, text, leaves

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from lychee_compile.codegen.specification import AttentionSpec
 from lychee_compile.passes.detect.attention import Attention
+from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.graph.check import RewriteError
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, emit_behind_front
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
 from lychee_compile.passes.lower.kernel_support import NoKernel, static
+from lychee_compile.passes.lower.loads.kernel_loads import KernelLoads, kernel_loads
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,18 @@ class KernelOperands:
 
     expressions: KernelExpressions
     tensors: Canonical
+    """Query, keys, values and extra logit. The first tensor of those that keys or values are
+    computed from stands for them, if kernels do that."""
+    loads: KernelLoads | None = None
+    """Keys and values that kernels compute; None: both are tensors as they are."""
 
     @property
     def arguments(self) -> tuple[object, ...]:
         """The leading arguments of an operator that runs a generated kernel."""
-        tensors, captured = self.tensors, list(self.expressions.nodes)
+        tensors, captured, loads = self.tensors, list(self.expressions.nodes), self.loads
+        if loads is not None:
+            parts = loads.key_nodes, loads.value_nodes, list(loads.sizes)
+            return tensors.query, *parts, captured, tensors.extra
         return tensors.query, tensors.key, tensors.value, captured, tensors.extra
 
 
@@ -44,6 +53,21 @@ def emit_kernel_operands(attention: Attention, emit: Emitter, in_front: int = 0)
         raise NoKernel(error.reason) from error
 
 
+def emit_loaded_operands(
+    attention: Attention, binding: CacheBinding, emit: Emitter
+) -> KernelOperands:
+    """Emit what a kernel reads that computes keys or values of `attention`. Raises `NoKernel`."""
+    canonical = Canonicaliser(attention, emit)
+    try:
+        expressions = kernel_expressions(attention, canonical)
+        query, _, extra = canonical.question(masked=False)
+        loads = kernel_loads(attention, binding, canonical)
+    except RewriteError as error:
+        raise NoKernel(error.reason) from error
+    first = loads.key_nodes[0], loads.value_nodes[0]
+    return KernelOperands(expressions, Canonical(query, *first, mask=None, extra=extra), loads)
+
+
 def kernel_specification(
     attention: Attention, operands: KernelOperands, autotune: bool
 ) -> AttentionSpec:
@@ -60,4 +84,6 @@ def kernel_specification(
         extra=tensors.extra is not None,
         extra_value=tensors.extra_value is not None,
         autotune=autotune,
+        keys=None if operands.loads is None else operands.loads.keys,
+        values=None if operands.loads is None else operands.loads.values,
     )

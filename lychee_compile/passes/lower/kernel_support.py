@@ -124,8 +124,6 @@ def no_gpu_index(attention: Attention, binding: CacheBinding, config: IndexConfi
         return reasons.CACHE_MAY_WRAP(operator=operator)
     if binding.outside_dim is not None:
         return reasons.CACHE_VIEWED()
-    if binding.load is not None:
-        return reasons.KEYS_COMPUTED_NO_KERNEL()
     device = value_of(attention.key.node).device
     slots = binding.slots.node if isinstance(binding.slots, RowSlots) else binding.slots
     if isinstance(slots, torch.fx.Node) and value_of(slots).device != device:

@@ -4,9 +4,9 @@ No state is kept: one operator chooses keys and attends. Three are shown: by gen
 alone, by a choice in PyTorch and generated kernels, and by the reference. `order` is that of
 patches in blocks, if queries are patches:
 
-    out = tiled_prefill(q, k, v, [], None, order, "causal", scale, 0.2, 16384, "prefill_lychee_...")
+    out = tiled_prefill(q, k, v, [], None, order, "causal", scale, 0.2, None, 16384, "prefill_...")
     out = listed_prefill(q, k, v, [mask], None, None, "", scale, 0.2, 16384, "prefill_s2o_...")
-    out = sparse_prefill(q, k, v, mask, None, order, causal, scale, None, "lychee", 0.2, ...)
+    out = sparse_prefill(q, k, v, mask, None, order, causal, scale, None, "lychee", 0.2, None, ...)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.fx
 
 from lychee_compile.codegen.module import chooses_by_kernels
 from lychee_compile.codegen.specification import KV, Q, S, TileSpec
+from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators import prefill  # noqa: F401  registers the operators
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.masks.reading import Reading
@@ -50,7 +51,8 @@ def emit_prefill_reference(
         operands.query, operands.key, operands.value, operands.mask, operands.extra,
         _order(grid, operands.query, context),
         plainly_causal or attention.is_causal, score.scale, score.softcap,
-        config.policy, float(config.prefill_budget), config.sinks, config.recent, config.epsilon,
+        config.policy, float(config.prefill_budget), _coverage(config), config.sinks,
+        config.recent, config.epsilon,
         config.prefill_from, module_path(attention.node),
     )  # fmt: skip
     return canonical.replacement(attended)
@@ -72,14 +74,20 @@ def emit_prefill_kernels(
     spec = replace(spec, tiles=tiles)
     by_kernels = chooses_by_kernels(spec)
     operator = torch.ops.lychee.tiled_prefill if by_kernels else torch.ops.lychee.listed_prefill
+    covers = (_coverage(config),) if by_kernels else ()
     kernel = compile_kernels(spec, operands)
     attended = emit(
         operator.default,
         *operands.arguments, _order(grid, operands.tensors.query, context),
-        _plain_form(operands), attention.score.scale, float(config.prefill_budget),
+        _plain_form(operands), attention.score.scale, float(config.prefill_budget), *covers,
         config.prefill_from, kernel,
     )  # fmt: skip
     return Canonicaliser(attention, emit).replacement(attended), kernel, grid
+
+
+def _coverage(config: IndexConfig) -> float | None:
+    """Return the coverage at which choosing ends; None if that is all, or the budget ends it."""
+    return None if config.prefill_coverage == 1 else config.prefill_coverage
 
 
 def _order(

@@ -117,14 +117,25 @@ def _logical(function: Callable[..., Any]) -> Callable[..., Element]:
 
 
 def _bitwise(logical: Callable[..., Any]) -> Callable[..., Element]:
-    """Return a function of truth values that raises `TooLarge` for other integers."""
+    """Return a function of truth values that raises `TooLarge` for other integers.
+
+    The lowest bits of an integer are a remainder: x & 15 is x % 16.
+    """
 
     def apply(*operands: Element) -> Element:
-        if not all(is_truth(each) for each in operands):
-            raise TooLarge
-        return logical(*operands)
+        if all(is_truth(each) for each in operands):
+            return logical(*operands)
+        if logical is sympy.And and len(operands) == 2:
+            for value, mask in (operands, operands[::-1]):
+                if value.is_integer and mask.is_Integer and _is_power_of_two(mask + 1):
+                    return sympy.Mod(value, mask + 1)
+        raise TooLarge
 
     return apply
+
+
+def _is_power_of_two(value: sympy.Integer) -> bool:
+    return int(value) > 0 and int(value) & (int(value) - 1) == 0
 
 
 @cache

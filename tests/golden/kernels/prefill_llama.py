@@ -24,7 +24,8 @@ SAMPLE = tl.constexpr(16)  # one key in so many stands for all in a denominator
 SINKS = tl.constexpr(16)  # first tokens, always read
 RECENT = tl.constexpr(64)  # last tokens and tokens near the tile's own, always read
 BINS = tl.constexpr(256)  # bins of a histogram of shares; 0: not to be chosen, 1: no part sees it
-LAST_BIN = tl.constexpr(248)  # a share of 1, in eighths of an octave
+LAST_BIN = tl.constexpr(184)  # a share of 1, in eighths of an octave
+LUCKIEST = tl.constexpr(63)  # bins that luck raises a key by, at most
 
 
 @triton.jit
@@ -88,6 +89,40 @@ def seen_by(b, h, begin, query_len, slot, kv_len, inside):
     return seen, seen
 
 
+@triton.jit
+def luck_of(mixed):
+    """Return how many bins luck raises each of the numbers [N], uint32, by: int32."""
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
+    mixed = (mixed ^ (mixed >> 16)) * 0xC2B2AE35
+    number = tl.maximum((mixed >> 16).to(tl.int32), 1).to(tl.float32).to(tl.int32, bitcast=True)
+    raised = 8 * (127 + 15 - (number >> 23))
+    raised += ((number & 0x7FFFFF) < 6996167).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 5719293).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 4548395).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 3474676).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 2490071).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 1587185).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 759234).to(tl.int32)
+    return tl.minimum(raised, LUCKIEST)
+
+
+@triton.jit(do_not_specialize=["bin_room"])
+def deal_luck(luck, bin_room, LANES: tl.constexpr, SLOT_BITS: tl.constexpr):
+    """Store how many bins luck raises each slot by, uint8 [bin_room]; 0 if no key is drawn."""
+    slot = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    raised = luck_of(slot.to(tl.uint32))
+    if SLOT_BITS >= 31:
+        raised = tl.zeros([LANES], tl.int32)
+    tl.store(luck + slot, raised.to(tl.uint8), mask=slot < bin_room)
+
+
+@triton.jit
+def lift_of(item, SLOT_BITS: tl.constexpr):
+    """Return the slots of listed items [N], and log2 of how many keys each stands for."""
+    # Few instructions: every thread does this for all its columns of a product.
+    return item & ((1 << SLOT_BITS) - 1), (item >> SLOT_BITS).to(tl.float32) * 0.0625
+
+
 @triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len"])
 def summarise_queries(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
@@ -132,7 +167,9 @@ def summarise_queries(
         tl.store(mine + 4, stop * used)
         tl.store(mine + 5, end * used)
     tl.debug_barrier()
-    firsts, ends = tl.load(edge + part // PARTS * 8), tl.load(edge + part // PARTS * 8 + 5)
+    of_part = edge + part // PARTS * 8
+    firsts, ends = tl.load(of_part + 1), tl.load(of_part + 4)
+    owns, own_ends = tl.load(of_part + 2), tl.load(of_part + 3)
     least = tl.min(tl.where(ends > firsts, firsts, kv_len), 0)
     most = tl.max(tl.where(ends > firsts, ends, 0), 0)
     q = tl.minimum(begin + PART // 2, query_len - 1)
@@ -148,6 +185,7 @@ def summarise_queries(
         )
         s = tl.dot(centre, keys)
         among = (slot[None, :] >= firsts[:, None]) & (slot[None, :] < ends[:, None])
+        among = among & ((slot[None, :] < owns[:, None]) | (slot[None, :] >= own_ends[:, None]))
         bits = score(s, b, h, q[:, None], slot[None, :], among)
         seen, _ = seen_by(
             b, h, begin[:, None], query_len, slot[None, :], kv_len, among
@@ -164,7 +202,7 @@ def summarise_queries(
 @triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len", "splits"])
 def scan(
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    centres, totals, edge, bins, bin_room,
+    centres, totals, edge, bins, bin_room, luck,
     first_row, heads, tiles, query_len, kv_len, splits,
     KEYS: tl.constexpr, TILES: tl.constexpr,
 ):
@@ -203,15 +241,13 @@ def scan(
         )
         s = tl.dot(keys, asking)
         bits = score(s, b, h, q[None, :], slot[:, None], inside[:, None])
-        seen, new = seen_by(
-            b, h, begin[None, :], query_len, slot[:, None], kv_len, inside[:, None]
-        )
-        bits = tl.where(seen, bits - total[None, :], float("-inf"))
+        bits -= total[None, :]  # all parts see what is stored
         share = tl.max(tl.reshape(bits, [KEYS, PARTS, TILES]), 1)
         near = (slot[:, None] >= owns[None, :]) & (slot[:, None] < own_ends[None, :])
         among = (slot[:, None] >= begins[None, :]) & (slot[:, None] < stops[None, :])
-        level = tl.minimum(tl.maximum(share * 8 + LAST_BIN, 2.0), BINS - 1.0)
-        level = tl.where(share > float("-inf"), level, 1.0)
+        lucky = tl.load(luck + slot, mask=inside, other=0).to(tl.float32)
+        level = tl.minimum(tl.maximum(share * 8 + LAST_BIN, 2.0), LAST_BIN + 7.0)
+        level += lucky[:, None]
         level = tl.where(near, 0.0, level)
         tl.store(bins + slot[:, None], level.to(tl.uint8), mask=among)
 
@@ -253,8 +289,8 @@ def counted(bins, bin_room, begin, stop, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["capacity", "most", "shortest"])
 def select_keys(
-    edge, bins, bin_room, chosen, counts, capacity, share, most, shortest,
-    LANES: tl.constexpr,
+    edge, bins, bin_room, luck, coverage, chosen, counts, capacity, share, most, shortest,
+    LANES: tl.constexpr, COVERS: tl.constexpr, SLOT_BITS: tl.constexpr,
 ):
     """List the keys that a tile reads beside those that it always reads.
 
@@ -271,11 +307,12 @@ def select_keys(
     lane, level = tl.arange(0, LANES), tl.arange(0, BINS)
     skip = tl.maximum((stop - begin) // LANES, 1)
     slot = begin // 16 * 16 + lane // 16 * (16 * skip) + lane % 16
-    held = tl.histogram(bins_between(bins, bin_room, slot, begin, stop), BINS)
+    sampled = bins_between(bins, bin_room, slot, begin, stop)
+    held = tl.histogram(sampled, BINS)
     held = tl.where(level > 0, held, 0)
     room = room_for(among, always, share, most, shortest, capacity)
-    sampled = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
-    cut, _ = cut_of(held, level, sampled)
+    part = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
+    cut, _ = cut_of(held, level, part)
     low = tl.minimum(tl.maximum(cut - 4, 0), BINS - 9)
     # A byte for each of eight bins from low + 1 on counts 16 keys; the last has all above, too.
     byte, near = tl.arange(0, 8), tl.zeros([8], tl.int32)
@@ -295,6 +332,16 @@ def select_keys(
     if found == 0:
         cut, over = cut_of(counted(bins, bin_room, begin, stop, LANES), level, room)
     left = tl.where(cut > 0, room - over, 0)
+    if COVERS:
+        # The highest bin above which shares add up to the coverage, by the sample.
+        lucky = tl.load(luck + slot, mask=slot < bin_room, other=0).to(tl.int32)
+        unraised = tl.where((sampled > 1) & (sampled < BINS - 1), sampled - lucky, sampled)
+        held = tl.histogram(unraised, BINS)
+        mass = tl.where(level > 1, held.to(tl.float32) * tl.exp2((level - LAST_BIN + 0.5) * 0.125), 0.0)
+        above = tl.cumsum(mass, 0, reverse=True) - mass
+        enough = tl.max(tl.where((above >= coverage * tl.sum(mass, 0)) & (level > 1), level, 0), 0)
+        left = tl.where((room < among) & (enough > cut), 0, left)
+        cut = tl.where(room < among, tl.maximum(cut, enough), cut)
     count = 0
     for start in range(begin // 16 * 16, stop, LANES):
         slot = start + lane
@@ -306,7 +353,13 @@ def select_keys(
         ties = tl.minimum(order & 65535, left)
         taken = (entry > cut) | ((entry == cut) & ((order & 65535) <= left))
         place = (order >> 16) + ties
-        tl.store(chosen + (count - 1) + place, slot, mask=taken)
+        item = slot
+        if SLOT_BITS < 31:
+            lucky = tl.load(luck + slot, mask=slot < bin_room, other=0).to(tl.int32)
+            depth = cut - entry + lucky
+            drawn = (depth >= 0) & (entry > 1) & (entry < BINS - 1)
+            item += tl.where(drawn, 2 * depth + 1, 0) << SLOT_BITS
+        tl.store(chosen + (count - 1) + place, item, mask=taken)
         last = tl.max(order, 0)
         tied = tl.minimum(last & 65535, left)
         count += (last >> 16) + tied
@@ -319,7 +372,7 @@ MOST = tl.constexpr(2.0**100)  # largest sum of a query's weights: far from over
 
 @triton.jit
 def attend_unmasked(
-    slot, base, asking, total, result, b, h, q,
+    slot, lift, base, asking, total, result, b, h, q,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
 ):
     """Do one step of softmax over the keys in the slots [N], all of which all queries see.
@@ -329,7 +382,13 @@ def attend_unmasked(
     """
     d, width, line = tl.arange(0, DIM), tl.arange(0, WIDTH), slot.to(tl.int64)[:, None]
     keys = tl.load(key + line * key_stride_l + d[None, :] * key_stride_d)
-    s = tl.dot(asking, tl.trans(keys))
+    # A product puts the lifts into the scores. An addition would have every thread work out those of
+    # all its columns, in more registers than there are.
+    more = tl.arange(0, 16)
+    once = tl.where(more == 0, 7.842065147748378, 0.0)[None, :] + tl.zeros([asking.shape[0], 16], tl.float32)
+    lifts = tl.where((more == 0)[:, None], lift[None, :], 0.0)
+    s = tl.dot(once.to(asking.dtype), lifts.to(asking.dtype))
+    s = tl.dot(asking, tl.trans(keys), s)
     bits = score(s, b, h, q[:, None], slot[None, :], (slot >= 0)[None, :])
     weight = tl.exp2(bits - base[:, None])
     total += tl.sum(weight, 1)
@@ -341,7 +400,7 @@ def attend_unmasked(
 def read_listed(
     from_place, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SLOT_BITS: tl.constexpr,
 ):
     """Do online softmax over the list of chosen keys, from a place on, and what is always read.
 
@@ -361,6 +420,7 @@ def read_listed(
         slot = tl.where(
             place < count, tl.load(chosen + place, mask=place < count, other=0), slot
         )
+        slot, lift = lift_of(slot, SLOT_BITS)
         inside = (place < items)[None, :]
         seen = visible(b, h, q[:, None], slot[None, :], kv_len, inside)
         seen = seen & (q >= 0)[:, None]  # a row for each query, even if all see the same
@@ -376,6 +436,7 @@ def read_listed(
         )
         s = tl.dot(asking, tl.trans(keys))
         bits = score(s, b, h, q[:, None], slot[None, :], inside)
+        bits += lift[None, :]
         top, total, result = softmax_step(bits, seen, values, top, total, result)
     return top, total, result
 
@@ -401,7 +462,7 @@ def attend(
     extra, extra_stride_b, extra_stride_h, extra_stride_t,
     output, output_stride_b, output_stride_h, output_stride_t, output_stride_d, log_sums,
     edge, chosen, counts, capacity, first_row, heads, tiles, query_len, kv_len,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SLOT_BITS: tl.constexpr,
 ):
     """Attend from ROWS queries of a tile to the keys that the tile reads."""
     # The last tiles of a causal sequence take longest: they go first.
@@ -425,13 +486,14 @@ def attend(
     top, total, result = read_listed(
         full, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
         key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
-        ROWS, KEYS,
+        ROWS, KEYS, SLOT_BITS,
     )
     base = tl.where(top == float("-inf"), 0.0, top)
     for start in range(0, full, KEYS):
         slot = tl.load(chosen + start + tl.arange(0, KEYS))
+        slot, lift = lift_of(slot, SLOT_BITS)
         total, result = attend_unmasked(
-            slot, base, asking, total, result, b, h, q,
+            slot, lift, base, asking, total, result, b, h, q,
             key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
         )
     from_slot, to_slot = seen_range(b, q, kv_len)
@@ -441,7 +503,7 @@ def attend(
         top, total, result = read_listed(
             0, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
             key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d,
-            ROWS, KEYS,
+            ROWS, KEYS, SLOT_BITS,
         )
     result, total = tl.where(sighted[:, None], result, 0.0), tl.where(sighted, total, 0.0)
     # A query that sees nothing gets zeros, as from PyTorch's own attention.

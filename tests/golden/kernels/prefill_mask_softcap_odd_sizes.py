@@ -24,7 +24,8 @@ SAMPLE = tl.constexpr(16)  # one key in so many stands for all in a denominator
 SINKS = tl.constexpr(16)  # first tokens, always read
 RECENT = tl.constexpr(64)  # last tokens and tokens near the tile's own, always read
 BINS = tl.constexpr(256)  # bins of a histogram of shares; 0: not to be chosen, 1: no part sees it
-LAST_BIN = tl.constexpr(248)  # a share of 1, in eighths of an octave
+LAST_BIN = tl.constexpr(184)  # a share of 1, in eighths of an octave
+LUCKIEST = tl.constexpr(63)  # bins that luck raises a key by, at most
 LOG2E = tl.constexpr(1.4426950408889634)  # converts extra logits to bits
 
 
@@ -98,6 +99,40 @@ def seen_by(b, h, begin, query_len, slot, kv_len, inside, mask, mask_stride_0, m
     return seen & (begin >= 0), last & (before == 0) & (begin >= 0)
 
 
+@triton.jit
+def luck_of(mixed):
+    """Return how many bins luck raises each of the numbers [N], uint32, by: int32."""
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
+    mixed = (mixed ^ (mixed >> 16)) * 0xC2B2AE35
+    number = tl.maximum((mixed >> 16).to(tl.int32), 1).to(tl.float32).to(tl.int32, bitcast=True)
+    raised = 8 * (127 + 15 - (number >> 23))
+    raised += ((number & 0x7FFFFF) < 6996167).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 5719293).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 4548395).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 3474676).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 2490071).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 1587185).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 759234).to(tl.int32)
+    return tl.minimum(raised, LUCKIEST)
+
+
+@triton.jit(do_not_specialize=["bin_room"])
+def deal_luck(luck, bin_room, LANES: tl.constexpr, SLOT_BITS: tl.constexpr):
+    """Store how many bins luck raises each slot by, uint8 [bin_room]; 0 if no key is drawn."""
+    slot = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    raised = luck_of(slot.to(tl.uint32))
+    if SLOT_BITS >= 31:
+        raised = tl.zeros([LANES], tl.int32)
+    tl.store(luck + slot, raised.to(tl.uint8), mask=slot < bin_room)
+
+
+@triton.jit
+def lift_of(item, SLOT_BITS: tl.constexpr):
+    """Return the slots of listed items [N], and log2 of how many keys each stands for."""
+    # Few instructions: every thread does this for all its columns of a product.
+    return item & ((1 << SLOT_BITS) - 1), (item >> SLOT_BITS).to(tl.float32) * 0.0625
+
+
 @triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len"])
 def summarise_queries(
     query, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
@@ -142,7 +177,9 @@ def summarise_queries(
         tl.store(mine + 4, stop * used)
         tl.store(mine + 5, end * used)
     tl.debug_barrier()
-    firsts, ends = tl.load(edge + part // PARTS * 8), tl.load(edge + part // PARTS * 8 + 5)
+    of_part = edge + part // PARTS * 8
+    firsts, ends = tl.load(of_part + 1), tl.load(of_part + 4)
+    owns, own_ends = tl.load(of_part + 2), tl.load(of_part + 3)
     least = tl.min(tl.where(ends > firsts, firsts, kv_len), 0)
     most = tl.max(tl.where(ends > firsts, ends, 0), 0)
     q = tl.minimum(begin + PART // 2, query_len - 1).to(tl.int64)
@@ -158,6 +195,7 @@ def summarise_queries(
         )
         s = tl.dot(centre, keys)
         among = (slot[None, :] >= firsts[:, None]) & (slot[None, :] < ends[:, None])
+        among = among & ((slot[None, :] < owns[:, None]) | (slot[None, :] >= own_ends[:, None]))
         bits = score(s, b, h, q[:, None], slot[None, :].to(tl.int64), among, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
         seen, _ = seen_by(
             b, h, begin[:, None], query_len, slot[None, :].to(tl.int64), kv_len, among, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length
@@ -174,7 +212,7 @@ def summarise_queries(
 @triton.jit(do_not_specialize=["first_row", "tiles", "query_len", "kv_len", "splits"])
 def scan(
     key, key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    centres, totals, edge, bins, bin_room,
+    centres, totals, edge, bins, bin_room, luck,
     first_row, heads, tiles, query_len, kv_len, splits, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
     KEYS: tl.constexpr, TILES: tl.constexpr,
 ):
@@ -220,7 +258,9 @@ def scan(
         share = tl.max(tl.reshape(bits, [KEYS, PARTS, TILES]), 1)
         near = (slot[:, None] >= owns[None, :]) & (slot[:, None] < own_ends[None, :])
         among = (slot[:, None] >= begins[None, :]) & (slot[:, None] < stops[None, :])
-        level = tl.minimum(tl.maximum(share * 8 + LAST_BIN, 2.0), BINS - 1.0)
+        lucky = tl.load(luck + slot, mask=inside, other=0).to(tl.float32)
+        level = tl.minimum(tl.maximum(share * 8 + LAST_BIN, 2.0), LAST_BIN + 7.0)
+        level += lucky[:, None]
         level = tl.where(share > float("-inf"), level, 1.0)
         new = tl.max(tl.reshape(new.to(tl.int32), [KEYS, PARTS, TILES]), 1)
         level = tl.where(new > 0, BINS - 1.0, level)
@@ -265,8 +305,8 @@ def counted(bins, bin_room, begin, stop, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["capacity", "most", "shortest"])
 def select_keys(
-    edge, bins, bin_room, chosen, counts, capacity, share, most, shortest,
-    LANES: tl.constexpr,
+    edge, bins, bin_room, luck, coverage, chosen, counts, capacity, share, most, shortest,
+    LANES: tl.constexpr, COVERS: tl.constexpr, SLOT_BITS: tl.constexpr,
 ):
     """List the keys that a tile reads beside those that it always reads.
 
@@ -284,11 +324,12 @@ def select_keys(
     lane, level = tl.arange(0, LANES), tl.arange(0, BINS)
     skip = tl.maximum((stop - begin) // LANES, 1)
     slot = begin // 16 * 16 + lane // 16 * (16 * skip) + lane % 16
-    held = tl.histogram(bins_between(bins, bin_room, slot, begin, stop), BINS)
+    sampled = bins_between(bins, bin_room, slot, begin, stop)
+    held = tl.histogram(sampled, BINS)
     held = tl.where(level > 0, held, 0)
     room = room_for(among - tl.sum(tl.where(level == 1, held, 0), 0) * skip, always, share, most, shortest, capacity)
-    sampled = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
-    cut, _ = cut_of(held, level, sampled)
+    part = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
+    cut, _ = cut_of(held, level, part)
     low = tl.minimum(tl.maximum(cut - 4, 0), BINS - 9)
     # A byte for each of eight bins from low + 1 on counts 16 keys; the last has all above, too.
     byte, near = tl.arange(0, 8), tl.zeros([8], tl.int32)
@@ -309,6 +350,16 @@ def select_keys(
     if found == 0:
         cut, over = cut_of(counted(bins, bin_room, begin, stop, LANES), level, room)
     left = tl.where(cut > 0, room - over, 0)
+    if COVERS:
+        # The highest bin above which shares add up to the coverage, by the sample.
+        lucky = tl.load(luck + slot, mask=slot < bin_room, other=0).to(tl.int32)
+        unraised = tl.where((sampled > 1) & (sampled < BINS - 1), sampled - lucky, sampled)
+        held = tl.histogram(unraised, BINS)
+        mass = tl.where(level > 1, held.to(tl.float32) * tl.exp2((level - LAST_BIN + 0.5) * 0.125), 0.0)
+        above = tl.cumsum(mass, 0, reverse=True) - mass
+        enough = tl.max(tl.where((above >= coverage * tl.sum(mass, 0)) & (level > 1), level, 0), 0)
+        left = tl.where((room < among) & (enough > cut), 0, left)
+        cut = tl.where(room < among, tl.maximum(cut, enough), cut)
     count = 0
     for start in range(begin // 16 * 16, stop, LANES):
         slot = start + lane
@@ -320,7 +371,13 @@ def select_keys(
         ties = tl.minimum(order & 65535, left)
         taken = (entry > cut) | ((entry == cut) & ((order & 65535) <= left))
         place = (order >> 16) + ties
-        tl.store(chosen + (count - 1) + place, slot, mask=taken)
+        item = slot
+        if SLOT_BITS < 31:
+            lucky = tl.load(luck + slot, mask=slot < bin_room, other=0).to(tl.int32)
+            depth = cut - entry + lucky
+            drawn = (depth >= 0) & (entry > 1) & (entry < BINS - 1)
+            item += tl.where(drawn, 2 * depth + 1, 0) << SLOT_BITS
+        tl.store(chosen + (count - 1) + place, item, mask=taken)
         last = tl.max(order, 0)
         tied = tl.minimum(last & 65535, left)
         count += (last >> 16) + tied
@@ -332,7 +389,7 @@ def select_keys(
 def read_listed(
     from_place, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
     key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SLOT_BITS: tl.constexpr,
 ):
     """Do online softmax over the list of chosen keys, from a place on, and what is always read.
 
@@ -352,6 +409,7 @@ def read_listed(
         slot = tl.where(
             place < count, tl.load(chosen + place, mask=place < count, other=0), slot
         )
+        slot, lift = lift_of(slot, SLOT_BITS)
         inside = (place < items)[None, :]
         seen = visible(b, h, q[:, None], slot[None, :].to(tl.int64), kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
         seen = seen & (q >= 0)[:, None]  # a row for each query, even if all see the same
@@ -367,6 +425,7 @@ def read_listed(
         )
         s = tl.dot(asking, tl.trans(keys))
         bits = score(s, b, h, q[:, None], slot[None, :].to(tl.int64), inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length)
+        bits += lift[None, :]
         top, total, result = softmax_step(bits, seen, values, top, total, result)
     return top, total, result
 
@@ -392,7 +451,7 @@ def attend(
     extra, extra_stride_b, extra_stride_h, extra_stride_t,
     output, output_stride_b, output_stride_h, output_stride_t, output_stride_d, log_sums,
     edge, chosen, counts, capacity, first_row, heads, tiles, query_len, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SLOT_BITS: tl.constexpr,
 ):
     """Attend from ROWS queries of a tile to the keys that the tile reads."""
     # The last tiles of a causal sequence take longest: they go first.
@@ -415,7 +474,7 @@ def attend(
     top, total, result = read_listed(
         0, chosen, count, first, begin, own, own_end, stop, end, asking, b, h, q, kv_len,
         key, key_stride_l, key_stride_d, value, value_stride_l, value_stride_d, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, length,
-        ROWS, KEYS,
+        ROWS, KEYS, SLOT_BITS,
     )
     logit = tl.load(extra + b * extra_stride_b + h * extra_stride_h + q * extra_stride_t)
     logit = logit.to(tl.float32) * LOG2E

@@ -203,15 +203,11 @@ def scan(
         )
         s = tl.dot(keys, asking)
         bits = score(s, b, h, q[None, :], slot[:, None], inside[:, None])
-        seen, new = seen_by(
-            b, h, begin[None, :], query_len, slot[:, None], kv_len, inside[:, None]
-        )
-        bits = tl.where(seen, bits - total[None, :], float("-inf"))
+        bits -= total[None, :]  # all parts see what is stored
         share = tl.max(tl.reshape(bits, [KEYS, PARTS, TILES]), 1)
         near = (slot[:, None] >= owns[None, :]) & (slot[:, None] < own_ends[None, :])
         among = (slot[:, None] >= begins[None, :]) & (slot[:, None] < stops[None, :])
         level = tl.minimum(tl.maximum(share * 8 + LAST_BIN, 2.0), BINS - 1.0)
-        level = tl.where(share > float("-inf"), level, 1.0)
         level = tl.where(near, 0.0, level)
         tl.store(bins + slot[:, None], level.to(tl.uint8), mask=among)
 
@@ -272,11 +268,12 @@ def select_keys(
     lane, level = tl.arange(0, LANES), tl.arange(0, BINS)
     skip = tl.maximum((stop - begin) // LANES, 1)
     slot = begin // 16 * 16 + lane // 16 * (16 * skip) + lane % 16
-    held = tl.histogram(bins_between(bins, bin_room, slot, begin, stop), BINS)
+    sampled = bins_between(bins, bin_room, slot, begin, stop)
+    held = tl.histogram(sampled, BINS)
     held = tl.where(level > 0, held, 0)
     room = room_for(among, always, share, most, shortest, capacity)
-    sampled = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
-    cut, _ = cut_of(held, level, sampled)
+    part = room.to(tl.float32) / tl.maximum(among, 1) * tl.sum(held, 0)
+    cut, _ = cut_of(held, level, part)
     low = tl.minimum(tl.maximum(cut - 4, 0), BINS - 9)
     # A byte for each of eight bins from low + 1 on counts 16 keys; the last has all above, too.
     byte, near = tl.arange(0, 8), tl.zeros([8], tl.int32)

@@ -39,12 +39,16 @@ def launch(
 ) -> None:
     """Launch `kernel` on `grid` with those of `arguments` that it names.
 
-    `options` are Triton's own, such as `num_warps`. Raises TypeError if an argument is missing.
+    `options` are Triton's own, such as `num_warps`. Keys that kernels compute must be the same
+    numbers in all of them: products and sums are not fused then. Raises TypeError if an argument is
+    missing.
     """
     try:
         ordered = [arguments[name] for name in kernel.arg_names]  # faster to pass than by name
     except KeyError as error:
         raise TypeError(f"a launch lacks the argument {error} of its kernel") from None
+    if isinstance(arguments.get("key"), tuple):
+        options["enable_fp_fusion"] = False
     kernel[grid](*ordered, **options)
 
 

@@ -163,6 +163,8 @@ def slots_read(step: SparseStep) -> Tensor:
     """
     operands, header = step.operands, step.index.state.header
     slots = of_rows(operands, step.scratch["chosen_list"].flatten(1).long())
+    if draws(step.module):  # above SLOT_BITS, how many tokens one stands for
+        slots = torch.where(slots < 0, slots, slots % (1 << step.module.SLOT_BITS.value))
     weight = of_rows(operands, step.scratch["partial_sum"].flatten(1))
     all_keys = (slots < 0).all(-1) & (weight > 0).any(-1)
     count = int((slots >= 0).sum(-1).max())
@@ -186,6 +188,11 @@ def _in_order(slots: Tensor) -> Tensor:
 def covers_mass(module: ModuleType) -> bool:
     """Return True if a choice of the module ends at a share of the softmax."""
     return hasattr(module, "MAY_MISS")
+
+
+def draws(module: ModuleType) -> bool:
+    """Return True if the kernels of a module draw tokens by chance."""
+    return hasattr(module, "SLOT_BITS")
 
 
 def list_size(module: ModuleType) -> int:

@@ -9,6 +9,8 @@ from types import ModuleType
 
 from torch import Tensor
 
+from lychee_compile.kernels.reference.loaded_tensor import LoadedTensor
+
 
 @dataclass(frozen=True)
 class AttentionOperands:
@@ -26,6 +28,11 @@ class AttentionOperands:
     """Logit of one more key, broadcastable to [B, Hq, T]; None: there is none."""
     extra_value: Tensor | None = None
     """Value of that key, [B, Hq, T, Dv]; None: it adds nothing to the output."""
+    key_parts: Sequence[Tensor] = ()
+    """Tensors that keys are computed from, if kernels do that; then `key` tells their shape and
+    dtype alone."""
+    value_parts: Sequence[Tensor] = ()
+    """Tensors that values are computed from, likewise."""
 
     heads: int = field(init=False)
     """Number of query heads, Hq."""
@@ -67,7 +74,32 @@ class AttentionOperands:
         for tensor in self.captured:
             values += tensor, *tensor.stride()
         names = _argument_names(module.CAPTURED, tuple([each.ndim for each in self.captured]))
-        return dict(zip(names, values, strict=True))
+        arguments = dict(zip(names, values, strict=True))
+        if self.key_parts:
+            arguments["key"] = parts_argument(self.key_parts)
+        if self.value_parts:
+            arguments["value"] = parts_argument(self.value_parts)
+        return arguments
+
+    def key_arguments(self) -> dict[str, object]:
+        """Return the arguments of kernels that have keys alone."""
+        return _key_arguments(self.key, self.key_parts)
+
+
+def key_arguments(key: Tensor) -> dict[str, object]:
+    """Return the arguments of kernels that have keys [B, Hkv, L, D] alone, stored or computed."""
+    return _key_arguments(key, key.load.tensors if isinstance(key, LoadedTensor) else ())
+
+
+def _key_arguments(key: Tensor, parts: Sequence[Tensor]) -> dict[str, object]:
+    if parts:
+        return {"key": parts_argument(parts)}
+    return {"key": key, **strides("", key, "bhld")}
+
+
+def parts_argument(parts: Sequence[Tensor]) -> tuple[object, ...]:
+    """Return the one argument of a kernel for several tensors: each, and its strides."""
+    return tuple(each for part in parts for each in (part, *part.stride()))
 
 
 @lru_cache(maxsize=256)

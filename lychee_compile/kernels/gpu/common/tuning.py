@@ -104,7 +104,7 @@ def candidates(
     """Return the tunings worth trying, that of the rule among them."""
     if mode == PREFILL:
         return _tile_candidates(operands)
-    size = _entry_bytes(operands)
+    size = _entry_bytes(operands, module)
     usual = _usual(module, mode, operands)
     tunings = [usual]
     for keys in (32, 64, 128):
@@ -146,15 +146,17 @@ def _tile_rule(operands: AttentionOperands) -> TileTuning:
     return TileTuning(rows=32, keys=16, warps=4, stages=2)
 
 
-def _entry_bytes(operands: AttentionOperands) -> int:
-    """Return the bytes of one key and its value."""
+def _entry_bytes(operands: AttentionOperands, module: ModuleType | None = None) -> int:
+    """Return the bytes of one key and its value, or of all that they are computed from."""
     key, value = operands.key, operands.value
-    return (key.shape[-1] + value.shape[-1]) * key.element_size()
+    size = (key.shape[-1] + value.shape[-1]) * key.element_size()
+    return max(size, getattr(module, "ENTRY_BYTES", 0))
 
 
 def _usual(module: ModuleType, mode: str, operands: AttentionOperands) -> Tuning:
     multiprocessors = _multiprocessors(operands.query.device)
-    return _by_rule(mode, _entry_bytes(operands), multiprocessors, lists_apart(module, operands))
+    size = _entry_bytes(operands, module)
+    return _by_rule(mode, size, multiprocessors, lists_apart(module, operands))
 
 
 @lru_cache(maxsize=64)

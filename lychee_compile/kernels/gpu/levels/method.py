@@ -35,6 +35,7 @@ class LevelMethod:
     multiple: int = 1
     notices_writes: bool = True
     covers_mass: bool = True
+    computes_keys: bool = True
 
     @property
     def certifies(self) -> bool:

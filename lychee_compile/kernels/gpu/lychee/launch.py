@@ -12,7 +12,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.launch_common import launch
 from lychee_compile.kernels.gpu.common.launch_sparse import SparseStep
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
-from lychee_compile.kernels.gpu.common.operands import AttentionOperands, strides
+from lychee_compile.kernels.gpu.common.operands import AttentionOperands, key_arguments
 from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.lychee.certificate import (
     measure_new,
@@ -195,8 +195,7 @@ def run_encode(
 ) -> None:
     """Sketch the keys [B, Hkv, L, D] in the slots [begin, end); `begin` is a multiple of 64."""
     arguments = {
-        "key": key,
-        **strides("", key, "bhld"),
+        **key_arguments(key),
         **state._asdict(),
         "end": end,
         "slots": layout.slots,

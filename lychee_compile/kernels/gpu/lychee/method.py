@@ -25,6 +25,7 @@ class LycheeMethod:
     notices_writes: bool = True
     covers_mass: bool = True
     certifies: bool = True
+    computes_keys: bool = True
 
     def layout_of(self, key: Tensor, measured: bool = False) -> SketchLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D].

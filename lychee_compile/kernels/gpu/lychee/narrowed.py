@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.launch_common import launch
 from lychee_compile.kernels.gpu.common.launch_sparse import SparseStep
-from lychee_compile.kernels.gpu.common.operands import strides
 from lychee_compile.kernels.gpu.levels.launch import WINDOW, rank_levels, want_levels
 from lychee_compile.kernels.gpu.levels.shares import shares_of_levels
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
@@ -28,20 +27,19 @@ def narrows(module: ModuleType, layout: SketchLayout, kv_len: int) -> bool:
 
 def follow_chunks(step: SparseStep, layout: SketchLayout) -> None:
     """Cut and summarise the chunks that the keys just written close, if an index has chunks."""
-    chunks, key = layout.chunks, step.operands.key
+    chunks, operands = layout.chunks, step.operands
     if chunks is None or step.index.positions is None:
         return
     arguments = {
-        "key": key,
-        **strides("", key, "bhld"),
+        **operands.key_arguments(),
         **step.index.state._asdict(),
         **step.written(),
         "slots": layout.slots,
         "numbers": chunks.groups[-1],
         "kv_heads": layout.kv_heads,
-        "kv_len": step.operands.kv_len,
+        "kv_len": operands.kv_len,
     }
-    grid = (key.shape[0] * layout.kv_heads,)
+    grid = (operands.key.shape[0] * layout.kv_heads,)
     launch(step.module.index_chunks, grid, arguments, num_warps=4, num_stages=1)
 
 

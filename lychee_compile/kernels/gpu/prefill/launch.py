@@ -12,7 +12,8 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.launch_common import Scratch, launch
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands, strided
 from lychee_compile.kernels.gpu.common.tuning import TileTuning, tile_tuning_for
-from lychee_compile.kernels.sizes import QUERY_TILE, power_of_two
+from lychee_compile.kernels.reference.drawing import draws_keys
+from lychee_compile.kernels.sizes import QUERY_TILE, SLOT_BITS, power_of_two
 
 SCRATCH_BYTES = 2**29
 """About how much scratch memory the tiles at work at the same time may take."""
@@ -44,6 +45,9 @@ class PrefillBudget:
     """Number of keys that a tile reads; if below 1, their share of the keys it sees."""
     shortest: int = 0
     """Tiles that see fewer keys read all of them."""
+    coverage: float | None = None
+    """Share of the softmax over the keys that may be chosen at which the list of a tile ends; None:
+    at `keys` alone. Only a policy that draws keys knows it."""
     own: bool = True
     """True if query i is the token of key i, when there are as many queries as keys.
 
@@ -63,7 +67,12 @@ class PrefillBudget:
     def arguments(self) -> dict[str, object]:
         """Return the arguments of the kernels that choose, by name."""
         share = self.keys if self.keys < 1 else 2.0
-        return {"share": share, "most": self.most, "shortest": self.shortest}
+        return {
+            "share": share,
+            "most": self.most,
+            "shortest": self.shortest,
+            "coverage": self.coverage or 0.0,
+        }
 
 
 def run_prefill(
@@ -111,6 +120,8 @@ class PrefillLaunch:
         at_once = SCRATCH_BYTES // (row_bytes * TOGETHER) * TOGETHER
         self._at_once = max(TOGETHER, min(at_once, self._rows))
         self._splits = max(1, kv_len // SCANNED)
+        draws = draws_keys(budget.keys, kv_len) and kv_len <= 1 << SLOT_BITS
+        self._slot_bits = SLOT_BITS if draws else 31
         self._bin_room = -(-kv_len // 16) * 16  # rows of bins that can be read 16 at a time
         self.scratch = self._scratch().allocate(query.device)
         self._arguments = self._named()
@@ -129,6 +140,7 @@ class PrefillLaunch:
         scratch.want("totals", torch.float32, rows, parts)
         scratch.want("edge", torch.int32, rows, EDGE_NUMBERS)
         scratch.want("bins", torch.uint8, rows, self._bin_room)
+        scratch.want("luck", torch.uint8, self._bin_room)
         scratch.want("chosen", torch.int32, rows, self.capacity)
         scratch.want("counts", torch.int32, rows)
         return scratch
@@ -146,6 +158,8 @@ class PrefillLaunch:
             **budget.arguments(),
             "SELF": budget.own and operands.query_len == operands.kv_len,
             "LANES": LANES,
+            "SLOT_BITS": self._slot_bits,
+            "COVERS": budget.coverage is not None and self._slot_bits < 31,
         }
 
     def slices(self) -> Iterator[tuple[int, int]]:
@@ -163,6 +177,9 @@ class PrefillLaunch:
         )
         named = {**self._arguments, "first_row": first_row, "KEYS": keys}
         summarise, scan = {**named, "TILES": summarised}, {**named, "TILES": scanning}
+        if hasattr(module, "deal_luck") and first_row == 0:
+            grid = (-(-self._bin_room // LANES),)
+            launch(module.deal_luck, grid, named, num_warps=4, num_stages=1)
         launch(
             module.summarise_queries, (count // summarised,), summarise, num_warps=4, num_stages=2
         )

@@ -29,7 +29,7 @@ from lychee_compile.kernels.gpu.prefill.launch import (
 )
 from lychee_compile.kernels.policies.registry import prefill_choice
 from lychee_compile.kernels.reference.prefill_attention import PrefillConfig
-from lychee_compile.kernels.reference.prefill_question import PrefillQuestion
+from lychee_compile.kernels.reference.prefill_question import PrefillQuestion, as_drawn
 from lychee_compile.kernels.reference.tiles import Sight, TileSight, always_read
 from lychee_compile.kernels.sizes import QUERY_TILE
 
@@ -108,7 +108,8 @@ class ListedPrefill:
         """Return the keys that these tiles read."""
         sight, edge = self.see(first_tile, tiles)
         question = self.question(first_tile, sight)
-        read = (sight.always | self._config.choice(question)).flatten(0, 2).contiguous()
+        chosen = as_drawn(self._config.choice(question)).read
+        read = (sight.always | chosen).flatten(0, 2).contiguous()
         capacity = max(1, int(read.sum(-1).max()))
         chosen = edge.new_empty(len(read), capacity)
         lists = Lists(first_tile, tiles, chosen, edge.new_empty(len(read)), edge)

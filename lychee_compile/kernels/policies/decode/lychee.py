@@ -21,7 +21,7 @@ from lychee_compile.kernels.levels.expressions import (
 from lychee_compile.kernels.levels.groups import Chunks, Clusters
 from lychee_compile.kernels.reference.chunk_index import ChunkIndex
 from lychee_compile.kernels.reference.own_slots import own_slots
-from lychee_compile.kernels.reference.question import Question, Runs
+from lychee_compile.kernels.reference.question import Choice, Question
 from lychee_compile.kernels.reference.runs import expand_runs
 from lychee_compile.kernels.reference.sketch import BLOCK, KeySketches
 from lychee_compile.kernels.reference.sketch_axes import sketch_bits
@@ -135,7 +135,7 @@ class LycheeIndex(ChunkIndex):
         self.sketches.rewrite(key, self.start, self.tail, slots)
         super().rewrite(key, slots)
 
-    def choose(self, question: Question) -> Runs:
+    def choose(self, question: Question) -> Choice:
         """Return the tokens of most estimated mass, by their sketches."""
         query = question.split(question.query)
         candidates = self.candidates(question)

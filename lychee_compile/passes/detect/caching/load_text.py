@@ -1,17 +1,23 @@
 """Write the expression of keys or values as `kernels.reference.loads` evaluates it.
 
 scale[b, h, kv, 0] * cache[b, h, kv, d]  ->  "at(0, b, h, kv, 0)*at(1, b, h, kv, d)"
+words[b, h, kv, d] // 256 % 256          ->  "((bits(0, b, h, kv, d)//256)%256)"
+
+Bits of integers that float32 does not hold are read by "bits".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
+import torch
 from sympy.core.relational import Relational
 
 from lychee_compile.passes.detect.caching.loads import INDEX, Load
+from lychee_compile.passes.graph.dataflow import value_of
 
 
 def load_text(load: Load) -> str | None:
@@ -27,6 +33,10 @@ def page_text(load: Load) -> str:
     return "" if load.pages is None else _Writer(load, "entry").text(load.pages.page)
 
 
+_WIDE = (torch.int32, torch.int64, torch.uint32)
+"""Dtypes of integers that float32 rounds."""
+
+
 class _NoTextError(Exception):
     """An operation that has no text, or a size that only a call tells."""
 
@@ -37,6 +47,7 @@ class _Writer:
     def __init__(self, load: Load, reader: str) -> None:
         """Read leaves by the function `reader`; those that are indices are read by "entry"."""
         self._numbers = {name: place for place, (name, _) in enumerate(load.leaves)}
+        self._wide = {name for name, leaf in load.leaves if value_of(leaf).dtype in _WIDE}
         self._reader = reader
 
     def text(self, value: Any) -> str:
@@ -52,14 +63,30 @@ class _Writer:
         """Return an index, or a leaf of one number."""
         if value in INDEX:
             return str(value)
-        return f"{self._reader}({self._number(value.name)})"
+        return f"{self._reader_of(value.name)}({self._number(value.name)})"
 
     def indexed(self, value: sympy.Indexed) -> str:
         """Return an element of a leaf."""
-        reader, self._reader = self._reader, "entry"
-        places = [self.text(each) for each in value.indices]
-        self._reader = reader
-        return f"{reader}({', '.join([self._number(str(value.base)), *places])})"
+        name = str(value.base)
+        with self._reading("entry"):
+            places = [self.text(each) for each in value.indices]
+        return f"{self._reader_of(name)}({', '.join([self._number(name), *places])})"
+
+    @contextmanager
+    def _reading(self, reader: str) -> Iterator[None]:
+        before, self._reader = self._reader, reader
+        try:
+            yield
+        finally:
+            self._reader = before
+
+    def _reader_of(self, name: str) -> str:
+        return "at" if self._reader == "bits" and name not in self._wide else self._reader
+
+    def _cut(self, write: Callable[[], str]) -> str:
+        """Return the text of a quotient or remainder, which takes bits of what it reads."""
+        with self._reading("bits" if self._reader == "at" else self._reader):
+            return write()
 
     def _number(self, name: str) -> str:
         if name not in self._numbers:
@@ -98,7 +125,11 @@ class _Writer:
     def floor(self, value: sympy.floor) -> str:
         """Return a quotient of integers."""
         above, below = sympy.fraction(sympy.together(value.args[0]))
-        return f"(({self.text(above)})//({self.text(below)}))"
+        return self._cut(lambda: f"(({self.text(above)})//({self.text(below)}))")
+
+    def remainder(self, value: sympy.Mod) -> str:
+        """Return a remainder."""
+        return self._cut(lambda: self.joined("%")(value))
 
 
 _KINDS: dict[type, Callable[[_Writer, Any], str]] = {
@@ -113,6 +144,6 @@ _KINDS: dict[type, Callable[[_Writer, Any], str]] = {
     sympy.Or: lambda writer, value: writer.joined(" | ")(value),
     sympy.Not: lambda writer, value: f"~{writer.text(value.args[0])}",
     sympy.floor: _Writer.floor,
-    sympy.Mod: lambda writer, value: writer.joined("%")(value),
+    sympy.Mod: _Writer.remainder,
 }
 """Function that writes each kind of expression."""

@@ -103,6 +103,7 @@ def _keeps_numbers(node: torch.fx.Node) -> bool:
     if operator_of(node).view is View.COPY:
         return _holds(value.dtype, value_of(first_input(node)).dtype)
     exact = not operator_of(node).is_elementwise or value.dtype == torch.bool
+    exact = exact or operator_of(node).keeps_range
     return exact or value.dtype.itemsize > (1 if value.dtype.is_floating_point else 2)
 
 

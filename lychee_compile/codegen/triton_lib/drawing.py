@@ -1,0 +1,68 @@
+"""Luck and weight of keys that are drawn by chance, see `kernels/reference/drawing.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from lychee_compile.codegen.triton_lib.names import BINS, LUCKIEST, SLOT_BITS
+
+
+@triton.jit
+def luck_of(mixed):
+    """Return how many bins luck raises each of the numbers [N], uint32, by: int32."""
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
+    mixed = (mixed ^ (mixed >> 16)) * 0xC2B2AE35
+    number = tl.maximum((mixed >> 16).to(tl.int32), 1).to(tl.float32).to(tl.int32, bitcast=True)
+    raised = 8 * (127 + 15 - (number >> 23))
+    raised += ((number & 0x7FFFFF) < 6996167).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 5719293).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 4548395).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 3474676).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 2490071).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 1587185).to(tl.int32)
+    raised += ((number & 0x7FFFFF) < 759234).to(tl.int32)
+    return tl.minimum(raised, LUCKIEST)
+
+
+@triton.jit(do_not_specialize=["bin_room"])
+def deal_luck(luck, bin_room, LANES: tl.constexpr, SLOT_BITS: tl.constexpr):
+    """Store how many bins luck raises each slot by, uint8 [bin_room]; 0 if no key is drawn."""
+    slot = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    raised = luck_of(slot.to(tl.uint32))
+    if SLOT_BITS >= 31:
+        raised = tl.zeros([LANES], tl.int32)
+    tl.store(luck + slot, raised.to(tl.uint8), mask=slot < bin_room)
+
+
+@triton.jit
+def lift_of(item, SLOT_BITS: tl.constexpr):
+    """Return the slots of listed items [N], and log2 of how many keys each stands for."""
+    # Few instructions: every thread does this for all its columns of a product.
+    return item & ((1 << SLOT_BITS) - 1), (item >> SLOT_BITS).to(tl.float32) * 0.0625
+
+
+@triton.jit
+def salt_of(step, kv_head):
+    """Return the number that moves the luck of a KV head in the step that writes slot `step`."""
+    return (step * 64 + kv_head).to(tl.uint32) * 0x9E3779B1
+
+
+@triton.jit
+def priorities(entry, slot, salt):
+    """Return the bins [N] of priorities, by the bins of shares; the first stays what it is."""
+    raised = entry + luck_of(slot.to(tl.uint32) + salt)
+    return tl.where(entry > 0, tl.minimum(raised, BINS - 1), 0)
+
+
+@triton.jit
+def drawn_items(slot, entry, cut, salt):
+    """Return slots [N], with log2 of how many each stands for, in sixteenths, above SLOT_BITS.
+
+    `entry` [N] are the bins of priorities, and `cut` is the bin that the choice ends in.
+    """
+    depth = cut - (entry - luck_of(slot.to(tl.uint32) + salt))
+    return slot + (tl.where(depth < 0, 0, 2 * depth + 1) << SLOT_BITS)

@@ -1,0 +1,53 @@
+"""Drawing of the tokens of a decode step: large shares are read, and small ones by chance.
+
+Priority sampling, as in `drawing.py`. Shares are bins of an eighth of an octave, as kernels make
+them. The luck of a token depends on its slot, on the KV head and on the step, so that what one step
+misses another may read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lychee_compile.kernels.reference.drawing import log_weight, luck_of
+from lychee_compile.kernels.sizes import BINS, LARGEST
+
+LAST_BIN = (127 + LARGEST) * 8
+"""Bin of the largest share, counted from the smallest number of float32."""
+SALT = 0x9E3779B1
+"""Odd factor by which a salt moves the numbers of slots."""
+
+
+def salt_of(step: Tensor, kv_heads: int) -> Tensor:
+    """Return a number for each KV head at the step `step`, int64 [B]: int64 [B, Hkv, 1, 1]."""
+    head = torch.arange(kv_heads, device=step.device)
+    return ((step.long()[:, None] * 64 + head) * SALT & 0xFFFFFFFF)[..., None, None]
+
+
+def draw(
+    rank: Tensor, slot: Tensor, candidate: Tensor, room: Tensor, salt: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw `room`, int64 [B, Hkv, Tq], of the candidates by the logarithms of their shares.
+
+    `rank`, `slot` and `candidate` are [B, Hkv, Tq, N]; `salt` is int64 [B, Hkv, 1, 1]. Returns the
+    places of what is drawn, the logarithm of how many candidates each stands for, float32, and
+    which are real, each [B, Hkv, Tq, M]. A candidate without a share, which no head of its KV head
+    sees, is never drawn.
+    """
+    share = rank.float().nan_to_num(nan=torch.inf).exp()
+    entry = (share.view(torch.int32) >> 20) - (LAST_BIN - BINS + 1)
+    entry = entry.clamp(1, BINS - 1)
+    priority = (entry + luck_of((slot + salt) & 0xFFFFFFFF)).clamp(max=BINS - 1)
+    priority = torch.where(candidate & (share > 0), priority, 0)
+    most = min(int(room.max()) + 1, rank.shape[-1])
+    # Equal priorities keep the order of their places.
+    order = priority.long() * 2**32 - torch.arange(rank.shape[-1], device=rank.device)
+    place = order.topk(most, -1).indices
+    first = priority.gather(-1, place)
+    number = torch.arange(most, device=rank.device)
+    taken = (number < room[..., None]) & (first > 0)
+    # The first that is not taken ends the choice; there is none if all candidates are.
+    cut = torch.where(number == room[..., None], first, 0).amax(-1, keepdim=True)
+    weight = log_weight(cut + 1, entry.gather(-1, place) + 1)  # the first bin is a share here
+    return place, weight.masked_fill(~taken, 0), taken
