@@ -147,14 +147,16 @@ class GrowingLayer(StoredLayer):
         Raises `RuntimeError` if those wrote more tokens than there was room for.
         """
         if self.length is None:
-            self.length = int(self.cumulative_length)
-            if self.length > self.keys.shape[2]:
+            counted = int(self.cumulative_length)
+            if counted > self.keys.shape[2]:
+                self.shared.at_most = counted  # the next call looks again
                 raise RuntimeError(
-                    f"compiled steps wrote {self.length} tokens to a LycheeCache with room for "
+                    f"compiled steps wrote {counted} tokens to a LycheeCache with room for "
                     f"{self.keys.shape[2]}, and those beyond are lost (their outputs were NaN): "
                     "call cache.reserve(tokens) before compiled steps that generate() does not "
                     "make, and reset() this cache"
                 )
+            self.length = counted
         return self.length
 
     @property
