@@ -1,6 +1,6 @@
 """Time of one decode attention over caches that hold something else than bfloat16 keys and values.
 
-    python -m benchmarks.decode.stored [--contexts 32k 128k] [--batch 1] [--budget 1024]
+    python -m benchmarks.stored_keys [--contexts 32k 128k] [--batch 1] [--budget 1024]
         [--forms bfloat16 int8 ...] [--seconds 0.2]
 
 Each form is read exactly, and sparsely by the policy "lychee". Keys and values are dequantised, and

@@ -107,7 +107,7 @@ def test_options_that_contradict_drawing_are_named(given, words):
 
 
 def test_a_certificate_counts_what_is_read_once():
-    """What a token stands for is not read: it must not make a certificate smaller."""
+    """Tokens that a drawn one stands for are not read: no certificate gets smaller by them."""
     options = {"budget": 64, "sinks": 2, "recent": 16, "draw": True}
     _, operands = step_of(400)
     query, key, value = operands.query, operands.key, operands.value

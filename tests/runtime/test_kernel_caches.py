@@ -184,7 +184,7 @@ def test_what_kernels_read_is_recorded(options: dict[str, Any]) -> None:
 
 
 def test_of_tokens_that_kernels_draw_the_slots_alone_are_recorded() -> None:
-    """What they stand for is in the sums of the kernels, and is not read."""
+    """The sums of the kernels hold what they stand for, which is not read."""
     step, cache = compiled(draw=True, dense_layers=0), Cache(batch=2).fill(100)
     cache.step(step)
     with lychee_compile.record(mass=True) as recorder:
