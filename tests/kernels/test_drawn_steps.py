@@ -106,7 +106,7 @@ def assert_weighted(problem, output, read, lift):
 def test_tokens_that_are_drawn_stand_for_those_that_are_not():
     """Tokens of small shares have other values than those of large ones."""
     errors = torch.zeros(2)
-    for seed in range(4):
+    for seed in range(2):
         sizes = Sizes(1, 2, 4, 1, 480, 64)
         problem = make_problem("float32", sizes, mask="causal", sparse=SPARSE, seed=seed)
         score = problem.finish_scores().masked_fill(~problem.visible, -torch.inf)
@@ -116,5 +116,5 @@ def test_tokens_that_are_drawn_stand_for_those_that_are_not():
         problem = replace(problem, value=value.contiguous())
         dense = share @ value.repeat_interleave(4, 1)
         for number, step in enumerate(drawn_and_plain(problem)):
-            errors[number] += (step.output - dense).abs().mean() / 4
+            errors[number] += (step.output - dense).abs().mean() / 2
     assert errors[0] < 0.4 * errors[1]

@@ -39,7 +39,7 @@ def growth(run: Callable[[], Any], first: int, more: int) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("calls", [10_000, pytest.param(100_000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("calls", [4_000, pytest.param(100_000, marks=pytest.mark.thorough)])
 def test_many_calls_of_a_graph_leave_nothing_behind(
     calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
