@@ -81,7 +81,7 @@ def image(batch: int) -> Tensor:
     ("dynamic", "fill", "scaled"),
     [
         pytest.param({0: (0,)}, -100.0, False, id="batch"),
-        pytest.param(None, -torch.inf, True, id="all sizes, scaled"),
+        pytest.param(None, -torch.inf, True, id="all sizes, scaled", marks=pytest.mark.thorough),
         pytest.param({0: (0,)}, -torch.inf, True, id="batch, scaled", marks=pytest.mark.thorough),
         pytest.param(None, -100.0, False, id="all sizes", marks=pytest.mark.thorough),
     ],
