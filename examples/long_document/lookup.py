@@ -1,9 +1,9 @@
 """A model that looks things up at any length: two layers of attention, with weights set by hand.
 
-A model of the size that decodes a long document on two cores in seconds, and that answers from it,
-is on no package index, and is not trained in a minute: after a minute of training on one core, a
-model of a million parameters guessed every digit. What looks facts up in trained models is known,
-however: induction heads (arXiv 2209.11895). This module writes them down.
+We know of no package with a model that reads a long document on two cores in seconds and answers
+from it. A minute of training on one core does not make one: a model of a million parameters still
+guessed every digit. What looks facts up in trained models is known, however: induction heads (arXiv
+2209.11895). This module writes them down.
 
 - Layer 0 has rotary positions. Head h attends to the token h + 1 places before, so that each
   place knows the `HEADS` tokens before it.
