@@ -17,7 +17,8 @@ PREFILLS = {"dense": "exact", "exact": "exact", "sparse": "sparse"}
 """Values of the option `prefill` of `prepare`, and what the backend calls them."""
 SPARSE_CHUNK = 4096
 """Number of tokens in a chunk of a prompt that is read sparsely, if the user names none."""
-_OWN = ("cache", "storage", "cache_dtype", "prefill_chunk")
+OWN = ("cache", "storage", "cache_dtype", "prefill_chunk")
+"""Options of `prepare` that the backend does not have."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Settings:
 
         Raises `OptionError` for unknown names and wrong values.
         """
-        check_names(given, _OWN)
-        options = {name: value for name, value in given.items() if name not in _OWN}
+        check_names(given, OWN)
+        options = {name: value for name, value in given.items() if name not in OWN}
         if "prefill" in options:
             one_of("prefill", options["prefill"], tuple(PREFILLS))
             options["prefill"] = PREFILLS[options["prefill"]]

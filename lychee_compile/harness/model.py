@@ -18,12 +18,12 @@ except ImportError as error:
 from tqdm import tqdm
 
 from lychee_compile.generation.prepare import prepare
+from lychee_compile.generation.settings import OWN
 from lychee_compile.harness.forced import forced_logits
 from lychee_compile.options import OptionError, Options
 
 QUESTION_TOKENS = 64
 """Number of tokens at the end of a context that are decoded sparsely, unless the user says more."""
-_OF_PREPARE = ("cache", "prefill_chunk")
 _OF_HARNESS = ("mode", "tokenizer")
 """Options of the backend whose names lm-evaluation-harness takes for itself, or does not need."""
 
@@ -59,7 +59,7 @@ class LycheeLM(HFLM):
             )
         if question_tokens < 0:
             raise OptionError(f"question_tokens={question_tokens}: at least 0 is needed")
-        own = {each.name for each in fields(Options)} - {*_OF_HARNESS} | {*_OF_PREPARE}
+        own = {each.name for each in fields(Options)} - {*_OF_HARNESS} | {*OWN}
         options = {name: arguments.pop(name) for name in own & {*arguments}}
         super().__init__(pretrained, backend="causal", batch_size=1, **arguments)
         self._question_tokens = question_tokens
