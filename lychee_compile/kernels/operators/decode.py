@@ -108,18 +108,24 @@ def growing_sparse_decode(
 
     CUDA graphs must leave it out: they would replay it with the index of their first call.
     """
-    index = handles.find(handle, GrowingCacheIndex).index_for(key, positions)
-    handle[1] += 1
     operands = AttentionOperands(query, key, value, captured, extra, extra_value)
-    if index is None:
-        kernels_told.set()
-        return run_exact_kernel(kernel, operands)
-    return run_sparse_kernel(
-        kernel, operands, IndexOperands(index.layout, index.parts, positions), site
-    )
+    return run_growing_kernel(kernel, operands, handle, positions, site)
 
 
 growing_sparse_decode.register_fake(fake_output)
+
+
+def run_growing_kernel(
+    kernel: str, operands: AttentionOperands, handle: Tensor, positions: Tensor | None, site: str
+) -> Tensor:
+    """Return attention over a cache whose index is found by `handle`, over all keys without one."""
+    index = handles.find(handle, GrowingCacheIndex).index_for(operands.key, positions)
+    handle[1] += 1
+    if index is None:
+        kernels_told.set()
+        return run_exact_kernel(kernel, operands)
+    used = IndexOperands(index.layout, index.parts, positions)
+    return run_sparse_kernel(kernel, operands, used, site)
 
 
 def run_exact_kernel(kernel: str, operands: AttentionOperands) -> Tensor:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels import handles
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.methods import layout_for
-from lychee_compile.kernels.gpu.owners import GrowingCacheIndex
-from lychee_compile.kernels.operators.decode import run_exact_kernel, run_sparse_kernel
-from lychee_compile.kernels.operators.observe import kernels_told
+from lychee_compile.kernels.operators.decode import (
+    run_exact_kernel,
+    run_growing_kernel,
+    run_sparse_kernel,
+)
 
 
 @torch.library.custom_op("lychee::loaded_sparse_decode", mutates_args=("state",))
@@ -59,14 +60,7 @@ def loaded_growing_decode(
 ) -> Tensor:
     """Run `loaded_sparse_decode` over a cache that grows, whose index is found by `handle`."""
     operands = _loaded(kernel, query, key, value, sizes, captured, extra)
-    index = handles.find(handle, GrowingCacheIndex).index_for(operands.key, positions)
-    handle[1] += 1
-    if index is None:
-        kernels_told.set()
-        return run_exact_kernel(kernel, operands)
-    return run_sparse_kernel(
-        kernel, operands, IndexOperands(index.layout, index.parts, positions), site
-    )
+    return run_growing_kernel(kernel, operands, handle, positions, site)
 
 
 @torch.library.custom_op("lychee::loaded_exact_decode", mutates_args=())
