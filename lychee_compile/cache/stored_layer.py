@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,46 +40,49 @@ class StoredLayer(StaticLayer):
         """Return the buffers of `kind`, "keys" or "values"."""
         return tuple(getattr(self, name) for name in self.names_of(kind))
 
-    def buffers(self) -> Iterator[Tensor]:
-        """Yield all buffers."""
-        yield from self.parts("keys")
-        yield from self.parts("values")
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all buffers."""
+        return self.names_of("keys") + self.names_of("values")
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Return all buffers."""
+        return self.parts("keys") + self.parts("values")
+
+    def encoded(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, ...]:
+        """Return what each of `buffers` is to hold of tokens [B, Hkv, T, D]."""
+        encode = self.storage.format.encode
+        return encode(key_states) + encode(value_states)
 
     def change_buffers(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace each buffer by what `change` makes of it, in the same kind of memory.
 
         Floats of 8 bits come as integers.
         """
-        for kind in ("keys", "values"):
-            for name in self.names_of(kind):
-                buffer = getattr(self, name)
-                changed = change(bits(buffer)).view(buffer.dtype)
-                on_host = lies_on_host(buffer)
-                setattr(self, name, _copy_on_host(changed) if on_host else changed)
+        for name, buffer in zip(self.names(), self.buffers(), strict=True):
+            changed = change(bits(buffer)).view(buffer.dtype)
+            on_host = lies_on_host(buffer)
+            setattr(self, name, _copy_on_host(changed) if on_host else changed)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
         slots, self.max_cache_len = self.max_cache_len, 0
         super().lazy_initialization(key_states, value_states)
         self.max_cache_len, self.states_dtype = slots, key_states.dtype
-        for kind, states in (("keys", key_states), ("values", value_states)):
-            encoded = self.storage.format.encode(states[:, :, :0])
-            for name, part in zip(self.names_of(kind), encoded, strict=True):
-                setattr(self, name, self.storage.zeros(part, slots))
+        nothing = self.encoded(key_states[:, :, :0], value_states[:, :, :0])
+        for name, part in zip(self.names(), nothing, strict=True):
+            setattr(self, name, self.storage.zeros(part, slots))
 
     def copy_in(self, positions: Tensor, key_states: Tensor, value_states: Tensor) -> None:
         """Write tokens [B, Hkv, T, D] at `positions`, int64 [T]."""
-        for kind, states in (("keys", key_states), ("values", value_states)):
-            encoded = self.storage.format.encode(states)
-            for buffer, part in zip(self.parts(kind), encoded, strict=True):
-                bits(buffer).index_copy_(2, positions, bits(part))
+        encoded = self.encoded(key_states, value_states)
+        for buffer, part in zip(self.buffers(), encoded, strict=True):
+            bits(buffer).index_copy_(2, positions, bits(part))
 
     def put(self, begin: int, key_states: Tensor, value_states: Tensor) -> None:
         """Write tokens [B, Hkv, T, D] from slot `begin` on."""
-        for kind, states in (("keys", key_states), ("values", value_states)):
-            encoded = self.storage.format.encode(states)
-            for buffer, part in zip(self.parts(kind), encoded, strict=True):
-                buffer[:, :, begin : begin + states.shape[2]] = part
+        encoded = self.encoded(key_states, value_states)
+        for buffer, part in zip(self.buffers(), encoded, strict=True):
+            buffer[:, :, begin : begin + part.shape[2]] = part
 
     def read(self, kind: str, slots: int | None = None) -> Tensor:
         """Return keys or values [B, Hkv, slots, D] as attention reads them; None: all slots.
@@ -111,12 +114,11 @@ class StoredLayer(StaticLayer):
 
     def move_buffers(self, slots: int, used: int) -> None:
         """Move to new buffers of `slots` slots, one after the other, with the first `used`."""
-        for kind in ("keys", "values"):
-            for name in self.names_of(kind):
-                old = getattr(self, name)
-                new = self.storage.zeros(old, slots)
-                new[:, :, :used] = old[:, :, :used]
-                setattr(self, name, new)
+        for name in self.names():
+            old = getattr(self, name)
+            new = self.storage.zeros(old, slots)
+            new[:, :, :used] = old[:, :, :used]
+            setattr(self, name, new)
 
 
 def _copy_on_host(buffer: Tensor) -> Tensor:
