@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -162,8 +162,8 @@ def prefill_config(variant: Variant, share: float) -> PrefillConfig:
     """Return what a policy is to read of a sequence. Raise `OptionError` if it has no such form."""
     options = variant.prefill_options(share)
     choice = prefill_choice(options.policy)
-    config = PrefillConfig(choice, share, options.sinks, options.recent, options.epsilon)
-    return replace(config, coverage=options.prefill_coverage)
+    read = options.sinks, options.recent, options.epsilon
+    return PrefillConfig(choice, share, *read, coverage=options.prefill_coverage)
 
 
 def dense_tiles(site: SiteTensors, positions: Tensor) -> Iterator[Tile]:
