@@ -15,7 +15,7 @@ from lychee_compile.kernels.host_memory import any_on_host, lies_on_host, warn_o
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 from lychee_compile.passes.decide import Plan
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.graph.dataflow import operator_of
+from lychee_compile.passes.graph.dataflow import ancestors, operator_of
 
 _PROMPT = (
     "attention of a prompt in compiled code",
@@ -42,15 +42,8 @@ def inputs_of_keys(plans: Sequence[Plan], graph: torch.fx.Graph) -> list[Inputs]
 def _behind(plan: Plan) -> Iterator[torch.fx.Node]:
     """Yield what the keys of an attention come from, but for what their projection takes."""
     attention = plan.attention
-    waiting = [attention.key.node] if isinstance(attention, Attention) else []
-    met = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        if operator_of(node).product is None:
-            fresh = [each for each in node.all_input_nodes if each not in met]
-            met.update(fresh)
-            waiting += fresh
+    if isinstance(attention, Attention):
+        yield from ancestors(attention.key.node, lambda node: operator_of(node).product is not None)
 
 
 def told_of_host_caches(

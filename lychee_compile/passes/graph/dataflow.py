@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import sympy
@@ -93,13 +93,19 @@ def scalar_of(value: Any) -> sympy.Expr | None:
     return sympy.sympify(value) if isinstance(value, (int, float)) else None
 
 
-def ancestors(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    """Yield `node` and all nodes that it is computed from, the nearest first."""
+def ancestors(
+    node: torch.fx.Node, ends: Callable[[torch.fx.Node], bool] = lambda _: False
+) -> Iterator[torch.fx.Node]:
+    """Yield `node` and all nodes that it is computed from, the nearest first.
+
+    What a node takes that `ends` the search is left out.
+    """
     waiting, met = deque([node]), {node}
     while waiting:
         node = waiting.popleft()
         yield node
-        fresh = [each for each in node.all_input_nodes if each not in met]
+        inputs = () if ends(node) else node.all_input_nodes
+        fresh = [each for each in inputs if each not in met]
         met.update(fresh)
         waiting.extend(fresh)
 
