@@ -169,6 +169,7 @@ def load_of(
         names_of = Names(module)
         elements = StoredElements(axes, names_of, is_stored, joined)
         element = axes.rejoined(elements.of(operand.node, indices)).xreplace(names)
+        element = axes.in_fewest_sizes(element)
         leaves = [
             (name, node)
             for name, node in elements.leaves.items()
