@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import sympy
+from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.expressions import indices_of
@@ -152,7 +153,10 @@ class _Writer:
 
     def _needed(self, tensor: Stored, places: Sequence[sympy.Expr], when: Boolean) -> Boolean:
         """Return the part of a condition without which an index might be out of range."""
-        free, depends = self._depends([when]), self._depends(places)
+        depends = self._depends(places)
+        if KV not in depends:
+            when = _for_any_token(when)
+        free = self._depends([when])
         safe = free == {D} and in_range(tensor, places, self.count)
         if safe or not free & depends:
             return sympy.true
@@ -167,4 +171,14 @@ class _Writer:
         return " & ".join(masks)
 
     def _print(self, value: sympy.Basic) -> str:
-        return print_expression(value, {}, variables=(*_PLACES, *self.depends))
+        variables = *_PLACES, *self.load.numbers, *self.depends
+        return print_expression(value, {}, variables=variables)
+
+
+def _for_any_token(when: Boolean) -> Boolean:
+    """Return a condition that holds if `when` does for some token."""
+    return when.replace(lambda each: isinstance(each, Relational) and each.has(KV), _holds)
+
+
+def _holds(*_: object) -> Boolean:
+    return sympy.true
