@@ -12,7 +12,7 @@ are indices that a tensor holds, as a table of pages does, and numbers that bits
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -154,8 +154,8 @@ class _Writer:
     def _needed(self, tensor: Stored, places: Sequence[sympy.Expr], when: Boolean) -> Boolean:
         """Return the part of a condition without which an index might be out of range."""
         depends = self._depends(places)
-        if KV not in depends:
-            when = _for_any_token(when)
+        if KV in when.free_symbols:  # keys of a past and of a tail
+            when = _for_any(when, {KV, D} - depends)
         free = self._depends([when])
         safe = free == {D} and in_range(tensor, places, self.count)
         if safe or not free & depends:
@@ -175,10 +175,8 @@ class _Writer:
         return print_expression(value, {}, variables=variables)
 
 
-def _for_any_token(when: Boolean) -> Boolean:
-    """Return a condition that holds if `when` does for some token."""
-    return when.replace(lambda each: isinstance(each, Relational) and each.has(KV), _holds)
-
-
-def _holds(*_: object) -> Boolean:
-    return sympy.true
+def _for_any(when: Boolean, places: Collection[sympy.Symbol]) -> Boolean:
+    """Return a condition that holds if `when` does for some values of `places`, in short form."""
+    positive = sympy.to_nnf(when)
+    loose = [each for each in positive.atoms(Relational) if each.has(*places)] if places else []
+    return sympy.simplify_logic(positive.xreplace(dict.fromkeys(loose, sympy.true)))

@@ -17,6 +17,7 @@ import sympy
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.call_sizes import are_told
 from lychee_compile.passes.detect.caching.caches import (
@@ -50,8 +51,13 @@ from lychee_compile.passes.graph.region import Order, overwritten_before
 from lychee_compile.passes.symbolic.axes import Indices, size_expression
 
 
-def bind_loaded(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> CacheBinding | None:
-    """Return what the keys of `attention` are computed from; None if that is not recognised."""
+def bind_loaded(
+    attention: Attention, graph: torch.fx.Graph, writes: Writes
+) -> CacheBinding | Unbound | None:
+    """Return what the keys of `attention` are computed from; None if that is not recognised.
+
+    It is unbound if all is recognised, but the new keys are in no cache.
+    """
     if attention.form == "flex":
         return None
     load = _load(attention, graph, writes, values=False)
@@ -70,9 +76,17 @@ def bind_loaded(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> 
             continue
         sources = _steady_sources(leaf, writes)
         if sources is None:
-            return None
+            return _without_tail(load)
         watched += [Watched(each) for each in sources]
-    return _loaded(load, bindings, watched)
+    return _loaded(load, bindings, watched) if bindings else _without_tail(load)
+
+
+def _without_tail(load: Load) -> Unbound | None:
+    """Return the reason if new keys are joined to a past, and no tail holds them; else None."""
+    behind = (leaf for name, leaf in load.leaves if load.is_behind_others(name))
+    if any(leaf.op == "call_function" for leaf in behind):
+        return Unbound("none", reasons.CACHE_TAIL_MOVES())
+    return None
 
 
 def load_of_values(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> Load | None:
@@ -108,8 +122,6 @@ def _load(attention: Attention, graph: torch.fx.Graph, writes: Writes, values: b
 def _loaded(
     load: Load, bindings: list[CacheBinding], watched: list[Watched]
 ) -> CacheBinding | None:
-    if not bindings:
-        return None
     if len({load.pages_of(name) for name, leaf in load.leaves if _is_of(leaf, bindings)}) > 1:
         return None
     main = max(bindings, key=_numbers_of_token)

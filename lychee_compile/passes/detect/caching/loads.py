@@ -24,7 +24,7 @@ from lychee_compile.passes.detect.axis_roles import Roles
 from lychee_compile.passes.detect.caching.stored_elements import StoredElements
 from lychee_compile.passes.detect.caching.tails import parts_of
 from lychee_compile.passes.detect.operands import Layout, Operand
-from lychee_compile.passes.graph.aliasing import is_pure_view
+from lychee_compile.passes.graph.aliasing import is_given, is_pure_view
 from lychee_compile.passes.graph.dataflow import (
     first_input,
     operator_of,
@@ -136,6 +136,12 @@ class Load:
         if firsts or first.has(*INDEX) or first.atoms(sympy.Indexed, sympy.floor, sympy.Mod):
             return None
         return dim, first
+
+    def is_behind_others(self, name: str) -> bool:
+        """True if a leaf holds tokens that come behind those of an input."""
+        place = self.place_of_tokens(name)
+        inputs = any(is_given(leaf) for _, leaf in self.leaves)
+        return inputs and place is not None and place[1] != 0
 
     def batch_dim(self, name: str) -> int | None:
         """Return the dimension of a leaf that runs over rows; None if there is no such one."""
