@@ -128,10 +128,11 @@ def _cache_of(
     if rules.reads_at_once(attention):
         return cache
     if not isinstance(cache, CacheBinding):
+        found: CacheBinding | Unbound | None
         found = _recovered(bind_loaded, attention, graph, writes)
         # Keys that no cache is behind have that reason: no budget speaks of them.
         if isinstance(found, CacheBinding) or cache.reason != reasons.NO_CACHE():
-            cache = found or cache
+            cache = cache if found is None else found
     if isinstance(cache, CacheBinding) and not cache.in_front:
         return replace(cache, values=_recovered(load_of_values, attention, graph, writes))
     return cache

@@ -490,8 +490,8 @@ CACHE_JOINED = _kind(
 CACHE_TAIL_MOVES = _kind(
     Group.CACHE,
     "cache-tail-moves",
-    "the new keys are joined to a past, but written to no tail that the graph returns, as in a call "
-    "that moves a full tail to the past",
+    "the new keys are joined to a past, but written to no tail that the graph returns, as in a "
+    "call that moves a full tail to the past",
     "nothing, if few calls are so; otherwise return a tail that holds the new keys",
 )
 CACHE_CONVERTED = _kind(

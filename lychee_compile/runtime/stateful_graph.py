@@ -152,7 +152,7 @@ class StatefulGraph:
         for argument, cache, entry in zip(self._arguments, caches, entries, strict=True):
             if argument.keys is not None and argument.use is not None and cache is not None:
                 beside = argument.beside_before(inputs)
-                given = [*beside, *argument.numbers_of(inputs)]
+                given: list[Tensor | int] = [*beside, *argument.numbers_of(inputs)]
                 entry.owner.before_call(cache, argument.use, given)
 
     def _acquire(self, caches: Sequence[Tensor | None], inputs: Sequence[object]) -> list[Entry]:
@@ -291,9 +291,9 @@ class _LastCall:
         if not all(map(Entry.is_beside, self.entries, beside)):
             return False
         numbers = [each.numbers_of(inputs) for each in self._arguments]
-        for cache, entry, *given in zip(caches, self.entries, beside, numbers, strict=True):
+        for cache, entry, others, sizes in zip(caches, self.entries, beside, numbers, strict=True):
             if cache is not None:
-                entry.check(cache, *given)
+                entry.check(cache, others, sizes)
         return True
 
     def update_versions(self, caches: Sequence[Tensor | None], inputs: Sequence[object]) -> None:

@@ -147,8 +147,8 @@ class IndexLifecycle(ABC):
     def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
         """Let the device compare all keys if something beside `cache` has changed.
 
-        `beside` are the other tensors, and then the sizes, that keys are computed from. If a key has changed, kernels
-        read all keys from now on, and the host learns of it after the call.
+        `beside` are the other tensors, and then the sizes, that keys are computed from. If a key
+        has changed, kernels read all keys from now on, and the host learns of it after the call.
         """
         changed, self._changed = self._changed, False
         if changed and self.trusted and self.index is not None:

@@ -129,8 +129,9 @@ def _emit_loaded(
             key, key_load, [*sizes[:4], *numbers], mask, positions, ids, index, written,
         )  # fmt: skip
     attended = emit(
-        ops.loaded_attention.default, query, key, key_load, value, value_load,
-        [*sizes, *numbers], mask, extra, index, score.scale, score.softcap, module_path(attention.node),
+        ops.loaded_attention.default,
+        query, key, key_load, value, value_load, [*sizes, *numbers],
+        mask, extra, index, score.scale, score.softcap, module_path(attention.node),
     )  # fmt: skip
     return canonical.replacement(attended)
 
@@ -143,7 +144,9 @@ def _operand(
     if load is None or text is None:
         return None
     size = 0 if load.pages is None else load.pages.size
-    return [leaf for _, leaf in load.leaves], described(text, load.dtype, page_text(load, numbers), size)
+    return [leaf for _, leaf in load.leaves], described(
+        text, load.dtype, page_text(load, numbers), size
+    )
 
 
 def knows_tokens(attention: Attention, binding: CacheBinding, context: LoweringContext) -> bool:

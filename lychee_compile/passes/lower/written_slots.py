@@ -26,7 +26,9 @@ def named_slots(binding: CacheBinding, emit: Emitter) -> torch.fx.Node | None:
     if slots is None or binding.first_token == 0:
         return slots
     size = shape_of(binding.key)[binding.token_dim]
-    count = size if isinstance(size, int) else emit(aten.sym_size.int, binding.key, binding.token_dim)
+    count = (
+        size if isinstance(size, int) else emit(aten.sym_size.int, binding.key, binding.token_dim)
+    )
     # A negative slot counts from the end of the tail.
     inside = emit(aten.remainder.Scalar, slots, count)
     return emit(aten.add.Tensor, inside, emit_number(binding.first_token, emit))

@@ -86,7 +86,7 @@ class CacheBinding:
     values: Load | None = field(default=None, compare=False)
     """The values of the attention as such an expression; None if they are a tensor as it is."""
     first_token: sympy.Expr = sympy.S.Zero
-    """Token of the attention that lies in slot 0 of `key`: above 0 if `key` is the tail of a past."""
+    """Token of the attention in slot 0 of `key`: above 0 if `key` is the tail of a past."""
 
     @property
     def numbers(self) -> tuple[sympy.Symbol, ...]:

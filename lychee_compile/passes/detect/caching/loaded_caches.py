@@ -19,7 +19,6 @@ import torch.fx
 
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
-from lychee_compile.passes.detect.caching.call_sizes import are_told
 from lychee_compile.passes.detect.caching.caches import (
     CacheBinding,
     Unbound,
@@ -27,6 +26,7 @@ from lychee_compile.passes.detect.caching.caches import (
     bind_tensor,
     is_held,
 )
+from lychee_compile.passes.detect.caching.call_sizes import are_told
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.loads import Load, is_plain, load_of, runs_over_tokens
 from lychee_compile.passes.detect.caching.paged_caches import bind_paged
@@ -152,9 +152,7 @@ def _bound(
     return replace(binding, first_token=first)
 
 
-def _holds_last(
-    leaf: torch.fx.Node, place: tuple[int, sympy.Expr], attention: Attention
-) -> bool:
+def _holds_last(leaf: torch.fx.Node, place: tuple[int, sympy.Expr], attention: Attention) -> bool:
     """True if the last token of a cache is the last key: so the newest keys are the last ones."""
     axes, (dim, first) = attention.axes, place
     end = axes.size(first + size_expression(shape_of(leaf)[dim]))

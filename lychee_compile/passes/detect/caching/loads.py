@@ -3,7 +3,7 @@
     keys = cache.to(float32) * scale         cache[b, h, kv, d] * scale[b, h, kv, 0]
     keys = cache[table].flatten(1, 2)        cache[table[b, kv // 16], kv % 16, h, d]
     keys = cat((-x2, x1), -1) * sin          where(d < 8, -x[b, h, kv, d + 8] * sin[kv, d], ...)
-    keys = cat((past * scale, tail), 2)      where(kv < n, past[b, h, kv, d] * ..., tail[b, h, kv - n, d])
+    keys = cat((past, tail), 2)              where(kv < n, past[b, h, kv, d], tail[b, h, kv - n, d])
 
 An element is followed back by the same index arithmetic as that of a mask, to tensors that are
 given, that this call writes tokens to, or that no rule describes.

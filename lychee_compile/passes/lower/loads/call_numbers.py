@@ -1,6 +1,6 @@
 """Emit sizes that only a call tells, and read them from what a call is given.
 
-    keys = cat((past, tail), 2)            s0 = sym_size(past, 2)
+keys = cat((past, tail), 2)            s0 = sym_size(past, 2)
 """
 
 from __future__ import annotations

@@ -130,9 +130,7 @@ def _of_values(attention: Attention, binding: CacheBinding) -> LoadSpec | None:
         return None
 
 
-def _specification(
-    binding: CacheBinding, attention: Attention, *, values: bool
-) -> LoadSpec | None:
+def _specification(binding: CacheBinding, attention: Attention, *, values: bool) -> LoadSpec | None:
     """Return what a kernel computes of keys or values. Raises Unprintable."""
     load = binding.values if values else binding.load
     if load is None:
@@ -148,9 +146,7 @@ def _specification(
     return spec
 
 
-def load_specification(
-    load: Load, prefix: str, sizes: Sequence[sympy.Symbol] = ()
-) -> LoadSpec:
+def load_specification(load: Load, prefix: str, sizes: Sequence[sympy.Symbol] = ()) -> LoadSpec:
     """Return what a kernel computes of a load, whose tensors are named `<prefix>_<number>`.
 
     `sizes` are those that only a call tells, in its order: they are named `<prefix>_size_<number>`.
