@@ -128,7 +128,6 @@ def _cache_of(
     if rules.reads_at_once(attention):
         return cache
     if not isinstance(cache, CacheBinding):
-        found: CacheBinding | Unbound | None
         found = _recovered(bind_loaded, attention, graph, writes)
         # Keys that no cache is behind have that reason: no budget speaks of them.
         if isinstance(found, CacheBinding) or cache.reason != reasons.NO_CACHE():
@@ -139,7 +138,7 @@ def _cache_of(
 
 
 def _recovered(
-    find: Callable[[Attention, torch.fx.Graph, Writes], Found | None],
+    find: Callable[[Attention, torch.fx.Graph, Writes], Found],
     attention: Attention,
     graph: torch.fx.Graph,
     writes: Writes,

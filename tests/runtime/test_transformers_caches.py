@@ -68,6 +68,7 @@ class Rounded(cache_utils.QuantizedLayer):
         return numbers.float() * scale
 
 
+@pytest.mark.thorough
 def test_a_quantised_cache_with_a_residual_is_sparse_until_that_moves() -> None:
     """The budget holds all keys of the residual and most of the past."""
 
