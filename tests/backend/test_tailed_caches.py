@@ -172,3 +172,19 @@ def test_a_call_that_moves_the_tail_is_kept_with_the_reason() -> None:
     (site,) = lychee_compile.reports()[-1].sites
     assert site.decision == "kept"
     assert site.reason.code == "cache-tail-moves"
+
+
+def test_a_choice_by_a_length_in_a_tensor_is_no_cache_with_a_tail() -> None:
+    """The length moves at each step, so that all keys would be compared at each step."""
+
+    def attend(query: Tensor, key: Tensor, used: Tensor, cache: Tensor) -> Tensor:
+        held = cache.index_copy_(2, used, key)
+        seen = (torch.arange(held.shape[2]) <= used)[:, None]
+        keys = torch.where(seen, held, 0.0)
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, held, enable_gqa=True)
+
+    s = Sizes()
+    given = s.query(), s.keys(1), torch.tensor([BEGIN]), s.keys()
+    (site,) = lychee_compile.explain(attend, *given, options=SMALL).sites
+    assert site.decision == "kept"
+    assert site.reason.code == "cache-computed"

@@ -61,7 +61,7 @@ def bind_loaded(
     if attention.form == "flex":
         return None
     load = _load(attention, graph, writes, values=False)
-    if load is None:
+    if load is None or load.chooses_by_tensor:
         return None
     if _read_too_early(load, attention.key.node, attention, graph):
         return None

@@ -18,6 +18,7 @@ from functools import partial
 import sympy
 import torch
 import torch.fx
+from sympy.core.relational import Relational
 
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.axis_roles import Roles
@@ -34,7 +35,7 @@ from lychee_compile.passes.graph.dataflow import (
 from lychee_compile.passes.graph.names import Names
 from lychee_compile.passes.symbolic.axes import Axes, Axis, Index, Indices, with_finer_axes
 from lychee_compile.passes.symbolic.elements import symbol_of
-from lychee_compile.passes.symbolic.elementwise import Element
+from lychee_compile.passes.symbolic.elementwise import Element, Flag
 
 _NAME = "load_{}"
 """Name of the axis of each of the indices."""
@@ -119,6 +120,16 @@ class Load:
         tensors = {symbol_of(name, value_of(leaf).dtype) for name, leaf in self.leaves}
         free = self.element.atoms(sympy.Symbol) - tensors - set(INDEX)
         return tuple(sorted(free, key=str))
+
+    @property
+    def chooses_by_tensor(self) -> bool:
+        """True if tensors tell for which tokens keys come from which tensor, as a length does."""
+        conditions = (
+            condition for each in self.element.atoms(sympy.Piecewise) for _, condition in each.args
+        )
+        relations = {part for each in conditions for part in each.atoms(Relational, Flag)}
+        tensors = [symbol_of(name, value_of(leaf).dtype) for name, leaf in self.leaves]
+        return any(each.has(TOKEN) and each.has(*tensors) for each in relations)
 
     def place_of_tokens(self, name: str) -> tuple[int, sympy.Expr] | None:
         """Return the dimension of a leaf that runs over tokens, and the first token that it holds.
