@@ -23,8 +23,8 @@ from lychee_compile.kernels.operators.observe import (
     warn_of_replays,
 )
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
+from lychee_compile.passes.detect.caching.call_numbers import NumberPlace
 from lychee_compile.passes.lower.index_inputs import TensorPlace
-from lychee_compile.passes.lower.loads.call_numbers import NumberPlace
 from lychee_compile.runtime.cache_registry import Entry, TensorState, registry
 from lychee_compile.runtime.index_owner import IndexOwner
 from lychee_compile.runtime.new_caches import NewCaches

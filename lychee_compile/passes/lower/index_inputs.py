@@ -16,12 +16,12 @@ from torch import Tensor
 from lychee_compile import torch_private
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.passes.detect.caching.caches import CacheBinding, Watched
+from lychee_compile.passes.detect.caching.call_numbers import NumberPlace, number_place
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.parts import input_of, view_of_part
 from lychee_compile.passes.graph.aliasing import is_part
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.emitter import Emitter
-from lychee_compile.passes.lower.loads.call_numbers import NumberPlace, number_place
 
 
 @dataclass(frozen=True)

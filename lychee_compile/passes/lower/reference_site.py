@@ -40,13 +40,13 @@ from lychee_compile.kernels.operators import reference  # noqa: F401  registers 
 from lychee_compile.kernels.operators.loaded import described
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.call_numbers import emit_number
 from lychee_compile.passes.detect.caching.load_text import load_text, page_text
 from lychee_compile.passes.detect.caching.loads import Load
 from lychee_compile.passes.detect.token_ids import covers
 from lychee_compile.passes.graph.dataflow import aten, module_path, static_size
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, emit_behind_front
 from lychee_compile.passes.lower.context import LoweringContext
-from lychee_compile.passes.lower.loads.call_numbers import emit_number
 from lychee_compile.passes.lower.written_slots import named_slots
 
 OPERATOR = "lychee::sparse_attention (reference)"

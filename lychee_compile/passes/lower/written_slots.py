@@ -8,10 +8,10 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.call_numbers import emit_number
 from lychee_compile.passes.detect.caching.token_writes import RowSlots, Span
 from lychee_compile.passes.graph.dataflow import ancestors, aten, operator_key, shape_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
-from lychee_compile.passes.lower.loads.call_numbers import emit_number
 
 REMAINDERS = ("remainder", "fmod")
 """ATen operators that bring positions back to the first slots."""

@@ -85,7 +85,7 @@ class _Place:
     leaf: int
     dim: int
     more: sympy.Expr
-    """What is added: the tokens before those of a tail."""
+    """Number that is added: the tokens before those of a tail."""
 
 
 def _places(binding: CacheBinding, loads: KernelLoads) -> dict[int, _Place]:

@@ -23,13 +23,13 @@ from lychee_compile.kernels.gpu.methods import computes_keys
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.call_numbers import emit_number
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.loads import CHANNEL, Load
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.graph.dataflow import shape_of, value_of
 from lychee_compile.passes.lower.canonical import Canonicaliser
 from lychee_compile.passes.lower.kernel_support import NoKernel, static
-from lychee_compile.passes.lower.loads.call_numbers import emit_number
 from lychee_compile.passes.lower.rearrange import Size
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.elements import symbol_of
