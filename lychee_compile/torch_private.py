@@ -100,6 +100,24 @@ def retrace(
     return traced
 
 
+def copied(
+    gm: torch.fx.GraphModule,
+) -> tuple[torch.fx.GraphModule, dict[torch.fx.Node, torch.fx.Node]]:
+    """Return a copy of a traced graph over the same constants, and the copy of each node.
+
+    Inputs keep the names and sources that they have in `gm`.
+    """
+    graph = torch.fx.Graph()
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for node, copy in copies.items():
+        copy._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+    traced = torch.fx.GraphModule(gm, graph)
+    traced.meta.update(gm.meta)
+    traced._param_name_to_source = getattr(gm, "_param_name_to_source", None)
+    return traced, copies
+
+
 class _Retracing(torch.fx.Interpreter):
     """Runs a graph of Dynamo's under `make_fx`, and copies the calls that this cannot trace.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from lychee_compile import torch_private
 from lychee_compile.kernels.policies.registry import has_index
 from lychee_compile.options import Options
+from lychee_compile.passes.absorb.absorb import absorb
 from lychee_compile.passes.decide import Plan, decide
 from lychee_compile.passes.detect.attention import Attention, Rejected, Unread
 from lychee_compile.passes.detect.caching.parts import separate_parts
@@ -113,13 +114,34 @@ def _detect(compilation: Compilation) -> None:
 
 
 def _decide(compilation: Compilation) -> None:
-    compilation.plans = decide(
-        compilation.gm.graph,
-        compilation.attentions,
+    compilation.plans = _plans(compilation, compilation.gm.graph, compilation.attentions)
+
+
+def _plans(
+    compilation: Compilation, graph: torch.fx.Graph, attentions: Sequence[Attention | Unread]
+) -> list[Plan]:
+    return decide(
+        graph,
+        attentions,
         compilation.context.config,
         compilation.needs_gradients,
         frozenset(torch_private.guarded_integers(ATTRIBUTES)),
     )
+
+
+def _absorb(compilation: Compilation) -> None:
+    """Attend over latents in the place of projected keys if that is sparse, and decide again."""
+
+    def judge(gm: torch.fx.GraphModule, written: frozenset[torch.fx.Node]) -> list[Plan]:
+        found = find_attention(gm, written)
+        attentions = [each for each in found if not isinstance(each, Rejected)]
+        return _plans(compilation, gm.graph, attentions)
+
+    gm, mode, plans = compilation.gm, compilation.mode, compilation.plans
+    if absorb(gm, mode, plans, compilation.written, judge):
+        compilation.attentions, compilation.rejected = [], []
+        _detect(compilation)
+        _decide(compilation)
 
 
 def _note_prefill(compilation: Compilation) -> None:
@@ -163,6 +185,7 @@ ANALYSIS = (
     Pass("normalise", _normalise),
     Pass("detect", _detect),
     Pass("decide", _decide),
+    Pass("absorb", _absorb),
 )
 """Passes that find attentions and decide about each. They write no file and launch no kernel."""
 

@@ -9,7 +9,7 @@ import torch.fx
 
 from lychee_compile import torch_private
 from lychee_compile.passes import reasons
-from lychee_compile.passes.detect.attention import Attention, Rejected, Stage, Unread
+from lychee_compile.passes.detect.attention import Attention, Products, Rejected, Stage, Unread
 from lychee_compile.passes.detect.axis_roles import AxisFacts, Roles, assign
 from lychee_compile.passes.detect.features import Features, features_of
 from lychee_compile.passes.detect.joined_keys import JoinedKeys
@@ -136,8 +136,18 @@ def settle(
         parts=joined.parts(chains, places),
         is_causal=parts.is_causal,
         dropout=parts.dropout,
+        products=_products(parts),
         refused=parts.refused or _entangled(parts, chains, places, context),
     )
+
+
+def _products(parts: MatchedParts) -> Products | None:
+    """Return the nodes of the products; None if scores come from several."""
+    trace = parts.trace
+    first: Product | None = trace.product
+    if first is None:
+        return None
+    return Products(first.node, trace.query.node, trace.key.node, parts.reader, parts.value.node)
 
 
 def _mixed(parts: MatchedParts, alone: frozenset[Axis], axes: Axes) -> Unread:

@@ -29,6 +29,20 @@ class KeyPart:
 
 
 @dataclass(frozen=True)
+class Products:
+    """The two products of an attention as the graph has them, one node if it is one operator."""
+
+    scores: torch.fx.Node
+    """The product of queries and keys."""
+    query: torch.fx.Node
+    """Operand that holds queries."""
+    key: torch.fx.Node
+    values: torch.fx.Node
+    """The product of weights and values."""
+    value: torch.fx.Node
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention: softmax(score(Q K^T)) V."""
 
@@ -55,6 +69,8 @@ class Attention:
     """True if PyTorch's own causal mask applies: query i sees keys 0 to i."""
     dropout: float = 0.0
     """Probability with which weights are dropped."""
+    products: Products | None = None
+    """Its products; None if it has none that can be told apart."""
     refused: Reason | None = None
     """Reason to keep it, if its dataflow rules out a rewrite."""
 
