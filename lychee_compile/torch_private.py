@@ -111,10 +111,10 @@ def copied(
     copies: dict[torch.fx.Node, torch.fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
     for node, copy in copies.items():
-        copy._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+        copy._dynamo_source = getattr(node, "_dynamo_source", None)
     traced = torch.fx.GraphModule(gm, graph)
     traced.meta.update(gm.meta)
-    traced._param_name_to_source = getattr(gm, "_param_name_to_source", None)
+    traced._param_name_to_source = getattr(gm, "_param_name_to_source", None)  # type: ignore[assignment]
     return traced, copies
 
 

@@ -37,6 +37,7 @@ def test_names_are_unique_and_every_pass_is_listed() -> None:
         "normalise",
         "detect",
         "decide",
+        "absorb",
         "note_prefill",
         "rewrite",
         "append_in_place",

@@ -24,6 +24,8 @@ from lychee_compile.torch_private import FakeTensorMode
 
 logger = logging.getLogger(__name__)
 
+_COMPUTED = (reasons.CACHE_COMPUTED.code, reasons.CACHE_JOINED.code)
+"""Codes of the reasons that keys are made from a cache; the second if only some are seen to be."""
 Written = frozenset[torch.fx.Node]
 Judge = Callable[[torch.fx.GraphModule, Written], Sequence[Plan]]
 """Detects the attentions of a graph, and decides about them."""
@@ -53,7 +55,7 @@ def _candidate(plan: Plan) -> Products | None:
     attention, reason = plan.attention, plan.outcome.reason
     if not isinstance(attention, Attention) or reason is None:
         return None
-    return attention.products if reason.code == reasons.CACHE_COMPUTED.code else None
+    return attention.products if reason.code in _COMPUTED else None
 
 
 def _sparse_then(

@@ -1,8 +1,8 @@
 """Read keys or values as parts along their features: projections of latents, and stored numbers.
 
-    k = cat((einsum("btc,hcd->bhtd", latent, up), rotary), -1)
-    k[b, h, kv, d] = sum over c of latent[b, kv, c] up[h, c, d]      d < D
-                     rotary[b, kv, d - D]                            d >= D
+k = cat((einsum("btc,hcd->bhtd", latent, up), rotary), -1)
+k[b, h, kv, d] = sum over c of latent[b, kv, c] up[h, c, d]      d < D
+                 rotary[b, kv, d - D]                            d >= D
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.fx
 from lychee_compile.passes.absorb.operands import Factors, indices_of
 from lychee_compile.passes.detect.operands import Place, places_behind
 from lychee_compile.passes.graph.dataflow import argument, is_operator, shape_of
-from lychee_compile.passes.symbolic.axes import Axis, Index, free_axes, size_expression
+from lychee_compile.passes.symbolic.axes import Axis, Index, free_axes
 from lychee_compile.passes.symbolic.elements import Elements
 from lychee_compile.passes.symbolic.products import Label, product_of
 

@@ -29,6 +29,7 @@ from lychee_compile.passes.symbolic.axes import Axes, Axis, Index, with_finer_ax
 from lychee_compile.passes.symbolic.elements import Elements
 
 KEPT_META = ("stack_trace", "nn_module_stack")
+"""What a new operator takes over of the one that it replaces, for the report."""
 
 
 class Absorber:
@@ -91,6 +92,9 @@ class Absorber:
             summed = self._anew(sums.node, changed)
             out = summed if values is None else self._projected(summed, sums, values)
         sums.node.replace_all_uses_with(out)
+        for node in dict.fromkeys((sums.node, scores.node)):
+            if not node.users:  # FX would keep it if it takes it for impure
+                self._graph.erase_node(node)
         return summed
 
     def _anew(
@@ -107,9 +111,7 @@ class Absorber:
         made.meta |= {name: node.meta[name] for name in KEPT_META if name in node.meta}
         return made
 
-    def _question(
-        self, factors: Factors, keys: Expansion
-    ) -> tuple[torch.fx.Node, torch.fx.Node]:
+    def _question(self, factors: Factors, keys: Expansion) -> tuple[torch.fx.Node, torch.fx.Node]:
         """Emit queries and keys over channels of latents."""
         queries, held, emit = factors.other, factors.tokens, self._emit
         asked, shown = [], []
@@ -161,7 +163,8 @@ class Absorber:
         (part,) = values.parts
         assert part.weights is not None
         axes, dim = values.elements.axes, factors.out.index(factors.feature)
-        out = _operand(factors.node, Labelled(factors.node, factors.out), values.index, axes)
+        index = {**values.index, factors.feature: part.feature}
+        out = _operand(factors.node, Labelled(factors.node, factors.out), index, axes)
         given = list(out.layout)
         given[dim] = _channels(part, axes)
         weights = piece(part.weights, axes, self._emit)
