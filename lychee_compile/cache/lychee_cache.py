@@ -169,9 +169,9 @@ class LycheeCache(Cache):
         if not self._growing:
             return super().get_query_offset(layer_idx)
         first = self._growing[0]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or first.length is not None:
             return first.get_seq_length()
-        return first.cumulative_length if first.length is None else first.length
+        return first.cumulative_length + first.prefix
 
     @property
     def is_croppable(self) -> bool:
@@ -203,6 +203,40 @@ class LycheeCache(Cache):
             elif isinstance(layer, GrowingLayer):
                 layer.crop(tokens_to_remove)
 
+    def share_prefix(self, tokens: int) -> None:
+        """Hold the first `tokens` tokens of one row once, for all rows of the batches that follow.
+
+            model(prompt, cache=cache)                      # one row
+            cache.share_prefix(cache.get_seq_length())
+            model(questions, cache=cache)                   # any number of rows
+
+        Tokens behind them are each row's own. While there are none, the next forward may have any
+        number of rows; `batch_repeat_interleave` repeats those that there are. `crop` to the prefix
+        makes room for other rows. Compiled attention reads the prefix once for all rows.
+        Uncompiled forwards put prefix and own tokens together, a layer at a time. Layers with a
+        sliding window share nothing.
+
+        `share_prefix(0)` undoes it for one row. Raises `ValueError` if the cache has fewer tokens,
+        more rows than one, or the keys of an encoder.
+        """
+        held = self.get_seq_length()
+        if self._growing and tokens == self._growing[0].prefix:
+            return
+        if not self._growing or self._shared.holds_encoder or not 0 <= tokens <= held:
+            raise ValueError(
+                f"share_prefix({tokens}): a cache of a decoder has to hold these tokens, and this "
+                f"one holds {held}"
+            )
+        rows = max(layer.keys.shape[0] for layer in self._growing)
+        if rows > 1:
+            raise ValueError(f"share_prefix({tokens}): pass a cache of one row, not of {rows}")
+        rest = held - tokens
+        shared = self._shared
+        shared.slots, shared.at_most = larger(0, rest) if rest else 0, rest
+        shared.shown, shared.eager_steps, shared.graph_made = None, 0, False
+        for layer in self._growing:
+            layer.share_prefix(tokens)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch `repeats` times."""
         self._change_batch(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
@@ -222,7 +256,7 @@ class LycheeCache(Cache):
                 mark_static(layer)
 
     def reset(self) -> None:
-        """Forget all tokens and keep the buffers."""
+        """Forget all tokens, shared ones too, and keep the buffers of each row's own."""
         super().reset()
         self._shared.at_most, self._shared.shown, self._shared.eager_steps = 0, None, 0
 
