@@ -78,6 +78,8 @@ class CacheBinding:
     than `key`; None otherwise."""
     in_front: int = field(default=0, compare=False)
     """Number of keys that the attention reads in front of those of the cache."""
+    shared: CacheBinding | None = field(default=None, compare=False)
+    """The keys in front, if all rows share their memory and they are chosen from as well."""
     load: Load | None = None
     """The keys as an expression of the cache and other tensors; None if `key` shows them."""
     watched: tuple[Watched, ...] = ()
