@@ -31,6 +31,7 @@ from lychee_compile.passes.lower import prefill_site, reference_site, sdpa_site
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.decode_site import emit_exact_decode, emit_sparse_decode
 from lychee_compile.passes.lower.patch_grids import Grid
+from lychee_compile.passes.lower.shared_decode_site import emit_shared_decode
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.site import Decision
 
@@ -132,7 +133,9 @@ class SparseDecodeKernel:
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Generate the kernel, try it, and emit its operator."""
-        output, module = emit_sparse_decode(self.attention, self.binding, context)
+        shared = self.binding.shared is not None
+        emit = emit_shared_decode if shared else emit_sparse_decode
+        output, module = emit(self.attention, self.binding, context)
         return output, replace(self, module=module)
 
     def instead(self, failure: Reason) -> Outcome:

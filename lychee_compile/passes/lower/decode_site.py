@@ -104,8 +104,19 @@ def emit_sparse_decode(
     else:
         cached = over_cache(attention, binding)
         operands = _operands(attention, cached, emit, binding.in_front)
+    return emit_selecting(attention, binding, operands, context)
+
+
+def emit_selecting(
+    attention: Attention, binding: CacheBinding, operands: KernelOperands, context: LoweringContext
+) -> tuple[torch.fx.Node, str]:
+    """Emit a kernel that selects keys of a cache; return the output and the kernel's name.
+
+    Raises `NoKernel` and `RewriteError`.
+    """
+    emit = context.emit
     exact = kernel_specification(attention, operands, context.autotune)
-    spec = replace(exact, sparse=_selection(context.config))
+    spec = replace(exact, sparse=selection_of(context.config))
     written = tokens_written(binding)
     kernel = compile_kernels(spec, operands, written)
     use = _use_of(kernel, attention, binding, operands, context)
@@ -141,7 +152,7 @@ def _use_of(
         keys_of, keys = computed_keys(binding, loads, context.emit), loads.shape_of_keys()
         whole = keys is not None
     else:
-        keys_of, keys = _shown_keys(over_cache(attention, binding), binding, context.emit)
+        keys_of, keys = shown_keys(over_cache(attention, binding), binding, context.emit)
         whole = _reads_all(value_of(operands.tensors.key), keys)
     fixed = binding.kind == "static" and whole and keys is not None
     policy, epsilon = context.config.policy, context.config.epsilon
@@ -155,7 +166,7 @@ def _use_of(
     )
 
 
-def _selection(config: IndexConfig) -> SparseSpec:
+def selection_of(config: IndexConfig) -> SparseSpec:
     """Return the part of a specification that says which keys are read."""
     assert config.budget is not None
     return SparseSpec(
@@ -192,7 +203,7 @@ def _operands(
     return operands
 
 
-def _shown_keys(
+def shown_keys(
     attention: Attention, binding: CacheBinding, emit: Emitter
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """Return a function that views a cache as [B, Hkv, L, D], and its result for the fake cache.

@@ -65,6 +65,20 @@ class KernelExpressions:
         return replace(self, score=self.score.xreplace(shift), visible=self.visible.xreplace(shift))
 
 
+    def of_rows_as_heads(self, rows: int, group: int, query_len: int) -> KernelExpressions:
+        """Return the expressions of a kernel in which rows of the batch are heads and positions.
+
+        Position p of such a kernel is one of the `query_len` positions of some `rows` rows, and its
+        heads are those of one KV head in all of these rows: `group` of the first, and so on.
+        """
+        names = {
+            B: sympy.floor(Q / query_len) * rows + sympy.Mod(sympy.floor(H / group), rows),
+            H: sympy.floor(H / (group * rows)) * group + sympy.Mod(H, group) if rows > 1 else H,
+            Q: sympy.Mod(Q, query_len),
+        }
+        return replace(self, score=self.score.xreplace(names), visible=self.visible.xreplace(names))
+
+
 def kernel_expressions(attention: Attention, canonical: Canonicaliser) -> KernelExpressions:
     """Return score and mask of `attention`, from what they are made of or from the mask tensor.
 

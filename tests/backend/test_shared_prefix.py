@@ -1,0 +1,164 @@
+"""Steps of rows that share a prefix: dense if all is read, each row's own choice otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import shared_prefixes
+import torch
+import torch.nn.functional as F
+from memory_keys import one_operator, scored
+from shared_prefixes import PREFIX, SLOTS, B, G, Growing, H, Static, caches, new, prefix
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import lychee_compile
+from lychee_compile.kernels.operators.observe import SparseCall, observers
+
+pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
+
+SHAPE = {"sinks": 2, "recent": 8, "chunk": (2, 4)}
+SMALL = {"budget": 24, **SHAPE}
+WHOLE = {"budget": 64, **SHAPE}  # three rows: the prefix is read whole
+CLOSE = {"atol": 2e-6, "rtol": 1e-5}
+
+
+@pytest.fixture
+def calls() -> Iterator[list[SparseCall]]:
+    """Return the sparse calls of a test, each with what it has read."""
+    seen: list[SparseCall] = []
+    observers.append(seen.append)
+    yield seen
+    observers.remove(seen.append)
+
+
+def compiled(made: Any, options: dict[str, Any]) -> Any:
+    return torch.compile(made, backend="lychee", options=options)
+
+
+def in_place(made: Any, step: Any, held: Any, pos: list[int], **given: Any) -> None:
+    """Check that a step through the backend gives and leaves what the model does."""
+    query, *fresh = new(len(pos), **given)
+    copies = [each.clone() for each in held]
+    position = torch.tensor(pos)
+    expected = made(query, *copies, position, *fresh)
+    got = step(query, *held, position, *fresh)
+    close = CLOSE if got.dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(got, expected, **close)
+    torch.testing.assert_close(list(held), copies, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("model", shared_prefixes.STATIC)
+def test_what_is_read_whole_is_dense(model: Any) -> None:
+    made, held = model(), [*prefix(), *caches(SLOTS)]
+    step = compiled(made, WHOLE)
+    for pos in range(20, 24):
+        in_place(made, step, held, [pos])
+    assert counters["lychee"]["sparse"] == 1
+    (site,) = lychee_compile.reports()[-1].sites
+    assert site.reads.endswith("a prefix of 150 tokens that all rows share, whole and once")
+
+
+def test_drafts_in_half_precision_and_other_layouts_are_dense() -> None:
+    half = torch.bfloat16
+    made, held = Static(), [*prefix(half), *caches(SLOTS, half)]
+    step = compiled(made, WHOLE)
+    for pos in (10, 12):
+        in_place(made, step, held, [pos, pos + 1], dtype=half)
+    made = shared_prefixes.TokensFirst()
+    step = compiled(made, WHOLE)
+    held = shared_prefixes.tokens_first(*prefix(), *caches(SLOTS))
+    in_place(made, step, held, [7])
+    assert counters["lychee"]["sparse"] == 2
+
+
+@pytest.mark.parametrize("model", [Growing, shared_prefixes.Biased])
+def test_own_keys_that_grow_are_dense(model: Any) -> None:
+    made, shared, held = model(), prefix(), caches(20)
+    step = compiled(made, {**WHOLE, "budget": 70})
+    for _ in range(4):
+        query, *fresh = new()
+        expected, *left = made(query, *shared, *held, *fresh)
+        got, *held = step(query, *shared, *held, *fresh)
+        torch.testing.assert_close(got, expected, **CLOSE)
+        torch.testing.assert_close(held, left, atol=0, rtol=0)
+
+
+def test_rows_of_an_input_that_share_their_memory() -> None:
+    made = Static()
+    held = [each.expand(B, -1, -1, -1) for each in prefix()] + list(caches(SLOTS))
+    step = compiled(made, WHOLE)
+    for pos in range(3):
+        in_place(made, step, held, [pos])
+    assert counters["lychee"]["sparse"] == 1
+
+
+@pytest.mark.parametrize("options", [SMALL, {**SMALL, "coverage": 0.8}, {**SMALL, "epsilon": 0.5}])
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_row_reads_its_own_choice(options: Any, count: int, calls: list[SparseCall]) -> None:
+    made, held = Static(), [*prefix(), *caches(SLOTS)]
+    step = compiled(made, {**options, "budget": 24 if count == 1 else 20})
+    differs = False
+    for pos in range(20, 23):
+        calls.clear()
+        query, *fresh = new(count)
+        positions = torch.arange(pos, pos + count)
+        got = step(query, *held, positions, *fresh)
+        if pos == 20:
+            continue  # a prefix is indexed when it comes again
+        of_prefix, of_own = calls
+        assert of_prefix.index.batch == 1
+        read = of_prefix.selection.token_mask()[0].unflatten(1, (B, count)).transpose(0, 1)
+        own = of_own.selection.token_mask()
+        mask = torch.cat((read, own), -1).repeat_interleave(G, 1)
+        keys, values = (shared_prefixes.both(*held[n::2]) for n in range(2))
+        torch.testing.assert_close(got, one_operator(query, keys, values, mask), **CLOSE)
+        differs |= bool((read[0] != read[1]).any())
+        if "epsilon" not in options:
+            assert int(read.sum(-1).max()) <= 24
+    assert differs
+
+
+def test_no_row_reads_a_prefix_that_was_replaced_or_written() -> None:
+    """Its values are unit vectors, so that outputs tell what was read."""
+    made = Static()
+    keys, values = torch.randn(1, H, PREFIX, 16), torch.eye(PREFIX).expand(1, H, -1, -1).clone()
+    own = torch.randn(B, H, SLOTS, 16), torch.zeros(B, H, SLOTS, PREFIX)
+    step = compiled(made, SMALL)
+
+    def best_is_read(shared: Any, pos: int) -> None:
+        query, key, _ = new()
+        fresh = key, torch.zeros(B, H, 1, PREFIX)
+        got = step(query, *shared, *own, torch.tensor([pos]), *fresh)
+        wide = shared[0].repeat_interleave(G, 1)
+        best = (query @ wide.mT).argmax(-1, keepdim=True)
+        assert bool((got.gather(-1, best) > 0).all())
+
+    for pos in range(4):
+        best_is_read((keys, values), pos)
+    other = torch.randn_like(keys) * 3
+    for pos in range(4, 7):
+        best_is_read((other, values), pos)
+    keys.copy_(torch.randn_like(keys) * 3)
+    for pos in range(7, 10):
+        best_is_read((keys, values), pos)
+
+
+def test_a_prefix_of_some_rows_alone_is_kept() -> None:
+    """Two prompts of two samples each: rows share memory in pairs."""
+
+    class Pairs(Static):
+        def forward(self, q: Tensor, pk: Tensor, pv: Tensor, *rest: Any) -> Tensor:  # type: ignore[override]
+            pk, pv = (each[:, None].expand(-1, 2, -1, -1, -1).flatten(0, 1) for each in (pk, pv))
+            return super().forward(q, pk, pv, *rest)
+
+    made = Pairs()
+    pairs = torch.randn(2, H, PREFIX, 16), torch.randn(2, H, PREFIX, 8)
+    held = [*pairs, *caches(SLOTS, rows=4)]
+    step = compiled(made, SMALL)
+    in_place(made, step, held, [3], rows=4)
+    (site,) = lychee_compile.reports()[-1].sites
+    assert site.decision == "kept"
+    assert site.reason.code == "cache-joined"

@@ -1,0 +1,78 @@
+"""Generated kernels over a prefix that rows share, interpreted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import shared_prefixes
+import torch
+import triton_interpreter
+from kernel_steps import upkeep_of
+from shared_prefixes import SLOTS, B, Static, caches, new, prefix
+from torch._dynamo.utils import counters
+
+triton_interpreter.use()
+pytestmark = [
+    pytest.mark.usefixtures("without_inductor", "kernels_on_cpu", "seeded"),
+    pytest.mark.filterwarnings("ignore:(overflow|divide by zero) encountered:RuntimeWarning"),
+]
+
+SHAPE = {"sinks": 4, "recent": 16, "chunk": (2, 4)}
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def steps(made: Any, options: dict[str, Any], held: list[Any], count: int = 1) -> list[Any]:
+    """Return pairs of what three compiled steps give and what the model gives."""
+    step = torch.compile(made, backend="lychee", options=options)
+    found = []
+    for pos in range(20, 23):
+        query, *fresh = new(count)
+        copies, position = [each.clone() for each in held], torch.arange(pos, pos + count)
+        expected = made(query, *copies, position, *fresh)
+        found.append((step(query, *held, position, *fresh), expected))
+    return found
+
+
+@pytest.mark.parametrize("model", shared_prefixes.STATIC)
+@pytest.mark.parametrize("budget", [56, 36])
+def test_a_prefix_that_is_read_whole_is_dense(model: Any, budget: int) -> None:
+    """Own keys, 40 slots, are read by an exact kernel, or by one that selects among them."""
+    held = [*prefix(count=100), *caches(SLOTS)]
+    for got, expected in steps(model(), {"budget": budget, **SHAPE}, held):
+        torch.testing.assert_close(got, expected, **CLOSE)
+    assert counters["lychee"]["sparse"] == 1
+
+
+def test_drafts_are_dense_before_there_is_an_index() -> None:
+    held = [*prefix(count=300), *caches(SLOTS)]
+    got, expected = steps(Static(), {"budget": 40, **SHAPE}, held, count=2)[0]
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("policy", ["lychee", "quest"])
+def test_each_row_chooses_through_one_index(policy: str) -> None:
+    count = 200
+    keys, values = torch.randn(1, 2, count, 16), torch.eye(count + SLOTS)[:count]
+    own = torch.eye(count + SLOTS)[count:].expand(B, 2, -1, -1).clone()
+    held = [keys, values.expand(1, 2, -1, -1).clone(), caches(SLOTS)[0], own]
+    made, options = Static(), {"budget": 40, "policy": policy, "dense_layers": 0, **SHAPE}
+    step = torch.compile(made, backend="lychee", options=options)
+    for pos in range(20, 23):
+        query, key, _ = new()
+        value = held[3][:, :, pos : pos + 1].clone()
+        given = torch.tensor([pos]), key, value
+        dense = made(query, *(each.clone() for each in held), *given)
+        got = step(query, *held, *given)
+        if pos == 20:  # the first step has no index yet
+            torch.testing.assert_close(got, dense, **CLOSE)
+            continue
+        read = got > 0
+        chosen = read[..., :count].unflatten(1, (2, 2)).any(2).sum(-1)
+        assert bool((chosen <= 40).all())
+        assert bool((chosen > 20).all())
+        rest = dense * read
+        torch.testing.assert_close(got, rest / rest.sum(-1, keepdim=True), **CLOSE)
+    upkeep = upkeep_of(keys)
+    assert upkeep is not None
+    assert upkeep.index.layout.batch == 1
