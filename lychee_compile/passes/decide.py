@@ -132,7 +132,7 @@ def _cache_of(
         return cache
     if not isinstance(cache, CacheBinding):
         cache = _recovered(bind_loaded, attention, graph, writes) or cache
-    if isinstance(cache, CacheBinding) and not cache.in_front:
+    if isinstance(cache, CacheBinding) and not cache.is_behind:
         return replace(cache, values=_recovered(load_of_values, attention, graph, writes))
     return cache
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import shared_prefixes
 import torch
+from cache_names import CACHE
 from shared_prefixes import B, Growing, Static, caches, new, prefix
 from small_decoders import model_of
 from torch import Tensor
@@ -98,11 +99,11 @@ def test_samples_of_a_prompt_share_it_in_a_prepared_model() -> None:
     expected = model.generate(ids, **asked)
     cache = LycheeCache(model.config)
     with torch.no_grad():
-        model(ids[:, :-1], **{"past_key_values": cache})
+        model(ids[:, :-1], **{CACHE: cache})
     cache.share_prefix(2048)
     cache.batch_repeat_interleave(2)
     with lychee_compile.prepare(model, budget=2000, dense_layers=0):
-        got = model.generate(ids, past_key_values=cache, **asked)
+        got = model.generate(ids, **{CACHE: cache}, **asked)
     assert torch.equal(got, expected)
     assert counters["lychee"]["sparse"] > 0
     assert cache.layers[0].prefix_keys.shape[:3] == (1, 2, 2048)

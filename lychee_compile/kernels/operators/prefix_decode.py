@@ -12,7 +12,11 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.methods import layout_for
-from lychee_compile.kernels.operators.decode import run_exact_kernel, run_sparse_kernel
+from lychee_compile.kernels.operators.decode import (
+    run_exact_kernel,
+    run_growing_kernel,
+    run_sparse_kernel,
+)
 
 
 @torch.library.custom_op("lychee::exact_prefix", mutates_args=())
@@ -44,9 +48,29 @@ def sparse_prefix(
     return run_sparse_kernel(kernel, operands, index, site)
 
 
+@torch.library.custom_op(
+    "lychee::growing_sparse_prefix",
+    mutates_args=("handle",),
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def growing_sparse_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: list[Tensor],
+    handle: Tensor,
+    kernel: str,
+    site: str = "",
+) -> Tensor:
+    """Run `sparse_prefix` over a prefix of any length, whose index is found by `handle`."""
+    operands = AttentionOperands(query, key, value, captured)
+    return run_growing_kernel(kernel, operands, handle, None, site)
+
+
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3] + 1, dtype=torch.float32)
 
 
 exact_prefix.register_fake(_fake)
 sparse_prefix.register_fake(_fake)
+growing_sparse_prefix.register_fake(_fake)

@@ -59,7 +59,7 @@ class KernelExpressions:
     nodes: tuple[torch.fx.Node, ...]
     """Tensors of the graph for `captured`, in the same order."""
 
-    def behind(self, count: int) -> KernelExpressions:
+    def behind(self, count: int | sympy.Symbol) -> KernelExpressions:
         """Return the expressions of a kernel for the keys behind the first `count`."""
         shift = {KV: KV + count, KV_LEN: KV_LEN + count}
         return replace(self, score=self.score.xreplace(shift), visible=self.visible.xreplace(shift))

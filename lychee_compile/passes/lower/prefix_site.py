@@ -74,11 +74,12 @@ def emit_prefix(attention: Attention, binding: CacheBinding, context: LoweringCo
     """Emit attention by the reference to the prefix that `binding` binds. Raises `RewriteError`."""
     emit, score = context.emit, attention.score
     front = attention.over(attention.parts[0])
-    operands = Canonicaliser(front, emit).operands()
+    canonical = Canonicaliser(front, emit)
+    operands = canonical.operands()
     key, value = (first_row(each, emit) for each in (operands.key, operands.value))
     mask = Canonicaliser(attention, emit).mask()
     if mask is not None:
-        mask = emit(aten.slice.Tensor, mask, -1, 0, front.kv_len)
+        mask = emit(aten.slice.Tensor, mask, -1, 0, canonical.extent(front.roles.key))
     index = None
     if chooses_in_prefix(attention, context.config):
         index = context.index_inputs.node_for(binding)
@@ -119,7 +120,8 @@ def emit_behind_prefix(attention: Attention, prefix: Prefix, emit: Emitter) -> C
     mask = Canonicaliser(attention, emit).mask()
     rest = Canonicaliser(behind, emit).operands()
     if mask is not None:
-        rest = replace(rest, mask=emit(aten.slice.Tensor, mask, -1, front.kv_len))
+        count = Canonicaliser(front, emit).extent(front.roles.key)
+        rest = replace(rest, mask=emit(aten.slice.Tensor, mask, -1, count))
     return replace(rest, extra=prefix.log_sum, extra_value=prefix.mean)
 
 

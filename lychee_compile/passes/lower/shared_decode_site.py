@@ -44,6 +44,7 @@ from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, ke
 from lychee_compile.passes.lower.kernel_modules import compile_kernels
 from lychee_compile.passes.lower.kernel_operands import KernelOperands, kernel_specification
 from lychee_compile.passes.lower.kernel_support import NoKernel, static
+from lychee_compile.passes.lower.kernel_symbols import captured_as
 from lychee_compile.passes.lower.prefix_site import (
     Prefix,
     chooses_in_prefix,
@@ -53,10 +54,13 @@ from lychee_compile.passes.lower.prefix_site import (
     site_of,
     with_extra,
 )
+from lychee_compile.passes.symbolic.elements import symbol_of
 from lychee_compile.torch_private import share_storage
 
 MOST_COLUMNS = 64
 """Largest number of query heads of all rows that one program multiplies with a tile of keys."""
+_PREFIX_LEN = "given_prefix_len"
+"""Name of the number of shared keys in kernels over others, if it is known at a call only."""
 
 
 def emit_shared_decode(
@@ -75,7 +79,7 @@ def emit_shared_decode(
         ("keys", "values"), _own(attention), (tensors.key, tensors.value), strict=True
     ):
         _check_in_place(name, operand, node)
-    operands = KernelOperands(expressions.behind(binding.in_front), tensors)
+    operands = KernelOperands(_behind(expressions, attention, emit), tensors)
     if not reads_own_whole(attention, binding, context.config):
         return emit_selecting(attention, binding, operands, context)
     spec = kernel_specification(attention, operands, context.autotune)
@@ -164,7 +168,9 @@ def _emit_prefix(
         use = _use_of(kernel, front, binding.shared, context)
         index = context.index_inputs.node_for(binding.shared, use)
         site = site_of(attention)
-        part = emit(torch.ops.lychee.sparse_prefix.default, *given, index, kernel, site)
+        ops = torch.ops.lychee
+        target = ops.growing_sparse_prefix if use.layout is None else ops.sparse_prefix
+        part = emit(target.default, *given, index, kernel, site)
     else:
         part = emit(torch.ops.lychee.exact_prefix.default, *given, compile_kernels(spec, own))
     part = fold.output(part, emit)
@@ -178,9 +184,30 @@ def _with_length(expressions: KernelExpressions, attention: Attention) -> Kernel
     terms = expressions.score, expressions.visible
     if not any(each.has(KV_LEN) for each in terms):
         return expressions
-    kv_len = sympy.Integer(static(attention.kv_len, "the number of keys"))
-    score, visible = (each.xreplace({KV_LEN: kv_len}) for each in terms)
+    own = static(attention.over(attention.parts[1]).kv_len, "the number of keys")
+    score, visible = (each.xreplace({KV_LEN: KV_LEN + own}) for each in terms)
     return replace(expressions, score=score, visible=visible)
+
+
+def _behind(
+    expressions: KernelExpressions, attention: Attention, emit: Emitter
+) -> KernelExpressions:
+    """Return expressions of a kernel for each row's own keys; it reads the number of the others.
+
+    A number that is known is printed into the kernel.
+    """
+    front = attention.over(attention.parts[0])
+    if isinstance(front.kv_len, int):
+        return expressions.behind(front.kv_len)
+    count = symbol_of(_PREFIX_LEN, torch.int64)
+    found = expressions.behind(count)
+    if not (found.score.has(count) or found.visible.has(count)):
+        return found
+    device = value_of(front.key.node).device
+    number = Canonicaliser(front, emit).extent(front.roles.key)
+    node = emit(aten.full.default, [], number, dtype=torch.int64, device=device)
+    captured = (*found.captured, captured_as(_PREFIX_LEN, node))
+    return replace(found, captured=captured, nodes=(*found.nodes, node))
 
 
 def _use_of(
@@ -191,4 +218,5 @@ def _use_of(
     keys_of, keys = shown_keys(one_row, binding, context.emit)
     policy, epsilon = context.config.policy, context.config.epsilon
     measured = epsilon is not None and measures_for_certificates(policy)
-    return CacheUse(kernel, keys_of, 0, layout_for(kernel, keys), policy, measured)
+    layout = layout_for(kernel, keys) if isinstance(front.kv_len, int) else None
+    return CacheUse(kernel, keys_of, 0, layout, policy, measured)

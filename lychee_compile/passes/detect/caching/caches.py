@@ -77,15 +77,20 @@ class CacheBinding:
     """Dimension of `source` and of the output that runs over tokens, if they have another shape
     than `key`; None otherwise."""
     in_front: int = field(default=0, compare=False)
-    """Number of keys that the attention reads in front of those of the cache."""
+    """Number of keys that the attention reads in front of those of the cache; 0 if `shared`."""
     shared: CacheBinding | None = field(default=None, compare=False)
-    """The keys in front, if all rows share their memory and they are chosen from as well."""
+    """Cache of the keys in front, if all rows share its memory; None if they do not."""
     load: Load | None = None
     """The keys as an expression of the cache and other tensors; None if `key` shows them."""
     watched: tuple[Watched, ...] = ()
     """The other tensors that the keys depend on."""
     values: Load | None = field(default=None, compare=False)
     """The values of the attention as such an expression; None if they are a tensor as it is."""
+
+    @property
+    def is_behind(self) -> bool:
+        """True if the attention reads other keys in front of those of the cache."""
+        return self.in_front > 0 or self.shared is not None
 
     @property
     def reads_only(self) -> bool:

@@ -32,8 +32,7 @@ def bind_behind_shared(
     if not attention.parts or attention.form == "flex" or attention.is_causal:
         return None
     front, behind = map(attention.over, attention.parts)
-    count = front.kv_len
-    if not isinstance(attention.query_len, int) or not isinstance(count, int):
+    if not isinstance(attention.query_len, int):
         return None
     if not (_is_shared(front.key, attention) and _is_shared(front.value, attention)):
         return None
@@ -42,7 +41,7 @@ def bind_behind_shared(
     prefix, own = (bind_cache(each, graph, writes) for each in (front, behind))
     if not (isinstance(prefix, CacheBinding) and isinstance(own, CacheBinding)):
         return None
-    return replace(own, in_front=count, shared=prefix) if prefix.reads_only else None
+    return replace(own, shared=prefix) if prefix.reads_only else None
 
 
 def _is_shared(operand: Operand, attention: Attention) -> bool:
