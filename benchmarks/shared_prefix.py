@@ -1,13 +1,13 @@
 """Time of one decode attention of rows that share a prefix, by what holds and reads the prefix.
 
-    python -m benchmarks.shared_prefix [--prefix 32k] [--rows 16] [--own 512] [--budgets 1024 4096]
+    python -m benchmarks.shared_prefix [--prefix 32k] [--rows 16] [--own 512] [--budgets 256 1024]
         [--layers 8] [--seconds 0.5]
 
     copies     each row has the prefix in a cache of its own; PyTorch reads all of it
     joined     the prefix is held once, and expanded and joined with each row's own keys at each
                step; PyTorch reads all of it
     N          held once; compiled by the backend with budget N. Each row chooses N tokens, or all
-               read the whole prefix once if rows * N is no less than its length
+               read the whole prefix once if 2 * rows * N is no less than its length
 
 The shape is that of Llama-3.1-8B. A step has several layers, and runs as one CUDA graph; the time
 is that of a step by the number of layers. `--device cpu` tries the benchmark out.
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefix", type=tokens, default=32768)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--own", type=tokens, default=512)
-    parser.add_argument("--budgets", type=tokens, nargs="+", default=[1024, 4096])
+    parser.add_argument("--budgets", type=tokens, nargs="+", default=[256, 1024])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--device", default="cuda")

@@ -145,11 +145,11 @@ class GrowingLayer(StoredLayer):
             self.shared.eager_steps += 1
 
     def _is_of_other_rows(self, states: Tensor) -> bool:
-        """True if the rows behind a prefix have no token yet, and there is another number of them.
+        """True if rows have no token of their own yet, and there is another number of them.
 
-        `states` are the keys [B, Hkv, T, D] of the first tokens behind it.
+        `states` are the keys [B, Hkv, T, D] of their first tokens.
         """
-        return self.prefix > 0 and self.length == 0 and states.shape[0] != self.keys.shape[0]
+        return self.length == 0 and states.shape[0] != self.keys.shape[0]
 
     def count(self) -> int:
         """Return the number of tokens; waits for the device if compiled steps have run.
@@ -204,10 +204,9 @@ class GrowingLayer(StoredLayer):
     def share_prefix(self, tokens: int) -> None:
         """Hold the first `tokens` tokens of one row apart, for all rows that follow."""
         rest = self.prefix + self.count() - tokens
-        self.divide(tokens, self.count(), self.shared.slots if rest else 0)
+        self.divide(tokens, self.count(), self.shared.slots)
         self.length, self.max_cache_len = rest, self.shared.slots
         self.cumulative_length = torch.full_like(self.cumulative_length, rest)
-        self.is_initialized = rest > 0  # without tokens of their own, any number of rows may follow
         mark_static(self)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -203,18 +203,19 @@ class LycheeCache(Cache):
             elif isinstance(layer, GrowingLayer):
                 layer.crop(tokens_to_remove)
 
-    def share_prefix(self, tokens: int) -> None:
+    def share_prefix(self, tokens: int, capacity: int | None = None) -> None:
         """Hold the first `tokens` tokens of one row once, for all rows of the batches that follow.
 
             model(prompt, cache=cache)                      # one row
             cache.share_prefix(cache.get_seq_length())
-            model(questions, cache=cache)                   # any number of rows
+            cache.batch_repeat_interleave(16)
+            model(questions, cache=cache)                   # 16 rows
 
-        Tokens behind them are each row's own. While there are none, the next forward may have any
-        number of rows; `batch_repeat_interleave` repeats those that there are. `crop` to the prefix
-        makes room for other rows. Compiled attention reads the prefix once for all rows.
+        Tokens behind them are each row's own, and are repeated. While there are none, as after
+        `crop` to the prefix, the next forward may have any number of rows; if it is compiled, it
+        makes new buffers and is dense. Compiled attention reads the prefix once for all rows.
         Uncompiled forwards put prefix and own tokens together, a layer at a time. Layers with a
-        sliding window share nothing.
+        sliding window share nothing. `capacity` is the number of slots of each row to begin with.
 
         `share_prefix(0)` undoes it for one row. Raises `ValueError` if the cache has fewer tokens,
         more rows than one, or the keys of an encoder.
@@ -232,7 +233,9 @@ class LycheeCache(Cache):
             raise ValueError(f"share_prefix({tokens}): pass a cache of one row, not of {rows}")
         rest = held - tokens
         shared = self._shared
-        shared.slots, shared.at_most = larger(0, rest) if rest else 0, rest
+        slots = 0 if capacity is None else rounded(capacity)
+        shared.slots = larger(0, rest) if slots < max(rest, 1) else slots
+        shared.at_most = rest
         shared.shown, shared.eager_steps, shared.graph_made = None, 0, False
         for layer in self._growing:
             layer.share_prefix(tokens)

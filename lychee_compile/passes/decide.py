@@ -126,8 +126,9 @@ def _cache_of(
     if config.budget is None and not runs_kernels(attention, config):
         return cache
     if not isinstance(cache, CacheBinding) and config.budget is not None:
-        few = bind_behind(attention, graph, writes, config.budget)
-        cache = few or bind_behind_shared(attention, graph, writes) or cache
+        cache = bind_behind(attention, graph, writes, config.budget) or cache
+    if not isinstance(cache, CacheBinding):
+        cache = bind_behind_shared(attention, graph, writes) or cache
     if rules.reads_at_once(attention):
         return cache
     if not isinstance(cache, CacheBinding):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import triton_interpreter
 from kernel_steps import upkeep_of
 from shared_prefixes import SLOTS, B, Static, caches, new, prefix
 from torch._dynamo.utils import counters
+
+import lychee_compile
 
 triton_interpreter.use()
 pytestmark = [
@@ -51,6 +55,16 @@ def test_a_prefix_that_is_read_whole_is_dense(model: Any, budget: int) -> None:
 
 
 @pytest.mark.thorough
+def test_exact_steps_read_the_prefix_once() -> None:
+    held = [*prefix(count=100), *caches(SLOTS)]
+    for got, expected in steps(shared_prefixes.Padded(), {"budget": None}, held):
+        torch.testing.assert_close(got, expected, **CLOSE)
+    (site,) = lychee_compile.reports()[-1].sites
+    assert site.decision == "exact"
+    assert list(Path(os.environ["LYCHEE_CACHE_DIR"]).rglob("decode_exact_f32_g6_*_part*.py"))
+
+
+@pytest.mark.thorough
 def test_drafts_are_dense_before_there_is_an_index() -> None:
     held = [*prefix(count=300), *caches(SLOTS)]
     got, expected = steps(Static(), {"budget": 40, **SHAPE}, held, count=2)[0]
@@ -59,11 +73,11 @@ def test_drafts_are_dense_before_there_is_an_index() -> None:
 
 @pytest.mark.parametrize("policy", ["lychee", pytest.param("quest", marks=pytest.mark.thorough)])
 def test_each_row_chooses_through_one_index(policy: str) -> None:
-    count = 200
+    count = 210
     keys, values = torch.randn(1, 2, count, 16), torch.eye(count + SLOTS)[:count]
     own = torch.eye(count + SLOTS)[count:].expand(B, 2, -1, -1).clone()
     held = [keys, values.expand(1, 2, -1, -1).clone(), caches(SLOTS)[0], own]
-    made, options = Static(), {"budget": 40, "policy": policy, "dense_layers": 0, **SHAPE}
+    made, options = Static(), {"budget": 34, "policy": policy, "dense_layers": 0, **SHAPE}
     step = torch.compile(made, backend="lychee", options=options)
     for pos in range(20, 23):
         query, key, _ = new()
@@ -76,7 +90,7 @@ def test_each_row_chooses_through_one_index(policy: str) -> None:
             continue
         read = got > 0
         chosen = read[..., :count].unflatten(1, (2, 2)).any(2).sum(-1)
-        assert bool((chosen <= 40).all())
+        assert bool((chosen <= 34).all())
         assert bool((chosen > 20).all())
         rest = dense * read
         torch.testing.assert_close(got, rest / rest.sum(-1, keepdim=True), **CLOSE)
@@ -84,3 +98,22 @@ def test_each_row_chooses_through_one_index(policy: str) -> None:
         upkeep = upkeep_of(keys)
         assert upkeep is not None
         assert upkeep.index.layout.batch == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "policy"), [(56, "lychee"), pytest.param(36, "quest", marks=pytest.mark.thorough)]
+)
+def test_a_prefix_of_any_length_is_dense_before_there_is_an_index(budget: int, policy: str) -> None:
+    made, options = Static(), {"budget": budget, "policy": policy, "dense_layers": 0, **SHAPE}
+    step = torch.compile(made, backend="lychee", options=options)
+    for count in (300, 290):
+        held = [*prefix(count=count), *caches(SLOTS)]
+        for each in held[:2]:
+            torch._dynamo.mark_dynamic(each, 2)
+        query, *fresh = new()
+        copies, position = [each.clone() for each in held], torch.tensor([20])
+        expected = made(query, *copies, position, *fresh)
+        torch.testing.assert_close(step(query, *held, position, *fresh), expected, **CLOSE)
+        again = step(query, *held, position, *fresh)
+        assert not torch.allclose(again, expected, atol=1e-4)
+    assert counters["lychee"]["sparse"] == 1

@@ -39,7 +39,10 @@ class Padded(Static):
     """The prefix has padding, and the last row does not see all of it; scores have a soft-cap."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-        rows, slots = torch.arange(len(q), device=q.device), torch.arange(k.shape[2], device=q.device)
+        rows, slots = (
+            torch.arange(len(q), device=q.device),
+            torch.arange(k.shape[2], device=q.device),
+        )
         begin = 5 + 20 * (rows == len(q) - 1)
         hidden = ~(seen[None] & (slots >= begin[:, None, None]))
         return scored(q, k, v, hidden[:, None], cap=3)

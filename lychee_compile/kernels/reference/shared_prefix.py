@@ -21,6 +21,10 @@ from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import with_four_axes
 
 
+SCATTERED = 2
+"""Number of tokens of a prefix that are read whole in the time of one that a query chooses."""
+
+
 def as_positions(rows: Tensor) -> Tensor:
     """Return a tensor [B, H, T, ...] with rows as positions, [1, H, B * T, ...]."""
     return rows.transpose(0, 1).flatten(1, 2)[None]
@@ -79,6 +83,7 @@ def joined(first: Part, second: Part) -> Part:
 def reads_whole(queries: int, tokens: int, budget: int | None) -> bool:
     """True if a prefix of `tokens` tokens is better read whole by so many queries of each head.
 
-    Their choices together would be as many tokens, and a product reads each of them once.
+    A product reads each token once, for all queries. Choices of tokens take longer to make and to
+    read: on one H200, 16 queries with a budget of 1,024 took 1.4 times as long as all 32k tokens.
     """
-    return budget is None or queries * budget >= tokens
+    return budget is None or SCATTERED * queries * budget >= tokens

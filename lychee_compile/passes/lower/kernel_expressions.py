@@ -64,7 +64,6 @@ class KernelExpressions:
         shift = {KV: KV + count, KV_LEN: KV_LEN + count}
         return replace(self, score=self.score.xreplace(shift), visible=self.visible.xreplace(shift))
 
-
     def of_rows_as_heads(self, rows: int, group: int, query_len: int) -> KernelExpressions:
         """Return the expressions of a kernel in which rows of the batch are heads and positions.
 

@@ -131,7 +131,8 @@ def emit_own_whole(attention: Attention, operands: Canonical, emit: Emitter) -> 
     repeated = Canonicaliser(behind, emit).operands(repeated=True)
     given = replace(operands, key=repeated.key, value=repeated.value)
     log_sum, mean = emit_attention(behind, given, emit)
-    assert operands.extra is not None and operands.extra_value is not None
+    assert operands.extra is not None
+    assert operands.extra_value is not None
     share = _share(operands.extra, log_sum, emit)
     weighted = emit(aten.mul.Tensor, operands.extra_value, share)
     output = emit(aten.add.Tensor, mean, weighted)

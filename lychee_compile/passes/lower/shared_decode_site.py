@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import sympy
 import torch
 import torch.fx
 
@@ -64,23 +63,27 @@ _PREFIX_LEN = "given_prefix_len"
 
 
 def emit_shared_decode(
-    attention: Attention, binding: CacheBinding, context: LoweringContext
+    attention: Attention,
+    binding: CacheBinding,
+    context: LoweringContext,
+    selects: bool = True,
 ) -> tuple[torch.fx.Node, str]:
     """Emit kernels over a shared prefix and each row's own cache.
 
-    Returns the output and the name of the kernel over each row's own keys. Raises `NoKernel` and
+    Without `selects` they read all keys. Returns the output and the name of the kernel over each row's own keys. Raises `NoKernel` and
     `RewriteError`.
     """
     emit = context.emit
     expressions = kernel_expressions(attention, Canonicaliser(attention, emit))
-    prefix = _emit_prefix(attention, binding, expressions, context)
+    shared = binding.shared if selects and chooses_in_prefix(attention, context.config) else None
+    prefix = _emit_prefix(attention, shared, expressions, context)
     tensors = replace(emit_behind_prefix(attention, prefix, emit), mask=None)
     for name, operand, node in zip(
         ("keys", "values"), _own(attention), (tensors.key, tensors.value), strict=True
     ):
         _check_in_place(name, operand, node)
     operands = KernelOperands(_behind(expressions, attention, emit), tensors)
-    if not reads_own_whole(attention, binding, context.config):
+    if selects and not reads_own_whole(attention, binding, context.config):
         return emit_selecting(attention, binding, operands, context)
     spec = kernel_specification(attention, operands, context.autotune)
     kernel = compile_kernels(spec, operands)
@@ -143,13 +146,13 @@ def _fold(attention: Attention, chooses: bool) -> _Fold:
 
 def _emit_prefix(
     attention: Attention,
-    binding: CacheBinding,
+    binding: CacheBinding | None,
     expressions: KernelExpressions,
     context: LoweringContext,
 ) -> Prefix:
+    """Emit attention to the prefix that `binding` binds; None: to all of its keys."""
     emit, front = context.emit, attention.over(attention.parts[0])
-    chooses = chooses_in_prefix(attention, context.config)
-    fold = _fold(attention, chooses)
+    fold = _fold(attention, binding is not None)
     operands = Canonicaliser(front, emit).operands(masked=False)
     key, value = (first_row(each, emit) for each in (operands.key, operands.value))
     _check_in_place("keys", front.key.node, key)
@@ -161,12 +164,11 @@ def _emit_prefix(
     spec = kernel_specification(front, own, context.autotune)
     spec = replace(spec, group=fold.rows * fold.group, part=True)
     given = tensors.query, key, value, list(folded.nodes)
-    if chooses:
-        assert binding.shared is not None
+    if binding is not None:
         spec = replace(spec, sparse=selection_of(context.config))
         kernel = compile_kernels(spec, own)
-        use = _use_of(kernel, front, binding.shared, context)
-        index = context.index_inputs.node_for(binding.shared, use)
+        use = _use_of(kernel, front, binding, context)
+        index = context.index_inputs.node_for(binding, use)
         site = site_of(attention)
         ops = torch.ops.lychee
         target = ops.growing_sparse_prefix if use.layout is None else ops.sparse_prefix
