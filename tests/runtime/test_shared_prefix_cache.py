@@ -1,4 +1,4 @@
-"""`LycheeCache.share_prefix`: rows hold their first tokens once, and give a dynamic cache's logits."""
+"""`LycheeCache.share_prefix`: rows hold their first tokens once; logits of a dynamic cache."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def test_steps_after_a_crop_into_the_prefix_and_over_another_one() -> None:
     assert beside.cache.get_seq_length() == SHARED - 20
     beside.steps(3)
     twin = copy.deepcopy(beside.cache)
-    beside.cache.reset()
-    assert beside.cache.get_seq_length() == 0
     for rows in (3, 2):
+        beside.cache.reset()
+        assert beside.cache.get_seq_length() == 0
         beside.prompt(SHARED - 20, rows)
         beside.steps(rows)
         assert not torch.equal(twin.layers[0].prefix_keys, beside.cache.layers[0].prefix_keys)
@@ -123,18 +123,33 @@ def test_rows_grow_and_follow_one_another_without_compilation() -> None:
     beside.forward(2, 3)
 
 
-@pytest.mark.parametrize("dtype", ["int8", pytest.param("fp8", marks=pytest.mark.thorough)])
-def test_a_prefix_of_few_bits(dtype: str) -> None:
-    """It is held once, in the form of the cache; compiled attention to it is dense."""
+def of_few_bits(dtype: str) -> Beside:
     beside = Beside(model_of("llama"), dtype=dtype)
     beside.prompt(SHARED, rows=3)
     beside.forward(3, 4, close=2e-2)
     assert beside.cache.layers[0].prefix_keys.dtype.itemsize == 1
+    return beside
+
+
+def test_a_prefix_of_few_bits_is_held_once() -> None:
+    beside = of_few_bits("int8")
+    assert beside.cache.layers[0].prefix_keys.shape[0] == 1
+    beside.cache.crop(-20)
+    beside.dense.crop(-20)
+    beside.forward(3, 4, close=2e-2)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_compiled_attention_to_a_prefix_of_few_bits_is_dense(dtype: str) -> None:
+    beside = of_few_bits(dtype)
     beside.cache.reserve(1)
-    got = beside.step(beside.some_ids(3, 1), **{CACHE: beside.cache}).logits
-    beside.seed -= 1
-    expected = beside.model(beside.some_ids(3, 1), **{CACHE: beside.dense}).logits
+    ids = beside.some_ids(3, 1)
+    got = beside.step(ids, **{CACHE: beside.cache}).logits
+    expected = beside.model(ids, **{CACHE: beside.dense}).logits
     torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+    site = lychee_compile.reports()[-1].sites[0]
+    assert (site.decision, site.reason.code) == ("kept", "cache-converted")
 
 
 def test_the_prefix_is_held_once() -> None:

@@ -20,7 +20,6 @@ from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.reference.visible import with_four_axes
 
-
 SCATTERED = 2
 """Number of tokens of a prefix that are read whole in the time of one that a query chooses."""
 

@@ -70,8 +70,8 @@ def emit_shared_decode(
 ) -> tuple[torch.fx.Node, str]:
     """Emit kernels over a shared prefix and each row's own cache.
 
-    Without `selects` they read all keys. Returns the output and the name of the kernel over each row's own keys. Raises `NoKernel` and
-    `RewriteError`.
+    Without `selects` they read all keys. Returns the output and the name of the kernel over each
+    row's own keys. Raises `NoKernel` and `RewriteError`.
     """
     emit = context.emit
     expressions = kernel_expressions(attention, Canonicaliser(attention, emit))
