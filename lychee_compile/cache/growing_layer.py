@@ -147,9 +147,10 @@ class GrowingLayer(StoredLayer):
     def _is_of_other_rows(self, states: Tensor) -> bool:
         """True if rows have no token of their own yet, and there is another number of them.
 
-        `states` are the keys [B, Hkv, T, D] of their first tokens.
+        `states` are the keys [B, Hkv, T, D] of their first tokens. A compiled graph must not ask for
+        the length of a cache that fits: it would be compiled anew for each length.
         """
-        return self.length == 0 and states.shape[0] != self.keys.shape[0]
+        return states.shape[0] != self.keys.shape[0] and self.length == 0
 
     def count(self) -> int:
         """Return the number of tokens; waits for the device if compiled steps have run.
