@@ -165,7 +165,7 @@ def _emit_prefix(
     spec = replace(spec, group=fold.rows * fold.group, part=True)
     given = tensors.query, key, value, list(folded.nodes)
     if binding is not None:
-        spec = replace(spec, sparse=selection_of(context.config))
+        spec = replace(spec, sparse=selection_of(context.config, front.kv_len))
         kernel = compile_kernels(spec, own)
         use = _use_of(kernel, front, binding, context)
         index = context.index_inputs.node_for(binding, use)
