@@ -147,8 +147,8 @@ class GrowingLayer(StoredLayer):
     def _is_of_other_rows(self, states: Tensor) -> bool:
         """True if rows have no token of their own yet, and there is another number of them.
 
-        `states` are the keys [B, Hkv, T, D] of their first tokens. A compiled graph must not ask for
-        the length of a cache that fits: it would be compiled anew for each length.
+        `states` are the keys [B, Hkv, T, D] of their first tokens. A compiled graph must not ask
+        for the length of a cache that fits: it would be compiled anew for each length.
         """
         return states.shape[0] != self.keys.shape[0] and self.length == 0
 
