@@ -39,7 +39,7 @@ from lychee_compile.passes.lower.kernel_support import (
 )
 from lychee_compile.passes.lower.loads.kernel_loads import no_load
 from lychee_compile.passes.lower.patch_grids import find_grid
-from lychee_compile.passes.lower.prefix_site import words_of_prefix
+from lychee_compile.passes.lower.shared.prefix_site import words_of_prefix
 from lychee_compile.passes.outcomes import (
     ExactDecodeKernel,
     KeepAsIs,

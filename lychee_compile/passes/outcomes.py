@@ -31,7 +31,7 @@ from lychee_compile.passes.lower import prefill_site, reference_site, sdpa_site
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.decode_site import emit_exact_decode, emit_sparse_decode
 from lychee_compile.passes.lower.patch_grids import Grid
-from lychee_compile.passes.lower.shared_decode_site import emit_shared_decode
+from lychee_compile.passes.lower.shared.prefix_kernels import emit_shared_decode
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.site import Decision
 

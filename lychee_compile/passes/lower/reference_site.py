@@ -44,7 +44,7 @@ from lychee_compile.passes.detect.token_ids import covers
 from lychee_compile.passes.graph.dataflow import aten, module_path, static_size
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, emit_behind_front
 from lychee_compile.passes.lower.context import LoweringContext
-from lychee_compile.passes.lower.prefix_site import (
+from lychee_compile.passes.lower.shared.prefix_site import (
     emit_behind_prefix,
     emit_own_whole,
     emit_prefix,

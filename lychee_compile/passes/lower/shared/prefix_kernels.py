@@ -44,7 +44,7 @@ from lychee_compile.passes.lower.kernel_modules import compile_kernels
 from lychee_compile.passes.lower.kernel_operands import KernelOperands, kernel_specification
 from lychee_compile.passes.lower.kernel_support import NoKernel, static
 from lychee_compile.passes.lower.kernel_symbols import captured_as
-from lychee_compile.passes.lower.prefix_site import (
+from lychee_compile.passes.lower.shared.prefix_site import (
     Prefix,
     chooses_in_prefix,
     emit_behind_prefix,
