@@ -144,11 +144,11 @@ class IndexLifecycle(ABC):
         """Compare all keys before the next call: what they are computed from has changed."""
         self._changed = self.trusted
 
-    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
         """Let the device compare all keys if something beside `cache` has changed.
 
-        `beside` are the other tensors that keys are computed from. If a key has changed, kernels
-        read all keys from now on, and the host learns of it after the call.
+        `beside` are the other tensors, and then the sizes, that keys are computed from. If a key
+        has changed, kernels read all keys from now on, and the host learns of it after the call.
         """
         changed, self._changed = self._changed, False
         if changed and self.trusted and self.index is not None:
@@ -158,10 +158,10 @@ class IndexLifecycle(ABC):
                 compare_keys(load(use.kernel), key, parts["header"], parts["fingerprints"])
             self._next_look = self._calls + 1
 
-    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor] = ()) -> None:
+    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int] = ()) -> None:
         """Build or refit the index if that is due, now that a graph has run on `cache`.
 
-        `beside` are the other tensors that keys are computed from.
+        `beside` are the other tensors, and then the sizes, that keys are computed from.
         """
         self._calls += 1
         if self.trust is Trust.TRUSTED:
@@ -199,7 +199,7 @@ class IndexLifecycle(ABC):
         if self.index is not None:
             self.index.distrust()
 
-    def _work(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+    def _work(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
         shown = partial(use.keys, cache, *beside)
         try:
             if not self.trusted:

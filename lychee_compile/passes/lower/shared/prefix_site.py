@@ -114,14 +114,19 @@ def with_extra(prefix: Prefix, extra: torch.fx.Node | None, emit: Emitter) -> Pr
     return Prefix(log_sum, emit(aten.mul.Tensor, prefix.mean, share))
 
 
-def emit_behind_prefix(attention: Attention, prefix: Prefix, emit: Emitter) -> Canonical:
-    """Emit the operands of attention to each row's own keys. Raises `RewriteError`."""
+def emit_behind_prefix(attention: Attention, prefix: Prefix | None, emit: Emitter) -> Canonical:
+    """Emit the operands of attention to each row's own keys. Raises `RewriteError`.
+
+    Without a `prefix` they are for what does not attend.
+    """
     front, behind = map(attention.over, attention.parts)
     mask = Canonicaliser(attention, emit).mask()
     rest = Canonicaliser(behind, emit).operands()
     if mask is not None:
         count = Canonicaliser(front, emit).extent(front.roles.key)
         rest = replace(rest, mask=emit(aten.slice.Tensor, mask, -1, count))
+    if prefix is None:
+        return rest
     return replace(rest, extra=prefix.log_sum, extra_value=prefix.mean)
 
 
