@@ -147,7 +147,7 @@ def test_no_row_reads_a_prefix_that_was_replaced_or_written() -> None:
     is_found(first, 6)
 
 
-def test_a_prefix_of_some_rows_alone_is_kept() -> None:
+def test_a_prefix_of_some_rows_alone_is_read_for_each_row() -> None:
     """Two prompts of two samples each: rows share memory in pairs."""
 
     class Pairs(Static):
@@ -158,8 +158,8 @@ def test_a_prefix_of_some_rows_alone_is_kept() -> None:
     made = Pairs()
     pairs = torch.randn(2, H, PREFIX, 16), torch.randn(2, H, PREFIX, 8)
     held = [*pairs, *caches(SLOTS, rows=4)]
-    step = compiled(made, SMALL)
+    step = compiled(made, {**SMALL, "budget": PREFIX + SLOTS - 1})
     in_place(made, step, held, [3], rows=4)
     (site,) = lychee_compile.reports()[-1].sites
-    assert site.decision == "kept"
-    assert site.reason.code == "cache-joined"
+    assert site.decision == "sparse"
+    assert "share" not in site.reads
