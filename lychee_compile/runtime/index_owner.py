@@ -27,6 +27,9 @@ class IndexOwner(Protocol):
     def recheck(self) -> None:
         """Compare the keys at the next call: what they are computed from has changed."""
 
+    def forget(self, first: Tensor) -> None:
+        """Forget the keys of each row from the slot `first` [b], int64 [B], on: they have moved."""
+
     def delay_build(self) -> None:
         """Build the index of a new cache only if a second call comes."""
 

@@ -10,7 +10,6 @@ from functools import cache as only_once
 
 from torch import Tensor
 
-from lychee_compile import torch_private
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.gpu.methods import notices_writes
@@ -24,7 +23,7 @@ from lychee_compile.kernels.operators.observe import (
 )
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
 from lychee_compile.passes.lower.index_inputs import TensorPlace
-from lychee_compile.runtime.cache_registry import Entry, TensorState, registry
+from lychee_compile.runtime.cache_registry import Entry, registry
 from lychee_compile.runtime.index_owner import IndexOwner
 from lychee_compile.runtime.new_caches import NewCaches
 
@@ -51,6 +50,11 @@ class CacheArgument:
     """Other tensors that the keys are computed from."""
     keys: Hashable = None
     """Expression of keys of what the cache holds; None if they are what it holds."""
+
+    @property
+    def pages(self) -> list[int]:
+        """Sizes of the pages that the other tensors list, each 0 if it is no table."""
+        return [each.page for each in self.beside]
 
     @property
     def stays(self) -> bool:
@@ -209,6 +213,7 @@ class StatefulGraph:
                 entry,
                 argument.token_dim,
                 argument.beside_after(inputs, outputs),
+                argument.pages,
             )
 
     def _remember(self, given: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
@@ -286,9 +291,7 @@ class _LastCall:
         """Note the versions of all tensors, now that a graph has run on them."""
         for argument, cache, entry in zip(self._arguments, caches, self.entries, strict=True):
             if cache is not None:
-                entry.version = torch_private.version_of(cache)
-                entry.beside = [TensorState.of(each) for each in argument.beside_before(inputs)]
-                entry.uses.count += 1
+                entry.note(cache, argument.beside_before(inputs), argument.pages)
 
 
 @only_once

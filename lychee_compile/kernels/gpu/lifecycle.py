@@ -19,6 +19,9 @@ of evidence that somebody else has written a cache. The registry keeps the versi
 tensor, and calls `distrust` if it moved. Kernels compare keys with their fingerprints: they take
 the trust in the header away at once, and the host, which looks at the header now and then, learns
 of it later.
+
+A row can be lost alone. Kernels note that in its number of the header, and read all its keys until
+the host has indexed this row anew. The other rows keep their index.
 """
 
 from __future__ import annotations
@@ -36,16 +39,16 @@ from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.record import compare_keys
-from lychee_compile.kernels.gpu.methods import notices_writes, settings_of
+from lychee_compile.kernels.gpu.lost_rows import MOST_CALLS_TO_WAIT, LostRows
+from lychee_compile.kernels.gpu.methods import new_index, notices_writes, settings_of
 from lychee_compile.kernels.host_memory import near
 from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
+from lychee_compile.kernels.reference.loaded_tensor import row_of
 from lychee_compile.kernels.trust import Trust
 
 WORTHWHILE = 32
 """Number of sparse calls that pay for building an index: one lost sooner waits longer next time."""
-MOST_CALLS_TO_WAIT = 1023
-"""Largest number of calls that a cache has to stay ours before its index is built."""
 REFIT_STRIDE = 37
 """Distance, in calls, between the first refits of caches that were created one after the other,
 modulo half an interval between refits. The number is prime, so that caches as many as half an
@@ -116,6 +119,11 @@ class IndexLifecycle(ABC):
         """The header on its way from the device."""
         self._changed = False
         """True if all keys are to be compared before the next call."""
+        self._suspect = False
+        """True if the header is to be read after the next call: rows may have been lost."""
+        self._lost = LostRows()
+        self._compares = False
+        """True if kernels can compare all keys with what was indexed."""
 
     @property
     def trusted(self) -> bool:
@@ -128,8 +136,14 @@ class IndexLifecycle(ABC):
         return self.index is None or notices_writes(self.index.layout.policy)
 
     def distrust(self) -> None:
-        """Read all keys until the index is built anew: somebody else may have written the cache."""
-        self._lose(self._calls)
+        """Read all keys until the index is built anew: somebody else may have written the cache.
+
+        If kernels can compare all keys before the next call, only rows that have changed are lost.
+        """
+        if self.trusted and self._compares:
+            self.recheck()
+        else:
+            self._lose(self._calls)
 
     def _lose(self, calls: int) -> None:
         """Distrust an index that was of use for so many calls."""
@@ -144,19 +158,32 @@ class IndexLifecycle(ABC):
         """Compare all keys before the next call: what they are computed from has changed."""
         self._changed = self.trusted
 
-    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
-        """Let the device compare all keys if something beside `cache` has changed.
+    def forget(self, first: Tensor) -> None:
+        """Distrust each row that has indexed a key in the slot `first` [b], int64 [B], or later.
 
-        `beside` are the other tensors that keys are computed from. If a key has changed, kernels
-        read all keys from now on, and the host learns of it after the call.
+        Its keys lie in other pages from there on.
         """
+        if self.trusted and self.index is not None:
+            self.index.lose_rows(first)
+            self._suspect, self._sound_calls = True, self._calls
+
+    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+        """Let the device compare all keys if what they are computed from has changed.
+
+        `beside` are the tensors beside `cache` that keys are computed from. Kernels read all keys
+        of a row of which one has changed, and the host learns of it after the call. A row that was
+        lost before is indexed first.
+        """
+        if self._header_read is not None:
+            with torch.cuda.device_of(cache):
+                self._work(cache, use, beside)
         changed, self._changed = self._changed, False
         if changed and self.trusted and self.index is not None:
             parts = self.index.parts._asdict()
             with torch.cuda.device_of(cache):
                 key = use.keys(cache, *beside)
                 compare_keys(load(use.kernel), key, parts["header"], parts["fingerprints"])
-            self._next_look = self._calls + 1
+            self._suspect, self._sound_calls = True, self._calls
 
     def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor] = ()) -> None:
         """Build or refit the index if that is due, now that a graph has run on `cache`.
@@ -164,8 +191,11 @@ class IndexLifecycle(ABC):
         `beside` are the other tensors that keys are computed from.
         """
         self._calls += 1
+        if self._header_read is not None:
+            self._header_read.written += use.written
         if self.trust is Trust.TRUSTED:
-            due = self._header_read is not None or self._calls >= self._next_look
+            looks = self._suspect or self._calls >= self._next_look
+            due = self._header_read is not None or looks
         else:
             due = self.trust is Trust.DISTRUSTED and self._calls > self._calls_to_wait
         if due:
@@ -175,7 +205,7 @@ class IndexLifecycle(ABC):
     def delay_build(self) -> None:
         """Build the index only if a second call comes, and distrust an index that exists."""
         if self.trusted:
-            self.distrust()
+            self._lose(self._calls)
         self._calls_to_wait = max(self._calls_to_wait, 1)
 
     def give_up(self) -> None:
@@ -208,6 +238,7 @@ class IndexLifecycle(ABC):
             elif self._header_read is not None:
                 self._look(cache, use, shown, self._header_read)
             elif self.index is not None:
+                self._suspect = False
                 self._header_read = _AsyncRead(self.index.parts.header, self._calls)
         except torch.OutOfMemoryError:
             self.give_up()
@@ -227,6 +258,8 @@ class IndexLifecycle(ABC):
         # The layers of a model are built in the same call, and refitted in different ones.
         self._next_refit = after + self._turn * REFIT_STRIDE % max(after // 2, 1)
         self._sound_calls = 0
+        self._lost, self._suspect = LostRows(), False
+        self._compares = hasattr(load(use.kernel), "compare_keys")
 
     def _plan_look(self, cache: Tensor) -> None:
         """Decide at which call the header is read next."""
@@ -236,6 +269,9 @@ class IndexLifecycle(ABC):
             # Layers look in different calls.
             look = self._calls + every - (self._calls + self._turn) % every
             self._next_look = min(look, self._next_refit)
+        lost = self._lost.next_due
+        if lost is not None:
+            self._next_look = min(self._next_look, lost)
 
     def _look(
         self,
@@ -244,22 +280,46 @@ class IndexLifecycle(ABC):
         shown: Callable[[], Tensor],
         header_read: _AsyncRead,
     ) -> None:
-        """Distrust or refit the index by its header, once that has arrived."""
-        header_read.written += use.written
+        """Distrust, mend or refit the index by its header, once that has arrived."""
         if not header_read.has_arrived():
             return
         self._header_read = None
         trust, *ends = header_read.values()
-        if trust != 1:
+        key = shown() if min(ends) < 0 or header_read.calls >= self._next_refit else None
+        rows = ends if key is None else ends[: key.shape[0]]
+        if trust != 1 or max(rows) < 0:
             self._lose(self._sound_calls)
             return
         self._sound_calls = header_read.calls
-        if header_read.calls >= self._next_refit:
-            key = shown()
-            self._refit(key, use, ends[: key.shape[0]], header_read.written)
+        if key is not None:
+            lost = [row for row, end in enumerate(rows) if end < 0]
+            seen = [end if end >= 0 else ~end for end in rows]
+            self._mend(key, use, lost, seen, header_read.written)
+            if header_read.calls >= self._next_refit:
+                self._refit(key, use, seen, header_read.written)
         self._plan_look(cache)
 
-    def _refit(self, key: Tensor, use: CacheUse, seen: list[int], written: int) -> None:
+    def _mend(
+        self, key: Tensor, use: CacheUse, lost: Sequence[int], seen: Sequence[int], written: int
+    ) -> None:
+        """Index the lost rows anew; `seen` are the ends of rows, `written` tokens ago at most.
+
+        A row that has moved on further since is noticed by kernels at its next step.
+        """
+        assert self.index is not None
+        module, layout = load(use.kernel), self.index.layout
+        for row in self._lost.ready(lost, self._calls):
+            end = min(seen[row] + written, key.shape[2])
+            mine = row_of(key, row)
+            with indexing(mine, end):
+                alone = new_index(layout.resized(layout.slots, 1), self.index.state.device)
+                alone.build(module, near(mine), [end])
+                self.index.take_row(row, alone)
+            self._fitted = [end if at == row else each for at, each in enumerate(self._fitted)]
+            after = self._refit_after([end], use)
+            self._next_refit = min(self._next_refit, self._calls + after)
+
+    def _refit(self, key: Tensor, use: CacheUse, seen: Sequence[int], written: int) -> None:
         """Fit the newest block anew; `seen` are the ends of rows, `written` tokens ago at most."""
         assert self.index is not None
         ends = [min(end + written, key.shape[2]) for end in seen]

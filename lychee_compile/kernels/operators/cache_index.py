@@ -84,6 +84,11 @@ class CacheIndex:
         if self.trust is Trust.TRUSTED:
             self.trust = Trust.DISTRUSTED
 
+    def forget(self, first: Tensor) -> None:
+        """Forget the keys of each row from the slot `first` [b], int64 [B], on: they have moved."""
+        if self.trust is not Trust.GIVEN_UP and len(first) == len(self.known):
+            self._forget(first)
+
     def update(self, key: Tensor, write: CacheWrite, build: bool) -> None:
         """Follow a write to the cache `key` [B, Hkv, L, D].
 

@@ -50,6 +50,11 @@ class ReferenceCacheIndex:
         """Compare the keys before the next use: what they are computed from has changed."""
         self.distrust()
 
+    def forget(self, first: Tensor) -> None:
+        """Forget the keys of each row from the slot `first` [b], int64 [B], on: they have moved."""
+        if self.cache is not None:
+            self.cache.forget(first)
+
     def delay_build(self) -> None:
         """Build the index of a new cache only if a second call comes."""
         self._calls_to_wait = 1

@@ -30,6 +30,8 @@ class Load:
     """Tensors that the expression reads, of any shapes."""
     shape: tuple[int, int, int, int]
     """Batch, KV heads, tokens and channels."""
+    first_row: int = 0
+    """Number of the first row of the batch, in the expression."""
 
     @property
     def device(self) -> torch.device:
@@ -59,13 +61,14 @@ class Load:
         heads, channels = self.shape[1], self.shape[3]
         wide = (-1, 1, 1, 1)
         head = torch.arange(heads, device=self.device)[:, None, None]
+        row = row + self.first_row
         found = _Reading(self, row.reshape(wide), head, slot.reshape(wide)).result()
         return found.expand(len(slot), heads, 1, channels)[:, :, 0]
 
     def _all_rows(self) -> tuple[Tensor, Tensor]:
         batch, heads, _, _ = self.shape
-        row = torch.arange(batch, device=self.device)[:, None, None, None]
-        return row, torch.arange(heads, device=self.device)[:, None, None]
+        row = torch.arange(self.first_row, self.first_row + batch, device=self.device)
+        return row[:, None, None, None], torch.arange(heads, device=self.device)[:, None, None]
 
 
 class _Reading:
@@ -158,6 +161,10 @@ class _Reading:
                 if tensor.shape[at] < end:
                     return None
                 tensor = tensor.narrow(at, begin, size)
+            elif name == "b" and at is not None:
+                if tensor.shape[at] < self._load.first_row + size:
+                    return None
+                tensor = tensor.narrow(at, self._load.first_row, size)
             elif at is not None and tensor.shape[at] != size:
                 return None
         view = tensor.permute([*(at for at in dims if at is not None), tensor.dim() - 1])

@@ -33,6 +33,8 @@ class TensorPlace:
     """Number of the output that is the tensor after a call; None if it is written in place."""
     part: Callable[[Tensor], Tensor] | None
     """Shows the tensor in the input if it is a part of that; None if it is all of it."""
+    page: int = 0
+    """Number of tokens of a page if the tensor is a table [B, P] of pages, else 0."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class IndexInputs:
             return TensorPlace(None, tensor.output, None)
         source = self._own.index(input_of(tensor.source))
         part = view_of_part(tensor.source) if is_part(tensor.source) else None
-        return TensorPlace(source, tensor.output, part)
+        page = tensor.page if isinstance(tensor, Watched) else 0
+        return TensorPlace(source, tensor.output, part, page)
 
     def _remove(self, key: object) -> None:
         self._gm.graph.erase_node(self._added.pop(key).node)

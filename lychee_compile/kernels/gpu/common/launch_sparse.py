@@ -16,7 +16,7 @@ from torch import Tensor
 from lychee_compile.kernels.gpu.common.certificate import certifies, certify, want_certificate
 from lychee_compile.kernels.gpu.common.device import overlapping, overlaps
 from lychee_compile.kernels.gpu.common.launch_common import Scratch, combine, launch, of_rows
-from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.layout import IndexOperands, row_ends
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning, lists_apart, tuning_for
 from lychee_compile.kernels.sizes import BINS, power_of_two
@@ -170,7 +170,7 @@ def slots_read(step: SparseStep) -> Tensor:
     count = int((slots >= 0).sum(-1).max())
     slots = _in_order(slots)[..., :count]
     if bool(all_keys.any()):
-        held = header[1 : 1 + len(slots)].long().clamp(max=operands.kv_len)
+        held = row_ends(header, len(slots)).clamp(max=operands.kv_len)
         slot = torch.arange(max(int(held.max()), count), device=slots.device)
         everything = torch.where(slot < held[:, None], slot, -1)[:, None, None]
         padded = torch.nn.functional.pad(slots, (0, len(slot) - count), value=-1)

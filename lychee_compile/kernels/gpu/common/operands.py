@@ -88,7 +88,9 @@ class AttentionOperands:
 
 def key_arguments(key: Tensor) -> dict[str, object]:
     """Return the arguments of kernels that have keys [B, Hkv, L, D] alone, stored or computed."""
-    return _key_arguments(key, key.load.tensors if isinstance(key, LoadedTensor) else ())
+    if not isinstance(key, LoadedTensor):
+        return _key_arguments(key, ())
+    return {**_key_arguments(key, key.load.tensors), "first_row": key.load.first_row}
 
 
 def _key_arguments(key: Tensor, parts: Sequence[Tensor]) -> dict[str, object]:

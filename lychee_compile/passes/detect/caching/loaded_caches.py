@@ -68,7 +68,8 @@ def bind_loaded(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> 
         sources = _steady_sources(leaf, writes)
         if sources is None:
             return None
-        watched += [Watched(each) for each in sources]
+        page = load.page_size_of_table(name) if sources == [leaf] else 0
+        watched += [Watched(each, page=page) for each in sources]
     return _loaded(load, bindings, watched)
 
 
