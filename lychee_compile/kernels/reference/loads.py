@@ -10,6 +10,8 @@ operators of Python are those of PyTorch.
 
 from __future__ import annotations
 
+import ast
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,6 +89,8 @@ class _Reading:
         channel = torch.arange(load.shape[3], device=load.device)
         self._places = {"b": row, "h": head, "kv": slot, "d": channel}
         self._rows: dict[tuple[int | str | None, ...], Tensor] = {}
+        self._inside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """Indices that are inside, by those that they come from and a size."""
 
     def result(self) -> Tensor:
         """Return the numbers, in the dtype of the load; sizes that they do not depend on are 1."""
@@ -180,7 +184,9 @@ class _Reading:
         alone = isinstance(place, int) or any(place is each for each in self._places.values())
         if alone and (place is not self._places["kv"] or size >= self._load.shape[2]):
             return place
-        return _inside(place, size)
+        if (id(place), size) not in self._inside:
+            self._inside[id(place), size] = place, _inside(place, size)
+        return self._inside[id(place), size][1]
 
 
 def _inside(place: Tensor, size: int) -> Tensor:
@@ -193,7 +199,33 @@ def _inside(place: Tensor, size: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _compiled(expression: str) -> Any:
-    return compile(expression, "<load>", "eval")
+    """Return the code of an expression, in which a part that comes again is evaluated once."""
+    tree = ast.parse(expression, mode="eval")
+    met = Counter(ast.dump(node) for node in ast.walk(tree) if isinstance(node, _PARTS))
+    return compile(ast.fix_missing_locations(_Once(met).visit(tree)), "<load>", "eval")
+
+
+_PARTS = (ast.Call, ast.BinOp)
+"""Kinds of parts of an expression that take time."""
+
+
+class _Once(ast.NodeTransformer):
+    """Gives a name to each part that comes again, where it comes first."""
+
+    def __init__(self, met: Counter[str]) -> None:
+        self._met = met
+        self._names: dict[str, str] = {}
+
+    def visit(self, node: ast.AST) -> Any:
+        """Return what stands for a part."""
+        text = ast.dump(node)
+        if not isinstance(node, _PARTS) or self._met[text] == 1:
+            return self.generic_visit(node)
+        if text in self._names:
+            return ast.Name(self._names[text], ast.Load())
+        first = self.generic_visit(node)
+        name = self._names[text] = f"part_{len(self._names)}"
+        return ast.NamedExpr(ast.Name(name, ast.Store()), first)
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:

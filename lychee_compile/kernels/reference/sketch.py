@@ -9,11 +9,15 @@ step that is best for a Gaussian (Max, "Quantizing for minimum distortion", 1960
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.kernels.reference.loaded_tensor import row_of
 from lychee_compile.kernels.reference.nodes import rounding_slack
+from lychee_compile.kernels.reference.rows import alike
 from lychee_compile.kernels.reference.sketch_axes import (
     STEPS,
     fit_axes,
@@ -82,10 +86,20 @@ class KeySketches:
         to far fewer keys than it has now. A block that just begins takes the axes of the block
         before.
         """
-        last = int(end.max())
-        self._reserve((last + self.block - 1) // self.block)
-        for block in range(int(begin.min()) // self.block, (last + self.block - 1) // self.block):
-            self._encode_block(block, key, start, begin, end)
+        self._reserve((int(end.max()) + self.block - 1) // self.block)
+        for row, rows in alike(begin, end):
+            part, keys = (self, key) if row is None else (self._of_row(row), row_of(key, row))
+            first, last = int(begin[rows].min()), int(end[rows].max())
+            for block in range(first // self.block, (last + self.block - 1) // self.block):
+                part._encode_block(block, keys, start[rows], begin[rows], end[rows])
+            self._any_lost |= part._any_lost
+
+    def _of_row(self, row: int) -> KeySketches:
+        """Return the sketches of one row, in the same memory."""
+        alone = copy.copy(self)
+        for name in ("centre", "axes", "step", "longest", "fitted", "codes", "error"):
+            setattr(alone, name, getattr(self, name)[row : row + 1])
+        return alone
 
     def rewrite(self, key: Tensor, start: Tensor, end: Tensor, slots: Tensor) -> None:
         """Sketch the keys at `slots`, int64 [B, T], of `key` [B, Hkv, L, D] anew; -1 is none.
@@ -206,28 +220,23 @@ class KeySketches:
         """Sketch the keys of one block, as `encode` says."""
         low = block * self.block
         slots = torch.arange(low, min(low + self.block, int(end.max())), device=key.device)
-        keys = key[:, :, low : low + len(slots)].float()
         valid = (slots >= start[:, None]) & (slots < end[:, None])
         bare = begin <= start.clamp(min=low)
-        finite = _all_finite(keys)
-        due = self._inherit_or_fit(block, keys, valid, bare, begin <= start, finite)
+        due = self._inherit(block, valid, bare, begin <= start)
         fresh = valid & (due[:, None] | (slots >= begin[:, None]))
-        self._store(block, keys, fresh, finite)
+        columns = fresh.any(0).nonzero()
+        if bool(due.any()):
+            self._fit(block, key[:, :, low : low + len(slots)].float(), valid, due)
+        if len(columns):
+            first, last = int(columns[0]), int(columns[-1]) + 1
+            keys = key[:, :, low + first : low + last].float()
+            self._store(low + first, keys, fresh[:, first:last], _all_finite(keys))
 
-    def _inherit_or_fit(
-        self,
-        block: int,
-        keys: Tensor,
-        valid: Tensor,
-        bare: Tensor,
-        first: Tensor,
-        finite: bool,
-    ) -> Tensor:
-        """Give a block its axes, and return the rows that got new ones, bool [B].
+    def _inherit(self, block: int, valid: Tensor, bare: Tensor, first: Tensor) -> Tensor:
+        """Give a block that begins the axes of the one before; return the rows to fit, bool [B].
 
-        `keys` [B, Hkv, T, D] are valid where `valid`, bool [B, T]. In the rows `bare`, bool [B], no
-        key of the block is encoded yet; in the rows `first`, bool [B], no key at all. All keys are
-        finite if `finite` says so.
+        Its keys are there where `valid`, bool [B, T]. In the rows `bare`, bool [B], no key of the
+        block is encoded yet; in the rows `first`, bool [B], no key at all.
         """
         count, fitted = valid.sum(1), self.fitted[:, block]
         waiting = torch.zeros_like(bare)
@@ -239,34 +248,33 @@ class KeySketches:
                 before = mine[:, :, block - 1]
                 rows = (waiting & bare).view(-1, *(1,) * (before.dim() - 1))
                 mine[:, :, block] = torch.where(rows, before, mine[:, :, block])
-        full = (count == keys.shape[2]) & (keys.shape[2] == self.block) & (2 * fitted < self.block)
+        full = (count == self.block) & (2 * fitted < self.block)
         due = (count > 0) & ~waiting & ((count >= GROWTH * fitted) | full)
-        due = due if self._repair else due & first
-        if bool(due.any()):
-            whole = finite and bool(valid.all())
-            centre, axes, step = fit_axes(keys, valid[:, None, :, None], whole)
-            rows = due.nonzero().flatten()
-            self.centre[rows, :, block] = centre[rows]
-            self.axes[rows, :, block] = axes[rows]
-            self.step[rows, :, block] = step[rows]
-            self.longest[rows, :, block] = 0
-            self.fitted[:, block] = torch.where(due, count, fitted)
-        return due
+        return due if self._repair else due & first
 
-    def _store(self, block: int, keys: Tensor, fresh: Tensor, finite: bool) -> None:
-        """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T].
+    def _fit(self, block: int, keys: Tensor, valid: Tensor, due: Tensor) -> None:
+        """Find the axes of a block in the rows `due`, bool [B].
 
-        All keys are finite if `finite` says so.
+        Its keys [B, Hkv, T, D] are there where `valid`, bool [B, T].
         """
-        columns = fresh.any(0).nonzero()
-        if not len(columns):
-            return
-        first, last = int(columns[0]), int(columns[-1]) + 1
-        keys, fresh = keys[:, :, first:last], fresh[:, first:last]
-        row = torch.arange(keys.shape[0], device=keys.device)
+        whole = bool(valid.all()) and _all_finite(keys)
+        centre, axes, step = fit_axes(keys, valid[:, None, :, None], whole)
+        rows = due.nonzero().flatten()
+        self.centre[rows, :, block] = centre[rows]
+        self.axes[rows, :, block] = axes[rows]
+        self.step[rows, :, block] = step[rows]
+        self.longest[rows, :, block] = 0
+        self.fitted[:, block] = torch.where(due, valid.sum(1), self.fitted[:, block])
+
+    def _store(self, first: int, keys: Tensor, fresh: Tensor, finite: bool) -> None:
+        """Encode and keep keys [B, Hkv, T, D] of one block where `fresh`, bool [B, T].
+
+        They lie in the slots from `first` on. All are finite if `finite` says so.
+        """
+        block, row = first // self.block, torch.arange(keys.shape[0], device=keys.device)
         codes, error, length = self._encoded(keys, row, torch.full_like(row, block), finite)
         self._any_lost |= bool((error[..., 0].isinf() & fresh[:, None]).any())
-        where = slice(block * self.block + first, block * self.block + last)
+        where = slice(first, first + keys.shape[2])
         if bool(fresh.all()):
             self.codes[:, :, where], self.error[:, :, where] = codes, error
         else:
