@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 
 
 @runtime_checkable
@@ -34,7 +34,7 @@ class IndexOwner(Protocol):
         """Build the index of a new cache only if a second call comes."""
 
     def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
-        """Compare the keys if `recheck` has asked for it. They depend on `beside` too."""
+        """Bring the index up to date before a graph runs on `cache`. Keys depend on `beside` too."""
 
     def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor] = ()) -> None:
         """Bring the index up to date, now that a graph has run on `cache`.

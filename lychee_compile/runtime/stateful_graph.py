@@ -11,7 +11,7 @@ from functools import cache as only_once
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.methods import notices_writes
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.kernels.operators.observe import (
@@ -145,9 +145,9 @@ class StatefulGraph:
     def _compare(
         self, caches: Sequence[Tensor | None], inputs: Sequence[object], entries: Sequence[Entry]
     ) -> None:
-        """Let kernels compare keys that are computed from something that has changed."""
+        """Let indexes catch up with what has happened to their caches since the last call."""
         for argument, cache, entry in zip(self._arguments, caches, entries, strict=True):
-            if argument.keys is not None and argument.use is not None and cache is not None:
+            if argument.use is not None and cache is not None:
                 beside = argument.beside_before(inputs)
                 entry.owner.before_call(cache, argument.use, beside)
 

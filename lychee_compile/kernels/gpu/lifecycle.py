@@ -28,20 +28,20 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.gpu.async_read import AsyncRead
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
-from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.record import compare_keys
 from lychee_compile.kernels.gpu.lost_rows import MOST_CALLS_TO_WAIT, LostRows
-from lychee_compile.kernels.gpu.methods import new_index, notices_writes, settings_of
-from lychee_compile.kernels.host_memory import near
+from lychee_compile.kernels.gpu.methods import new_index, notices_writes
+from lychee_compile.kernels.host_memory import filled_slots, near
 from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
 from lychee_compile.kernels.reference.loaded_tensor import row_of
@@ -58,38 +58,6 @@ interval has calls are refitted in different calls, unless 37 divides it."""
 LOOK, LOOK_INFERENCE = 64, 16
 """Number of calls after which the host looks if kernels took trust away. For a cache that is an
 inference tensor, of which PyTorch counts no versions, it looks more often."""
-
-
-@dataclass(frozen=True)
-class CacheUse:
-    """Use that one graph makes of a key cache with a GPU index."""
-
-    kernel: str
-    """Name of the generated module that attends to the cache."""
-    keys: Callable[..., Tensor]
-    """Views the cache as keys [B, Hkv, L, D]. If keys are computed from more tensors, these are
-    further arguments."""
-    written: int
-    """Number of tokens that a call writes; 0 if the graph only reads."""
-    layout: IndexLayout | None
-    """Layout of the index; None if the size of the cache is known only when the graph is called."""
-    policy: str
-    """Name of the policy whose kernels read the index."""
-    measured: bool = False
-    """True if the index has parts that certificates alone need."""
-
-    @property
-    def kind(self) -> Hashable:
-        """Layout, or else policy, settings and if sketches are measured, if they are.
-
-        Graphs that share an index have the same kind.
-        """
-        if self.layout is not None:
-            return self.layout
-        if self.measured:
-            return self.policy, "measured"
-        settings = settings_of(self.kernel)
-        return self.policy if settings is None else (self.policy, settings)
 
 
 class IndexLifecycle(ABC):
@@ -115,7 +83,7 @@ class IndexLifecycle(ABC):
         """Number of the call at which the header is read next, if no refit is due sooner."""
         self._sound_calls = 0
         """Number of calls after which the index was last known to be trusted by kernels."""
-        self._header_read: _AsyncRead | None = None
+        self._header_read: AsyncRead | None = None
         """The header on its way from the device."""
         self._changed = False
         """True if all keys are to be compared before the next call."""
@@ -170,6 +138,8 @@ class IndexLifecycle(ABC):
     def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
         """Let the device compare all keys if what they are computed from has changed.
 
+        Build the index of a new cache if the host knows how many slots of it hold keys.
+
         `beside` are the tensors beside `cache` that keys are computed from. Kernels read all keys
         of a row of which one has changed, and the host learns of it after the call. A row that was
         lost before is indexed first.
@@ -177,6 +147,8 @@ class IndexLifecycle(ABC):
         if self._header_read is not None:
             with torch.cuda.device_of(cache):
                 self._work(cache, use, beside)
+        elif self.trust is Trust.DISTRUSTED and self._calls_to_wait == 0 and use.written:
+            self._build_first(cache, use, beside)
         changed, self._changed = self._changed, False
         if changed and self.trusted and self.index is not None:
             parts = self.index.parts._asdict()
@@ -239,16 +211,31 @@ class IndexLifecycle(ABC):
                 self._look(cache, use, shown, self._header_read)
             elif self.index is not None:
                 self._suspect = False
-                self._header_read = _AsyncRead(self.index.parts.header, self._calls)
+                self._header_read = AsyncRead(self.index.parts.header, self._calls)
         except torch.OutOfMemoryError:
             self.give_up()
         except BaseException:
             self._revoke()
             raise
 
-    def _build(self, key: Tensor, use: CacheUse) -> None:
+    def _build_first(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+        """Build the index before a call, so that it need not read all of a cache on the host."""
+        end = filled_slots(cache)
+        if end is None:
+            return
+        try:
+            with torch.cuda.device_of(cache):
+                key = use.keys(cache, *beside)
+                self._build(key, use, [min(end, key.shape[2])] * key.shape[0])
+                self._plan_look(cache)
+        except torch.OutOfMemoryError:
+            self.give_up()
+
+    def _build(self, key: Tensor, use: CacheUse, ends: Sequence[int] | None = None) -> None:
+        """Build the index up to `ends`, or to where the last call has left each row."""
         # A graph that only reads does not know which slots hold keys. Indexing all does no harm.
-        ends = self._ends(key) if use.written else [key.shape[2]] * key.shape[0]
+        if ends is None:
+            ends = self._ends(key) if use.written else [key.shape[2]] * key.shape[0]
         with indexing(key, max(ends)):
             self.index = self._index_for(key, use)
             self.index.build(load(use.kernel), near(key), ends)
@@ -278,7 +265,7 @@ class IndexLifecycle(ABC):
         cache: Tensor,
         use: CacheUse,
         shown: Callable[[], Tensor],
-        header_read: _AsyncRead,
+        header_read: AsyncRead,
     ) -> None:
         """Distrust, mend or refit the index by its header, once that has arrived."""
         if not header_read.has_arrived():
@@ -336,29 +323,6 @@ class IndexLifecycle(ABC):
         assert self.index is not None
         soonest = min(self.index.refit_after(max(end, 1)) for end in ends)
         return -(-soonest // max(use.written, 1))
-
-
-class _AsyncRead:
-    """A copy of numbers from the device to the host that nobody waits for."""
-
-    def __init__(self, numbers: Tensor, calls: int) -> None:
-        self.calls = calls
-        """Number of the call after which the copy began."""
-        self.written = 0
-        """Largest number of tokens written since the copy began."""
-        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
-        self._host.copy_(numbers, non_blocking=True)
-        self._event = torch.cuda.Event() if numbers.is_cuda else None
-        if self._event is not None:
-            self._event.record()
-
-    def has_arrived(self) -> bool:
-        """True if the numbers can be read."""
-        return self._event is None or self._event.query()
-
-    def values(self) -> list[int]:
-        """Return the numbers."""
-        return self._host.tolist()
 
 
 _turns = itertools.count()

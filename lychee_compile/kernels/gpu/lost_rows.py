@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 WORTHWHILE_FOR_ROW = 8
-"""Number of sparse calls that pay for indexing one row: a row lost sooner waits longer next time."""
+"""Number of sparse calls that pay for indexing one row. A row that is lost sooner waits longer."""
 MOST_CALLS_TO_WAIT = 1023
 """Largest number of calls that a lost row, or a lost index, waits before it is built."""
 

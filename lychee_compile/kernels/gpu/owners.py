@@ -12,9 +12,10 @@ import weakref
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout, roomy, row_ends
-from lychee_compile.kernels.gpu.lifecycle import CacheUse, IndexLifecycle
+from lychee_compile.kernels.gpu.lifecycle import IndexLifecycle
 from lychee_compile.kernels.gpu.methods import layout_for, new_index
 from lychee_compile.kernels.handles import new_handle
 

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 SAMPLES = 16
 """Least number of indexed keys of a row that every step compares with their fingerprints, other
-keys each time. Finds a write that left no trace in the tensor's version, as one through `.data` or a
-raw kernel."""
+keys each time. So a write is found that left no trace in the tensor's version, as one through
+`.data` or a raw kernel."""
 LONGEST_STEP = 64
 """Largest number of new keys of a row that are read together with those of other rows."""
 
@@ -230,5 +230,5 @@ class CacheIndex:
 
 
 def _keys_at(key: Tensor, slot: Tensor) -> Tensor:
-    """Return the keys of `key` [B, Hkv, L, D] at slots of each row, int64 [B, T]: [B, Hkv, T, D]."""
+    """Return keys [B, Hkv, T, D] of `key` [B, Hkv, L, D], at slots of each row, int64 [B, T]."""
     return key.gather(2, slot[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))

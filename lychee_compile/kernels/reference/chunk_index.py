@@ -23,8 +23,8 @@ from lychee_compile.kernels.reference.chunk_table import (
     summarise_chunks,
 )
 from lychee_compile.kernels.reference.level_values import bound
-from lychee_compile.kernels.reference.rows import alike
 from lychee_compile.kernels.reference.question import Choice, Question, Runs
+from lychee_compile.kernels.reference.rows import alike
 from lychee_compile.kernels.reference.runs import packed
 from lychee_compile.kernels.reference.uneven_index import UnevenIndex, empty_columns, with_room
 

@@ -224,6 +224,7 @@ class _Once(ast.NodeTransformer):
         if text in self._names:
             return ast.Name(self._names[text], ast.Load())
         first = self.generic_visit(node)
+        assert isinstance(first, ast.expr)
         name = self._names[text] = f"part_{len(self._names)}"
         return ast.NamedExpr(ast.Name(name, ast.Store()), first)
 

@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor
 
 from lychee_compile import torch_private
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.passes.detect.caching.caches import CacheBinding, Watched
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.parts import input_of, view_of_part
