@@ -34,7 +34,7 @@ class IndexOwner(Protocol):
         """Build the index of a new cache only if a second call comes."""
 
     def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
-        """Bring the index up to date before a graph runs on `cache`. Keys depend on `beside` too."""
+        """Bring the index up to date: a graph will run on `cache`. Keys depend on `beside` too."""
 
     def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor] = ()) -> None:
         """Bring the index up to date, now that a graph has run on `cache`.
