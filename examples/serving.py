@@ -244,9 +244,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--layers", type=int, default=2, metavar="N", help="(%(default)s)")
     add("--no-dense", action="store_true", help="do not serve by torch.compile alone as well")
     chosen = parser.parse_args(arguments)
-    least = max(
-        -(-4 * chosen.prefix // 3), 4
-    )  # prompts are up to a quarter shorter than the longest
+    least = max(-(-4 * chosen.prefix // 3), 4)  # prompts are up to a quarter shorter
     if chosen.context < least:
         parser.error(f"--context {chosen.context}: at least {least} for --prefix {chosen.prefix}")
     return chosen

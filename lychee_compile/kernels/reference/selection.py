@@ -91,6 +91,7 @@ def select(
     choosable = always.choosable(visible)
     shape = (inputs.query.shape[0], heads, inputs.query.shape[2])
     count = always.count(visible)
+    drawn = index.config.draws(budget if isinstance(budget, int) else 0)
     if budget is None:
         budget = (choosable + count)[:, None]
     most = torch.as_tensor(budget, device=inputs.query.device).expand(shape)
@@ -105,7 +106,7 @@ def select(
         if coverage is not None and coverage < 1:
             log_always = _log_always(inputs, visible, always, heads)
             question = replace(question, may_miss=1 - coverage, log_always=log_always)
-        chosen = _chosen(index, question, always.apart)
+        chosen = _chosen(index, question, always.apart, drawn)
     return _with_always_read(chosen, always, visible, inputs.scale)
 
 
@@ -117,12 +118,12 @@ class _Chosen(NamedTuple):
     log_weight: Tensor | None = None
 
 
-def _chosen(index: KVIndex, question: Question, apart: Span | None) -> _Chosen:
-    """Return the policy's choice.
+def _chosen(index: KVIndex, question: Question, apart: Span | None, drawn: bool) -> _Chosen:
+    """Return the policy's choice; tokens of small shares are drawn by chance if `drawn`.
 
     The slots `apart`, which are newer than all others of a cache that wraps, become one more run.
     """
-    if index.config.draw:
+    if drawn:
         step = index.end if index.step is None else index.step
         question = replace(question, salt=salt_of(step, index.kv_heads))
     start, length, *weights = index.choose(question)

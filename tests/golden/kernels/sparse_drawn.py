@@ -2274,7 +2274,7 @@ def choose(
     sinks = begin - first
     always = sinks + end - stop
     count = tl.full([], -1, tl.int32)
-    if trusted & (end > 0) & (always <= capacity) & (kv_len >> SLOT_BITS == 0):
+    if trusted & (end > 0) & (always <= capacity) & ((kv_len - 1) >> SLOT_BITS == 0):
         # The programs examine candidates, or all slots between those that are always read.
         # They take sixteen at a time, in turn.
         lane = tl.arange(0, LANES)
@@ -2377,7 +2377,7 @@ def attend(
         sinks = begin - first
         always = sinks + end - stop
         count = tl.full([], -1, tl.int32)
-        if trusted & (end > 0) & (always <= capacity) & (kv_len >> SLOT_BITS == 0):
+        if trusted & (end > 0) & (always <= capacity) & ((kv_len - 1) >> SLOT_BITS == 0):
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
             lane = tl.arange(0, LANES)
