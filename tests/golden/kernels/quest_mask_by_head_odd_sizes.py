@@ -420,7 +420,8 @@ def check_sample(
                 positions, position_stride_b, position_stride_t, written, b, kv_len, -1
             )
             inside &= tl.max((slot[:, None] == new[None, :]).to(tl.int32), 1) == 0
-        if (fresh > held) | (tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0):
+        goes_on = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+        if (goes_on > held) | (tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0):
             lose_row(header, b)
 
 
