@@ -130,6 +130,7 @@ def _compile_rewritten(compilation: Compilation) -> Callable[..., Any]:
             each.part,
             each.beside,
             each.keys,
+            each.numbers,
         )
         for each in indexes
     ]

@@ -12,11 +12,12 @@ are indices that a tensor holds, as a table of pages does, and numbers that bits
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import sympy
+from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
 from lychee_compile.codegen.expressions import indices_of
@@ -152,7 +153,10 @@ class _Writer:
 
     def _needed(self, tensor: Stored, places: Sequence[sympy.Expr], when: Boolean) -> Boolean:
         """Return the part of a condition without which an index might be out of range."""
-        free, depends = self._depends([when]), self._depends(places)
+        depends = self._depends(places)
+        if KV in when.free_symbols:  # keys of a past and of a tail
+            when = _for_any(when, {KV, D} - depends)
+        free = self._depends([when])
         safe = free == {D} and in_range(tensor, places, self.count)
         if safe or not free & depends:
             return sympy.true
@@ -167,4 +171,12 @@ class _Writer:
         return " & ".join(masks)
 
     def _print(self, value: sympy.Basic) -> str:
-        return print_expression(value, {}, variables=(*_PLACES, *self.depends))
+        variables = *_PLACES, *self.load.numbers, *self.depends
+        return print_expression(value, {}, variables=variables)
+
+
+def _for_any(when: Boolean, places: Collection[sympy.Symbol]) -> Boolean:
+    """Return a condition that holds if `when` does for some values of `places`, in short form."""
+    positive = sympy.to_nnf(when)
+    loose = [each for each in positive.atoms(Relational) if each.has(*places)] if places else []
+    return sympy.simplify_logic(positive.xreplace(dict.fromkeys(loose, sympy.true)))

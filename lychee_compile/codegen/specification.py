@@ -57,6 +57,8 @@ class LoadSpec:
     tensors. Indices that may be negative are remainders already."""
     tensors: tuple[Stored, ...]
     """Tensors that the expression reads, in the order of a call."""
+    numbers: tuple[sympy.Symbol, ...] = ()
+    """Sizes that only a call tells, as that of a past before a tail, in the order of a call."""
 
 
 @dataclass(frozen=True)

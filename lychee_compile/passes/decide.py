@@ -128,14 +128,17 @@ def _cache_of(
     if rules.reads_at_once(attention):
         return cache
     if not isinstance(cache, CacheBinding):
-        cache = _recovered(bind_loaded, attention, graph, writes) or cache
+        found = _recovered(bind_loaded, attention, graph, writes)
+        # Keys that no cache is behind have that reason: no budget speaks of them.
+        if isinstance(found, CacheBinding) or cache.reason != reasons.NO_CACHE():
+            cache = cache if found is None else found
     if isinstance(cache, CacheBinding) and not cache.in_front:
         return replace(cache, values=_recovered(load_of_values, attention, graph, writes))
     return cache
 
 
 def _recovered(
-    find: Callable[[Attention, torch.fx.Graph, Writes], Found | None],
+    find: Callable[[Attention, torch.fx.Graph, Writes], Found],
     attention: Attention,
     graph: torch.fx.Graph,
     writes: Writes,

@@ -487,6 +487,13 @@ CACHE_JOINED = _kind(
     "the keys are put together from several tensors at each step, a cache among them (by cat)",
     "store whole keys in one cache",
 )
+CACHE_TAIL_MOVES = _kind(
+    Group.CACHE,
+    "cache-tail-moves",
+    "the new keys are joined to a past, but written to no tail that the graph returns, as in a "
+    "call that moves a full tail to the past",
+    "nothing, if few calls are so; otherwise return a tail that holds the new keys",
+)
 CACHE_CONVERTED = _kind(
     Group.CACHE,
     "cache-converted",

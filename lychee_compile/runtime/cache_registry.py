@@ -76,24 +76,33 @@ class Entry:
     uses: Uses = field(default_factory=Uses)
     beside: list[TensorState] = field(default_factory=list)
     """Other tensors that the keys were computed from in the last call."""
+    numbers: Sequence[int] = ()
+    """Sizes that the keys depended on in the last call."""
     replaced: int = 0
-    """Number of calls in a row that came with another tensor beside than the call before."""
+    """Number of calls in a row that came with another tensor or size beside the cache than the call
+    before."""
 
     @property
     def storage(self) -> StorageWeakRef | None:
         """Storage of the cache; None before the first call on the cache has ended."""
         return self.uses.storage
 
-    def check(self, cache: Tensor, beside: Sequence[Tensor] = ()) -> None:
+    def check(
+        self, cache: Tensor, beside: Sequence[Tensor] = (), numbers: Sequence[int] = ()
+    ) -> None:
         """Distrust the index if somebody else may have written the cache since the last call.
 
-        Keys may also be computed from the tensors `beside`, in the same order at each call.
+        Keys may also be computed from the tensors `beside` and from sizes, the `numbers`, in the
+        same order at each call.
         A cache without versions is evidence of nothing. Its index is distrusted, unless whoever
         uses the index notices writes.
         """
         now = torch_private.version_of(cache)
         if self.version != now or (now is None and not self.owner.notices_writes):
             self.owner.distrust()
+        same_numbers = list(numbers) == list(self.numbers)
+        if not same_numbers:
+            self.owner.recheck()
         for state, tensor in zip(self.beside, beside, strict=False):
             if self._is_as_it_was(state, tensor):
                 continue
@@ -101,7 +110,8 @@ class Entry:
                 self.owner.recheck()
             else:
                 self.owner.forget(state.pages.first_moved(tensor))
-        self.replaced = 0 if self.is_beside(beside) else self.replaced + 1
+        stays = same_numbers and self.is_beside(beside)
+        self.replaced = 0 if stays else self.replaced + 1
 
     def _is_as_it_was(self, state: TensorState, tensor: Tensor) -> bool:
         if state.version is None and state.pages is None and self.owner.notices_writes:
@@ -118,14 +128,20 @@ class Entry:
             for state, each in zip(self.beside, beside, strict=True)
         )
 
-    def note(self, cache: Tensor, beside: Sequence[Tensor], pages: Sequence[int] = ()) -> None:
-        """Note the versions of a cache and of the tensors beside it, after a call.
+    def note(
+        self,
+        cache: Tensor,
+        beside: Sequence[Tensor],
+        numbers: Sequence[int] = (),
+        pages: Sequence[int] = (),
+    ) -> None:
+        """Note the versions of a cache and of the tensors beside it, and the sizes, after a call.
 
         `pages` are the sizes of pages that the tensors beside list, each 0 if it is no table.
         """
         before = dict(enumerate(self.beside))
         sizes = dict(enumerate(pages))
-        self.version = torch_private.version_of(cache)
+        self.version, self.numbers = torch_private.version_of(cache), numbers
         self.beside = [
             TensorState.of(each, sizes.get(place, 0), before.get(place))
             for place, each in enumerate(beside)
@@ -186,10 +202,11 @@ class CacheRegistry:
         token_dim: int,
         make: Callable[[], IndexOwner],
         beside: Sequence[Tensor] = (),
+        numbers: Sequence[int] = (),
     ) -> Entry:
         """Return the entry of `cache`, a new one if it has none.
 
-        Keys may also be computed from the tensors `beside`.
+        Keys may also be computed from the tensors `beside` and from sizes, the `numbers`.
         The index is distrusted if the cache may have been written since the last `release`.
         """
         key = _identity(cache, kind, token_dim)
@@ -197,7 +214,7 @@ class CacheRegistry:
             entry = self._entries.get(key)
         if entry is None or entry.storage is None or entry.storage.expired():
             return Entry(make())
-        entry.check(cache, beside)
+        entry.check(cache, beside, numbers)
         return entry
 
     def release(
@@ -207,11 +224,12 @@ class CacheRegistry:
         entry: Entry,
         token_dim: int,
         beside: Sequence[Tensor] = (),
+        numbers: Sequence[int] = (),
         pages: Sequence[int] = (),
     ) -> None:
         """Note that the index of `entry` describes `cache` as it is, now that a graph has run."""
         entry.uses.storage = StorageWeakRef(cache.untyped_storage())
-        entry.note(cache, beside, pages)
+        entry.note(cache, beside, numbers, pages)
         with self._lock:
             self._entries[_identity(cache, kind, token_dim)] = entry
 

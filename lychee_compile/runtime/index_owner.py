@@ -33,11 +33,11 @@ class IndexOwner(Protocol):
     def delay_build(self) -> None:
         """Build the index of a new cache only if a second call comes."""
 
-    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
         """Bring the index up to date: a graph will run on `cache`. Keys depend on `beside` too."""
 
-    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor] = ()) -> None:
+    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int] = ()) -> None:
         """Bring the index up to date, now that a graph has run on `cache`.
 
-        `beside` are the other tensors that keys are computed from.
+        `beside` are the other tensors, and then the sizes, that keys are computed from.
         """

@@ -23,8 +23,8 @@ NEW_KEYS = (
 """Words that tell the user so."""
 
 NEW_TABLES = (
-    "keys depend on a tensor beside the cache that is a new one at each call, so that no index "
-    "pays: attention reads all keys. Pass the same tensor at each call, such as a buffer"
+    "keys depend on a tensor or size beside the cache that is a new one at each call, so that no "
+    "index pays: attention reads all keys. Pass the same at each call, such as a buffer"
 )
 """Words that tell the user of such a tensor."""
 

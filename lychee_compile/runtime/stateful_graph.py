@@ -22,6 +22,7 @@ from lychee_compile.kernels.operators.observe import (
     warn_of_replays,
 )
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
+from lychee_compile.passes.detect.caching.call_numbers import NumberPlace
 from lychee_compile.passes.lower.index_inputs import TensorPlace
 from lychee_compile.runtime.cache_registry import Entry, registry
 from lychee_compile.runtime.index_owner import IndexOwner
@@ -50,6 +51,8 @@ class CacheArgument:
     """Other tensors that the keys are computed from."""
     keys: Hashable = None
     """Expression of keys of what the cache holds; None if they are what it holds."""
+    numbers: tuple[NumberPlace, ...] = ()
+    """Sizes that the expression takes from a call."""
 
     @property
     def pages(self) -> list[int]:
@@ -72,6 +75,10 @@ class CacheArgument:
     def shown(self, given: Tensor | None) -> Tensor | None:
         """Return the cache in the input `given`, as a call begins with it."""
         return given if given is None or self.part is None else self.part(given)
+
+    def numbers_of(self, inputs: Sequence[object]) -> list[int]:
+        """Return the sizes that the expression of keys takes from a call."""
+        return [each.of(inputs) for each in self.numbers]
 
     def beside_before(self, inputs: Sequence[object]) -> list[Tensor]:
         """Return the other tensors as a call begins with them."""
@@ -149,7 +156,8 @@ class StatefulGraph:
         for argument, cache, entry in zip(self._arguments, caches, entries, strict=True):
             if argument.use is not None and cache is not None:
                 beside = argument.beside_before(inputs)
-                entry.owner.before_call(cache, argument.use, beside)
+                given: list[Tensor | int] = [*beside, *argument.numbers_of(inputs)]
+                entry.owner.before_call(cache, argument.use, given)
 
     def _acquire(self, caches: Sequence[Tensor | None], inputs: Sequence[object]) -> list[Entry]:
         """Return an entry for each cache, from the registry or new."""
@@ -174,6 +182,7 @@ class StatefulGraph:
             argument.token_dim,
             lambda: self._new_owner(argument, cache),
             argument.beside_before(inputs),
+            argument.numbers_of(inputs),
         )
         self.new_caches.meet_replaced(entry)
         if isinstance(entry.owner, ReferenceCacheIndex):  # GPU indexes have no token boundaries
@@ -213,6 +222,7 @@ class StatefulGraph:
                 entry,
                 argument.token_dim,
                 argument.beside_after(inputs, outputs),
+                argument.numbers_of(inputs),
                 argument.pages,
             )
 
@@ -242,8 +252,11 @@ class StatefulGraph:
             if entry.version is None and not notices_writes(argument.use.policy):
                 _warn_of_inference_mode()
                 continue
-            beside = () if argument.keys is None else argument.beside_after(inputs, outputs)
-            entry.owner.after_call(argument.after(cache, outputs), argument.use, beside)
+            given: list[Tensor | int] = []
+            if argument.keys is not None:
+                given += argument.beside_after(inputs, outputs)
+                given += argument.numbers_of(inputs)
+            entry.owner.after_call(argument.after(cache, outputs), argument.use, given)
 
 
 def _kind(argument: CacheArgument, config: IndexConfig) -> Hashable:
@@ -282,16 +295,18 @@ class _LastCall:
         beside = [each.beside_before(inputs) for each in self._arguments]
         if not all(map(Entry.is_beside, self.entries, beside)):
             return False
-        for cache, entry, others in zip(caches, self.entries, beside, strict=True):
+        numbers = [each.numbers_of(inputs) for each in self._arguments]
+        for cache, entry, others, sizes in zip(caches, self.entries, beside, numbers, strict=True):
             if cache is not None:
-                entry.check(cache, others)
+                entry.check(cache, others, sizes)
         return True
 
     def update_versions(self, caches: Sequence[Tensor | None], inputs: Sequence[object]) -> None:
         """Note the versions of all tensors, now that a graph has run on them."""
         for argument, cache, entry in zip(self._arguments, caches, self.entries, strict=True):
             if cache is not None:
-                entry.note(cache, argument.beside_before(inputs), argument.pages)
+                numbers, pages = argument.numbers_of(inputs), argument.pages
+                entry.note(cache, argument.beside_before(inputs), numbers, pages)
 
 
 @only_once

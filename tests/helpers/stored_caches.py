@@ -328,6 +328,30 @@ def pages_of_rows_step(
     return found[0], found[1]
 
 
+PAST = GROUP
+"""Tokens that lie before a tail."""
+
+
+def with_past(s: Sizes) -> Tensors:
+    """Keys have scales for channels and groups of tokens (KIVI), values are packed."""
+    past = s.keys(PAST).unflatten(2, (-1, GROUP))
+    number, unit = scaled(past, (3,))
+    tails = [s.keys(s.slots - PAST) for _ in range(2)]
+    return [number.flatten(2, 3), unit, *packed(s.keys(PAST)), *tails]
+
+
+def tail_step(k: Tensor, v: Tensor, pos: Tensor, *held: Tensor) -> tuple[Tensor, Tensor]:
+    """The past is frozen; new tokens come behind it in full precision."""
+    number, unit, code, scale, zero, keys, values = held
+    past = (number.unflatten(2, (-1, GROUP)).float() * unit).flatten(2, 3)
+    codes = torch.stack((code & 15, code >> 4), -1).flatten(-2)
+    before = codes.float() * scale + zero
+    return (
+        torch.cat((past.to(k.dtype), put(keys, pos - PAST, k)), 2),
+        torch.cat((before.to(k.dtype), put(values, pos - PAST, v)), 2),
+    )
+
+
 def beside(s: Sizes) -> Tensors:
     return [torch.stack((s.keys().transpose(1, 2), s.keys().transpose(1, 2)), 2)]
 
@@ -353,4 +377,5 @@ FORMS = {
     "pages": Form(pages, pages_step),
     "pages of rows": Form(pages_of_rows, pages_of_rows_step),
     "words": Form(words, words_step),
+    "tail": Form(with_past, tail_step),
 }

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.usefixtures("without_inductor", "seeded")
 cache_utils = pytest.importorskip("transformers.cache_utils")
 SHAPE = {"sinks": 2, "recent": 16, "chunk": (4, 8)}
 PROMPT, END = 60, 64
+RESIDUAL = END - PROMPT
+"""The last of the steps quantises the tokens of all of them."""
 
 
 def ids_of(count: int) -> Tensor:
@@ -55,7 +57,7 @@ class Rounded(cache_utils.QuantizedLayer):
     """A layer as those of quanto and hqq: a quantised past, and a residual as it is."""
 
     def __init__(self) -> None:
-        super().__init__(residual_length=PROMPT)
+        super().__init__(residual_length=RESIDUAL)
 
     def _quantize(self, tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         scale = tensor.abs().amax(-1, keepdim=True) / 127
@@ -67,15 +69,18 @@ class Rounded(cache_utils.QuantizedLayer):
 
 
 @pytest.mark.thorough
-def test_a_quantised_cache_with_a_residual_is_kept_with_the_reason() -> None:
+def test_a_quantised_cache_with_a_residual_is_sparse_until_that_moves() -> None:
+    """The budget holds all keys of the residual and most of the past."""
+
     def make(model: Any) -> Any:
         return transformers.Cache(layers=[Rounded() for _ in range(model.config.num_hidden_layers)])
 
-    report, calls = beside_uncompiled(make, 40, 1e-5)
-    assert calls == 0
-    for site in report.sites:
-        assert site.decision == "kept"
-        assert site.reason.code == "cache-converted"
+    report, calls = beside_uncompiled(make, PROMPT - 1, 0.05)
+    assert calls == 2 * (RESIDUAL - 1)
+    last = [site.reason.code for site in report.sites if site.reason is not None]
+    assert last == ["cache-tail-moves"] * 2
+    before = lychee_compile.reports()[-2]
+    assert [site.decision for site in before.sites] == ["sparse"] * 2
 
 
 def test_a_static_cache_under_autocast_is_sparse() -> None:

@@ -37,6 +37,7 @@ def _function(
     spec: AttentionSpec, name: str, load: LoadSpec, source: LoadSource, channels: str
 ) -> str:
     names = [part for each in load.tensors for part in _parameters(each.name, len(each.sizes))]
+    names += map(str, load.numbers)
     return fill(
         "common/load.py.jinja",
         spec,

@@ -135,14 +135,14 @@ class IndexLifecycle(ABC):
             self.index.lose_rows(first)
             self._suspect, self._sound_calls = True, self._calls
 
-    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
         """Let the device compare all keys if what they are computed from has changed.
 
         Build the index of a new cache if the host knows how many slots of it hold keys.
 
-        `beside` are the tensors beside `cache` that keys are computed from. Kernels read all keys
-        of a row of which one has changed, and the host learns of it after the call. A row that was
-        lost before is indexed first.
+        `beside` are the tensors beside `cache`, and then the sizes, that keys are computed from.
+        Kernels read all keys of a row of which one has changed, and the host learns of it after the
+        call. A row that was lost before is indexed first.
         """
         if self._header_read is not None:
             with torch.cuda.device_of(cache):
@@ -157,10 +157,10 @@ class IndexLifecycle(ABC):
                 compare_keys(load(use.kernel), key, parts["header"], parts["fingerprints"])
             self._suspect, self._sound_calls = True, self._calls
 
-    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor] = ()) -> None:
+    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int] = ()) -> None:
         """Build or refit the index if that is due, now that a graph has run on `cache`.
 
-        `beside` are the other tensors that keys are computed from.
+        `beside` are the other tensors, and then the sizes, that keys are computed from.
         """
         self._calls += 1
         if self._header_read is not None:
@@ -201,7 +201,7 @@ class IndexLifecycle(ABC):
         if self.index is not None:
             self.index.distrust()
 
-    def _work(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+    def _work(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
         shown = partial(use.keys, cache, *beside)
         try:
             if not self.trusted:
@@ -218,7 +218,7 @@ class IndexLifecycle(ABC):
             self._revoke()
             raise
 
-    def _build_first(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+    def _build_first(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
         """Build the index before a call, so that it need not read all of a cache on the host."""
         end = filled_slots(cache)
         if end is None:

@@ -76,6 +76,8 @@ class TrialCall:
     """Tensors that values are computed from, likewise."""
     key_load: str = ""
     """Expression of keys of `key_parts`, as `kernels.reference.loads` evaluates it."""
+    numbers: tuple[int, ...] = ()
+    """Sizes that the expressions of keys and values take besides."""
 
     def operands(self) -> AttentionOperands:
         """Return operands of this form, full of zeros."""
@@ -88,6 +90,7 @@ class TrialCall:
             None if self.extra_value is None else self.extra_value.stand_in(),
             [each.stand_in() for each in self.key_parts],
             [each.stand_in() for each in self.value_parts],
+            self.numbers,
         )
 
     def shown_key(self, operands: AttentionOperands) -> Tensor:
@@ -96,7 +99,7 @@ class TrialCall:
             return operands.key
         batch, heads, length, head_dim = self.key.shape
         shape, parts = (batch, heads, length, head_dim), tuple(operands.key_parts)
-        return LoadedTensor.of(Load(self.key_load, self.key.dtype, parts, shape))
+        return LoadedTensor.of(Load(self.key_load, self.key.dtype, parts, shape, self.numbers))
 
 
 def try_kernels(call: TrialCall) -> None:

@@ -44,8 +44,8 @@ def update_loaded_index(
     handle: Tensor,
     written: int,
 ) -> None:
-    """Run `update_index` over the keys of a load, `sizes` [B, Hkv, L, D]."""
-    keys = _tensor(key, key_load, sizes)
+    """Run `update_index` over the keys of a load, `sizes` [B, Hkv, L, D] and its numbers."""
+    keys = _tensor(key, key_load, sizes[:4], sizes[4:])
     _, _, pages = key_load.partition("; ")
     check = partial(_check_pages, key, pages, sizes) if pages else None
     follow(keys, mask, positions, token_ids, handle, written, check)
@@ -72,9 +72,12 @@ def loaded_attention(
     site: str,
     extra_value: Tensor | None = None,
 ) -> Tensor:
-    """Run `sparse_attention` over keys and values of loads, `sizes` [B, Hkv, L, D, Dv]."""
-    keys = _tensor(key, key_load, sizes[:4])
-    values = _tensor(value, value_load, [*sizes[:3], sizes[4]])
+    """Run `sparse_attention` over keys and values of loads.
+
+    `sizes` are [B, Hkv, L, D, Dv] and the numbers of both loads.
+    """
+    keys = _tensor(key, key_load, sizes[:4], sizes[5:])
+    values = _tensor(value, value_load, [*sizes[:3], sizes[4]], sizes[5:])
     operands = Operands(query, keys, values, mask, scale, softcap, extra, extra_value)
     return attended(operands, handle, site)
 
@@ -87,14 +90,17 @@ def _(
     return query.new_empty(*query.shape[:3], sizes[4])
 
 
-def _tensor(tensors: Sequence[Tensor], load: str, sizes: Sequence[int]) -> Tensor:
+def _tensor(
+    tensors: Sequence[Tensor], load: str, sizes: Sequence[int], numbers: Sequence[int]
+) -> Tensor:
     """Return keys or values as a tensor, which evaluates what is read of it."""
     if not load:
         return tensors[0]
     dtype, _, expression = load.partition("; ")[0].partition(": ")
     batch, heads, tokens, channels = sizes
     shape = batch, heads, tokens, channels
-    return LoadedTensor.of(Load(expression, getattr(torch, dtype), tuple(tensors), shape))
+    kind = getattr(torch, dtype)
+    return LoadedTensor.of(Load(expression, kind, tuple(tensors), shape, tuple(numbers)))
 
 
 def _check_pages(
@@ -106,9 +112,10 @@ def _check_pages(
     that share a prefix: a write to it changes all of them.
     """
     size, _, expression = pages.partition(": ")
-    batch, _, tokens, _ = sizes
+    batch, _, tokens, _, *numbers = sizes
     first = torch.arange(0, tokens, int(size), device=slot.device)
-    load = Load(expression, torch.int64, tuple(tensors), (batch, 1, tokens, 1))
+    shape = batch, 1, tokens, 1
+    load = Load(expression, torch.int64, tuple(tensors), shape, tuple(numbers))
     page = load.shared(first)[:, 0, :, 0]
     end = torch.maximum(cache.known, slot.max(1).values + 1)
     held = torch.where(first < end[:, None], page, -1)

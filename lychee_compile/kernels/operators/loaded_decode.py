@@ -1,7 +1,8 @@
 """The operators for decoding by generated kernels that compute keys and values as they read them.
 
 `key` and `value` are the tensors that they are computed from, in the module's order, or one tensor
-that holds them as they are. `sizes` are [B, Hkv, L, D, Dv].
+that holds them as they are. `sizes` are [B, Hkv, L, D, Dv], and the sizes that the expressions of
+both take besides.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def _loaded(
     extra: Tensor | None,
 ) -> AttentionOperands:
     """Return the operands of a launch; what kernels compute is told by its shape alone."""
-    batch, heads, tokens, head_dim, value_dim = sizes
+    batch, heads, tokens, head_dim, value_dim, *numbers = sizes
     shapes = {"key": (batch, heads, tokens, head_dim), "value": (batch, heads, tokens, value_dim)}
     given, loads = {"key": key, "value": value}, load(kernel).LOADS
     shown = {
@@ -108,5 +109,5 @@ def _loaded(
     parts = {name: given[name] if name in loads else () for name in given}
     return AttentionOperands(
         query, shown["key"], shown["value"], captured, extra,
-        key_parts=parts["key"], value_parts=parts["value"],
+        key_parts=parts["key"], value_parts=parts["value"], numbers=numbers,
     )  # fmt: skip

@@ -64,10 +64,10 @@ class ReferenceCacheIndex:
         self.waits = self._calls_to_wait > 0
         self._calls_to_wait = 0
 
-    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor]) -> None:
+    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
         """Do nothing: the operators compare keys themselves."""
 
-    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor] = ()) -> None:
+    def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int] = ()) -> None:
         """Do nothing: the operators have brought the index up to date."""
 
 

@@ -4,8 +4,8 @@
 
 Names in an expression: `b`, `h`, `kv` and `d` are row, KV head, token and channel. `at(n, ...)` is
 a number of the n-th tensor, in float32 at least. `entry(n, ...)` is an integer as it is, as a table
-of pages holds them. `bits(n, ...)` is one in 64 bits, of which a part is taken. `where` and the
-operators of Python are those of PyTorch.
+of pages holds them. `bits(n, ...)` is one in 64 bits, of which a part is taken. `size(n)` is the
+n-th number of a load. `where` and the operators of Python are those of PyTorch.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Load:
     """Tensors that the expression reads, of any shapes."""
     shape: tuple[int, int, int, int]
     """Batch, KV heads, tokens and channels."""
+    numbers: tuple[int, ...] = ()
+    """Sizes that the expression has besides, as that of a past before a tail."""
     first_row: int = 0
     """Number of the first row of the batch, in the expression."""
 
@@ -95,7 +97,8 @@ class _Reading:
     def result(self) -> Tensor:
         """Return the numbers, in the dtype of the load; sizes that they do not depend on are 1."""
         readers = {"at": self._at, "entry": self._entry, "bits": self._bits}
-        names = {**self._places, **readers, "where": _where}
+        sizes = self._load.numbers.__getitem__
+        names = {**self._places, **readers, "where": _where, "size": sizes}
         found = eval(_compiled(self._load.expression), {"__builtins__": {}}, names)
         return found[(None,) * (4 - found.dim())].to(self._load.dtype)
 

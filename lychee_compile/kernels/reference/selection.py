@@ -97,13 +97,14 @@ def select(
     most = torch.as_tensor(budget, device=inputs.query.device).expand(shape)
     room = (most - count[:, None]).clamp(min=0)
     coverage = index.config.coverage if index.estimates_shares else None
+    coverage = None if coverage == 1 else coverage  # as much as the budget allows
     fits = choosable[:, None] <= room if coverage is None else choosable == 0
     if bool(fits.all()):
         length = (always.recent_start - always.sinks_end).clamp(min=0)
         chosen = _Chosen(_per_head(always.sinks_end, heads), _per_head(length, heads))
     else:
         question = _question(inputs, always.beside(visible), always, room, most, site)
-        if coverage is not None and coverage < 1:
+        if coverage is not None:
             log_always = _log_always(inputs, visible, always, heads)
             question = replace(question, may_miss=1 - coverage, log_always=log_always)
         chosen = _chosen(index, question, always.apart, drawn)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lychee_compile import torch_private
 from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.passes.detect.caching.caches import CacheBinding, Watched
+from lychee_compile.passes.detect.caching.call_numbers import NumberPlace, number_place
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.parts import input_of, view_of_part
 from lychee_compile.passes.graph.aliasing import is_part
@@ -60,6 +61,8 @@ class IndexInput:
     """Other tensors that the keys are computed from."""
     keys: str | None = None
     """Expression of keys of what the cache holds; None if they are what it holds."""
+    numbers: tuple[NumberPlace, ...] = ()
+    """Sizes that the expression takes from a call."""
 
 
 class IndexInputs:
@@ -100,7 +103,8 @@ class IndexInputs:
         beside = tuple(map(self._place, binding.watched))
         return IndexInput(
             node, fake, place.source, place.output, token_dim, use, binding.reads_only,
-            place.part, beside, None if binding.load is None else load_text(binding.load),
+            place.part, beside, _text_of_keys(binding),
+            tuple(number_place(each, self._own) for each in binding.numbers),
         )  # fmt: skip
 
     def _place(self, tensor: CacheBinding | Watched) -> TensorPlace:
@@ -117,6 +121,11 @@ class IndexInputs:
 
 def _identity(binding: CacheBinding, use: CacheUse) -> object:
     """Return what attentions have in common that share a GPU index."""
-    text = None if binding.load is None else load_text(binding.load)
+    text = _text_of_keys(binding)
     leaves = () if binding.load is None else tuple(leaf for _, leaf in binding.load.leaves)
     return binding.source, binding.output, use.layout, text, leaves
+
+
+def _text_of_keys(binding: CacheBinding) -> str | None:
+    """Return the expression of the keys of a cache; None if they are what it holds."""
+    return None if binding.load is None else load_text(binding.load, binding.numbers)

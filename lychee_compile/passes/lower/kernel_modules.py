@@ -78,6 +78,7 @@ def _parts(operands: KernelOperands) -> dict[str, Any]:
         return TensorForm(shape, (0, 0, 0, 0), query.dtype, query.device)
 
     found: dict[str, Any] = {"key_load": loads.key_text}
+    found["numbers"] = tuple(size_hint(_number(each)) for each in loads.numbers)
     if loads.keys is not None:
         found |= {"key": shown(values=False), "key_parts": forms(loads.key_nodes, loads.keys)}
     if loads.values is not None:

@@ -32,7 +32,7 @@ class KernelOperands:
         """The leading arguments of an operator that runs a generated kernel."""
         tensors, captured, loads = self.tensors, list(self.expressions.nodes), self.loads
         if loads is not None:
-            parts = loads.key_nodes, loads.value_nodes, list(loads.sizes)
+            parts = loads.key_nodes, loads.value_nodes, [*loads.sizes, *loads.numbers]
             return tensors.query, *parts, captured, tensors.extra
         return tensors.query, tensors.key, tensors.value, captured, tensors.extra
 

@@ -29,8 +29,10 @@ After; nothing is left of the product over all tokens:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import sympy
 import torch
 import torch.fx
 
@@ -38,6 +40,7 @@ from lychee_compile.kernels.operators import reference  # noqa: F401  registers 
 from lychee_compile.kernels.operators.loaded import described
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.call_numbers import emit_number
 from lychee_compile.passes.detect.caching.load_text import load_text, page_text
 from lychee_compile.passes.detect.caching.loads import Load
 from lychee_compile.passes.detect.token_ids import covers
@@ -110,33 +113,40 @@ def _emit_loaded(
     emit, score = context.emit, attention.score
     canonical = Canonicaliser(attention, emit)
     query, mask, extra = canonical.question()
-    key, key_load = _operand(binding.load) or ([canonical.key()], "")
-    value, value_load = _operand(binding.values) or ([canonical.value()], "")
+    symbols = binding.numbers
+    key, key_load = _operand(binding.load, symbols) or ([canonical.key()], "")
+    value, value_load = _operand(binding.values, symbols) or ([canonical.value()], "")
     roles = attention.roles
     axes = (roles.batch, roles.kv_heads, roles.key, roles.head_dim, roles.value_dim)
     sizes = [canonical.extent(each) for each in axes]
+    numbers = [emit_number(each, emit) for each in symbols]
     index = context.index_inputs.node_for(binding)
     ops = torch.ops.lychee
     if context.is_first_use(index):
         positions, ids, _, written = _write_of(attention, binding, context)
         emit(
             ops.update_loaded_index.default,
-            key, key_load, sizes[:4], mask, positions, ids, index, written,
+            key, key_load, [*sizes[:4], *numbers], mask, positions, ids, index, written,
         )  # fmt: skip
     attended = emit(
-        ops.loaded_attention.default, query, key, key_load, value, value_load, sizes,
+        ops.loaded_attention.default,
+        query, key, key_load, value, value_load, [*sizes, *numbers],
         mask, extra, index, score.scale, score.softcap, module_path(attention.node),
     )  # fmt: skip
     return canonical.replacement(attended)
 
 
-def _operand(load: Load | None) -> tuple[list[torch.fx.Node], str] | None:
+def _operand(
+    load: Load | None, numbers: Sequence[sympy.Symbol]
+) -> tuple[list[torch.fx.Node], str] | None:
     """Return the tensors that keys or values are computed from, and how; None if they are not."""
-    text = None if load is None else load_text(load)
+    text = None if load is None else load_text(load, numbers)
     if load is None or text is None:
         return None
     size = 0 if load.pages is None else load.pages.size
-    return [leaf for _, leaf in load.leaves], described(text, load.dtype, page_text(load), size)
+    return [leaf for _, leaf in load.leaves], described(
+        text, load.dtype, page_text(load, numbers), size
+    )
 
 
 def knows_tokens(attention: Attention, binding: CacheBinding, context: LoweringContext) -> bool:

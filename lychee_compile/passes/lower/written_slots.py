@@ -8,6 +8,7 @@ import torch
 import torch.fx
 
 from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.call_numbers import emit_number
 from lychee_compile.passes.detect.caching.token_writes import RowSlots, Span
 from lychee_compile.passes.graph.dataflow import ancestors, aten, operator_key, shape_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
@@ -17,7 +18,23 @@ REMAINDERS = ("remainder", "fmod")
 
 
 def named_slots(binding: CacheBinding, emit: Emitter) -> torch.fx.Node | None:
-    """Return or emit the slots written, int [T] or [B, T]; None: the graph does not name them."""
+    """Return or emit the slots written, int [T] or [B, T]; None: the graph does not name them.
+
+    Slots are tokens of the attention: those of a tail begin behind its past.
+    """
+    slots = _named(binding, emit)
+    if slots is None or binding.first_token == 0:
+        return slots
+    size = shape_of(binding.key)[binding.token_dim]
+    count = (
+        size if isinstance(size, int) else emit(aten.sym_size.int, binding.key, binding.token_dim)
+    )
+    # A negative slot counts from the end of the tail.
+    inside = emit(aten.remainder.Scalar, slots, count)
+    return emit(aten.add.Tensor, inside, emit_number(binding.first_token, emit))
+
+
+def _named(binding: CacheBinding, emit: Emitter) -> torch.fx.Node | None:
     slots = binding.slots
     if isinstance(slots, RowSlots):
         return _of_rows(slots, emit)

@@ -85,6 +85,22 @@ class Axes:
         """Take over which sizes are equal in every run."""
         self._equal_sizes = dict(other._equal_sizes)
 
+    def in_fewest_sizes(self, expression: Any) -> Any:
+        """Return an expression with as few symbols of sizes as their equality allows.
+
+        A difference of two sizes that always are equal would leave both in it.
+        """
+        for symbol, equal in self._equal_sizes.items():
+            for other in sorted(equal.free_symbols & expression.free_symbols, key=str):
+                solution = sympy.solve(equal - symbol, other)
+                shorter = expression.xreplace({other: solution[0]}) if len(solution) == 1 else None
+                if shorter is None:
+                    continue
+                shorter = shorter.replace(lambda each: each.is_Add, sympy.expand)
+                if len(shorter.free_symbols) < len(expression.free_symbols):
+                    expression = shorter
+        return expression
+
     def rejoined(self, expression: Any) -> Any:
         """Return an expression with the axes that were split in the place of their parts.
 
@@ -92,7 +108,9 @@ class Axes:
         """
         for whole, parts in reversed(self._parts.items()):
             expression = self._rejoined(expression, whole, parts)
-        return expression
+        if not expression.has(sympy.Mod):
+            return expression
+        return expression.replace(lambda each: each.is_Add, _with_whole_indices)
 
     def _rejoined(self, expression: Any, whole: Axis, parts: _Parts) -> Any:
         if not expression.has(parts.outer, parts.inner):
@@ -225,6 +243,17 @@ class Axes:
             digits.insert(0, following[1])
             stride *= self.sizes[following[1]]
         return tuple(digits) if _equal(stride, self.size(size)) else None
+
+
+def _with_whole_indices(total: sympy.Add) -> sympy.Expr:
+    """Return a sum with `index` in the place of `size*floor(index/size) + Mod(index, size)`."""
+    for rest in total.atoms(sympy.Mod):
+        index, size = rest.args
+        times, quotient = total.coeff(rest), sympy.floor(index / size)
+        if times != 0 and sympy.expand(total.coeff(quotient) - times * size) == 0:
+            whole = total - times * rest - times * size * quotient + times * index
+            return _with_whole_indices(sympy.expand(whole))
+    return total
 
 
 def free_axes(indices: Iterable[Index]) -> frozenset[Axis]:

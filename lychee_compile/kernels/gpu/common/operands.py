@@ -33,6 +33,8 @@ class AttentionOperands:
     dtype alone."""
     value_parts: Sequence[Tensor] = ()
     """Tensors that values are computed from, likewise."""
+    numbers: Sequence[int] = ()
+    """Sizes that the expressions of keys and values take besides."""
 
     heads: int = field(init=False)
     """Number of query heads, Hq."""
@@ -76,32 +78,35 @@ class AttentionOperands:
         names = _argument_names(module.CAPTURED, tuple([each.ndim for each in self.captured]))
         arguments = dict(zip(names, values, strict=True))
         if self.key_parts:
-            arguments["key"] = parts_argument(self.key_parts)
+            arguments["key"] = parts_argument(self.key_parts, self.numbers)
         if self.value_parts:
-            arguments["value"] = parts_argument(self.value_parts)
+            arguments["value"] = parts_argument(self.value_parts, self.numbers)
         return arguments
 
     def key_arguments(self) -> dict[str, object]:
         """Return the arguments of kernels that have keys alone."""
-        return _key_arguments(self.key, self.key_parts)
+        return _key_arguments(self.key, self.key_parts, self.numbers)
 
 
 def key_arguments(key: Tensor) -> dict[str, object]:
     """Return the arguments of kernels that have keys [B, Hkv, L, D] alone, stored or computed."""
     if not isinstance(key, LoadedTensor):
-        return _key_arguments(key, ())
-    return {**_key_arguments(key, key.load.tensors), "first_row": key.load.first_row}
+        return _key_arguments(key, (), ())
+    arguments = _key_arguments(key, key.load.tensors, key.load.numbers)
+    return {**arguments, "first_row": key.load.first_row}
 
 
-def _key_arguments(key: Tensor, parts: Sequence[Tensor]) -> dict[str, object]:
+def _key_arguments(
+    key: Tensor, parts: Sequence[Tensor], numbers: Sequence[int]
+) -> dict[str, object]:
     if parts:
-        return {"key": parts_argument(parts)}
+        return {"key": parts_argument(parts, numbers)}
     return {"key": key, **strides("", key, "bhld")}
 
 
-def parts_argument(parts: Sequence[Tensor]) -> tuple[object, ...]:
-    """Return the one argument of a kernel for several tensors: each, and its strides."""
-    return tuple(each for part in parts for each in (part, *part.stride()))
+def parts_argument(parts: Sequence[Tensor], numbers: Sequence[int] = ()) -> tuple[object, ...]:
+    """Return the one argument of a kernel for several tensors, each with its strides, and sizes."""
+    return (*(each for part in parts for each in (part, *part.stride())), *numbers)
 
 
 @lru_cache(maxsize=256)

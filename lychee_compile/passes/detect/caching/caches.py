@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import sympy
 import torch
 import torch.fx
 
@@ -86,6 +87,14 @@ class CacheBinding:
     """The other tensors that the keys depend on."""
     values: Load | None = field(default=None, compare=False)
     """The values of the attention as such an expression; None if they are a tensor as it is."""
+    first_token: sympy.Expr = sympy.S.Zero
+    """Token of the attention in slot 0 of `key`: above 0 if `key` is the tail of a past."""
+
+    @property
+    def numbers(self) -> tuple[sympy.Symbol, ...]:
+        """Sizes that only a call tells, in the expressions of keys and values, in one order."""
+        found = {each for load in (self.load, self.values) if load for each in load.numbers}
+        return tuple(sorted(found, key=str))
 
     @property
     def reads_only(self) -> bool:

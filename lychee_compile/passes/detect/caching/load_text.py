@@ -2,13 +2,15 @@
 
 scale[b, h, kv, 0] * cache[b, h, kv, d]  ->  "at(0, b, h, kv, 0)*at(1, b, h, kv, d)"
 words[b, h, kv, d] // 256 % 256          ->  "((bits(0, b, h, kv, d)//256)%256)"
+tail[b, h, kv - s0, d]                   ->  "at(0, b, h, (kv + (-1*size(0))), d)"
 
-Bits of integers that float32 does not hold are read by "bits".
+Bits of integers that float32 does not hold are read by "bits". Sizes that only a call tells are
+numbered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,17 +22,20 @@ from lychee_compile.passes.detect.caching.loads import INDEX, Load
 from lychee_compile.passes.graph.dataflow import value_of
 
 
-def load_text(load: Load) -> str | None:
-    """Return the expression of `load`, its leaves numbered in order; None if it has no text."""
+def load_text(load: Load, numbers: Sequence[sympy.Symbol] = ()) -> str | None:
+    """Return the expression of `load`, its leaves numbered in order; None if it has no text.
+
+    `numbers` are the sizes that only a call tells, in the order of a call.
+    """
     try:
-        return _Writer(load, "at").text(load.element)
+        return _Writer(load, "at", numbers).text(load.element)
     except _NoTextError:
         return None
 
 
-def page_text(load: Load) -> str:
+def page_text(load: Load, numbers: Sequence[sympy.Symbol] = ()) -> str:
     """Return the expression of the page that a token lies in; "" if tokens do not lie in pages."""
-    return "" if load.pages is None else _Writer(load, "entry").text(load.pages.page)
+    return "" if load.pages is None else _Writer(load, "entry", numbers).text(load.pages.page)
 
 
 _WIDE = (torch.int32, torch.int64, torch.uint32)
@@ -44,8 +49,9 @@ class _NoTextError(Exception):
 class _Writer:
     """Writes numbers, elements of leaves and choices; raises `_NoTextError` for all else."""
 
-    def __init__(self, load: Load, reader: str) -> None:
+    def __init__(self, load: Load, reader: str, sizes: Sequence[sympy.Symbol]) -> None:
         """Read leaves by the function `reader`; those that are indices are read by "entry"."""
+        self._sizes = {size: place for place, size in enumerate(sizes)}
         self._numbers = {name: place for place, (name, _) in enumerate(load.leaves)}
         self._wide = {name for name, leaf in load.leaves if value_of(leaf).dtype in _WIDE}
         self._reader = reader
@@ -60,9 +66,11 @@ class _Writer:
         raise _NoTextError
 
     def symbol(self, value: sympy.Symbol) -> str:
-        """Return an index, or a leaf of one number."""
+        """Return an index, a size, or a leaf of one number."""
         if value in INDEX:
             return str(value)
+        if value in self._sizes:
+            return f"size({self._sizes[value]})"
         return f"{self._reader_of(value.name)}({self._number(value.name)})"
 
     def indexed(self, value: sympy.Indexed) -> str:
@@ -104,8 +112,10 @@ class _Writer:
         return text
 
     def relation(self, value: Relational) -> str:
-        """Return a comparison."""
-        return f"({self.text(value.lhs)} {value.rel_op} {self.text(value.rhs)})"
+        """Return a comparison; integers are compared as they are."""
+        whole = value.lhs.is_integer and value.rhs.is_integer
+        with self._reading("entry" if whole else self._reader):
+            return f"({self.text(value.lhs)} {value.rel_op} {self.text(value.rhs)})"
 
     def product(self, value: sympy.Expr) -> str:
         """Return a product, a quotient or a power."""

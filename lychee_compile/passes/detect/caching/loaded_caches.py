@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import sympy
 import torch
 import torch.fx
 
+from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import (
     CacheBinding,
@@ -24,9 +26,11 @@ from lychee_compile.passes.detect.caching.caches import (
     bind_tensor,
     is_held,
 )
+from lychee_compile.passes.detect.caching.call_sizes import are_told
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.loads import Load, is_plain, load_of, runs_over_tokens
 from lychee_compile.passes.detect.caching.paged_caches import bind_paged
+from lychee_compile.passes.detect.caching.tails import begins_tail
 from lychee_compile.passes.detect.caching.token_writes import Writes
 from lychee_compile.passes.graph.aliasing import is_given, is_pure_view, storage_of, written_by
 from lychee_compile.passes.graph.dataflow import (
@@ -44,22 +48,27 @@ from lychee_compile.passes.graph.dataflow import (
 from lychee_compile.passes.graph.operator_facts import View
 from lychee_compile.passes.graph.operators import PURE_CALLS
 from lychee_compile.passes.graph.region import Order, overwritten_before
-from lychee_compile.passes.symbolic.axes import Indices
+from lychee_compile.passes.symbolic.axes import Indices, size_expression
 
 
-def bind_loaded(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> CacheBinding | None:
-    """Return what the keys of `attention` are computed from; None if that is not recognised."""
+def bind_loaded(
+    attention: Attention, graph: torch.fx.Graph, writes: Writes
+) -> CacheBinding | Unbound | None:
+    """Return what the keys of `attention` are computed from; None if that is not recognised.
+
+    It is unbound if all is recognised, but the new keys are in no cache.
+    """
     if attention.form == "flex":
         return None
     load = _load(attention, graph, writes, values=False)
-    if load is None or load.chooses_by_token:
+    if load is None or load.chooses_by_tensor:
         return None
     if _read_too_early(load, attention.key.node, attention, graph):
         return None
     bindings: list[CacheBinding] = []
     watched: list[Watched] = []
     for name, leaf in load.leaves:
-        if is_held(leaf, writes, graph):
+        if is_held(leaf, writes, graph) or begins_tail(leaf):
             binding = _bound(name, leaf, load, attention, graph, writes)
             if binding is None or not _alike(binding, bindings):
                 return None
@@ -67,10 +76,18 @@ def bind_loaded(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> 
             continue
         sources = _steady_sources(leaf, writes)
         if sources is None:
-            return None
+            return _without_tail(load)
         page = load.page_size_of_table(name) if sources == [leaf] else 0
         watched += [Watched(each, page=page) for each in sources]
-    return _loaded(load, bindings, watched)
+    return _loaded(load, bindings, watched) if bindings else _without_tail(load)
+
+
+def _without_tail(load: Load) -> Unbound | None:
+    """Return the reason if new keys are joined to a past, and no tail holds them; else None."""
+    behind = (leaf for name, leaf in load.leaves if load.is_behind_others(name))
+    if any(leaf.op == "call_function" for leaf in behind):
+        return Unbound("none", reasons.CACHE_TAIL_MOVES())
+    return None
 
 
 def load_of_values(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> Load | None:
@@ -89,6 +106,8 @@ def _load(attention: Attention, graph: torch.fx.Graph, writes: Writes, values: b
     channels = attention.roles.value_dim if values else attention.roles.head_dim
 
     def is_stored(node: torch.fx.Node, indices: Indices) -> bool:
+        if begins_tail(node):
+            return any(runs_over_tokens(index) for index in indices)
         if not is_held(node, writes, graph):
             return False
         if not is_operator(node, "cat"):
@@ -96,16 +115,14 @@ def _load(attention: Attention, graph: torch.fx.Graph, writes: Writes, values: b
         return runs_over_tokens(indices[argument(node, "dim", 0) % len(indices)])
 
     load = load_of(operand, channels, attention, is_stored)
-    if load is None or is_plain(load, operand.node) or load_text(load) is None:
+    if load is None or is_plain(load, operand.node) or load_text(load, load.numbers) is None:
         return None
-    return load
+    return load if are_told(load.numbers, graph) else None
 
 
 def _loaded(
     load: Load, bindings: list[CacheBinding], watched: list[Watched]
 ) -> CacheBinding | None:
-    if not bindings:
-        return None
     if len({load.pages_of(name) for name, leaf in load.leaves if _is_of(leaf, bindings)}) > 1:
         return None
     main = max(bindings, key=_numbers_of_token)
@@ -122,23 +139,25 @@ def _bound(
     writes: Writes,
 ) -> CacheBinding | None:
     """Return the binding of a leaf that the call writes tokens to; None if it is not understood."""
-    dim, pages = load.token_dim(name), load.pages_of(name)
+    place, pages = load.place_of_tokens(name), load.pages_of(name)
     if pages is not None:
         return bind_paged(leaf, pages, load, attention, graph, writes)
-    if dim is None:
+    if place is None:
         return None
+    dim, first = place
     binding = bind_tensor(leaf, (dim, load.batch_dim(name)), attention, graph, writes)
     if isinstance(binding, Unbound):
         return None
-    if binding.kind == "dynamic" and not _holds_all(leaf, dim, attention):
+    if binding.kind == "dynamic" and not _holds_last(leaf, place, attention):
         return None
-    return binding
+    return replace(binding, first_token=first)
 
 
-def _holds_all(leaf: torch.fx.Node, dim: int, attention: Attention) -> bool:
-    """True if a cache has as many tokens as attention has keys: so the newest is the last key."""
-    axes = attention.axes
-    return axes.size(shape_of(leaf)[dim]) == axes.product(attention.roles.key)
+def _holds_last(leaf: torch.fx.Node, place: tuple[int, sympy.Expr], attention: Attention) -> bool:
+    """True if the last token of a cache is the last key: so the newest keys are the last ones."""
+    axes, (dim, first) = attention.axes, place
+    end = axes.size(first + size_expression(shape_of(leaf)[dim]))
+    return bool(sympy.expand(end - axes.product(attention.roles.key)) == 0)
 
 
 def _is_of(leaf: torch.fx.Node, bindings: list[CacheBinding]) -> bool:
@@ -159,6 +178,8 @@ def _alike(binding: CacheBinding, others: list[CacheBinding]) -> bool:
         return True
     first = others[0]
     same = binding.kind == first.kind and binding.slots == first.slots
+    same = same and (binding.source is None) == (first.source is None)
+    same = same and binding.first_token == first.first_token
     return same and binding.reads_only == first.reads_only
 
 

@@ -3,6 +3,7 @@
     keys = cache.to(float32) * scale         cache[b, h, kv, d] * scale[b, h, kv, 0]
     keys = cache[table].flatten(1, 2)        cache[table[b, kv // 16], kv % 16, h, d]
     keys = cat((-x2, x1), -1) * sin          where(d < 8, -x[b, h, kv, d + 8] * sin[kv, d], ...)
+    keys = cat((past, tail), 2)              where(kv < n, past[b, h, kv, d], tail[b, h, kv - n, d])
 
 An element is followed back by the same index arithmetic as that of a mask, to tensors that are
 given, that this call writes tokens to, or that no rule describes.
@@ -12,16 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import sympy
 import torch
 import torch.fx
+from sympy.core.relational import Relational
 
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.axis_roles import Roles
 from lychee_compile.passes.detect.caching.stored_elements import StoredElements
+from lychee_compile.passes.detect.caching.tails import parts_of
 from lychee_compile.passes.detect.operands import Layout, Operand
-from lychee_compile.passes.graph.aliasing import is_pure_view
+from lychee_compile.passes.graph.aliasing import is_given, is_pure_view
 from lychee_compile.passes.graph.dataflow import (
     first_input,
     operator_of,
@@ -30,7 +34,8 @@ from lychee_compile.passes.graph.dataflow import (
 )
 from lychee_compile.passes.graph.names import Names
 from lychee_compile.passes.symbolic.axes import Axes, Axis, Index, Indices, with_finer_axes
-from lychee_compile.passes.symbolic.elementwise import Element
+from lychee_compile.passes.symbolic.elements import symbol_of
+from lychee_compile.passes.symbolic.elementwise import Element, Flag
 
 _NAME = "load_{}"
 """Name of the axis of each of the indices."""
@@ -118,16 +123,44 @@ class Load:
         )
 
     @property
-    def chooses_by_token(self) -> bool:
-        """True if keys of some tokens come from other tensors than those of others."""
+    def numbers(self) -> tuple[sympy.Symbol, ...]:
+        """Sizes in the expression that only a call tells, in the order of their names."""
+        tensors = {symbol_of(name, value_of(leaf).dtype) for name, leaf in self.leaves}
+        free = self.element.atoms(sympy.Symbol) - tensors - set(INDEX)
+        return tuple(sorted(free, key=str))
+
+    @property
+    def chooses_by_tensor(self) -> bool:
+        """True if tensors tell for which tokens keys come from which tensor, as a length does."""
         conditions = (
             condition for each in self.element.atoms(sympy.Piecewise) for _, condition in each.args
         )
-        return any(each.has(TOKEN) for each in conditions)
+        relations = {part for each in conditions for part in each.atoms(Relational, Flag)}
+        tensors = [symbol_of(name, value_of(leaf).dtype) for name, leaf in self.leaves]
+        return any(each.has(TOKEN) and each.has(*tensors) for each in relations)
 
-    def token_dim(self, name: str) -> int | None:
-        """Return the dimension of a leaf that runs over tokens; None if there is no such one."""
-        return self._dim_of(name, TOKEN)
+    def place_of_tokens(self, name: str) -> tuple[int, sympy.Expr] | None:
+        """Return the dimension of a leaf that runs over tokens, and the first token that it holds.
+
+        A tail holds the tokens behind those of a past: it is read at `TOKEN` - first token. None if
+        there is no such dimension.
+        """
+        reads = self.reads_of(name)
+        dims = {dim for each in reads for dim, index in enumerate(each) if index.has(TOKEN)}
+        if len(dims) != 1:
+            return None
+        (dim,) = dims
+        firsts = {sympy.expand(TOKEN - each[dim]) for each in reads}
+        first = firsts.pop()
+        if firsts or first.has(*INDEX) or first.atoms(sympy.Indexed, sympy.floor, sympy.Mod):
+            return None
+        return dim, first
+
+    def is_behind_others(self, name: str) -> bool:
+        """True if a leaf holds tokens that come behind those of an input."""
+        place = self.place_of_tokens(name)
+        inputs = any(is_given(leaf) for _, leaf in self.leaves)
+        return inputs and place is not None and place[1] != 0
 
     def batch_dim(self, name: str) -> int | None:
         """Return the dimension of a leaf that runs over rows; None if there is no such one."""
@@ -151,6 +184,7 @@ def load_of(
     `channels` are the axes of their features. `is_stored` tells of a tensor and the indices at
     which it is read if it is stored as it is.
     """
+    joined = partial(parts_of, attends=attention.node)
     module = operand.node.graph.owning_module
     assert module is not None
 
@@ -158,8 +192,9 @@ def load_of(
         axes.agree_with(attention.axes)
         indices, names = _indices(operand.layout, attention, channels, axes)
         names_of = Names(module)
-        elements = StoredElements(axes, names_of, is_stored)
+        elements = StoredElements(axes, names_of, is_stored, joined)
         element = axes.rejoined(elements.of(operand.node, indices)).xreplace(names)
+        element = axes.in_fewest_sizes(element)
         leaves = [
             (name, node)
             for name, node in elements.leaves.items()

@@ -32,10 +32,15 @@ class StoredElements(Elements):
     """Elements of tensors, followed back to what is stored and no further."""
 
     def __init__(
-        self, axes: Axes, names: Names, is_stored: Callable[[torch.fx.Node, Indices], bool]
+        self,
+        axes: Axes,
+        names: Names,
+        is_stored: Callable[[torch.fx.Node, Indices], bool],
+        parts_of: Callable[[torch.fx.Node], list[torch.fx.Node]],
     ) -> None:
+        """End at tensors that `is_stored`; `parts_of` gives what a concatenation is made of."""
         super().__init__(axes, names)
-        self._is_stored = is_stored
+        self._is_stored, self._parts_of = is_stored, parts_of
         self.leaves: dict[str, torch.fx.Node] = {}
         """Tensors at which the way back ended, by name."""
 
@@ -62,7 +67,7 @@ class StoredElements(Elements):
         dim = argument(node, "dim", 0) % len(indices)
         stacked, at, start = is_operator(node, "stack"), indices[dim], sympy.S.Zero
         choices = []
-        for part in argument(node, "tensors"):
+        for part in argument(node, "tensors") if stacked else self._parts_of(node):
             if not stacked and len(shape_of(part)) != len(indices):
                 continue  # an empty tensor of one dimension
             size = sympy.S.One if stacked else self.axes.size(shape_of(part)[dim])

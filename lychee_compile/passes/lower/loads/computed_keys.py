@@ -1,6 +1,7 @@
 """Keys that the host computes from what is stored, to build an index between calls.
 
     use.keys(cache, scale)          cache and scales as a call leaves them: keys [B, Hkv, L, D]
+    use.keys(tail, past, 4096)      the last arguments are sizes that only a call tells
 
 A tensor that the graph computes besides, as a table of cosines, is computed anew by a small graph.
 """
@@ -8,8 +9,10 @@ A tensor that the graph computes besides, as a table of cosines, is computed ane
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from typing import Any
 
+import sympy
 import torch
 import torch.fx
 from torch import Tensor
@@ -18,6 +21,7 @@ from lychee_compile.kernels.reference.loaded_tensor import LoadedTensor
 from lychee_compile.kernels.reference.loads import Load as Evaluated
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.caching.caches import CacheBinding, Watched
+from lychee_compile.passes.detect.caching.loads import Load
 from lychee_compile.passes.graph.aliasing import written_by
 from lychee_compile.passes.graph.dataflow import first_input, outputs_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
@@ -35,12 +39,12 @@ def computed_keys(
     """
     assert binding.load is not None
     graph = torch.fx.Graph()
-    own = {
-        node: graph.placeholder(f"given_{number}")
-        for number, node in enumerate(_given(binding, emit.graph))
-    }
+    given = _given(binding, emit.graph)
+    own = {node: graph.placeholder(f"given_{number}") for number, node in enumerate(given)}
     graph.output(tuple(_copied(leaf, graph, own) for _, leaf in binding.load.leaves))
-    return partial(_evaluated, torch.fx.GraphModule({}, graph), loads, _places(binding, loads))
+    return _Keys(
+        torch.fx.GraphModule({}, graph), loads, len(given), binding.numbers, _places(binding, loads)
+    )
 
 
 def _given(binding: CacheBinding, graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -74,34 +78,64 @@ def _copied(
     return own[node]
 
 
-def _places(binding: CacheBinding, loads: KernelLoads) -> tuple[tuple[int, tuple[int, int]], ...]:
-    """Return the sizes of keys that a call tells: each a dimension of keys, and where it is."""
-    load, places = binding.load, []
+@dataclass(frozen=True)
+class _Place:
+    """Place of a size of keys: a dimension of one of the tensors that they are computed from."""
+
+    leaf: int
+    dim: int
+    more: sympy.Expr
+    """Number that is added: the tokens before those of a tail."""
+
+
+def _places(binding: CacheBinding, loads: KernelLoads) -> dict[int, _Place]:
+    """Return the places of the sizes of keys that a call tells, by the dimension of keys."""
+    load, places = binding.load, {}
     assert load is not None
     for dim, size in enumerate(loads.sizes[:4]):
         if isinstance(size, int):
             continue
-        of = {0: load.batch_dim, 2: load.token_dim}.get(dim)
-        found = [(n, of(name)) for n, (name, leaf) in enumerate(load.leaves) if of is not None]
-        known = [(n, at) for n, at in found if at is not None and load.leaves[n][1] is binding.key]
-        if not known:
+        known = [
+            (leaf, _place(load, name, dim))
+            for leaf, (name, node) in enumerate(load.leaves)
+            if node is binding.key
+        ]
+        leaf, place = known[0] if known else (0, None)
+        if place is None:
             name = "the size of the keys"
             raise NoKernel(reasons.SIZE_SYMBOLIC(name=name, size=value_of(size)))
-        places.append((dim, known[0]))
-    return tuple(places)
+        places[dim] = _Place(leaf, *place)
+    return places
 
 
-def _evaluated(
-    leaves_of: Callable[..., tuple[Tensor, ...]],
-    loads: KernelLoads,
-    places: tuple[tuple[int, tuple[int, int]], ...],
-    *given: Tensor,
-) -> Tensor:
-    with torch.no_grad():
-        leaves = leaves_of(*given)
-    shape = [size if isinstance(size, int) else 0 for size in loads.sizes[:4]]
-    for dim, (number, at) in places:
-        shape[dim] = leaves[number].shape[at]
-    batch, heads, tokens, channels = shape
-    load = Evaluated(loads.key_text, loads.dtype, leaves, (batch, heads, tokens, channels))
-    return LoadedTensor.of(load)
+def _place(load: Load, name: str, dim: int) -> tuple[int, sympy.Expr] | None:
+    """Return the dimension of a leaf that tells a size of keys, and what is added to it."""
+    if dim == 2:
+        return load.place_of_tokens(name)
+    batch = load.batch_dim(name) if dim == 0 else None
+    return None if batch is None else (batch, sympy.S.Zero)
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Function from what a call is given, or leaves, to keys."""
+
+    leaves_of: Callable[..., tuple[Tensor, ...]]
+    loads: KernelLoads
+    count: int
+    """Number of tensors; sizes come behind them."""
+    symbols: tuple[sympy.Symbol, ...]
+    """The sizes, in the order of a call."""
+    places: dict[int, _Place]
+
+    def __call__(self, *given: Any) -> Tensor:
+        numbers = given[self.count :]
+        with torch.no_grad():
+            leaves = self.leaves_of(*given[: self.count])
+        known = dict(zip(self.symbols, numbers, strict=True))
+        shape = [size if isinstance(size, int) else 0 for size in self.loads.sizes[:4]]
+        for dim, place in self.places.items():
+            shape[dim] = leaves[place.leaf].shape[place.dim] + int(place.more.xreplace(known))
+        batch, heads, tokens, channels = shape
+        sizes, dtype = (batch, heads, tokens, channels), self.loads.dtype
+        return LoadedTensor.of(Evaluated(self.loads.key_text, dtype, leaves, sizes, numbers))

@@ -7,6 +7,7 @@ A kernel gets the tensors of such an expression instead of keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,7 @@ from lychee_compile.kernels.gpu.methods import computes_keys
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
+from lychee_compile.passes.detect.caching.call_numbers import emit_number
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.loads import CHANNEL, Load
 from lychee_compile.passes.detect.operands import Operand
@@ -49,6 +51,8 @@ class KernelLoads:
     dtype: torch.dtype
     key_text: str
     """Expression of keys as `kernels.reference.loads` evaluates it; "" if they are a tensor."""
+    numbers: tuple[Size, ...] = ()
+    """Sizes that the expressions take besides, as numbers or as nodes."""
 
     def shape_of_keys(self) -> Tensor | None:
         """Return a tensor of the shape and dtype of keys, without numbers.
@@ -71,7 +75,7 @@ def no_load(
         why = f"those of policy {policy!r} read keys as they are stored"
         return reasons.KEYS_COMPUTED_NO_KERNEL(why=why)
     try:
-        _specification(binding.load, attention, values=False)
+        _specification(binding, attention, values=False)
     except Unprintable as why:
         return reasons.KEYS_COMPUTED_NO_KERNEL(why=why)
     return None
@@ -95,7 +99,7 @@ def kernel_loads(
     axes = roles.batch, roles.kv_heads, roles.key, roles.head_dim, roles.value_dim
     values = _of_values(attention, binding)
     return KernelLoads(
-        _specification(binding.load, attention, values=False),
+        _specification(binding, attention, values=False),
         values,
         _leaves(binding.load) or [_as_stored("keys", attention.key, canonical.key())],
         _leaves(binding.values)
@@ -103,7 +107,8 @@ def kernel_loads(
         else [_as_stored("values", attention.value, canonical.value())],
         tuple(map(canonical.extent, axes)),
         value_of(attention.query.node).dtype,
-        "" if binding.load is None else load_text(binding.load) or "",
+        "" if binding.load is None else load_text(binding.load, binding.numbers) or "",
+        tuple(emit_number(each, canonical.emit) for each in binding.numbers),
     )
 
 
@@ -120,13 +125,14 @@ def _leaves(load: Load | None) -> list[torch.fx.Node]:
 
 def _of_values(attention: Attention, binding: CacheBinding) -> LoadSpec | None:
     try:
-        return _specification(binding.values, attention, values=True)
+        return _specification(binding, attention, values=True)
     except Unprintable:
         return None
 
 
-def _specification(load: Load | None, attention: Attention, *, values: bool) -> LoadSpec | None:
-    """Return what a kernel computes of a load. Raises Unprintable."""
+def _specification(binding: CacheBinding, attention: Attention, *, values: bool) -> LoadSpec | None:
+    """Return what a kernel computes of keys or values. Raises Unprintable."""
+    load = binding.values if values else binding.load
     if load is None:
         return None
     device = value_of(attention.query.node).device
@@ -135,14 +141,15 @@ def _specification(load: Load | None, attention: Attention, *, values: bool) -> 
             raise Unprintable(f"{name} is not on {device}")
     axes = attention.roles.value_dim if values else attention.roles.head_dim
     count = static(attention.size(axes), "the number of channels")
-    spec = load_specification(load, "value" if values else "key")
+    spec = load_specification(load, "value" if values else "key", binding.numbers)
     load_source(spec, "VALUE_DIM" if values else "HEAD_DIM", count)
     return spec
 
 
-def load_specification(load: Load, prefix: str) -> LoadSpec:
+def load_specification(load: Load, prefix: str, sizes: Sequence[sympy.Symbol] = ()) -> LoadSpec:
     """Return what a kernel computes of a load, whose tensors are named `<prefix>_<number>`.
 
+    `sizes` are those that only a call tells, in its order: they are named `<prefix>_size_<number>`.
     Indices that a tensor holds count from the end if they are negative. Raises Unprintable if it
     takes a size for that which is not known.
     """
@@ -150,13 +157,19 @@ def load_specification(load: Load, prefix: str) -> LoadSpec:
     element = load.element.replace(
         lambda each: isinstance(each, sympy.Indexed), partial(_from_front, nodes)
     )
-    names, tensors = {}, []
+    names: dict[sympy.Basic, sympy.Symbol] = {}
+    tensors = []
     for number, (name, leaf) in enumerate(load.leaves):
         dtype = value_of(leaf).dtype
         names[symbol_of(name, dtype)] = symbol_of(f"{prefix}_{number}", dtype)
         short = str(dtype).removeprefix("torch.")
         tensors.append(Stored(f"{prefix}_{number}", short, _sizes(load, name, leaf)))
-    return LoadSpec(element.xreplace(names), tuple(tensors))
+    numbers = [
+        sympy.Symbol(f"{prefix}_size_{place}", integer=True, nonnegative=True)
+        for place in range(len(sizes))
+    ]
+    names |= dict(zip(sizes, numbers, strict=True))
+    return LoadSpec(element.xreplace(names), tuple(tensors), tuple(numbers))
 
 
 def _from_front(nodes: dict[str, torch.fx.Node], element: sympy.Indexed) -> sympy.Indexed:

@@ -1,0 +1,76 @@
+"""Emit sizes that only a call tells, and read them from what a call is given.
+
+keys = cat((past, tail), 2)            s0 = sym_size(past, 2)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import sympy
+import torch.fx
+from torch import Tensor
+
+from lychee_compile.passes import reasons
+from lychee_compile.passes.detect.caching.call_sizes import place_of_size
+from lychee_compile.passes.graph.check import RewriteError
+from lychee_compile.passes.graph.dataflow import aten
+from lychee_compile.passes.graph.emitter import Emitter
+
+Number = int | torch.fx.Node
+_OPERATORS: dict[type, Callable[..., Any]] = {sympy.Add: operator.add, sympy.Mul: operator.mul}
+
+
+@dataclass(frozen=True)
+class NumberPlace:
+    """Place of a number among the inputs of a graph."""
+
+    source: int
+    """Number of the input: an integer, or a tensor."""
+    dim: int | None
+    """Dimension of the tensor whose size is meant; None if the input is an integer."""
+    more: int
+    """Number that is added."""
+
+    def of(self, inputs: Sequence[object]) -> int:
+        """Return the number in a call with some inputs."""
+        given = inputs[self.source]
+        if self.dim is not None:
+            assert isinstance(given, Tensor)
+            return given.shape[self.dim] + self.more
+        assert isinstance(given, int)
+        return given + self.more
+
+
+def number_place(size: sympy.Symbol, inputs: Sequence[torch.fx.Node]) -> NumberPlace:
+    """Return where a call tells a size. Raises `RewriteError` if none of the inputs does."""
+    place = place_of_size(size, inputs[0].graph) if inputs else None
+    if place is None:
+        raise RewriteError(reasons.SIZE_NOT_IN_GRAPH())
+    return NumberPlace(inputs.index(place.source), place.dim, place.more)
+
+
+def emit_number(value: sympy.Expr, emit: Emitter) -> Number:
+    """Emit an integer that is an expression of sizes. Raises `RewriteError`."""
+    if value.is_Integer:
+        return int(value)
+    if isinstance(value, sympy.Symbol):
+        return _emit_size(value, emit)
+    if type(value) not in _OPERATORS:
+        raise RewriteError(reasons.SIZE_NOT_IN_GRAPH())
+    terms = [emit_number(each, emit) for each in value.args]
+    return reduce(lambda left, right: emit(_OPERATORS[type(value)], left, right), terms)
+
+
+def _emit_size(size: sympy.Symbol, emit: Emitter) -> torch.fx.Node:
+    place = place_of_size(size, emit.graph)
+    if place is None:
+        raise RewriteError(reasons.SIZE_NOT_IN_GRAPH())
+    node = place.source
+    if place.dim is not None:
+        node = emit(aten.sym_size.int, node, place.dim)
+    return emit(operator.add, node, place.more) if place.more else node
