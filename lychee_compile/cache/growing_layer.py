@@ -11,6 +11,7 @@ from torch import Tensor
 from lychee_compile.cache.number_formats import bits
 from lychee_compile.cache.storage import Storage
 from lychee_compile.cache.stored_layer import StoredLayer, mark_static
+from lychee_compile.kernels.host_memory import note_filled
 from lychee_compile.kernels.sizes import whole_scans
 
 ROOM = 1024
@@ -138,6 +139,7 @@ class GrowingLayer(StoredLayer):
         if self.keys.shape[2] < self.shared.slots:
             self.move()
         self.put(begin, key_states, value_states)
+        note_filled(self.keys, end)
         self.length = end
         self.cumulative_length.fill_(self.length)
         self.shared.at_most = max(self.shared.at_most, self.length)

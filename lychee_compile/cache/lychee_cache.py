@@ -58,7 +58,7 @@ class LycheeCache(Cache):
 
     `storage="host"` holds keys and values of layers without a window in page-locked memory of the
     host, which kernels of a GPU read over the link: the memory of the host limits the context. The
-    index lies in memory of the device. It is built after the first compiled step, which reads all
+    index lies in memory of the device. It is built before the first compiled step, which reads all
     keys once more. Uncompiled forwards copy what they read to the device, a layer at a time.
     Compiled attention that is not sparse over such a cache reads all of it at each call, with a
     warning. On a CPU both storages are the same.

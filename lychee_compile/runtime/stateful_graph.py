@@ -10,9 +10,8 @@ from functools import cache as only_once
 
 from torch import Tensor
 
-from lychee_compile import torch_private
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.methods import notices_writes
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.kernels.operators.observe import (
@@ -25,7 +24,7 @@ from lychee_compile.kernels.operators.observe import (
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
 from lychee_compile.passes.detect.caching.call_numbers import NumberPlace
 from lychee_compile.passes.lower.index_inputs import TensorPlace
-from lychee_compile.runtime.cache_registry import Entry, TensorState, registry
+from lychee_compile.runtime.cache_registry import Entry, registry
 from lychee_compile.runtime.index_owner import IndexOwner
 from lychee_compile.runtime.new_caches import NewCaches
 
@@ -54,6 +53,11 @@ class CacheArgument:
     """Expression of keys of what the cache holds; None if they are what it holds."""
     numbers: tuple[NumberPlace, ...] = ()
     """Sizes that the expression takes from a call."""
+
+    @property
+    def pages(self) -> list[int]:
+        """Sizes of the pages that the other tensors list, each 0 if it is no table."""
+        return [each.page for each in self.beside]
 
     @property
     def stays(self) -> bool:
@@ -148,9 +152,9 @@ class StatefulGraph:
     def _compare(
         self, caches: Sequence[Tensor | None], inputs: Sequence[object], entries: Sequence[Entry]
     ) -> None:
-        """Let kernels compare keys that are computed from something that has changed."""
+        """Let indexes catch up with what has happened to their caches since the last call."""
         for argument, cache, entry in zip(self._arguments, caches, entries, strict=True):
-            if argument.keys is not None and argument.use is not None and cache is not None:
+            if argument.use is not None and cache is not None:
                 beside = argument.beside_before(inputs)
                 given: list[Tensor | int] = [*beside, *argument.numbers_of(inputs)]
                 entry.owner.before_call(cache, argument.use, given)
@@ -219,6 +223,7 @@ class StatefulGraph:
                 argument.token_dim,
                 argument.beside_after(inputs, outputs),
                 argument.numbers_of(inputs),
+                argument.pages,
             )
 
     def _remember(self, given: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
@@ -300,10 +305,8 @@ class _LastCall:
         """Note the versions of all tensors, now that a graph has run on them."""
         for argument, cache, entry in zip(self._arguments, caches, self.entries, strict=True):
             if cache is not None:
-                entry.version = torch_private.version_of(cache)
-                entry.beside = [TensorState.of(each) for each in argument.beside_before(inputs)]
-                entry.numbers = argument.numbers_of(inputs)
-                entry.uses.count += 1
+                numbers, pages = argument.numbers_of(inputs), argument.pages
+                entry.note(cache, argument.beside_before(inputs), numbers, pages)
 
 
 @only_once

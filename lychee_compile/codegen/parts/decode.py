@@ -46,6 +46,7 @@ def emit_fingerprints(spec: AttentionSpec) -> list[str]:
     when a table or a scale does.
     """
     return [
+        *library("trust", "lose_row", "move_end"),
         *library("fingerprints", "fingerprint", "changed_keys"),
         fill("decode/check_sample.py.jinja", spec),
         *([] if spec.keys is None else [fill("decode/compare_keys.py.jinja", spec)]),

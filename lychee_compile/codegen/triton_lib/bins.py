@@ -23,7 +23,7 @@ def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
-    fresh = tl.load(header + 1 + b)
+    fresh = tl.maximum(tl.load(header + 1 + b), 0)
     if written > 0:
         fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.methods import layout_for, measures_for_certificates
 from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.operators import (  # noqa: F401  they register the operators

@@ -250,7 +250,7 @@ def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
-    fresh = tl.load(header + 1 + b)
+    fresh = tl.maximum(tl.load(header + 1 + b), 0)
     if written > 0:
         fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh
@@ -359,6 +359,20 @@ def always_read(
 
 
 @triton.jit
+def lose_row(header, b):
+    """Distrust the index of a row: attention reads all its keys until it is built anew."""
+    end = tl.load(header + 1 + b)
+    tl.store(header + 1 + b, tl.minimum(end, -1 - end))
+
+
+@triton.jit
+def move_end(header, b, end):
+    """Note where a row ends. A row that is not trusted stays so."""
+    lost = tl.load(header + 1 + b) < 0
+    tl.store(header + 1 + b, tl.where(lost, -1 - end, end))
+
+
+@triton.jit
 def fingerprint(keys):
     """Return a hash, int32 [N], of the bits of each of the keys [N, DIM].
 
@@ -393,17 +407,20 @@ def check_sample(
     header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
     b, kv_head, slots, kv_heads, kv_len,
 ):
-    """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
+    """Distrust the index of a row if one of SAMPLED keys is not as indexed, or keys are missing.
+
+    Keys are missing if the row goes on behind its end, as one that was given to another request.
+    If a key of the last step was not as indexed, the index is distrusted as a whole.
 
     The sample has the NEWEST keys, which whoever appends has written, and others at equal
     distances, which each step and each KV head begins elsewhere. All are before `fresh`, and none
     was written by this step. This step already reads all keys.
     """
     fresh = tl.minimum(fresh, kv_len)
-    trust = tl.load(header)
+    trust, held = tl.load(header), tl.load(header + 1 + b)
     if trust > 1:
         tl.store(header, 0)
-    elif (trust == 1) & (fresh > 0):
+    elif (trust == 1) & (held >= 0) & (fresh > 0):
         number, d = tl.arange(0, SAMPLED), tl.arange(0, DIM)
         turn = fresh.to(tl.int64) * 40503 + kv_head * (65536 // kv_heads)  # the golden ratio's part
         begin = (turn & 65535) * fresh >> 16
@@ -418,13 +435,14 @@ def check_sample(
                 positions, position_stride_b, position_stride_t, written, b, kv_len, -1
             )
             inside &= tl.max((slot[:, None] == new[None, :]).to(tl.int32), 1) == 0
-        if tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0:
-            tl.store(header, 0)
+        goes_on = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+        if (goes_on > held) | (tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0):
+            lose_row(header, b)
 
 
 @triton.jit
 def compare_keys(key, header, fingerprints, slots, kv_heads, kv_len):
-    """Distrust the index if one of the keys that it knows is not as it was indexed."""
+    """Distrust the index of a row if one of the keys that it knows is not as it was indexed."""
     space, slot = tl.program_id(1), tl.program_id(0) * 64 + tl.arange(0, 64)
     b, kv_head, d = space // kv_heads, space % kv_heads, tl.arange(0, DIM)
     inside = slot < tl.minimum(tl.load(header + 1 + b), kv_len)
@@ -432,7 +450,7 @@ def compare_keys(key, header, fingerprints, slots, kv_heads, kv_len):
         keys = load_key(b, kv_head, slot[:, None], d[None, :], inside[:, None], key)
         fingerprints += space.to(tl.int64) * slots
         if tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0:
-            tl.store(header, 0)
+            lose_row(header, b)
 
 
 @triton.jit
@@ -2068,10 +2086,10 @@ def page_code(mean):
     return tl.minimum(tl.maximum(code, 0.0), 15.0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["begin", "end", "first_row"])
 def encode(
     key,
-    fingerprints, fine, coarse, pages, axes, centre, step,
+    first_row, fingerprints, fine, coarse, pages, axes, centre, step,
     begin, end, slots, kv_heads, blocks, BLOCK: tl.constexpr,
 ):
     """Sketch the keys in the slots [begin, end), 64 a program; begin is a multiple of 64."""
@@ -2080,7 +2098,7 @@ def encode(
     b, kv_head = space // kv_heads, space % kv_heads
     d = tl.arange(0, DIM)
     inside = (slot < end)[:, None]
-    keys = load_key(b, kv_head, slot[:, None], d[None, :], inside, key)
+    keys = load_key(first_row + b, kv_head, slot[:, None], d[None, :], inside, key)
     mark = fingerprint(keys)
     keys = keys.to(tl.float32)
     block = space.to(tl.int64) * blocks + (begin + tl.program_id(1) * 64) // BLOCK
@@ -2183,7 +2201,7 @@ def encode_new(
         last = written_slots(
             positions, position_stride_b, position_stride_t, written, b, kv_len, -1
         )
-        tl.store(header + 1 + b, tl.max(last, 0) + 1)
+        move_end(header, b, tl.max(last, 0) + 1)
 
 
 @triton.jit
@@ -2212,7 +2230,8 @@ def choose(
     mine = head_row.to(tl.int64) * splits + split
     chosen_list += mine * capacity
     # A kernel before this one may have just revoked trust: what caches hold is too old.
-    trusted = tl.load(header, cache_modifier=".cg") != 0
+    whole_index, row_end = tl.load(header, cache_modifier=".cg"), tl.load(header + 1 + b, cache_modifier=".cg")
+    trusted = (whole_index != 0) & (row_end >= 0)
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
@@ -2308,7 +2327,8 @@ def attend(
         count = tl.load(list_count + mine)
     else:
         # A kernel before this one may have just revoked trust: what caches hold is too old.
-        trusted = tl.load(header, cache_modifier=".cg") != 0
+        whole_index, row_end = tl.load(header, cache_modifier=".cg"), tl.load(header + 1 + b, cache_modifier=".cg")
+        trusted = (whole_index != 0) & (row_end >= 0)
         first, begin, stop, end = always_read(
             tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
         )
@@ -2446,9 +2466,9 @@ def store_residuals(keys, fine, coarse, axes, centre, step, block, residual, at,
     tl.store(residual + at * 2 + 1, outside, mask=inside)
 
 
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["begin", "end", "first_row"])
 def measure(
-    key, fine, coarse, axes, centre, step, residual,
+    key, first_row, fine, coarse, axes, centre, step, residual,
     begin, end, slots, kv_heads, blocks, BLOCK: tl.constexpr,
 ):
     """Measure the sketches in the slots [begin, end), 64 a program; begin is a multiple of 64."""
@@ -2459,7 +2479,7 @@ def measure(
         slot = first + part * 16 + tl.arange(0, 16)
         inside = slot < end
         keys = load_key(
-            space // kv_heads, space % kv_heads, slot[:, None], d[None, :], inside[:, None], key
+            first_row + space // kv_heads, space % kv_heads, slot[:, None], d[None, :], inside[:, None], key
         )
         at = space.to(tl.int64) * slots + slot
         store_residuals(keys, fine, coarse, axes, centre, step, block, residual, at, inside)

@@ -22,7 +22,7 @@ from lychee_compile.kernels.gpu.common.launch_common import (
     log_weight,
     of_rows,
 )
-from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.layout import IndexOperands, row_ends
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning, lists_apart, tuning_for
 from lychee_compile.kernels.sizes import BINS, MOST_DRAWN_FROM, power_of_two
@@ -197,7 +197,7 @@ def slots_read(step: SparseStep) -> Tensor:
     count = int((slots >= 0).sum(-1).max())
     slots = _in_order(slots)[..., :count]
     if bool(all_keys.any()):
-        held = header[1 : 1 + len(slots)].long().clamp(max=operands.kv_len)
+        held = row_ends(header, len(slots)).clamp(max=operands.kv_len)
         slot = torch.arange(max(int(held.max()), count), device=slots.device)
         everything = torch.where(slot < held[:, None], slot, -1)[:, None, None]
         padded = torch.nn.functional.pad(slots, (0, len(slot) - count), value=-1)

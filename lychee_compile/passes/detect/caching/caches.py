@@ -52,6 +52,8 @@ class Watched:
     """The input, or the part of one, that holds it before the call; None if it begins here."""
     output: int | None = None
     """Position of the output that holds it after the call; None if that is the input."""
+    page: int = field(default=0, compare=False)
+    """Number of tokens of a page if the tensor is a table [B, P] of pages, else 0."""
 
 
 @dataclass(frozen=True)
