@@ -28,7 +28,7 @@ import torch
 import torch.fx
 
 from lychee_compile.codegen.specification import KV_LEN
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.methods import layout_for, measures_for_certificates
 from lychee_compile.kernels.operators import prefix_decode  # noqa: F401  registers the operators
 from lychee_compile.passes import reasons
