@@ -16,7 +16,7 @@ from lychee_compile.codegen.parts.sketches import (
     emit_listed_sketches,
     emit_page_sketches,
     emit_sketches,
-    weight_places,
+    weight_columns,
 )
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S, SparseSpec
@@ -133,7 +133,7 @@ def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
         fine_columns=power_of_two(plane_bytes(fine), 16),
         coarse_bytes=plane_bytes(coarse),
         coarse_columns=power_of_two(plane_bytes(coarse), 16),
-        weight_columns=power_of_two(weight_places(spec.head_dim), 16),
+        weight_columns=weight_columns(spec.head_dim),
         page_step=PAGE_STEP,
         page_zero=PAGE_MIDDLE,
         scale=float(spec.score.diff(S).subs(S, 0)),
