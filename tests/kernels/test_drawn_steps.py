@@ -14,8 +14,8 @@ from sparse_steps import Step, best_left_out, built
 
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.gpu.common.tuning import Tuning
-from lychee_compile.kernels.reference.decode_drawing import salt_of
-from lychee_compile.kernels.reference.drawing import log_weight, luck_of
+from lychee_compile.kernels.reference.decode_drawing import luck_at, salt_of
+from lychee_compile.kernels.reference.drawing import log_weight
 from lychee_compile.kernels.sizes import BINS, SLOT_BITS
 
 triton_interpreter.use()
@@ -67,7 +67,7 @@ def test_a_step_draws_by_shares_and_luck(problem, programs):
         pages = drawn._page_shares()[0].shape[-1]
         share, priority = (each._looked_at(pages).clamp(min=0) for each in (plain, drawn))
     salt = salt_of(torch.tensor([kv_len - problem.query.shape[2]]), heads)
-    luck = luck_of((torch.arange(share.shape[-1]) + salt) & 0xFFFFFFFF)
+    luck = luck_at(torch.arange(share.shape[-1]) + salt)
     always, rank, room = drawn._reference()
     possible = torch.nn.functional.pad(rank > -torch.inf, (0, share.shape[-1]))[
         ..., : share.shape[-1]

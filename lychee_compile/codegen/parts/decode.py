@@ -16,7 +16,9 @@ STAGES = ("choose", "attend")
 """Kernels that decode/attend.py.jinja becomes."""
 NOTING = ("note_heads", "note_small", "note_mass", "note_left_out")
 """Functions of `triton_lib/mass.py` that add up the mass of items. Lists need the last one."""
-DRAWING = ("luck_of", "salt_of", "priorities", "drawn_items", "lift_of")
+DRAWING = (
+    "luck_of_number", "luck_at", "salt_of", "deal_turns", "priorities", "drawn_items", "lift_of"
+)
 """Functions of `triton_lib/drawing.py` by which a step draws tokens."""
 _OWN_ITEMS = 2048
 """Upper bound of the items that a program of `choose_by_bin` has."""
@@ -70,7 +72,7 @@ def emit_bins(
         *(_emit_mass(spec, noting) if sparse.coverage is not None else []),
         fill("decode/fresh_seen.py.jinja", spec),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
-        *library("bins", "choose_by_bin"),
+        *library("bins", "choose_by_bin", "choose_of_sixteens"),
         *(library("drawing", *DRAWING) if sparse.draws else []),
     ]
 

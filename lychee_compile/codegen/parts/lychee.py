@@ -59,6 +59,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
     return [
         _constants(spec, sparse, paged),
         *emit_bins(spec, sparse, noting=noting),
+        *library("counts", "no_counts", "count_items", "add_counts"),
         emit_always_read(spec, sparse, unread="fresh"),
         *emit_fingerprints(spec),
         _query_weights(spec, paged),
