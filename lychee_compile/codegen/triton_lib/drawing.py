@@ -94,6 +94,7 @@ def drawn_items(item, salt):
 
     `item` [N] are slots, with the bins that their priorities are above the cut in these bits.
     """
-    slot = item & ((1 << SLOT_BITS) - 1)
-    depth = luck_at(slot, salt) - (item >> SLOT_BITS)
+    above = item >> SLOT_BITS
+    slot = item - (above << SLOT_BITS)
+    depth = luck_at(slot, salt) - above
     return slot + (tl.where(depth < 0, 0, 2 * depth + 1) << SLOT_BITS)
