@@ -28,7 +28,7 @@ class _LockedMemory:
     def __init__(self, size: int, device: torch.device) -> None:
         """Lock `size` bytes. Raises `RuntimeError` if there are too few, or the driver refuses."""
         try:
-            self._bytes, self._device = torch.zeros(size, dtype=torch.uint8), device
+            self._bytes, self._device = torch.zeros(size, dtype=torch.uint8, device="cpu"), device
             with torch.cuda.device(device):
                 torch.cuda.check_error(
                     int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), size, 0))

@@ -20,6 +20,7 @@ from strategies import (
 )
 
 from lychee_compile.functional import build_index, select, sparse_attention, update_index
+from lychee_compile.kernels.policies.registry import policy_names
 from lychee_compile.options import OptionError, Options
 
 SMALL = {"budget": 40, "sinks": 2, "recent": 8, "chunk": (2, 4)}
@@ -139,6 +140,22 @@ def test_options_come_in_any_form():
     assert build_index(KEY).config == Options().index_config()
     with pytest.raises(OptionError, match="bugdet"):
         build_index(KEY, options={"bugdet": 1})
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_the_default_device_of_a_program_changes_nothing(policy):
+    """On the device "meta" any tensor of ours that names no device would have no numbers."""
+    key, query = SHAPE.keys("gaussian", 1, 900), SHAPE.queries(2, 1)
+    options = {**SMALL, "policy": policy, "budget": 800, "flat_tokens": 0}
+
+    def attended():
+        index = build_index(key[:, :, :850], options=options)
+        update_index(index, key)
+        return sparse_attention(query, key, key, select(index, query, k=key))
+
+    expected = attended()
+    with torch.device("meta"):
+        assert torch.equal(attended(), expected)
 
 
 def test_the_scale_is_remembered():

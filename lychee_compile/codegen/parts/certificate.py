@@ -97,7 +97,7 @@ def _slope(spec: AttentionSpec) -> float:
 
 def _rounded_down(number: float) -> float:
     """Return the largest float32 number that is not above a positive number."""
-    found = torch.tensor(number, dtype=torch.float32)
+    found = torch.tensor(number, dtype=torch.float32, device="cpu")
     if found.item() > number:
-        found = torch.nextafter(found, torch.zeros(()))
+        found = torch.nextafter(found, torch.zeros((), device="cpu"))
     return found.item()

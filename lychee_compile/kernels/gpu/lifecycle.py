@@ -286,7 +286,9 @@ class _AsyncRead:
         """Number of the call after which the copy began."""
         self.written = 0
         """Largest number of tokens written since the copy began."""
-        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        self._host = torch.empty(
+            numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=numbers.is_cuda
+        )
         self._host.copy_(numbers, non_blocking=True)
         self._event = torch.cuda.Event() if numbers.is_cuda else None
         if self._event is not None:

@@ -81,7 +81,8 @@ def _lloyd(direction: Tensor, used: Tensor, groups: Tensor, seed: int, iteration
     """
     count, members = int(groups.max()), used.sum(-1)
     slot = torch.arange(count, device=direction.device)
-    jitter = torch.rand(count, generator=torch.Generator().manual_seed(seed)).to(direction.device)
+    generator = torch.Generator().manual_seed(seed)
+    jitter = torch.rand(count, generator=generator, device="cpu").to(direction.device)
     spacing = members[..., None] / groups[..., None]
     first = ((slot + jitter) * spacing).long().clamp(max=direction.shape[2] - 1)
     centre = take_rows(direction, first)

@@ -56,4 +56,4 @@ def _weights(heads: int, words: int, seed: int) -> Tensor:
     """Return random odd weights, int64 [heads, 1, words]."""
     generator = torch.Generator().manual_seed(seed)
     low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
-    return torch.randint(low, high, (heads, 1, words), generator=generator) | 1
+    return torch.randint(low, high, (heads, 1, words), generator=generator, device="cpu") | 1

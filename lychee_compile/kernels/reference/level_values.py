@@ -26,7 +26,7 @@ class _Elementwise:
     """Operations that broadcast, which all algebras of tensors have in common."""
 
     def number(self, value: float) -> Tensor:
-        return torch.tensor(value)
+        return torch.tensor(value, device="cpu")
 
     def add(self, left: Tensor, right: Tensor) -> Tensor:
         return left + right
@@ -130,7 +130,7 @@ class _Sizes(_OfPairs):
     """Sizes of all terms of an estimate, which bound the rounding of their sum."""
 
     def number(self, value: float) -> Tensor:
-        return torch.tensor(abs(value))
+        return torch.tensor(abs(value), device="cpu")
 
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
         return super().dot(left.abs(), right.abs())
@@ -148,7 +148,7 @@ def summaries(
     keys = keys.float() if valid is None else torch.where(valid[..., None], keys.float(), 0)
     count = keys.new_tensor(keys.shape[-2]) if valid is None else valid.sum(-1)[..., None, None]
     values = {"key": keys, "count": count.float()}
-    values["head_dim"] = torch.tensor(float(keys.shape[-1]))
+    values["head_dim"] = torch.tensor(float(keys.shape[-1]), device="cpu")
     algebra = _OfGroups(None if valid is None else valid[..., None])
     found: dict[str, Tensor] = {}
     known: dict[sympy.Expr, Tensor] = {}
@@ -179,8 +179,10 @@ def summaries_by_label(
     """
     algebra, found = _ByLabel(label, count, weight), {}
     values = {"key": keys.float(), "count": algebra.held[label]}
-    values["head_dim"] = torch.tensor(float(keys.shape[-1]))
-    any_key = label.new_zeros(count + 1).scatter(0, label, torch.arange(len(label)).to(label))
+    values["head_dim"] = torch.tensor(float(keys.shape[-1]), device="cpu")
+    any_key = label.new_zeros(count + 1).scatter(
+        0, label, torch.arange(len(label), device=label.device)
+    )
     known: dict[sympy.Expr, Tensor] = {}
     for name, summary in level.fields.items():
         values[name] = _rounded(level, name, evaluate(summary, algebra, values, known), stored)
@@ -253,6 +255,6 @@ def _pairwise(
 ) -> Tensor:
     values = {name: each.float().unsqueeze(-3) for name, each in groups.items()}
     rows, count = query.shape[-2], next(iter(values.values())).shape[-2]
-    values |= {"query": query.unsqueeze(-2), "softmax_scale": torch.tensor(scale)}
-    values["head_dim"] = torch.tensor(float(query.shape[-1]))
+    values |= {"query": query.unsqueeze(-2), "softmax_scale": torch.tensor(scale, device="cpu")}
+    values["head_dim"] = torch.tensor(float(query.shape[-1]), device="cpu")
     return evaluate(expression, algebra, values)[..., 0].expand(*query.shape[:-2], rows, count)

@@ -54,7 +54,9 @@ def fit_axes(
     bits = sketch_bits(keys.shape[-1])
     axes = _principal_axes(covariance, len(bits))
     deviation = (axes * (covariance @ axes)).sum(-2).clamp(min=0).sqrt()
-    step = torch.tensor([STEPS[each] for each in bits]).to(keys.device, non_blocking=True)
+    step = torch.tensor([STEPS[each] for each in bits], device="cpu").to(
+        keys.device, non_blocking=True
+    )
     size = size[..., 0]
     return centre[..., 0, :] * size, axes, step * deviation * size
 
@@ -93,7 +95,7 @@ def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
     """
     if covariance.dim() > 2 and covariance.device.type == "cpu":
         matrices = covariance.flatten(0, -3)
-        found = torch.empty(len(matrices), covariance.shape[-1], kept)
+        found = torch.empty(len(matrices), covariance.shape[-1], kept, device="cpu")
         for matrix, axes in zip(matrices, found, strict=True):
             axes.copy_(_principal_axes(matrix, kept))
         return found.view(*covariance.shape[:-1], kept)
@@ -108,7 +110,8 @@ def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
 @cache
 def _start(size: int, kept: int) -> Tensor:
     """Return where the iteration begins: normal numbers, float64 [size, kept]."""
-    return torch.randn(size, kept, generator=torch.Generator().manual_seed(0)).double()
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, kept, generator=generator, device="cpu").double()
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

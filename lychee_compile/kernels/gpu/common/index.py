@@ -36,7 +36,7 @@ class DeviceIndex(ABC):
 
     def trust(self, ends: Sequence[int]) -> None:
         """Note that the keys in the slots [0, ends[b]) of each row are indexed: `build` ends so."""
-        header = torch.tensor([1, *ends], dtype=torch.int32)
+        header = torch.tensor([1, *ends], dtype=torch.int32, device="cpu")
         self.parts.header[: len(header)] = header.to(self.state.device, non_blocking=True)
 
     def take_over(self, smaller: DeviceIndex) -> None:

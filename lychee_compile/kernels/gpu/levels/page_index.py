@@ -47,7 +47,7 @@ class PageDeviceIndex(LevelDeviceIndex):
         """Return how many keys may follow until channels are chosen anew."""
         if self.layout.stack.pairs is None:
             return super().refit_after(end)
-        return max(REFIT_GROWTH * int(fitted_tokens(torch.tensor(end))) - end, REFIT)
+        return max(REFIT_GROWTH * int(fitted_tokens(torch.tensor(end, device="cpu"))) - end, REFIT)
 
     def refit(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Choose the channels anew. Summaries stay: the keys of a group alone decide them."""
@@ -57,6 +57,6 @@ class PageDeviceIndex(LevelDeviceIndex):
         """Choose the channels that estimates read, from the keys in the slots [0, ends[b])."""
         pairs = self.layout.stack.pairs
         if pairs is not None:
-            tokens = fitted_tokens(torch.tensor(ends))
+            tokens = fitted_tokens(torch.tensor(ends, device="cpu"))
             found = channels_of(key[: len(ends)], tokens, pairs)
             self.named["channels"][: len(ends)] = found

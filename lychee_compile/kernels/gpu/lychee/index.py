@@ -135,7 +135,9 @@ class SketchIndex(DeviceIndex):
         blocks, count = keys.shape[2], keys.shape[3]
         numbers = mask = None
         if min(map(min, counts)) < count:
-            numbers = torch.tensor(counts).to(keys.device, non_blocking=True)[:, None, :, None]
+            numbers = torch.tensor(counts, device="cpu").to(keys.device, non_blocking=True)[
+                :, None, :, None
+            ]
             mask = (torch.arange(count, device=keys.device) < numbers)[..., None]
         centre, axes, step = fit_axes(keys, mask)
         parts, fine, pages = self.parts, self.parts.spread.shape[-1], count // PAGE
