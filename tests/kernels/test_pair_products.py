@@ -30,16 +30,19 @@ class Warp:
     def step(self, name, operands, own):
         to, *sources = operands
         if name == "ld":
-            return self.load(to, sources[0], self["own"] if own else LANES >= 0)
-        if name == "mma":
-            return self.multiply(to, *(self[each] for each in sources))
-        values = [self[each] for each in sources]
-        self.registers[to] = {
+            self.load(to, sources[0], self["own"] if own else LANES >= 0)
+        elif name == "mma":
+            self.multiply(to, *(self[each] for each in sources))
+        else:
+            self.registers[to] = self.result(name, [self[each] for each in sources])
+
+    def result(self, name, values):
+        return {
             "mov": lambda value: value + 0 * LANES,
             "shr": lambda value, by: value >> by,
             "and": lambda one, other: one & other,
             "xor": lambda one, other: one ^ other,
-            "setp": lambda one, other: one == other,
+            "setp": np.equal,
             "mad": lambda one, other, third: one * other + third,
         }[name](*values)
 

@@ -58,7 +58,7 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
     noting = ["note_heads", "note_small", *(["note_left_out"] if paged else [])]
     return [
         _constants(spec, sparse, paged),
-        *emit_bins(spec, sparse, noting=noting),
+        *emit_bins(spec, sparse, counts=narrows(spec), by_bin=paged, noting=noting),
         *library("counts", "no_counts", "count_items", "add_counts"),
         emit_always_read(spec, sparse, unread="fresh"),
         *emit_fingerprints(spec),

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @triton.jit
 def no_counts():
-    """Return counters of bins, all 0: where they are in shared memory; the interpreter's are int32 [BINS].
+    """Return counters of bins, all 0: their place in shared memory, or int32 [BINS] if interpreted.
 
-    They are none of Triton's own tensors, whose histograms take many instructions for each item.
+    Triton's own histograms take many more instructions for each item.
     """
     if IN_REGISTERS:
         tl.static_assert(BINS <= 256)
@@ -51,7 +51,7 @@ def count_items(counters, entry):
 
 @triton.jit
 def add_counts(histogram, counters):
-    """Add what was counted in each bin but the first to a histogram, and return it, int32 [BINS]."""
+    """Add the counts of all bins but the first to a histogram, and return them, int32 [BINS]."""
     place = tl.arange(0, BINS)
     if IN_REGISTERS:
         tl.debug_barrier()

@@ -53,13 +53,16 @@ def lift_of(item, SLOT_BITS: tl.constexpr):
 
 @triton.jit
 def salt_of(step, kv_head):
-    """Return the number, uint32, that moves the luck of a KV head in the step that writes slot `step`."""
+    """Return the number, uint32, that moves the luck of a KV head in the step at slot `step`."""
     return ((step * 64 + kv_head).to(tl.uint32) * 0x9E3779B1) >> 16
 
 
 @triton.jit
 def luck_at(slot, salt):
-    """Return how many bins luck raises the slots [N] by, int32. Each number below 65536 occurs once."""
+    """Return how many bins luck raises the slots [N] by, int32.
+
+    Their numbers modulo 2^16 are mixed one to one, see `kernels/reference/decode_drawing.py`.
+    """
     mixed = (slot.to(tl.uint32) + salt) & 65535
     mixed = (mixed ^ (mixed >> 7)) * 0x2993 & 65535
     mixed = (mixed ^ (mixed >> 5)) * 0xE877 & 65535
@@ -69,7 +72,7 @@ def luck_at(slot, salt):
 
 @triton.jit
 def deal_turns(luck, part, parts):
-    """Store one of so many parts of a table of luck, uint8 [65536]: that of each slot without salt."""
+    """Store one of so many parts of a table of luck without salt, uint8 [65536]."""
     for start in range(part * 128, 65536, parts * 128):
         slot = start + tl.arange(0, 128)
         tl.store(luck + slot, luck_at(slot, 0).to(tl.uint8))
@@ -82,7 +85,8 @@ def priorities(entry, slot, salt, luck, DEALT: tl.constexpr):
     If DEALT, `luck` is the table of `deal_turns`.
     """
     if DEALT:
-        raised = entry + tl.load(luck + ((slot.to(tl.uint32) + salt) & 65535).to(tl.int32)).to(tl.int32)
+        place = ((slot.to(tl.uint32) + salt) & 65535).to(tl.int32)
+        raised = entry + tl.load(luck + place).to(tl.int32)
     else:
         raised = entry + luck_at(slot, salt)
     return tl.where(entry > 0, tl.minimum(raised, BINS - 1), 0)
