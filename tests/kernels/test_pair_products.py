@@ -97,7 +97,7 @@ def test_products_are_those_of_codes_and_weights(head_dim, kind):
             expected = sum(
                 bytes_of(packed[word, token, lane] >> each.shift & int(each.mask, 0), np.uint8)
                 @ weights[head, 4 * each.weights : 4 * each.weights + 4].astype(int)
-                * (LANES == lane)
+                * (lane == LANES)
                 for word, each in operands
                 for lane in LANES
             )
