@@ -20,7 +20,7 @@ DRAWING = (
     "luck_of_number",
     "luck_at",
     "salt_of",
-    "deal_turns",
+    "deal_table",
     "priorities",
     "drawn_items",
     "lift_of",

@@ -71,7 +71,7 @@ def luck_at(slot, salt):
 
 
 @triton.jit
-def deal_turns(luck, part, parts):
+def deal_table(luck, part, parts):
     """Store one of so many parts of a table of luck without salt, uint8 [65536]."""
     for start in range(part * 128, 65536, parts * 128):
         slot = start + tl.arange(0, 128)
@@ -82,7 +82,7 @@ def deal_turns(luck, part, parts):
 def priorities(entry, slot, salt, luck, DEALT: tl.constexpr):
     """Return the bins [N] of priorities, by the bins of shares; the first stays what it is.
 
-    If DEALT, `luck` is the table of `deal_turns`.
+    If DEALT, `luck` is the table of `deal_table`.
     """
     if DEALT:
         place = ((slot.to(tl.uint32) + salt) & 65535).to(tl.int32)

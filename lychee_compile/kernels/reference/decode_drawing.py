@@ -2,7 +2,7 @@
 
 Priority sampling, as in `drawing.py`. Shares are bins of an eighth of an octave, as kernels make
 them. The luck of a token depends on its slot, on the KV head and on the step, so that what one step
-misses another may read.
+misses another may read. Tokens 65,536 apart have the same luck.
 """
 
 from __future__ import annotations

@@ -377,7 +377,7 @@ def salt_of(step, kv_head):
 
 
 @triton.jit
-def deal_turns(luck, part, parts):
+def deal_table(luck, part, parts):
     """Store one of so many parts of a table of luck without salt, uint8 [65536]."""
     for start in range(part * 128, 65536, parts * 128):
         slot = start + tl.arange(0, 128)
@@ -388,7 +388,7 @@ def deal_turns(luck, part, parts):
 def priorities(entry, slot, salt, luck, DEALT: tl.constexpr):
     """Return the bins [N] of priorities, by the bins of shares; the first stays what it is.
 
-    If DEALT, `luck` is the table of `deal_turns`.
+    If DEALT, `luck` is the table of `deal_table`.
     """
     if DEALT:
         place = ((slot.to(tl.uint32) + salt) & 65535).to(tl.int32)
@@ -614,7 +614,7 @@ def query_weights(
     whole += tl.log2(tl.maximum(held, 1).to(tl.float32))
     tl.store(totals + mine * ROWS + g, tl.where(held > 0, whole, -1e30))
     if DEALT:
-        deal_turns(luck, mine.to(tl.int32), tl.num_programs(0) * blocks)
+        deal_table(luck, mine.to(tl.int32), tl.num_programs(0) * blocks)
     if tile == 0:
         entry = tl.arange(0, 2 * BINS)
         tl.store(histogram + head_row * (2 * BINS) + entry, tl.zeros([2 * BINS], tl.int32))
