@@ -38,6 +38,7 @@ from lychee_compile.kernels.reference.certificate import log_unread_bound
 from lychee_compile.kernels.reference.hidden import shown
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection, select
+from lychee_compile.kernels.sizes import MOST_DRAWN_FROM
 from lychee_compile.passes.lower.kernel_support import LARGEST_HEAD
 from lychee_compile.passes.symbolic.elementwise import Flag
 
@@ -46,13 +47,13 @@ def has_kernels(key: Tensor, config: IndexConfig) -> bool:
     """Return True if kernels index the keys [B, Hkv, L, D] and choose from them by `config`.
 
     They do on a GPU, for dtypes and sizes that kernels have, for a policy with kernels, without
-    `epsilon` or `draw`, and unless `reference` is set.
+    `epsilon`, and unless `reference` is set.
     """
     if key.device.type not in KERNEL_DEVICES or config.reference or config.epsilon is not None:
         return False
     if key.dtype not in DTYPES or key.shape[3] > LARGEST_HEAD:
         return False
-    if config.policy not in policies_with_kernels() or config.budget is None or config.draw:
+    if config.policy not in policies_with_kernels() or config.budget is None:
         return False
     method = gpu_method(config.policy)
     covers = config.coverage is None or getattr(method, "covers_mass", False)
@@ -115,6 +116,10 @@ class KernelIndex:
         yield
         self._waiting = waiting
 
+    def draws(self, budget: int) -> bool:
+        """Return True if a choice of `budget` tokens draws those of small shares by chance."""
+        return self.config.draws(budget) and self.key.shape[2] <= MOST_DRAWN_FROM
+
     def _attend(
         self, query: Tensor, mask: Tensor | None, key: Tensor, value: Tensor, choice: Choice
     ) -> Tensor:
@@ -171,6 +176,7 @@ class KernelIndex:
             None if coverage == 1 else coverage,
             GroupSettings.of(config),
             1.0 if choice.certified or self._measured else None,
+            self.draws(choice.budget),
         )
         dtype = str(self.key.dtype).removeprefix("torch.")
         sizes = heads // self.kv_heads, self.head_dim, value_dim
@@ -216,8 +222,12 @@ class KernelSelection:
 
     @property
     def certifies(self) -> bool:
-        """True if kernels bound the share of the softmax that they do not read."""
-        return certifies(self.index.config.policy) and 0 < self.scale < math.inf
+        """True if kernels bound the share of the softmax that they do not read.
+
+        They do not if they draw tokens, each of which they add up as often as it counts.
+        """
+        proves = certifies(self.index.config.policy) and not self.index.draws(self.choice.budget)
+        return proves and 0 < self.scale < math.inf
 
     def tokens(self) -> Tensor:
         """Return the slots that kernels read, int64 [B, Hkv, T, S]; -1 pads shorter lists.

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Literal
 
+from lychee_compile.kernels.config import DRAWN_FROM
 from lychee_compile.kernels.policies.registry import estimates_shares, reads_chunks
-from lychee_compile.kernels.reference.drawing import DRAWN_FROM
 from lychee_compile.options import Options
 
 OptionDevice = Literal["cpu", "cuda"]

@@ -73,9 +73,11 @@ class Options(IndexConfig):
         if self.dense_layers is not None:
             least = integer("dense_layers", self.dense_layers, at_least=0, expected_or="None")
             self._set("dense_layers", least)
-        for name in ("strict", "reference", "repair", "draw"):
+        for name in ("strict", "reference", "repair"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
+        if self.draw is not None and not isinstance(self.draw, bool):
+            raise _wrong("draw", self.draw, "True, False or None")
         one_of("prefill", self.prefill, PREFILLS)
         self._set("prefill_budget", _share_or_number("prefill_budget", self.prefill_budget))
         coverage = _share("prefill_coverage", self.prefill_coverage, whole=True)

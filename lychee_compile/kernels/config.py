@@ -8,6 +8,11 @@ BOUNDARIES = ("auto", "tokens", "similarity", "fixed")
 """Values of the option `boundaries`."""
 PREFILLS = ("exact", "sparse")
 """Values of the option `prefill`."""
+DRAWN_FROM = 512
+"""Number of tokens or keys of a budget from which on those of small shares are drawn.
+
+With room to choose some 128 the best lose as little. With less room drawn ones lose more.
+"""
 ALL_KEYS = 10**9
 """Value of the option `prefill_budget` from which on every tile of a prefill reads all keys."""
 
@@ -51,11 +56,12 @@ class IndexConfig:
     query position read the fewest of the best tokens that hold it together with sinks and recent
     tokens, and at most `budget`. It is the mean over the query heads of the KV head. None: as many
     as the budget."""
-    draw: bool = False
+    draw: bool | None = None
     """Draw the tokens of small shares by chance, with policy "lychee". A token that is read counts
     as often as tokens like it are not, so that a step sums over all tokens on average (priority
     sampling, Duffield, Lund and Thorup, 2007). Luck depends on the slot, the KV head and the step:
-    the same step always reads the same."""
+    the same step always reads the same. None: from a budget of `DRAWN_FROM` tokens on, if neither
+    `coverage` nor `epsilon` is set."""
     policy: str = "lychee"
     """Method of choosing tokens. To decode: "lychee", "lycheecluster", "quest", "clusterkv",
     "tokenselect", "longheads", "fasa", "hisa", "dhsa", "streaming", "oracle", or one of your own.
@@ -89,3 +95,10 @@ class IndexConfig:
     them: below, sparse attention saves no time."""
     reference: bool = False
     """Run the plain PyTorch operators on any device, to study quality. They are slow on a GPU."""
+
+    def draws(self, budget: int) -> bool:
+        """Return True if a step that reads `budget` tokens draws those of small shares."""
+        if self.draw is not None:
+            return self.draw
+        proves_or_ends = self.epsilon is not None or self.coverage is not None
+        return self.policy == "lychee" and not proves_or_ends and budget >= DRAWN_FROM

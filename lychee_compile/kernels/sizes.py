@@ -20,6 +20,8 @@ WHOLE_SHARE = BINS - LUCKIEST - 9
 one below the last."""
 SLOT_BITS = 24
 """Bits of a slot in a list of drawn keys; the bits above hold how seldom such a key is drawn."""
+MOST_DRAWN_FROM = 2**SLOT_BITS
+"""Number of slots of the longest cache whose keys kernels draw."""
 
 
 def power_of_two(value: int, at_least: int = 1) -> int:

@@ -258,7 +258,7 @@ def how_much(config: IndexConfig, kv_len: int | str, kernels: bool = False) -> s
     words = f"budget {config.budget} of up to {kv_len} tokens"
     if config.coverage is not None and estimates_shares(config.policy):
         words += f", fewer if they hold {config.coverage:.4g} of the softmax"
-    if config.draw:
+    if config.budget is not None and config.draws(config.budget):
         words += ", those of small shares drawn by chance"
     return words + _choice(config, "all keys" if kernels else "more")
 

@@ -129,6 +129,35 @@ def test_kernels_return_certificates(policy: str, more: dict[str, object]) -> No
     assert not missed.any()
 
 
+def test_kernels_draw_tokens_as_the_plain_form_does() -> None:
+    """A certificate is the plain form's, as kernels add a token up as often as it counts."""
+    query, key, value = tensors(400)
+    selection = select(built(key, draw=True), query)
+    kernels, plain = selection.token_mask(), selection.plain.token_mask()
+    assert (kernels.sum(-1) <= 96).all()
+    assert (kernels == plain).float().mean() > 0.9, "more than ties at the last priority differ"
+    output = sparse_attention(query, key, value, selection)
+    certified, missed = sparse_attention(query, key, value, selection, return_certificate=True)
+    exact = dense(query, key, value)
+    errors = [(each - exact).abs().mean() for each in (output, certified)]
+    torch.testing.assert_close(*errors, rtol=0.15, atol=0)
+    largest = dense(query, key, value, kernels.repeat_interleave(2, 1))
+    assert (output - largest).abs().max() > 0.05, "no token counts more than once"
+    assert (true_shares(query, key, plain) <= missed).all()
+
+
+def test_after_a_certificate_tokens_are_drawn_as_before() -> None:
+    query, key, value = tensors(700)
+    index = built(key, budget=600)
+    before = sparse_attention(query, key, value, select(index, query))
+    few = select(index, query, budget=96)
+    _, missed = sparse_attention(query, key, value, few, return_certificate=True)
+    assert "plain" not in few.__dict__
+    assert (missed > 0).all()
+    after = sparse_attention(query, key, value, select(index, query))
+    torch.testing.assert_close(before, after)
+
+
 @pytest.mark.parametrize(("policy", "scale"), [("hisa", None), ("quest", -0.2)])
 def test_without_a_bound_in_kernels_certificates_are_plain(
     policy: str, scale: float | None

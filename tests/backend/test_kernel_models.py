@@ -24,7 +24,8 @@ pytestmark = [
 @pytest.mark.parametrize(
     ("name", "attention", "kind", "padding"),
     [
-        ("llama", "sdpa", "static", [0, 13]),  # the mask is a tensor
+        ("llama of one layer", "sdpa", "static", [0, 13]),  # the mask is a tensor
+        pytest.param("llama", "sdpa", "static", [0, 13], marks=pytest.mark.thorough),
         # An extra logit, and a window within the budget.
         pytest.param("gpt_oss", "eager", "static", [0], marks=pytest.mark.thorough),
         pytest.param("gemma2", "eager", "dynamic", [0], marks=pytest.mark.thorough),  # a soft-cap

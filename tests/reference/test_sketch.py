@@ -213,6 +213,19 @@ def test_axes_are_those_of_the_definition(monkeypatch, tokens, head_dim, size):
     torch.testing.assert_close(step[0, 0].double() / size, expected[2], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-9, 1e15, 3e20])
+def test_keys_are_left_less_their_centre(size):
+    """Keys are taken as they are, unless a head has squares that are too small or too large."""
+    keys = torch.stack([uneven_keys(300, 17), size * uneven_keys(300, 17, 2.0)])[None]
+    centred = torch.empty_like(keys)
+    found = fit_axes(keys, None, True, centred)
+    assert torch.equal(centred, keys - found[0][..., None, :])
+    scale = torch.tensor([1.0, size])[None, :, None]
+    for mine, scaled in zip(found, fit_axes(keys, None, True), strict=True):
+        by = torch.ones(()) if mine is found[1] else scale
+        torch.testing.assert_close(mine / by, scaled / by, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("least", [0.3, 1e-4, 0.0], ids=["full", "near a subspace", "within one"])
 @pytest.mark.parametrize("shape", [(1, 1, 700, 64), (2, 3, 300, 16), (1, 2, 90, 5)])
 def test_sketches_are_those_of_the_definition(monkeypatch, shape, least):

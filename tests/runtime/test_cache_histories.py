@@ -295,7 +295,7 @@ def test_a_dropped_cache_drops_its_index(without_inductor: None) -> None:
 
 @torch.no_grad()
 def test_a_prompt_that_another_backend_compiled_is_noticed(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, without_inductor: None
 ) -> None:
     monkeypatch.setattr(CacheIndex, "_sample_differs", lambda *_: False)
     torch.manual_seed(0)

@@ -183,18 +183,19 @@ def test_what_kernels_read_is_recorded(options: dict[str, Any]) -> None:
         torch.testing.assert_close(call.mass.double(), mass, atol=1e-4, rtol=1e-4)
 
 
-def test_of_tokens_that_kernels_draw_the_slots_alone_are_recorded() -> None:
+def test_of_tokens_that_kernels_draw_each_counts_once_in_what_is_recorded() -> None:
     """The sums of the kernels hold what they stand for, which is not read."""
     step, cache = compiled(draw=True, dense_layers=0), Cache(batch=2).fill(100)
     cache.step(step)
     with lychee_compile.record(mass=True) as recorder:
-        got, _ = cache.step(step)
+        got, dense = cache.step(step)
     (call,) = recorder.calls
     read = read_by(got, cache)
     told = torch.zeros_like(read).scatter(-1, call.tokens.clamp(min=0), True)
     assert not (read & ~told).any()
     assert torch.equal(told.sum(-1), call.tokens_read)
-    assert call.mass is None
+    mass = dense.double().masked_fill(~read.repeat_interleave(GROUP, 1), 0).sum(-1)
+    torch.testing.assert_close(call.mass.double(), mass, atol=1e-4, rtol=1e-4)
 
 
 def test_calls_that_read_all_keys_are_not_recorded(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from lychee_compile.codegen.score_slope import score_slope
 from lychee_compile.codegen.specification import KV, AttentionSpec
 from lychee_compile.kernels.levels.declaration import LevelStack, Pages
 from lychee_compile.kernels.reference.nodes import rounding_slack
-from lychee_compile.kernels.sizes import power_of_two
+from lychee_compile.kernels.sizes import SLOT_BITS, power_of_two
 
 LOOSER = 4
 """Relative error of kernels, in those of a float32 inner product: tensor cores round sums down, and
@@ -81,7 +81,7 @@ def emit_certificate(spec: AttentionSpec, bound_unread: str) -> list[str]:
     assert spec.sparse.epsilon is not None
     again = fill("decode/read_uncertified.py.jinja", spec) if spec.sparse.epsilon < 1 else ""
     return [
-        fill("decode/mark_read.py.jinja", spec),
+        fill("decode/mark_read.py.jinja", spec, slot_bits=SLOT_BITS),
         bound_unread,
         *library("certificate", "certify"),
         *filter(None, [again]),

@@ -17,9 +17,8 @@ from torch import Tensor
 from lychee_compile.kernels import handles
 from lychee_compile.kernels.gpu.common.autotune import autotune
 from lychee_compile.kernels.gpu.common.certificate import certifies, missed_of
-from lychee_compile.kernels.gpu.common.launch_common import log_weight
 from lychee_compile.kernels.gpu.common.launch_exact import log_weight_of_all, run_exact
-from lychee_compile.kernels.gpu.common.launch_sparse import draws, has_chosen, slots_read, watch
+from lychee_compile.kernels.gpu.common.launch_sparse import has_chosen, slots_read, watch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
@@ -164,9 +163,8 @@ def _observed(
         warn_of_recording()  # a method that launches all by itself
     elif has_chosen(steps[-1]):
         log_all = partial(log_weight_of_all, module, operands)
-        log_read = None if draws(module) else log_weight(operands, steps[-1].scratch)
         missed = missed_of(operands, steps[-1].scratch) if certifies(module) else None
-        call = KernelCall(site, slots_read(steps[-1]), log_read, log_all, missed)
+        call = KernelCall(site, slots_read(steps[-1]), steps[-1].log_read(), log_all, missed)
         for observer in kernel_observers:
             observer(call)
     return output

@@ -48,9 +48,8 @@ class KernelCall:
     tokens: Tensor
     """Slots read, int64 [B, Hkv, T, S]; -1 pads rows that read fewer. A row that reads all visible
     keys has all slots up to the last one written. Hidden slots among those always read count."""
-    log_read: Tensor | None
-    """log2 of the sum of exp(score) over the keys read, float32 [B, Hq, T]; None if keys are drawn
-    by chance, since kernels then add each up as often as it counts."""
+    log_read: Tensor
+    """log2 of the sum of exp(score) over the keys read, each once, float32 [B, Hq, T]."""
     log_all: Callable[[], Tensor]
     """Function that computes the same over all visible keys."""
     certificate: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +93,13 @@ class ChunkClusters:
         mean = mean_of_chunks(key, span, start, settings.chunk) if mean is None else mean
         self._label(mean, chunks["tokens"], int(used.sum(1).max()), int(end.max()), settings)
         self.fitted, self.rewritten = end.clone(), torch.zeros_like(end)
-        of_slot = numbers_of_slots(span, used, int(end.max()), settings.chunk)
-        before = torch.arange(of_slot.shape[1], device=key.device) < start[:, None]
-        self._write(key, of_slot.masked_fill(before, -1), {**chunks, **fields})
+
+        def chunk_of_slot() -> Tensor:
+            found = numbers_of_slots(span, used, int(end.max()), settings.chunk)
+            before = torch.arange(found.shape[1], device=key.device) < start[:, None]
+            return found.masked_fill(before, -1)
+
+        self._write(key, chunk_of_slot, {**chunks, **fields})
 
     def forget(self, keep: Tensor) -> None:
         """Fit again when tokens from position `keep`, int64 [B], on have come again."""
@@ -165,13 +169,13 @@ class ChunkClusters:
         if rebuild:
             self.clustered, self.aged = count, 0
 
-    def _write(self, key: Tensor, of_slot: Tensor, parts: Columns) -> None:
+    def _write(self, key: Tensor, chunk_of_slot: Callable[[], Tensor], parts: Columns) -> None:
         """Write the columns of clusters, from the groups below them or from the keys.
 
-        `of_slot`, int64 [B, L], is the chunk of each slot, -1 for none; `parts` are the columns of
-        the chunks.
+        `chunk_of_slot` tells the chunk of each slot, int64 [B, L], -1 for none; `parts` are the
+        columns of the chunks.
         """
-        by_slot = labels_of_slots(self.labels, of_slot)
+        by_slot: list[Tensor] = []
         for number in reversed(range(len(self.labels))):
             more = parts["tokens"].shape[2] - self.labels[number].shape[2]
             self.labels[number] = F.pad(self.labels[number], (0, more), value=-1)
@@ -181,6 +185,7 @@ class ChunkClusters:
             if mean is not None and variance is not None and follows_from_moments(level):
                 merge_columns(level, parts | {"mean": mean, "variance": variance}, label, columns)
             else:
+                by_slot = by_slot or labels_of_slots(self.labels, chunk_of_slot())
                 none = torch.zeros_like(label[..., 0])
                 write_columns(level, key, by_slot[number], columns, none)
             self.columns[number] = parts = columns

@@ -47,12 +47,12 @@ def best_cuts(strength: Tensor, end: Tensor, chunk: tuple[int, int]) -> Tensor:
     return cuts
 
 
-def follow_cuts(cuts: Tensor, first: Tensor) -> Tensor:
+def follow_cuts(cuts: Tensor, first: Tensor, shortest: int = 1) -> Tensor:
     """Mark the tokens that start a chunk when cutting greedily from `first`: bool [B, T].
 
     `cuts` comes from `best_cuts`; `first` is int64 [B], and T or more starts nothing. Pointers
-    double: n rounds reach all chunks within 2^n - 1 jumps, so log2(T) rounds suffice. The undecided
-    tail starts at the last marked token.
+    double: n rounds reach all chunks within 2^n - 1 jumps, so log2(T / shortest) rounds suffice if
+    no chunk is shorter than `shortest`. The undecided tail starts at the last marked token.
     """
     batch, tokens = cuts.shape
     undecided = tokens + 1
@@ -60,7 +60,7 @@ def follow_cuts(cuts: Tensor, first: Tensor) -> Tensor:
     jump = torch.cat((cuts, absorbing), dim=1)
     reached = torch.zeros(batch, tokens + 2, dtype=torch.uint8, device=cuts.device)
     reached.scatter_(1, first.clamp(max=undecided)[:, None], 1)
-    for _ in range(math.ceil(math.log2(tokens + 2))):
+    for _ in range(math.ceil(math.log2(tokens / shortest + 2))):
         reached = reached.scatter_reduce(1, jump, reached, "amax")
         jump = jump.gather(1, jump)
     return reached[:, :tokens].bool()
@@ -77,6 +77,6 @@ def cut_chunks(
     same chunks as cutting them while they arrive.
     """
     cuts = best_cuts(strength, end, chunk)
-    closed = follow_cuts(cuts, first) & (cuts <= strength.shape[1])
+    closed = follow_cuts(cuts, first, chunk[0]) & (cuts <= strength.shape[1])
     starts, used = packed(closed)
     return starts, torch.where(used, cuts.gather(1, starts) - starts, 0)

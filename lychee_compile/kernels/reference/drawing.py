@@ -17,13 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.config import DRAWN_FROM
 from lychee_compile.kernels.sizes import LUCKIEST, WHOLE_SHARE
 
-DRAWN_FROM = 512
-"""Number of keys of a budget from which on keys are drawn.
-
-With room to choose some 128 keys the best lose as little. With less room drawn keys lose more.
-"""
 UNSEEN = 1
 """Bin of a key that no part of a tile sees."""
 LEAST, LARGEST = 2, WHOLE_SHARE + 7

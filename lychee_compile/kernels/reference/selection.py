@@ -91,21 +91,23 @@ def select(
     choosable = always.choosable(visible)
     shape = (inputs.query.shape[0], heads, inputs.query.shape[2])
     count = always.count(visible)
+    drawn = index.config.draws(budget if isinstance(budget, int) else 0)
     if budget is None:
         budget = (choosable + count)[:, None]
     most = torch.as_tensor(budget, device=inputs.query.device).expand(shape)
     room = (most - count[:, None]).clamp(min=0)
     coverage = index.config.coverage if index.estimates_shares else None
+    coverage = None if coverage == 1 else coverage  # as much as the budget allows
     fits = choosable[:, None] <= room if coverage is None else choosable == 0
     if bool(fits.all()):
         length = (always.recent_start - always.sinks_end).clamp(min=0)
         chosen = _Chosen(_per_head(always.sinks_end, heads), _per_head(length, heads))
     else:
         question = _question(inputs, always.beside(visible), always, room, most, site)
-        if coverage is not None and coverage < 1:
+        if coverage is not None:
             log_always = _log_always(inputs, visible, always, heads)
             question = replace(question, may_miss=1 - coverage, log_always=log_always)
-        chosen = _chosen(index, question, always.apart)
+        chosen = _chosen(index, question, always.apart, drawn)
     return _with_always_read(chosen, always, visible, inputs.scale)
 
 
@@ -117,12 +119,12 @@ class _Chosen(NamedTuple):
     log_weight: Tensor | None = None
 
 
-def _chosen(index: KVIndex, question: Question, apart: Span | None) -> _Chosen:
-    """Return the policy's choice.
+def _chosen(index: KVIndex, question: Question, apart: Span | None, drawn: bool) -> _Chosen:
+    """Return the policy's choice; tokens of small shares are drawn by chance if `drawn`.
 
     The slots `apart`, which are newer than all others of a cache that wraps, become one more run.
     """
-    if index.config.draw:
+    if drawn:
         step = index.end if index.step is None else index.step
         question = replace(question, salt=salt_of(step, index.kv_heads))
     start, length, *weights = index.choose(question)

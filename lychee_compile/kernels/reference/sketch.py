@@ -210,9 +210,9 @@ class KeySketches:
         valid = (slots >= start[:, None]) & (slots < end[:, None])
         bare = begin <= start.clamp(min=low)
         finite = _all_finite(keys)
-        due = self._inherit_or_fit(block, keys, valid, bare, begin <= start, finite)
+        due, centred = self._inherit_or_fit(block, keys, valid, bare, begin <= start, finite)
         fresh = valid & (due[:, None] | (slots >= begin[:, None]))
-        self._store(block, keys, fresh, finite)
+        self._store(block, keys, fresh, finite, centred)
 
     def _inherit_or_fit(
         self,
@@ -222,9 +222,10 @@ class KeySketches:
         bare: Tensor,
         first: Tensor,
         finite: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Give a block its axes, and return the rows that got new ones, bool [B].
 
+        With them come the keys less the centre of the block, if all keys have been fitted.
         `keys` [B, Hkv, T, D] are valid where `valid`, bool [B, T]. In the rows `bare`, bool [B], no
         key of the block is encoded yet; in the rows `first`, bool [B], no key at all. All keys are
         finite if `finite` says so.
@@ -242,34 +243,41 @@ class KeySketches:
         full = (count == keys.shape[2]) & (keys.shape[2] == self.block) & (2 * fitted < self.block)
         due = (count > 0) & ~waiting & ((count >= GROWTH * fitted) | full)
         due = due if self._repair else due & first
+        centred = None
         if bool(due.any()):
             whole = finite and bool(valid.all())
-            centre, axes, step = fit_axes(keys, valid[:, None, :, None], whole)
+            if whole and bool(due.all()):
+                centred = torch.empty_like(keys, memory_format=torch.contiguous_format)
+            centre, axes, step = fit_axes(keys, valid[:, None, :, None], whole, centred)
             rows = due.nonzero().flatten()
             self.centre[rows, :, block] = centre[rows]
             self.axes[rows, :, block] = axes[rows]
             self.step[rows, :, block] = step[rows]
             self.longest[rows, :, block] = 0
             self.fitted[:, block] = torch.where(due, count, fitted)
-        return due
+        return due, centred
 
-    def _store(self, block: int, keys: Tensor, fresh: Tensor, finite: bool) -> None:
+    def _store(
+        self, block: int, keys: Tensor, fresh: Tensor, finite: bool, centred: Tensor | None
+    ) -> None:
         """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T].
 
-        All keys are finite if `finite` says so.
+        All keys are finite if `finite` says so. `centred` are those keys less the centre, if known.
         """
         columns = fresh.any(0).nonzero()
         if not len(columns):
             return
         first, last = int(columns[0]), int(columns[-1]) + 1
         keys, fresh = keys[:, :, first:last], fresh[:, first:last]
+        centred = None if centred is None else centred[:, :, first:last]
         row = torch.arange(keys.shape[0], device=keys.device)
-        codes, error, length = self._encoded(keys, row, torch.full_like(row, block), finite)
-        self._any_lost |= bool((error[..., 0].isinf() & fresh[:, None]).any())
         where = slice(block * self.block + first, block * self.block + last)
-        if bool(fresh.all()):
-            self.codes[:, :, where], self.error[:, :, where] = codes, error
-        else:
+        whole = bool(fresh.all())
+        into = (self.codes[:, :, where], self.error[:, :, where]) if whole else None
+        at = torch.full_like(row, block)
+        codes, error, length = self._encoded(keys, row, at, finite, centred, into)
+        self._any_lost |= bool((error[..., 0].isinf() & fresh[:, None]).any())
+        if not whole:
             mask = fresh[:, None, :, None]
             self.codes[:, :, where] = torch.where(mask, codes, self.codes[:, :, where])
             self.error[:, :, where] = torch.where(mask, error, self.error[:, :, where])
@@ -277,43 +285,56 @@ class KeySketches:
         self.longest[:, :, block] = torch.maximum(self.longest[:, :, block], reach)
 
     def _encoded(
-        self, keys: Tensor, row: Tensor, block: Tensor, finite: bool
+        self,
+        keys: Tensor,
+        row: Tensor,
+        block: Tensor,
+        finite: bool,
+        centred: Tensor | None = None,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes, errors and distances from the centre of the keys [N, Hkv, T, D].
 
         Entry n of the keys is of the batch row `row` and the block `block`, each int64 [N]. All
-        keys are finite if `finite` says so.
+        keys are finite if `finite` says so. `centred` are the keys less the centre, if known. Codes
+        and errors are written `into` two tensors, if these are given.
         """
         centre, axes, step = (each[row, :, block] for each in (self.centre, self.axes, self.step))
-        parts = [
-            self._encoded_part(
-                part, centre, axes, step, None if finite else part.isfinite().all(-1)
-            )
-            for part in keys.split(rows_at_once(keys), 2)
-        ]
-        codes, error, length = (torch.cat(each, 2) for each in zip(*parts, strict=True))
+        length = keys.new_empty(keys.shape[:3])
+        codes, error = into or (
+            keys.new_empty(*keys.shape[:3], axes.shape[-1], dtype=torch.int8),
+            keys.new_empty(*keys.shape[:3], 2),
+        )
+        rows = rows_at_once(keys)
+        for low in range(0, keys.shape[2], rows):
+            part = (slice(None), slice(None), slice(low, low + rows))
+            known, mine = None, keys[part] if centred is None else centred[part]
+            if not finite:
+                known = keys[part].isfinite().all(-1)
+                mine = torch.where(known[..., None], mine, 0)
+            if centred is None:
+                mine = mine - centre[:, :, None]
+            length[part] = self._encode_part(mine, axes, step, codes[part], error[part])
+            if known is not None:
+                error[part].masked_fill_(~known[..., None], torch.inf)
         return codes, error, length
 
-    def _encoded_part(
-        self, keys: Tensor, centre: Tensor, axes: Tensor, step: Tensor, finite: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `_encoded` does, by centre [N, Hkv, D], axes and steps of each entry.
+    def _encode_part(
+        self, centred: Tensor, axes: Tensor, step: Tensor, codes: Tensor, error: Tensor
+    ) -> Tensor:
+        """Write codes and errors of keys less their centre, [N, Hkv, T, D]; return their lengths.
 
-        Keys that are not `finite`, bool [N, Hkv, T], have infinite errors; None: all are.
+        Axes and steps are those of each entry. `codes` is [N, Hkv, T, r], `error` [N, Hkv, T, 2].
         """
-        keys = keys if finite is None else torch.where(finite[..., None], keys, 0)
-        centred, step = keys - centre[:, :, None], step[:, :, None]
-        inside = centred @ axes
+        step, inside = step[:, :, None], centred @ axes
         length, within = _norm(centred), _norm(inside)
-        outside = _lengths_outside(centred, inside, axes, length, within)
+        error[..., 1] = _lengths_outside(centred, inside, axes, length, within)
         level = inside / step.clamp(min=torch.finfo(step.dtype).tiny)
         level = level if bool((step > 0).all()) else torch.where(step > 0, level, 0)
         level = level.sub_(0.5).round_().clamp_(-self._half, self._half - 1)
-        codes = level.to(torch.int8)
-        error = torch.stack((_norm(inside.addcmul_(level.add_(0.5), step, value=-1)), outside), -1)
-        if finite is not None:
-            error = error.masked_fill(~finite[..., None], torch.inf)
-        return codes, error, length
+        codes.copy_(level)
+        error[..., 0] = _norm(inside.addcmul_(level.add_(0.5), step, value=-1))
+        return length
 
     def _reserve(self, blocks: int) -> None:
         """Make room for `blocks` blocks, in amortised constant time per key."""

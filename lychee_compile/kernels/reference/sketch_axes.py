@@ -16,6 +16,8 @@ CACHED_NUMBERS = 2**18
 """Number of numbers that are worked on at a time on a CPU, so that they stay in its cache."""
 LEAST_ROWS = 256
 """Least number of rows that are worked on at a time: products of fewer are slow."""
+LEAST_SQUARES, MOST_SQUARES = 1e-12, 1e24
+"""Sums of squares, in the channel with most, between which keys need not be scaled."""
 
 
 def sketch_bits(head_dim: int) -> list[int]:
@@ -36,13 +38,18 @@ def rows_at_once(vectors: Tensor) -> int:
 
 
 def fit_axes(
-    keys: Tensor, valid: Tensor | None = None, whole: bool = False
+    keys: Tensor, valid: Tensor | None = None, whole: bool = False, centred: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fit a centre [..., D], axes [..., D, r] and steps [..., r] to `keys`, float32 [..., T, D].
 
     Keys that are not `valid`, bool [..., T, 1], or not finite do not count; `whole` says that all
-    do.
+    do. The keys less their centre are left in `centred`, shaped like `keys`, if it is given and
+    `whole`.
     """
+    if centred is not None and whole:
+        moments = _plain_moments(keys, centred)
+        if moments is not None:
+            return _axes_of(*moments)
     usable = None if whole else keys.isfinite().all(-1, keepdim=True)
     usable = usable if usable is None or valid is None else usable & valid
     keys = keys if usable is None else torch.where(usable, keys, 0)
@@ -51,14 +58,40 @@ def fit_axes(
     count = torch.full_like(size, keys.shape[-2])
     count = count if usable is None else usable.sum(-2, keepdim=True).clamp(min=1)
     centre, covariance = _moments(keys, size, count, usable)
-    bits = sketch_bits(keys.shape[-1])
+    centre, axes, step = _axes_of(centre, covariance)
+    centre, step = centre * size[..., 0], step * size[..., 0]
+    if centred is not None:
+        torch.sub(keys, centre[..., None, :], out=centred)
+    return centre, axes, step
+
+
+def _axes_of(centre: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return centre [..., D], axes and steps of keys of mean [..., 1, D] and this covariance."""
+    bits = sketch_bits(centre.shape[-1])
     axes = _principal_axes(covariance, len(bits))
     deviation = (axes * (covariance @ axes)).sum(-2).clamp(min=0).sqrt()
     step = torch.tensor([STEPS[each] for each in bits], device="cpu").to(
-        keys.device, non_blocking=True
+        centre.device, non_blocking=True
     )
-    size = size[..., 0]
-    return centre[..., 0, :] * size, axes, step * deviation * size
+    return centre[..., 0, :], axes, step * deviation
+
+
+def _plain_moments(keys: Tensor, centred: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return what `_moments` does of keys as they are, and leave them less their mean in `centred`.
+
+    None: their squares come near the limits of float32, and they must be scaled first.
+    """
+    centre = keys.sum(-2, keepdim=True) / keys.shape[-2]
+    torch.sub(keys, centre, out=centred)
+    covariance = keys.new_empty(*keys.shape[:-2], *keys.shape[-1:] * 2)
+    half = keys.shape[-1] // 2
+    for part, into in zip(centred.flatten(0, -3), covariance.flatten(0, -3), strict=True):
+        torch.mm(part[:, :half].mT, part, out=into[:half])
+        torch.mm(part[:, half:].mT, part[:, half:], out=into[half:, half:])
+    spread = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)
+    if not bool(((spread > LEAST_SQUARES) & (spread < MOST_SQUARES)).all()):
+        return None
+    return centre, _symmetric(covariance).div_(keys.shape[-2])
 
 
 def _moments(
@@ -82,8 +115,14 @@ def _moments(
         left, right = centred[..., :half], centred[..., half:]
         covariance[..., :half, :] += left.mT @ centred
         covariance[..., half:, half:] += right.mT @ right
+    return centre, _symmetric(covariance) / count
+
+
+def _symmetric(covariance: Tensor) -> Tensor:
+    """Fill in the lower left quarter of a covariance [..., D, D] from the upper right one."""
+    half = covariance.shape[-1] // 2
     covariance[..., half:, :half] = covariance[..., :half, half:].mT
-    return centre, covariance / count
+    return covariance
 
 
 def _principal_axes(covariance: Tensor, kept: int) -> Tensor:
@@ -122,8 +161,8 @@ def _orthonormal(columns: Tensor) -> Tensor:
     """
     gram = columns.mT @ columns
     length = gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :].clamp(min=1e-30)
-    gram = gram / (length * length.mT)
+    gram = gram.div_(length * length.mT)
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-13)
     factor, _ = torch.linalg.cholesky_ex(gram, check_errors=False)
     columns = torch.linalg.solve_triangular(factor.mT * length, columns, upper=True, left=False)
-    return columns.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return columns.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -20,6 +20,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import replace
 
+import sympy
 import torch
 import torch.fx
 from torch import Tensor
@@ -34,6 +35,7 @@ from lychee_compile.kernels.operators import (  # noqa: F401  they register the 
     loaded_decode,
 )
 from lychee_compile.kernels.policies.registry import estimates_shares
+from lychee_compile.kernels.sizes import MOST_DRAWN_FROM
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
@@ -105,7 +107,7 @@ def emit_sparse_decode(
         cached = over_cache(attention, binding)
         operands = _operands(attention, cached, emit, binding.in_front)
     exact = kernel_specification(attention, operands, context.autotune)
-    spec = replace(exact, sparse=_selection(context.config))
+    spec = replace(exact, sparse=_selection(context.config, attention.kv_len))
     written = tokens_written(binding)
     kernel = compile_kernels(spec, operands, written)
     use = _use_of(kernel, attention, binding, operands, context)
@@ -155,9 +157,10 @@ def _use_of(
     )
 
 
-def _selection(config: IndexConfig) -> SparseSpec:
-    """Return the part of a specification that says which keys are read."""
+def _selection(config: IndexConfig, kv_len: int | sympy.Expr) -> SparseSpec:
+    """Return the part of a specification that says which of `kv_len` keys are read."""
     assert config.budget is not None
+    too_long = isinstance(kv_len, int) and kv_len > MOST_DRAWN_FROM
     return SparseSpec(
         policy=config.policy,
         budget=config.budget,
@@ -170,7 +173,7 @@ def _selection(config: IndexConfig) -> SparseSpec:
         else config.coverage,
         groups=GroupSettings.of(config),
         epsilon=config.epsilon,
-        draws=config.draw,
+        draws=config.draws(config.budget) and not too_long,
     )
 
 

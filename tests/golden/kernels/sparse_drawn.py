@@ -2577,7 +2577,7 @@ def choose(
     sinks = begin - first
     always = sinks + end - stop
     count = tl.full([], -1, tl.int32)
-    if trusted & (end > 0) & (always <= capacity) & (kv_len >> SLOT_BITS == 0):
+    if trusted & (end > 0) & (always <= capacity) & ((kv_len - 1) >> SLOT_BITS == 0):
         # The programs examine candidates, or all slots between those that are always read.
         # They take sixteen at a time, in turn.
         sixteen = (tl.arange(0, LANES // 16)[:, None] * splits + split) * 16
@@ -2686,7 +2686,7 @@ def attend(
         sinks = begin - first
         always = sinks + end - stop
         count = tl.full([], -1, tl.int32)
-        if trusted & (end > 0) & (always <= capacity) & (kv_len >> SLOT_BITS == 0):
+        if trusted & (end > 0) & (always <= capacity) & ((kv_len - 1) >> SLOT_BITS == 0):
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
             sixteen = (tl.arange(0, LANES // 16)[:, None] * splits + split) * 16

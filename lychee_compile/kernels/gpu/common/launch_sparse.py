@@ -15,11 +15,17 @@ from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.certificate import certifies, certify, want_certificate
 from lychee_compile.kernels.gpu.common.device import overlapping, overlaps
-from lychee_compile.kernels.gpu.common.launch_common import Scratch, combine, launch, of_rows
+from lychee_compile.kernels.gpu.common.launch_common import (
+    Scratch,
+    combine,
+    launch,
+    log_weight,
+    of_rows,
+)
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning, lists_apart, tuning_for
-from lychee_compile.kernels.sizes import BINS, power_of_two
+from lychee_compile.kernels.sizes import BINS, MOST_DRAWN_FROM, power_of_two
 
 MOST_SPARSE_SPLITS = 32
 """Programs that may share one row of a sparse step, at most."""
@@ -55,6 +61,7 @@ class SparseStep:
         """Options of kernels that begin before the one before them has ended."""
         self.wanted = Scratch()
         self.scratch: Mapping[str, Tensor] = {}
+        self._own: Mapping[str, object] = {}
 
     def arguments(self, tiles: int) -> dict[str, object]:
         """Allocate the scratch memory and return the arguments that all methods have, by name.
@@ -107,6 +114,7 @@ class SparseStep:
             "PAGED": paged,
             "LISTED": self.lists,
         }
+        self._own = own
         options = {"num_warps": tuning.warps, "num_stages": tuning.stages, **self.waits}
         if self.lists:
             grid = self.rows, self.splits
@@ -116,6 +124,25 @@ class SparseStep:
         if certifies(self.module):
             certify(self.module, self.operands, arguments, self.scratch, tuning)
         return combine(self.module, self.operands, self.scratch, self.splits, self.early)
+
+    def log_read(self) -> Tensor:
+        """Return log2 of the sum of the weights of the keys read, each once: [B, Hq, T].
+
+        The step must have been watched. If it has drawn keys, each of which it added up as often as
+        it counts, they are read once more.
+        """
+        if not draws(self.module):
+            return log_weight(self.operands, self.scratch)
+        items = self.scratch["chosen_list"]
+        everything = (items < 0).all(-1) & (self.scratch["partial_sum"] > 0).any(-1)
+        once = {name: torch.empty_like(each) for name, each in self.scratch.items()}
+        once["chosen_list"] = torch.where(items < 0, items, items % MOST_DRAWN_FROM)
+        once["list_count"] = torch.where(everything, -1, (items >= 0).sum(-1, dtype=torch.int32))
+        again = {**self._own, **once, "LISTED": True, "EARLY": False}
+        grid, tuning = (self.rows, self.splits), self.tuning  # without the one that indexes
+        options = {"num_warps": tuning.warps, "num_stages": tuning.stages}
+        launch(self.module.attend, grid, again, **options)
+        return log_weight(self.operands, once)
 
     def written(self) -> dict[str, object]:
         """Return the slots just written, with strides and number; a stand-in if none were."""
@@ -166,7 +193,7 @@ def slots_read(step: SparseStep) -> Tensor:
     operands, header = step.operands, step.index.state.header
     slots = of_rows(operands, step.scratch["chosen_list"].flatten(1).long())
     if draws(step.module):  # above SLOT_BITS, how many tokens one stands for
-        slots = torch.where(slots < 0, slots, slots % (1 << step.module.SLOT_BITS.value))
+        slots = torch.where(slots < 0, slots, slots % MOST_DRAWN_FROM)
     weight = of_rows(operands, step.scratch["partial_sum"].flatten(1))
     all_keys = (slots < 0).all(-1) & (weight > 0).any(-1)
     count = int((slots >= 0).sum(-1).max())
