@@ -8,16 +8,16 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from lychee_compile.codegen.triton_lib.names import BINS, IN_REGISTERS
+    from lychee_compile.codegen.triton_lib.names import BINS, IN_SHARED
 
 
 @triton.jit
 def no_counts():
-    """Return counters of bins, all 0: their place in shared memory, or int32 [BINS] if interpreted.
+    """Return counters of bins, all 0: their place in shared memory if IN_SHARED, else int32 [BINS].
 
     Triton's own histograms take many more instructions for each item.
     """
-    if IN_REGISTERS:
+    if IN_SHARED:
         tl.static_assert(BINS <= 256)
         counters = tl.inline_asm_elementwise(
             "{ .shared .align 16 .b32 bin_counts[256]; mov.u32 $0, bin_counts; }", "=r", [],
@@ -39,7 +39,7 @@ def count_items(counters, entry):
 
     There must be no fewer items than threads: an item that several threads have counts for each.
     """
-    if IN_REGISTERS:
+    if IN_SHARED:
         tl.inline_asm_elementwise(
             "red.shared.add.u32 [$1], 1; mov.b32 $0, 0;", "=r,r", [counters + 4 * entry],
             dtype=tl.int32, is_pure=False, pack=1,
@@ -53,7 +53,7 @@ def count_items(counters, entry):
 def add_counts(histogram, counters):
     """Add the counts of all bins but the first to a histogram, and return them, int32 [BINS]."""
     place = tl.arange(0, BINS)
-    if IN_REGISTERS:
+    if IN_SHARED:
         tl.debug_barrier()
         counters = tl.inline_asm_elementwise(
             "ld.shared.b32 $0, [$1];", "=r,r", [counters + 4 * place],

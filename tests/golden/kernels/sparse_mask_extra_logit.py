@@ -202,6 +202,7 @@ PAGE_STEP = tl.constexpr(0.75)  # step of a page's mean, in steps of a coordinat
 PAGE_ZERO = tl.constexpr(5.625)  # zero of a page's codes, in steps of a coordinate
 WEIGHT_COLUMNS = tl.constexpr(32)  # weights of a head, one for each code in the bytes of a sketch
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no PTX
+IN_SHARED = tl.constexpr(False)  # several threads may have an item, which each of them would count
 IN_WORDS = tl.constexpr(not triton.knobs.runtime.interpret)  # codes are multiplied four at a time
 
 
@@ -339,11 +340,11 @@ def choose_of_sixteens(entry, cut, left, at_cut):
 
 @triton.jit
 def no_counts():
-    """Return counters of bins, all 0: their place in shared memory, or int32 [BINS] if interpreted.
+    """Return counters of bins, all 0: their place in shared memory if IN_SHARED, else int32 [BINS].
 
     Triton's own histograms take many more instructions for each item.
     """
-    if IN_REGISTERS:
+    if IN_SHARED:
         tl.static_assert(BINS <= 256)
         counters = tl.inline_asm_elementwise(
             "{ .shared .align 16 .b32 bin_counts[256]; mov.u32 $0, bin_counts; }", "=r", [],
@@ -365,7 +366,7 @@ def count_items(counters, entry):
 
     There must be no fewer items than threads: an item that several threads have counts for each.
     """
-    if IN_REGISTERS:
+    if IN_SHARED:
         tl.inline_asm_elementwise(
             "red.shared.add.u32 [$1], 1; mov.b32 $0, 0;", "=r,r", [counters + 4 * entry],
             dtype=tl.int32, is_pure=False, pack=1,
@@ -379,7 +380,7 @@ def count_items(counters, entry):
 def add_counts(histogram, counters):
     """Add the counts of all bins but the first to a histogram, and return them, int32 [BINS]."""
     place = tl.arange(0, BINS)
-    if IN_REGISTERS:
+    if IN_SHARED:
         tl.debug_barrier()
         counters = tl.inline_asm_elementwise(
             "ld.shared.b32 $0, [$1];", "=r,r", [counters + 4 * place],
