@@ -110,10 +110,10 @@ def assert_weighted(problem, output, read, lift):
 def test_luck_is_the_same_from_a_table(mask, flat, monkeypatch):
     sizes, sparse = Sizes(1, 2, 4, 1, 300, 64), replace(SPARSE, flat_tokens=flat)
     problem = make_problem("float32", sizes, mask=mask, sparse=sparse)
-    index, tuning = built(problem, 299), Tuning(4, 32, 4, 2)
-    computed = Step.run(problem, index, torch.tensor([299]), tuning)
+    written, tuning = torch.tensor([299]), Tuning(4, 32, 4, 2)
+    computed = Step.run(problem, built(problem, 299), written, tuning)
     monkeypatch.setattr(tunings, "LISTED_ROWS", 1)
-    dealt = Step.run(problem, index, torch.tensor([299]), tuning)
+    dealt = Step.run(problem, built(problem, 299), written, tuning)
     assert "luck" in dealt.scratch
     assert "luck" not in computed.scratch
     for name in ("bins", "histogram", "chosen_list"):
