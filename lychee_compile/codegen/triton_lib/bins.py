@@ -113,6 +113,22 @@ def choose_by_bin(entry, cut, left, at_cut):
 
 
 @triton.jit
+def choose_of_sixteens(entry, cut, left, at_cut):
+    """Do what `choose_by_bin` does for bins [N, 16], in the order of rows.
+
+    A thread has whole rows and adds them up alone, before threads add up what each has.
+    """
+    kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
+    own = tl.sum(kind, 1)
+    after = tl.cumsum(own, 0)
+    total = tl.max(after, 0)
+    through = (after - own)[:, None] + tl.cumsum(kind, 1)
+    ours = due(left, total & 65535, at_cut)
+    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
+    return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
+
+
+@triton.jit
 def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
     """Return how many pages of each tile are chosen: int32 [TILES].
 

@@ -305,6 +305,22 @@ def choose_by_bin(entry, cut, left, at_cut):
 
 
 @triton.jit
+def choose_of_sixteens(entry, cut, left, at_cut):
+    """Do what `choose_by_bin` does for bins [N, 16], in the order of rows.
+
+    A thread has whole rows and adds them up alone, before threads add up what each has.
+    """
+    kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
+    own = tl.sum(kind, 1)
+    after = tl.cumsum(own, 0)
+    total = tl.max(after, 0)
+    through = (after - own)[:, None] + tl.cumsum(kind, 1)
+    ours = due(left, total & 65535, at_cut)
+    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
+    return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
+
+
+@triton.jit
 def chosen_of_tiles(ranks, cut, left, at_cut, tiles, TILES: tl.constexpr):
     """Return how many pages of each tile are chosen: int32 [TILES].
 
@@ -706,9 +722,8 @@ def choose(
     if trusted & (end > 0) & (always <= capacity):
         # The programs examine candidates, or all slots between those that are always read.
         # They take sixteen at a time, in turn.
-        lane = tl.arange(0, LANES)
-        sixteen = (lane // 16 * splits + split) * 16
-        item = sixteen + lane % 16
+        sixteen = (tl.arange(0, LANES // 16)[:, None] * splits + split) * 16
+        item = sixteen + tl.arange(0, 16)[None, :]
         origin, items = begin // 16 * 16, stop - begin // 16 * 16
         bins += head_row.to(tl.int64) * bin_room
         candidates += head_row.to(tl.int64) * bin_room
@@ -732,17 +747,18 @@ def choose(
         for start in range(0, items, splits * LANES):
             slot = origin + item
             inside = item < items
-            if PAGED:
-                slot = tl.load(candidates + item, mask=sixteen < items, other=0)
-            else:
-                inside &= slot >= begin
-            entry = tl.where(inside, entry, 0)
-            chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
-            tl.store(chosen_list + count + place, slot, mask=chosen)
-            count += more
             item += splits * LANES
             sixteen += splits * LANES
-            entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+            following = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+            if not PAGED:
+                inside &= slot >= begin
+            entry = tl.where(inside, entry, 0)
+            chosen, place, more = choose_of_sixteens(entry.to(tl.int32), cut, left, at_cut)
+            if PAGED:
+                slot = tl.load(candidates + slot, mask=chosen, other=0)
+            tl.store(chosen_list + count + place, slot, mask=chosen)
+            count += more
+            entry = following
     tl.store(list_count + mine, count)
 
 
@@ -809,9 +825,8 @@ def attend(
         if trusted & (end > 0) & (always <= capacity):
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
-            lane = tl.arange(0, LANES)
-            sixteen = (lane // 16 * splits + split) * 16
-            item = sixteen + lane % 16
+            sixteen = (tl.arange(0, LANES // 16)[:, None] * splits + split) * 16
+            item = sixteen + tl.arange(0, 16)[None, :]
             origin, items = begin // 16 * 16, stop - begin // 16 * 16
             bins += head_row.to(tl.int64) * bin_room
             candidates += head_row.to(tl.int64) * bin_room
@@ -835,17 +850,18 @@ def attend(
             for start in range(0, items, splits * LANES):
                 slot = origin + item
                 inside = item < items
-                if PAGED:
-                    slot = tl.load(candidates + item, mask=sixteen < items, other=0)
-                else:
-                    inside &= slot >= begin
-                entry = tl.where(inside, entry, 0)
-                chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
-                tl.store(chosen_list + count + place, slot, mask=chosen)
-                count += more
                 item += splits * LANES
                 sixteen += splits * LANES
-                entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+                following = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+                if not PAGED:
+                    inside &= slot >= begin
+                entry = tl.where(inside, entry, 0)
+                chosen, place, more = choose_of_sixteens(entry.to(tl.int32), cut, left, at_cut)
+                if PAGED:
+                    slot = tl.load(candidates + slot, mask=chosen, other=0)
+                tl.store(chosen_list + count + place, slot, mask=chosen)
+                count += more
+                entry = following
         tl.debug_barrier()
     if count >= 0:
         for start in range(0, count, KEYS):

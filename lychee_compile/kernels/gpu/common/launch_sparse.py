@@ -29,6 +29,8 @@ from lychee_compile.kernels.sizes import BINS, MOST_DRAWN_FROM, power_of_two
 
 MOST_SPARSE_SPLITS = 32
 """Programs that may share one row of a sparse step, at most."""
+USUAL_LANES, LISTED_LANES = 1024, 2048
+"""Most slots that a program of `attend`, or of `choose`, examines at a time."""
 LISTED_REGISTERS = 128
 """Most registers of a thread of `attend` if the keys are listed."""
 
@@ -108,7 +110,7 @@ class SparseStep:
         own = {
             **arguments,
             "KEYS": tuning.keys,
-            "LANES": lanes(examined, self.splits),
+            "LANES": lanes(examined, self.splits, LISTED_LANES if self.lists else USUAL_LANES),
             "PAGED": paged,
             "LISTED": self.lists,
         }
@@ -153,9 +155,9 @@ class SparseStep:
         return {"positions": wide, **strides, "written": wide.shape[1]}
 
 
-def lanes(examined: int, splits: int) -> int:
-    """Return how many slots a program examines at a time."""
-    return max(256, min(power_of_two(-(-examined // splits)), 1024))
+def lanes(examined: int, splits: int, most: int) -> int:
+    """Return how many slots a program examines at a time, at most `most`."""
+    return max(256, min(power_of_two(-(-examined // splits)), most))
 
 
 @contextmanager
