@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lychee_compile
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 from lychee_compile.runtime.cache_registry import registry
