@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lychee_compile.kernels.gpu import lifecycle, owners
-from lychee_compile.kernels.gpu.common.index import REFIT
 from lychee_compile.kernels.gpu.cache_use import CacheUse
+from lychee_compile.kernels.gpu.common.index import REFIT
 from lychee_compile.kernels.gpu.lifecycle import MOST_CALLS_TO_WAIT, WORTHWHILE
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
 from lychee_compile.kernels.gpu.lychee import method
