@@ -52,7 +52,7 @@ class CacheArgument:
     keys: Hashable = None
     """Expression of keys of what the cache holds; None if they are what it holds."""
     numbers: tuple[NumberPlace, ...] = ()
-    """Sizes that the expression takes from a call."""
+    """Sizes that the expressions of keys and values take from a call."""
 
     @property
     def pages(self) -> list[int]:
@@ -77,8 +77,12 @@ class CacheArgument:
         return given if given is None or self.part is None else self.part(given)
 
     def numbers_of(self, inputs: Sequence[object]) -> list[int]:
-        """Return the sizes that the expression of keys takes from a call."""
+        """Return the sizes that the expressions of keys and values take from a call."""
         return [each.of(inputs) for each in self.numbers]
+
+    def key_numbers_of(self, inputs: Sequence[object]) -> list[int]:
+        """Return those of these sizes that keys depend on."""
+        return [each.of(inputs) for each in self.numbers if each.of_keys]
 
     def beside_before(self, inputs: Sequence[object]) -> list[Tensor]:
         """Return the other tensors as a call begins with them."""
@@ -182,7 +186,7 @@ class StatefulGraph:
             argument.token_dim,
             lambda: self._new_owner(argument, cache),
             argument.beside_before(inputs),
-            argument.numbers_of(inputs),
+            argument.key_numbers_of(inputs),
         )
         self.new_caches.meet_replaced(entry)
         if isinstance(entry.owner, ReferenceCacheIndex):  # GPU indexes have no token boundaries
@@ -222,7 +226,7 @@ class StatefulGraph:
                 entry,
                 argument.token_dim,
                 argument.beside_after(inputs, outputs),
-                argument.numbers_of(inputs),
+                argument.key_numbers_of(inputs),
                 argument.pages,
             )
 
@@ -295,7 +299,7 @@ class _LastCall:
         beside = [each.beside_before(inputs) for each in self._arguments]
         if not all(map(Entry.is_beside, self.entries, beside)):
             return False
-        numbers = [each.numbers_of(inputs) for each in self._arguments]
+        numbers = [each.key_numbers_of(inputs) for each in self._arguments]
         for cache, entry, others, sizes in zip(caches, self.entries, beside, numbers, strict=True):
             if cache is not None:
                 entry.check(cache, others, sizes)
@@ -305,7 +309,7 @@ class _LastCall:
         """Note the versions of all tensors, now that a graph has run on them."""
         for argument, cache, entry in zip(self._arguments, caches, self.entries, strict=True):
             if cache is not None:
-                numbers, pages = argument.numbers_of(inputs), argument.pages
+                numbers, pages = argument.key_numbers_of(inputs), argument.pages
                 entry.note(cache, argument.beside_before(inputs), numbers, pages)
 
 

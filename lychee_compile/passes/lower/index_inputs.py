@@ -62,7 +62,7 @@ class IndexInput:
     keys: str | None = None
     """Expression of keys of what the cache holds; None if they are what it holds."""
     numbers: tuple[NumberPlace, ...] = ()
-    """Sizes that the expression takes from a call."""
+    """Sizes that the expressions of keys and values take from a call."""
 
 
 class IndexInputs:
@@ -101,10 +101,11 @@ class IndexInputs:
         outside = binding.outside_dim
         token_dim = binding.token_dim if outside is None else outside
         beside = tuple(map(self._place, binding.watched))
+        of_keys = () if binding.load is None else binding.load.numbers
         return IndexInput(
             node, fake, place.source, place.output, token_dim, use, binding.reads_only,
             place.part, beside, _text_of_keys(binding),
-            tuple(number_place(each, self._own) for each in binding.numbers),
+            tuple(number_place(each, self._own, each in of_keys) for each in binding.numbers),
         )  # fmt: skip
 
     def _place(self, tensor: CacheBinding | Watched) -> TensorPlace:
