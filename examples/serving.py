@@ -6,8 +6,9 @@ A server has a fixed number of rows, and one compiled function decodes a token o
 values lie in pages of 16 tokens, int8 with a scale for each token and head. A table lists the pages
 of each row. Requests that begin with the same text list the same pages for it. Nothing here knows
 of lychee; `backend="lychee"` is all that changes. The example serves the same requests by
-`torch.compile` alone and by lychee, and decodes each of them alone and uncompiled to compare. Each
-prompt is indexed at the first step behind it: on a CPU that pays if answers are long.
+`torch.compile` alone and by lychee, and decodes each of them alone and uncompiled to compare. A
+prompt is indexed at the first step behind it, or behind the next; other rows keep their index. On a
+CPU sparse steps pay in contexts of some 8,000 tokens, if answers are long.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ class Served:
 
     said: list[list[int]]
     rate: float
-    """Tokens of each second in steps. In a step after an arrival a new prompt is indexed."""
+    """Tokens of each second in steps, those included that index a new prompt."""
     step: float
     """Median seconds of a step."""
 
@@ -234,18 +235,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cpu or cuda (%(default)s)")
     add("--rows", type=int, default=4, metavar="N", help="rows of the server (%(default)s)")
-    add("--requests", type=int, default=10, metavar="N", help="(%(default)s)")
-    add("--prefix", type=int, default=512, metavar="N", help="tokens shared (%(default)s)")
-    add("--context", type=int, default=2000, metavar="N", help="longest prompt (%(default)s)")
-    add("--new-tokens", type=int, default=24, metavar="N", help="longest answer (%(default)s)")
+    add("--requests", type=int, default=6, metavar="N", help="(%(default)s)")
+    add("--prefix", type=int, default=6144, metavar="N", help="tokens shared (%(default)s)")
+    add("--context", type=int, default=8192, metavar="N", help="longest prompt (%(default)s)")
+    add("--new-tokens", type=int, default=64, metavar="N", help="longest answer (%(default)s)")
     add("--budget", type=int, default=512, metavar="N", help="tokens read per step (%(default)s)")
     add("--width", type=int, default=512, metavar="N", help="hidden size (%(default)s)")
     add("--layers", type=int, default=2, metavar="N", help="(%(default)s)")
     add("--no-dense", action="store_true", help="do not serve by torch.compile alone as well")
     chosen = parser.parse_args(arguments)
-    least = max(
-        -(-4 * chosen.prefix // 3), 4
-    )  # prompts are up to a quarter shorter than the longest
+    least = max(-(-4 * chosen.prefix // 3), 4)  # prompts are up to a quarter shorter
     if chosen.context < least:
         parser.error(f"--context {chosen.context}: at least {least} for --prefix {chosen.prefix}")
     return chosen

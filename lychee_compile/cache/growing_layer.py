@@ -11,6 +11,7 @@ from torch import Tensor
 from lychee_compile.cache.number_formats import bits
 from lychee_compile.cache.storage import Storage
 from lychee_compile.cache.stored_layer import StoredLayer, mark_static
+from lychee_compile.kernels.host_memory import note_filled
 from lychee_compile.kernels.sizes import whole_scans
 
 ROOM = 1024
@@ -61,6 +62,9 @@ class GrowingLayer(StoredLayer):
 
     In a compiled graph it is a `StaticLayer`: whole buffers, written at positions that a device
     tensor counts. Outside of graphs it returns views of the filled slots.
+
+    The rows of a batch may share their first tokens. These are held once, in buffers
+    [1, Hkv, tokens, N] of their own. Slots, counts and `length` are then of the tokens behind them.
     """
 
     is_croppable = True
@@ -101,13 +105,13 @@ class GrowingLayer(StoredLayer):
         shown = self.shared.shown
         if self.last:
             self.shared.shown = None  # it was announced for this forward alone
-        if shown == self.length == count and not self.storage.is_usual:
+        if shown == self.length == count and not (self.storage.is_usual or self.prefix):
             return key_states, value_states
         return self.read("keys", shown), self.read("values", shown)
 
     def _write_in_graph(self, key_states: Tensor, value_states: Tensor) -> None:
         """Write at positions on the device; Python runs here while tracing, so it cannot count."""
-        if not self.is_initialized:
+        if not self.is_initialized or self._is_of_other_rows(key_states):
             count = key_states.shape[2]
             exact = self.shared.holds_encoder
             self.shared.slots = count if exact else max(self.shared.slots, rounded(count))
@@ -130,16 +134,25 @@ class GrowingLayer(StoredLayer):
             self.shared.slots, self.is_initialized = end, False
         elif end > self.shared.slots:
             self.shared.slots = larger(self.shared.slots, end)
-        if not self.is_initialized:
+        if not self.is_initialized or self._is_of_other_rows(key_states):
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[2] < self.shared.slots:
             self.move()
         self.put(begin, key_states, value_states)
+        note_filled(self.keys, end)
         self.length = end
         self.cumulative_length.fill_(self.length)
         self.shared.at_most = max(self.shared.at_most, self.length)
         if self.last and count == 1 and begin > 0:
             self.shared.eager_steps += 1
+
+    def _is_of_other_rows(self, states: Tensor) -> bool:
+        """True if rows have no token of their own yet, and there is another number of them.
+
+        `states` are the keys [B, Hkv, T, D] of their first tokens. A compiled graph must not ask
+        for the length of a cache that fits: it would be compiled anew for each length.
+        """
+        return states.shape[0] != self.keys.shape[0] and self.length == 0
 
     def count(self) -> int:
         """Return the number of tokens; waits for the device if compiled steps have run.
@@ -175,22 +188,38 @@ class GrowingLayer(StoredLayer):
         """Return the number of slots that attention reads, and the first slot, 0."""
         if torch.compiler.is_compiling():
             self.shared.shown = None
-            return (self.keys.shape[2] if self.is_initialized else self.shared.slots), 0
-        shown = self.shared.shown
-        return (self.shared.slots if shown is None else shown), 0
+            own = self.keys.shape[2] if self.is_initialized else self.shared.slots
+        else:
+            shown = self.shared.shown
+            own = self.shared.slots if shown is None else shown
+        return self.prefix + own, 0
 
     def get_seq_length(self) -> Any:
         """Return the number of tokens: an int, or in a compiled graph a tensor."""
         if torch.compiler.is_compiling():
-            return super().get_seq_length()
-        return self.count()
+            return super().get_seq_length() + self.prefix
+        return self.count() + self.prefix
 
     def get_max_length(self) -> int:
         """Return -1, as there is no maximum."""
         return -1
 
+    def share_prefix(self, tokens: int) -> None:
+        """Hold the first `tokens` tokens of one row apart, for all rows that follow."""
+        rest = self.prefix + self.count() - tokens
+        self.divide(tokens, self.count(), self.shared.slots)
+        self.length, self.max_cache_len = rest, self.shared.slots
+        self.cumulative_length = torch.full_like(self.cumulative_length, rest)
+        mark_static(self)
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens, without waiting for the device."""
+        """Forget the last `-tokens_to_remove` tokens, without waiting for the device.
+
+        If all rows share their first tokens, the device is waited for.
+        """
+        own = self.count() if self.prefix else 0
+        if self.prefix and -tokens_to_remove > own:
+            self.crop_prefix(max(self.prefix + own + tokens_to_remove, 0))
         if self.length is not None:
             self.length = max(self.length + tokens_to_remove, 0)
         if self.is_initialized:
@@ -204,8 +233,9 @@ class GrowingLayer(StoredLayer):
                 filled.copy_(filled.index_select(0, beam_idx.to(buffer.device)))
 
     def reset(self) -> None:
-        """Forget all tokens and keep the buffers."""
+        """Forget all tokens, and keep the buffers that rows have of their own."""
         super().reset()
+        self.forget_prefix()
         self.length = 0
 
 

@@ -58,7 +58,7 @@ class LycheeCache(Cache):
 
     `storage="host"` holds keys and values of layers without a window in page-locked memory of the
     host, which kernels of a GPU read over the link: the memory of the host limits the context. The
-    index lies in memory of the device. It is built after the first compiled step, which reads all
+    index lies in memory of the device. It is built before the first compiled step, which reads all
     keys once more. Uncompiled forwards copy what they read to the device, a layer at a time.
     Compiled attention that is not sparse over such a cache reads all of it at each call, with a
     warning. On a CPU both storages are the same.
@@ -169,9 +169,9 @@ class LycheeCache(Cache):
         if not self._growing:
             return super().get_query_offset(layer_idx)
         first = self._growing[0]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or first.length is not None:
             return first.get_seq_length()
-        return first.cumulative_length if first.length is None else first.length
+        return first.cumulative_length + first.prefix
 
     @property
     def is_croppable(self) -> bool:
@@ -203,6 +203,43 @@ class LycheeCache(Cache):
             elif isinstance(layer, GrowingLayer):
                 layer.crop(tokens_to_remove)
 
+    def share_prefix(self, tokens: int, capacity: int | None = None) -> None:
+        """Hold the first `tokens` tokens of one row once, for all rows of the batches that follow.
+
+            model(prompt, cache=cache)                      # one row
+            cache.share_prefix(cache.get_seq_length())
+            cache.batch_repeat_interleave(16)
+            model(questions, cache=cache)                   # 16 rows
+
+        Tokens behind them are each row's own, and are repeated. While there are none, as after
+        `crop` to the prefix, the next forward may have any number of rows; if it is compiled, it
+        makes new buffers and is dense. Compiled attention reads the prefix once for all rows.
+        Uncompiled forwards put prefix and own tokens together, a layer at a time. Layers with a
+        sliding window share nothing. `capacity` is the number of slots of each row to begin with.
+
+        `share_prefix(0)` undoes it for one row. Raises `ValueError` if the cache has fewer tokens,
+        more rows than one, or the keys of an encoder.
+        """
+        held = self.get_seq_length()
+        if self._growing and tokens == self._growing[0].prefix:
+            return
+        if not self._growing or self._shared.holds_encoder or not 0 <= tokens <= held:
+            raise ValueError(
+                f"share_prefix({tokens}): a cache of a decoder has to hold these tokens, and this "
+                f"one holds {held}"
+            )
+        rows = max(layer.keys.shape[0] for layer in self._growing)
+        if rows > 1:
+            raise ValueError(f"share_prefix({tokens}): pass a cache of one row, not of {rows}")
+        rest = held - tokens
+        shared = self._shared
+        slots = 0 if capacity is None else rounded(capacity)
+        shared.slots = larger(0, rest) if slots < max(rest, 1) else slots
+        shared.at_most = rest
+        shared.shown, shared.eager_steps, shared.graph_made = None, 0, False
+        for layer in self._growing:
+            layer.share_prefix(tokens)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch `repeats` times."""
         self._change_batch(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
@@ -222,7 +259,7 @@ class LycheeCache(Cache):
                 mark_static(layer)
 
     def reset(self) -> None:
-        """Forget all tokens and keep the buffers."""
+        """Forget all tokens, shared ones too, and keep the buffers of each row's own."""
         super().reset()
         self._shared.at_most, self._shared.shown, self._shared.eager_steps = 0, None, 0
 

@@ -124,6 +124,9 @@ class AttentionSpec:
     """True if tile sizes are measured at the first call."""
     extra_value: bool = False
     """True if the extra logit has a value."""
+    part: bool = False
+    """True if the output is to be joined with attention to other keys: it is float32, and has the
+    log-sum-exp of the scores behind its channels."""
     keys: LoadSpec | None = None
     """Keys as an expression of what is stored; None: they are stored as they are."""
     values: LoadSpec | None = None
@@ -144,6 +147,7 @@ class AttentionSpec:
         if self.value_dim != self.head_dim:
             parts.append(f"v{self.value_dim}")
         parts += ["loads"] if self.keys is not None or self.values is not None else []
+        parts += ["part"] if self.part else []
         if self.sparse is not None:
             parts.append(f"b{self.sparse.budget}")
             if self.sparse.coverage is not None:

@@ -104,17 +104,21 @@ class GenerateHook:
         request = Request(model, plain, args, kwargs)
         settings = new_cache(self._settings, request, self._tell)
         request.set(disable_compile=True, **settings)  # the forward is compiled already
-        self._read_prompt(request, self._plain_forward(model))
+        self._read_prompt(request, self._plain_forward(model), is_new=bool(settings))
         self._begins, self._outputs_stay = True, request.keeps_outputs
         with self._compiled_forward(model):
             return plain(model, **request.named)
 
-    def _read_prompt(self, request: Request, forward: Forward) -> None:
-        if request.cache is None or not self._reader.pays:
+    def _read_prompt(self, request: Request, forward: Forward, is_new: bool) -> None:
+        """Read a prompt before `generate()` does, if that pays. The cache may be a new one."""
+        if request.cache is None:
+            return
+        shared = self._reader.shared(request, request.cache) if is_new else 0
+        if not shared and not self._reader.pays:
             return
         why = request.why_whole()
         if why is None:
-            self._reader.read(request, request.cache, forward)
+            self._reader.read(request, request.cache, forward, shared)
         elif self._settings.sparse_prompts:
             self._tell(f"a prompt is read densely, by generate(): {why}")
 

@@ -14,9 +14,10 @@ import torch
 from transformers import StaticCache
 
 from lychee_compile.cache.lychee_cache import LycheeCache
+from lychee_compile.generation.caches import ROOM, capacity
 from lychee_compile.generation.compiled import CompiledForward, Forward
 from lychee_compile.generation.request import Request, positions
-from lychee_compile.generation.settings import Settings
+from lychee_compile.generation.settings import CACHES, Settings
 
 _IN_PLACE = (LycheeCache, StaticCache)
 """Caches that are written in place."""
@@ -29,14 +30,38 @@ class PromptReader:
         self._compiled = compiled
         self._chunk, self._plain_until = settings.prefill_chunk, settings.plain_until
         self._notes_tokens = settings.notes_tokens and not cuda
+        self._shares = settings.cache == CACHES[0] and not settings.stores_otherwise
+        self._budget = settings.backend.budget
         self.pays = self._chunk is not None or self._notes_tokens or cuda
         """True if a prompt is better read here than by `generate()`: to be cut, to hand its tokens
         to the index, or to have the index built before the first step."""
 
+    def shared(self, request: Request, cache: Any) -> int:
+        """Return how many tokens of a prompt the rows of an empty `cache` are to share.
+
+        They are 0 if rows would share nothing, or so little that a step reads all of it anyway. The
+        prompt is made of tokens. Their number is one of eight for each power of two: calls of
+        similar length then share what was compiled.
+        """
+        ids = request.ids
+        if not self._shares or self._budget is None or not isinstance(cache, LycheeCache):
+            return 0
+        if ids is None or len(ids) > 1 or request.rows_each == 1 or int(cache.get_seq_length()):
+            return 0
+        before = ids.shape[1] - 2  # each row has a token of its own, and the last one is a step
+        step = max(1 << max(before.bit_length() - 4, 0), 1)
+        count = before // step * step
+        return count if count > self._budget else 0
+
     @torch.no_grad()
-    def read(self, request: Request, cache: Any, forward: Forward) -> None:
-        """Read the prompt of a request, but for its last token, behind what `cache` holds."""
+    def read(self, request: Request, cache: Any, forward: Forward, shared: int = 0) -> None:
+        """Read the prompt of a request, but for its last token, behind what `cache` holds.
+
+        If rows are to share their first `shared` tokens, one row is read for all of them.
+        """
         ids, mask = request.rows()
+        if shared:
+            ids, mask = ids[:1], None if mask is None else mask[:1]
         begin, end = int(cache.get_seq_length()), ids.shape[1] - 1
         inputs = _Inputs(request, cache, ids, mask)
         for first, last in pieces(begin, end, self._chunk, self._plain_until):
@@ -46,6 +71,10 @@ class PromptReader:
             if isinstance(cache, LycheeCache):
                 cache.reserve(last - first)
             call(request.model, forward, **inputs.of(first, last))
+        if shared:
+            room = capacity(end - shared + min(request.new_tokens or ROOM, ROOM))
+            cache.share_prefix(shared, room)
+            cache.batch_repeat_interleave(request.rows_each)
 
     def _call_for(self, count: int) -> Forward:
         if count == self._chunk:

@@ -24,6 +24,8 @@ class _LockedMemory:
     """Zeroed memory of the host that a device can address, until nothing shows it."""
 
     _is_locked = False
+    filled: int | None = None
+    """Number of first slots that hold keys and no index knows; None if nobody has told."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         """Lock `size` bytes. Raises `RuntimeError` if there are too few, or the driver refuses."""
@@ -86,6 +88,28 @@ def lies_on_host(tensor: Tensor) -> bool:
         return False
     address = tensor.data_ptr()
     return any(memory.holds(address) for memory in _locked)
+
+
+def note_filled(tensor: Tensor, slots: int) -> None:
+    """Note that the first slots of a buffer of keys are written, for an index to be built."""
+    for memory in _locked:
+        if memory.holds(tensor.data_ptr()):
+            memory.filled = slots
+
+
+def filled_slots(tensor: Tensor) -> int | None:
+    """Return how many first slots of a buffer were noted, and forget that; None if none were.
+
+    Tensors that do not lie in memory of the host have none. The number may be wrong by now: whoever
+    takes it must notice that a step goes on behind it.
+    """
+    if not _locked or tensor.device.type != "cuda":
+        return None
+    for memory in _locked:
+        if memory.filled is not None and memory.holds(tensor.data_ptr()):
+            slots, memory.filled = memory.filled, None
+            return slots
+    return None
 
 
 def near(tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from lychee_compile.passes.detect.caching.caches import (
 )
 from lychee_compile.passes.detect.caching.loaded_caches import bind_loaded, load_of_values
 from lychee_compile.passes.detect.caching.memory_keys import bind_behind, over_cache
+from lychee_compile.passes.detect.caching.shared_prefix import bind_behind_shared
 from lychee_compile.passes.detect.caching.token_writes import Writes
 from lychee_compile.passes.detect.formula import formula
 from lychee_compile.passes.layer_numbers import layer_numbers
@@ -38,6 +39,7 @@ from lychee_compile.passes.lower.kernel_support import (
 )
 from lychee_compile.passes.lower.loads.kernel_loads import no_load
 from lychee_compile.passes.lower.patch_grids import find_grid
+from lychee_compile.passes.lower.shared.prefix_site import words_of_prefix
 from lychee_compile.passes.outcomes import (
     ExactDecodeKernel,
     KeepAsIs,
@@ -125,6 +127,8 @@ def _cache_of(
         return cache
     if not isinstance(cache, CacheBinding) and config.budget is not None:
         cache = bind_behind(attention, graph, writes, config.budget) or cache
+    if not isinstance(cache, CacheBinding):
+        cache = bind_behind_shared(attention, graph, writes) or cache
     if rules.reads_at_once(attention):
         return cache
     if not isinstance(cache, CacheBinding):
@@ -132,7 +136,7 @@ def _cache_of(
         # Keys that no cache is behind have that reason: no budget speaks of them.
         if isinstance(found, CacheBinding) or cache.reason != reasons.NO_CACHE():
             cache = cache if found is None else found
-    if isinstance(cache, CacheBinding) and not cache.in_front:
+    if isinstance(cache, CacheBinding) and not cache.is_behind:
         return replace(cache, values=_recovered(load_of_values, attention, graph, writes))
     return cache
 
@@ -201,7 +205,9 @@ class _Facts:
 
         A budget says nothing of few keys that come from no cache.
         """
-        cached = over_cache(self.attention, self.binding)
+        binding = self.binding
+        shared = binding is not None and binding.shared is not None
+        cached = self.attention if shared else over_cache(self.attention, binding)
         exact = rules.exact_decoding(cached, self.place, self.config)
         none = isinstance(self.cache, Unbound) and self.cache.reason == reasons.NO_CACHE()
         if exact is None or exact.code != reasons.WITHIN_BUDGET.code or not none:
@@ -261,4 +267,6 @@ class _Facts:
         known = kv_len if isinstance(kv_len, int) else str(kv_len)
         reads = how_much(self.config, known, kernels)
         in_front = 0 if self.binding is None else self.binding.in_front
+        if self.binding is not None and self.binding.shared is not None:
+            return f"{reads}, and {words_of_prefix(self.attention, self.config)}"
         return f"{reads}, and {in_front} in front of the cache" if in_front else reads

@@ -31,6 +31,7 @@ from lychee_compile.passes.lower import prefill_site, reference_site, sdpa_site
 from lychee_compile.passes.lower.context import LoweringContext
 from lychee_compile.passes.lower.decode_site import emit_exact_decode, emit_sparse_decode
 from lychee_compile.passes.lower.patch_grids import Grid
+from lychee_compile.passes.lower.shared.prefix_kernels import emit_shared_decode
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.site import Decision
 
@@ -132,7 +133,10 @@ class SparseDecodeKernel:
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Generate the kernel, try it, and emit its operator."""
-        output, module = emit_sparse_decode(self.attention, self.binding, context)
+        if self.binding.shared is not None:
+            output, module = emit_shared_decode(self.attention, self.binding, context)
+        else:
+            output, module = emit_sparse_decode(self.attention, self.binding, context)
         return output, replace(self, module=module)
 
     def instead(self, failure: Reason) -> Outcome:
@@ -163,11 +167,17 @@ class ExactDecodeKernel:
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Generate the kernel, try it, and emit its operator."""
-        output, module = emit_exact_decode(self.attention, context, self.binding)
+        binding = self.binding
+        if binding is not None and binding.shared is not None:
+            output, module = emit_shared_decode(self.attention, binding, context, selects=False)
+        else:
+            output, module = emit_exact_decode(self.attention, context, binding)
         return output, replace(self, module=module)
 
     def instead(self, failure: Reason) -> Outcome:
-        """Leave the attention to PyTorch."""
+        """Read keys that rows share once for each row; if that is tried, leave all to PyTorch."""
+        if self.binding is not None and self.binding.shared is not None:
+            return replace(self, binding=None)
         if self.by_pytorch is None:
             return KeepAsIs(self.attention, failure, by_design=False)
         return replace(self.by_pytorch, reason=self.reason.and_also(failure))

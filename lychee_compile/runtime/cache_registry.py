@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -18,6 +18,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.operators.cache_index import CacheIndex
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
 from lychee_compile.runtime.index_owner import IndexOwner
+from lychee_compile.runtime.page_tables import PageTable
 
 
 @dataclass(eq=False)
@@ -42,13 +43,23 @@ class TensorState:
     layout: Hashable
     version: int | None
     """Version of the tensor; None if PyTorch counts no versions of it."""
+    pages: PageTable | None = field(default=None, compare=False)
+    """Pages of each row if the tensor is a table of pages, else None."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> TensorState:
-        """Return the state of a tensor now."""
+    def of(cls, tensor: Tensor, page: int = 0, before: TensorState | None = None) -> TensorState:
+        """Return the state of a tensor now.
+
+        `page` is the number of tokens of a page if it is a table of pages, else 0. `before` is the
+        state at an earlier call, if there was one.
+        """
         layout = tensor.storage_offset(), tensor.stride(), tensor.dtype
         version = torch_private.version_of(tensor)
-        return cls(StorageWeakRef(tensor.untyped_storage()), layout, version)
+        state = cls(StorageWeakRef(tensor.untyped_storage()), layout, version)
+        if page == 0:
+            return state
+        same = before is not None and before.is_of(tensor) and before.pages is not None
+        return replace(state, pages=before.pages if same and before else PageTable(tensor, page))
 
     def is_of(self, tensor: Tensor) -> bool:
         """True if it is certain that `tensor` is as it was."""
@@ -90,20 +101,52 @@ class Entry:
         if self.version != now or (now is None and not self.owner.notices_writes):
             self.owner.distrust()
         same_numbers = list(numbers) == list(self.numbers)
-        if not same_numbers or not all(map(self._is_as_it_was, self.beside, beside)):
+        if not same_numbers:
             self.owner.recheck()
+        for state, tensor in zip(self.beside, beside, strict=False):
+            if self._is_as_it_was(state, tensor):
+                continue
+            if state.pages is None:
+                self.owner.recheck()
+            else:
+                self.owner.forget(state.pages.first_moved(tensor))
         stays = same_numbers and self.is_beside(beside)
         self.replaced = 0 if stays else self.replaced + 1
 
     def _is_as_it_was(self, state: TensorState, tensor: Tensor) -> bool:
-        if state.version is None and self.owner.notices_writes:
+        if state.version is None and state.pages is None and self.owner.notices_writes:
             return state == TensorState.of(tensor)
         return state.is_of(tensor)
 
     def is_beside(self, beside: Sequence[Tensor]) -> bool:
-        """True if the last call came with the same tensors beside the cache."""
-        memory = [state.storage for state in self.beside]
-        return memory == [StorageWeakRef(each.untyped_storage()) for each in beside]
+        """True if the last call came with the same tensors beside the cache.
+
+        Tables of pages may be others: their entries are compared.
+        """
+        return len(beside) == len(self.beside) and all(
+            state.pages is not None or state.storage == StorageWeakRef(each.untyped_storage())
+            for state, each in zip(self.beside, beside, strict=True)
+        )
+
+    def note(
+        self,
+        cache: Tensor,
+        beside: Sequence[Tensor],
+        numbers: Sequence[int] = (),
+        pages: Sequence[int] = (),
+    ) -> None:
+        """Note the versions of a cache and of the tensors beside it, and the sizes, after a call.
+
+        `pages` are the sizes of pages that the tensors beside list, each 0 if it is no table.
+        """
+        before = dict(enumerate(self.beside))
+        sizes = dict(enumerate(pages))
+        self.version, self.numbers = torch_private.version_of(cache), numbers
+        self.beside = [
+            TensorState.of(each, sizes.get(place, 0), before.get(place))
+            for place, each in enumerate(beside)
+        ]
+        self.uses.count += 1
 
 
 class CacheRegistry:
@@ -182,13 +225,11 @@ class CacheRegistry:
         token_dim: int,
         beside: Sequence[Tensor] = (),
         numbers: Sequence[int] = (),
+        pages: Sequence[int] = (),
     ) -> None:
         """Note that the index of `entry` describes `cache` as it is, now that a graph has run."""
         entry.uses.storage = StorageWeakRef(cache.untyped_storage())
-        entry.uses.count += 1
-        entry.version = torch_private.version_of(cache)
-        entry.beside = [TensorState.of(each) for each in beside]
-        entry.numbers = numbers
+        entry.note(cache, beside, numbers, pages)
         with self._lock:
             self._entries[_identity(cache, kind, token_dim)] = entry
 

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 
 
 @runtime_checkable
@@ -27,11 +27,14 @@ class IndexOwner(Protocol):
     def recheck(self) -> None:
         """Compare the keys at the next call: what they are computed from has changed."""
 
+    def forget(self, first: Tensor) -> None:
+        """Forget the keys of each row from the slot `first` [b], int64 [B], on: they have moved."""
+
     def delay_build(self) -> None:
         """Build the index of a new cache only if a second call comes."""
 
     def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
-        """Compare the keys if `recheck` has asked for it. They depend on `beside` too."""
+        """Bring the index up to date: a graph will run on `cache`. Keys depend on `beside` too."""
 
     def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int] = ()) -> None:
         """Bring the index up to date, now that a graph has run on `cache`.

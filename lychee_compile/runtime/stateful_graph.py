@@ -10,9 +10,8 @@ from functools import cache as only_once
 
 from torch import Tensor
 
-from lychee_compile import torch_private
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.methods import notices_writes
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.kernels.operators.observe import (
@@ -25,7 +24,7 @@ from lychee_compile.kernels.operators.observe import (
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
 from lychee_compile.passes.detect.caching.call_numbers import NumberPlace
 from lychee_compile.passes.lower.index_inputs import TensorPlace
-from lychee_compile.runtime.cache_registry import Entry, TensorState, registry
+from lychee_compile.runtime.cache_registry import Entry, registry
 from lychee_compile.runtime.index_owner import IndexOwner
 from lychee_compile.runtime.new_caches import NewCaches
 
@@ -53,7 +52,12 @@ class CacheArgument:
     keys: Hashable = None
     """Expression of keys of what the cache holds; None if they are what it holds."""
     numbers: tuple[NumberPlace, ...] = ()
-    """Sizes that the expression takes from a call."""
+    """Sizes that the expressions of keys and values take from a call."""
+
+    @property
+    def pages(self) -> list[int]:
+        """Sizes of the pages that the other tensors list, each 0 if it is no table."""
+        return [each.page for each in self.beside]
 
     @property
     def stays(self) -> bool:
@@ -73,8 +77,12 @@ class CacheArgument:
         return given if given is None or self.part is None else self.part(given)
 
     def numbers_of(self, inputs: Sequence[object]) -> list[int]:
-        """Return the sizes that the expression of keys takes from a call."""
+        """Return the sizes that the expressions of keys and values take from a call."""
         return [each.of(inputs) for each in self.numbers]
+
+    def key_numbers_of(self, inputs: Sequence[object]) -> list[int]:
+        """Return those of these sizes that keys depend on."""
+        return [each.of(inputs) for each in self.numbers if each.of_keys]
 
     def beside_before(self, inputs: Sequence[object]) -> list[Tensor]:
         """Return the other tensors as a call begins with them."""
@@ -148,9 +156,9 @@ class StatefulGraph:
     def _compare(
         self, caches: Sequence[Tensor | None], inputs: Sequence[object], entries: Sequence[Entry]
     ) -> None:
-        """Let kernels compare keys that are computed from something that has changed."""
+        """Let indexes catch up with what has happened to their caches since the last call."""
         for argument, cache, entry in zip(self._arguments, caches, entries, strict=True):
-            if argument.keys is not None and argument.use is not None and cache is not None:
+            if argument.use is not None and cache is not None:
                 beside = argument.beside_before(inputs)
                 given: list[Tensor | int] = [*beside, *argument.numbers_of(inputs)]
                 entry.owner.before_call(cache, argument.use, given)
@@ -178,7 +186,7 @@ class StatefulGraph:
             argument.token_dim,
             lambda: self._new_owner(argument, cache),
             argument.beside_before(inputs),
-            argument.numbers_of(inputs),
+            argument.key_numbers_of(inputs),
         )
         self.new_caches.meet_replaced(entry)
         if isinstance(entry.owner, ReferenceCacheIndex):  # GPU indexes have no token boundaries
@@ -218,7 +226,8 @@ class StatefulGraph:
                 entry,
                 argument.token_dim,
                 argument.beside_after(inputs, outputs),
-                argument.numbers_of(inputs),
+                argument.key_numbers_of(inputs),
+                argument.pages,
             )
 
     def _remember(self, given: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
@@ -290,7 +299,7 @@ class _LastCall:
         beside = [each.beside_before(inputs) for each in self._arguments]
         if not all(map(Entry.is_beside, self.entries, beside)):
             return False
-        numbers = [each.numbers_of(inputs) for each in self._arguments]
+        numbers = [each.key_numbers_of(inputs) for each in self._arguments]
         for cache, entry, others, sizes in zip(caches, self.entries, beside, numbers, strict=True):
             if cache is not None:
                 entry.check(cache, others, sizes)
@@ -300,10 +309,8 @@ class _LastCall:
         """Note the versions of all tensors, now that a graph has run on them."""
         for argument, cache, entry in zip(self._arguments, caches, self.entries, strict=True):
             if cache is not None:
-                entry.version = torch_private.version_of(cache)
-                entry.beside = [TensorState.of(each) for each in argument.beside_before(inputs)]
-                entry.numbers = argument.numbers_of(inputs)
-                entry.uses.count += 1
+                numbers, pages = argument.key_numbers_of(inputs), argument.pages
+                entry.note(cache, argument.beside_before(inputs), numbers, pages)
 
 
 @only_once

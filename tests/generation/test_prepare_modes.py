@@ -191,11 +191,14 @@ def test_below_the_length_steps_are_sparse_in_every_mode() -> None:
     assert all(bool((call.tokens_read == 48).all()) for call in recorder.calls)
     (report,) = lychee_compile.reports()
     assert [site.decision for site in report.sites] == ["sparse"] * LAYERS
-    for way in (sampled, configured, streamed, padded, beams, turns):
+    for way in (sampled, configured, streamed, padded, turns):
         with lychee_compile.record() as recorder:
             way(model, None, {})
         assert max(call.kv_len for call in recorder.calls) > 48, way.__name__
         assert max(int(call.tokens_read.max()) for call in recorder.calls) == 48, way.__name__
+    with lychee_compile.record() as recorder:
+        beams(model, None, {})  # their prompt is held once, and read whole for all of them
+    assert max(call.kv_len for call in recorder.calls) < PROMPT
 
 
 def test_two_prepared_models_know_nothing_of_each_other() -> None:

@@ -37,7 +37,8 @@ class Steps:
 
     @property
     def trusted(self):
-        return int(self.index.parts.header[0]) == 1
+        trust, *ends = self.index.parts.header.tolist()
+        return trust == 1 and min(ends) >= 0
 
     def build(self):
         self.index.build(self.module, self.problem.key, [self.problem.length] * 2)

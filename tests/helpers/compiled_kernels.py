@@ -8,6 +8,7 @@ prints the shared memory of each, in bytes, as JSON. Raises what the compiler ra
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -20,13 +21,13 @@ from lychee_compile.kernels.gpu.common.module_cache import load, store
 KERNELS = {
     "attend_all": {"KEYS": 64},
     "combine": {"SPLITS": 32},
-    "query_weights": {"kv_heads": 8, "BLOCK": 8192},
-    "scan_tokens": {"STEPS": 1, "BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
+    "query_weights": {"kv_heads": 8, "BLOCK": 8192, "DEALT": True},
+    "scan_tokens": {"STEPS": 2, "DEALT": True, "BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
     "scan_pages": {"BLOCK": 8192, "BLOCKS": 16, "kv_heads": 8},
-    "scan_chosen": {"BLOCK": 8192, "TILES": 16, "kv_heads": 8},
+    "scan_chosen": {"BLOCK": 8192, "TILES": 16, "kv_heads": 8, "DEALT": True},
     "scan_listed": {"BLOCK": 32768, "BLOCKS": 64, "TILES": 512, "kv_heads": 8},
     "index_chunks": {},
-    "choose": {"KEYS": 64, "TILES": 16, "LANES": 4096, "BLOCK": 8192},
+    "choose": {"KEYS": 64, "TILES": 16, "LANES": 2048, "BLOCK": 8192},
     "attend": {"KEYS": 64, "TILES": 16, "LANES": 512, "BLOCK": 8192, "LISTED": False},
     "encode": {"BLOCK": 8192},
     "record_fingerprints": {},
@@ -127,7 +128,21 @@ def compiled(kernel: Any, spec: AttentionSpec, constants: dict[str, Any], capabi
         },
     )
     options = {"num_warps": constants.get("WARPS", 4), "num_stages": 2}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    check_counts(made.asm["ttgir"], 32 * options["num_warps"])
+    return made
+
+
+def check_counts(code: str, threads: int) -> None:
+    """Raise AssertionError if several threads have an item that counters in shared memory count."""
+    blocked = r"(#\w+) = #ttg.blocked<{sizePerThread = \[\d+\], .*"
+    layouts = set(re.findall(blocked, code))
+    for line in code.splitlines():
+        if "red.shared" in line:
+            found = re.search(r": tensor<(\d+)xi32, (#\w+)> ->", line)
+            assert found, line
+            assert int(found[1]) >= threads, line
+            assert found[2] in layouts, line
 
 
 def of_tensors(load: LoadSpec) -> tuple[tuple[str, ...], list[int]]:

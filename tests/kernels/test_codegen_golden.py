@@ -7,6 +7,7 @@ writes them anew.
 
 from __future__ import annotations
 
+import ast
 import builtins
 import os
 import subprocess
@@ -84,9 +85,9 @@ def test_kernels_read_no_global_but_constants(name):
 
 def _without_kernels(source):
     """Imports and constants alone."""
-    lines = source.splitlines()
-    kept = (each for each in lines if each[:6] in ("import", "from ") or " = tl.const" in each)
-    return "\n".join(kept)
+    body = ast.parse(source).body
+    kept = (each for each in body if isinstance(each, ast.Import | ast.ImportFrom | ast.Assign))
+    return "\n".join(ast.unparse(each) for each in kept)
 
 
 @pytest.mark.thorough

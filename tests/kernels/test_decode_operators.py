@@ -16,8 +16,8 @@ from torch._inductor import compile_fx
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, S, SparseSpec
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.common.module_cache import load, store
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from sparse_steps import Step, best_left_out, built
 
 from lychee_compile.codegen.specification import SparseSpec
+from lychee_compile.kernels.gpu.common import tuning as tunings
 from lychee_compile.kernels.gpu.common.tuning import Tuning
-from lychee_compile.kernels.reference.decode_drawing import salt_of
-from lychee_compile.kernels.reference.drawing import log_weight, luck_of
+from lychee_compile.kernels.reference.decode_drawing import luck_at, salt_of
+from lychee_compile.kernels.reference.drawing import log_weight
 from lychee_compile.kernels.sizes import BINS, SLOT_BITS
 
 triton_interpreter.use()
@@ -67,7 +68,7 @@ def test_a_step_draws_by_shares_and_luck(problem, programs):
         pages = drawn._page_shares()[0].shape[-1]
         share, priority = (each._looked_at(pages).clamp(min=0) for each in (plain, drawn))
     salt = salt_of(torch.tensor([kv_len - problem.query.shape[2]]), heads)
-    luck = luck_of((torch.arange(share.shape[-1]) + salt) & 0xFFFFFFFF)
+    luck = luck_at(torch.arange(share.shape[-1]) + salt)
     always, rank, room = drawn._reference()
     possible = torch.nn.functional.pad(rank > -torch.inf, (0, share.shape[-1]))[
         ..., : share.shape[-1]
@@ -101,6 +102,23 @@ def assert_weighted(problem, output, read, lift):
     weight = score.softmax(-1).nan_to_num(0.0)
     wanted = (weight @ problem.value.double()[:, :, None]).flatten(1, 2)
     assert (output.double() - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("mask", "flat"), [("causal", 65536), ("mask by head", 65536), ("causal", 0)]
+)
+def test_luck_is_the_same_from_a_table(mask, flat, monkeypatch):
+    sizes, sparse = Sizes(1, 2, 4, 1, 300, 64), replace(SPARSE, flat_tokens=flat)
+    problem = make_problem("float32", sizes, mask=mask, sparse=sparse)
+    written, tuning = torch.tensor([299]), Tuning(4, 32, 4, 2)
+    computed = Step.run(problem, built(problem, 299), written, tuning)
+    monkeypatch.setattr(tunings, "LISTED_ROWS", 1)
+    dealt = Step.run(problem, built(problem, 299), written, tuning)
+    assert "luck" in dealt.scratch
+    assert "luck" not in computed.scratch
+    for name in ("bins", "histogram", "chosen_list"):
+        assert torch.equal(dealt.scratch[name], computed.scratch[name]), name
+    assert torch.equal(dealt.output, computed.output)
 
 
 def test_tokens_that_are_drawn_stand_for_those_that_are_not():

@@ -42,7 +42,9 @@ class Steps:
 
     @property
     def header(self):
-        return int(self.index.parts.header[0])
+        """Trust in the index, 0 if one of its rows is lost."""
+        trust, *ends = self.index.parts.header.tolist()
+        return trust if min(ends) >= 0 else 0
 
     def step(self, *positions, key=None):
         """Write `key`, or a random one, to a slot of each row, and attend."""
@@ -123,11 +125,31 @@ def test_steps_rewinds_and_refits_raise_no_alarm(policy, flat_tokens, dtype):
     steps = Steps(policy, flat_tokens, dtype, batch=2)
     random = torch.Generator().manual_seed(0)
     odd = [None, torch.nan, torch.inf, -0.0, 6e4, 1e-30]
+    ends = [200, 200]
     for number in range(7):
-        ends = torch.randint(0, 200, (2,), generator=random).tolist()
+        back = torch.randint(-1, 30, (2,), generator=random).tolist()
+        ends = [end - 1 - each for end, each in zip(ends, back, strict=True)]
         value = odd[number % len(odd)]
         key = None if value is None else torch.full((2, 16), value).to(steps.problem.key.dtype)
         steps.step(*ends, key=key)
+        ends = [end + 1 for end in ends]
         assert steps.header == 1
         if number == 5:
-            steps.index.refit(steps.module, steps.problem.key, [200, 200])
+            steps.index.refit(steps.module, steps.problem.key, ends)
+
+
+@WAYS
+def test_a_row_that_goes_on_behind_its_end_is_lost(policy, flat_tokens):
+    """Somebody else has written what lies between, be it the same keys as before."""
+    steps = Steps(policy, flat_tokens, batch=2)
+    steps.step(120, END)
+    steps.step(160, END + 1)
+    assert steps.index.parts.header.tolist() == [1, ~161, END + 2]
+    steps.step(161, END + 2)  # it is lost until the host has indexed it
+    assert steps.index.parts.header.tolist() == [1, ~162, END + 3]
+    other = steps.method.new_index(steps.index.layout.resized(steps.index.layout.slots, 1), "cpu")
+    other.build(steps.module, steps.problem.key[:1], [162])
+    steps.index.take_row(0, other)
+    assert steps.index.parts.header.tolist() == [1, 162, END + 3]
+    steps.step(162, END + 3)
+    assert steps.header == 1

@@ -11,9 +11,10 @@ from lychee_compile import functional
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.attention import attend, dense_attention
-from lychee_compile.kernels.reference.decode_drawing import draw, salt_of
+from lychee_compile.kernels.reference.decode_drawing import draw, luck_at, salt_of
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import select
+from lychee_compile.kernels.sizes import LUCKIEST
 from lychee_compile.options import OptionError, Options
 
 CONFIG = IndexConfig(budget=64, sinks=2, recent=16, chunk=(4, 8), draw=True)
@@ -48,6 +49,16 @@ def test_sums_over_what_is_drawn_are_those_over_all_on_average():
     largest = rank.flatten().argsort(descending=True)
     assert (counts[largest[:15]] == 300).all(), "large shares are always read"
     assert (counts[largest[60:120]] > 0).all(), "small ones are read now and then"
+
+
+def test_each_luck_is_as_frequent_as_it_is_probable():
+    luck = luck_at(torch.arange(2**16) + 12345).long()
+    for bins in range(LUCKIEST + 1):
+        frequency = (luck >= bins).float().mean()
+        assert abs(frequency - 2 ** (-bins / 8)) < 2**-15
+    other = luck_at(torch.arange(2**16) + 12346 + 5).long()
+    together = ((luck >= 8) & (other >= 8)).float().mean()
+    assert abs(together - 0.25) < 0.01, "neighbours are lucky apart"
 
 
 def test_what_fits_is_read_as_it_is():

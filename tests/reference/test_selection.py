@@ -25,6 +25,7 @@ from strategies import (
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.index import KVIndex
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection, select
@@ -170,6 +171,17 @@ def test_a_row_chooses_whatever_is_in_the_others(case, seed):
         mixed = others.clone()
         mixed[row] = key[row]
         assert torch.equal(case.with_keys(mixed).select().token_mask()[row], read[row])
+
+
+def test_a_budget_that_is_always_read_leaves_no_room_to_choose():
+    config = IndexConfig(budget=6, sinks=2, recent=4, chunk=(1, 2), flat_tokens=0)
+    key, query = random(0, 1, 2, 60, 16), random(1, 1, 4, 1, 16)
+    index = make_index(1, 2, 16, config, key.device)
+    index.extend(key, torch.tensor([60]))
+    index.complete(key)
+    read = select(index, ScoreInputs(query, key, 60, None, 0.25), 6).token_mask()
+    slot = torch.arange(60)
+    assert torch.equal(read[0, 0, 0], (slot < 2) | (slot >= 56))
 
 
 def oracle_case(budget, seed):

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lychee_compile.kernels.gpu import lifecycle, owners
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.common.index import REFIT
-from lychee_compile.kernels.gpu.lifecycle import MOST_CALLS_TO_WAIT, WORTHWHILE, CacheUse
+from lychee_compile.kernels.gpu.lifecycle import MOST_CALLS_TO_WAIT, WORTHWHILE
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
 from lychee_compile.kernels.gpu.lychee import method
 from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SketchIndex
@@ -88,6 +89,55 @@ def test_an_index_is_built_up_to_what_the_first_step_has_written(calls: Calls) -
     assert calls == [("build", 70)]
     assert upkeep.tensor is upkeep.index.state
     assert upkeep.tensor.shape == (LAYOUT.size,)
+
+
+def test_an_index_is_built_before_the_first_step_if_the_cache_tells_its_end(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter([70, None, None])
+    monkeypatch.setattr(lifecycle, "filled_slots", lambda cache: next(told))
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
+    upkeep.before_call(KEY, use(), ())
+    assert upkeep.trusted
+    stepped(upkeep, 71)
+    upkeep.distrust()
+    upkeep.before_call(KEY, use(), ())
+    assert calls.rows["build"] == [[70, 70]]
+
+
+def rows_lost(upkeep: StaticCacheIndex, row: int) -> None:
+    upkeep.forget(torch.tensor([2000 if each != row else 5 for each in range(2)]))
+
+
+def test_a_lost_row_is_indexed_alone_and_waits_if_it_is_lost_again(calls: Calls) -> None:
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
+    stepped(upkeep, 70)
+    header = upkeep.index.parts.header
+    for wait in (1, 3, 7):
+        rows_lost(upkeep, 1)
+        assert header.tolist()[1] >= 0 > header.tolist()[2]
+        waited = 0
+        while int(header[2]) < 0:
+            upkeep.after_call(KEY, use())
+            upkeep.before_call(KEY, use(), ())
+            waited += 1
+        assert waited == wait + 1
+        assert calls[-1][0] == "build"
+    assert upkeep.trusted
+    assert [len(ends) for ends in calls.rows["build"]] == [2, 1, 1, 1]
+
+
+def test_an_index_whose_rows_are_all_lost_is_lost(calls: Calls) -> None:
+    upkeep = StaticCacheIndex(LAYOUT, KEY.device)
+    stepped(upkeep, 70)
+    upkeep.forget(torch.tensor([5, 5]))
+    upkeep.after_call(KEY, use())
+    upkeep.before_call(KEY, use(), ())
+    assert not upkeep.trusted
+    stepped(upkeep, 72)
+    stepped(upkeep, 73)
+    assert upkeep.trusted
+    assert calls.rows["build"] == [[70, 70], [73, 73]]
 
 
 def test_what_only_reads_is_indexed_as_a_whole(calls: Calls) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from lychee_compile.kernels import out_of_memory
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lifecycle import CacheUse, IndexLifecycle
+from lychee_compile.kernels.gpu.cache_use import CacheUse
+from lychee_compile.kernels.gpu.lifecycle import IndexLifecycle
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.kernels.operators.cache_index import CacheIndex, CacheWrite

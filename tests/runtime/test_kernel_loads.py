@@ -14,7 +14,6 @@ from stored_caches import FORMS, Sizes, scaled
 from torch import Tensor
 
 import lychee_compile
-from lychee_compile.kernels.gpu import lifecycle
 
 triton_interpreter.use()
 pytestmark = [
@@ -82,23 +81,30 @@ def give_pages_to_another_row(held: list[Tensor]) -> None:
     held[4][0, 2:4] = held[4][1, 2:4].clone()
 
 
+def write_the_cache(held: list[Tensor]) -> None:
+    held[0][1, :, 20:30] -= 3
+
+
 @pytest.mark.parametrize(
-    ("name", "spoil"),
-    [("scale per token", spoil_scales), ("pages of rows", give_pages_to_another_row)],
+    ("name", "spoil", "spoilt"),
+    [
+        ("scale per token", spoil_scales, 1),
+        ("scale per token", write_the_cache, 1),
+        ("pages of rows", give_pages_to_another_row, 0),
+    ],
 )
-def test_all_keys_are_read_once_one_has_changed(
-    name: str, spoil: Callable[[list[Tensor]], None], monkeypatch: pytest.MonkeyPatch
+def test_a_row_is_read_whole_once_one_of_its_keys_has_changed(
+    name: str, spoil: Callable[[list[Tensor]], None], spoilt: int
 ) -> None:
-    """No version of the cache itself tells of the change: all keys are compared."""
-    monkeypatch.setattr(lifecycle, "LOOK", 1)  # the host looks at every call
+    """The other row keeps its index."""
     steps = Steps(name).fill()
     assert_exact(steps.step())
-    steps.assert_sparse(2)
+    steps.assert_sparse(9)
     spoil(steps.held)
-    assert_exact(steps.step())
-    for _ in range(3):  # the host learns of it, and the index is built anew
-        steps.step()
-    steps.assert_sparse(1)
+    step, whole = steps.step(), [spoilt]
+    assert_exact((step[0][whole], step[1][whole]))
+    assert_sparse(tuple(each[[1 - spoilt]] for each in step), steps.cache)
+    steps.assert_sparse(3)  # the host has learnt of it, and has indexed the row anew
 
 
 def test_a_table_may_list_new_pages() -> None:

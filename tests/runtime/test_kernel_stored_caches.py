@@ -68,7 +68,7 @@ def test_rows_are_written_at_positions_of_their_own() -> None:
 
     cache, step = Cache(batch=2).fill(100), compiled(apart)
     for number in range(4):
-        positions = torch.tensor([[100 + number], [70 + 2 * number]])
+        positions = torch.tensor([[100 + number], [70 + number]])
         query = torch.randn(2, 4, 1, 16)
         new = cache.fresh(1), torch.stack([torch.eye(SIZE)[row] for row in positions])[:, None]
         new = new[0], new[1].expand(-1, 2, -1, -1)

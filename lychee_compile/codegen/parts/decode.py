@@ -16,10 +16,18 @@ STAGES = ("choose", "attend")
 """Kernels that decode/attend.py.jinja becomes."""
 NOTING = ("note_heads", "note_small", "note_mass", "note_left_out")
 """Functions of `triton_lib/mass.py` that add up the mass of items. Lists need the last one."""
-DRAWING = ("luck_of", "salt_of", "priorities", "drawn_items", "lift_of")
+DRAWING = (
+    "luck_of_number",
+    "luck_at",
+    "salt_of",
+    "deal_table",
+    "priorities",
+    "drawn_items",
+    "lift_of",
+)
 """Functions of `triton_lib/drawing.py` by which a step draws tokens."""
 _OWN_ITEMS = 2048
-"""Upper bound of the items that a program of `choose_by_bin` has."""
+"""Upper bound of the items that a program chooses from at a time."""
 
 
 def emit_constants(spec: AttentionSpec) -> str:
@@ -46,6 +54,7 @@ def emit_fingerprints(spec: AttentionSpec) -> list[str]:
     when a table or a scale does.
     """
     return [
+        *library("trust", "lose_row", "move_end"),
         *library("fingerprints", "fingerprint", "changed_keys"),
         fill("decode/check_sample.py.jinja", spec),
         *([] if spec.keys is None else [fill("decode/compare_keys.py.jinja", spec)]),
@@ -56,12 +65,13 @@ def emit_bins(
     spec: AttentionSpec,
     sparse: SparseSpec,
     counts: bool = True,
+    by_bin: bool = True,
     noting: Sequence[str] = NOTING,
 ) -> list[str]:
     """Return functions that put shares of the softmax into bins, and choose by these.
 
-    Without `counts` there is no `count_bins`. A policy that does not use all functions by which the
-    mass of items is noted names those that it does.
+    Without `counts` there is no `count_bins`, and without `by_bin` no `choose_by_bin`. A policy
+    that does not use all functions by which the mass of items is noted names those that it does.
     """
     fits_32 = sparse.overfetch * sparse.budget * _OWN_ITEMS < 2**31
     return [
@@ -70,7 +80,7 @@ def emit_bins(
         *(_emit_mass(spec, noting) if sparse.coverage is not None else []),
         fill("decode/fresh_seen.py.jinja", spec),
         fill("decode/due.py.jinja", spec, fits_32=fits_32),
-        *library("bins", "choose_by_bin"),
+        *library("bins", *(["choose_by_bin"] if by_bin else []), "choose_of_sixteens"),
         *(library("drawing", *DRAWING) if sparse.draws else []),
     ]
 

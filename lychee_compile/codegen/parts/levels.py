@@ -64,7 +64,16 @@ def emit_levels(spec: AttentionSpec, stack: LevelStack) -> list[str]:
     return [
         _constants(spec, stack, sparse),
         *(library("bins", "shares_of") if stack.levels else []),
-        *emit_bins(spec, sparse, counts=bool(stack.levels) and kind != "chunks", noting=noting),
+        *emit_bins(
+            spec,
+            sparse,
+            counts=bool(stack.levels) and kind != "chunks",
+            by_bin=any(
+                _is_listed(stack, number) and _kind(level) == "pages"
+                for number, level in enumerate(stack.levels)
+            ),
+            noting=noting,
+        ),
         *(library(*_OF_KIND[kind]) if lists else []),
         *(library("levels", "unread_before") if kind == "chunks" and not sees_range(spec) else []),
         emit_always_read(spec, sparse, unread, more="" if kind == "pages" else ", unread"),

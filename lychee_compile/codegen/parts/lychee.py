@@ -16,7 +16,7 @@ from lychee_compile.codegen.parts.sketches import (
     emit_listed_sketches,
     emit_page_sketches,
     emit_sketches,
-    weight_places,
+    weight_columns,
 )
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import KV, AttentionSpec, H, S, SparseSpec
@@ -58,7 +58,8 @@ def emit_lychee(spec: AttentionSpec) -> list[str]:
     noting = ["note_heads", "note_small", *(["note_left_out"] if paged else [])]
     return [
         _constants(spec, sparse, paged),
-        *emit_bins(spec, sparse, noting=noting),
+        *emit_bins(spec, sparse, counts=narrows(spec), by_bin=paged, noting=noting),
+        *library("counts", "no_counts", "count_items", "add_counts"),
         emit_always_read(spec, sparse, unread="fresh"),
         *emit_fingerprints(spec),
         _query_weights(spec, paged),
@@ -133,7 +134,7 @@ def _constants(spec: AttentionSpec, sparse: SparseSpec, paged: bool) -> str:
         fine_columns=power_of_two(plane_bytes(fine), 16),
         coarse_bytes=plane_bytes(coarse),
         coarse_columns=power_of_two(plane_bytes(coarse), 16),
-        weight_columns=power_of_two(weight_places(spec.head_dim), 16),
+        weight_columns=weight_columns(spec.head_dim),
         page_step=PAGE_STEP,
         page_zero=PAGE_MIDDLE,
         scale=float(spec.score.diff(S).subs(S, 0)),

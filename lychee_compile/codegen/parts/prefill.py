@@ -60,7 +60,11 @@ def emit_prefill(spec: AttentionSpec) -> list[str]:
         fill("prefill/edges.py.jinja", spec),
         *library("prefill", "load_edges"),
         fill("prefill/seen_by.py.jinja", spec),
-        *(library("drawing", "luck_of", "deal_luck", "lift_of") if votes.draws else []),
+        *(
+            library("drawing", "luck_of_number", "luck_of", "deal_luck", "lift_of")
+            if votes.draws
+            else []
+        ),
         fill("prefill/summarise_queries.py.jinja", spec, draws=votes.draws),
         fill("prefill/scan.py.jinja", spec, draws=votes.draws),
         *library("prefill", "bins_between", "room_for", "cut_of", "counted"),

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lychee_compile.codegen.parts.pair_products import PACK, pair_constraints, pair_instructions
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec
 from lychee_compile.kernels.gpu.lychee.layout import Field, plane_bytes, planes
+from lychee_compile.kernels.sizes import power_of_two
 
-HELD_WORDS = 64
-"""Most words of weights that the registers of each thread hold, for all of its tokens."""
+MOST_PAIRED = 8
+"""Most heads of a group whose products tensor cores compute, two heads at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Operand:
     """Place of the word of their weights among those of a head."""
 
 
-def _operands(sketches: Sequence[Plane]) -> list[Operand]:
+def operands_of(sketches: Sequence[Plane]) -> list[Operand]:
     """Return the operands of the products of a head."""
     return [
         Operand(
@@ -84,10 +86,15 @@ def planes_of(head_dim: int) -> tuple[Plane, ...]:
     return Plane("fine", fine, 0), Plane("coarse", coarse, 2 * plane_bytes(fine))
 
 
-def weight_places(head_dim: int) -> int:
+def _weight_places(head_dim: int) -> int:
     """Return the number of weights of a head, those of padding included."""
     fine, coarse = planes(head_dim)
     return 2 * plane_bytes(fine) + 4 * plane_bytes(coarse)
+
+
+def weight_columns(head_dim: int) -> int:
+    """Return the number of weights of a head, padded."""
+    return power_of_two(_weight_places(head_dim), 16)
 
 
 def emit_sketches(spec: AttentionSpec) -> list[str]:
@@ -108,13 +115,21 @@ def emit_listed_sketches(spec: AttentionSpec) -> list[str]:
 
 def _scores(spec: AttentionSpec, sketches: Sequence[Plane], of: str | None, kind: str) -> list[str]:
     """Return the functions that load sketches, unless `of` is None, and those that score them."""
-    operands = _operands(sketches)
+    operands = operands_of(sketches)
+    words = [word for plane in sketches for word in plane.word_names]
     values = {
         "kind": kind,
         "planes": sketches,
-        "words": [word for plane in sketches for word in plane.word_names],
+        "words": words,
         "operands": operands,
-        "held": kind != "listed" and spec.group * len(operands) <= HELD_WORDS,
+        "paired": kind != "listed" and spec.group <= MOST_PAIRED,
+        "instructions": pair_instructions(
+            [(words.index(each.word), each) for each in operands],
+            len(words),
+            weight_columns(spec.head_dim),
+        ),
+        "constraints": pair_constraints(len(words)),
+        "pack": PACK,
     }
     loads = [] if of is None else [fill("lychee/load_sketches.py.jinja", spec, of=of, **values)]
     scores = [fill(f"lychee/{each}.py.jinja", spec, **values) for each in ("products", "shares")]

@@ -23,7 +23,7 @@ def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
-    fresh = tl.load(header + 1 + b)
+    fresh = tl.maximum(tl.load(header + 1 + b), 0)
     if written > 0:
         fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh
@@ -107,6 +107,22 @@ def choose_by_bin(entry, cut, left, at_cut):
     kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
     through = tl.cumsum(kind, 0)
     total = tl.max(through, 0)
+    ours = due(left, total & 65535, at_cut)
+    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
+    return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
+
+
+@triton.jit
+def choose_of_sixteens(entry, cut, left, at_cut):
+    """Do what `choose_by_bin` does for bins [N, 16], in the order of rows.
+
+    A thread has whole rows and adds them up alone, before threads add up what each has.
+    """
+    kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
+    own = tl.sum(kind, 1)
+    after = tl.cumsum(own, 0)
+    total = tl.max(after, 0)
+    through = (after - own)[:, None] + tl.cumsum(kind, 1)
     ours = due(left, total & 65535, at_cut)
     chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
     return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours

@@ -75,6 +75,8 @@ TURN: tl.constexpr
 """Chosen pages of one block whose tokens are scored at a time."""
 IN_REGISTERS: tl.constexpr
 """True if inline PTX can be used, which Triton's interpreter does not know."""
+IN_SHARED: tl.constexpr
+"""True if inline PTX counts bins in shared memory."""
 IN_WORDS: tl.constexpr
 """True if codes are multiplied four at a time, as the bytes of words."""
 

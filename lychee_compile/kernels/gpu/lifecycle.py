@@ -19,33 +19,36 @@ of evidence that somebody else has written a cache. The registry keeps the versi
 tensor, and calls `distrust` if it moved. Kernels compare keys with their fingerprints: they take
 the trust in the header away at once, and the host, which looks at the header now and then, learns
 of it later.
+
+A row can be lost alone. Kernels note that in its number of the header, and read all its keys until
+the host has indexed this row anew. The other rows keep their index.
 """
 
 from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.gpu.async_read import AsyncRead
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
-from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.record import compare_keys
-from lychee_compile.kernels.gpu.methods import notices_writes, settings_of
-from lychee_compile.kernels.host_memory import near
+from lychee_compile.kernels.gpu.lost_rows import MOST_CALLS_TO_WAIT, LostRows
+from lychee_compile.kernels.gpu.methods import new_index, notices_writes
+from lychee_compile.kernels.host_memory import filled_slots, near
 from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
+from lychee_compile.kernels.reference.loaded_tensor import row_of
 from lychee_compile.kernels.trust import Trust
 
 WORTHWHILE = 32
 """Number of sparse calls that pay for building an index: one lost sooner waits longer next time."""
-MOST_CALLS_TO_WAIT = 1023
-"""Largest number of calls that a cache has to stay ours before its index is built."""
 REFIT_STRIDE = 37
 """Distance, in calls, between the first refits of caches that were created one after the other,
 modulo half an interval between refits. The number is prime, so that caches as many as half an
@@ -55,38 +58,6 @@ interval has calls are refitted in different calls, unless 37 divides it."""
 LOOK, LOOK_INFERENCE = 64, 16
 """Number of calls after which the host looks if kernels took trust away. For a cache that is an
 inference tensor, of which PyTorch counts no versions, it looks more often."""
-
-
-@dataclass(frozen=True)
-class CacheUse:
-    """Use that one graph makes of a key cache with a GPU index."""
-
-    kernel: str
-    """Name of the generated module that attends to the cache."""
-    keys: Callable[..., Tensor]
-    """Views the cache as keys [B, Hkv, L, D]. If keys are computed from more tensors, these are
-    further arguments."""
-    written: int
-    """Number of tokens that a call writes; 0 if the graph only reads."""
-    layout: IndexLayout | None
-    """Layout of the index; None if the size of the cache is known only when the graph is called."""
-    policy: str
-    """Name of the policy whose kernels read the index."""
-    measured: bool = False
-    """True if the index has parts that certificates alone need."""
-
-    @property
-    def kind(self) -> Hashable:
-        """Layout, or else policy, settings and if sketches are measured, if they are.
-
-        Graphs that share an index have the same kind.
-        """
-        if self.layout is not None:
-            return self.layout
-        if self.measured:
-            return self.policy, "measured"
-        settings = settings_of(self.kernel)
-        return self.policy if settings is None else (self.policy, settings)
 
 
 class IndexLifecycle(ABC):
@@ -112,10 +83,15 @@ class IndexLifecycle(ABC):
         """Number of the call at which the header is read next, if no refit is due sooner."""
         self._sound_calls = 0
         """Number of calls after which the index was last known to be trusted by kernels."""
-        self._header_read: _AsyncRead | None = None
+        self._header_read: AsyncRead | None = None
         """The header on its way from the device."""
         self._changed = False
         """True if all keys are to be compared before the next call."""
+        self._suspect = False
+        """True if the header is to be read after the next call: rows may have been lost."""
+        self._lost = LostRows()
+        self._compares = False
+        """True if kernels can compare all keys with what was indexed."""
 
     @property
     def trusted(self) -> bool:
@@ -128,8 +104,14 @@ class IndexLifecycle(ABC):
         return self.index is None or notices_writes(self.index.layout.policy)
 
     def distrust(self) -> None:
-        """Read all keys until the index is built anew: somebody else may have written the cache."""
-        self._lose(self._calls)
+        """Read all keys until the index is built anew: somebody else may have written the cache.
+
+        If kernels can compare all keys before the next call, only rows that have changed are lost.
+        """
+        if self.trusted and self._compares:
+            self.recheck()
+        else:
+            self._lose(self._calls)
 
     def _lose(self, calls: int) -> None:
         """Distrust an index that was of use for so many calls."""
@@ -144,19 +126,36 @@ class IndexLifecycle(ABC):
         """Compare all keys before the next call: what they are computed from has changed."""
         self._changed = self.trusted
 
-    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
-        """Let the device compare all keys if something beside `cache` has changed.
+    def forget(self, first: Tensor) -> None:
+        """Distrust each row that has indexed a key in the slot `first` [b], int64 [B], or later.
 
-        `beside` are the other tensors, and then the sizes, that keys are computed from. If a key
-        has changed, kernels read all keys from now on, and the host learns of it after the call.
+        Its keys lie in other pages from there on.
         """
+        if self.trusted and self.index is not None:
+            self.index.lose_rows(first)
+            self._suspect, self._sound_calls = True, self._calls
+
+    def before_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
+        """Let the device compare all keys if what they are computed from has changed.
+
+        Build the index of a new cache if the host knows how many slots of it hold keys.
+
+        `beside` are the tensors beside `cache`, and then the sizes, that keys are computed from.
+        Kernels read all keys of a row of which one has changed, and the host learns of it after the
+        call. A row that was lost before is indexed first.
+        """
+        if self._header_read is not None:
+            with torch.cuda.device_of(cache):
+                self._work(cache, use, beside)
+        elif self.trust is Trust.DISTRUSTED and self._calls_to_wait == 0 and use.written:
+            self._build_first(cache, use, beside)
         changed, self._changed = self._changed, False
         if changed and self.trusted and self.index is not None:
             parts = self.index.parts._asdict()
             with torch.cuda.device_of(cache):
                 key = use.keys(cache, *beside)
                 compare_keys(load(use.kernel), key, parts["header"], parts["fingerprints"])
-            self._next_look = self._calls + 1
+            self._suspect, self._sound_calls = True, self._calls
 
     def after_call(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int] = ()) -> None:
         """Build or refit the index if that is due, now that a graph has run on `cache`.
@@ -164,8 +163,11 @@ class IndexLifecycle(ABC):
         `beside` are the other tensors, and then the sizes, that keys are computed from.
         """
         self._calls += 1
+        if self._header_read is not None:
+            self._header_read.written += use.written
         if self.trust is Trust.TRUSTED:
-            due = self._header_read is not None or self._calls >= self._next_look
+            looks = self._suspect or self._calls >= self._next_look
+            due = self._header_read is not None or looks
         else:
             due = self.trust is Trust.DISTRUSTED and self._calls > self._calls_to_wait
         if due:
@@ -175,7 +177,7 @@ class IndexLifecycle(ABC):
     def delay_build(self) -> None:
         """Build the index only if a second call comes, and distrust an index that exists."""
         if self.trusted:
-            self.distrust()
+            self._lose(self._calls)
         self._calls_to_wait = max(self._calls_to_wait, 1)
 
     def give_up(self) -> None:
@@ -208,16 +210,32 @@ class IndexLifecycle(ABC):
             elif self._header_read is not None:
                 self._look(cache, use, shown, self._header_read)
             elif self.index is not None:
-                self._header_read = _AsyncRead(self.index.parts.header, self._calls)
+                self._suspect = False
+                self._header_read = AsyncRead(self.index.parts.header, self._calls)
         except torch.OutOfMemoryError:
             self.give_up()
         except BaseException:
             self._revoke()
             raise
 
-    def _build(self, key: Tensor, use: CacheUse) -> None:
+    def _build_first(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
+        """Build the index before a call, so that it need not read all of a cache on the host."""
+        end = filled_slots(cache)
+        if end is None:
+            return
+        try:
+            with torch.cuda.device_of(cache):
+                key = use.keys(cache, *beside)
+                self._build(key, use, [min(end, key.shape[2])] * key.shape[0])
+                self._plan_look(cache)
+        except torch.OutOfMemoryError:
+            self.give_up()
+
+    def _build(self, key: Tensor, use: CacheUse, ends: Sequence[int] | None = None) -> None:
+        """Build the index up to `ends`, or to where the last call has left each row."""
         # A graph that only reads does not know which slots hold keys. Indexing all does no harm.
-        ends = self._ends(key) if use.written else [key.shape[2]] * key.shape[0]
+        if ends is None:
+            ends = self._ends(key) if use.written else [key.shape[2]] * key.shape[0]
         with indexing(key, max(ends)):
             self.index = self._index_for(key, use)
             self.index.build(load(use.kernel), near(key), ends)
@@ -227,6 +245,8 @@ class IndexLifecycle(ABC):
         # The layers of a model are built in the same call, and refitted in different ones.
         self._next_refit = after + self._turn * REFIT_STRIDE % max(after // 2, 1)
         self._sound_calls = 0
+        self._lost, self._suspect = LostRows(), False
+        self._compares = hasattr(load(use.kernel), "compare_keys")
 
     def _plan_look(self, cache: Tensor) -> None:
         """Decide at which call the header is read next."""
@@ -236,30 +256,57 @@ class IndexLifecycle(ABC):
             # Layers look in different calls.
             look = self._calls + every - (self._calls + self._turn) % every
             self._next_look = min(look, self._next_refit)
+        lost = self._lost.next_due
+        if lost is not None:
+            self._next_look = min(self._next_look, lost)
 
     def _look(
         self,
         cache: Tensor,
         use: CacheUse,
         shown: Callable[[], Tensor],
-        header_read: _AsyncRead,
+        header_read: AsyncRead,
     ) -> None:
-        """Distrust or refit the index by its header, once that has arrived."""
-        header_read.written += use.written
+        """Distrust, mend or refit the index by its header, once that has arrived."""
         if not header_read.has_arrived():
             return
         self._header_read = None
         trust, *ends = header_read.values()
-        if trust != 1:
+        key = shown() if min(ends) < 0 or header_read.calls >= self._next_refit else None
+        rows = ends if key is None else ends[: key.shape[0]]
+        if trust != 1 or max(rows) < 0:
             self._lose(self._sound_calls)
             return
         self._sound_calls = header_read.calls
-        if header_read.calls >= self._next_refit:
-            key = shown()
-            self._refit(key, use, ends[: key.shape[0]], header_read.written)
+        if key is not None:
+            lost = [row for row, end in enumerate(rows) if end < 0]
+            seen = [end if end >= 0 else ~end for end in rows]
+            self._mend(key, use, lost, seen, header_read.written)
+            if header_read.calls >= self._next_refit:
+                self._refit(key, use, seen, header_read.written)
         self._plan_look(cache)
 
-    def _refit(self, key: Tensor, use: CacheUse, seen: list[int], written: int) -> None:
+    def _mend(
+        self, key: Tensor, use: CacheUse, lost: Sequence[int], seen: Sequence[int], written: int
+    ) -> None:
+        """Index the lost rows anew; `seen` are the ends of rows, `written` tokens ago at most.
+
+        A row that has moved on further since is noticed by kernels at its next step.
+        """
+        assert self.index is not None
+        module, layout = load(use.kernel), self.index.layout
+        for row in self._lost.ready(lost, self._calls):
+            end = min(seen[row] + written, key.shape[2])
+            mine = row_of(key, row)
+            with indexing(mine, end):
+                alone = new_index(layout.resized(layout.slots, 1), self.index.state.device)
+                alone.build(module, near(mine), [end])
+                self.index.take_row(row, alone)
+            self._fitted = [end if at == row else each for at, each in enumerate(self._fitted)]
+            after = self._refit_after([end], use)
+            self._next_refit = min(self._next_refit, self._calls + after)
+
+    def _refit(self, key: Tensor, use: CacheUse, seen: Sequence[int], written: int) -> None:
         """Fit the newest block anew; `seen` are the ends of rows, `written` tokens ago at most."""
         assert self.index is not None
         ends = [min(end + written, key.shape[2]) for end in seen]
@@ -276,31 +323,6 @@ class IndexLifecycle(ABC):
         assert self.index is not None
         soonest = min(self.index.refit_after(max(end, 1)) for end in ends)
         return -(-soonest // max(use.written, 1))
-
-
-class _AsyncRead:
-    """A copy of numbers from the device to the host that nobody waits for."""
-
-    def __init__(self, numbers: Tensor, calls: int) -> None:
-        self.calls = calls
-        """Number of the call after which the copy began."""
-        self.written = 0
-        """Largest number of tokens written since the copy began."""
-        self._host = torch.empty(
-            numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=numbers.is_cuda
-        )
-        self._host.copy_(numbers, non_blocking=True)
-        self._event = torch.cuda.Event() if numbers.is_cuda else None
-        if self._event is not None:
-            self._event.record()
-
-    def has_arrived(self) -> bool:
-        """True if the numbers can be read."""
-        return self._event is None or self._event.query()
-
-    def values(self) -> list[int]:
-        """Return the numbers."""
-        return self._host.tolist()
 
 
 _turns = itertools.count()

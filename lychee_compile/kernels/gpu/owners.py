@@ -12,9 +12,10 @@ import weakref
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
-from lychee_compile.kernels.gpu.common.layout import IndexLayout, roomy
-from lychee_compile.kernels.gpu.lifecycle import CacheUse, IndexLifecycle
+from lychee_compile.kernels.gpu.common.layout import IndexLayout, roomy, row_ends
+from lychee_compile.kernels.gpu.lifecycle import IndexLifecycle
 from lychee_compile.kernels.gpu.methods import layout_for, new_index
 from lychee_compile.kernels.handles import new_handle
 
@@ -36,7 +37,7 @@ class StaticCacheIndex(IndexLifecycle):
         return self.index
 
     def _ends(self, key: Tensor) -> list[int]:
-        written = self.index.parts.header[1 : 1 + key.shape[0]].tolist()
+        written = row_ends(self.index.parts.header, key.shape[0]).tolist()
         return [min(end, key.shape[2]) for end in written]
 
 

@@ -14,13 +14,17 @@ from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import ran_out, warn_of_memory
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.fingerprints import fingerprints
+from lychee_compile.kernels.reference.loaded_tensor import row_of
 from lychee_compile.kernels.trust import Trust
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = 16
-"""Number of indexed keys that every step compares with their fingerprints, other keys each time.
-Finds a write that left no trace in the tensor's version, as one through `.data` or a raw kernel."""
+"""Least number of indexed keys of a row that every step compares with their fingerprints, other
+keys each time. So a write is found that left no trace in the tensor's version, as one through
+`.data` or a raw kernel."""
+LONGEST_STEP = 64
+"""Largest number of new keys of a row that are read together with those of other rows."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ class CacheIndex:
         if self.trust is Trust.TRUSTED:
             self.trust = Trust.DISTRUSTED
 
+    def forget(self, first: Tensor) -> None:
+        """Forget the keys of each row from the slot `first` [b], int64 [B], on: they have moved."""
+        if self.trust is not Trust.GIVEN_UP and len(first) == len(self.known):
+            self._forget(first)
+
     def update(self, key: Tensor, write: CacheWrite, build: bool) -> None:
         """Follow a write to the cache `key` [B, Hkv, L, D].
 
@@ -143,10 +152,7 @@ class CacheIndex:
         """Take fingerprints at `positions`, int64 [B, T], anew where `replaced`, bool [B, T]."""
         if not bool(replaced.any()):
             return
-        wide = positions[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
-        row, place = replaced.nonzero(as_tuple=True)
-        taken = fingerprints(key.gather(2, wide))
-        self.fingerprint[row, positions[row, place]] = taken[row, place]
+        self._take(key, positions, replaced)
 
     def _restart(self, first: Tensor, length: int) -> None:
         """Empty the rows that begin before their index does, or begin elsewhere and are empty.
@@ -166,42 +172,63 @@ class CacheIndex:
             self.index.truncate(self.known)
 
     def _fingerprint(self, key: Tensor, end: Tensor) -> None:
-        """Take the fingerprints of the keys from the last known one to `end`, int64 [B]."""
-        due = self.known < end
-        if not bool(due.any()):
+        """Take the fingerprints of the keys from the last known one to `end`, int64 [B].
+
+        Rows that have few new keys may have them at very different places.
+        """
+        count = end - self.known
+        if not bool((count > 0).any()):
             return
-        begin, last = int(self.known[due].min()), int(end.max())
-        if last > self.fingerprint.shape[1]:
-            room = max(last, min(key.shape[2], self.fingerprint.shape[1] * 3 // 2))
-            self.fingerprint = F.pad(self.fingerprint, (0, room - self.fingerprint.shape[1]))
-        position = torch.arange(begin, last, device=key.device)
-        fresh = (position >= self.known[:, None]) & (position < end[:, None])
-        old = self.fingerprint[:, begin:last]
-        self.fingerprint[:, begin:last] = torch.where(
-            fresh, fingerprints(key[:, :, begin:last]), old
-        )
+        self._reserve(int(end.max()), key.shape[2])
+        few = (count > 0) & (count <= LONGEST_STEP)
+        if bool(few.any()):
+            slot = self.known[:, None] + torch.arange(int(count[few].max()), device=key.device)
+            self._take(key, slot, few[:, None] & (slot < end[:, None]))
+        for row in (count > LONGEST_STEP).nonzero().flatten().tolist():
+            begin, last = int(self.known[row]), int(end[row])
+            keys = row_of(key, row)[:, :, begin:last]
+            self.fingerprint[row, begin:last] = fingerprints(keys)[0]
         self.known = torch.maximum(self.known, end)
 
+    def _reserve(self, last: int, length: int) -> None:
+        """Make room for fingerprints of the first `last` keys of a cache of so many slots."""
+        room = self.fingerprint.shape[1]
+        if last > room:
+            more = max(last, min(length, room * 3 // 2)) - room
+            self.fingerprint = F.pad(self.fingerprint, (0, more))
+
+    def _take(self, key: Tensor, slot: Tensor, wanted: Tensor) -> None:
+        """Take fingerprints at `slot`, int64 [B, T], anew where `wanted`, bool [B, T]."""
+        taken = fingerprints(_keys_at(key, torch.where(wanted, slot, 0)))
+        row, place = wanted.nonzero(as_tuple=True)
+        self.fingerprint[row, slot[row, place]] = taken[row, place]
+
     def _sample_differs(self, key: Tensor) -> bool:
-        """True if one of a few known keys differs from its fingerprint."""
-        known = int(self.known.min())
-        if known == 0:
+        """True if one of a few known keys of a row differs from its fingerprint."""
+        if int(self.known.max()) == 0:
             return False
-        step = max(known // SAMPLES, 1)
-        slot = torch.arange(self.updates % step, known, step, device=key.device)
-        return not torch.equal(
-            fingerprints(key.index_select(2, slot)), self.fingerprint.index_select(1, slot)
-        )
+        known = self.known[:, None]
+        step = (known // SAMPLES).clamp(min=1)
+        slot = self.updates % step + step * torch.arange(2 * SAMPLES, device=key.device)
+        wanted = slot < known
+        slot = torch.where(wanted, slot, 0)
+        differs = fingerprints(_keys_at(key, slot)) != self.fingerprint.gather(1, slot)
+        return bool((differs & wanted).any())
 
     def _compare(self, key: Tensor) -> None:
         """Compare every known key. Each row forgets its keys from the first difference on."""
-        last = min(int(self.known.max()), key.shape[2])
-        if last == 0:
-            return
-        position = torch.arange(last, device=key.device)
-        differs = fingerprints(key[:, :, :last]) != self.fingerprint[:, :last]
-        differs &= position < self.known[:, None]
-        agreed = torch.where(differs.any(1), differs.to(torch.uint8).argmax(1), self.known)
+        agreed = self.known.clamp(max=key.shape[2])
+        for row in agreed.nonzero().flatten().tolist():
+            last = int(agreed[row])
+            found = fingerprints(row_of(key, row)[:, :, :last])[0]
+            differs = found != self.fingerprint[row, :last]
+            if bool(differs.any()):
+                agreed[row] = differs.to(torch.uint8).argmax()
         if bool((agreed < self.known).any()):
             logger.info("cached keys changed from position %d on", int(agreed.min()))
-        self._forget(torch.clamp(agreed, max=last))
+        self._forget(agreed)
+
+
+def _keys_at(key: Tensor, slot: Tensor) -> Tensor:
+    """Return keys [B, Hkv, T, D] of `key` [B, Hkv, L, D], at slots of each row, int64 [B, T]."""
+    return key.gather(2, slot[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))

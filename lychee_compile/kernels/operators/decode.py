@@ -44,13 +44,15 @@ def exact_decode(
     captured: list[Tensor],
     extra: Tensor | None,
     kernel: str,
+    extra_value: Tensor | None = None,
 ) -> Tensor:
     """Attend from `query` [B, Hq, T, D] to all visible `key` [B, Hkv, L, D]: [B, Hq, T, Dv].
 
-    `value` is [B, Hkv, L, Dv]; `extra`, broadcastable to [B, Hq, T], is the logit of a key without
-    a value.
+    `value` is [B, Hkv, L, Dv]; `extra`, broadcastable to [B, Hq, T], is the logit of one more key,
+    and `extra_value`, [B, Hq, T, Dv], its value; None: it has none.
     """
-    return run_exact_kernel(kernel, AttentionOperands(query, key, value, captured, extra))
+    operands = AttentionOperands(query, key, value, captured, extra, extra_value)
+    return run_exact_kernel(kernel, operands)
 
 
 exact_decode.register_fake(fake_output)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.handles import new_handle
 from lychee_compile.kernels.operators.cache_index import CacheIndex
 
@@ -49,6 +49,11 @@ class ReferenceCacheIndex:
     def recheck(self) -> None:
         """Compare the keys before the next use: what they are computed from has changed."""
         self.distrust()
+
+    def forget(self, first: Tensor) -> None:
+        """Forget the keys of each row from the slot `first` [b], int64 [B], on: they have moved."""
+        if self.cache is not None:
+            self.cache.forget(first)
 
     def delay_build(self) -> None:
         """Build the index of a new cache only if a second call comes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,16 @@ from lychee_compile.kernels.reference.visible import with_four_axes
 
 FEW_QUERIES = 16
 """Largest number of query positions over which a mask is repeated rather than keys and values."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attention to some keys, in float32 at least, which can be joined with that to others."""
+
+    mean: Tensor
+    """Weighted mean of the values [B, Hq, Tq, Dv]; zeros for a query that sees none of the keys."""
+    log_sum: Tensor
+    """Log of the sum of the weights [B, Hq, Tq]; -inf for a query that sees none of the keys."""
 
 
 def dense_attention(operands: Operands) -> Tensor:
@@ -72,6 +84,21 @@ def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
     nothing gets zeros, as PyTorch's own attention gives. Computed in float32, or in float64 for
     float64 queries.
     """
+    part, log_read = attend_part(operands, selection)
+    output = part.mean
+    if operands.extra is not None:
+        extra = operands.extra.to(output.dtype)
+        output = _beside_extra(output, part.log_sum, extra, operands.extra_value)
+        log_read = torch.logaddexp(log_read, extra)
+    return output.to(operands.query.dtype), log_read.float()
+
+
+def attend_part(operands: Operands, selection: Selection) -> tuple[Part, Tensor]:
+    """Attend to the selected keys alone, as a part of an attention to more keys.
+
+    Returns the part, in which a token counts as often as the selection says, and the log-sum-exp
+    [B, Hq, Tq] in which each counts once. The extra logit of `operands` takes no part.
+    """
     slot, padding = slots_read(selection)
     work = torch.promote_types(operands.query.dtype, torch.float32)
     score = scores_at(operands.score_inputs, selection.visible, slot, padding, work)
@@ -82,11 +109,7 @@ def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
     nothing = (log_counted == -torch.inf)[..., None]
     output = (score.softmax(-1) @ rows_at(operands.value, slot).to(work)).masked_fill(nothing, 0)
     output, log_read, log_counted = map(_by_query_head, (output, log_read, log_counted))
-    if operands.extra is not None:
-        extra = operands.extra.to(work)
-        output = _beside_extra(output, log_counted, extra, operands.extra_value)
-        log_read = torch.logaddexp(log_read, extra)
-    return output.to(operands.query.dtype), log_read.float()
+    return Part(output, log_counted), log_read
 
 
 def _by_query_head(values: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lychee_compile.kernels.reference.chunk_table import (
 )
 from lychee_compile.kernels.reference.level_values import bound
 from lychee_compile.kernels.reference.question import Choice, Question, Runs
+from lychee_compile.kernels.reference.rows import alike
 from lychee_compile.kernels.reference.runs import packed
 from lychee_compile.kernels.reference.uneven_index import UnevenIndex, empty_columns, with_room
 
@@ -261,7 +262,11 @@ class ChunkIndex(UnevenIndex):
 
     def _find_boundaries(self, key: Tensor, due: Tensor, last: int) -> None:
         """Learn boundary strengths of the rows `due`, bool [B], from their keys up to `last`."""
-        self.strengths.compare_keys(key, max(int(self.compared[due].min()) - 1, 0), last)
+        end = torch.where(due, self.end, self.compared)
+        for row, rows in alike(self.compared, end):
+            first, until = int(self.compared[rows].min()) - 1, int(end[rows].max())
+            self.strengths.compare_keys(key, max(first, 0), until, row)
+        self.strengths.reserve(last)
         self.compared = torch.where(due, torch.maximum(self.compared, self.end), self.compared)
 
     def _changed(self, number: Tensor, used: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 Priority sampling, as in `drawing.py`. Shares are bins of an eighth of an octave, as kernels make
 them. The luck of a token depends on its slot, on the KV head and on the step, so that what one step
-misses another may read.
+misses another may read. Tokens 65,536 apart have the same luck.
 """
 
 from __future__ import annotations
@@ -10,19 +10,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.reference.drawing import log_weight, luck_of
+from lychee_compile.kernels.reference.drawing import log_weight, luck_of_number
 from lychee_compile.kernels.sizes import BINS, LARGEST
 
 LAST_BIN = (127 + LARGEST) * 8
 """Bin of the largest share, counted from the smallest number of float32."""
 SALT = 0x9E3779B1
 """Odd factor by which a salt moves the numbers of slots."""
+MIXERS = ((7, 0x2993), (5, 0xE877), (9, 0x0235))
+"""Shifts and odd factors that mix 16 bits, found by C. Wellons's search (hash16_xm3)."""
 
 
 def salt_of(step: Tensor, kv_heads: int) -> Tensor:
     """Return a number for each KV head at the step `step`, int64 [B]: int64 [B, Hkv, 1, 1]."""
     head = torch.arange(kv_heads, device=step.device)
-    return ((step.long()[:, None] * 64 + head) * SALT & 0xFFFFFFFF)[..., None, None]
+    return ((step.long()[:, None] * 64 + head) * SALT >> 16 & 0xFFFF)[..., None, None]
+
+
+def luck_at(place: Tensor) -> Tensor:
+    """Return how many bins luck raises a token by whose slot and salt add up to `place`: int32.
+
+    Places count modulo 2^16. Their numbers are mixed one to one, so that each luck occurs as often
+    among them as it is probable.
+    """
+    mixed = place.long() & 0xFFFF
+    for shift, factor in MIXERS:
+        mixed = (mixed ^ (mixed >> shift)) * factor & 0xFFFF
+    return luck_of_number(mixed ^ (mixed >> 10))
 
 
 def draw(
@@ -38,7 +52,7 @@ def draw(
     share = rank.float().nan_to_num(nan=torch.inf).exp()
     entry = (share.view(torch.int32) >> 20) - (LAST_BIN - BINS + 1)
     entry = entry.clamp(1, BINS - 1)
-    priority = (entry + luck_of((slot + salt) & 0xFFFFFFFF)).clamp(max=BINS - 1)
+    priority = (entry + luck_at(slot + salt)).clamp(max=BINS - 1)
     priority = torch.where(candidate & (share > 0), priority, 0)
     most = min(int(room.max()) + 1, rank.shape[-1])
     # Equal priorities keep the order of their places.

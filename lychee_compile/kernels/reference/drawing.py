@@ -62,7 +62,12 @@ def luck_of(slot: Tensor) -> Tensor:
     mixed = slot.long()
     for factor in MIXERS:
         mixed = (mixed ^ (mixed >> 16)) * factor & 0xFFFFFFFF
-    number = (mixed >> 16).clamp(min=1).float().view(torch.int32)  # u is that, over 2^16
+    return luck_of_number(mixed >> 16)
+
+
+def luck_of_number(number: Tensor) -> Tensor:
+    """Return the luck, int32, that numbers from 0 to 65535 stand for: u is that, over 2^16."""
+    number = number.clamp(min=1).float().view(torch.int32)
     octaves = 127 + 15 - (number >> 23)
     eighths = sum((number & 0x7FFFFF < each).int() for each in EIGHTHS)
     return (8 * octaves + eighths).clamp(max=LUCKIEST)

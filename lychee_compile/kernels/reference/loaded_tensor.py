@@ -7,6 +7,7 @@ and only these are evaluated. Every other operator gets all numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ class LoadedTensor(Tensor):
         """Return the tokens [begin, end) of those shown."""
         return LoadedTensor.of(self.load, self.begin + begin, self.begin + end)
 
+    def row(self, number: int) -> LoadedTensor:
+        """Return one row of the batch."""
+        load = self.load
+        one = replace(load, shape=(1, *load.shape[1:]), first_row=load.first_row + number)
+        return LoadedTensor.of(one, self.begin, self.begin + self.tokens)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -61,6 +68,11 @@ class LoadedTensor(Tensor):
         if reader is not None and isinstance(args[0], LoadedTensor):
             found = reader(*args, **kwargs)
         return func(*_evaluated(args), **_evaluated(kwargs)) if found is None else found
+
+
+def row_of(key: Tensor, number: int) -> Tensor:
+    """Return a row of keys [B, Hkv, L, D], stored or computed: [1, Hkv, L, D]."""
+    return key.row(number) if isinstance(key, LoadedTensor) else key[number : number + 1]
 
 
 _FACTS = {

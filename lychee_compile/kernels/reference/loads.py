@@ -10,6 +10,8 @@ n-th number of a load. `where` and the operators of Python are those of PyTorch.
 
 from __future__ import annotations
 
+import ast
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +34,8 @@ class Load:
     """Batch, KV heads, tokens and channels."""
     numbers: tuple[int, ...] = ()
     """Sizes that the expression has besides, as that of a past before a tail."""
+    first_row: int = 0
+    """Number of the first row of the batch, in the expression."""
 
     @property
     def device(self) -> torch.device:
@@ -61,13 +65,14 @@ class Load:
         heads, channels = self.shape[1], self.shape[3]
         wide = (-1, 1, 1, 1)
         head = torch.arange(heads, device=self.device)[:, None, None]
+        row = row + self.first_row
         found = _Reading(self, row.reshape(wide), head, slot.reshape(wide)).result()
         return found.expand(len(slot), heads, 1, channels)[:, :, 0]
 
     def _all_rows(self) -> tuple[Tensor, Tensor]:
         batch, heads, _, _ = self.shape
-        row = torch.arange(batch, device=self.device)[:, None, None, None]
-        return row, torch.arange(heads, device=self.device)[:, None, None]
+        row = torch.arange(self.first_row, self.first_row + batch, device=self.device)
+        return row[:, None, None, None], torch.arange(heads, device=self.device)[:, None, None]
 
 
 class _Reading:
@@ -86,6 +91,8 @@ class _Reading:
         channel = torch.arange(load.shape[3], device=load.device)
         self._places = {"b": row, "h": head, "kv": slot, "d": channel}
         self._rows: dict[tuple[int | str | None, ...], Tensor] = {}
+        self._inside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """Indices that are inside, by those that they come from and a size."""
 
     def result(self) -> Tensor:
         """Return the numbers, in the dtype of the load; sizes that they do not depend on are 1."""
@@ -144,7 +151,7 @@ class _Reading:
             each if isinstance(each, int) else self._within(each, size).squeeze(-1)
             for each, size in zip(outer, tensor.shape[:-1], strict=True)
         ]
-        return tensor[tuple(flat)]
+        return _select(tensor, flat)
 
     def _whole_rows(self, tensor: Tensor, outer: Sequence[Any]) -> Tensor | None:
         """Return a view if the tokens are side by side and each place is an index by itself."""
@@ -161,6 +168,10 @@ class _Reading:
                 if tensor.shape[at] < end:
                     return None
                 tensor = tensor.narrow(at, begin, size)
+            elif name == "b" and at is not None:
+                if tensor.shape[at] < self._load.first_row + size:
+                    return None
+                tensor = tensor.narrow(at, self._load.first_row, size)
             elif at is not None and tensor.shape[at] != size:
                 return None
         view = tensor.permute([*(at for at in dims if at is not None), tensor.dim() - 1])
@@ -176,7 +187,31 @@ class _Reading:
         alone = isinstance(place, int) or any(place is each for each in self._places.values())
         if alone and (place is not self._places["kv"] or size >= self._load.shape[2]):
             return place
-        return _inside(place, size)
+        if (id(place), size) not in self._inside:
+            self._inside[id(place), size] = place, _inside(place, size)
+        return self._inside[id(place), size][1]
+
+
+def _select(tensor: Tensor, places: Sequence[int | Tensor]) -> Tensor:
+    """Return the vectors along the last dimension of a tensor at places that are inside.
+
+    Where memory allows it, whole vectors are copied, which is faster than number by number.
+    """
+    if not tensor.is_contiguous() or tensor.dtype not in _COPIED:
+        return tensor[tuple(places)]
+    row: int | Tensor = 0
+    for place, size in zip(places, tensor.shape[:-1], strict=True):
+        row = row * size + (place % size if isinstance(place, int) else place.long())
+    if isinstance(row, int):
+        return tensor[tuple(places)]
+    vectors = tensor.view(-1, tensor.shape[-1]).index_select(0, row.flatten())
+    return vectors.view(*row.shape, tensor.shape[-1])
+
+
+_COPIED = (
+    torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
+)  # fmt: skip
+"""Dtypes of which whole vectors are copied."""
 
 
 def _inside(place: Tensor, size: int) -> Tensor:
@@ -189,7 +224,34 @@ def _inside(place: Tensor, size: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _compiled(expression: str) -> Any:
-    return compile(expression, "<load>", "eval")
+    """Return the code of an expression, in which a part that comes again is evaluated once."""
+    tree = ast.parse(expression, mode="eval")
+    met = Counter(ast.dump(node) for node in ast.walk(tree) if isinstance(node, _PARTS))
+    return compile(ast.fix_missing_locations(_Once(met).visit(tree)), "<load>", "eval")
+
+
+_PARTS = (ast.Call, ast.BinOp)
+"""Kinds of parts of an expression that take time."""
+
+
+class _Once(ast.NodeTransformer):
+    """Gives a name to each part that comes again, where it comes first."""
+
+    def __init__(self, met: Counter[str]) -> None:
+        self._met = met
+        self._names: dict[str, str] = {}
+
+    def visit(self, node: ast.AST) -> Any:
+        """Return what stands for a part."""
+        text = ast.dump(node)
+        if not isinstance(node, _PARTS) or self._met[text] == 1:
+            return self.generic_visit(node)
+        if text in self._names:
+            return ast.Name(self._names[text], ast.Load())
+        first = self.generic_visit(node)
+        assert isinstance(first, ast.expr)
+        name = self._names[text] = f"part_{len(self._names)}"
+        return ast.NamedExpr(ast.Name(name, ast.Store()), first)
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:

@@ -9,11 +9,15 @@ step that is best for a Gaussian (Max, "Quantizing for minimum distortion", 1960
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.kernels.reference.loaded_tensor import row_of
 from lychee_compile.kernels.reference.nodes import rounding_slack
+from lychee_compile.kernels.reference.rows import alike
 from lychee_compile.kernels.reference.sketch_axes import (
     STEPS,
     fit_axes,
@@ -82,10 +86,20 @@ class KeySketches:
         to far fewer keys than it has now. A block that just begins takes the axes of the block
         before.
         """
-        last = int(end.max())
-        self._reserve((last + self.block - 1) // self.block)
-        for block in range(int(begin.min()) // self.block, (last + self.block - 1) // self.block):
-            self._encode_block(block, key, start, begin, end)
+        self._reserve((int(end.max()) + self.block - 1) // self.block)
+        for row, rows in alike(begin, end):
+            part, keys = (self, key) if row is None else (self._of_row(row), row_of(key, row))
+            first, last = int(begin[rows].min()), int(end[rows].max())
+            for block in range(first // self.block, (last + self.block - 1) // self.block):
+                part._encode_block(block, keys, start[rows], begin[rows], end[rows])
+            self._any_lost |= part._any_lost
+
+    def _of_row(self, row: int) -> KeySketches:
+        """Return the sketches of one row, in the same memory."""
+        alone = copy.copy(self)
+        for name in ("centre", "axes", "step", "longest", "fitted", "codes", "error"):
+            setattr(alone, name, getattr(self, name)[row : row + 1])
+        return alone
 
     def rewrite(self, key: Tensor, start: Tensor, end: Tensor, slots: Tensor) -> None:
         """Sketch the keys at `slots`, int64 [B, T], of `key` [B, Hkv, L, D] anew; -1 is none.
@@ -206,29 +220,30 @@ class KeySketches:
         """Sketch the keys of one block, as `encode` says."""
         low = block * self.block
         slots = torch.arange(low, min(low + self.block, int(end.max())), device=key.device)
-        keys = key[:, :, low : low + len(slots)].float()
         valid = (slots >= start[:, None]) & (slots < end[:, None])
         bare = begin <= start.clamp(min=low)
-        finite = _all_finite(keys)
-        due, centred = self._inherit_or_fit(block, keys, valid, bare, begin <= start, finite)
+        due = self._inherit(block, valid, bare, begin <= start)
         fresh = valid & (due[:, None] | (slots >= begin[:, None]))
-        self._store(block, keys, fresh, finite, centred)
+        columns = fresh.any(0).nonzero()
+        if not len(columns):
+            return
+        part = slice(int(columns[0]), int(columns[-1]) + 1)
+        if bool(due.any()):
+            keys = key[:, :, low : low + len(slots)].float()
+            finite = _all_finite(keys)
+            centred = self._fit(block, keys, valid, due, finite)
+            keys = keys[:, :, part]
+            centred = None if centred is None else centred[:, :, part]
+        else:
+            keys, centred = key[:, :, low + part.start : low + part.stop].float(), None
+            finite = _all_finite(keys)
+        self._store(low + part.start, keys, fresh[:, part], finite, centred)
 
-    def _inherit_or_fit(
-        self,
-        block: int,
-        keys: Tensor,
-        valid: Tensor,
-        bare: Tensor,
-        first: Tensor,
-        finite: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Give a block its axes, and return the rows that got new ones, bool [B].
+    def _inherit(self, block: int, valid: Tensor, bare: Tensor, first: Tensor) -> Tensor:
+        """Give a block that begins the axes of the one before; return the rows to fit, bool [B].
 
-        With them come the keys less the centre of the block, if all keys have been fitted.
-        `keys` [B, Hkv, T, D] are valid where `valid`, bool [B, T]. In the rows `bare`, bool [B], no
-        key of the block is encoded yet; in the rows `first`, bool [B], no key at all. All keys are
-        finite if `finite` says so.
+        Its keys are there where `valid`, bool [B, T]. In the rows `bare`, bool [B], no key of the
+        block is encoded yet; in the rows `first`, bool [B], no key at all.
         """
         count, fitted = valid.sum(1), self.fitted[:, block]
         waiting = torch.zeros_like(bare)
@@ -240,38 +255,40 @@ class KeySketches:
                 before = mine[:, :, block - 1]
                 rows = (waiting & bare).view(-1, *(1,) * (before.dim() - 1))
                 mine[:, :, block] = torch.where(rows, before, mine[:, :, block])
-        full = (count == keys.shape[2]) & (keys.shape[2] == self.block) & (2 * fitted < self.block)
+        full = (count == self.block) & (2 * fitted < self.block)
         due = (count > 0) & ~waiting & ((count >= GROWTH * fitted) | full)
-        due = due if self._repair else due & first
-        centred = None
-        if bool(due.any()):
-            whole = finite and bool(valid.all())
-            if whole and bool(due.all()):
-                centred = torch.empty_like(keys, memory_format=torch.contiguous_format)
-            centre, axes, step = fit_axes(keys, valid[:, None, :, None], whole, centred)
-            rows = due.nonzero().flatten()
-            self.centre[rows, :, block] = centre[rows]
-            self.axes[rows, :, block] = axes[rows]
-            self.step[rows, :, block] = step[rows]
-            self.longest[rows, :, block] = 0
-            self.fitted[:, block] = torch.where(due, count, fitted)
-        return due, centred
+        return due if self._repair else due & first
+
+    def _fit(
+        self, block: int, keys: Tensor, valid: Tensor, due: Tensor, finite: bool
+    ) -> Tensor | None:
+        """Find the axes of a block in the rows `due`, bool [B].
+
+        Its keys [B, Hkv, T, D] are there where `valid`, bool [B, T]. All are finite if `finite`
+        says so. Returns the keys less the centre of the block, if all have been fitted.
+        """
+        whole, centred = finite and bool(valid.all()), None
+        if whole and bool(due.all()):
+            centred = torch.empty_like(keys, memory_format=torch.contiguous_format)
+        centre, axes, step = fit_axes(keys, valid[:, None, :, None], whole, centred)
+        rows = due.nonzero().flatten()
+        self.centre[rows, :, block] = centre[rows]
+        self.axes[rows, :, block] = axes[rows]
+        self.step[rows, :, block] = step[rows]
+        self.longest[rows, :, block] = 0
+        self.fitted[:, block] = torch.where(due, valid.sum(1), self.fitted[:, block])
+        return centred
 
     def _store(
-        self, block: int, keys: Tensor, fresh: Tensor, finite: bool, centred: Tensor | None
+        self, first: int, keys: Tensor, fresh: Tensor, finite: bool, centred: Tensor | None
     ) -> None:
-        """Encode and keep the keys [B, Hkv, T, D] of a block where `fresh`, bool [B, T].
+        """Encode and keep keys [B, Hkv, T, D] of one block where `fresh`, bool [B, T].
 
-        All keys are finite if `finite` says so. `centred` are those keys less the centre, if known.
+        They lie in the slots from `first` on. All are finite if `finite` says so. `centred` are
+        those keys less the centre, if known.
         """
-        columns = fresh.any(0).nonzero()
-        if not len(columns):
-            return
-        first, last = int(columns[0]), int(columns[-1]) + 1
-        keys, fresh = keys[:, :, first:last], fresh[:, first:last]
-        centred = None if centred is None else centred[:, :, first:last]
-        row = torch.arange(keys.shape[0], device=keys.device)
-        where = slice(block * self.block + first, block * self.block + last)
+        block, row = first // self.block, torch.arange(keys.shape[0], device=keys.device)
+        where = slice(first, first + keys.shape[2])
         whole = bool(fresh.all())
         into = (self.codes[:, :, where], self.error[:, :, where]) if whole else None
         at = torch.full_like(row, block)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lychee_compile.kernels.reference.chunking import similarity_strengths
+from lychee_compile.kernels.reference.loaded_tensor import row_of
 
 COMPARED_AT_ONCE = 2048
 """Number of keys of a row that are compared at a time, so that they stay in the cache of a CPU."""
@@ -45,11 +46,15 @@ class StrengthTrack:
         position = torch.arange(self.noted.shape[1], device=keep.device)
         self.noted &= position < keep[:, None]
 
-    def compare_keys(self, key: Tensor, begin: int, end: int) -> None:
+    def compare_keys(self, key: Tensor, begin: int, end: int, row: int | None = None) -> None:
         """Fill in strengths of the tokens [begin, end - 1) from `key` [B, Hkv, L, D], L >= end.
 
-        A strength compares a key with the next one. Noted strengths stay.
+        A strength compares a key with the next one. Noted strengths stay. `row` is the only one
+        that is filled in; None: all are.
         """
+        rows = slice(None)
+        if row is not None:
+            key, rows = row_of(key, row), slice(row, row + 1)
         self.reserve(end)
         if self.mode in ("auto", "similarity") and end - begin > 1:
             similar = torch.cat(
@@ -62,4 +67,5 @@ class StrengthTrack:
         else:
             similar = self.strength.new_zeros(key.shape[0], max(end - begin - 1, 0))
         part = slice(begin, begin + similar.shape[1])
-        self.strength[:, part] = torch.where(self.noted[:, part], self.strength[:, part], similar)
+        before, noted = self.strength[rows, part], self.noted[rows, part]
+        self.strength[rows, part] = torch.where(noted, before, similar)

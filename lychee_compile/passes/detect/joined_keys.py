@@ -78,7 +78,7 @@ class JoinedKeys:
             form
             for place, form in found
             if form is not None
-            and form.axes == first.axes
+            and form.axes <= first.axes  # rows of a batch may share it
             and place.factor == 1
             and not self._overwritten(chain, place, joined.node)
         )

@@ -240,14 +240,14 @@ def emit_behind_front(attention: Attention, emit: Emitter) -> Canonical:
     mask, count = Canonicaliser(attention, emit).mask(), front.kv_len
     shown = None if mask is None else emit(aten.slice.Tensor, mask, -1, 0, count)
     first = replace(Canonicaliser(front, emit).operands(repeated=True), mask=shown)
-    log_sum, mean = _emit_attention(front, first, emit)
+    log_sum, mean = emit_attention(front, first, emit)
     rest = Canonicaliser(behind, emit).operands()
     if mask is not None:
         rest = replace(rest, mask=emit(aten.slice.Tensor, mask, -1, count))
     return replace(rest, extra=log_sum, extra_value=mean)
 
 
-def _emit_attention(
+def emit_attention(
     attention: Attention, operands: Canonical, emit: Emitter
 ) -> tuple[torch.fx.Node, torch.fx.Node]:
     """Emit log-sum-exp [B, Hq, Tq] and output [B, Hq, Tq, Dv] of dense attention, both float32.

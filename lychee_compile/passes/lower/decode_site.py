@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.methods import layout_for, measures_for_certificates
 from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.operators import (  # noqa: F401  they register the operators
@@ -106,8 +106,19 @@ def emit_sparse_decode(
     else:
         cached = over_cache(attention, binding)
         operands = _operands(attention, cached, emit, binding.in_front)
+    return emit_selecting(attention, binding, operands, context)
+
+
+def emit_selecting(
+    attention: Attention, binding: CacheBinding, operands: KernelOperands, context: LoweringContext
+) -> tuple[torch.fx.Node, str]:
+    """Emit a kernel that selects keys of a cache; return the output and the kernel's name.
+
+    Raises `NoKernel` and `RewriteError`.
+    """
+    emit = context.emit
     exact = kernel_specification(attention, operands, context.autotune)
-    spec = replace(exact, sparse=_selection(context.config, attention.kv_len))
+    spec = replace(exact, sparse=selection_of(context.config, attention.kv_len))
     written = tokens_written(binding)
     kernel = compile_kernels(spec, operands, written)
     use = _use_of(kernel, attention, binding, operands, context)
@@ -143,7 +154,7 @@ def _use_of(
         keys_of, keys = computed_keys(binding, loads, context.emit), loads.shape_of_keys()
         whole = keys is not None
     else:
-        keys_of, keys = _shown_keys(over_cache(attention, binding), binding, context.emit)
+        keys_of, keys = shown_keys(over_cache(attention, binding), binding, context.emit)
         whole = _reads_all(value_of(operands.tensors.key), keys)
     fixed = binding.kind == "static" and whole and keys is not None
     policy, epsilon = context.config.policy, context.config.epsilon
@@ -157,7 +168,7 @@ def _use_of(
     )
 
 
-def _selection(config: IndexConfig, kv_len: int | sympy.Expr) -> SparseSpec:
+def selection_of(config: IndexConfig, kv_len: int | sympy.Expr) -> SparseSpec:
     """Return the part of a specification that says which of `kv_len` keys are read."""
     assert config.budget is not None
     too_long = isinstance(kv_len, int) and kv_len > MOST_DRAWN_FROM
@@ -195,7 +206,7 @@ def _operands(
     return operands
 
 
-def _shown_keys(
+def shown_keys(
     attention: Attention, binding: CacheBinding, emit: Emitter
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """Return a function that views a cache as [B, Hkv, L, D], and its result for the fake cache.

@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor
 
 from lychee_compile import torch_private
-from lychee_compile.kernels.gpu.lifecycle import CacheUse
+from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.passes.detect.caching.caches import CacheBinding, Watched
 from lychee_compile.passes.detect.caching.call_numbers import NumberPlace, number_place
 from lychee_compile.passes.detect.caching.load_text import load_text
@@ -34,6 +34,8 @@ class TensorPlace:
     """Number of the output that is the tensor after a call; None if it is written in place."""
     part: Callable[[Tensor], Tensor] | None
     """Shows the tensor in the input if it is a part of that; None if it is all of it."""
+    page: int = 0
+    """Number of tokens of a page if the tensor is a table [B, P] of pages, else 0."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class IndexInput:
     keys: str | None = None
     """Expression of keys of what the cache holds; None if they are what it holds."""
     numbers: tuple[NumberPlace, ...] = ()
-    """Sizes that the expression takes from a call."""
+    """Sizes that the expressions of keys and values take from a call."""
 
 
 class IndexInputs:
@@ -99,10 +101,11 @@ class IndexInputs:
         outside = binding.outside_dim
         token_dim = binding.token_dim if outside is None else outside
         beside = tuple(map(self._place, binding.watched))
+        of_keys = () if binding.load is None else binding.load.numbers
         return IndexInput(
             node, fake, place.source, place.output, token_dim, use, binding.reads_only,
             place.part, beside, _text_of_keys(binding),
-            tuple(number_place(each, self._own) for each in binding.numbers),
+            tuple(number_place(each, self._own, each in of_keys) for each in binding.numbers),
         )  # fmt: skip
 
     def _place(self, tensor: CacheBinding | Watched) -> TensorPlace:
@@ -110,7 +113,8 @@ class IndexInputs:
             return TensorPlace(None, tensor.output, None)
         source = self._own.index(input_of(tensor.source))
         part = view_of_part(tensor.source) if is_part(tensor.source) else None
-        return TensorPlace(source, tensor.output, part)
+        page = tensor.page if isinstance(tensor, Watched) else 0
+        return TensorPlace(source, tensor.output, part, page)
 
     def _remove(self, key: object) -> None:
         self._gm.graph.erase_node(self._added.pop(key).node)

@@ -59,10 +59,23 @@ class KernelExpressions:
     nodes: tuple[torch.fx.Node, ...]
     """Tensors of the graph for `captured`, in the same order."""
 
-    def behind(self, count: int) -> KernelExpressions:
+    def behind(self, count: int | sympy.Symbol) -> KernelExpressions:
         """Return the expressions of a kernel for the keys behind the first `count`."""
         shift = {KV: KV + count, KV_LEN: KV_LEN + count}
         return replace(self, score=self.score.xreplace(shift), visible=self.visible.xreplace(shift))
+
+    def of_rows_as_heads(self, rows: int, group: int, query_len: int) -> KernelExpressions:
+        """Return the expressions of a kernel in which rows of the batch are heads and positions.
+
+        Position p of such a kernel is one of the `query_len` positions of some `rows` rows, and its
+        heads are those of one KV head in all of these rows: `group` of the first, and so on.
+        """
+        names = {
+            B: sympy.floor(Q / query_len) * rows + sympy.Mod(sympy.floor(H / group), rows),
+            H: sympy.floor(H / (group * rows)) * group + sympy.Mod(H, group) if rows > 1 else H,
+            Q: sympy.Mod(Q, query_len),
+        }
+        return replace(self, score=self.score.xreplace(names), visible=self.visible.xreplace(names))
 
 
 def kernel_expressions(attention: Attention, canonical: Canonicaliser) -> KernelExpressions:

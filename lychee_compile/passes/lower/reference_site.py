@@ -47,6 +47,12 @@ from lychee_compile.passes.detect.token_ids import covers
 from lychee_compile.passes.graph.dataflow import aten, module_path, static_size
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser, emit_behind_front
 from lychee_compile.passes.lower.context import LoweringContext
+from lychee_compile.passes.lower.shared.prefix_site import (
+    emit_behind_prefix,
+    emit_own_whole,
+    emit_prefix,
+    reads_own_whole,
+)
 from lychee_compile.passes.lower.written_slots import named_slots
 
 OPERATOR = "lychee::sparse_attention (reference)"
@@ -63,6 +69,8 @@ def emit_reference_sparse(
         return _emit_loaded(attention, binding, context)
     canonical = Canonicaliser(attention, context.emit)
     operands, score = _operands(attention, binding, context), attention.score
+    if reads_own_whole(attention, binding, context.config):
+        return canonical.replacement(emit_own_whole(attention, operands, context.emit))
     index = context.index_inputs.node_for(binding)
     if context.is_first_use(index):
         _update(attention, binding, operands, context)
@@ -80,7 +88,10 @@ def emit_token_note(attention: Attention, binding: CacheBinding, context: Loweri
     All that the index needs of the mask is the row of the last query: the mask of a prefill is
     large. Raises `RewriteError`.
     """
-    operands = _operands(attention, binding, context)
+    if binding.shared is None:
+        operands = _operands(attention, binding, context)
+    else:
+        operands = emit_behind_prefix(attention, None, context.emit)
     mask = operands.mask
     last = None if mask is None else context.emit(aten.slice.Tensor, mask, 2, -1)
     _update(attention, binding, replace(operands, mask=last), context)
@@ -88,6 +99,9 @@ def emit_token_note(attention: Attention, binding: CacheBinding, context: Loweri
 
 def _operands(attention: Attention, binding: CacheBinding, context: LoweringContext) -> Canonical:
     """Emit the operands of the attention over the keys of a cache."""
+    if binding.shared is not None:
+        prefix = emit_prefix(attention, binding.shared, context)
+        return emit_behind_prefix(attention, prefix, context.emit)
     if binding.in_front:
         return emit_behind_front(attention, context.emit)
     return Canonicaliser(attention, context.emit).operands()

@@ -215,7 +215,7 @@ def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
-    fresh = tl.load(header + 1 + b)
+    fresh = tl.maximum(tl.load(header + 1 + b), 0)
     if written > 0:
         fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh
@@ -409,15 +409,16 @@ def due(left, own, at_cut):
 
 
 @triton.jit
-def choose_by_bin(entry, cut, left, at_cut):
-    """Return which items are chosen, the place of each in a list of them, and their number.
+def choose_of_sixteens(entry, cut, left, at_cut):
+    """Do what `choose_by_bin` does for bins [N, 16], in the order of rows.
 
-    Chosen are all items in bins above the cut, and the first of those at the cut: as many as are
-    due to us.
+    A thread has whole rows and adds them up alone, before threads add up what each has.
     """
     kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
-    through = tl.cumsum(kind, 0)
-    total = tl.max(through, 0)
+    own = tl.sum(kind, 1)
+    after = tl.cumsum(own, 0)
+    total = tl.max(after, 0)
+    through = (after - own)[:, None] + tl.cumsum(kind, 1)
     ours = due(left, total & 65535, at_cut)
     chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
     return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
@@ -432,6 +433,20 @@ def always_read(
     sinks_end = tl.minimum(first + SINKS, end)
     recent_start = tl.maximum(tl.minimum(end - RECENT, fresh), sinks_end)
     return first, sinks_end, recent_start, end
+
+
+@triton.jit
+def lose_row(header, b):
+    """Distrust the index of a row: attention reads all its keys until it is built anew."""
+    end = tl.load(header + 1 + b)
+    tl.store(header + 1 + b, tl.minimum(end, -1 - end))
+
+
+@triton.jit
+def move_end(header, b, end):
+    """Note where a row ends. A row that is not trusted stays so."""
+    lost = tl.load(header + 1 + b) < 0
+    tl.store(header + 1 + b, tl.where(lost, -1 - end, end))
 
 
 @triton.jit
@@ -469,17 +484,20 @@ def check_sample(
     header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
     b, kv_head, slots, kv_heads, kv_len,
 ):
-    """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
+    """Distrust the index of a row if one of SAMPLED keys is not as indexed, or keys are missing.
+
+    Keys are missing if the row goes on behind its end, as one that was given to another request.
+    If a key of the last step was not as indexed, the index is distrusted as a whole.
 
     The sample has the NEWEST keys, which whoever appends has written, and others at equal
     distances, which each step and each KV head begins elsewhere. All are before `fresh`, and none
     was written by this step. This step already reads all keys.
     """
     fresh = tl.minimum(fresh, kv_len)
-    trust = tl.load(header)
+    trust, held = tl.load(header), tl.load(header + 1 + b)
     if trust > 1:
         tl.store(header, 0)
-    elif (trust == 1) & (fresh > 0):
+    elif (trust == 1) & (held >= 0) & (fresh > 0):
         number, d = tl.arange(0, SAMPLED), tl.arange(0, DIM)
         turn = fresh.to(tl.int64) * 40503 + kv_head * (65536 // kv_heads)  # the golden ratio's part
         begin = (turn & 65535) * fresh >> 16
@@ -496,8 +514,9 @@ def check_sample(
                 positions, position_stride_b, position_stride_t, written, b, kv_len, -1
             )
             inside &= tl.max((slot[:, None] == new[None, :]).to(tl.int32), 1) == 0
-        if tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0:
-            tl.store(header, 0)
+        goes_on = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+        if (goes_on > held) | (tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0):
+            lose_row(header, b)
 
 
 @triton.jit(do_not_specialize=["end"])
@@ -681,7 +700,7 @@ def index_new(
         last = written_slots(
             positions, position_stride_b, position_stride_t, written, b, kv_len, -1
         )
-        tl.store(header + 1 + b, tl.max(last, 0) + 1)
+        move_end(header, b, tl.max(last, 0) + 1)
 
 
 @triton.jit
@@ -719,7 +738,8 @@ def choose(
     mine = head_row.to(tl.int64) * splits + split
     chosen_list += mine * capacity
     # A kernel before this one may have just revoked trust: what caches hold is too old.
-    trusted = tl.load(header, cache_modifier=".cg") != 0
+    whole_index, row_end = tl.load(header, cache_modifier=".cg"), tl.load(header + 1 + b, cache_modifier=".cg")
+    trusted = (whole_index != 0) & (row_end >= 0)
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
     )
@@ -729,9 +749,8 @@ def choose(
     if trusted & (end > 0) & (always <= capacity):
         # The programs examine candidates, or all slots between those that are always read.
         # They take sixteen at a time, in turn.
-        lane = tl.arange(0, LANES)
-        sixteen = (lane // 16 * splits + split) * 16
-        item = sixteen + lane % 16
+        sixteen = (tl.arange(0, LANES // 16)[:, None] * splits + split) * 16
+        item = sixteen + tl.arange(0, 16)[None, :]
         origin, items = begin // 16 * 16, stop - begin // 16 * 16
         bins += head_row.to(tl.int64) * bin_room
         candidates += head_row.to(tl.int64) * bin_room
@@ -756,17 +775,18 @@ def choose(
         for start in range(0, items, splits * LANES):
             slot = origin + item
             inside = item < items
-            if PAGED:
-                slot = tl.load(candidates + item, mask=sixteen < items, other=0)
-            else:
-                inside &= slot >= begin
-            entry = tl.where(inside, entry, 0)
-            chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
-            tl.store(chosen_list + count + place, slot, mask=chosen)
-            count += more
             item += splits * LANES
             sixteen += splits * LANES
-            entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+            following = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+            if not PAGED:
+                inside &= slot >= begin
+            entry = tl.where(inside, entry, 0)
+            chosen, place, more = choose_of_sixteens(entry.to(tl.int32), cut, left, at_cut)
+            if PAGED:
+                slot = tl.load(candidates + slot, mask=chosen, other=0)
+            tl.store(chosen_list + count + place, slot, mask=chosen)
+            count += more
+            entry = following
     tl.store(list_count + mine, count)
 
 
@@ -823,7 +843,8 @@ def attend(
         count = tl.load(list_count + mine)
     else:
         # A kernel before this one may have just revoked trust: what caches hold is too old.
-        trusted = tl.load(header, cache_modifier=".cg") != 0
+        whole_index, row_end = tl.load(header, cache_modifier=".cg"), tl.load(header + 1 + b, cache_modifier=".cg")
+        trusted = (whole_index != 0) & (row_end >= 0)
         first, begin, stop, end = always_read(
             tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, length, TILES
         )
@@ -833,9 +854,8 @@ def attend(
         if trusted & (end > 0) & (always <= capacity):
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
-            lane = tl.arange(0, LANES)
-            sixteen = (lane // 16 * splits + split) * 16
-            item = sixteen + lane % 16
+            sixteen = (tl.arange(0, LANES // 16)[:, None] * splits + split) * 16
+            item = sixteen + tl.arange(0, 16)[None, :]
             origin, items = begin // 16 * 16, stop - begin // 16 * 16
             bins += head_row.to(tl.int64) * bin_room
             candidates += head_row.to(tl.int64) * bin_room
@@ -860,17 +880,18 @@ def attend(
             for start in range(0, items, splits * LANES):
                 slot = origin + item
                 inside = item < items
-                if PAGED:
-                    slot = tl.load(candidates + item, mask=sixteen < items, other=0)
-                else:
-                    inside &= slot >= begin
-                entry = tl.where(inside, entry, 0)
-                chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
-                tl.store(chosen_list + count + place, slot, mask=chosen)
-                count += more
                 item += splits * LANES
                 sixteen += splits * LANES
-                entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+                following = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+                if not PAGED:
+                    inside &= slot >= begin
+                entry = tl.where(inside, entry, 0)
+                chosen, place, more = choose_of_sixteens(entry.to(tl.int32), cut, left, at_cut)
+                if PAGED:
+                    slot = tl.load(candidates + slot, mask=chosen, other=0)
+                tl.store(chosen_list + count + place, slot, mask=chosen)
+                count += more
+                entry = following
         tl.debug_barrier()
     if count >= 0:
         for start in range(0, count, KEYS):

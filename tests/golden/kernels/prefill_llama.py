@@ -90,11 +90,9 @@ def seen_by(b, h, begin, query_len, slot, kv_len, inside):
 
 
 @triton.jit
-def luck_of(mixed):
-    """Return how many bins luck raises each of the numbers [N], uint32, by: int32."""
-    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
-    mixed = (mixed ^ (mixed >> 16)) * 0xC2B2AE35
-    number = tl.maximum((mixed >> 16).to(tl.int32), 1).to(tl.float32).to(tl.int32, bitcast=True)
+def luck_of_number(number):
+    """Return how many bins luck raises an item by, int32, for numbers [N] from 0 to 65535."""
+    number = tl.maximum(number.to(tl.int32), 1).to(tl.float32).to(tl.int32, bitcast=True)
     raised = 8 * (127 + 15 - (number >> 23))
     raised += ((number & 0x7FFFFF) < 6996167).to(tl.int32)
     raised += ((number & 0x7FFFFF) < 5719293).to(tl.int32)
@@ -104,6 +102,14 @@ def luck_of(mixed):
     raised += ((number & 0x7FFFFF) < 1587185).to(tl.int32)
     raised += ((number & 0x7FFFFF) < 759234).to(tl.int32)
     return tl.minimum(raised, LUCKIEST)
+
+
+@triton.jit
+def luck_of(mixed):
+    """Return how many bins luck raises each of the numbers [N], uint32, by: int32."""
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
+    mixed = (mixed ^ (mixed >> 16)) * 0xC2B2AE35
+    return luck_of_number(mixed >> 16)
 
 
 @triton.jit(do_not_specialize=["bin_room"])

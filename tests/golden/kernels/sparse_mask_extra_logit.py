@@ -202,6 +202,7 @@ PAGE_STEP = tl.constexpr(0.75)  # step of a page's mean, in steps of a coordinat
 PAGE_ZERO = tl.constexpr(5.625)  # zero of a page's codes, in steps of a coordinate
 WEIGHT_COLUMNS = tl.constexpr(32)  # weights of a head, one for each code in the bytes of a sketch
 IN_REGISTERS = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no PTX
+IN_SHARED = tl.constexpr(False)  # several threads may have an item, which each of them would count
 IN_WORDS = tl.constexpr(not triton.knobs.runtime.interpret)  # codes are multiplied four at a time
 
 
@@ -224,7 +225,7 @@ def written_slots(positions, stride_b, stride_t, written, b, kv_len, nothing):
 @triton.jit
 def fresh_from(positions, stride_b, stride_t, written, header, b, kv_len):
     """Return the first slot that this step has written: no index knows it or later ones yet."""
-    fresh = tl.load(header + 1 + b)
+    fresh = tl.maximum(tl.load(header + 1 + b), 0)
     if written > 0:
         fresh = tl.min(written_slots(positions, stride_b, stride_t, written, b, kv_len, 2**30), 0)
     return fresh
@@ -322,6 +323,75 @@ def choose_by_bin(entry, cut, left, at_cut):
 
 
 @triton.jit
+def choose_of_sixteens(entry, cut, left, at_cut):
+    """Do what `choose_by_bin` does for bins [N, 16], in the order of rows.
+
+    A thread has whole rows and adds them up alone, before threads add up what each has.
+    """
+    kind = tl.where(entry > cut, 65536, tl.where((entry == cut) & (cut > 0), 1, 0))
+    own = tl.sum(kind, 1)
+    after = tl.cumsum(own, 0)
+    total = tl.max(after, 0)
+    through = (after - own)[:, None] + tl.cumsum(kind, 1)
+    ours = due(left, total & 65535, at_cut)
+    chosen = (kind > 1) | ((kind == 1) & ((through & 65535) <= ours))
+    return chosen, (through >> 16) + tl.minimum(through & 65535, ours) - 1, (total >> 16) + ours
+
+
+@triton.jit
+def no_counts():
+    """Return counters of bins, all 0: their place in shared memory if IN_SHARED, else int32 [BINS].
+
+    Triton's own histograms take many more instructions for each item.
+    """
+    if IN_SHARED:
+        tl.static_assert(BINS <= 256)
+        counters = tl.inline_asm_elementwise(
+            "{ .shared .align 16 .b32 bin_counts[256]; mov.u32 $0, bin_counts; }", "=r", [],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )
+        tl.inline_asm_elementwise(
+            "st.shared.b32 [$1], 0; mov.b32 $0, 0;", "=r,r", [counters + 4 * tl.arange(0, BINS)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )
+        tl.debug_barrier()
+    else:
+        counters = tl.zeros([BINS], tl.int32)
+    return counters
+
+
+@triton.jit
+def count_items(counters, entry):
+    """Count the items in the bins `entry` [N], and return the counters.
+
+    There must be no fewer items than threads: an item that several threads have counts for each.
+    """
+    if IN_SHARED:
+        tl.inline_asm_elementwise(
+            "red.shared.add.u32 [$1], 1; mov.b32 $0, 0;", "=r,r", [counters + 4 * entry],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )
+    else:
+        counters += tl.histogram(entry, BINS)
+    return counters
+
+
+@triton.jit
+def add_counts(histogram, counters):
+    """Add the counts of all bins but the first to a histogram, and return them, int32 [BINS]."""
+    place = tl.arange(0, BINS)
+    if IN_SHARED:
+        tl.debug_barrier()
+        counters = tl.inline_asm_elementwise(
+            "ld.shared.b32 $0, [$1];", "=r,r", [counters + 4 * place],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )
+    counts = tl.where(place > 0, counters, 0)
+    tl.atomic_add(histogram + place, counts, mask=counts > 0, sem="relaxed")
+    return counts
+
+
+@triton.jit
 def always_read(
     tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES: tl.constexpr
 ):
@@ -343,6 +413,20 @@ def bins_read(bins, first, begin, stop, known):
     slot = tl.where(number < begin - first, first + number, stop + number - (begin - first))
     inside = slot < tl.maximum(known, begin)
     return tl.histogram(tl.load(bins + slot, mask=inside, other=0).to(tl.int32), BINS)
+
+
+@triton.jit
+def lose_row(header, b):
+    """Distrust the index of a row: attention reads all its keys until it is built anew."""
+    end = tl.load(header + 1 + b)
+    tl.store(header + 1 + b, tl.minimum(end, -1 - end))
+
+
+@triton.jit
+def move_end(header, b, end):
+    """Note where a row ends. A row that is not trusted stays so."""
+    lost = tl.load(header + 1 + b) < 0
+    tl.store(header + 1 + b, tl.where(lost, -1 - end, end))
 
 
 @triton.jit
@@ -380,17 +464,20 @@ def check_sample(
     header, fingerprints, positions, position_stride_b, position_stride_t, written, fresh,
     b, kv_head, slots, kv_heads, kv_len,
 ):
-    """Distrust the index if one of SAMPLED keys, or a key of the last step, is not as indexed.
+    """Distrust the index of a row if one of SAMPLED keys is not as indexed, or keys are missing.
+
+    Keys are missing if the row goes on behind its end, as one that was given to another request.
+    If a key of the last step was not as indexed, the index is distrusted as a whole.
 
     The sample has the NEWEST keys, which whoever appends has written, and others at equal
     distances, which each step and each KV head begins elsewhere. All are before `fresh`, and none
     was written by this step. This step already reads all keys.
     """
     fresh = tl.minimum(fresh, kv_len)
-    trust = tl.load(header)
+    trust, held = tl.load(header), tl.load(header + 1 + b)
     if trust > 1:
         tl.store(header, 0)
-    elif (trust == 1) & (fresh > 0):
+    elif (trust == 1) & (held >= 0) & (fresh > 0):
         number, d = tl.arange(0, SAMPLED), tl.arange(0, DIM)
         turn = fresh.to(tl.int64) * 40503 + kv_head * (65536 // kv_heads)  # the golden ratio's part
         begin = (turn & 65535) * fresh >> 16
@@ -407,8 +494,9 @@ def check_sample(
                 positions, position_stride_b, position_stride_t, written, b, kv_len, -1
             )
             inside &= tl.max((slot[:, None] == new[None, :]).to(tl.int32), 1) == 0
-        if tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0:
-            tl.store(header, 0)
+        goes_on = fresh_from(positions, position_stride_b, position_stride_t, written, header, b, kv_len)
+        if (goes_on > held) | (tl.max(changed_keys(keys, slot, inside, fingerprints), 0) > 0):
+            lose_row(header, b)
 
 
 @triton.jit
@@ -568,131 +656,192 @@ def token_codes(packed):
     return unpacked
 
 
+TOKEN_PAIR = tl.constexpr("""
+{
+.reg .b32 lane, column, other, weight<8>, code<4>, sum<4>;
+.reg .b64 place;
+.reg .pred own;
+mov.u32 lane, %laneid;
+shr.u32 column, lane, 2;
+shr.u32 other, lane, 3;
+xor.b32 other, other, lane;
+and.b32 other, other, 3;
+setp.eq.u32 own, other, 0;
+and.b32 column, column, 1;
+mad.wide.u32 place, column, 32, $20;
+mov.b32 weight0, 0;
+mov.b32 weight1, 0;
+mov.b32 weight2, 0;
+mov.b32 weight3, 0;
+mov.b32 weight4, 0;
+mov.b32 weight5, 0;
+mov.b32 weight6, 0;
+mov.b32 weight7, 0;
+@own ld.global.v4.b32 {weight0, weight1, weight2, weight3}, [place+0];
+@own ld.global.v4.b32 {weight4, weight5, weight6, weight7}, [place+16];
+mov.b32 sum0, 0;
+mov.b32 sum1, 0;
+mov.b32 sum2, 0;
+mov.b32 sum3, 0;
+and.b32 code0, $8, 0x0f0f0f0f;
+and.b32 code1, $9, 0x0f0f0f0f;
+and.b32 code2, $12, 0x0f0f0f0f;
+and.b32 code3, $13, 0x0f0f0f0f;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight0, weight1}, {sum0, sum1, sum2, sum3};
+shr.u32 code0, $8, 4;
+and.b32 code0, code0, 0x0f0f0f0f;
+shr.u32 code1, $9, 4;
+and.b32 code1, code1, 0x0f0f0f0f;
+shr.u32 code2, $12, 4;
+and.b32 code2, code2, 0x0f0f0f0f;
+shr.u32 code3, $13, 4;
+and.b32 code3, code3, 0x0f0f0f0f;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight2, weight3}, {sum0, sum1, sum2, sum3};
+and.b32 code0, $16, 0x03030303;
+and.b32 code1, $17, 0x03030303;
+shr.u32 code2, $16, 2;
+and.b32 code2, code2, 0x03030303;
+shr.u32 code3, $17, 2;
+and.b32 code3, code3, 0x03030303;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight4, weight5}, {sum0, sum1, sum2, sum3};
+shr.u32 code0, $16, 4;
+and.b32 code0, code0, 0x03030303;
+shr.u32 code1, $17, 4;
+and.b32 code1, code1, 0x03030303;
+shr.u32 code2, $16, 6;
+and.b32 code2, code2, 0x03030303;
+shr.u32 code3, $17, 6;
+and.b32 code3, code3, 0x03030303;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight6, weight7}, {sum0, sum1, sum2, sum3};
+mov.b32 $0, sum0;
+mov.b32 $4, sum1;
+mov.b32 $1, sum2;
+mov.b32 $5, sum3;
+mov.b32 sum0, 0;
+mov.b32 sum1, 0;
+mov.b32 sum2, 0;
+mov.b32 sum3, 0;
+and.b32 code0, $10, 0x0f0f0f0f;
+and.b32 code1, $11, 0x0f0f0f0f;
+and.b32 code2, $14, 0x0f0f0f0f;
+and.b32 code3, $15, 0x0f0f0f0f;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight0, weight1}, {sum0, sum1, sum2, sum3};
+shr.u32 code0, $10, 4;
+and.b32 code0, code0, 0x0f0f0f0f;
+shr.u32 code1, $11, 4;
+and.b32 code1, code1, 0x0f0f0f0f;
+shr.u32 code2, $14, 4;
+and.b32 code2, code2, 0x0f0f0f0f;
+shr.u32 code3, $15, 4;
+and.b32 code3, code3, 0x0f0f0f0f;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight2, weight3}, {sum0, sum1, sum2, sum3};
+and.b32 code0, $18, 0x03030303;
+and.b32 code1, $19, 0x03030303;
+shr.u32 code2, $18, 2;
+and.b32 code2, code2, 0x03030303;
+shr.u32 code3, $19, 2;
+and.b32 code3, code3, 0x03030303;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight4, weight5}, {sum0, sum1, sum2, sum3};
+shr.u32 code0, $18, 4;
+and.b32 code0, code0, 0x03030303;
+shr.u32 code1, $19, 4;
+and.b32 code1, code1, 0x03030303;
+shr.u32 code2, $18, 6;
+and.b32 code2, code2, 0x03030303;
+shr.u32 code3, $19, 6;
+and.b32 code3, code3, 0x03030303;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight6, weight7}, {sum0, sum1, sum2, sum3};
+mov.b32 $2, sum0;
+mov.b32 $6, sum1;
+mov.b32 $3, sum2;
+mov.b32 $7, sum3;
+}
+""")
+
+
+@triton.jit
+def token_pair(packed, own, PAIR: tl.constexpr):
+    """Return the products, int32 [N], of codes and the weights of two heads."""
+    place = own[0] + (own[1] * ROWS + 2 * PAIR) * WEIGHT_COLUMNS
+    return tl.inline_asm_elementwise(
+        TOKEN_PAIR, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,l,l,l,l",
+        [packed[0], packed[1], packed[2], place.to(tl.int64)],
+        dtype=(tl.int32, tl.int32), is_pure=False, pack=4,
+    )
+
+
 @triton.jit
 def token_weights(weights, scales, constants, mine):
-    """Return what products take of the block `mine`: the weights of all heads, or where they are."""
-    if IN_WORDS:
-        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
-        scales, constants = scales + mine * ROWS, constants + mine * ROWS
-        own = (
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 4)),
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 5)),
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 6)),
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 7)),
-            tl.load(scales + 0),
-            tl.load(constants + 0),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 4)),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 5)),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 6)),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 7)),
-            tl.load(scales + 1),
-            tl.load(constants + 1),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 4)),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 5)),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 6)),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 7)),
-            tl.load(scales + 2),
-            tl.load(constants + 2),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 4)),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 5)),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 6)),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 7)),
-            tl.load(scales + 3),
-            tl.load(constants + 3),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 4)),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 5)),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 6)),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 7)),
-            tl.load(scales + 4),
-            tl.load(constants + 4),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 4)),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 5)),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 6)),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 7)),
-            tl.load(scales + 5),
-            tl.load(constants + 5),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 4)),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 5)),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 6)),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 7)),
-            tl.load(scales + 6),
-            tl.load(constants + 6),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 4)),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 5)),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 6)),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 7)),
-            tl.load(scales + 7),
-            tl.load(constants + 7),
-        )
-    else:
-        own = (weights, scales, constants, mine)
-    return own
+    """Return what products take of the block `mine`."""
+    scales, constants = scales + mine * ROWS, constants + mine * ROWS
+    return (
+        weights,
+        mine,
+        tl.load(scales + 0),
+        tl.load(constants + 0),
+        tl.load(scales + 1),
+        tl.load(constants + 1),
+        tl.load(scales + 2),
+        tl.load(constants + 2),
+        tl.load(scales + 3),
+        tl.load(constants + 3),
+        tl.load(scales + 4),
+        tl.load(constants + 4),
+        tl.load(scales + 5),
+        tl.load(constants + 5),
+        tl.load(scales + 6),
+        tl.load(constants + 6),
+        tl.load(scales + 7),
+        tl.load(constants + 7),
+    )
 
 
 @triton.jit
-def token_product(unpacked, own, HEAD: tl.constexpr):
-    """Return q.k [N] of one head, its constant included."""
-    if IN_WORDS:
-        product = tl.zeros_like(unpacked[0])
-        FIRST: tl.constexpr = HEAD * 10
-        product = dot4(unpacked[0], own[FIRST + 0], product)
-        product = dot4(unpacked[1], own[FIRST + 1], product)
-        product = dot4(unpacked[2], own[FIRST + 2], product)
-        product = dot4(unpacked[3], own[FIRST + 3], product)
-        product = dot4(unpacked[4], own[FIRST + 4], product)
-        product = dot4(unpacked[5], own[FIRST + 5], product)
-        product = dot4(unpacked[6], own[FIRST + 6], product)
-        product = dot4(unpacked[7], own[FIRST + 7], product)
-        scale, constant = own[FIRST + 8], own[FIRST + 9]
+def token_products(packed, own):
+    """Return the products of all heads, int32 [N] each, or the codes that `token_product` multiplies."""
+    if IN_REGISTERS:
+        product_0, product_1 = token_pair(packed, own, 0)
+        product_2, product_3 = token_pair(packed, own, 1)
+        product_4, product_5 = token_pair(packed, own, 2)
+        product_6, product_7 = token_pair(packed, own, 3)
+        products = (product_0, product_1, product_2, product_3, product_4, product_5, product_6, product_7)
     else:
-        weights, scales, constants, mine = own
-        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
-        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        products = token_codes(packed)
+    return products
+
+
+@triton.jit
+def token_product(products, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included."""
+    weights, mine = own[0], own[1]
+    scale, constant = own[2 + 2 * HEAD], own[3 + 2 * HEAD]
+    weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
+    if IN_REGISTERS:
+        product = products[HEAD]
+    elif IN_WORDS:
+        product = tl.zeros_like(products[0])
+        product = dot4(products[0], tl.load(words_of(weights) + 0), product)
+        product = dot4(products[1], tl.load(words_of(weights) + 1), product)
+        product = dot4(products[2], tl.load(words_of(weights) + 2), product)
+        product = dot4(products[3], tl.load(words_of(weights) + 3), product)
+        product = dot4(products[4], tl.load(words_of(weights) + 4), product)
+        product = dot4(products[5], tl.load(words_of(weights) + 5), product)
+        product = dot4(products[6], tl.load(words_of(weights) + 6), product)
+        product = dot4(products[7], tl.load(words_of(weights) + 7), product)
+    else:
+        product = tl.zeros([products[0].shape[0]], tl.int32)
         weight = load_weights(weights, 0, FINE_BYTES, FINE_COLUMNS)
-        product += tl.sum(unpacked[0] * weight, 1)
+        product += tl.sum(products[0] * weight, 1)
         weight = load_weights(weights, 8, FINE_BYTES, FINE_COLUMNS)
-        product += tl.sum(unpacked[1] * weight, 1)
+        product += tl.sum(products[1] * weight, 1)
         weight = load_weights(weights, 16, COARSE_BYTES, COARSE_COLUMNS)
-        product += tl.sum(unpacked[2] * weight, 1)
+        product += tl.sum(products[2] * weight, 1)
         weight = load_weights(weights, 20, COARSE_BYTES, COARSE_COLUMNS)
-        product += tl.sum(unpacked[3] * weight, 1)
+        product += tl.sum(products[3] * weight, 1)
         weight = load_weights(weights, 24, COARSE_BYTES, COARSE_COLUMNS)
-        product += tl.sum(unpacked[4] * weight, 1)
+        product += tl.sum(products[4] * weight, 1)
         weight = load_weights(weights, 28, COARSE_BYTES, COARSE_COLUMNS)
-        product += tl.sum(unpacked[5] * weight, 1)
-        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+        product += tl.sum(products[5] * weight, 1)
     return product.to(tl.float32) * scale + constant
 
 
@@ -702,13 +851,13 @@ def token_shares(
 ):
     """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
     g = tl.arange(0, ROWS)
-    unpacked = token_codes(packed)
+    products = token_products(packed, own)
     share = tl.zeros([slot.shape[0]], tl.float32)
     seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
     known &= seen
     for head in tl.static_range(GROUP):
         h = kv_head * GROUP + head
-        bits = score(token_product(unpacked, own, head), b, h, t, slot, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        bits = score(token_product(products, own, head), b, h, t, slot, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
         bits = tl.where(known, bits, float("-inf"))
         part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
         share += part
@@ -765,15 +914,18 @@ def scan_tokens(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     span: tl.constexpr = STEPS * TILE
-    if part >= 0:
+    low = part * 0
+    high = tl.minimum(tiles - part * STEPS, STEPS)
+    if low < high:
         space = (b * kv_heads + kv_head).to(tl.int64) * slots
         fine += space * FINE_BYTES
         coarse += space * COARSE_BYTES
-        slot = part * span + tl.arange(0, TILE)
+        slot = part * span + low * TILE + tl.arange(0, TILE)
         packed = load_sketches(fine, coarse, slot, slot < kv_len)
         fresh = fresh_seen(
             positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
         )
+        counters = no_counts()
         if EARLY:
             tl.extra.cuda.gdc_wait()
         total = denominators(totals, head_row, blocks, BLOCKS)
@@ -784,23 +936,19 @@ def scan_tokens(
         histogram += head_row * (2 * BINS)
         tile_first += head_row * tiles + part * STEPS
         tile_end += head_row * tiles + part * STEPS
-        entry = store_bins(packed, slot, own, total, bins, tile_first, tile_end, fresh, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
-        if STEPS > 1:
-            for step in range(1, STEPS):
-                slot += TILE
+        if STEPS == 1:
+            counters = count_items(counters, store_bins(packed, slot, own, total, bins, tile_first, tile_end, fresh, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3))
+        else:
+            stop = tl.minimum(kv_len, part * span + high * TILE)
+            for step in range(low, high):
+                # The next tile is on its way while this one is scored.
+                after = slot + TILE
+                following = load_sketches(fine, coarse, after, after < stop)
+                counters = count_items(counters, store_bins(packed, slot, own, total, bins, tile_first, tile_end, fresh, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3))
+                packed, slot = following, after
                 tile_first += 1
                 tile_end += 1
-                if part * STEPS + step < tiles:
-                    packed = load_sketches(fine, coarse, slot, slot < kv_len)
-                    store_bins(packed, slot, own, total, bins, tile_first, tile_end, fresh, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
-            # Counting has barriers: it is done once, for all tiles.
-            tl.debug_barrier()
-            slots_of_all = part * span + tl.arange(0, span)
-            begin = slots_of_all // TILE * TILE
-            there = begin < tiles * TILE
-            count_bins(histogram, tl.load(bins + slots_of_all, mask=there, other=0).to(tl.int32))
-        else:
-            count_bins(histogram, entry)
+        add_counts(histogram, counters)
 
 
 @triton.jit
@@ -853,87 +1001,143 @@ def page_codes(packed):
     return unpacked
 
 
+PAGE_PAIR = tl.constexpr("""
+{
+.reg .b32 lane, column, other, weight<4>, code<4>, sum<4>;
+.reg .b64 place;
+.reg .pred own;
+mov.u32 lane, %laneid;
+shr.u32 column, lane, 2;
+shr.u32 other, lane, 3;
+xor.b32 other, other, lane;
+and.b32 other, other, 3;
+setp.eq.u32 own, other, 0;
+and.b32 column, column, 1;
+mad.wide.u32 place, column, 32, $16;
+mov.b32 weight0, 0;
+mov.b32 weight1, 0;
+mov.b32 weight2, 0;
+mov.b32 weight3, 0;
+@own ld.global.v4.b32 {weight0, weight1, weight2, weight3}, [place+0];
+mov.b32 sum0, 0;
+mov.b32 sum1, 0;
+mov.b32 sum2, 0;
+mov.b32 sum3, 0;
+and.b32 code0, $8, 0x0f0f0f0f;
+and.b32 code1, $9, 0x0f0f0f0f;
+and.b32 code2, $12, 0x0f0f0f0f;
+and.b32 code3, $13, 0x0f0f0f0f;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight0, weight1}, {sum0, sum1, sum2, sum3};
+shr.u32 code0, $8, 4;
+and.b32 code0, code0, 0x0f0f0f0f;
+shr.u32 code1, $9, 4;
+and.b32 code1, code1, 0x0f0f0f0f;
+shr.u32 code2, $12, 4;
+and.b32 code2, code2, 0x0f0f0f0f;
+shr.u32 code3, $13, 4;
+and.b32 code3, code3, 0x0f0f0f0f;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight2, weight3}, {sum0, sum1, sum2, sum3};
+mov.b32 $0, sum0;
+mov.b32 $4, sum1;
+mov.b32 $1, sum2;
+mov.b32 $5, sum3;
+mov.b32 sum0, 0;
+mov.b32 sum1, 0;
+mov.b32 sum2, 0;
+mov.b32 sum3, 0;
+and.b32 code0, $10, 0x0f0f0f0f;
+and.b32 code1, $11, 0x0f0f0f0f;
+and.b32 code2, $14, 0x0f0f0f0f;
+and.b32 code3, $15, 0x0f0f0f0f;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight0, weight1}, {sum0, sum1, sum2, sum3};
+shr.u32 code0, $10, 4;
+and.b32 code0, code0, 0x0f0f0f0f;
+shr.u32 code1, $11, 4;
+and.b32 code1, code1, 0x0f0f0f0f;
+shr.u32 code2, $14, 4;
+and.b32 code2, code2, 0x0f0f0f0f;
+shr.u32 code3, $15, 4;
+and.b32 code3, code3, 0x0f0f0f0f;
+mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sum0, sum1, sum2, sum3}, {code0, code1, code2, code3}, {weight2, weight3}, {sum0, sum1, sum2, sum3};
+mov.b32 $2, sum0;
+mov.b32 $6, sum1;
+mov.b32 $3, sum2;
+mov.b32 $7, sum3;
+}
+""")
+
+
+@triton.jit
+def page_pair(packed, own, PAIR: tl.constexpr):
+    """Return the products, int32 [N], of codes and the weights of two heads."""
+    place = own[0] + (own[1] * ROWS + 2 * PAIR) * WEIGHT_COLUMNS
+    return tl.inline_asm_elementwise(
+        PAGE_PAIR, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,l,l,l,l",
+        [packed[0], packed[1], place.to(tl.int64)],
+        dtype=(tl.int32, tl.int32), is_pure=False, pack=4,
+    )
+
+
 @triton.jit
 def page_weights(weights, scales, constants, mine):
-    """Return what products take of the block `mine`: the weights of all heads, or where they are."""
-    if IN_WORDS:
-        words = words_of(weights) + mine * (ROWS * WEIGHT_COLUMNS // 4)
-        scales, constants = scales + mine * ROWS, constants + mine * ROWS
-        own = (
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (0 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(scales + 0),
-            tl.load(constants + 0),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (1 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(scales + 1),
-            tl.load(constants + 1),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (2 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(scales + 2),
-            tl.load(constants + 2),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (3 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(scales + 3),
-            tl.load(constants + 3),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (4 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(scales + 4),
-            tl.load(constants + 4),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (5 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(scales + 5),
-            tl.load(constants + 5),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (6 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(scales + 6),
-            tl.load(constants + 6),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 0)),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 1)),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 2)),
-            tl.load(words + (7 * (WEIGHT_COLUMNS // 4) + 3)),
-            tl.load(scales + 7),
-            tl.load(constants + 7),
-        )
-    else:
-        own = (weights, scales, constants, mine)
-    return own
+    """Return what products take of the block `mine`."""
+    scales, constants = scales + mine * ROWS, constants + mine * ROWS
+    return (
+        weights,
+        mine,
+        tl.load(scales + 0),
+        tl.load(constants + 0),
+        tl.load(scales + 1),
+        tl.load(constants + 1),
+        tl.load(scales + 2),
+        tl.load(constants + 2),
+        tl.load(scales + 3),
+        tl.load(constants + 3),
+        tl.load(scales + 4),
+        tl.load(constants + 4),
+        tl.load(scales + 5),
+        tl.load(constants + 5),
+        tl.load(scales + 6),
+        tl.load(constants + 6),
+        tl.load(scales + 7),
+        tl.load(constants + 7),
+    )
 
 
 @triton.jit
-def page_product(unpacked, own, HEAD: tl.constexpr):
-    """Return q.k [N] of one head, its constant included."""
-    if IN_WORDS:
-        product = tl.zeros_like(unpacked[0])
-        FIRST: tl.constexpr = HEAD * 6
-        product = dot4(unpacked[0], own[FIRST + 0], product)
-        product = dot4(unpacked[1], own[FIRST + 1], product)
-        product = dot4(unpacked[2], own[FIRST + 2], product)
-        product = dot4(unpacked[3], own[FIRST + 3], product)
-        scale, constant = own[FIRST + 4], own[FIRST + 5]
+def page_products(packed, own):
+    """Return the products of all heads, int32 [N] each, or the codes that `page_product` multiplies."""
+    if IN_REGISTERS:
+        product_0, product_1 = page_pair(packed, own, 0)
+        product_2, product_3 = page_pair(packed, own, 1)
+        product_4, product_5 = page_pair(packed, own, 2)
+        product_6, product_7 = page_pair(packed, own, 3)
+        products = (product_0, product_1, product_2, product_3, product_4, product_5, product_6, product_7)
     else:
-        weights, scales, constants, mine = own
-        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
-        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        products = page_codes(packed)
+    return products
+
+
+@triton.jit
+def page_product(products, own, HEAD: tl.constexpr):
+    """Return q.k [N] of one head, its constant included."""
+    weights, mine = own[0], own[1]
+    scale, constant = own[2 + 2 * HEAD], own[3 + 2 * HEAD]
+    weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
+    if IN_REGISTERS:
+        product = products[HEAD]
+    elif IN_WORDS:
+        product = tl.zeros_like(products[0])
+        product = dot4(products[0], tl.load(words_of(weights) + 0), product)
+        product = dot4(products[1], tl.load(words_of(weights) + 1), product)
+        product = dot4(products[2], tl.load(words_of(weights) + 2), product)
+        product = dot4(products[3], tl.load(words_of(weights) + 3), product)
+    else:
+        product = tl.zeros([products[0].shape[0]], tl.int32)
         weight = load_weights(weights, 0, FINE_BYTES, FINE_COLUMNS)
-        product += tl.sum(unpacked[0] * weight, 1)
+        product += tl.sum(products[0] * weight, 1)
         weight = load_weights(weights, 8, FINE_BYTES, FINE_COLUMNS)
-        product += tl.sum(unpacked[1] * weight, 1)
-        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+        product += tl.sum(products[1] * weight, 1)
     return product.to(tl.float32) * (scale * PAGE_STEP) + constant
 
 
@@ -943,11 +1147,11 @@ def page_shares(
 ):
     """Return the sum over heads of each share, float32 [N]."""
     g = tl.arange(0, ROWS)
-    unpacked = page_codes(packed)
+    products = page_products(packed, own)
     share = tl.zeros([slot.shape[0]], tl.float32)
     for head in tl.static_range(GROUP):
         h = kv_head * GROUP + head
-        bits = score(page_product(unpacked, own, head), b, h, t, slot, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        bits = score(page_product(products, own, head), b, h, t, slot, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
         bits = tl.where(known, bits, float("-inf"))
         part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
         share += part
@@ -1050,7 +1254,7 @@ def scan_pages(
     )
     entry = bins_of_shares(share, share > 0)
     tl.store(bins + head_row.to(tl.int64) * (blocks * PER_BLOCK) + page, entry.to(tl.uint8))
-    counts = count_bins(histogram + head_row * (2 * BINS), entry)
+    counts = add_counts(histogram + head_row * (2 * BINS), count_items(no_counts(), entry))
     tl.store(mine + tl.arange(0, BINS), tl.cumsum(counts, 0, reverse=True))
     if EARLY:
         tl.extra.cuda.gdc_wait()  # even if nothing is seen: `arrivals` are cleared before
@@ -1087,6 +1291,7 @@ def scan_chosen(
     fresh = fresh_seen(
         positions, position_stride_b, position_stride_t, written, header, b, kv_head, t, kv_len, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3
     )
+    counters = no_counts()
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -1116,7 +1321,8 @@ def scan_chosen(
         found = bins_of_shares(share, share > 0)
         tl.store(candidates + into, slot, mask=listed)
         tl.store(bins + into, found.to(tl.uint8), mask=listed)
-        count_bins(histogram, found)
+        counters = count_items(counters, found)
+    add_counts(histogram, counters)
 
 
 SHORTEST = tl.constexpr(8)  # slots of the shortest chunk
@@ -1914,44 +2120,46 @@ def list_2(
 
 @triton.jit
 def listed_weights(weights, scales, constants, mine):
-    """Return what products take of the block `mine`: the weights of all heads, or where they are."""
-    own = (weights, scales, constants, mine)
-    return own
+    """Return what products take of the block `mine`."""
+    return (weights, mine, scales, constants)
 
 
 @triton.jit
-def listed_product(unpacked, own, HEAD):
+def listed_products(packed, own):
+    """Return the codes that `listed_product` multiplies."""
+    return token_codes(packed)
+
+
+@triton.jit
+def listed_product(products, own, HEAD):
     """Return q.k [N] of one head, its constant included."""
+    weights, mine, scales, constants = own
+    scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+    weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
     if IN_WORDS:
-        product = tl.zeros_like(unpacked[0])
-        weights, scales, constants, mine = own
-        words = words_of(weights) + (mine * ROWS + HEAD) * (WEIGHT_COLUMNS // 4)
-        product = dot4(unpacked[0], tl.load(words + 0), product)
-        product = dot4(unpacked[1], tl.load(words + 1), product)
-        product = dot4(unpacked[2], tl.load(words + 2), product)
-        product = dot4(unpacked[3], tl.load(words + 3), product)
-        product = dot4(unpacked[4], tl.load(words + 4), product)
-        product = dot4(unpacked[5], tl.load(words + 5), product)
-        product = dot4(unpacked[6], tl.load(words + 6), product)
-        product = dot4(unpacked[7], tl.load(words + 7), product)
-        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+        product = tl.zeros_like(products[0])
+        product = dot4(products[0], tl.load(words_of(weights) + 0), product)
+        product = dot4(products[1], tl.load(words_of(weights) + 1), product)
+        product = dot4(products[2], tl.load(words_of(weights) + 2), product)
+        product = dot4(products[3], tl.load(words_of(weights) + 3), product)
+        product = dot4(products[4], tl.load(words_of(weights) + 4), product)
+        product = dot4(products[5], tl.load(words_of(weights) + 5), product)
+        product = dot4(products[6], tl.load(words_of(weights) + 6), product)
+        product = dot4(products[7], tl.load(words_of(weights) + 7), product)
     else:
-        weights, scales, constants, mine = own
-        weights += (mine * ROWS + HEAD) * WEIGHT_COLUMNS
-        product = tl.zeros([unpacked[0].shape[0]], tl.int32)
+        product = tl.zeros([products[0].shape[0]], tl.int32)
         weight = load_weights(weights[:, None], 0, FINE_BYTES, FINE_COLUMNS)
-        product += tl.sum(unpacked[0] * weight, 1)
+        product += tl.sum(products[0] * weight, 1)
         weight = load_weights(weights[:, None], 8, FINE_BYTES, FINE_COLUMNS)
-        product += tl.sum(unpacked[1] * weight, 1)
+        product += tl.sum(products[1] * weight, 1)
         weight = load_weights(weights[:, None], 16, COARSE_BYTES, COARSE_COLUMNS)
-        product += tl.sum(unpacked[2] * weight, 1)
+        product += tl.sum(products[2] * weight, 1)
         weight = load_weights(weights[:, None], 20, COARSE_BYTES, COARSE_COLUMNS)
-        product += tl.sum(unpacked[3] * weight, 1)
+        product += tl.sum(products[3] * weight, 1)
         weight = load_weights(weights[:, None], 24, COARSE_BYTES, COARSE_COLUMNS)
-        product += tl.sum(unpacked[4] * weight, 1)
+        product += tl.sum(products[4] * weight, 1)
         weight = load_weights(weights[:, None], 28, COARSE_BYTES, COARSE_COLUMNS)
-        product += tl.sum(unpacked[5] * weight, 1)
-        scale, constant = tl.load(scales + mine * ROWS + HEAD), tl.load(constants + mine * ROWS + HEAD)
+        product += tl.sum(products[5] * weight, 1)
     return product.to(tl.float32) * scale + constant
 
 
@@ -1961,13 +2169,13 @@ def listed_shares(
 ):
     """Return the sum over heads of each share, float32 [N], and which slots any head sees, bool [N]."""
     g = tl.arange(0, ROWS)
-    unpacked = token_codes(packed)
+    products = listed_products(packed, own)
     share = tl.zeros([slot.shape[0]], tl.float32)
     seen = visible(b, kv_head * GROUP, t, slot, kv_len, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
     known &= seen
     for head in tl.static_range(GROUP):
         h = kv_head * GROUP + head
-        bits = score(listed_product(unpacked, own, head), b, h, t, slot, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
+        bits = score(listed_product(products, own, head), b, h, t, slot, inside, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3)
         bits = tl.where(known, bits, float("-inf"))
         part = tl.exp2(bits - tl.sum(tl.where(g == head, total, 0.0), 0))
         share += part
@@ -2184,7 +2392,7 @@ def encode_new(
         last = written_slots(
             positions, position_stride_b, position_stride_t, written, b, kv_len, -1
         )
-        tl.store(header + 1 + b, tl.max(last, 0) + 1)
+        move_end(header, b, tl.max(last, 0) + 1)
 
 
 @triton.jit
@@ -2213,7 +2421,8 @@ def choose(
     mine = head_row.to(tl.int64) * splits + split
     chosen_list += mine * capacity
     # A kernel before this one may have just revoked trust: what caches hold is too old.
-    trusted = tl.load(header, cache_modifier=".cg") != 0
+    whole_index, row_end = tl.load(header, cache_modifier=".cg"), tl.load(header + 1 + b, cache_modifier=".cg")
+    trusted = (whole_index != 0) & (row_end >= 0)
     first, begin, stop, end = always_read(
         tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
     )
@@ -2223,9 +2432,8 @@ def choose(
     if trusted & (end > 0) & (always <= capacity):
         # The programs examine candidates, or all slots between those that are always read.
         # They take sixteen at a time, in turn.
-        lane = tl.arange(0, LANES)
-        sixteen = (lane // 16 * splits + split) * 16
-        item = sixteen + lane % 16
+        sixteen = (tl.arange(0, LANES // 16)[:, None] * splits + split) * 16
+        item = sixteen + tl.arange(0, 16)[None, :]
         origin, items = begin // 16 * 16, stop - begin // 16 * 16
         bins += head_row.to(tl.int64) * bin_room
         candidates += head_row.to(tl.int64) * bin_room
@@ -2249,17 +2457,18 @@ def choose(
         for start in range(0, items, splits * LANES):
             slot = origin + item
             inside = item < items
-            if PAGED:
-                slot = tl.load(candidates + item, mask=sixteen < items, other=0)
-            else:
-                inside &= slot >= begin
-            entry = tl.where(inside, entry, 0)
-            chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
-            tl.store(chosen_list + count + place, slot, mask=chosen)
-            count += more
             item += splits * LANES
             sixteen += splits * LANES
-            entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+            following = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+            if not PAGED:
+                inside &= slot >= begin
+            entry = tl.where(inside, entry, 0)
+            chosen, place, more = choose_of_sixteens(entry.to(tl.int32), cut, left, at_cut)
+            if PAGED:
+                slot = tl.load(candidates + slot, mask=chosen, other=0)
+            tl.store(chosen_list + count + place, slot, mask=chosen)
+            count += more
+            entry = following
     tl.store(list_count + mine, count)
 
 
@@ -2316,7 +2525,8 @@ def attend(
         count = tl.load(list_count + mine)
     else:
         # A kernel before this one may have just revoked trust: what caches hold is too old.
-        trusted = tl.load(header, cache_modifier=".cg") != 0
+        whole_index, row_end = tl.load(header, cache_modifier=".cg"), tl.load(header + 1 + b, cache_modifier=".cg")
+        trusted = (whole_index != 0) & (row_end >= 0)
         first, begin, stop, end = always_read(
             tile_first, tile_end, head_row, tiles, b, t, kv_len, fresh, written, mask, mask_stride_0, mask_stride_1, mask_stride_2, mask_stride_3, TILES
         )
@@ -2326,9 +2536,8 @@ def attend(
         if trusted & (end > 0) & (always <= capacity):
             # The programs examine candidates, or all slots between those that are always read.
             # They take sixteen at a time, in turn.
-            lane = tl.arange(0, LANES)
-            sixteen = (lane // 16 * splits + split) * 16
-            item = sixteen + lane % 16
+            sixteen = (tl.arange(0, LANES // 16)[:, None] * splits + split) * 16
+            item = sixteen + tl.arange(0, 16)[None, :]
             origin, items = begin // 16 * 16, stop - begin // 16 * 16
             bins += head_row.to(tl.int64) * bin_room
             candidates += head_row.to(tl.int64) * bin_room
@@ -2352,17 +2561,18 @@ def attend(
             for start in range(0, items, splits * LANES):
                 slot = origin + item
                 inside = item < items
-                if PAGED:
-                    slot = tl.load(candidates + item, mask=sixteen < items, other=0)
-                else:
-                    inside &= slot >= begin
-                entry = tl.where(inside, entry, 0)
-                chosen, place, more = choose_by_bin(entry.to(tl.int32), cut, left, at_cut)
-                tl.store(chosen_list + count + place, slot, mask=chosen)
-                count += more
                 item += splits * LANES
                 sixteen += splits * LANES
-                entry = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+                following = tl.load(bins + origin + item, mask=sixteen < items, other=0)
+                if not PAGED:
+                    inside &= slot >= begin
+                entry = tl.where(inside, entry, 0)
+                chosen, place, more = choose_of_sixteens(entry.to(tl.int32), cut, left, at_cut)
+                if PAGED:
+                    slot = tl.load(candidates + slot, mask=chosen, other=0)
+                tl.store(chosen_list + count + place, slot, mask=chosen)
+                count += more
+                entry = following
         tl.debug_barrier()
     if count >= 0:
         for start in range(0, count, KEYS):

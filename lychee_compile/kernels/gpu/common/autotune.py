@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lychee_compile.kernels.gpu.common.layout import row_ends
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import candidates, is_tuned, remember
 
@@ -58,12 +59,13 @@ def _trusted(header: Tensor | None) -> Iterator[None]:
     if header is None:
         yield
         return
-    before = header[0].clone()
+    before, rows = header.clone(), len(header) - 1
     header[0].fill_(1)
+    header[1:].copy_(row_ends(header, rows))
     try:
         yield
     finally:
-        header[0].copy_(before)
+        header.copy_(before)
 
 
 def _time(do_bench: Callable[..., float], run: Callable[[Any], object], tuning: object) -> float:

@@ -20,7 +20,8 @@ class DeviceIndex(ABC):
 
     It is built here from the keys that a prefill left; the kernels of each step keep it up to date.
     While the first number of its header is 0 the index is not trusted: attention reads every key.
-    Kernels set it to 0 themselves if they notice that a key is not the one that was indexed.
+    A row may be distrusted alone (`lose_rows`), as when it was given to another request; kernels do
+    so themselves if they notice that a key is not the one that was indexed.
     """
 
     def __init__(self, layout: IndexLayout, device: torch.device) -> None:
@@ -38,6 +39,23 @@ class DeviceIndex(ABC):
         """Note that the keys in the slots [0, ends[b]) of each row are indexed: `build` ends so."""
         header = torch.tensor([1, *ends], dtype=torch.int32, device="cpu")
         self.parts.header[: len(header)] = header.to(self.state.device, non_blocking=True)
+
+    def lose_rows(self, first: Tensor) -> None:
+        """Distrust each row that has indexed a key in the slot `first` [b], int64 [B], or later.
+
+        Attention reads all keys of the row until `take_row`.
+        """
+        ends = self.parts.header[1 : 1 + len(first)]
+        ends.copy_(torch.where(first[: len(ends)] < ends, ~ends, ends))
+
+    def take_row(self, row: int, other: DeviceIndex) -> None:
+        """Copy all that an index of one row holds, of a layout that differs in batch alone.
+
+        The row is trusted from then on.
+        """
+        for mine, its in zip(self.parts[1:], other.parts[1:], strict=True):
+            mine[row].copy_(its[0])
+        self.parts.header[1 + row].copy_(other.parts.header[1])
 
     def take_over(self, smaller: DeviceIndex) -> None:
         """Copy all that an index of the same cache holds, which has fewer slots."""

@@ -102,9 +102,16 @@ def combine(
     splits: int,
     early: bool,
 ) -> Tensor:
-    """Return attention [B, Hq, T, Dv] from what the `splits` programs of each row have left."""
+    """Return attention [B, Hq, T, Dv] from what the `splits` programs of each row have left.
+
+    If the module computes a part of an attention, the result is float32 [B, Hq, T, Dv + 1], and
+    ends with the log-sum-exp of the scores.
+    """
     query, extra = operands.query, operands.extra
-    output = query.new_empty(*query.shape[:3], scratch["partial"].shape[-1])
+    size, dtype = scratch["partial"].shape[-1], query.dtype
+    if hasattr(module, "PART"):
+        size, dtype = size + 1, torch.float32
+    output = query.new_empty(*query.shape[:3], size, dtype=dtype)
     # Without extra logits the kernel reads none: any tensor stands for them, without a view of it.
     logits = (query, "bhtd") if extra is None else (extra.expand(query.shape[:3]), "bht")
     more = operands.extra_value

@@ -22,13 +22,15 @@ from lychee_compile.kernels.gpu.common.launch_common import (
     log_weight,
     of_rows,
 )
-from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.common.layout import IndexOperands, row_ends
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning, lists_apart, tuning_for
 from lychee_compile.kernels.sizes import BINS, MOST_DRAWN_FROM, power_of_two
 
 MOST_SPARSE_SPLITS = 32
 """Programs that may share one row of a sparse step, at most."""
+USUAL_LANES, LISTED_LANES = 1024, 2048
+"""Most slots that a program of `attend`, or of `choose`, examines at a time."""
 LISTED_REGISTERS = 128
 """Most registers of a thread of `attend` if the keys are listed."""
 
@@ -108,7 +110,7 @@ class SparseStep:
         own = {
             **arguments,
             "KEYS": tuning.keys,
-            "LANES": lanes(examined, self.splits),
+            "LANES": lanes(examined, self.splits, LISTED_LANES if self.lists else USUAL_LANES),
             "PAGED": paged,
             "LISTED": self.lists,
         }
@@ -153,9 +155,9 @@ class SparseStep:
         return {"positions": wide, **strides, "written": wide.shape[1]}
 
 
-def lanes(examined: int, splits: int) -> int:
-    """Return how many slots a program examines at a time."""
-    return max(256, min(power_of_two(-(-examined // splits)), 1024))
+def lanes(examined: int, splits: int, most: int) -> int:
+    """Return how many slots a program examines at a time, at most `most`."""
+    return max(256, min(power_of_two(-(-examined // splits)), most))
 
 
 @contextmanager
@@ -197,7 +199,7 @@ def slots_read(step: SparseStep) -> Tensor:
     count = int((slots >= 0).sum(-1).max())
     slots = _in_order(slots)[..., :count]
     if bool(all_keys.any()):
-        held = header[1 : 1 + len(slots)].long().clamp(max=operands.kv_len)
+        held = row_ends(header, len(slots)).clamp(max=operands.kv_len)
         slot = torch.arange(max(int(held.max()), count), device=slots.device)
         everything = torch.where(slot < held[:, None], slot, -1)[:, None, None]
         padded = torch.nn.functional.pad(slots, (0, len(slot) - count), value=-1)

@@ -33,7 +33,10 @@ class IndexState(Protocol):
 
     @property
     def header(self) -> Tensor:
-        """int32 [1 + B]: 1 if the index may be trusted, then the last written slot + 1 by row."""
+        """int32 [1 + B]: 1 if the index may be trusted, then the last written slot + 1 by row.
+
+        That of a row whose own part is not trusted is stored as its complement, below 0.
+        """
 
     def _asdict(self) -> dict[str, Tensor]: ...
     def __iter__(self) -> Iterator[Tensor]: ...
@@ -93,6 +96,12 @@ def roomy(layout: LayoutT) -> LayoutT:
 def header_part(batch: int) -> Part:
     """Return the first part of every index: the trust flag, then one number a row."""
     return "header", (1 + batch,), torch.int32
+
+
+def row_ends(header: Tensor, rows: int) -> Tensor:
+    """Return the slot after the last one written in each of the first rows, int64 [rows]."""
+    ends = header[1 : 1 + rows].long()
+    return torch.where(ends < 0, ~ends, ends)
 
 
 def fingerprints_part(batch: int, kv_heads: int, slots: int) -> Part:

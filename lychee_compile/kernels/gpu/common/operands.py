@@ -90,9 +90,10 @@ class AttentionOperands:
 
 def key_arguments(key: Tensor) -> dict[str, object]:
     """Return the arguments of kernels that have keys [B, Hkv, L, D] alone, stored or computed."""
-    if isinstance(key, LoadedTensor):
-        return _key_arguments(key, key.load.tensors, key.load.numbers)
-    return _key_arguments(key, (), ())
+    if not isinstance(key, LoadedTensor):
+        return _key_arguments(key, (), ())
+    arguments = _key_arguments(key, key.load.tensors, key.load.numbers)
+    return {**arguments, "first_row": key.load.first_row}
 
 
 def _key_arguments(

@@ -145,6 +145,12 @@ class ChunkDeviceIndex(LevelDeviceIndex):
         if isinstance(smaller, ChunkDeviceIndex):
             self.tables.clustered = smaller.tables.clustered
 
+    def take_row(self, row: int, other: DeviceIndex) -> None:
+        """Copy all that an index of one row holds; see `DeviceIndex.take_row`."""
+        super().take_row(row, other)
+        if isinstance(other, ChunkDeviceIndex):
+            self.tables.clustered = max(self.tables.clustered, other.tables.clustered)
+
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Cut, summarise and cluster the keys in the slots [0, ends[b]) of `key` [B, Hkv, L, D]."""
         self.clear()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import DeviceIndex
+from lychee_compile.kernels.gpu.common.layout import row_ends
 from lychee_compile.kernels.gpu.common.record import record_fingerprints
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
 from lychee_compile.kernels.levels.declaration import LevelStack
@@ -41,7 +42,7 @@ class LevelDeviceIndex(DeviceIndex):
 
     def written(self, rows: int) -> Tensor:
         """Return the slot after the last one written in each row, int64 [rows]."""
-        return self.parts.header[1 : 1 + rows].long()
+        return row_ends(self.parts.header, rows)
 
 
 def columns_of(stack: LevelStack, named: Mapping[str, Tensor], number: int, rows: int) -> Columns:

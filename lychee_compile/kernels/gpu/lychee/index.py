@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.index import REFIT, DeviceIndex
+from lychee_compile.kernels.gpu.common.layout import row_ends
 from lychee_compile.kernels.gpu.levels.chunk_index import ChunkTables
 from lychee_compile.kernels.gpu.lychee.launch import run_encode
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
@@ -47,6 +48,13 @@ class SketchIndex(DeviceIndex):
             if self.chunks is not None and smaller.chunks is not None:
                 self.chunks.clustered = smaller.chunks.clustered
 
+    def take_row(self, row: int, other: DeviceIndex) -> None:
+        """Copy all that an index of one row holds; see `DeviceIndex.take_row`."""
+        super().take_row(row, other)
+        if self.chunks is not None and isinstance(other, SketchIndex) and other.chunks is not None:
+            self._clustered = max(self._clustered, other._clustered)
+            self.chunks.clustered = max(self.chunks.clustered, other.chunks.clustered)
+
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:
         """Sketch the keys in the slots [0, ends[b]) of each row of `key` [B, Hkv, L, D]."""
         size, end = self.layout.block, max(ends)
@@ -80,7 +88,7 @@ class SketchIndex(DeviceIndex):
             run_encode(module, key, self.layout, self.parts, begin, end)
         self._clustered = min(self._clustered, max(ends))  # fewer after a rewind
         if self.chunks is not None and max(ends) >= self._clustered + refit_after(self._clustered):
-            self.chunks.refit(key, self.parts.header[1 : 1 + len(ends)].long())
+            self.chunks.refit(key, row_ends(self.parts.header, len(ends)))
             self._clustered = max(ends)
 
     def refit_after(self, end: int) -> int:

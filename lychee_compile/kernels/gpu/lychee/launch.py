@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.launch_common import launch
-from lychee_compile.kernels.gpu.common.launch_sparse import SparseStep
+from lychee_compile.kernels.gpu.common.launch_sparse import SparseStep, draws
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands, key_arguments
 from lychee_compile.kernels.gpu.common.tuning import Tuning
@@ -35,6 +35,8 @@ PAGES_REGISTERS, CHOSEN_REGISTERS, SCAN_REGISTERS = 128, 128, 128
 """Most registers of a thread: programs of a kernel and of the next fit on the device together."""
 ENCODED = 64
 """Slots that one program of `encode` sketches."""
+DEALT = 2**16
+"""Size of a table of luck. If rows are many, each step makes one for all of them."""
 MOST_PROGRAMS = 65535
 """Most programs of a launch along its second axis, by CUDA's limit."""
 
@@ -135,6 +137,9 @@ def _arguments(
     want("bins", torch.uint8, rows, sizes.room)
     if sizes.paged:
         _want_pages(step, layout, sizes, heads)
+    deals = draws(step.module) and step.lists
+    if deals:
+        want("luck", torch.uint8, DEALT)
     if layout.measured:
         want_bound_weights(step.wanted, step.module, rows, layout.blocks)
     return {
@@ -146,6 +151,7 @@ def _arguments(
         "turns": sizes.turns,
         "bin_room": sizes.room,
         "candidate_room": sizes.room,
+        "DEALT": deals,
     }
 
 

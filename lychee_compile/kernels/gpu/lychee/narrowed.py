@@ -60,6 +60,7 @@ def run_narrowed(step: SparseStep, layout: SketchLayout, state: SketchState) -> 
         "BLOCK": layout.block,
         "BLOCKS": power_of_two(blocks),
         "PAGED": False,
+        "DEALT": False,
         "numbers": shares[-1].groups,
     }
     query_weights(step, blocks, arguments)

@@ -25,10 +25,11 @@ def want_weights(step: SparseStep, blocks: int) -> None:
 
 
 def with_stand_ins(arguments: Mapping[str, object]) -> dict[str, object]:
-    """Return `arguments`, with any pointer for those that no kernel reads unless it ranks pages."""
+    """Return `arguments`, with any pointer for those that not all kernels read."""
     return {
         "page_constants": arguments["constants"],
         "arrivals": arguments["histogram"],
+        "luck": arguments["histogram"],
         "candidates": arguments["chosen_list"],
         "candidate_count": arguments["chosen_list"],
         **arguments,

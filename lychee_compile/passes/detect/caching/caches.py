@@ -52,6 +52,8 @@ class Watched:
     """The input, or the part of one, that holds it before the call; None if it begins here."""
     output: int | None = None
     """Position of the output that holds it after the call; None if that is the input."""
+    page: int = field(default=0, compare=False)
+    """Number of tokens of a page if the tensor is a table [B, P] of pages, else 0."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class CacheBinding:
     """Dimension of `source` and of the output that runs over tokens, if they have another shape
     than `key`; None otherwise."""
     in_front: int = field(default=0, compare=False)
-    """Number of keys that the attention reads in front of those of the cache."""
+    """Number of keys that the attention reads in front of those of the cache; 0 if `shared`."""
+    shared: CacheBinding | None = field(default=None, compare=False)
+    """Cache of the keys in front, if all rows share its memory; None if they do not."""
     load: Load | None = None
     """The keys as an expression of the cache and other tensors; None if `key` shows them."""
     watched: tuple[Watched, ...] = ()
@@ -93,6 +97,11 @@ class CacheBinding:
         """Sizes that only a call tells, in the expressions of keys and values, in one order."""
         found = {each for load in (self.load, self.values) if load for each in load.numbers}
         return tuple(sorted(found, key=str))
+
+    @property
+    def is_behind(self) -> bool:
+        """True if the attention reads other keys in front of those of the cache."""
+        return self.in_front > 0 or self.shared is not None
 
     @property
     def reads_only(self) -> bool:

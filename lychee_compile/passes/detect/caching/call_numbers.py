@@ -35,6 +35,8 @@ class NumberPlace:
     """Dimension of the tensor whose size is meant; None if the input is an integer."""
     more: int
     """Number that is added."""
+    of_keys: bool = True
+    """True if keys depend on it; False if values alone do."""
 
     def of(self, inputs: Sequence[object]) -> int:
         """Return the number in a call with some inputs."""
@@ -46,12 +48,15 @@ class NumberPlace:
         return given + self.more
 
 
-def number_place(size: sympy.Symbol, inputs: Sequence[torch.fx.Node]) -> NumberPlace:
-    """Return where a call tells a size. Raises `RewriteError` if none of the inputs does."""
+def number_place(size: sympy.Symbol, inputs: Sequence[torch.fx.Node], of_keys: bool) -> NumberPlace:
+    """Return where a call tells a size, of keys or of values alone.
+
+    Raises `RewriteError` if none of the inputs does.
+    """
     place = place_of_size(size, inputs[0].graph) if inputs else None
     if place is None:
         raise RewriteError(reasons.SIZE_NOT_IN_GRAPH())
-    return NumberPlace(inputs.index(place.source), place.dim, place.more)
+    return NumberPlace(inputs.index(place.source), place.dim, place.more, of_keys)
 
 
 def emit_number(value: sympy.Expr, emit: Emitter) -> Number:

@@ -77,7 +77,8 @@ def bind_loaded(
         sources = _steady_sources(leaf, writes)
         if sources is None:
             return _without_tail(load)
-        watched += [Watched(each) for each in sources]
+        page = load.page_size_of_table(name) if sources == [leaf] else 0
+        watched += [Watched(each, page=page) for each in sources]
     return _loaded(load, bindings, watched) if bindings else _without_tail(load)
 
 

@@ -95,6 +95,14 @@ class Load:
         elsewhere = page.xreplace({sympy.floor(TOKEN / size): sympy.S.Zero}).has(TOKEN)
         return None if elsewhere else Pages(page_dim, slots[0], page, int(size))
 
+    def page_size_of_table(self, name: str) -> int:
+        """Return the number of tokens of a page if a leaf is but a table [b, page]; 0 if not."""
+        pages = self.pages
+        if pages is None or str(pages.page.base) != name:
+            return 0
+        plain = (BATCH, sympy.floor(TOKEN / pages.size))
+        return pages.size if all(each == plain for each in self.reads_of(name)) else 0
+
     def reads_of(self, name: str) -> list[Indices]:
         """Return the indices at which the expression reads a leaf."""
         found = self.element.atoms(sympy.Indexed)

@@ -43,6 +43,6 @@ def over_cache(attention: Attention, binding: CacheBinding | None) -> Attention:
 
     It is `attention` itself if no keys are in front of the cache.
     """
-    if binding is None or not binding.in_front:
+    if binding is None or not binding.is_behind:
         return attention
     return attention.over(attention.parts[1])
