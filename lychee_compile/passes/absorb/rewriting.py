@@ -29,7 +29,7 @@ from lychee_compile.passes.symbolic.axes import Axes, Axis, Index, with_finer_ax
 from lychee_compile.passes.symbolic.elements import Elements
 
 KEPT_META = ("stack_trace", "nn_module_stack")
-"""What a new operator takes over of the one that it replaces, for the report."""
+"""Metadata that a new operator takes over from the one that it replaces, for the report."""
 
 
 class Absorber:
