@@ -199,6 +199,9 @@ class Question:
         `slot`, int64 [B, 1 or Hkv, Tq, M], are slots that may be chosen where `held`, bool of the
         same shape. `raw` [B, Hkv, G, Tq, M] are their raw scores. There are no biases.
         """
+        if raw.shape[-1] == 0:  # what is always read has left no room for any
+            nothing = slot.new_zeros(*raw.shape[:2], raw.shape[3], 0)
+            return nothing, nothing
         rank = self.share(_hidden(self.capped(raw), held[:, :, None]))
         if self.salt is not None:
             return self._drawn(rank, slot.expand_as(rank), held)

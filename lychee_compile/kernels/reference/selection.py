@@ -102,9 +102,6 @@ def select(
     if bool(fits.all()):
         length = (always.recent_start - always.sinks_end).clamp(min=0)
         chosen = _Chosen(_per_head(always.sinks_end, heads), _per_head(length, heads))
-    elif not bool((room.minimum(choosable[:, None]) > 0).any()):  # what is always read fills it
-        nothing = room.new_zeros(*shape, 0)
-        chosen = _Chosen(nothing, nothing)
     else:
         question = _question(inputs, always.beside(visible), always, room, most, site)
         if coverage is not None:
