@@ -26,6 +26,8 @@ WORDS = (
 )  # fmt: skip
 MANY = 8
 """Number of facts of the same form in one document, one of which is asked for."""
+SHORT = 0.05
+"""Share of the tokens of a document that may be missing since the next piece does not fit."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,19 @@ class Filler:
         self.sizes = count([piece + self.joint for piece in self.pieces])
 
     def take(self, tokens: int, chance: random.Random) -> list[str]:
-        """Return neighbouring pieces of at most `tokens` in all, from a random one on."""
-        start, pieces = chance.randrange(len(self.pieces)), list[str]()
+        """Return neighbouring pieces of at most `tokens` in all, from a random one on.
+
+        A piece that does not fit ends them, unless more than `SHORT` of the tokens would then be
+        missing.
+        """
+        start, pieces, left = chance.randrange(len(self.pieces)), list[str](), tokens
         for number in range(len(self.pieces)):
             piece = (start + number) % len(self.pieces)
-            tokens -= self.sizes[piece]
-            if tokens < 0:
+            if self.sizes[piece] <= left:
+                left -= self.sizes[piece]
+                pieces.append(self.pieces[piece])
+            elif left <= SHORT * tokens:
                 break
-            pieces.append(self.pieces[piece])
         return pieces
 
 

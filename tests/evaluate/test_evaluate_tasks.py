@@ -49,6 +49,16 @@ def test_questions_are_repeatable_and_differ(task):
     assert a_question(task, seed=1).document != a_question(task, seed=2).document
 
 
+def test_a_long_paragraph_does_not_end_a_document_early(monkeypatch):
+    paragraphs = ["word " * 20] * 30
+    paragraphs[::10] = ["long " * 400] * 3
+    monkeypatch.setitem(BUILT_IN, "prose", lambda: "\n\n".join(paragraphs))
+    filler = Filler("prose", lambda texts: [len(text.split()) for text in texts])
+    for seed in range(20):
+        taken = filler.take(300, random.Random(seed))
+        assert 285 <= sum(len(each.split()) for each in taken) <= 300
+
+
 def test_what_is_asked_is_what_the_document_says():
     for seed in range(5):
         question = a_question("pass-keys", seed=seed)
