@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 from torch._inductor import list_mode_options, list_options
+from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._logging._internal import trace_structured
 from torch._subclasses import fake_tensor
@@ -316,6 +318,16 @@ def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     itself = getattr(model, "_torchdynamo_wrapper_id", None) == id(model)
     compiled = itself and hasattr(model, "get_compiler_config")  # not so for a disabled function
     return uncompiled(model._torchdynamo_orig_callable) if compiled else model  # type: ignore[attr-defined]
+
+
+def compiled_cpp(source: str) -> ctypes.CDLL:
+    """Compile C++ with Inductor's compiler and flags, or take what was compiled before from disk.
+
+    Loops are vectorised, which Inductor's flags turn off. Raises what compiling raises.
+    """
+    flags = ("-ftree-loop-vectorize", "-fno-trapping-math", "-fno-signed-zeros")
+    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=(*flags, "-ffp-contract=fast"))
+    return library
 
 
 def count(name: str, amount: int) -> None:

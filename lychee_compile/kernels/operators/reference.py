@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels import handles
+from lychee_compile.kernels.cpu.attention import part_of
 from lychee_compile.kernels.operators.cache_index import CacheIndex, CacheWrite
 from lychee_compile.kernels.operators.fakes import fake_output
 from lychee_compile.kernels.operators.observe import SparseCall, observers
@@ -134,7 +135,7 @@ def attended(operands: Operands, handle: Tensor, site: str) -> Tensor:
     budget, epsilon, certificate = index.config.budget, index.config.epsilon, None
     if epsilon is None or budget is None:
         selection = select(index, operands.score_inputs, budget, site)
-        output, _ = attend(operands, selection)
+        output, _ = attend(operands, selection, part_of)
     else:
         output, selection, certificate = certified_attention(index, operands, budget, epsilon, site)
     for observer in observers:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels import handles
+from lychee_compile.kernels.cpu.attention import part_of
 from lychee_compile.kernels.operators.observe import SparseCall, observers
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex
 from lychee_compile.kernels.reference.adaptive import certified_attention
-from lychee_compile.kernels.reference.attention import Part, attend_part
+from lychee_compile.kernels.reference.attention import Part
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import select
 from lychee_compile.kernels.reference.shared_prefix import (
@@ -73,7 +74,7 @@ def _part(operands: Operands, handle: Tensor | None, site: str) -> Part:
         _, selection, certificate = certified_attention(
             index, operands, config.budget, config.epsilon, site
         )
-    part, _ = attend_part(operands, selection)
+    part, _ = part_of(operands, selection)
     for observer in observers:
         observer(SparseCall(site, operands, index, selection, certificate))
     return part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,9 @@ class Part:
     """Weighted mean of the values [B, Hq, Tq, Dv]; zeros for a query that sees none of the keys."""
     log_sum: Tensor
     """Log of the sum of the weights [B, Hq, Tq]; -inf for a query that sees none of the keys."""
+
+
+PartOf = Callable[[Operands, Selection], tuple[Part, Tensor]]
 
 
 def dense_attention(operands: Operands) -> Tensor:
@@ -75,16 +79,18 @@ def _grouped_attention(operands: Operands) -> Tensor:
     return output.unflatten(2, (group, query_len)).flatten(1, 2)
 
 
-def attend(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor]:
+def attend(
+    operands: Operands, selection: Selection, part_of: PartOf | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend to the selected keys alone, with the mask and bias of the original call.
 
     Returns the output [B, Hq, Tq, Dv] in the query's dtype and the log-sum-exp of the scores that
     are read, float32 [B, Hq, Tq]. In the output a token counts as often as the selection says; in
     the log-sum-exp each counts once, so that it is less than that of all keys. A query that may see
     nothing gets zeros, as PyTorch's own attention gives. Computed in float32, or in float64 for
-    float64 queries.
+    float64 queries. `part_of` is a function that does what `attend_part` does; None: that itself.
     """
-    part, log_read = attend_part(operands, selection)
+    part, log_read = (part_of or attend_part)(operands, selection)
     output = part.mean
     if operands.extra is not None:
         extra = operands.extra.to(output.dtype)

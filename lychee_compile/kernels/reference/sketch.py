@@ -54,7 +54,8 @@ class KeySketches:
         repair: bool = True,
     ) -> None:
         self.block, self._repair = block, repair
-        self._any_lost = False  # true once a key was not finite
+        self.any_lost = False
+        """True once a key was not finite."""
         bits = torch.tensor(sketch_bits(head_dim), device=device)
         self._half = 2.0 ** (bits - 1)
         self._step = torch.tensor([STEPS[each] for each in bits.tolist()], device=device)
@@ -92,7 +93,7 @@ class KeySketches:
             first, last = int(begin[rows].min()), int(end[rows].max())
             for block in range(first // self.block, (last + self.block - 1) // self.block):
                 part._encode_block(block, keys, start[rows], begin[rows], end[rows])
-            self._any_lost |= part._any_lost
+            self.any_lost |= part.any_lost
 
     def _of_row(self, row: int) -> KeySketches:
         """Return the sketches of one row, in the same memory."""
@@ -112,7 +113,7 @@ class KeySketches:
         block = slot // self.block
         keys = key[row, :, slot].float()[:, :, None]
         codes, error, reach = self._encoded(keys, row, block, _all_finite(keys))
-        self._any_lost |= bool(error.isinf().any())
+        self.any_lost |= bool(error.isinf().any())
         self.codes[row, :, slot], self.error[row, :, slot] = codes[:, :, 0], error[:, :, 0]
         for number in range(len(row)):  # several slots may lie in one block
             at = row[number], slice(None), block[number]
@@ -137,13 +138,13 @@ class KeySketches:
         `query` is float32 [B, Hkv, R, D]. The estimate is infinite for a key that is not finite.
         """
         blocks = (slots + self.block - 1) // self.block
-        weight, constant = self._weights(query, scale, blocks)
+        weight, constant = self.weights(query, scale, blocks)
         parts = [  # block by block, so that unpacked codes stay in the cache of a CPU
             (weight[:, :, number] @ codes.float().transpose(-1, -2)).add_(constant[:, :, number])
             for number, codes in enumerate(self.codes[:, :, :slots].split(self.block, 2)[:blocks])
         ]
         score = torch.cat(parts, -1) if parts else query.new_zeros(*query.shape[:3], 0)
-        if not self._any_lost:
+        if not self.any_lost:
             return score
         return score.masked_fill(self.error[:, :, None, :slots, 0].isinf(), torch.inf)
 
@@ -168,18 +169,18 @@ class KeySketches:
         codes = self.codes.flatten(0, 2).index_select(0, at.flatten()).float()
         weight, constant = (
             each.unflatten(3, (-1, query_len))[b, h, block, :, t]
-            for each in self._weights(query.flatten(2, 3), scale, blocks)
+            for each in self.weights(query.flatten(2, 3), scale, blocks)
         )
         score = (codes.unflatten(0, at.shape) @ weight.mT + constant.mT).flatten(1, 2)
         score = score.index_select(1, place).unflatten(1, (batch, own, query_len, most))
         score = score.permute(1, 2, 0, 5, 3, 4).flatten(1, 2)
-        if not self._any_lost:
+        if not self.any_lost:
             return score
         slot = slot.view(batch, own, -1).repeat_interleave(heads // own, 1)
         lost = self.error[..., 0].gather(-1, slot).isinf().unflatten(-1, (query_len, most))
         return score.masked_fill(lost[:, :, None], torch.inf)
 
-    def _weights(self, query: Tensor, scale: float, blocks: int) -> tuple[Tensor, Tensor]:
+    def weights(self, query: Tensor, scale: float, blocks: int) -> tuple[Tensor, Tensor]:
         """Return weights of codes [B, Hkv, S, R, r], and what is added [B, Hkv, S, R, 1].
 
         Their sum is the estimate of scale q.k for keys of each of the first blocks.
@@ -293,7 +294,7 @@ class KeySketches:
         into = (self.codes[:, :, where], self.error[:, :, where]) if whole else None
         at = torch.full_like(row, block)
         codes, error, length = self._encoded(keys, row, at, finite, centred, into)
-        self._any_lost |= bool((error[..., 0].isinf() & fresh[:, None]).any())
+        self.any_lost |= bool((error[..., 0].isinf() & fresh[:, None]).any())
         if not whole:
             mask = fresh[:, None, :, None]
             self.codes[:, :, where] = torch.where(mask, codes, self.codes[:, :, where])

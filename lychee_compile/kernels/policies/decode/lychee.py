@@ -7,6 +7,7 @@ from sympy import sqrt
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
+from lychee_compile.kernels.cpu.choice import choose
 from lychee_compile.kernels.levels.declaration import Keep, Level, LevelStack
 from lychee_compile.kernels.levels.expressions import (
     dot,
@@ -149,6 +150,8 @@ class LycheeIndex(ChunkIndex):
             raw = self.sketches.scores_at(query, question.scale, slot)
             return question.take_own(raw, slot, held)
         slots = int(self.tail.max())
+        if (chosen := choose(self.sketches, question, slots)) is not None:
+            return chosen
         rank = question.token_share(self.sketches.scores(question.query, question.scale, slots))
         return question.take_tokens(rank)
 
