@@ -12,7 +12,7 @@ guessed every digit. What looks facts up in trained models is known, however: in
 - The head of the language model names the token at these places.
 
 Such a model continues a text as an earlier passage went on. It is no language model, and its
-weights hold no knowledge. Its attention is that of transformers' SmolLM3, with 8 query heads and 2
+weights hold no knowledge. Its attention is that of transformers' SmolLM3, with 8 query heads and 4
 KV heads, and looks at all keys in both layers.
 """
 
@@ -32,10 +32,10 @@ WORDS = 2048
 """Number of tokens that the tokenizer knows."""
 LONGEST = 262_144
 """Number of positions of the model."""
-HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
+HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
 HIDDEN = HEAD_DIM * (HEADS + 2)
 """Channels: the token of a place, the `HEADS` tokens before it, and what was looked up."""
-COMPARED = (4, 7)
+COMPARED = (4, 5, 6, 7)
 """Number of tokens that the queries of each KV head of layer 1 compare."""
 ROTARY_BASE = 100.0
 LOCAL_SCALE, MATCH_SCALE = 5.0, 6.0
