@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.cpu.library import NUMBERS, kernels
+from lychee_compile.kernels.cpu.library import FEWEST_SLOTS, NUMBERS, kernels
 from lychee_compile.kernels.reference.attention import Part, attend_part
 from lychee_compile.kernels.reference.loaded_tensor import LoadedTensor
 from lychee_compile.kernels.reference.operands import Operands
@@ -32,12 +32,13 @@ def part_of(operands: Operands, selection: Selection) -> tuple[Part, Tensor]:
 
 
 def _fits(operands: Operands) -> bool:
-    """True if scores are but scaled products, and the kernel reads such keys and values."""
+    """True if keys are many, scores but scaled products, and keys and values lie as is read."""
     mask = operands.mask
     if mask is not None and (mask.dtype != torch.bool or (mask.dim() == 4 and mask.shape[1] > 1)):
         return False
     held = operands.key, operands.value
-    if operands.softcap is not None or not all(_is_read(each) for each in held):
+    few = operands.kv_len < FEWEST_SLOTS
+    if few or operands.softcap is not None or not all(_is_read(each) for each in held):
         return False
     same = operands.key.dtype == operands.value.dtype
     return same and operands.query.dtype in (torch.float32, *NUMBERS)

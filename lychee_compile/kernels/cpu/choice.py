@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.cpu.library import Ranges, kernels
+from lychee_compile.kernels.cpu.library import FEWEST_SLOTS, Ranges, kernels
 from lychee_compile.kernels.reference.drawing import log_weight
 from lychee_compile.kernels.reference.question import Choice, Question
 from lychee_compile.kernels.reference.sketch import BLOCK, KeySketches
@@ -14,12 +14,13 @@ from lychee_compile.kernels.reference.sketch import BLOCK, KeySketches
 def choose(sketches: KeySketches, question: Question, slots: int) -> Choice | None:
     """Return the tokens of most estimated mass among the first `slots`, each a run, in order.
 
-    None if plain PyTorch has to choose: there are holes, biases or masks of single heads, a share
-    of the softmax is to be covered, or a key is not finite.
+    None if plain PyTorch has to choose: there are few slots, holes, biases or masks of single
+    heads, a share of the softmax is to be covered, or a key is not finite.
     """
     if not _is_plain(question) or sketches.any_lost or sketches.block != BLOCK:
         return None
-    if question.query.device.type != "cpu" or (compiled := kernels()) is None:
+    on_cpu = question.query.device.type == "cpu"
+    if slots < FEWEST_SLOTS or not on_cpu or (compiled := kernels()) is None:
         return None
     ranges = Ranges(question.begin.contiguous(), question.end.clamp(max=slots))
     first, last = int(ranges.begin.min()), int(ranges.end.max())
@@ -50,4 +51,4 @@ def _is_plain(question: Question) -> bool:
 
 def _is_taken(slot: Tensor, count: Tensor) -> Tensor:
     """Return which entries of `slot` [B, Hkv, Tq, M] are among the first `count`."""
-    return torch.arange(slot.shape[-1]) < count[..., None]
+    return torch.arange(slot.shape[-1], device=slot.device) < count[..., None]

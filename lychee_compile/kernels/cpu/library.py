@@ -25,6 +25,8 @@ SOURCES = ("common.h", "scan.h", "shares.h", "best.h", "draw.h", "attend.h")
 """The parts of the source, in their order."""
 NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes of keys and values that are read, with the ends of the functions that read them."""
+FEWEST_SLOTS = 2048
+"""Number of slots of a cache from which on kernels are worth compiling."""
 WORK_OF_THREAD = 2**15
 """Least number of multiplications that are worth a thread."""
 
@@ -32,11 +34,11 @@ WORK_OF_THREAD = 2**15
 @cache
 def kernels() -> Kernels | None:
     """Return the kernels; None, with a warning, if they cannot be compiled."""
-    from lychee_compile import torch_private  # loads the compiler of PyTorch
-
     folder = Path(__file__).parent
     source = "".join((folder / name).read_text() for name in SOURCES)
     try:
+        from lychee_compile import torch_private  # loads the compiler of PyTorch
+
         return Kernels(torch_private.compiled_cpp(source))
     except (RuntimeError, OSError, ImportError) as error:
         logger.warning(
@@ -60,7 +62,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._luck = luck_at(torch.arange(2**16)).to(torch.uint8)
+        self._luck = luck_at(torch.arange(2**16, device="cpu")).to(torch.uint8)
 
     def scan(
         self, codes: Tensor, weight: Tensor, constant: Tensor, first: int, last: int

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.hidden import shown, shown_to_step
 
+WORD = 8
+"""Number of slots whose bools fill an int64."""
+
 
 @dataclass(frozen=True)
 class Visible:
@@ -77,8 +80,9 @@ def seen_span(
         return torch.zeros_like(full), full
     wide = with_four_axes(mask).expand(batch, -1, -1, kv_len)
     seen = wide if wide.dtype == torch.bool else shown_to_step(wide)
-    anywhere = seen.flatten(1, 2).any(1)
-    return _span(anywhere, anywhere.any(-1))
+    rows = seen.flatten(1, 2)
+    anywhere = rows[:, 0] if rows.shape[1] == 1 else rows.any(1)
+    return _span(anywhere, anywhere.view(torch.uint8).amax(-1) > 0)
 
 
 def _span(seen: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +90,22 @@ def _span(seen: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
 
     They are L and 0 unless `some`, bool [...], are seen.
     """
-    slots, kv_len = seen.to(torch.uint8), seen.shape[-1]
-    first = torch.where(some, slots.argmax(-1), kv_len)
-    return first, torch.where(some, kv_len - slots.flip(-1).argmax(-1), 0)
+    kv_len = seen.shape[-1]
+    first = torch.where(some, _first(seen), kv_len)
+    return first, torch.where(some, kv_len - _first(seen.flip(-1)), 0)
+
+
+def _first(seen: Tensor) -> Tensor:
+    """Return the first slot that is `seen`, bool [..., L], if any is: int64 [...].
+
+    Eight slots are looked at as one number, and then those of the first number that is not zero.
+    """
+    if seen.shape[-1] % WORD:
+        return seen.to(torch.uint8).argmax(-1)
+    word = seen.contiguous().view(torch.int64)
+    number = (word != 0).to(torch.uint8).argmax(-1, keepdim=True)
+    within = word.gather(-1, number).view(torch.uint8).argmax(-1)
+    return WORD * number[..., 0] + within
 
 
 def seen_and_bias(
