@@ -22,7 +22,7 @@ def choose(sketches: KeySketches, question: Question, slots: int) -> Choice | No
     on_cpu = question.query.device.type == "cpu"
     if slots < FEWEST_SLOTS or not on_cpu or (compiled := kernels()) is None:
         return None
-    ranges = Ranges(question.begin.contiguous(), question.end.clamp(max=slots))
+    ranges = Ranges(question.begin.contiguous(), question.end.clamp(max=slots).contiguous())
     first, last = int(ranges.begin.min()), int(ranges.end.max())
     if first >= last:
         return None

@@ -76,7 +76,7 @@ class Kernels:
         raw = weight.new_empty(batch, heads, rows, last)
         work = batch * heads * rows * rank * (last - first)
         sizes = (batch * heads, codes.shape[2], blocks, rows, rank, last, BLOCK, first, last)
-        tensors = codes, weight.contiguous(), constant.contiguous(), raw
+        tensors = codes.contiguous(), weight.contiguous(), constant.contiguous(), raw
         self._call("scan", tensors, sizes, work)
         return raw
 
@@ -143,7 +143,7 @@ class Kernels:
         mean = query.new_empty(batch, heads, query_len, group, value.shape[-1])
         log_sum = query.new_empty(2, batch, heads, query_len, group)
         hidden = hidden.contiguous().view(torch.uint8)
-        tensors = query, key, value, slot, hidden, log_weight, mean, log_sum
+        tensors = query, key, value, slot.contiguous(), hidden, log_weight, mean, log_sum
         sizes = batch * heads, query_len, group, dim, value.shape[-1], slot.shape[-1]
         strides = *key.stride()[1:3], *value.stride()[1:3]
         work = slot.numel() * group * (dim + value.shape[-1])
