@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from transformers import (
 )
 
 import lychee_compile
-from lychee_compile.recorder import Call
+from lychee_compile.recorder import Recorder
 from lychee_compile.report.report import Report
 
 
@@ -38,7 +37,7 @@ class Generated:
 
     dense: Tensor
     sparse: Tensor
-    calls: list[Call]
+    recorder: Recorder
     reports: list[Report]
 
 
@@ -97,7 +96,7 @@ def main(arguments: Sequence[str] = ()) -> Generated:
         sparse = model.generate(ids, **greedy)
 
     new = slice(ids.shape[1], None)
-    result = Generated(dense[:, new], sparse[:, new], recorder.calls, lychee_compile.reports())
+    result = Generated(dense[:, new], sparse[:, new], recorder, lychee_compile.reports())
     show(result)
     return result
 
@@ -109,15 +108,7 @@ def show(result: Generated) -> None:
     print("lychee:", *result.sparse[0].tolist())
     agreeing = (result.dense == result.sparse).long().cumprod(1).sum(1).min()
     print(f"The first {agreeing} of {result.dense.shape[1]} tokens are the same.")
-    for site in dict.fromkeys(call.site for call in result.calls):
-        calls = [call for call in result.calls if call.site == site]
-        read = fmean(call.tokens_read.float().mean().item() for call in calls)
-        length = fmean(call.kv_len for call in calls)
-        mass = fmean(call.mass.mean().item() for call in calls)
-        print(
-            f"{site}: {len(calls)} steps read {read:,.0f} of {length:,.0f} tokens, "
-            f"which hold {mass:.3f} of the softmax"
-        )
+    print(result.recorder)
 
 
 if __name__ == "__main__":

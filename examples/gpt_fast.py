@@ -13,14 +13,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lychee_compile
-from lychee_compile.recorder import Call
+from lychee_compile.recorder import Recorder
 from lychee_compile.report.report import Report
 
 VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 16
@@ -153,7 +152,7 @@ class Generated:
 
     dense: Tensor
     sparse: Tensor
-    calls: list[Call]
+    recorder: Recorder
     reports: list[Report]
 
 
@@ -188,7 +187,7 @@ def main(arguments: Sequence[str] = ()) -> Generated:
     with lychee_compile.record(mass=True) as recorder:  # only to see what is read
         sparse = generate(model, prompt, chosen.new_tokens, compiled)
 
-    result = Generated(dense, sparse, recorder.calls, lychee_compile.reports())
+    result = Generated(dense, sparse, recorder, lychee_compile.reports())
     show(result)
     return result
 
@@ -200,15 +199,7 @@ def show(result: Generated) -> None:
     print("lychee:", *result.sparse[0].tolist())
     agreeing = (result.dense == result.sparse).long().cumprod(1).sum(1).min()
     print(f"The first {agreeing} of {result.dense.shape[1]} tokens are the same.")
-    for site in dict.fromkeys(call.site for call in result.calls):
-        calls = [call for call in result.calls if call.site == site]
-        read = fmean(call.tokens_read.float().mean().item() for call in calls)
-        length = fmean(call.kv_len for call in calls)
-        mass = fmean(call.mass.mean().item() for call in calls)
-        print(
-            f"{site}: {len(calls)} steps read {read:,.0f} of {length:,.0f} tokens, "
-            f"which hold {mass:.3f} of the softmax"
-        )
+    print(result.recorder)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 import lychee_compile
-from lychee_compile.recorder import Call
+from lychee_compile.recorder import Recorder
 from lychee_compile.report.report import Report
 
 
@@ -37,7 +36,7 @@ class Generated:
 
     dense: Tensor
     sparse: Tensor
-    calls: list[Call]
+    recorder: Recorder
     reports: list[Report]
 
 
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] = ()) -> Generated:
 
     print("The encoder:", lychee_compile.explain(model.model.encoder, sound))
     print("\nThe decoder:", end=" ")
-    result = Generated(dense, sparse, recorder.calls, lychee_compile.reports())
+    result = Generated(dense, sparse, recorder, lychee_compile.reports())
     show(result)
     return result
 
@@ -105,15 +104,7 @@ def show(result: Generated) -> None:
     print("lychee:", *result.sparse[0].tolist())
     agreeing = (result.dense == result.sparse).long().cumprod(1).sum(1).min()
     print(f"The first {agreeing} of {result.dense.shape[1]} tokens are the same.")
-    for site in dict.fromkeys(call.site for call in result.calls):
-        calls = [call for call in result.calls if call.site == site]
-        read = fmean(call.tokens_read.float().mean().item() for call in calls)
-        length = fmean(call.kv_len for call in calls)
-        mass = fmean(call.mass.mean().item() for call in calls)
-        print(
-            f"{site}: {len(calls)} steps read {read:,.0f} of {length:,.0f} tokens, "
-            f"which hold {mass:.3f} of the softmax"
-        )
+    print(result.recorder)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -74,13 +76,25 @@ class RecordedPrefill:
     """Upper bound of the share not read, float32 [B, Hq, T]; 1 without the option `epsilon`."""
 
 
+Read = TypeVar("Read", Call, RecordedPrefill)
+
+
 class Recorder:
-    """Collects a record of each sparse attention: decoding in `calls`, prefill in `whole`."""
+    """Collects a record of each sparse attention: decoding in `calls`, prefill in `whole`.
+
+    Printed, it has a line for each attention.
+    """
 
     def __init__(self, mass: bool) -> None:
         self.calls: list[Call] = []
         self.whole: list[RecordedPrefill] = []
         self._mass = mass
+
+    def __str__(self) -> str:
+        """Return a line for each attention: how much it read, mean over calls, rows and heads."""
+        steps = [_line(calls, "step") for calls in _by_site(self.calls)]
+        prefills = [_line(calls, "prefill") for calls in _by_site(self.whole)]
+        return "\n".join([*steps, *prefills]) or "no sparse attention was recorded"
 
     def observe_prefill(self, call: PrefillCall) -> None:
         """Record how much `call` read, without keeping its operands."""
@@ -131,6 +145,23 @@ class Recorder:
                 certificate=call.certificate,
             )
         )
+
+
+def _by_site(calls: Sequence[Read]) -> list[list[Read]]:
+    """Return the calls of each attention."""
+    sites = dict.fromkeys(each.site for each in calls)
+    return [[each for each in calls if each.site == site] for site in sites]
+
+
+def _line(calls: Sequence[Read], noun: str) -> str:
+    """Return what the calls of one attention read, in words."""
+    count = f"{len(calls)} {noun}{'s' if len(calls) > 1 else ''}"
+    read = fmean(each.tokens_read.float().mean().item() for each in calls)
+    length = fmean(each.kv_len for each in calls)
+    shares = [each.mass.mean().item() for each in calls if each.mass is not None]
+    held = f", which hold {fmean(shares):.3f} of the softmax" if shares else ""
+    name = calls[0].site or "(unnamed)"
+    return f"{name}: {count} read {read:,.0f} of {length:,.0f} tokens{held}"
 
 
 @contextmanager

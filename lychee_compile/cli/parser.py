@@ -18,7 +18,12 @@ class Parser(argparse.ArgumentParser):
     """Parser of a command line whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise `CommandError` with `message`, without the usage."""
+        """Raise `CommandError` with `message`, without the usage; a missing command has choices."""
+        for action in self._actions:
+            if isinstance(action, Commands) and message.endswith(f"required: {action.metavar}"):
+                message += (
+                    f" (choose from {', '.join(map(repr, action.choices))}; --help says more)"
+                )
         raise CommandError(message)
 
 

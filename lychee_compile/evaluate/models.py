@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -72,10 +73,13 @@ def load(name: str, device: str = "cpu", dtype: str | None = None) -> LanguageMo
     cannot be loaded.
     """
     require("transformers", "loading a model")
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     check_device(device)
-    with _told(f"--model {name}"):
+    _quiet()
+    with _told(f"--model {name}: it cannot be loaded"):
+        AutoConfig.from_pretrained(name)
+    with _told(f"--model {name}: no tokenizer, save it there by tokenizer.save_pretrained(DIR)"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     return LanguageModel(Path(name).name or name, load_model(name, device, dtype), tokenizer)
 
@@ -83,16 +87,23 @@ def load(name: str, device: str = "cpu", dtype: str | None = None) -> LanguageMo
 def load_model(name: str, device: str = "cpu", dtype: str | None = None) -> Any:
     """Return the model `name` without its tokenizer, as `load` does."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     chosen = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    _quiet()
     # Inductor's advice on a GPU: float32 is asked for to compare with.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    with _told(f"--model {name}"):
+    with _told(f"--model {name}: it cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[chosen])
     return model.eval().to(device)
+
+
+def _quiet() -> None:
+    """Silence what other libraries tell while they load: errors are told in one line."""
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of each of its retries
 
 
 @contextmanager
@@ -102,7 +113,7 @@ def _told(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         brief = " ".join(str(error).split())
-        raise EvaluationError(f"{what}: it cannot be loaded: {brief}") from error
+        raise EvaluationError(f"{what}: {brief}") from error
 
 
 def check_device(device: str) -> None:

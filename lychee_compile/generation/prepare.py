@@ -80,6 +80,11 @@ def _with_generate(model: Any) -> Any:
     inner: Any = torch_private.uncompiled(model)
     if callable(getattr(inner, "get_base_model", None)):
         return _with_generate(inner.get_base_model())
+    if isinstance(inner, str):
+        raise TypeError(
+            f"prepare() needs a model, not its name {inner!r}: load it by "
+            "AutoModelForCausalLM.from_pretrained(name) first"
+        )
     if not callable(getattr(type(inner), "generate", None)):
         raise TypeError(
             f"prepare() needs a transformers model with generate(), and {type(inner).__name__} "

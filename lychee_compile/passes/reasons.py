@@ -4,7 +4,7 @@ A `ReasonKind` is one row of the catalogue below. Calling a kind with its facts 
 
     reasons.WITHIN_BUDGET(kv_len=512, budget=1024)
     Reason("within-budget", "the key length 512 is within the budget of 1024 tokens",
-           "set budget below 512")
+           "decode a longer context, or set a smaller budget")
 
 Codes are stable: programs compare codes, people read words and remedies. `as_markdown` renders the
 catalogue for the documentation.
@@ -116,7 +116,7 @@ WITHIN_BUDGET = _kind(
     Group.BY_DESIGN,
     "within-budget",
     "the key length {kv_len} is within the budget of {budget} tokens",
-    "set budget below {kv_len}",
+    "decode a longer context, or set a smaller budget",
 )
 DENSE_LAYERS = _kind(
     Group.BY_DESIGN,

@@ -24,7 +24,7 @@ def site_table(sites: Sequence[Site]) -> Table:
     # Names and operators stay in one piece if they can; masks and reasons are prose and wrap.
     words = (word for pattern, (site, *_) in groups for word in (pattern, *site.source.split()))
     name_width = max(*map(len, words), 16)
-    kernel_width = max(*(len(site.kernel) for site in sites), 28)
+    kernel_width = max(*(len(word) for site in sites for word in _unbroken(site)), 28)
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), leading=1)
     table.add_column("attention", overflow="fold", width=min(name_width, 40))
     table.add_column("form, heads", overflow="fold")
@@ -34,6 +34,12 @@ def site_table(sites: Sequence[Site]) -> Table:
     for pattern, members in groups:
         table.add_row(*_cells(pattern, members))
     return table
+
+
+def _unbroken(site: Site) -> list[str]:
+    """Return the kernel and the words of the remedy, which people copy."""
+    remedy = site.reason.remedy if site.reason is not None else ""
+    return [site.kernel, *remedy.split()]
 
 
 def _cells(pattern: str, members: Sequence[Site]) -> list[Text]:

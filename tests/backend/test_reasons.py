@@ -79,7 +79,7 @@ def test_a_reason_as_text_has_its_remedy() -> None:
         reasons.EPSILON_NO_KERNEL()
 
 
-WITHIN = reasons.WITHIN_BUDGET(kv_len=512, budget=1024)
+WITHIN = reasons.BELOW_PREFILL_FROM(kv_len=512, prefill_from=1024)
 TEXT = f"{WITHIN.words}; {WITHIN.remedy}"
 
 
@@ -89,11 +89,11 @@ TEXT = f"{WITHIN.words}; {WITHIN.remedy}"
         lambda reason: reason[:20],
         lambda reason: reason[-1],
         len,
-        lambda reason: "budget of 1024" in reason,
+        lambda reason: "below prefill_from=1024" in reason,
         lambda reason: reason.startswith("the key length"),
         lambda reason: reason.upper().split(),
         lambda reason: f"{reason:>120.40}",
-        lambda reason: re.search(r"budget below (\d+)", reason)[1],
+        lambda reason: re.search(r"prefill_from to (\d+)", reason)[1],
         lambda reason: json.dumps({"reason": reason}),
         lambda reason: sorted([reason, "a", "z"]),
         lambda reason: {reason: 1}[TEXT],

@@ -107,11 +107,18 @@ def test_markup_in_a_name_is_text():
     assert "-> write [red]less[/]" in str(Report([replace(KEPT, reason=ODD)]))
 
 
+def test_words_of_a_remedy_stay_in_one_piece():
+    reason = reasons.FUSED_MODULE()
+    longest = max(reason.remedy.split(), key=len)
+    assert len(longest) > 40
+    assert longest in str(Report([replace(KEPT, kernel="aten.add", reason=reason)]))
+
+
 def test_a_site_kept_for_two_reasons_tells_both():
     both = reasons.WITHIN_BUDGET(kv_len=9, budget=32).and_also(reasons.NO_TRITON())
     assert both.code == "within-budget"
     text = " ".join(str(Report([replace(KEPT, reason=both)])).split())
-    for part in (reasons.NO_TRITON().words, reasons.NO_TRITON().remedy, "set budget below 9"):
+    for part in (reasons.NO_TRITON().words, reasons.NO_TRITON().remedy, "or set a smaller budget"):
         assert set(part.split()) <= set(text.replace(";", "").split())
 
 
@@ -161,7 +168,7 @@ def test_dictionary_survives_json():
     assert told[0] == {
         "code": "within-budget",
         "words": "the key length 512 is within the budget of 1024 tokens",
-        "remedy": "set budget below 512",
+        "remedy": "decode a longer context, or set a smaller budget",
     }
     assert loaded["counts"] == report.counts()
     assert (loaded["graph_name"], loaded["notes"]) == ("graph 1", ["a note"])

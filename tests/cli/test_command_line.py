@@ -12,7 +12,7 @@ from lychee_compile.cli.lengths import length_name, lengths, tokens
 pytest.importorskip("transformers")
 
 from saved_configurations import save_llama
-from transformers import T5Config
+from transformers import BertConfig, T5Config
 
 
 @pytest.mark.parametrize("command", ["explain", "bench", "evaluate", "evaluate tasks"])
@@ -29,13 +29,15 @@ def test_every_command_has_help_with_json_or_subjects(command, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "required: COMMAND"),
+        ("", "required: COMMAND (choose from 'explain', 'bench', 'evaluate'; --help says more)"),
+        ("evaluate", "required: SUBJECT (choose from 'fidelity', 'drift', "),
         ("explain", "required: MODEL_DIR"),
         ("explode FOLDER", "invalid choice: 'explode'"),
         ("explain nowhere", "nowhere: no such folder, and no model of that name is cached here"),
         ("bench no/where", "no/where: no such folder"),
         ("explain EMPTY", "this folder has no config.json"),
         ("explain T5", "expected a causal language model"),
+        ("explain BERT", "bert: expected a causal language model, and BertModel cannot be traced"),
         ("explain FOLDER --context 8q", "argument --context: '8q': expected an integer"),
         ("explain FOLDER --context 1", "--context 1: expected at least 2 tokens"),
         ("explain FOLDER --batch 0", "argument --batch: '0': expected an integer of at least 1"),
@@ -54,9 +56,12 @@ def test_every_command_has_help_with_json_or_subjects(command, capsys):
     ],
 )
 def test_errors_are_one_line(command, message, tmp_path, capsys):
-    places = {"FOLDER": tmp_path / "model", "EMPTY": tmp_path / "empty", "T5": tmp_path / "t5"}
+    places = {"FOLDER": tmp_path / "model", "EMPTY": tmp_path / "empty"}
+    places |= {"T5": tmp_path / "t5", "BERT": tmp_path / "bert"}
     save_llama(places["FOLDER"], layers=2)
     T5Config(num_layers=1, d_model=8, num_heads=1).save_pretrained(places["T5"])
+    encoder = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+    BertConfig(**encoder, architectures=["BertModel"]).save_pretrained(places["BERT"])
     places["EMPTY"].mkdir()
     assert main([str(places.get(part, part)) for part in command.split()]) == 2
     printed = capsys.readouterr()
@@ -64,6 +69,7 @@ def test_errors_are_one_line(command, message, tmp_path, capsys):
     *_, line = printed.err.strip().splitlines()
     assert line.startswith("python -m lychee_compile: error: ")
     assert message in line
+    assert "torch/_" not in printed.err  # Dynamo's own log
 
 
 @pytest.mark.parametrize("command", ["explain model", "bench model", "evaluate tasks --model x"])

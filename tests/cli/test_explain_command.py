@@ -93,7 +93,7 @@ def test_the_table_gives_reason_remedy_and_sizes(tmp_path, capsys):
     for part in (
         "model.layers.0.self_attn",
         "[within-budget]",
-        "-> set budget below",
+        "or set a smaller budget",
         "65.5 kB",
     ):
         assert part in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def test_every_subject_has_help(subject, capsys):
         ("fidelity --out taken", "--out taken: File exists"),
         ("poetry", "argument SUBJECT: invalid choice: 'poetry'"),
         ("fidelity --model nowhere/at/all", "--model nowhere/at/all: it cannot be loaded"),
+        ("fidelity --model WORDLESS", "WORDLESS: no tokenizer, save it there by tokenizer.save"),
         ("fidelity --model FOLDER --device tpu9", "--device tpu9: expected cpu, cuda or cuda:N"),
         ("fidelity --model FOLDER --length 5000", "--length 5000: "),
         ("tasks --model FOLDER --length 5000", "--length 5000: expected at least 512"),
@@ -118,6 +120,7 @@ def test_every_subject_has_help(subject, capsys):
 )
 def test_errors_are_one_line_that_says_what_to_do(command, message, folder, capsys):
     Path("taken").touch()
+    shutil.copytree(folder, "WORDLESS", ignore=shutil.ignore_patterns("tokenizer*"))
     assert evaluate(command.replace("FOLDER", str(folder))) == 2
     *_, line = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("python -m lychee_compile: error: ")

@@ -49,17 +49,21 @@ def test_sparse_steps_that_read_all_decode_the_same_tokens(name, budget, capsys)
     decoded = decode(name, budget)
     assert counters["lychee"]["sparse"] == LAYERS
     assert torch.equal(decoded.dense, decoded.sparse)
-    assert all(call.tokens_read.eq(min(call.kv_len, budget)).all() for call in decoded.calls)
-    assert min(call.mass.min() for call in decoded.calls) > 0.99
+    assert all(
+        call.tokens_read.eq(min(call.kv_len, budget)).all() for call in decoded.recorder.calls
+    )
+    assert min(call.mass.min() for call in decoded.recorder.calls) > 0.99
     assert f"The first {NEW_TOKENS} of {NEW_TOKENS} tokens are the same." in words(capsys)
 
 
 def check_reading(decoded, site):
     """Check that each step reads the budget, and more of the softmax than as many of any tokens."""
-    assert {call.site for call in decoded.calls} == {site.format(n) for n in range(LAYERS)}
-    assert [call.kv_len for call in decoded.calls[::LAYERS]] == [*range(CONTEXT + 1, ALL + 1)]
-    assert all(call.tokens_read.eq(BUDGET).all() for call in decoded.calls)
-    assert min(call.mass.mean() for call in decoded.calls) > BUDGET / CONTEXT
+    assert {call.site for call in decoded.recorder.calls} == {site.format(n) for n in range(LAYERS)}
+    assert [call.kv_len for call in decoded.recorder.calls[::LAYERS]] == [
+        *range(CONTEXT + 1, ALL + 1)
+    ]
+    assert all(call.tokens_read.eq(BUDGET).all() for call in decoded.recorder.calls)
+    assert min(call.mass.mean() for call in decoded.recorder.calls) > BUDGET / CONTEXT
     assert decoded.dense[0, 0] == decoded.sparse[0, 0]  # of the prefill
 
 
@@ -154,10 +158,10 @@ def test_whisper_reads_few_frames_of_sound(capsys):
     assert decisions == {"self_attn": "kept", "encoder_attn": "sparse"}
     assert decoder.counts() == {"found": 2 * LAYERS, "sparse": LAYERS, "exact": 0, "kept": LAYERS}
     # The encoder's keys are only read, and indexed when they come a second time.
-    assert len(decoded.calls) == LAYERS * (NEW_TOKENS - 2)
-    assert {call.kv_len for call in decoded.calls} == {CONTEXT}
-    assert all(call.tokens_read.eq(BUDGET).all() for call in decoded.calls)
-    assert min(call.mass.mean() for call in decoded.calls) > BUDGET / CONTEXT
+    assert len(decoded.recorder.calls) == LAYERS * (NEW_TOKENS - 2)
+    assert {call.kv_len for call in decoded.recorder.calls} == {CONTEXT}
+    assert all(call.tokens_read.eq(BUDGET).all() for call in decoded.recorder.calls)
+    assert min(call.mass.mean() for call in decoded.recorder.calls) > BUDGET / CONTEXT
     assert torch.equal(decoded.dense, decoded.sparse)
     printed = words(capsys)
     assert "2 attentions: 2 kept" in printed  # the encoder

@@ -149,6 +149,8 @@ def test_wrong_options_are_named(options: dict[str, Any], words: str) -> None:
 def test_other_models_are_refused_in_words() -> None:
     with pytest.raises(TypeError, match=r"Linear has none: use torch.compile\(model, backend="):
         lychee_compile.prepare(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"not its name 'gpt2': load it by AutoModelForCausalLM"):
+        lychee_compile.prepare("gpt2")
 
 
 def test_importing_the_package_imports_no_transformers() -> None:

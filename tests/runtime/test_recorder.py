@@ -8,7 +8,7 @@ from tiny_models import HEADS, KV_HEADS, LAYERS, VOCABULARY, StaticKV, TinyDecod
 from torch import Tensor
 
 import lychee_compile
-from lychee_compile.recorder import Recorder
+from lychee_compile.recorder import RecordedPrefill, Recorder
 
 SIZE, PROMPT, STEPS, BATCH = 160, 100, 6, 2
 OPTIONS = {"budget": 32, "sinks": 2, "recent": 8, "chunk": (2, 4), "overfetch": 1}
@@ -78,6 +78,20 @@ def test_mass_is_one_where_everything_is_read(ragged: bool) -> None:
 
 def test_mass_is_left_out_unless_asked_for() -> None:
     assert all(call.mass is None for call in decode(OPTIONS, mass=False).calls)
+
+
+def test_a_record_is_printed_as_a_line_for_each_attention() -> None:
+    recorder = decode(EVERYTHING, mass=True)
+    lines = str(recorder).splitlines()
+    read = f"{STEPS} steps read 104 of 104 tokens, which hold 1.000 of the softmax"
+    names = dict.fromkeys(call.site for call in recorder.calls)
+    assert lines == [f"{name}: {read}" for name in names]
+    assert len(lines) == LAYERS
+    assert str(decode(OPTIONS, mass=False)).splitlines()[0].endswith("read 32 of 104 tokens")
+    assert str(Recorder(mass=False)) == "no sparse attention was recorded"
+    tiles = torch.tensor([[[100, 300]]])
+    recorder.whole.append(RecordedPrefill("", 256, 2048, tiles, None, torch.ones(1, 1, 256)))
+    assert str(recorder).splitlines()[LAYERS] == "(unnamed): 1 prefill read 200 of 2,048 tokens"
 
 
 def test_chunks_cover_what_is_cached() -> None:

@@ -6,6 +6,7 @@ cache of the asked length, and the backend decides about each attention as ever.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,8 +75,10 @@ class FakeModel:
 
         Raise `CommandError` if the model cannot be traced.
         """
-        traced = _told(self._config, "it cannot be traced")
-        with self._mode, torch.no_grad(), warnings.catch_warnings(), traced:
+        architectures = " or ".join(getattr(self._config, "architectures", None) or ["it"])
+        expected = f"expected a causal language model, and {architectures} cannot be traced as one"
+        traced = _told(self._config, expected)
+        with self._mode, torch.no_grad(), warnings.catch_warnings(), _unlogged(), traced:
             warnings.simplefilter("ignore")  # of what Dynamo makes of the model's code
             cache = new_static_cache(self.model, batch, context)
             note_filled(cache, context - 1)
@@ -87,6 +90,17 @@ class FakeModel:
             return Decoding(report, sum(sizes))
         report.sites = self.depth.spread(report.sites)
         return Decoding(report, sum(sizes[each] for each in self.depth.stands_for))
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Log nothing meanwhile: an error of a trace is told in one line, not by Dynamo's log."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager
