@@ -273,11 +273,14 @@ def main(arguments: Sequence[str] = ()) -> Compared:
     options = {"budget": chosen.budget, "mode": mode}
     served = {}
     if not chosen.no_dense:
+        print(f"Serving {chosen.requests} requests twice by torch.compile: the first time compiles")
         step = torch.compile(model, fullgraph=True, mode=mode)
         served["torch.compile"] = serve(model, chosen, pages, step)
+    print(f"Serving {chosen.requests} requests twice by lychee")
     step = torch.compile(model, backend="lychee", fullgraph=True, options=options)
     served["lychee"] = serve(model, chosen, pages, step)
     decisions = [site.decision for site in lychee_compile.reports()[-1].sites]
+    print("Decoding each request alone, densely")
     result = Compared(one_by_one(model, chosen, pages), served, decisions)
     show(result, chosen)
     return result

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from lychee_compile.generation.prepare import prepare, restore
     from lychee_compile.inspection import explain, reports
     from lychee_compile.kernels.policies.registry import register_policy
-    from lychee_compile.options import Options
+    from lychee_compile.options import OptionError, Options
     from lychee_compile.recorder import record
     from lychee_compile.report.report import Report
 
 _HOMES = {
     "BoundaryTable": "boundaries",
     "LycheeCache": "cache.lychee_cache",
+    "OptionError": "options",
     "Options": "options",
     "Report": "report.report",
     "boundary_table": "boundaries",
@@ -43,6 +44,7 @@ __version__ = "0.2.0"
 __all__ = [
     "BoundaryTable",
     "LycheeCache",
+    "OptionError",
     "Options",
     "Report",
     "boundary_table",
