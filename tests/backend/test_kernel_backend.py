@@ -24,12 +24,12 @@ from kernel_steps import (
     read_by,
     upkeep_of,
 )
+from sketch_spec import SelectionSizes, select_slots
 from tiny_models import LAYERS, VOCABULARY, StaticKV, TinyDecoder, decode_beside
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lychee_compile
-from lychee_compile.kernels.gpu.lychee.spec import SelectionSizes, select_slots
 from lychee_compile.runtime.cache_registry import registry
 
 triton_interpreter.use()

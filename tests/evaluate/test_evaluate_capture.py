@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 pytest.importorskip("transformers")
 
 from evaluated import HEAD_DIM, KV_HEADS, LAYERS, QUERY_HEADS, byte_tokenizer, tiny_llama
+from synthetic_capture import synthetic_capture
 
 from lychee_compile import boundary_table
 from lychee_compile.__main__ import main
 from lychee_compile.evaluate.cache_argument import cache_argument
 from lychee_compile.evaluate.capture import Capture, capture, last_positions
 from lychee_compile.evaluate.errors import EvaluationError, require
-from lychee_compile.evaluate.synthetic import synthetic_capture
 
 pytestmark = pytest.mark.usefixtures("uncompiled_graphs", "seeded")
 

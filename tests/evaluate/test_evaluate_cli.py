@@ -14,12 +14,12 @@ pytest.importorskip("matplotlib")
 
 from evaluated import LAYERS, saved_tiny_model
 from rich.console import Console
+from synthetic_capture import synthetic_capture
 
 from lychee_compile.__main__ import main
 from lychee_compile.cli.evaluate import SUBJECTS, add_evaluate
 from lychee_compile.cli.parser import Parser, parse_line
 from lychee_compile.evaluate.ruler.catalogue import RULER
-from lychee_compile.evaluate.synthetic import synthetic_capture
 from lychee_compile.evaluate.tables import lengths_table, tasks_table
 from lychee_compile.evaluate.task_texts import TASKS
 from lychee_compile.evaluate.tasks import TaskAnswer, TaskResult

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from synthetic_capture import synthetic_capture
 
 from lychee_compile.evaluate.drift import ANEW, FOLLOWED, checkpoint_positions, drift
 from lychee_compile.evaluate.errors import EvaluationError
 from lychee_compile.evaluate.fidelity import fidelity
 from lychee_compile.evaluate.replay import Replay, dense_truths
-from lychee_compile.evaluate.synthetic import synthetic_capture
 from lychee_compile.evaluate.variants import Variant, parse_variants
 from lychee_compile.kernels.operators.cache_index import CacheIndex, CacheWrite
 from lychee_compile.kernels.policies import registry

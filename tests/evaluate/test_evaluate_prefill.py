@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 
 from evaluated import HEAD_DIM, KV_HEADS, LAYERS, QUERY_HEADS, saved_tiny_model, tiny_llama
 from prefill_problems import prefill_config
+from synthetic_capture import synthetic_capture
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,7 +29,6 @@ from lychee_compile.evaluate.prefill_capture import (
     causal_attention,
     tile_positions,
 )
-from lychee_compile.evaluate.synthetic import synthetic_capture
 from lychee_compile.evaluate.variants import parse_variants
 from lychee_compile.kernels.sizes import QUERY_TILE
 from lychee_compile.options import OptionError

@@ -7,6 +7,7 @@ import math
 import pytest
 import sympy
 import torch
+from sketch_spec import SelectionSizes, select_slots
 
 from lychee_compile.codegen.module import emit_module
 from lychee_compile.codegen.specification import KV, AttentionSpec, Captured, Q, S, SparseSpec
@@ -19,7 +20,6 @@ from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_encode, run_lychee
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
-from lychee_compile.kernels.gpu.lychee.spec import SelectionSizes, select_slots
 from lychee_compile.kernels.sizes import PAGE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,7 +1,8 @@
 """Steps of decoding by "lychee" in a context that chunks narrow, beside the plain form's choice.
 
 The plain form of the narrowing is a chunk index over the levels of lychee, which is asked for as
-many tokens as there are candidates. What sketches choose of these is compared with `spec.py`.
+many tokens as there are candidates. What sketches choose of these is compared with
+`sketch_spec.py`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from decode_problems import Problem
+from sketch_spec import (
+    SelectionSizes,
+    log_denominator,
+    missed_share,
+    page_scores,
+    select_slots,
+    token_scores,
+)
 from torch import Tensor
 
 from lychee_compile.codegen.parts.decode import LARGEST
@@ -19,14 +27,6 @@ from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
 from lychee_compile.kernels.gpu.lychee.layout import MeasuredLayout, SketchLayout, SketchState
-from lychee_compile.kernels.gpu.lychee.spec import (
-    SelectionSizes,
-    log_denominator,
-    missed_share,
-    page_scores,
-    select_slots,
-    token_scores,
-)
 from lychee_compile.kernels.sizes import BINS, PAGE
 
 SMALLEST = 100

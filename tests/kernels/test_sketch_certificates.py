@@ -10,6 +10,7 @@ import triton_interpreter
 from decode_problems import DTYPES, LAYOUTS, MASKS, SCORES, Problem, Sizes, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sketch_spec import token_scores
 from sparse_steps import Step, built
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.gpu.common.certificate import missed_of
 from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
 from lychee_compile.kernels.gpu.lychee.layout import SketchState
-from lychee_compile.kernels.gpu.lychee.spec import token_scores
 
 triton_interpreter.use()
 pytestmark = [

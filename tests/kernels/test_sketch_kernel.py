@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton_interpreter
 from decode_problems import DTYPES, Sizes, make_problem
+from sketch_spec import unpacked
 from sparse_steps import Step, built, copied
 from test_sparse_kernel import FLAT, PAGED
 
@@ -17,7 +18,6 @@ from lychee_compile.kernels.gpu.lychee import layout as sketch_layout
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_encode
 from lychee_compile.kernels.gpu.lychee.layout import BLOCK, SketchLayout, planes
-from lychee_compile.kernels.gpu.lychee.spec import _unpacked
 from lychee_compile.kernels.reference.sketch import KeySketches
 from lychee_compile.kernels.sizes import PAGE
 
@@ -36,12 +36,12 @@ def codes(index):
     fine, coarse = planes(index.layout.head_dim)
     parts = index.parts
     kinds = (parts.fine, fine), (parts.coarse, coarse)
-    return torch.cat([_unpacked(packed, plane, centred=False) for packed, plane in kinds], -1)
+    return torch.cat([unpacked(packed, plane, centred=False) for packed, plane in kinds], -1)
 
 
 def page_codes(index):
     """Return the codes of pages, [B, Hkv, pages, r]."""
-    return _unpacked(index.parts.pages, planes(index.layout.head_dim)[0], centred=False)
+    return unpacked(index.parts.pages, planes(index.layout.head_dim)[0], centred=False)
 
 
 def levels(index, key):

@@ -27,7 +27,6 @@ from lychee_compile.kernels.gpu.lychee.layout import (
     plane_bytes,
     planes,
 )
-from lychee_compile.kernels.gpu.lychee.spec import SMALLEST
 from lychee_compile.kernels.policies.decode.lychee import LYCHEE
 from lychee_compile.kernels.reference.sketch_axes import STEPS
 from lychee_compile.kernels.sizes import (
@@ -46,6 +45,8 @@ PROBES = 16
 """Number of slots of a block at which a score that depends on the slot is evaluated."""
 BOUNDED = 128
 """Slots whose bounds a program computes at a time; it divides a block."""
+SMALLEST = 1e-30
+"""Least of the greatest weights of a head and block, in float32: weights are divided by it."""
 _VARIANCE = {bits: step**-2 for bits, step in STEPS.items()}
 """Variance of coordinates of so many bits over a block, in steps."""
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lychee_compile.codegen.parts.lychee import SMALLEST
 from lychee_compile.kernels.gpu.lychee.layout import (
     PAGE_MIDDLE,
     PAGE_STEP,
@@ -34,10 +35,6 @@ from lychee_compile.kernels.sizes import PAGE
 
 Finish = Callable[[Tensor], Tensor]
 """A function from raw scores [B, Hkv, G, T, N] to those of the softmax: scale, soft-cap, biases."""
-
-
-SMALLEST = 1e-30
-"""Least of the greatest weights of a head and block, in float32: weights are divided by it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class SelectionSizes:
 def token_scores(query: Tensor, state: SketchState) -> Tensor:
     """Return estimates of q.k by sketches, [B, Hkv, G, T, slots], for `query` [B, Hkv, G, T, D]."""
     fine, coarse = planes(query.shape[-1])
-    codes = torch.cat((_unpacked(state.fine, fine), _unpacked(state.coarse, coarse)), -1)
+    codes = torch.cat((unpacked(state.fine, fine), unpacked(state.coarse, coarse)), -1)
     weight, constant = _weights(query, state)
     size = _block(state)
     return (
@@ -72,7 +69,7 @@ def page_scores(query: Tensor, state: SketchState, scale: float) -> Tensor:
     """
     fine, _ = planes(query.shape[-1])
     kept = state.spread.shape[-1]
-    means = _unpacked(state.pages, fine, centred=False)
+    means = unpacked(state.pages, fine, centred=False)
     weight, constant = _weights(query, state)
     rounded, weight = _rounded(weight)[..., :kept], weight[..., :kept]
     variance = (weight.square() * state.spread[:, :, None, None]).sum(-1)
@@ -198,7 +195,7 @@ def _rounded(weight: Tensor) -> Tensor:
     return (weight * (127 / most) + 0.5).floor() * (most / 127)
 
 
-def _unpacked(packed: Tensor, fields: Sequence[Field], centred: bool = True) -> Tensor:
+def unpacked(packed: Tensor, fields: Sequence[Field], centred: bool = True) -> Tensor:
     """Return coordinates in steps, float32 [B, Hkv, N, r], or bare codes unless `centred`."""
     return torch.cat(
         [
