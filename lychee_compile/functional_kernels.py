@@ -23,7 +23,7 @@ from lychee_compile.kernels.gpu.common.layout import IndexOperands, roomy
 from lychee_compile.kernels.gpu.common.module_cache import load, store
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.methods import (
-    certifies,
+    able,
     gpu_method,
     layout_for,
     measures_for_certificates,
@@ -55,9 +55,8 @@ def has_kernels(key: Tensor, config: IndexConfig) -> bool:
         return False
     if config.policy not in policies_with_kernels() or config.budget is None:
         return False
-    method = gpu_method(config.policy)
-    covers = config.coverage is None or getattr(method, "covers_mass", False)
-    return covers and key.shape[3] % method.multiple == 0
+    covers = config.coverage is None or able(config.policy, "covers_mass")
+    return covers and key.shape[3] % gpu_method(config.policy).multiple == 0
 
 
 class KernelIndex:
@@ -226,7 +225,9 @@ class KernelSelection:
 
         They do not if they draw tokens, each of which they add up as often as it counts.
         """
-        proves = certifies(self.index.config.policy) and not self.index.draws(self.choice.budget)
+        proves = able(self.index.config.policy, "certifies") and not self.index.draws(
+            self.choice.budget
+        )
         return proves and 0 < self.scale < math.inf
 
     def tokens(self) -> Tensor:

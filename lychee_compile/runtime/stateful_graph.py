@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.cache_use import CacheUse
-from lychee_compile.kernels.gpu.methods import notices_writes
+from lychee_compile.kernels.gpu.methods import able
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.kernels.operators.observe import (
     kernel_observers,
@@ -253,7 +253,7 @@ class StatefulGraph:
                 continue
             if observers and not kernel_observers:
                 warn_of_recording()
-            if entry.version is None and not notices_writes(argument.use.policy):
+            if entry.version is None and not able(argument.use.policy, "notices_writes"):
                 _warn_of_inference_mode()
                 continue
             given: list[Tensor | int] = []

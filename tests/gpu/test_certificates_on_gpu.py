@@ -15,7 +15,7 @@ from lychee_compile.kernels.gpu.common.certificate import missed_of
 from lychee_compile.kernels.gpu.common.launch_common import of_rows
 from lychee_compile.kernels.gpu.common.launch_sparse import watch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
-from lychee_compile.kernels.gpu.lychee.layout import MeasuredLayout
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 from lychee_compile.kernels.gpu.methods import gpu_method
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -33,7 +33,7 @@ CASES = {
 def index_of(problem: Problem, policy: str, end: int):
     """Return an index of the keys in the slots [0, end)."""
     method, key = gpu_method(policy), problem.key
-    layout = MeasuredLayout.over(key) if policy == "lychee" else method.layout_of(key)
+    layout = SketchLayout.over(key, measured=True) if policy == "lychee" else method.layout_of(key)
     index = method.new_index(layout, key.device)
     index.build(problem.module(), key, [end] * key.shape[0])
     return index

@@ -25,6 +25,7 @@ from lychee_compile.kernels.gpu.common import launch_sparse
 from lychee_compile.kernels.gpu.common.certificate import missed_of
 from lychee_compile.kernels.gpu.common.launch_common import Scratch
 from lychee_compile.kernels.gpu.common.layout import IndexOperands
+from lychee_compile.kernels.gpu.levels.layout import LevelLayout
 from lychee_compile.kernels.gpu.levels.method import LevelMethod
 from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.operators.cache_index import CacheIndex, CacheWrite
@@ -146,9 +147,8 @@ class Steps:
         problem = case.problem(self.length)
         self.key, self.value = problem.key, problem.value
         self.method = LevelMethod(case.policy)
-        self.index = self.method.new_index(
-            self.method.layout_with(case.settings, self.key), self.key.device
-        )
+        layout = LevelLayout.over(self.key, case.policy, case.settings)
+        self.index = self.method.new_index(layout, self.key.device)
         self.plain = CacheIndex(self.key, case.config)
         self.rebuild()
 

@@ -26,7 +26,7 @@ from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
-from lychee_compile.kernels.gpu.lychee.layout import MeasuredLayout, SketchLayout, SketchState
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout, SketchState
 from lychee_compile.kernels.sizes import BINS, PAGE
 
 SMALLEST = 100
@@ -46,7 +46,7 @@ def built(problem: Problem, end: int, slots: int | None = None) -> SketchIndex:
 def layout_of(problem: Problem) -> SketchLayout:
     """Return the layout of an index for a problem, which certificates need measured."""
     certified = problem.spec.sparse is not None and problem.spec.sparse.epsilon is not None
-    return (MeasuredLayout if certified else SketchLayout).over(problem.key)
+    return SketchLayout.over(problem.key, measured=certified)
 
 
 def copied(state: SketchState) -> SketchState:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from itertools import count, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,7 +66,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
 
     monkeypatch.setattr(lifecycle, "_turns", count())  # refits depend on what was made before
     monkeypatch.setattr(lifecycle, "load", lambda kernel: kernel)
-    monkeypatch.setattr("lychee_compile.kernels.gpu.methods.load", lambda kernel: None)
+    module = SimpleNamespace(POLICY="lychee", FLAT_TOKENS=65536)
+    monkeypatch.setattr("lychee_compile.kernels.gpu.methods.load", lambda kernel: module)
     monkeypatch.setattr(SketchIndex, "build", build)
     monkeypatch.setattr(SketchIndex, "refit", refit)
     lifecycle.warn_of_memory.cache_clear()

@@ -152,7 +152,7 @@ def test_kernels_that_notice_no_writes_read_caches_of_inference_mode_in_full(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _warn_of_inference_mode.cache_clear()
-    monkeypatch.setattr(stateful_graph, "notices_writes", lambda policy: False)
+    monkeypatch.setattr(stateful_graph, "able", lambda policy, ability: False)
     step = compiled()
     with caplog.at_level(logging.WARNING, "lychee_compile"), torch.inference_mode():
         cache = Cache().fill(100)

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from lychee_compile.functional import build_index
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.lychee.layout import block_size, pays_to_narrow, planes
+from lychee_compile.kernels.gpu.levels.layout import LevelLayout
+from lychee_compile.kernels.gpu.levels.method import LevelMethod
+from lychee_compile.kernels.gpu.lychee.layout import (
+    SketchLayout,
+    block_size,
+    pays_to_narrow,
+    planes,
+)
 from lychee_compile.kernels.gpu.lychee.method import LycheeMethod
 from lychee_compile.kernels.gpu.methods import gpu_method
 from lychee_compile.kernels.levels.groups import GroupSettings
@@ -130,13 +137,13 @@ def _scanned_bytes(shape: CacheShape, budget: int, config: IndexConfig) -> int:
 def _layout_bytes(key: Tensor, options: Options) -> int:
     """Return the bytes of the index that kernels keep of a cache `key` [B, Hkv, L, D]."""
     method, settings = gpu_method(options.policy), GroupSettings.of(options)
+    if isinstance(method, LevelMethod):
+        return LevelLayout.over(key, options.policy, settings).size
     if not isinstance(method, LycheeMethod):
-        with_settings = getattr(method, "layout_with", None)
-        layout = with_settings(settings, key) if with_settings else method.layout_of(key)
-        return int(layout.size)
+        return int(method.layout_of(key).size)
     if options.epsilon is not None:
-        return method.layout_of(key, measured=True).size
-    return method.layout_with(settings, options.flat_tokens, key).size
+        return SketchLayout.over(key, measured=True).size
+    return SketchLayout.over(key, settings, options.flat_tokens).size
 
 
 @lru_cache(maxsize=64)

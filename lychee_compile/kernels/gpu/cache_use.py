@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
-from lychee_compile.kernels.gpu.methods import settings_of
+from lychee_compile.kernels.gpu.methods import measures, settings_of
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,16 @@ class CacheUse:
     """Layout of the index; None if the size of the cache is known only when the graph is called."""
     policy: str
     """Name of the policy whose kernels read the index."""
-    measured: bool = False
-    """True if the index has parts that certificates alone need."""
 
     @property
     def kind(self) -> Hashable:
-        """Layout, or else policy, settings and if sketches are measured, if they are.
+        """What graphs that share an index have in common.
 
-        Graphs that share an index have the same kind.
+        It is the layout, or else the policy, with "measured" or the settings of groups, if any.
         """
         if self.layout is not None:
             return self.layout
-        if self.measured:
+        if measures(self.kernel):
             return self.policy, "measured"
         settings = settings_of(self.kernel)
         return self.policy if settings is None else (self.policy, settings)

@@ -40,7 +40,7 @@ from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.record import compare_keys
 from lychee_compile.kernels.gpu.lost_rows import MOST_CALLS_TO_WAIT, LostRows
-from lychee_compile.kernels.gpu.methods import new_index, notices_writes
+from lychee_compile.kernels.gpu.methods import able, new_index
 from lychee_compile.kernels.host_memory import filled_slots, near
 from lychee_compile.kernels.index_log import indexing
 from lychee_compile.kernels.out_of_memory import warn_of_memory
@@ -101,7 +101,7 @@ class IndexLifecycle(ABC):
     @property
     def notices_writes(self) -> bool:
         """True if kernels notice writes by others themselves, or there is nothing to distrust."""
-        return self.index is None or notices_writes(self.index.layout.policy)
+        return self.index is None or able(self.index.layout.policy, "notices_writes")
 
     def distrust(self) -> None:
         """Read all keys until the index is built anew: somebody else may have written the cache.

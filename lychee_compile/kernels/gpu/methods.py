@@ -7,6 +7,8 @@ name when this module is imported. `codegen/module.py` puts the text of the kern
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from lychee_compile.kernels.gpu.common.index import DeviceIndex
 from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.common.method import GpuMethod
 from lychee_compile.kernels.gpu.common.module_cache import load
+from lychee_compile.kernels.gpu.levels.layout import LevelLayout
 from lychee_compile.kernels.gpu.levels.method import LevelMethod
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 from lychee_compile.kernels.gpu.lychee.method import LycheeMethod
 from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.policies.registry import (
@@ -25,6 +29,9 @@ from lychee_compile.kernels.policies.registry import (
     policies,
 )
 
+Ability = Literal["notices_writes", "covers_mass", "certifies", "computes_keys"]
+"""What kernels may do: notice that somebody else has written a cache, end a choice at a share of
+the softmax, bound the share that is not read, and compute keys from what is stored."""
 BUILT_IN: dict[str, GpuMethod] = {"lychee": LycheeMethod()}
 """The methods of this package that are written by hand, by the name of their policy."""
 
@@ -66,36 +73,12 @@ def _method_of(policy: Policy) -> GpuKernels | None:
     return policy.gpu
 
 
-def notices_writes(policy: str) -> bool:
-    """Return True if a policy's kernels notice that somebody else has written a cache.
+def able(policy: str, ability: Ability) -> bool:
+    """Return True if a policy's kernels have an ability.
 
-    A method says so by an attribute `notices_writes`; without one they do not.
+    A method says so by an attribute of that name; without one they do not have it.
     """
-    return bool(getattr(gpu_method(policy), "notices_writes", False))
-
-
-def covers_mass(policy: str) -> bool:
-    """Return True if a policy's kernels can end a choice at a share of the softmax.
-
-    A method says so by an attribute `covers_mass`; without one they cannot.
-    """
-    return bool(getattr(gpu_method(policy), "covers_mass", False))
-
-
-def certifies(policy: str) -> bool:
-    """Return True if a policy's kernels can bound the share of the softmax that is not read.
-
-    A method says so by an attribute `certifies`; without one they cannot.
-    """
-    return bool(getattr(gpu_method(policy), "certifies", False))
-
-
-def computes_keys(policy: str) -> bool:
-    """Return True if a policy's kernels can compute keys from what is stored.
-
-    A method says so by an attribute `computes_keys`; without one they read stored keys alone.
-    """
-    return bool(getattr(gpu_method(policy), "computes_keys", False))
+    return bool(getattr(gpu_method(policy), ability, False))
 
 
 def measures_for_certificates(policy: str) -> bool:
@@ -108,23 +91,15 @@ def method_of_kernel(kernel: str) -> GpuMethod:
     return gpu_method(load(kernel).POLICY)
 
 
-def layout_for(
-    kernel: str, key: Tensor, policy: str | None = None, measured: bool | None = None
-) -> IndexLayout:
-    """Return the layout of the index that a generated module reads, for a cache `key`.
-
-    `key` is [B, Hkv, L, D]. `policy` is that of the module, and `measured` tells what `measures`
-    says of the module; None: the module is asked.
-    """
-    method = method_of_kernel(kernel) if policy is None else gpu_method(policy)
-    settings = settings_of(kernel)
-    if isinstance(method, LevelMethod) and settings is not None:
-        return method.layout_with(settings, key)
+def layout_for(kernel: str, key: Tensor) -> IndexLayout:
+    """Return the layout of the index that a module reads, for a cache `key` [B, Hkv, L, D]."""
+    method, settings = method_of_kernel(kernel), settings_of(kernel)
+    if isinstance(method, LevelMethod):
+        return LevelLayout.over(key, method.policy, settings)
     if isinstance(method, LycheeMethod):
-        measured = measures(kernel) if measured is None else measured
-        if settings is None or measured:
-            return method.layout_of(key, measured)
-        return method.layout_with(settings, load(kernel).FLAT_TOKENS, key)
+        if measures(kernel):
+            return SketchLayout.over(key, measured=True)
+        return SketchLayout.over(key, settings, load(kernel).FLAT_TOKENS)
     return method.layout_of(key)
 
 

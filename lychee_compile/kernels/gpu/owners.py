@@ -86,7 +86,7 @@ class GrowingCacheIndex(IndexLifecycle):
         self.index = None
 
     def _index_for(self, key: Tensor, use: CacheUse) -> DeviceIndex:
-        return new_index(roomy(layout_for(use.kernel, key, use.policy, use.measured)), key.device)
+        return new_index(roomy(layout_for(use.kernel, key)), key.device)
 
     def _ends(self, key: Tensor) -> list[int]:
         written, self._written = self._written, None

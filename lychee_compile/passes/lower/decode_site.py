@@ -28,7 +28,7 @@ from torch import Tensor
 from lychee_compile.codegen.specification import SparseSpec
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.cache_use import CacheUse
-from lychee_compile.kernels.gpu.methods import layout_for, measures_for_certificates
+from lychee_compile.kernels.gpu.methods import layout_for
 from lychee_compile.kernels.levels.groups import GroupSettings
 from lychee_compile.kernels.operators import (  # noqa: F401  they register the operators
     decode,
@@ -157,15 +157,8 @@ def _use_of(
         keys_of, keys = shown_keys(over_cache(attention, binding), binding, context.emit)
         whole = _reads_all(value_of(operands.tensors.key), keys)
     fixed = binding.kind == "static" and whole and keys is not None
-    policy, epsilon = context.config.policy, context.config.epsilon
-    return CacheUse(
-        kernel,
-        keys_of,
-        tokens_written(binding),
-        layout_for(kernel, keys) if fixed and keys is not None else None,
-        policy,
-        epsilon is not None and measures_for_certificates(policy),
-    )
+    layout = layout_for(kernel, keys) if fixed and keys is not None else None
+    return CacheUse(kernel, keys_of, tokens_written(binding), layout, context.config.policy)
 
 
 def selection_of(config: IndexConfig, kv_len: int | sympy.Expr) -> SparseSpec:

@@ -9,12 +9,7 @@ import torch
 import torch.fx
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.methods import (
-    certifies,
-    covers_mass,
-    gpu_method,
-    policies_with_kernels,
-)
+from lychee_compile.kernels.gpu.methods import able, gpu_method, policies_with_kernels
 from lychee_compile.kernels.operators.decode import KERNEL_DEVICES
 from lychee_compile.kernels.operators.reference import LONGEST_QUERY
 from lychee_compile.kernels.policies.registry import reads_chunks
@@ -54,16 +49,16 @@ def no_decode_method(config: IndexConfig) -> Reason | None:
     if config.policy not in policies:
         known = " or ".join(map(repr, policies))
         return reasons.POLICY_NO_KERNEL(policy=config.policy, known=known)
-    if config.coverage is not None and not covers_mass(config.policy):
-        able = " or ".join(repr(each) for each in policies if covers_mass(each))
+    if config.coverage is not None and not able(config.policy, "covers_mass"):
+        known = " or ".join(repr(each) for each in policies if able(each, "covers_mass"))
         return reasons.COVERAGE_NO_KERNEL(
-            policy=config.policy, coverage=config.coverage, known=able
+            policy=config.policy, coverage=config.coverage, known=known
         )
     if config.boundaries == "tokens" and reads_chunks(config.policy):
         return reasons.BOUNDARIES_NO_KERNEL(policy=config.policy)
-    if config.epsilon is not None and not certifies(config.policy):
-        able = " or ".join(repr(each) for each in policies if certifies(each))
-        return reasons.EPSILON_NO_BOUND(policy=config.policy, epsilon=config.epsilon, known=able)
+    if config.epsilon is not None and not able(config.policy, "certifies"):
+        known = " or ".join(repr(each) for each in policies if able(each, "certifies"))
+        return reasons.EPSILON_NO_BOUND(policy=config.policy, epsilon=config.epsilon, known=known)
     return None
 
 

@@ -17,7 +17,7 @@ from lychee_compile.kernels.gpu.levels.launch import run_levels
 from lychee_compile.kernels.gpu.levels.layout import LevelLayout
 from lychee_compile.kernels.gpu.levels.page_index import PageDeviceIndex
 from lychee_compile.kernels.gpu.levels.token_cluster_index import TokenClusterDeviceIndex
-from lychee_compile.kernels.levels.groups import Chunks, GroupSettings, TokenClusters
+from lychee_compile.kernels.levels.groups import Chunks, TokenClusters
 from lychee_compile.kernels.policies.registry import levels_of
 
 _INDEXES: dict[type, type[LevelDeviceIndex]] = {
@@ -45,10 +45,6 @@ class LevelMethod:
     def layout_of(self, key: Tensor) -> LevelLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D], by default settings."""
         return LevelLayout.over(key, self.policy)
-
-    def layout_with(self, settings: GroupSettings, key: Tensor) -> LevelLayout:
-        """Return the layout of an index for a cache `key` [B, Hkv, L, D]."""
-        return LevelLayout.over(key, self.policy, settings)
 
     def new_index(self, layout: IndexLayout, device: torch.device) -> LevelDeviceIndex:
         """Return an empty index, which is not trusted. Raises TypeError for another's layout."""

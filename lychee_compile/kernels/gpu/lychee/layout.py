@@ -157,9 +157,13 @@ class SketchLayout:
 
     @classmethod
     def over(
-        cls, key: Tensor, settings: GroupSettings | None = None, flat_tokens: int = 0
+        cls,
+        key: Tensor,
+        settings: GroupSettings | None = None,
+        flat_tokens: int = 0,
+        measured: bool = False,
     ) -> SketchLayout:
-        """Return the layout for a cache `key` [B, Hkv, L, D].
+        """Return the layout for a cache `key` [B, Hkv, L, D], `measured` for certificates.
 
         With `settings` chunks narrow its choices if it is long enough. Contexts of up to
         `flat_tokens` are scanned token by token.
@@ -167,7 +171,8 @@ class SketchLayout:
         batch, heads, length, head_dim = key.shape
         if not pays_to_narrow(batch * heads, length, flat_tokens):
             settings = None
-        return cls(batch, heads, head_dim, whole_scans(length), key.dtype, settings)
+        sizes = batch, heads, head_dim, whole_scans(length)
+        return cls(*sizes, key.dtype, settings, measured=measured)
 
     def of(self, key: Tensor) -> SketchLayout:
         """Return the layout for a cache `key` [B, Hkv, L, D], with the same settings."""
@@ -239,10 +244,3 @@ class SketchLayout:
         yield "step", (*each, self.blocks, kept), torch.float32
         yield "spread", (*each, self.blocks, kept_fine), torch.float32
         yield "residual", (*each, self.slots if self.measured else 0, 2), torch.float32
-
-
-@dataclass(frozen=True)
-class MeasuredLayout(SketchLayout):
-    """The layout of an index for certificates."""
-
-    measured: bool = True

@@ -13,8 +13,7 @@ from lychee_compile.kernels.gpu.common.operands import AttentionOperands
 from lychee_compile.kernels.gpu.common.tuning import Tuning
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
-from lychee_compile.kernels.gpu.lychee.layout import MeasuredLayout, SketchLayout
-from lychee_compile.kernels.levels.groups import GroupSettings
+from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 
 
 @dataclass(frozen=True)
@@ -27,19 +26,9 @@ class LycheeMethod:
     certifies: bool = True
     computes_keys: bool = True
 
-    def layout_of(self, key: Tensor, measured: bool = False) -> SketchLayout:
-        """Return the layout of an index for a cache `key` [B, Hkv, L, D].
-
-        It is `measured` for modules that make certificates.
-        """
-        return (MeasuredLayout if measured else SketchLayout).over(key)
-
-    def layout_with(self, settings: GroupSettings, flat_tokens: int, key: Tensor) -> SketchLayout:
-        """Return the layout for a cache `key` [B, Hkv, L, D] that chunks may narrow.
-
-        Contexts of up to `flat_tokens` are scanned token by token.
-        """
-        return SketchLayout.over(key, settings, flat_tokens)
+    def layout_of(self, key: Tensor) -> SketchLayout:
+        """Return the layout of an index for a cache `key` [B, Hkv, L, D], by default settings."""
+        return SketchLayout.over(key)
 
     def new_index(self, layout: IndexLayout, device: torch.device) -> SketchIndex:
         """Return an empty index, which is not trusted. Raises TypeError for another's layout."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from lychee_compile.codegen.forms import Unprintable
 from lychee_compile.codegen.load_source import load_source
 from lychee_compile.codegen.specification import LoadSpec, Stored
-from lychee_compile.kernels.gpu.methods import computes_keys
+from lychee_compile.kernels.gpu.methods import able
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
@@ -71,7 +71,7 @@ def no_load(
 
     `policy` is that by which kernels select; None: they read all keys.
     """
-    if binding.load is not None and policy is not None and not computes_keys(policy):
+    if binding.load is not None and policy is not None and not able(policy, "computes_keys"):
         why = f"those of policy {policy!r} read keys as they are stored"
         return reasons.KEYS_COMPUTED_NO_KERNEL(why=why)
     try:

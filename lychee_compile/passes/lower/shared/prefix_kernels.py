@@ -29,7 +29,7 @@ import torch.fx
 
 from lychee_compile.codegen.specification import KV_LEN
 from lychee_compile.kernels.gpu.cache_use import CacheUse
-from lychee_compile.kernels.gpu.methods import layout_for, measures_for_certificates
+from lychee_compile.kernels.gpu.methods import layout_for
 from lychee_compile.kernels.operators import prefix_decode  # noqa: F401  registers the operators
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
@@ -218,7 +218,5 @@ def _use_of(
     """Return the use that a kernel makes of a prefix. Raises `NoKernel`."""
     one_row = replace(front, roles=replace(front.roles, batch=()))
     keys_of, keys = shown_keys(one_row, binding, context.emit)
-    policy, epsilon = context.config.policy, context.config.epsilon
-    measured = epsilon is not None and measures_for_certificates(policy)
     layout = layout_for(kernel, keys) if isinstance(front.kv_len, int) else None
-    return CacheUse(kernel, keys_of, 0, layout, policy, measured)
+    return CacheUse(kernel, keys_of, 0, layout, context.config.policy)
