@@ -79,10 +79,8 @@ def sparse_decode(
     record what is read. `extra_value`, [B, Hq, T, Dv], is the value of the key whose logit is
     `extra`. Fit for CUDA graphs: it waits for nothing, and reads and writes its own tensors alone.
     """
-    layout = layout_for(kernel, key)
-    index = IndexOperands(layout, layout.views(state), positions)
     operands = AttentionOperands(query, key, value, captured, extra, extra_value)
-    return run_sparse_kernel(kernel, operands, index, site)
+    return run_static_kernel(kernel, operands, state, positions, site)
 
 
 sparse_decode.register_fake(fake_output)
@@ -114,6 +112,15 @@ def growing_sparse_decode(
 
 
 growing_sparse_decode.register_fake(fake_output)
+
+
+def run_static_kernel(
+    kernel: str, operands: AttentionOperands, state: Tensor, positions: Tensor | None, site: str
+) -> Tensor:
+    """Return attention over a cache whose index lies in the memory `state`."""
+    layout = layout_for(kernel, operands.key)
+    index = IndexOperands(layout, layout.views(state), positions)
+    return run_sparse_kernel(kernel, operands, index, site)
 
 
 def run_growing_kernel(

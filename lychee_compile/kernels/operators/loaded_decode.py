@@ -10,14 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.module_cache import load
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.gpu.methods import layout_for
 from lychee_compile.kernels.operators.decode import (
     run_exact_kernel,
     run_growing_kernel,
-    run_sparse_kernel,
+    run_static_kernel,
 )
 
 
@@ -36,10 +34,7 @@ def loaded_sparse_decode(
 ) -> Tensor:
     """Run `sparse_decode` over keys and values that kernels compute from what is stored."""
     operands = _loaded(kernel, query, key, value, sizes, captured, extra)
-    layout = layout_for(kernel, operands.key)
-    return run_sparse_kernel(
-        kernel, operands, IndexOperands(layout, layout.views(state), positions), site
-    )
+    return run_static_kernel(kernel, operands, state, positions, site)
 
 
 @torch.library.custom_op(

@@ -9,13 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.layout import IndexOperands
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.gpu.methods import layout_for
 from lychee_compile.kernels.operators.decode import (
     run_exact_kernel,
     run_growing_kernel,
-    run_sparse_kernel,
+    run_static_kernel,
 )
 
 
@@ -42,10 +40,8 @@ def sparse_prefix(
     `state`, uint8, is the memory of an index laid out for `key`, which nothing is added to. While
     the index is distrusted, all visible keys are read.
     """
-    layout = layout_for(kernel, key)
-    index = IndexOperands(layout, layout.views(state), None)
     operands = AttentionOperands(query, key, value, captured)
-    return run_sparse_kernel(kernel, operands, index, site)
+    return run_static_kernel(kernel, operands, state, None, site)
 
 
 @torch.library.custom_op(

@@ -6,7 +6,6 @@ import string
 from itertools import pairwise
 
 import sympy
-import torch
 import torch.fx
 
 from lychee_compile.passes.detect.operands import Layout, Operand, Place
@@ -88,11 +87,6 @@ def contracted(
         operands.append(rearrange(operand, tuple((axis,) for axis in held), whole=False))
         terms.append("".join(letters[axis] for axis in held))
     result = "".join(letters[axis] for axis in order)
-    operands[1] = cast(operands[1], value_of(operands[0]).dtype, emit)
+    operands[1] = emit.cast(operands[1], value_of(operands[0]).dtype)
     made = emit(aten.einsum.default, f"{terms[0]},{terms[1]}->{result}", operands)
     return rearrange(Operand(made, tuple((axis,) for axis in order)), wanted, whole=False)
-
-
-def cast(node: torch.fx.Node, dtype: torch.dtype, emit: Emitter) -> torch.fx.Node:
-    """Emit a tensor in `dtype`; it is `node` itself if that has the dtype."""
-    return node if value_of(node).dtype == dtype else emit(aten.to.dtype, node, dtype)

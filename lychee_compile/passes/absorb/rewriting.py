@@ -17,7 +17,7 @@ import torch.fx
 
 from lychee_compile.passes.absorb.expansion import Expansion, Part, expansion_of, saves
 from lychee_compile.passes.absorb.operands import Factors, Labelled, factors_of, layout_of
-from lychee_compile.passes.absorb.pieces import NoPiece, cast, contracted, piece
+from lychee_compile.passes.absorb.pieces import NoPiece, contracted, piece
 from lychee_compile.passes.detect.attention import Products
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.graph.dataflow import argument, aten, is_operator, shape_of, value_of
@@ -86,7 +86,8 @@ class Absorber:
                 changed = {}
         with self._graph.inserting_before(sums.node):
             if values is not None:
-                changed[sums.tokens.node] = self._latents(sums, values)
+                (part,) = values.parts
+                changed[sums.tokens.node] = self._held(part, sums.tokens, sums, values)
             if not changed:
                 return sums.node
             summed = self._anew(sums.node, changed)
@@ -150,11 +151,7 @@ class Absorber:
         wanted[held.dim(factors.feature)] = _channels(part, axes)
         stored = piece(part.place, axes, emit)
         node = self._rearranger(axes)(stored, tuple(wanted), whole=True)
-        return cast(node, value_of(held.node).dtype, emit)
-
-    def _latents(self, factors: Factors, values: Expansion) -> torch.fx.Node:
-        (part,) = values.parts
-        return self._held(part, factors.tokens, factors, values)
+        return emit.cast(node, value_of(held.node).dtype)
 
     def _projected(
         self, summed: torch.fx.Node, factors: Factors, values: Expansion

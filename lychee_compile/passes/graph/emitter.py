@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.fx
 
-from lychee_compile.passes.graph.dataflow import value_of
+from lychee_compile.passes.graph.dataflow import aten, value_of
 from lychee_compile.torch_private import FakeTensorMode
 
 
@@ -34,6 +35,10 @@ class Emitter:
             values = torch.fx.node.map_arg(args, value_of), torch.fx.node.map_arg(kwargs, value_of)
             node.meta["val"] = target(*values[0], **values[1])
         return node
+
+    def cast(self, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+        """Emit a tensor in `dtype`; it is `node` itself if that has the dtype."""
+        return node if value_of(node).dtype == dtype else self(aten.to.dtype, node, dtype)
 
     def on_undo(self, callback: Callable[[], object]) -> None:
         """Call `callback` if an attempt that is under way fails, the latest callback first."""

@@ -56,16 +56,10 @@ class Canonicaliser:
         key, value = self.key(), self.value()
         if repeated:
             dtype = value_of(query).dtype
-            key, value = (self._cast(self._repeated(each), dtype) for each in (key, value))
+            key, value = (self.emit.cast(self._repeated(each), dtype) for each in (key, value))
             if mask is not None and value_of(mask).dtype != torch.bool:
-                mask = self._cast(mask, dtype)
-        return Canonical(
-            query=query,
-            key=key,
-            value=value,
-            mask=mask,
-            extra=extra,
-        )
+                mask = self.emit.cast(mask, dtype)
+        return Canonical(query, key, value, mask, extra)
 
     def question(
         self, *, masked: bool = True
@@ -93,9 +87,6 @@ class Canonicaliser:
             total = total * size if both else self.emit(operator.mul, total, size)  # type: ignore[operator]
         return total
 
-    def _cast(self, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
-        return node if value_of(node).dtype == dtype else self.emit(aten.to.dtype, node, dtype)
-
     def _repeated(self, node: torch.fx.Node) -> torch.fx.Node:
         """Repeat each head [B, Hkv, L, D] for every query head that reads it."""
         group = self._attention.size(self._attention.roles.group)
@@ -111,7 +102,7 @@ class Canonicaliser:
         operand = self._spread(result)
         wanted = value_of(attention.node)
         node = self._rearrange(operand, attention.output, whole=True)
-        return self._cast(node, wanted.dtype)
+        return self.emit.cast(node, wanted.dtype)
 
     def replacement(self, result: torch.fx.Node) -> torch.fx.Node:
         """Emit what the graph goes on with instead of the attention, made of `result`.
@@ -137,7 +128,7 @@ class Canonicaliser:
             if is_tensor(times):
                 times = self._rearrange(factor, roles.query_layout(), whole=False)
             node = self.emit((aten.div if inverse else aten.mul).Tensor, node, times)
-        return self._cast(node, dtype)
+        return self.emit.cast(node, dtype)
 
     def _extra(self) -> torch.fx.Node | None:
         extra, roles = self._attention.score.extra, self._attention.roles

@@ -53,12 +53,11 @@ from lychee_compile.passes.lower.kernel_operands import (
     emit_loaded_operands,
     kernel_specification,
 )
-from lychee_compile.passes.lower.kernel_support import NoKernel, tokens_written
+from lychee_compile.passes.lower.kernel_support import NoKernel, check_in_place, tokens_written
 from lychee_compile.passes.lower.loads.computed_keys import computed_keys
 from lychee_compile.passes.lower.loads.kernel_loads import is_loaded
 from lychee_compile.passes.lower.rearrange import Rearranger
 from lychee_compile.passes.lower.written_slots import named_slots
-from lychee_compile.torch_private import share_storage
 
 logger = logging.getLogger(__name__)
 
@@ -76,19 +75,20 @@ def emit_exact_decode(
         try:
             with emit.attempt():
                 operands = emit_loaded_operands(attention, binding, emit)
-                return _emit_exact(attention, operands, context)
+                return emit_exact(attention, operands, context)
         except (NoKernel, RewriteError):
             logger.debug("%s: the graph computes its keys", attention.node, exc_info=True)
-    return _emit_exact(attention, _operands(attention, attention, emit), context)
+    return emit_exact(attention, _operands(attention, attention, emit), context)
 
 
-def _emit_exact(
+def emit_exact(
     attention: Attention, operands: KernelOperands, context: LoweringContext
 ) -> tuple[torch.fx.Node, str]:
+    """Emit a kernel that reads all keys; return the output and its name. Raises `NoKernel`."""
     kernel = compile_kernels(kernel_specification(attention, operands, context.autotune), operands)
     ops = torch.ops.lychee
     target = ops.exact_decode if operands.loads is None else ops.loaded_exact_decode
-    attended = context.emit(target.default, *operands.arguments, kernel)
+    attended = context.emit(target.default, *operands.arguments, kernel, *_extra_value(operands))
     return Canonicaliser(attention, context.emit).replacement(attended), kernel
 
 
@@ -125,11 +125,16 @@ def emit_selecting(
     index = context.index_inputs.node_for(binding, use)
     first = context.is_first_use(index)
     slots = _written_slots(binding, written, operands, emit) if first else None
-    site, more = module_path(attention.node), operands.tensors.extra_value
-    last = (site,) if more is None else (site, more)
     target = _operator(operands, grows=use.layout is None)
+    last = module_path(attention.node), *_extra_value(operands)
     attended = emit(target, *operands.arguments, slots, index, kernel, *last)
     return Canonicaliser(attention, emit).replacement(attended), kernel
+
+
+def _extra_value(operands: KernelOperands) -> tuple[torch.fx.Node, ...]:
+    """Return the last argument of an operator, if there is a value of the extra logit."""
+    value = operands.tensors.extra_value
+    return () if value is None else (value,)
 
 
 def _operator(operands: KernelOperands, *, grows: bool) -> Callable[..., Tensor]:
@@ -186,16 +191,11 @@ def _operands(
 ) -> KernelOperands:
     """Emit the operands of a decode kernel, which must not be copies of a cache.
 
-    To bring a cache into another layout at every step would cost more than a kernel wins. `cached`
-    is the attention over the keys behind those `in_front`. Raises `NoKernel`.
+    `cached` is the attention over the keys behind those `in_front`. Raises `NoKernel`.
     """
     operands = emit_kernel_operands(attention, emit, in_front)
-    for name, operand, node in (
-        ("keys", cached.key, operands.tensors.key),
-        ("values", cached.value, operands.tensors.value),
-    ):
-        if not share_storage(value_of(operand.node), value_of(node)):
-            raise NoKernel(reasons.COPIED_OPERAND(name=name))
+    check_in_place("keys", cached.key.node, operands.tensors.key)
+    check_in_place("values", cached.value.node, operands.tensors.value)
     return operands
 
 

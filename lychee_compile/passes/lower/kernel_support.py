@@ -20,6 +20,7 @@ from lychee_compile.passes.detect.caching.token_writes import RowSlots
 from lychee_compile.passes.graph.dataflow import static_size, value_of
 from lychee_compile.passes.lower.written_slots import wrapping_operator
 from lychee_compile.passes.reasons import Reason, ReasonedError
+from lychee_compile.torch_private import share_storage
 
 LARGEST_HEAD = 256
 """Largest size of a key or a value."""
@@ -29,6 +30,15 @@ OLDEST_CAPABILITY = (8, 0)
 
 class NoKernel(ReasonedError):  # noqa: N818  the attention stays as it is
     """No kernel can be generated for an attention."""
+
+
+def check_in_place(name: str, stored: torch.fx.Node, node: torch.fx.Node) -> None:
+    """Raise `NoKernel` if `node`, an operand of a launch, is a copy of what is `stored`.
+
+    To bring a cache into another layout at every step would cost more than a kernel wins.
+    """
+    if not share_storage(value_of(stored), value_of(node)):
+        raise NoKernel(reasons.COPIED_OPERAND(name=name))
 
 
 def runs_kernels(attention: Attention, config: IndexConfig) -> bool:

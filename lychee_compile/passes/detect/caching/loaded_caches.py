@@ -26,7 +26,7 @@ from lychee_compile.passes.detect.caching.caches import (
     bind_tensor,
     is_held,
 )
-from lychee_compile.passes.detect.caching.call_sizes import are_told
+from lychee_compile.passes.detect.caching.call_numbers import are_told
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.loads import Load, is_plain, load_of, runs_over_tokens
 from lychee_compile.passes.detect.caching.paged_caches import bind_paged

@@ -164,12 +164,9 @@ class Load:
 
     def batch_dim(self, name: str) -> int | None:
         """Return the dimension of a leaf that runs over rows; None if there is no such one."""
-        return self._dim_of(name, BATCH)
-
-    def _dim_of(self, name: str, symbol: sympy.Symbol) -> int | None:
         reads = self.reads_of(name)
-        dims = {dim for each in reads for dim, index in enumerate(each) if index.has(symbol)}
-        whole = all(each[dim] == symbol for each in reads for dim in dims)
+        dims = {dim for each in reads for dim, index in enumerate(each) if index.has(BATCH)}
+        whole = all(each[dim] == BATCH for each in reads for dim in dims)
         return min(dims) if len(dims) == 1 and whole else None
 
 

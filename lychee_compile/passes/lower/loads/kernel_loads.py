@@ -29,11 +29,10 @@ from lychee_compile.passes.detect.caching.loads import CHANNEL, Load
 from lychee_compile.passes.detect.operands import Operand
 from lychee_compile.passes.graph.dataflow import shape_of, value_of
 from lychee_compile.passes.lower.canonical import Canonicaliser
-from lychee_compile.passes.lower.kernel_support import NoKernel, static
+from lychee_compile.passes.lower.kernel_support import NoKernel, check_in_place, static
 from lychee_compile.passes.lower.rearrange import Size
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.symbolic.elements import symbol_of
-from lychee_compile.torch_private import share_storage
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,7 @@ def kernel_loads(
 
 def _as_stored(name: str, operand: Operand, node: torch.fx.Node) -> torch.fx.Node:
     """Return the node of an operand that is a tensor. Raises `NoKernel` if it had to be copied."""
-    if not share_storage(value_of(operand.node), value_of(node)):
-        raise NoKernel(reasons.COPIED_OPERAND(name=name))
+    check_in_place(name, operand.node, node)
     return node
 
 

@@ -31,18 +31,22 @@ from lychee_compile.codegen.specification import KV_LEN
 from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.methods import layout_for
 from lychee_compile.kernels.operators import prefix_decode  # noqa: F401  registers the operators
-from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding
 from lychee_compile.passes.graph.dataflow import aten, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.lower.canonical import Canonical, Canonicaliser
 from lychee_compile.passes.lower.context import LoweringContext
-from lychee_compile.passes.lower.decode_site import emit_selecting, selection_of, shown_keys
+from lychee_compile.passes.lower.decode_site import (
+    emit_exact,
+    emit_selecting,
+    selection_of,
+    shown_keys,
+)
 from lychee_compile.passes.lower.kernel_expressions import KernelExpressions, kernel_expressions
 from lychee_compile.passes.lower.kernel_modules import compile_kernels
 from lychee_compile.passes.lower.kernel_operands import KernelOperands, kernel_specification
-from lychee_compile.passes.lower.kernel_support import NoKernel, static
+from lychee_compile.passes.lower.kernel_support import check_in_place, static
 from lychee_compile.passes.lower.kernel_symbols import captured_as
 from lychee_compile.passes.lower.shared.prefix_site import (
     Prefix,
@@ -54,7 +58,6 @@ from lychee_compile.passes.lower.shared.prefix_site import (
     with_extra,
 )
 from lychee_compile.passes.symbolic.elements import symbol_of
-from lychee_compile.torch_private import share_storage
 
 MOST_COLUMNS = 64
 """Largest number of query heads of all rows that one program multiplies with a tile of keys."""
@@ -78,29 +81,13 @@ def emit_shared_decode(
     shared = binding.shared if selects and chooses_in_prefix(attention, context.config) else None
     prefix = _emit_prefix(attention, shared, expressions, context)
     tensors = replace(emit_behind_prefix(attention, prefix, emit), mask=None)
-    for name, operand, node in zip(
-        ("keys", "values"), _own(attention), (tensors.key, tensors.value), strict=True
-    ):
-        _check_in_place(name, operand, node)
+    own = attention.parts[1]
+    check_in_place("keys", own.key_forms[-1].node, tensors.key)
+    check_in_place("values", own.value.node, tensors.value)
     operands = KernelOperands(_behind(expressions, attention, emit), tensors)
     if selects and not reads_own_whole(attention, binding, context.config):
         return emit_selecting(attention, binding, operands, context)
-    spec = kernel_specification(attention, operands, context.autotune)
-    kernel = compile_kernels(spec, operands)
-    exact = torch.ops.lychee.exact_decode.default
-    output = emit(exact, *operands.arguments, kernel, tensors.extra_value)
-    return Canonicaliser(attention, emit).replacement(output), kernel
-
-
-def _own(attention: Attention) -> tuple[torch.fx.Node, torch.fx.Node]:
-    part = attention.parts[1]
-    return part.key_forms[-1].node, part.value.node
-
-
-def _check_in_place(name: str, stored: torch.fx.Node, node: torch.fx.Node) -> None:
-    """Raise `NoKernel` if an operand had to be copied."""
-    if not share_storage(value_of(stored), value_of(node)):
-        raise NoKernel(reasons.COPIED_OPERAND(name=name))
+    return emit_exact(attention, operands, context)
 
 
 @dataclass(frozen=True)
@@ -155,8 +142,8 @@ def _emit_prefix(
     fold = _fold(attention, binding is not None)
     operands = Canonicaliser(front, emit).operands(masked=False)
     key, value = (first_row(each, emit) for each in (operands.key, operands.value))
-    _check_in_place("keys", front.key.node, key)
-    _check_in_place("values", front.value.node, value)
+    check_in_place("keys", front.key.node, key)
+    check_in_place("values", front.value.node, value)
     tensors = Canonical(fold.query(operands.query, emit), key, value, mask=None, extra=None)
     folded = _with_length(expressions, attention)
     folded = folded.of_rows_as_heads(fold.rows, fold.group, fold.query_len)
