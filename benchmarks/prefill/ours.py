@@ -24,6 +24,7 @@ from lychee_compile.kernels.gpu.prefill.listed import (
     chooses_in_pytorch,
     listed_config,
 )
+from lychee_compile.kernels.gpu.prefill.lists import PrefillByLists
 from lychee_compile.kernels.gpu.prefill.ranked import RankedPrefill, run_by_kernels
 from lychee_compile.kernels.sizes import QUERY_TILE, SLOT_BITS
 
@@ -62,7 +63,7 @@ def share_listed(
         return read_by_tiles(module, operands, share)[1]
     query, context = operands[0], operands[1].shape[2]
     given = AttentionOperands(*operands)
-    launch: ListedPrefill | RankedPrefill
+    launch: PrefillByLists
     if chooses_in_pytorch(module):
         launch = ListedPrefill(module, given, listed_config(module, share))
     else:

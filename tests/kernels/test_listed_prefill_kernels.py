@@ -19,7 +19,6 @@ from torch import Tensor
 from lychee_compile.codegen.module import chooses_by_kernels, emit_module
 from lychee_compile.codegen.parts.listed import split_score
 from lychee_compile.codegen.specification import KV, H, Q, S, TileSpec
-from lychee_compile.kernels.gpu.prefill import listed
 from lychee_compile.kernels.gpu.prefill.listed import ListedPrefill, listed_config
 from lychee_compile.kernels.policies import registry
 from lychee_compile.kernels.reference.operands import Operands
@@ -204,7 +203,7 @@ def test_tiles_done_apart_read_the_same(policy: str, monkeypatch: pytest.MonkeyP
     asked: list[PrefillQuestion] = []
     choice = config.choice
     config = replace(config, choice=lambda each: (asked.append(each), choice(each))[1])
-    monkeypatch.setattr(listed, "CHOICE_BYTES", 1)
+    monkeypatch.setattr("lychee_compile.kernels.gpu.prefill.lists.CHOICE_BYTES", 1)
     prefill = ListedPrefill(module, problem.operands(), config)
     assert list(prefill.slices()) == [(0, 1), (1, 1), (2, 1)]
     assert torch.equal(slots_read(prefill, problem), expected)

@@ -14,7 +14,7 @@ from tile_problems import RECENT, SINKS, prefill_problem
 from torch import Tensor
 
 from lychee_compile.codegen.parts.listed import split_score
-from lychee_compile.kernels.gpu.prefill import launch, ranked
+from lychee_compile.kernels.gpu.prefill import launch
 from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, PrefillLaunch
 from lychee_compile.kernels.gpu.prefill.listed import listed_config
 from lychee_compile.kernels.gpu.prefill.ranked import RankedPrefill, run_by_kernels
@@ -228,7 +228,7 @@ def test_tiles_done_apart_read_the_same(policy: str, monkeypatch: pytest.MonkeyP
     problem = prefill_problem(policy, sizes=Sizes(1, 1, 2, 260, 260, 16, 16), length=0)
     budget = PrefillBudget(0.6)
     expected = run_by_kernels(problem.module(), problem.operands(), budget)
-    monkeypatch.setattr(ranked, "CHOICE_BYTES", 1)
+    monkeypatch.setattr("lychee_compile.kernels.gpu.prefill.lists.CHOICE_BYTES", 1)
     monkeypatch.setattr(ranked, "LISTED", 64)
     monkeypatch.setattr(ranked, "RANKED", 64)
     prefill = RankedPrefill(problem.module(), problem.operands(), budget)

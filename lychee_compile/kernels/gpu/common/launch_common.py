@@ -6,7 +6,6 @@ gives each kernel those that it names. No launch waits for the device.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.device import overlapping
+from lychee_compile.kernels.gpu.common.layout import Part, bytes_of, views_of
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands, strided
 from lychee_compile.kernels.sizes import power_of_two
 
@@ -56,11 +56,11 @@ class Scratch:
     """Pieces of one uninitialised allocation, by name."""
 
     def __init__(self) -> None:
-        self._pieces: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._pieces: dict[str, Part] = {}
 
     def want(self, name: str, dtype: torch.dtype, *shape: int) -> None:
         """Ask for a piece."""
-        self._pieces[name] = dtype, shape
+        self._pieces[name] = name, shape, dtype
 
     def want_parts(self, operands: AttentionOperands, splits: int) -> None:
         """Ask for what the `splits` programs of each row leave for `combine`."""
@@ -71,15 +71,8 @@ class Scratch:
 
     def allocate(self, device: torch.device) -> dict[str, Tensor]:
         """Return all pieces, each of which begins at a multiple of 256 bytes."""
-        sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in self._pieces.values()]
-        starts = [0, *itertools.accumulate(-(-size // 256) * 256 for size in sizes)]
-        whole = torch.empty(starts[-1], dtype=torch.uint8, device=device)
-        return {
-            name: whole[start : start + size].view(dtype).view(shape)
-            for (name, (dtype, shape)), start, size in zip(
-                self._pieces.items(), starts[:-1], sizes, strict=True
-            )
-        }
+        parts = self._pieces.values()
+        return views_of(torch.empty(bytes_of(parts), dtype=torch.uint8, device=device), parts)
 
 
 def log_weight(operands: AttentionOperands, scratch: Mapping[str, Tensor]) -> Tensor:

@@ -7,8 +7,6 @@ leaves are listed, and generated kernels attend. The host waits once for each su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -19,40 +17,19 @@ from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.launch_common import launch
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.gpu.common.tuning import TileTuning, tile_tuning_for
-from lychee_compile.kernels.gpu.prefill.launch import (
-    EDGE_NUMBERS,
-    LANES,
-    attend_arguments,
-    launch_attend,
-    new_outputs,
-)
+from lychee_compile.kernels.gpu.common.tuning import TileTuning
+from lychee_compile.kernels.gpu.prefill.launch import EDGE_NUMBERS, LANES
+from lychee_compile.kernels.gpu.prefill.lists import Lists, PrefillByLists
 from lychee_compile.kernels.policies.registry import prefill_choice
 from lychee_compile.kernels.reference.prefill_attention import PrefillConfig
 from lychee_compile.kernels.reference.prefill_question import PrefillQuestion, as_drawn
 from lychee_compile.kernels.reference.tiles import Sight, TileSight, always_read
 from lychee_compile.kernels.sizes import QUERY_TILE
 
-CHOICE_BYTES = 2**31
-"""About how much memory a choice may take; a policy's own function can take more."""
 PAIR_BYTES = 64
 """About how many bytes a choice takes for each key and each tile of a head."""
 SEEN_QUERIES, SEEN_KEYS = 32, 128
 """Queries and keys that a program of `see_tiles` looks at at a time."""
-
-
-@dataclass(frozen=True)
-class Lists:
-    """The keys that some tiles of all heads read. A row is a tile of a head."""
-
-    first_tile: int
-    tiles: int
-    chosen: Tensor
-    """Slots, int32 [rows, capacity]."""
-    counts: Tensor
-    """Number of slots listed, int32 [rows]."""
-    edge: Tensor
-    """Slots that are always read and not listed, int32 [rows, 8], as `edges` returns them."""
 
 
 def chooses_in_pytorch(module: ModuleType) -> bool:
@@ -66,7 +43,7 @@ def listed_config(module: ModuleType, budget: float, shortest: int = 0) -> Prefi
     return PrefillConfig(choice, budget, sinks, recent, shortest=shortest)
 
 
-class ListedPrefill:
+class ListedPrefill(PrefillByLists):
     """The choices and launches of one prefill, each tile over the keys that its policy chooses."""
 
     def __init__(
@@ -77,32 +54,18 @@ class ListedPrefill:
         order: Tensor | None = None,
     ) -> None:
         """Take the operands; `order`, int64 [T], are the positions of queries in another order."""
-        self._module, self._operands, self._config = module, operands, config
-        self.output, self.log_sums = new_outputs(operands)
+        super().__init__(module, operands)
+        self._config = config
         batch, heads, query_len, _ = operands.query.shape
         kv_len, device = operands.kv_len, operands.query.device
-        self._tiles = -(-query_len // QUERY_TILE)
-        self._at_once = max(1, CHOICE_BYTES // (batch * heads * kv_len * PAIR_BYTES))
         self._sight = Sight(None, False, batch, query_len, kv_len, device, order)
         self._facts: dict[object, Any] = {}
-        self._arguments = {
-            **attend_arguments(module, operands, self.output, self.log_sums),
+        self._arguments |= {
             "seen_heads": heads if module.BY_HEAD else 1,
             "SELF": order is None and query_len == kv_len,
             "QUERIES": SEEN_QUERIES,
             "LANES": LANES,
         }
-
-    def run(self) -> tuple[Tensor, Tensor]:
-        """Return the output, [B, Hq, T, Dv], and the log-sum-exp of the scores read, [B, Hq, T]."""
-        for first_tile, tiles in self.slices():
-            self.attend(self.lists(first_tile, tiles))
-        return self.output, self.log_sums
-
-    def slices(self) -> Iterator[tuple[int, int]]:
-        """Yield the first tile and the number of the tiles that are done together."""
-        for first_tile in range(0, self._tiles, self._at_once):
-            yield first_tile, min(self._at_once, self._tiles - first_tile)
 
     def lists(self, first_tile: int, tiles: int) -> Lists:
         """Return the keys that these tiles read."""
@@ -116,6 +79,9 @@ class ListedPrefill:
         arguments = {**self._of(lists), "read": read.view(torch.uint8)}
         launch(self._module.list_keys, (len(read),), arguments, num_warps=4, num_stages=1)
         return lists
+
+    def _tile_bytes(self) -> int:
+        return self._operands.kv_len * PAIR_BYTES
 
     def question(self, first_tile: int, sight: TileSight) -> PrefillQuestion:
         """Return the question to the policy about tiles that see this."""
@@ -132,11 +98,6 @@ class ListedPrefill:
             facts=self._facts,
         )
 
-    def attend(self, lists: Lists, tuning: TileTuning | None = None) -> None:
-        """Attend from the queries of these tiles to the keys that they read."""
-        tuning = tuning or tile_tuning_for(self._module, self._operands)
-        launch_attend(self._module, len(lists.counts), self._of(lists), tuning)
-
     def attend_first(self, tuning: TileTuning | None = None) -> None:
         """Attend from the queries of the first tiles."""
         self.attend(self._first_lists, tuning)
@@ -149,18 +110,6 @@ class ListedPrefill:
     def _known_key(self) -> Tensor:
         """Keys as float32 [B, Hkv, L, D], without the NaN that unseen keys may hold."""
         return self._operands.key.float().nan_to_num()
-
-    def _of(self, lists: Lists) -> dict[str, object]:
-        """Return the arguments of the kernels about some tiles, by name."""
-        return {
-            **self._arguments,
-            "edge": lists.edge,
-            "chosen": lists.chosen,
-            "counts": lists.counts,
-            "capacity": lists.chosen.shape[1],
-            "first_tile": lists.first_tile,
-            "tiles": lists.tiles,
-        }
 
     def see(self, first_tile: int, tiles: int) -> tuple[TileSight, Tensor]:
         """Return what these tiles see, and slots that they always read, int32 [rows, 8]."""

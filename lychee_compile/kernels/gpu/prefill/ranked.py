@@ -7,7 +7,6 @@ mean of all groups is taken away and lengths are scaled to 1 before. Kernels do 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from types import ModuleType
 
@@ -16,23 +15,14 @@ from torch import Tensor
 
 from lychee_compile.kernels.gpu.common.launch_common import launch
 from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.gpu.common.tuning import TileTuning, tile_tuning_for
-from lychee_compile.kernels.gpu.prefill.launch import (
-    EDGE_NUMBERS,
-    PrefillBudget,
-    attend_arguments,
-    launch_attend,
-    new_outputs,
-    run_prefill,
-)
-from lychee_compile.kernels.gpu.prefill.listed import Lists
+from lychee_compile.kernels.gpu.common.tuning import TileTuning
+from lychee_compile.kernels.gpu.prefill.launch import EDGE_NUMBERS, PrefillBudget, run_prefill
+from lychee_compile.kernels.gpu.prefill.lists import Lists, PrefillByLists
 from lychee_compile.kernels.policies.prefill.union import GroupUnion
 from lychee_compile.kernels.policies.registry import prefill_choice
 from lychee_compile.kernels.reference.key_groups import KeyGroups
 from lychee_compile.kernels.sizes import QUERY_TILE, power_of_two
 
-CHOICE_BYTES = 2**31
-"""About how much memory the tiles in work may take."""
 LISTED = 2048
 """Keys that a program lists at a time."""
 RANKED = 4096
@@ -55,7 +45,7 @@ def run_by_kernels(
     return RankedPrefill(module, operands, budget, tuning).run()
 
 
-class RankedPrefill:
+class RankedPrefill(PrefillByLists):
     """The launches of one prefill, each tile over the last keys or over groups of keys."""
 
     def __init__(
@@ -65,30 +55,13 @@ class RankedPrefill:
         budget: PrefillBudget,
         tuning: TileTuning | None = None,
     ) -> None:
-        self._module, self._operands = module, operands
-        self._tuning = tuning or tile_tuning_for(module, operands)
-        self.output, self.log_sums = new_outputs(operands)
-        self._tiles = -(-operands.query_len // QUERY_TILE)
+        super().__init__(module, operands, tuning)
         self._capacity = budget.capacity(operands.kv_len)
-        self._arguments = {
-            **attend_arguments(module, operands, self.output, self.log_sums),
+        self._arguments |= {
             **budget.arguments(),
             "capacity": self._capacity,
             "SELF": budget.own and operands.query_len == operands.kv_len,
         }
-
-    def run(self) -> tuple[Tensor, Tensor]:
-        """Return the output, [B, Hq, T, Dv], and the log-sum-exp of the scores read, [B, Hq, T]."""
-        for first_tile, tiles in self.slices():
-            self.attend(self.lists(first_tile, tiles))
-        return self.output, self.log_sums
-
-    def slices(self) -> Iterator[tuple[int, int]]:
-        """Yield the first tile and the number of the tiles that are done together."""
-        batch, heads = self._operands.query.shape[:2]
-        at_once = max(1, CHOICE_BYTES // (batch * heads * self._tile_bytes()))
-        for first_tile in range(0, self._tiles, at_once):
-            yield first_tile, min(at_once, self._tiles - first_tile)
 
     def lists(self, first_tile: int, tiles: int) -> Lists:
         """Return the keys that these tiles read."""
@@ -103,10 +76,6 @@ class RankedPrefill:
         else:
             self._list_groups(lists)
         return lists
-
-    def attend(self, lists: Lists) -> None:
-        """Attend from the queries of these tiles to the keys that they read."""
-        launch_attend(self._module, len(lists.counts), self._of(lists), self._tuning)
 
     def rank(self, first_tile: int, tiles: int) -> tuple[Tensor, Tensor]:
         """Return how the askers of these tiles rank all groups, and which askers are silent.
@@ -156,7 +125,6 @@ class RankedPrefill:
             launch(kernel, (rows,), arguments, num_warps=4, num_stages=1)
 
     def _tile_bytes(self) -> int:
-        """Return about how many bytes a tile of one head takes."""
         listed = torch.int32.itemsize * self._capacity
         if hasattr(self._module, "list_last"):
             return listed
@@ -202,14 +170,3 @@ class RankedPrefill:
         apart = vectors - vectors.mean(2, keepdim=True)
         longest = torch.linalg.vector_norm(apart, dim=-1).amax(-1)[..., None, None]
         return KeyGroups(label, bounds), (apart / longest.clamp(min=1e-30)).half()
-
-    def _of(self, lists: Lists) -> dict[str, object]:
-        """Return the arguments of the kernels about some tiles, by name."""
-        return {
-            **self._arguments,
-            "edge": lists.edge,
-            "chosen": lists.chosen,
-            "counts": lists.counts,
-            "first_tile": lists.first_tile,
-            "tiles": lists.tiles,
-        }
