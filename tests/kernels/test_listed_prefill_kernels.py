@@ -45,7 +45,7 @@ CHOSEN_IN_PYTORCH = ("any streaming", "any dhsa", "any s2o", "any compact")
 @pytest.fixture(autouse=True)
 def many_queries_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted steps take their time, whatever they are about."""
-    monkeypatch.setattr(listed, "SEEN_QUERIES", 64)
+    monkeypatch.setattr("lychee_compile.kernels.gpu.prefill.listed.SEEN_QUERIES", 64)
 
 
 @pytest.fixture(autouse=True)

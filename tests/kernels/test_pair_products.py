@@ -83,7 +83,7 @@ def bytes_of(word, dtype):
 def test_products_are_those_of_codes_and_weights(head_dim, kind):
     planes = sketches.planes_of(head_dim)[: 1 if kind == "page" else 2]
     names = [word for plane in planes for word in plane.word_names]
-    operands = [(names.index(each.word), each) for each in sketches.operands_of(planes)]
+    operands = sketches.operands_of(planes)
     row = sketches.weight_columns(head_dim)
     random = np.random.default_rng(head_dim)
     packed = random.integers(0, 2**32, (len(names), PACK, 32))
@@ -91,14 +91,17 @@ def test_products_are_those_of_codes_and_weights(head_dim, kind):
     arguments = [0 * LANES] * (2 * PACK) + [*packed.reshape(-1, 32)] + [0 * LANES] * PACK
     assert len(pair_constraints(len(names)).split(",")) == len(arguments)
     warp = Warp(arguments, weights.reshape(-1).view(np.uint32).astype(np.int64))
-    warp.run(pair_instructions(operands, len(names), row))
+    warp.run(pair_instructions(operands, names, row))
     for head in range(2):
         for token in range(PACK):
             expected = sum(
-                bytes_of(packed[word, token, lane] >> each.shift & int(each.mask, 0), np.uint8)
+                bytes_of(
+                    packed[names.index(each.word), token, lane] >> each.shift & int(each.mask, 0),
+                    np.uint8,
+                )
                 @ weights[head, 4 * each.weights : 4 * each.weights + 4].astype(int)
                 * (lane == LANES)
-                for word, each in operands
+                for each in operands
                 for lane in LANES
             )
             assert (warp[f"${head * PACK + token}"] == expected).all(), (head, token)

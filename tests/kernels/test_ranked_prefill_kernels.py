@@ -14,7 +14,7 @@ from tile_problems import RECENT, SINKS, prefill_problem
 from torch import Tensor
 
 from lychee_compile.codegen.parts.listed import split_score
-from lychee_compile.kernels.gpu.prefill import launch
+from lychee_compile.kernels.gpu.prefill import launch, ranked
 from lychee_compile.kernels.gpu.prefill.launch import PrefillBudget, PrefillLaunch
 from lychee_compile.kernels.gpu.prefill.listed import listed_config
 from lychee_compile.kernels.gpu.prefill.ranked import RankedPrefill, run_by_kernels

@@ -10,26 +10,24 @@ the others. Thread t gets columns 2 t and 2 t + 1, the products of its token wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 PACK = 4
 """Number of tokens of a thread that the instructions take at a time."""
 
 
-class Codes(Protocol):
+@dataclass(frozen=True)
+class Operand:
     """Four codes in the bytes of a word, and where their weights are."""
 
-    @property
-    def shift(self) -> int:
-        """Lowest bit of a code in its byte."""
-
-    @property
-    def mask(self) -> str:
-        """Bits of the codes in a word that is shifted."""
-
-    @property
-    def weights(self) -> int:
-        """Place of the word of their weights among those of a head."""
+    word: str
+    """Name of the packed word."""
+    shift: int
+    """Lowest bit of a code in its byte."""
+    mask: str
+    """Bits of the codes in a word that is shifted, as a hexadecimal number."""
+    weights: int
+    """Place of the word of their weights among those of a head."""
 
 
 def pair_constraints(words: int) -> str:
@@ -40,18 +38,18 @@ def pair_constraints(words: int) -> str:
     return ",".join(["=r"] * (2 * PACK) + ["r"] * (words * PACK) + ["l"] * PACK)
 
 
-def pair_instructions(codes: Sequence[tuple[int, Codes]], words: int, row: int) -> str:
+def pair_instructions(codes: Sequence[Operand], words: Sequence[str], row: int) -> str:
     """Return the PTX instructions for `PACK` tokens of each thread.
 
-    `codes` are pairs of a packed word's number and of codes in it; a sketch has so many `words`,
-    and a head `row` bytes of weights.
+    `words` are the packed words of a sketch by name, and a head has `row` bytes of weights.
     """
-    return "\n".join(["{", *_weights(codes, words, row), *_tokens(codes), "}"])
+    numbered = [(words.index(each.word), each) for each in codes]
+    return "\n".join(["{", *_weights(codes, len(words), row), *_tokens(numbered), "}"])
 
 
-def _weights(codes: Sequence[tuple[int, Codes]], words: int, row: int) -> Iterator[str]:
+def _weights(codes: Sequence[Operand], words: int, row: int) -> Iterator[str]:
     """Yield the instructions that load the weights of the thread's column, for its own codes."""
-    count = -(-(1 + max(each.weights for _, each in codes)) // 4) * 4
+    count = -(-(1 + max(each.weights for each in codes)) // 4) * 4
     address = (2 + words) * PACK
     yield f".reg .b32 lane, column, other, weight<{count}>, code<4>, sum<4>;"
     yield ".reg .b64 place;"
@@ -70,7 +68,7 @@ def _weights(codes: Sequence[tuple[int, Codes]], words: int, row: int) -> Iterat
         yield f"@own ld.global.v4.b32 {{{four}}}, [place+{4 * number}];"
 
 
-def _tokens(codes: Sequence[tuple[int, Codes]]) -> Iterator[str]:
+def _tokens(codes: Sequence[tuple[int, Operand]]) -> Iterator[str]:
     """Yield the instructions that multiply, two tokens of each thread at a time."""
     sums = "{sum0, sum1, sum2, sum3}"
     for token in range(0, PACK, 2):
@@ -90,7 +88,7 @@ def _tokens(codes: Sequence[tuple[int, Codes]]) -> Iterator[str]:
             yield f"mov.b32 ${PACK + token + row}, sum{2 * row + 1};"
 
 
-def _code(name: str, codes: Sequence[tuple[int, Codes]], token: int) -> Iterator[str]:
+def _code(name: str, codes: Sequence[tuple[int, Operand]], token: int) -> Iterator[str]:
     """Yield the instructions that unpack four codes of a token; without codes, 0."""
     if not codes:
         yield f"mov.b32 {name}, 0;"

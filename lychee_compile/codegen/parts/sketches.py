@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lychee_compile.codegen.parts.pair_products import PACK, pair_constraints, pair_instructions
+from lychee_compile.codegen.parts.pair_products import (
+    PACK,
+    Operand,
+    pair_constraints,
+    pair_instructions,
+)
 from lychee_compile.codegen.parts.site import fill
 from lychee_compile.codegen.rendering import library
 from lychee_compile.codegen.specification import AttentionSpec
@@ -51,20 +56,6 @@ class Plane:
         return self.first + field.shift // field.bits * plane_bytes(self.fields)
 
 
-@dataclass(frozen=True)
-class Operand:
-    """Four codes in the bytes of a word, and where their weights are."""
-
-    word: str
-    """Name of the packed word."""
-    shift: int
-    """Lowest bit of a code in its byte."""
-    mask: str
-    """Bits of the codes in a word that is shifted, as a hexadecimal number."""
-    weights: int
-    """Place of the word of their weights among those of a head."""
-
-
 def operands_of(sketches: Sequence[Plane]) -> list[Operand]:
     """Return the operands of the products of a head."""
     return [
@@ -86,15 +77,10 @@ def planes_of(head_dim: int) -> tuple[Plane, ...]:
     return Plane("fine", fine, 0), Plane("coarse", coarse, 2 * plane_bytes(fine))
 
 
-def _weight_places(head_dim: int) -> int:
-    """Return the number of weights of a head, those of padding included."""
-    fine, coarse = planes(head_dim)
-    return 2 * plane_bytes(fine) + 4 * plane_bytes(coarse)
-
-
 def weight_columns(head_dim: int) -> int:
     """Return the number of weights of a head, padded."""
-    return power_of_two(_weight_places(head_dim), 16)
+    fine, coarse = planes(head_dim)
+    return power_of_two(2 * plane_bytes(fine) + 4 * plane_bytes(coarse), 16)
 
 
 def emit_sketches(spec: AttentionSpec) -> list[str]:
@@ -123,11 +109,7 @@ def _scores(spec: AttentionSpec, sketches: Sequence[Plane], of: str | None, kind
         "words": words,
         "operands": operands,
         "paired": kind != "listed" and spec.group <= MOST_PAIRED,
-        "instructions": pair_instructions(
-            [(words.index(each.word), each) for each in operands],
-            len(words),
-            weight_columns(spec.head_dim),
-        ),
+        "instructions": pair_instructions(operands, words, weight_columns(spec.head_dim)),
         "constraints": pair_constraints(len(words)),
         "pack": PACK,
     }
