@@ -16,7 +16,8 @@ and `by_design`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch.fx
@@ -34,9 +35,6 @@ from lychee_compile.passes.lower.patch_grids import Grid
 from lychee_compile.passes.lower.shared.prefix_kernels import emit_shared_decode
 from lychee_compile.passes.reasons import Reason
 from lychee_compile.passes.site import Decision
-
-NOT_GENERATED = "{} kernel (not generated yet)"
-"""Stands for the name of a generated module until there is one."""
 
 
 @dataclass(frozen=True)
@@ -89,21 +87,13 @@ class OneSdpa:
 
 
 @dataclass(frozen=True)
-class ReferenceSparse:
-    """The reference decodes through the index of a cache, on any device."""
+class _Sparse:
+    """Part of the keys is read, whatever runs."""
 
     attention: Attention
-    binding: CacheBinding
-    reads: str
-    """Number of keys that are read, in words."""
     by_design: ClassVar[bool] = False
     decision: ClassVar[Decision] = "sparse"
     reason: ClassVar[None] = None
-    kernel: ClassVar[str] = reference_site.OPERATOR
-
-    def emit(self, context: LoweringContext) -> Emitted:
-        """Emit an update of the index, and sparse attention."""
-        return reference_site.emit_reference_sparse(self.attention, self.binding, context), self
 
     def instead(self, failure: Reason) -> Outcome:
         """Keep the attention."""
@@ -111,25 +101,50 @@ class ReferenceSparse:
 
 
 @dataclass(frozen=True)
-class SparseDecodeKernel:
+class Generated(ABC):
+    """A generated module runs."""
+
+    module: str = field(default="", kw_only=True)
+    """Name of the module, once there is one."""
+
+    @property
+    def kernel(self) -> str:
+        """The generated module, or words that stand for it."""
+        return self.module or f"{self._stem} kernel (not generated yet)"
+
+    @property
+    @abstractmethod
+    def _stem(self) -> str:
+        """Beginning of the name of the module."""
+
+
+@dataclass(frozen=True)
+class ReferenceSparse(_Sparse):
+    """The reference decodes through the index of a cache, on any device."""
+
+    binding: CacheBinding
+    reads: str
+    """Number of keys that are read, in words."""
+    kernel: ClassVar[str] = reference_site.OPERATOR
+
+    def emit(self, context: LoweringContext) -> Emitted:
+        """Emit an update of the index, and sparse attention."""
+        return reference_site.emit_reference_sparse(self.attention, self.binding, context), self
+
+
+@dataclass(frozen=True)
+class SparseDecodeKernel(_Sparse, Generated):
     """A generated kernel decodes through the index of a cache."""
 
-    attention: Attention
     binding: CacheBinding
     policy: str
     """Name of the policy that selects keys."""
     reads: str
     """Number of keys that are read, in words."""
-    module: str = ""
-    """Name of the generated module, once there is one."""
-    by_design: ClassVar[bool] = False
-    decision: ClassVar[Decision] = "sparse"
-    reason: ClassVar[None] = None
 
     @property
-    def kernel(self) -> str:
-        """The generated module, or words that stand for it."""
-        return self.module or NOT_GENERATED.format(f"decode_{self.policy}")
+    def _stem(self) -> str:
+        return f"decode_{self.policy}"
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Generate the kernel, try it, and emit its operator."""
@@ -145,7 +160,7 @@ class SparseDecodeKernel:
 
 
 @dataclass(frozen=True)
-class ExactDecodeKernel:
+class ExactDecodeKernel(Generated):
     """A generated kernel decodes over all visible keys."""
 
     attention: Attention
@@ -154,16 +169,13 @@ class ExactDecodeKernel:
     """Outcome without such a kernel, if the attention is meant to be exact; None otherwise."""
     binding: CacheBinding | None = None
     """Cache of the keys, which a kernel may compute from what it holds; None: there is none."""
-    module: str = ""
-    """Name of the generated module, once there is one."""
     by_design: ClassVar[bool] = False
     decision: ClassVar[Decision] = "exact"
     reads: ClassVar[str] = ""
 
     @property
-    def kernel(self) -> str:
-        """The generated module, or words that stand for it."""
-        return self.module or NOT_GENERATED.format("decode_exact")
+    def _stem(self) -> str:
+        return "decode_exact"
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Generate the kernel, try it, and emit its operator."""
@@ -184,65 +196,49 @@ class ExactDecodeKernel:
 
 
 @dataclass(frozen=True)
-class PrefillReference:
-    """The reference lets every tile of a prefill's queries read what matters to it."""
+class _Prefill(_Sparse):
+    """Every tile of a prefill's queries reads what matters to it."""
 
-    attention: Attention
     config: IndexConfig
     grid: Grid | None
-    """Grid in which the queries lie if they are patches; None otherwise."""
-    by_design: ClassVar[bool] = False
-    decision: ClassVar[Decision] = "sparse"
-    reason: ClassVar[None] = None
-    kernel: ClassVar[str] = prefill_site.REFERENCE_OPERATOR
+    """Grid in which the queries lie if they are patches that may be reordered; None otherwise."""
 
     @property
     def reads(self) -> str:
         """Number or share of the keys that are read, in words."""
-        return _how_much_of_a_prefill(self.config, self.grid)
+        budget, coverage = self.config.prefill_budget, self.config.prefill_coverage
+        keys = f"{100 * budget:.4g} % of the keys it sees" if budget < 1 else f"up to {budget} keys"
+        keys = "all keys it sees" if budget >= ALL_KEYS else keys
+        if coverage is not None and self.config.policy == IndexConfig.policy:
+            keys += f", fewer if they hold {coverage:.4g} of the softmax"
+        keys += "" if self.grid is None else f", in {self.grid.words()}"
+        return f"each tile of {QUERY_TILE} queries reads {keys}{_choice(self.config)}"
+
+
+@dataclass(frozen=True)
+class PrefillReference(_Prefill):
+    """A sparse prefill by the reference."""
+
+    kernel: ClassVar[str] = prefill_site.REFERENCE_OPERATOR
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Emit the reference's sparse attention."""
         return prefill_site.emit_prefill_reference(self.attention, self.grid, context), self
 
-    def instead(self, failure: Reason) -> Outcome:
-        """Keep the attention."""
-        return KeepAsIs(self.attention, failure, by_design=False)
-
 
 @dataclass(frozen=True)
-class PrefillKernels:
-    """Generated kernels let every tile of a prefill's queries read what matters to it."""
-
-    attention: Attention
-    config: IndexConfig
-    grid: Grid | None
-    """Grid in which the queries lie if they are patches that may be reordered; None otherwise."""
-    module: str = ""
-    """Name of the generated module, once there is one."""
-    by_design: ClassVar[bool] = False
-    decision: ClassVar[Decision] = "sparse"
-    reason: ClassVar[None] = None
+class PrefillKernels(_Prefill, Generated):
+    """A sparse prefill by generated kernels."""
 
     @property
-    def reads(self) -> str:
-        """Number or share of the keys that are read, in words."""
-        return _how_much_of_a_prefill(self.config, self.grid)
-
-    @property
-    def kernel(self) -> str:
-        """The generated module, or words that stand for it."""
-        return self.module or NOT_GENERATED.format(f"prefill_{self.config.policy}")
+    def _stem(self) -> str:
+        return f"prefill_{self.config.policy}"
 
     def emit(self, context: LoweringContext) -> Emitted:
         """Generate the kernels, try them, and emit their operator."""
         emitted = prefill_site.emit_prefill_kernels(self.attention, self.grid, context)
         output, module, grid = emitted
         return output, replace(self, module=module, grid=grid)
-
-    def instead(self, failure: Reason) -> Outcome:
-        """Keep the attention."""
-        return KeepAsIs(self.attention, failure, by_design=False)
 
 
 Outcome = (
@@ -254,8 +250,6 @@ Outcome = (
     | PrefillReference
     | PrefillKernels
 )
-Generated = SparseDecodeKernel | ExactDecodeKernel | PrefillKernels
-"""Outcomes that generate a module, and have its name once they have."""
 Emitted = tuple[torch.fx.Node, Outcome]
 """Node that replaces the output of an attention, and the outcome with its generated module."""
 
@@ -271,16 +265,6 @@ def how_much(config: IndexConfig, kv_len: int | str, kernels: bool = False) -> s
     if config.budget is not None and config.draws(config.budget):
         words += ", those of small shares drawn by chance"
     return words + _choice(config, "all keys" if kernels else "more")
-
-
-def _how_much_of_a_prefill(config: IndexConfig, grid: Grid | None) -> str:
-    budget = config.prefill_budget
-    keys = f"{100 * budget:.4g} % of the keys it sees" if budget < 1 else f"up to {budget} keys"
-    keys = "all keys it sees" if budget >= ALL_KEYS else keys
-    blocks = "" if grid is None else f", in {grid.words()}"
-    if config.prefill_coverage is not None and config.policy == IndexConfig.policy:
-        keys += f", fewer if they hold {config.prefill_coverage:.4g} of the softmax"
-    return f"each tile of {QUERY_TILE} queries reads {keys}{blocks}" + _choice(config)
 
 
 def _choice(config: IndexConfig, otherwise: str = "more") -> str:
