@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import ClassVar
 
 import torch
 
 from lychee_compile.evaluate.models import nothing
 from lychee_compile.evaluate.replay import Measured, Replay, dense_truths
+from lychee_compile.evaluate.rows import ALL_SITES, Result, Row
 from lychee_compile.evaluate.tensors import Capture
 from lychee_compile.evaluate.variants import Variant, check_budgets, describe
 
 CERTIFIED = 0.1
 """Largest share of its softmax that a certified query head can have missed."""
-ALL_SITES = "all"
 
 
-@dataclass(frozen=True)
-class FidelityRow:
-    """Figures of one policy at one budget, over one site or all of them."""
+@dataclass(frozen=True, kw_only=True)
+class FidelityRow(Row):
+    """Figures of one policy at one budget; a query is a step of decoding."""
 
-    policy: str
-    budget: int | None
-    site: str
-    mass: float
-    """Mean share of the dense softmax mass that was read."""
-    mass_p10: float
-    """Captured mass that a tenth of all (step, query head) fall short of."""
-    mass_worst_head: float
-    """Mean captured mass of the query head that captured least."""
-    error: float
-    """Mean of |o - o_dense| / |o_dense|."""
-    error_p90: float
+    budget: int
     tokens: float
     """Mean number of tokens read per KV head and step."""
     index_bytes: float
@@ -55,37 +44,14 @@ class FidelityRow:
     follow_milliseconds: float
     """Mean time to follow one more key."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain values."""
-        return asdict(self)
 
-
-@dataclass(frozen=True)
-class FidelityResult:
+@dataclass(frozen=True, kw_only=True)
+class FidelityResult(Result[FidelityRow]):
     """Figures of every policy at every budget over one capture."""
 
-    model: str
-    text: str
-    length: int
-    """Number of keys that the last query sees."""
     steps: int
     """Number of queries per site."""
-    configs: dict[str, dict[str, Any]]
-    """Options of each policy."""
-    rows: list[FidelityRow]
-
-    def overall(self) -> list[FidelityRow]:
-        """Return the rows over all sites together."""
-        return [row for row in self.rows if row.site == ALL_SITES]
-
-    def row(self, policy: str, budget: int | None, site: str = ALL_SITES) -> FidelityRow:
-        """Return the row of one policy, budget and site."""
-        wanted = (policy, budget, site)
-        return next(row for row in self.rows if (row.policy, row.budget, row.site) == wanted)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain values, for JSON."""
-        return {**vars(self), "rows": [row.to_dict() for row in self.rows]}
+    by: ClassVar[str] = "budget"
 
 
 def fidelity(
@@ -128,8 +94,14 @@ def fidelity(
             times_of_row = [times[label, each] for each in those]
             rows.append(_row(label, budget, name, parts_of_row, times_of_row))
     configs = {v.label: describe(v.backend_options(max(budgets))) for v in variants}
-    length, steps = int(capture.lengths[-1]), len(capture.positions)
-    return FidelityResult(capture.model, capture.text, length, steps, configs, rows)
+    return FidelityResult(
+        model=capture.model,
+        text=capture.text,
+        length=int(capture.lengths[-1]),
+        steps=len(capture.positions),
+        configs=configs,
+        rows=rows,
+    )
 
 
 def _row(

@@ -26,10 +26,10 @@ def plot_mass(path: Path, results: Sequence[FidelityResult]) -> None:
     figure, panels = _panels(len(results))
     for axes, result in zip(panels, results, strict=True):
         for number, (policy, rows) in enumerate(_by_policy(result.overall())):
-            budgets = [row.budget or result.length for row in rows]
+            budgets = [row.budget for row in rows]
             _line(axes, budgets, [row.mass for row in rows], policy, number)
         axes.set_xscale("log", base=2)
-        _ticks(axes, {row.budget or result.length for row in result.rows})
+        _ticks(axes, {row.budget for row in result.rows})
         _name(axes, _title(result), "budget, tokens per KV head", "captured softmax mass")
     _finish(figure, panels, path)
 
@@ -100,7 +100,7 @@ def plot_tasks(path: Path, result: TaskResult) -> None:
 def _by_policy(rows: Sequence[FidelityRow]) -> Iterable[tuple[str, list[FidelityRow]]]:
     for policy in dict.fromkeys(row.policy for row in rows):
         mine = [row for row in rows if row.policy == policy]
-        yield policy, sorted(mine, key=lambda row: row.budget or 0)
+        yield policy, sorted(mine, key=lambda row: row.budget)
 
 
 def _title(result: FidelityResult) -> str:

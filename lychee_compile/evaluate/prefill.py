@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lychee_compile.evaluate.errors import EvaluationError
-from lychee_compile.evaluate.fidelity import ALL_SITES
 from lychee_compile.evaluate.models import nothing
+from lychee_compile.evaluate.rows import ALL_SITES, Result, Row
 from lychee_compile.evaluate.tensors import Capture, Columns, SiteTensors
 from lychee_compile.evaluate.variants import Variant, check_prefill, describe
 from lychee_compile.kernels.policies.registry import prefill_choice
@@ -22,59 +22,25 @@ from lychee_compile.kernels.reference.softcap import capped
 from lychee_compile.kernels.sizes import QUERY_TILE
 
 
-@dataclass(frozen=True)
-class PrefillRow:
-    """Figures of one policy at one share of the keys, over one site or all of them."""
+@dataclass(frozen=True, kw_only=True)
+class PrefillRow(Row):
+    """Figures of one policy at one share of the keys."""
 
-    policy: str
     share: float
     """Share of the keys it sees that a tile was to read."""
-    site: str
     pairs: float
     """Number of (query, key) pairs computed over the number that dense attention computes."""
-    mass: float
-    """Mean share of the dense softmax mass that was read."""
-    mass_p10: float
-    """Captured mass that a tenth of all (query, query head) fall short of."""
-    mass_worst_head: float
-    """Mean captured mass of the query head that captured least."""
-    error: float
-    """Mean of |o - o_dense| / |o_dense|."""
-    error_p90: float
     queries: int
     """Number of (query, query head) in all."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain values."""
-        return asdict(self)
 
-
-@dataclass(frozen=True)
-class PrefillResult:
+@dataclass(frozen=True, kw_only=True)
+class PrefillResult(Result[PrefillRow]):
     """Figures of every policy at every share over one capture."""
 
-    model: str
-    text: str
-    length: int
-    """Number of tokens of the sequence."""
     tiles: int
     """Number of tiles of queries measured at each site."""
-    configs: dict[str, dict[str, Any]]
-    """Options of each policy."""
-    rows: list[PrefillRow]
-
-    def overall(self) -> list[PrefillRow]:
-        """Return the rows over all sites together."""
-        return [row for row in self.rows if row.site == ALL_SITES]
-
-    def row(self, policy: str, share: float, site: str = ALL_SITES) -> PrefillRow:
-        """Return the row of one policy, share and site."""
-        wanted = (policy, share, site)
-        return next(row for row in self.rows if (row.policy, row.share, row.site) == wanted)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain values, for JSON."""
-        return {**vars(self), "rows": [row.to_dict() for row in self.rows]}
+    by: ClassVar[str] = "share"
 
 
 @dataclass(frozen=True)
@@ -142,8 +108,14 @@ def prefill(
         for name, those in (*((name, [name]) for name in names), (ALL_SITES, names))
     ]
     configs = {v.label: describe(v.prefill_options(max(shares))) for v in variants}
-    length = len(capture.token_ids)
-    return PrefillResult(capture.model, capture.text, length, len(positions), configs, rows)
+    return PrefillResult(
+        model=capture.model,
+        text=capture.text,
+        length=len(capture.token_ids),
+        tiles=len(positions),
+        configs=configs,
+        rows=rows,
+    )
 
 
 def tiles_of(capture: Capture) -> Tensor:

@@ -114,14 +114,14 @@ class Replay:
             self.followed += length - self._end
         self._end = length
 
-    def measure(self, truth: Truth, budget: int | None) -> Measured:
+    def measure(self, truth: Truth, budget: int) -> Measured:
         """Choose and attend for one query; the index has followed the keys that it sees."""
         site, config = self.site, self.config
         # A policy may remember what it chose at a site: budgets must not share that.
         name = f"{site.name} at {budget}"
         operands = Operands(truth.query, truth.key, truth.value, None, site.scale, site.softcap)
         started = self._now()
-        if config.epsilon is not None and budget is not None:
+        if config.epsilon is not None:
             output, selection, bound = certified_attention(
                 self.index, operands, budget, config.epsilon, name
             )
@@ -144,7 +144,7 @@ class Replay:
         selection: Selection,
         output: Tensor,
         bound: Tensor,
-        budget: int | None,
+        budget: int,
         seconds: float,
     ) -> Measured:
         read = selection.token_mask()[0, :, 0]
@@ -158,7 +158,7 @@ class Replay:
         numbers = truth.key.shape[3] + truth.value.shape[3]
         seen = truth.key.shape[2]
         index_bytes = 0  # if everything is read, nothing is chosen
-        if budget is not None and not bool(read.all()):
+        if not bool(read.all()):
             index_bytes = self.index.bytes_per_step(seen, budget)
         return Measured(
             mass=(1 - missed).cpu()[None],

@@ -138,7 +138,7 @@ class Session:
         results = [self._measure_prefill(each) for each in captures]
         for result in results:
             self._console.print(tables.prefill_table(result))
-            self._console.print(tables.prefill_sites_table(result))
+            self._console.print(tables.sites_table(result))
         self._keep("prefill", [result.to_dict() for result in results])
         self._draw("error_against_pairs.png", plots.plot_prefill, results)
 

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lychee_compile.evaluate.drift import ANEW, FOLLOWED, DriftResult
-from lychee_compile.evaluate.fidelity import FidelityResult, FidelityRow
+from lychee_compile.evaluate.fidelity import FidelityResult
 from lychee_compile.evaluate.prefill import PrefillResult
-from lychee_compile.evaluate.tasks import TaskResult, TaskRow
+from lychee_compile.evaluate.tasks import TaskResult
 
 ORACLE = "oracle"
 DRIFT_MARKS = (8192, 16384, 30720)
@@ -23,7 +23,7 @@ def fidelity_table(result: FidelityResult) -> Group:
     """Return a table of every policy at every budget, over all sites together."""
     title = (
         f"Fidelity: {result.model}, {result.text}, {result.length:,} keys, "
-        f"{result.steps} steps, {_site_count(result)} attentions"
+        f"{result.steps} steps, {len(result.sites) - 1} attentions"
     )
     table = _table(("policy", "left"), ("budget", "right"))
     oracle = any(row.policy == ORACLE for row in result.rows)
@@ -33,7 +33,7 @@ def fidelity_table(result: FidelityResult) -> Group:
         names.insert(1, "of oracle")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in sorted(result.overall(), key=lambda row: row.budget or 0):
+    for row in sorted(result.overall(), key=lambda row: row.budget):
         cells = [
             f"{row.mass:.3f}",
             f"{row.mass_p10:.3f}",
@@ -53,29 +53,27 @@ def fidelity_table(result: FidelityResult) -> Group:
     return _titled(title, table)
 
 
-def sites_table(result: FidelityResult) -> Group:
-    """Return a table of captured mass and error at each attention, at the largest budget."""
-    largest = max(row.budget or 0 for row in result.rows)
-    names = list(dict.fromkeys(row.site for row in result.rows))
-    title = f"Captured mass / error at each attention, budget {largest:,}"
+def sites_table(result: FidelityResult | PrefillResult) -> Group:
+    """Return a table of captured mass and error at each attention, where most is read."""
+    largest = max(getattr(row, result.by) for row in result.rows)
     table = _table(("policy", "left"))
-    for name in names:
+    for name in result.sites:
         table.add_column(name.removeprefix("model."), justify="right")
-    for policy in dict.fromkeys(row.policy for row in result.rows):
-        rows = [result.row(policy, largest, name) for name in names]
+    for policy in result.policies:
+        rows = [result.row(policy, largest, name) for name in result.sites]
         table.add_row(policy, *(f"{row.mass:.3f} / {row.error:.3f}" for row in rows))
-    return _titled(title, table)
+    return _titled(f"Captured mass / error at each attention, {result.by} {largest:,}", table)
 
 
 def text_table(results: Sequence[FidelityResult]) -> Group:
     """Return a table of captured mass and error by kind of text."""
-    budgets = sorted({row.budget or 0 for result in results for row in result.rows})
+    budgets = sorted({row.budget for result in results for row in result.rows})
     table = _table(("text", "left"), ("policy", "left"))
     for budget in budgets:
         table.add_column(f"budget {budget:,}", justify="right")
     for result in results:
-        for policy in dict.fromkeys(row.policy for row in result.rows):
-            rows: list[FidelityRow] = [result.row(policy, budget) for budget in budgets]
+        for policy in result.policies:
+            rows = [result.row(policy, budget) for budget in budgets]
             cells = (f"{row.mass:.4f} / {row.error:.4f}" for row in rows)
             table.add_row(result.text, policy, *cells)
         table.add_section()
@@ -142,23 +140,21 @@ def lengths_table(results: Sequence[TaskResult]) -> Group:
     table = _table(("policy", "left"), ("budget", "right"))
     for result in results:
         table.add_column(f"{result.length:,}", justify="right")
-    found = [{(row.policy, row.budget): row for row in _overall(result)} for result in results]
+    found = [
+        {(row.policy, row.budget): row for row in result.rows() if row.task == "all"}
+        for result in results
+    ]
     for policy, budget in found[0]:
         cells = (f"{rows[policy, budget].found:.1%}" for rows in found)
         table.add_row(policy, "" if budget is None else f"{budget:,}", *cells)
     return _titled(f"Answers found by {results[0].model}, by tokens of a document", table)
 
 
-def _overall(result: TaskResult) -> list[TaskRow]:
-    return [row for row in result.rows() if row.task == "all"]
-
-
 def prefill_table(result: PrefillResult) -> Group:
     """Return a table of every policy at every share of the keys, over all sites together."""
-    sites = len({row.site for row in result.rows}) - 1
     title = (
         f"Prefill: {result.model}, {result.text}, {result.length:,} tokens, "
-        f"{result.tiles} tiles of queries, {sites} attentions"
+        f"{result.tiles} tiles of queries, {len(result.sites) - 1} attentions"
     )
     table = _table(("policy", "left"))
     for name in ("share", "pairs", "mass", "p10", "worst head", "error", "p90"):
@@ -174,20 +170,6 @@ def prefill_table(result: PrefillResult) -> Group:
     return _titled(title, table)
 
 
-def prefill_sites_table(result: PrefillResult) -> Group:
-    """Return a table of captured mass and error at each attention, at the largest share."""
-    largest = max(row.share for row in result.rows)
-    names = list(dict.fromkeys(row.site for row in result.rows))
-    title = f"Captured mass / error at each attention, share {largest:g}"
-    table = _table(("policy", "left"))
-    for name in names:
-        table.add_column(name.removeprefix("model."), justify="right")
-    for policy in dict.fromkeys(row.policy for row in result.rows):
-        rows = [result.row(policy, largest, name) for name in names]
-        table.add_row(policy, *(f"{row.mass:.3f} / {row.error:.3f}" for row in rows))
-    return _titled(title, table)
-
-
 def _table(*columns: tuple[str, JustifyMethod]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for name, side in columns:
@@ -198,7 +180,3 @@ def _table(*columns: tuple[str, JustifyMethod]) -> Table:
 def _titled(title: str, table: Table) -> Group:
     """Return a title above a table; a table's own title wraps to the table's width."""
     return Group(Text(title, "bold"), table)
-
-
-def _site_count(result: FidelityResult) -> int:
-    return len({row.site for row in result.rows}) - 1

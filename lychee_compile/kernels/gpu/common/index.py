@@ -56,12 +56,17 @@ class DeviceIndex(ABC):
         for mine, its in zip(self.parts[1:], other.parts[1:], strict=True):
             mine[row].copy_(its[0])
         self.parts.header[1 + row].copy_(other.parts.header[1])
+        self._take_counts(other)
 
     def take_over(self, smaller: DeviceIndex) -> None:
         """Copy all that an index of the same cache holds, which has fewer slots."""
         self.parts.header.copy_(smaller.parts.header)
         for old, new in zip(smaller.parts[1:], self.parts[1:], strict=True):
             new[:, :, : old.shape[2]] = old
+        self._take_counts(smaller)
+
+    def _take_counts(self, other: DeviceIndex) -> None:  # noqa: B027  most count nothing
+        """Take over what the host counts, from an index whose memory was just copied."""
 
     @abstractmethod
     def build(self, module: ModuleType, key: Tensor, ends: Sequence[int]) -> None:

@@ -139,15 +139,7 @@ class ChunkDeviceIndex(LevelDeviceIndex):
         self.tables = ChunkTables(layout, self.named)
         """Tables of the chunks and of their clusters."""
 
-    def take_over(self, smaller: DeviceIndex) -> None:
-        """Copy all that an index of the same cache holds, which has fewer slots."""
-        super().take_over(smaller)
-        if isinstance(smaller, ChunkDeviceIndex):
-            self.tables.clustered = smaller.tables.clustered
-
-    def take_row(self, row: int, other: DeviceIndex) -> None:
-        """Copy all that an index of one row holds; see `DeviceIndex.take_row`."""
-        super().take_row(row, other)
+    def _take_counts(self, other: DeviceIndex) -> None:
         if isinstance(other, ChunkDeviceIndex):
             self.tables.clustered = max(self.tables.clustered, other.tables.clustered)
 

@@ -40,17 +40,7 @@ class SketchIndex(DeviceIndex):
         self._clustered = 0
         """Number of keys, in the longest row, when chunks were last put into clusters."""
 
-    def take_over(self, smaller: DeviceIndex) -> None:
-        """Copy all that an index of the same cache holds, which has fewer slots."""
-        super().take_over(smaller)
-        if isinstance(smaller, SketchIndex):
-            self._clustered = smaller._clustered
-            if self.chunks is not None and smaller.chunks is not None:
-                self.chunks.clustered = smaller.chunks.clustered
-
-    def take_row(self, row: int, other: DeviceIndex) -> None:
-        """Copy all that an index of one row holds; see `DeviceIndex.take_row`."""
-        super().take_row(row, other)
+    def _take_counts(self, other: DeviceIndex) -> None:
         if self.chunks is not None and isinstance(other, SketchIndex) and other.chunks is not None:
             self._clustered = max(self._clustered, other._clustered)
             self.chunks.clustered = max(self.chunks.clustered, other.chunks.clustered)
