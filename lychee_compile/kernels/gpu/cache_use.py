@@ -29,9 +29,9 @@ class CacheUse:
 
     @property
     def kind(self) -> Hashable:
-        """What graphs that share an index have in common.
+        """Facts that graphs have in common if they share an index.
 
-        It is the layout, or else the policy, with "measured" or the settings of groups, if any.
+        These are the layout, or else the policy, with "measured" or settings of groups if any.
         """
         if self.layout is not None:
             return self.layout

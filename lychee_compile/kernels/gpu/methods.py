@@ -30,8 +30,8 @@ from lychee_compile.kernels.policies.registry import (
 )
 
 Ability = Literal["notices_writes", "covers_mass", "certifies", "computes_keys"]
-"""What kernels may do: notice that somebody else has written a cache, end a choice at a share of
-the softmax, bound the share that is not read, and compute keys from what is stored."""
+"""Abilities of kernels: to notice that others have written a cache, to end a choice at a share
+of the softmax, to bound the share that is not read, to compute keys from what is stored."""
 BUILT_IN: dict[str, GpuMethod] = {"lychee": LycheeMethod()}
 """The methods of this package that are written by hand, by the name of their policy."""
 
