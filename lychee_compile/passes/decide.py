@@ -105,7 +105,7 @@ def decide(
             keep = KeepAsIs(attention, attention.reason, attention.by_design)
             plans.append(Plan(attention, describe_unread(attention), None, keep))
             continue
-        cache = _cache_of(attention, graph, writes, config)
+        cache = _cache_of(attention, writes, config)
         facts = _Facts(attention, place, cache, config)
         if reason := rules.unsupported(attention, needs_gradients):
             outcome: Outcome = facts.keep(reason)
@@ -118,38 +118,33 @@ def decide(
     return plans
 
 
-def _cache_of(
-    attention: Attention, graph: torch.fx.Graph, writes: Writes, config: IndexConfig
-) -> CacheBinding | Unbound:
+def _cache_of(attention: Attention, writes: Writes, config: IndexConfig) -> CacheBinding | Unbound:
     """Return the cache of an attention, perhaps behind a few other keys, or why there is none."""
-    cache = bind_cache(attention, graph, writes)
+    cache = bind_cache(attention, writes)
     if config.budget is None and not runs_kernels(attention, config):
         return cache
     if not isinstance(cache, CacheBinding) and config.budget is not None:
-        cache = bind_behind(attention, graph, writes, config.budget) or cache
+        cache = bind_behind(attention, writes, config.budget) or cache
     if not isinstance(cache, CacheBinding):
-        cache = bind_behind_shared(attention, graph, writes) or cache
+        cache = bind_behind_shared(attention, writes) or cache
     if rules.reads_at_once(attention):
         return cache
     if not isinstance(cache, CacheBinding):
-        found = _recovered(bind_loaded, attention, graph, writes)
+        found = _recovered(bind_loaded, attention, writes)
         # Keys that no cache is behind have that reason: no budget speaks of them.
         if isinstance(found, CacheBinding) or cache.reason != reasons.NO_CACHE():
             cache = cache if found is None else found
     if isinstance(cache, CacheBinding) and not cache.is_behind:
-        return replace(cache, values=_recovered(load_of_values, attention, graph, writes))
+        return replace(cache, values=_recovered(load_of_values, attention, writes))
     return cache
 
 
 def _recovered(
-    find: Callable[[Attention, torch.fx.Graph, Writes], Found],
-    attention: Attention,
-    graph: torch.fx.Graph,
-    writes: Writes,
+    find: Callable[[Attention, Writes], Found], attention: Attention, writes: Writes
 ) -> Found | None:
     """Return what `find` recovers; None if it fails: then keys or values stay as they are."""
     try:
-        return find(attention, graph, writes)
+        return find(attention, writes)
     except torch_private.RestartAnalysis:
         raise
     except Exception:  # whatever it is, the attention itself is understood

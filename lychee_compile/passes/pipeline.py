@@ -92,14 +92,6 @@ class Compilation:
         ]
 
 
-@dataclass(frozen=True)
-class Pass:
-    """A step of the pipeline, with its name in logs."""
-
-    name: str
-    run: Callable[[Compilation], None]
-
-
 def _normalise(compilation: Compilation) -> None:
     compilation.written = normalise(compilation.gm, compilation.mode)
     separate_parts(compilation.gm.graph)
@@ -181,27 +173,14 @@ def _take_out_integers(compilation: Compilation) -> None:
     compilation.integers = take_out_integers(compilation.gm)
 
 
-ANALYSIS = (
-    Pass("normalise", _normalise),
-    Pass("detect", _detect),
-    Pass("decide", _decide),
-    Pass("absorb", _absorb),
-)
+Pass = Callable[[Compilation], None]
+"""A step of the pipeline; its name in logs is that of the function."""
+ANALYSIS: tuple[Pass, ...] = (_normalise, _detect, _decide, _absorb)
 """Passes that find attentions and decide about each. They write no file and launch no kernel."""
-
-REWRITING = (
-    Pass("note_prefill", _note_prefill),
-    Pass("rewrite", _rewrite),
-)
+REWRITING: tuple[Pass, ...] = (_note_prefill, _rewrite)
 """Passes that do what was decided. They generate kernels, store them and run each once."""
-
-FINISHING = (
-    Pass("append_in_place", _append_in_place),
-    Pass("check_graph", _check_graph),
-    Pass("take_out_integers", _take_out_integers),
-)
+FINISHING: tuple[Pass, ...] = (_append_in_place, _check_graph, _take_out_integers)
 """Passes that prepare a graph for Inductor if it was changed."""
-
 PASSES = (*ANALYSIS, *REWRITING, *FINISHING)
 
 
@@ -221,16 +200,21 @@ def begin(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Opti
     )
 
 
+def name_of(step: Pass) -> str:
+    """Return the name of a pass."""
+    return step.__name__.removeprefix("_")
+
+
 def run(passes: Sequence[Pass], compilation: Compilation) -> None:
     """Run `passes` one after the other, and log what each makes of the graph."""
     for each in passes:
         verbose = logger.isEnabledFor(logging.DEBUG)
         before = str(compilation.gm.graph) if verbose else ""
-        each.run(compilation)
+        each(compilation)
         after = str(compilation.gm.graph) if verbose else ""
         if before != after:
-            logger.debug("graph before %s:\n%s", each.name, before)
-            logger.debug("graph after %s:\n%s", each.name, after)
+            logger.debug("graph before %s:\n%s", name_of(each), before)
+            logger.debug("graph after %s:\n%s", name_of(each), after)
 
 
 def analyse(

@@ -65,14 +65,14 @@ def read_by_a_kernel(name: str, found: Load, graph: Graph, like: Tensor) -> Tens
 def test_a_kernel_computes_what_the_plain_form_does(name: str, dtype: str) -> None:
     sizes = Sizes(1 if name == "pages" else 2, slots=40, head_dim=24, dtype=getattr(torch, dtype))
     graph = Graph(name, sizes)
-    binding = bind_loaded(graph.attention, graph.graph, graph.writes)
+    binding = bind_loaded(graph.attention, graph.writes)
     assert binding is not None
     assert binding.load is not None
     close = {"rtol": 1e-6, "atol": 1e-6} if dtype == "float32" else {"rtol": 8e-3, "atol": 1e-6}
     keys = graph.evaluated(binding.load, graph.keys)
     got = read_by_a_kernel("key", binding.load, graph, keys)
     torch.testing.assert_close(got, keys, **close)
-    values = load_of_values(graph.attention, graph.graph, graph.writes)
+    values = load_of_values(graph.attention, graph.writes)
     if values is not None:
         wanted = graph.evaluated(values, graph.values)
         torch.testing.assert_close(

@@ -116,6 +116,14 @@ def outputs_of(graph: torch.fx.Graph) -> tuple[Any, ...]:
     return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
 
+def output_place(node: torch.fx.Node) -> int | None:
+    """Return the place of the first output that is `node` or a copy of it; None if none is."""
+    for place, each in enumerate(outputs_of(node.graph)):
+        if isinstance(each, torch.fx.Node) and through_copies(each) is node:
+            return place
+    return None
+
+
 def calls(node: Any, *targets: Any) -> bool:
     """True if `node` is a call of one of the operators."""
     return isinstance(node, torch.fx.Node) and node.op == "call_function" and node.target in targets

@@ -34,6 +34,7 @@ from lychee_compile.passes.graph.dataflow import (
     first_input,
     is_operator,
     operator_of,
+    output_place,
     outputs_of,
     same,
     scalar_of,
@@ -135,9 +136,7 @@ def find_writes(graph: torch.fx.Graph) -> Writes:
     return found
 
 
-def bind_cache(
-    attention: Attention, graph: torch.fx.Graph, writes: Writes
-) -> CacheBinding | Unbound:
+def bind_cache(attention: Attention, writes: Writes) -> CacheBinding | Unbound:
     """Return the cache that the keys of `attention` are read from, or why none was recognised."""
     met = []
     for key in reversed(attention.key_forms):
@@ -148,13 +147,13 @@ def bind_cache(
             continue
         try:
             batch = _batch_dim(key.layout, attention)
-            return _Binder(key.node, attention, graph, writes, (places[0], batch)).bind()
+            return _Binder(key.node, attention, writes, (places[0], batch)).bind()
         except NotBoundError as error:
             met.append(Unbound(error.kind, error.reason))
     nearer = [each for each in met if each.reason.code != reasons.NO_CACHE.code]
     if nearer:
         return nearer[0]
-    explain = KeysWithoutCache(graph, writes)
+    explain = KeysWithoutCache(attention.node.graph, writes)
     return Unbound("none", explain.reason(attention.key.node, attention.kv_len))
 
 
@@ -162,7 +161,6 @@ def bind_tensor(
     tensor: torch.fx.Node,
     dims: tuple[int, int | None],
     attention: Attention,
-    graph: torch.fx.Graph,
     writes: Writes,
 ) -> CacheBinding | Unbound:
     """Return the cache that `tensor` shows, which the keys of `attention` are computed from.
@@ -171,22 +169,19 @@ def bind_tensor(
     rows alone.
     """
     try:
-        return _Binder(tensor, attention, graph, writes, dims).bind()
+        return _Binder(tensor, attention, writes, dims).bind()
     except NotBoundError as error:
         return Unbound(error.kind, error.reason)
 
 
-def is_held(node: torch.fx.Node, writes: Writes, graph: torch.fx.Graph) -> bool:
+def is_held(node: torch.fx.Node, writes: Writes) -> bool:
     """True if `node` is a cache that the graph writes, after the write, or one that it grows."""
     node = through_bits(node)
     if is_given(node):
         return node in writes
     if operator_of(node).write is not None or calls(node, aten.copy_.default):
         return True
-    return is_operator(node, "cat") and any(
-        isinstance(each, torch.fx.Node) and through_copies(each) is node
-        for each in outputs_of(graph)
-    )
+    return is_operator(node, "cat") and output_place(node) is not None
 
 
 def _batch_dim(layout: Layout, attention: Attention) -> int | None:
@@ -200,14 +195,14 @@ class _Binder:
         self,
         key: torch.fx.Node,
         attention: Attention,
-        graph: torch.fx.Graph,
         writes: Writes,
         dims: tuple[int, int | None],
     ) -> None:
         """Bind `key`, whose dimensions `dims` run over tokens and over rows."""
-        self._key, self._attention, self._graph = key, attention, graph
+        graph = attention.node.graph
+        self._key, self._attention, self._writes = key, attention, writes
         self._dim, self._batch = dims
-        self._writes, self._explain = writes, KeysWithoutCache(graph, writes)
+        self._explain = KeysWithoutCache(graph, writes)
         self._reader = PositionReader(graph, frozenset(writes))
 
     def _write_at(self, node: torch.fx.Node) -> TokenWrite | None:
@@ -232,7 +227,7 @@ class _Binder:
             raise NotBoundError(reasons.CACHE_ROLLS(), "sliding")
         if self._explain.cuts_cache(holder):
             raise NotBoundError(reasons.CACHE_SLICED(), "sliding")
-        output = self._output_index(holder)
+        output = output_place(holder)
         if output is None or self._from_cache(holder):
             raise NotBoundError(reasons.NO_CACHE())
         return CacheBinding(
@@ -269,7 +264,7 @@ class _Binder:
         in_place, output = bool(written_by(node)), None
         writes = self._writes.get(cache, [])
         if not in_place and not self._copied_back(node, cache):
-            output = self._output_index(node)
+            output = output_place(node)
             if output is None:
                 raise NotBoundError(reasons.CACHE_NOT_RETURNED())
         known = [node] if in_place else writes[:1] if output is None else []
@@ -349,7 +344,7 @@ class _Binder:
         parts = argument(key, "tensors")
         if argument(key, "dim", 0) % len(shape_of(key)) != self._dim:
             raise NotBoundError(reasons.NO_CACHE())
-        output = self._output_index(key)
+        output = output_place(key)
         if output is None:
             return self._unfolded(key, parts) or self._put_together(key, parts)
         if len(parts) != 2:
@@ -380,7 +375,7 @@ class _Binder:
             return None
         before = dimension_in(parts[0], source, self._dim)
         returned = False
-        for place, node in enumerate(outputs_of(self._graph)):
+        for place, node in enumerate(outputs_of(key.graph)):
             if not isinstance(node, torch.fx.Node) or behind_views(node) is not key:
                 continue
             returned = True
@@ -426,9 +421,3 @@ class _Binder:
             return None
         held, begin = shape_of(parts[0])[self._dim], scalar_of(found[0].start)
         return found[0] if scalar_of(held) == begin else None
-
-    def _output_index(self, key: torch.fx.Node) -> int | None:
-        for place, node in enumerate(outputs_of(self._graph)):
-            if isinstance(node, torch.fx.Node) and through_copies(node) is key:
-                return place
-        return None

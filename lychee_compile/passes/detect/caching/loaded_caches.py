@@ -51,25 +51,23 @@ from lychee_compile.passes.graph.region import Order, overwritten_before
 from lychee_compile.passes.symbolic.axes import Indices, size_expression
 
 
-def bind_loaded(
-    attention: Attention, graph: torch.fx.Graph, writes: Writes
-) -> CacheBinding | Unbound | None:
+def bind_loaded(attention: Attention, writes: Writes) -> CacheBinding | Unbound | None:
     """Return what the keys of `attention` are computed from; None if that is not recognised.
 
     It is unbound if all is recognised, but the new keys are in no cache.
     """
     if attention.form == "flex":
         return None
-    load = _load(attention, graph, writes, values=False)
+    load = _load(attention, writes, values=False)
     if load is None or load.chooses_by_tensor:
         return None
-    if _read_too_early(load, attention.key.node, attention, graph):
+    if _read_too_early(load, attention.key.node, attention):
         return None
     bindings: list[CacheBinding] = []
     watched: list[Watched] = []
     for name, leaf in load.leaves:
-        if is_held(leaf, writes, graph) or begins_tail(leaf):
-            binding = _bound(name, leaf, load, attention, graph, writes)
+        if is_held(leaf, writes) or begins_tail(leaf):
+            binding = _bound(name, leaf, load, attention, writes)
             if binding is None or not _alike(binding, bindings):
                 return None
             bindings.append(binding)
@@ -90,25 +88,23 @@ def _without_tail(load: Load) -> Unbound | None:
     return None
 
 
-def load_of_values(attention: Attention, graph: torch.fx.Graph, writes: Writes) -> Load | None:
+def load_of_values(attention: Attention, writes: Writes) -> Load | None:
     """Return the values of `attention` as an expression; None if they are a tensor as it is."""
-    load = _load(attention, graph, writes, values=True)
-    if load is None or _read_too_early(load, attention.value.node, attention, graph):
+    load = _load(attention, writes, values=True)
+    if load is None or _read_too_early(load, attention.value.node, attention):
         return None
-    stored = any(
-        is_given(storage_of(leaf)) or is_held(leaf, writes, graph) for _, leaf in load.leaves
-    )
+    stored = any(is_given(storage_of(leaf)) or is_held(leaf, writes) for _, leaf in load.leaves)
     return load if stored else None
 
 
-def _load(attention: Attention, graph: torch.fx.Graph, writes: Writes, values: bool) -> Load | None:
+def _load(attention: Attention, writes: Writes, values: bool) -> Load | None:
     operand = attention.value if values else attention.key
     channels = attention.roles.value_dim if values else attention.roles.head_dim
 
     def is_stored(node: torch.fx.Node, indices: Indices) -> bool:
         if begins_tail(node):
             return any(runs_over_tokens(index) for index in indices)
-        if not is_held(node, writes, graph):
+        if not is_held(node, writes):
             return False
         if not is_operator(node, "cat"):
             return True
@@ -117,7 +113,7 @@ def _load(attention: Attention, graph: torch.fx.Graph, writes: Writes, values: b
     load = load_of(operand, channels, attention, is_stored)
     if load is None or is_plain(load, operand.node) or load_text(load, load.numbers) is None:
         return None
-    return load if are_told(load.numbers, graph) else None
+    return load if are_told(load.numbers, attention.node.graph) else None
 
 
 def _loaded(
@@ -135,17 +131,16 @@ def _bound(
     leaf: torch.fx.Node,
     load: Load,
     attention: Attention,
-    graph: torch.fx.Graph,
     writes: Writes,
 ) -> CacheBinding | None:
     """Return the binding of a leaf that the call writes tokens to; None if it is not understood."""
     place, pages = load.place_of_tokens(name), load.pages_of(name)
     if pages is not None:
-        return bind_paged(leaf, pages, load, attention, graph, writes)
+        return bind_paged(leaf, pages, load, attention, writes)
     if place is None:
         return None
     dim, first = place
-    binding = bind_tensor(leaf, (dim, load.batch_dim(name)), attention, graph, writes)
+    binding = bind_tensor(leaf, (dim, load.batch_dim(name)), attention, writes)
     if isinstance(binding, Unbound):
         return None
     if binding.kind == "dynamic" and not _holds_last(leaf, place, attention):
@@ -226,11 +221,9 @@ _KEEPING_PLACES = (
 """Kinds of views that show an element at a place that does not depend on sizes."""
 
 
-def _read_too_early(
-    load: Load, made: torch.fx.Node, attention: Attention, graph: torch.fx.Graph
-) -> bool:
+def _read_too_early(load: Load, made: torch.fx.Node, attention: Attention) -> bool:
     """True if memory is written between its reading for `made` and the attention."""
-    order = Order(graph)
+    order = Order(attention.node.graph)
     leaves = {leaf for _, leaf in load.leaves}
     reads = []
     for leaf in leaves:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch.fx
-
 from lychee_compile import torch_private
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding, bind_cache
@@ -17,9 +15,7 @@ from lychee_compile.passes.detect.caching.token_writes import Writes
 from lychee_compile.passes.graph.aliasing import storage_of
 
 
-def bind_behind(
-    attention: Attention, graph: torch.fx.Graph, writes: Writes, most: int
-) -> CacheBinding | None:
+def bind_behind(attention: Attention, writes: Writes, most: int) -> CacheBinding | None:
     """Return the cache of all keys but the first; None if it is not recognised.
 
     At most `most` keys are in front, fewer than behind. There is a fixed number of queries.
@@ -34,7 +30,7 @@ def bind_behind(
         return None
     if torch_private.is_parameter(storage_of(behind.key.node)):
         return None
-    binding = bind_cache(behind, graph, writes)
+    binding = bind_cache(behind, writes)
     return replace(binding, in_front=count) if isinstance(binding, CacheBinding) else None
 
 

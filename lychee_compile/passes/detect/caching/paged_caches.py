@@ -37,7 +37,6 @@ def bind_paged(
     pages: Pages,
     load: Load,
     attention: Attention,
-    graph: torch.fx.Graph,
     writes: Writes,
 ) -> CacheBinding | None:
     """Return the cache of pages that `leaf` shows after the write of this call, else None."""
@@ -48,7 +47,7 @@ def bind_paged(
         return None
     if argument(write, "accumulate", False) or not write < attention.node:
         return None
-    found = _tokens(write, pages, load, PositionReader(graph, frozenset(writes)))
+    found = _tokens(write, pages, load, PositionReader(attention.node.graph, frozenset(writes)))
     if found is None:
         return None
     return CacheBinding(leaf, pages.slot_dim, "static", cache, None, found.slots, found.tokens)

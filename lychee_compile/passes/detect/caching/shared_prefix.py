@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch.fx
-
 from lychee_compile import torch_private
 from lychee_compile.passes.detect.attention import Attention
 from lychee_compile.passes.detect.caching.caches import CacheBinding, bind_cache
@@ -22,9 +20,7 @@ from lychee_compile.passes.graph.aliasing import storage_of
 from lychee_compile.passes.graph.dataflow import value_of
 
 
-def bind_behind_shared(
-    attention: Attention, graph: torch.fx.Graph, writes: Writes
-) -> CacheBinding | None:
+def bind_behind_shared(attention: Attention, writes: Writes) -> CacheBinding | None:
     """Return the cache of the keys behind a shared prefix, which `shared` binds.
 
     None if that is not recognised. There is a fixed number of queries.
@@ -38,7 +34,7 @@ def bind_behind_shared(
         return None
     if any(torch_private.is_parameter(storage_of(each.key.node)) for each in (front, behind)):
         return None
-    prefix, own = (bind_cache(each, graph, writes) for each in (front, behind))
+    prefix, own = (bind_cache(each, writes) for each in (front, behind))
     if not (isinstance(prefix, CacheBinding) and isinstance(own, CacheBinding)):
         return None
     return replace(own, shared=prefix) if prefix.reads_only else None

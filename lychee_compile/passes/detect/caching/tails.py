@@ -15,9 +15,8 @@ from lychee_compile.passes.graph.aliasing import is_given
 from lychee_compile.passes.graph.dataflow import (
     argument,
     is_operator,
-    outputs_of,
+    output_place,
     shape_of,
-    through_copies,
 )
 
 
@@ -29,25 +28,21 @@ def parts_of(joined: torch.fx.Node, attends: torch.fx.Node) -> list[torch.fx.Nod
     parts = list(argument(joined, "tensors"))
     for begin in range(1, len(parts) - 1):
         for tail in parts[begin].users:
-            if _joins(tail, parts[begin:], joined) and tail < attends and is_returned(tail):
+            if (
+                _joins(tail, parts[begin:], joined)
+                and tail < attends
+                and output_place(tail) is not None
+            ):
                 return [*parts[:begin], tail]
     return parts
 
 
 def begins_tail(node: torch.fx.Node) -> bool:
     """True if `node` is returned, and the last of tensors that are put together: a tail begins."""
-    if is_given(node) or node.op != "call_function" or not is_returned(node):
+    if is_given(node) or node.op != "call_function" or output_place(node) is None:
         return False
     joined = [user for user in node.users if is_operator(user, "cat")]
     return any(argument(each, "tensors")[-1] is node for each in joined)
-
-
-def is_returned(node: torch.fx.Node) -> bool:
-    """True if a graph returns `node`, or a copy of it."""
-    return any(
-        isinstance(each, torch.fx.Node) and through_copies(each) is node
-        for each in outputs_of(node.graph)
-    )
 
 
 def _joins(node: torch.fx.Node, parts: list[torch.fx.Node], other: torch.fx.Node) -> bool:
