@@ -17,7 +17,7 @@ def require_transformers(purpose: str) -> None:
         )
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the message of an error on one line of at most `limit` characters."""
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line of at most 300 characters."""
     words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= limit else f"{words[: limit - 3]}..."
+    return words if len(words) <= 300 else f"{words[:297]}..."

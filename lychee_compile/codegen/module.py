@@ -53,7 +53,10 @@ def _emit_sparse(spec: AttentionSpec, policy: str) -> list[str]:
     record = find_policy(policy)
     if record is not None and record.levels is not None:
         return levels.emit_levels(spec, record.levels)
-    return _emitter(policy)(spec)
+    if policy not in _decode_emitters:
+        known = ", ".join(_decode_emitters)
+        raise ValueError(f"policy {policy!r} has no kernels; {known} have")
+    return _decode_emitters[policy](spec)
 
 
 def register_emitter(policy: str, emit: Emit) -> None:
@@ -68,11 +71,6 @@ def register_emitter(policy: str, emit: Emit) -> None:
     if _decode_emitters.get(policy, emit) is not emit:
         raise ValueError(f"policy {policy!r} has an emitter of kernels already")
     _decode_emitters[policy] = emit
-
-
-def policies_with_emitters() -> tuple[str, ...]:
-    """Return the policies that have an emitter for decoding."""
-    return tuple(_decode_emitters)
 
 
 def chooses_by_kernels(spec: AttentionSpec) -> bool:
@@ -102,10 +100,3 @@ def _prefill_emitter(spec: AttentionSpec, policy: str) -> Emit:
     if policy != "lychee" and not (has_prefill_kernels(policy) and stretches):
         return listed.emit_listed
     return _prefill_emitters.get(policy, ranked.emit_groups)
-
-
-def _emitter(policy: str) -> Emit:
-    if policy not in _decode_emitters:
-        known = ", ".join(_decode_emitters)
-        raise ValueError(f"policy {policy!r} has no kernels; {known} have")
-    return _decode_emitters[policy]

@@ -180,19 +180,19 @@ class CacheRegistry:
                 del self._entries[key]
             self.removals += len(gone)
 
-    def owner_of(self, cache: Tensor, kind: Hashable, token_dim: int = 2) -> IndexOwner | None:
-        """Return the owner of the index of `cache`, to look into; None if the cache has no index.
+    def owner_of(self, cache: Tensor, kind: Hashable) -> IndexOwner | None:
+        """Return the owner of the index of `cache` [B, Hkv, L, D], to look into; None: it has none.
 
         `kind` is an `IndexConfig` for the reference's index. For a GPU index it is the layout, or
         the name of the policy if the cache grows.
         """
         with self._lock:
-            entry = self._entries.get(_identity(cache, kind, token_dim))
+            entry = self._entries.get(_identity(cache, kind, token_dim=2))
         return None if entry is None else entry.owner
 
-    def index_of(self, cache: Tensor, config: IndexConfig, token_dim: int = 2) -> CacheIndex | None:
+    def index_of(self, cache: Tensor, config: IndexConfig) -> CacheIndex | None:
         """Return the reference's index of `cache`, to look into; None if the cache has none."""
-        owner = self.owner_of(cache, config, token_dim)
+        owner = self.owner_of(cache, config)
         return owner.cache if isinstance(owner, ReferenceCacheIndex) else None
 
     def acquire(

@@ -68,7 +68,7 @@ class NewCaches:
             return
         entry.owner.delay_build()
         if entry.replaced == WORTH_TELLING:
-            _warn_of_replaced()
+            _warn(NEW_TABLES)
             if self.tell is not None:
                 self.tell(NEW_TABLES)
 
@@ -80,20 +80,12 @@ class NewCaches:
             self._came_again = False
             self._in_a_row += 1
             if self._in_a_row == WORTH_TELLING:
-                self._tell()
-
-    def _tell(self) -> None:
-        _warn()
-        if self.tell is not None:
-            self.tell(NEW_KEYS)
-            self.tell = None
+                _warn(NEW_KEYS)
+                if self.tell is not None:
+                    self.tell(NEW_KEYS)
+                    self.tell = None
 
 
 @only_once
-def _warn() -> None:
-    logger.warning("%s", NEW_KEYS)
-
-
-@only_once
-def _warn_of_replaced() -> None:
-    logger.warning("%s", NEW_TABLES)
+def _warn(words: str) -> None:
+    logger.warning("%s", words)

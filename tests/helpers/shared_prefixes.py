@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from memory_keys import one_operator, scored
 from torch import Tensor, nn
 
@@ -124,8 +123,3 @@ def new(
 def tokens_first(*tensors: Tensor) -> list[Tensor]:
     """Return tensors [B, H, L, D] as [B, L, H, D]."""
     return [each.transpose(1, 2).contiguous() for each in tensors]
-
-
-def read_alone(seen: Tensor, read: Tensor, own: Tensor) -> Tensor:
-    """Return what a query sees of `read` [B, Hkv, T, n], behind it `own`: bool [B, Hq, T, L]."""
-    return F.pad(read, (0, own.shape[-1]), value=True).repeat_interleave(G, 1) & seen

@@ -33,7 +33,7 @@ def load_text(load: Load, numbers: Sequence[sympy.Symbol] = ()) -> str | None:
         return None
 
 
-def page_text(load: Load, numbers: Sequence[sympy.Symbol] = ()) -> str:
+def page_text(load: Load, numbers: Sequence[sympy.Symbol]) -> str:
     """Return the expression of the page that a token lies in; "" if tokens do not lie in pages."""
     return "" if load.pages is None else _Writer(load, "entry", numbers).text(load.pages.page)
 
