@@ -23,7 +23,7 @@ from lychee_compile.report.grouping import reason_lines
 from lychee_compile.report.report import Report
 from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.host_caches import Inputs, inputs_of_keys, told_of_host_caches
-from lychee_compile.runtime.stateful_graph import CacheArgument, StatefulGraph
+from lychee_compile.runtime.stateful_graph import StatefulGraph
 
 logger = logging.getLogger(__name__)
 
@@ -120,20 +120,7 @@ def _compile_rewritten(compilation: Compilation) -> Callable[..., Any]:
     if not indexes:
         return compiled
     table = options.boundary_table()
-    arguments = [
-        CacheArgument(
-            each.source,
-            each.output,
-            each.token_dim,
-            each.use,
-            each.reads_only,
-            each.part,
-            each.beside,
-            each.keys,
-            each.numbers,
-        )
-        for each in indexes
-    ]
+    arguments = [each.cache for each in indexes]
     lookup = None if table is None else table.lookup
     return StatefulGraph(compiled, arguments, compilation.context.config, lookup)
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import cache as only_once
 
 from torch import Tensor
 
 from lychee_compile.kernels.config import IndexConfig
-from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.methods import able
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
 from lychee_compile.kernels.operators.observe import (
@@ -22,94 +20,12 @@ from lychee_compile.kernels.operators.observe import (
     warn_of_replays,
 )
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
-from lychee_compile.passes.detect.caching.call_numbers import NumberPlace
-from lychee_compile.passes.lower.index_inputs import TensorPlace
+from lychee_compile.passes.lower.cache_argument import CacheArgument
 from lychee_compile.runtime.cache_registry import Entry, registry
 from lychee_compile.runtime.index_owner import IndexOwner
 from lychee_compile.runtime.new_caches import NewCaches
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CacheArgument:
-    """Position of one key cache among the inputs and outputs of a compiled graph."""
-
-    source: int | None
-    """Number of the input that is the cache before the call; None if a growing cache begins."""
-    output: int | None
-    """Number of the output that is the grown cache; None if the cache is written in place."""
-    token_dim: int = 2
-    """Dimension of the cache that runs over tokens."""
-    use: CacheUse | None = None
-    """Use of the cache by generated kernels; None: the index is the reference's."""
-    reads_only: bool = False
-    """True if the graph does not write the cache."""
-    part: Callable[[Tensor], Tensor] | None = None
-    """Shows the cache in the input if it is a part of that; None if it is all of it."""
-    beside: tuple[TensorPlace, ...] = ()
-    """Other tensors that the keys are computed from."""
-    keys: Hashable = None
-    """Expression of keys of what the cache holds; None if they are what it holds."""
-    numbers: tuple[NumberPlace, ...] = ()
-    """Sizes that the expressions of keys and values take from a call."""
-
-    @property
-    def pages(self) -> list[int]:
-        """Sizes of the pages that the other tensors list, each 0 if it is no table."""
-        return [each.page for each in self.beside]
-
-    @property
-    def stays(self) -> bool:
-        """True if a call leaves all tensors in place."""
-        return self.output is None and all(each.output is None for each in self.beside)
-
-    def given(self, inputs: Sequence[object]) -> Tensor | None:
-        """Return the input that holds the cache; None if a growing cache begins."""
-        if self.source is None:
-            return None
-        given = inputs[self.source]
-        assert isinstance(given, Tensor)
-        return given
-
-    def shown(self, given: Tensor | None) -> Tensor | None:
-        """Return the cache in the input `given`, as a call begins with it."""
-        return given if given is None or self.part is None else self.part(given)
-
-    def numbers_of(self, inputs: Sequence[object]) -> list[int]:
-        """Return the sizes that the expressions of keys and values take from a call."""
-        return [each.of(inputs) for each in self.numbers]
-
-    def key_numbers_of(self, inputs: Sequence[object]) -> list[int]:
-        """Return those of these sizes that keys depend on."""
-        return [each.of(inputs) for each in self.numbers if each.of_keys]
-
-    def beside_before(self, inputs: Sequence[object]) -> list[Tensor]:
-        """Return the other tensors as a call begins with them."""
-        return [_tensor(inputs, each.source, each.part) for each in self.beside]
-
-    def beside_after(self, inputs: Sequence[object], outputs: Sequence[object]) -> list[Tensor]:
-        """Return the other tensors as a call leaves them."""
-        return [
-            _tensor(inputs, each.source, each.part)
-            if each.output is None
-            else _tensor(outputs, each.output, None)
-            for each in self.beside
-        ]
-
-    def after(self, cache: Tensor | None, outputs: Sequence[object]) -> Tensor:
-        """Return the cache as a call leaves it: an output, or `cache`, which it began with."""
-        after = cache if self.output is None else outputs[self.output]
-        assert isinstance(after, Tensor)
-        return after
-
-
-def _tensor(
-    values: Sequence[object], place: int | None, part: Callable[[Tensor], Tensor] | None
-) -> Tensor:
-    tensor = None if place is None else values[place]
-    assert isinstance(tensor, Tensor)
-    return tensor if part is None else part(tensor)
 
 
 class StatefulGraph:

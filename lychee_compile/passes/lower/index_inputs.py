@@ -6,7 +6,6 @@ graph(keys, values, query, lychee_index_0)      after, the index of `keys`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,26 +15,13 @@ from torch import Tensor
 from lychee_compile import torch_private
 from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.passes.detect.caching.caches import CacheBinding, Watched
-from lychee_compile.passes.detect.caching.call_numbers import NumberPlace, number_place
+from lychee_compile.passes.detect.caching.call_numbers import number_place
 from lychee_compile.passes.detect.caching.load_text import load_text
 from lychee_compile.passes.detect.caching.parts import input_of, view_of_part
 from lychee_compile.passes.graph.aliasing import is_part
 from lychee_compile.passes.graph.dataflow import value_of
 from lychee_compile.passes.graph.emitter import Emitter
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Place of a tensor among the inputs and outputs of a graph."""
-
-    source: int | None
-    """Number of the input that is the tensor before a call, or holds it; None if it begins here."""
-    output: int | None
-    """Number of the output that is the tensor after a call; None if it is written in place."""
-    part: Callable[[Tensor], Tensor] | None
-    """Shows the tensor in the input if it is a part of that; None if it is all of it."""
-    page: int = 0
-    """Number of tokens of a page if the tensor is a table [B, P] of pages, else 0."""
+from lychee_compile.passes.lower.cache_argument import CacheArgument, TensorPlace
 
 
 @dataclass(frozen=True)
@@ -45,24 +31,8 @@ class IndexInput:
     node: torch.fx.Node
     fake: Tensor
     """uint8 [size], the memory of a GPU index; or int64 [2] on the CPU, a handle to an index."""
-    source: int | None
-    """Position of the graph input that is the cache before a call; None if the cache begins here"""
-    output: int | None
-    """Position of the output that is the grown cache; None if the cache is written in place."""
-    token_dim: int
-    """Dimension of the cache that runs over tokens."""
-    use: CacheUse | None
-    """Use that generated kernels make of the cache; None: the index is the reference's."""
-    reads_only: bool
-    """True if the graph does not write the cache."""
-    part: Callable[[Tensor], Tensor] | None = None
-    """Shows the cache in the input if it is a part of that; None if it is all of it."""
-    beside: tuple[TensorPlace, ...] = ()
-    """Other tensors that the keys are computed from."""
-    keys: str | None = None
-    """Expression of keys of what the cache holds; None if they are what it holds."""
-    numbers: tuple[NumberPlace, ...] = ()
-    """Sizes that the expressions of keys and values take from a call."""
+    cache: CacheArgument
+    """Places of the cache among inputs and outputs."""
 
 
 class IndexInputs:
@@ -102,11 +72,12 @@ class IndexInputs:
         token_dim = binding.token_dim if outside is None else outside
         beside = tuple(map(self._place, binding.watched))
         of_keys = () if binding.load is None else binding.load.numbers
-        return IndexInput(
-            node, fake, place.source, place.output, token_dim, use, binding.reads_only,
-            place.part, beside, _text_of_keys(binding),
+        argument = CacheArgument(
+            place.source, place.output, token_dim, use, binding.reads_only, place.part, beside,
+            _text_of_keys(binding),
             tuple(number_place(each, self._own, each in of_keys) for each in binding.numbers),
         )  # fmt: skip
+        return IndexInput(node, fake, argument)
 
     def _place(self, tensor: CacheBinding | Watched) -> TensorPlace:
         if tensor.source is None:
