@@ -38,6 +38,7 @@ from lychee_compile.kernels.reference.certificate import log_unread_bound
 from lychee_compile.kernels.reference.hidden import shown
 from lychee_compile.kernels.reference.operands import ScoreInputs
 from lychee_compile.kernels.reference.selection import Selection, select
+from lychee_compile.kernels.reference.visible import with_four_axes
 from lychee_compile.kernels.sizes import MOST_DRAWN_FROM
 from lychee_compile.passes.lower.kernel_support import LARGEST_HEAD
 from lychee_compile.passes.symbolic.elementwise import Flag
@@ -200,8 +201,7 @@ class Choice:
         queries = query.split(LONGEST_QUERY, 2)
         if self.mask is None:
             return [(each, None) for each in queries]
-        mask = self.mask[(None,) * (4 - self.mask.dim())]
-        mask = mask.expand(query.shape[0], -1, query.shape[2], -1)
+        mask = with_four_axes(self.mask).expand(query.shape[0], -1, query.shape[2], -1)
         return list(zip(queries, mask.split(LONGEST_QUERY, 2), strict=True))
 
 

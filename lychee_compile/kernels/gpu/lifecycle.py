@@ -144,11 +144,10 @@ class IndexLifecycle(ABC):
         Kernels read all keys of a row of which one has changed, and the host learns of it after the
         call. A row that was lost before is indexed first.
         """
-        if self._header_read is not None:
-            with torch.cuda.device_of(cache):
-                self._work(cache, use, beside)
-        elif self.trust is Trust.DISTRUSTED and self._calls_to_wait == 0 and use.written:
-            self._build_first(cache, use, beside)
+        is_new = self.trust is Trust.DISTRUSTED and self._calls_to_wait == 0 and use.written
+        filled = filled_slots(cache) if is_new else None
+        if self._header_read is not None or filled is not None:
+            self._work(cache, use, beside, filled)
         changed, self._changed = self._changed, False
         if changed and self.trusted and self.index is not None:
             parts = self.index.parts._asdict()
@@ -171,8 +170,7 @@ class IndexLifecycle(ABC):
         else:
             due = self.trust is Trust.DISTRUSTED and self._calls > self._calls_to_wait
         if due:
-            with torch.cuda.device_of(cache):
-                self._work(cache, use, beside)
+            self._work(cache, use, beside)
 
     def delay_build(self) -> None:
         """Build the index only if a second call comes, and distrust an index that exists."""
@@ -201,41 +199,42 @@ class IndexLifecycle(ABC):
         if self.index is not None:
             self.index.distrust()
 
-    def _work(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
+    def _work(
+        self,
+        cache: Tensor,
+        use: CacheUse,
+        beside: Sequence[Tensor | int],
+        filled: int | None = None,
+    ) -> None:
+        """Build the index, look at the header if it has arrived, or ask for it.
+
+        `filled` is the number of slots that hold keys; None: the last call has noted it.
+        """
         shown = partial(use.keys, cache, *beside)
         try:
-            if not self.trusted:
-                self._build(shown(), use)
-                self._plan_look(cache)
-            elif self._header_read is not None:
-                self._look(cache, use, shown, self._header_read)
-            elif self.index is not None:
-                self._suspect = False
-                self._header_read = AsyncRead(self.index.parts.header, self._calls)
+            with torch.cuda.device_of(cache):
+                if not self.trusted:
+                    self._build(shown(), use, filled)
+                    self._plan_look(cache)
+                elif self._header_read is not None:
+                    self._look(cache, use, shown, self._header_read)
+                elif self.index is not None:
+                    self._suspect = False
+                    self._header_read = AsyncRead(self.index.parts.header, self._calls)
         except torch.OutOfMemoryError:
             self.give_up()
         except BaseException:
             self._revoke()
             raise
 
-    def _build_first(self, cache: Tensor, use: CacheUse, beside: Sequence[Tensor | int]) -> None:
-        """Build the index before a call, so that it need not read all of a cache on the host."""
-        end = filled_slots(cache)
-        if end is None:
-            return
-        try:
-            with torch.cuda.device_of(cache):
-                key = use.keys(cache, *beside)
-                self._build(key, use, [min(end, key.shape[2])] * key.shape[0])
-                self._plan_look(cache)
-        except torch.OutOfMemoryError:
-            self.give_up()
-
-    def _build(self, key: Tensor, use: CacheUse, ends: Sequence[int] | None = None) -> None:
-        """Build the index up to `ends`, or to where the last call has left each row."""
-        # A graph that only reads does not know which slots hold keys. Indexing all does no harm.
-        if ends is None:
-            ends = self._ends(key) if use.written else [key.shape[2]] * key.shape[0]
+    def _build(self, key: Tensor, use: CacheUse, filled: int | None) -> None:
+        """Build the index up to slot `filled`, or to where the last call has left each row."""
+        if filled is not None:
+            ends = [min(filled, key.shape[2])] * key.shape[0]
+        elif use.written:
+            ends = self._ends(key)
+        else:  # a graph that only reads does not know which slots hold keys: all do no harm
+            ends = [key.shape[2]] * key.shape[0]
         with indexing(key, max(ends)):
             self.index = self._index_for(key, use)
             self.index.build(load(use.kernel), near(key), ends)
