@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.layout import IndexLayout, IndexOperands
-from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.levels.chunk_index import ChunkDeviceIndex
 from lychee_compile.kernels.gpu.levels.index import LevelDeviceIndex
 from lychee_compile.kernels.gpu.levels.launch import run_levels
@@ -32,10 +30,11 @@ class LevelMethod:
     """Groups of keys ranked by the estimates that a policy declares, level by level."""
 
     policy: str
-    multiple: int = 1
-    notices_writes: bool = True
-    covers_mass: bool = True
-    computes_keys: bool = True
+    multiple: ClassVar[int] = 1
+    notices_writes: ClassVar[bool] = True
+    covers_mass: ClassVar[bool] = True
+    computes_keys: ClassVar[bool] = True
+    run = staticmethod(run_levels)
 
     @property
     def certifies(self) -> bool:
@@ -53,13 +52,3 @@ class LevelMethod:
         levels = layout.stack.levels
         kind = _INDEXES.get(type(levels[-1].groups) if levels else object, PageDeviceIndex)
         return kind(layout, device)
-
-    def run(
-        self,
-        module: ModuleType,
-        operands: AttentionOperands,
-        index: IndexOperands,
-        tuning: Tuning | None = None,
-    ) -> Tensor:
-        """Return attention over the best groups, [B, Hq, T, Dv], and index new keys."""
-        return run_levels(module, operands, index, tuning)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lychee_compile.kernels.gpu.common.layout import IndexLayout, IndexOperands
-from lychee_compile.kernels.gpu.common.operands import AttentionOperands
-from lychee_compile.kernels.gpu.common.tuning import Tuning
+from lychee_compile.kernels.gpu.common.layout import IndexLayout
 from lychee_compile.kernels.gpu.lychee.index import SketchIndex
 from lychee_compile.kernels.gpu.lychee.launch import run_lychee
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
@@ -20,11 +18,12 @@ from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
 class LycheeMethod:
     """Tokens ranked by sketches of their keys; in a long context pages or chunks come first."""
 
-    multiple: int = 8
-    notices_writes: bool = True
-    covers_mass: bool = True
-    certifies: bool = True
-    computes_keys: bool = True
+    multiple: ClassVar[int] = 8
+    notices_writes: ClassVar[bool] = True
+    covers_mass: ClassVar[bool] = True
+    certifies: ClassVar[bool] = True
+    computes_keys: ClassVar[bool] = True
+    run = staticmethod(run_lychee)
 
     def layout_of(self, key: Tensor) -> SketchLayout:
         """Return the layout of an index for a cache `key` [B, Hkv, L, D], by default settings."""
@@ -35,13 +34,3 @@ class LycheeMethod:
         if not isinstance(layout, SketchLayout):
             raise TypeError(f"an index of sketches has a SketchLayout, got {layout!r}")
         return SketchIndex(layout, device)
-
-    def run(
-        self,
-        module: ModuleType,
-        operands: AttentionOperands,
-        index: IndexOperands,
-        tuning: Tuning | None = None,
-    ) -> Tensor:
-        """Return attention over the best keys, [B, Hq, T, Dv], and sketch the keys just written."""
-        return run_lychee(module, operands, index, tuning)
