@@ -20,7 +20,7 @@ from lychee_compile.kernels.operators.observe import (
     warn_of_replays,
 )
 from lychee_compile.kernels.operators.reference_owner import ReferenceCacheIndex, StrengthLookup
-from lychee_compile.passes.lower.cache_argument import CacheArgument
+from lychee_compile.passes.lower.index_inputs import CacheArgument
 from lychee_compile.runtime.cache_registry import Entry, registry
 from lychee_compile.runtime.index_owner import IndexOwner
 from lychee_compile.runtime.new_caches import NewCaches

@@ -24,7 +24,7 @@ from lychee_compile.kernels.gpu.lychee import method
 from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import BLOCK, SketchLayout
 from lychee_compile.kernels.gpu.owners import GrowingCacheIndex, StaticCacheIndex
-from lychee_compile.passes.lower.cache_argument import CacheArgument
+from lychee_compile.passes.lower.index_inputs import CacheArgument
 from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.stateful_graph import StatefulGraph
 

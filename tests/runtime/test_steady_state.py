@@ -17,7 +17,7 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.gpu.cache_use import CacheUse
 from lychee_compile.kernels.gpu.lychee.index import LEAST_REFIT, SketchIndex
 from lychee_compile.kernels.gpu.lychee.layout import SketchLayout
-from lychee_compile.passes.lower.cache_argument import CacheArgument
+from lychee_compile.passes.lower.index_inputs import CacheArgument
 from lychee_compile.runtime.cache_registry import registry
 from lychee_compile.runtime.stateful_graph import StatefulGraph
 
