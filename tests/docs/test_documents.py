@@ -143,12 +143,17 @@ def test_modules_that_are_run_exist():
 
 def test_files_that_are_named_exist():
     begins = ("passes", "kernels", "codegen", "runtime", "cache", "report", "evaluate")
-    inside = re.compile(rf"`((?:lychee_compile|tests|tools|examples|{'|'.join(begins)})/[\w/.-]+)`")
+    below = dict.fromkeys(("detect", "graph", "symbolic", "lower", "absorb"), "passes")
+    below |= {"templates": "codegen", "triton_lib": "codegen"}
+    first = "|".join(("lychee_compile", "tests", "tools", "examples", *begins, *below))
+    inside = re.compile(rf"`((?:{first})/[\w/.-]+)`")
     for page in [*TOP[:3], *PAGES]:
         for name in inside.findall(page.read_text("utf-8")):
             if "NAME" in name:
                 continue
-            path = f"lychee_compile/{name}" if name.split("/")[0] in begins else name
+            top = name.split("/")[0]
+            path = f"{below[top]}/{name}" if top in below else name
+            path = f"lychee_compile/{path}" if top in begins or top in below else path
             assert (ROOT / path).exists(), f"{page.relative_to(ROOT)}: {name}"
 
 
