@@ -61,6 +61,12 @@ def scaled(q: Tensor, pos: Tensor, lat: Tensor, rot: Tensor, up: Tensor, _: Tens
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible(pos))
 
 
+def shared(q: Tensor, pos: Tensor, lat: Tensor, rot: Tensor, up: Tensor, _: Tensor) -> Tensor:
+    """Values are the keys, rotary part included: they stay as they are computed."""
+    keys = joined(torch.einsum("btc,hcd->bhtd", lat, up[..., :NOPE]), rot)
+    return F.scaled_dot_product_attention(q, keys, keys, attn_mask=visible(pos))
+
+
 def normed(q: Tensor, pos: Tensor, lat: Tensor, rot: Tensor, up: Tensor, _: Tensor) -> Tensor:
     """A projection of latents that are normalised when they are read."""
     return einsum(q, pos, F.layer_norm(lat, (CHANNELS,)), rot, up, _)
@@ -100,7 +106,7 @@ def decisions() -> list[tuple[str, str | None]]:
     ]
 
 
-@pytest.mark.parametrize("attend", [einsum, matmul, linear, scaled])
+@pytest.mark.parametrize("attend", [einsum, matmul, linear, scaled, shared])
 def test_attention_over_latents_is_that_over_their_projections(attend: Step) -> None:
     twins = Twins(attend, ALL)
     for position in range(60, 63):
@@ -131,3 +137,25 @@ def test_a_norm_between_latents_and_projection_is_named() -> None:
     assert site.reason is not None
     assert site.reason.code == "cache-computed"
     assert "layer_norm" in site.reason.words
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_latents_may_grow_and_be_split_into_parts(dynamic: bool | None) -> None:
+    up = torch.randn(HEADS * (NOPE + WIDE), CHANNELS) / 4
+
+    def step(q: Tensor, new: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+        held = torch.cat([held, new], 1)
+        latents, rotary = held.split([CHANNELS, ROPE], -1)
+        both = F.linear(latents, up).unflatten(-1, (HEADS, NOPE + WIDE)).transpose(1, 2)
+        keys, values = both.split([NOPE, WIDE], -1)
+        return F.scaled_dot_product_attention(q, joined(keys, rotary), values), held
+
+    options = {**ALL, "budget": SLOTS + 3}
+    compiled = torch.compile(step, backend="lychee", options=options, dynamic=dynamic)
+    held = want_held = torch.randn(BATCH, SLOTS, CHANNELS + ROPE)
+    for _ in range(3):
+        given = torch.randn(BATCH, HEADS, 1, NOPE + ROPE), torch.randn(BATCH, 1, CHANNELS + ROPE)
+        got, held = compiled(*given, held)
+        want, want_held = step(*given, want_held)
+        torch.testing.assert_close((got, held), (want, want_held), atol=1e-5, rtol=1e-4)
+    assert decisions()[-1] == ("sparse", None)

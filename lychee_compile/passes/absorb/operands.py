@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.fx
 
 from lychee_compile.passes.detect.attention import Products
-from lychee_compile.passes.graph.dataflow import argument, is_operator, shape_of
+from lychee_compile.passes.graph.dataflow import argument, is_operator, same_shape, shape_of
 from lychee_compile.passes.symbolic.axes import ZERO, Axes, Axis, Index, Indices, size_expression
 from lychee_compile.passes.symbolic.products import Label, Labels, product_of
 
@@ -88,10 +88,12 @@ def _fused(products: Products) -> tuple[Factors, Factors] | None:
     if not is_operator(node, "scaled_dot_product_attention"):
         return None
     query, key, value = products.query, products.key, products.value
+    if node.args[:3] != (query, key, value):
+        return None
     ranks = {len(shape_of(each)) for each in (query, key, value)}
     grouped = bool(argument(node, "enable_gqa", False))
-    heads = {shape_of(each)[:-2] for each in (query, key, value)}
-    if len(ranks) != 1 or (grouped and len(heads) != 1):
+    heads = [shape_of(each)[:-2] for each in (query, key, value)]
+    if len(ranks) != 1 or (grouped and not all(same_shape(heads[0], each) for each in heads)):
         return None
     batch: Labels = tuple(range(ranks.pop() - 2))
     queries = Labelled(query, (*batch, "row", "d"))

@@ -20,7 +20,7 @@ from lychee_compile.passes.absorb.operands import Factors, Labelled, factors_of,
 from lychee_compile.passes.absorb.pieces import NoPiece, contracted, piece
 from lychee_compile.passes.detect.attention import Products
 from lychee_compile.passes.detect.operands import Operand
-from lychee_compile.passes.graph.dataflow import argument, aten, is_operator, shape_of, value_of
+from lychee_compile.passes.graph.dataflow import argument, aten, shape_of, value_of
 from lychee_compile.passes.graph.emitter import Emitter
 from lychee_compile.passes.graph.names import Names
 from lychee_compile.passes.graph.region import Order, overwritten_before
@@ -79,18 +79,20 @@ class Absorber:
         scores, sums = factors
         with self._graph.inserting_before(scores.node):
             query, key = self._question(scores, keys)
-            changed = {scores.other.node: query, scores.tokens.node: key}
             if scores.node is not sums.node:
-                made = self._anew(scores.node, changed)
-                scores.node.replace_all_uses_with(made)
-                changed = {}
+                changed = {scores.other.node: query, scores.tokens.node: key}
+                scores.node.replace_all_uses_with(self._anew(scores.node, changed))
+                if values is None:
+                    return sums.node
         with self._graph.inserting_before(sums.node):
+            value = sums.tokens.node
             if values is not None:
                 (part,) = values.parts
-                changed[sums.tokens.node] = self._held(part, sums.tokens, sums, values)
-            if not changed:
-                return sums.node
-            summed = self._anew(sums.node, changed)
+                value = self._held(part, sums.tokens, sums, values)
+            if scores.node is sums.node:
+                summed = self._attended(sums.node, query, key, value)
+            else:
+                summed = self._anew(sums.node, {sums.tokens.node: value})
             out = summed if values is None else self._projected(summed, sums, values)
         sums.node.replace_all_uses_with(out)
         for node in dict.fromkeys((sums.node, scores.node)):
@@ -101,14 +103,25 @@ class Absorber:
     def _anew(
         self, node: torch.fx.Node, changed: dict[torch.fx.Node, torch.fx.Node]
     ) -> torch.fx.Node:
-        """Emit the operator of `node` again, of other operands."""
+        """Emit the product `node` again, of other operands."""
         args, kwargs = torch.fx.node.map_arg(
             (node.args, node.kwargs), lambda each: changed.get(each, each)
         )
-        if is_operator(node, "scaled_dot_product_attention") and kwargs.get("scale") is None:
+        return self._for(node, self._emit(node.target, *args, **kwargs))
+
+    def _attended(
+        self, node: torch.fx.Node, query: torch.fx.Node, key: torch.fx.Node, value: torch.fx.Node
+    ) -> torch.fx.Node:
+        """Emit the attention operator `node` again, of other operands; one may have been both."""
+        kwargs = dict(node.kwargs)
+        if kwargs.get("scale") is None:
             width = int(shape_of(argument(node, "query"))[-1])
-            kwargs = {**kwargs, "scale": float(width) ** -0.5}
-        made = self._emit(node.target, *args, **kwargs)
+            kwargs["scale"] = float(width) ** -0.5
+        made = self._emit(node.target, query, key, value, *node.args[3:], **kwargs)
+        return self._for(node, made)
+
+    def _for(self, node: torch.fx.Node, made: torch.fx.Node) -> torch.fx.Node:
+        """Return `made`, which takes the place of `node` in reports."""
         made.meta |= {name: node.meta[name] for name in KEPT_META if name in node.meta}
         return made
 

@@ -17,7 +17,7 @@ from lychee_compile import torch_private
 from lychee_compile.passes import reasons
 from lychee_compile.passes.detect.caching.token_writes import Writes, prefix_of
 from lychee_compile.passes.detect.caching.unfolded import behind_views
-from lychee_compile.passes.graph.aliasing import storage_of
+from lychee_compile.passes.graph.aliasing import is_pure_view, is_view_of_part, storage_of
 from lychee_compile.passes.graph.dataflow import (
     argument,
     aten,
@@ -33,7 +33,7 @@ from lychee_compile.passes.graph.dataflow import (
     through_copies,
     value_of,
 )
-from lychee_compile.passes.graph.operator_facts import Family, Memory, View
+from lychee_compile.passes.graph.operator_facts import Family, View
 from lychee_compile.passes.reasons import Reason
 
 FARTHEST = 200
@@ -170,6 +170,9 @@ def _sources(node: torch.fx.Node, kv_len: sympy.Expr) -> Iterator[torch.fx.Node]
     """
     if node.op != "call_function" or is_operator(node, "softmax"):
         return
+    if is_view_of_part(node):
+        yield first_input(first_input(node))
+        return
     described = operator_of(node)
     first = described.family is Family.GATHER or described.view is not None
     joins = described.family is Family.JOINING
@@ -195,8 +198,7 @@ def _grows(node: torch.fx.Node) -> bool:
 
 def _computes(node: torch.fx.Node) -> bool:
     """True if the values of `node` are others than those of its operand."""
-    described = operator_of(node)
-    return _converts(node) or (described.view is None and described.memory is not Memory.OF_INPUT)
+    return _converts(node) or (operator_of(node).view is None and not is_pure_view(node))
 
 
 def _converts(node: torch.fx.Node) -> bool:
