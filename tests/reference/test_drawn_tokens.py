@@ -51,6 +51,16 @@ def test_sums_over_what_is_drawn_are_those_over_all_on_average():
     assert (counts[largest[60:120]] > 0).all(), "small ones are read now and then"
 
 
+@pytest.mark.parametrize("slope", [0.5, 4])
+def test_a_steep_softmax_is_read_from_the_top_and_fills_the_room(slope):
+    rank = -slope * torch.arange(200.0)[None, None, None]
+    for step in range(20):
+        place, log_weight, taken = drawn(rank, 100, step)
+        assert int(taken.sum()) == 100
+        assert set(range(80)) <= set(place[taken].tolist())
+        assert not log_weight[place < 80].any()
+
+
 def test_each_luck_is_as_frequent_as_it_is_probable():
     luck = luck_at(torch.arange(2**16) + 12345).long()
     for bins in range(LUCKIEST + 1):
