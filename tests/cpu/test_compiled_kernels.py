@@ -115,9 +115,16 @@ def test_numbers_that_are_not_finite_are_left_to_pytorch(number: float, slot: in
     assert compiled().log_shares(raw, others) is not None
 
 
-def test_a_query_without_slots_is_left_to_pytorch() -> None:
-    nothing = Ranges(torch.tensor([[7]]), torch.tensor([[7]]))
-    assert compiled().log_shares(random(1, 1, 1, 9, seed=0), nothing) is None
+def test_a_query_without_slots_chooses_none() -> None:
+    nothing = Ranges(torch.tensor([[7], [2]]), torch.tensor([[7], [9]]))
+    share = compiled().log_shares(random(2, 1, 1, 9, seed=0), nothing)
+    assert share is not None
+    assert bool((share[0] == -torch.inf).all())
+    rooms = torch.full((2, 1, 1), 3)
+    assert compiled().best(share, nothing, rooms)[1].flatten().tolist() == [0, 3]
+    drawn = compiled().draw(share, nothing, rooms, salt_of(torch.tensor([1, 1]), 1))
+    assert drawn is not None
+    assert drawn[1].flatten().tolist() == [0, 3]
 
 
 @given(
@@ -169,7 +176,9 @@ def test_draws_equal_those_of_pytorch(
     rooms = torch.full(share.shape[:3], room) - torch.arange(2)[:, None, None]
     rooms = rooms.clamp(min=0)
     salt = salt_of(torch.tensor([seed, 7 * seed]), heads)
-    slot, count, entry, cut = compiled().draw(share, ranges, rooms, salt)
+    drawn = compiled().draw(share, ranges, rooms, salt)
+    assert drawn is not None
+    slot, count, entry, cut = drawn
     place, weight, taken = draw(share, torch.arange(slots), held, rooms, salt)
     assert torch.equal(count, taken.sum(-1))
     places = torch.where(taken, place, slots).sort(-1)
@@ -178,6 +187,16 @@ def test_draws_equal_those_of_pytorch(
         assert torch.equal(slot[one][:some], places.values[one][:some])
         weights = log_weight(cut[one] + 1, entry[one][:some] + 1)
         torch.testing.assert_close(weights, weight[one][places.indices[one]][:some])
+
+
+def test_shares_of_hardly_any_size_are_left_to_pytorch() -> None:
+    share = torch.full((1, 1, 1, 50), -95.0)
+    share[..., :20] = -2.0
+    ranges = Ranges(torch.tensor([[0]]), torch.tensor([[50]]))
+    salt = salt_of(torch.tensor([0]), 1)
+    for room, fits in ((10, True), (20, False), (30, False)):
+        drawn = compiled().draw(share, ranges, torch.full((1, 1, 1), room), salt)
+        assert (drawn is not None) == fits
 
 
 @given(

@@ -35,7 +35,10 @@ def choose(sketches: KeySketches, question: Question, slots: int) -> Choice | No
     if question.salt is None:
         slot, count = compiled.best(share, ranges, room)
         return slot, _is_taken(slot, count).long()
-    slot, count, entry, cut = compiled.draw(share, ranges, room, question.salt)
+    drawn = compiled.draw(share, ranges, room, question.salt)
+    if drawn is None:
+        return None
+    slot, count, entry, cut = drawn
     taken = _is_taken(slot, count)
     weights = log_weight(cut[..., None] + 1, entry + 1)  # the first bin is a share here
     return slot, taken.long(), weights.masked_fill(~taken, 0)

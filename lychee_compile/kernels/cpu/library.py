@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lychee_compile.kernels.reference.decode_drawing import LAST_BIN, luck_at
 from lychee_compile.kernels.reference.sketch import BLOCK
-from lychee_compile.kernels.sizes import BINS
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +83,7 @@ class Kernels:
         """Return the logarithms of shares of the softmax over slots: float32 [B, Hkv, Tq, N].
 
         `raw`, float32 [B, Hkv, G * Tq, N], are scores. Shares are summed over the G heads of a
-        group, and are zero for slots outside the ranges. None if a score is not finite or a
-        query has no slot.
+        group, and are zero for slots outside the ranges. None if a score is not finite.
         """
         batch, heads, rows, slots = raw.shape
         query_len = ranges.begin.shape[1]
@@ -107,18 +105,19 @@ class Kernels:
 
     def draw(
         self, share: Tensor, ranges: Ranges, room: Tensor, salt: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Draw slots as `decode_drawing.draw` does, and return them as `best` does.
 
         `salt` is int64 [B, Hkv, 1, 1]. Returned as well are the bins of their shares, int32
         [B, Hkv, Tq, M], and the bin of the highest priority that is not read, int32 [B, Hkv, Tq].
+        None if shares of less than e^-87 would have to be told apart.
         """
         slot, count = _listed(share, room)
         entry, cut = slot.to(torch.int32), count.to(torch.int32)
         tensors = share, ranges.begin, ranges.end, room, salt.contiguous(), self._luck
-        sizes = *share.shape, slot.shape[-1], BINS, LAST_BIN - BINS + 1
-        self._call("draw", (*tensors, slot, entry, count, cut), sizes, share.numel())
-        return slot, count, entry, cut
+        sizes = *share.shape, slot.shape[-1], LAST_BIN + 2
+        failed = self._call("draw", (*tensors, slot, entry, count, cut), sizes, share.numel())
+        return None if failed else (slot, count, entry, cut)
 
     def attend(
         self,

@@ -2,8 +2,7 @@
 
 // raw [heads, group, queries, slots]; a query of batch row b may choose the slots
 // [begin, end), int64 [batch, queries]. Writes the logarithms of shares [heads, queries, slots],
-// -inf for all other slots. Returns 0, or 1 if a score is not finite or a query has no slot:
-// then nothing is to be read.
+// -inf for all other slots. Returns 0, or 1 if a score is not finite: then nothing is to be read.
 extern "C" int64_t lychee_shares(const float* raw, const int64_t* begin, const int64_t* end,
                                  float* share, int64_t batch, int64_t heads_per_row,
                                  int64_t group, int64_t queries, int64_t slots,
@@ -42,7 +41,7 @@ extern "C" int64_t lychee_shares(const float* raw, const int64_t* begin, const i
       if (!std::isfinite(sum[at]) || most[at] == kInfinity) return 1;
       largest = std::max(largest, most[at]);
     }
-    if (!std::isfinite(largest)) return 1;
+    if (largest == -kInfinity) continue;  // there is no slot
     for (int64_t at = row * chunks; at < (row + 1) * chunks; ++at)
       if (sum[at] > 0) total += sum[at] * std::exp(static_cast<double>(most[at]) - largest);
     log_sum[row] = largest + static_cast<float>(std::log(total));
