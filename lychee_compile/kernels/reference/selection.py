@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -45,13 +46,18 @@ class Selection:
     """Logarithm of how many tokens each token of a run stands for, float32 [B, Hkv, Tq, R]; None:
     each for itself."""
 
+    @cached_property
+    def _expanded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots, their runs, and which of them are real, as `expand_runs` returns them."""
+        return expand_runs(self.run_start, self.run_length)
+
     def token_log_weight(self) -> Tensor:
         """Return the logarithms of how many tokens each of `tokens` stands for: float32.
 
         The result is [B, Hkv, Tq, S]. The selection must have weights.
         """
         assert self.log_weight is not None
-        _, run, _ = expand_runs(self.run_start, self.run_length)
+        _, run, _ = self._expanded
         return self.log_weight.gather(-1, run)
 
     def tokens(self) -> Tensor:
@@ -59,7 +65,7 @@ class Selection:
 
         Slots that the mask hides from every head are left out.
         """
-        slot, _, real = expand_runs(self.run_start, self.run_length)
+        slot, _, real = self._expanded
         token = torch.where(real, slot, -1)
         if self.visible.counts is not None and self.visible.mask is not None:
             seen = self.visible.mask.any(1)[:, None].expand(-1, token.shape[1], -1, -1)
