@@ -56,8 +56,8 @@ def inside(ranges: Ranges, slots: int) -> Tensor:
     batch=SIZES,
     heads=SIZES,
     rows=st.integers(1, 9),
-    rank=st.sampled_from((4, 16, 32, 64, 96)),
-    slots=st.integers(1, 9000),
+    rank=st.sampled_from((4, 16, 32, 64, 96, 520)),
+    slots=st.integers(1, 5000),
     seed=st.integers(0, 99),
 )
 def test_scan_equals_products_with_codes(

@@ -44,7 +44,7 @@ inline float fast_exp(float x) {
   sum = sum * rest + 1.6666665459e-1f;
   sum = sum * rest + 5.0000001201e-1f;
   sum = sum * rest * rest + rest + 1.0f;
-  return as_float(as_bits(sum) + ((as_bits(shifted) - as_bits(kRound)) << 23));
+  return as_float(as_bits(sum) + (as_bits(shifted) - as_bits(kRound)) * (1 << 23));
 }
 
 // log(x) of a normal positive number, in steps that compilers vectorise (Cephes' logf).

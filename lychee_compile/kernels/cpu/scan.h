@@ -5,7 +5,9 @@ template <int kRank>
 void scan_chunk(const int8_t* codes, const float* weight, const float* constant, float* raw,
                 int64_t rows, int64_t row_stride, int64_t count, int64_t rank) {
   const int64_t size = kRank ? kRank : rank;
-  float code[kRank ? kRank : 512];
+  float known_rank[kRank ? kRank : 1];
+  std::vector<float> any_rank(kRank ? 0 : size);
+  float* const code = kRank ? known_rank : any_rank.data();
   for (int64_t slot = 0; slot < count; ++slot) {
     for (int64_t d = 0; d < size; ++d) code[d] = codes[slot * size + d];
     for (int64_t row = 0; row < rows; ++row) {
