@@ -20,7 +20,7 @@ from lychee_compile.kernels.reference.attention import attend_part
 from lychee_compile.kernels.reference.decode_drawing import draw, salt_of
 from lychee_compile.kernels.reference.drawing import log_weight
 from lychee_compile.kernels.reference.operands import Operands
-from lychee_compile.kernels.reference.selection import select
+from lychee_compile.kernels.reference.selection import Selection, select
 
 SIZES = st.integers(1, 3)
 NEGLIGIBLE = 1e-5
@@ -228,7 +228,7 @@ def test_attention_to_a_selection_equals_that_of_pytorch(
     query = random(batch, heads * group, query_len, head_dim, seed=seed + 2).to(dtype)
     mask = None
     if masked:
-        mask = torch.rand(batch, 1, query_len, kv_len) > 0.3
+        mask = inside(random_ranges(batch, query_len, kv_len, seed), kv_len)
         mask[0, 0, 0] = False  # sees nothing
     operands = Operands(query, key, value, mask, 0.3)
     index = make_index(batch, heads, head_dim, IndexConfig(budget=budget), key.device)
@@ -239,6 +239,21 @@ def test_attention_to_a_selection_equals_that_of_pytorch(
     torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.log_sum, expected.log_sum, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(once, expected_once, rtol=1e-5, atol=1e-5)
+
+
+def test_runs_are_cut_to_what_a_query_sees() -> None:
+    slots = library.FEWEST_SLOTS
+    key, query = random(1, 2, slots, 16, seed=0), random(1, 4, 2, 16, seed=1)
+    mask = inside(Ranges(torch.tensor([[90, 95]]), torch.tensor([[100, 110]])), slots)
+    operands = Operands(query, key, key, mask, 0.3)
+    start = torch.tensor([80, 97, slots - 4]).expand(1, 2, 2, 3)
+    length = torch.tensor([12, 40, 4000]).expand(1, 2, 2, 3)
+    visible = operands.score_inputs.visible()
+    found, _ = part_of(operands, Selection(start, length, visible, 0.3))
+    inner = Selection(start[..., :2], length[..., :2], visible, 0.3)
+    expected, _ = attend_part(operands, inner)
+    torch.testing.assert_close(found.mean, expected.mean)
+    torch.testing.assert_close(found.log_sum, expected.log_sum)
 
 
 def test_a_score_that_is_not_finite_reaches_the_output() -> None:

@@ -9,36 +9,28 @@ from lychee_compile.kernels.cpu.library import FEWEST_SLOTS, NUMBERS, kernels
 from lychee_compile.kernels.reference.attention import Part, attend_part
 from lychee_compile.kernels.reference.loaded_tensor import LoadedTensor
 from lychee_compile.kernels.reference.operands import Operands
-from lychee_compile.kernels.reference.scores import mask_at
-from lychee_compile.kernels.reference.selection import Selection, slots_read
+from lychee_compile.kernels.reference.selection import Selection
 
 
 def part_of(operands: Operands, selection: Selection) -> tuple[Part, Tensor]:
     """Return what `attend_part` does, by a kernel for CPUs if one fits."""
-    if not _fits(operands) or (compiled := kernels()) is None:
+    if not _fits(operands, selection) or (compiled := kernels()) is None:
         return attend_part(operands, selection)
-    slot, padding = slots_read(selection)
-    hidden = padding
-    if operands.mask is not None:
-        hidden = hidden | ~mask_at(operands.mask, slot, operands.query.shape[1])[:, :, :, 0]
-    weight = None if selection.log_weight is None else selection.token_log_weight().contiguous()
     heads = operands.key.shape[1]
     query = operands.query.float().unflatten(1, (heads, -1)).transpose(2, 3).contiguous()
-    mean, log_sum = compiled.attend(
-        query, operands.key, operands.value, slot, hidden, weight, operands.scale
-    )
+    mean, log_sum = compiled.attend(query, operands.key, operands.value, selection)
     counted, once = log_sum.transpose(3, 4).flatten(2, 3)
     return Part(mean.transpose(2, 3).flatten(1, 2), counted), once
 
 
-def _fits(operands: Operands) -> bool:
+def _fits(operands: Operands, selection: Selection) -> bool:
     """True if keys are many, scores but scaled products, and keys and values lie as is read."""
-    mask = operands.mask
-    if mask is not None and (mask.dtype != torch.bool or (mask.dim() == 4 and mask.shape[1] > 1)):
+    visible = selection.visible
+    one_head = visible.mask is None or visible.mask.shape[1] == 1
+    in_range = one_head and visible.counts is None and visible.bias is None
+    if not in_range or operands.softcap is not None or operands.kv_len < FEWEST_SLOTS:
         return False
-    held = operands.key, operands.value
-    few = operands.kv_len < FEWEST_SLOTS
-    if few or operands.softcap is not None or not all(_is_read(each) for each in held):
+    if operands.scale != selection.scale or not all(map(_is_read, (operands.key, operands.value))):
         return False
     same = operands.key.dtype == operands.value.dtype
     return same and operands.query.dtype in (torch.float32, *NUMBERS)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.reference.decode_drawing import LAST_BIN, luck_at
+from lychee_compile.kernels.reference.selection import Selection
 from lychee_compile.kernels.reference.sketch import BLOCK
 
 logger = logging.getLogger(__name__)
@@ -120,34 +121,33 @@ class Kernels:
         return None if failed else (slot, count, entry, cut)
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        slot: Tensor,
-        hidden: Tensor,
-        log_weight: Tensor | None,
-        scale: float,
+        self, query: Tensor, key: Tensor, value: Tensor, selection: Selection
     ) -> tuple[Tensor, Tensor]:
-        """Return the means of values at slots, and logarithms of the sums of their weights.
+        """Return the means of values at selected slots, and logarithms of the sums of weights.
 
-        `query` is float32 [B, Hkv, Tq, G, D], and `slot` int64 [B, Hkv, Tq, S], of which those that
-        are `hidden`, bool, count nothing. `log_weight`, float32 likewise, are the logarithms of how
-        often each counts; None: once. Keys [B, Hkv, L, D] and values [B, Hkv, L, Dv] have a
-        dtype of `NUMBERS`, the heads of a row one after the other, and their last dimension is
-        contiguous. Means are [B, Hkv, Tq, G, Dv]; the sums, [2, B, Hkv, Tq, G], are those in which
-        each slot counts as often, and once.
+        `query` is float32 [B, Hkv, Tq, G, D]. Each query sees all slots from its first to its last.
+        Keys [B, Hkv, L, D] and values [B, Hkv, L, Dv] have a dtype of `NUMBERS`, the heads of a row
+        one after the other, and their last dimension is contiguous. Means are
+        [B, Hkv, Tq, G, Dv]; the sums, [2, B, Hkv, Tq, G], are those in which each slot counts as
+        often as the selection says, and once.
         """
         batch, heads, query_len, group, dim = query.shape
         mean = query.new_empty(batch, heads, query_len, group, value.shape[-1])
         log_sum = query.new_empty(2, batch, heads, query_len, group)
-        hidden = hidden.contiguous().view(torch.uint8)
-        tensors = query, key, value, slot.contiguous(), hidden, log_weight, mean, log_sum
-        sizes = batch * heads, query_len, group, dim, value.shape[-1], slot.shape[-1]
+        weight = selection.log_weight
+        weight = weight if weight is None else weight.contiguous()
+        start, length = selection.run_start.contiguous(), selection.run_length.contiguous()
+        first, end = selection.visible.first.contiguous(), selection.visible.end.contiguous()
+        sizes = batch, heads, query_len, group, dim, value.shape[-1], start.shape[-1]
         strides = *key.stride()[1:3], *value.stride()[1:3]
-        work = slot.numel() * group * (dim + value.shape[-1])
-        name = f"attend_{NUMBERS[key.dtype]}"
-        self._call(name, tensors, (*sizes, *strides), work, ctypes.c_float(scale))
+        work = int(length.sum()) * group * (dim + value.shape[-1])
+        self._call(
+            f"attend_{NUMBERS[key.dtype]}",
+            (query, key, value, start, length, weight, first, end, mean, log_sum),
+            (*sizes, *strides),
+            work,
+            ctypes.c_float(selection.scale),
+        )
         return mean, log_sum
 
     def _call(

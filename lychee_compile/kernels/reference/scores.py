@@ -26,10 +26,10 @@ def scores_at(
     hidden = padding[..., None, :]
     if mask is not None:
         if mask.dtype != torch.bool:
-            score = score + mask_at(mask, slot, query_heads).to(work)
+            score = score + _mask_at(mask, slot, query_heads).to(work)
         seen = visible.mask if mask.dtype != torch.bool else mask
         if seen is not None:
-            hidden = hidden | ~mask_at(seen, slot, query_heads)
+            hidden = hidden | ~_mask_at(seen, slot, query_heads)
     return score.masked_fill(hidden, -torch.inf)
 
 
@@ -45,7 +45,7 @@ def rows_at(tensor: Tensor, slot: Tensor) -> Tensor:
     return tensor[row, head, slot]
 
 
-def mask_at(mask: Tensor, slot: Tensor, query_heads: int) -> Tensor:
+def _mask_at(mask: Tensor, slot: Tensor, query_heads: int) -> Tensor:
     """Return an SDPA mask at the slots [B, Hkv, Tq, S], as scores lie: [B, Hkv, Tq, 1 or G, S]."""
     batch, heads, query_len, _ = slot.shape
     mask = mask[(None,) * (4 - mask.dim())]
