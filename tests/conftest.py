@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 # Operators that break PyTorch's rules fail, as where $CI is set; else it warns.
 os.environ.setdefault("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "1")
 
-settings.register_profile("ci", max_examples=7, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=6, deadline=None, derandomize=True)
 settings.register_profile("quick", max_examples=3, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=3000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

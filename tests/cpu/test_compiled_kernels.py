@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lychee_compile import torch_private
 from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.cpu import choice, library
 from lychee_compile.kernels.cpu.attention import part_of
@@ -314,6 +315,18 @@ def test_choices_equal_those_of_pytorch(
     differ = (found != expected).sum(-1)
     assert int(differ.max()) <= 4  # scores that rounding makes equal, or that share a bin's edge
     assert torch.equal(found.sum(-1), expected.sum(-1))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, TypeError])
+def test_a_failure_to_compile_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[Exception]
+) -> None:
+    def fail(_: str) -> None:
+        raise error("no compiler")
+
+    monkeypatch.setattr(torch_private, "compiled_cpp", fail)
+    assert kernels.__wrapped__() is None
+    assert [record.getMessage().count("no compiler") for record in caplog.records] == [1]
 
 
 def test_plain_pytorch_runs_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
