@@ -15,12 +15,13 @@ from lychee_compile.kernels.config import IndexConfig
 from lychee_compile.kernels.cpu import choice, library
 from lychee_compile.kernels.cpu.attention import part_of
 from lychee_compile.kernels.cpu.choice import choose
-from lychee_compile.kernels.cpu.library import Ranges, kernels
+from lychee_compile.kernels.cpu.library import kernels
 from lychee_compile.kernels.policies.registry import make_index
 from lychee_compile.kernels.reference.attention import attend_part
 from lychee_compile.kernels.reference.decode_drawing import draw, salt_of
 from lychee_compile.kernels.reference.drawing import log_weight
 from lychee_compile.kernels.reference.operands import Operands
+from lychee_compile.kernels.reference.recency import Span
 from lychee_compile.kernels.reference.selection import Selection, select
 
 SIZES = st.integers(1, 3)
@@ -40,17 +41,17 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_ranges(batch: int, query_len: int, slots: int, seed: int) -> Ranges:
+def random_ranges(batch: int, query_len: int, slots: int, seed: int) -> Span:
     """Return a range of at least one slot for each query."""
     generator = torch.Generator().manual_seed(seed)
     ends = torch.randint(0, slots, (2, batch, query_len), generator=generator)
-    return Ranges(ends.amin(0), ends.amax(0) + 1)
+    return ends.amin(0), ends.amax(0) + 1
 
 
-def inside(ranges: Ranges, slots: int) -> Tensor:
+def inside(ranges: Span, slots: int) -> Tensor:
     """Return which slots are in the ranges: bool [B, 1, Tq, N]."""
     slot = torch.arange(slots)
-    return ((slot >= ranges.begin[..., None]) & (slot < ranges.end[..., None]))[:, None]
+    return ((slot >= ranges[0][..., None]) & (slot < ranges[1][..., None]))[:, None]
 
 
 @given(
@@ -110,14 +111,14 @@ def test_shares_equal_a_softmax(
 def test_numbers_that_are_not_finite_are_left_to_pytorch(number: float, slot: int) -> None:
     raw = random(1, 2, 3, 5000, seed=0)
     raw[0, 1, 2, slot] = number
-    all_slots = Ranges(torch.tensor([[0]]), torch.tensor([[5000]]))
-    others = Ranges(torch.tensor([[slot + 1]]), torch.tensor([[5000]]))
+    all_slots = (torch.tensor([[0]]), torch.tensor([[5000]]))
+    others = (torch.tensor([[slot + 1]]), torch.tensor([[5000]]))
     assert compiled().log_shares(raw, all_slots) is None
     assert compiled().log_shares(raw, others) is not None
 
 
 def test_a_query_without_slots_chooses_none() -> None:
-    nothing = Ranges(torch.tensor([[7], [2]]), torch.tensor([[7], [9]]))
+    nothing = (torch.tensor([[7], [2]]), torch.tensor([[7], [9]]))
     share = compiled().log_shares(random(2, 1, 1, 9, seed=0), nothing)
     assert share is not None
     assert bool((share[0] == -torch.inf).all())
@@ -193,7 +194,7 @@ def test_draws_equal_those_of_pytorch(
 def test_shares_of_hardly_any_size_are_left_to_pytorch() -> None:
     share = torch.full((1, 1, 1, 50), -95.0)
     share[..., :20] = -2.0
-    ranges = Ranges(torch.tensor([[0]]), torch.tensor([[50]]))
+    ranges = (torch.tensor([[0]]), torch.tensor([[50]]))
     salt = salt_of(torch.tensor([0]), 1)
     for room, fits in ((10, True), (20, False), (30, False)):
         drawn = compiled().draw(share, ranges, torch.full((1, 1, 1), room), salt)
@@ -245,7 +246,7 @@ def test_attention_to_a_selection_equals_that_of_pytorch(
 def test_runs_are_cut_to_what_a_query_sees() -> None:
     slots = library.FEWEST_SLOTS
     key, query = random(1, 2, slots, 16, seed=0), random(1, 4, 2, 16, seed=1)
-    mask = inside(Ranges(torch.tensor([[90, 95]]), torch.tensor([[100, 110]])), slots)
+    mask = inside((torch.tensor([[90, 95]]), torch.tensor([[100, 110]])), slots)
     operands = Operands(query, key, key, mask, 0.3)
     start = torch.tensor([80, 97, slots - 4]).expand(1, 2, 2, 3)
     length = torch.tensor([12, 40, 4000]).expand(1, 2, 2, 3)
@@ -296,7 +297,9 @@ def test_choices_equal_those_of_pytorch(
 ) -> None:
     key = random(batch, heads, kv_len, 32, seed=seed)
     query = 2 * random(batch, heads * group, query_len, 32, seed=seed + 1)
-    mask = torch.ones(query_len, kv_len, dtype=torch.bool).tril(kv_len - query_len)
+    mask = torch.ones(batch, 1, query_len, kv_len, dtype=torch.bool).tril(kv_len - query_len)
+    for row in range(batch):  # rows begin at slots of their own, as behind left padding
+        mask[row, ..., : row * seed] = False
     operands = Operands(query, key, key, mask, 0.2, softcap)
     index = make_index(batch, heads, 32, IndexConfig(budget=budget), key.device)
     index.extend(key, torch.full((batch,), kv_len))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.cpu.library import FEWEST_SLOTS, NUMBERS, kernels
-from lychee_compile.kernels.reference.attention import Part, attend_part
+from lychee_compile.kernels.reference.attention import Part, attend_part, by_query_head
 from lychee_compile.kernels.reference.loaded_tensor import LoadedTensor
 from lychee_compile.kernels.reference.operands import Operands
 from lychee_compile.kernels.reference.selection import Selection
@@ -19,16 +19,14 @@ def part_of(operands: Operands, selection: Selection) -> tuple[Part, Tensor]:
     heads = operands.key.shape[1]
     query = operands.query.float().unflatten(1, (heads, -1)).transpose(2, 3).contiguous()
     mean, log_sum = compiled.attend(query, operands.key, operands.value, selection)
-    counted, once = log_sum.transpose(3, 4).flatten(2, 3)
-    return Part(mean.transpose(2, 3).flatten(1, 2), counted), once
+    mean, counted, once = map(by_query_head, (mean, *log_sum))
+    return Part(mean, counted), once
 
 
 def _fits(operands: Operands, selection: Selection) -> bool:
     """True if keys are many, scores but scaled products, and keys and values lie as is read."""
-    visible = selection.visible
-    one_head = visible.mask is None or visible.mask.shape[1] == 1
-    in_range = one_head and visible.counts is None and visible.bias is None
-    if not in_range or operands.softcap is not None or operands.kv_len < FEWEST_SLOTS:
+    plain = selection.visible.is_range and operands.softcap is None
+    if not plain or operands.kv_len < FEWEST_SLOTS:
         return False
     if operands.scale != selection.scale or not all(map(_is_read, (operands.key, operands.value))):
         return False

@@ -1,8 +1,15 @@
 // Drawing of tokens: what `decode_drawing.draw` does.
+namespace {
+
+// The bin of a share, of its logarithm: eight to an octave, from 1 on.
+inline int32_t bin_of(float log_share) { return (as_bits(fast_exp(log_share)) >> 20) + 1; }
+
+}  // namespace
 
 // share [heads, queries, slots]: logarithms of shares, of which a query of batch row b may
 // draw those of the slots [begin, end), int64 [batch, queries]. room int64 [heads, queries];
-// salt int64 [heads]; luck uint8 [65536]: bins by which luck raises a slot. Writes the slots drawn,
+// salt int64 [heads]; luck uint8 [65536]: bins by which luck raises a slot, at most
+// `luckiest`. Writes the slots drawn,
 // in order, int64 [heads, queries, most]; the bins of their shares, int32 likewise, the first of
 // which is 1; how many they are, int64 [heads, queries]; and the bin of the highest priority that is
 // not read, int32 [heads, queries]. Returns 0, or 1 if a query would have to tell shares apart that
@@ -12,9 +19,8 @@ extern "C" int64_t lychee_draw(const float* share, const int64_t* begin, const i
                                int64_t* slot_out, int32_t* bin_out, int64_t* count_out,
                                int32_t* cut_out, int64_t batch, int64_t heads_per_row,
                                int64_t queries, int64_t slots, int64_t most, int64_t bins,
-                               int64_t threads) {
+                               int64_t luckiest, int64_t threads) {
   constexpr float kHardlyAny = -87.0f;  // log of the least share that is drawn here
-  const int64_t luckiest = *std::max_element(luck, luck + 65536);
   int64_t failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : failed)
   for (int64_t task = 0; task < batch * heads_per_row * queries; ++task) {
@@ -26,7 +32,7 @@ extern "C" int64_t lychee_draw(const float* share, const int64_t* begin, const i
     int32_t* const own = bin.data();
 #pragma omp simd
     for (int64_t slot = low; slot < high; ++slot) {
-      own[slot - low] = (as_bits(fast_exp(mine[slot])) >> 20) + 1;
+      own[slot - low] = bin_of(mine[slot]);
     }
     std::vector<int64_t> held(bins, 0);
     for (int64_t slot = low; slot < high; ++slot) {
@@ -38,7 +44,7 @@ extern "C" int64_t lychee_draw(const float* share, const int64_t* begin, const i
     int64_t left = std::min(room[task], most), last = bins - 1;
     while (last > 0 && held[last] <= left) left -= held[last--];
     // One of hardly any share might be luckier than those of the bin `last`.
-    if (held[0] > 0 && last <= luckiest + 16) {
+    if (held[0] > 0 && last <= luckiest + bin_of(kHardlyAny)) {
       ++failed;
       continue;
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,8 +15,10 @@ import torch
 from torch import Tensor
 
 from lychee_compile.kernels.reference.decode_drawing import LAST_BIN, luck_at
+from lychee_compile.kernels.reference.recency import Span
 from lychee_compile.kernels.reference.selection import Selection
 from lychee_compile.kernels.reference.sketch import BLOCK
+from lychee_compile.kernels.sizes import LUCKIEST
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +50,6 @@ def kernels() -> Kernels | None:
         return None
 
 
-@dataclass(frozen=True)
-class Ranges:
-    """The slots [begin, end) that each query may choose, each int64 [B, Tq]."""
-
-    begin: Tensor
-    end: Tensor
-
-
 class Kernels:
     """The compiled functions; all tensors lie in memory of the CPU."""
 
@@ -80,32 +73,32 @@ class Kernels:
         self._call("scan", tensors, sizes, work)
         return raw
 
-    def log_shares(self, raw: Tensor, ranges: Ranges) -> Tensor | None:
+    def log_shares(self, raw: Tensor, span: Span) -> Tensor | None:
         """Return the logarithms of shares of the softmax over slots: float32 [B, Hkv, Tq, N].
 
         `raw`, float32 [B, Hkv, G * Tq, N], are scores. Shares are summed over the G heads of a
-        group, and are zero for slots outside the ranges. None if a score is not finite.
+        group, and are zero for slots outside of `span`. None if a score is not finite.
         """
         batch, heads, rows, slots = raw.shape
-        query_len = ranges.begin.shape[1]
+        query_len = span[0].shape[1]
         share = raw.new_empty(batch, heads, query_len, slots)
         sizes = batch, heads, rows // query_len, query_len, slots
-        failed = self._call("shares", (raw, ranges.begin, ranges.end, share), sizes, raw.numel())
+        failed = self._call("shares", (raw, *span, share), sizes, raw.numel())
         return None if failed else share
 
-    def best(self, share: Tensor, ranges: Ranges, room: Tensor) -> tuple[Tensor, Tensor]:
+    def best(self, share: Tensor, span: Span, room: Tensor) -> tuple[Tensor, Tensor]:
         """Return the `room`, int64 [B, Hkv, Tq], slots of the largest shares, in order.
 
         They are int64 [B, Hkv, Tq, M], and their number is int64 [B, Hkv, Tq]: behind it the
         entries mean nothing. `share`, float32 [B, Hkv, Tq, N], are logarithms of shares.
         """
         slot, count = _listed(share, room)
-        tensors = share, ranges.begin, ranges.end, room, slot, count
+        tensors = share, *span, room, slot, count
         self._call("best", tensors, (*share.shape, slot.shape[-1]), share.numel())
         return slot, count
 
     def draw(
-        self, share: Tensor, ranges: Ranges, room: Tensor, salt: Tensor
+        self, share: Tensor, span: Span, room: Tensor, salt: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Draw slots as `decode_drawing.draw` does, and return them as `best` does.
 
@@ -115,8 +108,8 @@ class Kernels:
         """
         slot, count = _listed(share, room)
         entry, cut = slot.to(torch.int32), count.to(torch.int32)
-        tensors = share, ranges.begin, ranges.end, room, salt.contiguous(), self._luck
-        sizes = *share.shape, slot.shape[-1], LAST_BIN + 2
+        tensors = share, *span, room, salt.contiguous(), self._luck
+        sizes = *share.shape, slot.shape[-1], LAST_BIN + 2, LUCKIEST
         failed = self._call("draw", (*tensors, slot, entry, count, cut), sizes, share.numel())
         return None if failed else (slot, count, entry, cut)
 

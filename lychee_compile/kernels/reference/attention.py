@@ -114,11 +114,11 @@ def attend_part(operands: Operands, selection: Selection) -> tuple[Part, Tensor]
         log_counted = score.logsumexp(-1)
     nothing = (log_counted == -torch.inf)[..., None]
     output = (score.softmax(-1) @ rows_at(operands.value, slot).to(work)).masked_fill(nothing, 0)
-    output, log_read, log_counted = map(_by_query_head, (output, log_read, log_counted))
+    output, log_read, log_counted = map(by_query_head, (output, log_read, log_counted))
     return Part(output, log_counted), log_read
 
 
-def _by_query_head(values: Tensor) -> Tensor:
+def by_query_head(values: Tensor) -> Tensor:
     """Return values [B, Hkv, Tq, G, ...] as [B, Hq, Tq, ...]."""
     return values.transpose(2, 3).flatten(1, 2)
 

@@ -36,6 +36,12 @@ class Visible:
         """The mask as SDPA takes it: the bias if there is one, else the bool mask, else None."""
         return self.mask if self.bias is None else self.bias
 
+    @property
+    def is_range(self) -> bool:
+        """True if all heads see each slot from `first` to `end`, and no biases."""
+        one_head = self.mask is None or self.mask.shape[1] == 1
+        return one_head and self.counts is None and self.bias is None
+
     def tokens_within(self, begin: Tensor, end: Tensor) -> Tensor:
         """Count the visible tokens in the slots [begin, end), each int64 [B, Tq, N]."""
         if self.counts is None:
